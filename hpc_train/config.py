@@ -1,0 +1,220 @@
+"""The whole configuration as typed values: TOML in, TOML out, every error names the key."""
+
+import difflib
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hpc_train.errors import UserError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Option = bool | int | float | str | list[int] | list[float] | list[str]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Data(_Section):
+    file: str
+    inputs: str = "train/inputs"             # data sets inside the file
+    targets: str = "train/targets"
+    test_inputs: str = "test/inputs"         # absent from the file: no test accuracy
+    test_targets: str = "test/targets"
+
+
+class Task(_Section):
+    kind: str = "classification"             # or "mypackage.mytask:MyTask"
+    model: str = "softmax"
+    options: dict[str, Option] = {}          # passed to the model as keyword arguments
+
+
+class Train(_Section):
+    steps: Count
+    global_batch: Count | None = None        # strong scaling: the same work on any number of ranks
+    batch_per_rank: Count | None = None      # weak scaling: work grows with the ranks
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Rate = 0.1
+    momentum: Fraction = 0.0                 # of sgd
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    log_every: Count = 100
+    warmup_steps: Annotated[int, Field(ge=0)] = 10   # marked in the timings, left out of speedups
+    threads: Annotated[int, Field(ge=0)] = 0         # of torch, per rank; 0: the cores this rank may use
+
+    @model_validator(mode="after")
+    def _one_batch_key(self) -> Self:
+        if (self.global_batch is None) == (self.batch_per_rank is None):
+            raise ValueError("set exactly one of train.global_batch (strong scaling) and train.batch_per_rank (weak)")
+        return self
+
+    def batch_size(self, size: int) -> int:
+        """The global batch on `size` ranks."""
+        return self.global_batch or (self.batch_per_rank or 0) * size
+
+
+class Reduce(_Section):
+    strategy: Literal["horovod", "mpi", "local"] = "horovod"
+    cycle_time_ms: Rate = 0.1                # HOROVOD_CYCLE_TIME; its own default of 1 ms paces small models
+
+
+class Energy(_Section):
+    sample_hz: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
+    watts_per_core: Rate = 10.0              # assumption of the estimate where no meter can be read
+
+
+class Run(_Section):
+    root: str = "runs"
+    progress: Literal["auto", "bar", "plain"] = "auto"
+
+
+class Config(_Section):
+    """A job. Immutable; made by `load`, written by `dumps`."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: Data
+    task: Task = Task()
+    train: Train
+    reduce: Reduce = Reduce()
+    energy: Energy = Energy()
+    run: Run = Run()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration and, for each dotted key, where its value came from: "default", "file" or "--set"."""
+
+    config: Config
+    origin: dict[str, str]
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> Loaded:
+    """Defaults, then the TOML file, then `key=value` overrides. Raises `UserError` naming the key."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist", "Name a TOML job file; configs/ holds examples.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "Name a TOML job file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}", "See configs/softmax-mnist.toml for the form.") from None
+    origin = dict.fromkeys(flatten(tree), f"file {path.name}")
+    for override in overrides:
+        key, value = _parse_override(override)
+        _set(tree, key, value)
+        origin[key] = "--set"
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(*_explain(error, path, origin)) from None
+    return Loaded(config, {key: origin.get(key, "default") for key in flatten(as_dict(config))})
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, unset keys left out (TOML has no null)."""
+    return config.model_dump(exclude_none=True)
+
+
+def dumps(loaded: Loaded) -> str:
+    """The resolved configuration as TOML that `load` reads back, each key with where its value came from."""
+    tree = as_dict(loaded.config)
+    lines = [_line(key, tree[key], loaded.origin[key]) for key in tree if not isinstance(tree[key], dict)]
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            lines += ["", f"[{section}]"]
+            lines += [_line(key, value, loaded.origin.get(f"{section}.{key}", "file")) for key, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 0.5}} -> {"train.lr": 0.5}. A model's options stay one value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and prefix + key != "task.options"
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
+    return flat
+
+
+def _line(key: str, value: Any, origin: str) -> str:
+    if isinstance(value, dict):
+        inside = ", ".join(tomli_w.dumps({k: v}).strip().replace("\n", " ") for k, v in value.items())
+        return f"{key} = {{{inside}}}  # {origin}"
+    return f"{' '.join(tomli_w.dumps({key: value}).split())}".ljust(40) + f"  # {origin}"
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UserError(f"--set {override}: no key=value", "Write --set train.steps=200")
+    if _wants_text(key):
+        return key, text
+    try:
+        return key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, text
+
+
+def _wants_text(key: str) -> bool:
+    """Whether the key's type is text, so that `--set name=123` is a name and not a number."""
+    model: Any = Config
+    for part in key.split("."):
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return False
+        model = field.annotation
+    return model is str
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {key}: {section} is a value, not a section", "See hpc-train config show CONFIG.")
+    tree[last] = value
+
+
+def _explain(error: ValidationError, path: Path, origin: dict[str, str]) -> tuple[str, str]:
+    """(what, remedy): one line a wrong key."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        key = _dotted(fault["loc"])
+        source = origin.get(key, f"file {path.name}")
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
+            lines.append(f"{source}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+        elif fault["type"] == "missing":
+            lines.append(f"{path.name}: {key} is required and not set")
+        elif fault["type"] == "value_error":
+            lines.append(f"{path.name}: {str(fault['ctx']['error'])}")
+        else:
+            lines.append(f"{source}: {key} = {fault['input']!r}: {fault['msg'].lower()}")
+    return "\n".join(dict.fromkeys(lines)), "hpc-train config show CONFIG prints every key that a job file has."
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """The key of a fault; pydantic adds the branch of a union, which is no part of the key."""
+    known = _known_keys()
+    for end in range(len(location), 0, -1):
+        key = ".".join(str(part) for part in location[:end])
+        if key in known:
+            return key
+    return ".".join(str(part) for part in location)
+
+
+def _known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        keys.append(prefix + name)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += _known_keys(kind, f"{prefix}{name}.")
+    return keys

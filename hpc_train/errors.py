@@ -1,0 +1,16 @@
+"""The one error type for mistakes a user can mend. Our own bugs are `assert`s, never this."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend: what is wrong (the key or file, its value) and the remedy.
+
+    Only `cli.py` turns it into a message and exit code 2.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what, remedy)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  {self.remedy}"

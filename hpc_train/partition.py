@@ -1,0 +1,84 @@
+"""Which samples, in which order, for which rank: pure functions of (seed, epoch, global batch).
+
+Nothing is stored and nothing is drawn: the sample at a position of an epoch's order is computed, so any step on
+any number of ranks finds its samples in time and memory proportional to its own share of the batch, whether the
+data set holds a thousand samples or a trillion. Resuming needs no generator state.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """Positions [start, stop) of epoch `epoch`'s order: what all ranks together train on in one step."""
+
+    epoch: int
+    start: int
+    stop: int
+
+    @property
+    def num_samples(self) -> int:
+        return self.stop - self.start
+
+
+def global_batch(step: int, num_samples: int, batch_size: int) -> GlobalBatch:
+    """The global batch of `step`. An epoch's last batch is short when `batch_size` does not divide the data."""
+    steps_per_epoch = -(-num_samples // batch_size)
+    epoch, index = divmod(step, steps_per_epoch)
+    return GlobalBatch(epoch, index * batch_size, min((index + 1) * batch_size, num_samples))
+
+
+def rank_span(count: int, rank: int, size: int) -> tuple[int, int]:
+    """[start, stop) of rank's share of `count` things: contiguous, in rank order, sizes differing by at most one."""
+    small, num_larger = divmod(count, size)
+    start = rank * small + min(rank, num_larger)
+    return start, start + small + (rank < num_larger)
+
+
+def rank_samples(batch: GlobalBatch, num_samples: int, seed: int, rank: int, size: int) -> Indices:
+    """The rows of the data set that `rank` of `size` trains on in `batch`; may be empty in an epoch's last batch."""
+    start, stop = rank_span(batch.num_samples, rank, size)
+    return shuffled(np.arange(batch.start + start, batch.start + stop), num_samples, seed, batch.epoch)
+
+
+def shuffled(positions: npt.NDArray[np.integer], num_samples: int, seed: int, epoch: int) -> Indices:
+    """Rows standing at `positions` of epoch `epoch`'s order: a keyed bijection of [0, num_samples).
+
+    A Feistel network on the grid Z_a x Z_b, a and b about sqrt(num_samples), with modular addition instead of
+    exclusive-or; the few points beyond num_samples walk on along their cycle (Black and Rogaway, "Ciphers with
+    Arbitrary Finite Domains", CT-RSA 2002).
+    """
+    a = max(1, int(np.ceil(np.sqrt(num_samples))))
+    b = -(-num_samples // a)
+    keys = _round_keys(seed, epoch)
+    points = _feistel(positions.astype(np.uint64), a, b, keys)
+    while (outside := points >= num_samples).any():
+        points[outside] = _feistel(points[outside], a, b, keys)
+    return points.astype(np.int64)
+
+
+@lru_cache(maxsize=8)
+def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
+    return tuple(np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64))
+
+
+def _feistel(points: npt.NDArray[np.uint64], a: int, b: int, keys: tuple[np.uint64, ...]) -> npt.NDArray[np.uint64]:
+    left, right = points // np.uint64(b), points % np.uint64(b)
+    for even, odd in zip(keys[::2], keys[1::2], strict=True):
+        left = (left + _mix(right ^ even) % np.uint64(a)) % np.uint64(a)
+        right = (right + _mix(left ^ odd) % np.uint64(b)) % np.uint64(b)
+    return left * np.uint64(b) + right
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): every input bit moves every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

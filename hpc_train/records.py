@@ -1,0 +1,280 @@
+"""The records the two halves share: what a training run writes down and what the analysis reads.
+
+Durations are nanoseconds of a rank's monotonic clock; `meta.json` holds what aligns the clocks of different ranks.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from pathlib import Path
+from time import perf_counter_ns
+from typing import IO, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hpc_train.errors import UserError
+
+SCHEMA = 1
+PHASES = ("data", "forward", "backward", "reduce", "optimizer", "other")
+TIMING_COLUMNS = ("step", "start_ns", "arrived_ns", *(f"{phase}_ns" for phase in PHASES), "num_samples", "warmup")
+METRIC_COLUMNS = ("step", "loss")
+ENERGY_COLUMNS = ("time_s", "domain", "joules", "quality", "source")
+
+# One row of timings/rank-NNNNN.csv, in the order of TIMING_COLUMNS; a plain tuple because it is made every step.
+StepRecord = tuple[int, ...]
+Quality = Literal["measured", "estimated", "missing"]
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+class BadRecord(UserError):
+    """A line that is no record, other than a last line cut short by a crash."""
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+class RecordFile:
+    """An append-only CSV file of integer records, written so that a killed process loses at most half a second.
+
+    `write` keeps rows and hands them to the operating system once `flush_s` have passed since it last did. The
+    rows' own time stamps (column `time_column`) serve as the clock, so writing reads none.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], time_column: int, flush_s: float = 0.5) -> None:
+        self._file: IO[str] = path.open("a", encoding="ascii")
+        if self._file.tell() == 0:
+            self._file.write(",".join(columns) + "\n")
+            self._file.flush()
+        self._line = ",".join(["%d"] * len(columns)) + "\n"
+        self._rows: list[StepRecord] = []
+        self._time_column = time_column
+        self._flush_ns = int(flush_s * 1e9)
+        self._due_ns = perf_counter_ns() + self._flush_ns
+
+    def write(self, row: StepRecord) -> None:
+        self._rows.append(row)
+        if row[self._time_column] > self._due_ns:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hands every row to the operating system: a later SIGKILL cannot take it back."""
+        line = self._line
+        self._file.write("".join([line % row for row in self._rows]))
+        self._file.flush()
+        self._rows.clear()
+        self._due_ns = perf_counter_ns() + self._flush_ns
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+
+def timing_log(path: Path) -> RecordFile:
+    """The log of one rank's steps. A step that began half a second ago is already on its way to the file."""
+    return RecordFile(path, TIMING_COLUMNS, TIMING_COLUMNS.index("start_ns"))
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one CSV file; `truncated` when its last line was cut short (and skipped)."""
+
+    rows: list[list[str]]
+    truncated: bool
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> Table:
+    """Rows of a CSV whose header begins with `columns`. Raises `BadRecord` naming path:line."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    body, _, tail = text.rpartition("\n")
+    lines = body.split("\n") if body else []
+    if not lines:
+        return Table([], truncated=True)
+    if lines[0].split(",")[: len(columns)] != list(columns):
+        raise BadRecord(f"{path}:1: the header is '{lines[0][:80]}'", f"Expected: {','.join(columns)}")
+    rows = [line.split(",") for line in lines[1:]]
+    width = len(lines[0].split(","))
+    for number, row in enumerate(rows, 2):
+        if len(row) != width:
+            raise _bad_line(path, number, lines[number - 1])
+    return Table(rows, truncated=bool(tail))
+
+
+def _bad_line(path: Path, number: int, line: str) -> BadRecord:
+    return BadRecord(f"{path}:{number}: no record: '{line[:80]}'", "Remove the line, or leave this run out of the report.")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """One rank's steps: `values` is int64 of shape (steps, len(TIMING_COLUMNS))."""
+
+    values: IntArray
+    truncated: bool
+
+    def __getitem__(self, column: str) -> IntArray:
+        return self.values[:, TIMING_COLUMNS.index(column)]
+
+    @property
+    def phases_ns(self) -> IntArray:
+        """Durations in ns, shape (steps, len(PHASES))."""
+        first = TIMING_COLUMNS.index("data_ns")
+        return self.values[:, first : first + len(PHASES)]
+
+
+def read_timings(path: Path) -> Timings:
+    """One rank's step records. Raises `BadRecord` naming path:line; a last line cut short is skipped and said."""
+    table = read_csv(path, TIMING_COLUMNS)
+    try:
+        values = np.array([row[: len(TIMING_COLUMNS)] for row in table.rows], dtype=np.int64)
+    except ValueError:
+        for number, row in enumerate(table.rows, 2):
+            if not all(cell.lstrip("-").isdecimal() for cell in row):
+                raise _bad_line(path, number, ",".join(row)) from None
+        raise
+    return Timings(values.reshape(-1, len(TIMING_COLUMNS)), table.truncated)
+
+
+def read_metrics(path: Path) -> tuple[list[int], list[float]]:
+    """(steps, losses) of metrics.csv."""
+    steps, losses = [], []
+    for number, row in enumerate(read_csv(path, METRIC_COLUMNS).rows, 2):
+        try:
+            steps.append(int(row[0]))
+            losses.append(float(row[1]))
+        except ValueError:
+            raise _bad_line(path, number, ",".join(row)) from None
+    return steps, losses
+
+
+# ---------------------------------------------------------------------------------------------- energy
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Joules of a run, or None where nothing was read. `quality` never mixes: one estimate makes the sum an estimate."""
+
+    joules: float | None = None
+    quality: Quality = "missing"
+    source: str = "no meter"
+
+
+def read_energy(path: Path) -> Energy:
+    """The energy of one host: each domain's last reading (readings are cumulative since the run began)."""
+    last: dict[str, tuple[float, str, str]] = {}
+    for number, row in enumerate(read_csv(path, ENERGY_COLUMNS).rows, 2):
+        try:
+            last[row[1]] = (float(row[2]), row[3], row[4])
+        except ValueError:
+            raise _bad_line(path, number, ",".join(row)) from None
+    return total_energy(Energy(joules, _quality(quality), source) for joules, quality, source in last.values())
+
+
+def _quality(text: str) -> Quality:
+    return "measured" if text == "measured" else "estimated" if text == "estimated" else "missing"
+
+
+def total_energy(parts: Iterable[Energy]) -> Energy:
+    """The sum over hosts or domains. Any missing part makes it missing, any estimated part an estimate."""
+    known = list(parts)
+    if not known or any(part.joules is None for part in known):
+        return Energy()
+    quality: Quality = "estimated" if any(part.quality == "estimated" for part in known) else "measured"
+    sources = sorted({part.source for part in known})
+    return Energy(sum(part.joules or 0.0 for part in known), quality, " + ".join(sources))
+
+
+# ---------------------------------------------------------------------------------------------- summary
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What one rank adds to a summary: per-step durations and its phase totals over steady (not warm-up) steps."""
+
+    step_ns: IntArray        # (steps,) whole duration of every steady step
+    phases_ns: IntArray      # (len(PHASES),) totals over the steady steps
+    num_samples: int         # trained by this rank, warm-up included
+    num_warmup: int
+
+
+def step_times(timings: Timings) -> StepTimes:
+    """Reduces one rank's records to what a summary needs."""
+    steady = timings["warmup"] == 0
+    phases = timings.phases_ns[steady]
+    return StepTimes(phases.sum(axis=1), phases.sum(axis=0), int(timings["num_samples"].sum()), int((~steady).sum()))
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run in one record (`summary.json`). Times are in seconds; None is what could not be known."""
+
+    name: str
+    size: int
+    num_hosts: int
+    num_steps: int
+    num_warmup: int
+    num_samples: int
+    global_batch: int
+    step_s: float | None                     # median over steady steps of the slowest rank's duration
+    step_low_s: float | None                 # 95% interval of that median
+    step_high_s: float | None
+    samples_per_s: float | None
+    phase_share: dict[str, float] = field(default_factory=dict)  # of all ranks' time in steady steps
+    joules: float | None = None
+    energy_quality: Quality = "missing"
+    energy_source: str = "no meter"
+    loss: float | None = None
+    test_accuracy: float | None = None
+    complete: bool = False
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        return json.dumps({k: v if not isinstance(v, float) or isfinite(v) else None for k, v in asdict(self).items()}, indent=2)
+
+
+def summarise(
+    *, name: str, size: int, num_hosts: int, global_batch: int, slowest_ns: IntArray, phases_ns: IntArray,
+    num_samples: int, num_warmup: int, energy: Energy, **rest: Any,
+) -> RunSummary:
+    """A run's summary from sums and maxima over ranks, so that ranks can reduce them and the analysis rebuild them.
+
+    slowest_ns: (steady steps,) the longest duration of each step over ranks. phases_ns: (len(PHASES),) sums over
+    ranks and steady steps. num_samples: of all ranks and steps.
+    """
+    low, middle, high = median_interval(slowest_ns / 1e9)
+    total = int(phases_ns.sum())
+    return RunSummary(
+        name=name, size=size, num_hosts=num_hosts, num_steps=len(slowest_ns) + num_warmup, num_warmup=num_warmup,
+        num_samples=num_samples, global_batch=global_batch, step_s=middle, step_low_s=low, step_high_s=high,
+        samples_per_s=global_batch / middle if middle else None,
+        phase_share={phase: int(spent) / total for phase, spent in zip(PHASES, phases_ns, strict=True)} if total else {},
+        joules=energy.joules, energy_quality=energy.quality, energy_source=energy.source, **rest,
+    )
+
+
+def median_interval(values: FloatArray, num_resamples: int = 1000, num_blocks: int = 50) -> tuple[float | None, ...]:
+    """(low, median, high): the median and its 95% bootstrap interval; Nones for no values, no interval under 2.
+
+    Neighbouring steps resemble each other, so whole blocks of consecutive steps are drawn rather than single ones
+    (moving-block bootstrap, Künsch, Annals of Statistics 1989, here with disjoint blocks); each block stands for
+    itself by its median. Deterministic: the generator is seeded.
+    """
+    if len(values) == 0:
+        return None, None, None
+    middle = statistics.median(values.tolist())
+    if len(values) < 2:
+        return None, middle, None
+    medians = block_medians(values, num_blocks)
+    draws = np.random.default_rng(0).integers(0, len(medians), (num_resamples, len(medians)))
+    low, high = np.quantile(np.median(medians[draws], axis=1), [0.025, 0.975])
+    return float(min(low, middle)), middle, float(max(high, middle))
+
+
+def block_medians(values: FloatArray, num_blocks: int = 50) -> FloatArray:
+    """Medians of at most `num_blocks` blocks of consecutive values."""
+    return np.array([np.median(block) for block in np.array_split(values, min(num_blocks, len(values)))])

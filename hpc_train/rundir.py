@@ -1,0 +1,107 @@
+"""Every path inside a run directory, and the only way a file comes to have its final name: whole."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from hpc_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run: `runs/<name>/<utc-stamp>-np<N>[-job<ID>]/`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def meta(self) -> Path:
+        return self.path / "meta.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def timings_dir(self) -> Path:
+        return self.path / "timings"
+
+    @property
+    def energy_dir(self) -> Path:
+        return self.path / "energy"
+
+    def timings(self, rank: int) -> Path:
+        return self.timings_dir / f"rank-{rank:05d}.csv"
+
+    def energy(self, host: str) -> Path:
+        return self.energy_dir / f"{host}.csv"
+
+
+def create(root: Path, name: str, size: int, now: datetime, job: str | None = None) -> RunDir:
+    """Makes a new run directory below `root`; a second run within the same second gets a suffix."""
+    stem = f"{now:%Y%m%dT%H%M%SZ}-np{size}" + (f"-job{job}" if job else "")
+    parent = root / name
+    for attempt in range(100):
+        run = RunDir(parent / (stem if attempt == 0 else f"{stem}.{attempt}"))
+        try:
+            run.path.mkdir(parents=True)
+        except FileExistsError:
+            if not parent.is_dir():
+                raise UserError(f"run.root = '{root}': {parent} is not a directory", "Set run.root elsewhere.") from None
+            continue
+        except OSError as error:
+            raise UserError(
+                f"run.root = '{root}': cannot make {run.path}: {error.strerror}", "Set run.root to a folder you may write."
+            ) from None
+        run.timings_dir.mkdir()
+        run.energy_dir.mkdir()
+        return run
+    raise AssertionError(f"a hundred runs in one second under {parent}")
+
+
+def is_run(path: Path) -> bool:
+    return (path / "meta.json").is_file() and (path / "timings").is_dir()
+
+
+def find(paths: list[Path]) -> list[RunDir]:
+    """The run directories at or below `paths`, each once, sorted. Raises `UserError` for a path with none."""
+    found: dict[Path, RunDir] = {}
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist", "Name run directories, or a folder that holds some: runs/")
+        below = [path] if is_run(path) else sorted(meta.parent for meta in path.rglob("meta.json") if is_run(meta.parent))
+        if not below:
+            raise UserError(f"{path} holds no run directory", "A run directory has a meta.json and a folder timings/.")
+        found.update({run.resolve(): RunDir(run) for run in below})
+    return list(found.values())
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file that is never seen half-written: temporary name, flush, sync, rename."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
