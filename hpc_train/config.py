@@ -122,6 +122,15 @@ def as_dict(config: Config) -> dict[str, Any]:
     return config.model_dump(exclude_none=True)
 
 
+def comparable(config: Config) -> dict[str, Any]:
+    """The dotted keys that decide how long a step takes and what it computes: runs are compared where these agree."""
+    told_apart = {"name", "train.log_every", "train.steps"}
+    return {
+        key: value for key, value in flatten(as_dict(config)).items()
+        if key not in told_apart and not key.startswith(("run.", "energy."))
+    }
+
+
 def dumps(loaded: Loaded) -> str:
     """The resolved configuration as TOML that `load` reads back, each key with where its value came from."""
     tree = as_dict(loaded.config)

@@ -4,8 +4,11 @@
 class UserError(Exception):
     """A mistake the user can mend: what is wrong (the key or file, its value) and the remedy.
 
-    Only `cli.py` turns it into a message and exit code 2.
+    Only `cli.py` turns it into a message and exit code 2. `joint` says that every rank raises it, so that none
+    need be aborted and one rank's message is enough.
     """
+
+    joint = False
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(what, remedy)

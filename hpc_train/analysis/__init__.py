@@ -1,0 +1,1 @@
+"""What runs anywhere afterwards: needs only the base install."""

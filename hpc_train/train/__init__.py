@@ -1,0 +1,1 @@
+"""What runs on compute nodes: needs MPI, torch, Horovod and parallel HDF5."""

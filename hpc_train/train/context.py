@@ -1,0 +1,260 @@
+"""Opens and closes MPI, and ends the whole job when one rank fails. The only module that imports mpi4py.
+
+Two kinds of failure meet here. One that every rank knows of (raised by `on_root` or `on_all`) unwinds every rank in
+order: nothing hangs, and one rank tells the user. One that a single rank meets cannot be waited for by the others:
+that rank says what happened and aborts the job.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter_ns
+from types import FrameType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from hpc_train.errors import UserError
+from hpc_train.world import World, launched_local_size, launched_size
+
+T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
+_PING_PONGS = 20
+
+
+class JointFailure(Exception):
+    """Every rank raises it for a fault that some rank met; that rank's own exception carries the words."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """The ranks of this job. `comm` is None where there is no MPI (one process, strategy `local`)."""
+
+    world: World
+    comm: Any = None
+
+    def on_root(self, fn: Callable[[], T]) -> T:
+        """Collective. Runs `fn` on the root; every rank returns its value, or raises its exception.
+
+        A UserError is raised alike on every rank. Any other exception is raised on the root, and as `JointFailure`
+        on the others.
+        """
+        if self.comm is None:
+            return fn()
+        value, error = _attempt(fn) if self.world.is_root else (None, None)
+        value, shared = self.comm.bcast((value, _shared(error, 0)), root=0)
+        if shared is not None:
+            raise joint(error or shared)
+        return value  # type: ignore[return-value]
+
+    def on_all(self, fn: Callable[[], T]) -> T:
+        """Collective. Runs `fn` on every rank; where any fails, every rank raises what the lowest such rank met."""
+        if self.comm is None:
+            return fn()
+        value, error = _attempt(fn)
+        faults = [fault for fault in self.comm.allgather(_shared(error, self.world.rank)) if fault is not None]
+        if not faults:
+            return value  # type: ignore[return-value]
+        raise joint(error if error is not None and not isinstance(error, UserError) else faults[0])
+
+    def gather(self, value: T) -> list[T]:
+        """Collective. Every rank's value, in rank order, on the root; an empty list on the others."""
+        return [value] if self.comm is None else self.comm.gather(value, root=0) or []
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Collective. The element-wise sum over ranks, on every rank."""
+        if self.comm is None:
+            return values
+        total = np.empty_like(values)
+        self.comm.Allreduce(np.ascontiguousarray(values), total)
+        return total
+
+    def max(self, values: np.ndarray) -> np.ndarray:
+        """Collective. The element-wise maximum over ranks, on every rank."""
+        if self.comm is None:
+            return values
+        from mpi4py import MPI
+
+        most = np.empty_like(values)
+        self.comm.Allreduce(np.ascontiguousarray(values), most, op=MPI.MAX)
+        return most
+
+    def barrier(self) -> None:
+        """Collective."""
+        if self.comm is not None:
+            self.comm.Barrier()
+
+
+def _attempt(fn: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return fn(), None
+    except Exception as error:  # noqa: BLE001  every rank must hear of it before it is raised again
+        return None, error
+
+
+def _shared(error: Exception | None, rank: int) -> Exception | None:
+    """What other ranks raise for `error`: exceptions of others may not travel through pickle."""
+    if error is None or type(error) is UserError:
+        return error
+    return JointFailure(f"rank {rank}: {type(error).__name__}: {error}")
+
+
+# ------------------------------------------------------------------------------------- opening and closing
+
+
+@contextmanager
+def open_context(use_mpi: bool) -> Iterator[Context]:
+    """Collective. The ranks of this job; on a failure of this rank alone the whole job is ended.
+
+    A UserError or JointFailure raised on every rank passes through for `cli.py` to report.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    if not use_mpi:
+        os.environ["MPI4PY_RC_INITIALIZE"] = "0"  # an h5py built with MPI imports mpi4py, which would start MPI
+        yield Context(World(host=socket.gethostname()))
+        return
+    context = _start_mpi()
+    try:
+        yield context
+    except BaseException as error:  # a KeyboardInterrupt on one rank must end the others too
+        known_to_all = isinstance(error, JointFailure) or (isinstance(error, UserError) and error.joint)
+        if context.world.size == 1 or known_to_all:
+            raise
+        _abort(context, error)
+
+
+def joint(error: E) -> E:
+    """Marks a UserError that every rank raises, from the same facts: it needs no abort."""
+    if isinstance(error, UserError):
+        error.joint = True
+    return error
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _abort(context: Context, error: BaseException) -> None:
+    """Says which rank failed and ends every rank at once; waiting for the others could hang for ever."""
+    world = context.world
+    code = 1
+    if isinstance(error, UserError):
+        text, code = f"{error}\n", 2
+    elif isinstance(error, SystemExit):
+        text, code = f"ended with exit code {error.code}\n", error.code if isinstance(error.code, int) else 1
+    else:
+        text = "".join(traceback.format_exception(error))
+    head = f"hpc-train: rank {world.rank} on {world.host}: "
+    sys.stdout.flush()
+    sys.stderr.write(head + text.replace("\n", f"\n[rank {world.rank}] ", text.count("\n") - 1))
+    sys.stderr.flush()
+    context.comm.Abort(code or 1)
+
+
+def _start_mpi() -> Context:
+    cores = len(os.sched_getaffinity(0))
+    if (launched_local_size() or 1) > max(cores, os.cpu_count() or 1):
+        # More ranks than cores: a rank that waits must give its core away (8 bytes on 4 ranks: 37 ms, yielding 0.5).
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise UserError(
+            f"mpi4py cannot be loaded: {error}",
+            "Run `make install`, load the MPI module it was built with, or train in one process: --set reduce.strategy=local",
+        ) from None
+    comm = MPI.COMM_WORLD
+    expected = launched_size()
+    if expected is not None and expected != comm.size:
+        raise UserError(
+            f"the launcher started {expected} ranks, but {MPI.Get_library_version().split(',')[0].strip()} "
+            f"({library_of(MPI.__file__)}) sees {comm.size}",
+            "The mpirun or srun on PATH belongs to another MPI: use the one hpc-train was installed with "
+            "(under Slurm with Open MPI: srun --mpi=pmix).",
+        )
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    world = World(comm.rank, comm.size, node.rank, node.size, socket.gethostname())
+    node.Free()
+    return Context(world, comm)
+
+
+# ------------------------------------------------------------------------------------- what others ask of MPI
+
+
+class _SymbolInfo(ctypes.Structure):
+    _fields_ = (
+        ("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("symbol", ctypes.c_char_p), ("address", ctypes.c_void_p),
+    )
+
+
+def library_of(extension: str) -> str:
+    """Path of the MPI library that a compiled Python module calls: where its own MPI_Init lies."""
+    function = ctypes.cast(ctypes.CDLL(extension).MPI_Init, ctypes.c_void_p)
+    info = _SymbolInfo()
+    found = ctypes.CDLL(None).dladdr(function, ctypes.byref(info))
+    assert found and info.file, f"no symbol information for MPI_Init in {extension}"
+    return os.path.realpath(os.fsdecode(info.file))
+
+
+def require_one_mpi(name: str, extension: str) -> None:
+    """Raises a UserError naming both libraries unless `extension` (of package `name`) calls mpi4py's MPI."""
+    from mpi4py import MPI
+
+    ours, theirs = library_of(MPI.__file__), library_of(extension)
+    if ours != theirs:
+        raise joint(UserError(
+            f"two MPIs in one process: mpi4py calls {ours}, {name} calls {theirs}",
+            f"Build both against one: rm -r .venv && make install MPICC=/path/to/mpicc, and run with that MPI's mpirun.",
+        ))
+
+
+def mpi_version() -> dict[str, str]:
+    """The MPI library's name, version and path; empty where MPI was not started."""
+    from mpi4py import MPI
+
+    return {"version": MPI.Get_library_version().splitlines()[0].strip(" \0"), "library": library_of(MPI.__file__)}
+
+
+def clock_offsets_ns(context: Context) -> list[int]:
+    """Collective. On the root: each rank's monotonic clock minus the root's, in ns (empty elsewhere).
+
+    Ping-pong with each rank in turn; the exchange with the shortest round trip tells best (Cristian, "Probabilistic
+    clock synchronization", Distributed Computing 1989): its error is at most half that round trip.
+    """
+    comm, world = context.comm, context.world
+    if comm is None:
+        return [0]
+    stamp = np.empty(1, dtype=np.int64)
+    if not world.is_root:
+        for _ in range(_PING_PONGS):
+            comm.Recv(stamp, source=0)
+            stamp[0] = perf_counter_ns()
+            comm.Send(stamp, dest=0)
+        return []
+    offsets = [0]
+    for rank in range(1, world.size):
+        trips = []
+        for _ in range(_PING_PONGS):
+            sent = perf_counter_ns()
+            comm.Send(stamp, dest=rank)
+            comm.Recv(stamp, source=rank)
+            received = perf_counter_ns()
+            trips.append((received - sent, int(stamp[0]) - (sent + received) // 2))
+        offsets.append(min(trips)[1])
+    return offsets
+
+
+def open_parallel_file(path: Path, context: Context, open_file: Callable[..., T]) -> T:
+    """Collective. Opens `path` for writing by all ranks: `open_file` is h5py.File, which then uses MPI-IO."""
+    if context.comm is None:
+        return open_file(path, "w")
+    from mpi4py import MPI
+
+    return open_file(path, "w", driver="mpio", comm=context.comm, info=MPI.INFO_NULL)
