@@ -33,6 +33,7 @@ class Data(_Section):
 class Task(_Section):
     kind: str = "classification"             # or "mypackage.mytask:MyTask"
     model: str = "softmax"
+    num_classes: Count | None = None         # one more than the largest label
     options: dict[str, Option] = {}          # passed to the model as keyword arguments
 
 

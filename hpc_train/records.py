@@ -132,12 +132,19 @@ def read_timings(path: Path) -> Timings:
     table = read_csv(path, TIMING_COLUMNS)
     try:
         values = np.array([row[: len(TIMING_COLUMNS)] for row in table.rows], dtype=np.int64)
-    except ValueError:
-        for number, row in enumerate(table.rows, 2):
-            if not all(cell.lstrip("-").isdecimal() for cell in row):
-                raise _bad_line(path, number, ",".join(row)) from None
-        raise
+    except (ValueError, OverflowError):
+        number = next(number for number, row in enumerate(table.rows, 2) if not _fits(row[: len(TIMING_COLUMNS)]))
+        raise _bad_line(path, number, ",".join(table.rows[number - 2])) from None
     return Timings(values.reshape(-1, len(TIMING_COLUMNS)), table.truncated)
+
+
+def _fits(row: list[str]) -> bool:
+    """Whether every cell is an integer of 64 bits."""
+    try:
+        np.array(row, dtype=np.int64)
+    except (ValueError, OverflowError):
+        return False
+    return True
 
 
 def read_metrics(path: Path) -> tuple[list[int], list[float]]:
@@ -163,16 +170,25 @@ class Energy:
     quality: Quality = "missing"
     source: str = "no meter"
 
+    def __str__(self) -> str:
+        if self.joules is None:
+            return f"energy {self.quality} ({self.source})"
+        return f"{self.joules:,.4g} J {self.quality} ({self.source})"
+
 
 def read_energy(path: Path) -> Energy:
     """The energy of one host: each domain's last reading (readings are cumulative since the run began)."""
-    last: dict[str, tuple[float, str, str]] = {}
+    last: dict[str, Energy] = {}
     for number, row in enumerate(read_csv(path, ENERGY_COLUMNS).rows, 2):
+        quality = _quality(row[3])
         try:
-            last[row[1]] = (float(row[2]), row[3], row[4])
+            joules = None if quality == "missing" else float(row[2])
         except ValueError:
             raise _bad_line(path, number, ",".join(row)) from None
-    return total_energy(Energy(joules, _quality(quality), source) for joules, quality, source in last.values())
+        if joules is not None and not isfinite(joules):
+            raise _bad_line(path, number, ",".join(row))
+        last[row[1]] = Energy(joules, quality, row[4])
+    return total_energy(last.values())
 
 
 def _quality(text: str) -> Quality:
@@ -182,7 +198,7 @@ def _quality(text: str) -> Quality:
 def total_energy(parts: Iterable[Energy]) -> Energy:
     """The sum over hosts or domains. Any missing part makes it missing, any estimated part an estimate."""
     known = list(parts)
-    if not known or any(part.joules is None for part in known):
+    if not known or any(part.joules is None or part.quality == "missing" for part in known):
         return Energy()
     quality: Quality = "estimated" if any(part.quality == "estimated" for part in known) else "measured"
     sources = sorted({part.source for part in known})

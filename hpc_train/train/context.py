@@ -86,6 +86,16 @@ class Context:
         self.comm.Allreduce(np.ascontiguousarray(values), most, op=MPI.MAX)
         return most
 
+    def sum_array(self, array: np.ndarray) -> None:
+        """Collective. Replaces `array` by its sum over ranks."""
+        from mpi4py import MPI
+
+        self.comm.Allreduce(MPI.IN_PLACE, array)
+
+    def broadcast_array(self, array: np.ndarray) -> None:
+        """Collective. Replaces `array` by the root's."""
+        self.comm.Bcast(array, root=0)
+
     def barrier(self) -> None:
         """Collective."""
         if self.comm is not None:

@@ -1,0 +1,294 @@
+"""How well did it scale? Runs that may be compared, as rows of growing size against a baseline."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from hpc_train import config
+from hpc_train.analysis.load import Run, section
+from hpc_train.records import PHASES, Energy, FloatArray, block_medians, median_interval, total_energy
+
+NUM_RESAMPLES = 1000
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """All runs of one size: repeats are pooled, an incomplete run only with its like. None is unknown."""
+
+    size: int
+    runs: tuple[Run, ...]
+    incomplete: bool
+    step_s: float | None                     # median over the steady steps of all runs, slowest rank
+    step_interval_s: Interval | None         # 95%
+    samples_per_s: float | None              # global batch / median step
+    phase_share: dict[str, float]            # of all ranks' time in steady steps; sums to 1
+    phase_s: dict[str, float]                # mean per step and rank, warm-up excluded
+    energy: Energy                           # mean per run
+    joules_per_sample: float | None          # whole run over all its samples, warm-up included
+    speedup: float | None = None             # samples/s relative to the group's baseline
+    speedup_interval: Interval | None = None  # 95%
+    efficiency: float | None = None          # speedup * baseline size / size
+    is_baseline: bool = False
+
+    @property
+    def global_batch(self) -> int:
+        return self.runs[0].summary.global_batch
+
+    @property
+    def loss(self) -> float | None:
+        """The last training loss, mean over runs."""
+        return _mean([run.summary.loss for run in self.runs])
+
+    @property
+    def test_accuracy(self) -> float | None:
+        return _mean([run.summary.test_accuracy for run in self.runs])
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs of one job that differ in size alone. Without a baseline there is no speedup."""
+
+    label: str
+    keys: dict[str, Any]                     # config.comparable
+    weak: bool
+    rows: tuple[Row, ...]                    # by size; an incomplete row after the complete one of its size
+    baseline: Row | None
+    notes: tuple[str, ...]
+
+    @property
+    def largest(self) -> Row | None:
+        """The largest complete row with a speedup."""
+        known = [row for row in self.rows if row.speedup is not None and not row.is_baseline]
+        return max((row for row in known if not row.incomplete), key=lambda row: row.size, default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """All groups, those with a speedup first, and what must be known to read them."""
+
+    groups: tuple[Group, ...]
+    notes: tuple[str, ...]
+
+
+def compare(runs: Sequence[Run]) -> Scaling:
+    """Groups runs whose configurations agree (`config.comparable`) and compares the sizes within each group."""
+    by_key: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_key[json.dumps(config.comparable(run.config), sort_keys=True)].append(run)
+    members = list(by_key.values())
+    keys = [config.comparable(group[0].config) for group in members]
+    labels = _labels(members, keys)
+    groups = [_group(label, key, group) for label, key, group in zip(labels, keys, members, strict=True)]
+    groups.sort(key=lambda group: (-sum(row.speedup is not None for row in group.rows), group.label))
+    return Scaling(tuple(groups), tuple(_between_groups(groups)))
+
+
+def num_ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
+
+
+def _group(label: str, keys: dict[str, Any], runs: list[Run]) -> Group:
+    by_size: dict[tuple[int, bool], list[Run]] = defaultdict(list)
+    for run in runs:
+        by_size[run.size, run.incomplete is not None].append(run)
+    rows = [_row(size, tuple(by_size[size, cut]), cut) for size, cut in sorted(by_size)]
+    timed = [row for row in rows if row.step_s]
+    baseline = next((row for row in timed if not row.incomplete), None)
+    if baseline is not None and all(row.size == baseline.size for row in timed):
+        baseline = None
+    if baseline is not None:
+        rows = [_compared(row, baseline) for row in rows]
+        baseline = next(row for row in rows if row.is_baseline)
+    weak = runs[0].config.train.batch_per_rank is not None
+    return Group(label, keys, weak, tuple(rows), baseline, tuple(_within_group(rows, baseline, runs)))
+
+
+def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
+    low, middle, high = _pooled_median(runs)
+    phases = np.sum([run.phases_s for run in runs], axis=0)
+    num_steps = sum(len(run.step_s) for run in runs)
+    total = float(phases.sum())
+    energy = total_energy(Energy(s.joules, s.energy_quality, s.energy_source) for s in (r.summary for r in runs))
+    num_samples = sum(run.summary.num_samples for run in runs)
+    whole = energy.joules
+    return Row(
+        size, runs, incomplete, middle, (low, high) if low is not None and high is not None else None,
+        samples_per_s=runs[0].summary.global_batch / middle if middle else None,
+        phase_share={name: float(s) / total for name, s in zip(PHASES, phases, strict=True)} if total else {},
+        phase_s={name: float(s) / (num_steps * size) for name, s in zip(PHASES, phases, strict=True)} if total else {},
+        energy=Energy(whole / len(runs) if whole is not None else None, energy.quality, energy.source),
+        joules_per_sample=whole / num_samples if whole is not None and num_samples else None,
+    )
+
+
+def _pooled_median(runs: tuple[Run, ...]) -> tuple[float | None, float | None, float | None]:
+    """(low, median, high) of the step times of all runs; one run's are its own summary's."""
+    pooled = np.concatenate([run.step_s for run in runs])
+    low, middle, high = median_interval(pooled)
+    if len(runs) > 1 and middle is not None and len(pooled) > 1:
+        low, high = _quantiles(resampled_medians(runs, seed=0), middle)
+    return low, middle, high
+
+
+def resampled_medians(runs: Sequence[Run], seed: int) -> FloatArray:
+    """(NUM_RESAMPLES,) bootstrap medians of the step time in seconds, from a seeded generator.
+
+    Blocks of consecutive steps are drawn with replacement, as in `records.median_interval`. Of several runs, whole
+    runs are drawn first, so that differences between runs widen the interval as they should (two-stage bootstrap,
+    Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8).
+    """
+    blocks = [block_medians(run.step_s) for run in runs if len(run.step_s)]
+    generator = np.random.default_rng(seed)
+    if len(blocks) == 1:
+        only = blocks[0]
+        medians: FloatArray = np.median(only[generator.integers(0, len(only), (NUM_RESAMPLES, len(only)))], axis=1)
+        return medians
+    medians = np.empty(NUM_RESAMPLES)
+    for resample in range(NUM_RESAMPLES):
+        chosen = [blocks[index] for index in generator.integers(0, len(blocks), len(blocks))]
+        medians[resample] = np.median(np.concatenate([run[generator.integers(0, len(run), len(run))] for run in chosen]))
+    return medians
+
+
+def _compared(row: Row, baseline: Row) -> Row:
+    """The row with its speedup S and parallel efficiency E against the baseline of s ranks.
+
+    Strong scaling (the same global batch): S = T_s / T_p and E = S * s / p, the relative speedup and efficiency of
+    Amdahl (AFIPS 1967) and Eager, Zahorjan and Lazowska (IEEE Trans. Computers 38(3), 1989). Weak scaling (the same
+    batch per rank): the ratio of samples per second, the scaled speedup of Gustafson (CACM 31(5), 1988); E is then
+    T_s / T_p. Both are the ratio of throughputs, which is how S is computed here.
+
+    The 95% interval is the bootstrap's: medians of both are drawn independently (see `resampled_medians`).
+    """
+    if row is baseline:
+        return _with(row, 1.0, None, 1.0, is_baseline=True)
+    if not row.step_s or not baseline.step_s:
+        return row
+    work = row.global_batch / baseline.global_batch
+    speedup = work * baseline.step_s / row.step_s
+    interval = None
+    if row.step_interval_s is not None and baseline.step_interval_s is not None:
+        # Seeds by size: equal ones would draw the same blocks of both and hide part of the noise.
+        ratios = resampled_medians(baseline.runs, 2 * baseline.size) / resampled_medians(row.runs, 2 * row.size + 1)
+        interval = _quantiles(work * ratios, speedup)
+    return _with(row, speedup, interval, speedup * baseline.size / row.size)
+
+
+def _with(row: Row, speedup: float, interval: Interval | None, efficiency: float, is_baseline: bool = False) -> Row:
+    fields = {**vars(row), "speedup": speedup, "speedup_interval": interval, "efficiency": efficiency}
+    return Row(**{**fields, "is_baseline": is_baseline})
+
+
+def _quantiles(draws: FloatArray, middle: float) -> Interval:
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return min(float(low), middle), max(float(high), middle)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+# ---------------------------------------------------------------------------------------------- notes
+
+
+def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> list[str]:
+    notes = []
+    if baseline is None:
+        sizes = " and ".join(num_ranks(size) for size in sorted({row.size for row in rows}))
+        kind = "complete runs" if any(not row.incomplete for row in rows) else "no complete run"
+        notes.append(f"No baseline: {kind} of {sizes} only. A speedup needs complete steady steps of two sizes.")
+    elif baseline.size != 1:
+        notes.append(
+            f"The baseline is {num_ranks(baseline.size)}, not 1 rank: speedup and efficiency are relative to it."
+        )
+    notes += [f"Incomplete: {run.label} ({num_ranks(run.size)}): {run.incomplete}." for run in runs if run.incomplete]
+    notes += [
+        f"{run.label}: no steady step, all of its {run.summary.num_steps} steps are warm-up."
+        for run in runs if not len(run.step_s) and not run.incomplete
+    ]
+    for row in rows:
+        hosts = sorted({run.summary.num_hosts for run in row.runs})
+        if len(hosts) > 1:
+            notes.append(f"{num_ranks(row.size)}: runs on {' and '.join(map(str, hosts))} hosts are pooled.")
+    return notes + mismatches(runs)
+
+
+def mismatches(runs: Sequence[Run]) -> list[str]:
+    """What differs between runs apart from their size: each fact with its values and where they were seen."""
+    facts = [_facts(run) for run in runs]
+    notes = []
+    for name in dict.fromkeys(name for fact in facts for name in fact):
+        seen: dict[str, set[int]] = defaultdict(set)
+        for run, fact in zip(runs, facts, strict=True):
+            seen[fact.get(name, "unknown")].add(run.size)
+        if len(seen) > 1:
+            values = [f"{value} ({_sizes(sizes)})" for value, sizes in sorted(seen.items(), key=lambda i: min(i[1]))]
+            notes.append(f"Not alike: {name}: {'; '.join(values)}.")
+    return notes
+
+
+def _sizes(sizes: set[int]) -> str:
+    *most, last = sorted(sizes)
+    return f"{', '.join(map(str, most))} and {num_ranks(last)}" if most else num_ranks(last)
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """What a step's duration hangs on besides the configuration and the number of ranks."""
+    meta = run.meta
+    git = section(meta, "git")
+    modified = " with uncommitted changes" if git.get("dirty") else ""
+    ranks = meta.get("ranks")
+    threads = {str(rank.get("threads")) for rank in ranks if isinstance(rank, dict)} if isinstance(ranks, list) else set()
+    return {
+        **{f"version of {name}": str(value) for name, value in section(meta, "versions").items()},
+        "MPI": str(section(meta, "mpi").get("version", "unknown")).splitlines()[0],
+        "CPU": str(meta.get("cpu_model", "unknown")),
+        "threads per rank": "/".join(sorted(threads)) or "unknown",
+        "training samples": str(meta.get("num_train_samples", "unknown")),
+        "parameters": str(meta.get("num_parameters", "unknown")),
+        "hpc-train": str(meta.get("hpc_train", "unknown")),
+        "git commit": f"{str(git['commit'])[:12]}{modified}" if "commit" in git else "unknown",
+    }
+
+
+# ---------------------------------------------------------------------------------------------- between groups
+
+
+def _differing(keys: Sequence[dict[str, Any]]) -> list[str]:
+    every = dict.fromkeys(key for group in keys for key in group)
+    return [key for key in every if len({json.dumps(group.get(key)) for group in keys}) > 1]
+
+
+def _setting(keys: dict[str, Any], key: str) -> str:
+    return f"{key} = {keys[key]}" if key in keys else f"{key} unset"
+
+
+def _labels(members: list[list[Run]], keys: list[dict[str, Any]]) -> list[str]:
+    """A name for each group: its jobs' names, and what sets it apart from groups of the same name."""
+    names = [" + ".join(dict.fromkeys(run.config.name for run in group)) for group in members]
+    labels = []
+    for name, key in zip(names, keys, strict=True):
+        twins = [other for twin, other in zip(names, keys, strict=True) if twin == name]
+        apart = [_setting(key, differing) for differing in _differing(twins)]
+        labels.append(f"{name} ({', '.join(apart)})" if apart else name)
+    return labels
+
+
+def _between_groups(groups: list[Group]) -> list[str]:
+    """Which configuration keys keep the groups apart, and which runs are left without a comparison."""
+    notes = []
+    if len(groups) > 1:
+        for key in _differing([group.keys for group in groups]):
+            values = " | ".join(dict.fromkeys(str(group.keys.get(key, "unset")) for group in groups))
+            notes.append(f"Not compared across groups, {key} differs: {values}.")
+    alone = [run.label for group in groups if group.baseline is None for row in group.rows for run in row.runs]
+    if alone:
+        notes.append(f"Left without a comparison: {', '.join(alone)}.")
+    return notes

@@ -1,0 +1,147 @@
+"""The command line. Each command imports its half inside, so that reports never touch MPI or torch."""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import click
+
+from hpc_train import __version__
+from hpc_train.config import dumps, load
+from hpc_train.errors import UserError
+from hpc_train.world import launched_rank
+
+_SHIPPED = Path(__file__).parent / "shipped"  # configs/ and slurm/ inside an installed wheel
+
+_overrides = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key, e.g. --set train.steps=200 (repeatable)."
+)
+
+
+class _Group(click.Group):
+    """Commands in the order they are used, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hpc-train")
+def cli() -> None:
+    """Train PyTorch models on MPI ranks, and learn where every second and joule went.
+
+    \b
+    Example:
+      hpc-train prepare mnist-5k data/mnist-5k.h5
+      mpirun -n 2 hpc-train train configs/softmax-mnist.toml
+      hpc-train report runs/softmax-mnist
+    """
+
+
+@cli.command()
+@click.argument("dataset", type=click.Choice(["mnist-5k", "fashion-mnist", "mnist"]))
+@click.argument("output", type=click.Path(path_type=Path, dir_okay=True))
+@click.option("--from", "origin", type=click.Path(path_type=Path, exists=False), help="Folder or file the data comes from.")
+@click.option("--overwrite", is_flag=True, help="Make the output again if it exists.")
+def prepare(dataset: str, output: Path, origin: Path | None, overwrite: bool) -> None:
+    """Write a data set to HDF5, on one rank or in parallel under mpirun.
+
+    \b
+    Example: mpirun -n 2 hpc-train prepare fashion-mnist data/fashion-mnist.h5
+    """
+    from hpc_train.train.context import open_context
+
+    with open_context(use_mpi=launched_rank() is not None) as context:
+        from hpc_train.train.prepare import prepare as write
+
+        write(dataset, origin, output, context, overwrite)
+
+
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@_overrides
+def train(config: Path, overrides: tuple[str, ...]) -> None:
+    """Train as CONFIG says; start it with mpirun or srun.
+
+    \b
+    Example: mpirun -n 2 hpc-train train configs/mlp-mnist.toml --set train.steps=500
+    """
+    from hpc_train.train.context import open_context
+
+    launched = launched_rank() is not None
+    alone = None if launched else load(_job_file(config), overrides)
+    with open_context(use_mpi=launched or (alone is not None and alone.config.reduce.strategy != "local")) as context:
+        loaded = alone or context.on_root(lambda: load(_job_file(config), overrides))
+        from hpc_train.train.trainer import train as run
+
+        run(loaded, context)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for report.html, scaling.csv and summary.json.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
+def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
+    """Speedup, efficiency and energy of RUNS (run directories, or folders of them).
+
+    \b
+    Example: hpc-train report runs/softmax-mnist
+    """
+    from rich.console import Console
+
+    from hpc_train.analysis.report import default_output, make_report
+
+    made = make_report(list(runs))
+    page = made.write(output or default_output(list(runs)))
+    if as_json:
+        click.echo(json.dumps(made.to_dict(), indent=2))
+        return
+    made.print(Console())
+    click.echo(f"Report: {page}")
+
+
+@cli.group(cls=_Group)
+def config() -> None:
+    """Look at job files."""
+
+
+@config.command("show")
+@click.argument("config", type=click.Path(path_type=Path))
+@_overrides
+def show(config: Path, overrides: tuple[str, ...]) -> None:
+    """Print CONFIG as resolved: every key, and where its value came from.
+
+    \b
+    Example: hpc-train config show configs/softmax-mnist.toml --set train.lr=0.1
+    """
+    click.echo(dumps(load(_job_file(config), overrides)), nl=False)
+
+
+def _job_file(path: Path) -> Path:
+    """`path`, or the job of that name that travels inside the package: configs/softmax-mnist.toml works anywhere."""
+    shipped = _SHIPPED / "configs" / path.name
+    return shipped if not path.exists() and path.parent.name in ("", "configs") and shipped.is_file() else path
+
+
+def main() -> None:
+    """The console script: a user's mistake is one message on one rank and exit code 2, never a traceback."""
+    speaks = (launched_rank() or 0) == 0
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except UserError as error:
+        _end(f"hpc-train: {error}" if speaks else "", 2)
+    except click.ClickException as error:
+        if speaks:
+            error.show()
+        _end("", 2)
+    except (click.Abort, KeyboardInterrupt):
+        _end("hpc-train: interrupted" if speaks else "", 130)
+    except Exception as error:  # noqa: BLE001  our own bug: said whole, and no other rank repeats it
+        _end("" if type(error).__name__ == "JointFailure" else traceback.format_exc(), 1)
+
+
+def _end(message: str, code: int) -> None:
+    if message:
+        click.echo(message, err=True)
+    sys.exit(code)

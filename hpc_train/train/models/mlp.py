@@ -1,0 +1,29 @@
+"""Multi-layer perceptron."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
+
+import torch
+from torch import nn
+
+
+class Mlp(nn.Module):
+    """Linear layers of `hidden` units with ReLU between them; He initialisation (He et al., ICCV 2015)."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int, hidden: Sequence[int] = (512,)) -> None:
+        super().__init__()
+        if not all(isinstance(width, int) and width > 0 for width in hidden):
+            raise ValueError(f"hidden = {list(hidden)}: widths are positive whole numbers")
+        widths = [prod(input_shape), *hidden, num_classes]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        for layer in self.layers:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(n, *input_shape) float -> logits (n, num_classes)."""
+        x = inputs.flatten(1)
+        for layer in self.layers[:-1]:
+            x = torch.relu(layer(x))
+        return self.layers[-1](x)

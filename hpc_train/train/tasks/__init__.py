@@ -1,0 +1,64 @@
+"""What is trained. A task brings the model, the samples and the loss; the trainer brings everything else."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpc_train.config import Config
+from hpc_train.errors import UserError
+from hpc_train.train.context import Context
+from hpc_train.train.tasks.classification import Classification
+from hpc_train.world import World
+
+BUILT_IN: dict[str, Callable[[Config, Context], Any]] = {"classification": Classification}
+
+
+class Task(Protocol):
+    """What the trainer asks of a task; made as `Task(config, context)` on every rank."""
+
+    num_samples: int
+
+    def model(self) -> nn.Module:
+        """A new model, alike on every rank (the generator is seeded; the root's weights are sent to all)."""
+
+    def batch(self, rows: np.ndarray) -> Any:
+        """The samples at `rows`: this rank's share of a global batch; may be empty."""
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """The SUM of the samples' losses (not their mean: shares differ in size)."""
+
+    def test_batches(self, world: World) -> Iterator[Any]:
+        """This rank's share of the test samples; nothing where there are none."""
+
+    def num_correct(self, model: nn.Module, batch: Any) -> tuple[int, int]:
+        """(right answers, samples) of a test batch."""
+
+
+def open_task(config: Config, context: Context) -> Task:
+    """Collective. The task that `task.kind` names: built in, or a user's own "mypackage.mytask:MyTask"."""
+    kind = config.task.kind
+    make = BUILT_IN.get(kind) or context.on_all(lambda: _load(kind))
+    return make(config, context)
+
+
+def _load(kind: str) -> Callable[[Config, Context], Any]:
+    module_name, colon, name = kind.partition(":")
+    if not colon:
+        raise UserError(
+            f"task.kind = '{kind}' is not known", f"Known are: {', '.join(BUILT_IN)}; your own: 'mypackage.mytask:MyTask'."
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:  # the user's module usually lies where the job is started
+        sys.path.insert(0, here)
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"task.kind = '{kind}': no module {error.name}", f"Looked in {here} and in sys.path.") from None
+    except AttributeError:
+        raise UserError(f"task.kind = '{kind}': {module_name} has no {name}", "Name the task class after the colon.") from None

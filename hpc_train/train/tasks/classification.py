@@ -1,0 +1,89 @@
+"""Classification of arrays into classes, from HDF5."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hpc_train.config import Config
+from hpc_train.errors import UserError
+from hpc_train.partition import rank_span
+from hpc_train.train import models
+from hpc_train.train.context import Context, joint
+from hpc_train.train.dataset import Batch, Split, label_range, open_split
+from hpc_train.world import World
+
+_TEST_BATCH = 1024
+
+
+class Classification:
+    """Collective. Opens the data, checks it on every rank and trains with cross-entropy."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        self.config = config
+        path, data = Path(config.data.file), config.data
+
+        def open_both() -> tuple[Split, Split | None]:
+            train = open_split(path, data.inputs, data.targets, ("data.inputs", "data.targets"))
+            test_keys = ("data.test_inputs", "data.test_targets")
+            test = open_split(path, data.test_inputs, data.test_targets, test_keys, optional=True)
+            assert train is not None
+            if test is not None and test.input_shape != train.input_shape:
+                raise UserError(
+                    f"{path}: a sample is {train.input_shape} in {data.inputs} and {test.input_shape} in {data.test_inputs}",
+                    "Training and test samples must have one shape.",
+                )
+            return train, test
+
+        # The root looks first, so that a missing file is one error and not one for each rank.
+        context.on_root(lambda: open_both() and None)
+        self.train, self.test = context.on_all(open_both)
+        self.num_samples = len(self.train)
+        self.num_classes = self._check_labels(context)
+
+    def _check_labels(self, context: Context) -> int:
+        """The number of classes: `task.num_classes`, or one more than the largest training label."""
+        low, high = label_range(self.train, context)
+        parts = [(self.config.data.targets, low, high)]
+        num_classes = int(self.config.task.num_classes or high + 1)
+        if self.test is not None:
+            parts.append((self.config.data.test_targets, *label_range(self.test, context)))
+        for name, low, high in parts:
+            if low < 0 or high >= num_classes:
+                wrong = low if low < 0 else high
+                raise joint(UserError(
+                    f"{self.config.data.file}: label {wrong} in {name} is out of range for {num_classes} classes",
+                    "Labels are 0 to num_classes - 1: mend the data or set task.num_classes.",
+                ))
+        return num_classes
+
+    def model(self) -> nn.Module:
+        task = self.config.task
+        return models.classifier(task.model, self.train.input_shape, self.num_classes, dict(task.options))
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        return self.train.batch(rows)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return functional.cross_entropy(self._logits(model, batch), batch.targets, reduction="sum")
+
+    def test_batches(self, world: World) -> Iterator[Batch]:
+        if self.test is None:
+            return
+        start, stop = rank_span(len(self.test), world.rank, world.size)
+        for begin in range(start, stop, _TEST_BATCH):
+            yield self.test.batch(np.arange(begin, min(begin + _TEST_BATCH, stop)))
+
+    def num_correct(self, model: nn.Module, batch: Batch) -> tuple[int, int]:
+        return int((self._logits(model, batch).argmax(1) == batch.targets).sum()), len(batch)
+
+    def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        inputs = batch.inputs.to(torch.float32)
+        if self.train.scale != 1.0:
+            inputs = inputs.mul_(self.train.scale) if inputs is not batch.inputs else inputs * self.train.scale
+        if self.train.offset != 0.0:
+            inputs = inputs + self.train.offset
+        return model(inputs)
