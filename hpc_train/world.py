@@ -7,7 +7,6 @@ from dataclasses import dataclass
 # Launchers tell each process its rank before MPI is there: Open MPI, PMIx (srun --mpi=pmix), MPICH/Cray/Intel.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-_LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,3 @@ def launched_size(environ: Mapping[str, str] = os.environ) -> int | None:
     if size is None and "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", "").isdecimal():
         size = _first_int(("SLURM_STEP_NUM_TASKS",), environ)
     return size
-
-
-def launched_local_size(environ: Mapping[str, str] = os.environ) -> int | None:
-    """How many ranks the launcher started on this host, or None where it does not say."""
-    return _first_int(_LOCAL_SIZE_VARIABLES, environ)

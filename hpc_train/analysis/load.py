@@ -153,7 +153,7 @@ def _num_rows(path: Path) -> int:
 
 
 def _check_aligned(path: Path, timings: Timings, aligned: IntArray) -> None:
-    """Every rank takes the same steps: a row of another step than the first rank's is no record of this run."""
+    """Every rank takes the same steps: a row of another step than the first rank's is no record."""
     wrong = np.flatnonzero((timings.values[:, _ALIGNED] != aligned).any(axis=1))
     if len(wrong):
         row = int(wrong[0])
@@ -207,7 +207,7 @@ def _read_meta(run: RunDir) -> dict[str, Any]:
 
 
 def default_output(paths: Sequence[Path]) -> Path:
-    """Where a report goes: `report/` in the deepest folder common to `paths`, inside the run when it is one."""
+    """Where a report goes: `report/` in the deepest folder common to `paths`, inside a lone run."""
     common = Path(os.path.commonpath([os.path.abspath(path) for path in paths]))
     here = Path.cwd()
     return (common.relative_to(here) if common.is_relative_to(here) else common) / "report"

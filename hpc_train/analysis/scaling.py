@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -77,7 +77,7 @@ class Scaling:
 
 
 def compare(runs: Sequence[Run]) -> Scaling:
-    """Groups runs whose configurations agree (`config.comparable`) and compares the sizes within each group."""
+    """Groups runs whose configurations agree (`config.comparable`) and compares the sizes within a group."""
     by_key: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_key[json.dumps(config.comparable(run.config), sort_keys=True)].append(run)
@@ -114,14 +114,15 @@ def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
     phases = np.sum([run.phases_s for run in runs], axis=0)
     num_steps = sum(len(run.step_s) for run in runs)
     total = float(phases.sum())
-    energy = total_energy(Energy(s.joules, s.energy_quality, s.energy_source) for s in (r.summary for r in runs))
-    num_samples = sum(run.summary.num_samples for run in runs)
+    each = [run.summary for run in runs]
+    energy = total_energy(Energy(one.joules, one.energy_quality, one.energy_source) for one in each)
+    num_samples = sum(one.num_samples for one in each)
     whole = energy.joules
     return Row(
         size, runs, incomplete, middle, (low, high) if low is not None and high is not None else None,
-        samples_per_s=runs[0].summary.global_batch / middle if middle else None,
-        phase_share={name: float(s) / total for name, s in zip(PHASES, phases, strict=True)} if total else {},
-        phase_s={name: float(s) / (num_steps * size) for name, s in zip(PHASES, phases, strict=True)} if total else {},
+        samples_per_s=each[0].global_batch / middle if middle else None,
+        phase_share=dict(zip(PHASES, (phases / total).tolist(), strict=True)) if total else {},
+        phase_s=dict(zip(PHASES, (phases / (num_steps * size)).tolist(), strict=True)) if total else {},
         energy=Energy(whole / len(runs) if whole is not None else None, energy.quality, energy.source),
         joules_per_sample=whole / num_samples if whole is not None and num_samples else None,
     )
@@ -139,35 +140,37 @@ def _pooled_median(runs: tuple[Run, ...]) -> tuple[float | None, float | None, f
 def resampled_medians(runs: Sequence[Run], seed: int) -> FloatArray:
     """(NUM_RESAMPLES,) bootstrap medians of the step time in seconds, from a seeded generator.
 
-    Blocks of consecutive steps are drawn with replacement, as in `records.median_interval`. Of several runs, whole
-    runs are drawn first, so that differences between runs widen the interval as they should (two-stage bootstrap,
-    Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8).
+    Blocks of consecutive steps are drawn with replacement, as in `records.median_interval`. Of several runs,
+    whole runs are drawn first, so that differences between runs widen the interval as they should (two-stage
+    bootstrap, Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8).
     """
     blocks = [block_medians(run.step_s) for run in runs if len(run.step_s)]
     generator = np.random.default_rng(seed)
     if len(blocks) == 1:
         only = blocks[0]
-        medians: FloatArray = np.median(only[generator.integers(0, len(only), (NUM_RESAMPLES, len(only)))], axis=1)
-        return medians
+        drawn = only[generator.integers(0, len(only), (NUM_RESAMPLES, len(only)))]
+        return np.asarray(np.median(drawn, axis=1))
     medians = np.empty(NUM_RESAMPLES)
     for resample in range(NUM_RESAMPLES):
         chosen = [blocks[index] for index in generator.integers(0, len(blocks), len(blocks))]
-        medians[resample] = np.median(np.concatenate([run[generator.integers(0, len(run), len(run))] for run in chosen]))
+        parts = [run[generator.integers(0, len(run), len(run))] for run in chosen]
+        medians[resample] = np.median(np.concatenate(parts))
     return medians
 
 
 def _compared(row: Row, baseline: Row) -> Row:
     """The row with its speedup S and parallel efficiency E against the baseline of s ranks.
 
-    Strong scaling (the same global batch): S = T_s / T_p and E = S * s / p, the relative speedup and efficiency of
-    Amdahl (AFIPS 1967) and Eager, Zahorjan and Lazowska (IEEE Trans. Computers 38(3), 1989). Weak scaling (the same
-    batch per rank): the ratio of samples per second, the scaled speedup of Gustafson (CACM 31(5), 1988); E is then
-    T_s / T_p. Both are the ratio of throughputs, which is how S is computed here.
+    Strong scaling (the same global batch): S = T_s / T_p and E = S * s / p (Eager, Zahorjan and Lazowska,
+    "Speedup versus efficiency in parallel systems", IEEE Transactions on Computers 38(3), 1989, with s = 1).
+    Weak scaling (the same batch per rank): the ratio of samples per second, the scaled speedup of Gustafson
+    (Communications of the ACM 31(5), 1988); E is then T_s / T_p. Both are the ratio of throughputs: so S is
+    computed here.
 
     The 95% interval is the bootstrap's: medians of both are drawn independently (see `resampled_medians`).
     """
     if row is baseline:
-        return _with(row, 1.0, None, 1.0, is_baseline=True)
+        return replace(row, speedup=1.0, efficiency=1.0, is_baseline=True)
     if not row.step_s or not baseline.step_s:
         return row
     work = row.global_batch / baseline.global_batch
@@ -175,14 +178,10 @@ def _compared(row: Row, baseline: Row) -> Row:
     interval = None
     if row.step_interval_s is not None and baseline.step_interval_s is not None:
         # Seeds by size: equal ones would draw the same blocks of both and hide part of the noise.
-        ratios = resampled_medians(baseline.runs, 2 * baseline.size) / resampled_medians(row.runs, 2 * row.size + 1)
-        interval = _quantiles(work * ratios, speedup)
-    return _with(row, speedup, interval, speedup * baseline.size / row.size)
-
-
-def _with(row: Row, speedup: float, interval: Interval | None, efficiency: float, is_baseline: bool = False) -> Row:
-    fields = {**vars(row), "speedup": speedup, "speedup_interval": interval, "efficiency": efficiency}
-    return Row(**{**fields, "is_baseline": is_baseline})
+        before = resampled_medians(baseline.runs, seed=2 * baseline.size)
+        interval = _quantiles(work * before / resampled_medians(row.runs, seed=2 * row.size + 1), speedup)
+    efficiency = speedup * baseline.size / row.size
+    return replace(row, speedup=speedup, speedup_interval=interval, efficiency=efficiency)
 
 
 def _quantiles(draws: FloatArray, middle: float) -> Interval:
@@ -203,12 +202,15 @@ def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> lis
     if baseline is None:
         sizes = " and ".join(num_ranks(size) for size in sorted({row.size for row in rows}))
         kind = "complete runs" if any(not row.incomplete for row in rows) else "no complete run"
-        notes.append(f"No baseline: {kind} of {sizes} only. A speedup needs complete steady steps of two sizes.")
+        notes.append(f"No baseline: {kind} of {sizes} only. A speedup needs steady steps of two sizes.")
     elif baseline.size != 1:
         notes.append(
-            f"The baseline is {num_ranks(baseline.size)}, not 1 rank: speedup and efficiency are relative to it."
+            f"The baseline is {num_ranks(baseline.size)}, not 1 rank: all speedups are relative to that."
         )
-    notes += [f"Incomplete: {run.label} ({num_ranks(run.size)}): {run.incomplete}." for run in runs if run.incomplete]
+    notes += [
+        f"Incomplete: {run.label} ({num_ranks(run.size)}): {run.incomplete}."
+        for run in runs if run.incomplete
+    ]
     notes += [
         f"{run.label}: no steady step, all of its {run.summary.num_steps} steps are warm-up."
         for run in runs if not len(run.step_s) and not run.incomplete
@@ -229,8 +231,9 @@ def mismatches(runs: Sequence[Run]) -> list[str]:
         for run, fact in zip(runs, facts, strict=True):
             seen[fact.get(name, "unknown")].add(run.size)
         if len(seen) > 1:
-            values = [f"{value} ({_sizes(sizes)})" for value, sizes in sorted(seen.items(), key=lambda i: min(i[1]))]
-            notes.append(f"Not alike: {name}: {'; '.join(values)}.")
+            by_size = sorted(seen.items(), key=lambda item: min(item[1]))
+            values = "; ".join(f"{value} ({_sizes(sizes)})" for value, sizes in by_size)
+            notes.append(f"Not alike: {name}: {values}.")
     return notes
 
 
@@ -244,11 +247,11 @@ def _facts(run: Run) -> dict[str, str]:
     meta = run.meta
     git = section(meta, "git")
     modified = " with uncommitted changes" if git.get("dirty") else ""
-    ranks = meta.get("ranks")
-    threads = {str(rank.get("threads")) for rank in ranks if isinstance(rank, dict)} if isinstance(ranks, list) else set()
+    ranks = meta["ranks"] if isinstance(meta.get("ranks"), list) else []
+    threads = {str(rank.get("threads", "unknown")) for rank in ranks if isinstance(rank, dict)}
     return {
         **{f"version of {name}": str(value) for name, value in section(meta, "versions").items()},
-        "MPI": str(section(meta, "mpi").get("version", "unknown")).splitlines()[0],
+        "MPI": str(section(meta, "mpi").get("version") or "unknown").partition("\n")[0],
         "CPU": str(meta.get("cpu_model", "unknown")),
         "threads per rank": "/".join(sorted(threads)) or "unknown",
         "training samples": str(meta.get("num_train_samples", "unknown")),
@@ -258,7 +261,7 @@ def _facts(run: Run) -> dict[str, str]:
     }
 
 
-# ---------------------------------------------------------------------------------------------- between groups
+# ---------------------------------------------------------------------------------------------- groups
 
 
 def _differing(keys: Sequence[dict[str, Any]]) -> list[str]:
@@ -288,7 +291,8 @@ def _between_groups(groups: list[Group]) -> list[str]:
         for key in _differing([group.keys for group in groups]):
             values = " | ".join(dict.fromkeys(str(group.keys.get(key, "unset")) for group in groups))
             notes.append(f"Not compared across groups, {key} differs: {values}.")
-    alone = [run.label for group in groups if group.baseline is None for row in group.rows for run in row.runs]
+    alone = [row for group in groups if group.baseline is None for row in group.rows]
     if alone:
-        notes.append(f"Left without a comparison: {', '.join(alone)}.")
+        names = ", ".join(run.label for row in alone for run in row.runs)
+        notes.append(f"Left without a comparison: {names}.")
     return notes

@@ -1,0 +1,45 @@
+# make demo    install, prepare real data, train on 1 and on 2 ranks, report
+# make test    install, then every test, those under mpirun included
+# make check   install, ruff and mypy
+# make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
+.PHONY: demo test test-serial test-parallel check install clean
+export PYTHON MPICC HDF5_DIR TORCH VENV
+VENV ?= .venv
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+# Open MPI refuses root unless told twice; containers and CI machines are root.
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+MPIRUN := mpirun --quiet
+
+install:
+	@./install.sh
+
+demo:
+	@./install.sh
+	@set -e; say() { printf '\n$$ %s\n' "$$*"; "$$@"; }; \
+	printf '\nFrom here to the report: about 1 minute.\n'; \
+	say $(MPIRUN) -n 2 hpc-train prepare mnist-5k data/mnist-5k.h5; \
+	for ranks in 1 2; do say $(MPIRUN) -n $$ranks hpc-train train configs/mlp-mnist.toml --set run.root=runs/demo --set train.steps=300; done; \
+	say hpc-train report runs/demo
+
+test:
+	@./install.sh test
+	@$(MAKE) --no-print-directory test-serial test-parallel
+
+test-serial:
+	python -m pytest
+
+# Under mpirun a failed assertion on one rank would hang the others: `python -m mpi4py` ends them all.
+test-parallel:
+	@set -e; for ranks in 1 2 3 4; do echo "mpirun -n $$ranks pytest tests/parallel"; \
+	$(MPIRUN) -n $$ranks --oversubscribe --bind-to none python -m mpi4py -m pytest -x -q --color=no tests/parallel; done
+
+check:
+	@./install.sh test check
+	ruff check . && mypy hpc_train
+
+clean:
+	rm -rf .venv runs data

@@ -1,0 +1,60 @@
+import time
+
+import numpy as np
+import pytest
+
+from hpc_train.errors import UserError
+from hpc_train.train.context import Context, JointFailure, clock_offsets_ns
+
+
+def test_on_root_gives_every_rank_the_roots_value(context: Context) -> None:
+    assert context.on_root(lambda: context.world.rank) == 0
+
+
+def test_a_users_mistake_on_the_root_is_raised_alike_everywhere(context: Context) -> None:
+    def fail() -> None:
+        raise UserError("train.lr = -1", "Set it above 0.")
+
+    with pytest.raises(UserError, match=r"train.lr = -1\n  Set it above 0\.") as caught:
+        context.on_root(fail)
+    assert caught.value.joint
+
+
+def test_a_bug_on_the_root_is_its_own_there_and_a_joint_failure_elsewhere(context: Context) -> None:
+    with pytest.raises(ZeroDivisionError if context.world.is_root else JointFailure):
+        context.on_root(lambda: 1 // 0)
+
+
+def test_on_all_raises_the_lowest_failing_ranks_error_everywhere(context: Context) -> None:
+    def fail_on_last() -> str:
+        if context.world.rank == context.world.size - 1:
+            raise UserError(f"node of rank {context.world.rank}", "Mend it.")
+        return "fine"
+
+    with pytest.raises(UserError, match=f"node of rank {context.world.size - 1}"):
+        context.on_all(fail_on_last)
+
+
+def test_sums_and_maxima_over_ranks(context: Context) -> None:
+    rank, size = context.world.rank, context.world.size
+    assert context.sum(np.array([rank, 1.0])).tolist() == [size * (size - 1) / 2, size]
+    assert context.max(np.array([rank, -rank])).tolist() == [size - 1, 0]
+    assert context.gather(rank) == (list(range(size)) if rank == 0 else [])
+
+
+def test_clocks_of_one_machine_are_found_equal(context: Context) -> None:
+    offsets = clock_offsets_ns(context)
+    if context.world.is_root:
+        assert len(offsets) == context.world.size and offsets[0] == 0
+        assert max(map(abs, offsets)) < 20_000_000, "one machine has one monotonic clock: 20 ms is scheduling noise"
+    else:
+        assert offsets == []
+
+
+def test_a_collective_waits_for_the_slowest(context: Context) -> None:
+    context.barrier()
+    began = time.perf_counter()
+    if context.world.rank == context.world.size - 1:
+        time.sleep(0.2)
+    context.barrier()
+    assert time.perf_counter() - began > 0.19
