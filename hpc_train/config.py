@@ -196,18 +196,28 @@ def _explain(error: ValidationError, path: Path, origin: dict[str, str]) -> tupl
     """(what, remedy): one line a wrong key."""
     lines = []
     for fault in error.errors(include_url=False):
-        key = _dotted(fault["loc"])
-        source = origin.get(key, f"file {path.name}")
         if fault["type"] == "extra_forbidden":
+            key = ".".join(str(part) for part in fault["loc"])
             near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
-            lines.append(f"{source}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
-        elif fault["type"] == "missing":
+            lines.append(f"{_source(key, path, origin)}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+            continue
+        key = _dotted(fault["loc"])
+        if fault["type"] == "missing":
             lines.append(f"{path.name}: {key} is required and not set")
         elif fault["type"] == "value_error":
-            lines.append(f"{path.name}: {str(fault['ctx']['error'])}")
+            lines.append(f"{path.name}: {fault['ctx']['error']}")
         else:
-            lines.append(f"{source}: {key} = {fault['input']!r}: {fault['msg'].lower()}")
+            words = f"should be a table [{key}]" if fault["type"] == "model_type" else _lower_first(fault["msg"])
+            lines.append(f"{_source(key, path, origin)}: {key} = {fault['input']!r}: {words}")
     return "\n".join(dict.fromkeys(lines)), "hpc-train config show CONFIG prints every key that a job file has."
+
+
+def _source(key: str, path: Path, origin: dict[str, str]) -> str:
+    return origin.get(key, f"file {path.name}")
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

@@ -82,7 +82,8 @@ def _meta(recipe: Recipe, settings: config.Config) -> dict[str, Any]:
         "versions": {"python": "3.12.4", "torch": "2.10.0", "mpi4py": "4.1.0", "horovod": "0.28.1"},
         "mpi": {"version": "Open MPI v4.1.4", "library": "/usr/lib/libmpi.so.40"},
         "git": {"commit": "b0f1e82c0ffee0000000000000000000000000ab", "dirty": False}, "slurm": {},
-        "energy": {"assumption": recipe.assumption, "meters": {host: [meter] for host in recipe.hosts}}, **recipe.meta,
+        "energy": {"assumption": recipe.assumption, "meters": {host: [meter] for host in recipe.hosts}},
+        **recipe.meta,
     }
 
 

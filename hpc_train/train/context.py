@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter_ns
 from types import FrameType
 from typing import Any, TypeVar
@@ -260,10 +259,6 @@ def clock_offsets_ns(context: Context) -> list[int]:
     return offsets
 
 
-def open_parallel_file(path: Path, context: Context, open_file: Callable[..., T]) -> T:
-    """Collective. Opens `path` for writing by all ranks: `open_file` is h5py.File, which then uses MPI-IO."""
-    if context.comm is None:
-        return open_file(path, "w")
-    from mpi4py import MPI
-
-    return open_file(path, "w", driver="mpio", comm=context.comm, info=MPI.INFO_NULL)
+def parallel_file_options(context: Context) -> dict[str, Any]:
+    """What h5py.File needs besides path and mode to be opened by all ranks together, through MPI-IO."""
+    return {} if context.comm is None else {"driver": "mpio", "comm": context.comm}

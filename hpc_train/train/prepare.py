@@ -19,7 +19,7 @@ import numpy as np
 
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
-from hpc_train.train.context import Context, open_parallel_file
+from hpc_train.train.context import Context, joint, parallel_file_options, require_one_mpi
 from hpc_train.train.progress import StepProgress
 
 _BLOCK_BYTES = 32 << 20
@@ -170,6 +170,8 @@ def prepare(name: str, origin: Path | None, output: Path, context: Context, over
 
     An output that is already complete is left alone unless `overwrite`. Raises `UserError`.
     """
+    if context.comm is not None:
+        _require_parallel_hdf5()
     source = context.on_all(lambda: SOURCES[name](origin))
     if context.on_root(lambda: _already_there(source, output, overwrite)):
         if context.world.is_root:
@@ -189,6 +191,15 @@ def prepare(name: str, origin: Path | None, output: Path, context: Context, over
         num_bytes, spent_s = output.stat().st_size, (perf_counter_ns() - began_ns) / 1e9
         print(f"{output}: {source.title}, {source.num_rows:,} rows, {num_bytes / 1e6:.1f} MB in {spent_s:.1f} s "
               f"by {context.world.size} rank{'s' * (context.world.size != 1)}, read back and equal", flush=True)
+
+
+def _require_parallel_hdf5() -> None:
+    if not h5py.get_config().mpi:
+        raise joint(UserError(
+            "this h5py was built without MPI, and there are several ranks",
+            "Run `make install`, which builds it with MPI, or prepare without mpirun.",
+        ))
+    require_one_mpi("h5py", h5py.defs.__file__)
 
 
 def _already_there(source: Source, output: Path, overwrite: bool) -> bool:
@@ -223,7 +234,7 @@ def _write(source: Source, partial: Path, context: Context) -> dict[str, int]:
     num_rows = sum(array.shape[0] for array in source.arrays.values())
     progress = StepProgress(f"writing {partial.name[1:-8]}", num_rows, "auto", world.is_root, unit="rows")
     done = 0
-    with open_parallel_file(partial, context, h5py.File) as file:
+    with h5py.File(partial, "w", **parallel_file_options(context)) as file:
         file.attrs["complete"] = False
         for name, array in source.arrays.items():
             dataset = file.create_dataset(name, array.shape, array.dtype)

@@ -30,7 +30,7 @@ def train(loaded: Loaded, context: Context) -> None:
     task = open_task(config, context)
     batch_size = checked_batch_size(config, task, context)
     torch.manual_seed(config.seed)
-    model = task.model()
+    model = context.on_all(task.model)
     optimizer = _optimizer(config, model)
 
     with open_reducer(config.reduce, model, context) as reducer, Recorder(loaded, context, places) as recorder:

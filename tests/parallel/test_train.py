@@ -27,7 +27,7 @@ def run(context: Context, root: Path, digits: Path, job: str, **keys: object) ->
 
 def losses_alone(root: Path, digits: Path, job: str, **keys: object) -> np.ndarray:
     """The reference: one process and no MPI calls, computed by every rank for itself."""
-    return losses(run(Context(World()), root, digits, job, reduce__strategy="local", **keys))
+    return losses(run(Context(World()), root, digits, job, reduce__strategy="local", train__threads=1, **keys))
 
 
 def losses(run: RunDir) -> np.ndarray:

@@ -1,0 +1,52 @@
+"""Starts real jobs, with mpirun or without, for the tests."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+HPC_TRAIN = Path(sys.executable).with_name("hpc-train")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that has ended: its exit code, what it printed and the seconds it took."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The tests' own environment, without a launcher's traces, and root allowed to use mpirun."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMPI_COMM", "PMIX_", "PMI_"))}
+    return clean | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} | more
+
+
+def command(ranks: int, *words: object, bind: str = "none") -> list[str]:
+    """The command line of `hpc-train words...` on `ranks` ranks; 0 ranks: without mpirun."""
+    mpirun = shutil.which("mpirun")
+    assert mpirun, "no mpirun on PATH: run the tests with `make test`"
+    launcher = [mpirun, "--quiet", "-n", str(ranks), "--oversubscribe", "--bind-to", bind] if ranks else []
+    return [*launcher, str(HPC_TRAIN), *map(str, words)]
+
+
+def run(ranks: int, *words: object, cwd: Path, timeout_s: float = 120, bind: str = "none", **env: str) -> Ended:
+    """Runs `hpc-train words...` to its end; a job that hangs fails the test."""
+    began = monotonic()
+    done = subprocess.run(
+        command(ranks, *words, bind=bind), cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=timeout_s,
+        stdin=subprocess.DEVNULL,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr, monotonic() - began)
+
+
+def settings(**keys: object) -> list[str]:
+    """train__steps=5 -> --set train.steps=5"""
+    return [word for key, value in keys.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]

@@ -1,0 +1,51 @@
+import time
+
+import pytest
+
+from hpc_train.clock import Clock
+from hpc_train.records import PHASES, TIMING_COLUMNS
+
+
+def test_phases_and_the_rest_make_up_the_step() -> None:
+    clock = Clock()
+    clock.restart()
+    began = time.perf_counter_ns()
+    with clock("data"):
+        time.sleep(0.01)
+    time.sleep(0.02)
+    with clock("reduce"):
+        time.sleep(0.005)
+    record = dict(zip(TIMING_COLUMNS, clock.lap(7, 32, warmup=True), strict=True))
+    ended = time.perf_counter_ns()
+    assert (record["step"], record["num_samples"], record["warmup"]) == (7, 32, 1)
+    assert 10e6 <= record["data_ns"] < 20e6 and 5e6 <= record["reduce_ns"] < 15e6
+    assert 20e6 <= record["other_ns"] < 30e6 and record["forward_ns"] == 0
+    assert abs(sum(record[f"{phase}_ns"] for phase in PHASES) - (ended - began)) < 2e6
+    assert record["start_ns"] + 30e6 <= record["arrived_ns"] <= ended
+
+
+def test_steps_follow_each_other_without_a_gap() -> None:
+    clock = Clock()
+    first, second = (dict(zip(TIMING_COLUMNS, clock.lap(step, 1), strict=True)) for step in range(2))
+    assert second["start_ns"] == first["start_ns"] + first["other_ns"]
+
+
+def test_time_spent_in_a_phase_that_raises_is_counted() -> None:
+    clock = Clock()
+    with pytest.raises(ZeroDivisionError), clock("forward"):
+        time.sleep(0.002)
+        raise ZeroDivisionError
+    assert dict(zip(TIMING_COLUMNS, clock.lap(0, 1), strict=True))["forward_ns"] >= 2e6
+
+
+def test_a_device_is_synchronised_at_both_ends_of_a_phase() -> None:
+    calls: list[int] = []
+    clock = Clock(lambda: calls.append(1))
+    with clock("backward"):
+        assert len(calls) == 1
+    assert len(calls) == 2
+
+
+def test_an_unknown_phase_is_a_bug() -> None:
+    with pytest.raises(KeyError):
+        Clock()("comunication")

@@ -1,0 +1,99 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hpc_train.config import comparable, dumps, load
+from hpc_train.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+MINIMAL = 'name = "x"\n[data]\nfile = "x.h5"\n[train]\nsteps = 10\nglobal_batch = 4\n'
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    path = tmp_path / "job.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_jobs_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    loaded = load(path)
+    copy = tmp_path / "copy.toml"
+    copy.write_text(dumps(loaded))
+    assert load(copy).config == loaded.config
+    assert loaded.config.name == path.stem
+
+
+def test_later_sources_win_and_every_value_tells_its_own(job: Path) -> None:
+    loaded = load(job, ("train.lr=0.25", "run.root=elsewhere", "name=123"))
+    assert loaded.config.train.lr == 0.25
+    assert loaded.config.run.root == "elsewhere"
+    assert loaded.config.name == "123", "a text key takes its text as it is"
+    assert loaded.origin["train.lr"] == "--set"
+    assert loaded.origin["train.steps"] == "file job.toml"
+    assert loaded.origin["train.momentum"] == "default"
+    assert "lr = 0.25" in dumps(loaded) and "# --set" in dumps(loaded)
+
+
+def test_model_options_round_trip(job: Path) -> None:
+    loaded = load(job, ("task.options={hidden = [3, 4], flag = true}",))
+    assert tomllib.loads(dumps(loaded))["task"]["options"] == {"hidden": [3, 4], "flag": True}
+
+
+@pytest.mark.parametrize("override, words", [
+    ("train.step=5", "--set: unknown key train.step; did you mean train.steps?"),
+    ("trian.steps=5", "unknown key trian"),
+    ("train.steps=ten", "--set: train.steps = 'ten': input should be a valid integer"),
+    ("train.steps=2.5", "train.steps = 2.5"),
+    ("train.steps=true", "train.steps = True"),
+    ("train.lr=nan", "train.lr = nan: input should be a finite number"),
+    ("train.lr=inf", "train.lr = inf"),
+    ("train.lr=-0.1", "train.lr = -0.1: input should be greater than 0"),
+    ("train.momentum=1.5", "train.momentum = 1.5"),
+    ("train.global_batch=-3", "train.global_batch = -3: input should be greater than or equal to 1"),
+    ("train.batch_per_rank=5", "set exactly one of train.global_batch"),
+    ("reduce.strategy=ring", "reduce.strategy = 'ring': input should be 'horovod', 'mpi' or 'local'"),
+    ("name=../up", "name = '../up'"),
+    ("name=a b; rm", "name = 'a b; rm'"),
+    ("task=3", "task = 3: should be a table [task]"),
+    ("task.options.hidden={}", "task.options"),
+    ("train.steps", "no key=value"),
+    ("train.steps.more=1", "steps is a value, not a section"),
+])
+def test_a_wrong_value_is_named_with_its_key(job: Path, override: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(job, (override,))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, "does not exist"),
+    ("name = ", "is not TOML"),
+    ("name = 'x'\nname = 'y'", "is not TOML"),
+    ("name = 'x'", "data is required and not set"),
+    (MINIMAL + "lerning_rate = 1.0", "job.toml: unknown key train.lerning_rate"),
+    (MINIMAL.replace("global_batch = 4", ""), "set exactly one of train.global_batch"),
+    ("\xff", "is not TOML"),
+])
+def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, words: str) -> None:
+    path = tmp_path / "job.toml"
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert words in str(caught.value) and "job.toml" in str(caught.value)
+
+
+def test_two_mistakes_are_told_at_once(job: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load(job, ("train.lr=-1", "train.steps=0"))
+    assert "train.lr" in str(caught.value) and "train.steps" in str(caught.value)
+
+
+def test_runs_are_compared_by_what_decides_a_steps_cost(job: Path) -> None:
+    base = comparable(load(job).config)
+    assert comparable(load(job, ("run.root=other", "name=y", "train.log_every=7", "energy.sample_hz=2")).config) == base
+    assert comparable(load(job, ("train.global_batch=8",)).config) != base
+    assert comparable(load(job, ("reduce.strategy=mpi",)).config) != base

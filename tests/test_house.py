@@ -1,0 +1,85 @@
+"""The rules that hold the house up: who may import what, and that reports need only the base install."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "hpc_train"
+GROUND = {"config", "world", "partition", "records", "rundir", "clock", "errors", "__init__"}
+TOP = {"cli"}
+
+# A third-party or system module -> the only places that may import it.
+ALLOWED = {
+    "mpi4py": {"train/context.py"},
+    "horovod": {"train/reduce.py"},
+    "h5py": {"train/dataset.py", "train/prepare.py"},
+    "subprocess": {"train/metadata.py"},
+    "pynvml": {"train/sensors.py"},
+    "pickle": set(),
+}
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return names
+
+
+def half(name: str) -> str:
+    """ground, train, analysis or top, of a module's dotted name below hpc_train."""
+    first = name.split(".")[0]
+    return first if first in ("train", "analysis") else "ground" if first in GROUND else "top"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    where = str(path.relative_to(PACKAGE))
+    mine = half(where.removesuffix(".py").replace("/", "."))
+    may = {"ground": {"ground"}, "train": {"ground", "train"}, "analysis": {"ground", "analysis"}}
+    for name in imports(path):
+        package, _, rest = name.partition(".")
+        if package == "hpc_train" and rest and mine != "top":
+            theirs = "ground" if rest.startswith("__version__") else half(rest)
+            assert theirs in may[mine], f"{where} imports {name}: {mine} may import {sorted(may[mine])}"
+        if package == "torch":
+            assert mine == "train", f"{where} imports {name}: torch is for hpc_train/train"
+        if package in ALLOWED:
+            assert where in ALLOWED[package], f"{where} imports {name}: only {sorted(ALLOWED[package])} may"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_the_ground_and_the_command_line_load_without_the_training_half() -> None:
+    blocked = ["mpi4py", "horovod", "torch", "h5py"]
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({blocked!r}))\n"  # None makes the import fail
+        "import hpc_train.cli, hpc_train.config, hpc_train.records, hpc_train.partition, hpc_train.rundir, hpc_train.clock\n"
+        "import hpc_train.analysis.report\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_top_level_folders() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-tree", "-d", "--name-only", "HEAD"], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=20
+    ).stdout.split()
+    assert {name for name in tracked if not name.startswith(".")} <= {"hpc_train", "slurm", "configs", "tests"}

@@ -1,0 +1,194 @@
+"""hpc_train/records.py: what is written is read, what is broken is named, what is missing stays missing."""
+
+from pathlib import Path
+from time import perf_counter_ns
+
+import numpy as np
+import pytest
+
+from hpc_train.records import (
+    ENERGY_COLUMNS,
+    PHASES,
+    TIMING_COLUMNS,
+    BadRecord,
+    Energy,
+    Timings,
+    block_medians,
+    median_interval,
+    read_energy,
+    read_metrics,
+    read_timings,
+    step_times,
+    summarise,
+    timing_log,
+    total_energy,
+)
+
+HEADER = ",".join(TIMING_COLUMNS) + "\n"
+
+
+def row(step: int, start_ns: int, warmup: int = 0) -> tuple[int, ...]:
+    return (step, start_ns, start_ns + 7, 1, 2, 3, 4, 5, 6, 32, warmup)
+
+
+def num_lines(path: Path) -> int:
+    return path.read_text().count("\n")
+
+
+def test_rows_stay_in_memory_until_half_a_second_has_passed(tmp_path: Path) -> None:
+    path = tmp_path / "rank-00000.csv"
+    log = timing_log(path)
+    now = perf_counter_ns()
+    log.write(row(0, now))
+    assert path.read_text() == HEADER
+    log.write(row(1, now + 1_000_000_000))
+    assert num_lines(path) == 3
+    log.write(row(2, now + 1_000_000))
+    assert num_lines(path) == 3
+    log.close()
+    assert read_timings(path)["step"].tolist() == [0, 1, 2]
+
+
+def test_opening_a_log_again_appends_and_repeats_no_header(tmp_path: Path) -> None:
+    path = tmp_path / "rank-00000.csv"
+    for step in range(2):
+        log = timing_log(path)
+        log.write(row(step, 100 * step))
+        log.close()
+    assert path.read_text().count("step") == 1
+    assert read_timings(path)["start_ns"].tolist() == [0, 100]
+
+
+def test_columns_are_found_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(HEADER + "3,1000,1007,1,2,3,4,5,6,32,1\n")
+    timings = read_timings(path)
+    assert not timings.truncated
+    assert timings.phases_ns.tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert (timings["num_samples"][0], timings["warmup"][0], timings["arrived_ns"][0]) == (32, 1, 1007)
+
+
+@pytest.mark.parametrize("tail", ["1,2000,20", "1,2000,2007,1,2,3,4,5,6,32,0", "\0\0\0\0"])
+def test_a_last_line_without_its_end_is_skipped_and_said(tmp_path: Path, tail: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(HEADER + "0,1000,1007,1,2,3,4,5,6,32,0\n" + tail)
+    timings = read_timings(path)
+    assert timings.truncated
+    assert timings["step"].tolist() == [0]
+
+
+def test_a_file_cut_within_its_header_holds_no_steps(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    for text in ("", "step,sta"):
+        path.write_text(text)
+        timings = read_timings(path)
+        assert timings.truncated and timings.values.shape == (0, len(TIMING_COLUMNS))
+
+
+@pytest.mark.parametrize("line", [
+    "1,2000", "1,2000,2007,1,2,3,4,5,6,32,0,9", "1,2000,2007,x,2,3,4,5,6,32,0",
+    "1,2000,2007,1.5,2,3,4,5,6,32,0", "--1,2000,2007,1,2,3,4,5,6,32,0",
+    "99999999999999999999,0,0,1,2,3,4,5,6,32,0", "",
+])
+def test_any_other_bad_line_is_an_error_that_names_it(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "t.csv"
+    good = "0,1000,1007,1,2,3,4,5,6,32,0\n"
+    path.write_text(HEADER + good + good + line + "\n" + good)
+    with pytest.raises(BadRecord) as error:
+        read_timings(path)
+    assert f"{path}:4:" in error.value.what
+
+
+def test_a_wrong_header_is_line_1(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(BadRecord) as error:
+        read_timings(path)
+    assert f"{path}:1:" in error.value.what
+
+
+def test_metrics_may_have_more_columns_and_a_loss_that_is_no_number_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,loss,lr\n0,2.5,0.1\n10,nan,0.1\n")
+    steps, losses = read_metrics(path)
+    assert steps == [0, 10] and losses[0] == 2.5 and np.isnan(losses[1])
+    path.write_text("step,loss\n0,2.5\n10,lots\n")
+    with pytest.raises(BadRecord) as error:
+        read_metrics(path)
+    assert f"{path}:3:" in error.value.what
+
+
+def test_steps_and_phases_leave_warm_up_out_but_samples_do_not() -> None:
+    values = np.array([row(0, 0, warmup=1), row(1, 100), row(2, 200)], dtype=np.int64)
+    times = step_times(Timings(values, truncated=False))
+    assert times.step_ns.tolist() == [21, 21]
+    assert times.phases_ns.tolist() == [2, 4, 6, 8, 10, 12]
+    assert (times.num_samples, times.num_warmup) == (96, 1)
+
+
+def test_a_summary_of_no_steady_step_knows_no_speed() -> None:
+    summary = summarise(
+        name="x", size=1, num_hosts=1, global_batch=8, slowest_ns=np.zeros(0, np.int64),
+        phases_ns=np.zeros(len(PHASES), np.int64), num_samples=8, num_warmup=1, energy=Energy(),
+    )
+    assert (summary.step_s, summary.samples_per_s, summary.joules) == (None, None, None)
+    assert summary.phase_share == {}
+
+
+def test_the_interval_of_a_median() -> None:
+    assert median_interval(np.array([])) == (None, None, None)
+    assert median_interval(np.array([3.0])) == (None, 3.0, None)
+    assert median_interval(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0, 2.0)
+    values = np.random.default_rng(1).normal(10.0, 1.0, 2000)
+    low, middle, high = median_interval(values)
+    assert low is not None and middle is not None and high is not None
+    assert low < 10.0 < high and low < middle < high
+    assert 0.05 < high - low < 0.3           # about 4 * 1.25 / sqrt(2000) = 0.11
+    assert median_interval(values) == (low, middle, high)
+
+
+def test_blocks_that_resemble_themselves_widen_the_interval() -> None:
+    draws = np.random.default_rng(2)
+    alike = np.repeat(draws.normal(10.0, 1.0, 50), 40)       # 50 independent values, each lasting 40 steps
+    independent = draws.normal(10.0, 1.0, 2000)
+    widths = []
+    for values in (alike, independent):
+        low, _, high = median_interval(values)
+        assert low is not None and high is not None
+        widths.append(high - low)
+    assert widths[0] > 3 * widths[1]
+
+
+def test_blocks_are_consecutive() -> None:
+    assert block_medians(np.array([1.0, 2.0, 3.0, 10.0, 20.0, 30.0]), 2).tolist() == [2.0, 20.0]
+    assert len(block_medians(np.arange(7.0))) == 7
+
+
+def test_a_sum_of_energies_is_no_better_than_its_worst_part() -> None:
+    measured, estimated = Energy(10.0, "measured", "RAPL"), Energy(5.0, "estimated", "10 W per core")
+    assert total_energy([measured, measured]) == Energy(20.0, "measured", "RAPL")
+    assert total_energy([measured, estimated]) == Energy(15.0, "estimated", "10 W per core + RAPL")
+    assert total_energy([measured, Energy()]) == Energy()
+    assert total_energy([measured, Energy(0.0, "missing", "broken")]) == Energy()
+    assert total_energy([]) == Energy()
+
+
+def test_the_energy_of_a_host_is_the_last_reading_of_each_domain(tmp_path: Path) -> None:
+    path = tmp_path / "node.csv"
+    header = ",".join(ENERGY_COLUMNS) + "\n"
+    rows = ["0,cpu,1.0,measured,RAPL", "0,dram,2.0,measured,RAPL", "1,cpu,9.0,measured,RAPL", "2,cp"]
+    path.write_text(header + "\n".join(rows))
+    assert read_energy(path) == Energy(11.0, "measured", "RAPL")
+    path.write_text(header + "0,cpu,1.0,measured,RAPL\n0,gpu,,missing,NVML\n")
+    assert read_energy(path).quality == "missing"
+    path.write_text(header)
+    assert read_energy(path) == Energy()
+
+
+@pytest.mark.parametrize("joules", ["many", "nan", "inf", ""])
+def test_joules_that_are_no_number_are_named(tmp_path: Path, joules: str) -> None:
+    path = tmp_path / "node.csv"
+    path.write_text(",".join(ENERGY_COLUMNS) + f"\n0,cpu,1.0,measured,RAPL\n1,cpu,{joules},measured,RAPL\n")
+    with pytest.raises(BadRecord) as error:
+        read_energy(path)
+    assert f"{path}:3:" in error.value.what
