@@ -15,7 +15,11 @@ from hpc_train.world import launched_rank
 _SHIPPED = Path(__file__).parent / "shipped"  # configs/ and slurm/ inside an installed wheel
 
 _overrides = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key, e.g. --set train.steps=200 (repeatable)."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override one key, e.g. --set train.steps=200 (repeatable).",
 )
 
 
@@ -42,7 +46,9 @@ def cli() -> None:
 @cli.command()
 @click.argument("dataset", type=click.Choice(["mnist-5k", "fashion-mnist", "mnist"]))
 @click.argument("output", type=click.Path(path_type=Path, dir_okay=True))
-@click.option("--from", "origin", type=click.Path(path_type=Path, exists=False), help="Folder or file the data comes from.")
+@click.option(
+    "--from", "origin", type=click.Path(path_type=Path, exists=False), help="Folder or file the data comes from."
+)
 @click.option("--overwrite", is_flag=True, help="Make the output again if it exists.")
 def prepare(dataset: str, output: Path, origin: Path | None, overwrite: bool) -> None:
     """Write a data set to HDF5, on one rank or in parallel under mpirun.

@@ -24,30 +24,30 @@ class _Section(BaseModel):
 
 class Data(_Section):
     file: str
-    inputs: str = "train/inputs"             # data sets inside the file
+    inputs: str = "train/inputs"  # data sets inside the file
     targets: str = "train/targets"
-    test_inputs: str = "test/inputs"         # absent from the file: no test accuracy
+    test_inputs: str = "test/inputs"  # absent from the file: no test accuracy
     test_targets: str = "test/targets"
 
 
 class Task(_Section):
-    kind: str = "classification"             # or "mypackage.mytask:MyTask"
+    kind: str = "classification"  # or "mypackage.mytask:MyTask"
     model: str = "softmax"
-    num_classes: Count | None = None         # one more than the largest label
-    options: dict[str, Option] = {}          # passed to the model as keyword arguments
+    num_classes: Count | None = None  # one more than the largest label
+    options: dict[str, Option] = {}  # passed to the model as keyword arguments
 
 
 class Train(_Section):
     steps: Count
-    global_batch: Count | None = None        # strong scaling: the same work on any number of ranks
-    batch_per_rank: Count | None = None      # weak scaling: work grows with the ranks
+    global_batch: Count | None = None  # strong scaling: the same work on any number of ranks
+    batch_per_rank: Count | None = None  # weak scaling: work grows with the ranks
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: Rate = 0.1
-    momentum: Fraction = 0.0                 # of sgd
+    momentum: Fraction = 0.0  # of sgd
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     log_every: Count = 100
-    warmup_steps: Annotated[int, Field(ge=0)] = 10   # marked in the timings, left out of speedups
-    threads: Annotated[int, Field(ge=0)] = 0         # of torch, per rank; 0: the cores this rank may use
+    warmup_steps: Annotated[int, Field(ge=0)] = 10  # marked in the timings, left out of speedups
+    threads: Annotated[int, Field(ge=0)] = 0  # of torch, per rank; 0: the cores this rank may use
 
     @model_validator(mode="after")
     def _one_batch_key(self) -> Self:
@@ -62,12 +62,12 @@ class Train(_Section):
 
 class Reduce(_Section):
     strategy: Literal["horovod", "mpi", "local"] = "horovod"
-    cycle_time_ms: Rate = 0.1                # HOROVOD_CYCLE_TIME; its own default of 1 ms paces small models
+    cycle_time_ms: Rate = 0.1  # HOROVOD_CYCLE_TIME; its own default of 1 ms paces small models
 
 
 class Energy(_Section):
     sample_hz: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
-    watts_per_core: Rate = 10.0              # assumption of the estimate where no meter can be read
+    watts_per_core: Rate = 10.0  # assumption of the estimate where no meter can be read
 
 
 class Run(_Section):
@@ -127,7 +127,8 @@ def comparable(config: Config) -> dict[str, Any]:
     """The dotted keys that decide how long a step takes and what it computes: runs are compared where these agree."""
     told_apart = {"name", "train.log_every", "train.steps"}
     return {
-        key: value for key, value in flatten(as_dict(config)).items()
+        key: value
+        for key, value in flatten(as_dict(config)).items()
         if key not in told_apart and not key.startswith(("run.", "energy."))
     }
 
@@ -199,7 +200,9 @@ def _explain(error: ValidationError, path: Path, origin: dict[str, str]) -> tupl
         if fault["type"] == "extra_forbidden":
             key = ".".join(str(part) for part in fault["loc"])
             near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
-            lines.append(f"{_source(key, path, origin)}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+            lines.append(
+                f"{_source(key, path, origin)}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+            )
             continue
         key = _dotted(fault["loc"])
         if fault["type"] == "missing":

@@ -56,11 +56,14 @@ def create(root: Path, name: str, size: int, now: datetime, job: str | None = No
             run.path.mkdir(parents=True)
         except FileExistsError:
             if not parent.is_dir():
-                raise UserError(f"run.root = '{root}': {parent} is not a directory", "Set run.root elsewhere.") from None
+                raise UserError(
+                    f"run.root = '{root}': {parent} is not a directory", "Set run.root elsewhere."
+                ) from None
             continue
         except OSError as error:
             raise UserError(
-                f"run.root = '{root}': cannot make {run.path}: {error.strerror}", "Set run.root to a folder you may write."
+                f"run.root = '{root}': cannot make {run.path}: {error.strerror}",
+                "Set run.root to a folder you may write.",
             ) from None
         run.timings_dir.mkdir()
         run.energy_dir.mkdir()
@@ -78,7 +81,9 @@ def find(paths: list[Path]) -> list[RunDir]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist", "Name run directories, or a folder that holds some: runs/")
-        below = [path] if is_run(path) else sorted(meta.parent for meta in path.rglob("meta.json") if is_run(meta.parent))
+        below = (
+            [path] if is_run(path) else sorted(meta.parent for meta in path.rglob("meta.json") if is_run(meta.parent))
+        )
         if not below:
             raise UserError(f"{path} holds no run directory", "A run directory has a meta.json and a folder timings/.")
         found.update({run.resolve(): RunDir(run) for run in below})

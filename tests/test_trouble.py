@@ -61,15 +61,20 @@ def train_words(digits: Path, **keys: object) -> list[str]:
 
 
 @pytest.mark.parametrize("strategy", ["horovod", "mpi"])
-@pytest.mark.parametrize("kind, words", [
-    ("OneRankFails", ["rank 1 on ", "ValueError: a fault on one rank", "in loss"]),
-    ("OneRankExits", ["rank 1 on ", "ended with exit code 3"]),
-    ("OneRankCannotStart", ["rank 1 on ", "RuntimeError: this node has no memory left"]),
-])
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("OneRankFails", ["rank 1 on ", "ValueError: a fault on one rank", "in loss"]),
+        ("OneRankExits", ["rank 1 on ", "ended with exit code 3"]),
+        ("OneRankCannotStart", ["rank 1 on ", "RuntimeError: this node has no memory left"]),
+    ],
+)
 def test_one_ranks_failure_ends_every_rank_with_its_traceback(
     folder: Path, digits: Path, kind: str, words: list[str], strategy: str
 ) -> None:
-    done = jobs.run(3, *train_words(digits, task__kind=f"mine:{kind}", reduce__strategy=strategy), cwd=folder, timeout_s=40)
+    done = jobs.run(
+        3, *train_words(digits, task__kind=f"mine:{kind}", reduce__strategy=strategy), cwd=folder, timeout_s=40
+    )
     assert done.code not in (0, 2)
     assert done.seconds < 20, "start and failure together; the failure itself takes about a second"
     for word in words:
@@ -88,8 +93,14 @@ def test_a_failure_ends_the_job_within_ten_seconds_of_it(folder: Path, digits: P
 
 def test_a_killed_run_keeps_all_but_its_last_second(folder: Path, digits: Path) -> None:
     words = train_words(digits, task__kind="mine:Slow", train__steps=100_000)
-    job = subprocess.Popen(jobs.command(2, *words), cwd=folder, env=jobs.environment(), stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL, start_new_session=True)
+    job = subprocess.Popen(
+        jobs.command(2, *words),
+        cwd=folder,
+        env=jobs.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + 60
         while not (logs := list(folder.rglob("rank-00001.csv"))) or logs[0].stat().st_size < 15_000:
@@ -112,8 +123,15 @@ def test_a_killed_run_keeps_all_but_its_last_second(folder: Path, digits: Path) 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_job_ends_and_leaves_records_that_can_be_read(folder: Path, digits: Path, number: int) -> None:
     words = train_words(digits, task__kind="mine:Slow", train__steps=100_000)
-    job = subprocess.Popen(jobs.command(2, *words), cwd=folder, env=jobs.environment(), stdout=subprocess.DEVNULL,
-                           stderr=subprocess.PIPE, text=True, start_new_session=True)
+    job = subprocess.Popen(
+        jobs.command(2, *words),
+        cwd=folder,
+        env=jobs.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + 60
         while not (logs := list(folder.rglob("rank-00000.csv"))) or logs[0].stat().st_size < 5_000:
@@ -140,12 +158,24 @@ def test_more_ranks_than_cores_are_told(folder: Path, digits: Path) -> None:
 def test_a_launcher_of_another_mpi_is_named(folder: Path, digits: Path) -> None:
     """Its sign: the environment speaks of two ranks, and MPI sees one."""
     done = jobs.run(0, *train_words(digits, train__steps=3), cwd=folder, PMI_RANK="0", PMI_SIZE="2")
-    assert done.code == 2 and "the launcher started 2 ranks" in done.err and "sees 1" in done.err and "libmpi" in done.err
+    assert (
+        done.code == 2 and "the launcher started 2 ranks" in done.err and "sees 1" in done.err and "libmpi" in done.err
+    )
 
 
 def test_two_mpis_in_one_process_are_both_named(folder: Path, digits: Path) -> None:
     """mpi4py is given MPICH, as a forgotten module would; Horovod keeps the Open MPI that it was built with."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--prefix", str(folder / "mpich"), "mpich>=4"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--prefix",
+        str(folder / "mpich"),
+        "mpich>=4",
+    ]
     subprocess.run(pip, check=True, timeout=200)
     libraries = folder / "mpich" / "lib"
     env = {"MPI4PY_MPIABI": "mpich", "LD_LIBRARY_PATH": str(libraries)}

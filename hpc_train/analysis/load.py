@@ -1,7 +1,6 @@
 """Run directories to values: what the comparison and the report start from, crashed runs too."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +42,9 @@ class Run:
     config: Config
     meta: dict[str, Any]
     summary: RunSummary
-    step_s: FloatArray                       # (steady steps,) the slowest rank's duration of each step
-    phases_s: FloatArray                     # (len(PHASES),) sums over ranks and steady steps
-    metrics: tuple[list[int], list[float]]   # (steps, losses), empty where none were written
+    step_s: FloatArray  # (steady steps,) the ranks' mean duration of each step
+    phases_s: FloatArray  # (len(PHASES),) sums over ranks and steady steps
+    metrics: tuple[list[int], list[float]]  # (steps, losses), empty where none were written
     incomplete: str | None
 
     @property
@@ -86,36 +85,43 @@ def _is_report(path: Path) -> bool:
 def load(run: RunDir) -> Run:
     """Reads one run directory, one rank's records at a time.
 
-    The summary is rebuilt from the timings as the ranks themselves make it: per step the slowest rank, phases
-    summed over ranks. A crashed run counts up to the last step that every rank recorded. Raises `UserError`
+    The summary is rebuilt from the timings as the ranks themselves make it: each step's mean over ranks, phases
+    summed over them. A crashed run counts up to the last step that every rank recorded. Raises `UserError`
     naming the file, `BadRecord` naming path:line.
     """
     meta = _read_meta(run)
     settings = config.load(run.config).config
     written = _read_json(run.summary) if run.summary.is_file() else None
-    slowest_ns, phases_ns, num_samples, num_warmup, faults = _reduce_ranks(run, meta["size"])
+    step_ns, phases_ns, num_samples, num_warmup, faults = _reduce_ranks(run, meta["size"])
     if written is None:
         faults.insert(0, "no summary.json, the run did not reach its end")
     elif not written.get("complete"):
         faults.insert(0, "summary.json says that the run did not reach its end")
-    num_steps = len(slowest_ns) + num_warmup
+    num_steps = len(step_ns) + num_warmup
     if faults:
         faults.append(f"{num_steps} of {settings.train.steps} steps can be used")
     metrics = read_metrics(run.metrics) if run.metrics.is_file() else ([], [])
     loss = _number((written or {}).get("loss"))
     summary = summarise(
-        name=str(meta.get("name", settings.name)), size=meta["size"], num_hosts=len(meta["hosts"]),
-        global_batch=settings.train.batch_size(meta["size"]), slowest_ns=slowest_ns, phases_ns=phases_ns,
-        num_samples=num_samples, num_warmup=num_warmup, energy=_energy(run, meta["hosts"]),
+        name=str(meta.get("name", settings.name)),
+        size=meta["size"],
+        num_hosts=len(meta["hosts"]),
+        global_batch=settings.train.batch_size(meta["size"]),
+        step_ns=step_ns,
+        phases_ns=phases_ns,
+        num_samples=num_samples,
+        num_warmup=num_warmup,
+        energy=_energy(run, meta["hosts"]),
         loss=loss if loss is not None else next(iter(metrics[1][-1:]), None),
-        test_accuracy=_number((written or {}).get("test_accuracy")), complete=not faults,
+        test_accuracy=_number((written or {}).get("test_accuracy")),
+        complete=not faults,
     )
     why = "; ".join(faults) or None
-    return Run(run, settings, meta, summary, slowest_ns / 1e9, phases_ns / 1e9, metrics, why)
+    return Run(run, settings, meta, summary, step_ns / 1e9, phases_ns / 1e9, metrics, why)
 
 
-def _reduce_ranks(run: RunDir, size: int) -> tuple[IntArray, IntArray, int, int, list[str]]:
-    """(slowest_ns, phases_ns, num_samples, num_warmup, faults) over ranks and their common steps."""
+def _reduce_ranks(run: RunDir, size: int) -> tuple[FloatArray, IntArray, int, int, list[str]]:
+    """(step_ns, phases_ns, num_samples, num_warmup, faults) over ranks and their common steps."""
     present = [rank for rank in range(size) if run.timings(rank).is_file()]
     missing = sorted(set(range(size)) - set(present))
     faults = [f"no timings of {_ranks(missing)}"] if missing else []
@@ -124,7 +130,7 @@ def _reduce_ranks(run: RunDir, size: int) -> tuple[IntArray, IntArray, int, int,
     if counts and max(counts) > common:
         faults.append(f"ranks recorded {common} to {max(counts)} steps, only the common ones are used")
     aligned: IntArray | None = None
-    slowest = np.zeros(0, np.int64)
+    total = np.zeros(0, np.int64)
     phases = np.zeros(len(PHASES), np.int64)
     num_samples, num_warmup, cut_short = 0, 0, []
     for rank in present:
@@ -136,13 +142,13 @@ def _reduce_ranks(run: RunDir, size: int) -> tuple[IntArray, IntArray, int, int,
             aligned = timings.values[:, _ALIGNED]
         _check_aligned(run.timings(rank), timings, aligned)
         times = step_times(timings)
-        slowest = np.maximum(slowest, times.step_ns) if len(slowest) else times.step_ns
+        total = total + times.step_ns if len(total) else times.step_ns
         phases += times.phases_ns
         num_samples += times.num_samples
         num_warmup = times.num_warmup
     if cut_short:
         faults.append(f"the last line of {_ranks(cut_short)} is cut short")
-    return slowest, phases, num_samples, num_warmup, faults
+    return total / max(1, len(present)), phases, num_samples, num_warmup, faults
 
 
 def _num_rows(path: Path) -> int:
@@ -159,7 +165,8 @@ def _check_aligned(path: Path, timings: Timings, aligned: IntArray) -> None:
         row = int(wrong[0])
         raise BadRecord(
             f"{path}:{row + 2}: step {timings['step'][row]} where the first rank has step {aligned[row, 0]}"
-            " (or one of them counts it as warm-up)", _LEAVE_OUT,
+            " (or one of them counts it as warm-up)",
+            _LEAVE_OUT,
         )
 
 
@@ -204,10 +211,3 @@ def _read_meta(run: RunDir) -> dict[str, Any]:
     if not isinstance(hosts, list) or not hosts or not all(isinstance(host, str) for host in hosts):
         raise UserError(f"{run.meta}: hosts = {hosts!r} is no list of names", _LEAVE_OUT)
     return meta
-
-
-def default_output(paths: Sequence[Path]) -> Path:
-    """Where a report goes: `report/` in the deepest folder common to `paths`, inside a lone run."""
-    common = Path(os.path.commonpath([os.path.abspath(path) for path in paths]))
-    here = Path.cwd()
-    return (common.relative_to(here) if common.is_relative_to(here) else common) / "report"

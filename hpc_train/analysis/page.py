@@ -14,16 +14,7 @@ from markupsafe import Markup
 import hpc_train
 from hpc_train.analysis.load import Run
 from hpc_train.analysis.scaling import Group, Row, Scaling, num_ranks
-from hpc_train.analysis.sheets import (
-    MARK,
-    energy_text,
-    group_notes,
-    headlines,
-    percent,
-    run_facts,
-    sheets,
-    significant,
-)
+from hpc_train.analysis.sheets import MARK, energy_text, group_notes, headlines, percent, run_facts, sheets, significant
 from hpc_train.records import PHASES
 
 if TYPE_CHECKING:
@@ -35,14 +26,27 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION = "#000000", "#E69F00", "#56B4E9", "
 GREY, PURPLE = "#999999", "#CC79A7"
 PHASE_COLORS = dict(zip(PHASES, (ORANGE, SKY, BLUE, VERMILLION, GREEN, GREY), strict=True))
 LINE_STYLES = [(BLUE, "-"), (VERMILLION, "--"), (GREEN, "-."), (PURPLE, ":"), (ORANGE, "-"), (BLACK, "--")]
-MAX_POINTS = 400                             # of a loss curve: more cannot be seen
+MAX_POINTS = 400  # of a loss curve: more cannot be seen
 
 _STYLE: Any = {
-    "font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none", "text.parse_math": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555", "axes.linewidth": 0.8,
-    "axes.labelcolor": "#222222", "xtick.color": "#444444", "ytick.color": "#444444", "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.7, "legend.frameon": False,
-    "axes.formatter.use_mathtext": False, "hatch.linewidth": 0.7,
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": "#222222",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "axes.formatter.use_mathtext": False,
+    "hatch.linewidth": 0.7,
 }
 
 
@@ -57,20 +61,35 @@ class Drawing:
 def render(runs: Sequence[Run], scaling: Scaling) -> str:
     """The page as HTML. Everything from the runs is escaped by the template, and by `_svg` inside figures."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hpc_train.analysis", ""), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader("hpc_train.analysis", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     groups = scaling.groups
+    facts = [run_facts(run) for run in runs]
+    common = set(facts[0]).intersection(*facts)
     assumptions = {run.assumption for run in runs if run.summary.energy_quality == "estimated"}
     return environment.get_template("report.html.jinja").render(
-        headlines=headlines(scaling), several=len(groups) > 1, version=hpc_train.__version__,
+        headlines=headlines(scaling),
+        several=len(groups) > 1,
+        version=hpc_train.__version__,
         groups=[
-            {"label": group.label, "sheets": sheets(group), "notes": group_notes(group),
-             "drawings": drawings(group, f"g{index}")}
+            {
+                "label": group.label,
+                "sheets": sheets(group),
+                "notes": group_notes(group),
+                "drawings": drawings(group, f"g{index}"),
+            }
             for index, group in enumerate(groups)
         ],
-        notes=scaling.notes, assumptions=sorted(filter(None, assumptions)),
-        runs=[(run.label, run_facts(run)) for run in runs],
+        notes=scaling.notes,
+        assumptions=sorted(filter(None, assumptions)),
+        shared=[fact for fact in facts[0] if fact in common],
+        runs=[
+            (run.label, [fact for fact in some if fact not in common]) for run, some in zip(runs, facts, strict=True)
+        ],
         names=list(dict.fromkeys(run.summary.name for run in runs)),
         dates=sorted({str(run.meta.get("started", ""))[:10] for run in runs} - {""}),
     )
@@ -94,11 +113,21 @@ def _speedup_drawing(group: Group, ident: str) -> Drawing | None:
         axes.plot(sizes, ideal, color=GREY, linestyle="--", linewidth=1.2, label="ideal")
         whole = [row for row in rows if not row.incomplete]
         axes.plot(*_points(whole), color=BLUE, linewidth=1.4)
-        for name, some, fill in (("measured, 95% interval", whole, BLUE),
-                                 ("incomplete run", [row for row in rows if row.incomplete], "white")):
+        for name, some, fill in (
+            ("measured, 95% interval", whole, BLUE),
+            ("incomplete run", [row for row in rows if row.incomplete], "white"),
+        ):
             if some:
-                axes.errorbar(*_points(some), yerr=_bars(some), fmt="o", color=BLUE, markerfacecolor=fill,
-                              markersize=5, capsize=3, label=name)
+                axes.errorbar(
+                    *_points(some),
+                    yerr=_bars(some),
+                    fmt="o",
+                    color=BLUE,
+                    markerfacecolor=fill,
+                    markersize=5,
+                    capsize=3,
+                    label=name,
+                )
         if sizes[-1] >= 8 * sizes[0]:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
@@ -137,12 +166,27 @@ def _phase_drawing(group: Group, ident: str) -> Drawing | None:
         below = [0.0] * len(rows)
         for phase in PHASES:
             heights = [1e3 * row.phase_s[phase] for row in rows]
-            axes.bar(range(len(rows)), heights, 0.62, below, color=PHASE_COLORS[phase], edgecolor="white",
-                     linewidth=0.5, hatch="///" if phase == "reduce" else None, label=phase)
+            axes.bar(
+                range(len(rows)),
+                heights,
+                0.62,
+                below,
+                color=PHASE_COLORS[phase],
+                edgecolor="white",
+                linewidth=0.5,
+                hatch="///" if phase == "reduce" else None,
+                label=phase,
+            )
             below = [base + height for base, height in zip(below, heights, strict=True)]
         for place, row in enumerate(rows):
-            axes.annotate(f"{percent(row.phase_share['reduce'], 0)} reduce", (place, below[place]), (0, 3),
-                          textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(
+                f"{percent(row.phase_share['reduce'], 0)} reduce",
+                (place, below[place]),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
         axes.set_xticks(range(len(rows)), [_tick(row) for row in rows])
         axes.set_xlim(-0.6, max(len(rows) - 0.4, 1.6))
         axes.margins(y=0.08)
@@ -156,7 +200,10 @@ def _phase_drawing(group: Group, ident: str) -> Drawing | None:
             for row in rows
         )
         svg = _svg(figure, ident, f"Time per step by phase in ms: {told}.")
-    caption = "Where a step's time goes: mean per rank and steady step. Hatched: exposed communication."
+    caption = (
+        "Where a step's time goes: mean over ranks and steady steps (the tables' step time is the median of"
+        " the ranks' mean). Hatched: exposed communication."
+    )
     return Drawing(caption, svg)
 
 
@@ -171,9 +218,15 @@ def _loss_drawing(group: Group, ident: str) -> Drawing | None:
             steps, losses = run.metrics
             stride = -(-len(steps) // MAX_POINTS)
             color, style = LINE_STYLES[sizes.index(run.size) % len(LINE_STYLES)]
-            axes.plot(steps[::stride], losses[::stride], color=color, linestyle=style,
-                      linewidth=min(1.3 + 0.9 * sizes[::-1].index(run.size), 5), alpha=0.85,
-                      label=None if run.size in named else num_ranks(run.size))
+            axes.plot(
+                steps[::stride],
+                losses[::stride],
+                color=color,
+                linestyle=style,
+                linewidth=min(1.3 + 0.9 * sizes[::-1].index(run.size), 5),
+                alpha=0.85,
+                label=None if run.size in named else num_ranks(run.size),
+            )
             named.add(run.size)
         axes.set(xlabel="step", ylabel="training loss")
         axes.legend(loc="best")
@@ -194,19 +247,30 @@ def _energy_drawing(group: Group, ident: str) -> Drawing | None:
         for place, row in enumerate(rows):
             height = scale * (row.joules_per_sample or 0.0)
             estimated = row.energy.quality == "estimated"
-            axes.bar(place, height, 0.62, color="white" if estimated else GREEN, edgecolor=GREEN, linewidth=1,
-                     hatch="///" if estimated else None)
+            axes.bar(
+                place,
+                height,
+                0.62,
+                color="white" if estimated else GREEN,
+                edgecolor=GREEN,
+                linewidth=1,
+                hatch="///" if estimated else None,
+            )
             words = f"{significant(height)}{' est.' if estimated else ''}"
-            axes.annotate("missing" if row.joules_per_sample is None else words, (place, height), (0, 3),
-                          textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(
+                "missing" if row.joules_per_sample is None else words,
+                (place, height),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
         axes.set_xticks(range(len(rows)), [_tick(row) for row in rows])
         axes.set_xlim(-0.6, max(len(rows) - 0.4, 1.6))
         axes.margins(y=0.1)
         axes.grid(visible=False, axis="x")
         axes.set(xlabel="ranks", ylabel=f"energy per sample ({unit}), {' / '.join(sorted(qualities))}")
-        told = ", ".join(
-            f"{num_ranks(row.size)} {energy_text(row.joules_per_sample, row.energy)}" for row in rows
-        )
+        told = ", ".join(f"{num_ranks(row.size)} {energy_text(row.joules_per_sample, row.energy)}" for row in rows)
         svg = _svg(figure, ident, f"Energy per sample: {told}.")
     hatched = " Hatched bars are estimates, not readings of a meter." if "estimated" in qualities else ""
     return Drawing(f"Energy per sample trained on, whole run, {' / '.join(sorted(qualities))}.{hatched}", svg)
@@ -229,12 +293,13 @@ def _svg(figure: "Figure", ident: str, description: str) -> Markup:
 
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": ident}):
-        figure.savefig(file, format="svg", transparent=True,
-                       metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)          # HTML knows both
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # HTML knows both
     text = re.sub(r'\bid="', f'id="{ident}-', text)
     text = re.sub(r'(xlink:)?href="#', f'href="#{ident}-', text)
     text = text.replace("url(#", f"url(#{ident}-")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -25,10 +26,30 @@ from hpc_train.records import PHASES
 
 REPORT_SCHEMA = 1
 CSV_COLUMNS = (
-    "group", "scaling", "ranks", "num_runs", "num_hosts", "global_batch", "incomplete", "num_steps", "step_s",
-    "step_low_s", "step_high_s", "samples_per_s", "baseline_ranks", "speedup", "speedup_low", "speedup_high",
-    "efficiency", *(f"share_{phase}" for phase in PHASES), "joules", "joules_per_sample", "energy_quality",
-    "energy_source", "loss", "test_accuracy",
+    "group",
+    "scaling",
+    "ranks",
+    "num_runs",
+    "num_hosts",
+    "global_batch",
+    "incomplete",
+    "num_steps",
+    "step_s",
+    "step_low_s",
+    "step_high_s",
+    "samples_per_s",
+    "baseline_ranks",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "efficiency",
+    *(f"share_{phase}" for phase in PHASES),
+    "joules",
+    "joules_per_sample",
+    "energy_quality",
+    "energy_source",
+    "loss",
+    "test_accuracy",
 )
 
 
@@ -60,12 +81,16 @@ class Report:
         return write_report(self, output_dir)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values for JSON; None is what is not known."""
-        return {
-            "schema": REPORT_SCHEMA, "hpc_train": hpc_train.__version__, "headlines": self.headlines,
+        """The report as plain values for JSON; None is what is not known or no finite number."""
+        tree = {
+            "schema": REPORT_SCHEMA,
+            "hpc_train": hpc_train.__version__,
+            "headlines": self.headlines,
             "groups": [
                 {
-                    "label": group.label, "config": group.keys, "notes": group_notes(group),
+                    "label": group.label,
+                    "config": group.keys,
+                    "notes": group_notes(group),
                     "rows": [
                         {**row_record(group, row), "runs": [str(run.dir.path) for run in row.runs]}
                         for row in group.rows
@@ -75,12 +100,20 @@ class Report:
             ],
             "notes": list(self.scaling.notes),
         }
+        return {key: _finite(value) for key, value in tree.items()}
 
 
 def make_report(paths: Sequence[Path]) -> Report:
     """The report of the runs at or below `paths`. Raises `UserError` for none and for a bad record."""
     runs = load_all(paths)
     return Report(tuple(runs), compare(runs))
+
+
+def default_output(paths: Sequence[Path]) -> Path:
+    """Where a report goes: `report/` in the deepest folder common to `paths`, inside a lone run."""
+    common = Path(os.path.commonpath([os.path.abspath(path) for path in paths]))
+    here = Path.cwd()
+    return (common.relative_to(here) if common.is_relative_to(here) else common) / "report"
 
 
 def terminal_table(group: Group, width: int = 80) -> RenderableType:
@@ -121,7 +154,7 @@ def write_report(report: Report, output_dir: Path) -> Path:
     page = output_dir / "report.html"
     contents = {
         output_dir / "scaling.csv": scaling_csv(report),
-        output_dir / "summary.json": json.dumps(_finite(report.to_dict()), indent=2, allow_nan=False) + "\n",
+        output_dir / "summary.json": json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n",
         page: render(report.runs, report.scaling),
     }
     try:
@@ -151,16 +184,30 @@ def row_record(group: Group, row: Row) -> dict[str, Any]:
     low, high = row.step_interval_s or (None, None)
     speedup_low, speedup_high = row.speedup_interval or (None, None)
     return {
-        "group": group.label, "scaling": "weak" if group.weak else "strong", "ranks": row.size,
-        "num_runs": len(row.runs), "num_hosts": max(run.summary.num_hosts for run in row.runs),
-        "global_batch": row.global_batch, "incomplete": row.incomplete,
-        "num_steps": sum(len(run.step_s) for run in row.runs), "step_s": row.step_s, "step_low_s": low,
-        "step_high_s": high, "samples_per_s": row.samples_per_s,
-        "baseline_ranks": group.baseline.size if group.baseline else None, "speedup": row.speedup,
-        "speedup_low": speedup_low, "speedup_high": speedup_high, "efficiency": row.efficiency,
-        **{f"share_{phase}": row.phase_share.get(phase) for phase in PHASES}, "joules": row.energy.joules,
-        "joules_per_sample": row.joules_per_sample, "energy_quality": row.energy.quality,
-        "energy_source": row.energy.source, "loss": row.loss, "test_accuracy": row.test_accuracy,
+        "group": group.label,
+        "scaling": "weak" if group.weak else "strong",
+        "ranks": row.size,
+        "num_runs": len(row.runs),
+        "num_hosts": max(run.summary.num_hosts for run in row.runs),
+        "global_batch": row.global_batch,
+        "incomplete": row.incomplete,
+        "num_steps": sum(len(run.step_s) for run in row.runs),
+        "step_s": row.step_s,
+        "step_low_s": low,
+        "step_high_s": high,
+        "samples_per_s": row.samples_per_s,
+        "baseline_ranks": group.baseline.size if group.baseline else None,
+        "speedup": row.speedup,
+        "speedup_low": speedup_low,
+        "speedup_high": speedup_high,
+        "efficiency": row.efficiency,
+        **{f"share_{phase}": row.phase_share.get(phase) for phase in PHASES},
+        "joules": row.energy.joules,
+        "joules_per_sample": row.joules_per_sample,
+        "energy_quality": row.energy.quality,
+        "energy_source": row.energy.source,
+        "loss": row.loss,
+        "test_accuracy": row.test_accuracy,
     }
 
 

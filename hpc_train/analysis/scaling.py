@@ -24,16 +24,16 @@ class Row:
     size: int
     runs: tuple[Run, ...]
     incomplete: bool
-    step_s: float | None                     # median over the steady steps of all runs, slowest rank
-    step_interval_s: Interval | None         # 95%
-    samples_per_s: float | None              # global batch / median step
-    phase_share: dict[str, float]            # of all ranks' time in steady steps; sums to 1
-    phase_s: dict[str, float]                # mean per step and rank, warm-up excluded
-    energy: Energy                           # mean per run
-    joules_per_sample: float | None          # whole run over all its samples, warm-up included
-    speedup: float | None = None             # samples/s relative to the group's baseline
+    step_s: float | None  # median over the steady steps of all runs, mean over ranks
+    step_interval_s: Interval | None  # 95%
+    samples_per_s: float | None  # global batch / median step
+    phase_share: dict[str, float]  # of all ranks' time in steady steps; sums to 1
+    phase_s: dict[str, float]  # mean per step and rank, warm-up excluded
+    energy: Energy  # mean per run
+    joules_per_sample: float | None  # whole run over all its samples, warm-up included
+    speedup: float | None = None  # samples/s relative to the group's baseline
     speedup_interval: Interval | None = None  # 95%
-    efficiency: float | None = None          # speedup * baseline size / size
+    efficiency: float | None = None  # speedup * baseline size / size
     is_baseline: bool = False
 
     @property
@@ -55,9 +55,9 @@ class Group:
     """Runs of one job that differ in size alone. Without a baseline there is no speedup."""
 
     label: str
-    keys: dict[str, Any]                     # config.comparable
+    keys: dict[str, Any]  # config.comparable
     weak: bool
-    rows: tuple[Row, ...]                    # by size; an incomplete row after the complete one of its size
+    rows: tuple[Row, ...]  # by size; an incomplete row after the complete one of its size
     baseline: Row | None
     notes: tuple[str, ...]
 
@@ -119,7 +119,11 @@ def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
     num_samples = sum(one.num_samples for one in each)
     whole = energy.joules
     return Row(
-        size, runs, incomplete, middle, (low, high) if low is not None and high is not None else None,
+        size,
+        runs,
+        incomplete,
+        middle,
+        (low, high) if low is not None and high is not None else None,
         samples_per_s=each[0].global_batch / middle if middle else None,
         phase_share=dict(zip(PHASES, (phases / total).tolist(), strict=True)) if total else {},
         phase_s=dict(zip(PHASES, (phases / (num_steps * size)).tolist(), strict=True)) if total else {},
@@ -204,16 +208,12 @@ def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> lis
         kind = "complete runs" if any(not row.incomplete for row in rows) else "no complete run"
         notes.append(f"No baseline: {kind} of {sizes} only. A speedup needs steady steps of two sizes.")
     elif baseline.size != 1:
-        notes.append(
-            f"The baseline is {num_ranks(baseline.size)}, not 1 rank: all speedups are relative to that."
-        )
-    notes += [
-        f"Incomplete: {run.label} ({num_ranks(run.size)}): {run.incomplete}."
-        for run in runs if run.incomplete
-    ]
+        notes.append(f"The baseline is {num_ranks(baseline.size)}, not 1 rank: all speedups are relative to that.")
+    notes += [f"Incomplete: {run.label} ({num_ranks(run.size)}): {run.incomplete}." for run in runs if run.incomplete]
     notes += [
         f"{run.label}: no steady step, all of its {run.summary.num_steps} steps are warm-up."
-        for run in runs if not len(run.step_s) and not run.incomplete
+        for run in runs
+        if not len(run.step_s) and not run.incomplete
     ]
     for row in rows:
         hosts = sorted({run.summary.num_hosts for run in row.runs})
@@ -254,6 +254,7 @@ def _facts(run: Run) -> dict[str, str]:
         "MPI": str(section(meta, "mpi").get("version") or "unknown").partition("\n")[0],
         "CPU": str(meta.get("cpu_model", "unknown")),
         "threads per rank": "/".join(sorted(threads)) or "unknown",
+        "steps": str(run.config.train.steps),
         "training samples": str(meta.get("num_train_samples", "unknown")),
         "parameters": str(meta.get("num_parameters", "unknown")),
         "hpc-train": str(meta.get("hpc_train", "unknown")),

@@ -7,7 +7,7 @@ from hpc_train.analysis.load import Run, section
 from hpc_train.analysis.scaling import Group, Interval, Row, Scaling, num_ranks
 from hpc_train.records import PHASES, Energy
 
-MARK = "*"                                   # on the number of ranks of an incomplete row
+MARK = "*"  # on the number of ranks of an incomplete row
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,21 @@ def _scaling_sheet(group: Group) -> Sheet:
     titles = ("ranks", "runs", "step (ms)", span, "samples/s", against, span, "efficiency")
     rows = tuple(
         (
-            _ranks(row), str(len(row.runs)), _ms(row.step_s), interval_text(row.step_interval_s, 1e3),
-            significant(row.samples_per_s, 4), *_speedup_cells(row),
+            _ranks(row),
+            str(len(row.runs)),
+            _ms(row.step_s),
+            interval_text(row.step_interval_s, 1e3),
+            significant(row.samples_per_s, 4),
+            *_speedup_cells(row),
         )
         for row in group.rows
     )
     kind = f"{'weak' if group.weak else 'strong'} scaling"
-    batch = f"batch per rank {group.keys['train.batch_per_rank']}" if group.weak \
+    batch = (
+        f"batch per rank {group.keys['train.batch_per_rank']}"
+        if group.weak
         else f"global batch {group.rows[0].global_batch}"
+    )
     return Sheet(f"Scaling ({kind}, {batch})", tuple(Column(title) for title in titles), rows)
 
 
@@ -63,9 +70,7 @@ def _speedup_cells(row: Row) -> tuple[str, str, str]:
 
 def _phase_sheet(group: Group) -> Sheet:
     columns = (Column("ranks"), *(Column(phase) for phase in PHASES))
-    rows = tuple(
-        (_ranks(row), *(percent(row.phase_share.get(phase)) for phase in PHASES)) for row in group.rows
-    )
+    rows = tuple((_ranks(row), *(percent(row.phase_share.get(phase)) for phase in PHASES)) for row in group.rows)
     title = "Where a step's time goes (share of all ranks' time; reduce: exposed communication)"
     return Sheet(title, columns, rows)
 
@@ -93,7 +98,9 @@ def group_notes(group: Group) -> list[str]:
     if any(row.energy.quality == "estimated" for row in group.rows):
         assumed = dict.fromkeys(
             (run.assumption or "the run does not say what it assumes").rstrip(".")
-            for row in group.rows for run in row.runs if run.summary.energy_quality == "estimated"
+            for row in group.rows
+            for run in row.runs
+            if run.summary.energy_quality == "estimated"
         )
         notes += [f"Energy marked est. is estimated, not measured: {assumption}." for assumption in assumed]
     lacking = [num_ranks(row.size) for row in group.rows if row.energy.quality == "missing"]
@@ -117,8 +124,11 @@ def headline(group: Group) -> str:
     row, baseline = group.largest, group.baseline
     if row is None or baseline is None:
         shown = next((row for row in reversed(group.rows) if not row.incomplete), group.rows[-1])
-        speed = f"{_ms(shown.step_s)} ms a step, {significant(shown.samples_per_s, 4)} samples/s" \
-            if shown.step_s else "no steady step recorded"
+        speed = (
+            f"{_ms(shown.step_s)} ms a step, {significant(shown.samples_per_s, 4)} samples/s"
+            if shown.step_s
+            else "no steady step recorded"
+        )
         return f"{num_ranks(shown.size)}: {speed}; no baseline, so no speedup{_exposed(shown)}"
     assert row.speedup is not None
     low, high = row.speedup_interval or (row.speedup, row.speedup)
@@ -149,7 +159,8 @@ def _grown(row: Row, baseline: Row) -> str:
     notable = 0.05 * sum(before.values())
     grown = [
         f", {phase} grew from {_ms(before[phase])} to {_ms(after[phase])} ms"
-        for phase in PHASES if phase != "reduce" and after[phase] - before[phase] > notable
+        for phase in PHASES
+        if phase != "reduce" and after[phase] - before[phase] > notable
     ]
     return "".join(grown)
 
@@ -198,7 +209,7 @@ def interval_text(interval: Interval | None, scale: float) -> str:
 
 
 def energy_text(joules: float | None, energy: Energy) -> str:
-    """"123 J", "123 J est." or "missing": a figure never stands without its quality."""
+    """ "123 J", "123 J est." or "missing": a figure never stands without its quality."""
     if joules is None or energy.quality == "missing":
         return "missing"
     powers = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
@@ -214,13 +225,19 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     modified = " with uncommitted changes" if git.get("dirty") else ""
     hosts = meta["hosts"][:8] + ([f"and {len(meta['hosts']) - 8} more"] if len(meta["hosts"]) > 8 else [])
     facts = {
-        "name": run.summary.name, "started": meta.get("started", "unknown"),
-        "ended": meta.get("ended", "not recorded"), "ranks": run.size, "hosts": ", ".join(hosts),
+        "name": run.summary.name,
+        "started": meta.get("started", "unknown"),
+        "ended": meta.get("ended", "not recorded"),
+        "ranks": run.size,
+        "hosts": ", ".join(hosts),
         "CPU": meta.get("cpu_model", "unknown"),
         "steps": f"{run.summary.num_steps}, {run.summary.num_warmup} of them warm-up",
-        "global batch": run.summary.global_batch, "reduction": run.config.reduce.strategy,
-        "versions": versions, "MPI": section(meta, "mpi").get("version", "unknown"),
+        "global batch": run.summary.global_batch,
+        "reduction": run.config.reduce.strategy,
+        "versions": versions,
+        "MPI": section(meta, "mpi").get("version", "unknown"),
         "git commit": str(git.get("commit", "unknown"))[:12] + modified,
-        "Slurm job": section(meta, "slurm").get("job_id"), "incomplete": run.incomplete,
+        "Slurm job": section(meta, "slurm").get("job_id"),
+        "incomplete": run.incomplete,
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]

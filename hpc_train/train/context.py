@@ -48,10 +48,10 @@ class Context:
         if self.comm is None:
             return fn()
         value, error = _attempt(fn) if self.world.is_root else (None, None)
-        value, shared = self.comm.bcast((value, _shared(error, 0)), root=0)
-        if shared is not None:
-            raise joint(error or shared)
-        return value  # type: ignore[return-value]
+        outcome: tuple[T, Exception | None] = self.comm.bcast((value, _shared(error, 0)), root=0)
+        if outcome[1] is not None:
+            raise joint(error or outcome[1])
+        return outcome[0]
 
     def on_all(self, fn: Callable[[], T]) -> T:
         """Collective. Runs `fn` on every rank; where any fails, every rank raises what the lowest such rank met."""
@@ -60,7 +60,7 @@ class Context:
         value, error = _attempt(fn)
         faults = [fault for fault in self.comm.allgather(_shared(error, self.world.rank)) if fault is not None]
         if not faults:
-            return value  # type: ignore[return-value]
+            return value
         raise joint(error if error is not None and not isinstance(error, UserError) else faults[0])
 
     def gather(self, value: T) -> list[T]:
@@ -176,7 +176,7 @@ def _start_mpi() -> Context:
     except ImportError as error:
         raise UserError(
             f"mpi4py cannot be loaded: {error}",
-            "Run `make install`, load the MPI module it was built with, or train in one process: --set reduce.strategy=local",
+            "Run `make install`, load the MPI it was built with, or use one process: --set reduce.strategy=local",
         ) from None
     comm = MPI.COMM_WORLD
     expected = launched_size()
@@ -198,7 +198,10 @@ def _start_mpi() -> Context:
 
 class _SymbolInfo(ctypes.Structure):
     _fields_ = (
-        ("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("symbol", ctypes.c_char_p), ("address", ctypes.c_void_p),
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
     )
 
 
@@ -217,10 +220,12 @@ def require_one_mpi(name: str, extension: str) -> None:
 
     ours, theirs = library_of(MPI.__file__), library_of(extension)
     if ours != theirs:
-        raise joint(UserError(
-            f"two MPIs in one process: mpi4py calls {ours}, {name} calls {theirs}",
-            f"Build both against one: rm -r .venv && make install MPICC=/path/to/mpicc, and run with that MPI's mpirun.",
-        ))
+        raise joint(
+            UserError(
+                f"two MPIs in one process: mpi4py calls {ours}, {name} calls {theirs}",
+                "Build both against one (rm -r .venv && make install MPICC=/path/to/mpicc), and use its mpirun.",
+            )
+        )
 
 
 def mpi_version() -> dict[str, str]:

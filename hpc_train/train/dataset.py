@@ -99,9 +99,15 @@ def _open(path: Path) -> h5py.File:
         if "truncated" in reason:
             words, remedy = "is truncated: its end is missing", "Copy or prepare it again."
         elif "signature" in reason:
-            words, remedy = "is not an HDF5 file", "Name an HDF5 file; hpc-train prepare --help shows how to make one."
+            words, remedy = (
+                "is not an HDF5 file",
+                "Name an HDF5 file; hpc-train prepare --help shows how to make one.",
+            )
         else:
-            words, remedy = f"cannot be opened: {reason}", "Look at its permissions and at file locking (HDF5_USE_FILE_LOCKING)."
+            words, remedy = (
+                f"cannot be opened: {reason}",
+                "Look at its permissions and at file locking (HDF5_USE_FILE_LOCKING).",
+            )
         raise UserError(f"data.file = '{path}' {words}", remedy) from None
     if not file.attrs.get("complete", True):
         raise UserError(f"data.file = '{path}' was never completed: its writer was stopped", "Prepare it again.")
@@ -119,7 +125,9 @@ def _mapped(path: Path, dataset: h5py.Dataset) -> Any:
 
     Not through h5py: its lock lets one thread at a time in, and a slab costs 2 to 4 times a gather from the map.
     """
-    start = dataset.id.get_offset() if dataset.chunks is None and not dataset.external and not dataset.is_virtual else None
+    start = (
+        dataset.id.get_offset() if dataset.chunks is None and not dataset.external and not dataset.is_virtual else None
+    )
     if start is None or not dataset.dtype.isnative:
         return dataset
     return np.memmap(path, dataset.dtype, "r", offset=start, shape=dataset.shape)

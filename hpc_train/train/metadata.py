@@ -13,14 +13,27 @@ import numpy as np
 import torch
 
 from hpc_train import __version__
-from hpc_train.train.context import Context, mpi_version
 from hpc_train.records import SCHEMA
+from hpc_train.train.context import Context, mpi_version
 
 # By name, so that no secret of the environment ends up in a run directory that people pass around.
 SLURM_VARIABLES = (
-    "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_NTASKS",
-    "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_GPUS_ON_NODE", "SLURM_CLUSTER_NAME", "SLURM_RESTART_COUNT",
-    "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_STEP_ID", "SLURM_CPU_BIND", "SLURM_DISTRIBUTION",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NAME",
+    "SLURM_JOB_PARTITION",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_NUM_NODES",
+    "SLURM_NTASKS",
+    "SLURM_NTASKS_PER_NODE",
+    "SLURM_CPUS_PER_TASK",
+    "SLURM_GPUS_ON_NODE",
+    "SLURM_CLUSTER_NAME",
+    "SLURM_RESTART_COUNT",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_STEP_ID",
+    "SLURM_CPU_BIND",
+    "SLURM_DISTRIBUTION",
 )
 
 
@@ -44,7 +57,14 @@ def place_ranks(context: Context, threads: int) -> list[RankPlace]:
     if context.comm is not None:
         everyone = context.comm.allgather(everyone[0])
     return [
-        RankPlace(rank, host, local, pid, mine, asked or _fair_threads(mine, [c for _, h, _, _, c, _ in everyone if h == host]))
+        RankPlace(
+            rank,
+            host,
+            local,
+            pid,
+            mine,
+            asked or _fair_threads(mine, [c for _, h, _, _, c, _ in everyone if h == host]),
+        )
         for rank, host, local, pid, mine, asked in everyone
     ]
 
@@ -66,8 +86,8 @@ def crowding_warnings(places: list[RankPlace]) -> list[str]:
         cores = {core for place in ranks for core in place.cores}
         if len(ranks) > len(cores):
             lines.append(
-                f"warning: {len(ranks)} ranks on {host} share {len(cores)} core{'s' * (len(cores) != 1)}: each waits for the "
-                f"others. Start at most {len(cores)} there, or let them use more cores (mpirun --bind-to none)."
+                f"warning: {len(ranks)} ranks on {host} share {len(cores)} core{'s' * (len(cores) != 1)}: each waits "
+                f"for the others. Start at most {len(cores)} there, or give them more cores (mpirun --bind-to none)."
             )
     return lines
 
@@ -110,8 +130,11 @@ def _cpu_model() -> str:
 
 def git_state(folder: Path) -> dict[str, Any]:
     """Commit and whether tracked files were changed, of the repository that `folder` lies in; {} outside one."""
+
     def git(*words: str) -> str:
-        done = subprocess.run(("git", "-C", str(folder), *words), capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ("git", "-C", str(folder), *words), capture_output=True, text=True, timeout=10, check=True
+        )
         return done.stdout.strip()
 
     try:

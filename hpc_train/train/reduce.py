@@ -15,7 +15,7 @@ from hpc_train.train.context import Context, joint, require_one_mpi
 
 class Reducer(Protocol):
     def wait(self) -> None:
-        """Collective. Returns when every gradient holds the sum over ranks: the time in here is exposed communication."""
+        """Collective. Returns when every gradient holds the sum over ranks: its time is exposed communication."""
 
 
 @contextmanager
@@ -23,10 +23,12 @@ def open_reducer(settings: config.Reduce, model: nn.Module, context: Context) ->
     """Collective. Sends the root's weights to all ranks, then sums gradients by `reduce.strategy` until the end."""
     if settings.strategy == "local":
         if context.world.size > 1:
-            raise joint(UserError(
-                f"reduce.strategy = 'local' is one process, and there are {context.world.size} ranks",
-                "Leave mpirun out, or set reduce.strategy to horovod or mpi.",
-            ))
+            raise joint(
+                UserError(
+                    f"reduce.strategy = 'local' is one process, and there are {context.world.size} ranks",
+                    "Leave mpirun out, or set reduce.strategy to horovod or mpi.",
+                )
+            )
         yield Local()
     elif settings.strategy == "mpi":
         yield Mpi(model, context)
@@ -95,10 +97,12 @@ def start_horovod(settings: config.Reduce) -> Any:
         import horovod.torch as hvd
         import horovod.torch.mpi_lib_v2 as library
     except ImportError as error:
-        raise joint(UserError(
-            f"reduce.strategy = 'horovod', and Horovod cannot be loaded: {error}",
-            "Run `make install`, or set reduce.strategy to mpi (or local for one process).",
-        )) from None
+        raise joint(
+            UserError(
+                f"reduce.strategy = 'horovod', and Horovod cannot be loaded: {error}",
+                "Run `make install`, or set reduce.strategy to mpi (or local for one process).",
+            )
+        ) from None
     require_one_mpi("Horovod", library.__file__)
     hvd.init()
     return hvd

@@ -99,7 +99,8 @@ def _nvml_reader(pynvml: object, handle: object) -> Callable[[], float]:
 def estimate_meter(num_cores: int, watts_per_core: float) -> Meter:
     """An assumption, not a meter: the cores of this node's ranks draw `watts_per_core` for as long as the run lasts."""
     watts = num_cores * watts_per_core
-    return Meter("cores", f"estimate: {num_cores} cores x {watts_per_core:g} W", "estimated", lambda: monotonic() * watts)
+    source = f"estimate: {watts_per_core:g} W x {num_cores} core{'s' * (num_cores != 1)} a node"
+    return Meter("cores", source, "estimated", lambda: monotonic() * watts)
 
 
 class Sampler:
@@ -111,6 +112,7 @@ class Sampler:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="energy", daemon=True)
         self._began = [meter.read() for meter in meters]
+        assert not any("," in meter.domain + meter.source for meter in meters), "a comma would end the CSV cell"
         self._file = path.open("a", encoding="utf-8")
         if os.fstat(self._file.fileno()).st_size == 0:
             self._file.write(",".join(ENERGY_COLUMNS) + "\n")
@@ -120,7 +122,9 @@ class Sampler:
         self._sample()
         self._thread.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join()
         self._sample()

@@ -39,15 +39,15 @@ def train(loaded: Loaded, context: Context) -> None:
         batches = _batches(task, config, context, batch_size)
 
         for step in range(config.train.steps):
-            with clock("data"):
+            with clock.data:
                 batch, num_samples, num_global = next(batches)
-            with clock("forward"):
+            with clock.forward:
                 loss = task.loss(model, batch) / num_global  # a share of the global mean: shares may differ in size
-            with clock("backward"):
+            with clock.backward:
                 loss.backward()  # the reducer overlaps its sends with this
-            with clock("reduce"):
+            with clock.reduce:
                 reducer.wait()  # exposed communication only
-            with clock("optimizer"):
+            with clock.optimizer:
                 optimizer.step()
                 optimizer.zero_grad()
             recorder.end_step(step, loss, num_samples, num_global)
@@ -69,16 +69,20 @@ def checked_batch_size(config: Config, task: Task, context: Context) -> int:
     size = context.world.size
     batch_size = config.train.batch_size(size)
     if batch_size < size:
-        raise joint(UserError(
-            f"train.global_batch = {batch_size} is smaller than the {size} ranks: some would have nothing to do",
-            f"Set train.global_batch to {size} or more, or start fewer ranks.",
-        ))
+        raise joint(
+            UserError(
+                f"train.global_batch = {batch_size} is smaller than the {size} ranks: some would have nothing to do",
+                f"Set train.global_batch to {size} or more, or start fewer ranks.",
+            )
+        )
     if batch_size > task.num_samples:
         key = "global_batch" if config.train.global_batch else "batch_per_rank"
-        raise joint(UserError(
-            f"train.{key}: a global batch of {batch_size} is larger than the data set's {task.num_samples} samples",
-            f"Set it so that all ranks together take at most {task.num_samples}.",
-        ))
+        raise joint(
+            UserError(
+                f"train.{key}: a global batch of {batch_size} is larger than the data set's {task.num_samples} samples",
+                f"Set it so that all ranks together take at most {task.num_samples}.",
+            )
+        )
     return batch_size
 
 

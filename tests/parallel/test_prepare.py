@@ -21,11 +21,19 @@ def write_idx(path: Path, values: np.ndarray, packed: bool) -> None:
 @pytest.fixture
 def idx_folder(context: Context, shared_path: Path) -> Path:
     """Four small IDX files, two of them packed; 11 rows are uneven on 2, 3 and 4 ranks."""
+
     def make() -> None:
         rng = np.random.default_rng(0)
         for prefix, rows in (("train", 11), ("t10k", 3)):
-            write_idx(shared_path / f"{prefix}-images-idx3-ubyte", rng.integers(0, 256, (rows, 5, 4), np.uint8), prefix == "train")
-            write_idx(shared_path / f"{prefix}-labels-idx1-ubyte", rng.integers(0, 10, rows, np.uint8), prefix != "train")
+            write_idx(
+                shared_path / f"{prefix}-images-idx3-ubyte",
+                rng.integers(0, 256, (rows, 5, 4), np.uint8),
+                prefix == "train",
+            )
+            write_idx(
+                shared_path / f"{prefix}-labels-idx1-ubyte", rng.integers(0, 10, rows, np.uint8), prefix != "train"
+            )
+
     context.on_root(make)
     return shared_path
 
@@ -71,11 +79,14 @@ def test_another_file_is_not_overwritten(context: Context, idx_folder: Path) -> 
     assert output.read_text() == "mine"
 
 
-@pytest.mark.parametrize("name, length, words", [
-    ("train-labels-idx1-ubyte", 12, "truncated"),
-    ("train-images-idx3-ubyte.gz", 40, "cannot be read"),
-    ("t10k-images-idx3-ubyte", 3, "not an IDX file"),
-])
+@pytest.mark.parametrize(
+    "name, length, words",
+    [
+        ("train-labels-idx1-ubyte", 12, "truncated"),
+        ("train-images-idx3-ubyte.gz", 40, "cannot be read"),
+        ("t10k-images-idx3-ubyte", 3, "not an IDX file"),
+    ],
+)
 def test_a_truncated_source_is_named_and_nothing_is_left(
     context: Context, idx_folder: Path, name: str, length: int, words: str
 ) -> None:
@@ -93,5 +104,5 @@ def test_a_truncated_source_is_named_and_nothing_is_left(
 
 def test_images_and_labels_of_different_length_are_refused(context: Context, idx_folder: Path) -> None:
     context.on_root(lambda: write_idx(idx_folder / "t10k-labels-idx1-ubyte", np.zeros(2, np.uint8), packed=True))
-    with pytest.raises(UserError, match=r"has 3 images and .*t10k-labels-idx1-ubyte\.gz 2 labels"):
+    with pytest.raises(UserError, match=r"has 3 images, .*t10k-labels-idx1-ubyte\.gz 2 labels"):
         prepare("mnist", idx_folder, idx_folder / "out.h5", context)

@@ -19,7 +19,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def run(context: Context, root: Path, digits: Path, job: str, **keys: object) -> RunDir:
-    overrides = {"data.file": digits, "run.root": root, "run.progress": "plain", **{k.replace("__", "."): v for k, v in keys.items()}}
+    overrides = {
+        "data.file": digits,
+        "run.root": root,
+        "run.progress": "plain",
+        **{k.replace("__", "."): v for k, v in keys.items()},
+    }
     train(load(CONFIGS / job, tuple(f"{key}={value}" for key, value in overrides.items())), context)
     context.barrier()
     return find([root])[0]
@@ -37,13 +42,16 @@ def losses(run: RunDir) -> np.ndarray:
 
 
 @pytest.mark.parametrize("strategy", ["horovod", "mpi"])
-@pytest.mark.parametrize("job, keys", [
-    ("softmax-mnist.toml", {"train__steps": 200}),
-    ("mlp-mnist.toml", {"train__steps": 200, "train__global_batch": 96, "task__options": "{hidden = [64]}"}),
-    # 4,000 samples leave a last batch of 1 and so 0 samples for most ranks, then 22: uneven on 3 and 4
-    ("softmax-mnist.toml", {"train__steps": 6, "train__global_batch": 1333}),
-    ("mlp-mnist.toml", {"train__steps": 190, "train__global_batch": 34, "task__options": "{hidden = [32]}"}),
-])
+@pytest.mark.parametrize(
+    "job, keys",
+    [
+        ("softmax-mnist.toml", {"train__steps": 200}),
+        ("mlp-mnist.toml", {"train__steps": 200, "train__global_batch": 96, "task__options": "{hidden = [64]}"}),
+        # 4,000 samples leave a last batch of 1 and so 0 samples for most ranks, then 22: uneven on 3 and 4
+        ("softmax-mnist.toml", {"train__steps": 6, "train__global_batch": 1333}),
+        ("mlp-mnist.toml", {"train__steps": 190, "train__global_batch": 34, "task__options": "{hidden = [32]}"}),
+    ],
+)
 def test_losses_are_those_of_one_process(
     context: Context, shared_path: Path, tmp_path: Path, digits: Path, job: str, keys: dict[str, object], strategy: str
 ) -> None:
@@ -51,7 +59,9 @@ def test_losses_are_those_of_one_process(
     alone = losses_alone(tmp_path / f"alone-{context.world.rank}", digits, job, **keys)
     assert len(together) == keys["train__steps"]
     difference = np.abs(together - alone) / alone
-    assert difference.max() < 1e-5, f"step {difference.argmax()}: {together[difference.argmax()]} and {alone[difference.argmax()]}"
+    assert difference.max() < 1e-5, (
+        f"step {difference.argmax()}: {together[difference.argmax()]} and {alone[difference.argmax()]}"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -90,8 +100,8 @@ def test_every_rank_writes_every_step_and_nothing_is_lost_between(context: Conte
 def test_the_summary_is_the_reduction_of_all_ranks(context: Context, softmax_run: RunDir) -> None:
     summary = json.loads(softmax_run.summary.read_text())
     everyone = [step_times(read_timings(softmax_run.timings(rank))) for rank in range(context.world.size)]
-    slowest = np.max([each.step_ns for each in everyone], axis=0)
-    assert summary["step_s"] == pytest.approx(np.median(slowest) / 1e9)
+    step_ns = np.mean([each.step_ns for each in everyone], axis=0)
+    assert summary["step_s"] == pytest.approx(np.median(step_ns) / 1e9)
     assert summary["num_samples"] == 50 * 100 and summary["complete"]
     phases = np.sum([each.phases_ns for each in everyone], axis=0)
     assert summary["phase_share"]["reduce"] == pytest.approx(phases[PHASES.index("reduce")] / phases.sum())

@@ -27,4 +27,6 @@ def classifier(name: str, input_shape: tuple[int, ...], num_classes: int, option
     try:
         return make(input_shape, num_classes, **options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"task.options = {options}: {name} refuses them: {error}", "See the model's docstring.") from None
+        raise UserError(
+            f"task.options = {options}: {name} refuses them: {error}", "See the model's docstring."
+        ) from None

@@ -16,10 +16,7 @@ class Mlp(nn.Module):
         if not all(isinstance(width, int) and width > 0 for width in hidden):
             raise ValueError(f"hidden = {list(hidden)}: widths are positive whole numbers")
         widths = [prod(input_shape), *hidden, num_classes]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        for layer in self.layers:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+        self.layers = nn.ModuleList(_linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(n, *input_shape) float -> logits (n, num_classes)."""
@@ -27,3 +24,10 @@ class Mlp(nn.Module):
         for layer in self.layers[:-1]:
             x = torch.relu(layer(x))
         return self.layers[-1](x)
+
+
+def _linear(num_in: int, num_out: int) -> nn.Linear:
+    layer = nn.Linear(num_in, num_out)
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -51,7 +51,8 @@ def _load(kind: str) -> Callable[[Config, Context], Any]:
     module_name, colon, name = kind.partition(":")
     if not colon:
         raise UserError(
-            f"task.kind = '{kind}' is not known", f"Known are: {', '.join(BUILT_IN)}; your own: 'mypackage.mytask:MyTask'."
+            f"task.kind = '{kind}' is not known",
+            f"Known are: {', '.join(BUILT_IN)}; your own: 'mypackage.mytask:MyTask'.",
         )
     here = str(Path.cwd())
     if here not in sys.path:  # the user's module usually lies where the job is started
@@ -61,4 +62,6 @@ def _load(kind: str) -> Callable[[Config, Context], Any]:
     except ModuleNotFoundError as error:
         raise UserError(f"task.kind = '{kind}': no module {error.name}", f"Looked in {here} and in sys.path.") from None
     except AttributeError:
-        raise UserError(f"task.kind = '{kind}': {module_name} has no {name}", "Name the task class after the colon.") from None
+        raise UserError(
+            f"task.kind = '{kind}': {module_name} has no {name}", "Name the task class after the colon."
+        ) from None

@@ -33,7 +33,7 @@ class Classification:
             assert train is not None
             if test is not None and test.input_shape != train.input_shape:
                 raise UserError(
-                    f"{path}: a sample is {train.input_shape} in {data.inputs} and {test.input_shape} in {data.test_inputs}",
+                    f"{path}: samples are {train.input_shape} in {data.inputs}, {test.input_shape} in {data.test_inputs}",
                     "Training and test samples must have one shape.",
                 )
             return train, test
@@ -54,10 +54,12 @@ class Classification:
         for name, low, high in parts:
             if low < 0 or high >= num_classes:
                 wrong = low if low < 0 else high
-                raise joint(UserError(
-                    f"{self.config.data.file}: label {wrong} in {name} is out of range for {num_classes} classes",
-                    "Labels are 0 to num_classes - 1: mend the data or set task.num_classes.",
-                ))
+                raise joint(
+                    UserError(
+                        f"{self.config.data.file}: label {wrong} in {name} is out of range for {num_classes} classes",
+                        "Labels are 0 to num_classes - 1: mend the data or set task.num_classes.",
+                    )
+                )
         return num_classes
 
     def model(self) -> nn.Module:
