@@ -5,14 +5,17 @@ any number of ranks finds its samples in time and memory proportional to its own
 data set holds a thousand samples or a trillion. Resuming needs no generator state.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
-_ROUNDS = 6
+_ROUNDS = 4  # of a Feistel network: enough for a pseudo-random permutation (Luby and Rackoff, SIAM J. Comput. 1988)
+_POSITIONS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,33 @@ def rank_span(count: int, rank: int, size: int) -> tuple[int, int]:
     return start, start + small + (rank < num_larger)
 
 
+def rank_batches(
+    steps: range, num_samples: int, batch_size: int, seed: int, rank: int, size: int
+) -> Iterator[tuple[Indices, int]]:
+    """For each of `steps`: the rows of `rank_samples`, and the samples of the whole global batch.
+
+    Several steps are computed at once: a call on few positions costs as much as one on hundreds.
+    """
+    at_once = max(1, _POSITIONS_AT_ONCE * size // batch_size)
+    for first in range(0, len(steps), at_once):
+        batches = [global_batch(step, num_samples, batch_size) for step in steps[first : first + at_once]]
+        for epoch, same in groupby(batches, key=lambda batch: batch.epoch):
+            group = list(same)
+            shares = [_share(batch, rank, size) for batch in group]
+            rows = shuffled(np.concatenate([np.arange(*share) for share in shares]), num_samples, seed, epoch)
+            ends = np.cumsum([stop - start for start, stop in shares])
+            yield from zip(np.split(rows, ends[:-1]), (batch.num_samples for batch in group), strict=True)
+
+
+def _share(batch: GlobalBatch, rank: int, size: int) -> tuple[int, int]:
+    """[start, stop) of rank's positions in the epoch's order."""
+    start, stop = rank_span(batch.num_samples, rank, size)
+    return batch.start + start, batch.start + stop
+
+
 def rank_samples(batch: GlobalBatch, num_samples: int, seed: int, rank: int, size: int) -> Indices:
     """The rows of the data set that `rank` of `size` trains on in `batch`; may be empty in an epoch's last batch."""
-    start, stop = rank_span(batch.num_samples, rank, size)
-    return shuffled(np.arange(batch.start + start, batch.start + stop), num_samples, seed, batch.epoch)
+    return shuffled(np.arange(*_share(batch, rank, size)), num_samples, seed, batch.epoch)
 
 
 def shuffled(positions: npt.NDArray[np.integer], num_samples: int, seed: int, epoch: int) -> Indices:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_train.partition import global_batch, rank_samples, rank_span, shuffled
+from hpc_train.partition import global_batch, rank_batches, rank_samples, rank_span, shuffled
 
 COUNTS = st.integers(1, 3000)
 
@@ -48,6 +48,20 @@ def test_an_epoch_trains_on_every_sample_exactly_once(num_samples: int, data: st
         assert {batch.epoch for batch in batches} == {epoch}
         rows = np.concatenate([rank_samples(batch, num_samples, 0, 0, 1) for batch in batches])
         assert np.array_equal(np.sort(rows), np.arange(num_samples))
+
+
+@given(COUNTS, st.data())
+@settings(max_examples=50)
+def test_many_steps_at_once_are_the_steps_one_by_one(num_samples: int, data: st.DataObject) -> None:
+    batch_size = data.draw(st.integers(1, num_samples))
+    first, size = data.draw(st.integers(0, 1000)), data.draw(st.integers(1, 5))
+    steps = range(first, first + data.draw(st.integers(0, 40)))
+    found = list(rank_batches(steps, num_samples, batch_size, 3, size - 1, size))
+    assert len(found) == len(steps)
+    for step, (rows, num_global) in zip(steps, found, strict=True):
+        batch = global_batch(step, num_samples, batch_size)
+        assert num_global == batch.num_samples
+        assert np.array_equal(rows, rank_samples(batch, num_samples, 3, size - 1, size))
 
 
 def test_a_trillion_samples_take_no_memory() -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter_ns
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -47,11 +47,11 @@ class Context:
         """
         if self.comm is None:
             return fn()
-        value, error = _attempt(fn) if self.world.is_root else (None, None)
-        outcome: tuple[T, Exception | None] = self.comm.bcast((value, _shared(error, 0)), root=0)
-        if outcome[1] is not None:
-            raise joint(error or outcome[1])
-        return outcome[0]
+        mine, error = _attempt(fn) if self.world.is_root else (None, None)
+        value, shared = self.comm.bcast((mine, _shared(error, 0)), root=0)
+        if shared is not None:
+            raise joint(error or shared)
+        return cast(T, value)
 
     def on_all(self, fn: Callable[[], T]) -> T:
         """Collective. Runs `fn` on every rank; where any fails, every rank raises what the lowest such rank met."""
@@ -60,7 +60,7 @@ class Context:
         value, error = _attempt(fn)
         faults = [fault for fault in self.comm.allgather(_shared(error, self.world.rank)) if fault is not None]
         if not faults:
-            return value
+            return cast(T, value)
         raise joint(error if error is not None and not isinstance(error, UserError) else faults[0])
 
     def gather(self, value: T) -> list[T]:

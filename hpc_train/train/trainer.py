@@ -10,7 +10,7 @@ from torch import nn
 
 from hpc_train.config import Config, Loaded
 from hpc_train.errors import UserError
-from hpc_train.partition import global_batch, rank_samples
+from hpc_train.partition import rank_batches
 from hpc_train.train.context import Context, joint
 from hpc_train.train.metadata import crowding_warnings, place_ranks
 from hpc_train.train.recorder import Recorder
@@ -58,10 +58,9 @@ def train(loaded: Loaded, context: Context) -> None:
 def _batches(task: Task, config: Config, context: Context, batch_size: int) -> Iterator[tuple[Any, int, int]]:
     """(this rank's share, its samples, the global batch's samples) of step 0, 1, 2, ..."""
     world = context.world
-    for step in range(config.train.steps):
-        whole = global_batch(step, task.num_samples, batch_size)
-        rows = rank_samples(whole, task.num_samples, config.seed, world.rank, world.size)
-        yield task.batch(rows), len(rows), whole.num_samples
+    steps = range(config.train.steps)
+    for rows, num_global in rank_batches(steps, task.num_samples, batch_size, config.seed, world.rank, world.size):
+        yield task.batch(rows), len(rows), num_global
 
 
 def checked_batch_size(config: Config, task: Task, context: Context) -> int:
