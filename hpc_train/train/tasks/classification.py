@@ -33,7 +33,7 @@ class Classification:
             assert train is not None
             if test is not None and test.input_shape != train.input_shape:
                 raise UserError(
-                    f"{path}: a sample is {train.input_shape} in {data.inputs}, {test.input_shape} in {data.test_inputs}",
+                    f"{path}: {data.inputs} has samples of {train.input_shape}, {data.test_inputs} of {test.input_shape}",
                     "Training and test samples must have one shape.",
                 )
             return train, test
