@@ -31,9 +31,9 @@ def environment(**more: str) -> dict[str, str]:
 
 def command(ranks: int, *words: object, bind: str = "none") -> list[str]:
     """The command line of `hpc-train words...` on `ranks` ranks; 0 ranks: without mpirun."""
-    mpirun = shutil.which("mpirun")
-    assert mpirun, "no mpirun on PATH: run the tests with `make test`"
-    launcher = [mpirun, "--quiet", "-n", str(ranks), "--oversubscribe", "--bind-to", bind] if ranks else []
+    assert shutil.which("mpirun"), "no mpirun on PATH: run the tests with `make test`"
+    # By name: mpirun takes an absolute path for a --prefix, and /bin/mpirun for a prefix of nothing.
+    launcher = ["mpirun", "--quiet", "-n", str(ranks), "--oversubscribe", "--bind-to", bind] if ranks else []
     return [*launcher, str(HPC_TRAIN), *map(str, words)]
 
 

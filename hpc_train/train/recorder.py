@@ -35,8 +35,8 @@ from hpc_train.train.progress import StepProgress
 class Recorder:
     """Times, losses and joules of one run, on every rank. Use as a context manager around the loop:
 
-    `start`, then for each step phases of `clock` and `end_step`, and `finish` after the last one. Entering, `start`
-    and `finish` are collective; `end_step` is on every `train.log_every`th step.
+    `start`, then for each step phases of `clock` and `end_step`, after the last one `stop` and `finish`. Entering,
+    `start` and `finish` are collective; `end_step` is on every `train.log_every`th step.
     """
 
     def __init__(self, loaded: Loaded, context: Context, places: list[RankPlace]) -> None:
@@ -102,10 +102,13 @@ class Recorder:
             if step % self._train.log_every == 0:
                 self._progress.say(f"Step {step}, Loss: {self._last_loss:.5f}")
 
-    def finish(self, test_accuracy: float | None) -> None:
-        """Collective. Closes the logs and writes summary.json from sums over all ranks."""
-        context, config = self._context, self._loaded.config
+    def stop(self) -> None:
+        """Closes the logs and stops the meters: what follows is not the loop's time or energy."""
         self._stack.close()
+
+    def finish(self, test_accuracy: float | None) -> None:
+        """Collective, after `stop`. Writes summary.json from sums over all ranks."""
+        context, config = self._context, self._loaded.config
         self._write_meta(ended=_now())
         own = step_times(read_timings(self._run.timings(context.world.rank)))
         step_ns, phases_ns = context.sum(own.step_ns) / context.world.size, context.sum(own.phases_ns)

@@ -52,6 +52,7 @@ def train(loaded: Loaded, context: Context) -> None:
                 optimizer.zero_grad()
             recorder.end_step(step, loss, num_samples, num_global)
 
+        recorder.stop()
         recorder.finish(_test_accuracy(task, model, context))
 
 

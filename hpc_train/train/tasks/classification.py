@@ -33,8 +33,8 @@ class Classification:
             assert train is not None
             if test is not None and test.input_shape != train.input_shape:
                 raise UserError(
-                    f"{path}: {data.inputs} has samples of {train.input_shape}, {data.test_inputs} of {test.input_shape}",
-                    "Training and test samples must have one shape.",
+                    f"{path}: {data.inputs} has samples of {train.input_shape}, not {test.input_shape}",
+                    f"Samples of {data.test_inputs} must have the same shape.",
                 )
             return train, test
 
