@@ -1,5 +1,6 @@
 """The command line. Each command imports its half inside, so that reports never touch MPI or torch."""
 
+import importlib.util
 import json
 import sys
 import traceback
@@ -56,6 +57,7 @@ def prepare(dataset: str, output: Path, origin: Path | None, overwrite: bool) ->
     \b
     Example: mpirun -n 2 hpc-train prepare fashion-mnist data/fashion-mnist.h5
     """
+    _require("h5py")
     from hpc_train.train.context import open_context
 
     with open_context(use_mpi=launched_rank() is not None) as context:
@@ -73,6 +75,7 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     \b
     Example: mpirun -n 2 hpc-train train configs/mlp-mnist.toml --set train.steps=500
     """
+    _require("torch", "h5py")
     from hpc_train.train.context import open_context
 
     launched = launched_rank() is not None
@@ -122,6 +125,16 @@ def show(config: Path, overrides: tuple[str, ...]) -> None:
     Example: hpc-train config show configs/softmax-mnist.toml --set train.lr=0.1
     """
     click.echo(dumps(load(_job_file(config), overrides)), nl=False)
+
+
+def _require(*modules: str) -> None:
+    """Raises UserError on a plain install, which has the analysis half only."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} cannot be found: this install reports, and does not train",
+            "Run `make install` in a checkout: it builds hpc-train[train] against one MPI.",
+        )
 
 
 def _job_file(path: Path) -> Path:

@@ -1,0 +1,52 @@
+"""The README's commands work as they stand there; what its tables promise exists."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+from tests import jobs
+
+DOCUMENTS = [jobs.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+README = DOCUMENTS[0].read_text()
+
+
+def commands() -> list[str]:
+    """Every line that a reader would type: those behind "$ " in console blocks."""
+    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+def test_commands_run_as_they_stand(tmp_path: Path) -> None:
+    """In the README's order, in an empty folder with the shipped jobs: a reader's first session."""
+    (tmp_path / "configs").symlink_to(jobs.CONFIGS)
+    env = jobs.environment(PATH=f"{jobs.HPC_TRAIN.parent}:{jobs.environment()['PATH']}")
+    ran = 0
+    for line in commands():
+        words = shlex.split(line)
+        if words[0] not in ("hpc-train", "mpirun"):
+            continue
+        done = subprocess.run(
+            words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+        )
+        assert done.returncode == 0, f"$ {line}\n{done.stdout}{done.stderr}"
+        ran += 1
+    assert ran >= 5
+
+
+def test_make_targets_and_scripts_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (jobs.ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in commands():
+        words = shlex.split(line)
+        if words[0] == "make":
+            assert words[1] in targets, line
+        if words[0] == "sbatch":
+            script = next(word for word in words if word.endswith(".sbatch"))
+            assert (jobs.ROOT / script).is_file(), line
+            assert subprocess.run(["bash", "-n", jobs.ROOT / script], timeout=20).returncode == 0
+
+
+def test_links_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            assert target.startswith("https://") or (document.parent / target).exists(), f"{document.name}: {target}"
