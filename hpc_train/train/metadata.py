@@ -97,7 +97,7 @@ def describe(context: Context, places: list[RankPlace]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "hpc_train": __version__,
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "size": context.world.size,
         "hosts": list(dict.fromkeys(place.host for place in places)),
         "ranks": [vars(place) for place in places],

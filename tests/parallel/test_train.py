@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,11 @@ def run(context: Context, root: Path, digits: Path, job: str, **keys: object) ->
     return find([root])[0]
 
 
-def losses_alone(root: Path, digits: Path, job: str, **keys: object) -> np.ndarray:
-    """The reference: one process and no MPI calls, computed by every rank for itself."""
-    return losses(run(Context(World()), root, digits, job, reduce__strategy="local", train__threads=1, **keys))
+@lru_cache(maxsize=1)
+def losses_alone(digits: Path, job: str, keys: tuple[tuple[str, object], ...]) -> np.ndarray:
+    """The reference: one process and no MPI."""
+    with tempfile.TemporaryDirectory() as root:
+        return losses(run(Context(World()), Path(root), digits, job, reduce__strategy="local", **dict(keys)))
 
 
 def losses(run: RunDir) -> np.ndarray:
@@ -41,27 +45,25 @@ def losses(run: RunDir) -> np.ndarray:
     return np.array(values)
 
 
-@pytest.mark.parametrize("strategy", ["horovod", "mpi"])
-@pytest.mark.parametrize(
-    "job, keys",
-    [
-        ("softmax-mnist.toml", {"train__steps": 200}),
-        ("mlp-mnist.toml", {"train__steps": 200, "train__global_batch": 96, "task__options": "{hidden = [64]}"}),
-        # 4,000 samples leave a last batch of 1 and so 0 samples for most ranks, then 22: uneven on 3 and 4
-        ("softmax-mnist.toml", {"train__steps": 6, "train__global_batch": 1333}),
-        ("mlp-mnist.toml", {"train__steps": 190, "train__global_batch": 34, "task__options": "{hidden = [32]}"}),
-    ],
-)
+JOBS: list[tuple[str, dict[str, object]]] = [
+    ("softmax-mnist.toml", {"train__steps": 200}),
+    ("mlp-mnist.toml", {"train__steps": 200}),
+    # 4,000 samples leave a last batch of 1, and so 0 samples for most ranks, then one of 22, uneven on 3 and 4. Without
+    # momentum: with 0.9 of it so small a batch amplifies rounding a hundredfold, smoothly and on any step.
+    ("softmax-mnist.toml", {"train__steps": 6, "train__global_batch": 1333}),
+    ("mlp-mnist.toml", {"train__steps": 190, "train__global_batch": 34, "train__momentum": 0}),
+]
+
+
+@pytest.mark.parametrize("strategy, job, keys", [(strategy, *job) for job in JOBS for strategy in ("horovod", "mpi")])
 def test_losses_are_those_of_one_process(
-    context: Context, shared_path: Path, tmp_path: Path, digits: Path, job: str, keys: dict[str, object], strategy: str
+    context: Context, shared_path: Path, digits: Path, job: str, keys: dict[str, object], strategy: str
 ) -> None:
-    together = losses(run(context, shared_path / "together", digits, job, reduce__strategy=strategy, **keys))
-    alone = losses_alone(tmp_path / f"alone-{context.world.rank}", digits, job, **keys)
+    together = losses(run(context, shared_path, digits, job, reduce__strategy=strategy, **keys))
+    alone = context.on_root(lambda: losses_alone(digits, job, tuple(keys.items())))
     assert len(together) == keys["train__steps"]
     difference = np.abs(together - alone) / alone
-    assert difference.max() < 1e-5, (
-        f"step {difference.argmax()}: {together[difference.argmax()]} and {alone[difference.argmax()]}"
-    )
+    assert difference.max() < 1e-5, f"step {difference.argmax()}: {together[difference.argmax()]}"
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,15 @@ from math import prod
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 class Mlp(nn.Module):
-    """Linear layers of `hidden` units with ReLU between them; He initialisation (He et al., ICCV 2015)."""
+    """Linear layers of `hidden` units with GELU between them (Hendrycks and Gimpel, 2016); He initialisation (2015).
+
+    GELU because it is smooth: rounding, which differs with the number of ranks, moves the loss by 1e-6 of itself over
+    200 steps. With ReLU, where a rounding can switch a unit off, it was 6e-3.
+    """
 
     def __init__(self, input_shape: tuple[int, ...], num_classes: int, hidden: Sequence[int] = (512,)) -> None:
         super().__init__()
@@ -22,7 +27,7 @@ class Mlp(nn.Module):
         """(n, *input_shape) float -> logits (n, num_classes)."""
         x = inputs.flatten(1)
         for layer in self.layers[:-1]:
-            x = torch.relu(layer(x))
+            x = functional.gelu(layer(x))
         return self.layers[-1](x)
 
 
