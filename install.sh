@@ -84,10 +84,10 @@ fi
 # ---- 2. is it all there already? ----
 stamp() { { cat install.sh pyproject.toml; echo "$want $torch ${HDF5_DIR:-$debian_hdf5}"; "$python" -VV; "${MPICC:-mpicc}" -show; env | sed -n '/^HOROVOD_/p' | sort; } 2>/dev/null | sha256sum; }
 if ((${#packages[@]} == 0)) && [ "$(cat "$venv/.installed" 2>/dev/null)" = "$(stamp)" ]; then
-    echo "hpc-train is installed in $venv"; exit 0
+    echo "hpc-train is installed in ${VENV:-.venv}"; exit 0
 fi
 
-echo "Installing hpc-train into $venv ($(nproc) cores, $jobs compilers at once; logs in $cache/logs)"
+echo "Installing hpc-train into ${VENV:-.venv} ($(nproc) cores, $jobs compilers at once; logs in ${cache/#$HOME/\~}/logs)"
 ((${#packages[@]} == 0)) || plan system 40
 # Compiled pieces are known to be kept or not only once the torch version is; until then: kept if anything is.
 built() { compgen -G "$cache/wheels/${key:-*}/$1-*.whl" >/dev/null; }
@@ -151,4 +151,4 @@ run "Horovod with MPI for this torch" horovod
 check() { "$venv/bin/python" -c 'import h5py, horovod.torch as hvd; assert h5py.get_config().mpi; assert hvd.mpi_built()'; }
 run "looking at the result" check
 stamp >"$venv/.installed"
-echo "Installed. Try: $venv/bin/hpc-train --help"
+echo "Installed. Try: ${VENV:-.venv}/bin/hpc-train --help"

@@ -14,6 +14,7 @@ from hpc_train.analysis.load import Run, section
 from hpc_train.records import PHASES, Energy, FloatArray, block_medians, median_interval, total_energy
 
 NUM_RESAMPLES = 1000
+SUPERLINEAR = 1.05  # an efficiency above which the reader is told what may be behind it
 Interval = tuple[float, float]
 
 
@@ -219,6 +220,11 @@ def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> lis
         hosts = sorted({run.summary.num_hosts for run in row.runs})
         if len(hosts) > 1:
             notes.append(f"{num_ranks(row.size)}: runs on {' and '.join(map(str, hosts))} hosts are pooled.")
+        if row.efficiency and row.efficiency > SUPERLINEAR:
+            notes.append(
+                f"{num_ranks(row.size)}: an efficiency above 100% does not come from sharing the work: smaller shares"
+                " may fit the caches, or the baseline was disturbed. Repeat the baseline to tell."
+            )
     return notes + mismatches(runs)
 
 
