@@ -3,8 +3,8 @@
 # make check   install, ruff and mypy
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
 .PHONY: demo test test-serial test-parallel check install clean
-export PYTHON MPICC HDF5_DIR TORCH VENV
 VENV ?= .venv
+export PYTHON MPICC HDF5_DIR TORCH VENV
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # Open MPI refuses root unless told twice; containers and CI machines are root.
@@ -39,7 +39,7 @@ test-parallel:
 
 check:
 	@./install.sh test check
-	ruff check . && mypy hpc_train
+	ruff check . && ruff format --check . && mypy hpc_train
 
 clean:
 	rm -rf .venv runs data

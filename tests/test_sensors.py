@@ -74,3 +74,13 @@ def test_samples_are_joules_since_the_beginning(tmp_path: Path) -> None:
     assert float(rows[0][2]) < 1 and 8 <= len(rows) <= 13
     energy = read_energy(path)
     assert energy.quality == "measured" and energy.joules == pytest.approx(100 * seconds, rel=0.05)
+
+
+def test_a_meter_that_fails_makes_the_energy_missing(tmp_path: Path) -> None:
+    counter = zone(tmp_path, "intel-rapl:0", "package-0", 5)
+    path = tmp_path / "node.csv"
+    with Sampler(rapl_meters(tmp_path), path, hz=50):
+        time.sleep(0.05)
+        counter.unlink()
+        time.sleep(0.05)
+    assert read_energy(path).quality == "missing" and read_energy(path).joules is None

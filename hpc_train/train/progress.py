@@ -29,7 +29,7 @@ def on_terminal() -> bool:
 class StepProgress:
     """Steps done, samples/s and time left. On ranks other than the root it does nothing.
 
-    mode: "bar", "plain" or "auto" (a bar where a person watches).
+    mode: "bar", "plain" or "auto" (a bar where a person watches). `note` is shown in the bar: the loss, say.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class StepProgress:
         self._total, self._unit, self._is_root = total, unit, is_root
         self._began_ns = self._shown_ns = perf_counter_ns()
         self._done_units = 0
+        self.note = ""
         self._bar: Progress | None = None
         if is_root and (mode == "bar" or (mode == "auto" and on_terminal())):
             # auto_refresh off: a thread that draws would take time from the rank's own core.
@@ -45,6 +46,7 @@ class StepProgress:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TaskProgressColumn(),
+                TextColumn("{task.fields[note]}"),
                 TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(compact=True),
                 TextColumn("left"),
@@ -52,7 +54,7 @@ class StepProgress:
                 auto_refresh=False,
                 transient=True,
             )
-            self._task = self._bar.add_task(what, total=total, rate="")
+            self._task = self._bar.add_task(what, total=total, note="", rate="")
             self._bar.start()
 
     def advance(self, done: int, num_units: int, now_ns: int) -> None:
@@ -64,7 +66,7 @@ class StepProgress:
         spent_s = (now_ns - self._began_ns) / 1e9
         rate = self._done_units / spent_s
         if self._bar:
-            self._bar.update(self._task, completed=done, rate=f"{rate:,.0f} {self._unit}/s")
+            self._bar.update(self._task, completed=done, note=self.note, rate=f"{rate:,.0f} {self._unit}/s")
             self._bar.refresh()
         else:
             left_s = spent_s / done * (self._total - done) if done else 0.0

@@ -99,6 +99,7 @@ class Recorder:
             first = step + 1 - len(losses)
             with self._run.metrics.open("a", encoding="ascii") as file:
                 file.write("".join(f"{first + i},{loss:.9g}\n" for i, loss in enumerate(losses)))
+            self._progress.note = f"loss {self._last_loss:.5f}"
             if step % self._train.log_every == 0:
                 self._progress.say(f"Step {step}, Loss: {self._last_loss:.5f}")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, time
 from types import TracebackType
+from typing import Any
 
 from hpc_train.records import ENERGY_COLUMNS, Quality
 
@@ -19,7 +20,7 @@ POWERCAP = Path("sys/class/powercap")
 
 @dataclass(frozen=True)
 class Meter:
-    """One domain of a node (a processor package, its memory, a GPU). `read` gives cumulative joules."""
+    """One domain of a node (a processor package, its memory, a GPU). `read` gives cumulative joules or OSError."""
 
     domain: str
     source: str
@@ -92,8 +93,14 @@ def nvml_meters(root: Path) -> list[Meter]:
     return meters
 
 
-def _nvml_reader(pynvml: object, handle: object) -> Callable[[], float]:
-    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3  # type: ignore[attr-defined]
+def _nvml_reader(pynvml: Any, handle: Any) -> Callable[[], float]:
+    def read() -> float:
+        try:
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+        except pynvml.NVMLError as error:
+            raise OSError(f"NVML: {error}") from None
+
+    return read
 
 
 def estimate_meter(num_cores: int, watts_per_core: float) -> Meter:
@@ -137,6 +144,9 @@ class Sampler:
     def _sample(self) -> None:
         now_s = time()
         for meter, began in zip(self._meters, self._began, strict=True):
-            joules = meter.read() - began
-            self._file.write(f"{now_s:.3f},{meter.domain},{joules:.6f},{meter.quality},{meter.source}\n")
+            try:
+                reading = f"{meter.read() - began:.6f},{meter.quality}"
+            except OSError:  # a meter that fails while the job runs must not end the job, nor pass for measured
+                reading = ",missing"
+            self._file.write(f"{now_s:.3f},{meter.domain},{reading},{meter.source}\n")
         self._file.flush()

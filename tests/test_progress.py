@@ -1,0 +1,48 @@
+"""What a person sees on a terminal, and what a log keeps."""
+
+import os
+import pty
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import jobs
+
+
+def on_a_terminal(words: list[str], cwd: Path) -> str:
+    """All that a command writes to a terminal of its own."""
+    screen, terminal = pty.openpty()
+    job = subprocess.Popen(
+        words, cwd=cwd, env=jobs.environment(TERM="xterm"), stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            part = os.read(screen, 65536)
+        except OSError:  # the terminal's last user has gone
+            break
+        if not part:
+            break
+        shown += part
+    os.close(screen)
+    assert job.wait(60) == 0, shown.decode()
+    return shown.decode()
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_terminal_shows_a_bar_with_loss_speed_and_time_left(tmp_path: Path, digits: Path, ranks: int) -> None:
+    keys = jobs.settings(data__file=digits, train__steps=2000, reduce__strategy="mpi" if ranks else "local")
+    shown = on_a_terminal(jobs.command(ranks, "train", jobs.CONFIGS / "softmax-mnist.toml", *keys), tmp_path)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert re.search(r"softmax-mnist .*\d+% loss \d\.\d{5} [\d,]+ samples/s [\d:]+ left", plain), plain[-2000:]
+    assert plain.count("Step 1900, Loss: ") == 1, "lines stand above the bar, from one rank"
+
+
+def test_a_log_keeps_plain_lines(tmp_path: Path, digits: Path) -> None:
+    done = jobs.run(2, "train", jobs.CONFIGS / "softmax-mnist.toml", *jobs.settings(data__file=digits), cwd=tmp_path)
+    assert done.code == 0 and done.err == ""
+    assert "\x1b" not in done.out and "\r" not in done.out
+    assert len(done.out.splitlines()) == 10 + 3, done.out
