@@ -19,7 +19,7 @@ install:
 
 demo:
 	@./install.sh
-	@set -e; say() { printf '\n$$ %s\n' "$$*"; "$$@"; }; \
+	@set -e; say() { printf '\n  $$ %s\n' "$$*"; "$$@"; }; \
 	printf '\nFrom here to the report: about 1 minute.\n'; \
 	say $(MPIRUN) -n 2 hpc-train prepare mnist-5k data/mnist-5k.h5; \
 	for ranks in 1 2; do say $(MPIRUN) -n $$ranks hpc-train train configs/mlp-mnist.toml --set run.root=runs/demo --set train.steps=300; done; \
