@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -91,37 +93,9 @@ def test_a_failure_ends_the_job_within_ten_seconds_of_it(folder: Path, digits: P
     assert began < last_write and ended - last_write < 10
 
 
-def test_a_killed_run_keeps_all_but_its_last_second(folder: Path, digits: Path) -> None:
-    words = train_words(digits, task__kind="mine:Slow", train__steps=100_000)
-    job = subprocess.Popen(
-        jobs.command(2, *words),
-        cwd=folder,
-        env=jobs.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not (logs := list(folder.rglob("rank-00001.csv"))) or logs[0].stat().st_size < 15_000:
-            assert time.monotonic() < deadline and job.poll() is None
-            time.sleep(0.1)
-        meta = json.loads(next(folder.rglob("meta.json")).read_text())
-        for rank in meta["ranks"]:
-            os.kill(rank["pid"], signal.SIGKILL)
-        killed_ns = time.perf_counter_ns()
-        assert job.wait(20) != 0
-    finally:
-        if job.poll() is None:
-            job.kill()
-    (run,) = rundir.find([folder / "runs"])
-    for rank in range(2):
-        last = read_timings(run.timings(rank))
-        assert 0 <= killed_ns - int(last["start_ns"][-1]) < 1e9, "a second of records at most"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_job_ends_and_leaves_records_that_can_be_read(folder: Path, digits: Path, number: int) -> None:
+@contextmanager
+def slow_job(folder: Path, digits: Path) -> Iterator[subprocess.Popen[str]]:
+    """A job of two ranks that has recorded some hundred steps and would go on for long."""
     words = train_words(digits, task__kind="mine:Slow", train__steps=100_000)
     job = subprocess.Popen(
         jobs.command(2, *words),
@@ -134,14 +108,34 @@ def test_an_interrupted_job_ends_and_leaves_records_that_can_be_read(folder: Pat
     )
     try:
         deadline = time.monotonic() + 60
-        while not (logs := list(folder.rglob("rank-00000.csv"))) or logs[0].stat().st_size < 5_000:
+        while not (logs := list(folder.rglob("rank-00001.csv"))) or logs[0].stat().st_size < 10_000:
             assert time.monotonic() < deadline and job.poll() is None
             time.sleep(0.1)
-        job.send_signal(number)
-        _, errors = job.communicate(timeout=20)
+        yield job
     finally:
         if job.poll() is None:
             job.kill()
+
+
+def test_a_killed_run_keeps_all_but_its_last_second(folder: Path, digits: Path) -> None:
+    with slow_job(folder, digits) as job:
+        meta = json.loads(next(folder.rglob("meta.json")).read_text())
+        for rank in meta["ranks"]:
+            os.kill(rank["pid"], signal.SIGKILL)
+        killed_ns = time.perf_counter_ns()
+        job.communicate(timeout=20)
+    assert job.returncode != 0
+    (run,) = rundir.find([folder / "runs"])
+    for rank in range(2):
+        last = read_timings(run.timings(rank))
+        assert 0 <= killed_ns - int(last["start_ns"][-1]) < 1e9, "a second of records at most"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_job_ends_and_leaves_records_that_can_be_read(folder: Path, digits: Path, number: int) -> None:
+    with slow_job(folder, digits) as job:
+        job.send_signal(number)
+        _, errors = job.communicate(timeout=20)
     assert job.returncode != 0 and "Traceback" not in errors, errors
     (run,) = rundir.find([folder / "runs"])
     assert len(read_timings(run.timings(0)).values) > 30

@@ -179,19 +179,8 @@ def _phase_drawing(group: Group, ident: str) -> Drawing | None:
             )
             below = [base + height for base, height in zip(below, heights, strict=True)]
         for place, row in enumerate(rows):
-            axes.annotate(
-                f"{percent(row.phase_share['reduce'], 0)} reduce",
-                (place, below[place]),
-                (0, 3),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
-        axes.set_xticks(range(len(rows)), [_tick(row) for row in rows])
-        axes.set_xlim(-0.6, max(len(rows) - 0.4, 1.6))
-        axes.margins(y=0.08)
-        axes.grid(visible=False, axis="x")
-        axes.set(xlabel="ranks", ylabel="time per step (ms)")
+            _label_bar(axes, place, below[place], f"{percent(row.phase_share['reduce'], 0)} reduce")
+        _bars_by_size(axes, rows, "time per step (ms)")
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=3)
         told = "; ".join(
@@ -257,23 +246,25 @@ def _energy_drawing(group: Group, ident: str) -> Drawing | None:
                 hatch="///" if estimated else None,
             )
             words = f"{significant(height)}{' est.' if estimated else ''}"
-            axes.annotate(
-                "missing" if row.joules_per_sample is None else words,
-                (place, height),
-                (0, 3),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
-        axes.set_xticks(range(len(rows)), [_tick(row) for row in rows])
-        axes.set_xlim(-0.6, max(len(rows) - 0.4, 1.6))
-        axes.margins(y=0.1)
-        axes.grid(visible=False, axis="x")
-        axes.set(xlabel="ranks", ylabel=f"energy per sample ({unit}), {' / '.join(sorted(qualities))}")
+            _label_bar(axes, place, height, "missing" if row.joules_per_sample is None else words)
+        _bars_by_size(axes, rows, f"energy per sample ({unit}), {' / '.join(sorted(qualities))}")
         told = ", ".join(f"{num_ranks(row.size)} {energy_text(row.joules_per_sample, row.energy)}" for row in rows)
         svg = _svg(figure, ident, f"Energy per sample: {told}.")
     hatched = " Hatched bars are estimates, not readings of a meter." if "estimated" in qualities else ""
     return Drawing(f"Energy per sample trained on, whole run, {' / '.join(sorted(qualities))}.{hatched}", svg)
+
+
+def _label_bar(axes: "Axes", place: int, height: float, words: str) -> None:
+    axes.annotate(words, (place, height), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+
+
+def _bars_by_size(axes: "Axes", rows: Sequence[Row], ylabel: str) -> None:
+    """One bar a row, named by its ranks."""
+    axes.set_xticks(range(len(rows)), [_tick(row) for row in rows])
+    axes.set_xlim(-0.6, max(len(rows) - 0.4, 1.6))
+    axes.margins(y=0.09)
+    axes.grid(visible=False, axis="x")
+    axes.set(xlabel="ranks", ylabel=ylabel)
 
 
 @contextmanager
