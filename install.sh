@@ -15,7 +15,7 @@ cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 venv=$(realpath -m "${VENV:-.venv}")
 torch=${TORCH:-torch==2.13.0}
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/hpc-train
+cache=${XDG_CACHE_HOME:-${HOME:-$PWD}/.cache}/hpc-train
 want=" $* "
 # One Horovod compiler process takes 2.4 GB; its own default of 8 at once exhausts small machines.
 jobs=$(awk -v cores="$(nproc)" '/MemAvailable/ {m = int($2 / 2600000); if (m < 1) m = 1; print (m < cores ? m : cores)}' /proc/meminfo)
@@ -87,7 +87,7 @@ if ((${#packages[@]} == 0)) && [ "$(cat "$venv/.installed" 2>/dev/null)" = "$(st
     echo "hpc-train is installed in ${VENV:-.venv}"; exit 0
 fi
 
-echo "Installing hpc-train into ${VENV:-.venv} ($(nproc) cores, $jobs compilers at once; logs in ${cache/#$HOME/\~}/logs)"
+echo "Installing hpc-train into ${VENV:-.venv} ($(nproc) cores, $jobs compilers at once; logs in ${cache/#${HOME:-none}/\~}/logs)"
 ((${#packages[@]} == 0)) || plan system 40
 # Compiled pieces are known to be kept or not only once the torch version is; until then: kept if anything is.
 built() { compgen -G "$cache/wheels/${key:-*}/$1-*.whl" >/dev/null; }

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -13,7 +14,8 @@ from hpc_train.config import dumps, load
 from hpc_train.errors import UserError
 from hpc_train.world import launched_rank
 
-_SHIPPED = Path(__file__).parent / "shipped"  # configs/ and slurm/ inside an installed wheel
+# configs/ inside an installed wheel, or of the checkout
+_JOB_FILES = (Path(__file__).parent / "shipped" / "configs", Path(__file__).parents[1] / "configs")
 
 _overrides = click.option(
     "--set",
@@ -101,13 +103,16 @@ def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
 
     from hpc_train.analysis.report import default_output, make_report
 
+    if launched_rank():  # under mpirun one rank reports
+        return
     made = make_report(list(runs))
-    page = made.write(output or default_output(list(runs)))
     if as_json:
         click.echo(json.dumps(made.to_dict(), indent=2))
-        return
-    made.print(Console())
-    click.echo(f"Report: {page}")
+    else:
+        made.print(Console())
+    page = made.write(output or default_output(list(runs)))
+    if not as_json:
+        click.echo(f"Report: {page}")
 
 
 @cli.group(cls=_Group)
@@ -139,8 +144,9 @@ def _require(*modules: str) -> None:
 
 def _job_file(path: Path) -> Path:
     """`path`, or the job of that name that travels inside the package: configs/softmax-mnist.toml works anywhere."""
-    shipped = _SHIPPED / "configs" / path.name
-    return shipped if not path.exists() and path.parent.name in ("", "configs") and shipped.is_file() else path
+    if path.exists() or path.parent.name not in ("", "configs"):
+        return path
+    return next((folder / path.name for folder in _JOB_FILES if (folder / path.name).is_file()), path)
 
 
 def main() -> None:
@@ -149,7 +155,9 @@ def main() -> None:
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except UserError as error:
-        _end(f"hpc-train: {error}" if speaks else "", 2)
+        if speaks:
+            _end(f"hpc-train: {error}", 2)
+        _end("" if error.joint else f"hpc-train: rank {launched_rank()} on {socket.gethostname()}: {error}", 2)
     except click.ClickException as error:
         if speaks:
             error.show()

@@ -12,10 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hpc_train.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
 Option = bool | int | float | str | list[int] | list[float] | list[str]
+
+
+_ONE_OF = {"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"}
 
 
 class _Section(BaseModel):
@@ -23,17 +27,17 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    file: str
-    inputs: str = "train/inputs"  # data sets inside the file
-    targets: str = "train/targets"
-    test_inputs: str = "test/inputs"  # absent from the file: no test accuracy
-    test_targets: str = "test/targets"
+    file: Text
+    inputs: Text = "train/inputs"  # data sets inside the file
+    targets: Text = "train/targets"
+    test_inputs: Text = "test/inputs"  # absent from the file: no test accuracy
+    test_targets: Text = "test/targets"
 
 
 class Task(_Section):
     kind: str = "classification"  # or "mypackage.mytask:MyTask"
     model: str = "softmax"
-    num_classes: Count | None = None  # one more than the largest label
+    num_classes: Annotated[int, Field(ge=1, le=10**8)] | None = None  # one more than the largest label
     options: dict[str, Option] = {}  # passed to the model as keyword arguments
 
 
@@ -47,7 +51,7 @@ class Train(_Section):
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     log_every: Count = 100
     warmup_steps: Annotated[int, Field(ge=0)] = 10  # marked in the timings, left out of speedups
-    threads: Annotated[int, Field(ge=0)] = 0  # of torch, per rank; 0: the cores this rank may use
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0  # of torch, per rank; 0: the cores this rank may use
 
     @model_validator(mode="after")
     def _one_batch_key(self) -> Self:
@@ -66,12 +70,12 @@ class Reduce(_Section):
 
 
 class Energy(_Section):
-    sample_hz: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
+    sample_hz: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
     watts_per_core: Rate = 10.0  # assumption of the estimate where no meter can be read
 
 
 class Run(_Section):
-    root: str = "runs"
+    root: Text = "runs"
     progress: Literal["auto", "bar", "plain"] = "auto"
 
 
@@ -79,7 +83,7 @@ class Config(_Section):
     """A job. Immutable; made by `load`, written by `dumps`."""
 
     name: Name
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: Data
     task: Task = Task()
     train: Train
@@ -99,7 +103,7 @@ class Loaded:
 def load(path: Path, overrides: tuple[str, ...] = ()) -> Loaded:
     """Defaults, then the TOML file, then `key=value` overrides. Raises `UserError` naming the key."""
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", "Name a TOML job file; configs/ holds examples.") from None
     except OSError as error:
@@ -109,13 +113,18 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Loaded:
     origin = dict.fromkeys(flatten(tree), f"file {path.name}")
     for override in overrides:
         key, value = _parse_override(override)
+        if key in _ONE_OF:  # the file's choice between them is overridden, too
+            tree.get("train", {}).pop(_ONE_OF[key], None)
         _set(tree, key, value)
-        origin[key] = "--set"
+        under = flatten(value, f"{key}.") if isinstance(value, dict) and key != "task.options" else {key: value}
+        origin.update(dict.fromkeys(under, "--set"))
+        if key.startswith("task.options."):
+            origin["task.options"] = "--set"
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(*_explain(error, path, origin)) from None
-    return Loaded(config, {key: origin.get(key, "default") for key in flatten(as_dict(config))})
+    return Loaded(config, {key: origin.get(key, "default") for key in _known_keys()})
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -135,12 +144,12 @@ def comparable(config: Config) -> dict[str, Any]:
 
 def dumps(loaded: Loaded) -> str:
     """The resolved configuration as TOML that `load` reads back, each key with where its value came from."""
-    tree = as_dict(loaded.config)
+    tree = loaded.config.model_dump()
     lines = [_line(key, tree[key], loaded.origin[key]) for key in tree if not isinstance(tree[key], dict)]
     for section, values in tree.items():
         if isinstance(values, dict):
             lines += ["", f"[{section}]"]
-            lines += [_line(key, value, loaded.origin.get(f"{section}.{key}", "file")) for key, value in values.items()]
+            lines += [_line(key, value, loaded.origin[f"{section}.{key}"]) for key, value in values.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -154,10 +163,20 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _line(key: str, value: Any, origin: str) -> str:
+    if value is None:
+        return f"# {key} =".ljust(40) + "  # not set"
+    return f"{key} = {_inline(value)}".ljust(40) + f"  # {origin}"
+
+
+def _inline(value: Any) -> str:
+    """A TOML value in one line; tomli_w breaks arrays into several."""
+    if isinstance(value, list):
+        return f"[{', '.join(_inline(item) for item in value)}]"
     if isinstance(value, dict):
-        inside = ", ".join(tomli_w.dumps({k: v}).strip().replace("\n", " ") for k, v in value.items())
-        return f"{key} = {{{inside}}}  # {origin}"
-    return f"{' '.join(tomli_w.dumps({key: value}).split())}".ljust(40) + f"  # {origin}"
+        return (
+            f"{{{', '.join(tomli_w.dumps({k: 0}).partition(' =')[0] + ' = ' + _inline(v) for k, v in value.items())}}}"
+        )
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
 
 
 def _parse_override(override: str) -> tuple[str, Any]:
@@ -181,7 +200,7 @@ def _wants_text(key: str) -> bool:
         if field is None:
             return False
         model = field.annotation
-    return model is str
+    return model is str  # Annotated text too: pydantic keeps its constraints apart
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -75,7 +76,7 @@ def is_run(path: Path) -> bool:
     return (path / "meta.json").is_file() and (path / "timings").is_dir()
 
 
-def find(paths: list[Path]) -> list[RunDir]:
+def find(paths: Sequence[Path]) -> list[RunDir]:
     """The run directories at or below `paths`, each once, sorted. Raises `UserError` for a path with none."""
     found: dict[Path, RunDir] = {}
     for path in paths:
@@ -88,6 +89,12 @@ def find(paths: list[Path]) -> list[RunDir]:
             raise UserError(f"{path} holds no run directory", "A run directory has a meta.json and a folder timings/.")
         found.update({run.resolve(): RunDir(run) for run in below})
     return list(found.values())
+
+
+def fragments(paths: Sequence[Path]) -> list[Path]:
+    """Folders at or below `paths` that hold a run's configuration and are no run directories: runs that lost a part."""
+    found = {config.parent for path in paths for config in path.rglob("config.toml") if not is_run(config.parent)}
+    return sorted(found)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -55,7 +55,8 @@ def test_model_options_round_trip(job: Path) -> None:
         ("train.lr=-0.1", "train.lr = -0.1: input should be greater than 0"),
         ("train.momentum=1.5", "train.momentum = 1.5"),
         ("train.global_batch=-3", "train.global_batch = -3: input should be greater than or equal to 1"),
-        ("train.batch_per_rank=5", "set exactly one of train.global_batch"),
+        ("seed=99999999999999999999", "seed = 99999999999999999999"),
+        ("run.root=a\0b", "run.root = "),
         ("reduce.strategy=ring", "reduce.strategy = 'ring': input should be 'horovod', 'mpi' or 'local'"),
         ("name=../up", "name = '../up'"),
         ("name=a b; rm", "name = 'a b; rm'"),
@@ -80,6 +81,7 @@ def test_a_wrong_value_is_named_with_its_key(job: Path, override: str, words: st
         ("name = 'x'", "data is required and not set"),
         (MINIMAL + "lerning_rate = 1.0", "job.toml: unknown key train.lerning_rate"),
         (MINIMAL.replace("global_batch = 4", ""), "set exactly one of train.global_batch"),
+        (MINIMAL + "batch_per_rank = 2", "set exactly one of train.global_batch"),
         ("\xff", "is not TOML"),
     ],
 )
@@ -90,6 +92,36 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, words: str) -> 
     with pytest.raises(UserError) as caught:
         load(path)
     assert words in str(caught.value) and "job.toml" in str(caught.value)
+
+
+def test_either_batch_key_can_be_asked_for_on_the_command_line(job: Path) -> None:
+    weak = load(job, ("train.batch_per_rank=5",)).config.train
+    assert (weak.global_batch, weak.batch_per_rank, weak.batch_size(3)) == (None, 5, 15)
+
+
+def test_what_is_written_is_what_was_read(job: Path, tmp_path: Path) -> None:
+    awkward = (
+        'data.file=my  data "x".h5',
+        'task.options={hidden = [1, 2], name = "a  b"}',
+        "task.options.hidden=[8, 9]",
+    )
+    loaded = load(job, awkward)
+    copy = tmp_path / "copy.toml"
+    copy.write_text(dumps(loaded))
+    assert load(copy).config == loaded.config
+    assert loaded.config.data.file == 'my  data "x".h5' and loaded.config.task.options["hidden"] == [8, 9]
+
+
+def test_every_key_is_printed_with_where_it_came_from(job: Path) -> None:
+    printed = dumps(load(job, ("train={steps = 5, batch_per_rank = 2}", "task.options.hidden=[8]")))
+    lines = {line.split(" = ")[0].split(" =")[0]: line for line in printed.splitlines() if "=" in line}
+    assert lines["# num_classes"].endswith("# not set") and lines["# global_batch"].endswith("# not set")
+    assert lines["steps"].endswith("# --set") and lines["options"].endswith("# --set")
+
+
+def test_a_byte_order_mark_is_no_mistake(job: Path) -> None:
+    job.write_bytes(b"\xef\xbb\xbf" + job.read_bytes())
+    assert load(job).config.name == "x"
 
 
 def test_two_mistakes_are_told_at_once(job: Path) -> None:

@@ -84,6 +84,49 @@ def test_one_ranks_failure_ends_every_rank_with_its_traceback(
     assert done.err.count("Traceback") == ("Exits" not in kind), "the other ranks do not repeat it"
 
 
+def test_a_rank_that_cannot_load_horovod_is_named(folder: Path, digits: Path) -> None:
+    """As on a node where the installation is broken: the others must hear of it."""
+    broken = folder / "broken" / "horovod"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libnccl.so.2: cannot open shared object file')")
+    words = [str(jobs.HPC_TRAIN), *train_words(digits, train__steps=3)]
+    mpirun = jobs.command(1, "")[:-2]
+    line = [*mpirun, *words, ":", "-n", "1", "env", f"PYTHONPATH={broken.parent}", *words]
+    done = subprocess.run(line, cwd=folder, env=jobs.environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("hpc-train: ") == 1, done.stderr
+    assert "Horovod cannot be loaded on " in done.stderr and "libnccl.so.2" in done.stderr
+
+
+WRITE_FAILS = """
+import sys
+from hpc_train import cli
+from hpc_train.train import prepare
+from hpc_train.world import launched_rank
+
+def fail(*args):
+    raise OSError(5, "Input/output error")
+
+if launched_rank() == 1:
+    prepare._write_rows = fail
+sys.argv = ["hpc-train", "prepare", "mnist-5k", "x.h5"]
+cli.main()
+"""
+
+
+def test_a_rank_that_cannot_write_ends_prepare(folder: Path) -> None:
+    (folder / "job.py").write_text(WRITE_FAILS)
+    line = [*jobs.command(3, "")[:-2], str(jobs.HPC_TRAIN.with_name("python")), "job.py"]
+    done = subprocess.run(line, cwd=folder, env=jobs.environment(), capture_output=True, text=True, timeout=40)
+    assert done.returncode not in (0, 2) and "rank 1 on " in done.stderr and "Input/output error" in done.stderr
+    assert not list(folder.glob("*.h5")) and not list(folder.glob(".*"))
+
+
+def test_a_mistake_made_on_every_rank_is_told_once(folder: Path, digits: Path) -> None:
+    (folder / "every.py").write_text(TASK.replace("self.rank == 1 and ", ""))
+    done = jobs.run(3, *train_words(digits, task__kind="every:OneRankFails"), cwd=folder, timeout_s=40)
+    assert done.code not in (0, 2) and done.err.count("Traceback") == 1, done.err
+
+
 def test_a_failure_ends_the_job_within_ten_seconds_of_it(folder: Path, digits: Path) -> None:
     began = time.time()
     jobs.run(4, *train_words(digits, task__kind="mine:OneRankFails"), cwd=folder, timeout_s=60)

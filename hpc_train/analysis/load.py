@@ -30,7 +30,8 @@ from hpc_train.records import (
 )
 from hpc_train.rundir import RunDir
 
-_LEAVE_OUT = "Leave this run out of the report."
+_LEAVE_OUT = "Move this run's folder out of the report's folder, or name the other runs one by one."
+_MOST_RANKS = 10_000_000  # a number beyond is damage, not a run
 _ALIGNED = [TIMING_COLUMNS.index("step"), TIMING_COLUMNS.index("warmup")]  # equal on every rank, row by row
 
 
@@ -90,11 +91,11 @@ def load(run: RunDir) -> Run:
     naming the file, `BadRecord` naming path:line.
     """
     meta = _read_meta(run)
-    settings = config.load(run.config).config
+    settings = _read_config(run)
     written = _read_json(run.summary) if run.summary.is_file() else None
     step_ns, phases_ns, num_samples, num_warmup, faults = _reduce_ranks(run, meta["size"])
     if written is None:
-        faults.insert(0, "no summary.json, the run did not reach its end")
+        faults.insert(0, "no summary.json, the run did not reach its end or is still running")
     elif not written.get("complete"):
         faults.insert(0, "summary.json says that the run did not reach its end")
     num_steps = len(step_ns) + num_warmup
@@ -197,6 +198,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _read_config(run: RunDir) -> config.Config:
+    try:
+        return config.load(run.config).config
+    except UserError as error:
+        raise UserError(f"{run.config}: {error.what}", _LEAVE_OUT) from None
+
+
 def _read_meta(run: RunDir) -> dict[str, Any]:
     """meta.json with a usable `size` and `hosts`."""
     meta = _read_json(run.meta)
@@ -206,7 +214,7 @@ def _read_meta(run: RunDir) -> dict[str, Any]:
             f"{run.meta}: schema = {schema!r}, and this hpc-train reads up to {SCHEMA}",
             "Make the report with a newer hpc-train.",
         )
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or not 1 <= size <= _MOST_RANKS:
         raise UserError(f"{run.meta}: size = {size!r} is no number of ranks", _LEAVE_OUT)
     if not isinstance(hosts, list) or not hosts or not all(isinstance(host, str) for host in hosts):
         raise UserError(f"{run.meta}: hosts = {hosts!r} is no list of names", _LEAVE_OUT)

@@ -5,7 +5,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -106,14 +106,22 @@ class Report:
 def make_report(paths: Sequence[Path]) -> Report:
     """The report of the runs at or below `paths`. Raises `UserError` for none and for a bad record."""
     runs = load_all(paths)
-    return Report(tuple(runs), compare(runs))
+    scaling = compare(runs)
+    passed_over = [f"Passed over: {path} has no meta.json or no timings." for path in rundir.fragments(paths)]
+    return Report(tuple(runs), replace(scaling, notes=(*scaling.notes, *passed_over)))
 
 
 def default_output(paths: Sequence[Path]) -> Path:
-    """Where a report goes: `report/` in the deepest folder common to `paths`, inside a lone run."""
-    common = Path(os.path.commonpath([os.path.abspath(path) for path in paths]))
-    here = Path.cwd()
-    return (common.relative_to(here) if common.is_relative_to(here) else common) / "report"
+    """Where a report goes: `report/` in the deepest folder common to `paths`, inside a lone run.
+
+    Never outside both the paths and the current folder: for runs far apart it is `report/` here.
+    """
+    given = [Path(os.path.abspath(path)) for path in paths]
+    common, here = Path(os.path.commonpath(given)), Path.cwd()
+    if common.is_relative_to(here):
+        return common.relative_to(here) / "report"
+    beside = common in given or {path.parent for path in given} == {common}
+    return common / "report" if beside else Path("report")
 
 
 def terminal_table(group: Group, width: int = 80) -> RenderableType:
@@ -163,7 +171,8 @@ def write_report(report: Report, output_dir: Path) -> Path:
             rundir.write_atomic(path, content)
     except OSError as error:
         raise UserError(
-            f"the report cannot be written to {output_dir}: {error.strerror}", "Name another output folder."
+            f"the report cannot be written to {output_dir}: {error.strerror}",
+            "Name a folder that you may write: --output DIR",
         ) from None
     return page
 

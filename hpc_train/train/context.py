@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import perf_counter_ns
+from time import perf_counter_ns, sleep
 from types import FrameType
 from typing import Any, TypeVar, cast
 
@@ -26,6 +26,8 @@ from hpc_train.world import World, launched_size
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 _PING_PONGS = 20
+_ROOT_SPEAKS_FIRST_S = 0.5
+_TERMINATED = 128 + signal.SIGTERM
 
 
 class JointFailure(Exception):
@@ -50,18 +52,24 @@ class Context:
         mine, error = _attempt(fn) if self.world.is_root else (None, None)
         value, shared = self.comm.bcast((mine, _shared(error, 0)), root=0)
         if shared is not None:
-            raise joint(error or shared)
+            raise _joint(error or shared)
         return cast(T, value)
 
     def on_all(self, fn: Callable[[], T]) -> T:
-        """Collective. Runs `fn` on every rank; where any fails, every rank raises what the lowest such rank met."""
+        """Collective. Runs `fn` on every rank; where any fails, every rank raises.
+
+        A UserError of the lowest failing rank is raised alike everywhere. Any other exception is raised on that rank,
+        and as `JointFailure` on the others.
+        """
         if self.comm is None:
             return fn()
         value, error = _attempt(fn)
-        faults = [fault for fault in self.comm.allgather(_shared(error, self.world.rank)) if fault is not None]
+        shared = self.comm.allgather(_shared(error, self.world.rank))
+        faults = [(rank, fault) for rank, fault in enumerate(shared) if fault is not None]
         if not faults:
             return cast(T, value)
-        raise joint(error if error is not None and not isinstance(error, UserError) else faults[0])
+        lowest, fault = faults[0]
+        raise _joint(error if error is not None and self.world.rank == lowest else fault)
 
     def gather(self, value: T) -> list[T]:
         """Collective. Every rank's value, in rank order, on the root; an empty list on the others."""
@@ -133,38 +141,48 @@ def open_context(use_mpi: bool) -> Iterator[Context]:
     try:
         yield context
     except BaseException as error:  # a KeyboardInterrupt on one rank must end the others too
-        known_to_all = isinstance(error, JointFailure) or (isinstance(error, UserError) and error.joint)
-        if context.world.size == 1 or known_to_all:
+        if context.world.size == 1 or known_to_all(error):
             raise
         _abort(context, error)
 
 
-def joint(error: E) -> E:
-    """Marks a UserError that every rank raises, from the same facts: it needs no abort."""
+def known_to_all(error: BaseException) -> bool:
+    """Whether every rank raises `error` (or its like), so that no rank waits for another in vain."""
+    return isinstance(error, JointFailure) or (isinstance(error, UserError) and error.joint)
+
+
+def _joint(error: E) -> E:
+    """Marks a UserError that every rank raises: it needs no abort."""
     if isinstance(error, UserError):
         error.joint = True
     return error
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    raise SystemExit(_TERMINATED)
 
 
 def _abort(context: Context, error: BaseException) -> None:
     """Says which rank failed and ends every rank at once; waiting for the others could hang for ever."""
     world = context.world
     code = 1
+    if world.rank:
+        # Where all ranks fail alike, the root speaks for them: it ends the others before they repeat it.
+        sleep(_ROOT_SPEAKS_FIRST_S)
     if isinstance(error, UserError):
         text, code = f"{error}\n", 2
+    elif isinstance(error, KeyboardInterrupt):
+        text, code = "interrupted\n", 130
     elif isinstance(error, SystemExit):
-        text, code = f"ended with exit code {error.code}\n", error.code if isinstance(error.code, int) else 1
+        code = error.code if isinstance(error.code, int) else 1
+        text = "interrupted by SIGTERM\n" if code == _TERMINATED else f"ended with exit code {error.code}\n"
     else:
         text = "".join(traceback.format_exception(error))
     head = f"hpc-train: rank {world.rank} on {world.host}: "
     sys.stdout.flush()
     sys.stderr.write(head + text.replace("\n", f"\n[rank {world.rank}] ", text.count("\n") - 1))
     sys.stderr.flush()
-    context.comm.Abort(code or 1)
+    context.comm.Abort(code & 0xFF or 1)  # the system keeps 8 bits, and a failed job never ends with 0
 
 
 def _start_mpi() -> Context:
@@ -181,11 +199,14 @@ def _start_mpi() -> Context:
     comm = MPI.COMM_WORLD
     expected = launched_size()
     if expected is not None and expected != comm.size:
-        raise UserError(
-            f"the launcher started {expected} ranks, but {MPI.Get_library_version().split(',')[0].strip()} "
-            f"({library_of(MPI.__file__)}) sees {comm.size}",
-            "The mpirun or srun on PATH belongs to another MPI: use the one hpc-train was installed with "
-            "(under Slurm with Open MPI: srun --mpi=pmix).",
+        # Each rank is alone in its own MPI and finds this by itself: all of them, so one message is enough.
+        raise _joint(
+            UserError(
+                f"the launcher started {expected} ranks, but {MPI.Get_library_version().split(',')[0].strip()} "
+                f"({library_of(MPI.__file__)}) sees {comm.size}",
+                "The mpirun or srun on PATH belongs to another MPI: use the one hpc-train was installed with "
+                "(under Slurm with Open MPI: srun --mpi=pmix).",
+            )
         )
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     world = World(comm.rank, comm.size, node.rank, node.size, socket.gethostname())
@@ -220,11 +241,9 @@ def require_one_mpi(name: str, extension: str) -> None:
 
     ours, theirs = library_of(MPI.__file__), library_of(extension)
     if ours != theirs:
-        raise joint(
-            UserError(
-                f"two MPIs in one process: mpi4py calls {ours}, {name} calls {theirs}",
-                "Build both against one (rm -r .venv && make install MPICC=/path/to/mpicc), and use its mpirun.",
-            )
+        raise UserError(
+            f"two MPIs in one process: mpi4py calls {ours}, {name} calls {theirs}",
+            "Build both against one (rm -r .venv && make install MPICC=/path/to/mpicc), and use its mpirun.",
         )
 
 

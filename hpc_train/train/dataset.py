@@ -17,10 +17,16 @@ _SCAN_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples as stored: `inputs` (n, *input_shape) of the file's dtype, `targets` (n,) int64. n may be 0."""
+    """Samples as stored: `inputs` (n, *input_shape) of the file's dtype, `targets` (n,) int64. n may be 0.
+
+    A stored input s means s * scale + offset (the attributes scale_factor and add_offset of the CF conventions):
+    small integers travel to the device as they are and become floats there.
+    """
 
     inputs: torch.Tensor
     targets: torch.Tensor
+    scale: float
+    offset: float
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -28,11 +34,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs and targets of one part of a data set, row by row.
-
-    A stored input s means s * scale + offset (the attributes scale_factor and add_offset of the CF conventions):
-    small integers travel to the device as they are and become floats there.
-    """
+    """Inputs and targets of one part of a data set, row by row. `scale` and `offset`: see `Batch`."""
 
     inputs: Any
     targets: Any
@@ -49,14 +51,15 @@ class Split:
     def batch(self, rows: np.ndarray) -> Batch:
         """The samples standing at `rows`, in that order. Reads only these rows."""
         targets = torch.from_numpy(_take(self.targets, rows).astype(np.int64, copy=False))
-        return Batch(torch.from_numpy(_take(self.inputs, rows)), targets)
+        return Batch(torch.from_numpy(_take(self.inputs, rows)), targets, self.scale, self.offset)
 
 
 def _take(array: Any, rows: np.ndarray) -> np.ndarray:
     if isinstance(array, np.ndarray):
-        return np.asarray(np.take(array, rows, axis=0))
+        return np.take(array, rows, axis=0)
     distinct, back = np.unique(rows, return_inverse=True)  # h5py wants rising indices
-    return np.asarray(array[distinct])[back]
+    taken = np.asarray(array[distinct])[back]
+    return taken if taken.dtype.isnative else taken.astype(taken.dtype.newbyteorder("="))
 
 
 def open_split(path: Path, inputs: str, targets: str, keys: tuple[str, str], optional: bool = False) -> Split | None:
@@ -75,21 +78,32 @@ def open_split(path: Path, inputs: str, targets: str, keys: tuple[str, str], opt
             f"It holds: {', '.join(_dataset_names(file)) or 'none'}. Set {absent[0]} to one of them.",
         )
     x, y = file[inputs], file[targets]
-    if x.ndim < 2 or y.ndim != 1 or y.dtype.kind not in "iu" or x.dtype.kind not in "iuf":
+    if x.ndim < 2 or y.ndim != 1 or y.dtype.kind not in "iu" or x.dtype.kind not in "biuf" or x.dtype.itemsize > 8:
         raise UserError(
             f"{path}: {inputs} is {x.dtype} {x.shape}, {targets} is {y.dtype} {y.shape}",
-            "Inputs are numbers of shape (samples, ...), targets integers of shape (samples,).",
+            "Inputs are numbers of at most 8 bytes, of shape (samples, ...), targets integers of shape (samples,).",
         )
     if len(x) != len(y) or len(x) == 0:
         raise UserError(
             f"{path}: {inputs} has {len(x)} samples and {targets} has {len(y)}",
             "Each input needs one target: prepare the file again.",
         )
-    scale, offset = float(x.attrs.get("scale_factor", 1.0)), float(x.attrs.get("add_offset", 0.0))
-    return Split(_mapped(path, x), _mapped(path, y), scale, offset)
+    return Split(_mapped(path, x), _mapped(path, y), _number(x, "scale_factor", 1.0), _number(x, "add_offset", 0.0))
+
+
+def _number(dataset: h5py.Dataset, attribute: str, default: float) -> float:
+    value = np.asarray(dataset.attrs.get(attribute, default))
+    if value.size != 1 or value.dtype.kind not in "iuf":
+        raise UserError(
+            f"{dataset.file.filename}: attribute {attribute} of {dataset.name} is no number",
+            "It is one number for the whole data set (CF conventions): mend it or remove it.",
+        )
+    return float(value.reshape(()))
 
 
 def _open(path: Path) -> h5py.File:
+    if path.is_dir():
+        raise UserError(f"data.file = '{path}' is a folder", "Name an HDF5 file.")
     if not path.is_file():
         raise UserError(f"data.file = '{path}' does not exist", f"Make it: hpc-train prepare mnist-5k {path}")
     try:
@@ -130,7 +144,7 @@ def _mapped(path: Path, dataset: h5py.Dataset) -> Any:
     )
     if start is None or not dataset.dtype.isnative:
         return dataset
-    return np.memmap(path, dataset.dtype, "r", offset=start, shape=dataset.shape)
+    return np.asarray(np.memmap(path, dataset.dtype, "r", offset=start, shape=dataset.shape))
 
 
 def label_range(split: Split, context: Context) -> tuple[int, int]:
@@ -139,6 +153,6 @@ def label_range(split: Split, context: Context) -> tuple[int, int]:
     low, high = np.iinfo(np.int64).max, np.iinfo(np.int64).min
     for begin in range(start, stop, _SCAN_ROWS):
         part = split.targets[begin : min(begin + _SCAN_ROWS, stop)]
-        low, high = min(low, int(part.min())), max(high, int(part.max()))
+        low, high = min(low, int(part.min())), max(high, min(int(part.max()), np.iinfo(np.int64).max))
     lowest, highest = context.max(np.array([-low, high], dtype=np.int64))
     return -int(lowest), int(highest)

@@ -7,7 +7,8 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -20,7 +21,7 @@ import numpy as np
 
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
-from hpc_train.train.context import Context, joint, parallel_file_options, require_one_mpi
+from hpc_train.train.context import Context, known_to_all, parallel_file_options, require_one_mpi
 from hpc_train.train.progress import StepProgress
 
 _BLOCK_BYTES = 32 << 20
@@ -156,7 +157,7 @@ def _idx_array(path: Path, num_dimensions: int) -> Array:
     try:
         with _open_bytes(path) as file:
             head = file.read(header)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}", "Fetch the file again.") from None
     if len(head) < header or head[:4] != bytes((0, 0, 8, num_dimensions)):
         raise UserError(f"{path} is not an IDX file of bytes in {num_dimensions} dimensions", "Fetch the file again.")
@@ -186,7 +187,7 @@ def prepare(name: str, origin: Path | None, output: Path, context: Context, over
     An output that is already complete is left alone unless `overwrite`. Raises `UserError`.
     """
     if context.comm is not None:
-        _require_parallel_hdf5()
+        context.on_all(_require_parallel_hdf5)
     source = context.on_all(lambda: SOURCES[name](origin))
     if context.on_root(lambda: _already_there(source, output, overwrite)):
         if context.world.is_root:
@@ -199,8 +200,7 @@ def prepare(name: str, origin: Path | None, output: Path, context: Context, over
         context.on_all(lambda: _verify(source, unfinished, checksums, context))
         context.on_root(lambda: _complete(source, unfinished, output))
     except BaseException:
-        if context.world.is_root:
-            unfinished.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)  # by every rank: the one that failed may be the only one to get here
         raise
     if context.world.is_root:
         num_bytes, spent_s = output.stat().st_size, (perf_counter_ns() - began_ns) / 1e9
@@ -213,11 +213,9 @@ def prepare(name: str, origin: Path | None, output: Path, context: Context, over
 
 def _require_parallel_hdf5() -> None:
     if not h5py.get_config().mpi:
-        raise joint(
-            UserError(
-                "this h5py was built without MPI, and there are several ranks",
-                "Run `make install`, which builds it with MPI, or prepare without mpirun.",
-            )
+        raise UserError(
+            "this h5py was built without MPI, and there are several ranks",
+            "Run `make install`, which builds it with MPI, or prepare without mpirun.",
         )
     require_one_mpi("h5py", h5py.defs.__file__)
 
@@ -259,15 +257,14 @@ def _write(source: Source, unfinished: Path, context: Context) -> dict[str, int]
     num_rows = sum(array.shape[0] for array in source.arrays.values())
     progress = StepProgress(f"writing {unfinished.name[1:-8]}", num_rows, "auto", world.is_root, unit="rows")
     done = 0
-    with h5py.File(unfinished, "w", **parallel_file_options(context)) as file:
+    with _file_of_all(unfinished, context) as file:
         file.attrs["complete"] = False
         for name, array in source.arrays.items():
             dataset = file.create_dataset(name, array.shape, array.dtype)
             if name.endswith("inputs") and array.dtype == np.uint8:
                 dataset.attrs["scale_factor"], dataset.attrs["add_offset"] = (1 / 255, 0.0)  # CF conventions: 0 to 1
             start, stop = rank_span(array.shape[0], world.rank, world.size)
-            row_bytes = max(1, int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize)
-            block = max(1, _BLOCK_BYTES // row_bytes)
+            block = _block_rows(array)
             longest = rank_span(array.shape[0], 0, world.size)[1]
             checksum = 0
             for offset in range(0, longest, block):  # every rank takes part in every write, with no rows if need be
@@ -280,6 +277,27 @@ def _write(source: Source, unfinished: Path, context: Context) -> dict[str, int]
             checksums[name] = checksum
     progress.close()
     return checksums
+
+
+@contextmanager
+def _file_of_all(path: Path, context: Context) -> Iterator[h5py.File]:
+    """Collective. A new file that all ranks write together, closed by all of them.
+
+    Closing is collective: a rank that fails alone must not wait for the others in there, but go and end the job.
+    """
+    file = h5py.File(path, "w", **parallel_file_options(context))
+    try:
+        yield file
+    except BaseException as error:
+        if context.comm is None or known_to_all(error):
+            file.close()
+        raise
+    file.close()
+
+
+def _block_rows(array: Array) -> int:
+    """How many rows are written and read at once."""
+    return max(1, _BLOCK_BYTES // max(1, int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize))
 
 
 def _write_rows(dataset: h5py.Dataset, begin: int, rows: np.ndarray, context: Context) -> None:
@@ -302,8 +320,7 @@ def _verify(source: Source, unfinished: Path, checksums: dict[str, int], context
     with h5py.File(unfinished, "r") as file:
         for name, array in source.arrays.items():
             start, stop = rank_span(array.shape[0], context.world.rank, context.world.size)
-            row_bytes = max(1, int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize)
-            checksum, block = 0, max(1, _BLOCK_BYTES // row_bytes)
+            checksum, block = 0, _block_rows(array)
             for begin in range(start, stop, block):
                 checksum = zlib.crc32(file[name][begin : min(begin + block, stop)].tobytes(), checksum)
             if checksum != checksums[name]:

@@ -141,7 +141,9 @@ class Recorder:
 
     def _make_directory(self) -> RunDir:
         config, size = self._loaded.config, self._context.world.size
-        run = rundir.create(Path(config.run.root), config.name, size, datetime.now(UTC), os.environ.get("SLURM_JOB_ID"))
+        run = rundir.create(
+            Path(config.run.root).expanduser(), config.name, size, datetime.now(UTC), os.environ.get("SLURM_JOB_ID")
+        )
         write_atomic(run.config, dumps(self._loaded))
         run.metrics.write_text(",".join(METRIC_COLUMNS) + "\n", encoding="ascii")
         return run
@@ -154,7 +156,10 @@ class Recorder:
         neighbours = [place for place in self._places if place.host == world.host]
         cores = {core for place in neighbours for core in place.cores}
         num_used = min(len(cores), sum(place.threads for place in neighbours))
-        return sensors.find_meters() or [sensors.estimate_meter(num_used, self._loaded.config.energy.watts_per_core)]
+        meters = sensors.find_meters()
+        if not any(meter.source == "RAPL" for meter in meters):  # GPUs alone leave out the cores that compute
+            meters.append(sensors.estimate_meter(num_used, self._loaded.config.energy.watts_per_core))
+        return meters
 
     def _write_meta(self, **facts: Any) -> None:
         """Collective. Adds facts to meta.json, and measures how the ranks' clocks differ now."""
@@ -182,8 +187,8 @@ class Recorder:
 def _energy_facts(meters: list[tuple[str, list[tuple[str, str, Quality]]]], watts_per_core: float) -> dict[str, Any]:
     estimated = any(quality == "estimated" for _, parts in meters for _, _, quality in parts)
     assumption = (
-        f"no meter can be read: every core that the ranks compute on is taken to draw {watts_per_core:g} W "
-        "(energy.watts_per_core) for as long as the loop runs; memory, network and cooling are not in it"
+        "no meter of the processors can be read: every core that ranks compute on is taken to draw "
+        f"{watts_per_core:g} W (energy.watts_per_core) while the loop runs; memory, network and cooling are left out"
     )
     fields = ("domain", "source", "quality")
     return {

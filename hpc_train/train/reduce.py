@@ -1,8 +1,10 @@
 """Gradient reduction: after `wait`, every gradient on every rank holds the sum over all ranks."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from hpc_train import config
 from hpc_train.errors import UserError
-from hpc_train.train.context import Context, joint, require_one_mpi
+from hpc_train.train.context import Context, require_one_mpi
 
 
 class Reducer(Protocol):
@@ -22,20 +24,23 @@ class Reducer(Protocol):
 def open_reducer(settings: config.Reduce, model: nn.Module, context: Context) -> Iterator[Reducer]:
     """Collective. Sends the root's weights to all ranks, then sums gradients by `reduce.strategy` until the end."""
     if settings.strategy == "local":
-        if context.world.size > 1:
-            raise joint(
-                UserError(
-                    f"reduce.strategy = 'local' is one process, and there are {context.world.size} ranks",
-                    "Leave mpirun out, or set reduce.strategy to horovod or mpi.",
-                )
-            )
+        context.on_all(partial(_require_one_process, context.world.size))
         yield Local()
     elif settings.strategy == "mpi":
         yield Mpi(model, context)
     else:
-        hvd = start_horovod(settings)
+        hvd = context.on_all(partial(_load_horovod, settings))
+        hvd.init()
         yield Horovod(hvd, model)
         hvd.shutdown()
+
+
+def _require_one_process(size: int) -> None:
+    if size > 1:
+        raise UserError(
+            f"reduce.strategy = 'local' is one process, and there are {size} ranks",
+            "Leave mpirun out, or set reduce.strategy to horovod or mpi.",
+        )
 
 
 class Local:
@@ -89,20 +94,17 @@ class Horovod:
         self._handles.clear()
 
 
-def start_horovod(settings: config.Reduce) -> Any:
-    """Collective. Starts Horovod on the MPI that mpi4py started; two different MPIs are refused, both named."""
+def _load_horovod(settings: config.Reduce) -> Any:
+    """Horovod's module, on the MPI that mpi4py started. Raises UserError; two MPIs are refused, both named."""
     # Its background thread looks for work once a cycle: at its own default of 1 ms it paces every small model.
     os.environ.setdefault("HOROVOD_CYCLE_TIME", str(settings.cycle_time_ms))
     try:
         import horovod.torch as hvd
         import horovod.torch.mpi_lib_v2 as library
     except ImportError as error:
-        raise joint(
-            UserError(
-                f"reduce.strategy = 'horovod', and Horovod cannot be loaded: {error}",
-                "Run `make install`, or set reduce.strategy to mpi (or local for one process).",
-            )
+        raise UserError(
+            f"reduce.strategy = 'horovod', and Horovod cannot be loaded on {socket.gethostname()}: {error}",
+            "Run `make install`, or set reduce.strategy to mpi (or local for one process).",
         ) from None
     require_one_mpi("Horovod", library.__file__)
-    hvd.init()
     return hvd

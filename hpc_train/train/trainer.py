@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from hpc_train.config import Config, Loaded
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_batches
-from hpc_train.train.context import Context, joint
+from hpc_train.train.context import Context
 from hpc_train.train.metadata import crowding_warnings, place_ranks
 from hpc_train.train.recorder import Recorder
 from hpc_train.train.reduce import open_reducer
@@ -28,9 +29,9 @@ def train(loaded: Loaded, context: Context) -> None:
             print(warning, file=sys.stderr, flush=True)
 
     task = open_task(config, context)
-    batch_size = checked_batch_size(config, task, context)
+    batch_size = _batch_size(config, task, context)
     torch.manual_seed(config.seed)
-    model = context.on_all(task.model)
+    model = _model(task, context)
     optimizer = _optimizer(config, model)
 
     with open_reducer(config.reduce, model, context) as reducer, Recorder(loaded, context, places) as recorder:
@@ -64,26 +65,50 @@ def _batches(task: Task, config: Config, context: Context, batch_size: int) -> I
         yield task.batch(rows), len(rows), num_global
 
 
-def checked_batch_size(config: Config, task: Task, context: Context) -> int:
-    """The global batch on this many ranks. Raises UserError where a rank or the data set would run dry."""
-    size = context.world.size
+def _batch_size(config: Config, task: Task, context: Context) -> int:
+    """Collective. The global batch on this many ranks. Raises UserError where a rank or the data would run dry."""
+    world, size, num_samples = context.world, context.world.size, task.num_samples
     batch_size = config.train.batch_size(size)
-    if batch_size < size:
-        raise joint(
-            UserError(
+    most = int(context.max(np.array([num_samples]))[0])
+
+    def check() -> None:
+        if num_samples != most:
+            raise UserError(
+                f"task.kind = '{config.task.kind}': num_samples = {num_samples} on rank {world.rank}, {most} elsewhere",
+                "num_samples counts the whole data set and is alike on every rank; batch(rows) picks a rank's share.",
+            )
+        if batch_size < size:
+            raise UserError(
                 f"train.global_batch = {batch_size} is smaller than the {size} ranks: some would have nothing to do",
                 f"Set train.global_batch to {size} or more, or start fewer ranks.",
             )
-        )
-    if batch_size > task.num_samples:
-        key = "global_batch" if config.train.global_batch else "batch_per_rank"
-        raise joint(
-            UserError(
-                f"train.{key}: a global batch of {batch_size} is larger than the data set's {task.num_samples} samples",
-                f"Set it so that all ranks together take at most {task.num_samples}.",
+        if batch_size > num_samples:
+            key = "global_batch" if config.train.global_batch else "batch_per_rank"
+            raise UserError(
+                f"train.{key}: a global batch of {batch_size} is larger than the data set's {num_samples} samples",
+                f"Set it so that all ranks together take at most {num_samples}.",
             )
-        )
+
+    context.on_all(check)
     return batch_size
+
+
+def _model(task: Task, context: Context) -> nn.Module:
+    """Collective. The task's model; refused where ranks made different ones, whose gradients could not be summed."""
+    model = context.on_all(task.model)
+    mine = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    roots = context.on_root(lambda: mine)
+
+    def check() -> None:
+        if mine != roots:
+            ours, other = next(pair for pair in zip_longest(mine, roots) if pair[0] != pair[1])
+            raise UserError(
+                f"the model differs between ranks: rank {context.world.rank} has {ours}, rank 0 has {other}",
+                "Task.model() must make the same parameters on every rank: it may depend on the configuration alone.",
+            )
+
+    context.on_all(check)
+    return model
 
 
 def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -96,6 +121,7 @@ def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 def _test_accuracy(task: Task, model: nn.Module, context: Context) -> float | None:
     """Collective. The share of test samples answered rightly, each counted once; None without test samples."""
     counts = np.zeros(2, dtype=np.int64)
+    model.eval()
     with torch.no_grad():
         for batch in task.test_batches(context.world):
             counts += task.num_correct(model, batch)

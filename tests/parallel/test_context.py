@@ -35,6 +35,11 @@ def test_on_all_raises_the_lowest_failing_ranks_error_everywhere(context: Contex
         context.on_all(fail_on_last)
 
 
+def test_a_bug_on_all_ranks_is_told_by_the_lowest(context: Context) -> None:
+    with pytest.raises(ZeroDivisionError if context.world.is_root else JointFailure):
+        context.on_all(lambda: 1 // 0)
+
+
 def test_sums_and_maxima_over_ranks(context: Context) -> None:
     rank, size = context.world.rank, context.world.size
     assert context.sum(np.array([rank, 1.0])).tolist() == [size * (size - 1) / 2, size]

@@ -7,13 +7,18 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+from torch import nn
 
-from hpc_train.config import load
+from hpc_train.config import Config, load
+from hpc_train.errors import UserError
 from hpc_train.records import PHASES, TIMING_COLUMNS, read_metrics, read_timings, step_times
 from hpc_train.rundir import RunDir, find
 from hpc_train.train.context import Context
+from hpc_train.train.dataset import Batch
+from hpc_train.train.tasks.classification import Classification
 from hpc_train.train.trainer import train
 from hpc_train.world import World
 
@@ -108,3 +113,60 @@ def test_the_summary_is_the_reduction_of_all_ranks(context: Context, softmax_run
     phases = np.sum([each.phases_ns for each in everyone], axis=0)
     assert summary["phase_share"]["reduce"] == pytest.approx(phases[PHASES.index("reduce")] / phases.sum())
     assert 0.8 < summary["test_accuracy"] < 0.95
+
+
+class DifferentModels(Classification):
+    """A user's mistake: the model depends on the rank."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__(config, context)
+        self.num_classes += context.world.rank
+
+
+class OwnShards(Classification):
+    """A user's mistake: each rank counts its own part of the data."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__(config, context)
+        self.num_samples -= context.world.rank
+
+
+class InEvaluation(Classification):
+    """Fails unless the model is told that it is being tested."""
+
+    def num_correct(self, model: nn.Module, batch: Batch) -> tuple[int, int]:
+        assert not model.training
+        return super().num_correct(model, batch)
+
+
+@pytest.mark.parametrize("kind, words", [("DifferentModels", "the model differs"), ("OwnShards", "num_samples = 3999")])
+def test_a_task_that_differs_between_ranks_is_refused(
+    context: Context, shared_path: Path, digits: Path, kind: str, words: str
+) -> None:
+    if context.world.size == 1:
+        run(context, shared_path, digits, "softmax-mnist.toml", task__kind=f"{__name__}:{kind}", train__steps=2)
+        return
+    with pytest.raises(UserError, match=words):
+        run(context, shared_path, digits, "softmax-mnist.toml", task__kind=f"{__name__}:{kind}", train__steps=2)
+
+
+def test_a_model_is_tested_in_evaluation_mode(context: Context, shared_path: Path, digits: Path) -> None:
+    run(context, shared_path, digits, "softmax-mnist.toml", task__kind=f"{__name__}:InEvaluation", train__steps=2)
+
+
+def test_each_part_of_the_data_has_its_own_scale(context: Context, shared_path: Path, digits: Path) -> None:
+    """Training data as bytes with a scale, test data as ready floats, big-endian at that: the same accuracy."""
+    mixed = shared_path / "mixed.h5"
+
+    def write() -> None:
+        with h5py.File(digits) as source, h5py.File(mixed, "w") as file:
+            source.copy("train", file)
+            file["test/inputs"] = (source["test/inputs"][:] / 255).astype(">f4")
+            file["test/targets"] = source["test/targets"][:].astype(">i2")
+
+    context.on_root(write)
+    accuracy = [
+        json.loads(run(context, shared_path / name, path, "softmax-mnist.toml", train__steps=50).summary.read_text())
+        for name, path in (("plain", digits), ("mixed", mixed))
+    ]
+    assert accuracy[0]["test_accuracy"] == pytest.approx(accuracy[1]["test_accuracy"], abs=0.002)

@@ -26,7 +26,7 @@ def classifier(name: str, input_shape: tuple[int, ...], num_classes: int, option
             )
     try:
         return make(input_shape, num_classes, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's for more memory than there is
         raise UserError(
             f"task.options = {options}: {name} refuses them: {error}", "See the model's docstring."
         ) from None

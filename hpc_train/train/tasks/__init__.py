@@ -22,7 +22,7 @@ BUILT_IN: dict[str, Callable[[Config, Context], Any]] = {"classification": Class
 class Task(Protocol):
     """What the trainer asks of a task; made as `Task(config, context)` on every rank."""
 
-    num_samples: int
+    num_samples: int  # of the whole training set, alike on every rank
 
     def model(self) -> nn.Module:
         """A new model, alike on every rank (the generator is seeded; the root's weights are sent to all)."""
@@ -58,10 +58,14 @@ def _load(kind: str) -> Callable[[Config, Context], Any]:
     if here not in sys.path:  # the user's module usually lies where the job is started
         sys.path.insert(0, here)
     try:
-        return getattr(importlib.import_module(module_name), name)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(f"task.kind = '{kind}': no module {error.name}", f"Looked in {here} and in sys.path.") from None
-    except AttributeError:
+    except (TypeError, ValueError) as error:  # no module's name at all
+        raise UserError(f"task.kind = '{kind}': {error}", "Write 'mypackage.mytask:MyTask'.") from None
+    make = getattr(module, name, None)
+    if not callable(make):
         raise UserError(
-            f"task.kind = '{kind}': {module_name} has no {name}", "Name the task class after the colon."
-        ) from None
+            f"task.kind = '{kind}': {module_name} has no class {name}", "Name the task class after the colon."
+        )
+    return make

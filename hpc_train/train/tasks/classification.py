@@ -12,7 +12,7 @@ from hpc_train.config import Config
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train import models
-from hpc_train.train.context import Context, joint
+from hpc_train.train.context import Context
 from hpc_train.train.dataset import Batch, Split, label_range, open_split
 from hpc_train.world import World
 
@@ -24,7 +24,7 @@ class Classification:
 
     def __init__(self, config: Config, context: Context) -> None:
         self.config = config
-        path, data = Path(config.data.file), config.data
+        path, data = Path(config.data.file).expanduser(), config.data
 
         def open_both() -> tuple[Split, Split | None]:
             train = open_split(path, data.inputs, data.targets, ("data.inputs", "data.targets"))
@@ -38,29 +38,22 @@ class Classification:
                 )
             return train, test
 
-        # The root looks first, so that a missing file is one error and not one for each rank.
-        context.on_root(lambda: open_both() and None)
         self.train, self.test = context.on_all(open_both)
         self.num_samples = len(self.train)
-        self.num_classes = self._check_labels(context)
-
-    def _check_labels(self, context: Context) -> int:
-        """The number of classes: `task.num_classes`, or one more than the largest training label."""
-        low, high = label_range(self.train, context)
-        parts = [(self.config.data.targets, low, high)]
-        num_classes = int(self.config.task.num_classes or high + 1)
+        parts = [(data.targets, *label_range(self.train, context))]
         if self.test is not None:
-            parts.append((self.config.data.test_targets, *label_range(self.test, context)))
+            parts.append((data.test_targets, *label_range(self.test, context)))
+        self.num_classes = int(config.task.num_classes or parts[0][2] + 1)
+        context.on_all(lambda: self._check_labels(parts))
+
+    def _check_labels(self, parts: list[tuple[str, int, int]]) -> None:
         for name, low, high in parts:
-            if low < 0 or high >= num_classes:
+            if low < 0 or high >= self.num_classes:
                 wrong = low if low < 0 else high
-                raise joint(
-                    UserError(
-                        f"{self.config.data.file}: label {wrong} in {name} is out of range for {num_classes} classes",
-                        "Labels are 0 to num_classes - 1: mend the data or set task.num_classes.",
-                    )
+                raise UserError(
+                    f"{self.config.data.file}: label {wrong} in {name} is out of range for {self.num_classes} classes",
+                    "Labels are 0 to num_classes - 1: mend the data or set task.num_classes.",
                 )
-        return num_classes
 
     def model(self) -> nn.Module:
         task = self.config.task
@@ -84,8 +77,6 @@ class Classification:
 
     def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         inputs = batch.inputs.to(torch.float32)
-        if self.train.scale != 1.0:
-            inputs = inputs.mul_(self.train.scale) if inputs is not batch.inputs else inputs * self.train.scale
-        if self.train.offset != 0.0:
-            inputs = inputs + self.train.offset
+        if (batch.scale, batch.offset) != (1.0, 0.0):
+            inputs = inputs * batch.scale + batch.offset
         return model(inputs)
