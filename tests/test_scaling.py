@@ -141,8 +141,10 @@ def test_where_a_report_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     runs = [tmp_path / "runs" / "job" / name for name in ("a-np1", "b-np2")]
     assert default_output(runs) == tmp_path / "runs" / "job" / "report"
     assert default_output(runs[:1]) == runs[0] / "report"
-    assert default_output([runs[0], tmp_path / "runs" / "other"]) == tmp_path / "runs" / "report"
+    far_apart = [runs[0], tmp_path / "elsewhere" / "other"]
+    assert default_output(far_apart) == Path("report"), "not in a folder that nobody named"
     monkeypatch.chdir(tmp_path)
+    assert default_output(far_apart) == Path("report")
     assert default_output([Path("runs")]) == Path("runs/report")
 
 
