@@ -91,7 +91,8 @@ echo "Installing hpc-train into ${VENV:-.venv} ($(nproc) cores, $jobs compilers 
 ((${#packages[@]} == 0)) || plan system 40
 # Compiled pieces are known to be kept or not only once the torch version is; until then: kept if anything is.
 built() { compgen -G "$cache/wheels/${key:-*}/$1-*.whl" >/dev/null; }
-plan libraries 90
+# Each time is remembered under its own name: a first install and a second say little about each other.
+if [ -x "$venv/bin/python" ]; then plan libraries-again 10; else plan libraries 90; fi
 if built h5py; then plan h5py 3; else plan h5py-build 160; fi
 if built horovod; then plan horovod 3; else plan horovod-build 150; fi
 plan hpc-train 5
