@@ -189,6 +189,10 @@ def _parse_override(override: str) -> tuple[str, Any]:
     try:
         return key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return key, float(text)  # .5 and 5. are no TOML, and no mystery on a command line either
+    except ValueError:
         return key, text
 
 

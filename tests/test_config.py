@@ -99,6 +99,11 @@ def test_either_batch_key_can_be_asked_for_on_the_command_line(job: Path) -> Non
     assert (weak.global_batch, weak.batch_per_rank, weak.batch_size(3)) == (None, 5, 15)
 
 
+@pytest.mark.parametrize("text, value", [(".5", 0.5), ("1e-3", 1e-3), ("2.", 2.0), ("1", 1.0)])
+def test_numbers_may_be_written_as_people_do(job: Path, text: str, value: float) -> None:
+    assert load(job, (f"train.lr={text}",)).config.train.lr == value
+
+
 def test_what_is_written_is_what_was_read(job: Path, tmp_path: Path) -> None:
     awkward = (
         'data.file=my  data "x".h5',
