@@ -8,20 +8,27 @@ from hpc_train.clock import Clock
 from hpc_train.records import PHASES, TIMING_COLUMNS, RecordFile, timing_log
 
 
+def slept_ns(seconds: float) -> int:
+    """Sleeps, and says how long it really was: a busy machine oversleeps."""
+    began = time.perf_counter_ns()
+    time.sleep(seconds)
+    return time.perf_counter_ns() - began
+
+
 def test_phases_and_the_rest_make_up_the_step() -> None:
     clock = Clock()
     clock.restart()
     began = time.perf_counter_ns()
     with clock.data:
-        time.sleep(0.01)
-    time.sleep(0.02)
+        data_ns = slept_ns(0.01)
+    other_ns = slept_ns(0.02)
     with clock.reduce:
-        time.sleep(0.005)
+        reduce_ns = slept_ns(0.005)
     record = dict(zip(TIMING_COLUMNS, clock.lap(7, 32, warmup=True), strict=True))
     ended = time.perf_counter_ns()
     assert (record["step"], record["num_samples"], record["warmup"]) == (7, 32, 1)
-    assert 10e6 <= record["data_ns"] < 20e6 and 5e6 <= record["reduce_ns"] < 15e6
-    assert 20e6 <= record["other_ns"] < 30e6 and record["forward_ns"] == 0
+    assert 0 <= record["data_ns"] - data_ns < 2e6 and 0 <= record["reduce_ns"] - reduce_ns < 2e6
+    assert 0 <= record["other_ns"] - other_ns < 2e6 and record["forward_ns"] == 0
     assert abs(sum(record[f"{phase}_ns"] for phase in PHASES) - (ended - began)) < 2e6
     assert record["start_ns"] + 30e6 <= record["arrived_ns"] <= ended
 
@@ -78,9 +85,20 @@ def test_a_ranks_log_costs_under_two_microseconds_a_step(tmp_path: Path) -> None
         return nanoseconds_a_step(five)
 
     loop = min(nanoseconds_a_step(lambda step: None) for _ in range(9))
-    read = min(nanoseconds_a_step(lambda step: now()) for _ in range(9)) - loop
-    records = min(record(Clock(), timing_log(tmp_path / f"{attempt}.csv")) for attempt in range(9)) - loop - read
-    marks = min(phases(Clock()) for _ in range(9)) - loop - 10 * read
-    print(f"beyond the clock reads of {read:.0f} ns: record {records:.0f} ns, five phases {marks:.0f} ns a step")
+
+    def best(cost: Callable[[], float]) -> float:
+        return min(cost() for _ in range(9))
+
+    # The machine has slow seconds: rounds go on until one was undisturbed, or the cost is real.
+    for attempt in range(8):
+        loop = best(lambda: nanoseconds_a_step(lambda step: None))
+        read = best(lambda: nanoseconds_a_step(lambda step: now())) - loop
+        path = tmp_path / f"{attempt}.csv"
+        records = best(lambda path=path: record(Clock(), timing_log(path))) - loop - read
+        marks = best(lambda: phases(Clock())) - loop - 10 * read
+        print(f"beyond the clock reads of {read:.0f} ns: record {records:.0f} ns, five phases {marks:.0f} ns a step")
+        if records < 2000 and marks < 2000:
+            break
+        time.sleep(1)
     assert records < 2000
-    assert marks < 10 * read + 2000
+    assert marks < 2000
