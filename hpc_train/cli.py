@@ -11,7 +11,7 @@ import click
 
 from hpc_train import __version__
 from hpc_train.config import dumps, load
-from hpc_train.errors import UserError
+from hpc_train.errors import JointFailure, UserError
 from hpc_train.world import launched_rank
 
 # configs/ inside an installed wheel, or of the checkout
@@ -164,8 +164,10 @@ def main() -> None:
         _end("", 2)
     except (click.Abort, KeyboardInterrupt):
         _end("hpc-train: interrupted" if speaks else "", 130)
-    except Exception as error:  # noqa: BLE001  our own bug: said whole, and no other rank repeats it
-        _end("" if type(error).__name__ == "JointFailure" else traceback.format_exc(), 1)
+    except JointFailure:  # the rank that met the fault says it
+        _end("", 1)
+    except Exception:  # noqa: BLE001  our own bug: said whole
+        _end(traceback.format_exc(), 1)
 
 
 def _end(message: str, code: int) -> None:

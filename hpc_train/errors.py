@@ -1,4 +1,4 @@
-"""The one error type for mistakes a user can mend. Our own bugs are `assert`s, never this."""
+"""The one error type for mistakes a user can mend, and what other ranks raise for a fault of one of them."""
 
 
 class UserError(Exception):
@@ -17,3 +17,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n  {self.remedy}"
+
+
+class JointFailure(Exception):
+    """Every rank raises it for a fault that some rank met; that rank's own exception carries the words."""

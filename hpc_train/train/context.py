@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from hpc_train.errors import UserError
+from hpc_train.errors import JointFailure, UserError
 from hpc_train.world import World, launched_size
 
 T = TypeVar("T")
@@ -28,10 +28,6 @@ E = TypeVar("E", bound=Exception)
 _PING_PONGS = 20
 _ROOT_SPEAKS_FIRST_S = 0.5
 _TERMINATED = 128 + signal.SIGTERM
-
-
-class JointFailure(Exception):
-    """Every rank raises it for a fault that some rank met; that rank's own exception carries the words."""
 
 
 @dataclass(frozen=True)

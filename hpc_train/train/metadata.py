@@ -56,15 +56,11 @@ def place_ranks(context: Context, threads: int) -> list[RankPlace]:
     everyone = [(world.rank, world.host, world.local_rank, os.getpid(), cores, threads)]
     if context.comm is not None:
         everyone = context.comm.allgather(everyone[0])
+    of_host: dict[str, list[list[int]]] = {}
+    for _, host, _, _, mine, _ in everyone:
+        of_host.setdefault(host, []).append(mine)
     return [
-        RankPlace(
-            rank,
-            host,
-            local,
-            pid,
-            mine,
-            asked or _fair_threads(mine, [c for _, h, _, _, c, _ in everyone if h == host]),
-        )
+        RankPlace(rank, host, local, pid, mine, asked or _fair_threads(mine, of_host[host]))
         for rank, host, local, pid, mine, asked in everyone
     ]
 

@@ -8,7 +8,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -243,7 +243,8 @@ def _already_there(source: Source, output: Path, overwrite: bool) -> bool:
             os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))  # no room is told now, not half-way
         unfinished.unlink()
     except OSError as error:
-        unfinished.unlink(missing_ok=True) if os.access(output.parent, os.W_OK) else None
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         raise UserError(
             f"{output} cannot be written: {error.strerror}",
             "Name a file on a file system with room that you may write.",
@@ -255,9 +256,9 @@ def _write(source: Source, unfinished: Path, context: Context) -> dict[str, int]
     """Collective. Every rank writes its rows of every array; returns the checksums of this rank's rows."""
     world, checksums = context.world, {}
     num_rows = sum(array.shape[0] for array in source.arrays.values())
-    progress = StepProgress(f"writing {unfinished.name[1:-8]}", num_rows, "auto", world.is_root, unit="rows")
+    shown = StepProgress(f"writing {unfinished.name[1:-8]}", num_rows, "auto", world.is_root, unit="rows")
     done = 0
-    with _file_of_all(unfinished, context) as file:
+    with closing(shown) as progress, _file_of_all(unfinished, context) as file:
         file.attrs["complete"] = False
         for name, array in source.arrays.items():
             dataset = file.create_dataset(name, array.shape, array.dtype)
@@ -275,7 +276,6 @@ def _write(source: Source, unfinished: Path, context: Context) -> dict[str, int]
                 done += min(block, longest - offset) * world.size
                 progress.advance(min(done, num_rows), len(rows) * world.size, perf_counter_ns())
             checksums[name] = checksum
-    progress.close()
     return checksums
 
 
