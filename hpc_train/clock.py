@@ -62,7 +62,7 @@ class Clock:
         self._step_began_ns = perf_counter_ns()
 
     def lap(self, step: int, num_samples: int, warmup: bool = False) -> StepRecord:
-        """Ends the step: its record, in the order of `records.TIMING_COLUMNS`."""
+        """Ends the step: its record, in the order of `records.TIMING_COLUMNS` (the attempt is the log's)."""
         # Written out, not looped over: this is paid in every step.
         now, began = perf_counter_ns(), self._step_began_ns
         data, forward, backward, reduce, optimizer = (

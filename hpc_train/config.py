@@ -52,6 +52,8 @@ class Train(_Section):
     log_every: Count = 100
     warmup_steps: Annotated[int, Field(ge=0)] = 10  # marked in the timings, left out of speedups
     threads: Annotated[int, Field(ge=0, le=4096)] = 0  # of torch, per rank; 0: the cores this rank may use
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss of NaN or infinity: stop, or leave the step's update out
+    check_weights_every: Annotated[int, Field(ge=0)] = 0  # steps between comparisons of all ranks' weights; 0: never
 
     @model_validator(mode="after")
     def _one_batch_key(self) -> Self:
@@ -69,6 +71,12 @@ class Reduce(_Section):
     cycle_time_ms: Rate = 0.1  # HOROVOD_CYCLE_TIME; its own default of 1 ms paces small models
 
 
+class Checkpoint(_Section):
+    every_steps: Annotated[int, Field(ge=0)] = 0  # 0: by time alone
+    every_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0  # 0: by steps alone
+    keep: Annotated[int, Field(ge=0, le=1000)] = 2  # the newest ones; 0: none is written
+
+
 class Energy(_Section):
     sample_hz: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
     watts_per_core: Rate = 10.0  # assumption of the estimate where no meter can be read
@@ -77,6 +85,7 @@ class Energy(_Section):
 class Run(_Section):
     root: Text = "runs"
     progress: Literal["auto", "bar", "plain"] = "auto"
+    stall_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0  # a rank this late ends the job; 0: never
 
 
 class Config(_Section):
@@ -88,6 +97,7 @@ class Config(_Section):
     task: Task = Task()
     train: Train
     reduce: Reduce = Reduce()
+    checkpoint: Checkpoint = Checkpoint()
     energy: Energy = Energy()
     run: Run = Run()
 
@@ -138,8 +148,17 @@ def comparable(config: Config) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(as_dict(config)).items()
-        if key not in told_apart and not key.startswith(("run.", "energy."))
+        if key not in told_apart and not key.startswith(("run.", "energy.", "checkpoint."))
     }
+
+
+def trajectory(config: Config) -> dict[str, Any]:
+    """The dotted keys that a run cannot change half-way: what it trains on, in which order, and what it trains.
+
+    The global batch is one of them, too; it depends on the number of ranks, and each checkpoint states it.
+    """
+    fixed = ("seed", "data.inputs", "data.targets", "task.", "train.optimizer")
+    return {key: value for key, value in flatten(as_dict(config)).items() if key.startswith(fixed)}
 
 
 def dumps(loaded: Loaded) -> str:

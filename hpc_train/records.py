@@ -3,7 +3,9 @@
 Durations are nanoseconds of a rank's monotonic clock; `meta.json` holds what aligns the clocks of different ranks.
 """
 
+import io
 import json
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,15 +19,21 @@ import numpy.typing as npt
 
 from hpc_train.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2  # 2: the column `attempt`
 PHASES = ("data", "forward", "backward", "reduce", "optimizer", "other")
-TIMING_COLUMNS = ("step", "start_ns", "arrived_ns", *(f"{phase}_ns" for phase in PHASES), "num_samples", "warmup")
+TIMING_COLUMNS = (
+    *("step", "start_ns", "arrived_ns"),
+    *(f"{phase}_ns" for phase in PHASES),
+    *("num_samples", "warmup", "attempt"),
+)
 METRIC_COLUMNS = ("step", "loss")
-ENERGY_COLUMNS = ("time_s", "domain", "joules", "quality", "source")
+ENERGY_COLUMNS = ("time_s", "domain", "joules", "quality", "source", "attempt")
 
-# One row of timings/rank-NNNNN.csv, in the order of TIMING_COLUMNS; a plain tuple because it is made every step.
+# One row of timings/rank-NNNNN.csv, in the order of TIMING_COLUMNS without the attempt, which is a file's own; a plain
+# tuple because it is made every step.
 StepRecord = tuple[int, ...]
 Quality = Literal["measured", "estimated", "missing"]
+_MOST_ATTEMPTS = 1_000_000  # a number beyond is damage
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
@@ -41,15 +49,13 @@ class RecordFile:
     """An append-only CSV file of integer records, written so that a killed process loses at most half a second.
 
     `write` keeps rows and hands them to the operating system once `flush_s` have passed since it last did. The
-    rows' own time stamps (column `time_column`) serve as the clock, so writing reads none.
+    rows' own time stamps (column `time_column`) serve as the clock, so writing reads none. `last` fills the last
+    column of every row.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], time_column: int, flush_s: float = 0.5) -> None:
-        self._file: IO[str] = path.open("a", encoding="ascii")
-        if self._file.tell() == 0:
-            self._file.write(",".join(columns) + "\n")
-            self._file.flush()
-        self._line = ",".join(["%d"] * len(columns)) + "\n"
+    def __init__(self, path: Path, columns: Sequence[str], time_column: int, last: int, flush_s: float = 0.5) -> None:
+        self._file = open_log(path, columns)
+        self._line = ",".join(["%d"] * (len(columns) - 1)) + f",{last}\n"
         self._rows: list[StepRecord] = []
         self._time_column = time_column
         self._flush_ns = int(flush_s * 1e9)
@@ -73,9 +79,28 @@ class RecordFile:
         self._file.close()
 
 
-def timing_log(path: Path) -> RecordFile:
+def timing_log(path: Path, attempt: int = 1) -> RecordFile:
     """The log of one rank's steps. A step that began half a second ago is already on its way to the file."""
-    return RecordFile(path, TIMING_COLUMNS, TIMING_COLUMNS.index("start_ns"))
+    return RecordFile(path, TIMING_COLUMNS, TIMING_COLUMNS.index("start_ns"), attempt)
+
+
+def open_log(path: Path, columns: Sequence[str]) -> IO[str]:
+    """Opens a CSV file for appending whole lines: a new one gets its header, a line cut short by a crash is dropped."""
+    file = path.open("a+b")
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        begin = max(0, end - 65536)
+        file.seek(begin)
+        newline = file.read(end - begin).rfind(b"\n")
+        end = begin + newline + 1
+        if newline >= 0 or begin == 0:
+            break
+    file.truncate(end)
+    text = io.TextIOWrapper(file, encoding="utf-8")
+    if end == 0:
+        text.write(",".join(columns) + "\n")
+        text.flush()
+    return text
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -128,6 +153,16 @@ class Timings:
         first = TIMING_COLUMNS.index("data_ns")
         return self.values[:, first : first + len(PHASES)]
 
+    def steps_of_attempts(self, num_attempts: int) -> IntArray:
+        """(num_attempts,) how many steps each attempt recorded."""
+        return np.bincount(self["attempt"] - 1, minlength=num_attempts).astype(np.int64)
+
+    def first(self, counts: IntArray) -> "Timings":
+        """The first counts[a] steps of each attempt a: ranks that were killed recorded unequal numbers of them."""
+        index = self["attempt"] - 1
+        began = np.cumsum(np.bincount(index, minlength=len(counts))) - np.bincount(index, minlength=len(counts))
+        return Timings(self.values[np.arange(len(index)) - began[index] < counts[index]], self.truncated)
+
 
 def read_timings(path: Path) -> Timings:
     """One rank's step records. Raises `BadRecord` naming path:line; a last line cut short is skipped and said."""
@@ -137,7 +172,12 @@ def read_timings(path: Path) -> Timings:
     except (ValueError, OverflowError):
         number = next(number for number, row in enumerate(table.rows, 2) if not _fits(row[: len(TIMING_COLUMNS)]))
         raise _bad_line(path, number, ",".join(table.rows[number - 2])) from None
-    return Timings(values.reshape(-1, len(TIMING_COLUMNS)), table.truncated)
+    timings = Timings(values.reshape(-1, len(TIMING_COLUMNS)), table.truncated)
+    wrong = np.flatnonzero((timings["attempt"] < 1) | (np.diff(timings["attempt"], prepend=1) < 0))
+    if len(wrong) or (len(values) and timings["attempt"][-1] > _MOST_ATTEMPTS):  # an attempt follows the one before
+        number = int(wrong[0]) if len(wrong) else len(values) - 1
+        raise _bad_line(path, number + 2, ",".join(table.rows[number]))
+    return timings
 
 
 def _fits(row: list[str]) -> bool:
@@ -179,8 +219,8 @@ class Energy:
 
 
 def read_energy(path: Path) -> Energy:
-    """The energy of one host: each domain's last reading (readings are cumulative since the run began)."""
-    last: dict[str, Energy] = {}
+    """The energy of one host: each domain's last reading in each attempt (they are cumulative since it began)."""
+    last: dict[tuple[str, str], Energy] = {}
     for number, row in enumerate(read_csv(path, ENERGY_COLUMNS).rows, 2):
         quality = _quality(row[3])
         try:
@@ -189,7 +229,7 @@ def read_energy(path: Path) -> Energy:
             raise _bad_line(path, number, ",".join(row)) from None
         if joules is not None and not isfinite(joules):
             raise _bad_line(path, number, ",".join(row))
-        last[row[1]] = Energy(joules, quality, row[4])
+        last[row[1], row[5]] = Energy(joules, quality, row[4])
     return total_energy(last.values())
 
 
@@ -216,15 +256,23 @@ class StepTimes:
 
     step_ns: IntArray  # (steps,) whole duration of every steady step
     phases_ns: IntArray  # (len(PHASES),) totals over the steady steps
-    num_samples: int  # trained by this rank, warm-up included
+    num_samples: int  # trained by this rank, warm-up included; of steps taken twice, once
     num_warmup: int
+    num_repeated: int  # steps taken again, after an attempt that ended beyond its newest checkpoint
 
 
 def step_times(timings: Timings) -> StepTimes:
     """Reduces one rank's records to what a summary needs."""
     steady = timings["warmup"] == 0
     phases = timings.phases_ns[steady]
-    return StepTimes(phases.sum(axis=1), phases.sum(axis=0), int(timings["num_samples"].sum()), int((~steady).sum()))
+    _, last = np.unique(timings["step"][::-1], return_index=True)
+    return StepTimes(
+        step_ns=phases.sum(axis=1),
+        phases_ns=phases.sum(axis=0),
+        num_samples=int(timings["num_samples"][::-1][last].sum()),
+        num_warmup=int((~steady).sum()),
+        num_repeated=len(steady) - len(last),
+    )
 
 
 @dataclass(frozen=True)
@@ -235,7 +283,7 @@ class RunSummary:
     size: int
     num_hosts: int
     num_steps: int
-    num_warmup: int
+    num_warmup: int  # of every attempt
     num_samples: int
     global_batch: int
     step_s: float | None  # median over steady steps of the ranks' mean duration
@@ -248,6 +296,8 @@ class RunSummary:
     energy_source: str = "no meter"
     loss: float | None = None
     test_accuracy: float | None = None
+    num_attempts: int = 1
+    num_repeated: int = 0
     complete: bool = False
     schema: int = SCHEMA
 
@@ -267,6 +317,7 @@ def summarise(
     phases_ns: IntArray,
     num_samples: int,
     num_warmup: int,
+    num_repeated: int,
     energy: Energy,
     **rest: Any,
 ) -> RunSummary:
@@ -282,8 +333,9 @@ def summarise(
         name=name,
         size=size,
         num_hosts=num_hosts,
-        num_steps=len(step_ns) + num_warmup,
+        num_steps=len(step_ns) + num_warmup - num_repeated,
         num_warmup=num_warmup,
+        num_repeated=num_repeated,
         num_samples=num_samples,
         global_batch=global_batch,
         step_s=middle,

@@ -124,5 +124,5 @@ def _write_energy(run: RunDir, recipe: Recipe) -> None:
         return
     for host in recipe.hosts:
         end = f"{recipe.quality},{recipe.source}"
-        lines = [f"{time},package-0,{recipe.joules * time / 2},{end}" for time in (0, 1, 2)]
+        lines = [f"{time},package-0,{recipe.joules * time / 2},{end},1" for time in (0, 1, 2)]
         run.energy(host).write_text("\n".join([",".join(records.ENERGY_COLUMNS), *lines, ""]))

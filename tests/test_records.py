@@ -61,17 +61,17 @@ def test_opening_a_log_again_appends_and_repeats_no_header(tmp_path: Path) -> No
 
 def test_columns_are_found_by_name(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_text(HEADER + "3,1000,1007,1,2,3,4,5,6,32,1\n")
+    path.write_text(HEADER + "3,1000,1007,1,2,3,4,5,6,32,1,1\n")
     timings = read_timings(path)
     assert not timings.truncated
     assert timings.phases_ns.tolist() == [[1, 2, 3, 4, 5, 6]]
     assert (timings["num_samples"][0], timings["warmup"][0], timings["arrived_ns"][0]) == (32, 1, 1007)
 
 
-@pytest.mark.parametrize("tail", ["1,2000,20", "1,2000,2007,1,2,3,4,5,6,32,0", "\0\0\0\0"])
+@pytest.mark.parametrize("tail", ["1,2000,20", "1,2000,2007,1,2,3,4,5,6,32,0,1", "\0\0\0\0"])
 def test_a_last_line_without_its_end_is_skipped_and_said(tmp_path: Path, tail: str) -> None:
     path = tmp_path / "t.csv"
-    path.write_text(HEADER + "0,1000,1007,1,2,3,4,5,6,32,0\n" + tail)
+    path.write_text(HEADER + "0,1000,1007,1,2,3,4,5,6,32,0,1\n" + tail)
     timings = read_timings(path)
     assert timings.truncated
     assert timings["step"].tolist() == [0]
@@ -89,17 +89,18 @@ def test_a_file_cut_within_its_header_holds_no_steps(tmp_path: Path) -> None:
     "line",
     [
         "1,2000",
-        "1,2000,2007,1,2,3,4,5,6,32,0,9",
-        "1,2000,2007,x,2,3,4,5,6,32,0",
-        "1,2000,2007,1.5,2,3,4,5,6,32,0",
-        "--1,2000,2007,1,2,3,4,5,6,32,0",
-        "99999999999999999999,0,0,1,2,3,4,5,6,32,0",
+        "1,2000,2007,1,2,3,4,5,6,32,0,1,9",
+        "1,2000,2007,1,2,3,4,5,6,32,0,0",
+        "1,2000,2007,x,2,3,4,5,6,32,0,1",
+        "1,2000,2007,1.5,2,3,4,5,6,32,0,1",
+        "--1,2000,2007,1,2,3,4,5,6,32,0,1",
+        "99999999999999999999,0,0,1,2,3,4,5,6,32,0,1",
         "",
     ],
 )
 def test_any_other_bad_line_is_an_error_that_names_it(tmp_path: Path, line: str) -> None:
     path = tmp_path / "t.csv"
-    good = "0,1000,1007,1,2,3,4,5,6,32,0\n"
+    good = "0,1000,1007,1,2,3,4,5,6,32,0,1\n"
     path.write_text(HEADER + good + good + line + "\n" + good)
     with pytest.raises(BadRecord) as error:
         read_timings(path)
@@ -126,7 +127,7 @@ def test_metrics_may_have_more_columns_and_a_loss_that_is_no_number_is_named(tmp
 
 
 def test_steps_and_phases_leave_warm_up_out_but_samples_do_not() -> None:
-    values = np.array([row(0, 0, warmup=1), row(1, 100), row(2, 200)], dtype=np.int64)
+    values = np.array([(*row(0, 0, warmup=1), 1), (*row(1, 100), 1), (*row(2, 200), 1)], dtype=np.int64)
     times = step_times(Timings(values, truncated=False))
     assert times.step_ns.tolist() == [21, 21]
     assert times.phases_ns.tolist() == [2, 4, 6, 8, 10, 12]
@@ -143,6 +144,7 @@ def test_a_summary_of_no_steady_step_knows_no_speed() -> None:
         phases_ns=np.zeros(len(PHASES), np.int64),
         num_samples=8,
         num_warmup=1,
+        num_repeated=0,
         energy=Energy(),
     )
     assert (summary.step_s, summary.samples_per_s, summary.joules) == (None, None, None)
@@ -190,10 +192,10 @@ def test_a_sum_of_energies_is_no_better_than_its_worst_part() -> None:
 def test_the_energy_of_a_host_is_the_last_reading_of_each_domain(tmp_path: Path) -> None:
     path = tmp_path / "node.csv"
     header = ",".join(ENERGY_COLUMNS) + "\n"
-    rows = ["0,cpu,1.0,measured,RAPL", "0,dram,2.0,measured,RAPL", "1,cpu,9.0,measured,RAPL", "2,cp"]
+    rows = ["0,cpu,1.0,measured,RAPL,1", "0,dram,2.0,measured,RAPL,1", "1,cpu,9.0,measured,RAPL,1", "2,cp"]
     path.write_text(header + "\n".join(rows))
     assert read_energy(path) == Energy(11.0, "measured", "RAPL")
-    path.write_text(header + "0,cpu,1.0,measured,RAPL\n0,gpu,,missing,NVML\n")
+    path.write_text(header + "0,cpu,1.0,measured,RAPL,1\n0,gpu,,missing,NVML,1\n")
     assert read_energy(path).quality == "missing"
     path.write_text(header)
     assert read_energy(path) == Energy()
@@ -202,7 +204,41 @@ def test_the_energy_of_a_host_is_the_last_reading_of_each_domain(tmp_path: Path)
 @pytest.mark.parametrize("joules", ["many", "nan", "inf", ""])
 def test_joules_that_are_no_number_are_named(tmp_path: Path, joules: str) -> None:
     path = tmp_path / "node.csv"
-    path.write_text(",".join(ENERGY_COLUMNS) + f"\n0,cpu,1.0,measured,RAPL\n1,cpu,{joules},measured,RAPL\n")
+    path.write_text(",".join(ENERGY_COLUMNS) + f"\n0,cpu,1.0,measured,RAPL,1\n1,cpu,{joules},measured,RAPL,1\n")
     with pytest.raises(BadRecord) as error:
         read_energy(path)
     assert f"{path}:3:" in error.value.what
+
+
+def test_attempts_are_told_apart_and_their_common_steps_found(tmp_path: Path) -> None:
+    for rank, killed_after in enumerate((4, 3)):
+        for attempt, steps in ((1, range(killed_after)), (2, range(2, 5))):
+            log = timing_log(tmp_path / f"{rank}.csv", attempt)
+            for step in steps:
+                log.write(row(step, 100 * step, warmup=step == steps[0]))
+            log.close()
+    ranks = [read_timings(tmp_path / f"{rank}.csv") for rank in range(2)]
+    counts = [timings.steps_of_attempts(2).tolist() for timings in ranks]
+    assert counts == [[4, 3], [3, 3]]
+    common = np.min(counts, axis=0)
+    assert [timings.first(common)["step"].tolist() for timings in ranks] == [[0, 1, 2, 2, 3, 4]] * 2
+    times = step_times(ranks[0].first(common))
+    assert (times.num_warmup, times.num_repeated, len(times.step_ns), times.num_samples) == (2, 1, 4, 5 * 32)
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped_before_the_next_attempt_appends(tmp_path: Path) -> None:
+    path = tmp_path / "rank-00000.csv"
+    for text in ("", "step,st", HEADER, HEADER + "0,1,2,3,4,5,6,7,8,9,0,1\n1,2"):
+        path.write_text(text)
+        log = timing_log(path, attempt=2)
+        log.write(row(7, 100))
+        log.close()
+        timings = read_timings(path)
+        assert not timings.truncated and timings["step"].tolist()[-1] == 7 and timings["attempt"].tolist()[-1] == 2
+
+
+def test_an_energy_meter_starts_from_zero_in_each_attempt(tmp_path: Path) -> None:
+    path = tmp_path / "host.csv"
+    rows = ["0,cpu,0,measured,RAPL,1", "1,cpu,5,measured,RAPL,1", "9,cpu,0,measured,RAPL,2", "10,cpu,7,measured,RAPL,2"]
+    path.write_text("\n".join([",".join(ENERGY_COLUMNS), *rows, ""]))
+    assert read_energy(path) == Energy(12.0, "measured", "RAPL")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from hpc_train import config, rundir
 from hpc_train.config import Config
 from hpc_train.errors import UserError
 from hpc_train.records import (
-    PHASES,
     SCHEMA,
     TIMING_COLUMNS,
     BadRecord,
@@ -20,6 +19,7 @@ from hpc_train.records import (
     FloatArray,
     IntArray,
     RunSummary,
+    StepTimes,
     Timings,
     read_energy,
     read_metrics,
@@ -70,6 +70,12 @@ def section(tree: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def attempts(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """What meta.json says of each time that the run was begun or continued."""
+    value = meta.get("attempts")
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
 def load_all(paths: Sequence[Path]) -> list[Run]:
     """The runs at or below `paths`, each once. Raises `UserError` for a path with none and for a bad record.
 
@@ -93,12 +99,13 @@ def load(run: RunDir) -> Run:
     meta = _read_meta(run)
     settings = _read_config(run)
     written = _read_json(run.summary) if run.summary.is_file() else None
-    step_ns, phases_ns, num_samples, num_warmup, faults = _reduce_ranks(run, meta["size"])
+    num_attempts = max(1, len(attempts(meta)))
+    step_ns, total, faults = _reduce_ranks(run, meta["size"], num_attempts)
     if written is None:
         faults.insert(0, "no summary.json, the run did not reach its end or is still running")
     elif not written.get("complete"):
         faults.insert(0, "summary.json says that the run did not reach its end")
-    num_steps = len(step_ns) + num_warmup
+    num_steps = len(step_ns) + total.num_warmup - total.num_repeated
     if faults:
         faults.append(f"{num_steps} of {settings.train.steps} steps can be used")
     metrics = read_metrics(run.metrics) if run.metrics.is_file() else ([], [])
@@ -109,63 +116,62 @@ def load(run: RunDir) -> Run:
         num_hosts=len(meta["hosts"]),
         global_batch=settings.train.batch_size(meta["size"]),
         step_ns=step_ns,
-        phases_ns=phases_ns,
-        num_samples=num_samples,
-        num_warmup=num_warmup,
+        phases_ns=total.phases_ns,
+        num_samples=total.num_samples,
+        num_warmup=total.num_warmup,
+        num_repeated=total.num_repeated,
+        num_attempts=num_attempts,
         energy=_energy(run, meta["hosts"]),
         loss=loss if loss is not None else next(iter(metrics[1][-1:]), None),
         test_accuracy=_number((written or {}).get("test_accuracy")),
         complete=not faults,
     )
     why = "; ".join(faults) or None
-    return Run(run, settings, meta, summary, step_ns / 1e9, phases_ns / 1e9, metrics, why)
+    return Run(run, settings, meta, summary, step_ns / 1e9, total.phases_ns / 1e9, metrics, why)
 
 
-def _reduce_ranks(run: RunDir, size: int) -> tuple[FloatArray, IntArray, int, int, list[str]]:
-    """(step_ns, phases_ns, num_samples, num_warmup, faults) over ranks and their common steps."""
+def _reduce_ranks(run: RunDir, size: int, num_attempts: int) -> tuple[FloatArray, StepTimes, list[str]]:
+    """(step_ns, sums over ranks of their common steps, faults); step_ns is the ranks' mean of each steady step."""
     present = [rank for rank in range(size) if run.timings(rank).is_file()]
     missing = sorted(set(range(size)) - set(present))
     faults = [f"no timings of {_ranks(missing)}"] if missing else []
-    counts = [_num_rows(run.timings(rank)) for rank in present]
-    common = min(counts, default=0)
-    if counts and max(counts) > common:
-        faults.append(f"ranks recorded {common} to {max(counts)} steps, only the common ones are used")
+    counts = [read_timings(run.timings(rank)).steps_of_attempts(num_attempts) for rank in present]
+    if not counts:
+        return np.zeros(0), step_times(Timings(np.zeros((0, len(TIMING_COLUMNS)), np.int64), False)), faults
+    common = np.min(counts, axis=0)
+    last = [int(count[-1]) for count in counts]
+    if max(last) > min(last):  # an earlier attempt that was killed is no fault of the run
+        faults.append(f"ranks recorded {min(last)} to {max(last)} steps, only the common ones are used")
+    parts, cut_short = [], []
     aligned: IntArray | None = None
-    total = np.zeros(0, np.int64)
-    phases = np.zeros(len(PHASES), np.int64)
-    num_samples, num_warmup, cut_short = 0, 0, []
     for rank in present:
         whole = read_timings(run.timings(rank))
-        timings = Timings(whole.values[:common], whole.truncated)
+        timings = whole.first(common)
         if timings.truncated:
             cut_short.append(rank)
-        if aligned is None:
-            aligned = timings.values[:, _ALIGNED]
-        _check_aligned(run.timings(rank), timings, aligned)
-        times = step_times(timings)
-        total = total + times.step_ns if len(total) else times.step_ns
-        phases += times.phases_ns
-        num_samples += times.num_samples
-        num_warmup = times.num_warmup
+        aligned = timings.values[:, _ALIGNED] if aligned is None else aligned
+        _check_aligned(run.timings(rank), whole, timings, aligned)
+        parts.append(step_times(timings))
     if cut_short:
         faults.append(f"the last line of {_ranks(cut_short)} is cut short")
-    return total / max(1, len(present)), phases, num_samples, num_warmup, faults
+    total = replace(
+        parts[0],
+        step_ns=np.sum([part.step_ns for part in parts], axis=0),
+        phases_ns=np.sum([part.phases_ns for part in parts], axis=0),
+        num_samples=sum(part.num_samples for part in parts),
+    )
+    return total.step_ns / len(parts), total, faults
 
 
-def _num_rows(path: Path) -> int:
-    """Whole lines after the header."""
-    with path.open("rb") as file:
-        num_lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
-    return max(num_lines - 1, 0)
-
-
-def _check_aligned(path: Path, timings: Timings, aligned: IntArray) -> None:
-    """Every rank takes the same steps: a row of another step than the first rank's is no record."""
+def _check_aligned(path: Path, whole: Timings, timings: Timings, aligned: IntArray) -> None:
+    """Every rank takes the same steps in each attempt: a row of another step than the first rank's is no record."""
     wrong = np.flatnonzero((timings.values[:, _ALIGNED] != aligned).any(axis=1))
     if len(wrong):
         row = int(wrong[0])
+        step, attempt = timings["step"][row], timings["attempt"][row]
+        line = int(np.flatnonzero((whole["step"] == step) & (whole["attempt"] == attempt))[0]) + 2
         raise BadRecord(
-            f"{path}:{row + 2}: step {timings['step'][row]} where the first rank has step {aligned[row, 0]}"
+            f"{path}:{line}: step {step} of attempt {attempt} where the first rank has step {aligned[row, 0]}"
             " (or one of them counts it as warm-up)",
             _LEAVE_OUT,
         )

@@ -231,7 +231,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         "ranks": run.size,
         "hosts": ", ".join(hosts),
         "CPU": meta.get("cpu_model", "unknown"),
-        "steps": f"{run.summary.num_steps}, {run.summary.num_warmup} of them warm-up",
+        "steps": f"{run.summary.num_steps}, {run.summary.num_warmup} of them warm-up" + _attempts_text(run),
         "global batch": run.summary.global_batch,
         "reduction": run.config.reduce.strategy,
         "versions": versions,
@@ -241,3 +241,8 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         "incomplete": run.incomplete,
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+
+
+def _attempts_text(run: Run) -> str:
+    attempts, repeated = run.summary.num_attempts, run.summary.num_repeated
+    return f"; in {attempts} attempts, {repeated} steps taken twice" if attempts > 1 else ""

@@ -4,7 +4,6 @@ One rank of each node reads for the whole node, however many ranks it has. Meter
 start; what is written are joules since the sampler began.
 """
 
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from time import monotonic, time
 from types import TracebackType
 from typing import Any
 
-from hpc_train.records import ENERGY_COLUMNS, Quality
+from hpc_train.records import ENERGY_COLUMNS, Quality, open_log
 
 POWERCAP = Path("sys/class/powercap")
 
@@ -113,16 +112,14 @@ def estimate_meter(num_cores: int, watts_per_core: float) -> Meter:
 class Sampler:
     """Writes every meter's joules `hz` times a second, and at the beginning and the end, from a thread of its own."""
 
-    def __init__(self, meters: list[Meter], path: Path, hz: float) -> None:
-        self._meters = meters
+    def __init__(self, meters: list[Meter], path: Path, hz: float, attempt: int = 1) -> None:
+        self._meters, self._attempt = meters, attempt
         self._period_s = 1.0 / hz
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="energy", daemon=True)
         self._began = [meter.read() for meter in meters]
         assert not any("," in meter.domain + meter.source for meter in meters), "a comma would end the CSV cell"
-        self._file = path.open("a", encoding="utf-8")
-        if os.fstat(self._file.fileno()).st_size == 0:
-            self._file.write(",".join(ENERGY_COLUMNS) + "\n")
+        self._file = open_log(path, ENERGY_COLUMNS)
 
     def __enter__(self) -> None:
         self._began = [meter.read() for meter in self._meters]
@@ -148,5 +145,5 @@ class Sampler:
                 reading = f"{meter.read() - began:.6f},{meter.quality}"
             except OSError:  # a meter that fails while the job runs must not end the job, nor pass for measured
                 reading = ",missing"
-            self._file.write(f"{now_s:.3f},{meter.domain},{reading},{meter.source}\n")
+            self._file.write(f"{now_s:.3f},{meter.domain},{reading},{meter.source},{self._attempt}\n")
         self._file.flush()
