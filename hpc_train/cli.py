@@ -71,13 +71,26 @@ def prepare(dataset: str, output: Path, origin: Path | None, overwrite: bool) ->
 @cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @_overrides
-def train(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--resume",
+    default="never",
+    metavar="never|auto|RUN",
+    help="Begin a new run (never, the default), continue the newest unfinished one of this job on as many ranks if "
+    "there is one (auto), or continue the run directory RUN.",
+)
+def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
     """Train as CONFIG says; start it with mpirun or srun.
 
+    SIGTERM, SIGUSR2 or Ctrl-C end it after the step at hand, with a checkpoint and exit code 75; the same command with
+    --resume auto goes on from there.
+
     \b
-    Example: mpirun -n 2 hpc-train train configs/mlp-mnist.toml --set train.steps=500
+    Example: mpirun -n 2 hpc-train train configs/mlp-mnist.toml --set train.steps=500 --resume auto
     """
     _require("torch", "h5py")
+    from hpc_train.train import stop
+
+    stop.hold_back()
     from hpc_train.train.context import open_context
 
     launched = launched_rank() is not None
@@ -86,7 +99,10 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
         loaded = alone or context.on_root(lambda: load(_job_file(config), overrides))
         from hpc_train.train.trainer import train as run
 
-        run(loaded, context)
+        code = run(loaded, context, resume)
+    if code:
+        stop.ignore()
+        sys.exit(code)
 
 
 @cli.command()

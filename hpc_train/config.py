@@ -152,6 +152,16 @@ def comparable(config: Config) -> dict[str, Any]:
     }
 
 
+def same_job(one: Config | None, other: Config) -> bool:
+    """Whether two configurations ask for the same training. The data may lie elsewhere, in a job's scratch, say."""
+
+    def asked(config: Config) -> dict[str, Any]:
+        file = Path(config.data.file).name
+        return comparable(config) | {"name": config.name, "train.steps": config.train.steps, "data.file": file}
+
+    return one is not None and asked(one) == asked(other)
+
+
 def trajectory(config: Config) -> dict[str, Any]:
     """The dotted keys that a run cannot change half-way: what it trains on, in which order, and what it trains.
 

@@ -8,6 +8,7 @@ data set holds a thousand samples or a trillion. Resuming needs no generator sta
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from itertools import groupby
 
 import numpy as np
@@ -88,6 +89,11 @@ def shuffled(positions: npt.NDArray[np.integer], num_samples: int, seed: int, ep
     while (outside := points >= num_samples).any():
         points[outside] = _feistel(points[outside], a, b, keys)
     return points.astype(np.int64)
+
+
+def noise_seed(seed: int, step: int, rank: int) -> int:
+    """A seed of 64 bits for what `rank` draws in `step`: dropout, augmentation."""
+    return int.from_bytes(blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest())
 
 
 @lru_cache(maxsize=8)

@@ -33,6 +33,18 @@ class RunDir:
         return self.path / "summary.json"
 
     @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the state after `step` steps."""
+        return self.checkpoints_dir / f"step-{step:08d}"
+
+    @property
     def timings_dir(self) -> Path:
         return self.path / "timings"
 
@@ -66,10 +78,15 @@ def create(root: Path, name: str, size: int, now: datetime, job: str | None = No
                 f"run.root = '{root}': cannot make {run.path}: {error.strerror}",
                 "Set run.root to a folder you may write.",
             ) from None
-        run.timings_dir.mkdir()
-        run.energy_dir.mkdir()
+        make_folders(run)
         return run
     raise AssertionError(f"a hundred runs in one second under {parent}")
+
+
+def make_folders(run: RunDir) -> None:
+    """The folders of a run directory, where they are missing."""
+    for folder in (run.timings_dir, run.energy_dir, run.checkpoints_dir):
+        folder.mkdir(exist_ok=True)
 
 
 def is_run(path: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hpc_train"
-GROUND = {"config", "world", "partition", "records", "rundir", "clock", "errors", "__init__"}
+GROUND = {"config", "world", "partition", "records", "rundir", "clock", "errors", "lock", "__init__"}
 TOP = {"cli"}
 
 # A third-party or system module -> the only places that may import it.
@@ -18,7 +18,7 @@ ALLOWED = {
     "h5py": {"train/dataset.py", "train/prepare.py"},
     "subprocess": {"train/metadata.py"},
     "pynvml": {"train/sensors.py"},
-    "pickle": set(),
+    "pickle": {"train/checkpoint.py"},  # the name of an exception that torch.load raises; nothing is unpickled
 }
 
 

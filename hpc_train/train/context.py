@@ -21,13 +21,13 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from hpc_train.errors import JointFailure, UserError
+from hpc_train.train.stop import TERMINATED
 from hpc_train.world import World, launched_size
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 _PING_PONGS = 20
 _ROOT_SPEAKS_FIRST_S = 0.5
-_TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ class Context:
         """Collective. Every rank's value, in rank order, on the root; an empty list on the others."""
         return [value] if self.comm is None else self.comm.gather(value, root=0) or []
 
+    def all(self, value: T) -> list[T]:
+        """Collective. Every rank's value, in rank order, on every rank."""
+        return [value] if self.comm is None else self.comm.allgather(value)
+
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Collective. The element-wise sum over ranks, on every rank."""
         if self.comm is None:
@@ -97,7 +101,8 @@ class Context:
 
     def broadcast_array(self, array: np.ndarray) -> None:
         """Collective. Replaces `array` by the root's."""
-        self.comm.Bcast(array, root=0)
+        if self.comm is not None:
+            self.comm.Bcast(array, root=0)
 
     def barrier(self) -> None:
         """Collective."""
@@ -155,7 +160,7 @@ def _joint(error: E) -> E:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(_TERMINATED)
+    raise SystemExit(TERMINATED)
 
 
 def _abort(context: Context, error: BaseException) -> None:
@@ -171,7 +176,7 @@ def _abort(context: Context, error: BaseException) -> None:
         text, code = "interrupted\n", 130
     elif isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1
-        text = "interrupted by SIGTERM\n" if code == _TERMINATED else f"ended with exit code {error.code}\n"
+        text = "interrupted by SIGTERM\n" if code == TERMINATED else f"ended with exit code {error.code}\n"
     else:
         text = "".join(traceback.format_exception(error))
     head = f"hpc-train: rank {world.rank} on {world.host}: "

@@ -37,7 +37,7 @@ class StepProgress:
     ) -> None:
         self._total, self._unit, self._is_root = total, unit, is_root
         self._began_ns = self._shown_ns = perf_counter_ns()
-        self._done_units = 0
+        self._done_units = self._began = 0
         self.note = ""
         self._bar: Progress | None = None
         if is_root and (mode == "bar" or (mode == "auto" and on_terminal())):
@@ -57,6 +57,11 @@ class StepProgress:
             self._task = self._bar.add_task(what, total=total, note="", rate="")
             self._bar.start()
 
+    def begin(self, done: int) -> None:
+        """`done` of the total was done before: what comes is measured from now on."""
+        self._began = done
+        self._began_ns = self._shown_ns = perf_counter_ns()
+
     def advance(self, done: int, num_units: int, now_ns: int) -> None:
         """`done` of the total is done; `num_units` more samples were handled; `now_ns` is the monotonic clock."""
         self._done_units += num_units
@@ -69,7 +74,7 @@ class StepProgress:
             self._bar.update(self._task, completed=done, note=self.note, rate=f"{rate:,.0f} {self._unit}/s")
             self._bar.refresh()
         else:
-            left_s = spent_s / done * (self._total - done) if done else 0.0
+            left_s = spent_s / (done - self._began) * (self._total - done) if done > self._began else 0.0
             part = f"{done} of {self._total} ({done / self._total:.0%})"
             self.say(f"  {part}, {rate:,.0f} {self._unit}/s, {duration(left_s)} left")
 

@@ -1,17 +1,13 @@
 """Writes a run down while it runs: the run directory, seen from the training half."""
 
 import json
-import os
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import nn
 
-from hpc_train import rundir
 from hpc_train.clock import Clock
 from hpc_train.config import Loaded, dumps
 from hpc_train.records import (
@@ -19,45 +15,44 @@ from hpc_train.records import (
     Energy,
     Quality,
     read_energy,
+    read_metrics,
     read_timings,
     step_times,
     summarise,
     timing_log,
     total_energy,
 )
-from hpc_train.rundir import RunDir, write_atomic
+from hpc_train.rundir import write_atomic
 from hpc_train.train import sensors
+from hpc_train.train.attempt import Attempt
 from hpc_train.train.context import Context, clock_offsets_ns
 from hpc_train.train.metadata import RankPlace, describe
 from hpc_train.train.progress import StepProgress
 
 
 class Recorder:
-    """Times, losses and joules of one run, on every rank. Use as a context manager around the loop:
+    """Times, losses and joules of one attempt at a run, on every rank. Use as a context manager around the loop:
 
-    `start`, then for each step phases of `clock` and `end_step`, after the last one `stop` and `finish`. Entering,
-    `start` and `finish` are collective; `end_step` is on every `train.log_every`th step.
+    `start`, then for each step phases of `clock` and `end_step`, after the last one `stop` and, at the run's end,
+    `finish`. `start`, `stop` and `finish` are collective.
     """
 
-    def __init__(self, loaded: Loaded, context: Context, places: list[RankPlace]) -> None:
-        self._loaded, self._context, self._places = loaded, context, places
-        self._train = loaded.config.train
-        self._num_warmup = min(self._train.warmup_steps, self._train.steps // 2)
-        self._losses: list[torch.Tensor] = []
-        self._last_loss: float | None = None
-        self._meta: dict[str, Any] = {}
+    def __init__(self, loaded: Loaded, context: Context, places: list[RankPlace], attempt: Attempt) -> None:
+        self._loaded, self._context, self._places, self._attempt = loaded, context, places, attempt
+        self._train, self._run = loaded.config.train, attempt.run
+        self._losses: list[float] = []
+        self.num_steps_done = 0  # of the run, earlier attempts included
+        self._meta: dict[str, Any] = dict(attempt.meta)
         self._stack = ExitStack()
+        self._meters = self._meters_of_this_rank()
+        self._progress = StepProgress(
+            loaded.config.name, self._train.steps, loaded.config.run.progress, context.world.is_root
+        )
+        self.say = self._progress.say
         self.clock = Clock()
 
     def __enter__(self) -> Self:
-        """Collective. Makes the run directory, with the configuration in it."""
-        config, world = self._loaded.config, self._context.world
-        self._run = self._context.on_root(self._make_directory)
-        self._meters = self._meters_of_this_rank()
-        self._progress = StepProgress(config.name, self._train.steps, config.run.progress, world.is_root)
         self._stack.callback(self._progress.close)
-        self._timings = timing_log(self._run.timings(world.rank))
-        self._stack.callback(self._timings.close)  # whatever happens, what was recorded is kept
         return self
 
     def __exit__(
@@ -65,58 +60,70 @@ class Recorder:
     ) -> None:
         self._stack.close()
 
-    def start(self, batch_size: int, num_train_samples: int, model: nn.Module) -> None:
-        """Collective. Writes meta.json, starts the meters and, on all ranks together, the first step."""
-        self._batch_size = batch_size
+    def start(self, first_step: int, model: nn.Module, facts: dict[str, Any]) -> None:
+        """Collective. Writes the configuration and meta.json, starts the meters and, on all ranks, the first step."""
+        self.num_steps_done = first_step
+        self._num_warmup = min(self._train.warmup_steps, (self._train.steps - first_step) // 2)
+        self._batch_size = facts["global_batch"]
+        self._context.on_root(self._open_logs)
         self._write_meta(
+            "start",
             name=self._loaded.config.name,
-            started=_now(),
-            global_batch=batch_size,
-            num_train_samples=num_train_samples,
+            started=self._attempt.meta.get("started", _now()),
             num_parameters=sum(p.numel() for p in model.parameters()),
+            **facts,
         )
+        rank, host, number = self._context.world.rank, self._context.world.host, self._attempt.number
+        self._timings = timing_log(self._run.timings(rank), number)
+        self._stack.callback(self._timings.close)  # whatever happens, what was recorded is kept
         if self._meters:
-            path = self._run.energy(self._context.world.host)
-            self._stack.enter_context(sensors.Sampler(self._meters, path, self._loaded.config.energy.sample_hz))
+            hz = self._loaded.config.energy.sample_hz
+            self._stack.enter_context(sensors.Sampler(self._meters, self._run.energy(host), hz, number))
+        self._first_step = first_step
+        self._progress.begin(first_step)
         self._context.barrier()
         self.clock.restart()
 
-    def end_step(self, step: int, loss: torch.Tensor, num_samples: int, num_global: int) -> None:
-        """Ends the step's timing and keeps its loss (this rank's share of the global mean) without reading it yet."""
-        record = self.clock.lap(step, num_samples, warmup=step < self._num_warmup)
+    def end_step(self, step: int, loss: float, num_samples: int, num_global: int) -> None:
+        """Ends the step's timing and keeps its loss, the global mean."""
+        record = self.clock.lap(step, num_samples, warmup=step < self._first_step + self._num_warmup)
         self._timings.write(record)
-        self._losses.append(loss.detach())
-        if step % self._train.log_every == 0 or step + 1 == self._train.steps:
-            self._log_losses(step)
+        self._losses.append(loss)
+        self.num_steps_done = step + 1
+        if step % self._train.log_every == 0:
+            self.flush()
+            self._progress.say(f"Step {step}, Loss: {loss:.5f}")
+            self._progress.note = f"loss {loss:.5f}"
         self._progress.advance(step + 1, num_global, record[1])
 
-    def _log_losses(self, step: int) -> None:
-        """Collective. Sums over ranks every loss since the last time: in between no step waits for a loss."""
-        losses = self._context.sum(torch.stack(self._losses).to(torch.float64).numpy())
-        self._losses.clear()
-        self._last_loss = float(losses[-1])
-        if self._context.world.is_root:
-            first = step + 1 - len(losses)
+    def flush(self) -> None:
+        """Writes the steps so far: before a checkpoint, so that the attempt that continues from it finds them all."""
+        self._timings.flush()
+        if self._context.world.is_root and self._losses:
+            first = self.num_steps_done - len(self._losses)
             with self._run.metrics.open("a", encoding="ascii") as file:
-                file.write("".join(f"{first + i},{loss:.9g}\n" for i, loss in enumerate(losses)))
-            self._progress.note = f"loss {self._last_loss:.5f}"
-            if step % self._train.log_every == 0:
-                self._progress.say(f"Step {step}, Loss: {self._last_loss:.5f}")
+                file.write("".join(f"{first + i},{loss:.9g}\n" for i, loss in enumerate(self._losses)))
+        self._losses.clear()
 
-    def stop(self) -> None:
-        """Closes the logs and stops the meters: what follows is not the loop's time or energy."""
+    def stop(self, outcome: str) -> None:
+        """Collective. Closes the logs and stops the meters, and notes how the attempt ended: what follows is not the
+        loop's time or energy.
+        """
+        self.flush()
         self._stack.close()
+        self._write_meta("end", outcome=outcome, last_step=self.num_steps_done - 1, ended=_now())
 
     def finish(self, test_accuracy: float | None) -> None:
         """Collective, after `stop`. Writes summary.json from sums over all ranks."""
         context, config = self._context, self._loaded.config
-        self._write_meta(ended=_now())
-        own = step_times(read_timings(self._run.timings(context.world.rank)))
+        timings = read_timings(self._run.timings(context.world.rank))
+        own = step_times(timings.first(-context.max(-timings.steps_of_attempts(self._attempt.number))))
         step_ns, phases_ns = context.sum(own.step_ns) / context.world.size, context.sum(own.phases_ns)
         num_samples = sum(context.gather(own.num_samples))
         energies = context.gather(read_energy(self._run.energy(context.world.host)) if self._meters else None)
         if not context.world.is_root:
             return
+        losses = read_metrics(self._run.metrics)[1]
         summary = summarise(
             name=config.name,
             size=context.world.size,
@@ -126,8 +133,10 @@ class Recorder:
             phases_ns=phases_ns,
             num_samples=num_samples,
             num_warmup=own.num_warmup,
+            num_repeated=own.num_repeated,
+            num_attempts=self._attempt.number,
             energy=total_energy(part for part in energies if part is not None),
-            loss=self._last_loss,
+            loss=losses[-1] if losses else None,
             test_accuracy=test_accuracy,
             complete=True,
         )
@@ -139,14 +148,13 @@ class Recorder:
             print(f"Median step {summary.step_s * 1e3:.3g} ms, {summary.samples_per_s:,.0f} samples/s, {energy}")
         print(f"Run directory: {self._run.path}", flush=True)
 
-    def _make_directory(self) -> RunDir:
-        config, size = self._loaded.config, self._context.world.size
-        run = rundir.create(
-            Path(config.run.root).expanduser(), config.name, size, datetime.now(UTC), os.environ.get("SLURM_JOB_ID")
-        )
-        write_atomic(run.config, dumps(self._loaded))
-        run.metrics.write_text(",".join(METRIC_COLUMNS) + "\n", encoding="ascii")
-        return run
+    def _open_logs(self) -> None:
+        """Writes config.toml, and makes metrics.csv end before this attempt's first step: one line a step, for ever."""
+        write_atomic(self._run.config, dumps(self._loaded))
+        steps, losses = read_metrics(self._run.metrics) if self._run.metrics.exists() else ([], [])
+        kept = [(step, loss) for step, loss in zip(steps, losses, strict=True) if step < self.num_steps_done]
+        lines = [",".join(METRIC_COLUMNS), *(f"{step},{loss:.9g}" for step, loss in kept)]
+        write_atomic(self._run.metrics, "\n".join(lines) + "\n")
 
     def _meters_of_this_rank(self) -> list[sensors.Meter]:
         """The node's meters for its first rank, none for the others: one reader a node."""
@@ -161,9 +169,8 @@ class Recorder:
             meters.append(sensors.estimate_meter(num_used, self._loaded.config.energy.watts_per_core))
         return meters
 
-    def _write_meta(self, **facts: Any) -> None:
+    def _write_meta(self, moment: str, **facts: Any) -> None:
         """Collective. Adds facts to meta.json, and measures how the ranks' clocks differ now."""
-        moment = "end" if "ended" in facts else "start"
         offsets = clock_offsets_ns(self._context)
         meters = self._context.gather(
             (self._context.world.host, [(m.domain, m.source, m.quality) for m in self._meters])
@@ -172,13 +179,27 @@ class Recorder:
         )
 
         def write() -> None:
-            if not self._meta:
+            if moment == "start":
+                for key in ("outcome", "ended"):  # of the attempt before
+                    self._meta.pop(key, None)
                 self._meta.update(describe(self._context, self._places))
                 self._meta["energy"] = _energy_facts(
                     [each for each in meters if each], self._loaded.config.energy.watts_per_core
                 )
+                self._meta.setdefault("attempts", []).append(
+                    {
+                        "attempt": self._attempt.number,
+                        "first_step": self.num_steps_done,
+                        "started": _now(),
+                        "hosts": self._meta["hosts"],
+                        "slurm": self._meta["slurm"],
+                        "continues": str(self._attempt.source.path.resolve()) if self._attempt.source else None,
+                    }
+                )
             self._meta.update(facts)
             self._meta.setdefault("clock_offsets_ns", {})[moment] = offsets
+            if moment == "end":
+                self._meta["attempts"][-1].update(facts)
             write_atomic(self._run.meta, json.dumps(self._meta, indent=1) + "\n")
 
         self._context.on_root(write)

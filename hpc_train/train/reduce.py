@@ -5,7 +5,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -14,9 +14,27 @@ from hpc_train import config
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context, require_one_mpi
 
+# A gradient of at least this many bytes travels alone and in place; smaller ones are copied together into buckets,
+# since a message costs more than their copy.
+_ALONE_BYTES = 1 << 20
+_BUCKET_BYTES = 4 << 20
+
+
+class Shared(NamedTuple):
+    """What travels with a step's gradients, summed over ranks: all ranks decide alike, and no message is added."""
+
+    loss: float  # shares of the global mean
+    stop: float  # ranks that were asked to stop
+    save: float  # whether the root finds it time for a checkpoint
+
 
 class Reducer(Protocol):
-    def wait(self) -> None:
+    """In each step: `share` before backward, `wait` after it."""
+
+    def share(self, loss: torch.Tensor, stop: bool, save: bool) -> None:
+        """What this rank adds to what travels with the gradients."""
+
+    def wait(self) -> Shared:
         """Collective. Returns when every gradient holds the sum over ranks: its time is exposed communication."""
 
 
@@ -49,58 +67,144 @@ def _require_one_process(size: int) -> None:
 class Local:
     """One process: its own gradients are the sum."""
 
-    def wait(self) -> None:
-        pass
+    def share(self, loss: torch.Tensor, stop: bool, save: bool) -> None:
+        self._shared = Shared(loss.item(), stop, save)
+
+    def wait(self) -> Shared:
+        return self._shared
 
 
-class Mpi:
-    """One MPI_Allreduce a parameter, in place, after backward: plain, and the measure for the others."""
+class Bucket:
+    """Parameters whose gradients travel as one message `tensor`: several copied together, or a large one in place.
+
+    What is in which bucket, and so the order of every sum, depends on the model alone. Horovod's own fusion goes by
+    what happens to be ready, and on three or more ranks two runs of one job then differ in their last bits.
+    """
+
+    def __init__(self, name: str, parameters: list[nn.Parameter], num_notes: int = 0) -> None:
+        self.name, self.parameters = name, parameters
+        self.num_missing = len(parameters)
+        self._flat: torch.Tensor | None = None
+        if num_notes or len(parameters) > 1:
+            first = parameters[0] if parameters else torch.zeros(0)
+            sizes = [parameter.numel() for parameter in parameters]
+            self._flat = torch.zeros(sum(sizes) + num_notes, dtype=first.dtype, device=first.device)
+            *views, self.notes = self._flat.split([*sizes, num_notes])
+            self._views = [view.view_as(p) for view, p in zip(views, parameters, strict=True)]
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        gradient = self._flat if self._flat is not None else self.parameters[0].grad
+        assert gradient is not None
+        return gradient
+
+    def add(self, index: int) -> bool:
+        """Takes in a parameter's gradient, zeros where this rank did not use it; whether it was the last missing."""
+        parameter = self.parameters[index]
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if self._flat is not None:
+            parameter.grad = self._views[index].copy_(parameter.grad)
+        elif not parameter.grad.is_contiguous():
+            parameter.grad = parameter.grad.contiguous()
+        self.num_missing -= 1
+        return self.num_missing == 0
+
+
+class _Bucketed:
+    """What both reducers over several ranks have: the buckets, and the notes at the end of the last one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buckets = make_buckets(model, len(Shared._fields))
+        self._notes = self.buckets[-1].notes.numpy()
+
+    def share(self, loss: torch.Tensor, stop: bool, save: bool) -> None:
+        self._notes[:] = loss.item(), stop, save
+
+    def _told(self) -> Shared:
+        for bucket in self.buckets:
+            bucket.num_missing = len(bucket.parameters)
+        return Shared(*self._notes.tolist())
+
+
+def make_buckets(model: nn.Module, num_notes: int) -> list[Bucket]:
+    """Buckets of the model's parameters, the last parameters first: backward makes their gradients first.
+
+    The last bucket has room for `num_notes` numbers of float32 besides.
+    """
+    parts: list[list[nn.Parameter]] = []
+    small: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
+        if parameter.nbytes >= _ALONE_BYTES:
+            parts.append([parameter])
+            continue
+        group = small.setdefault(parameter.dtype, [])
+        group.append(parameter)
+        if sum(each.nbytes for each in group) >= _BUCKET_BYTES:
+            parts.append(small.pop(parameter.dtype))
+    last = small.pop(torch.float32, [])
+    parts += small.values()
+    return [*(Bucket(f"gradients.{i}", part) for i, part in enumerate(parts)), Bucket("gradients", last, num_notes)]
+
+
+class Mpi(_Bucketed):
+    """One MPI_Allreduce a bucket, in place, after backward: plain, and the measure for the others."""
 
     def __init__(self, model: nn.Module, context: Context) -> None:
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(model)
         self._context = context
         for tensor in (*model.parameters(), *model.buffers()):
             context.broadcast_array(tensor.detach().numpy())
 
-    def wait(self) -> None:
-        for parameter in self._parameters:
-            if parameter.grad is None:  # unused on this rank; the others wait for it all the same
-                parameter.grad = torch.zeros_like(parameter)
-            self._context.sum_array(parameter.grad.numpy())
+    def wait(self) -> Shared:
+        for bucket in self.buckets:
+            for index in range(len(bucket.parameters)):
+                bucket.add(index)
+            self._context.sum_array(bucket.tensor.numpy())
+        return self._told()
 
 
-class Horovod:
-    """Ring all-reduce in the background: each gradient is handed over as soon as backward has made it.
+class Horovod(_Bucketed):
+    """Ring all-reduce in the background: each bucket is handed over as soon as backward has filled it.
 
     Horovod's own DistributedOptimizer does this too, but wraps the optimizer. Hooks on the parameters leave the
     optimizer alone, and let `wait` be timed apart from the update.
     """
 
     def __init__(self, hvd: Any, model: nn.Module) -> None:
+        super().__init__(model)
         self._hvd = hvd
-        self._handles: dict[str, int] = {}
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._handles: list[int] = []
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-        for name, parameter in self._parameters.items():
-            parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._send(name, p))
+        for bucket in self.buckets:
+            for index, parameter in enumerate(bucket.parameters):
+                parameter.register_post_accumulate_grad_hook(partial(self._ready, bucket, index))
 
-    def _send(self, name: str, parameter: torch.Tensor) -> None:
-        self._handles[name] = self._hvd.allreduce_async_(parameter.grad, name=name, op=self._hvd.Sum)
+    def _ready(self, bucket: Bucket, index: int, parameter: torch.Tensor) -> None:
+        if bucket.add(index):
+            self._send(bucket)
 
-    def wait(self) -> None:
-        for name, parameter in self._parameters.items():
-            if name not in self._handles:  # unused on this rank; the others wait for it all the same
-                parameter.grad = torch.zeros_like(parameter)
-                self._send(name, parameter)
-        for handle in self._handles.values():
+    def _send(self, bucket: Bucket) -> None:
+        self._handles.append(self._hvd.allreduce_async_(bucket.tensor, name=bucket.name, op=self._hvd.Sum))
+
+    def wait(self) -> Shared:
+        for bucket in self.buckets:
+            if bucket.num_missing or not bucket.parameters:
+                for index, parameter in enumerate(bucket.parameters):
+                    if parameter.grad is None:  # unused on this rank; the others wait for it all the same
+                        bucket.add(index)
+                self._send(bucket)
+        for handle in self._handles:
             self._hvd.synchronize(handle)
         self._handles.clear()
+        return self._told()
 
 
 def _load_horovod(settings: config.Reduce) -> Any:
     """Horovod's module, on the MPI that mpi4py started. Raises UserError; two MPIs are refused, both named."""
     # Its background thread looks for work once a cycle: at its own default of 1 ms it paces every small model.
     os.environ.setdefault("HOROVOD_CYCLE_TIME", str(settings.cycle_time_ms))
+    os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"  # see Bucket
     try:
         import horovod.torch as hvd
         import horovod.torch.mpi_lib_v2 as library

@@ -2,7 +2,9 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import zip_longest
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -11,58 +13,146 @@ from torch import nn
 
 from hpc_train.config import Config, Loaded
 from hpc_train.errors import UserError
-from hpc_train.partition import rank_batches
+from hpc_train.partition import noise_seed, rank_batches
+from hpc_train.train.attempt import Attempt, check_continues, open_attempt, say
+from hpc_train.train.checkpoint import Saver, read_newest, restore
 from hpc_train.train.context import Context
-from hpc_train.train.metadata import crowding_warnings, place_ranks
+from hpc_train.train.guards import compare_weights, refuse_loss
+from hpc_train.train.metadata import RankPlace, crowding_warnings, place_ranks
 from hpc_train.train.recorder import Recorder
 from hpc_train.train.reduce import open_reducer
+from hpc_train.train.stop import CONTINUE, TERMINATED, StopRequest
 from hpc_train.train.tasks import Task, open_task
+from hpc_train.world import World
 
 
-def train(loaded: Loaded, context: Context) -> None:
-    """Collective. Trains as configured, tests, and leaves a run directory."""
-    config, world = loaded.config, context.world
+@dataclass(frozen=True)
+class Job:
+    """What is trained, alike on every rank."""
+
+    task: Task
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batch_size: int  # of all ranks together
+    places: list[RankPlace]
+
+
+def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
+    """Collective. Trains as configured, tests, and leaves a run directory. Returns the exit code of the process.
+
+    resume: see `open_attempt`. The code is 0 at the end of the run, and `CONTINUE` after a stop on request.
+    """
+    config, is_root = loaded.config, context.world.is_root
+    job = _set_up(config, context)
+    model, optimizer = job.model, job.optimizer
+    facts = {"size": context.world.size, "global_batch": job.batch_size, "num_samples": job.task.num_samples}
+    with open_attempt(loaded, context, resume) as attempt:
+        recorder = Recorder(loaded, context, job.places, attempt)
+        saver = Saver(attempt.run, config.checkpoint, facts, is_root, recorder.say)
+        first = _restore(attempt, facts, job, context)
+        if first >= config.train.steps and context.on_root(attempt.run.summary.exists):
+            context.on_root(lambda: print(f"{attempt.run.path} is complete: {first} steps", flush=True))
+            return 0
+        with recorder, saver, StopRequest() as stop, open_reducer(config.reduce, model, context) as reducer:
+            clock = recorder.clock
+            stopped = False
+            recorder.start(first, model, facts)
+            batches = _batches(job, config, first, context.world)
+
+            for step in range(first, config.train.steps):
+                with clock.data:
+                    batch, num_samples, num_global = next(batches)
+                with clock.forward:
+                    loss = job.task.loss(model, batch) / num_global  # a share of the global mean: shares may differ
+                with clock.backward:
+                    reducer.share(loss, bool(stop), saver.is_time)
+                    loss.backward()  # the reducer overlaps its sends with this
+                with clock.reduce:
+                    shared = reducer.wait()  # exposed communication only
+                with clock.optimizer:
+                    if isfinite(shared.loss):
+                        optimizer.step()
+                    else:
+                        _answer_nonfinite(step, loss, shared.loss, config, saver, job, context)
+                    optimizer.zero_grad()
+                recorder.end_step(step, shared.loss, num_samples, num_global)
+                if config.train.check_weights_every and (step + 1) % config.train.check_weights_every == 0:
+                    compare_weights(step + 1, model, context)
+                if shared.save or saver.is_step(step + 1):
+                    recorder.flush()
+                    saver.save(step + 1, model, optimizer)
+                if stopped := shared.stop > 0 and step + 1 < config.train.steps:
+                    break
+
+            return _end(stop.cause if stopped else None, recorder, saver, job, context)
+
+
+def _set_up(config: Config, context: Context) -> Job:
+    """Collective. Task, model and optimizer; warns where ranks are crowded."""
     places = place_ranks(context, config.train.threads)
-    torch.set_num_threads(places[world.rank].threads)
-    if world.is_root:
+    torch.set_num_threads(places[context.world.rank].threads)
+    if context.world.is_root:
         for warning in crowding_warnings(places):
             print(warning, file=sys.stderr, flush=True)
-
     task = open_task(config, context)
     batch_size = _batch_size(config, task, context)
     torch.manual_seed(config.seed)
     model = _model(task, context)
-    optimizer = _optimizer(config, model)
-
-    with open_reducer(config.reduce, model, context) as reducer, Recorder(loaded, context, places) as recorder:
-        clock = recorder.clock
-        recorder.start(batch_size, task.num_samples, model)
-        batches = _batches(task, config, context, batch_size)
-
-        for step in range(config.train.steps):
-            with clock.data:
-                batch, num_samples, num_global = next(batches)
-            with clock.forward:
-                loss = task.loss(model, batch) / num_global  # a share of the global mean: shares may differ in size
-            with clock.backward:
-                loss.backward()  # the reducer overlaps its sends with this
-            with clock.reduce:
-                reducer.wait()  # exposed communication only
-            with clock.optimizer:
-                optimizer.step()
-                optimizer.zero_grad()
-            recorder.end_step(step, loss, num_samples, num_global)
-
-        recorder.stop()
-        recorder.finish(_test_accuracy(task, model, context))
+    return Job(task, model, _optimizer(config, model), batch_size, places)
 
 
-def _batches(task: Task, config: Config, context: Context, batch_size: int) -> Iterator[tuple[Any, int, int]]:
-    """(this rank's share, its samples, the global batch's samples) of step 0, 1, 2, ..."""
-    world = context.world
-    steps = range(config.train.steps)
-    for rows, num_global in rank_batches(steps, task.num_samples, batch_size, config.seed, world.rank, world.size):
-        yield task.batch(rows), len(rows), num_global
+def _restore(attempt: Attempt, facts: dict[str, Any], job: Job, context: Context) -> int:
+    """Collective. Loads the newest good checkpoint of the run that is continued, if any; the step to go on with."""
+    state: dict[str, Any] = {}
+    source = attempt.source
+
+    def find() -> int:
+        if source is None:
+            return 0
+        found, stated = read_newest(source, job.model, say)
+        if found:
+            check_continues(stated, facts, source)
+            say(f"Continuing at step {stated['step']} of {source.path}")
+            state.update(found)
+        return int(stated.get("step", 0))
+
+    first = context.on_root(find)
+    if first:
+        restore(state, job.model, job.optimizer, context)
+    return first
+
+
+def _answer_nonfinite(
+    step: int, loss: torch.Tensor, total: float, config: Config, saver: Saver, job: Job, context: Context
+) -> None:
+    """Collective. Every rank knows that the global loss is no number: leaves the update out, or saves and raises."""
+    if config.train.on_nonfinite == "skip":
+        context.on_root(lambda: saver.say(f"Step {step}: the loss is {total}, its update is left out"))
+        return
+    saved = context.on_root(lambda: saver.save_now(step, job.model, job.optimizer))
+    refuse_loss(step, loss, total, saved, context)
+
+
+def _end(cause: str | None, recorder: Recorder, saver: Saver, job: Job, context: Context) -> int:
+    """Collective. Saves the last state; then tests and sums up, unless the loop was stopped by `cause`."""
+    saved = context.on_root(lambda: saver.save_now(recorder.num_steps_done, job.model, job.optimizer))
+    recorder.stop("complete" if cause is None else f"stopped by {cause}")
+    if cause is None:
+        recorder.finish(_test_accuracy(job, context))
+        return 0
+    context.on_root(lambda: recorder.say(f"Stopped by {cause} after step {recorder.num_steps_done - 1}. {saved}"))
+    return CONTINUE if saver.keeps else TERMINATED
+
+
+def _batches(job: Job, config: Config, first: int, world: World) -> Iterator[tuple[Any, int, int]]:
+    """(this rank's share, its samples, the global batch's samples) of step `first` and those after it."""
+    steps, seed = range(first, config.train.steps), config.seed
+    shares = rank_batches(steps, job.task.num_samples, job.batch_size, seed, world.rank, world.size)
+    for step, (rows, num_global) in zip(steps, shares, strict=True):
+        # Dropout and augmentation draw alike whether a run was interrupted before or not. torch.manual_seed seeds every
+        # device there may be: 74 us a step, and the CPU's generator alone 1 us.
+        torch.default_generator.manual_seed(noise_seed(seed, step, world.rank))
+        yield job.task.batch(rows), len(rows), num_global
 
 
 def _batch_size(config: Config, task: Task, context: Context) -> int:
@@ -118,12 +208,17 @@ def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
 
 
-def _test_accuracy(task: Task, model: nn.Module, context: Context) -> float | None:
-    """Collective. The share of test samples answered rightly, each counted once; None without test samples."""
+def _test_accuracy(job: Job, context: Context) -> float | None:
+    """Collective. The share of test samples answered rightly, each counted once; None without test samples.
+
+    The model that is tested is the root's, which a checkpoint holds: running statistics differ between ranks.
+    """
+    for buffer in job.model.buffers():
+        context.broadcast_array(buffer.numpy())
     counts = np.zeros(2, dtype=np.int64)
-    model.eval()
+    job.model.eval()
     with torch.no_grad():
-        for batch in task.test_batches(context.world):
-            counts += task.num_correct(model, batch)
+        for batch in job.task.test_batches(context.world):
+            counts += job.task.num_correct(job.model, batch)
     correct, total = context.sum(counts)
     return int(correct) / int(total) if total else None

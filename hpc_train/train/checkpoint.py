@@ -1,0 +1,358 @@
+"""Checkpoints: saved behind the training's back, whole or not at all, and read back to the bit.
+
+A checkpoint is a folder `step-00001000/` with the tensors in `state.pt` and, in `checkpoint.json`, what they are and
+their checksum. All ranks hold the same weights, so the root writes and reads for all. What a step trains on is a pure
+function of its number: the state after a step and that number are all that continuing needs.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+from time import monotonic
+from types import TracebackType
+from typing import IO, Any, NamedTuple, Self, cast
+
+import torch
+from torch import nn
+
+from hpc_train import __version__, config
+from hpc_train.errors import UserError
+from hpc_train.rundir import RunDir
+from hpc_train.train.context import Context
+
+FORMAT = 1
+STATE, FACTS = "state.pt", "checkpoint.json"
+_MOST_BYTES = 1 << 30  # of one MPI message: counts are 32 bits
+
+
+class Unusable(Exception):
+    """Why a checkpoint cannot be used, in words."""
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+class Saver:
+    """Writes checkpoints of one run from a thread of the root; on other ranks it does nothing.
+
+    facts: what is stated in each checkpoint besides its step. say: called with a line for the user.
+    """
+
+    def __init__(
+        self, run: RunDir, settings: config.Checkpoint, facts: dict[str, Any], is_root: bool, say: Callable[[str], None]
+    ) -> None:
+        self._run, self._settings, self._facts, self._is_root, self.say = run, settings, facts, is_root, say
+        self._thread: threading.Thread | None = None
+        self._error: UserError | None = None
+        self._saved_step = -1
+        self._saved_s = monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._wait()  # a write still in flight is finished, whatever ended the loop
+        self._report()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether this run keeps checkpoints at all."""
+        return self._settings.keep > 0
+
+    @property
+    def is_time(self) -> bool:
+        """Whether the root finds that `checkpoint.every_minutes` have passed; the others learn it from the root."""
+        every_s = self._settings.every_minutes * 60
+        return self._is_root and self.keeps and 0 < every_s <= monotonic() - self._saved_s
+
+    def is_step(self, step: int) -> bool:
+        """Whether `checkpoint.every_steps` wants the state after `step` steps."""
+        every = self._settings.every_steps
+        return self.keeps and every > 0 and step % every == 0
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Starts to save the state after `step` steps: the caller waits while the tensors are copied, no longer."""
+        if not self._is_root or not self.keeps or step == self._saved_step:
+            return
+        self._saved_s = monotonic()
+        if self._thread is not None and self._thread.is_alive():
+            self.say(f"Checkpoint of step {step} left out: the one of step {self._saved_step} is still being written")
+            return
+        self._report()
+        state = _mapped(_copied, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        self._saved_step = step
+        self._thread = threading.Thread(target=self._write, args=(step, state), name="checkpoint")
+        self._thread.start()
+
+    def save_now(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+        """Saves and waits for it; says where. Raises UserError where it could not be written. The root only."""
+        self._wait()
+        self._report()
+        self.save(step, model, optimizer)
+        self._wait()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return f"Saved: {self._run.checkpoint(step)}." if self.keeps else "Nothing is saved: checkpoint.keep = 0."
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _report(self) -> None:
+        if self._error is not None:
+            self.say(f"warning: {self._error}")
+            self._error, self._saved_step = None, -1
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        try:
+            write(self._run.checkpoint(step), state, {"step": step, **self._facts})
+            _keep_newest(self._run, self._settings.keep)
+        except Unusable as error:
+            self._error = UserError(f"the checkpoint of step {step} was not written: {error}", _stands(self._run))
+        except OSError as error:
+            folder = self._run.checkpoints_dir
+            what = f"the checkpoint of step {step} could not be written to {folder}: {error.strerror}"
+            needed = f"{sum(each.nbytes for each in _tensors(state)) / 1e6:,.1f} MB are needed{_free(folder)}"
+            self._error = UserError(f"{what}; {needed}", _stands(self._run))
+
+
+def write(folder: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Writes a checkpoint that is never seen half-written: temporary name, checksum, sync, rename.
+
+    Raises `Unusable` for weights that are no numbers, OSError where the disk refuses.
+    """
+    broken = [name for name, tensor in state["model"].items() if not _is_finite(tensor)]
+    if broken:
+        raise Unusable(f"{broken[0]} holds NaN or infinity")
+    folder.parent.mkdir(exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        with (partial / STATE).open("wb") as file:
+            digest = _Digest(file)
+            try:
+                torch.save(state, cast(IO[bytes], digest))
+            except RuntimeError:  # torch wraps what its writer's file raised
+                raise digest.error or OSError(errno.EIO, os.strerror(errno.EIO)) from None
+            _flush(file)
+        with (partial / FACTS).open("w") as text:
+            sums = {"bytes": digest.num_bytes, "sha256": digest.hash.hexdigest()}
+            json.dump({"format": FORMAT, "hpc_train": __version__, **facts, "files": {STATE: sums}}, text, indent=1)
+            _flush(text)
+        _sync(partial)
+        aside = folder.with_name(f".{folder.name}.old")
+        if folder.exists():  # a damaged one of the same step
+            os.rename(folder, aside)
+        os.rename(partial, folder)
+        _sync(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class _Digest:
+    """A file for torch.save that sums up what passes through."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.hash = hashlib.sha256()
+        self.num_bytes = 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.hash.update(data)
+        self.num_bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _keep_newest(run: RunDir, keep: int) -> None:
+    for folder in found(run)[keep:]:
+        hidden = folder.with_name(f".{folder.name}.old")  # never half a checkpoint under its name
+        os.rename(folder, hidden)
+        shutil.rmtree(hidden)
+
+
+def clean(run: RunDir) -> None:
+    """Removes what a killed job left half-written. For the holder of the run's lock only."""
+    for pattern in (".step-*.partial", ".step-*.old"):
+        for folder in run.checkpoints_dir.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _mapped(fn: Callable[[Any], Any], value: Any) -> Any:
+    """A state with `fn` applied to whatever is neither a dict nor a list."""
+    if isinstance(value, dict):
+        return {key: _mapped(fn, item) for key, item in value.items()}
+    return [_mapped(fn, item) for item in value] if isinstance(value, list) else fn(value)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _free(folder: Path) -> str:
+    try:
+        usage = os.statvfs(folder)
+    except OSError:
+        return ""
+    return f", {usage.f_bavail * usage.f_frsize / 1e6:,.1f} MB are free"
+
+
+def _stands(run: RunDir) -> str:
+    kept = found(run)
+    older = f"The newest valid checkpoint stays {kept[0].name}." if kept else "There is no older checkpoint."
+    return f"{older} Make room, or set run.root to another file system."
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def found(run: RunDir) -> list[Path]:
+    """The checkpoints of a run, the newest first; whether they are whole, only reading them tells."""
+    folders = run.checkpoints_dir.glob("step-*")
+    return sorted((each for each in folders if each.name[5:].isdecimal()), key=lambda each: -int(each.name[5:]))
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """checkpoint.json of a checkpoint. Raises `Unusable`."""
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+    except (OSError, ValueError) as error:
+        raise Unusable(f"{FACTS} cannot be read: {error}") from None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise Unusable(f"{FACTS} is not of format {FORMAT}")
+    if facts.get("step") != int(folder.name[5:]):
+        raise Unusable(f"{FACTS} is of step {facts.get('step')}")
+    return facts
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, facts) of a checkpoint whose every byte is as it was written. Raises `Unusable`."""
+    facts = read_facts(folder)
+    try:
+        expected = facts["files"][STATE]
+        with (folder / STATE).open("rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes != expected["bytes"]:
+                raise Unusable(f"{STATE} has {num_bytes} of {expected['bytes']} bytes")
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                raise Unusable(f"{STATE} is damaged: its checksum differs")
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except (OSError, KeyError, TypeError) as error:
+        raise Unusable(f"it is not whole: {error!r}") from None
+    except (RuntimeError, UnpicklingError) as error:
+        raise Unusable(f"{STATE} holds no tensors: {error}") from None
+    if not isinstance(state, dict) or set(state) != {"model", "optimizer"}:
+        raise Unusable(f"{STATE} holds no model and optimizer")
+    return state, facts
+
+
+def read_newest(run: RunDir, model: nn.Module, say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, facts) of the newest good checkpoint that fits `model`; ({}, {}) where a run has none at all.
+
+    Those passed over are told to `say`. Raises UserError where there are some and none is good: beginning anew in
+    silence would throw work away.
+    """
+    refused = []
+    for folder in found(run):
+        try:
+            state, facts = read(folder)
+            _check_fits(state, model)
+        except Unusable as error:
+            refused.append(f"{folder}: {error}")
+            say(f"warning: checkpoint passed over: {refused[-1]}")
+            continue
+        return state, facts
+    if refused:
+        raise UserError(
+            f"no checkpoint of {run.path} can be used:\n    " + "\n    ".join(refused),
+            "Begin another run (--resume never), or move these away to begin this one again.",
+        )
+    return {}, {}
+
+
+def _check_fits(state: dict[str, Any], model: nn.Module) -> None:
+    theirs = {name: (tuple(each.shape), each.dtype) for name, each in state["model"].items()}
+    ours = {name: (tuple(each.shape), each.dtype) for name, each in model.state_dict().items()}
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise Unusable(f"it is of another model: {name} is {theirs.get(name)} there and {ours.get(name)} here")
+
+
+def restore(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> None:
+    """Collective. Loads the root's `state` on every rank; the learning rate and its like stay as configured."""
+    state = _broadcast(state, context)
+    model.load_state_dict(state["model"])
+    configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)
+
+
+def _broadcast(state: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Collective. The root's state on every rank, by way of MPI: a thousand ranks reading one file would queue."""
+    skeleton = context.on_root(lambda: _mapped(_described, state))
+    copy = state if context.world.is_root else _mapped(_allocated, skeleton)
+    for tensor in _tensors(copy):
+        data = tensor.reshape(-1).view(torch.uint8).numpy()
+        for begin in range(0, len(data), _MOST_BYTES):
+            context.broadcast_array(data[begin : begin + _MOST_BYTES])
+    return copy
+
+
+def _described(value: Any) -> Any:
+    return _Blank(tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+def _allocated(value: Any) -> Any:
+    return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, _Blank) else value
+
+
+class _Blank(NamedTuple):
+    """A tensor's place, before its values have come."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype

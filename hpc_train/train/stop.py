@@ -1,0 +1,56 @@
+"""Requests to stop: a signal only sets a flag, and the loop looks at it at the end of a step."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+CONTINUE = 75  # exit code of a process that stopped on request and left a checkpoint: sysexits' EX_TEMPFAIL
+TERMINATED = 128 + signal.SIGTERM
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+def hold_back() -> None:
+    """Keeps SIGUSR2 waiting until a `StopRequest` is there: before that it would end the process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+
+
+def ignore() -> None:
+    """From now on: a launcher that sees one rank end may send the others SIGTERM, and report that as the job's end."""
+    for number in _HANDLED:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class StopRequest:
+    """SIGTERM, SIGINT or SIGUSR2 that has come since it was entered. A second Ctrl-C ends the process at once.
+
+    SIGUSR2 is what batch systems are asked to send some minutes before the end of a job's time (NCCL has used
+    SIGUSR1); SIGTERM is what they, and mpirun, send before they kill.
+    """
+
+    def __init__(self) -> None:
+        self._signal: signal.Signals | None = None
+
+    def __enter__(self) -> Self:
+        self._before: dict[int, Any] = {number: signal.signal(number, self._note) for number in _HANDLED}
+        self._before[signal.SIGUSR2] = signal.SIG_IGN  # once the work is done there is nothing left to stop
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self._signal is not None
+
+    @property
+    def cause(self) -> str:
+        """The signal's name; another rank's request is known by its effect alone."""
+        return self._signal.name if self._signal else "a signal to another rank"
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = signal.Signals(number)
