@@ -183,7 +183,12 @@ def _abort(context: Context, error: BaseException) -> None:
     sys.stdout.flush()
     sys.stderr.write(head + text.replace("\n", f"\n[rank {world.rank}] ", text.count("\n") - 1))
     sys.stderr.flush()
-    context.comm.Abort(code & 0xFF or 1)  # the system keeps 8 bits, and a failed job never ends with 0
+    end_job(context, code)
+
+
+def end_job(context: Context, code: int) -> None:
+    """Ends every rank at once, from whatever thread. The system keeps 8 bits, and a failed job never ends with 0."""
+    context.comm.Abort(code & 0xFF or 1)
 
 
 def _start_mpi() -> Context:

@@ -23,6 +23,7 @@ from hpc_train.train.recorder import Recorder
 from hpc_train.train.reduce import open_reducer
 from hpc_train.train.stop import CONTINUE, TERMINATED, StopRequest
 from hpc_train.train.tasks import Task, open_task
+from hpc_train.train.watch import open_watch
 from hpc_train.world import World
 
 
@@ -53,13 +54,20 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
         if first >= config.train.steps and context.on_root(attempt.run.summary.exists):
             context.on_root(lambda: print(f"{attempt.run.path} is complete: {first} steps", flush=True))
             return 0
-        with recorder, saver, StopRequest() as stop, open_reducer(config.reduce, model, context) as reducer:
+        with (
+            recorder,
+            saver,
+            StopRequest() as stop,
+            open_reducer(config.reduce, model, context) as reducer,
+            open_watch(context, config.run.stall_s, recorder.say) as watch,
+        ):
             clock = recorder.clock
             stopped = False
             recorder.start(first, model, facts)
             batches = _batches(job, config, first, context.world)
 
             for step in range(first, config.train.steps):
+                watch.step = step
                 with clock.data:
                     batch, num_samples, num_global = next(batches)
                 with clock.forward:
@@ -84,6 +92,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                 if stopped := shared.stop > 0 and step + 1 < config.train.steps:
                     break
 
+            watch.step = None
             return _end(stop.cause if stopped else None, recorder, saver, job, context)
 
 

@@ -1,0 +1,249 @@
+"""Dead and stuck ranks: who they are and where they stand, told within seconds instead of a silent hang.
+
+MPI cannot tell: a rank that waits for a dead one waits for ever. Each rank keeps a TCP connection to the root and says
+now and then which step it is at and where in the program. A connection that breaks is a rank that died. Where no step
+ends for `run.stall_s`, the ranks that do not wait for others are those that others wait for.
+"""
+
+import json
+import resource
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic, sleep
+from types import TracebackType
+from typing import Any, Self
+
+from hpc_train.train import context as context_module
+from hpc_train.train import reduce as reduce_module
+from hpc_train.train.context import Context
+
+_MOST_BEAT_S = 15.0
+_CONNECT_S = 20.0
+_FAILING_S = 10.0  # a rank that said it fails ends the job by itself within this time
+_ONE_SPEAKS_S = 2.0
+_NUM_FRAMES = 15
+
+
+@dataclass
+class Peer:
+    """What is known of another rank."""
+
+    host: str
+    step: int | None = None  # None: not in the loop, then it is not judged
+    since_s: float = field(default_factory=monotonic)  # when it began that step
+    heard_s: float = field(default_factory=monotonic)
+    waits: bool = False
+    stack: str = ""
+    failing_s: float | None = None
+
+
+class Watch:
+    """This rank's end: `step` is what it is at, set by the loop; None outside it. Use as a context manager."""
+
+    def __init__(self, context: Context, stall_s: float, links: dict[int, socket.socket]) -> None:
+        self.step: int | None = None
+        self._context, self._stall_s, self._links = context, stall_s, links
+        self._beat_s = min(_MOST_BEAT_S, stall_s / 4) if stall_s else _MOST_BEAT_S
+        self._is_root = context.world.is_root
+        self._main = threading.get_ident()
+        self._peers = {rank: Peer(host) for rank, host in enumerate(context.all(context.world.host)) if rank in links}
+        self._received = dict.fromkeys(links, b"")
+        self._ended, self._wake = threading.Event(), socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._links:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._wake[0].send(b"!")
+        if self._thread.is_alive():
+            self._thread.join()
+        for link in self._links.values():
+            _send(link, {"ends": kind is None})
+        for end in self._wake:
+            end.close()
+
+    def _state(self) -> dict[str, Any]:
+        """What this rank says of itself. Without the source's lines: reading them would ask the file system."""
+        frame = sys._current_frames().get(self._main)
+        codes = []
+        for each, line in traceback.walk_stack(frame) if frame else ():
+            if each.f_globals.get("__name__") == "hpc_train.cli":
+                break  # what called the training tells nothing
+            codes.append((each.f_code, line))
+        waits = any(
+            code.co_filename == context_module.__file__
+            or (code.co_filename == reduce_module.__file__ and code.co_name == "wait")
+            for code, _ in codes
+        )
+        lines = [f"  {code.co_filename}:{line} {code.co_name}" for code, line in codes[:_NUM_FRAMES]]
+        return {"step": self.step, "waits": waits, "stack": "\n".join(lines)}
+
+    def _run(self) -> None:
+        """The root hears all ranks, rank 1 the root alone: who else could tell that the root is late?"""
+        speaks_to = self._links.get(1 if self._is_root else 0)
+        next_beat_s, moved_s, awake_s, lowest = 0.0, monotonic(), monotonic(), None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake[1], selectors.EVENT_READ)
+            for rank, link in self._links.items():
+                selector.register(link, selectors.EVENT_READ, rank)
+            while not self._ended.is_set():
+                if monotonic() >= next_beat_s and speaks_to is not None:
+                    _send(speaks_to, self._state())
+                    next_beat_s = monotonic() + self._beat_s
+                for key, _ in selector.select(self._beat_s):
+                    if key.data is not None and not self._hear(key.data):
+                        selector.unregister(key.fileobj)
+                steps = [peer.step for peer in self._peers.values() if peer.step is not None]
+                if not steps or min(steps) != lowest or self.step is None:
+                    lowest, moved_s = min(steps, default=None), monotonic()
+                if monotonic() - awake_s > 3 * self._beat_s + 1:  # this rank itself was stopped: it heard nobody
+                    moved_s = monotonic()
+                    for peer in self._peers.values():
+                        peer.heard_s = moved_s
+                awake_s = monotonic()
+                self._judge(awake_s - moved_s)
+
+    def _hear(self, rank: int) -> bool:
+        """Takes in what a rank says; whether more is to be expected. A broken connection is a dead rank."""
+        peer = self._peers[rank]
+        try:
+            data = self._links[rank].recv(1 << 16)
+        except OSError:
+            data = b""
+        if not data:
+            if peer.failing_s is None and not self._ended.wait(0.1):
+                self._accuse(rank, "has died: its connection broke")
+            return False
+        *lines, self._received[rank] = (self._received[rank] + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "ends" in message:
+                peer.failing_s = None if message["ends"] else monotonic()
+                peer.step = None
+                return not message["ends"]
+            if message["step"] != peer.step:
+                peer.since_s = monotonic()
+            peer.heard_s, peer.step = monotonic(), message["step"]
+            peer.waits, peer.stack = message["waits"], message["stack"]
+        return True
+
+    def _judge(self, still_s: float) -> None:
+        """Ends the job if no step has ended for too long, or a rank that fails does not end."""
+        for rank, peer in self._peers.items():
+            if peer.failing_s is not None and monotonic() - peer.failing_s > _FAILING_S:
+                self._accuse(rank, "failed and did not end the job")
+        if not self._stall_s or still_s < self._stall_s or self.step is None:
+            return
+        for rank, peer in self._peers.items():
+            quiet_s = monotonic() - peer.heard_s
+            if quiet_s > 2 * self._beat_s + 1 and (self._is_root or self._context.world.rank == 1):
+                self._accuse(rank, f"is late: nothing heard of it for {quiet_s:.0f} s")
+        if not self._is_root:
+            return
+        for rank, peer in self._peers.items():
+            if not peer.waits:
+                self._accuse(rank, f"is late: at step {peer.step} for {still_s:.0f} s, while others wait for it")
+        mine = self._state()
+        words = "and all others wait for each other" if mine["waits"] else "is late"
+        self._accuse(0, f"{words}: no step has ended for {still_s:.0f} s", mine["stack"])
+
+    def _accuse(self, rank: int, what: str, stack: str | None = None) -> None:
+        """Says which rank is at fault, in the last line, and ends the job."""
+        if not self._is_root and self._context.world.rank > 1:
+            sleep(_ONE_SPEAKS_S)  # rank 1 ends the job meanwhile
+        host = self._peers[rank].host if rank in self._peers else self._context.world.host
+        ago_s = monotonic() - self._peers[rank].heard_s if stack is None else 0
+        stack = self._peers[rank].stack if stack is None else stack
+        head = [f"hpc-train: where rank {rank} was {ago_s:.0f} s ago, innermost first:", stack] if stack else []
+        sys.stderr.write("\n".join([*head, f"hpc-train: rank {rank} on {host} {what}", ""]))
+        sys.stderr.flush()
+        context_module.end_job(self._context, 1)
+
+
+def _send(link: socket.socket, message: dict[str, Any]) -> None:
+    try:
+        link.sendall(json.dumps(message).encode() + b"\n")
+    except OSError:
+        return  # its other end is gone: hearing from it tells so, too
+
+
+@contextmanager
+def open_watch(context: Context, stall_s: float, say: Callable[[str], None]) -> Iterator[Watch]:
+    """Collective. Connects every rank with the root; ranks that cannot be are named and left unwatched."""
+    links = _connect(context, say) if context.world.size > 1 else {}
+    try:
+        with Watch(context, stall_s, links) as watch:
+            yield watch
+    finally:
+        for link in links.values():
+            link.close()
+
+
+def _connect(context: Context, say: Callable[[str], None]) -> dict[int, socket.socket]:
+    """Collective. Connections by rank: the root's to all others, theirs to the root."""
+    world = context.world
+    one_host = len(set(context.all(world.host))) == 1
+    server = _listen("127.0.0.1" if one_host else "", world.size) if world.is_root else None
+    token = secrets.token_bytes(16)
+    address = (server.getsockname()[1], world.host, token) if server else None
+    port, root_host, token = context.on_root(lambda: address) or (0, "", b"")
+    mine = None if server else _call("127.0.0.1" if world.host == root_host else root_host, port, token, world.rank)
+    reached = context.all(mine is not None)
+    links = {0: mine} if mine is not None else {}
+    if server:
+        lost = [rank for rank in range(1, world.size) if not reached[rank]]
+        if lost:
+            others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            say(f"warning: rank {lost[0]}{others} cannot reach {root_host} over TCP: nobody watches over them")
+        links = _answer(server, token, sum(reached[1:]))
+        server.close()
+    context.barrier()
+    return links
+
+
+def _listen(interface: str, size: int) -> socket.socket:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < size + 512:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, size + 512) if hard > 0 else size + 512, hard))
+    return socket.create_server((interface, 0), backlog=size)
+
+
+def _call(host: str, port: int, token: bytes, rank: int) -> socket.socket | None:
+    end = monotonic() + _CONNECT_S
+    while monotonic() < end:
+        try:
+            link = socket.create_connection((host, port), timeout=_CONNECT_S)
+            link.sendall(token + rank.to_bytes(4))
+        except OSError:
+            sleep(0.2)
+            continue
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return link
+    return None
+
+
+def _answer(server: socket.socket, token: bytes, count: int) -> dict[int, socket.socket]:
+    """The connections of `count` ranks; callers without the token are turned away."""
+    links: dict[int, socket.socket] = {}
+    server.settimeout(_CONNECT_S)
+    while len(links) < count:
+        link, _ = server.accept()
+        link.settimeout(_CONNECT_S)
+        if link.recv(len(token), socket.MSG_WAITALL) == token:
+            links[int.from_bytes(link.recv(4, socket.MSG_WAITALL))] = link
+        else:
+            link.close()
+    return links
