@@ -103,16 +103,18 @@ class Watch:
                 if monotonic() >= next_beat_s and speaks_to is not None:
                     _send(speaks_to, self._state())
                     next_beat_s = monotonic() + self._beat_s
-                for key, _ in selector.select(self._beat_s):
-                    if key.data is not None and not self._hear(key.data):
-                        selector.unregister(key.fileobj)
-                steps = [peer.step for peer in self._peers.values() if peer.step is not None]
-                if not steps or min(steps) != lowest or self.step is None:
-                    lowest, moved_s = min(steps, default=None), monotonic()
-                if monotonic() - awake_s > 3 * self._beat_s + 1:  # this rank itself was stopped: it heard nobody
+                ready = selector.select(self._beat_s)
+                if monotonic() - awake_s > 3 * self._beat_s + 1:  # this rank itself was stopped, and heard nobody
+                    self._ended.wait(_ONE_SPEAKS_S)  # if the job is being ended for that, let it
                     moved_s = monotonic()
                     for peer in self._peers.values():
                         peer.heard_s = moved_s
+                for key, _ in ready:
+                    if key.data is not None and not self._hear(key.data):
+                        selector.unregister(key.fileobj)
+                steps = [step for step in (self.step, *(p.step for p in self._peers.values())) if step is not None]
+                if min(steps, default=None) != lowest:
+                    lowest, moved_s = min(steps, default=None), monotonic()
                 awake_s = monotonic()
                 self._judge(awake_s - moved_s)
 
