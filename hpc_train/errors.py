@@ -19,5 +19,12 @@ class UserError(Exception):
         return f"{self.what}\n  {self.remedy}"
 
 
+def not_written(path: object, error: OSError) -> UserError:
+    """What to raise when the system refuses to write `path`: disk full, read-only, over quota."""
+    return UserError(
+        f"{path} could not be written: {error.strerror}", "Make room, or choose another place (run.root, --output)."
+    )
+
+
 class JointFailure(Exception):
     """Every rank raises it for a fault that some rank met; that rank's own exception carries the words."""

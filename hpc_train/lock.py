@@ -144,7 +144,7 @@ def _beat(path: Path, content: dict[str, Any], stop: threading.Event, beat_s: fl
         content["beat"] += 1
         try:
             write_atomic(path, json.dumps(content))
-        except OSError:  # a full disk must not end the job; others will think longer before they take over
+        except UserError:  # a full disk must not end the job; others will think longer before they take over
             continue
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hpc_train.errors import UserError
+from hpc_train.errors import UserError, not_written
 
 SCHEMA = 2  # 2: the column `attempt`
 PHASES = ("data", "forward", "backward", "reduce", "optimizer", "other")
@@ -69,14 +70,25 @@ class RecordFile:
     def flush(self) -> None:
         """Hands every row to the operating system: a later SIGKILL cannot take it back."""
         line = self._line  # % on a ready-made line: 0.9 us a row; repr 1.6, csv.writer 2.6, str and join 1.8
-        self._file.write("".join([line % row for row in self._rows]))
-        self._file.flush()
+        try:
+            self._file.write("".join([line % row for row in self._rows]))
+            self._file.flush()
+        except OSError as error:
+            raise not_written(self._file.name, error) from None
         self._rows.clear()
         self._due_ns = perf_counter_ns() + self._flush_ns
 
     def close(self) -> None:
-        self.flush()
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            close_log(self._file)
+
+
+def close_log(file: IO[str]) -> None:
+    """Closes a file whose last rows the disk may have refused, and then refuses again."""
+    with suppress(OSError):
+        file.close()
 
 
 def timing_log(path: Path, attempt: int = 1) -> RecordFile:

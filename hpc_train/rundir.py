@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from hpc_train.errors import UserError
+from hpc_train.errors import UserError, not_written
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,12 @@ def fragments(paths: Sequence[Path]) -> list[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file that is never seen half-written: temporary name, flush, sync, rename."""
+    """Writes a file that is never seen half-written: temporary name, flush, sync, rename. Raises UserError."""
     data = content.encode() if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise not_written(path, error) from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -125,8 +128,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise not_written(path, error) from None
         raise
 
 

@@ -1,8 +1,12 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests import jobs
+
+_FAULTS = pytest.StashKey[list[tuple[str, str, str, str]]]()
+FaultTable = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +16,24 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = jobs.run(2, "prepare", "mnist-5k", folder / "mnist-5k.h5", cwd=folder)
     assert done.code == 0, done.err
     return folder / "mnist-5k.h5"
+
+
+@pytest.fixture
+def survived(request: pytest.FixtureRequest) -> FaultTable:
+    """survived(fault, what_happened, recover_s, steps_lost): a line of the table that `make test-faults` prints."""
+    rows = request.config.stash.setdefault(_FAULTS, [])
+
+    def add(fault: str, what: str, recover_s: float | None = None, steps_lost: int | None = None) -> None:
+        seconds = "" if recover_s is None else f"{recover_s:.1f}"
+        rows.append((fault, what, seconds, "" if steps_lost is None else str(steps_lost)))
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash.get(_FAULTS, [])
+    if rows:
+        terminalreporter.section("faults")
+        header = ("fault", "what happens", "seconds to recover or end", "steps lost")
+        for cells in (header, ("---",) * len(header), *rows):
+            terminalreporter.write_line(f"| {' | '.join(cells)} |")

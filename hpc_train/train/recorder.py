@@ -10,6 +10,7 @@ from torch import nn
 
 from hpc_train.clock import Clock
 from hpc_train.config import Loaded, dumps
+from hpc_train.errors import not_written
 from hpc_train.records import (
     METRIC_COLUMNS,
     Energy,
@@ -101,8 +102,11 @@ class Recorder:
         self._timings.flush()
         if self._context.world.is_root and self._losses:
             first = self.num_steps_done - len(self._losses)
-            with self._run.metrics.open("a", encoding="ascii") as file:
-                file.write("".join(f"{first + i},{loss:.9g}\n" for i, loss in enumerate(self._losses)))
+            try:
+                with self._run.metrics.open("a", encoding="ascii") as file:
+                    file.write("".join(f"{first + i},{loss:.9g}\n" for i, loss in enumerate(self._losses)))
+            except OSError as error:
+                raise not_written(self._run.metrics, error) from None
         self._losses.clear()
 
     def stop(self, outcome: str) -> None:

@@ -6,13 +6,15 @@ start; what is written are joules since the sampler began.
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, time
 from types import TracebackType
 from typing import Any
 
-from hpc_train.records import ENERGY_COLUMNS, Quality, open_log
+from hpc_train.errors import UserError, not_written
+from hpc_train.records import ENERGY_COLUMNS, Quality, close_log, open_log
 
 POWERCAP = Path("sys/class/powercap")
 
@@ -131,19 +133,26 @@ class Sampler:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._sample()
-        self._file.close()
+        try:
+            self._sample()
+        finally:
+            close_log(self._file)
 
     def _loop(self) -> None:
         while not self._stop.wait(self._period_s):
-            self._sample()
+            with suppress(UserError):  # readings are cumulative: the next one that can be written makes up for it
+                self._sample()
 
     def _sample(self) -> None:
-        now_s = time()
+        now_s, lines = time(), []
         for meter, began in zip(self._meters, self._began, strict=True):
             try:
                 reading = f"{meter.read() - began:.6f},{meter.quality}"
             except OSError:  # a meter that fails while the job runs must not end the job, nor pass for measured
                 reading = ",missing"
-            self._file.write(f"{now_s:.3f},{meter.domain},{reading},{meter.source},{self._attempt}\n")
-        self._file.flush()
+            lines.append(f"{now_s:.3f},{meter.domain},{reading},{meter.source},{self._attempt}\n")
+        try:
+            self._file.write("".join(lines))
+            self._file.flush()
+        except OSError as error:
+            raise not_written(self._file.name, error) from None

@@ -144,6 +144,7 @@ def _answer_nonfinite(
 
 def _end(cause: str | None, recorder: Recorder, saver: Saver, job: Job, context: Context) -> int:
     """Collective. Saves the last state; then tests and sums up, unless the loop was stopped by `cause`."""
+    recorder.flush()
     saved = context.on_root(lambda: saver.save_now(recorder.num_steps_done, job.model, job.optimizer))
     recorder.stop("complete" if cause is None else f"stopped by {cause}")
     if cause is None:

@@ -1,0 +1,49 @@
+"""Numbers gone wrong: a loss that is none, weights that part."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.conftest import FaultTable
+from tests.faults.harness import STEPS, Job
+
+
+def test_nan_on_one_rank_stops_all_with_the_weights_before_it(
+    tmp_path: Path, digits: Path, survived: FaultTable
+) -> None:
+    job = Job(3, tmp_path, digits, ACCIDENT="nan:7:1")
+    ended = job.end()
+    assert ended.code == 2, ended
+    assert "the loss of step 7 is nan on rank 1" in ended.err and ended.err.count("the loss of step") == 1
+    assert job.newest() == 7 and all(torch.isfinite(each).all() for each in job.weights(7).values())
+    again = Job(3, tmp_path, digits, "--resume", "auto")
+    assert again.end().code == 0 and all(np.isfinite(list(again.losses().values())))
+    survived(
+        "NaN loss on rank 1 of 3", "all stop, rank named, weights before it saved", again.seconds_to_first_step(), 0
+    )
+
+
+def test_nan_is_skipped_by_all_ranks_alike_if_the_job_says_so(
+    tmp_path: Path, digits: Path, survived: FaultTable
+) -> None:
+    words = ("--set", "train.on_nonfinite=skip", "--set", "train.check_weights_every=1")
+    job = Job(2, tmp_path, digits, *words, ACCIDENT="nan:7:1")
+    ended = job.end()
+    assert ended.code == 0, ended
+    assert "Step 7: the loss is nan, its update is left out" in ended.out
+    wrong = [step for step, loss in job.losses().items() if not np.isfinite(loss)]
+    assert wrong == [7] and list(job.losses()) == list(range(STEPS))
+    assert all(torch.isfinite(each).all() for each in job.weights().values())
+    assert json.loads(job.run.summary.read_text())["complete"]
+    survived("NaN loss, train.on_nonfinite = skip", "update left out on all ranks, run goes on", 0, 0)
+
+
+def test_a_rank_whose_weights_part_is_named(tmp_path: Path, digits: Path, survived: FaultTable) -> None:
+    job = Job(3, tmp_path, digits, "--set", "train.check_weights_every=4", ACCIDENT="weights:5:2")
+    ended = job.end()
+    assert ended.code == 2, ended
+    assert "the weights after 8 steps differ between ranks: rank 2 on" in ended.err
+    assert job.newest() == 5, "nothing is saved after they parted"
+    survived("weights of rank 2 of 3 altered", "named at the next comparison (train.check_weights_every)", None, 3)

@@ -1,0 +1,132 @@
+"""A rank that dies, leaves or stands still ends the job, which names it; and the run goes on from its checkpoint."""
+
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+
+from tests import jobs
+from tests.conftest import FaultTable
+from tests.faults.conftest import Reference
+from tests.faults.harness import Job, assert_continuous
+
+HOST = socket.gethostname()
+
+
+def last_words(ended: jobs.Ended) -> str:
+    return [line for line in ended.err.splitlines() if line.startswith("hpc-train:")][-1]
+
+
+def resume(job: Job, digits: Path, reference: Reference) -> tuple[float, int]:
+    """Goes on after a fault; (seconds until it trains again, steps trained twice)."""
+    reached = job.num_traced()
+    again = Job(job.ranks, job.root, digits, "--resume", "auto")
+    ended = again.end()
+    assert ended.code == 0, ended
+    assert_continuous(again, reference(job.ranks))
+    return again.seconds_to_first_step(), reached - again.meta()["attempts"][-1]["first_step"]
+
+
+@pytest.mark.parametrize(("ranks", "victim"), [(3, 1), (2, 0)])
+def test_a_killed_rank_ends_the_job_at_once_and_is_named(
+    ranks: int, victim: int, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
+) -> None:
+    job = Job(ranks, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(8)
+    os.kill(job.pid(victim), signal.SIGKILL)
+    killed_s = monotonic()
+    ended = job.end()
+    took_s = monotonic() - killed_s
+    assert ended.code not in (0, 75) and took_s < 10
+    assert f"rank {victim} on {HOST} has died" in last_words(ended), ended.err
+    assert job.newest() == 5 and job.run.lock.exists()
+    recover_s, lost = resume(job, digits, reference)
+    assert 1 <= lost <= 4
+    survived(f"rank {victim} of {ranks} killed", f"named, job ended in {took_s:.1f} s", recover_s, lost)
+
+
+@pytest.mark.parametrize("accident", ["exit:8:1", "hard-exit:8:2"])
+def test_a_rank_that_leaves_on_its_own_ends_the_job(
+    accident: str, tmp_path: Path, digits: Path, survived: FaultTable
+) -> None:
+    job = Job(3, tmp_path, digits, ACCIDENT=accident)
+    job.wait_for_step(9) if job.num_traced() < 9 else None
+    left_s = monotonic()
+    ended = job.end()
+    took_s = monotonic() - left_s
+    assert ended.code not in (0, 75) and took_s < 10, ended
+    assert f"rank {accident[-1]} on {HOST}" in ended.err
+    call = "sys.exit(0)" if accident.startswith("exit") else "os._exit(5)"
+    survived(f"{call} on one rank", f"named, job ended in {took_s:.1f} s")
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_stands_still_is_named_with_its_stack(
+    victim: int, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
+) -> None:
+    stall_s = 4
+    job = Job(3, tmp_path, digits, "--set", f"run.stall_s={stall_s}", TRACE_DELAY="0.2").wait_for_step(8)
+    sleep(1.1)  # its last word shall come from the loop
+    os.kill(job.pid(victim), signal.SIGSTOP)
+    stopped_s = monotonic()
+    ended = job.end()
+    took_s = monotonic() - stopped_s
+    assert ended.code not in (0, 75) and took_s < stall_s + 10
+    assert re.search(rf"rank {victim} on {HOST} is late: nothing heard of it for \d+ s$", last_words(ended)), ended.err
+    assert f"where rank {victim} was" in ended.err and "trainer.py" in ended.err, "its stack"
+    recover_s, lost = resume(job, digits, reference)
+    what = f"named with its stack, job ended in {took_s:.1f} s (run.stall_s = {stall_s})"
+    survived(f"rank {victim} of 3 stopped (SIGSTOP)", what, recover_s, lost)
+
+
+def test_a_rank_that_is_stopped_for_a_moment_is_waited_for(
+    tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
+) -> None:
+    job = Job(2, tmp_path, digits, "--set", "run.stall_s=20").wait_for_step(3)
+    pid = job.pid(1)
+    os.kill(pid, signal.SIGSTOP)
+    sleep(3)
+    os.kill(pid, signal.SIGCONT)
+    ended = job.end()
+    assert ended.code == 0, ended
+    assert_continuous(job, reference(2))
+    survived("rank 1 stopped for 3 s, then continued", "the others wait; the run goes on", 3.0, 0)
+
+
+def test_sigterm_to_one_rank_stops_them_all_in_the_same_step(
+    tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
+) -> None:
+    job = Job(3, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(6)
+    os.kill(job.pid(2), signal.SIGTERM)
+    ended = job.end()
+    assert ended.code == 75 and "Stopped by a signal to another rank" in ended.out, ended
+    assert not job.run.lock.exists() and not job.run.summary.exists()
+    recover_s, lost = resume(job, digits, reference)
+    assert lost == 0
+    survived("SIGTERM to one rank", "all stop after the same step, checkpoint, exit code 75", recover_s, lost)
+
+
+def test_sigterm_straight_to_mpirun_leaves_a_valid_checkpoint(
+    tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
+) -> None:
+    """mpirun passes it on and kills a second later: in time for a small model, and an older one is valid anyway."""
+    job = Job(2, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(8)
+    ended = job.signal(signal.SIGTERM).end()
+    assert ended.code != 0
+    recover_s, lost = resume(job, digits, reference)
+    assert 0 <= lost <= 4
+    survived("SIGTERM to mpirun", "valid newest checkpoint", recover_s, lost)
+
+
+def test_ctrl_c_on_one_process_saves_and_a_second_one_ends_it_at_once(tmp_path: Path, digits: Path) -> None:
+    job = Job(0, tmp_path, digits, TRACE_DELAY="0.2").wait_for_step(2)
+    once = job.signal(signal.SIGINT).end()
+    assert once.code == 75 and "Stopped by SIGINT" in once.out
+    job = Job(0, tmp_path, digits, "--resume", "auto", TRACE_DELAY="3").wait_for_step(1)
+    job.signal(signal.SIGINT)
+    sleep(0.3)
+    twice = job.signal(signal.SIGINT).end()
+    assert twice.code == 130 and not job.run.lock.exists()

@@ -1,0 +1,125 @@
+"""Stop at any step, go on, and end where an undisturbed run ends: to the bit on as many ranks, to 1e-5 on others."""
+
+import itertools
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpc_train import partition
+from tests import jobs
+from tests.conftest import FaultTable
+from tests.faults.conftest import Reference
+from tests.faults.harness import BATCH, SAMPLES, SEED, STEPS, Job, assert_continuous
+
+
+@pytest.mark.parametrize(
+    ("ranks", "strategy", "stops"),
+    [(0, "local", (2, 1, 3)), (2, "horovod", (2, 1, 3)), (3, "horovod", (2, 3)), (4, "mpi", (6,))],
+)
+def test_a_run_stopped_within_an_epoch_ends_as_if_it_had_not_been(
+    ranks: int,
+    strategy: str,
+    stops: tuple[int, ...],
+    tmp_path: Path,
+    digits: Path,
+    reference: Reference,
+    survived: FaultTable,
+) -> None:
+    words = ("--set", f"reduce.strategy={strategy}")
+    noisy = {"TRACE_DROPOUT": "0.3"}
+    whole = reference(ranks, *words, **noisy)
+    for number in stops:  # all of them within the first epoch of ten steps
+        job = Job(ranks, tmp_path, digits, *words, "--resume", "auto", TRACE_DELAY="0.1", **noisy)
+        stopped = job.wait_for_step(number).signal(signal.SIGUSR2).end()
+        assert stopped.code == 75, stopped
+        assert "Stopped by" in stopped.out and (job.run.checkpoint(job.newest()) / "checkpoint.json").is_file()
+    assert job.newest() < 10
+    done = Job(ranks, tmp_path, digits, *words, "--resume", "auto", **noisy)
+    ended = done.end()
+    assert ended.code == 0 and "Continuing at step" in ended.out
+    assert_continuous(done, whole)
+
+    attempts = done.meta()["attempts"]
+    assert len(attempts) == len(stops) + 1
+    assert all(each["outcome"].startswith("stopped by") for each in attempts[:-1])
+    assert all(after["first_step"] == before["last_step"] + 1 for before, after in itertools.pairwise(attempts))
+    assert attempts[-1]["outcome"] == "complete" and attempts[-1]["last_step"] == STEPS - 1
+    summary = json.loads(done.run.summary.read_text())
+    assert (summary["num_steps"], summary["num_attempts"], summary["num_repeated"]) == (STEPS, len(attempts), 0)
+    assert summary["num_samples"] == 2 * SAMPLES + 4 * BATCH
+    assert summary["num_warmup"] > json.loads(whole.run.summary.read_text())["num_warmup"], "of each attempt"
+    report = jobs.run(0, "report", done.run.path, "--json", cwd=tmp_path)
+    assert report.code == 0, report.err
+    times = {1: "once", 2: "twice", 3: "three times"}[len(stops)]
+    what = f"SIGUSR2 {times} within an epoch, {ranks or 1} rank{'s' * (ranks > 1)} ({strategy})"
+    survived(what, "checkpoint, exit code 75; resumed: equal to the bit", done.seconds_to_first_step(), 0)
+
+
+def test_on_other_numbers_of_ranks_every_sample_is_seen_once_and_losses_agree(
+    tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
+) -> None:
+    whole = reference(0)
+    job = Job(2, tmp_path, digits, TRACE_DELAY="0.1")
+    assert job.wait_for_step(4).signal(signal.SIGUSR2).end().code == 75
+    parts = [(job, job.run, 0, job.newest())]
+    for ranks in (3, 1):
+        _, before, _, first = parts[-1]
+        job = Job(ranks, tmp_path / f"on-{ranks}", digits, "--resume", str(before.path), TRACE_DELAY="0.1")
+        if ranks == 3:
+            assert job.wait_for_step(2).signal(signal.SIGUSR2).end().code == 75
+        else:
+            ended = job.end()
+            assert ended.code == 0, ended
+        parts.append((job, job.run, first, job.newest()))
+        assert job.meta()["attempts"][0]["continues"] == str(before.path.resolve())
+    losses = {step: loss for part in parts for step, loss in part[0].losses().items()}
+    assert list(losses) == list(range(STEPS))
+    assert np.allclose(list(losses.values()), list(whole.losses().values()), rtol=1e-5)
+    seen = [
+        int(row)
+        for part, _, first, last in parts
+        for rank in range(part.ranks)
+        for line in part.rows(rank)[0][: last - first]
+        for row in line.split(",")
+        if row
+    ]
+    expected = [
+        partition.shuffled(np.arange(min(SAMPLES, STEPS * BATCH - epoch * SAMPLES)), SAMPLES, SEED, epoch)
+        for epoch in range(3)
+    ]
+    assert sorted(seen) == sorted(np.concatenate(expected).tolist())
+    recovery_s = job.seconds_to_first_step()
+    survived("resumed on other numbers of ranks: 2, 3, 1", "each sample seen once; losses agree to 1e-5", recovery_s, 0)
+
+
+def test_what_cannot_be_continued_is_said_and_a_complete_run_is_left_alone(
+    tmp_path: Path, digits: Path, reference: Reference
+) -> None:
+    whole = reference(0)
+    run = str(whole.run.path)
+    before = whole.run.meta.read_text()
+    same = Job(0, tmp_path, digits, "--resume", run).end()
+    assert same.code == 0 and "is complete: 24 steps" in same.out
+    assert whole.run.meta.read_text() == before and not whole.run.lock.exists()
+    for words, named in [
+        (["--set", "seed=7"], "seed = 7"),
+        (["--set", "train.global_batch=200"], "global_batch is 200 here, and was 400"),
+        (["--set", "train.optimizer=adamw"], "train.optimizer"),
+    ]:
+        refused = Job(0, tmp_path, digits, "--resume", run, *words).end()
+        assert refused.code == 2 and named in refused.err, refused
+    nowhere = Job(0, tmp_path, digits, "--resume", str(tmp_path)).end()
+    assert nowhere.code == 2 and "is no run directory" in nowhere.err
+
+
+def test_a_run_is_prolonged_and_its_learning_rate_changed(tmp_path: Path, digits: Path) -> None:
+    first = Job(0, tmp_path, digits, "--set", "train.steps=6")
+    assert first.end().code == 0
+    more = Job(0, tmp_path, digits, "--set", "train.steps=9", "--set", "train.lr=1e-9", "--resume", str(first.run.path))
+    assert more.end().code == 0
+    six, nine = more.weights(6), more.weights(9)
+    assert all(np.allclose(six[name], nine[name], atol=1e-6) for name in six), "with next to no learning rate"
+    assert list(more.losses()) == list(range(9))

@@ -1,0 +1,227 @@
+"""Saving: killed at each stage, disks that refuse, files that were damaged, two jobs in one run directory."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests import jobs
+from tests.conftest import FaultTable
+from tests.faults.conftest import Reference
+from tests.faults.harness import Job, assert_continuous, until
+
+# Calls that one save makes, in order: sync state, sync facts, sync folder, rename, sync parent, then the third save
+# renames the oldest one away and removes it. Counted over the saves of steps 5, 10 and 15, three syncs more each.
+STAGES = {
+    "writing the state of the second": "torch.save:2",
+    "state written, not synced": "os.fsync:5",
+    "state synced, facts not": "os.fsync:6",
+    "folder not synced": "os.fsync:7",
+    "before the rename": "os.rename:2",
+    "after the rename": "os.rename:2:after",
+    "before the oldest is moved away": "os.rename:4",
+    "oldest moved, not removed": "os.rename:4:after",
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_a_stage_of_a_save(
+    stage: str, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
+) -> None:
+    job = Job(0, tmp_path, digits, KILL_AT=STAGES[stage], TRACE_DELAY="0.05")
+    ended = job.end()
+    assert ended.code == -signal.SIGKILL, ended
+    reached = job.num_traced()
+    again = Job(0, tmp_path, digits, "--resume", "auto")
+    done = again.end()
+    assert done.code == 0, done
+    assert "took over from" in done.out, "the lock of the dead"
+    assert "passed over" not in done.out, "whatever stands under a final name is whole"
+    assert_continuous(again, reference(0))
+    hidden = [path.name for path in again.run.checkpoints_dir.iterdir() if path.name.startswith(".")]
+    assert not hidden and len(list(again.run.checkpoints_dir.iterdir())) == 2
+    lost = reached - again.meta()["attempts"][-1]["first_step"]
+    assert 0 <= lost <= 8
+    survived(f"killed in a save: {stage}", "the newest whole one is used", again.seconds_to_first_step(), lost)
+
+
+def test_killed_in_a_save_on_two_ranks(
+    tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
+) -> None:
+    job = Job(2, tmp_path, digits, KILL_AT="os.rename:2", TRACE_DELAY="0.05")
+    assert job.end().code not in (0, 75)
+    reached = job.num_traced()
+    again = Job(2, tmp_path, digits, "--resume", "auto")
+    assert again.end().code == 0
+    assert_continuous(again, reference(2))
+    lost = reached - again.meta()["attempts"][-1]["first_step"]
+    survived("root of 2 ranks killed in a save", "the newest whole one is used", again.seconds_to_first_step(), lost)
+
+
+Damage = Callable[[Path], object]
+
+
+def flip_a_bit(folder: Path) -> None:
+    data = bytearray((folder / "state.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "state.pt").write_bytes(data)
+
+
+def put_another_models(folder: Path) -> None:
+    """A whole checkpoint of another model, with a checksum that fits."""
+    script = (
+        "import sys, json, pathlib, torch\nfrom hpc_train.train import checkpoint\n"
+        "folder = pathlib.Path(sys.argv[1])\nfacts = json.loads((folder / 'checkpoint.json').read_text())\n"
+        "facts = {key: facts[key] for key in ('step', 'size', 'global_batch', 'num_samples')}\n"
+        "state = {'model': {'other': torch.zeros(3)}, 'optimizer': {}}\ncheckpoint.write(folder, state, facts)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, folder], check=True, timeout=60, cwd=jobs.ROOT)
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "a bit flipped": (flip_a_bit, "its checksum differs"),
+    "truncated": (lambda folder: os.truncate(folder / "state.pt", 1000), "has 1000 of"),
+    "state missing": (lambda folder: (folder / "state.pt").unlink(), "is not whole"),
+    "facts damaged": (lambda folder: (folder / "checkpoint.json").write_text("{"), "cannot be read"),
+    "of another model": (put_another_models, "of another model"),
+}
+
+
+def test_damaged_checkpoints_are_refused_with_the_reason_and_the_newest_good_one_is_used(
+    tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
+) -> None:
+    job = Job(0, tmp_path, digits, TRACE_DELAY="0.05").wait_for_step(13)
+    assert job.signal(signal.SIGUSR2).end().code == 75
+    newest = job.newest()
+    for name, (damage, reason) in DAMAGES.items():
+        copy = tmp_path / name.replace(" ", "-")
+        shutil.copytree(job.run.path, copy)
+        damage(copy / "checkpoints" / f"step-{newest:08d}")
+        ended = Job(0, copy / "jobs", digits, "--resume", str(copy)).end()
+        assert ended.code == 0, ended
+        assert f"checkpoint passed over: {copy}" in ended.out and reason in ended.out
+        assert "Continuing at step 10" in ended.out
+        survived(f"newest checkpoint {name}", "refused with the reason, the one before it is used", None, newest - 10)
+    for folder in job.run.checkpoints_dir.iterdir():
+        flip_a_bit(folder)
+    refused = Job(0, tmp_path, digits, "--resume", "auto").end()
+    assert refused.code == 2 and "no checkpoint of" in refused.err and refused.err.count("checksum differs") == 2
+
+
+def test_the_second_job_in_a_run_directory_is_refused_and_told_of_the_first(
+    tmp_path: Path, digits: Path, survived: FaultTable
+) -> None:
+    first = Job(0, tmp_path, digits, TRACE_DELAY="0.5").wait_for_step(2)
+    second = Job(0, tmp_path / "second", digits, "--resume", str(first.run.path)).end()
+    pid = first.pid(0)
+    assert second.code == 2 and f"is in use by process {pid} on" in second.err, second
+    assert first.process.poll() is None
+    first.process.kill()
+    first.process.communicate()
+    assert first.run.lock.exists()
+    third = Job(0, tmp_path, digits, "--resume", "auto").end()
+    assert third.code == 0 and f"took over from process {pid}" in third.out, third
+    survived("second job in a run directory", "refused, the first is named; a dead job's lock is taken over")
+
+
+# ------------------------------------------------------------------------------------------------ disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, timeout=20)
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True, timeout=20)
+
+
+@contextmanager
+def fill(disk: Path) -> Iterator[None]:
+    with (disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"\0" * 4096)
+    yield
+    (disk / "ballast").unlink()
+
+
+@contextmanager
+def read_only(disk: Path) -> Iterator[None]:
+    for how in ("ro", "rw"):
+        until(lambda how=how: not subprocess.run(["mount", "-o", f"remount,{how}", disk], timeout=20).returncode)
+        if how == "ro":
+            yield
+
+
+def test_a_disk_without_room_leaves_the_old_checkpoint_valid(
+    small_disk: Path, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
+) -> None:
+    """The whole run directory is on it: the job cannot go on, and says what it lacked."""
+    job = Job(0, tmp_path, digits, runs=small_disk, TRACE_DELAY="0.1").wait_for_step(7)
+    with fill(small_disk):
+        ended = job.end()
+    assert ended.code == 2 and "could not be written" in ended.err and "No space left on device" in ended.err, ended
+    assert job.newest() == 5
+    reached = job.num_traced()
+    again = Job(0, tmp_path, digits, "--resume", "auto", runs=small_disk)
+    done = again.end()
+    assert done.code == 0, done
+    assert_continuous(again, reference(0))
+    what = "exit code 2, says what could not be written; the old checkpoint is used"
+    survived("disk full", what, again.seconds_to_first_step(), reached - 5)
+
+
+@pytest.mark.parametrize(("trouble", "says"), [(fill, "No space left on device"), (read_only, "Read-only file system")])
+def test_a_save_that_a_disk_refuses_is_told_and_the_training_goes_on(
+    trouble: Callable[[Path], AbstractContextManager[None]],
+    says: str,
+    small_disk: Path,
+    tmp_path: Path,
+    digits: Path,
+    survived: FaultTable,
+) -> None:
+    """Only the checkpoints are on it; the last save, which nothing follows, is an error."""
+    first = Job(0, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(2)
+    assert first.signal(signal.SIGUSR2).end().code == 75
+    shutil.copytree(first.run.checkpoints_dir, small_disk, dirs_exist_ok=True)
+    shutil.rmtree(first.run.checkpoints_dir)
+    first.run.checkpoints_dir.symlink_to(small_disk)
+    job = Job(0, tmp_path, digits, "--resume", "auto", TRACE_DELAY="0.2").wait_for_step(1)
+    valid = job.newest()
+    with trouble(small_disk):
+        ended = job.end()
+        assert job.newest() == valid
+    assert ended.code == 2, ended
+    assert "warning: the checkpoint of step 5 could not be written" in ended.out and says in ended.out
+    assert "MB are needed" in ended.out and f"The newest valid checkpoint stays step-{valid:08d}" in ended.out
+    assert "the checkpoint of step 24 could not be written" in ended.err and len(job.losses()) == 24
+    again = Job(0, tmp_path, digits, "--resume", "auto").end()
+    assert again.code == 0, again
+    survived(f"{says.lower()}, checkpoints only", "warned at each save, the run goes on; exit code 2 at its end")
+
+
+def test_over_quota_the_training_goes_on_and_the_old_checkpoint_stays(
+    tmp_path: Path, digits: Path, survived: FaultTable
+) -> None:
+    """The limit on a file's size stands for a quota: it refuses checkpoints and lets logs grow."""
+    job = Job(0, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(7)
+    resource.prlimit(job.process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    ended = job.end()
+    assert ended.code == 2, ended
+    assert "warning: the checkpoint of step 10 could not be written" in ended.out and "File too large" in ended.out
+    assert "the checkpoint of step 24 could not be written" in ended.err, "the last one is no warning"
+    assert job.newest() == 5 and len(job.losses()) == 24
+    assert json.loads((job.run.checkpoint(5) / "checkpoint.json").read_text())["step"] == 5
+    what = "warned at each save, the run goes on; exit code 2 at its end"
+    survived("file size limit (as over quota)", what, None, 19)

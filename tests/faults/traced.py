@@ -1,0 +1,90 @@
+"""A task of the tests: classification that writes down which samples it is given, and has accidents on request.
+
+Read from the environment, so that the job's configuration stays that of an ordinary one:
+  TRACE         folder: one file a process, one line a step with the time in ns and the rows of this rank
+  TRACE_DELAY   seconds to wait in each step, so that a test can act meanwhile
+  TRACE_DROPOUT probability of dropout in the model
+  ACCIDENT      WHAT:STEP:RANK, e.g. nan:5:1 in the sixth step of the process on rank 1; see `_accidents`
+  KILL_AT       FUNCTION:NUMBER, e.g. os.rename:1, kills the process before that call of it; os.rename:1:after, after it
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpc_train.config import Config
+from hpc_train.train.context import Context
+from hpc_train.train.dataset import Batch
+from hpc_train.train.tasks.classification import Classification
+
+
+class Traced(Classification):
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__(config, context)
+        self._rank = context.world.rank
+        name = f"{time.time_ns()}-rank{self._rank}.txt"
+        self._trace = (Path(os.environ["TRACE"]) / name).open("w") if "TRACE" in os.environ else None
+        self._step = -1
+        if "KILL_AT" in os.environ and self._rank == 0:
+            _kill_at(*os.environ["KILL_AT"].split(":"))
+
+    def model(self) -> nn.Module:
+        dropout = nn.Dropout(float(os.environ.get("TRACE_DROPOUT", "0")))
+        num_inputs = int(np.prod(self.train.input_shape))
+        width = int(os.environ.get("TRACE_WIDTH", "64"))
+        self._model = nn.Sequential(
+            nn.Flatten(), nn.Linear(num_inputs, width), nn.GELU(), dropout, nn.Linear(width, self.num_classes)
+        )
+        return self._model
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        self._step += 1
+        if self._trace:
+            self._trace.write(f"{time.time_ns()}:{','.join(map(str, rows))}\n")
+            self._trace.flush()
+        time.sleep(float(os.environ.get("TRACE_DELAY", "0")))
+        if self._accident("exit"):
+            sys.exit(0)
+        if self._accident("hard-exit"):
+            os._exit(5)
+        if self._accident("weights"):
+            with torch.no_grad():
+                next(self._model.parameters()).add_(1e-3)
+        return super().batch(rows)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        loss = super().loss(model, batch)
+        return loss * float("nan") if self._accident("nan") else loss
+
+    def _accident(self, kind: str) -> bool:
+        what, _, rest = os.environ.get("ACCIDENT", "").partition(":")
+        return what == kind and rest == f"{self._step}:{self._rank}"
+
+
+def _kill_at(function: str, number: str, when: str = "before") -> None:
+    """Has this process killed at a call of `function`; only the saving of checkpoints is interrupted."""
+    module_name, name = function.split(".")
+    module: Any = {"os": os, "shutil": shutil, "torch": torch}[module_name]
+    original = getattr(module, name)
+    calls = 0
+
+    def replaced(*words: Any, **options: Any) -> Any:
+        nonlocal calls
+        if threading.current_thread().name == "checkpoint":
+            calls += 1
+            if calls == int(number):
+                if when == "after":
+                    original(*words, **options)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(*words, **options)
+
+    setattr(module, name, replaced)
