@@ -119,10 +119,12 @@ def test_an_interrupted_test_leaves_nothing(cluster: Cluster, tmp_path: Path, en
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    with run:
+    everything = {"slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged", "sleep"}
+    try:
         until(lambda: (tmp_path / "in-the-middle").exists() or run.poll() is not None, "the test's middle", 60)
         assert run.poll() is None, said.read_text()
-        assert {"slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged", "sleep"} <= traces(mark)
+        until(lambda: everything <= traces(mark), f"{everything} running", 20)
+    finally:
         os.killpg(run.pid, end)
         run.wait(timeout=30)
     until(lambda: not traces(mark), "the end of all its processes", 10)
