@@ -292,9 +292,7 @@ def _stream(copy: _Copy) -> None:
 
 
 def _copy_span(copy: _Copy, start: int, end: int) -> None:
-    # WebHDFS reads ahead by a block, which ranges do not need.
-    options = {"block_size": 1} if copy.source.url.startswith("webhdfs:") else {"cache_type": "none"}
-    with copy.source.fs.open(copy.source.path, "rb", **options) as file:
+    with storage.open_span(copy.source) as file:
         if start:
             file.seek(start)
         for offset in range(start, end, _RANGE_BYTES):

@@ -76,9 +76,28 @@ def find(url: str) -> Source:
         name=name,
         num_bytes=int(info["size"]),
         version=_version(info),
-        in_ranges=bool(info.get("partial", not over_http)),
+        in_ranges=not over_http or _gives_ranges(fs, path),
         sha256=_told_sha256(fs, path),
     )
+
+
+def _gives_ranges(fs: Any, path: str) -> bool:
+    """Whether a web server gives a part of a file; many small ones do not, and none has to say so."""
+    try:
+        with fs.open(path, "rb", cache_type="none") as file:
+            file.seek(1)
+            return len(file.read(1)) == 1
+    except Exception:  # noqa: BLE001  then it is read from start to end, and real trouble shows there
+        return False
+
+
+def open_span(source: Source) -> Any:
+    """A file object for reading a span of the source, or all of it where it gives no ranges."""
+    if not source.in_ranges:
+        return source.fs.open(source.path, "rb", block_size=0)  # 0: one long answer, as it comes
+    # WebHDFS reads ahead by a block, which a span does not need; the others know how to read without a cache.
+    options = {"block_size": 1} if source.url.startswith("webhdfs:") else {"cache_type": "none"}
+    return source.fs.open(source.path, "rb", **options)
 
 
 def changed(source: Source) -> bool:
@@ -113,8 +132,8 @@ def ask(shown: str, fn: Callable[[], T]) -> T:
 
 
 def in_words(error: Exception) -> str:
-    lines = f"{type(error).__name__}: {error}".splitlines()
-    return without_secrets(lines[0])[:300]
+    words = without_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
+    return words if len(words) < 300 else f"{words[:180]} ... {words[-100:]}"  # the cause may stand at either end
 
 
 def _client(url: str) -> tuple[Any, str]:
