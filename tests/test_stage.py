@@ -346,7 +346,7 @@ def test_a_disk_too_small_is_told_before_copying(file: Path, small_disk: Path) -
 
 def test_a_folder_that_cannot_be_made(file: Path, tmp_path: Path) -> None:
     (tmp_path / "note").write_text("a file")
-    done = stage(file, tmp_path / "note" / "to")
+    done = jobs.run(0, "stage", file, tmp_path / "note" / "to", cwd=tmp_path)
     assert done.code == 2 and "cannot be written: Not a directory" in done.err
 
 

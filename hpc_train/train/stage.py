@@ -280,13 +280,11 @@ def _stream(copy: _Copy) -> None:
             except UserError as error:
                 copy.news.put(error)
                 return
-            except (FileNotFoundError, PermissionError) as error:  # waiting does not mend these
-                words = f"{copy.source.url}: {storage.in_words(error)}"
-                copy.news.put(
-                    UserError(words, "Somebody changed it while it was copied: check it, and stage it again.")
-                )
-                return
             except Exception as error:  # noqa: BLE001  clients of many kinds of storage raise what they like
+                if storage.is_gone(error) or isinstance(error, PermissionError):  # waiting does not mend these
+                    words = f"{copy.source.url}: {storage.in_words(error)}"
+                    copy.news.put(UserError(words, "Somebody changed it half-way: check it, and stage it again."))
+                    return
                 copy.news.put(error)
                 copy.stop.wait(_PAUSE_S)
 

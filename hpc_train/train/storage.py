@@ -125,13 +125,23 @@ def ask(shown: str, fn: Callable[[], T]) -> T:
         return fn()
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{shown} does not exist", "Check the path.") from None
+    except FileNotFoundError as error:
+        if is_gone(error):
+            raise UserError(f"{shown} does not exist", "Check the path.") from None
+        raise UserError(f"{shown}: {in_words(error)}", "Check the address, and that the server is up.") from None
     except Exception as error:  # noqa: BLE001  clients of many kinds of storage raise what they like
         raise UserError(f"{shown}: {in_words(error)}", "Check the address, and that the server is up.") from None
 
 
-def in_words(error: Exception) -> str:
+def is_gone(error: Exception) -> bool:
+    """Whether a file is not there; fsspec's HTTP says FileNotFoundError also where no server answers."""
+    cause = error.__cause__
+    return isinstance(error, FileNotFoundError) and (cause is None or getattr(cause, "status", None) == 404)
+
+
+def in_words(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
     words = without_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
     return words if len(words) < 300 else f"{words[:180]} ... {words[-100:]}"  # the cause may stand at either end
 
@@ -198,6 +208,16 @@ def upload(file: Path, url: str) -> None:
     ask(without_secrets(url), lambda: _upload(file, fs, path, without_secrets(url)))
 
 
+def _rename(fs: Any, old: str, new: str) -> None:
+    from fsspec import AbstractFileSystem
+
+    if type(fs).mv is AbstractFileSystem.mv:  # S3 and its like have none: the server copies, and a copy appears whole
+        fs.cp_file(old, new)
+        fs.rm_file(old)
+    else:
+        fs.mv(old, new)
+
+
 def _upload(file: Path, fs: Any, path: str, shown: str) -> None:
     folder, _, name = path.rpartition("/")
     unfinished = f"{folder}/.{name}.{uuid4().hex[:8]}.partial"
@@ -218,7 +238,7 @@ def _upload(file: Path, fs: Any, path: str, shown: str) -> None:
         for old in (f"{path}.sha256", path):
             if fs.exists(old):
                 fs.rm_file(old)
-        fs.mv(unfinished, path)
+        _rename(fs, unfinished, path)
         if fs.info(path)["size"] != file.stat().st_size:  # a rename that WebHDFS refuses is no error to fsspec
             raise UserError(f"{shown} did not get its name", "Write it again.")
         with fs.open(f"{path}.sha256", "wb") as remote:
