@@ -12,9 +12,12 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import hdfs_native
 import pytest
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpc-train" / "hadoop-3.3.6"
@@ -155,11 +158,36 @@ class Hdfs:
         node.send_signal(signal.SIGKILL)
         node.wait(timeout=20)
 
-    def wait_for_datanodes(self, times: int = 1) -> None:
-        """Until each DataNode has registered `times` times."""
+    def restart(self, index: int) -> None:
+        log = self.folder / f"DataNode{index}.log"
+        log.rename(log.with_suffix(".old"))
+        self.start(index)
+        self.wait_for_datanodes()
+
+    @contextmanager
+    def stopped(self, index: int) -> Iterator[None]:
+        """As a node whose disk hangs: connections stay, and nothing comes."""
+        node = self.nodes[f"DataNode{index}"]
+        node.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            node.send_signal(signal.SIGCONT)
+
+    def write(self, path: str, content: bytes, copies: int) -> None:
+        client = hdfs_native.Client(self.rpc)
+        with client.create(path, hdfs_native.WriteOptions(replication=copies, overwrite=True)) as file:
+            for start in range(0, len(content), 8 << 20):
+                file.write(content[start : start + (8 << 20)])
+
+    def names(self, folder: str) -> list[str]:
+        return [status.path for status in hdfs_native.Client(self.rpc).list_status(folder)]
+
+    def wait_for_datanodes(self) -> None:
+        """Until each DataNode has registered."""
         deadline = time.monotonic() + 90
         logs = [self.folder / f"DataNode{index}.log" for index in range(self.num_datanodes)]
-        while any(log.read_text().count("successfully registered with NN") < times for log in logs):
+        while any("successfully registered with NN" not in log.read_text() for log in logs):
             dead = [name for name, node in self.nodes.items() if node.poll() is not None]
             if dead or time.monotonic() > deadline:
                 ends = [f"--- {log.name}\n{log.read_text()[-1500:]}" for log in self.folder.glob("*.log")]
