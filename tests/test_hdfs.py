@@ -138,12 +138,12 @@ def test_prepare_writes_there_and_train_reads_what_is_staged(
     hdfs: Hdfs, digits: Path, tmp_path: Path, client: str
 ) -> None:
     there = url(hdfs, client, f"/made by/{client}/mnist-5k.h5")
-    made = jobs.run(2, "prepare", "mnist-5k", there, cwd=tmp_path)
+    made = jobs.run(0, "prepare", "mnist-5k", there, cwd=tmp_path)
     assert made.code == 0, made.err
     assert f"{there}: written, read back and equal" in made.out
     again = jobs.run(0, "prepare", "mnist-5k", there, cwd=tmp_path)
     assert again.code == 0 and "is complete" in again.out, again.err
-    over = jobs.run(0, "prepare", "mnist-5k", there, "--overwrite", cwd=tmp_path)
+    over = jobs.run(2, "prepare", "mnist-5k", there, "--overwrite", cwd=tmp_path)
     assert over.code == 0 and "written" in over.out, over.err
     assert {path.rpartition("/")[2] for path in hdfs.names(f"/made by/{client}")} == {
         "mnist-5k.h5",

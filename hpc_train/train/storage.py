@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
@@ -196,7 +197,8 @@ def opened(url: str) -> Iterator[Any]:
         yield None
         return
     with ask(shown, lambda: fs.open(path, "rb")) as file:
-        yield file
+        # hdfs-native's object has a readinto that does not work: h5py must not see it.
+        yield SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
 
 
 def upload(file: Path, url: str) -> None:
