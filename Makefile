@@ -1,8 +1,8 @@
 # make demo    install, prepare real data, train on 1 and on 2 ranks, report
-# make test    install, then every test, those under mpirun included
+# make test    install, then every test, those under mpirun and, for root, on a Slurm cluster of its own included
 # make check   install, ruff and mypy
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo test test-serial test-parallel check install clean
+.PHONY: demo test test-serial test-parallel test-cluster check install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -27,7 +27,7 @@ demo:
 
 test:
 	@./install.sh test
-	@$(MAKE) --no-print-directory test-serial test-parallel
+	@$(MAKE) --no-print-directory test-serial test-parallel test-cluster
 
 test-serial:
 	python -m pytest
@@ -36,6 +36,10 @@ test-serial:
 test-parallel:
 	@set -e; for ranks in 1 2 3 4; do echo "mpirun -n $$ranks pytest tests/parallel"; \
 	$(MPIRUN) -n $$ranks --oversubscribe --bind-to none python -m mpi4py -m pytest -x -q --color=no tests/parallel; done
+
+# Slurm on four nodes that are namespaces of this machine: for root; skipped elsewhere, with the reason.
+test-cluster:
+	python -m pytest tests/cluster
 
 check:
 	@./install.sh test check
