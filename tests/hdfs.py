@@ -32,6 +32,16 @@ DEBIAN = """jetty9-* jersey1-* servlet-api jaxb-api commons-daemon commons-codec
 jackson-databind jackson-annotations jackson-core httpclient httpcore"""
 LAST = "hadoop-client-runtime-3.3.4"  # it brings the shaded protobuf, and older copies of the rest
 OPENED = ["--add-opens", "java.base/java.lang=ALL-UNNAMED", "--add-opens", "java.base/java.net=ALL-UNNAMED"]
+DIES_WITH_US = ["setpriv", "--pdeathsig", "KILL"]
+WRITE = """
+import sys, hdfs_native
+url, path, copies, local = sys.argv[1:]
+with open(local, "rb") as file:
+    options = hdfs_native.WriteOptions(replication=int(copies), overwrite=True)
+    with hdfs_native.Client(url).create(path, options) as remote:
+        while data := file.read(8 << 20):
+            remote.write(data)
+"""
 LOG = """log4j.rootLogger=INFO,c
 log4j.appender.c=org.apache.log4j.ConsoleAppender
 log4j.appender.c.layout=org.apache.log4j.PatternLayout
@@ -84,10 +94,11 @@ def free_ports(number: int) -> list[int]:
 
 @dataclass
 class Hdfs:
-    """`with Hdfs(folder) as hdfs`: two DataNodes, two copies of each block unless a file asks for one."""
+    """`with Hdfs(folder) as hdfs`: two DataNodes. `entering` are the words that make a command run on `host`."""
 
     folder: Path
     host: str = "127.0.0.1"
+    entering: list[str] = field(default_factory=list)
     num_datanodes: int = 2
     nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -99,10 +110,11 @@ class Hdfs:
             "hadoop.tmp.dir": f"{self.folder}/name",
             "fs.defaultFS": self.rpc,
             "dfs.namenode.http-address": f"{self.host}:{web}",
+            "dfs.datanode.hostname": self.host,
+            "dfs.namenode.datanode.registration.ip-hostname-check": "false",  # no name server asked
             "dfs.replication": self.num_datanodes,
             "dfs.blocksize": 8 << 20,
             "dfs.permissions.enabled": "false",
-            "dfs.namenode.replication.min": 1,
         }
         self.configure("NameNode", common)
         for index in range(self.num_datanodes):
@@ -138,11 +150,12 @@ class Hdfs:
     def java(self, name: str, *words: str) -> "subprocess.Popen[bytes]":
         """Starts a node; it dies with these tests, however they end."""
         kind = "namenode.NameNode" if name == "NameNode" else "datanode.DataNode"
-        quick = ["-Xmx300m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", *OPENED]
+        # UseContainerSupport: Java ends with an error where /sys/fs/cgroup is empty, as in the tests' cluster.
+        quick = ["-Xmx300m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UseContainerSupport", *OPENED]
         line = ["java", *quick, "-cp", f"{self.folder}/conf-{name}:{self.classpath}"]
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *line, f"org.apache.hadoop.hdfs.server.{kind}", *words],
+                [*DIES_WITH_US, *self.entering, *DIES_WITH_US, *line, f"org.apache.hadoop.hdfs.server.{kind}", *words],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -175,10 +188,11 @@ class Hdfs:
             node.send_signal(signal.SIGCONT)
 
     def write(self, path: str, content: bytes, copies: int) -> None:
-        client = hdfs_native.Client(self.rpc)
-        with client.create(path, hdfs_native.WriteOptions(replication=copies, overwrite=True)) as file:
-            for start in range(0, len(content), 8 << 20):
-                file.write(content[start : start + (8 << 20)])
+        """A file with its blocks on so many DataNodes."""
+        local = self.folder / "content"
+        local.write_bytes(content)
+        words = [*self.entering, sys.executable, "-c", WRITE, self.rpc, path, str(copies), str(local)]
+        subprocess.run(words, check=True, timeout=120)
 
     def names(self, folder: str) -> list[str]:
         return [status.path for status in hdfs_native.Client(self.rpc).list_status(folder)]
