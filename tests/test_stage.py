@@ -225,7 +225,7 @@ def test_a_web_server_without_ranges(web: str, file: Path, tmp_path: Path, conte
     done = stage(web.replace("://", "://me:secret@") + "?token=secret", tmp_path / "to")
     assert_whole(done, tmp_path / "to" / "data.h5", content)
     record = (tmp_path / "to" / "data.h5.staged.json").read_text()
-    assert "secret" not in done.out + done.err + record and web in record
+    assert "secret" not in done.out + done.err + record and web in record and "as its source says" in done.out
 
 
 def test_a_connection_that_breaks_off_is_tried_again(web: str, tmp_path: Path, content: bytes) -> None:

@@ -223,6 +223,8 @@ def _require_shared(folder: Path) -> None:
 
 
 def _already_at(source: Source, url: str, overwrite: bool) -> bool:
+    if url.endswith("/"):
+        raise UserError(f"{storage.without_secrets(url)} is a folder", "Name the HDF5 file to write in it.")
     if overwrite:
         return False
     with storage.opened(url) as found:

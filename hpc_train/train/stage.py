@@ -124,13 +124,21 @@ def _locked(path: Path) -> Iterator[Path]:
             except BlockingIOError:
                 print(f"{path.name} is being staged on {socket.gethostname()} by another job: waiting", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not (unfinished.exists() and os.path.samestat(os.fstat(file.fileno()), unfinished.stat())):
+            if not _is_called(file, unfinished):
                 continue  # the job before renamed or removed it: this is a lock on a file without that name
             try:
                 yield unfinished
             finally:
-                unfinished.unlink(missing_ok=True)
+                if _is_called(file, unfinished):  # once it is renamed, this name may be the next job's
+                    unfinished.unlink()
             return
+
+
+def _is_called(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _record_of(path: Path) -> Path:
