@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
+from hpc_train.train import storage
 from tests import jobs
 from tests.hdfs import Hdfs
 
@@ -185,3 +187,24 @@ def running(pid: int) -> bool:
         return "java" in Path(f"/proc/{pid}/cmdline").read_text()
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_block_rotten_on_the_datanodes_disk_is_no_data(hdfs: Hdfs, tmp_path: Path, client: str) -> None:
+    content = os.urandom((8 << 20) + 100)  # two blocks
+    hdfs.write(f"/rotten-{client}.h5", content, 1)
+    (block,) = [path for path in hdfs.folder.rglob("blk_*") if path.read_bytes() == content[8 << 20 :]]
+    block.write_bytes(bytes(100))
+    node = Staging(url(hdfs, client, f"/rotten-{client}.h5"), tmp_path / "node", wait_s=3)
+    done = node.end()
+    assert done.code == 2 and "no byte came for 3 s (" in done.err, done.out + done.err
+    assert not list(node.folder.iterdir())
+
+
+def test_an_error_page_of_a_datanode_is_no_data(hdfs: Hdfs, content: bytes) -> None:
+    """As when a file is removed between the NameNode's answer and the DataNode's."""
+    fs, path = storage._client(f"{hdfs.web}/twice.h5")
+    moved = fs._call("OPEN", path=path, offset=0, length=100, redirect=False).headers["Location"]
+    assert fs.session.get(moved).content == content[:100]
+    with pytest.raises(requests.HTTPError, match="404"):
+        fs.session.get(moved.replace("/twice.h5", "/gone.h5"))
