@@ -70,6 +70,15 @@ elif [ ! -e "$debian_hdf5/include/H5pubconf.h" ]; then
     need "a parallel HDF5 built with that MPI (HDF5_DIR=...)" libhdf5-openmpi-dev
 fi
 if [[ $want == *" test "* ]] && have apt-get && [ ! -d /usr/share/datasets/fashion-mnist ]; then need "Fashion-MNIST, for the tests" dataset-fashion-mnist; fi
+# Slurm's cluster tests are for root: elsewhere, and without apt-get, they are skipped.
+absent=()
+if [[ $want == *" test "* ]] && have apt-get && [ "$(id -u)" = 0 ]; then
+    for package in slurmctld slurmd slurmdbd slurm-client slurm-wlm-basic-plugins slurm-wlm-mysql-plugin munge mariadb-server iproute2; do
+        [ "$(dpkg-query -Wf '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || absent+=("$package")
+    done
+    compgen -G "/usr/lib/*/pmix2/lib/libpmix.so.2" >/dev/null || absent+=(libpmix2)     # for srun --mpi=pmix
+    ((${#absent[@]} == 0)) || need "Slurm, munge and MariaDB, for the tests on a cluster" "${absent[@]}"
+fi
 sudo=""
 if ((${#packages[@]})); then
     if [ "$(id -u)" != 0 ]; then sudo="sudo -n"; fi
@@ -98,7 +107,18 @@ if built horovod; then plan horovod 3; else plan horovod-build 150; fi
 plan hpc-train 5
 
 if ((${#packages[@]})); then
-    apt() { $sudo apt-get update && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"; }
+    apt() {
+        # A database and a batch system must not start on this machine, today or when it boots: the tests start their own.
+        local package policy=/usr/sbin/policy-rc.d
+        if ((${#absent[@]})) && [ ! -e $policy ]; then
+            trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+            trap 'exit 130' INT TERM
+            printf '#!/bin/sh\n# install.sh of hpc-train: no daemon starts while it installs packages\nexit 101\n' >$policy
+            chmod +x $policy
+        fi
+        $sudo apt-get update && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"
+        if [ -d /run/systemd/system ]; then for package in "${absent[@]}"; do systemctl disable "${package%-server}" || true; done; fi
+    }
     run "system packages: ${packages[*]}" apt "${packages[@]}"
 fi
 mpicc=$(command -v "${MPICC:-mpicc}")

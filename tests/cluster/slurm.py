@@ -4,7 +4,9 @@ Nothing of it lies outside those namespaces: no file, cgroup, mount or network d
 which the kernel ends when the process that made the Cluster ends, however that comes about.
 """
 
+import glob
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,15 +36,17 @@ NEEDED = {  # command -> Debian's package
     "unshare": "util-linux",
     "setpriv": "util-linux",
 }
+PLUGINS = {"accounting_storage_mysql.so": "slurm-wlm-mysql-plugin", "mpi_pmix.so": "slurm-wlm-basic-plugins"}
 
 
 def why_not() -> str | None:
     """Why no cluster can be made here, or None."""
     if os.geteuid() != 0:
         return "not root: namespaces and links need it"
-    missing = sorted({package for command, package in NEEDED.items() if not shutil.which(command)})
+    missing = {package for command, package in NEEDED.items() if not shutil.which(command)}
+    missing |= {package for plugin, package in PLUGINS.items() if not glob.glob(f"/usr/lib*/**/slurm*/{plugin}")}
     if missing:
-        return f"missing: {', '.join(missing)} (on Debian: apt-get install; ./install.sh test does it)"
+        return f"not installed: {', '.join(sorted(missing))} (the names are Debian's; `make test` installs them there)"
     parts = "mount -t tmpfs tmpfs /mnt && ip link add v0 type veth peer name v1 && ip link add br0 type bridge"
     shaped = "tc qdisc add dev v0 root tbf rate 1gbit burst 128kb latency 100ms"
     tried = subprocess.run(
@@ -69,9 +73,11 @@ class Cluster:
         self.shared = [str(path.resolve()) for path in (jobs.ROOT, Path(sys.prefix), *shared)]
         self.submitted: list[int] = []
         self._pid = 0
-        self._said = tempfile.TemporaryFile("w+")  # has no name: nothing to leave behind
+        # Without a name, so that nothing is left behind; "a" because the head writes while we read.
+        self._said = tempfile.TemporaryFile("a+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [*WITH_US, *SEPARATELY, HOST, "head", *self.shared],
+            env=jobs.environment(TMPDIR="/tmp"),
             stdin=subprocess.DEVNULL,
             stdout=self._said,
             stderr=subprocess.STDOUT,
@@ -89,11 +95,10 @@ class Cluster:
     def _find_pid(self) -> bool:
         if self._process.poll() is not None:
             raise ChildProcessError(f"the head ended while starting:\n{self._text()}")
-        words = self._text().partition("pid ")[2].split()
-        if words:
-            self._pid = int(words[0])
-            self._pidfd = os.pidfd_open(self._pid)
-        return bool(words)
+        if found := re.search(r"^pid (\d+)\n", self._text(), re.MULTILINE):
+            self._pid = int(found[1])
+            self._pidfd = os.pidfd_open(self._pid)  # from here on no other process can be meant
+        return bool(found)
 
     def _text(self) -> str:
         self._said.seek(0)
@@ -126,7 +131,7 @@ class Cluster:
         command = [*self.entering(host, cwd), "timeout", "--kill-after=2", str(timeout_s)]
         done = subprocess.run(
             [*command, *map(str, words)],
-            env=jobs.environment(OMP_NUM_THREADS="1", HPC_TRAIN_VENV=sys.prefix) | env,
+            env=jobs.environment(TMPDIR="/tmp", OMP_NUM_THREADS="1", HPC_TRAIN_VENV=sys.prefix) | env,
             cwd="/",
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -235,6 +240,8 @@ class Cluster:
 
     def logs(self) -> str:
         """The outputs of this test's jobs and the ends of the daemons' logs."""
-        outputs = [f"--- job {job}\n{self.output(job)}" for job in self.submitted]
-        tails = self.on("head", "sh", "-c", "tail -n 40 /run/cluster/log/*.log", check=False) if self._pid else ""
-        return "\n".join([*outputs, tails, "--- head", self._text()])
+        parts = ["--- head", self._text()]
+        if self._pid and self._process.poll() is None:
+            parts.append(self.on("head", "sh", "-c", "tail -n 40 /run/cluster/log/*.log", check=False))
+            parts += [f"--- job {job}\n{self.output(job)}" for job in self.submitted]
+        return "\n".join(parts)

@@ -1,8 +1,13 @@
 """The tests' own cluster is what it says: several hosts that talk TCP, a Slurm that accounts, and no traces."""
 
 import json
+import os
 import re
+import signal
 import statistics
+import subprocess
+import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -66,3 +71,61 @@ def test_a_limited_link_slows_an_all_reduce(cluster: Cluster, tmp_path: Path) ->
     limited = seconds()
     # At 25 MB/s a ring's 2 x 3/4 x 4 MiB a rank take 250 ms.
     assert limited > 0.2 and limited > 2 * free
+
+
+A_TEST_IN_THE_MIDDLE = """
+from pathlib import Path
+from tests.cluster.conftest import cluster
+
+def test_it(cluster):
+    job = cluster.sbatch("--nodes=4", "--wrap=srun sleep 300", cwd=Path.cwd())
+    cluster.wait(job, "RUNNING")
+    Path("in-the-middle").touch()
+    cluster.on("n2", "sleep", 300, timeout_s=300)
+"""
+
+
+def traces(mark: str) -> set[str]:
+    """The machine's processes with this mark in their environment."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.add((path.parent / "comm").read_text().strip())
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def surroundings() -> tuple[set[Path], str, set[Path]]:
+    """What a cluster could leave on the machine besides processes: network devices, mounts, cgroups."""
+    mounts = Path("/proc/self/mounts").read_text()
+    return set(Path("/sys/class/net").iterdir()), mounts, set(Path("/sys/fs/cgroup").rglob("*slurm*"))
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_test_leaves_nothing(cluster: Cluster, tmp_path: Path, end: signal.Signals) -> None:
+    """A second pytest, with a cluster beside this one's, is stopped in the middle of a test with a running job."""
+    mark, before, temporary = uuid.uuid4().hex, surroundings(), tmp_path / "temporary"
+    temporary.mkdir()
+    (tmp_path / "test_it.py").write_text(A_TEST_IN_THE_MIDDLE)
+    words = ["-c", jobs.ROOT / "pyproject.toml", "--basetemp", tmp_path / "base", "-p", "no:cacheprovider"]
+    said = tmp_path / "said"
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pytest", *words, tmp_path / "test_it.py"],
+        cwd=tmp_path,
+        env=jobs.environment(MARK=mark, TMPDIR=str(temporary), PYTHONPATH=str(jobs.ROOT)),
+        stdout=said.open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    with run:
+        until(lambda: (tmp_path / "in-the-middle").exists() or run.poll() is not None, "the test's middle", 60)
+        assert run.poll() is None, said.read_text()
+        assert {"slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged", "sleep"} <= traces(mark)
+        os.killpg(run.pid, end)
+        run.wait(timeout=30)
+    until(lambda: not traces(mark), "the end of all its processes", 10)
+    assert list(temporary.iterdir()) == []
+    assert surroundings() == before
+    assert cluster.all_idle()
