@@ -78,6 +78,13 @@ if [[ $want == *" test "* ]] && have apt-get && [ "$(id -u)" = 0 ]; then
     done
     compgen -G "/usr/lib/*/pmix2/lib/libpmix.so.2" >/dev/null || absent+=(libpmix2)     # for srun --mpi=pmix
     ((${#absent[@]} == 0)) || need "Slurm, munge and MariaDB, for the tests on a cluster" "${absent[@]}"
+    hadoop=()       # what Hadoop needs besides its own jars, which tests/hdfs.py fetches
+    for package in default-jre-headless libjetty9-java libservlet-api-java libjersey1-{core,server,servlet,json}-java \
+        libjackson2-{core,databind,annotations}-java libhttpclient-java libhttpcore-java libcommons-{codec,daemon}-java \
+        libjaxb-api-java libjsr311-api-java libleveldb-api-java; do
+        [ "$(dpkg-query -Wf '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || hadoop+=("$package")
+    done
+    ((${#hadoop[@]} == 0)) || need "Java and Jetty, for the tests on HDFS" "${hadoop[@]}"
 fi
 sudo=""
 if ((${#packages[@]})); then

@@ -14,7 +14,7 @@ from hpc_train.train import storage
 from tests import jobs
 from tests.hdfs import Hdfs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first time 119 MB are fetched
 NUM_BYTES = (128 << 20) + 1
 CLIENTS = ["webhdfs", "hdfs"]
 

@@ -12,6 +12,7 @@ import pytest
 from tests.cluster.slurm import NODES, Cluster, until
 from tests.hdfs import Hdfs
 
+pytestmark = pytest.mark.timeout(900)  # the first time 119 MB are fetched
 HEAD = "10.77.0.254"
 NUM_BYTES = (64 << 20) + 1
 STAGE = ["srun", "--nodes=4", "--ntasks-per-node=1", "--mpi=pmix", "hpc-train", "stage"]
