@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hdfs_native
 import pytest
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpc-train" / "hadoop-3.3.6"
@@ -186,6 +185,8 @@ class Hdfs:
         subprocess.run(words, check=True, timeout=120)
 
     def names(self, folder: str) -> list[str]:
+        import hdfs_native  # only those tests need it
+
         return [status.path for status in hdfs_native.Client(self.rpc).list_status(folder)]
 
     def wait_for_datanodes(self) -> None:
