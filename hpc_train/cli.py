@@ -48,16 +48,19 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("dataset", type=click.Choice(["mnist-5k", "fashion-mnist", "mnist"]))
-@click.argument("output", type=click.Path(path_type=Path, dir_okay=True))
+@click.argument("output", metavar="FILE|URL")
 @click.option(
     "--from", "origin", type=click.Path(path_type=Path, exists=False), help="Folder or file the data comes from."
 )
 @click.option("--overwrite", is_flag=True, help="Make the output again if it exists.")
-def prepare(dataset: str, output: Path, origin: Path | None, overwrite: bool) -> None:
+def prepare(dataset: str, output: str, origin: Path | None, overwrite: bool) -> None:
     """Write a data set to HDF5, on one rank or in parallel under mpirun.
+
+    A URL (webhdfs://, hdfs://, s3://) gets a file that is made in $TMPDIR first.
 
     \b
     Example: mpirun -n 2 hpc-train prepare fashion-mnist data/fashion-mnist.h5
+             hpc-train prepare mnist-5k webhdfs://namenode:9870/data/mnist-5k.h5
     """
     _require("h5py")
     from hpc_train.train.context import open_context
@@ -66,6 +69,34 @@ def prepare(dataset: str, output: Path, origin: Path | None, overwrite: bool) ->
         from hpc_train.train.prepare import prepare as write
 
         write(dataset, origin, output, context, overwrite)
+
+
+@cli.command()
+@click.argument("source", metavar="URL|FILE")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up when no byte comes for so long.",
+)
+def stage(source: str, folder: Path, wait_s: float) -> None:
+    """Copy a file to DIR on every node, once a node; reuse it where it is whole. Its path is the last line printed.
+
+    \b
+    Example: srun --ntasks-per-node=1 hpc-train stage webhdfs://namenode:9870/data/mnist-5k.h5 "$TMPDIR"
+             srun hpc-train train configs/softmax-mnist.toml --set data.file="$TMPDIR/mnist-5k.h5"
+    """
+    _require("fsspec")
+    from hpc_train.train.context import open_context
+
+    with open_context(use_mpi=launched_rank() is not None) as context:
+        from hpc_train.train.stage import stage as copy
+
+        copy(source, folder, context, wait_s)
 
 
 @cli.command()

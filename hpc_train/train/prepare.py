@@ -8,11 +8,12 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter_ns
 from typing import IO, Any
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
+from hpc_train.train import storage
 from hpc_train.train.context import Context, known_to_all, parallel_file_options, require_one_mpi
 from hpc_train.train.progress import StepProgress
 
@@ -181,18 +183,64 @@ def _idx_array(path: Path, num_dimensions: int) -> Array:
 # -------------------------------------------------------------------------------------- writing
 
 
-def prepare(name: str, origin: Path | None, output: Path, context: Context, overwrite: bool = False) -> None:
-    """Collective. Writes data set `name` to `output`: temporary name, collective writes, read back, mark, rename.
+def prepare(name: str, origin: Path | None, output: Path | str, context: Context, overwrite: bool = False) -> None:
+    """Collective. Writes data set `name` to `output`, a path or a URL; a complete one is left alone unless `overwrite`.
 
-    An output that is already complete is left alone unless `overwrite`. Raises `UserError`.
+    Raises `UserError`.
     """
     if context.comm is not None:
         context.on_all(_require_parallel_hdf5)
     source = context.on_all(lambda: SOURCES[name](origin))
-    if context.on_root(lambda: _already_there(source, output, overwrite)):
+    url = output if isinstance(output, str) and storage.is_url(output) else None
+    if context.on_root(
+        lambda: _already_at(source, url, overwrite) if url else _already_there(source, Path(output), overwrite)
+    ):
         if context.world.is_root:
-            print(f"{output} is complete: {source.title}, {source.num_rows:,} rows (--overwrite makes it again)")
-        return
+            shown = storage.without_secrets(url) if url else output
+            print(f"{shown} is complete: {source.title}, {source.num_rows:,} rows (--overwrite makes it again)")
+    elif url:
+        _make_and_upload(source, url, context)
+    else:
+        _make(source, Path(output), context)
+
+
+def _make_and_upload(source: Source, url: str, context: Context) -> None:
+    """Collective. HDF5 needs a file that can be written anywhere, which no URL is: it is made in $TMPDIR."""
+    with TemporaryDirectory(prefix="hpc-train-") if context.world.is_root else nullcontext("") as mine:
+        folder = Path(context.on_root(lambda: mine))
+        context.on_all(lambda: _require_shared(folder))
+        made = folder / url.rpartition("/")[2]
+        context.on_root(lambda: _already_there(source, made, overwrite=True))
+        _make(source, made, context)
+        context.on_root(lambda: storage.upload(made, url))
+        if context.world.is_root:
+            print(f"{storage.without_secrets(url)}: written, read back and equal; its .sha256 beside it", flush=True)
+
+
+def _require_shared(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not seen by all nodes", "Set TMPDIR to a shared folder, or prepare on one node.")
+
+
+def _already_at(source: Source, url: str, overwrite: bool) -> bool:
+    if url.endswith("/"):
+        raise UserError(f"{storage.without_secrets(url)} is a folder", "Name the HDF5 file to write in it.")
+    if overwrite:
+        return False
+    with storage.opened(url) as found:
+        if found is None:
+            return False
+        with suppress(OSError), h5py.File(found, "r") as file:
+            if file.attrs.get("title") == source.title and file.attrs.get("complete", False):
+                return True
+    raise UserError(
+        f"{storage.without_secrets(url)} exists and is not a complete {source.title}",
+        "Name another file, or add --overwrite.",
+    )
+
+
+def _make(source: Source, output: Path, context: Context) -> None:
+    """Collective. Temporary name, collective writes, read back, mark, rename."""
     unfinished = output.with_name(f".{output.name}.partial")
     began_ns = perf_counter_ns()
     try:
