@@ -51,9 +51,9 @@ def open_reducer(settings: config.Reduce, model: nn.Module, context: Context) ->
     elif hvd is None:
         yield Mpi(model, context)
     else:
-        hvd.init()
+        if not hvd.is_initialized():
+            hvd.init()  # once: with both of its settings below fixed, a second time crashes. It ends with the process
         yield Horovod(hvd, model)
-        hvd.shutdown()
 
 
 def _require_one_process(size: int) -> None:
@@ -75,7 +75,7 @@ class Local:
 
 
 class Bucket:
-    """Parameters whose gradients travel as one message `tensor`: several copied together, or a large one in place.
+    """Parameters whose gradients travel as one message: several copied together, or a large one in place.
 
     What is in which bucket, and so the order of every sum, depends on the model alone. Horovod's own fusion goes by
     what happens to be ready, and on three or more ranks two runs of one job then differ in their last bits.
@@ -83,32 +83,26 @@ class Bucket:
 
     def __init__(self, name: str, parameters: list[nn.Parameter], num_notes: int = 0) -> None:
         self.name, self.parameters = name, parameters
-        self.num_missing = len(parameters)
         self._flat: torch.Tensor | None = None
         if num_notes or len(parameters) > 1:
             first = parameters[0] if parameters else torch.zeros(0)
             sizes = [parameter.numel() for parameter in parameters]
             self._flat = torch.zeros(sum(sizes) + num_notes, dtype=first.dtype, device=first.device)
             *views, self.notes = self._flat.split([*sizes, num_notes])
+            self._gradients = self._flat[: sum(sizes)]
             self._views = [view.view_as(p) for view, p in zip(views, parameters, strict=True)]
 
-    @property
-    def tensor(self) -> torch.Tensor:
-        gradient = self._flat if self._flat is not None else self.parameters[0].grad
-        assert gradient is not None
-        return gradient
-
-    def add(self, index: int) -> bool:
-        """Takes in a parameter's gradient, zeros where this rank did not use it; whether it was the last missing."""
-        parameter = self.parameters[index]
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        if self._flat is not None:
-            parameter.grad = self._views[index].copy_(parameter.grad)
-        elif not parameter.grad.is_contiguous():
-            parameter.grad = parameter.grad.contiguous()
-        self.num_missing -= 1
-        return self.num_missing == 0
+    def fill(self) -> torch.Tensor:
+        """The message, with the gradients of this step in it; zeros where this rank did not use a parameter."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        if self._flat is None:
+            self.parameters[0].grad = gradients[0].contiguous()
+            return self.parameters[0].grad
+        if gradients:
+            torch.cat([gradient.reshape(-1) for gradient in gradients], out=self._gradients)
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            parameter.grad = view
+        return self._flat
 
 
 class _Bucketed:
@@ -120,11 +114,6 @@ class _Bucketed:
 
     def share(self, loss: torch.Tensor, stop: bool, save: bool) -> None:
         self._notes[:] = loss.item(), stop, save
-
-    def _told(self) -> Shared:
-        for bucket in self.buckets:
-            bucket.num_missing = len(bucket.parameters)
-        return Shared(*self._notes.tolist())
 
 
 def make_buckets(model: nn.Module, num_notes: int) -> list[Bucket]:
@@ -158,10 +147,8 @@ class Mpi(_Bucketed):
 
     def wait(self) -> Shared:
         for bucket in self.buckets:
-            for index in range(len(bucket.parameters)):
-                bucket.add(index)
-            self._context.sum_array(bucket.tensor.numpy())
-        return self._told()
+            self._context.sum_array(bucket.fill().numpy())
+        return Shared(*self._notes.tolist())
 
 
 class Horovod(_Bucketed):
@@ -176,28 +163,28 @@ class Horovod(_Bucketed):
         self._hvd = hvd
         self._handles: list[int] = []
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-        for bucket in self.buckets:
-            for index, parameter in enumerate(bucket.parameters):
-                parameter.register_post_accumulate_grad_hook(partial(self._ready, bucket, index))
+        self._num_missing = [len(bucket.parameters) for bucket in self.buckets]
+        for index, bucket in enumerate(self.buckets):
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(partial(self._ready, index))
 
-    def _ready(self, bucket: Bucket, index: int, parameter: torch.Tensor) -> None:
-        if bucket.add(index):
-            self._send(bucket)
+    def _ready(self, index: int, parameter: torch.Tensor) -> None:
+        self._num_missing[index] -= 1
+        if self._num_missing[index] == 0:
+            self._send(self.buckets[index])
 
     def _send(self, bucket: Bucket) -> None:
-        self._handles.append(self._hvd.allreduce_async_(bucket.tensor, name=bucket.name, op=self._hvd.Sum))
+        self._handles.append(self._hvd.allreduce_async_(bucket.fill(), name=bucket.name, op=self._hvd.Sum))
 
     def wait(self) -> Shared:
-        for bucket in self.buckets:
-            if bucket.num_missing or not bucket.parameters:
-                for index, parameter in enumerate(bucket.parameters):
-                    if parameter.grad is None:  # unused on this rank; the others wait for it all the same
-                        bucket.add(index)
-                self._send(bucket)
+        for index, bucket in enumerate(self.buckets):
+            if self._num_missing[index] or not bucket.parameters:
+                self._send(bucket)  # with parameters that this rank did not use; the others wait for them all the same
+            self._num_missing[index] = len(bucket.parameters)
         for handle in self._handles:
             self._hvd.synchronize(handle)
         self._handles.clear()
-        return self._told()
+        return Shared(*self._notes.tolist())
 
 
 def _load_horovod(settings: config.Reduce) -> Any:
