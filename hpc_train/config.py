@@ -85,7 +85,9 @@ class Energy(_Section):
 class Run(_Section):
     root: Text = "runs"
     progress: Literal["auto", "bar", "plain"] = "auto"
-    stall_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 300.0  # a rank this late ends the job; 0: never
+    # A rank this late ends the job; 0: never. Later than Slurm's own 300 s, after which it requeues a job whose node is
+    # gone: a job that ended by itself before that has failed, and does not come back.
+    stall_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0
 
 
 class Config(_Section):

@@ -1,0 +1,148 @@
+"""Saving and reading back, without a job around it."""
+
+import threading
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_train import config
+from hpc_train.errors import UserError
+from hpc_train.rundir import RunDir
+from hpc_train.train import checkpoint
+from hpc_train.train.checkpoint import Saver, Unusable
+from hpc_train.train.context import Context
+from hpc_train.world import World
+
+FACTS = {"size": 1, "global_batch": 8, "num_samples": 100}
+
+
+def saver(path: Path, said: list[str] | None = None, **settings: object) -> Saver:
+    run = RunDir(path)
+    run.checkpoints_dir.mkdir(exist_ok=True)
+    chosen = config.Checkpoint.model_validate(settings)
+    return Saver(run, chosen, FACTS, is_root=True, say=(said if said is not None else []).append)
+
+
+def trained(
+    width: int = 8, optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
+    chosen = optimizer(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.randn(4, width)).square().sum().backward()
+        chosen.step()
+        chosen.zero_grad()
+    return model, chosen
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_what_is_read_is_what_was_saved(tmp_path: Path, optimizer: type[torch.optim.Optimizer]) -> None:
+    model, chosen = trained(optimizer=optimizer)
+    with saver(tmp_path) as saves:
+        assert saves.save_now(7, model, chosen) == f"Saved: {tmp_path}/checkpoints/step-00000007."
+    again, other = trained(optimizer=optimizer)
+    state, facts = checkpoint.read_newest(RunDir(tmp_path), again, print)
+    checkpoint.restore(state, again, other, Context(World()))
+    assert facts["step"] == 7 and facts["global_batch"] == 8
+    for ours, theirs in zip(again.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    model(torch.ones(4, 8)).sum().backward()
+    again(torch.ones(4, 8)).sum().backward()
+    chosen.step()
+    other.step()
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), "the optimizer's state came back, too"
+
+
+def test_the_configured_learning_rate_wins_over_the_saved_one(tmp_path: Path) -> None:
+    model, chosen = trained()
+    with saver(tmp_path) as saves:
+        saves.save_now(1, model, chosen)
+    lower = torch.optim.AdamW(model.parameters(), lr=0.001)
+    state, _ = checkpoint.read_newest(RunDir(tmp_path), model, print)
+    checkpoint.restore(state, model, lower, Context(World()))
+    assert lower.param_groups[0]["lr"] == 0.001 and len(lower.state) == 4
+
+
+def test_the_caller_waits_for_the_copy_alone_and_the_write_is_finished_at_the_end(tmp_path: Path) -> None:
+    """64 MB, on a disk that takes them slowly: the writer's calls are slowed from outside."""
+    model, chosen = nn.Linear(4000, 4000), torch.optim.SGD(nn.Linear(1, 1).parameters())
+    release = threading.Event()
+    original = checkpoint._sync
+    checkpoint._sync = lambda folder: (release.wait(20), original(folder))[1]
+    said: list[str] = []
+    try:
+        copies = []
+        for _ in range(5):
+            began_s = perf_counter()
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+            copies.append(perf_counter() - began_s)
+        with saver(tmp_path, said) as saves:
+            began_s = perf_counter()
+            saves.save(1, model, chosen)
+            took_s = perf_counter() - began_s
+            assert not RunDir(tmp_path).checkpoint(1).exists(), "still being written"
+            saves.save(2, model, chosen)
+            assert "Checkpoint of step 2 left out" in said[0], "a second one does not wait for the first"
+            release.set()
+        assert RunDir(tmp_path).checkpoint(1).exists(), "finished before the end"
+    finally:
+        checkpoint._sync = original
+    assert took_s < 10 * max(copies) + 0.1, (took_s, copies)
+    checkpoint.read(RunDir(tmp_path).checkpoint(1))
+
+
+def test_weights_that_are_no_numbers_never_displace_good_ones(tmp_path: Path) -> None:
+    model, chosen = trained()
+    said: list[str] = []
+    with saver(tmp_path, said, keep=1) as saves:
+        saves.save_now(1, model, chosen)
+        with torch.no_grad():
+            next(model.parameters())[0, 0] = float("nan")
+        saves.save(2, model, chosen)
+    assert "holds NaN or infinity" in said[0]
+    assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000001"]
+
+
+def test_the_newest_are_kept_and_nothing_is_saved_where_none_is_wanted(tmp_path: Path) -> None:
+    model, chosen = trained()
+    with saver(tmp_path, keep=2) as saves:
+        for step in (1, 2, 3, 12):
+            saves.save_now(step, model, chosen)
+    assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000012", "step-00000003"]
+    with saver(tmp_path, keep=0, every_steps=1) as saves:
+        assert not saves.is_step(20) and not saves.is_time
+        assert "Nothing is saved" in saves.save_now(20, model, chosen)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_time_and_steps_ask_for_checkpoints(tmp_path: Path) -> None:
+    often = saver(tmp_path, every_steps=5, every_minutes=0)
+    assert [step for step in range(1, 12) if often.is_step(step)] == [5, 10] and not often.is_time
+    assert saver(tmp_path, every_minutes=1e-9).is_time and not saver(tmp_path, every_minutes=1).is_time
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "harm",))
+
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.parent.mkdir()
+    checkpoint.write(folder, {"model": {}, "optimizer": {}, "harm": Harm()}, {"step": 1, **FACTS})
+    with pytest.raises(Unusable, match=r"holds no tensors"):
+        checkpoint.read(folder)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_no_checkpoint_at_all_is_a_beginning_and_none_that_is_good_an_error(tmp_path: Path) -> None:
+    model, chosen = trained()
+    assert checkpoint.read_newest(RunDir(tmp_path), model, print) == ({}, {})
+    with saver(tmp_path) as saves:
+        saves.save_now(3, model, chosen)
+    (RunDir(tmp_path).checkpoint(3) / "checkpoint.json").write_text("[]")
+    with pytest.raises(UserError, match="no checkpoint of"):
+        checkpoint.read_newest(RunDir(tmp_path), model, print)
