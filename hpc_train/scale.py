@@ -15,12 +15,13 @@ from statistics import fmean
 from time import monotonic
 
 from hpc_train import rundir, slurm
-from hpc_train.config import Config, Loaded, comparable, dumps, load
+from hpc_train.config import Config, Loaded, dumps, load, same_job
 from hpc_train.errors import UserError
 from hpc_train.rundir import RunDir, write_atomic
 from hpc_train.slurm import Site
+from hpc_train.train.progress import duration
+from hpc_train.train.stop import CONTINUE
 
-EX_TEMPFAIL = 75  # hpc-train stopped on request, with a checkpoint
 _SIZE = re.compile(r"-np(\d+)(?:[-.]|$)")
 _PATIENCE_S = 60.0  # for a checkpoint, after an interruption
 Say = Callable[[str], None]
@@ -77,12 +78,10 @@ def plan(loaded: Loaded, sizes: list[int], repeats: int, in_queue: set[str] | No
 
 
 def _is_of(run: RunDir, config: Config) -> bool:
-    """Whether a run directory is of this job: the same in all that is compared, and in length."""
     try:
-        other = load(run.config).config
+        return same_job(load(run.config).config, config)
     except UserError:
         return False
-    return comparable(other) == comparable(config) and other.train.steps == config.train.steps
 
 
 def _is_complete(run: RunDir) -> bool:
@@ -121,6 +120,7 @@ def run_here(study: Study, say: Say) -> list[str]:
             f"Note: {names} ranks share {cores} cores here and wait for each other; that measures this machine's limit,"
             " not how the job scales."
         )
+    began = monotonic()
     failed: dict[int, str] = {}
     spent: dict[int, list[float]] = {}
     for index, (size, repeat) in enumerate(study.todo):
@@ -129,27 +129,25 @@ def run_here(study: Study, say: Say) -> list[str]:
             say(f"{what}: left out, this size has failed")
             continue
         run = study.run_directory(size)
-        say(f"{what}{_time_left(study.todo[index:], failed, spent)}")
-        began = monotonic()
+        left_s = _time_left_s([size for size, _ in study.todo[index:] if size not in failed], spent)
+        say(f"{what} ({duration(monotonic() - began)} so far{f', about {duration(left_s)} left' * (left_s > 0)})")
+        started = monotonic()
         code = _mpirun(study.loaded.config, size, cores, run)
-        took = monotonic() - began
+        took_s = monotonic() - started
         if code == 0 and _is_complete(run):
-            spent.setdefault(size, []).append(took)
-            say(f"  done in {_duration(took)}: {run.path}")
+            spent.setdefault(size, []).append(took_s)
+            say(f"  done in {duration(took_s)}: {run.path}")
         else:
-            reason = "stopped on request" if code == EX_TEMPFAIL else f"exit code {code}"
-            failed[size] = f"{_ranks(size)}: {reason}, see {run.path / 'mpirun.log'}"
-            say(f"  failed after {_duration(took)} ({reason}); its last words:\n{_tail(run.path / 'mpirun.log')}")
+            reason = "stopped on request" if code == CONTINUE else f"exit code {code}"
+            failed[size] = f"{_ranks(size)}: {reason}, see {_log(run)}"
+            say(f"  failed after {duration(took_s)} ({reason}); its last words:\n{_tail(_log(run))}")
     return list(failed.values())
 
 
-def _time_left(todo: list[tuple[int, int]], failed: dict[int, str], spent: dict[int, list[float]]) -> str:
-    """An estimate from the runs of this call; a size not run yet is taken to last as long as their mean."""
+def _time_left_s(todo: list[int], spent: dict[int, list[float]]) -> float:
+    """An estimate from the runs of this call, 0 without any; a new size is taken to last as long as their mean."""
     known = [seconds for each in spent.values() for seconds in each]
-    if not known:
-        return ""
-    left = sum(fmean(spent.get(size, known)) for size, _ in todo if size not in failed)
-    return f" (about {_duration(left)} left)"
+    return sum(fmean(spent.get(size, known)) for size in todo) if known else 0.0
 
 
 def mpirun_words(num_ranks: int, num_threads: int, cores: int) -> list[str]:
@@ -161,11 +159,13 @@ def mpirun_words(num_ranks: int, num_threads: int, cores: int) -> list[str]:
 
 
 def _mpirun(config: Config, num_ranks: int, cores: int, run: RunDir) -> int:
-    """Trains in `run` to the end, output to its mpirun.log. An interruption lets the ranks save a checkpoint."""
+    """Trains in `run` to the end, output to its log. An interruption lets the ranks save a checkpoint."""
     program = Path(sys.executable).with_name("hpc-train")
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    num_threads = config.train.threads or (int(told) if told.isdecimal() else 0) or 1
     words = ["train", str(run.config), "--resume", str(run.path)]
-    command = [*mpirun_words(num_ranks, config.train.threads or 1, cores), str(program), *words]
-    with (run.path / "mpirun.log").open("ab") as log:
+    command = [*mpirun_words(num_ranks, num_threads, cores), str(program), *words]
+    with _log(run).open("ab") as log:
         # A process group of its own: Ctrl-C reaches this process alone, which then ends the ranks in good order.
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
         try:
@@ -198,6 +198,10 @@ def num_cores() -> int:
     return len(shared)
 
 
+def _log(run: RunDir) -> Path:
+    return run.path / "mpirun.log"
+
+
 def _tail(path: Path, num_lines: int = 8) -> str:
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     return "\n".join(f"    {line}" for line in lines[-num_lines:])
@@ -205,12 +209,6 @@ def _tail(path: Path, num_lines: int = 8) -> str:
 
 def _ranks(count: int) -> str:
     return "1 rank" if count == 1 else f"{count} ranks"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 # ---------------------------------------------------------------------------------------------- Slurm

@@ -26,7 +26,9 @@ from hpc_train.rundir import RunDir, write_atomic
 _FOLDERS = (Path(__file__).parent / "shipped" / "slurm", Path(__file__).parents[1] / "slurm")
 _BEGIN, _END = "# ---- settings", "# ---- end of settings\n"
 _ANSWER_S = 120.0  # longest wait for Slurm's controller
-_TIME = re.compile(r"(?:(?P<days>\d{1,3})-)?(?P<first>\d{1,6})(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?")
+_TIME = re.compile(
+    r"(?:(?P<days>[0-9]{1,3})-)?(?P<first>[0-9]{1,6})(?::(?P<second>[0-9]{1,2}))?(?::(?P<third>[0-9]{1,2}))?"
+)
 
 
 def time_limit_s(text: str) -> int:
