@@ -172,7 +172,7 @@ def test_shipped_profiles_load_and_render(path: Path) -> None:
 
 def test_every_key_is_explained() -> None:
     text = (jobs.ROOT / "slurm/README.md").read_text()
-    assert [key for key in Site.model_fields if f"| `{key}`" not in text] == []
+    assert [key for key in Site.model_fields if f"| `{key}` |" not in text] == []
     for path in SITES:
         assert f"`{path.name}`" in text
 
