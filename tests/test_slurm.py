@@ -6,6 +6,7 @@ The scripts run here under bash with stand-ins for srun, squeue and scontrol; te
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -366,3 +367,17 @@ def test_what_cannot_be_submitted_leaves_no_run(
     done = submit(tmp_path, *words, sbatch=sbatch)
     assert done.code == 2 and said in done.err, done.err
     assert not list(tmp_path.glob("**/config.toml"))
+
+
+def test_the_commands_of_its_readme_run_as_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(jobs.CONFIGS)
+    stand_in(tmp_path / "bin", "sbatch", SBATCH)
+    path = f"{tmp_path / 'bin'}:{jobs.HPC_TRAIN.parent}:{os.environ['PATH']}"
+    env = jobs.environment(PATH=path, RECORD=str(tmp_path))
+    text = (jobs.ROOT / "slurm/README.md").read_text()
+    lines = [line[2:] for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    ran = [shlex.split(line) for line in lines if line.startswith("hpc-train ")]
+    for words in ran:
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, f"$ {words}\n{done.stdout}{done.stderr}"
+    assert {words[1] for words in ran} == {"prepare", "submit", "scale"}
