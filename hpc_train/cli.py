@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 import socket
 import sys
 import traceback
@@ -136,6 +137,103 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
         sys.exit(code)
 
 
+_site = click.option("--site", metavar="NAME", help="Site profile: a shipped name, or the path of your own.")
+_time = click.option("--time", metavar="TIME", help="Time limit, as sbatch takes it: 90, 12:00:00, 1-12:00:00.")
+
+
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--nodes", type=click.IntRange(min=1), required=True, help="How many nodes to ask for.")
+@_site
+@_time
+@click.option("--dry-run", is_flag=True, help="Print the job script, and touch nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print job, run directory and script as JSON.")
+@_overrides
+def submit(
+    config: Path,
+    nodes: int,
+    site: str | None,
+    time: str | None,
+    dry_run: bool,
+    as_json: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Train as CONFIG says as a Slurm job, which goes on by itself after an interruption.
+
+    \b
+    Example: hpc-train submit configs/mlp-mnist.toml --nodes 4 --site generic --time 2:00:00 --dry-run
+    """
+    from hpc_train import slurm
+
+    loaded, profile = load(_job_file(config), overrides), slurm.load_site(site or "generic")
+    num_ranks = nodes * profile.ranks_per_node
+    if dry_run:
+        run = Path(loaded.config.run.root) / loaded.config.name / f"TIME-np{num_ranks}"
+        click.echo(slurm.script_for(loaded, profile, run, num_ranks, time), nl=False)
+        return
+    queued = slurm.submit(loaded, profile, num_ranks, time)
+    if as_json:
+        click.echo(json.dumps({"job": queued.job, "run": str(queued.run), "script": str(queued.script)}))
+        return
+    click.echo(f"Job {queued.job}: {num_ranks} rank{'s' * (num_ranks != 1)} on {nodes} node{'s' * (nodes != 1)}")
+    click.echo(f"Run directory: {queued.run}")
+    click.echo(f"When it starts:   squeue --start --job {queued.job}")
+    click.echo(f"What it says:     tail -f {shlex.quote(str(queued.run / f'job-{queued.job}.out'))}")
+    click.echo(f"How it did:       hpc-train report {shlex.quote(str(queued.run))}")
+
+
+def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+    sizes = sorted({int(part) for part in value.split(",") if part.strip().isdecimal()})
+    if not sizes or sizes[0] < 1 or not all(part.strip().isdecimal() for part in value.split(",")):
+        raise click.BadParameter("write numbers of ranks, such as 1,2,4,8")
+    return sizes
+
+
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--ranks", callback=_sizes, required=True, metavar="N,N,...", help="Numbers of ranks to compare.")
+@click.option("--weak", is_flag=True, help="Keep the batch of each rank, so that work grows with the ranks.")
+@click.option("--repeat", type=click.IntRange(1, 1000), default=1, show_default=True, help="Runs of each size.")
+@_site
+@_time
+@_overrides
+def scale(
+    config: Path,
+    ranks: list[int],
+    weak: bool,
+    repeat: int,
+    site: str | None,
+    time: str | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Train CONFIG at several sizes and report how it scales: with mpirun here, or with --site as Slurm jobs.
+
+    Called again, it runs only what is missing.
+
+    \b
+    Example: hpc-train scale configs/mlp-mnist.toml --ranks 1,2 --repeat 2 --set train.steps=200
+    """
+    from hpc_train import scale, slurm
+
+    loaded = load(_job_file(config), overrides)
+    if weak:
+        batch = scale.weak_batch(loaded.config, ranks)
+        loaded = load(_job_file(config), (*overrides, f"train.batch_per_rank={batch}"))
+        click.echo(f"Weak scaling: {batch} samples a rank in each step (train.batch_per_rank)")
+    profile = slurm.load_site(site) if site else None
+    study = scale.plan(loaded, ranks, repeat, slurm.waiting_jobs() if profile else None)
+    click.echo(f"Study: {study.folder}: {study.num_complete} runs complete, {len(study.todo)} to do")
+    if profile:
+        job = scale.submit_all(study, profile, time, click.echo)
+        click.echo(f"Job {job} reports at the end: {study.folder / f'job-{job}.out'}")
+        return
+    failed = scale.run_here(study, click.echo)
+    _report((study.folder,), None, as_json=False)
+    if failed:
+        click.echo("\n".join(["Failed:", *failed, "The same command again runs what is missing."]), err=True)
+        sys.exit(1)
+
+
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for report.html, scaling.csv and summary.json.")
@@ -146,12 +244,15 @@ def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     \b
     Example: hpc-train report runs/softmax-mnist
     """
+    if not launched_rank():  # under mpirun one rank reports
+        _report(runs, output, as_json)
+
+
+def _report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     from rich.console import Console
 
     from hpc_train.analysis.report import default_output, make_report
 
-    if launched_rank():  # under mpirun one rank reports
-        return
     made = make_report(list(runs))
     if as_json:
         click.echo(json.dumps(made.to_dict(), indent=2))

@@ -12,29 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpc_train import __version__
+from hpc_train import __version__, environment
 from hpc_train.records import SCHEMA
 from hpc_train.train.context import Context, mpi_version
-
-# By name, so that no secret of the environment ends up in a run directory that people pass around.
-SLURM_VARIABLES = (
-    "SLURM_JOB_ID",
-    "SLURM_JOB_NAME",
-    "SLURM_JOB_PARTITION",
-    "SLURM_JOB_NODELIST",
-    "SLURM_JOB_NUM_NODES",
-    "SLURM_NTASKS",
-    "SLURM_NTASKS_PER_NODE",
-    "SLURM_CPUS_PER_TASK",
-    "SLURM_GPUS_ON_NODE",
-    "SLURM_CLUSTER_NAME",
-    "SLURM_RESTART_COUNT",
-    "SLURM_ARRAY_JOB_ID",
-    "SLURM_ARRAY_TASK_ID",
-    "SLURM_STEP_ID",
-    "SLURM_CPU_BIND",
-    "SLURM_DISTRIBUTION",
-)
 
 
 @dataclass(frozen=True)
@@ -100,7 +80,8 @@ def describe(context: Context, places: list[RankPlace]) -> dict[str, Any]:
         "versions": _versions(),
         "mpi": mpi_version() if context.comm is not None else {},
         "git": git_state(Path.cwd()),
-        "slurm": {name: os.environ[name] for name in SLURM_VARIABLES if name in os.environ},
+        "slurm": environment.recorded_slurm(os.environ),
+        "environment": environment.recorded(os.environ),
     }
 
 

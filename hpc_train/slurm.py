@@ -1,0 +1,348 @@
+"""Jobs for Slurm: a script rendered from slurm/train.sbatch and a site profile, and its way into the queue."""
+
+import difflib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hpc_train import rundir
+from hpc_train.config import Loaded, Text, dumps
+from hpc_train.environment import looks_secret
+from hpc_train.errors import UserError
+from hpc_train.rundir import RunDir, write_atomic
+
+# slurm/ inside an installed wheel, or of the checkout
+_FOLDERS = (Path(__file__).parent / "shipped" / "slurm", Path(__file__).parents[1] / "slurm")
+_BEGIN, _END = "# ---- settings", "# ---- end of settings\n"
+_ANSWER_S = 120.0  # longest wait for Slurm's controller
+_TIME = re.compile(
+    r"(?:(?P<days>[0-9]{1,3})-)?(?P<first>[0-9]{1,6})(?::(?P<second>[0-9]{1,2}))?(?::(?P<third>[0-9]{1,2}))?"
+)
+
+
+def time_limit_s(text: str) -> int:
+    """Seconds of a time limit as sbatch writes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ValueError."""
+    found = _TIME.fullmatch(text)
+    if found is None:
+        raise ValueError("should be a time limit such as 90 (minutes), 12:00:00 or 1-12:00:00")
+    days, *parts = (int(part) if part else 0 for part in found.groups())
+    if found["days"] is None and found["third"] is None:  # M or M:S
+        parts = [0, *parts[:2]]
+    return ((days * 24 + parts[0]) * 60 + parts[1]) * 60 + parts[2]
+
+
+def _time_limit(text: str) -> str:
+    if time_limit_s(text) <= 0:
+        raise ValueError("should be more than nothing")
+    return text
+
+
+# sbatch's own lines know no reliable quoting: what stands in them is made of characters that need none.
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:+/@=,-]*$", max_length=200)]
+Constraint = Annotated[str, Field(pattern=r"^[A-Za-z0-9\[(][A-Za-z0-9._:+=,&|!*()\[\]-]*$", max_length=200)]
+Option = Annotated[str, Field(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9._:+/@=,&|*()\[\]%~-]+)?$", max_length=200)]
+Time = Annotated[str, AfterValidator(_time_limit)]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Count = Annotated[int, Field(ge=1, le=10**6)]
+
+
+class Site(BaseModel):
+    """What a job script must know of a system; made by `load_site`. Keys are explained in slurm/README.md."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Constraint | None = None
+    time: Time = "01:00:00"
+    ranks_per_node: Count = 1
+    cores_per_rank: Count | None = None
+    gpus_per_node: Count | None = None
+    sbatch: list[Option] = []
+    signal_s: Annotated[int, Field(ge=10, le=65535)] = 120
+    modules: list[Text] = []
+    venv: Text | None = None
+    scratch: Text | None = None
+    launcher: Literal["srun", "mpirun"] = "srun"
+    mpi: Word = "pmix"
+    bind: list[Text] = []
+    energy: Literal["auto", "slurm"] = "auto"
+    environment: dict[Variable, Text] = {}
+
+    @model_validator(mode="after")
+    def _environment_holds_no_secret(self) -> Self:
+        for name, value in self.environment.items():
+            if looks_secret(name, value):
+                raise ValueError(
+                    f"environment.{name} looks like a secret, and job scripts are kept in run directories: "
+                    "export it in the shell that submits instead"
+                )
+            if name == "OMP_NUM_THREADS":
+                raise ValueError("environment.OMP_NUM_THREADS: threads are cores_per_rank, or train.threads of a job")
+        return self
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run, on how much of the system. Paths are absolute."""
+
+    name: str
+    num_ranks: int
+    words: tuple[str, ...]  # of hpc-train
+    folder: Path  # to run in: a job file's paths are relative to it
+    time: str
+    has_launcher: bool = True  # without one, hpc-train runs as one process on one core
+
+
+def load_site(name: str) -> Site:
+    """The site profile of that name, or of that file where `name` is a path. Raises `UserError` naming the key."""
+    path = _site_file(name)
+    try:
+        site = Site.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "Name a site profile.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}", "See slurm/sites/generic.toml for the form.") from None
+    except ValidationError as error:
+        raise UserError(_explain(error, path), "slurm/README.md explains every key of a site profile.") from None
+    paths = {key: _expanded(value, key, path) for key in ("venv", "scratch") if (value := getattr(site, key))}
+    return site.model_copy(update=paths)
+
+
+def _site_file(name: str) -> Path:
+    if name.endswith(".toml") or os.sep in name:
+        return Path(name)
+    shipped = {path.stem: path for folder in _FOLDERS for path in sorted((folder / "sites").glob("*.toml"))}
+    if name not in shipped:
+        near = difflib.get_close_matches(name, shipped, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"--site {name}: no profile of that name{hint}",
+            f"Shipped profiles: {', '.join(shipped)}. For one of your own give its path: --site ./mysite.toml",
+        )
+    return shipped[name]
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    lines = []
+    for fault in error.errors(include_url=False):
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, Site.model_fields, n=1, cutoff=0.5)
+            lines.append(f"{path.name}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+        elif fault["type"] == "value_error":
+            lines.append(f"{path.name}: {key + ': ' if key else ''}{fault['ctx']['error']}")
+        else:
+            lines.append(f"{path.name}: {key} = {fault['input']!r}: {fault['msg'][:1].lower()}{fault['msg'][1:]}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _expanded(text: str, key: str, path: Path) -> str:
+    """A path with ~ and $NAME of the submitting shell filled in."""
+    full = os.path.expanduser(os.path.expandvars(text))
+    if "$" in full or not os.path.isabs(full):
+        raise UserError(
+            f"{path.name}: {key} = '{text}' is no whole path here: '{full}'",
+            "Write an absolute path; $NAME is filled in from the shell that submits.",
+        )
+    return full
+
+
+# ---------------------------------------------------------------------------------------------- the script
+
+
+def template() -> str:
+    """slurm/train.sbatch, which can be submitted as it is, too."""
+    return next(path for folder in _FOLDERS if (path := folder / "train.sbatch").is_file()).read_text()
+
+
+def render(text: str, site: Site, job: Job) -> str:
+    """The job script: `text` with everything between its settings marks replaced. A pure function."""
+    head, _, rest = text.partition(_BEGIN)
+    _, end, body = rest.partition(_END)
+    assert end, "slurm/train.sbatch has lost its marks"
+    settings = [f"{_BEGIN}, by hpc-train submit", *_sbatch_lines(site, job), *_assignments(site, job)]
+    return head + "\n".join(settings) + "\n" + end + body
+
+
+def _sbatch_lines(site: Site, job: Job) -> list[str]:
+    per_node = min(job.num_ranks, site.ranks_per_node)
+    to_shell = "B:" if site.launcher == "mpirun" else ""  # srun's ranks hear Slurm themselves, mpirun's the shell
+    optional = {
+        "cpus-per-task": site.cores_per_rank,
+        "gpus-per-node": site.gpus_per_node if job.has_launcher else None,
+        "partition": site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "constraint": site.constraint,
+    }
+    options = [
+        f"--job-name={job.name}",
+        f"--nodes={num_nodes(site, job.num_ranks)}",
+        f"--ntasks={job.num_ranks}",
+        f"--ntasks-per-node={per_node}",
+        *(f"--{key}={value}" for key, value in optional.items() if value is not None),
+        f"--time={job.time}",
+        *([f"--signal={to_shell}USR2@{site.signal_s}"] if job.has_launcher else []),
+        *(["--acctg-freq=energy=1"] if site.energy == "slurm" else []),
+        "--output=job-%j.out",  # in the folder that it is submitted from: the run directory
+        "--open-mode=append",
+        "--requeue",
+        *site.sbatch,
+    ]
+    return [f"#SBATCH {option}" for option in options]
+
+
+def num_nodes(site: Site, num_ranks: int) -> int:
+    return -(-num_ranks // site.ranks_per_node)
+
+
+def _assignments(site: Site, job: Job) -> list[str]:
+    assert site.venv is not None
+    values = {**site.environment, **({"TMPDIR": site.scratch} if site.scratch else {})}
+    return [
+        f"folder={_quoted(job.folder)}",
+        f"venv={_quoted(site.venv)}",
+        f"modules=({_joined(site.modules)})",
+        f"launcher=({_joined(_launcher(site, job))})",
+        f"words=({_joined(job.words)})",
+        *(f"export {name}={_quoted(value)}" for name, value in values.items()),
+    ]
+
+
+def _launcher(site: Site, job: Job) -> list[str]:
+    if not job.has_launcher:
+        return ["env"]  # runs its arguments, nothing more
+    if site.launcher == "mpirun":
+        return ["mpirun", "-n", str(job.num_ranks), *site.bind]
+    return ["srun", f"--mpi={site.mpi}", "--kill-on-bad-exit=1", "--unbuffered", *site.bind]
+
+
+def _joined(words: tuple[str, ...] | list[str]) -> str:
+    return " ".join(_quoted(word) for word in words)
+
+
+def _quoted(value: str | Path) -> str:
+    """One word of the shell, whatever it holds. Raises `UserError` for what no script line can hold."""
+    text = str(value)
+    if not text.isprintable():
+        raise UserError(
+            f"{text!r} holds a control character, and cannot stand in a job script", "Rename it, or work elsewhere."
+        )
+    return shlex.quote(text)
+
+
+# ---------------------------------------------------------------------------------------------- the queue
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job in the queue."""
+
+    job: str
+    run: Path
+    script: Path
+
+
+def script_for(loaded: Loaded, site: Site, run: Path, num_ranks: int, time: str | None = None) -> str:
+    """The script of a training run whose directory is `run`. Raises `UserError`."""
+    limit = time or site.time
+    try:
+        _time_limit(limit)
+    except ValueError as error:
+        raise UserError(f"--time {limit}: {error}", "Write it as sbatch does: 90, 12:00:00 or 1-12:00:00") from None
+    if time_limit_s(limit) <= site.signal_s:
+        raise UserError(
+            f"--time {limit}: no longer than the {site.signal_s} s before its end at which the job stops (signal_s)",
+            "Ask for more time, or set signal_s lower in the site profile.",
+        )
+    whole = run.absolute()
+    if set("\\%") & set(str(whole)):  # sbatch reads both as its own in a file name
+        raise UserError(
+            f"{whole}: a run directory for Slurm cannot have \\ or % in its path", "Set run.root elsewhere."
+        )
+    words = ("train", str(whole / "config.toml"), "--resume", str(whole))
+    job = Job(loaded.config.name, num_ranks, words, Path.cwd(), limit)
+    return render(template(), at_home(site), job)
+
+
+def at_home(site: Site) -> Site:
+    """The site with the environment that this very hpc-train runs in, unless the profile names one."""
+    return site.model_copy(update={"venv": site.venv or sys.prefix})
+
+
+def submit(loaded: Loaded, site: Site, num_ranks: int, time: str | None = None) -> Submitted:
+    """Makes a run directory with configuration and script, and queues it. Raises `UserError`, leaving no run."""
+    config = loaded.config
+    run = rundir.create(Path(config.run.root), config.name, num_ranks, datetime.now(UTC))
+    try:
+        return enqueue(loaded, site, run, num_ranks, time)
+    except BaseException:
+        shutil.rmtree(run.path)  # ours, seconds old, and not in the queue
+        raise
+
+
+def enqueue(
+    loaded: Loaded, site: Site, run: RunDir, num_ranks: int, time: str | None = None, after: tuple[str, ...] = ()
+) -> Submitted:
+    """Queues the training run of directory `run`, to start once the jobs `after` have ended in whatever way."""
+    script = run.path / "train.sbatch"
+    content = script_for(loaded, site, run.path, num_ranks, time)
+    write_atomic(run.config, dumps(loaded))
+    write_atomic(script, content)
+    job = sbatch(script, after)
+    record = {"job": job, "submitted": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+    write_atomic(run.path / "submitted.json", json.dumps(record) + "\n")
+    return Submitted(job, run.path, script)
+
+
+def sbatch(script: Path, after: tuple[str, ...] = ()) -> str:
+    """Hands a script to Slurm from its own folder and returns the job's id. Raises `UserError` with Slurm's words."""
+    dependency = [f"--dependency=afterany:{':'.join(after)}"] if after else []
+    answer = _ask("sbatch", "--parsable", *dependency, script.name, cwd=script.parent)
+    return answer.strip().partition(";")[0]  # a federation adds ;cluster
+
+
+def waiting_jobs() -> set[str]:
+    """Ids of this user's jobs that are in the queue or running."""
+    return set(_ask("squeue", "--me", "--noheader", "--format=%A").split())
+
+
+def submitted_job(run: Path) -> str | None:
+    """The id of the job that `run` was last submitted as."""
+    try:
+        record: Any = json.loads((run / "submitted.json").read_text())
+        return str(record["job"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _ask(*words: str, cwd: Path | None = None) -> str:
+    try:
+        done = subprocess.run(
+            words, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER_S
+        )
+    except FileNotFoundError:
+        raise UserError(
+            f"{words[0]} was not found: no Slurm here", "Submit on a login node; --dry-run shows the script anywhere."
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{words[0]} did not answer for {_ANSWER_S:.0f} s", "Look with `sinfo`; try again.") from None
+    if done.returncode != 0:
+        said = done.stderr.strip() or f"exit code {done.returncode}"
+        raise UserError(f"{words[0]}: {said}", "Slurm did not take it: mend the site profile or the request.")
+    if done.stderr:
+        print(done.stderr.rstrip(), file=sys.stderr)
+    return done.stdout

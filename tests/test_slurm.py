@@ -1,0 +1,383 @@
+"""Job scripts: what is rendered is what runs, whatever the values; and what a script does when ranks stop.
+
+The scripts run here under bash with stand-ins for srun, squeue and scontrol; tests/cluster has the real ones.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic, sleep
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hpc_train.errors import UserError
+from hpc_train.slurm import Job, Site, load_site, render, template, time_limit_s
+from tests import jobs
+
+SITES = sorted((jobs.ROOT / "slurm/sites").glob("*.toml"))
+CONFIG = jobs.CONFIGS / "softmax-mnist.toml"
+RECORD = """#!/bin/bash
+printf '%s\\0' "$@" >"$RECORD/${0##*/}.argv"
+env -0 >"$RECORD/${0##*/}.env"
+pwd >"$RECORD/${0##*/}.pwd"
+"""
+
+# ---------------------------------------------------------------------------------------------- rendering
+
+_INJECTIONS = [
+    "$(touch $PWNED)",
+    "`touch $PWNED`",
+    "; touch $PWNED;",
+    "& touch $PWNED &",
+    "$HOME",
+    "${IFS}",
+    "%j",
+    "-n",
+]
+_nasty = st.lists(
+    st.sampled_from([*_INJECTIONS, *"'\"\\ &|>#*~!=[](){},aé日"]) | st.text(max_size=3), min_size=1, max_size=6
+).map("".join)
+_file_name = _nasty.filter(lambda text: "/" not in text and "\0" not in text and text not in ("", ".", ".."))
+_printable = _nasty.filter(lambda text: text.isprintable() and text != "")
+
+
+def stand_in(folder: Path, name: str, text: str = RECORD) -> Path:
+    """A program of that name, first on the PATH that `run_script` gives."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+    return folder / name
+
+
+def script_environment(folder: Path, **more: str) -> dict[str, str]:
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2] $(touch $PWNED)", "SLURM_SUBMIT_DIR": str(folder)}
+    own = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "RECORD": str(folder), "PWNED": str(folder / "pwned")}
+    return {"HOME": str(folder), **slurm, **own, **more}
+
+
+def run_script(folder: Path, script: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs a job script as Slurm does: a copy of it, by bash, from any folder."""
+    path = folder / "slurm_script"
+    path.write_text(script)
+    env = script_environment(folder, **more)
+    return subprocess.run(["bash", path, *words], cwd="/", env=env, capture_output=True, text=True, timeout=60)
+
+
+def argv(folder: Path, name: str) -> list[str]:
+    return (folder / f"{name}.argv").read_text().split("\0")[:-1]
+
+
+def env(folder: Path, name: str) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in (folder / f"{name}.env").read_text().split("\0")[:-1])
+
+
+@given(
+    bind=st.lists(_printable, max_size=3),
+    modules=st.lists(_printable, max_size=3),
+    values=st.lists(_printable, min_size=2, max_size=2),
+    work=_file_name,
+    run=_file_name,
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_value_reaches_a_shell_unquoted(
+    bind: list[str], modules: list[str], values: list[str], work: str, run: str
+) -> None:
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            (folder / work).mkdir()
+        except (OSError, UnicodeEncodeError):  # no file can be called that
+            return
+        stand_in(folder / "bin", "srun")
+        stand_in(folder / "bin", "module")
+        stand_in(folder / "venv/bin", "hpc-train")
+        variables = {"UCX_TLS": values[0], "NCCL_IB_HCA": values[1]}
+        site = Site(bind=bind, modules=modules, environment=variables, venv=str(folder / "venv"), ranks_per_node=2)
+        words = ("train", f"/runs/{run}/config.toml", "--resume", f"/runs/{run}")
+        job = Job("job", 4, words, folder / work, "10")
+        if not (work + run).isprintable():
+            with pytest.raises(UserError, match="control character"):
+                render(template(), site, job)
+            return
+        script = render(template(), site, job)
+        assert subprocess.run(["bash", "-n"], input=script, text=True, timeout=20).returncode == 0
+        done = run_script(folder, script)
+        assert done.returncode == 0, done.stderr
+        assert not (folder / "pwned").exists()
+        assert argv(folder, "srun") == [
+            *("--mpi=pmix", "--kill-on-bad-exit=1", "--unbuffered"), *bind, "hpc-train", *words
+        ]  # fmt: skip
+        assert {key: env(folder, "srun")[key] for key in variables} == variables
+        assert (folder / "srun.pwd").read_text() == f"{folder / work}\n"
+        assert not modules or argv(folder, "module") == ["load", *modules]
+
+
+def header(script: str) -> list[str]:
+    """The options that sbatch reads: its lines before the first that is no comment."""
+    lines = script.splitlines()
+    first = next(index for index, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in lines[first:]), "sbatch would not see it"
+    return [line.removeprefix("#SBATCH ") for line in lines[:first] if line.startswith("#SBATCH")]
+
+
+def rendered(site: Site, **more: object) -> str:
+    job = Job("job", 4, ("train", "/run/config.toml", "--resume", "/run"), Path("/work"), "10", **more)  # type: ignore[arg-type]
+    return render(template(), site.model_copy(update={"venv": "/venv"}), job)
+
+
+def test_the_rendered_script_is_the_plain_one_with_other_settings() -> None:
+    """One source for both: sbatch slurm/train.sbatch runs what `hpc-train submit` renders."""
+    parts = [
+        re.split(r"# ---- settings.*?\n|# ---- end of settings\n", text) for text in (template(), rendered(Site()))
+    ]
+    assert [len(part) for part in parts] == [3, 3]
+    assert parts[0][0] == parts[1][0] and parts[0][2] == parts[1][2]
+    plain, ours = (dict(option.lstrip("-").partition("=")[::2] for option in header(text)) for text in
+                   (template(), rendered(Site())))  # fmt: skip
+    assert {"signal", "open-mode", "requeue", "job-name", "time", "output"} <= plain.keys() <= ours.keys()
+    assert plain["signal"] == ours["signal"] and plain["open-mode"] == ours["open-mode"]
+
+
+def test_the_allocation_follows_the_profile() -> None:
+    site = Site(
+        ranks_per_node=3, cores_per_rank=8, gpus_per_node=3, partition="p", account="a", qos="q", constraint="[x|y]"
+    )
+    assert header(rendered(site)) == [
+        *("--job-name=job", "--nodes=2", "--ntasks=4", "--ntasks-per-node=3", "--cpus-per-task=8", "--gpus-per-node=3"),
+        *("--partition=p", "--account=a", "--qos=q", "--constraint=[x|y]", "--time=10", "--signal=USR2@120"),
+        *("--output=job-%j.out", "--open-mode=append", "--requeue"),
+    ]
+    mpirun = rendered(Site(launcher="mpirun", bind=["--bind-to", "none"]))
+    assert "--signal=B:USR2@120" in header(mpirun), "mpirun's ranks hear of it through the shell alone"
+    assert "launcher=(mpirun -n 4 --bind-to none)" in mpirun
+    assert "launcher=(env)\n" in rendered(Site(gpus_per_node=4), has_launcher=False)
+    assert not any("gpus" in option for option in header(rendered(Site(gpus_per_node=4), has_launcher=False)))
+
+
+# ---------------------------------------------------------------------------------------------- site profiles
+
+
+@pytest.mark.parametrize("path", SITES, ids=lambda path: path.stem)
+def test_shipped_profiles_load_and_render(path: Path) -> None:
+    script = rendered(load_site(path.stem))
+    assert subprocess.run(["bash", "-n"], input=script, text=True, timeout=20).returncode == 0
+
+
+def test_every_key_is_explained() -> None:
+    text = (jobs.ROOT / "slurm/README.md").read_text()
+    assert [key for key in Site.model_fields if f"| `{key}` |" not in text] == []
+    for path in SITES:
+        assert f"`{path.name}`" in text
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("partiton = 'x'", "mine.toml: unknown key partiton; did you mean partition?"),
+        ("partition = 'a b'", "partition = 'a b': string should match pattern"),
+        ('partition = "a\\n#SBATCH --x"', "partition = "),
+        ("account = '-x'", "account = '-x'"),
+        ("launcher = 'ssh'", "launcher = 'ssh': input should be 'srun' or 'mpirun'"),
+        ("ranks_per_node = 0", "ranks_per_node = 0"),
+        ("ranks_per_node = '4'", "ranks_per_node = '4'"),
+        ("time = 'tomorrow'", "time: should be a time limit"),
+        ("time = '0'", "time: should be more than nothing"),
+        ("sbatch = ['--comment=a b']", "sbatch.0 = "),
+        ("sbatch = ['exclusive']", "sbatch.0 = "),
+        ("venv = 'here'", "venv = 'here' is no whole path"),
+        ("venv = '$NO_SUCH_NAME/x'", "venv = '$NO_SUCH_NAME/x' is no whole path"),
+        ('modules = ["a\\nb"]', "modules.0 = "),
+        ("environment = { 'A B' = 'x' }", "environment.A B"),
+        ("environment = { HF_TOKEN = 'x' }", "environment.HF_TOKEN looks like a secret"),
+        ("environment = { A = 'https://me:pw@host' }", "environment.A looks like a secret"),
+        ("environment = { OMP_NUM_THREADS = '4' }", "threads are cores_per_rank"),
+        ("time = ", "is not TOML"),
+    ],
+)
+def test_a_wrong_profile_is_explained(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_site(str(path))
+    assert words in str(caught.value)
+
+
+def test_a_wrong_site_lists_the_right_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_site("infinibandgpu")
+    assert "did you mean infiniband-gpu?" in str(caught.value) and "cray-slingshot, generic" in str(caught.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_site(str(tmp_path / "none.toml"))
+
+
+def test_paths_are_filled_in_from_the_submitting_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROJECT", "/projects/p1")
+    path = tmp_path / "mine.toml"
+    path.write_text("venv = '$PROJECT/venv'\nscratch = '/local'")
+    assert load_site(str(path)).venv == "/projects/p1/venv"
+    assert "export TMPDIR=/local\n" in rendered(load_site(str(path)))
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-12", 129600), ("1-12:30", 131400), ("0-0:0:5", 5)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int) -> None:
+    assert time_limit_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1h", "1:2:3:4", "-5", "1-", "٣", "5 "])
+def test_other_time_limits_are_refused(text: str) -> None:
+    with pytest.raises(ValidationError):
+        Site(time=text)
+
+
+# ---------------------------------------------------------------------------------------------- what a script does
+
+
+def plain(folder: Path, launcher: str, *words: str, state: str = "RUNNING", **more: str) -> tuple[int, str]:
+    """Runs slurm/train.sbatch itself with a stand-in launcher: (exit code, output)."""
+    stand_in(folder / "bin", "srun", launcher)
+    stand_in(folder / "bin", "squeue", f"#!/bin/sh\necho {state}\n")
+    stand_in(folder / "bin", "scontrol")
+    stand_in(folder / ".venv/bin", "hpc-train")
+    done = run_script(folder, template(), *words, **more)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_plain_script_continues_what_it_began(tmp_path: Path) -> None:
+    code, said = plain(tmp_path, RECORD, "a b.toml", "--set", "x=$(touch $PWNED)", SLURM_CPUS_PER_TASK="4")
+    assert code == 0, said
+    words = ["hpc-train", "train", "--resume", "auto", "a b.toml", "--set", "x=$(touch $PWNED)"]
+    assert argv(tmp_path, "srun")[3:] == words
+    ours = env(tmp_path, "srun")
+    assert ours["SRUN_CPUS_PER_TASK"] == ours["OMP_NUM_THREADS"] == "4"
+    assert not (tmp_path / "pwned").exists()
+    assert not (tmp_path / "scontrol.argv").exists()
+
+
+def test_the_plain_script_says_how_it_is_used(tmp_path: Path) -> None:
+    code, said = plain(tmp_path, RECORD)
+    assert code == 2 and "usage: sbatch" in said
+    code, said = plain(tmp_path, RECORD, "x.toml", HPC_TRAIN_VENV="/no/venv")
+    assert code != 0 and not (tmp_path / "srun.argv").exists()
+
+
+@pytest.mark.parametrize(
+    "code, state, requeues",
+    [(75, "RUNNING", True), (75, "COMPLETING", False), (75, "", False), (0, "RUNNING", False), (1, "RUNNING", False)],
+)
+def test_only_a_stop_on_request_of_a_running_job_requeues(
+    tmp_path: Path, code: int, state: str, requeues: bool
+) -> None:
+    ended, said = plain(tmp_path, f"#!/bin/sh\nexit {code}\n", "x.toml", state=state)
+    assert ended == code
+    assert (tmp_path / "scontrol.argv").exists() == requeues
+    if requeues:
+        assert argv(tmp_path, "scontrol") == ["requeue", "7"]
+        assert "job 7: stopped with a checkpoint, goes back into the queue" in said
+    elif code == 75:
+        assert "submit this script again to continue" in said
+
+
+@pytest.mark.parametrize("name", ["SIGUSR2", "SIGTERM"])
+def test_a_signal_to_the_shell_reaches_the_launcher(tmp_path: Path, name: str) -> None:
+    """And the shell stays to see how the launcher ends, even where it takes its time and more signals come."""
+    launcher = "#!/bin/bash\ntrap 'sleep 1; exit 75' USR2\n: >$RECORD/ready\nwhile :; do sleep 0.1; done\n"
+    plain(tmp_path, "#!/bin/sh\nexit 0\n", "x.toml")  # writes the other stand-ins
+    stand_in(tmp_path / "bin", "srun", launcher)
+    job = subprocess.Popen(
+        ["bash", tmp_path / "slurm_script", "x.toml"],
+        env=script_environment(tmp_path),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    began = monotonic()
+    while not (tmp_path / "ready").exists():
+        assert monotonic() - began < 30
+        sleep(0.02)
+    job.send_signal(getattr(signal, name))
+    sleep(0.3)
+    job.send_signal(signal.SIGTERM)
+    said, _ = job.communicate(timeout=30)
+    assert job.returncode == 75
+    assert "back into the queue" in said and argv(tmp_path, "scontrol") == ["requeue", "7"]
+
+
+# ---------------------------------------------------------------------------------------------- hpc-train submit
+
+SBATCH = RECORD + "echo '41;cluster'\n"
+
+
+def submit(folder: Path, *words: str, sbatch: str | None = SBATCH) -> jobs.Ended:
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    if sbatch:
+        stand_in(programs, "sbatch", sbatch)
+    path = f"{programs}:{os.environ['PATH']}" if sbatch else str(programs)
+    return jobs.run(0, "submit", CONFIG, "--nodes", 2, *words, cwd=folder, PATH=path, RECORD=str(folder))
+
+
+def test_a_dry_run_prints_the_script_and_touches_nothing(tmp_path: Path) -> None:
+    done = submit(tmp_path, "--dry-run", "--time", "2:00:00", "--set", "name=mine")
+    assert done.code == 0, done.err
+    assert {"--job-name=mine", "--nodes=2", "--time=2:00:00"} <= set(header(done.out))
+    assert f"folder={tmp_path}\n" in done.out
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+
+
+def test_what_is_submitted_stands_in_the_run_directory(tmp_path: Path) -> None:
+    done = submit(tmp_path, "--json", "--set", "train.steps=7")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    run = tmp_path / told["run"]
+    assert told["job"] == json.loads((run / "submitted.json").read_text())["job"] == "41"
+    assert argv(tmp_path, "sbatch") == ["--parsable", "train.sbatch"]
+    assert (tmp_path / "sbatch.pwd").read_text() == f"{run}\n", "its output goes where it is submitted from"
+    assert "steps = 7 " in (run / "config.toml").read_text()
+    assert f"words=(train {run}/config.toml --resume {run})\n" in (run / "train.sbatch").read_text()
+    shown = submit(tmp_path)
+    assert "Job 41: 2 ranks on 2 nodes" in shown.out and "squeue --start --job 41" in shown.out
+    assert re.search(r"hpc-train report runs/softmax-mnist/\S+-np2", shown.out)
+
+
+@pytest.mark.parametrize(
+    "words, sbatch, said",
+    [
+        (["--site", "nowhere"], SBATCH, "Shipped profiles: cray-slingshot, generic, infiniband-gpu"),
+        (["--time", "soon"], SBATCH, "--time soon: should be a time limit"),
+        (["--time", "2"], SBATCH, "no longer than the 120 s before its end"),
+        (["--set", "run.root=a%b"], SBATCH, "cannot have \\ or % in its path"),
+        (["--set", "name=a b"], SBATCH, "name = 'a b'"),
+        ([], None, "sbatch was not found"),
+        ([], "#!/bin/sh\necho 'invalid partition specified: x' >&2\nexit 1\n", "invalid partition specified: x"),
+    ],
+)
+def test_what_cannot_be_submitted_leaves_no_run(
+    tmp_path: Path, words: list[str], sbatch: str | None, said: str
+) -> None:
+    done = submit(tmp_path, *words, sbatch=sbatch)
+    assert done.code == 2 and said in done.err, done.err
+    assert not list(tmp_path.glob("**/config.toml"))
+
+
+def test_the_commands_of_its_readme_run_as_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(jobs.CONFIGS)
+    stand_in(tmp_path / "bin", "sbatch", SBATCH)
+    path = f"{tmp_path / 'bin'}:{jobs.HPC_TRAIN.parent}:{os.environ['PATH']}"
+    env = jobs.environment(PATH=path, RECORD=str(tmp_path))
+    text = (jobs.ROOT / "slurm/README.md").read_text()
+    lines = [line[2:] for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    ran = [shlex.split(line) for line in lines if line.startswith("hpc-train ")]
+    for words in ran:
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, f"$ {words}\n{done.stdout}{done.stderr}"
+    assert {words[1] for words in ran} == {"prepare", "submit", "scale"}
