@@ -28,12 +28,6 @@ def hold(path: Path) -> "subprocess.Popen[str]":
     return process
 
 
-def pretend_elsewhere(path: Path) -> None:
-    """Makes the holder one whose process cannot be looked up from here."""
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"system": "another machine", "host": "n7", "job": "17"}))
-
-
 def test_a_second_holder_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     first = hold(path)
