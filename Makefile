@@ -2,7 +2,7 @@
 # make test    install, then every test, those under mpirun and, for root, on a Slurm cluster of its own included
 # make check   install, ruff and mypy
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo test test-serial test-parallel test-cluster check install clean
+.PHONY: demo test test-serial test-parallel test-cluster test-faults check install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -36,6 +36,10 @@ test-serial:
 test-parallel:
 	@set -e; for ranks in 1 2 3 4; do echo "mpirun -n $$ranks pytest tests/parallel"; \
 	$(MPIRUN) -n $$ranks --oversubscribe --bind-to none python -m mpi4py -m pytest -x -q --color=no tests/parallel; done
+
+# Every fault, by mpirun and on the cluster, and the table of what came of it.
+test-faults:
+	python -m pytest tests/faults tests/cluster/test_faults.py
 
 # Slurm on four nodes that are namespaces of this machine: for root; skipped elsewhere, with the reason.
 test-cluster:
