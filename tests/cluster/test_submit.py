@@ -10,6 +10,7 @@ from tests import jobs
 from tests.cluster.slurm import Cluster, until
 
 LONG_S = 150
+SLOW = "6mbit"  # an all-reduce of 31 KB then takes some 50 ms, which leaves time to interrupt a short training
 SITE = """
 ranks_per_node = 2
 time = "10"
@@ -38,7 +39,8 @@ def settings(digits: Path, **keys: object) -> list[str]:
 
 
 def submit(cluster: Cluster, folder: Path, launcher: str, *words: str) -> tuple[int, Path]:
-    """(job, run directory) of a softmax training on 2 nodes with 2 ranks each."""
+    """(job, run directory) of a softmax training on 2 nodes with 2 ranks each, over slow links."""
+    cluster.shape(SLOW)
     config = jobs.CONFIGS / "softmax-mnist.toml"
     own = ["submit", config, "--nodes", 2, "--site", f"./{launcher}.toml", "--json", *words]
     told = json.loads(cluster.on("head", jobs.HPC_TRAIN, *own, cwd=folder, timeout_s=60))
@@ -59,11 +61,12 @@ def attempts(run: Path) -> list[dict[str, object]]:
 def test_a_job_asked_to_stop_comes_back_and_finishes_the_same_run(
     cluster: Cluster, digits: Path, folder: Path, launcher: str
 ) -> None:
-    job, run = submit(cluster, folder, launcher, *settings(digits, train__steps=3000))
+    job, run = submit(cluster, folder, launcher, *settings(digits, train__steps=300))
     trains(cluster, job, run)
     # As --signal does: with srun the ranks are told, with mpirun the batch shell.
     whom = [] if launcher == "srun" else ["--batch"]
     cluster.on("head", "scancel", *whom, "--signal=USR2", job)
+    cluster.shape(None)
     until(lambda: cluster.show(job).get("Restarts") == "1", f"job {job} starts again", LONG_S)
     cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=LONG_S)
     assert cluster.state(job) == "COMPLETED", cluster.output(job)
@@ -71,7 +74,7 @@ def test_a_job_asked_to_stop_comes_back_and_finishes_the_same_run(
     assert "stopped with a checkpoint, goes back into the queue" in said and ", start 1, " in said
     assert len(attempts(run)) == 2
     steps = [int(line.split(",")[0]) for line in (run / "metrics.csv").read_text().splitlines()[1:]]
-    assert steps == list(range(3000)), "no step is lost or trained twice"
+    assert steps == list(range(300)), "no step is lost or trained twice"
     assert [path.parent for path in folder.glob("runs/*/*/meta.json")] == [run]
 
 
@@ -86,10 +89,11 @@ def test_a_cancelled_job_saves_its_work_and_does_not_come_back(cluster: Cluster,
 
 def test_the_same_script_again_continues_the_same_run(cluster: Cluster, digits: Path, folder: Path) -> None:
     """After whatever ended the job; and the script's own options make it what it was, from any shell."""
-    job, run = submit(cluster, folder, "srun", *settings(digits, train__steps=1500, checkpoint__every_steps=100))
+    job, run = submit(cluster, folder, "srun", *settings(digits, train__steps=300, checkpoint__every_steps=20))
     trains(cluster, job, run)
     until(lambda: list(run.glob("checkpoints/*/checkpoint.json")), "a checkpoint", LONG_S)
     cluster.on("head", "scancel", "--signal=KILL", job)
+    cluster.shape(None)
     cluster.wait(job, "FAILED", "CANCELLED", timeout_s=LONG_S)
     again = cluster.sbatch("train.sbatch", cwd=run)
     assert cluster.wait(again, "COMPLETED", "FAILED", timeout_s=LONG_S) == "COMPLETED", cluster.output(again)
