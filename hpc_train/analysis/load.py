@@ -102,7 +102,9 @@ def load(run: RunDir) -> Run:
     num_attempts = max(1, len(attempts(meta)))
     step_ns, total, faults = _reduce_ranks(run, meta["size"], num_attempts)
     if written is None:
-        faults.insert(0, "no summary.json, the run did not reach its end or is still running")
+        outcome = str(meta.get("outcome", ""))  # of an attempt that ended by itself
+        stopped = outcome if outcome.startswith("stopped") else "the run did not reach its end or is still running"
+        faults.insert(0, f"no summary.json, {stopped}")
     elif not written.get("complete"):
         faults.insert(0, "summary.json says that the run did not reach its end")
     num_steps = len(step_ns) + total.num_warmup - total.num_repeated

@@ -37,7 +37,6 @@ class Peer:
 
     host: str
     step: int | None = None  # None: not in the loop, then it is not judged
-    since_s: float = field(default_factory=monotonic)  # when it began that step
     heard_s: float = field(default_factory=monotonic)
     waits: bool = False
     stack: str = ""
@@ -136,8 +135,6 @@ class Watch:
                 peer.failing_s = None if message["ends"] else monotonic()
                 peer.step = None
                 return not message["ends"]
-            if message["step"] != peer.step:
-                peer.since_s = monotonic()
             peer.heard_s, peer.step = monotonic(), message["step"]
             peer.waits, peer.stack = message["waits"], message["stack"]
         return True
@@ -172,6 +169,8 @@ class Watch:
         head = [f"hpc-train: where rank {rank} was {ago_s:.0f} s ago, innermost first:", stack] if stack else []
         sys.stderr.write("\n".join([*head, f"hpc-train: rank {rank} on {host} {what}", ""]))
         sys.stderr.flush()
+        for link in self._links.values():
+            _send(link, {"ends": False})  # or they would find next that this rank has died, and say so last
         context_module.end_job(self._context, 1)
 
 
