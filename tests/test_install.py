@@ -41,9 +41,7 @@ def test_it_reports_without_mpi_or_torch(plain: Path, tmp_path: Path) -> None:
 def test_it_carries_the_shipped_jobs_and_scripts(plain: Path, tmp_path: Path) -> None:
     done = run(plain, tmp_path, "config", "show", "configs/softmax-mnist.toml")
     assert done.returncode == 0 and 'name = "softmax-mnist"' in done.stdout, done.stderr
-    script = run(
-        plain, tmp_path, "submit", "configs/softmax-mnist.toml", "--nodes", 2, "--site", "generic", "--dry-run"
-    )
+    script = run(plain, tmp_path, "submit", "configs/softmax-mnist.toml", "--nodes", 2, "--dry-run")
     assert script.returncode == 0 and "#SBATCH --nodes=2" in script.stdout, script.stderr
 
 

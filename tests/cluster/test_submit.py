@@ -17,6 +17,8 @@ time = "10"
 signal_s = 60
 launcher = "{launcher}"
 bind = {bind}
+energy = "slurm"
+sbatch = ["--exclusive"]
 [environment]
 OMPI_ALLOW_RUN_AS_ROOT = "1"
 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = "1"
