@@ -48,8 +48,7 @@ def test_a_training_over_four_nodes(cluster: Cluster, digits: Path, tmp_path: Pa
     words = jobs.settings(data__file=digits, train__steps=30, run__root=tmp_path / "runs")
     script, config = jobs.ROOT / "slurm/train.sbatch", jobs.CONFIGS / "softmax-mnist.toml"
     job = cluster.sbatch("--nodes=4", script, config, *words, cwd=tmp_path)
-    cluster.wait(job, "COMPLETED", "FAILED", timeout_s=120)
-    until(lambda: cluster.accounted(job) == ["COMPLETED"], "COMPLETED in the accounting", 10)
+    cluster.ends(job, "COMPLETED", timeout_s=120)
     (meta,) = tmp_path.glob("runs/*/*/meta.json")
     ranks = json.loads(meta.read_text())["ranks"]
     assert sorted(rank["host"] for rank in ranks) == list(NODES)
@@ -125,7 +124,8 @@ def test_an_interrupted_test_leaves_nothing(cluster: Cluster, tmp_path: Path, en
         assert run.poll() is None, said.read_text()
         until(lambda: everything <= traces(mark), f"{everything} running", 20)
     finally:
-        os.killpg(run.pid, end)
+        if run.poll() is None:
+            os.killpg(run.pid, end)
         run.wait(timeout=30)
     until(lambda: not traces(mark), "the end of all its processes", 10)
     assert list(temporary.iterdir()) == []

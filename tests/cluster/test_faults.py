@@ -52,7 +52,7 @@ def quiet(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFacto
     """The folder of a run to which nothing happened."""
     folder = tmp_path_factory.mktemp("quiet")
     job = submit(cluster, digits, folder)
-    cluster.wait(job, "COMPLETED", "FAILED", timeout_s=120)
+    cluster.ends(job, "COMPLETED", timeout_s=120)
     return folder
 
 
@@ -76,8 +76,7 @@ def ends_as_quiet(
 ) -> Recovery:
     """Lets the job end, and compares: states of its attempts, step numbers, losses, weights to the bit."""
     cluster.shape(None)
-    cluster.wait(job, "COMPLETED", "FAILED", timeout_s=120)
-    until(lambda: cluster.accounted(job) == [*accounted, "COMPLETED"], f"attempts {accounted}, COMPLETED", 15)
+    cluster.ends(job, *accounted, "COMPLETED", timeout_s=120)
     assert [step for step, _ in losses(quiet)] == list(range(STEPS))
     assert losses(folder) == losses(quiet)
     ours, theirs = (weights(each) for each in (folder, quiet))
