@@ -221,7 +221,7 @@ class Cluster:
         return [line.split()[0] for line in self.on("head", *words).splitlines()]
 
     def ends(self, job: int, *accounted: str, timeout_s: float = 60) -> None:
-        """Waits for the end of a job, whose attempts must have ended so; the accounting hears of it some seconds later."""
+        """Waits for the end of a job, whose attempts must have ended so; the accounting hears of it a little later."""
         self.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_s=timeout_s)
         assert self.state(job) == accounted[-1], f"job {job} {self.state(job)}"
         until(lambda: self.accounted(job) == list(accounted), f"attempts {accounted} of job {job} in sacct", 30)
