@@ -80,13 +80,15 @@ def test_a_job_asked_to_stop_comes_back_and_finishes_the_same_run(
     assert [path.parent for path in folder.glob("runs/*/*/meta.json")] == [run]
 
 
-def test_a_cancelled_job_saves_its_work_and_does_not_come_back(cluster: Cluster, digits: Path, folder: Path) -> None:
-    job, run = submit(cluster, folder, "srun", *settings(digits, train__steps=1000000))
-    trains(cluster, job, run)
+def test_a_cancelled_job_keeps_its_work_and_does_not_come_back(cluster: Cluster, digits: Path, folder: Path) -> None:
+    job, run = submit(cluster, folder, "srun", *settings(digits, train__steps=1000000, checkpoint__every_steps=20))
+    until(lambda: list(run.glob("checkpoints/*/checkpoint.json")), "a checkpoint", LONG_S)
+    cluster.shape(None)
     cluster.cancel(job)
     until(lambda: cluster.accounted(job) == ["CANCELLED"], "CANCELLED in the accounting", LONG_S)
-    assert list(run.glob("checkpoints/*/checkpoint.json"))
     assert cluster.show(job)["Restarts"] == "0"
+    assert "goes back into the queue" not in (run / f"job-{job}.out").read_text()
+    assert list(run.glob("checkpoints/*/checkpoint.json"))
 
 
 def test_the_same_script_again_continues_the_same_run(cluster: Cluster, digits: Path, folder: Path) -> None:
