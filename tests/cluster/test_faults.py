@@ -142,6 +142,7 @@ def test_cancelled_stays_cancelled(
 ) -> None:
     """scancel ends a job for good, with a checkpoint; the same command goes on from there when it is wanted again."""
     job = run_slowly(cluster, digits, tmp_path)
+    cluster.shape(None)  # or a step may last as long as Slurm's patience here, 3 s
     cluster.cancel(job)
     cluster.wait(job, "CANCELLED", timeout_s=30)
     submitted_at_s = time()
