@@ -30,7 +30,7 @@ test:
 	@$(MAKE) --no-print-directory test-serial test-parallel test-cluster
 
 test-serial:
-	python -m pytest
+	python -m pytest -m "not thorough"
 
 # Under mpirun a failed assertion on one rank would hang the others: `python -m mpi4py` ends them all.
 test-parallel:
@@ -39,11 +39,11 @@ test-parallel:
 
 # Every fault, by mpirun and on the cluster, and the table of what came of it.
 test-faults:
-	python -m pytest tests/faults tests/cluster/test_faults.py
+	python -m pytest tests/faults tests/test_hdfs.py tests/cluster/test_faults.py tests/cluster/test_submit.py
 
 # Slurm on four nodes that are namespaces of this machine: for root; skipped elsewhere, with the reason.
 test-cluster:
-	python -m pytest tests/cluster
+	python -m pytest -m "not thorough" tests/cluster
 
 check:
 	@./install.sh test check

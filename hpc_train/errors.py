@@ -22,7 +22,8 @@ class UserError(Exception):
 def not_written(path: object, error: OSError) -> UserError:
     """What to raise when the system refuses to write `path`: disk full, read-only, over quota."""
     return UserError(
-        f"{path} could not be written: {error.strerror}", "Make room, or choose another place (run.root, --output)."
+        f"{path} could not be written: {error.strerror or error}",
+        "Make room, or choose another place (run.root, --output).",
     )
 
 

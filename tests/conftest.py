@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,11 @@ from tests import jobs
 
 _FAULTS = pytest.StashKey[list[tuple[str, str, str, str]]]()
 FaultTable = Callable[..., None]
+
+
+def pytest_configure() -> None:
+    # A shell starts what it puts in the background with Ctrl-C switched off, and all that is started from there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

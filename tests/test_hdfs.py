@@ -97,6 +97,7 @@ def test_four_nodes_survive_a_datanode_lost_half_way(hdfs: Hdfs, content: bytes,
         hdfs.restart(1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_datanode_that_comes_back_is_waited_for(hdfs: Hdfs, content: bytes, tmp_path: Path, client: str) -> None:
     node = Staging(url(hdfs, client, "/once.h5"), tmp_path / "node")
@@ -107,6 +108,7 @@ def test_a_datanode_that_comes_back_is_waited_for(hdfs: Hdfs, content: bytes, tm
     assert "trying again" in node.assert_whole(content, "once.h5")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_datanode_that_stays_away_ends_it_with_nothing_left(
     hdfs: Hdfs, content: bytes, tmp_path: Path, client: str
@@ -123,6 +125,7 @@ def test_a_datanode_that_stays_away_ends_it_with_nothing_left(
     assert not list(node.folder.iterdir()), "no file under any name is left"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_datanode_that_hangs_ends_it_with_nothing_left(
     hdfs: Hdfs, content: bytes, tmp_path: Path, client: str
@@ -189,6 +192,7 @@ def running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_block_rotten_on_the_datanodes_disk_is_no_data(hdfs: Hdfs, tmp_path: Path, client: str) -> None:
     content = os.urandom((8 << 20) + 100)  # two blocks

@@ -36,6 +36,6 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     target = tmp_path / "summary.json"
     write_atomic(target, "first")
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="could not be written: disk full"):
         write_atomic(target, "second")
     assert target.read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["summary.json"]

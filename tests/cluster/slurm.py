@@ -65,6 +65,10 @@ def until(happened: Callable[[], object], what: str, timeout_s: float) -> float:
     return monotonic() - began
 
 
+class MpiCrash(Exception):
+    """Open MPI 4.1 crashed in MPI_Init, as it does now and then when Slurm starts it: the test is run again."""
+
+
 class Cluster:
     """Up as soon as it is made. `shared` are folders that all hosts see; /tmp is otherwise each host's own."""
 
@@ -204,8 +208,11 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def state(self, job: int) -> str:
-        """Slurm's word for the state of a job: PENDING, RUNNING, COMPLETED, ..."""
-        return self.show(job)["JobState"]
+        """Slurm's word for the state of a job: PENDING, RUNNING, COMPLETED, ... Raises MpiCrash."""
+        state = self.show(job)["JobState"]
+        if state == "FAILED" and "Segmentation fault" in self.output(job):
+            raise MpiCrash(self.output(job))
+        return state
 
     def wait(self, job: int, *states: str, timeout_s: float = 60) -> str:
         """Waits until a job is in one of these states, and gives it."""

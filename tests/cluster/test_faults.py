@@ -61,6 +61,7 @@ def run_slowly(cluster: Cluster, digits: Path, folder: Path, *words: object) -> 
     cluster.shape(SLOW)
     job = submit(cluster, digits, folder, *words)
     until(lambda: in_the_middle(folder) or cluster.state(job) == "FAILED", "the middle of the training", 90)
+    assert cluster.state(job) == "RUNNING", cluster.output(job)
     return job
 
 
@@ -127,6 +128,7 @@ def test_node_crash(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path,
     survived("Slurm: a node crashes", "requeued on a spare node: NODE_FAIL, COMPLETED", *cost)
 
 
+@pytest.mark.thorough
 def test_lost_link(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable) -> None:
     """A node that cannot be reached any more is one that has crashed, to the others."""
     job = run_slowly(cluster, digits, tmp_path)
@@ -164,6 +166,7 @@ def test_killed_rank(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path
     survived("Slurm: a rank killed", "FAILED within 10 s, rank and host named; the same command continues", *cost)
 
 
+@pytest.mark.thorough
 def test_stopped_rank(cluster: Cluster, digits: Path, tmp_path: Path, survived: FaultTable) -> None:
     """A rank that stands still is named, with its host, when run.stall_s have passed."""
     cluster.shape(SLOW)
@@ -176,6 +179,7 @@ def test_stopped_rank(cluster: Cluster, digits: Path, tmp_path: Path, survived: 
     survived("Slurm: a rank stopped", f"FAILED, named with its stack, {monotonic() - stopped_s:.0f} s (stall_s = 6)")
 
 
+@pytest.mark.thorough
 def test_second_job(cluster: Cluster, digits: Path, tmp_path: Path, survived: FaultTable) -> None:
     """The same job twice at once: the second is refused by a lock whose holder lives on another node."""
     first = run_slowly(cluster, digits, tmp_path)

@@ -80,6 +80,7 @@ def test_a_job_asked_to_stop_comes_back_and_finishes_the_same_run(
     assert [path.parent for path in folder.glob("runs/*/*/meta.json")] == [run]
 
 
+@pytest.mark.thorough
 def test_a_cancelled_job_keeps_its_work_and_does_not_come_back(cluster: Cluster, digits: Path, folder: Path) -> None:
     job, run = submit(cluster, folder, "srun", *settings(digits, train__steps=1000000, checkpoint__every_steps=20))
     until(lambda: list(run.glob("checkpoints/*/checkpoint.json")), "a checkpoint", LONG_S)

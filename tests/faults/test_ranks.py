@@ -31,7 +31,7 @@ def resume(job: Job, digits: Path, reference: Reference) -> tuple[float, int]:
     return again.seconds_to_first_step(), reached - again.meta()["attempts"][-1]["first_step"]
 
 
-@pytest.mark.parametrize(("ranks", "victim"), [(3, 1), (2, 0)])
+@pytest.mark.parametrize(("ranks", "victim"), [(2, 0), pytest.param(3, 1, marks=pytest.mark.thorough)])
 def test_a_killed_rank_ends_the_job_at_once_and_is_named(
     ranks: int, victim: int, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
@@ -48,7 +48,7 @@ def test_a_killed_rank_ends_the_job_at_once_and_is_named(
     survived(f"rank {victim} of {ranks} killed", f"named, job ended in {took_s:.1f} s", recover_s, lost)
 
 
-@pytest.mark.parametrize("accident", ["exit:8:1", "hard-exit:8:2"])
+@pytest.mark.parametrize("accident", ["exit:8:1", pytest.param("hard-exit:8:2", marks=pytest.mark.thorough)])
 def test_a_rank_that_leaves_on_its_own_ends_the_job(
     accident: str, tmp_path: Path, digits: Path, survived: FaultTable
 ) -> None:
@@ -63,7 +63,7 @@ def test_a_rank_that_leaves_on_its_own_ends_the_job(
     survived(f"{call} on one rank", f"named, job ended in {took_s:.1f} s")
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.thorough)])
 def test_a_rank_that_stands_still_is_named_with_its_stack(
     victim: int, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
@@ -82,6 +82,7 @@ def test_a_rank_that_stands_still_is_named_with_its_stack(
     survived(f"rank {victim} of 3 stopped (SIGSTOP)", what, recover_s, lost)
 
 
+@pytest.mark.thorough
 def test_a_rank_that_is_stopped_for_a_moment_is_waited_for(
     tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:

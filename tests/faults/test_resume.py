@@ -17,7 +17,12 @@ from tests.faults.harness import BATCH, SAMPLES, SEED, STEPS, Job, assert_contin
 
 @pytest.mark.parametrize(
     ("ranks", "strategy", "stops"),
-    [(0, "local", (2, 1, 3)), (2, "horovod", (2, 1, 3)), (3, "horovod", (2, 3)), (4, "mpi", (6,))],
+    [
+        (3, "horovod", (2, 3)),
+        (4, "mpi", (6,)),
+        pytest.param(0, "local", (2, 1, 3), marks=pytest.mark.thorough),
+        pytest.param(2, "horovod", (2, 1, 3), marks=pytest.mark.thorough),
+    ],
 )
 def test_a_run_stopped_within_an_epoch_ends_as_if_it_had_not_been(
     ranks: int,

@@ -32,7 +32,12 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+_ALWAYS = {"state written, not synced", "before the rename", "oldest moved, not removed"}
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(name, marks=[] if name in _ALWAYS else pytest.mark.thorough) for name in STAGES]
+)
 def test_killed_at_a_stage_of_a_save(
     stage: str, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
@@ -53,6 +58,7 @@ def test_killed_at_a_stage_of_a_save(
     survived(f"killed in a save: {stage}", "the newest whole one is used", again.seconds_to_first_step(), lost)
 
 
+@pytest.mark.thorough
 def test_killed_in_a_save_on_two_ranks(
     tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
@@ -182,7 +188,10 @@ def test_a_disk_without_room_leaves_the_old_checkpoint_valid(
     survived("disk full", what, again.seconds_to_first_step(), reached - 5)
 
 
-@pytest.mark.parametrize(("trouble", "says"), [(fill, "No space left on device"), (read_only, "Read-only file system")])
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [(read_only, "Read-only file system"), pytest.param(fill, "No space left on device", marks=pytest.mark.thorough)],
+)
 def test_a_save_that_a_disk_refuses_is_told_and_the_training_goes_on(
     trouble: Callable[[Path], AbstractContextManager[None]],
     says: str,
