@@ -5,7 +5,8 @@
 .PHONY: demo test test-serial test-parallel test-cluster test-faults check install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
-export PATH := $(abspath $(VENV))/bin:$(PATH)
+# Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
+export PATH := $(abspath $(VENV))/bin:$(PATH):/usr/sbin:/sbin
 
 # Open MPI refuses root unless told twice; containers and CI machines are root.
 ifeq ($(shell id -u),0)
