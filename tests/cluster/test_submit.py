@@ -68,8 +68,8 @@ def test_a_job_asked_to_stop_comes_back_and_finishes_the_same_run(
     # As --signal does: with srun the ranks are told, with mpirun the batch shell.
     whom = [] if launcher == "srun" else ["--batch"]
     cluster.on("head", "scancel", *whom, "--signal=USR2", job)
-    cluster.shape(None)
     until(lambda: cluster.show(job).get("Restarts") == "1", f"job {job} starts again", LONG_S)
+    cluster.shape(None)  # not before: mpirun takes its time to pass a signal on, and a fast training ends meanwhile
     cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=LONG_S)
     assert cluster.state(job) == "COMPLETED", cluster.output(job)
     said = (run / f"job-{job}.out").read_text()
