@@ -19,6 +19,7 @@ STEPS = 400
 EVERY = 50  # steps between checkpoints
 RANK = "grep -lsxz 'trai[n]' /proc/[0-9]*/cmdline | cut -d/ -f3"  # its process; the brackets: not this grep itself
 SLOW = "6mbit"  # each step sends 42 KB over each of three links: some 60 ms a step, which leaves time for faults
+SLOWER = "2mbit"  # and some 180 ms: trains for longer than a minute
 
 
 def submit(cluster: Cluster, digits: Path, folder: Path, *words: object, **keys: object) -> int:
@@ -56,9 +57,9 @@ def quiet(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def run_slowly(cluster: Cluster, digits: Path, folder: Path, *words: object) -> int:
-    """A job in the middle of its training."""
-    cluster.shape(SLOW)
+def run_slowly(cluster: Cluster, digits: Path, folder: Path, *words: object, rate: str = SLOW) -> int:
+    """A job in the middle of its training, whose links carry `rate`."""
+    cluster.shape(rate)
     job = submit(cluster, digits, folder, *words)
     until(lambda: in_the_middle(folder) or cluster.state(job) == "FAILED", "the middle of the training", 90)
     assert cluster.state(job) != "FAILED", cluster.output(job)
@@ -96,7 +97,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_time_limit(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable) -> None:
     """A minute is not enough: the signal before its end leads to a checkpoint, and the job goes on in a second one."""
-    job = run_slowly(cluster, digits, tmp_path, "--time=1", "--signal=USR2@50")  # comes when the controller next looks
+    # The signal comes when the controller next looks, between 10 and 40 s after the job's start.
+    job = run_slowly(cluster, digits, tmp_path, "--time=1", "--signal=USR2@50", rate=SLOWER)
     until(lambda: "goes back into the queue" in cluster.output(job), "the signal", 60)
     stopped_at_s = time()
     until(lambda: cluster.show(job)["Restarts"] == "1", "back in the queue", 60)
