@@ -4,7 +4,7 @@ import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +19,7 @@ Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
 Option = bool | int | float | str | list[int] | list[float] | list[str]
 
 
+_READ_DATA = ("classification", "language", "masked_language")
 _ONE_OF = {"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"}
 
 
@@ -27,7 +28,7 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    file: Text
+    file: Text | None = None  # required where the task reads data
     inputs: Text = "train/inputs"  # data sets inside the file
     targets: Text = "train/targets"
     test_inputs: Text = "test/inputs"  # absent from the file: no test accuracy
@@ -95,13 +96,19 @@ class Config(_Section):
 
     name: Name
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    data: Data
+    data: Data = Data()
     task: Task = Task()
     train: Train
     reduce: Reduce = Reduce()
     checkpoint: Checkpoint = Checkpoint()
     energy: Energy = Energy()
     run: Run = Run()
+
+    @model_validator(mode="after")
+    def _data_where_it_is_read(self) -> Self:
+        if self.data.file is None and self.task.kind in _READ_DATA:
+            raise ValueError("data.file is required and not set")
+        return self
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,7 @@ def same_job(one: Config | None, other: Config) -> bool:
     """Whether two configurations ask for the same training. The data may lie elsewhere, in a job's scratch, say."""
 
     def asked(config: Config) -> dict[str, Any]:
-        file = Path(config.data.file).name
+        file = Path(config.data.file or "").name
         return comparable(config) | {"name": config.name, "train.steps": config.train.steps, "data.file": file}
 
     return one is not None and asked(one) == asked(other)
@@ -235,7 +242,8 @@ def _wants_text(key: str) -> bool:
         if field is None:
             return False
         model = field.annotation
-    return model is str  # Annotated text too: pydantic keeps its constraints apart
+    # Annotated text too: pydantic keeps its constraints apart, but for those inside `Text | None`.
+    return str in (model, *(getattr(each, "__origin__", each) for each in get_args(model)))
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

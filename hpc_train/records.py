@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from hpc_train.errors import UserError, not_written
 
-SCHEMA = 2  # 2: the column `attempt`
+SCHEMA = 3  # 2: the column `attempt`; 3: `test` in summary.json
 PHASES = ("data", "forward", "backward", "reduce", "optimizer", "other")
 TIMING_COLUMNS = (
     *("step", "start_ns", "arrived_ns"),
@@ -307,7 +307,7 @@ class RunSummary:
     energy_quality: Quality = "missing"
     energy_source: str = "no meter"
     loss: float | None = None
-    test_accuracy: float | None = None
+    test: dict[str, float] = field(default_factory=dict)  # means over the test samples: loss, accuracy ...
     num_attempts: int = 1
     num_repeated: int = 0
     complete: bool = False

@@ -62,7 +62,8 @@ def write_run(root: Path, recipe: Recipe) -> RunDir:
     rows = "".join(f"{index * 10},{loss}\n" for index, loss in enumerate(losses))
     run.metrics.write_text(",".join(records.METRIC_COLUMNS) + "\n" + rows)
     if recipe.complete:
-        said = {"loss": recipe.loss, "test_accuracy": recipe.test_accuracy, "complete": True}
+        test = {} if recipe.test_accuracy is None else {"accuracy": recipe.test_accuracy}
+        said = {"loss": recipe.loss, "test": test, "complete": True}
         run.summary.write_text(json.dumps({**said, "schema": records.SCHEMA}))
     return run
 

@@ -26,7 +26,7 @@ def train(
     assert len(lines) == len(dict(lines)), "one rank prints"
     (run,) = rundir.find([root])
     summary = json.loads(run.summary.read_text())
-    assert f"Test accuracy: {summary['test_accuracy']:.4f}" in done.out and str(run.path) in done.out
+    assert f"Test accuracy: {summary['test']['accuracy']:.4f}" in done.out and str(run.path) in done.out
     return dict(lines), summary
 
 
@@ -86,7 +86,7 @@ def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_accuracy_on_full_mnist(tmp_path: Path, mnist: Path, job: str, accuracy: float) -> None:
     losses, summary = train(2, job, tmp_path, data__file=mnist)
     assert losses[900] <= 0.43
-    assert summary["test_accuracy"] >= accuracy  # type: ignore[operator]
+    assert summary["test"]["accuracy"] >= accuracy  # type: ignore[operator]
 
 
 @pytest.mark.slow
@@ -105,4 +105,4 @@ def test_fashion_mnist_in_parallel(tmp_path: Path) -> None:
         with gzip.open(source / "train-images-idx3-ubyte.gz") as images:
             assert file["train/inputs"][:].tobytes() == images.read()[16:]
     _, summary = train(2, "mlp-mnist.toml", tmp_path, data__file=tmp_path / "f.h5", train__steps=200)
-    assert summary["test_accuracy"] > 0.75  # type: ignore[operator]
+    assert summary["test"]["accuracy"] > 0.75  # type: ignore[operator]

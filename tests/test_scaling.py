@@ -48,7 +48,7 @@ def test_a_whole_run_is_rebuilt_from_its_records(tmp_path: Path) -> None:
     assert run.summary.num_samples == 210 * 120
     assert run.summary.phase_share == pytest.approx(SHARES, abs=1e-4)
     assert (run.summary.joules, run.summary.energy_quality, run.summary.num_hosts) == (100.0, "measured", 2)
-    assert (run.summary.loss, run.summary.test_accuracy) == (0.31, 0.91)
+    assert (run.summary.loss, run.summary.test) == (0.31, {"accuracy": 0.91})
 
 
 def test_a_step_takes_the_mean_of_its_ranks(tmp_path: Path) -> None:

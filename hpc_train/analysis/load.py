@@ -125,11 +125,18 @@ def load(run: RunDir) -> Run:
         num_attempts=num_attempts,
         energy=_energy(run, meta["hosts"]),
         loss=loss if loss is not None else next(iter(metrics[1][-1:]), None),
-        test_accuracy=_number((written or {}).get("test_accuracy")),
+        test=_test(written or {}),
         complete=not faults,
     )
     why = "; ".join(faults) or None
     return Run(run, settings, meta, summary, step_ns / 1e9, total.phases_ns / 1e9, metrics, why)
+
+
+def _test(written: dict[str, Any]) -> dict[str, float]:
+    """The test measures of a summary; before schema 3 there was one."""
+    measures = written.get("test", {"accuracy": written.get("test_accuracy")})
+    found = {str(name): _number(value) for name, value in measures.items()} if isinstance(measures, dict) else {}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _reduce_ranks(run: RunDir, size: int, num_attempts: int) -> tuple[FloatArray, StepTimes, list[str]]:

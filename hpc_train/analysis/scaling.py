@@ -48,7 +48,7 @@ class Row:
 
     @property
     def test_accuracy(self) -> float | None:
-        return _mean([run.summary.test_accuracy for run in self.runs])
+        return _mean([run.summary.test.get("accuracy") for run in self.runs])
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import torch
 
+from hpc_train.config import Config
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train.context import Context
@@ -60,6 +61,13 @@ def _take(array: Any, rows: np.ndarray) -> np.ndarray:
     distinct, back = np.unique(rows, return_inverse=True)  # h5py wants rising indices
     taken = np.asarray(array[distinct])[back]
     return taken if taken.dtype.isnative else taken.astype(taken.dtype.newbyteorder("="))
+
+
+def data_path(config: Config) -> Path:
+    """Where the job's data lie. Raises `UserError` where it names none."""
+    if config.data.file is None:
+        raise UserError("data.file is required and not set", f"task.kind = '{config.task.kind}' reads an HDF5 file.")
+    return Path(config.data.file).expanduser()
 
 
 def open_split(path: Path, inputs: str, targets: str, keys: tuple[str, str], optional: bool = False) -> Split | None:

@@ -117,7 +117,7 @@ class Recorder:
         self._stack.close()
         self._write_meta("end", outcome=outcome, last_step=self.num_steps_done - 1, ended=_now())
 
-    def finish(self, test_accuracy: float | None) -> None:
+    def finish(self, test: dict[str, float]) -> None:
         """Collective, after `stop`. Writes summary.json from sums over all ranks."""
         context, config = self._context, self._loaded.config
         timings = read_timings(self._run.timings(context.world.rank))
@@ -141,12 +141,12 @@ class Recorder:
             num_attempts=self._attempt.number,
             energy=total_energy(part for part in energies if part is not None),
             loss=losses[-1] if losses else None,
-            test_accuracy=test_accuracy,
+            test=test,
             complete=True,
         )
         write_atomic(self._run.summary, summary.to_json() + "\n")
-        if test_accuracy is not None:
-            print(f"Test accuracy: {test_accuracy:.4f}")
+        for measure, value in test.items():
+            print(f"Test {measure.replace('_', ' ')}: {value:.4f}")
         if summary.step_s and summary.samples_per_s:
             energy = Energy(summary.joules, summary.energy_quality, summary.energy_source)
             print(f"Median step {summary.step_s * 1e3:.3g} ms, {summary.samples_per_s:,.0f} samples/s, {energy}")

@@ -148,7 +148,7 @@ def _end(cause: str | None, recorder: Recorder, saver: Saver, job: Job, context:
     saved = context.on_root(lambda: saver.save_now(recorder.num_steps_done, job.model, job.optimizer))
     recorder.stop("complete" if cause is None else f"stopped by {cause}")
     if cause is None:
-        recorder.finish(_test_accuracy(job, context))
+        recorder.finish(_test(job, context))
         return 0
     context.on_root(lambda: recorder.say(f"Stopped by {cause} after step {recorder.num_steps_done - 1}. {saved}"))
     return CONTINUE if saver.keeps else TERMINATED
@@ -162,7 +162,7 @@ def _batches(job: Job, config: Config, first: int, world: World) -> Iterator[tup
         # Dropout and augmentation draw alike whether a run was interrupted before or not. torch.manual_seed seeds every
         # device there may be: 74 us a step, and the CPU's generator alone 1 us.
         torch.default_generator.manual_seed(noise_seed(seed, step, world.rank))
-        yield job.task.batch(rows), len(rows), num_global
+        yield job.task.batch(rows, step), len(rows), num_global
 
 
 def _batch_size(config: Config, task: Task, context: Context) -> int:
@@ -218,17 +218,21 @@ def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
 
 
-def _test_accuracy(job: Job, context: Context) -> float | None:
-    """Collective. The share of test samples answered rightly, each counted once; None without test samples.
+def _test(job: Job, context: Context) -> dict[str, float]:
+    """Collective. The means of the task's measures, each test sample counted once; {} without test samples.
 
     The model that is tested is the root's, which a checkpoint holds: running statistics differ between ranks.
     """
     for buffer in job.model.buffers():
         context.broadcast_array(buffer.numpy())
-    counts = np.zeros(2, dtype=np.int64)
+    count, sums = 0, dict[str, float]()
     job.model.eval()
     with torch.no_grad():
         for batch in job.task.test_batches(context.world):
-            counts += job.task.num_correct(job.model, batch)
-    correct, total = context.sum(counts)
-    return int(correct) / int(total) if total else None
+            num_counted, measures = job.task.test(job.model, batch)
+            count += num_counted
+            sums = {name: sums.get(name, 0.0) + value for name, value in measures.items()}
+    everyone = context.all((count, sums))
+    total = sum(count for count, _ in everyone)
+    names = dict.fromkeys(name for _, sums in everyone for name in sums)
+    return {name: sum(sums.get(name, 0.0) for _, sums in everyone) / total for name in names} if total else {}

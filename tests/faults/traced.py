@@ -46,7 +46,7 @@ class Traced(Classification):
         )
         return self._model
 
-    def batch(self, rows: np.ndarray) -> Batch:
+    def batch(self, rows: np.ndarray, step: int) -> Batch:
         self._step += 1
         if self._trace:
             self._trace.write(f"{time.time_ns()}:{','.join(map(str, rows))}\n")
@@ -59,7 +59,7 @@ class Traced(Classification):
         if self._accident("weights"):
             with torch.no_grad():
                 next(self._model.parameters()).add_(1e-3)
-        return super().batch(rows)
+        return super().batch(rows, step)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         loss = super().loss(model, batch)

@@ -112,7 +112,7 @@ def test_the_summary_is_the_reduction_of_all_ranks(context: Context, softmax_run
     assert summary["num_samples"] == 50 * 100 and summary["complete"]
     phases = np.sum([each.phases_ns for each in everyone], axis=0)
     assert summary["phase_share"]["reduce"] == pytest.approx(phases[PHASES.index("reduce")] / phases.sum())
-    assert 0.8 < summary["test_accuracy"] < 0.95
+    assert 0.8 < summary["test"]["accuracy"] < 0.95
 
 
 class DifferentModels(Classification):
@@ -134,9 +134,9 @@ class OwnShards(Classification):
 class InEvaluation(Classification):
     """Fails unless the model is told that it is being tested."""
 
-    def num_correct(self, model: nn.Module, batch: Batch) -> tuple[int, int]:
+    def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
         assert not model.training
-        return super().num_correct(model, batch)
+        return super().test(model, batch)
 
 
 @pytest.mark.parametrize("kind, words", [("DifferentModels", "the model differs"), ("OwnShards", "num_samples = 3999")])
@@ -169,4 +169,4 @@ def test_each_part_of_the_data_has_its_own_scale(context: Context, shared_path: 
         json.loads(run(context, shared_path / name, path, "softmax-mnist.toml", train__steps=50).summary.read_text())
         for name, path in (("plain", digits), ("mixed", mixed))
     ]
-    assert accuracy[0]["test_accuracy"] == pytest.approx(accuracy[1]["test_accuracy"], abs=0.002)
+    assert accuracy[0]["test"]["accuracy"] == pytest.approx(accuracy[1]["test"]["accuracy"], abs=0.002)

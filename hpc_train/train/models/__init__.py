@@ -15,17 +15,24 @@ CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"softmax": Softmax, "mlp": M
 
 def classifier(name: str, input_shape: tuple[int, ...], num_classes: int, options: dict[str, Any]) -> nn.Module:
     """The model `task.model` names, for inputs of `input_shape` and `num_classes` classes. Raises `UserError`."""
-    if name not in CLASSIFIERS:
-        raise UserError(f"task.model = '{name}' is not known", f"Known are: {', '.join(CLASSIFIERS)}.")
-    make = CLASSIFIERS[name]
-    accepted = list(inspect.signature(make).parameters)[2:]
+    return make_model(CLASSIFIERS, name, (input_shape, num_classes), options)
+
+
+def make_model(
+    known: dict[str, Callable[..., nn.Module]], name: str, given: tuple[Any, ...], options: dict[str, Any]
+) -> nn.Module:
+    """The model `known[name](*given, **options)`. Raises `UserError` for what it does not take."""
+    if name not in known:
+        raise UserError(f"task.model = '{name}' is not known here", f"Known are: {', '.join(known)}.")
+    make = known[name]
+    accepted = list(inspect.signature(make).parameters)[len(given) :]
     for option in options:
         if option not in accepted:
             raise UserError(
                 f"task.options.{option}: {name} has no such option", f"Its options: {', '.join(accepted) or 'none'}."
             )
     try:
-        return make(input_shape, num_classes, **options)
+        return make(*given, **options)
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's for more memory than there is
         raise UserError(
             f"task.options = {options}: {name} refuses them: {error}", "See the model's docstring."

@@ -27,8 +27,8 @@ class Task(Protocol):
     def model(self) -> nn.Module:
         """A new model, alike on every rank (the generator is seeded; the root's weights are sent to all)."""
 
-    def batch(self, rows: np.ndarray) -> Any:
-        """The samples at `rows`: this rank's share of a global batch; may be empty."""
+    def batch(self, rows: np.ndarray, step: int) -> Any:
+        """The samples at `rows`: this rank's share of the global batch of `step`; may be empty."""
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """The SUM of the samples' losses (not their mean: shares differ in size)."""
@@ -36,8 +36,8 @@ class Task(Protocol):
     def test_batches(self, world: World) -> Iterator[Any]:
         """This rank's share of the test samples; nothing where there are none."""
 
-    def num_correct(self, model: nn.Module, batch: Any) -> tuple[int, int]:
-        """(right answers, samples) of a test batch."""
+    def test(self, model: nn.Module, batch: Any) -> tuple[int, dict[str, float]]:
+        """Of a test batch: how much it counts, and the SUM of each measure: {"loss": ..., "accuracy": ...}."""
 
 
 def open_task(config: Config, context: Context) -> Task:

@@ -1,7 +1,6 @@
 """Classification of arrays into classes, from HDF5."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train import models
 from hpc_train.train.context import Context
-from hpc_train.train.dataset import Batch, Split, label_range, open_split
+from hpc_train.train.dataset import Batch, Split, data_path, label_range, open_split
 from hpc_train.world import World
 
 _TEST_BATCH = 1024
@@ -24,9 +23,10 @@ class Classification:
 
     def __init__(self, config: Config, context: Context) -> None:
         self.config = config
-        path, data = Path(config.data.file).expanduser(), config.data
+        data = config.data
 
         def open_both() -> tuple[Split, Split | None]:
+            path = data_path(config)
             train = open_split(path, data.inputs, data.targets, ("data.inputs", "data.targets"))
             test_keys = ("data.test_inputs", "data.test_targets")
             test = open_split(path, data.test_inputs, data.test_targets, test_keys, optional=True)
@@ -59,7 +59,7 @@ class Classification:
         task = self.config.task
         return models.classifier(task.model, self.train.input_shape, self.num_classes, dict(task.options))
 
-    def batch(self, rows: np.ndarray) -> Batch:
+    def batch(self, rows: np.ndarray, step: int) -> Batch:
         return self.train.batch(rows)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -72,8 +72,10 @@ class Classification:
         for begin in range(start, stop, _TEST_BATCH):
             yield self.test.batch(np.arange(begin, min(begin + _TEST_BATCH, stop)))
 
-    def num_correct(self, model: nn.Module, batch: Batch) -> tuple[int, int]:
-        return int((self._logits(model, batch).argmax(1) == batch.targets).sum()), len(batch)
+    def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
+        logits = self._logits(model, batch)
+        loss = functional.cross_entropy(logits, batch.targets, reduction="sum")
+        return len(batch), {"loss": loss.item(), "accuracy": (logits.argmax(1) == batch.targets).sum().item()}
 
     def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         inputs = batch.inputs.to(torch.float32)
