@@ -116,7 +116,7 @@ def load(run: RunDir) -> Run:
         name=str(meta.get("name", settings.name)),
         size=meta["size"],
         num_hosts=len(meta["hosts"]),
-        global_batch=settings.train.batch_size(meta["size"]),
+        global_batch=settings.global_batch(meta["size"]),
         step_ns=step_ns,
         phases_ns=total.phases_ns,
         num_samples=total.num_samples,
