@@ -30,7 +30,7 @@ class Recipe:
     strategy: str = "horovod"
     reduce: dict[str, Any] = field(default_factory=dict)  # further keys of [reduce]
     servers: int = 0  # of a parameter server: the last ranks
-    servers_busy: float = 0.25  # share of their time in which they do not wait
+    servers_busy: float = 0.25  # share of their time in which they update weights
     shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))  # of the ranks that train
     joules: float | None = 120.0  # per host; None: no meter
     quality: str = "measured"

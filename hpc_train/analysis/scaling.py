@@ -31,7 +31,7 @@ class Row:
     samples_per_s: float | None  # global batch / median step
     phase_share: dict[str, float]  # of the time in steady steps of all ranks that train; sums to 1
     phase_s: dict[str, float]  # mean per step and rank that trains, warm-up excluded
-    servers_busy: float | None  # share of the servers' time in which they did not wait for gradients
+    servers_busy: float | None  # share of the servers' time that is no waiting, receiving or sending
     energy: Energy  # mean per run
     joules_per_sample: float | None  # whole run over all its samples, warm-up included
     speedup: float | None = None  # samples/s relative to the group's baseline

@@ -121,7 +121,7 @@ def _phase_sheet(group: Group) -> Sheet:
     for row in group.rows:
         cells = [ranks_text(row), *(percent(row.phase_share.get(phase)) for phase in PHASES)]
         rows.append((*cells, *[percent(row.servers_busy)] * with_servers))
-    whose = "the workers' time; busy: not waiting for gradients" if with_servers else "all ranks' time"
+    whose = "the workers' time; servers busy: not in communication" if with_servers else "all ranks' time"
     title = f"Where a step's time goes (share of {whose}; reduce: exposed communication)"
     return Sheet(title, tuple(columns), tuple(rows))
 
