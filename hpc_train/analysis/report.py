@@ -20,7 +20,7 @@ from hpc_train import rundir
 from hpc_train.analysis.flops import flops_of
 from hpc_train.analysis.load import Run, load_all
 from hpc_train.analysis.scaling import Group, Row, Scaling, compare
-from hpc_train.analysis.sheets import Part, Sheet, group_notes, parts, strategy_notes, test_measures
+from hpc_train.analysis.sheets import Part, Sheet, group_notes, measures_of, parts, strategy_notes
 from hpc_train.analysis.strategies import Comparison, Entry, compare_strategies
 from hpc_train.analysis.words import plain
 from hpc_train.errors import UserError
@@ -193,7 +193,7 @@ def write_report(report: Report, output_dir: Path) -> Path:
 def scaling_csv(report: Report) -> str:
     """One line a row of every group, in base units; an empty cell is what is not known."""
     text = io.StringIO()
-    measures = test_measures([row for group in report.scaling.groups for row in group.rows])
+    measures = measures_of([row for group in report.scaling.groups for row in group.rows])
     columns = (*CSV_COLUMNS, *(f"test_{measure}" for measure in measures))
     lines = csv.DictWriter(text, columns, lineterminator="\n")
     lines.writeheader()

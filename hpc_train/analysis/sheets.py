@@ -141,7 +141,7 @@ def _flops_sheet(group: Group) -> Sheet:
 def _energy_sheet(group: Group) -> Sheet:
     columns = [Column("ranks"), Column("energy per run"), Column("per sample"), Column("meter", is_text=True)]
     with_loss = any(row.loss is not None for row in group.rows)
-    measures = test_measures(group.rows)
+    measures = measures_of(group.rows)
     columns += [Column("loss")] * with_loss + [Column(f"test {_words(measure)}") for measure in measures]
     rows = []
     for row in group.rows:
@@ -198,7 +198,7 @@ def _ratio_text(entry: Entry) -> str:
 
 
 def _strategy_work_sheet(comparison: Comparison) -> Sheet:
-    measures = test_measures([entry.row for entry in comparison.entries])
+    measures = measures_of([entry.row for entry in comparison.entries])
     titles = ("ranks", "must move", "optimizer state", "loss", *(f"test {_words(measure)}" for measure in measures))
     rows = []
     for entry in comparison.entries:
@@ -237,7 +237,7 @@ def strategy_notes(comparison: Comparison) -> list[str]:
     return notes
 
 
-def test_measures(rows: Sequence[Row]) -> list[str]:
+def measures_of(rows: Sequence[Row]) -> list[str]:
     """Every test measure of the rows, in the order in which runs state them."""
     return list(dict.fromkeys(measure for row in rows for measure in row.test))
 
