@@ -245,6 +245,8 @@ def test_what_else_sets_strategies_apart_is_named(tmp_path: Path) -> None:
         SERVER,
         replace(SERVER, reduce={"asynchronous": True}, stamp="20261123T231000Z", steps=110),
     ]
+    loaded = {"python": "3.12.4", "torch": "2.10.0", "mpi4py": "4.1.0"}  # and no Horovod
+    recipes[2:] = [replace(recipe, meta={"versions": loaded}) for recipe in recipes[2:]]
     made = side_by_side(tmp_path, *recipes)
     assert [entry.strategy for entry in made.entries] == [
         "horovod",
@@ -256,6 +258,7 @@ def test_what_else_sets_strategies_apart_is_named(tmp_path: Path) -> None:
     assert "CPU: AMD EPYC 7763 64-Core Processor (horovod, parameter server, parameter server asynchronous)" in notes
     assert "Xeon (horovod fp16)" in notes
     assert "steps: 210 (horovod, horovod fp16, parameter server); 110 (parameter server asynchronous)" in notes
+    assert "version of" not in notes
     assert "110 or 210 steps" in strategy_sheets(made)[0].title
     labels = [group.label for group in compare(load_all([tmp_path])).groups]
     assert "softmax-mnist (reduce.strategy = horovod, reduce.compression = fp16)" in labels

@@ -227,7 +227,8 @@ def _by_size(entries: list[Entry]) -> dict[int, list[Entry]]:
 def _facts_by_strategy(entries: list[Entry]) -> dict[str, dict[str, list[str]]]:
     """What the strategies do not have in common: fact -> value -> where it was seen.
 
-    A fact that changes from run to run of every strategy alike is said beside their scaling.
+    A fact that changes from run to run of every strategy alike is said beside their scaling. A library that only some
+    strategies load is no difference.
     """
     runs = [(entry.strategy, run) for entry in entries for run in entry.row.runs]
     differing = {}
@@ -235,6 +236,8 @@ def _facts_by_strategy(entries: list[Entry]) -> dict[str, dict[str, list[str]]]:
         seen: dict[str, set[str]] = defaultdict(set)
         where: dict[str, list[str]] = defaultdict(list)
         for (strategy, _), value in zip(runs, values, strict=True):
+            if value == "unknown" and name.startswith("version of "):
+                continue
             seen[strategy].add(value)
             if strategy not in where[value]:
                 where[value].append(strategy)
