@@ -28,7 +28,7 @@ class Row:
     step_s: float | None  # median over the steady steps of all runs, mean over ranks
     step_interval_s: Interval | None  # 95%
     samples_per_s: float | None  # global batch / median step
-    phase_share: dict[str, float]  # of all ranks' time in steady steps; sums to 1
+    phase_share: dict[str, float]  # of all ranks' time in steady steps; sums to 1; without phases that nobody marked
     phase_s: dict[str, float]  # mean per step and rank, warm-up excluded
     energy: Energy  # mean per run
     joules_per_sample: float | None  # whole run over all its samples, warm-up included
@@ -126,7 +126,7 @@ def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
         middle,
         (low, high) if low is not None and high is not None else None,
         samples_per_s=each[0].global_batch / middle if middle else None,
-        phase_share=dict(zip(PHASES, (phases / total).tolist(), strict=True)) if total else {},
+        phase_share={phase: float(spent) / total for phase, spent in zip(PHASES, phases, strict=True) if spent},
         phase_s=dict(zip(PHASES, (phases / (num_steps * size)).tolist(), strict=True)) if total else {},
         energy=Energy(whole / len(runs) if whole is not None else None, energy.quality, energy.source),
         joules_per_sample=whole / num_samples if whole is not None and num_samples else None,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.config import Config
+from hpc_train.config import RECORDED, Config
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context
 from hpc_train.train.tasks.classification import Classification
@@ -49,6 +49,11 @@ def open_task(config: Config, context: Context) -> Task:
 
 def _load(kind: str) -> Callable[[Config, Context], Any]:
     module_name, colon, name = kind.partition(":")
+    if kind == RECORDED:
+        raise UserError(
+            f"task.kind = '{kind}': the loop of this run is another program's",
+            "Start that program again: meta.json names it.",
+        )
     if not colon:
         raise UserError(
             f"task.kind = '{kind}' is not known",
