@@ -57,7 +57,7 @@ def test_model_options_round_trip(job: Path) -> None:
         ("train.global_batch=-3", "train.global_batch = -3: input should be greater than or equal to 1"),
         ("seed=99999999999999999999", "seed = 99999999999999999999"),
         ("run.root=a\0b", "run.root = "),
-        ("reduce.strategy=ring", "reduce.strategy = 'ring': input should be 'horovod', 'mpi' or 'local'"),
+        ("reduce.strategy=ring", "reduce.strategy = 'ring': input should be 'horovod', 'mpi', 'local' or 'own'"),
         ("name=../up", "name = '../up'"),
         ("name=a b; rm", "name = 'a b; rm'"),
         ("task=3", "task = 3: should be a table [task]"),

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path

@@ -1,8 +1,11 @@
 """What is trained. A task brings the model, the samples and the loss; the trainer brings everything else."""
 
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,11 +43,25 @@ class Task(Protocol):
         """Of a test batch: how much it counts, and the SUM of each measure: {"loss": ..., "accuracy": ...}."""
 
 
+_ASKED_FOR = ("num_samples", "model", "batch", "loss", "test_batches", "test")
+
+
 def open_task(config: Config, context: Context) -> Task:
     """Collective. The task that `task.kind` names: built in, or a user's own "mypackage.mytask:MyTask"."""
     kind = config.task.kind
     make = BUILT_IN.get(kind) or context.on_all(lambda: _load(kind))
-    return make(config, context)
+    task = make(config, context)
+    lacking = [name for name in _ASKED_FOR if not hasattr(task, name)]
+
+    def check() -> None:
+        if lacking:
+            raise UserError(
+                f"task.kind = '{kind}': it has no {' and no '.join(lacking)}",
+                f"A task has {', '.join(_ASKED_FOR)}: see the class Task in {__file__}.",
+            )
+
+    context.on_all(check)
+    return task
 
 
 def _load(kind: str) -> Callable[[Config, Context], Any]:
@@ -54,7 +71,7 @@ def _load(kind: str) -> Callable[[Config, Context], Any]:
             f"task.kind = '{kind}': the loop of this run is another program's",
             "Start that program again: meta.json names it.",
         )
-    if not colon:
+    if not colon or not all(part.isidentifier() for part in (*module_name.split("."), name)):
         raise UserError(
             f"task.kind = '{kind}' is not known",
             f"Known are: {', '.join(BUILT_IN)}; your own: 'mypackage.mytask:MyTask'.",
@@ -64,13 +81,76 @@ def _load(kind: str) -> Callable[[Config, Context], Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"task.kind = '{kind}': no module {error.name}", f"Looked in {here} and in sys.path.") from None
-    except (TypeError, ValueError) as error:  # no module's name at all
-        raise UserError(f"task.kind = '{kind}': {error}", "Write 'mypackage.mytask:MyTask'.") from None
+    except Exception as error:  # noqa: BLE001  whatever the user's module does when it is loaded
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            what, remedy = f"no module {error.name}", f"Looked in {here} and in sys.path."
+        else:
+            what = f"{module_name} cannot be loaded: {type(error).__name__}: {error}, {_place(error)}"
+            remedy = f"Mend it there; the whole traceback: python -c 'import {module_name}'"
+        raise UserError(f"task.kind = '{kind}': {what}", remedy) from None
     make = getattr(module, name, None)
     if not callable(make):
         raise UserError(
             f"task.kind = '{kind}': {module_name} has no class {name}", "Name the task class after the colon."
         )
     return make
+
+
+def check_task(
+    config: Config, model: nn.Module, batch: Any, compute: Callable[[Any], torch.Tensor], context: Context
+) -> None:
+    """Collective. Tries the loss of the first batch before anything is trained: refuses what does not fit together.
+
+    compute: the loss of `batch` as the loop computes it. Nothing is left of the trial: the generators and the model's
+    buffers (running statistics) are as before, and the loop trains on the same `batch`, so that a task that goes
+    forward with each batch is asked for none in vain. Raises UserError with the shapes, alike on every rank.
+    """
+
+    def attempt() -> None:
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        try:
+            with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+                loss = compute(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:  # what torch raises where shapes or types disagree
+            raise _does_not_fit(config, model, batch, f"{error}, {_place(error)}") from None
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        if not isinstance(loss, torch.Tensor) or loss.shape != () or not loss.requires_grad:
+            raise _does_not_fit(config, model, batch, f"the loss is {_shown(loss)}, and no differentiable number")
+
+    context.on_all(attempt)
+
+
+def _does_not_fit(config: Config, model: nn.Module, batch: Any, why: str) -> UserError:
+    weights = next((f", {name} {tuple(weight.shape)} first" for name, weight in model.named_parameters()), "")
+    return UserError(
+        f"task.kind = '{config.task.kind}', task.model = '{config.task.model}': the first batch cannot be trained on: "
+        f"{why}\n  batch: {_shown(batch)}\n  model: {type(model).__name__}{weights}",
+        "Make them agree: Task.batch and Task.loss, or task.model and task.options. The loss is a sum over samples.",
+    )
+
+
+def _shown(value: Any) -> str:
+    """The shapes and types of the tensors in a batch."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_shown(part)}" for name, part in value.items())
+    if isinstance(value, tuple | list):
+        return f"({', '.join(_shown(part) for part in value[:8])}{', ...' * (len(value) > 8)})"
+    if is_dataclass(value):
+        return _shown({part.name: getattr(value, part.name) for part in fields(value)})
+    return repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
+
+
+def _place(error: BaseException) -> str:
+    """Where the user's own code raised `error`, or called what did."""
+    if isinstance(error, SyntaxError):
+        return f"at {error.filename}:{error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    libraries = (os.path.dirname(os.__file__), "<")
+    own = [frame for frame in frames if not frame.filename.startswith(libraries) and "-packages" not in frame.filename]
+    frame = (own or frames)[-1]
+    return f"at {frame.filename}:{frame.lineno}"
