@@ -143,7 +143,7 @@ def test_a_batch_that_does_not_fit_the_model_is_named_with_both_shapes(
     what = str(caught.value)
     for word in (*words, "task.kind = 'own_task:LowerHalf', task.model = 'softmax'", f"inputs: float32 {inputs}"):
         assert word in what, what
-    assert "model: Linear, weight (10, 784) first" in what and "Task.batch and Task.loss" in what
+    assert "model: Linear, whose first weight weight is (10, 784)" in what and "Task.batch and Task.loss" in what
     assert f"{Path(__file__).name}:" in what, "where the user's own code is"
 
 

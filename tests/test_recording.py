@@ -22,7 +22,7 @@ from tests import jobs
 LOOPS = Path(__file__).parent
 # Gradients summed by hand, and every phase marked; on 2 ranks with mpi4py, alone without.
 BY_HAND = """
-import sys, torch
+import os, signal, sys, torch
 from torch import nn
 from hpc_train.train.recording import recording
 size = int(sys.argv[1])
@@ -49,6 +49,8 @@ with recording("by-hand", batch_per_rank=64, model=model, steps=40, warmup_steps
                 optimizer.zero_grad()
             step.loss = loss
             if index == int(sys.argv[2]):
+                if len(sys.argv) > 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 raise KeyError("the loop's own fault")
     recorder.test["accuracy"] = 0.75
 """
@@ -186,6 +188,12 @@ def test_an_exception_of_the_loop_is_the_loops_own(by_hand: Path) -> None:
     assert read_metrics(cut.dir.metrics)[0] == [0], "losses are written every log_every steps"
 
 
+def test_a_killed_loop_is_an_incomplete_run(by_hand: Path) -> None:
+    assert start([sys.executable, "loop.py", "1", "25", "killed"], by_hand).returncode == -9
+    lost = load_all([by_hand / "runs"])[-1]
+    assert lost.incomplete and "did not reach its end" in lost.incomplete and lost.summary.num_steps >= 1
+
+
 def test_a_rank_that_fails_alone_ends_torchrun_with_its_own_exception(by_hand: Path) -> None:
     loop = """
         import sys
@@ -260,10 +268,14 @@ def test_a_loss_that_is_no_number_is_refused(tmp_path: Path) -> None:
 def test_ranks_that_cannot_reach_each_other_are_not_taken_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused = pytest.raises(UserError, match=r"WORLD_SIZE = 2.*\n.*init_process_group")
-    with refused, recording("mine", global_batch=4, root=tmp_path):
-        pass
+    srun = {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    for environment, words in (({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2"), (srun, "srun's tasks = 2")):
+        with monkeypatch.context() as changed:
+            for name, value in environment.items():
+                changed.setenv(name, value)
+            refused = pytest.raises(UserError, match=rf"{words}.*\n.*init_process_group")
+            with refused, recording("mine", global_batch=4, root=tmp_path):
+                pass
 
 
 def test_a_recorded_run_is_not_started_by_us(recorded: list[Run]) -> None:

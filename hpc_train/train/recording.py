@@ -35,7 +35,7 @@ from hpc_train.train.context import Context, join_mpi
 from hpc_train.train.metadata import place_ranks
 from hpc_train.train.process_group import join_process_group
 from hpc_train.train.recorder import Recorder
-from hpc_train.world import World, launched_rank
+from hpc_train.world import World, launched_rank, launched_size
 
 _STARTED_SIZES = ("WORLD_SIZE", "HOROVOD_SIZE")  # what launchers without MPI tell their processes
 
@@ -71,11 +71,8 @@ def recording(
         "task": {"kind": RECORDED, "model": _model_name(model), "options": options},
         "train": {
             "steps": UNKNOWN_STEPS if steps is None else steps,
-            **{
-                key: n
-                for key, n in (("global_batch", global_batch), ("batch_per_rank", batch_per_rank))
-                if n is not None
-            },
+            "global_batch": global_batch,
+            "batch_per_rank": batch_per_rank,
             "log_every": log_every,
             "warmup_steps": warmup_steps,
         },
@@ -196,10 +193,11 @@ def _ranks() -> AbstractContextManager[Context]:
         return join_process_group()
     if launched_rank() is not None:
         return join_mpi()
-    for variable in _STARTED_SIZES:
-        if os.environ.get(variable, "1") != "1":
+    sizes = {name: os.environ.get(name, "1") for name in _STARTED_SIZES} | {"srun's tasks": str(launched_size() or 1)}
+    for name, size in sizes.items():
+        if size != "1":
             raise UserError(
-                f"{variable} = {os.environ[variable]}: this process is one of several, and cannot reach the others",
+                f"{name} = {size}: this process is one of several, and cannot reach the others",
                 "Call torch.distributed.init_process_group() before recording(), or start the ranks with mpirun.",
             )
     return nullcontext(Context(World(host=socket.gethostname())))

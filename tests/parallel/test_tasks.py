@@ -19,5 +19,5 @@ def test_one_ranks_batch_is_refused_by_all(context: Context) -> None:
     check_task(config, model, batch[:, :7].repeat(1, 2)[:, :8], lambda batch: model(batch).sum(), context)
     with pytest.raises(UserError) as caught:
         check_task(config, model, batch, lambda batch: model(batch).sum(), context)
-    assert "batch: float32 (3, 7)" in caught.value.what and "weight (2, 8)" in caught.value.what
+    assert "batch: float32 (3, 7)" in caught.value.what and "is (2, 8)" in caught.value.what
     assert caught.value.joint, "no rank need be aborted, and one speaks"

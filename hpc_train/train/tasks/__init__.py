@@ -124,7 +124,9 @@ def check_task(
 
 
 def _does_not_fit(config: Config, model: nn.Module, batch: Any, why: str) -> UserError:
-    weights = next((f", {name} {tuple(weight.shape)} first" for name, weight in model.named_parameters()), "")
+    weights = next(
+        (f", whose first weight {name} is {tuple(weight.shape)}" for name, weight in model.named_parameters()), ""
+    )
     return UserError(
         f"task.kind = '{config.task.kind}', task.model = '{config.task.model}': the first batch cannot be trained on: "
         f"{why}\n  batch: {_shown(batch)}\n  model: {type(model).__name__}{weights}",
