@@ -96,31 +96,19 @@ def _load(kind: str) -> Callable[[Config, Context], Any]:
     return make
 
 
-def check_task(
-    config: Config, model: nn.Module, batch: Any, compute: Callable[[Any], torch.Tensor], context: Context
-) -> None:
-    """Collective. Tries the loss of the first batch before anything is trained: refuses what does not fit together.
-
-    compute: the loss of `batch` as the loop computes it. Nothing is left of the trial: the generators and the model's
-    buffers (running statistics) are as before, and the loop trains on the same `batch`, so that a task that goes
-    forward with each batch is asked for none in vain. Raises UserError with the shapes, alike on every rank.
+def checked_loss(config: Config, task: Task, model: nn.Module, batch: Any) -> torch.Tensor:
+    """The loss of the first batch, tried before anything is trained: raises `UserError` with all shapes in it where
+    batch and model do not fit together. Other faults of a task keep their own type and traceback.
     """
-
-    def attempt() -> None:
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        try:
-            with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-                loss = compute(batch)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, IndexError) as error:  # what torch raises where shapes or types disagree
-            raise _does_not_fit(config, model, batch, f"{error}, {_place(error)}") from None
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-        if not isinstance(loss, torch.Tensor) or loss.shape != () or not loss.requires_grad:
-            raise _does_not_fit(config, model, batch, f"the loss is {_shown(loss)}, and no differentiable number")
-
-    context.on_all(attempt)
+    try:
+        loss = task.loss(model, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:  # what torch raises where shapes or types disagree
+        raise _does_not_fit(config, model, batch, f"{error}, {_place(error)}") from None
+    if not isinstance(loss, torch.Tensor) or loss.shape != () or not loss.requires_grad:
+        raise _does_not_fit(config, model, batch, f"the loss is {_shown(loss)}, and no differentiable number")
+    return loss
 
 
 def _does_not_fit(config: Config, model: nn.Module, batch: Any, why: str) -> UserError:
