@@ -21,6 +21,8 @@ Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
 Option = bool | int | float | str | list[int] | list[float] | list[str]
 
 
+RECORDED = "recorded"  # task.kind of a run whose loop is another program's: see train/recording.py
+UNKNOWN_STEPS = 10**12  # train.steps of such a run until its loop has ended
 _READ_DATA = ("classification", "language", "masked_language")
 _ONE_OF = {"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"}
 
@@ -84,7 +86,9 @@ class Train(_Section):
 
 
 class Reduce(_Section):
-    strategy: Literal["horovod", "mpi", "parameter_server", "sharded", "local"] = "horovod"
+    strategy: Literal["horovod", "mpi", "parameter_server", "sharded", "local", "own"] = (
+        "horovod"  # own: a recorded loop's
+    )
     compression: Literal["none", "fp16", "bf16"] = "none"  # of gradients on their way; they are summed in fp32
     # Of Horovod, under the names of horovodrun's options.
     cycle_time_ms: Rate = 0.1  # HOROVOD_CYCLE_TIME; its own default of 1 ms paces small models
@@ -145,6 +149,12 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
+    def _a_recorded_loop_reduces_by_itself(self) -> Self:
+        if (self.task.kind == RECORDED) != (self.reduce.strategy == "own"):
+            raise ValueError(f"task.kind = '{RECORDED}' and reduce.strategy = 'own' stand together, or not at all")
+        return self
+
+    @model_validator(mode="after")
     def _keys_that_exclude_each_other(self) -> Self:
         train, reduce = self.train, self.reduce
         is_server, in_parts = reduce.strategy == "parameter_server", reduce.strategy in ("parameter_server", "sharded")
@@ -172,7 +182,10 @@ class Config(_Section):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration and, for each dotted key, where its value came from: "default", "file" or "--set"."""
+    """A configuration and, for each dotted key, where its value came from: "default", "file" or "--set".
+
+    Keys without an origin do not apply: a recorded loop has a learning rate of its own, if any.
+    """
 
     config: Config
     origin: dict[str, str]
@@ -205,9 +218,18 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Loaded:
     return Loaded(config, {key: origin.get(key, "default") for key in _known_keys()})
 
 
+def from_values(values: dict[str, Any], source: str) -> Loaded:
+    """The configuration that a program gives as nested values; `source` names it. Raises `UserError` naming the key."""
+    origin = dict.fromkeys(flatten(values), source)
+    try:
+        return Loaded(Config.model_validate(values), origin)
+    except ValidationError as error:
+        raise UserError(_explain(error, Path(source), origin)[0], f"See the docstring of {source}.") from None
+
+
 def as_dict(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain values, unset keys left out (TOML has no null)."""
-    return config.model_dump(exclude_none=True)
+    """The configuration as nested plain values, unset keys left out (TOML has no null); of a recorded loop its own."""
+    return config.model_dump(exclude_none=True, exclude_unset=config.task.kind == RECORDED)
 
 
 def comparable(config: Config) -> dict[str, Any]:
@@ -241,12 +263,13 @@ def trajectory(config: Config) -> dict[str, Any]:
 
 def dumps(loaded: Loaded) -> str:
     """The resolved configuration as TOML that `load` reads back, each key with where its value came from."""
-    tree = loaded.config.model_dump()
-    lines = [_line(key, tree[key], loaded.origin[key]) for key in tree if not isinstance(tree[key], dict)]
+    tree, origin = loaded.config.model_dump(), loaded.origin
+    lines = [_line(key, tree[key], origin[key]) for key in tree if not isinstance(tree[key], dict) and key in origin]
     for section, values in tree.items():
         if isinstance(values, dict):
-            lines += ["", f"[{section}]"]
-            lines += [_line(key, value, loaded.origin[f"{section}.{key}"]) for key, value in values.items()]
+            known = {key: origin[f"{section}.{key}"] for key in values if f"{section}.{key}" in origin}
+            lines += ["", f"[{section}]"] * bool(known)
+            lines += [_line(key, values[key], source) for key, source in known.items()]
     return "\n".join(lines) + "\n"
 
 
