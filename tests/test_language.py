@@ -72,6 +72,7 @@ def contents(path: Path) -> dict[str, np.ndarray]:
         (lambda: Gpt(50257), 124_439_808),
         (lambda: Gpt(50257, layers=24, heads=16, width=1024), 354_823_168),
         (lambda: Bert(30522), 109_514_298),
+        (lambda: Gpt(**load(jobs.CONFIGS / "gpt2-124m.toml").config.task.options), 124_439_808 + 47 * 768),
     ],
 )
 def test_parameter_counts_are_the_papers(make: Any, count: int) -> None:

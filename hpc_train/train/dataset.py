@@ -144,7 +144,7 @@ def open_tokens(path: Path, name: str, key: str, length: int, ahead: int, option
 
 def text_facts(path: Path) -> dict[str, Any]:
     """What a prepared text says of its tokens: tokenizer, vocab_size and, of one that was learned, its json."""
-    file = _open(path)
+    file = _open(path, "python-source")
     facts = {name: file.attrs[name] for name in ("tokenizer", "vocab_size") if name in file.attrs}
     json = file.get("tokenizer")
     return facts | ({"json": bytes(json[:]).decode()} if isinstance(json, h5py.Dataset) else {})
@@ -160,11 +160,11 @@ def _number(dataset: h5py.Dataset, attribute: str, default: float) -> float:
     return float(value.reshape(()))
 
 
-def _open(path: Path) -> h5py.File:
+def _open(path: Path, example: str = "mnist-5k") -> h5py.File:
     if path.is_dir():
         raise UserError(f"data.file = '{path}' is a folder", "Name an HDF5 file.")
     if not path.is_file():
-        raise UserError(f"data.file = '{path}' does not exist", f"Make it: hpc-train prepare mnist-5k {path}")
+        raise UserError(f"data.file = '{path}' does not exist", f"Make it: hpc-train prepare {example} {path}")
     try:
         file = h5py.File(path, "r")
     except OSError as error:

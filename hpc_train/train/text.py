@@ -177,6 +177,7 @@ def _stream(documents: list[Document], tokens: Tokenizer, context: Context) -> A
     """Collective. The documents' tokens, one document after another, each closed by the end-of-text token.
 
     Where a document's tokens begin, only counting those before it tells: every rank counts its share of documents.
+    One document at a time is in memory.
     """
     begin, end = rank_span(len(documents), context.world.rank, context.world.size)
     counted = context.on_all(lambda: [tokens.count(each.path, text_of(each)) for each in documents[begin:end]])

@@ -22,7 +22,7 @@ from hpc_train.world import World
 _MASKED = 0.15  # of a window's tokens, as in the BERT paper
 _TEST_STEP = -1  # masks of the test are none of a step's
 _TEST_WINDOWS = 64
-_TEST_LOGITS = 1 << 26  # at most so many at once, for large vocabularies
+_TEST_LOGITS = 1 << 27  # at most so many at once, for large vocabularies
 
 
 @dataclass(frozen=True)
