@@ -8,9 +8,11 @@ from torch import nn
 
 from hpc_train.errors import UserError
 from hpc_train.train.models.mlp import Mlp
+from hpc_train.train.models.resnet import ResNet
 from hpc_train.train.models.softmax import Softmax
+from hpc_train.train.models.vgg import Vgg
 
-CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"softmax": Softmax, "mlp": Mlp}
+CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"softmax": Softmax, "mlp": Mlp, "resnet": ResNet, "vgg": Vgg}
 
 
 def classifier(name: str, input_shape: tuple[int, ...], num_classes: int, options: dict[str, Any]) -> nn.Module:
