@@ -50,8 +50,6 @@ class ResNet(nn.Module):
                 num_in = width * 2**stage * block.expansion
         self.head = nn.Linear(num_in, num_classes)
         initialise(self)
-        for each in self.blocks:
-            nn.init.zeros_(each.last.weight)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(n, *input_shape) float -> logits (n, num_classes)."""
@@ -69,12 +67,12 @@ class Basic(nn.Module):
     def __init__(self, num_in: int, num_out: int, stride: int) -> None:
         super().__init__()
         self.first = nn.Sequential(_conv(num_in, num_out, 3, stride), BatchNorm(num_out), nn.ReLU(inplace=True))
-        self.conv, self.last = _conv(num_out, num_out, 3), BatchNorm(num_out)
+        self.last = nn.Sequential(_conv(num_out, num_out, 3), _zero(BatchNorm(num_out)))
         self.shortcut = _shortcut(num_in, num_out, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(n, num_in, h, w) -> (n, num_out, h / stride, w / stride)."""
-        return functional.relu(self.last(self.conv(self.first(x))) + self.shortcut(x))
+        return functional.relu(self.last(self.first(x)) + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -87,12 +85,12 @@ class Bottleneck(nn.Module):
         num_out = num_mid * self.expansion
         self.first = nn.Sequential(_conv(num_in, num_mid, 1), BatchNorm(num_mid), nn.ReLU(inplace=True))
         self.second = nn.Sequential(_conv(num_mid, num_mid, 3, stride), BatchNorm(num_mid), nn.ReLU(inplace=True))
-        self.conv, self.last = _conv(num_mid, num_out, 1), BatchNorm(num_out)
+        self.last = nn.Sequential(_conv(num_mid, num_out, 1), _zero(BatchNorm(num_out)))
         self.shortcut = _shortcut(num_in, num_out, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(n, num_in, h, w) -> (n, 4 * num_mid, h / stride, w / stride)."""
-        return functional.relu(self.last(self.conv(self.second(self.first(x)))) + self.shortcut(x))
+        return functional.relu(self.last(self.second(self.first(x))) + self.shortcut(x))
 
 
 _STAGES: dict[int, tuple[type[Basic] | type[Bottleneck], tuple[int, ...]]] = {
@@ -106,6 +104,11 @@ _STAGES: dict[int, tuple[type[Basic] | type[Bottleneck], tuple[int, ...]]] = {
 
 def _conv(num_in: int, num_out: int, size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(num_in, num_out, size, stride, padding=size // 2, bias=False)  # the normalisation has a bias
+
+
+def _zero(norm: BatchNorm) -> BatchNorm:
+    nn.init.zeros_(norm.weight)
+    return norm
 
 
 def _stem(num_channels: int, width: int, kind: str) -> nn.Sequential:
