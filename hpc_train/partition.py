@@ -96,6 +96,16 @@ def noise_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest())
 
 
+def row_noise(seed: int, step: int, rows: npt.NDArray[np.integer], num: int) -> npt.NDArray[np.uint64]:
+    """`num` times 64 random bits for each of `rows`, (rows, num): functions of (seed, step, row), whatever the rank.
+
+    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), begun anew for each row.
+    """
+    key = np.uint64(int.from_bytes(blake2b(f"rows {seed} {step}".encode(), digest_size=8).digest()))
+    states = _mix(rows.astype(np.uint64) ^ key)
+    return _mix(states[:, None] + np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+
 @lru_cache(maxsize=8)
 def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
     return tuple(np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64))

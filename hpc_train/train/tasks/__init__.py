@@ -14,9 +14,14 @@ from hpc_train.config import Config
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context
 from hpc_train.train.tasks.classification import Classification
+from hpc_train.train.tasks.language import Language, MaskedLanguage
 from hpc_train.world import World
 
-BUILT_IN: dict[str, Callable[[Config, Context], Any]] = {"classification": Classification}
+BUILT_IN: dict[str, Callable[[Config, Context], Any]] = {
+    "classification": Classification,
+    "language": Language,
+    "masked_language": MaskedLanguage,
+}
 
 
 class Task(Protocol):
