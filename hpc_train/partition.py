@@ -17,6 +17,7 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 _ROUNDS = 4  # of a Feistel network: enough for a pseudo-random permutation (Luby and Rackoff, SIAM J. Comput. 1988)
 _POSITIONS_AT_ONCE = 8192
+_DRAWS = 2**63  # in the place of an epoch: keys of their own
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,12 @@ def shuffled(positions: npt.NDArray[np.integer], num_samples: int, seed: int, ep
 def noise_seed(seed: int, step: int, rank: int) -> int:
     """A seed of 64 bits for what `rank` draws in `step`: dropout, augmentation."""
     return int.from_bytes(blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest())
+
+
+def drawn(rows: Indices, bound: int, seed: int) -> Indices:
+    """For each row a number of [0, bound): what that sample draws, whichever rank holds it."""
+    one, other, *_ = _round_keys(seed, _DRAWS)
+    return (_mix(_mix(rows.astype(np.uint64) ^ one) ^ other) % np.uint64(bound)).astype(np.int64)
 
 
 @lru_cache(maxsize=8)
