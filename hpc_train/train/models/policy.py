@@ -22,7 +22,8 @@ class Policy(nn.Module):
         self.actor = Mlp((num_observed,), num_actions, hidden)
         self.baseline = Mlp((num_observed,), 1, hidden)
         for part in (self.actor, self.baseline):
-            nn.init.normal_(part.layers[-1].weight, std=0.001)
+            *_, weight, _ = part.layers.parameters()
+            nn.init.normal_(weight, std=0.001)
 
     def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, num_observed) float -> log-odds (n, num_actions), values (n,)."""
