@@ -78,6 +78,7 @@ class Rl(_Section):
     entropy_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # policy_gradient: against early certainty
     num_envs: Count = 16  # dqn: of all ranks together
     actions_per_step: Count = 1  # dqn: of each environment, before each update
+    multi_step: Count = 3  # dqn: actions whose rewards are counted before the target network's estimate
     replay_size: Count = 50_000  # dqn: transitions kept
     replay_start: Count = 1000  # dqn: of them by random actions, before the first update
     target_every: Count = 100  # dqn: steps between copies into the target network

@@ -18,7 +18,7 @@ from hpc_train.train.context import Context
 from hpc_train.train.models.policy import Policy
 from hpc_train.train.models.q_network import QNetwork
 from hpc_train.train.tasks import open_task
-from hpc_train.train.tasks.dqn import Replay, Transitions, td_targets
+from hpc_train.train.tasks.dqn import Experience, Replay, Transitions
 from hpc_train.train.tasks.policy_gradient import returns_to_go
 from hpc_train.train.tasks.reinforcement import Environments, seeds_to_test
 from hpc_train.world import World
@@ -99,18 +99,68 @@ def test_returns_are_what_came_after_each_action() -> None:
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_targets_of_deep_q_learning(double: bool) -> None:
+def test_the_loss_of_deep_q_learning(double: bool) -> None:
+    task = open_task(job("dqn", f"rl.double={str(double).lower()}"), Context(World()))
     torch.manual_seed(0)
-    network = QNetwork(3, 4, hidden=(8,))
+    network = task.model()
+    assert isinstance(network, QNetwork)
     network.target.layers[0].weight.data.normal_()
-    after, rewards, terminated = torch.randn(6, 3), torch.randn(6), torch.arange(6) % 3 == 0
-    targets = td_targets(rewards, terminated, network.next_values(after, double), 0.9)
+    now, after, rewards, discounts = torch.randn(6, 4), torch.randn(6, 4), torch.randn(6), torch.rand(6)
+    total = 0.0
     for i in range(6):
         judge = network.online if double else network.target
-        best = max(range(4), key=lambda action: judge(after[i : i + 1])[0, action].item())
-        later = 0 if terminated[i] else 0.9 * network.target(after[i : i + 1])[0, best].item()
-        assert targets[i].item() == pytest.approx(0.1 * rewards[i].item() + later, abs=1e-6)
-    assert not targets.requires_grad
+        best = max(range(2), key=lambda action: judge(after[i : i + 1])[0, action].item())
+        target = rewards[i].item() + discounts[i].item() * network.target(after[i : i + 1])[0, best].item()
+        error = abs(network(now[i : i + 1])[0, i % 2].item() - target)
+        total += error**2 / 2 if error < 1 else error - 0.5
+    loss = task.loss(network, Experience(now, torch.arange(6) % 2, rewards, after, discounts))
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+    loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in network.parameters())
+
+
+def remember(replay: Replay, rng: np.random.Generator, num_plays: int) -> list[Transitions]:
+    """Three environments that go on for `num_plays` actions: what each of these added to the memory."""
+    plays = []
+    for _ in range(num_plays):
+        terminated, truncated = torch.from_numpy(rng.random((2, 3)) < 0.2)
+        numbers = torch.from_numpy(rng.normal(size=(3, 5))).float()
+        columns = numbers[:, :2], torch.from_numpy(rng.integers(0, 9, 3)), numbers[:, 2], numbers[:, 3:]
+        plays.append(Transitions(*columns, terminated, terminated | truncated))
+        replay.add(plays[-1])
+    return plays
+
+
+@pytest.mark.parametrize("multi_step", [1, 2, 5])
+@pytest.mark.parametrize("num_plays", [3, 6, 40])  # into a memory of 20: partly filled, just so, and many times over
+def test_what_is_drawn_looks_ahead_as_far_as_the_episode_goes(multi_step: int, num_plays: int) -> None:
+    replay, gamma = Replay(20, 3, 2), 0.9
+    plays = remember(replay, np.random.default_rng(num_plays), num_plays)
+    assert len(replay) == min(3 * num_plays, 20)
+    drawn = replay.take(np.arange(len(replay)), multi_step, gamma)
+    for place in range(len(replay)):
+        number = max(n for n in range(place, 3 * num_plays, 20))  # of all that were added, the last at this place
+        first, each = divmod(number, 3)
+        total, discount, t = 0.0, 1.0, first
+        for t in range(first, min(first + multi_step, num_plays)):
+            total, discount = total + discount * (1 - gamma) * plays[t].rewards[each].item(), discount * gamma
+            if plays[t].over[each]:
+                break
+        assert torch.equal(drawn.observations[place], plays[first].observations[each])
+        assert drawn.actions[place] == plays[first].actions[each]
+        assert drawn.rewards[place].item() == pytest.approx(total, abs=1e-6)
+        assert torch.equal(drawn.next_observations[place], plays[t].next_observations[each])
+        assert drawn.discounts[place].item() == pytest.approx(0 if plays[t].terminated[each] else discount)
+
+
+@pytest.mark.parametrize("num_plays", [3, 40])
+def test_a_replay_memory_can_be_stored(num_plays: int) -> None:
+    replay, other = Replay(20, 3, 2), Replay(20, 3, 2)
+    remember(replay, np.random.default_rng(0), num_plays)
+    other.load_state(replay.state())
+    for each in (replay, other):
+        remember(each, np.random.default_rng(1), 2)
+    torch.testing.assert_close(other.state(), replay.state(), rtol=0, atol=0)
 
 
 def test_the_target_network_is_a_copy_that_nobody_trains() -> None:
@@ -128,19 +178,6 @@ def test_a_policy_begins_undecided() -> None:
     assert sum(p.numel() for p in policy.parameters()) == 9155
     odds, values = policy(torch.randn(50, 4))
     assert odds.softmax(1).max() < 0.55 and values.shape == (50,) and values.abs().max() < 0.1
-
-
-def test_the_replay_memory_keeps_the_newest() -> None:
-    replay, numbers = Replay(10, 2), iter(range(100))
-    for count in (4, 4, 4, 3):
-        new = torch.tensor([float(next(numbers)) for _ in range(count)])
-        replay.add(Transitions(new[:, None].repeat(1, 2), new.long(), new, new[:, None].repeat(1, 2), new > 7))
-    kept = replay.take(np.arange(len(replay)))
-    assert sorted(kept.actions.tolist()) == list(range(5, 15)) and len(replay) == 10
-    assert torch.equal(kept.observations[:, 1], kept.rewards) and torch.equal(kept.terminated, kept.rewards > 7)
-    other = Replay(10, 2)
-    other.load_state(replay.state())
-    torch.testing.assert_close(other.state(), replay.state(), rtol=0, atol=0)
 
 
 def test_draws_belong_to_the_sample_and_are_even() -> None:
@@ -203,6 +240,7 @@ gymnasium.register("Pictures-v0", Endless, kwargs={"shape": (8, 8, 3)})
         ("rl.environment=Endless-v0", 1, ["Set rl.max_episode_steps"]),
         ("train.global_batch=61", 1, ["rl.replay_size = 60", "global batch of 61"]),
         ("train.batch_per_rank=31", 2, ["rl.replay_size = 60", "global batch of 62"]),
+        ("rl.replay_start=61", 1, ["rl.replay_start = 61", "rl.replay_size = 60"]),
         ("rl.num_envs=2", 3, ["rl.num_envs = 2", "3 ranks"]),
     ],
 )

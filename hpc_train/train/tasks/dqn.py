@@ -28,18 +28,35 @@ class Transitions:
     rewards: torch.Tensor  # (n,) float32
     next_observations: torch.Tensor  # (n, num_observed) float32
     terminated: torch.Tensor  # (n,) bool: nothing comes after; not so where only time ran out
+    over: torch.Tensor  # (n,) bool: the episode's last, for either reason
+
+
+@dataclass(frozen=True)
+class Experience:
+    """This rank's share of a global batch: n actions, and what came of each within `rl.multi_step` actions."""
+
+    observations: torch.Tensor  # (n, num_observed) float32
+    actions: torch.Tensor  # (n,) int64, from 0
+    rewards: torch.Tensor  # (n,) float32: discounted and summed, times 1 - gamma
+    next_observations: torch.Tensor  # (n, num_observed) float32: after the last of those actions
+    discounts: torch.Tensor  # (n,) float32: what the value of that observation counts; 0 where nothing comes after
 
 
 class Replay:
-    """The last `capacity` transitions: a ring of tensors, the same on every rank."""
+    """The last `capacity` transitions: a ring of tensors, the same on every rank.
 
-    def __init__(self, capacity: int, num_observed: int) -> None:
+    They come from `num_envs` environments in turn: what an environment did next stands `num_envs` places on.
+    """
+
+    def __init__(self, capacity: int, num_envs: int, num_observed: int) -> None:
         self.capacity, self.num_added = capacity, 0
+        self._num_envs = num_envs
         self._kept = Transitions(
             torch.zeros(capacity, num_observed),
             torch.zeros(capacity, dtype=torch.int64),
             torch.zeros(capacity),
             torch.zeros(capacity, num_observed),
+            torch.zeros(capacity, dtype=torch.bool),
             torch.zeros(capacity, dtype=torch.bool),
         )
 
@@ -47,16 +64,32 @@ class Replay:
         return min(self.num_added, self.capacity)
 
     def add(self, new: Transitions) -> None:
-        """Keeps `new` in place of the oldest."""
-        places = torch.arange(self.num_added, self.num_added + len(new.actions)) % self.capacity
+        """Keeps `new`, one of each environment, in place of the oldest."""
+        places = torch.arange(self.num_added, self.num_added + self._num_envs) % self.capacity
         for field in fields(Transitions):
             getattr(self._kept, field.name)[places] = getattr(new, field.name)
-        self.num_added += len(new.actions)
+        self.num_added += self._num_envs
 
-    def take(self, places: np.ndarray) -> Transitions:
-        """Copies of the transitions at `places`, below len(self)."""
-        index = torch.from_numpy(places)
-        return Transitions(*(getattr(self._kept, field.name)[index] for field in fields(Transitions)))
+    def take(self, places: np.ndarray, multi_step: int, gamma: float) -> Experience:
+        """The transitions at `places`, below len(self), each followed for `multi_step` actions.
+
+        Or for fewer, where the episode ends before or the environment has not gone on yet:
+        (1 - gamma) (r_0 + gamma r_1 + ...) are the rewards, gamma^k is the discount after k actions (Sutton and Barto,
+        "Reinforcement Learning", 2nd edition 2018, equation 7.1).
+        """
+        kept, first = self._kept, torch.from_numpy(places)
+        last, rewards = first, (1 - gamma) * kept.rewards[first]
+        discounts = torch.full_like(rewards, gamma)
+        for _ in range(multi_step - 1):
+            num_newer = (self.num_added - 1 - last) % self.capacity
+            goes_on = ~kept.over[last] & (num_newer >= self._num_envs)
+            last = torch.where(goes_on, (last + self._num_envs) % self.capacity, last)
+            rewards = rewards + goes_on * discounts * (1 - gamma) * kept.rewards[last]
+            discounts = torch.where(goes_on, gamma * discounts, discounts)
+        discounts = discounts * ~kept.terminated[last]
+        return Experience(
+            kept.observations[first], kept.actions[first], rewards, kept.next_observations[last], discounts
+        )
 
     def state(self) -> dict[str, Any]:
         """The tensors themselves, as far as they are filled."""
@@ -81,7 +114,7 @@ class Dqn:
         self.num_samples = ENDLESS
         rl, world = config.rl, context.world
         self._environments = context.on_all(lambda: self._open(world))
-        self._replay = Replay(rl.replay_size, self._environments.num_observed)
+        self._replay = Replay(rl.replay_size, rl.num_envs, self._environments.num_observed)
         self._mine = range(*rank_span(rl.num_envs, world.rank, world.size))
         # Of all ranks' environments, so that any rank can tell where they stand: how many episodes each has begun, and
         # its actions in the one that is going on.
@@ -103,6 +136,11 @@ class Dqn:
                 f"rl.replay_size = {rl.replay_size} is smaller than a global batch of {batch}",
                 f"Set rl.replay_size to {batch} or more, or train.global_batch to less.",
             )
+        if rl.replay_start > rl.replay_size:
+            raise UserError(
+                f"rl.replay_start = {rl.replay_start} is more than rl.replay_size = {rl.replay_size}",
+                "Training would never begin: set rl.replay_start to less.",
+            )
         return Environments(rl)
 
     def model(self) -> nn.Module:
@@ -111,19 +149,20 @@ class Dqn:
         self._network = cast(QNetwork, models.make_model({"q_network": QNetwork}, task.model, given, task.options))
         return self._network
 
-    def batch(self, rows: np.ndarray, step: int) -> Transitions:
+    def batch(self, rows: np.ndarray, step: int) -> Experience:
         """Collective. Plays on, once a step, and draws from the replay memory."""
         rl = self.config.rl
         if step != self._played_step:
             self._played_step = step
-            while len(self._replay) < min(rl.replay_start, rl.replay_size):
+            while len(self._replay) < rl.replay_start:
                 self._play((0, self._replay.num_added), epsilon=1.0)
             if step % rl.target_every == 0:
                 self._network.update_target()
             epsilon = max(rl.epsilon_end, 1 - (1 - rl.epsilon_end) * step / rl.epsilon_steps)
             for repeat in range(rl.actions_per_step):
                 self._play((1 + step, repeat), epsilon)
-        return self._replay.take(drawn(rows, len(self._replay), self.config.seed))
+        places = drawn(rows, len(self._replay), self.config.seed)
+        return self._replay.take(places, rl.multi_step, rl.gamma)
 
     def _play(self, when: tuple[int, int], epsilon: float) -> None:
         """Collective. One action of every environment, random with probability `epsilon`; all ranks learn of all.
@@ -138,15 +177,15 @@ class Dqn:
             environments.step(environment, action)
             for environment, action in zip(environments.take(len(mine)), actions.tolist(), strict=True)
         ]
-        after, rewards, terminated, is_over = (list(column) for column in zip(*seen, strict=True))
-        told = (self._now, actions, np.array(rewards, np.float32), np.array(after), np.array(terminated))
-        self._now = np.array(after)
-        everyone = list(zip(*self.context.all((*told, np.array(is_over))), strict=True))
-        *columns, overs = [np.concatenate(column) for column in everyone]
-        self._replay.add(Transitions(*map(torch.from_numpy, columns)))
-        for done, action in zip(self._actions, columns[1].tolist(), strict=True):
+        after, rewards, terminated, over = (np.array(column) for column in zip(*seen, strict=True))
+        mine_of_all = (self._now, actions, rewards.astype(np.float32), after, terminated, over)
+        columns = zip(*self.context.all(mine_of_all), strict=True)
+        everyone = Transitions(*(torch.from_numpy(np.concatenate(column)) for column in columns))
+        self._replay.add(everyone)
+        for done, action in zip(self._actions, everyone.actions.tolist(), strict=True):
             done.append(action)
-        self._begin(np.flatnonzero(overs).tolist())
+        self._now = after.copy()
+        self._begin(everyone.over.nonzero().flatten().tolist())
 
     @torch.no_grad()
     def _best(self, observations: np.ndarray) -> np.ndarray:
@@ -187,13 +226,13 @@ class Dqn:
             for action in self._actions[number]:
                 self._now[place], *_ = self._environments.step(environment, action)
 
-    def loss(self, model: nn.Module, batch: Transitions) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Experience) -> torch.Tensor:
         values = model(batch.observations).gather(1, batch.actions[:, None]).squeeze(1)
+        # With the factor 1 - gamma in the rewards, a value is one of a lasting reward and of its order, whatever gamma.
+        # Without it CartPole's, of up to 100, ran away to 10^6 within 3,000 steps.
         next_values = self._network.next_values(batch.next_observations, self.config.rl.double)
-        targets = td_targets(batch.rewards, batch.terminated, next_values, self.config.rl.gamma)
-        return functional.smooth_l1_loss(
-            values, targets, reduction="sum"
-        )  # an error counts as 1 at most, as in the paper
+        targets = batch.rewards + batch.discounts * next_values
+        return functional.smooth_l1_loss(values, targets, reduction="sum")  # gradients of 1 at most, as in the paper
 
     def test_batches(self, world: World) -> Iterator[list[int]]:
         return seeds_to_test(self.config.rl.test_episodes, world)
@@ -203,14 +242,3 @@ class Dqn:
         environments = Environments(self.config.rl)  # not those of training, which are amid their episodes
         returns = environments.greedy_returns(batch, lambda observed: self._network(observed.to(device)))
         return len(batch), {"return": float(returns.sum())}
-
-
-def td_targets(
-    rewards: torch.Tensor, terminated: torch.Tensor, next_values: torch.Tensor, gamma: float
-) -> torch.Tensor:
-    """(n,): (1 - gamma) r + gamma V(s'), without the second where nothing comes after (Mnih et al., 2015, algorithm 1).
-
-    The factor (1 - gamma), which the paper does not have, makes a value one of a lasting reward: of its order, whatever
-    gamma. With values of up to 100, CartPole's ran away to 10^6 within 3,000 steps.
-    """
-    return (1 - gamma) * rewards + gamma * next_values * ~terminated
