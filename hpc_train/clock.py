@@ -55,6 +55,7 @@ class Clock:
             return _SynchronizedPhase(synchronize) if synchronize else _Phase()
 
         self.data, self.forward, self.backward, self.reduce, self.optimizer = (phase() for _ in PHASES if _ != "other")
+        self.spread = phase()  # communication after the update: time of `reduce`, whose begin is when a rank arrived
         self._step_began_ns = perf_counter_ns()
 
     def restart(self) -> None:
@@ -72,6 +73,8 @@ class Clock:
             self.reduce,
             self.optimizer,
         )
+        reduce.spent_ns += self.spread.spent_ns
+        self.spread.spent_ns = 0
         d, f, b, r, o = (data.spent_ns, forward.spent_ns, backward.spent_ns, reduce.spent_ns, optimizer.spent_ns)
         data.spent_ns = forward.spent_ns = backward.spent_ns = reduce.spent_ns = optimizer.spent_ns = 0
         self._step_began_ns = now

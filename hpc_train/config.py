@@ -4,7 +4,7 @@ import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -13,6 +13,8 @@ from hpc_train.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
+Whole = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
@@ -46,15 +48,29 @@ class Train(_Section):
     steps: Count
     global_batch: Count | None = None  # strong scaling: the same work on any number of ranks
     batch_per_rank: Count | None = None  # weak scaling: work grows with the ranks
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    accumulate: Count = 1  # parts of a rank's share, one after the other, whose gradients are reduced once
+    optimizer: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
     lr: Rate = 0.1
-    momentum: Fraction = 0.0  # of sgd
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    lr_reference_batch: Count | None = None  # the global batch that lr is meant for: lr grows with the batch
+    lr_warmup_steps: Whole = 0  # lr rises to its value over these steps: from 0, or from lr for its reference batch
+    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"  # of lr after that, to 0 at the last step
+    lr_milestones: list[Fraction] = [1 / 3, 2 / 3, 8 / 9]  # parts of all steps after which "step" lowers lr
+    lr_decay: Fraction = 0.1  # by this factor
+    momentum: Fraction = 0.0  # of sgd and lars
+    betas: list[Fraction] = [0.9, 0.999]  # of adamw and lamb
+    weight_decay: Amount = 0.0  # of matrices and kernels; biases, norms and other vectors have none
+    clip_norm: Amount = 0.0  # the longest gradient of the whole model; 0: any
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products (autocast); weights stay fp32
+    activation_checkpointing: bool = False  # compute blocks again in backward, to hold fewer activations
+    compile: bool = False  # torch.compile
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU of the local rank where there is one
+    timing: Literal["steps", "phases"] = "steps"  # on a GPU, phases are timed by waiting for it, which costs overlap
+    peak_tflops: Rate | None = None  # of a rank's device, for MFU; known for common GPUs
     log_every: Count = 100
-    warmup_steps: Annotated[int, Field(ge=0)] = 10  # marked in the timings, left out of speedups
+    warmup_steps: Whole = 10  # marked in the timings, left out of speedups
     threads: Annotated[int, Field(ge=0, le=4096)] = 0  # of torch, per rank; 0: the cores this rank may use
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss of NaN or infinity: stop, or leave the step's update out
-    check_weights_every: Annotated[int, Field(ge=0)] = 0  # steps between comparisons of all ranks' weights; 0: never
+    check_weights_every: Whole = 0  # steps between comparisons of all ranks' weights; 0: never
 
     @model_validator(mode="after")
     def _one_batch_key(self) -> Self:
@@ -63,7 +79,7 @@ class Train(_Section):
         return self
 
     def batch_size(self, size: int) -> int:
-        """The global batch on `size` ranks."""
+        """The global batch on `size` ranks that train."""
         return self.global_batch or (self.batch_per_rank or 0) * size
 
 
@@ -88,13 +104,27 @@ class Rl(_Section):
 
 
 class Reduce(_Section):
-    strategy: Literal["horovod", "mpi", "local"] = "horovod"
+    strategy: Literal["horovod", "mpi", "parameter_server", "sharded", "local"] = "horovod"
+    compression: Literal["none", "fp16", "bf16"] = "none"  # of gradients on their way; they are summed in fp32
+    # Of Horovod, under the names of horovodrun's options.
     cycle_time_ms: Rate = 0.1  # HOROVOD_CYCLE_TIME; its own default of 1 ms paces small models
+    fusion_threshold_mb: Amount = 0.0  # 0: the same buckets in every run, and so the same bits
+    autotune: bool = False
+    autotune_log_file: Text | None = None
+    hierarchical_allreduce: bool = False  # within nodes, then between them; of Horovod with NCCL
+    adasum: bool = False  # combine gradients by Adasum instead of adding them; ranks: a power of two
+    # Of the parameter server.
+    servers: Count = 1  # the last ranks of the job: each holds its part of the weights, and trains on nothing
+    asynchronous: bool = False  # each worker's gradients update the weights as they come
+
+    def num_workers(self, size: int) -> int:
+        """How many of `size` ranks train."""
+        return size - self.servers if self.strategy == "parameter_server" else size
 
 
 class Checkpoint(_Section):
-    every_steps: Annotated[int, Field(ge=0)] = 0  # 0: by time alone
-    every_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0  # 0: by steps alone
+    every_steps: Whole = 0  # 0: by time alone
+    every_minutes: Amount = 10.0  # 0: by steps alone
     keep: Annotated[int, Field(ge=0, le=1000)] = 2  # the newest ones; 0: none is written
 
 
@@ -108,7 +138,7 @@ class Run(_Section):
     progress: Literal["auto", "bar", "plain"] = "auto"
     # A rank this late ends the job; 0: never. Later than Slurm's own 300 s, after which it requeues a job whose node is
     # gone: a job that ended by itself before that has failed, and does not come back.
-    stall_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0
+    stall_s: Amount = 600.0
 
 
 class Config(_Section):
@@ -125,10 +155,39 @@ class Config(_Section):
     energy: Energy = Energy()
     run: Run = Run()
 
+    def global_batch(self, size: int) -> int:
+        """Samples of a step in a job of `size` ranks, servers included."""
+        return self.train.batch_size(self.reduce.num_workers(size))
+
     @model_validator(mode="after")
     def _data_where_it_is_read(self) -> Self:
         if self.data.file is None and self.task.kind in _READ_DATA:
             raise ValueError("data.file is required and not set")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_that_exclude_each_other(self) -> Self:
+        train, reduce = self.train, self.reduce
+        is_server, in_parts = reduce.strategy == "parameter_server", reduce.strategy in ("parameter_server", "sharded")
+        strategy = f"reduce.strategy = '{reduce.strategy}'"
+        faults = {
+            f"train.optimizer = '{train.optimizer}' needs whole layers, which {strategy} cuts": in_parts
+            and train.optimizer in ("lars", "lamb"),
+            f"train.precision = 'fp16' does not go with {strategy}: use bf16": is_server and train.precision == "fp16",
+            f"train.check_weights_every does not go with {strategy}: only servers hold weights": is_server
+            and train.check_weights_every,
+            "train.clip_norm does not go with reduce.asynchronous: no gradient is whole": is_server
+            and reduce.asynchronous
+            and train.clip_norm,
+            f"reduce.compression does not go with {strategy}": in_parts and reduce.compression != "none",
+            f"reduce.adasum does not go with {strategy}: it is Horovod's": reduce.adasum
+            and reduce.strategy != "horovod",
+            "reduce.adasum does not go with reduce.compression": reduce.adasum and reduce.compression != "none",
+            "train.betas takes two numbers": len(train.betas) != 2,
+        }
+        for words, is_so in faults.items():
+            if is_so:
+                raise ValueError(words)
         return self
 
 
@@ -174,7 +233,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 def comparable(config: Config) -> dict[str, Any]:
     """The dotted keys that decide how long a step takes and what it computes: runs are compared where these agree."""
-    told_apart = {"name", "train.log_every", "train.steps"}
+    told_apart = {"name", "train.log_every", "train.steps", "train.peak_tflops", "reduce.autotune_log_file"}
     return {
         key: value
         for key, value in flatten(as_dict(config)).items()
@@ -264,7 +323,7 @@ def _wants_text(key: str) -> bool:
             return False
         model = field.annotation
     # Annotated text too: pydantic keeps its constraints apart, but for those inside `Text | None`.
-    return str in (model, *(getattr(each, "__origin__", each) for each in get_args(model)))
+    return model is str or model == Text | None
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

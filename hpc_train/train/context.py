@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter_ns, sleep
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -93,16 +93,17 @@ class Context:
         self.comm.Allreduce(np.ascontiguousarray(values), most, op=MPI.MAX)
         return most
 
-    def sum_array(self, array: np.ndarray) -> None:
-        """Collective. Replaces `array` by its sum over ranks."""
-        from mpi4py import MPI
-
-        self.comm.Allreduce(MPI.IN_PLACE, array)
-
     def broadcast_array(self, array: np.ndarray) -> None:
         """Collective. Replaces `array` by the root's."""
         if self.comm is not None:
             self.comm.Bcast(array, root=0)
+
+    def team(self, number: int) -> "Context":
+        """Collective. The ranks that give the same `number`, in their order, as a context of their own."""
+        if self.comm is None:
+            return self
+        comm = self.comm.Split(number, self.world.rank)
+        return Context(replace(self.world, rank=comm.rank, size=comm.size), comm)
 
     def barrier(self) -> None:
         """Collective."""
@@ -230,6 +231,13 @@ class _SymbolInfo(ctypes.Structure):
         ("symbol", ctypes.c_char_p),
         ("address", ctypes.c_void_p),
     )
+
+
+def mpi() -> Any:
+    """mpi4py's MPI, for its constants."""
+    from mpi4py import MPI
+
+    return MPI
 
 
 def library_of(extension: str) -> str:

@@ -109,20 +109,22 @@ class Recorder:
                 raise not_written(self._run.metrics, error) from None
         self._losses.clear()
 
-    def stop(self, outcome: str) -> None:
+    def stop(self, outcome: str, **facts: Any) -> None:
         """Collective. Closes the logs and stops the meters, and notes how the attempt ended: what follows is not the
         loop's time or energy.
         """
         self.flush()
         self._stack.close()
-        self._write_meta("end", outcome=outcome, last_step=self.num_steps_done - 1, ended=_now())
+        self._write_meta("end", outcome=outcome, last_step=self.num_steps_done - 1, ended=_now(), **facts)
 
     def finish(self, test: dict[str, float]) -> None:
         """Collective, after `stop`. Writes summary.json from sums over all ranks."""
         context, config = self._context, self._loaded.config
         timings = read_timings(self._run.timings(context.world.rank))
         own = step_times(timings.first(-context.max(-timings.steps_of_attempts(self._attempt.number))))
-        step_ns, phases_ns = context.sum(own.step_ns) / context.world.size, context.sum(own.phases_ns)
+        num_workers = config.reduce.num_workers(context.world.size)
+        trains = context.world.rank < num_workers  # servers wait most of the time: a step is what it is to a worker
+        step_ns, phases_ns = context.sum(own.step_ns * trains) / num_workers, context.sum(own.phases_ns * trains)
         num_samples = sum(context.gather(own.num_samples))
         energies = context.gather(read_energy(self._run.energy(context.world.host)) if self._meters else None)
         if not context.world.is_root:

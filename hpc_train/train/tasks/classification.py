@@ -38,11 +38,11 @@ class Classification:
                 )
             return train, test
 
-        self.train, self.test = context.on_all(open_both)
+        self.train, self.held_out = context.on_all(open_both)
         self.num_samples = len(self.train)
         parts = [(data.targets, *label_range(self.train, context))]
-        if self.test is not None:
-            parts.append((data.test_targets, *label_range(self.test, context)))
+        if self.held_out is not None:
+            parts.append((data.test_targets, *label_range(self.held_out, context)))
         self.num_classes = int(config.task.num_classes or parts[0][2] + 1)
         context.on_all(lambda: self._check_labels(parts))
 
@@ -66,11 +66,11 @@ class Classification:
         return functional.cross_entropy(self._logits(model, batch), batch.targets, reduction="sum")
 
     def test_batches(self, world: World) -> Iterator[Batch]:
-        if self.test is None:
+        if self.held_out is None:
             return
-        start, stop = rank_span(len(self.test), world.rank, world.size)
+        start, stop = rank_span(len(self.held_out), world.rank, world.size)
         for begin in range(start, stop, _TEST_BATCH):
-            yield self.test.batch(np.arange(begin, min(begin + _TEST_BATCH, stop)))
+            yield self.held_out.batch(np.arange(begin, min(begin + _TEST_BATCH, stop)))
 
     def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
         logits = self._logits(model, batch)
