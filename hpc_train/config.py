@@ -85,6 +85,26 @@ class Train(_Section):
         return self.global_batch or (self.batch_per_rank or 0) * size
 
 
+class Rl(_Section):
+    """Of the kinds `policy_gradient` and `dqn`."""
+
+    environment: Text = "CartPole-v1"  # of gymnasium: discrete actions, observations in a vector
+    max_episode_steps: Count | None = None  # of an episode; not set: the environment's own limit
+    gamma: Fraction = 0.99  # what a reward one action later is worth
+    test_episodes: Count = 100
+    baseline_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5  # policy_gradient: of the baseline's loss
+    entropy_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # policy_gradient: against early certainty
+    num_envs: Count = 16  # dqn: of all ranks together
+    actions_per_step: Count = 1  # dqn: of each environment, before each update
+    multi_step: Count = 3  # dqn: actions whose rewards are counted before the target network's estimate
+    replay_size: Count = 50_000  # dqn: transitions kept
+    replay_start: Count = 1000  # dqn: of them by random actions, before the first update
+    target_every: Count = 100  # dqn: steps between copies into the target network
+    epsilon_end: Annotated[float, Field(ge=0, le=1)] = 0.05  # dqn: share of random actions
+    epsilon_steps: Count = 1000  # dqn: steps in which that share falls from 1 to its end
+    double: bool = True  # dqn: the online network chooses the action that the target network values
+
+
 class Reduce(_Section):
     strategy: Literal["horovod", "mpi", "parameter_server", "sharded", "local", "own"] = (
         "horovod"  # own: a recorded loop's
@@ -133,6 +153,7 @@ class Config(_Section):
     data: Data = Data()
     task: Task = Task()
     train: Train
+    rl: Rl = Rl()
     reduce: Reduce = Reduce()
     checkpoint: Checkpoint = Checkpoint()
     energy: Energy = Energy()
@@ -257,7 +278,7 @@ def trajectory(config: Config) -> dict[str, Any]:
 
     The global batch is one of them, too; it depends on the number of ranks, and each checkpoint states it.
     """
-    fixed = ("seed", "data.inputs", "data.targets", "task.", "train.optimizer")
+    fixed = ("seed", "data.inputs", "data.targets", "task.", "train.optimizer", "rl.")
     return {key: value for key, value in flatten(as_dict(config)).items() if key.startswith(fixed)}
 
 

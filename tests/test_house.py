@@ -18,6 +18,7 @@ ALLOWED = {
     "h5py": {"train/dataset.py", "train/prepare.py"},
     "subprocess": {"train/metadata.py", "slurm.py", "scale.py"},
     "pynvml": {"train/sensors.py"},
+    "gymnasium": {"train/tasks/reinforcement.py"},
     "pickle": {"train/checkpoint.py"},  # the name of an exception that torch.load raises; nothing is unpickled
 }
 

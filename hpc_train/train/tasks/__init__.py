@@ -17,13 +17,17 @@ from hpc_train.config import RECORDED, Config
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context
 from hpc_train.train.tasks.classification import Classification
+from hpc_train.train.tasks.dqn import Dqn
 from hpc_train.train.tasks.language import Language, MaskedLanguage
+from hpc_train.train.tasks.policy_gradient import PolicyGradient
 from hpc_train.world import World
 
 BUILT_IN: dict[str, Callable[[Config, Context], Any]] = {
     "classification": Classification,
     "language": Language,
     "masked_language": MaskedLanguage,
+    "policy_gradient": PolicyGradient,
+    "dqn": Dqn,
 }
 
 
