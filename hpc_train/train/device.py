@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from hpc_train import config
 from hpc_train.errors import UserError
@@ -130,7 +130,13 @@ def try_out(loss: Callable[[], torch.Tensor], model: nn.Module) -> int:
     usual where utilisation is stated (PaLM, appendix B, 2022); what is computed again in backward does not.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with FlopCounterMode(display=False) as counter:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts only those of GPUs
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    more = {
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v),
+    }
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
         loss().backward()
     model.zero_grad()
     for name, buffer in model.named_buffers():

@@ -32,7 +32,12 @@ BUILT_IN: dict[str, Callable[[Config, Context], Any]] = {
 
 
 class Task(Protocol):
-    """What the trainer asks of a task; made as `Task(config, context)` on every rank."""
+    """What the trainer asks of a task; made as `Task(config, context)` on every rank.
+
+    One that has a state of its own besides the model, as a replay memory, also has `state()`, a dict of tensors,
+    numbers and lists, the same on every rank, and `load_state(dict)`: checkpoints keep it. One whose batches depend on
+    the weights says `acts = True`: then no batch is asked for while the step before it computes.
+    """
 
     num_samples: int  # of the whole training set, alike on every rank
 
