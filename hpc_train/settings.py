@@ -83,8 +83,8 @@ class Rl(_Section):
     max_episode_steps: Count | None = None  # of an episode; not set: the environment's own limit
     gamma: Fraction = 0.99  # what a reward one action later is worth
     test_episodes: Count = 100
-    baseline_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5  # policy_gradient: of the baseline's loss
-    entropy_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # policy_gradient: against early certainty
+    baseline_weight: Amount = 0.5  # policy_gradient: of the baseline's loss
+    entropy_weight: Amount = 0.0  # policy_gradient: against early certainty
     num_envs: Count = 16  # dqn: of all ranks together
     actions_per_step: Count = 1  # dqn: of each environment, before each update
     multi_step: Count = 3  # dqn: actions whose rewards are counted before the target network's estimate
