@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from hpc_train import config
+from hpc_train.clock import Clock
 from hpc_train.errors import UserError
 from hpc_train.world import World
 
@@ -58,6 +59,13 @@ def peak_flops(train: config.Train, device: torch.device) -> tuple[float | None,
                 words = "fp32" if train.precision == "fp32" else f"dense {train.precision}"
                 return (fp32 if train.precision == "fp32" else half) * 1e12, f"{name}, {words}, data sheet"
     return None, None
+
+
+def open_clock(train: config.Train, device: torch.device) -> Clock:
+    """The timer of this rank's steps; whether it tells phases of a GPU is `train.timing`'s to say."""
+    if device.type == "cpu":
+        return Clock()
+    return Clock(torch.cuda.synchronize) if train.timing == "phases" else Clock(tells_phases=False)
 
 
 def precision(train: config.Train, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
