@@ -43,15 +43,29 @@ class _SynchronizedPhase(_Phase):
         super().__exit__(kind, error, trace)
 
 
+class _UntimedPhase(_Phase):
+    """Takes no time: what a host measures of work that a device does later tells nothing of it."""
+
+    __slots__ = ()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
 class Clock:
     """`with clock.forward: ...` adds to a phase; `clock.lap(...)` ends the step and returns its record.
 
     Laps are contiguous: what no phase covers is the step's "other", so nothing is lost between steps.
-    `synchronize` (torch.cuda.synchronize, say) is called at both ends of every phase when given.
+    `synchronize` (torch.cuda.synchronize, say) is called at both ends of every phase when given. Without `tells_phases`
+    all of a step is "other".
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+    def __init__(self, synchronize: Callable[[], None] | None = None, tells_phases: bool = True) -> None:
         def phase() -> _Phase:
+            if not tells_phases:
+                return _UntimedPhase()
             return _SynchronizedPhase(synchronize) if synchronize else _Phase()
 
         self.data, self.forward, self.backward, self.reduce, self.optimizer = (phase() for _ in PHASES if _ != "other")

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from hpc_train.errors import UserError
+from hpc_train.train.device import recompute_blocks
 from hpc_train.train.models import classifier
 from hpc_train.train.models.pictures import BatchNorm, layout
 from hpc_train.train.models.resnet import ResNet
@@ -146,6 +147,20 @@ def test_statistics_are_those_of_the_share() -> None:
     x = torch.randn(4, 3, 5, 5)
     assert torch.equal(ours(x), theirs(x)) and torch.equal(ours.running_var, theirs.running_var)
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("name, options", [("resnet", {}), ("vgg", {"batch_norm": True, "dropout": 0.0})])
+def test_blocks_computed_again_count_a_batch_once(name: str, options: dict[str, object]) -> None:
+    """Activation checkpointing changes neither gradients nor running statistics."""
+    plain, again = small(name, **options), small(name, **options)
+    recompute_blocks(again)
+    inputs = torch.rand(4, 28, 28)
+    for model in (plain, again):
+        model(inputs).logsumexp(1).sum().backward()
+    for one, other in zip(plain.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    for (key, one), other in zip(plain.named_buffers(), again.buffers(), strict=True):
+        assert key.endswith("num_batches_tracked") or torch.equal(one, other), key
 
 
 def test_channels_lie_side_by_side() -> None:

@@ -256,6 +256,11 @@ def test_a_value_out_of_range(override: str, words: str) -> None:
         job("dqn", override)
 
 
+def test_episodes_of_a_step_are_not_played_in_parts() -> None:
+    with pytest.raises(UserError, match=r"train\.accumulate = 2"):
+        open_task(job("reinforce", "train.accumulate=2"), Context(World()))
+
+
 def test_without_gymnasium_the_user_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(UserError, match="pip install gymnasium"):

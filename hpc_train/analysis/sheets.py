@@ -262,7 +262,7 @@ def group_notes(group: Group) -> list[str]:
     if unmarked:
         communication = "; exposed communication was not measured" * ("reduce" in unmarked)
         notes.append(
-            f"The recorded loop did not mark {', '.join(unmarked)}: their time is in the phases that it did, or in"
+            f"These runs did not time {', '.join(unmarked)}: their time is in the phases that it did, or in"
             f" other{communication}."
         )
     if any(row.energy.quality == "estimated" for row in group.rows):

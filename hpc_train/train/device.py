@@ -1,17 +1,19 @@
 """The device a rank computes on: which one, how fast it could be, how batches get there, what they cost it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from hpc_train import config
+from hpc_train.clock import Clock
 from hpc_train.errors import UserError
 from hpc_train.world import World
 
@@ -57,6 +59,13 @@ def peak_flops(train: config.Train, device: torch.device) -> tuple[float | None,
                 words = "fp32" if train.precision == "fp32" else f"dense {train.precision}"
                 return (fp32 if train.precision == "fp32" else half) * 1e12, f"{name}, {words}, data sheet"
     return None, None
+
+
+def open_clock(train: config.Train, device: torch.device) -> Clock:
+    """The timer of this rank's steps; whether it tells phases of a GPU is `train.timing`'s to say."""
+    if device.type == "cpu":
+        return Clock()
+    return Clock(torch.cuda.synchronize) if train.timing == "phases" else Clock(tells_phases=False)
 
 
 def precision(train: config.Train, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
@@ -153,4 +162,24 @@ def recompute_blocks(model: nn.Module) -> None:
             "A model names them by an attribute `blocks`, an nn.ModuleList. Leave the key out for this one.",
         )
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        norms = [part for part in block.modules() if isinstance(part, _BatchNorm)]
+        more: dict[str, Any] = {"context_fn": partial(_contexts, norms)} if norms else {}
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **more)
+
+
+def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Those of a block's first computation and of its second."""
+    return nullcontext(), _statistics_stand(norms)
+
+
+@contextmanager
+def _statistics_stand(norms: list[_BatchNorm]) -> Iterator[None]:
+    """These have seen the batch before: it would count twice in their running statistics."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -40,7 +40,9 @@ class Recorder:
     `finish`. `start`, `stop` and `finish` are collective.
     """
 
-    def __init__(self, loaded: Loaded, context: Context, places: list[RankPlace], attempt: Attempt) -> None:
+    def __init__(
+        self, loaded: Loaded, context: Context, places: list[RankPlace], attempt: Attempt, clock: Clock
+    ) -> None:
         self._loaded, self._context, self._places, self._attempt = loaded, context, places, attempt
         self._train, self._run = loaded.config.train, attempt.run
         self._losses: list[tuple[int, float | torch.Tensor]] = []  # (step, loss)
@@ -51,7 +53,7 @@ class Recorder:
         total = None if self._train.steps == UNKNOWN_STEPS else self._train.steps
         self._progress = StepProgress(loaded.config.name, total, loaded.config.run.progress, context.world.is_root)
         self.say = self._progress.say
-        self.clock = Clock()
+        self.clock = clock
 
     def __enter__(self) -> Self:
         self._stack.callback(self._progress.close)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
+from hpc_train.clock import Clock
 from hpc_train.config import RECORDED, UNKNOWN_STEPS, Loaded, from_values
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
@@ -82,7 +83,7 @@ def recording(
     }
     loaded = from_values(values, "recording()")
     with _ranks() as context, open_attempt(loaded, context, "never") as attempt:
-        recorder = Recorder(loaded, context, place_ranks(context, torch.get_num_threads()), attempt)
+        recorder = Recorder(loaded, context, place_ranks(context, torch.get_num_threads()), attempt, Clock())
         batch_size = loaded.config.train.batch_size(context.world.size)
         with recorder:
             recorder.start(0, model, {"global_batch": batch_size, "recorded": _facts(context)})

@@ -23,6 +23,7 @@ from hpc_train.train.context import Context
 from hpc_train.train.device import (
     moved,
     on_device,
+    open_clock,
     open_device,
     peak_flops,
     precision,
@@ -66,7 +67,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     """
     config, job = loaded.config, _set_up(loaded.config, context)
     with open_attempt(loaded, context, resume) as attempt:
-        recorder = Recorder(loaded, context, job.places, attempt)
+        recorder = Recorder(loaded, context, job.places, attempt, open_clock(config.train, job.device))
         saver = Saver(attempt.run, config.checkpoint, job.facts, context.world.is_root, recorder.say)
         with (
             recorder,

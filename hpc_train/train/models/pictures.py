@@ -20,8 +20,7 @@ class Layout(NamedTuple):
     def channels_first(self, inputs: torch.Tensor) -> torch.Tensor:
         """(n, *stored shape) -> (n, num_channels, height, width), a pixel's channels side by side in memory.
 
-        Convolutions go on in that order: on the CPU it took a tenth off a step of the small ResNet, and tensor cores
-        want it.
+        Convolutions keep that order. Tensor cores want it (cuDNN would copy to it and back); a CPU does not care.
         """
         pictures = inputs.unsqueeze(1) if self.axis is None else inputs.movedim(1 + self.axis, 1)
         return pictures.contiguous(memory_format=torch.channels_last)

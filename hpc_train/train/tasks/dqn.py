@@ -109,6 +109,8 @@ class Dqn:
     depends on the seed, their numbers and the step alone: the number of ranks changes nothing.
     """
 
+    acts = True  # a batch needs the weights of its step: it cannot be made ahead
+
     def __init__(self, config: Config, context: Context) -> None:
         self.config, self.context = config, context
         self.num_samples = ENDLESS
@@ -227,10 +229,10 @@ class Dqn:
                 self._now[place], *_ = self._environments.step(environment, action)
 
     def loss(self, model: nn.Module, batch: Experience) -> torch.Tensor:
-        values = model(batch.observations).gather(1, batch.actions[:, None]).squeeze(1)
+        values = model(batch.observations).gather(1, batch.actions[:, None]).squeeze(1).float()  # of autocast's bf16
         # With the factor 1 - gamma in the rewards, a value is one of a lasting reward and of its order, whatever gamma.
         # Without it CartPole's, of up to 100, ran away to 10^6 within 3,000 steps.
-        next_values = self._network.next_values(batch.next_observations, self.config.rl.double)
+        next_values = self._network.next_values(batch.next_observations, self.config.rl.double).float()
         targets = batch.rewards + batch.discounts * next_values
         return functional.smooth_l1_loss(values, targets, reduction="sum")  # gradients of 1 at most, as in the paper
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from hpc_train.config import Config
+from hpc_train.errors import UserError
 from hpc_train.partition import noise_seed
 from hpc_train.train import models
 from hpc_train.train.context import Context
@@ -32,13 +33,23 @@ class Episodes:
 class PolicyGradient:
     """Collective. Plays `train.global_batch` episodes a step with the policy of that step, and learns from them once.
 
-    An episode is a pure function of the weights and its number, so it does not matter who plays it, nor when.
+    An episode is a pure function of the weights and its number: it does not matter which rank plays it.
     """
+
+    acts = True  # a batch needs the weights of its step: it cannot be made ahead
 
     def __init__(self, config: Config, context: Context) -> None:
         self.config, self.context = config, context
         self.num_samples = ENDLESS
-        self._environments = context.on_all(lambda: Environments(config.rl))
+        self._environments = context.on_all(self._open)
+
+    def _open(self) -> Environments:
+        if self.config.train.accumulate > 1:
+            raise UserError(
+                f"train.accumulate = {self.config.train.accumulate}: advantages are normalised over a whole step",
+                "Leave train.accumulate at 1 for policy_gradient; fewer episodes a step need less memory.",
+            )
+        return Environments(self.config.rl)
 
     def model(self) -> nn.Module:
         task, environments = self.config.task, self._environments
@@ -86,7 +97,7 @@ class PolicyGradient:
         )
 
     def loss(self, model: nn.Module, batch: Episodes) -> torch.Tensor:
-        odds, values = model(batch.observations)
+        odds, values = (out.float() for out in model(batch.observations))  # of autocast's bf16
         logs = odds.log_softmax(1)
         chosen = logs.gather(1, batch.actions[:, None]).squeeze(1)
         entropy = -(logs.exp() * logs).sum()
