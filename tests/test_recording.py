@@ -136,12 +136,13 @@ def test_the_report_compares_them_like_our_own(recorded: list[Run]) -> None:
     assert one["share_other"] == 1.0 and one["share_reduce"] is None, "not measured, and not 0"
     assert group["config"].keys() == {"task.kind", "task.model", "task.options", "train.global_batch"} | {
         "train.warmup_steps",
+        "train.timing",
         "reduce.strategy",
     }
     said = jobs.run(0, "report", recorded[0].dir.path.parent, cwd=recorded[0].dir.path)
     assert said.code == 0, said.err
     words = " ".join(said.out.split())
-    assert "did not mark data, forward, backward, reduce, optimizer" in words
+    assert "did not time data, forward, backward, reduce, optimizer" in words
     assert "exposed communication was not measured" in words
     assert "0% of the step is exposed communication" not in words and "speedup vs 1" in words
 
@@ -239,6 +240,7 @@ def test_a_loop_without_steps_is_recorded_too(tmp_path: Path) -> None:
         ({"global_batch": 0}, "recording(): train.global_batch = 0"),
         ({"global_batch": 4, "steps": 0}, "recording(): train.steps = 0"),
         ({"global_batch": 4, "layers": object()}, "task.options"),
+        ({"global_batch": 4, "timing": "all"}, "recording(): train.timing = 'all'"),
         ({"global_batch": 4, "root": "/proc/nowhere"}, "run.root = '/proc/nowhere'"),
     ],
 )
