@@ -2,7 +2,7 @@
 
 import sys
 
-import numpy as np
+import h5py
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 def main(path: str, num_epochs: int) -> None:
     distributed.init_process_group("gloo")
     torch.manual_seed(0)
-    digits = np.load(path)
-    dataset = TensorDataset(torch.from_numpy(digits["inputs"]), torch.from_numpy(digits["targets"]))
+    with h5py.File(path) as file:
+        inputs, targets = (torch.from_numpy(file[f"train/{name}"][:]) for name in ("inputs", "targets"))
+    dataset = TensorDataset(inputs.flatten(1) / 255, targets.long())
     sampler = DistributedSampler(dataset, drop_last=True)
     loader = DataLoader(dataset, 256 // distributed.get_world_size(), sampler=sampler, drop_last=True)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(784, 512), nn.GELU(), nn.Linear(512, 10)))

@@ -92,6 +92,22 @@ def test_that_is_one_message_of_one_rank(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_batch_that_does_not_fit_is_one_message_of_one_rank(tmp_path: Path, digits: Path) -> None:
+    faulty = (TESTS / "own_task.py").read_text().replace("nn.Linear(392, 256)", "nn.Linear(784, 256)")
+    (tmp_path / "own_task.py").write_text(faulty)
+    keys = jobs.settings(data__file=digits, reduce__strategy="mpi")
+    done = jobs.run(2, "train", TESTS / "own-task.toml", *keys, cwd=tmp_path)
+    assert done.code == 2 and done.out == "" and "Traceback" not in done.err, done.err
+    assert done.err.count("hpc-train: ") == 1 and not list(tmp_path.rglob("metrics.csv"))
+    for word in (
+        "task.kind = 'own_task:LowerHalf'",
+        "(64x392 and 784x256)",
+        "0.weight is (256, 784)",
+        "own_task.py:23",
+    ):
+        assert word in done.err
+
+
 def write_job(folder: Path, name: str, text: str) -> str:
     """Writes the module `name` and a job that names its Task; returns task.kind."""
     kind = f"{name.removesuffix('.py')}:Task"

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -72,15 +71,8 @@ def torchrun(ranks: int, *words: object, cwd: Path) -> subprocess.CompletedProce
 def recorded(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     """The loop of own_loop_recorded.py by torchrun on 1 and on 2 ranks, with DistributedDataParallel."""
     folder = tmp_path_factory.mktemp("recorded")
-    with h5py.File(digits) as file:
-        inputs, targets = file["train/inputs"][:], file["train/targets"][:]
-    np.savez(
-        folder / "digits.npz",
-        inputs=inputs.reshape(len(inputs), -1).astype(np.float32) / 255,
-        targets=targets.astype(np.int64),
-    )
     for ranks in (1, 2):
-        done = torchrun(ranks, LOOPS / "own_loop_recorded.py", "digits.npz", 2, cwd=folder)
+        done = torchrun(ranks, LOOPS / "own_loop_recorded.py", digits, 2, cwd=folder)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Step 0, Loss: 2.3") + done.stdout.count("Step 0, Loss: 2.2") == 1
         assert done.stdout.count("Median step ") == 1 and done.stdout.count("Run directory: runs/own-loop/") == 1
@@ -99,10 +91,10 @@ def test_recording_a_loop_adds_fewer_than_ten_lines() -> None:
     assert len([line for line in lines if line.startswith("+ ") and line[2:]]) == 4
 
 
-def test_the_plain_loop_runs_without_us(recorded: list[Run]) -> None:
+def test_the_plain_loop_runs_without_us(recorded: list[Run], digits: Path) -> None:
     folder = recorded[0].dir.path.parents[2]
     before = len(list(folder.rglob("meta.json")))
-    done = torchrun(1, LOOPS / "own_loop.py", "digits.npz", 1, cwd=folder)
+    done = torchrun(1, LOOPS / "own_loop.py", digits, 1, cwd=folder)
     assert done.returncode == 0 and done.stdout == "", done.stderr
     assert len(list(folder.rglob("meta.json"))) == before
 
@@ -144,12 +136,13 @@ def test_the_report_compares_them_like_our_own(recorded: list[Run]) -> None:
     assert one["share_other"] == 1.0 and one["share_reduce"] is None, "not measured, and not 0"
     assert group["config"].keys() == {"task.kind", "task.model", "task.options", "train.global_batch"} | {
         "train.warmup_steps",
+        "train.timing",
         "reduce.strategy",
     }
     said = jobs.run(0, "report", recorded[0].dir.path.parent, cwd=recorded[0].dir.path)
     assert said.code == 0, said.err
     words = " ".join(said.out.split())
-    assert "did not mark data, forward, backward, reduce, optimizer" in words
+    assert "did not time data, forward, backward, reduce, optimizer" in words
     assert "exposed communication was not measured" in words
     assert "0% of the step is exposed communication" not in words and "speedup vs 1" in words
 
@@ -247,6 +240,7 @@ def test_a_loop_without_steps_is_recorded_too(tmp_path: Path) -> None:
         ({"global_batch": 0}, "recording(): train.global_batch = 0"),
         ({"global_batch": 4, "steps": 0}, "recording(): train.steps = 0"),
         ({"global_batch": 4, "layers": object()}, "task.options"),
+        ({"global_batch": 4, "timing": "all"}, "recording(): train.timing = 'all'"),
         ({"global_batch": 4, "root": "/proc/nowhere"}, "run.root = '/proc/nowhere'"),
     ],
 )

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from hpc_train.clock import Clock
 from hpc_train.config import RECORDED, UNKNOWN_STEPS, Loaded, from_values
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train.attempt import open_attempt
 from hpc_train.train.context import Context, join_mpi
+from hpc_train.train.device import open_clock
 from hpc_train.train.metadata import place_ranks
 from hpc_train.train.process_group import join_process_group
 from hpc_train.train.recorder import Recorder
@@ -53,6 +53,7 @@ def recording(
     log_every: int = 100,
     root: str | Path = "runs",
     watts_per_core: float = 10.0,
+    timing: str = "steps",
     **options: Any,
 ) -> Iterator["Recording"]:
     """Collective. Records a loop in `root/name/<stamp>-np<N>`, which `hpc-train report` reads; gives a `Recording`.
@@ -61,8 +62,8 @@ def recording(
     global_batch: samples of all ranks in a step, the same for any number of ranks (strong scaling); or batch_per_rank
     (weak): exactly one of them. model: counted and named. steps: if it is known. warmup_steps, the first ones, are
     left out of speedups. log_every: steps between the root's lines. watts_per_core: assumed where no meter of the
-    processors can be read. options: numbers, text or lists that the loop depends on (lr=0.1): runs are compared where
-    these agree.
+    processors can be read. timing: "phases" tells phases on a GPU, too, by waiting for it, which costs overlap.
+    options: numbers, text or lists that the loop depends on (lr=0.1): runs are compared where these agree.
 
     Raises `UserError` for what does not fit. An exception of the loop passes through as it is: what was recorded until
     then is kept, and the run is incomplete.
@@ -76,6 +77,7 @@ def recording(
             "batch_per_rank": batch_per_rank,
             "log_every": log_every,
             "warmup_steps": warmup_steps,
+            "timing": timing,
         },
         "reduce": {"strategy": "own"},
         "energy": {"watts_per_core": float(watts_per_core)},
@@ -83,10 +85,12 @@ def recording(
     }
     loaded = from_values(values, "recording()")
     with _ranks() as context, open_attempt(loaded, context, "never") as attempt:
-        recorder = Recorder(loaded, context, place_ranks(context, torch.get_num_threads()), attempt, Clock())
+        device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+        clock = open_clock(loaded.config.train, device)
+        recorder = Recorder(loaded, context, place_ranks(context, torch.get_num_threads()), attempt, clock)
         batch_size = loaded.config.train.batch_size(context.world.size)
         with recorder:
-            recorder.start(0, model, {"global_batch": batch_size, "recorded": _facts(context)})
+            recorder.start(0, model, {"global_batch": batch_size} | _facts(context, device))
             loop = Recording(recorder, context.world, batch_size, log_every)
             yield loop
             recorder.stop("complete")
@@ -204,14 +208,17 @@ def _ranks() -> AbstractContextManager[Context]:
     return nullcontext(Context(World(host=socket.gethostname())))
 
 
-def _facts(context: Context) -> dict[str, str]:
+def _facts(context: Context, device: torch.device) -> dict[str, Any]:
     """What meta.json says of a recorded loop besides what it says of every run."""
     through = "MPI"
     if context.comm is None:
         through = "nothing: one process"
     elif distributed.is_available() and distributed.is_initialized():
         through = f"torch.distributed ({distributed.get_backend()})"
-    return {"ranks_talk_through": through, "losses": "of rank 0, and of all ranks once the run is complete"}
+    return {
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "recorded": {"ranks_talk_through": through, "losses": "of rank 0, and of all ranks once the run is complete"},
+    }
 
 
 def _model_name(model: nn.Module | None) -> str:
