@@ -55,11 +55,16 @@ class Clock:
             return _SynchronizedPhase(synchronize) if synchronize else _Phase()
 
         self.data, self.forward, self.backward, self.reduce, self.optimizer = (phase() for _ in PHASES if _ != "other")
+        self.spread = phase()  # communication after the update: time of `reduce`, whose begin is when a rank arrived
         self._step_began_ns = perf_counter_ns()
 
     def restart(self) -> None:
         """Begins the first step now: what came before belongs to no step."""
         self._step_began_ns = perf_counter_ns()
+
+    def leave_out(self, ns: int) -> None:
+        """Begins the step at hand `ns` later: so much of it belonged to something else. Between phases only."""
+        self._step_began_ns += ns
 
     def lap(self, step: int, num_samples: int, warmup: bool = False) -> StepRecord:
         """Ends the step: its record, in the order of `records.TIMING_COLUMNS` (the attempt is the log's)."""
@@ -72,6 +77,8 @@ class Clock:
             self.reduce,
             self.optimizer,
         )
+        reduce.spent_ns += self.spread.spent_ns
+        self.spread.spent_ns = 0
         d, f, b, r, o = (data.spent_ns, forward.spent_ns, backward.spent_ns, reduce.spent_ns, optimizer.spent_ns)
         data.spent_ns = forward.spent_ns = backward.spent_ns = reduce.spent_ns = optimizer.spent_ns = 0
         self._step_began_ns = now

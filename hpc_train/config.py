@@ -1,119 +1,27 @@
-"""The whole configuration as typed values: TOML in, TOML out, every error names the key."""
+"""Job files: TOML in, TOML out, every error names the key. What stands in them: `settings.py`."""
 
 import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 from hpc_train.errors import UserError
+from hpc_train.settings import RECORDED, UNKNOWN_STEPS, Checkpoint, Config, Reduce, Rl, Text, Train
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-Count = Annotated[int, Field(ge=1, le=10**12)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
-Option = bool | int | float | str | list[int] | list[float] | list[str]
-
-
-_READ_DATA = ("classification", "language", "masked_language")
+__all__ = ["RECORDED", "UNKNOWN_STEPS", "Checkpoint", "Config", "Loaded", "Reduce", "Rl", "Text", "Train"]
 _ONE_OF = {"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"}
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Data(_Section):
-    file: Text | None = None  # required where the task reads data
-    inputs: Text = "train/inputs"  # data sets inside the file
-    targets: Text = "train/targets"
-    test_inputs: Text = "test/inputs"  # absent from the file: no test accuracy
-    test_targets: Text = "test/targets"
-
-
-class Task(_Section):
-    kind: str = "classification"  # or "mypackage.mytask:MyTask"
-    model: str = "softmax"
-    num_classes: Annotated[int, Field(ge=1, le=10**8)] | None = None  # one more than the largest label
-    options: dict[str, Option] = {}  # passed to the model as keyword arguments
-
-
-class Train(_Section):
-    steps: Count
-    global_batch: Count | None = None  # strong scaling: the same work on any number of ranks
-    batch_per_rank: Count | None = None  # weak scaling: work grows with the ranks
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: Rate = 0.1
-    momentum: Fraction = 0.0  # of sgd
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    log_every: Count = 100
-    warmup_steps: Annotated[int, Field(ge=0)] = 10  # marked in the timings, left out of speedups
-    threads: Annotated[int, Field(ge=0, le=4096)] = 0  # of torch, per rank; 0: the cores this rank may use
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss of NaN or infinity: stop, or leave the step's update out
-    check_weights_every: Annotated[int, Field(ge=0)] = 0  # steps between comparisons of all ranks' weights; 0: never
-
-    @model_validator(mode="after")
-    def _one_batch_key(self) -> Self:
-        if (self.global_batch is None) == (self.batch_per_rank is None):
-            raise ValueError("set exactly one of train.global_batch (strong scaling) and train.batch_per_rank (weak)")
-        return self
-
-    def batch_size(self, size: int) -> int:
-        """The global batch on `size` ranks."""
-        return self.global_batch or (self.batch_per_rank or 0) * size
-
-
-class Reduce(_Section):
-    strategy: Literal["horovod", "mpi", "local"] = "horovod"
-    cycle_time_ms: Rate = 0.1  # HOROVOD_CYCLE_TIME; its own default of 1 ms paces small models
-
-
-class Checkpoint(_Section):
-    every_steps: Annotated[int, Field(ge=0)] = 0  # 0: by time alone
-    every_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0  # 0: by steps alone
-    keep: Annotated[int, Field(ge=0, le=1000)] = 2  # the newest ones; 0: none is written
-
-
-class Energy(_Section):
-    sample_hz: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
-    watts_per_core: Rate = 10.0  # assumption of the estimate where no meter can be read
-
-
-class Run(_Section):
-    root: Text = "runs"
-    progress: Literal["auto", "bar", "plain"] = "auto"
-    # A rank this late ends the job; 0: never. Later than Slurm's own 300 s, after which it requeues a job whose node is
-    # gone: a job that ended by itself before that has failed, and does not come back.
-    stall_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0
-
-
-class Config(_Section):
-    """A job. Immutable; made by `load`, written by `dumps`."""
-
-    name: Name
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    data: Data = Data()
-    task: Task = Task()
-    train: Train
-    reduce: Reduce = Reduce()
-    checkpoint: Checkpoint = Checkpoint()
-    energy: Energy = Energy()
-    run: Run = Run()
-
-    @model_validator(mode="after")
-    def _data_where_it_is_read(self) -> Self:
-        if self.data.file is None and self.task.kind in _READ_DATA:
-            raise ValueError("data.file is required and not set")
-        return self
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration and, for each dotted key, where its value came from: "default", "file" or "--set"."""
+    """A configuration and, for each dotted key, where its value came from: "default", "file" or "--set".
+
+    Keys without an origin do not apply: a recorded loop has a learning rate of its own, if any.
+    """
 
     config: Config
     origin: dict[str, str]
@@ -146,14 +54,23 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Loaded:
     return Loaded(config, {key: origin.get(key, "default") for key in _known_keys()})
 
 
+def from_values(values: dict[str, Any], source: str) -> Loaded:
+    """The configuration that a program gives as nested values; `source` names it. Raises `UserError` naming the key."""
+    origin = dict.fromkeys(flatten(values), source)
+    try:
+        return Loaded(Config.model_validate(values), origin)
+    except ValidationError as error:
+        raise UserError(_explain(error, Path(source), origin)[0], f"See the docstring of {source}.") from None
+
+
 def as_dict(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain values, unset keys left out (TOML has no null)."""
-    return config.model_dump(exclude_none=True)
+    """The configuration as nested plain values, unset keys left out (TOML has no null); of a recorded loop its own."""
+    return config.model_dump(exclude_none=True, exclude_unset=config.task.kind == RECORDED)
 
 
 def comparable(config: Config) -> dict[str, Any]:
     """The dotted keys that decide how long a step takes and what it computes: runs are compared where these agree."""
-    told_apart = {"name", "train.log_every", "train.steps"}
+    told_apart = {"name", "train.log_every", "train.steps", "train.peak_tflops", "reduce.autotune_log_file"}
     return {
         key: value
         for key, value in flatten(as_dict(config)).items()
@@ -176,18 +93,19 @@ def trajectory(config: Config) -> dict[str, Any]:
 
     The global batch is one of them, too; it depends on the number of ranks, and each checkpoint states it.
     """
-    fixed = ("seed", "data.inputs", "data.targets", "task.", "train.optimizer")
+    fixed = ("seed", "data.inputs", "data.targets", "task.", "train.optimizer", "rl.")
     return {key: value for key, value in flatten(as_dict(config)).items() if key.startswith(fixed)}
 
 
 def dumps(loaded: Loaded) -> str:
     """The resolved configuration as TOML that `load` reads back, each key with where its value came from."""
-    tree = loaded.config.model_dump()
-    lines = [_line(key, tree[key], loaded.origin[key]) for key in tree if not isinstance(tree[key], dict)]
+    tree, origin = loaded.config.model_dump(), loaded.origin
+    lines = [_line(key, tree[key], origin[key]) for key in tree if not isinstance(tree[key], dict) and key in origin]
     for section, values in tree.items():
         if isinstance(values, dict):
-            lines += ["", f"[{section}]"]
-            lines += [_line(key, value, loaded.origin[f"{section}.{key}"]) for key, value in values.items()]
+            known = {key: origin[f"{section}.{key}"] for key in values if f"{section}.{key}" in origin}
+            lines += ["", f"[{section}]"] * bool(known)
+            lines += [_line(key, values[key], source) for key, source in known.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -243,7 +161,7 @@ def _wants_text(key: str) -> bool:
             return False
         model = field.annotation
     # Annotated text too: pydantic keeps its constraints apart, but for those inside `Text | None`.
-    return str in (model, *(getattr(each, "__origin__", each) for each in get_args(model)))
+    return model is str or model == Text | None
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

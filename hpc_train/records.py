@@ -298,11 +298,11 @@ class RunSummary:
     num_warmup: int  # of every attempt
     num_samples: int
     global_batch: int
-    step_s: float | None  # median over steady steps of the ranks' mean duration
+    step_s: float | None  # median over steady steps of the mean duration over the ranks that train
     step_low_s: float | None  # 95% interval of that median
     step_high_s: float | None
     samples_per_s: float | None
-    phase_share: dict[str, float] = field(default_factory=dict)  # of all ranks' time in steady steps
+    phase_share: dict[str, float] = field(default_factory=dict)  # of the time in steady steps of the ranks that train
     joules: float | None = None
     energy_quality: Quality = "missing"
     energy_source: str = "no meter"
@@ -335,9 +335,9 @@ def summarise(
 ) -> RunSummary:
     """A run's summary from sums over ranks, so that ranks can reduce them and the analysis rebuild them.
 
-    step_ns: (steady steps,) the mean over ranks of each step's duration. Not the maximum: a rank's steps follow each
-    other without a gap, so means add up to the time that passed, while maxima count it twice where ranks are slow in
-    turn. phases_ns: (len(PHASES),) sums over ranks and steady steps. num_samples: of all ranks and steps.
+    step_ns: (steady steps,) the mean of each step's duration over the ranks that train. Not the maximum: a rank's steps
+    follow each other without a gap, so means add up to the time that passed, while maxima count it twice where ranks
+    are slow in turn. phases_ns: (len(PHASES),) sums over the same ranks and steady steps. num_samples: of all steps.
     """
     low, middle, high = median_interval(step_ns / 1e9)
     total = int(phases_ns.sum())
@@ -354,9 +354,8 @@ def summarise(
         step_low_s=low,
         step_high_s=high,
         samples_per_s=global_batch / middle if middle else None,
-        phase_share={phase: int(spent) / total for phase, spent in zip(PHASES, phases_ns, strict=True)}
-        if total
-        else {},
+        # A phase that took no nanosecond was never marked, in a recorded loop say: its share is unknown and not 0.
+        phase_share={phase: int(spent) / total for phase, spent in zip(PHASES, phases_ns, strict=True) if spent},
         joules=energy.joules,
         energy_quality=energy.quality,
         energy_source=energy.source,

@@ -28,7 +28,10 @@ class Recipe:
     global_batch: int | None = 120
     batch_per_rank: int | None = None
     strategy: str = "horovod"
-    shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
+    reduce: dict[str, Any] = field(default_factory=dict)  # further keys of [reduce]
+    servers: int = 0  # of a parameter server: the last ranks
+    servers_busy: float = 0.25  # share of their time in which they update weights
+    shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))  # of the ranks that train
     joules: float | None = 120.0  # per host; None: no meter
     quality: str = "measured"
     source: str = "RAPL package-0"
@@ -36,7 +39,7 @@ class Recipe:
     hosts: tuple[str, ...] = ("node01",)
     complete: bool = True  # False: no summary.json, as after a crash
     loss: float = 0.31
-    test_accuracy: float | None = 0.91
+    test: dict[str, float] = field(default_factory=lambda: {"accuracy": 0.91})
     meta: dict[str, Any] = field(default_factory=dict)  # put over what is written otherwise
 
 
@@ -51,19 +54,20 @@ def write_run(root: Path, recipe: Recipe) -> RunDir:
     job.write_text(
         f'name = "{recipe.name}"\n[data]\nfile = "data/mnist.h5"\n[train]\nsteps = {recipe.steps}\n{batch}\n'
         f'warmup_steps = {recipe.warmup}\n[reduce]\nstrategy = "{recipe.strategy}"\n'
+        + (f"servers = {recipe.servers}\n" if recipe.servers else "")
+        + "".join(f"{key} = {json.dumps(value)}\n" for key, value in recipe.reduce.items())
     )
     loaded = config.load(job)
     job.unlink()
     run.config.write_text(config.dumps(loaded))
     run.meta.write_text(json.dumps(_meta(recipe, loaded.config), indent=2))
-    _write_timings(run, recipe, loaded.config.train.batch_size(recipe.size))
+    _write_timings(run, recipe, loaded.config.global_batch(recipe.size))
     _write_energy(run, recipe)
     losses = [recipe.loss + 2.0 * 0.97**step for step in range(0, recipe.steps - 1, 10)] + [recipe.loss]
     rows = "".join(f"{index * 10},{loss}\n" for index, loss in enumerate(losses))
     run.metrics.write_text(",".join(records.METRIC_COLUMNS) + "\n" + rows)
     if recipe.complete:
-        test = {} if recipe.test_accuracy is None else {"accuracy": recipe.test_accuracy}
-        said = {"loss": recipe.loss, "test": test, "complete": True}
+        said = {"loss": recipe.loss, "test": recipe.test, "complete": True}
         run.summary.write_text(json.dumps({**said, "schema": records.SCHEMA}))
     return run
 
@@ -91,7 +95,7 @@ def _meta(recipe: Recipe, settings: config.Config) -> dict[str, Any]:
         "hosts": list(recipe.hosts),
         "ranks": ranks,
         "cpu_model": "AMD EPYC 7763 64-Core Processor",
-        "global_batch": settings.train.batch_size(recipe.size),
+        "global_batch": settings.global_batch(recipe.size),
         "num_train_samples": 5000,
         "num_parameters": 7850,
         "versions": {"python": "3.12.4", "torch": "2.10.0", "mpi4py": "4.1.0", "horovod": "0.28.1"},
@@ -108,12 +112,15 @@ def _write_timings(run: RunDir, recipe: Recipe, batch: int) -> None:
     draws = np.random.default_rng(7 * recipe.size + len(recipe.stamp) + sum(map(ord, recipe.stamp)))
     steps_ns = (recipe.step_s * 1e9 * (1 + recipe.noise * draws.standard_normal(recipe.steps))).astype(int)
     steps_ns[: recipe.warmup] *= 5  # a warm-up that would show in any mean or median that counts it
+    num_workers = recipe.size - recipe.servers
+    serving = dict.fromkeys(PHASES, 0.0) | {"reduce": 1 - recipe.servers_busy, "optimizer": recipe.servers_busy}
     for rank in range(recipe.size):
+        shares = recipe.shares if rank < num_workers else serving
         log = records.timing_log(run.timings(rank))
         begin = 1_000_000
-        share = batch // recipe.size + (rank < batch % recipe.size)
+        share = batch // num_workers + (rank < batch % num_workers) if rank < num_workers else 0
         for step, whole in enumerate(steps_ns.tolist()):
-            spent = [int(whole * recipe.shares[phase]) for phase in PHASES[:-1]]
+            spent = [int(whole * shares[phase]) for phase in PHASES[:-1]]
             arrived = begin + sum(spent[: PHASES.index("reduce")])
             log.write((step, begin, arrived, *spent, whole - sum(spent), share, int(step < recipe.warmup)))
             begin += whole

@@ -14,6 +14,8 @@ from hpc_train.rundir import RunDir
 from hpc_train.train import checkpoint
 from hpc_train.train.checkpoint import Saver, Unusable
 from hpc_train.train.context import Context
+from hpc_train.train.optimize import Optimizer
+from hpc_train.train.shards import whole
 from hpc_train.world import World
 
 FACTS = {"size": 1, "global_batch": 8, "num_samples": 100}
@@ -26,50 +28,44 @@ def saver(path: Path, said: list[str] | None = None, **settings: object) -> Save
     return Saver(run, chosen, FACTS, is_root=True, say=(said if said is not None else []).append)
 
 
-def trained(
-    width: int = 8, optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW
-) -> tuple[nn.Module, torch.optim.Optimizer]:
+def trained(width: int = 8, **keys: object) -> tuple[nn.Module, Optimizer]:
     model = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
-    chosen = optimizer(model.parameters(), lr=0.1)
-    for _ in range(3):
+    settings = config.Train.model_validate({"steps": 10, "global_batch": 4, "lr": 0.1, **keys})
+    chosen = Optimizer(settings, whole(model), 4, lambda value: value)
+    for step in range(3):
         model(torch.randn(4, width)).square().sum().backward()
-        chosen.step()
-        chosen.zero_grad()
+        chosen.step(step)
+        model.zero_grad()
     return model, chosen
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_what_is_read_is_what_was_saved(tmp_path: Path, optimizer: type[torch.optim.Optimizer]) -> None:
-    model, chosen = trained(optimizer=optimizer)
+def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, object]:
+    return {"model": model.state_dict(), "optimizer": optimizer.state(), "loss_scale": [1.0, 0], "task": {}}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars", "lamb"])
+def test_what_is_read_is_what_was_saved(tmp_path: Path, optimizer: str) -> None:
+    model, chosen = trained(optimizer=optimizer, momentum=0.9)
     with saver(tmp_path) as saves:
-        assert saves.save_now(7, model, chosen) == f"Saved: {tmp_path}/checkpoints/step-00000007."
-    again, other = trained(optimizer=optimizer)
+        assert saves.save_now(7, state_of(model, chosen)) == f"Saved: {tmp_path}/checkpoints/step-00000007."
+    again, other = trained(optimizer=optimizer, momentum=0.9)
     state, facts = checkpoint.read_newest(RunDir(tmp_path), again, print)
-    checkpoint.restore(state, again, other, Context(World()))
+    again.load_state_dict(state["model"])
+    other.load(checkpoint.broadcast(state, Context(World()))["optimizer"])
     assert facts["step"] == 7 and facts["global_batch"] == 8
     for ours, theirs in zip(again.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
     model(torch.ones(4, 8)).sum().backward()
     again(torch.ones(4, 8)).sum().backward()
-    chosen.step()
-    other.step()
+    chosen.step(3)
+    other.step(3)
     for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs), "the optimizer's state came back, too"
 
 
-def test_the_configured_learning_rate_wins_over_the_saved_one(tmp_path: Path) -> None:
-    model, chosen = trained()
-    with saver(tmp_path) as saves:
-        saves.save_now(1, model, chosen)
-    lower = torch.optim.AdamW(model.parameters(), lr=0.001)
-    state, _ = checkpoint.read_newest(RunDir(tmp_path), model, print)
-    checkpoint.restore(state, model, lower, Context(World()))
-    assert lower.param_groups[0]["lr"] == 0.001 and len(lower.state) == 4
-
-
 def test_the_caller_waits_for_the_copy_alone_and_the_write_is_finished_at_the_end(tmp_path: Path) -> None:
     """64 MB, on a disk that takes them slowly: the writer's calls are slowed from outside."""
-    model, chosen = nn.Linear(4000, 4000), torch.optim.SGD(nn.Linear(1, 1).parameters())
+    model, chosen = nn.Linear(4000, 4000), trained(optimizer="sgd")[1]
     release = threading.Event()
     original = checkpoint._sync
     checkpoint._sync = lambda folder: (release.wait(20), original(folder))[1]
@@ -82,10 +78,10 @@ def test_the_caller_waits_for_the_copy_alone_and_the_write_is_finished_at_the_en
             copies.append(perf_counter() - began_s)
         with saver(tmp_path, said) as saves:
             began_s = perf_counter()
-            saves.save(1, model, chosen)
+            saves.save(1, state_of(model, chosen))
             took_s = perf_counter() - began_s
             assert not RunDir(tmp_path).checkpoint(1).exists(), "still being written"
-            saves.save(2, model, chosen)
+            saves.save(2, state_of(model, chosen))
             assert "Checkpoint of step 2 left out" in said[0], "a second one does not wait for the first"
             release.set()
         assert RunDir(tmp_path).checkpoint(1).exists(), "finished before the end"
@@ -99,10 +95,10 @@ def test_weights_that_are_no_numbers_never_displace_good_ones(tmp_path: Path) ->
     model, chosen = trained()
     said: list[str] = []
     with saver(tmp_path, said, keep=1) as saves:
-        saves.save_now(1, model, chosen)
+        saves.save_now(1, state_of(model, chosen))
         with torch.no_grad():
             next(model.parameters())[0, 0] = float("nan")
-        saves.save(2, model, chosen)
+        saves.save(2, state_of(model, chosen))
     assert "holds NaN or infinity" in said[0]
     assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000001"]
 
@@ -111,11 +107,11 @@ def test_the_newest_are_kept_and_nothing_is_saved_where_none_is_wanted(tmp_path:
     model, chosen = trained()
     with saver(tmp_path, keep=2) as saves:
         for step in (1, 2, 3, 12):
-            saves.save_now(step, model, chosen)
+            saves.save_now(step, state_of(model, chosen))
     assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000012", "step-00000003"]
     with saver(tmp_path, keep=0, every_steps=1) as saves:
         assert not saves.is_step(20) and not saves.is_time
-        assert "Nothing is saved" in saves.save_now(20, model, chosen)
+        assert "Nothing is saved" in saves.save_now(20, state_of(model, chosen))
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
@@ -132,7 +128,9 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 
     folder = tmp_path / "checkpoints" / "step-00000001"
     folder.parent.mkdir()
-    checkpoint.write(folder, {"model": {}, "optimizer": {}, "harm": Harm()}, {"step": 1, **FACTS})
+    checkpoint.write(
+        folder, {"model": {}, "optimizer": {}, "loss_scale": [], "task": {}, "harm": Harm()}, {"step": 1, **FACTS}
+    )
     with pytest.raises(Unusable, match=r"holds no tensors"):
         checkpoint.read(folder)
     assert not (tmp_path / "harm").exists()
@@ -142,7 +140,7 @@ def test_no_checkpoint_at_all_is_a_beginning_and_none_that_is_good_an_error(tmp_
     model, chosen = trained()
     assert checkpoint.read_newest(RunDir(tmp_path), model, print) == ({}, {})
     with saver(tmp_path) as saves:
-        saves.save_now(3, model, chosen)
+        saves.save_now(3, state_of(model, chosen))
     (RunDir(tmp_path).checkpoint(3) / "checkpoint.json").write_text("[]")
     with pytest.raises(UserError, match="no checkpoint of"):
         checkpoint.read_newest(RunDir(tmp_path), model, print)

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from hpc_train.analysis.report import CSV_COLUMNS, Report, make_report
-from hpc_train.analysis.sheets import energy_text, interval_text, plain, sheets, significant, times_text
+from hpc_train.analysis.sheets import sheets
+from hpc_train.analysis.words import plain
 from hpc_train.errors import UserError
-from hpc_train.records import Energy
 from tests.synthetic import Recipe, write_run
 
 SLOW = {"data": 0.1, "forward": 0.1, "backward": 0.2, "reduce": 0.5, "optimizer": 0.05, "other": 0.05}
@@ -189,33 +189,40 @@ def test_a_measurement_is_not_called_an_estimate(tmp_path: Path) -> None:
     assert "120 J" in text and "est." not in text and "RAPL package-0" in text
 
 
-@pytest.mark.parametrize(
-    ("joules", "quality", "text"),
-    [
-        (123.4, "measured", "123 J"),
-        (123.4, "estimated", "123 J est."),
-        (0.0123, "measured", "12.3 mJ"),
-        (4.5e6, "measured", "4.50 MJ"),
-        (0.0, "measured", "0 J"),
-        (0.0, "missing", "missing"),
-        (None, "missing", "missing"),
-    ],
-)
-def test_joules_in_words(joules: float | None, quality: str, text: str) -> None:
-    assert energy_text(joules, Energy(joules, quality, "x")) == text  # type: ignore[arg-type]
+# ---------------------------------------------------------------------------------------------- results
 
 
-def test_numbers_in_words() -> None:
-    assert [significant(value, 4) for value in (4.9312, 123456.7, 0.00012345, 0.0, None)] == [
-        "4.931",
-        "123457",
-        "0.0001234",
-        "0",
-        "-",
+def test_every_test_measure_is_shown(tmp_path: Path) -> None:
+    measures = {"loss": 1.23456, "bigram_loss": 2.5, "unigram_accuracy": 0.125}
+    made = report(tmp_path, Recipe(test=measures), Recipe(size=2, test={"loss": 1.5, "return": 487.25}))
+    sheet = sheets(made.scaling.groups[0])[-1]
+    assert [column.title for column in sheet.columns[4:]] == [
+        "loss",
+        "test loss",
+        "test bigram loss",
+        "test unigram accuracy",
+        "test return",
     ]
-    assert significant(float("nan")) == "nan" and significant(1e-9) == "1.00e-09"
-    assert interval_text((0.00481, 0.01002), 1e3) == "4.81-10.02" and interval_text(None, 1.0) == "-"
-    assert [times_text(value) for value in (1.617, 0.5, 0.0123)] == ["1.62x", "0.50x", "0.012x"]
+    assert sheet.rows[0][5:] == ("1.235", "2.500", "12.50%", "-")
+    assert sheet.rows[1][5:] == ("1.500", "-", "-", "487.2")
+    made.write(tmp_path / "out")
+    lines = list(csv.DictReader((tmp_path / "out/scaling.csv").open()))
+    added = ("test_loss", "test_bigram_loss", "test_unigram_accuracy", "test_return")
+    assert tuple(lines[0]) == (*CSV_COLUMNS, *added)
+    assert [lines[0][name] for name in added] == ["1.23456", "2.5", "0.125", ""]
+    row = json.loads((tmp_path / "out/summary.json").read_text())["groups"][0]["rows"][1]
+    assert (row["test_loss"], row["test_return"]) == (1.5, 487.25) and "test_accuracy" not in row
+
+
+def test_repeats_share_their_measures_and_odd_ones_are_left_out(tmp_path: Path) -> None:
+    twins = [Recipe(test={"accuracy": 0.9}), Recipe(test={"accuracy": 0.8}, stamp="20261123T220000Z")]
+    odd = Recipe(size=2, test={"accuracy": None, "loss": "low", "ok": True, "<b>\x1b": 0.5})  # type: ignore[dict-item]
+    made = report(tmp_path, *twins, odd)
+    one, two = made.scaling.groups[0].rows
+    assert one.test == {"accuracy": pytest.approx(0.85)} and two.test == {"<b>\x1b": 0.5}
+    assert "\x1b" not in printed(made)
+    parsed = Page(page(made, tmp_path))
+    assert "b" not in parsed.tags and "test <b>\N{REPLACEMENT CHARACTER}" in parsed.text
 
 
 # ---------------------------------------------------------------------------------------------- page
@@ -342,7 +349,7 @@ def test_the_files_of_a_report(tmp_path: Path) -> None:
 def test_the_csv_has_its_columns_and_base_units(tmp_path: Path) -> None:
     report(tmp_path, *pair(), Recipe(size=4, step_s=0.004, complete=False)).write(tmp_path / "out")
     lines = list(csv.DictReader((tmp_path / "out/scaling.csv").open()))
-    assert tuple(lines[0]) == CSV_COLUMNS
+    assert tuple(lines[0]) == (*CSV_COLUMNS, "test_accuracy")
     for column in ("ranks", "step_s", "speedup", "efficiency", "share_reduce", "joules", "energy_quality"):
         assert column in lines[0]
     one, two, four = lines

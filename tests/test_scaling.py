@@ -51,6 +51,14 @@ def test_a_whole_run_is_rebuilt_from_its_records(tmp_path: Path) -> None:
     assert (run.summary.loss, run.summary.test) == (0.31, {"accuracy": 0.91})
 
 
+def test_runs_recorded_before_schema_3_keep_their_accuracy() -> None:
+    runs = load_all([Path(__file__).parent / "runs"])
+    assert len(runs) >= 3 and all(run.incomplete is None for run in runs)
+    for run in runs:
+        assert run.meta["schema"] == 2
+        assert run.summary.test == {"accuracy": json.loads(run.dir.summary.read_text())["test_accuracy"]}
+
+
 def test_a_step_takes_the_mean_of_its_ranks(tmp_path: Path) -> None:
     directory = write_run(tmp_path, Recipe(size=2, noise=0.0))
     header, *lines = directory.timings(1).read_text().splitlines()
@@ -289,12 +297,13 @@ def test_a_single_run_keeps_the_interval_of_its_summary(tmp_path: Path) -> None:
 
 
 def test_different_jobs_are_not_compared_and_the_keys_are_named(tmp_path: Path) -> None:
-    found = scaling(tmp_path, Recipe(size=1), Recipe(size=2, strategy="mpi", step_s=0.005))
+    found = scaling(tmp_path, Recipe(size=1), Recipe(size=2, strategy="mpi", global_batch=240, step_s=0.005))
     assert len(found.groups) == 2 and all(group.baseline is None for group in found.groups)
-    assert any("reduce.strategy" in note and "horovod" in note and "mpi" in note for note in found.notes)
+    assert found.notes[0] == "Not compared across groups, train.global_batch differs: 120 | 240."
+    assert "Left without a comparison" in found.notes[1]
     assert {group.label for group in found.groups} == {
-        "softmax-mnist (reduce.strategy = horovod)",
-        "softmax-mnist (reduce.strategy = mpi)",
+        "softmax-mnist (train.global_batch = 120, reduce.strategy = horovod)",
+        "softmax-mnist (train.global_batch = 240, reduce.strategy = mpi)",
     }
 
 

@@ -36,6 +36,16 @@ _ALIGNED = [TIMING_COLUMNS.index("step"), TIMING_COLUMNS.index("warmup")]  # equ
 
 
 @dataclass(frozen=True, eq=False)
+class _Ranks:
+    """What the records of all ranks come to."""
+
+    step_ns: FloatArray  # (steady steps,) mean over the ranks that train
+    total: StepTimes  # sums over the ranks that train, of the steps that all ranks recorded
+    servers_ns: IntArray  # (len(PHASES),) sums over the servers
+    faults: list[str]
+
+
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run as it was recorded. `incomplete` says in words why it is not whole, None when it is."""
 
@@ -43,14 +53,20 @@ class Run:
     config: Config
     meta: dict[str, Any]
     summary: RunSummary
-    step_s: FloatArray  # (steady steps,) the ranks' mean duration of each step
-    phases_s: FloatArray  # (len(PHASES),) sums over ranks and steady steps
+    step_s: FloatArray  # (steady steps,) the mean duration of each step over the ranks that train
+    phases_s: FloatArray  # (len(PHASES),) sums over the ranks that train and steady steps
+    servers_s: FloatArray  # (len(PHASES),) the same sums over the servers, zeros where there are none
     metrics: tuple[list[int], list[float]]  # (steps, losses), empty where none were written
     incomplete: str | None
 
     @property
     def size(self) -> int:
         return self.summary.size
+
+    @property
+    def num_servers(self) -> int:
+        """The last ranks of a parameter server's job, which hold weights and train on nothing."""
+        return self.size - self.config.reduce.num_workers(self.size)
 
     @property
     def label(self) -> str:
@@ -92,15 +108,16 @@ def _is_report(path: Path) -> bool:
 def load(run: RunDir) -> Run:
     """Reads one run directory, one rank's records at a time.
 
-    The summary is rebuilt from the timings as the ranks themselves make it: each step's mean over ranks, phases
-    summed over them. A crashed run counts up to the last step that every rank recorded. Raises `UserError`
+    The summary is rebuilt from the timings as the ranks themselves make it: each step's mean over the ranks that train,
+    phases summed over them. A crashed run counts up to the last step that every rank recorded. Raises `UserError`
     naming the file, `BadRecord` naming path:line.
     """
     meta = _read_meta(run)
-    settings = _read_config(run)
+    settings = _read_config(run, meta["size"])
     written = _read_json(run.summary) if run.summary.is_file() else None
     num_attempts = max(1, len(attempts(meta)))
-    step_ns, total, faults = _reduce_ranks(run, meta["size"], num_attempts)
+    ranks = _reduce_ranks(run, meta["size"], settings.reduce.num_workers(meta["size"]), num_attempts)
+    step_ns, total, faults = ranks.step_ns, ranks.total, ranks.faults
     if written is None:
         outcome = str(meta.get("outcome", ""))  # of an attempt that ended by itself
         stopped = outcome if outcome.startswith("stopped") else "the run did not reach its end or is still running"
@@ -109,14 +126,15 @@ def load(run: RunDir) -> Run:
         faults.insert(0, "summary.json says that the run did not reach its end")
     num_steps = len(step_ns) + total.num_warmup - total.num_repeated
     if faults:
-        faults.append(f"{num_steps} of {settings.train.steps} steps can be used")
+        planned = settings.train.steps
+        faults.append(f"{num_steps}{'' if planned == config.UNKNOWN_STEPS else f' of {planned}'} steps can be used")
     metrics = read_metrics(run.metrics) if run.metrics.is_file() else ([], [])
     loss = _number((written or {}).get("loss"))
     summary = summarise(
         name=str(meta.get("name", settings.name)),
         size=meta["size"],
         num_hosts=len(meta["hosts"]),
-        global_batch=settings.train.batch_size(meta["size"]),
+        global_batch=settings.global_batch(meta["size"]),
         step_ns=step_ns,
         phases_ns=total.phases_ns,
         num_samples=total.num_samples,
@@ -129,7 +147,7 @@ def load(run: RunDir) -> Run:
         complete=not faults,
     )
     why = "; ".join(faults) or None
-    return Run(run, settings, meta, summary, step_ns / 1e9, total.phases_ns / 1e9, metrics, why)
+    return Run(run, settings, meta, summary, step_ns / 1e9, total.phases_ns / 1e9, ranks.servers_ns / 1e9, metrics, why)
 
 
 def _test(written: dict[str, Any]) -> dict[str, float]:
@@ -139,14 +157,15 @@ def _test(written: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _reduce_ranks(run: RunDir, size: int, num_attempts: int) -> tuple[FloatArray, StepTimes, list[str]]:
-    """(step_ns, sums over ranks of their common steps, faults); step_ns is the ranks' mean of each steady step."""
+def _reduce_ranks(run: RunDir, size: int, num_workers: int, num_attempts: int) -> _Ranks:
+    """Sums and means over ranks of the steps that all of them recorded."""
     present = [rank for rank in range(size) if run.timings(rank).is_file()]
     missing = sorted(set(range(size)) - set(present))
     faults = [f"no timings of {_ranks(missing)}"] if missing else []
     counts = [read_timings(run.timings(rank)).steps_of_attempts(num_attempts) for rank in present]
+    nothing = step_times(Timings(np.zeros((0, len(TIMING_COLUMNS)), np.int64), False))
     if not counts:
-        return np.zeros(0), step_times(Timings(np.zeros((0, len(TIMING_COLUMNS)), np.int64), False)), faults
+        return _Ranks(np.zeros(0), nothing, nothing.phases_ns, faults)
     common = np.min(counts, axis=0)
     last = [int(count[-1]) for count in counts]
     if max(last) > min(last):  # an earlier attempt that was killed is no fault of the run
@@ -163,13 +182,20 @@ def _reduce_ranks(run: RunDir, size: int, num_attempts: int) -> tuple[FloatArray
         parts.append(step_times(timings))
     if cut_short:
         faults.append(f"the last line of {_ranks(cut_short)} is cut short")
+    workers = [part for rank, part in zip(present, parts, strict=True) if rank < num_workers] or [nothing]
+    servers = [part for rank, part in zip(present, parts, strict=True) if rank >= num_workers] or [nothing]
     total = replace(
-        parts[0],
-        step_ns=np.sum([part.step_ns for part in parts], axis=0),
-        phases_ns=np.sum([part.phases_ns for part in parts], axis=0),
-        num_samples=sum(part.num_samples for part in parts),
+        workers[0],
+        step_ns=np.sum([part.step_ns for part in workers], axis=0),
+        phases_ns=np.sum([part.phases_ns for part in workers], axis=0),
+        num_samples=sum(part.num_samples for part in workers),
     )
-    return total.step_ns / len(parts), total, faults
+    return _Ranks(
+        total.step_ns / len(workers),
+        total,
+        np.sum([part.phases_ns for part in servers], axis=0, dtype=np.int64),
+        faults,
+    )
 
 
 def _check_aligned(path: Path, whole: Timings, timings: Timings, aligned: IntArray) -> None:
@@ -213,11 +239,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _read_config(run: RunDir) -> config.Config:
+def _read_config(run: RunDir, size: int) -> config.Config:
+    """config.toml, which leaves at least one of `size` ranks to train."""
     try:
-        return config.load(run.config).config
+        settings = config.load(run.config).config
     except UserError as error:
         raise UserError(f"{run.config}: {error.what}", _LEAVE_OUT) from None
+    if settings.reduce.num_workers(size) < 1:
+        raise UserError(
+            f"{run.config}: reduce.servers = {settings.reduce.servers} leaves none of {size} ranks to train", _LEAVE_OUT
+        )
+    return settings
 
 
 def _read_meta(run: RunDir) -> dict[str, Any]:

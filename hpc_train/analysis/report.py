@@ -12,23 +12,27 @@ from typing import Any, Literal
 
 from rich import box
 from rich.console import Console, RenderableType
-from rich.console import Group as Stack
 from rich.table import Table
 from rich.text import Text
 
 import hpc_train
 from hpc_train import rundir
+from hpc_train.analysis.flops import flops_of
 from hpc_train.analysis.load import Run, load_all
 from hpc_train.analysis.scaling import Group, Row, Scaling, compare
-from hpc_train.analysis.sheets import Sheet, group_notes, headlines, plain, sheets
+from hpc_train.analysis.sheets import Part, Sheet, group_notes, measures_of, parts, strategy_notes
+from hpc_train.analysis.strategies import Comparison, Entry, compare_strategies
+from hpc_train.analysis.words import plain
 from hpc_train.errors import UserError
 from hpc_train.records import PHASES
 
-REPORT_SCHEMA = 1
+REPORT_SCHEMA = 2  # 2: test_<measure> for every test measure
 CSV_COLUMNS = (
     "group",
     "scaling",
+    "strategy",
     "ranks",
+    "num_servers",
     "num_runs",
     "num_hosts",
     "global_batch",
@@ -44,13 +48,18 @@ CSV_COLUMNS = (
     "speedup_high",
     "efficiency",
     *(f"share_{phase}" for phase in PHASES),
+    "servers_busy",
+    "flops_per_sample",
+    "flops_per_s_per_rank",
+    "peak_flops",
+    "peak_source",
+    "mfu",
     "joules",
     "joules_per_sample",
     "energy_quality",
     "energy_source",
     "loss",
-    "test_accuracy",
-)
+)  # and test_<measure> for every measure of any run
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,18 +68,25 @@ class Report:
 
     runs: tuple[Run, ...]
     scaling: Scaling
+    strategies: tuple[Comparison, ...]
+
+    @property
+    def parts(self) -> list[Part]:
+        """What stands under headings of its own, in its order."""
+        return parts(self.scaling, self.strategies)
 
     @property
     def headlines(self) -> list[str]:
-        """The answer in words, one sentence a group, the best comparison first."""
-        return headlines(self.scaling)
+        """The answer in words, one sentence a part, the best comparison of sizes first, after that of strategies."""
+        return [part.headline for part in self.parts if part.headline]
 
     def print(self, console: Console) -> None:
         """The tables in the terminal; nothing is cut short, whatever its width."""
-        for line, group in zip(self.headlines, self.scaling.groups, strict=True):
-            console.print(Text(line, style="bold"), "")
-            console.print(terminal_table(group, console.width))
-            for note in group_notes(group):
+        for part in self.parts:
+            console.print(Text(part.headline or plain(part.label), style="bold"), "")
+            for sheet in part.sheets:
+                console.print(Text(sheet.title), _fitted(sheet, console.width), sep="\n")
+            for note in part.notes:
                 console.print(Text(f"- {plain(note)}"))
             console.print()
         for note in self.scaling.notes:
@@ -98,6 +114,7 @@ class Report:
                 }
                 for group in self.scaling.groups
             ],
+            "strategies": [comparison_record(each) for each in self.strategies],
             "notes": list(self.scaling.notes),
         }
         return {key: _finite(value) for key, value in tree.items()}
@@ -108,7 +125,8 @@ def make_report(paths: Sequence[Path]) -> Report:
     runs = load_all(paths)
     scaling = compare(runs)
     passed_over = [f"Passed over: {path} has no meta.json or no timings." for path in rundir.fragments(paths)]
-    return Report(tuple(runs), replace(scaling, notes=(*scaling.notes, *passed_over)))
+    scaling = replace(scaling, notes=(*scaling.notes, *passed_over))
+    return Report(tuple(runs), scaling, compare_strategies(scaling.groups))
 
 
 def default_output(paths: Sequence[Path]) -> Path:
@@ -122,11 +140,6 @@ def default_output(paths: Sequence[Path]) -> Path:
         return common.relative_to(here) / "report"
     beside = common in given or {path.parent for path in given} == {common}
     return common / "report" if beside else Path("report")
-
-
-def terminal_table(group: Group, width: int = 80) -> RenderableType:
-    """A group's sheets as tables for a terminal of `width` columns; one too wide becomes lines of text."""
-    return Stack(*(part for sheet in sheets(group) for part in (Text(sheet.title), _fitted(sheet, width))))
 
 
 def _fitted(sheet: Sheet, width: int) -> RenderableType:
@@ -163,7 +176,7 @@ def write_report(report: Report, output_dir: Path) -> Path:
     contents = {
         output_dir / "scaling.csv": scaling_csv(report),
         output_dir / "summary.json": json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n",
-        page: render(report.runs, report.scaling),
+        page: render(report),
     }
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -180,7 +193,9 @@ def write_report(report: Report, output_dir: Path) -> Path:
 def scaling_csv(report: Report) -> str:
     """One line a row of every group, in base units; an empty cell is what is not known."""
     text = io.StringIO()
-    lines = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    measures = measures_of([row for group in report.scaling.groups for row in group.rows])
+    columns = (*CSV_COLUMNS, *(f"test_{measure}" for measure in measures))
+    lines = csv.DictWriter(text, columns, lineterminator="\n")
     lines.writeheader()
     for group in report.scaling.groups:
         for row in group.rows:
@@ -189,13 +204,16 @@ def scaling_csv(report: Report) -> str:
 
 
 def row_record(group: Group, row: Row) -> dict[str, Any]:
-    """A row as plain values under `CSV_COLUMNS`."""
+    """A row as plain values under `CSV_COLUMNS` and test_<measure>."""
+    flops = flops_of(row)
     low, high = row.step_interval_s or (None, None)
     speedup_low, speedup_high = row.speedup_interval or (None, None)
     return {
         "group": group.label,
         "scaling": "weak" if group.weak else "strong",
+        "strategy": group.keys.get("reduce.strategy"),
         "ranks": row.size,
+        "num_servers": row.num_servers,
         "num_runs": len(row.runs),
         "num_hosts": max(run.summary.num_hosts for run in row.runs),
         "global_batch": row.global_batch,
@@ -211,12 +229,56 @@ def row_record(group: Group, row: Row) -> dict[str, Any]:
         "speedup_high": speedup_high,
         "efficiency": row.efficiency,
         **{f"share_{phase}": row.phase_share.get(phase) for phase in PHASES},
+        "servers_busy": row.servers_busy,
+        "flops_per_sample": flops.per_sample,
+        "flops_per_s_per_rank": flops.per_rank_s,
+        "peak_flops": flops.peak_s,
+        "peak_source": flops.peak_source,
+        "mfu": flops.mfu,
         "joules": row.energy.joules,
         "joules_per_sample": row.joules_per_sample,
         "energy_quality": row.energy.quality,
         "energy_source": row.energy.source,
         "loss": row.loss,
-        "test_accuracy": row.test_accuracy,
+        **{f"test_{measure}": value for measure, value in row.test.items()},
+    }
+
+
+def comparison_record(comparison: Comparison) -> dict[str, Any]:
+    """Strategies on equal work as plain values."""
+    return {
+        "label": comparison.label,
+        "config": comparison.keys,
+        "reference": comparison.reference,
+        "notes": strategy_notes(comparison),
+        "rows": [_entry_record(entry) for entry in comparison.entries],
+    }
+
+
+def _entry_record(entry: Entry) -> dict[str, Any]:
+    low, high = entry.row.step_interval_s or (None, None)
+    ratio_low, ratio_high = entry.ratio_interval or (None, None)
+    theory = entry.traffic
+    return {
+        "strategy": entry.strategy,
+        "ranks": entry.row.size,
+        "num_servers": entry.row.num_servers,
+        "incomplete": entry.row.incomplete,
+        "step_s": entry.row.step_s,
+        "step_low_s": low,
+        "step_high_s": high,
+        "samples_per_s": entry.row.samples_per_s,
+        "ratio": entry.ratio,
+        "ratio_low": ratio_low,
+        "ratio_high": ratio_high,
+        "share_reduce": entry.row.phase_share.get("reduce"),
+        "must_move_bytes": theory.must_move_bytes if theory else None,
+        "each_way_bytes": theory.each_way_bytes if theory else None,
+        "must_move_is_least": theory.is_least if theory else None,
+        "optimizer_bytes": entry.optimizer_bytes,
+        "loss": entry.row.loss,
+        **{f"test_{measure}": value for measure, value in entry.row.test.items()},
+        "runs": [str(run.dir.path) for run in entry.row.runs],
     }
 
 

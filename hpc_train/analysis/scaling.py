@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from statistics import fmean
 from typing import Any
 
@@ -28,8 +29,10 @@ class Row:
     step_s: float | None  # median over the steady steps of all runs, mean over ranks
     step_interval_s: Interval | None  # 95%
     samples_per_s: float | None  # global batch / median step
-    phase_share: dict[str, float]  # of all ranks' time in steady steps; sums to 1
-    phase_s: dict[str, float]  # mean per step and rank, warm-up excluded
+    # Of the time in steady steps of all ranks that train; sums to 1. Without phases that a recorded loop did not mark.
+    phase_share: dict[str, float]
+    phase_s: dict[str, float]  # mean per step and rank that trains, warm-up excluded
+    servers_busy: float | None  # share of the servers' time that is no waiting, receiving or sending
     energy: Energy  # mean per run
     joules_per_sample: float | None  # whole run over all its samples, warm-up included
     speedup: float | None = None  # samples/s relative to the group's baseline
@@ -47,8 +50,20 @@ class Row:
         return _mean([run.summary.loss for run in self.runs])
 
     @property
-    def test_accuracy(self) -> float | None:
-        return _mean([run.summary.test.get("accuracy") for run in self.runs])
+    def test(self) -> dict[str, float]:
+        """The test measures, means over the runs that have them."""
+        names = dict.fromkeys(name for run in self.runs for name in run.summary.test)
+        return {name: fmean(run.summary.test[name] for run in self.runs if name in run.summary.test) for name in names}
+
+    @property
+    def num_servers(self) -> int:
+        """How many of its ranks hold weights and do not train."""
+        return self.runs[0].num_servers
+
+    def stated(self, key: str) -> float | None:
+        """A positive number of meta.json, where all runs state the same."""
+        values = {positive(run.meta.get(key)) for run in self.runs}
+        return values.pop() if len(values) == 1 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +99,28 @@ def compare(runs: Sequence[Run]) -> Scaling:
         by_key[json.dumps(config.comparable(run.config), sort_keys=True)].append(run)
     members = list(by_key.values())
     keys = [config.comparable(group[0].config) for group in members]
-    labels = _labels(members, keys)
-    groups = [_group(label, key, group) for label, key, group in zip(labels, keys, members, strict=True)]
+    groups = [_group(*each) for each in zip(labels(members, keys), keys, members, strict=True)]
     groups.sort(key=lambda group: (-sum(row.speedup is not None for row in group.rows), group.label))
     return Scaling(tuple(groups), tuple(_between_groups(groups)))
+
+
+def equal_work(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups that differ in `reduce.*` alone, where there are several: one job under several strategies."""
+    by_work: dict[str, list[Group]] = defaultdict(list)
+    for group in groups:
+        by_work[json.dumps(work(group.keys), sort_keys=True)].append(group)
+    return [members for members in by_work.values() if len(members) > 1]
+
+
+def work(keys: dict[str, Any]) -> dict[str, Any]:
+    """The keys that say what is computed, without those that say how gradients are reduced."""
+    return {key: value for key, value in keys.items() if not key.startswith("reduce.")}
+
+
+def positive(value: object) -> float | None:
+    """A number from a file, where it is one that can count something."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value > 0
+    return float(value) if known else None  # type: ignore[arg-type]
 
 
 def num_ranks(count: int) -> str:
@@ -113,8 +146,9 @@ def _group(label: str, keys: dict[str, Any], runs: list[Run]) -> Group:
 def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
     low, middle, high = _pooled_median(runs)
     phases = np.sum([run.phases_s for run in runs], axis=0)
-    num_steps = sum(len(run.step_s) for run in runs)
+    num_timed = sum(len(run.step_s) * (size - run.num_servers) for run in runs)  # steps of single ranks
     total = float(phases.sum())
+    servers = np.sum([run.servers_s for run in runs], axis=0)
     each = [run.summary for run in runs]
     energy = total_energy(Energy(one.joules, one.energy_quality, one.energy_source) for one in each)
     num_samples = sum(one.num_samples for one in each)
@@ -126,8 +160,9 @@ def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
         middle,
         (low, high) if low is not None and high is not None else None,
         samples_per_s=each[0].global_batch / middle if middle else None,
-        phase_share=dict(zip(PHASES, (phases / total).tolist(), strict=True)) if total else {},
-        phase_s=dict(zip(PHASES, (phases / (num_steps * size)).tolist(), strict=True)) if total else {},
+        phase_share={phase: float(spent) / total for phase, spent in zip(PHASES, phases, strict=True) if spent},
+        phase_s=dict(zip(PHASES, (phases / num_timed).tolist(), strict=True)) if total else {},
+        servers_busy=float(1 - servers[PHASES.index("reduce")] / servers.sum()) if servers.any() else None,
         energy=Energy(whole / len(runs) if whole is not None else None, energy.quality, energy.source),
         joules_per_sample=whole / num_samples if whole is not None and num_samples else None,
     )
@@ -176,17 +211,22 @@ def _compared(row: Row, baseline: Row) -> Row:
     """
     if row is baseline:
         return replace(row, speedup=1.0, efficiency=1.0, is_baseline=True)
-    if not row.step_s or not baseline.step_s:
-        return row
-    work = row.global_batch / baseline.global_batch
-    speedup = work * baseline.step_s / row.step_s
-    interval = None
-    if row.step_interval_s is not None and baseline.step_interval_s is not None:
-        # Seeds by size: equal ones would draw the same blocks of both and hide part of the noise.
-        before = resampled_medians(baseline.runs, seed=2 * baseline.size)
-        interval = _quantiles(work * before / resampled_medians(row.runs, seed=2 * row.size + 1), speedup)
-    efficiency = speedup * baseline.size / row.size
+    speedup, interval = relative_speed(row, baseline)
+    efficiency = None if speedup is None else speedup * baseline.size / row.size
     return replace(row, speedup=speedup, speedup_interval=interval, efficiency=efficiency)
+
+
+def relative_speed(row: Row, to: Row) -> tuple[float | None, Interval | None]:
+    """The ratio of samples per second, and its 95% interval."""
+    if not row.step_s or not to.step_s:
+        return None, None
+    more = row.global_batch / to.global_batch
+    ratio = more * to.step_s / row.step_s
+    if row.step_interval_s is None or to.step_interval_s is None:
+        return ratio, None
+    # Seeds by size: equal ones would draw the same blocks of both and hide part of the noise.
+    before = resampled_medians(to.runs, seed=2 * to.size)
+    return ratio, _quantiles(more * before / resampled_medians(row.runs, seed=2 * row.size + 1), ratio)
 
 
 def _quantiles(draws: FloatArray, middle: float) -> Interval:
@@ -230,17 +270,24 @@ def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> lis
 
 def mismatches(runs: Sequence[Run]) -> list[str]:
     """What differs between runs apart from their size: each fact with its values and where they were seen."""
-    facts = [_facts(run) for run in runs]
     notes = []
-    for name in dict.fromkeys(name for fact in facts for name in fact):
+    for name, values in differing_facts(runs).items():
         seen: dict[str, set[int]] = defaultdict(set)
-        for run, fact in zip(runs, facts, strict=True):
-            seen[fact.get(name, "unknown")].add(run.size)
-        if len(seen) > 1:
-            by_size = sorted(seen.items(), key=lambda item: min(item[1]))
-            values = "; ".join(f"{value} ({_sizes(sizes)})" for value, sizes in by_size)
-            notes.append(f"Not alike: {name}: {values}.")
+        for run, value in zip(runs, values, strict=True):
+            seen[value].add(run.size)
+        by_size = sorted(seen.items(), key=lambda item: min(item[1]))
+        told = "; ".join(f"{value} ({_sizes(sizes)})" for value, sizes in by_size)
+        notes.append(f"Not alike: {name}: {told}.")
     return notes
+
+
+def differing_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Facts that are not the same for all runs, each with its value for every run."""
+    facts = [_facts(run) for run in runs]
+    values = {
+        name: [fact.get(name, "unknown") for fact in facts] for name in dict.fromkeys(n for fact in facts for n in fact)
+    }
+    return {name: seen for name, seen in values.items() if len(set(seen)) > 1}
 
 
 def _sizes(sizes: set[int]) -> str:
@@ -259,6 +306,7 @@ def _facts(run: Run) -> dict[str, str]:
         **{f"version of {name}": str(value) for name, value in section(meta, "versions").items()},
         "MPI": str(section(meta, "mpi").get("version") or "unknown").partition("\n")[0],
         "CPU": str(meta.get("cpu_model", "unknown")),
+        "device": str(meta.get("device", "unknown")),
         "threads per rank": "/".join(sorted(threads)) or "unknown",
         "steps": str(run.config.train.steps),
         "training samples": str(meta.get("num_train_samples", "unknown")),
@@ -280,26 +328,38 @@ def _setting(keys: dict[str, Any], key: str) -> str:
     return f"{key} = {keys[key]}" if key in keys else f"{key} unset"
 
 
-def _labels(members: list[list[Run]], keys: list[dict[str, Any]]) -> list[str]:
+def labels(members: list[list[Run]], keys: list[dict[str, Any]]) -> list[str]:
     """A name for each group: its jobs' names, and what sets it apart from groups of the same name."""
     names = [" + ".join(dict.fromkeys(run.config.name for run in group)) for group in members]
-    labels = []
+    told = []
     for name, key in zip(names, keys, strict=True):
         twins = [other for twin, other in zip(names, keys, strict=True) if twin == name]
-        apart = [_setting(key, differing) for differing in _differing(twins)]
-        labels.append(f"{name} ({', '.join(apart)})" if apart else name)
-    return labels
+        alike = _differing([twin for twin in twins if twin.get("reduce.strategy") == key.get("reduce.strategy")])
+        # Most keys of [reduce] mean something to one strategy only.
+        differing = [
+            each for each in _differing(twins) if not each.startswith("reduce.") or each in (*alike, "reduce.strategy")
+        ]
+        apart = [_setting(key, each) for each in differing]
+        told.append(f"{name} ({', '.join(apart)})" if apart else name)
+    return told
 
 
 def _between_groups(groups: list[Group]) -> list[str]:
-    """Which configuration keys keep the groups apart, and which runs are left without a comparison."""
+    """Which configuration keys keep the groups apart, and which runs are left without a comparison.
+
+    Groups that `reduce.*` alone keeps apart are compared, as strategies on equal work.
+    """
     notes = []
-    if len(groups) > 1:
-        for key in _differing([group.keys for group in groups]):
-            values = " | ".join(dict.fromkeys(str(group.keys.get(key, "unset")) for group in groups))
-            notes.append(f"Not compared across groups, {key} differs: {values}.")
-    alone = [row for group in groups if group.baseline is None for row in group.rows]
-    if alone:
-        names = ", ".join(run.label for row in alone for run in row.runs)
+    works = [work(group.keys) for group in groups]
+    recorded = [keys for keys in works if keys["task.kind"] == config.RECORDED]  # these lack what the others have
+    for key in _differing(works):
+        if recorded and not any(key in keys for keys in recorded):
+            continue
+        values = " | ".join(dict.fromkeys(str(keys.get(key, "unset")) for keys in works))
+        notes.append(f"Not compared across groups, {key} differs: {values}.")
+    side_by_side = [group for members in equal_work(groups) for group in members]
+    lone = [group for group in groups if group.baseline is None and group not in side_by_side]
+    if lone:
+        names = ", ".join(run.label for group in lone for row in group.rows for run in row.runs)
         notes.append(f"Left without a comparison: {names}.")
     return notes

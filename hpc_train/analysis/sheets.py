@@ -1,11 +1,24 @@
 """A comparison in words and numbers: what the terminal, the page and the programs are told alike."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor, isfinite, log10
 
+from hpc_train.analysis.flops import GIVEN, counts_flops, flops_notes, flops_of
 from hpc_train.analysis.load import Run, section
-from hpc_train.analysis.scaling import Group, Interval, Row, Scaling, num_ranks
-from hpc_train.records import PHASES, Energy
+from hpc_train.analysis.scaling import Group, Row, Scaling, num_ranks
+from hpc_train.analysis.strategies import Comparison, Entry, Traffic
+from hpc_train.analysis.words import (
+    amount,
+    energy_text,
+    interval_text,
+    ms_text,
+    percent,
+    plain,
+    ratio_interval_text,
+    significant,
+    times_text,
+)
+from hpc_train.records import PHASES
 
 MARK = "*"  # on the number of ranks of an incomplete row
 
@@ -27,13 +40,46 @@ class Sheet:
     rows: tuple[tuple[str, ...], ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What stands under a heading of its own: a group, or strategies on equal work."""
+
+    of: Group | Comparison
+    label: str
+    headline: str  # the answer in one sentence; "" where there is none
+    sheets: list[Sheet]
+    notes: list[str]
+
+
+def parts(scaling: Scaling, strategies: Sequence[Comparison]) -> list[Part]:
+    """Everything in its order: strategies that several ranks tell apart, the groups, other strategies."""
+    groups = [
+        Part(group, group.label, headline(group, len(scaling.groups) > 1), sheets(group), group_notes(group))
+        for group in scaling.groups
+    ]
+    compared = [
+        Part(
+            each,
+            f"Strategies on equal work{f': {each.label}' * (len(strategies) > 1)}",
+            strategy_headline(each, len(strategies) > 1),
+            strategy_sheets(each),
+            strategy_notes(each),
+        )
+        for each in strategies
+    ]
+    return [*(part for part in compared if part.headline), *groups, *(part for part in compared if not part.headline)]
+
+
 def sheets(group: Group) -> list[Sheet]:
-    """A group's tables: how it scaled, where the time went, what it cost and came to."""
-    return [_scaling_sheet(group), _phase_sheet(group), _energy_sheet(group)]
+    """A group's tables: how it scaled, where the time went, what the device did, what it cost and came to."""
+    flops = [_flops_sheet(group)] if counts_flops(group) else []
+    return [_scaling_sheet(group), _phase_sheet(group), *flops, _energy_sheet(group)]
 
 
-def _ranks(row: Row) -> str:
-    return f"{row.size}{MARK if row.incomplete else ''}"
+def ranks_text(row: Row) -> str:
+    """ "4", a parameter server's "3+1" (workers + servers), marked where the runs are incomplete."""
+    ranks = f"{row.size - row.num_servers}+{row.num_servers}" if row.num_servers else str(row.size)
+    return ranks + MARK * row.incomplete
 
 
 def _scaling_sheet(group: Group) -> Sheet:
@@ -42,9 +88,9 @@ def _scaling_sheet(group: Group) -> Sheet:
     titles = ("ranks", "runs", "step (ms)", span, "samples/s", against, span, "efficiency")
     rows = tuple(
         (
-            _ranks(row),
+            ranks_text(row),
             str(len(row.runs)),
-            _ms(row.step_s),
+            ms_text(row.step_s),
             interval_text(row.step_interval_s, 1e3),
             significant(row.samples_per_s, 4),
             *_speedup_cells(row),
@@ -65,29 +111,144 @@ def _speedup_cells(row: Row) -> tuple[str, str, str]:
         return "baseline", "-", percent(row.efficiency)
     if row.speedup is None:
         return "no baseline", "-", "-"
-    return times_text(row.speedup), speedup_interval_text(row), percent(row.efficiency)
+    return times_text(row.speedup), ratio_interval_text(row.speedup_interval), percent(row.efficiency)
 
 
 def _phase_sheet(group: Group) -> Sheet:
-    columns = (Column("ranks"), *(Column(phase) for phase in PHASES))
-    rows = tuple((_ranks(row), *(percent(row.phase_share.get(phase)) for phase in PHASES)) for row in group.rows)
-    title = "Where a step's time goes (share of all ranks' time; reduce: exposed communication)"
-    return Sheet(title, columns, rows)
+    with_servers = any(row.num_servers for row in group.rows)
+    columns = [Column("ranks"), *(Column(phase) for phase in PHASES), *[Column("servers busy")] * with_servers]
+    rows = []
+    for row in group.rows:
+        cells = [ranks_text(row), *(percent(row.phase_share.get(phase)) for phase in PHASES)]
+        rows.append((*cells, *[percent(row.servers_busy)] * with_servers))
+    whose = "the workers' time; servers busy: not in communication" if with_servers else "all ranks' time"
+    title = f"Where a step's time goes (share of {whose}; reduce: exposed communication)"
+    return Sheet(title, tuple(columns), tuple(rows))
+
+
+def _flops_sheet(group: Group) -> Sheet:
+    titles = ("ranks", "FLOP per sample", "FLOP/s per rank", "peak per rank", "MFU")
+    rows = []
+    for row in group.rows:
+        flops = flops_of(row)
+        source = {None: "-", GIVEN: f"given ({GIVEN})"}.get(flops.peak_source, plain(flops.peak_source or ""))
+        figures = (amount(flops.per_sample, "FLOP"), amount(flops.per_rank_s, "FLOP/s"), amount(flops.peak_s, "FLOP/s"))
+        rows.append((ranks_text(row), *figures, mfu_text(flops.mfu), source))
+    title = "Model FLOPs (counted, forward and backward) and MFU, their share of the peak"
+    return Sheet(title, (*(Column(each) for each in titles), Column("peak from", is_text=True)), tuple(rows))
 
 
 def _energy_sheet(group: Group) -> Sheet:
     columns = [Column("ranks"), Column("energy per run"), Column("per sample"), Column("meter", is_text=True)]
     with_loss = any(row.loss is not None for row in group.rows)
-    with_accuracy = any(row.test_accuracy is not None for row in group.rows)
-    columns += [Column("loss")] * with_loss + [Column("test accuracy")] * with_accuracy
+    measures = measures_of(group.rows)
+    columns += [Column("loss")] * with_loss + [Column(f"test {_words(measure)}") for measure in measures]
     rows = []
     for row in group.rows:
-        cells = [_ranks(row), energy_text(row.energy.joules, row.energy)]
+        cells = [ranks_text(row), energy_text(row.energy.joules, row.energy)]
         cells += [energy_text(row.joules_per_sample, row.energy), plain(row.energy.source)]
         cells += [significant(row.loss, 4)] * with_loss
-        cells += [percent(row.test_accuracy, 2)] * with_accuracy
+        cells += [measure_text(measure, row.test.get(measure)) for measure in measures]
         rows.append(tuple(cells))
     return Sheet("Energy and result", tuple(columns), tuple(rows))
+
+
+def mfu_text(mfu: float | None) -> str:
+    return "missing" if mfu is None else f"{significant(100 * mfu)}%"
+
+
+def strategy_sheets(comparison: Comparison) -> list[Sheet]:
+    """Strategies on equal work: how fast each is, then what each must move and hold and comes to."""
+    return [_strategy_speed_sheet(comparison), _strategy_work_sheet(comparison)]
+
+
+def _strategy_speed_sheet(comparison: Comparison) -> Sheet:
+    span = "95% interval"
+    titles = ("ranks", "step (ms)", span, "samples/s", f"speed vs {comparison.reference}", span, "exposed")
+    rows = tuple(
+        (
+            entry.strategy,
+            ranks_text(entry.row),
+            ms_text(entry.row.step_s),
+            interval_text(entry.row.step_interval_s, 1e3),
+            significant(entry.row.samples_per_s, 4),
+            _ratio_text(entry),
+            ratio_interval_text(entry.ratio_interval),
+            percent(entry.row.phase_share.get("reduce")),
+        )
+        for entry in comparison.entries
+    )
+    columns = (Column("strategy", is_text=True), *(Column(title) for title in titles))
+    return Sheet(f"Strategies on equal work ({_work_text(comparison)})", columns, rows)
+
+
+def _work_text(comparison: Comparison) -> str:
+    """ "global batch 120, seed 0, 210 steps"."""
+    keys = comparison.keys
+    weak = keys.get("train.batch_per_rank")
+    batch = f"batch per rank {weak}" if weak else f"global batch {keys.get('train.global_batch')}"
+    steps = sorted({run.config.train.steps for entry in comparison.entries for run in entry.row.runs})
+    return f"{batch}, seed {keys.get('seed')}, {' or '.join(map(str, steps))} steps"
+
+
+def _ratio_text(entry: Entry) -> str:
+    if entry.is_reference and entry.ratio is not None:
+        return "reference"
+    return "-" if entry.ratio is None else times_text(entry.ratio)
+
+
+def _strategy_work_sheet(comparison: Comparison) -> Sheet:
+    measures = measures_of([entry.row for entry in comparison.entries])
+    titles = ("ranks", "must move", "optimizer state", "loss", *(f"test {_words(measure)}" for measure in measures))
+    rows = []
+    for entry in comparison.entries:
+        held = entry.optimizer_bytes
+        cells = [entry.strategy, ranks_text(entry.row), _traffic_text(entry.traffic)]
+        cells += [amount(max(held) if held else None, "B"), significant(entry.row.loss, 7)]
+        rows.append((*cells, *(measure_text(measure, entry.row.test.get(measure)) for measure in measures)))
+    columns = (Column("strategy", is_text=True), *(Column(title) for title in titles))
+    title = "What the busiest rank must move in a step, what the fullest holds, and what comes out"
+    return Sheet(title, columns, tuple(rows))
+
+
+def _traffic_text(traffic: Traffic | None) -> str:
+    if traffic is None:
+        return "missing"
+    return ("at least " if traffic.is_least else "") + amount(traffic.must_move_bytes, "B")
+
+
+def strategy_notes(comparison: Comparison) -> list[str]:
+    """What must be known to read the strategies' tables."""
+    notes = list(comparison.notes)
+    servers = any(entry.row.num_servers for entry in comparison.entries)
+    notes.append(
+        "Theory: each of N ranks of a ring sends 2(N-1)/N of the gradients' bytes and receives as many; sharded is the"
+        " ring's two halves; an all-reduce of MPI's choice does not do with less."
+    )
+    if servers:
+        notes.append(
+            "Theory: each of S servers receives and sends 2W/S of the gradients' bytes for W workers, both ways"
+            " together: halve it to set it beside a ring, which is told one way."
+        )
+    if servers:
+        notes.append("A parameter server's ranks are workers + servers; exposed is the workers' share.")
+    if any(entry.row.incomplete for entry in comparison.entries):
+        notes.append(f"{MARK} incomplete: shown, never the reference.")
+    return notes
+
+
+def measures_of(rows: Sequence[Row]) -> list[str]:
+    """Every test measure of the rows, in the order in which runs state them."""
+    return list(dict.fromkeys(measure for row in rows for measure in row.test))
+
+
+def measure_text(measure: str, value: float | None) -> str:
+    """An accuracy in percent, any other measure as a number."""
+    return percent(value, 2) if measure.split("_")[-1] == "accuracy" else significant(value, 4)
+
+
+def _words(measure: str) -> str:
+    return plain(measure.replace("_", " "))
 
 
 def group_notes(group: Group) -> list[str]:
@@ -95,6 +256,15 @@ def group_notes(group: Group) -> list[str]:
     notes = list(group.notes)
     if any(row.incomplete for row in group.rows):
         notes.insert(0, f"{MARK} incomplete: shown, never a baseline, never pooled with complete runs.")
+    unmarked = [
+        phase for phase in PHASES if any(row.phase_share and phase not in row.phase_share for row in group.rows)
+    ]
+    if unmarked:
+        communication = "; exposed communication was not measured" * ("reduce" in unmarked)
+        notes.append(
+            f"The recorded loop did not mark {', '.join(unmarked)}: their time is in the phases that it did, or in"
+            f" other{communication}."
+        )
     if any(row.energy.quality == "estimated" for row in group.rows):
         assumed = dict.fromkeys(
             (run.assumption or "the run does not say what it assumes").rstrip(".")
@@ -107,25 +277,25 @@ def group_notes(group: Group) -> list[str]:
     if lacking:
         sizes = ", ".join(dict.fromkeys(lacking))
         notes.append(f"Energy missing for {sizes}: not every host's meter was read. Missing is not zero.")
-    return notes
+    if any(row.num_servers for row in group.rows):
+        notes.append("Ranks are workers + servers, and both count in the efficiency.")
+    return notes + (flops_notes(group) if counts_flops(group) else [])
 
 
-# ---------------------------------------------------------------------------------------------- words
+# ---------------------------------------------------------------------------------------------- headlines
 
 
-def headlines(scaling: Scaling) -> list[str]:
-    """One sentence a group; the group is named where there are several."""
-    several = len(scaling.groups) > 1
-    return [(f"{plain(group.label)}: " if several else "") + headline(group) for group in scaling.groups]
+def headline(group: Group, named: bool = False) -> str:
+    """The group's answer in one sentence: the largest complete size against the baseline. named: with its label."""
+    return (f"{plain(group.label)}: " if named else "") + _answer(group)
 
 
-def headline(group: Group) -> str:
-    """The group's answer in one sentence: the largest complete size against the baseline."""
+def _answer(group: Group) -> str:
     row, baseline = group.largest, group.baseline
     if row is None or baseline is None:
         shown = next((row for row in reversed(group.rows) if not row.incomplete), group.rows[-1])
         speed = (
-            f"{_ms(shown.step_s)} ms a step, {significant(shown.samples_per_s, 4)} samples/s"
+            f"{ms_text(shown.step_s)} ms a step, {significant(shown.samples_per_s, 4)} samples/s"
             if shown.step_s
             else "no steady step recorded"
         )
@@ -137,7 +307,7 @@ def headline(group: Group) -> str:
     if low <= 1 <= high:
         return (
             f"{num_ranks(row.size)}: no faster than {over} as far as can be told ({times}, 95% interval"
-            f" {speedup_interval_text(row)}, {efficiency}){_exposed(row)}{_grown(row, baseline)}"
+            f" {ratio_interval_text(row.speedup_interval)}, {efficiency}){_exposed(row)}{_grown(row, baseline)}"
         )
     if row.speedup < 1:
         return (
@@ -146,6 +316,21 @@ def headline(group: Group) -> str:
         )
     work = " in samples/s" if group.weak else ""
     return f"{num_ranks(row.size)}: {times} over {over}{work} ({efficiency}){_exposed(row)}"
+
+
+def strategy_headline(comparison: Comparison, named: bool = False) -> str:
+    """The strategies' speeds at the largest number of ranks with a ratio. "" for none, and for 1: it sends nothing."""
+    size = max(comparison.sizes, default=1)
+    if size == 1:
+        return ""
+    entries = [entry for entry in comparison.entries if entry.row.size == size and entry.ratio is not None]
+    words = []
+    for entry in sorted(entries, key=lambda entry: -(entry.ratio or 0)):
+        low, high = entry.ratio_interval or (0.0, 0.0)
+        speed = f"{ms_text(entry.row.step_s)} ms a step" if entry.is_reference else times_text(entry.ratio or 0.0)
+        words.append(f"{entry.where} {speed}{' (no difference can be told)' if low <= 1 <= high else ''}")
+    name = f"{plain(comparison.label)}: " if named else ""
+    return f"{name}{num_ranks(size)} on equal work, speed against {comparison.reference}: {', '.join(words)}"
 
 
 def _exposed(row: Row) -> str:
@@ -158,63 +343,11 @@ def _grown(row: Row, baseline: Row) -> str:
     before, after = baseline.phase_s, row.phase_s
     notable = 0.05 * sum(before.values())
     grown = [
-        f", {phase} grew from {_ms(before[phase])} to {_ms(after[phase])} ms"
+        f", {phase} grew from {ms_text(before[phase])} to {ms_text(after[phase])} ms"
         for phase in PHASES
         if phase != "reduce" and after[phase] - before[phase] > notable
     ]
     return "".join(grown)
-
-
-def plain(text: str) -> str:
-    """Text from a file, safe for a terminal: control characters are shown as a replacement character."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
-
-
-def significant(value: float | None, digits: int = 3) -> str:
-    """A number with `digits` significant digits; integers above that keep all theirs."""
-    if value is None:
-        return "-"
-    if not isfinite(value) or value == 0:
-        return f"{value:g}"
-    if not 1e-4 <= abs(value) < 1e12:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:.{max(0, digits - 1 - floor(log10(abs(value))))}f}"
-
-
-def percent(share: float | None, decimals: int = 1) -> str:
-    return "-" if share is None else f"{100 * share:.{decimals}f}%"
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else significant(seconds * 1e3, 4)
-
-
-def times_text(speedup: float) -> str:
-    return f"{speedup:.2f}x" if speedup >= 0.1 else f"{significant(speedup, 2)}x"
-
-
-def speedup_interval_text(row: Row) -> str:
-    if row.speedup_interval is None:
-        return "-"
-    return "-".join(times_text(end).removesuffix("x") for end in row.speedup_interval)
-
-
-def interval_text(interval: Interval | None, scale: float) -> str:
-    """ "4.81-5.02", both ends with the decimals of four significant digits of the larger."""
-    if interval is None:
-        return "-"
-    low, high = (value * scale for value in interval)
-    decimals = max(0, 3 - floor(log10(high))) if high > 0 else 3
-    return f"{low:.{min(decimals, 6)}f}-{high:.{min(decimals, 6)}f}"
-
-
-def energy_text(joules: float | None, energy: Energy) -> str:
-    """ "123 J", "123 J est." or "missing": a figure never stands without its quality."""
-    if joules is None or energy.quality == "missing":
-        return "missing"
-    powers = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
-    power, prefix = next((pair for pair in powers if abs(joules) >= pair[0]), (1.0, ""))
-    return f"{significant(joules / power)} {prefix}J" + (" est." if energy.quality == "estimated" else "")
 
 
 def run_facts(run: Run) -> list[tuple[str, str]]:
@@ -233,7 +366,9 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         "CPU": meta.get("cpu_model", "unknown"),
         "steps": f"{run.summary.num_steps}, {run.summary.num_warmup} of them warm-up" + _attempts_text(run),
         "global batch": run.summary.global_batch,
-        "reduction": run.config.reduce.strategy,
+        "reduction": run.config.reduce.strategy + _servers_text(run),
+        "device": meta.get("device"),
+        "precision": meta.get("precision"),
         "versions": versions,
         "MPI": section(meta, "mpi").get("version", "unknown"),
         "git commit": str(git.get("commit", "unknown"))[:12] + modified,
@@ -241,6 +376,10 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         "incomplete": run.incomplete,
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+
+
+def _servers_text(run: Run) -> str:
+    return f", {run.size - run.num_servers} workers + {run.num_servers} servers" if run.num_servers else ""
 
 
 def _attempts_text(run: Run) -> str:

@@ -26,7 +26,7 @@ from hpc_train.errors import UserError
 from hpc_train.rundir import RunDir
 from hpc_train.train.context import Context
 
-FORMAT = 1
+FORMAT = 2  # 2: the optimizer by names of parameters, the loss scale, a task's own state
 STATE, FACTS = "state.pt", "checkpoint.json"
 _MOST_BYTES = 1 << 30  # of one MPI message: counts are 32 bits
 
@@ -78,8 +78,8 @@ class Saver:
         every = self._settings.every_steps
         return self.keeps and every > 0 and step % every == 0
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Starts to save the state after `step` steps: the caller waits while the tensors are copied, no longer."""
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Starts to save `state`, that after `step` steps: the caller waits while the tensors are copied, no longer."""
         if not self._is_root or not self.keeps or step == self._saved_step:
             return
         self._saved_s = monotonic()
@@ -87,16 +87,16 @@ class Saver:
             self.say(f"Checkpoint of step {step} left out: the one of step {self._saved_step} is still being written")
             return
         self._report()
-        state = _mapped(_copied, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        state = _mapped(_copied, state)
         self._saved_step = step
         self._thread = threading.Thread(target=self._write, args=(step, state), name="checkpoint")
         self._thread.start()
 
-    def save_now(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    def save_now(self, step: int, state: dict[str, Any]) -> str:
         """Saves and waits for it; says where. Raises UserError where it could not be written. The root only."""
         self._wait()
         self._report()
-        self.save(step, model, optimizer)
+        self.save(step, state)
         self._wait()
         if self._error is not None:
             error, self._error = self._error, None
@@ -285,7 +285,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise Unusable(f"it is not whole: {error!r}") from None
     except (RuntimeError, UnpicklingError) as error:
         raise Unusable(f"{STATE} holds no tensors: {error}") from None
-    if not isinstance(state, dict) or set(state) != {"model", "optimizer"}:
+    if not isinstance(state, dict) or set(state) != {"model", "optimizer", "loss_scale", "task"}:
         raise Unusable(f"{STATE} holds no model and optimizer")
     return state, facts
 
@@ -322,17 +322,7 @@ def _check_fits(state: dict[str, Any], model: nn.Module) -> None:
             raise Unusable(f"it is of another model: {name} is {theirs.get(name)} there and {ours.get(name)} here")
 
 
-def restore(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, context: Context) -> None:
-    """Collective. Loads the root's `state` on every rank; the learning rate and its like stay as configured."""
-    state = _broadcast(state, context)
-    model.load_state_dict(state["model"])
-    configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, settings in zip(optimizer.param_groups, configured, strict=True):
-        group.update(settings)
-
-
-def _broadcast(state: dict[str, Any], context: Context) -> dict[str, Any]:
+def broadcast(state: dict[str, Any], context: Context) -> dict[str, Any]:
     """Collective. The root's state on every rank, by way of MPI: a thousand ranks reading one file would queue."""
     skeleton = context.on_root(lambda: _mapped(_described, state))
     copy = state if context.world.is_root else _mapped(_allocated, skeleton)

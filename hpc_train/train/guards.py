@@ -10,11 +10,20 @@ from torch import nn
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context
 
+_REMEDY = "Lower train.lr or look at the data of that step; --set train.on_nonfinite=skip leaves it out."
+
+
+def refuse_loss_alone(step: int, loss: torch.Tensor, context: Context) -> None:
+    """Raises UserError on the rank that met it, which ends the job; nothing elsewhere."""
+    if not math.isfinite(loss.item()):
+        world = context.world
+        raise UserError(f"the loss of step {step} is {loss.item()} on rank {world.rank} on {world.host}", _REMEDY)
+
 
 def refuse_loss(step: int, loss: torch.Tensor, total: float, saved: str, context: Context) -> None:
     """Collective. Raises UserError that names the rank whose share of the loss is no number; `total` is none."""
     mine, world = loss.item(), context.world
-    remedy = f"{saved} Lower train.lr or look at the data of that step; --set train.on_nonfinite=skip leaves it out."
+    remedy = f"{saved} {_REMEDY}"
 
     def look() -> None:
         if not math.isfinite(mine):

@@ -1,203 +1,287 @@
-"""Gradient reduction: after `wait`, every gradient on every rank holds the sum over all ranks."""
+"""Gradient reduction, by `reduce.strategy`: whose gradients are summed where, and how they get there."""
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from hpc_train import config
 from hpc_train.errors import UserError
-from hpc_train.train.context import Context, require_one_mpi
+from hpc_train.train.buckets import NUM_NOTES, Bucket, Departures, Shared, make_buckets
+from hpc_train.train.context import Context, mpi, require_one_mpi
+from hpc_train.train.server import Server, Worker
+from hpc_train.train.sharded import Sharded
+from hpc_train.train.shards import Shards
 
-# A gradient of at least this many bytes travels alone and in place; smaller ones are copied together into buckets,
-# since a message costs more than their copy.
-_ALONE_BYTES = 1 << 20
-_BUCKET_BYTES = 4 << 20
-
-
-class Shared(NamedTuple):
-    """What travels with a step's gradients, summed over ranks: all ranks decide alike, and no message is added."""
-
-    loss: float  # shares of the global mean
-    stop: float  # ranks that were asked to stop
-    save: float  # whether the root finds it time for a checkpoint
+Asked = Callable[[], tuple[bool, bool]]
+Arrival = Callable[[], torch.Tensor]  # waits for a message, and gives it
 
 
 class Reducer(Protocol):
-    """In each step: `share` before backward, `wait` after it."""
+    """In each step: `share` before the last backward, then `wait`, the optimizer's update, `spread`."""
 
-    def share(self, loss: torch.Tensor, stop: bool, save: bool) -> None:
-        """What this rank adds to what travels with the gradients."""
+    num_updates: int  # of a step: an asynchronous server makes one for each worker
+
+    @property
+    def shards(self) -> Shards | None:
+        """Whose parts this rank updates; None: each rank makes the whole update."""
+
+    def share(self, loss: torch.Tensor) -> None:
+        """What the backward to come makes is to be sent; `loss`, this rank's share, travels with it."""
 
     def wait(self) -> Shared:
-        """Collective. Returns when every gradient holds the sum over ranks: its time is exposed communication."""
+        """Collective. Returns when every gradient that this rank's optimizer uses is the sum over ranks.
+
+        Its time is exposed communication.
+        """
+
+    def sum_owned(self, value: float) -> float:
+        """The sum over the ranks that own different parts, collectively by these; `value` where each owns all."""
+
+    def spread(self) -> None:
+        """Collective. The updated parts to all ranks."""
 
 
 @contextmanager
-def open_reducer(settings: config.Reduce, model: nn.Module, context: Context) -> Iterator[Reducer]:
-    """Collective. Sends the root's weights to all ranks, then sums gradients by `reduce.strategy` until the end."""
-    if settings.strategy == "local":
-        context.on_all(partial(_require_one_process, context.world.size))
-    hvd = context.on_all(partial(_load_horovod, settings)) if settings.strategy == "horovod" else None
-    if context.world.size == 1:
+def open_reducer(
+    settings: config.Reduce, model: nn.Module, context: Context, team: Context, asked: Asked
+) -> Iterator[Reducer]:
+    """Collective. Sends the root's weights to all ranks, then reduces by `reduce.strategy` until the end.
+
+    team: the servers, on each of them. asked: whether this rank was asked to stop, and whether it finds it time to
+    save a checkpoint; see `Shared`.
+    """
+    strategy, size = settings.strategy, context.world.size
+    hvd = None
+    if strategy in ("horovod", "sharded"):
+        hvd = context.on_all(partial(_load_horovod, settings))
+        context.on_all(partial(_check_horovod, settings, size))
+    broadcast_model(model, context)
+    if size == 1:
         # Its gradients are the sum already. Sending them through Horovod all the same made the one rank's step a tenth
         # longer, and every speedup over that baseline look better than it is.
-        yield Local()
-    elif hvd is None:
-        yield Mpi(model, context)
+        yield Local(asked)
+        return
+    if hvd is not None and not hvd.is_initialized():
+        hvd.init()  # once: with both of its settings below fixed, a second time crashes. It ends with the process
+    if strategy == "parameter_server":
+        if context.world.rank < settings.num_workers(size):
+            yield Worker(settings, model, context, asked)
+        else:
+            yield Server(settings, model, context, team, asked)
+    elif strategy == "sharded":
+        yield Sharded(Horovod(hvd), model, context, asked)
     else:
-        if not hvd.is_initialized():
-            hvd.init()  # once: with both of its settings below fixed, a second time crashes. It ends with the process
-        yield Horovod(hvd, model)
+        yield AllReduce(Mpi(context) if hvd is None else Horovod(hvd), settings, model, size, asked)
 
 
-def _require_one_process(size: int) -> None:
-    if size > 1:
+def check_strategy(settings: config.Reduce, size: int) -> None:
+    """Raises UserError where `size` ranks are too few, or too many, for `reduce.strategy`."""
+    if settings.strategy == "local" and size > 1:
         raise UserError(
             f"reduce.strategy = 'local' is one process, and there are {size} ranks",
             "Leave mpirun out, or set reduce.strategy to horovod or mpi.",
         )
+    if settings.num_workers(size) < 1:
+        raise UserError(
+            f"reduce.strategy = 'parameter_server': {size} rank{'s' * (size != 1)}, of which reduce.servers = "
+            f"{settings.servers} would serve, and none train",
+            f"Start {settings.servers + 1} ranks or more, or set reduce.servers lower.",
+        )
+
+
+def broadcast_model(model: nn.Module, context: Context) -> None:
+    """Collective. The root's parameters and buffers on every rank."""
+    if context.world.size == 1:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        host = tensor.detach().cpu().contiguous()
+        context.broadcast_array(host.reshape(-1).view(torch.uint8).numpy())
+        if host.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(host)
 
 
 class Local:
     """One process: its own gradients are the sum."""
 
-    def share(self, loss: torch.Tensor, stop: bool, save: bool) -> None:
-        self._shared = Shared(loss.item(), stop, save)
+    num_updates = 1
+    shards: Shards | None = None
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+
+    def share(self, loss: torch.Tensor) -> None:
+        self._loss = loss.detach()
 
     def wait(self) -> Shared:
-        return self._shared
+        return Shared(self._loss.item(), *self._asked())
+
+    def sum_owned(self, value: float) -> float:
+        return value
+
+    def spread(self) -> None:
+        pass
 
 
-class Bucket:
-    """Parameters whose gradients travel as one message: several copied together, or a large one in place.
+class Transport(Protocol):
+    """Collective messages under way: each call begins one and returns what waits for its end."""
 
-    What is in which bucket, and so the order of every sum, depends on the model alone. Horovod's own fusion goes by
-    what happens to be ready, and on three or more ranks two runs of one job then differ in their last bits.
+    def sum(self, message: torch.Tensor, name: str, adasum: bool = False) -> Arrival: ...
+    def all_to_all(self, message: torch.Tensor, name: str) -> Arrival: ...
+    def all_gather(self, part: torch.Tensor, name: str) -> Arrival: ...
+
+
+class AllReduce:
+    """Every rank sums every gradient and makes every update.
+
+    With `reduce.compression` gradients travel in 16 bits and are summed in 32: each rank gets its part of all ranks'
+    gradients (all-to-all), adds them up, and sends the sum to all (all-gather). That moves the bytes of a ring.
     """
 
-    def __init__(self, name: str, parameters: list[nn.Parameter], num_notes: int = 0) -> None:
-        self.name, self.parameters = name, parameters
-        self._flat: torch.Tensor | None = None
-        if num_notes or len(parameters) > 1:
-            first = parameters[0] if parameters else torch.zeros(0)
-            sizes = [parameter.numel() for parameter in parameters]
-            self._flat = torch.zeros(sum(sizes) + num_notes, dtype=first.dtype, device=first.device)
-            *views, self.notes = self._flat.split([*sizes, num_notes])
-            self._gradients = self._flat[: sum(sizes)]
-            self._views = [view.view_as(p) for view, p in zip(views, parameters, strict=True)]
+    num_updates = 1
+    shards: Shards | None = None
 
-    def fill(self) -> torch.Tensor:
-        """The message, with the gradients of this step in it; zeros where this rank did not use a parameter."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        if self._flat is None:
-            self.parameters[0].grad = gradients[0].contiguous()
-            return self.parameters[0].grad
-        if gradients:
-            torch.cat([gradient.reshape(-1) for gradient in gradients], out=self._gradients)
-        for parameter, view in zip(self.parameters, self._views, strict=True):
-            parameter.grad = view
-        return self._flat
-
-
-class _Bucketed:
-    """What both reducers over several ranks have: the buckets, and the notes at the end of the last one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.buckets = make_buckets(model, len(Shared._fields))
-        self._notes = self.buckets[-1].notes.numpy()
-
-    def share(self, loss: torch.Tensor, stop: bool, save: bool) -> None:
-        self._notes[:] = loss.item(), stop, save
-
-
-def make_buckets(model: nn.Module, num_notes: int) -> list[Bucket]:
-    """Buckets of the model's parameters, the last parameters first: backward makes their gradients first.
-
-    The last bucket has room for `num_notes` numbers of float32 besides.
-    """
-    parts: list[list[nn.Parameter]] = []
-    small: dict[torch.dtype, list[nn.Parameter]] = {}
-    for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
-        if parameter.nbytes >= _ALONE_BYTES:
-            parts.append([parameter])
-            continue
-        group = small.setdefault(parameter.dtype, [])
-        group.append(parameter)
-        if sum(each.nbytes for each in group) >= _BUCKET_BYTES:
-            parts.append(small.pop(parameter.dtype))
-    last = small.pop(torch.float32, [])
-    parts += small.values()
-    return [*(Bucket(f"gradients.{i}", part) for i, part in enumerate(parts)), Bucket("gradients", last, num_notes)]
-
-
-class Mpi(_Bucketed):
-    """One MPI_Allreduce a bucket, in place, after backward: plain, and the measure for the others."""
-
-    def __init__(self, model: nn.Module, context: Context) -> None:
-        super().__init__(model)
-        self._context = context
-        for tensor in (*model.parameters(), *model.buffers()):
-            context.broadcast_array(tensor.detach().numpy())
-
-    def wait(self) -> Shared:
-        for bucket in self.buckets:
-            self._context.sum_array(bucket.fill().numpy())
-        return Shared(*self._notes.tolist())
-
-
-class Horovod(_Bucketed):
-    """Ring all-reduce in the background: each bucket is handed over as soon as backward has filled it.
-
-    Horovod's own DistributedOptimizer does this too, but wraps the optimizer. Hooks on the parameters leave the
-    optimizer alone, and let `wait` be timed apart from the update.
-    """
-
-    def __init__(self, hvd: Any, model: nn.Module) -> None:
-        super().__init__(model)
-        self._hvd = hvd
-        self._handles: list[int] = []
-        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-        self._num_missing = [len(bucket.parameters) for bucket in self.buckets]
-        for index, bucket in enumerate(self.buckets):
-            for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(partial(self._ready, index))
-
-    def _ready(self, index: int, parameter: torch.Tensor) -> None:
-        self._num_missing[index] -= 1
-        if self._num_missing[index] == 0:
-            self._send(self.buckets[index])
+    def __init__(
+        self, transport: Transport, settings: config.Reduce, model: nn.Module, size: int, asked: Asked
+    ) -> None:
+        self._transport, self._size, self._adasum = transport, size, settings.adasum
+        self._wire = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.compression]
+        # Adasum combines layer by layer; what it would make of the notes is no sum.
+        apart = id if settings.adasum else None
+        self._buckets = make_buckets(model, NUM_NOTES, size if self._wire else 1, apart)
+        self._departures = Departures(self._buckets, self._send, asked)
+        self.share = self._departures.share
+        self._arriving: list[tuple[Bucket, torch.Tensor, Arrival]] = []
 
     def _send(self, bucket: Bucket) -> None:
-        self._handles.append(self._hvd.allreduce_async_(bucket.fill(), name=bucket.name, op=self._hvd.Sum))
+        message = bucket.fill().view(-1)
+        is_whole = not bucket.parameters or not (self._wire or self._adasum)
+        if is_whole:
+            arrival = self._transport.sum(message, bucket.name)
+        elif self._wire:
+            arrival = self._transport.all_to_all(message.to(self._wire), bucket.name)
+        else:
+            # Adasum adds what is orthogonal and averages what is parallel: it wants each rank's own mean gradient.
+            arrival = self._transport.sum(message.mul_(self._size), bucket.name, adasum=True)
+        self._arriving.append((bucket, message, arrival))
 
     def wait(self) -> Shared:
-        for index, bucket in enumerate(self.buckets):
-            if self._num_missing[index] or not bucket.parameters:
-                self._send(bucket)  # with parameters that this rank did not use; the others wait for them all the same
-            self._num_missing[index] = len(bucket.parameters)
-        for handle in self._handles:
-            self._hvd.synchronize(handle)
-        self._handles.clear()
-        return Shared(*self._notes.tolist())
+        self._departures.finish()
+        summed = [(bucket, message, self._sum(bucket, arrival)) for bucket, message, arrival in self._arriving]
+        for _, message, arrival in summed:
+            result = arrival()
+            if result.data_ptr() != message.data_ptr():
+                message.copy_(result)
+        self._arriving.clear()
+        return self._departures.shared()
+
+    def _sum(self, bucket: Bucket, arrival: Arrival) -> Arrival:
+        if self._wire is None or not bucket.parameters:
+            return arrival
+        part = arrival().view(self._size, -1).sum(0, dtype=torch.float32).to(self._wire)
+        return self._transport.all_gather(part, bucket.name)
+
+    def sum_owned(self, value: float) -> float:
+        return value
+
+    def spread(self) -> None:
+        pass
+
+
+class Mpi:
+    """Transport by MPI's own non-blocking collectives. Tensors of a GPU travel by way of the host's memory."""
+
+    def __init__(self, context: Context) -> None:
+        self._comm, self._mpi = context.comm, mpi()
+        self._requests: list[Any] = []
+
+    def sum(self, message: torch.Tensor, name: str, adasum: bool = False) -> Arrival:
+        host = message.cpu()
+        return self._begun(self._comm.Iallreduce(self._mpi.IN_PLACE, host.numpy()), host)
+
+    def all_to_all(self, message: torch.Tensor, name: str) -> Arrival:
+        host = message.cpu()
+        received = torch.empty_like(host)
+        return self._begun(self._comm.Ialltoall(_bytes(host), _bytes(received)), received, host)
+
+    def all_gather(self, part: torch.Tensor, name: str) -> Arrival:
+        host = part.cpu()
+        received = torch.empty(len(host) * self._comm.size, dtype=host.dtype)
+        return self._begun(self._comm.Iallgather(_bytes(host), _bytes(received)), received, host)
+
+    def _begun(self, request: Any, result: torch.Tensor, *kept: torch.Tensor) -> Arrival:
+        """kept: what must live until the message has left."""
+        # MPI moves messages on while it is called: each bucket that leaves gives those before it a push.
+        self._requests = [each for each in self._requests if not each.Test()]
+        self._requests.append(request)
+
+        def wait(_: object = kept) -> torch.Tensor:
+            request.Wait()
+            return result
+
+        return wait
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.view(torch.uint8).numpy()
+
+
+class Horovod:
+    """Transport by Horovod: ring all-reduce in the background, from GPUs by NCCL where it was built with it."""
+
+    def __init__(self, hvd: Any) -> None:
+        self._hvd = hvd
+
+    def sum(self, message: torch.Tensor, name: str, adasum: bool = False) -> Arrival:
+        op = self._hvd.Adasum if adasum else self._hvd.Sum
+        return partial(self._hvd.synchronize, self._hvd.allreduce_async_(message, name=name, op=op))
+
+    def all_to_all(self, message: torch.Tensor, name: str) -> Arrival:
+        handle = self._hvd.alltoall_async(_as_half(message), name=f"{name}.to_all")
+        return lambda: self._hvd.synchronize(handle)[0].view(message.dtype)  # with it, how much came from each rank
+
+    def all_gather(self, part: torch.Tensor, name: str) -> Arrival:
+        handle = self._hvd.allgather_async(_as_half(part), name=f"{name}.gather")
+        return lambda: self._hvd.synchronize(handle).view(part.dtype)
+
+    def reduce_scatter(self, message: torch.Tensor, name: str) -> Arrival:
+        return partial(self._hvd.synchronize, self._hvd.reducescatter_async(message, name=name, op=self._hvd.Sum))
+
+
+def _as_half(tensor: torch.Tensor) -> torch.Tensor:
+    """Horovod knows no bfloat16; to move it, its 16 bits will do."""
+    return tensor.view(torch.float16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+def _check_horovod(settings: config.Reduce, size: int) -> None:
+    if settings.adasum and size & (size - 1):
+        raise UserError(
+            f"reduce.adasum = true, and {size} ranks are no power of two", "Start 2, 4, 8 ... ranks, or leave it out."
+        )
 
 
 def _load_horovod(settings: config.Reduce) -> Any:
     """Horovod's module, on the MPI that mpi4py started. Raises UserError; two MPIs are refused, both named."""
     # Its background thread looks for work once a cycle: at its own default of 1 ms it paces every small model.
     os.environ.setdefault("HOROVOD_CYCLE_TIME", str(settings.cycle_time_ms))
-    os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"  # see Bucket
+    os.environ["HOROVOD_FUSION_THRESHOLD"] = str(int(settings.fusion_threshold_mb * 2**20))  # see Bucket
+    if settings.autotune:
+        os.environ["HOROVOD_AUTOTUNE"] = "1"
+        if settings.autotune_log_file:
+            os.environ["HOROVOD_AUTOTUNE_LOG"] = settings.autotune_log_file
+    if settings.hierarchical_allreduce:
+        os.environ["HOROVOD_HIERARCHICAL_ALLREDUCE"] = "1"
     try:
         import horovod.torch as hvd
         import horovod.torch.mpi_lib_v2 as library
     except ImportError as error:
         raise UserError(
-            f"reduce.strategy = 'horovod', and Horovod cannot be loaded on {socket.gethostname()}: {error}",
+            f"reduce.strategy = '{settings.strategy}', and Horovod cannot be loaded on {socket.gethostname()}: {error}",
             "Run `make install`, or set reduce.strategy to mpi (or local for one process).",
         ) from None
     require_one_mpi("Horovod", library.__file__)

@@ -1,9 +1,11 @@
 """Training, top to bottom: one loop, visible."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import partial
+from itertools import chain, islice, zip_longest
 from math import isfinite
 from typing import Any
 
@@ -14,28 +16,47 @@ from torch import nn
 from hpc_train.config import Config, Loaded
 from hpc_train.errors import UserError
 from hpc_train.partition import noise_seed, rank_batches
+from hpc_train.train import checkpoint
 from hpc_train.train.attempt import Attempt, check_continues, open_attempt, say
-from hpc_train.train.checkpoint import Saver, read_newest, restore
+from hpc_train.train.checkpoint import Saver, read_newest
 from hpc_train.train.context import Context
-from hpc_train.train.guards import compare_weights, refuse_loss
+from hpc_train.train.device import (
+    moved,
+    on_device,
+    open_device,
+    peak_flops,
+    precision,
+    recompute_blocks,
+    seed_noise,
+    try_out,
+)
+from hpc_train.train.guards import compare_weights, refuse_loss, refuse_loss_alone
 from hpc_train.train.metadata import RankPlace, crowding_warnings, place_ranks
+from hpc_train.train.optimize import Optimizer
 from hpc_train.train.recorder import Recorder
-from hpc_train.train.reduce import open_reducer
+from hpc_train.train.reduce import Reducer, broadcast_model, check_strategy, open_reducer
+from hpc_train.train.shards import whole
 from hpc_train.train.stop import CONTINUE, TERMINATED, StopRequest
-from hpc_train.train.tasks import Task, open_task
+from hpc_train.train.tasks import Task, checked_loss, open_task
 from hpc_train.train.watch import open_watch
-from hpc_train.world import World
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, alike on every rank."""
+    """What is trained, alike on every rank, and who trains it.
+
+    team: the ranks that train, seen by one of them; of a parameter server, the servers. The same as all ranks without.
+    """
 
     task: Task
     model: nn.Module
-    optimizer: torch.optim.Optimizer
     batch_size: int  # of all ranks together
+    facts: dict[str, Any]  # that each checkpoint states
     places: list[RankPlace]
+    device: torch.device
+    team: Context
+    is_server: bool
+    autocast: Callable[[], AbstractContextManager[Any]]
 
 
 def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
@@ -43,74 +64,119 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
 
     resume: see `open_attempt`. The code is 0 at the end of the run, and `CONTINUE` after a stop on request.
     """
-    config, is_root = loaded.config, context.world.is_root
-    job = _set_up(config, context)
-    model, optimizer = job.model, job.optimizer
-    facts = {"size": context.world.size, "global_batch": job.batch_size, "num_samples": job.task.num_samples}
+    config, job = loaded.config, _set_up(loaded.config, context)
     with open_attempt(loaded, context, resume) as attempt:
         recorder = Recorder(loaded, context, job.places, attempt)
-        saver = Saver(attempt.run, config.checkpoint, facts, is_root, recorder.say)
-        first = _restore(attempt, facts, job, context)
-        if first >= config.train.steps and context.on_root(attempt.run.summary.exists):
-            context.on_root(lambda: print(f"{attempt.run.path} is complete: {first} steps", flush=True))
-            return 0
+        saver = Saver(attempt.run, config.checkpoint, job.facts, context.world.is_root, recorder.say)
         with (
             recorder,
             saver,
             StopRequest() as stop,
-            open_reducer(config.reduce, model, context) as reducer,
+            open_reducer(config.reduce, job.model, context, job.team, lambda: (bool(stop), saver.is_time)) as reducer,
             open_watch(context, config.run.stall_s, recorder.say) as watch,
         ):
-            clock = recorder.clock
-            stopped = False
-            recorder.start(first, model, facts)
-            batches = _batches(job, config, first, context.world)
+            optimizer = _optimizer(config, job, reducer)
+            snapshot = partial(_snapshot, job, optimizer, reducer, context)
+            first, model, batches = _begin(attempt, recorder, job, optimizer, reducer, config, context)
+            if first is None:
+                return 0  # it was complete
+            task, clock, stopped = job.task, recorder.clock, False
 
             for step in range(first, config.train.steps):
                 watch.step = step
                 with clock.data:
-                    batch, num_samples, num_global = next(batches)
-                with clock.forward:
-                    loss = job.task.loss(model, batch) / num_global  # a share of the global mean: shares may differ
-                with clock.backward:
-                    reducer.share(loss, bool(stop), saver.is_time)
-                    loss.backward()  # the reducer overlaps its sends with this
-                with clock.reduce:
-                    shared = reducer.wait()  # exposed communication only
-                with clock.optimizer:
-                    if isfinite(shared.loss):
-                        optimizer.step()
-                    else:
-                        _answer_nonfinite(step, loss, shared.loss, config, saver, job, context)
-                    optimizer.zero_grad()
+                    parts, num_samples, num_global = next(batches)  # a server trains on nothing: no parts
+                    seed_noise(job.device, noise_seed(config.seed, step, job.team.world.rank))
+                    total = torch.zeros((), device=job.device)
+                for number, part in enumerate(parts, 1):
+                    with clock.forward, job.autocast():
+                        loss = task.loss(model, part) / num_global  # a share of the global mean: shares may differ
+                    with clock.backward:
+                        total += loss.detach()
+                        if number == len(parts):
+                            reducer.share(total)
+                        (loss * optimizer.scale).backward()  # in the last, the reducer overlaps its sends with this
+                for _ in range(reducer.num_updates):
+                    with clock.reduce:
+                        shared = reducer.wait()  # exposed communication only
+                    with clock.optimizer:
+                        if isfinite(shared.loss):
+                            optimizer.step(step)
+                        model.zero_grad()
+                    with clock.spread:
+                        reducer.spread()
+                if not isfinite(shared.loss):
+                    _answer_nonfinite(step, total, shared.loss, config, saver, snapshot, context)
                 recorder.end_step(step, shared.loss, num_samples, num_global)
                 if config.train.check_weights_every and (step + 1) % config.train.check_weights_every == 0:
                     compare_weights(step + 1, model, context)
                 if shared.save or saver.is_step(step + 1):
                     recorder.flush()
-                    saver.save(step + 1, model, optimizer)
+                    saver.save(step + 1, snapshot())
                 if stopped := shared.stop > 0 and step + 1 < config.train.steps:
                     break
 
             watch.step = None
-            return _end(stop.cause if stopped else None, recorder, saver, job, context)
+            return _end(stop.cause if stopped else None, recorder, saver, snapshot, optimizer, job, context)
 
 
 def _set_up(config: Config, context: Context) -> Job:
-    """Collective. Task, model and optimizer; warns where ranks are crowded."""
+    """Collective. Who trains, on what device, which task and model; warns where ranks are crowded."""
+    context.on_all(partial(check_strategy, config.reduce, context.world.size))
     places = place_ranks(context, config.train.threads)
     torch.set_num_threads(places[context.world.rank].threads)
     if context.world.is_root:
         for warning in crowding_warnings(places):
             print(warning, file=sys.stderr, flush=True)
-    task = open_task(config, context)
+    device = context.on_all(partial(open_device, config.train, context.world))
+    is_server = context.world.rank >= config.reduce.num_workers(context.world.size)
+    has_servers = config.reduce.strategy == "parameter_server"
+    team = context.team(is_server) if has_servers else context
+    # Of a fault that one team alone meets, the other must hear, too.
+    task = context.on_all(partial(open_task, config, team)) if has_servers else open_task(config, context)
     batch_size = _batch_size(config, task, context)
     torch.manual_seed(config.seed)
-    model = _model(task, context)
-    return Job(task, model, _optimizer(config, model), batch_size, places)
+    model = _model(task, context).to(device)
+    facts = {"size": context.world.size, "global_batch": batch_size, "num_samples": task.num_samples}
+    return Job(task, model, batch_size, facts, places, device, team, is_server, precision(config.train, device))
 
 
-def _restore(attempt: Attempt, facts: dict[str, Any], job: Job, context: Context) -> int:
+def _begin(
+    attempt: Attempt,
+    recorder: Recorder,
+    job: Job,
+    optimizer: Optimizer,
+    reducer: Reducer,
+    config: Config,
+    context: Context,
+) -> tuple[int | None, nn.Module, Iterator[Any]]:
+    """Collective. (the step to go on with, the model to train, the batches); no step where the run is complete."""
+    first = _restore(attempt, job, optimizer, reducer, context)
+    if first >= config.train.steps and context.on_root(attempt.run.summary.exists):
+        context.on_root(lambda: say(f"{attempt.run.path} is complete: {first} steps"))
+        return None, job.model, iter(())
+    model, batches, measured = _first_look(_batches(job, config, first), job, config, context)
+    recorder.start(first, model, job.facts | measured)
+    return first, model, batches
+
+
+def _optimizer(config: Config, job: Job, reducer: Reducer) -> Optimizer:
+    owned = reducer.shards.owned if reducer.shards else whole(job.model)
+    return Optimizer(config.train, owned, job.batch_size, reducer.sum_owned)
+
+
+def _snapshot(job: Job, optimizer: Optimizer, reducer: Reducer, context: Context) -> dict[str, Any]:
+    """Collective. All that continuing needs; whole on the root."""
+    state = optimizer.state()
+    if reducer.shards:
+        state = reducer.shards.gather(
+            state, context
+        )  # before the weights are looked at: it brings the root's up to date
+    own = job.task.state() if hasattr(job.task, "state") and not job.is_server else {}
+    return {"model": job.model.state_dict(), "optimizer": state, "loss_scale": optimizer.loss_scale, "task": own}
+
+
+def _restore(attempt: Attempt, job: Job, optimizer: Optimizer, reducer: Reducer, context: Context) -> int:
     """Collective. Loads the newest good checkpoint of the run that is continued, if any; the step to go on with."""
     state: dict[str, Any] = {}
     source = attempt.source
@@ -120,33 +186,96 @@ def _restore(attempt: Attempt, facts: dict[str, Any], job: Job, context: Context
             return 0
         found, stated = read_newest(source, job.model, say)
         if found:
-            check_continues(stated, facts, source)
+            check_continues(stated, job.facts, source)
             say(f"Continuing at step {stated['step']} of {source.path}")
             state.update(found)
         return int(stated.get("step", 0))
 
     first = context.on_root(find)
     if first:
-        restore(state, job.model, job.optimizer, context)
+        state = checkpoint.broadcast(state, context)
+        job.model.load_state_dict(state["model"])
+        optimizer.load(reducer.shards.scatter(state["optimizer"]) if reducer.shards else state["optimizer"])
+        optimizer.loss_scale = state["loss_scale"]
+        if state["task"] and not job.is_server:
+            job.task.load_state(state["task"])  # type: ignore[attr-defined]
     return first
 
 
+def _first_look(
+    batches: Iterator[Any], job: Job, config: Config, context: Context
+) -> tuple[nn.Module, Iterator[Any], dict[str, Any]]:
+    """Collective. Tries the first batch out before the loop: (the model to train, the batches, facts for meta.json).
+
+    A task whose model and batches do not fit is told so here, on one rank; and a step's operations are counted.
+    """
+    coming = list(islice(batches, 1))
+
+    def look() -> int:
+        parts = coming[0][0] if coming else []
+        if not parts:
+            return 0
+        with job.autocast():
+            return try_out(lambda: checked_loss(config, job.task, job.model, parts[0]), job.model)
+
+    flops = context.on_all(look)
+    if config.train.activation_checkpointing:
+        context.on_all(partial(recompute_blocks, job.model))
+    model: nn.Module = torch.compile(job.model) if config.train.compile else job.model  # type: ignore[assignment]
+    num_first = -(-coming[0][1] // len(coming[0][0])) if coming and coming[0][0] else 0
+    peak, source = peak_flops(config.train, job.device)
+    strategy = config.reduce.strategy
+    facts = {
+        "device": str(job.device) if job.device.type == "cpu" else torch.cuda.get_device_name(job.device),
+        "precision": config.train.precision,
+        "strategy": strategy,
+        "num_servers": config.reduce.servers if strategy == "parameter_server" else 0,
+        "flops_per_sample": flops / num_first if flops and num_first else None,
+        "peak_flops": peak,
+        "peak_source": source,
+    }
+    return model, chain(coming, batches), facts
+
+
 def _answer_nonfinite(
-    step: int, loss: torch.Tensor, total: float, config: Config, saver: Saver, job: Job, context: Context
+    step: int,
+    loss: torch.Tensor,
+    total: float,
+    config: Config,
+    saver: Saver,
+    snapshot: Callable[[], dict[str, Any]],
+    context: Context,
 ) -> None:
-    """Collective. Every rank knows that the global loss is no number: leaves the update out, or saves and raises."""
+    """Collective. Every rank knows that the global loss is no number: leaves the update out, or saves and raises.
+
+    Not collective with an asynchronous parameter server, where the rank that met it is the only one to know.
+    """
     if config.train.on_nonfinite == "skip":
-        context.on_root(lambda: saver.say(f"Step {step}: the loss is {total}, its update is left out"))
-        return
-    saved = context.on_root(lambda: saver.save_now(step, job.model, job.optimizer))
-    refuse_loss(step, loss, total, saved, context)
+        if context.world.is_root:
+            saver.say(f"Step {step}: the loss is {total}, its update is left out")
+    elif config.reduce.asynchronous:
+        refuse_loss_alone(step, loss, context)
+    else:
+        state = snapshot()
+        saved = context.on_root(lambda: saver.save_now(step, state))
+        refuse_loss(step, loss, total, saved, context)
 
 
-def _end(cause: str | None, recorder: Recorder, saver: Saver, job: Job, context: Context) -> int:
+def _end(
+    cause: str | None,
+    recorder: Recorder,
+    saver: Saver,
+    snapshot: Callable[[], dict[str, Any]],
+    optimizer: Optimizer,
+    job: Job,
+    context: Context,
+) -> int:
     """Collective. Saves the last state; then tests and sums up, unless the loop was stopped by `cause`."""
     recorder.flush()
-    saved = context.on_root(lambda: saver.save_now(recorder.num_steps_done, job.model, job.optimizer))
-    recorder.stop("complete" if cause is None else f"stopped by {cause}")
+    state = snapshot()
+    saved = context.on_root(lambda: saver.save_now(recorder.num_steps_done, state))
+    outcome = "complete" if cause is None else f"stopped by {cause}"
+    recorder.stop(outcome, optimizer_bytes=context.all(optimizer.num_bytes))
     if cause is None:
         recorder.finish(_test(job, context))
         return 0
@@ -154,21 +283,27 @@ def _end(cause: str | None, recorder: Recorder, saver: Saver, job: Job, context:
     return CONTINUE if saver.keeps else TERMINATED
 
 
-def _batches(job: Job, config: Config, first: int, world: World) -> Iterator[tuple[Any, int, int]]:
-    """(this rank's share, its samples, the global batch's samples) of step `first` and those after it."""
-    steps, seed = range(first, config.train.steps), config.seed
+def _batches(job: Job, config: Config, first: int) -> Iterator[tuple[list[Any], int, int]]:
+    """(this rank's share in parts, its samples, the global batch's samples) of step `first` and those after it."""
+    ahead = not getattr(job.task, "acts", False)
+    return on_device(_shares(job, config, first), job.device, ahead)
+
+
+def _shares(job: Job, config: Config, first: int) -> Iterator[tuple[list[Any], int, int]]:
+    steps, seed, world = range(first, config.train.steps), config.seed, job.team.world
     shares = rank_batches(steps, job.task.num_samples, job.batch_size, seed, world.rank, world.size)
     for step, (rows, num_global) in zip(steps, shares, strict=True):
-        # Dropout and augmentation draw alike whether a run was interrupted before or not. torch.manual_seed seeds every
-        # device there may be: 74 us a step, and the CPU's generator alone 1 us.
-        torch.default_generator.manual_seed(noise_seed(seed, step, world.rank))
-        yield job.task.batch(rows, step), len(rows), num_global
+        if job.is_server:
+            yield [], 0, num_global
+            continue
+        parts = np.array_split(rows, min(config.train.accumulate, max(1, len(rows))))
+        yield [job.task.batch(part, step) for part in parts], len(rows), num_global
 
 
 def _batch_size(config: Config, task: Task, context: Context) -> int:
     """Collective. The global batch on this many ranks. Raises UserError where a rank or the data would run dry."""
-    world, size, num_samples = context.world, context.world.size, task.num_samples
-    batch_size = config.train.batch_size(size)
+    world, num_samples = context.world, task.num_samples
+    batch_size, num_workers = config.global_batch(world.size), config.reduce.num_workers(world.size)
     most = int(context.max(np.array([num_samples]))[0])
 
     def check() -> None:
@@ -177,10 +312,10 @@ def _batch_size(config: Config, task: Task, context: Context) -> int:
                 f"task.kind = '{config.task.kind}': num_samples = {num_samples} on rank {world.rank}, {most} elsewhere",
                 "num_samples counts the whole data set and is alike on every rank; batch(rows) picks a rank's share.",
             )
-        if batch_size < size:
+        if batch_size < num_workers:
             raise UserError(
-                f"train.global_batch = {batch_size} is smaller than the {size} ranks: some would have nothing to do",
-                f"Set train.global_batch to {size} or more, or start fewer ranks.",
+                f"train.global_batch = {batch_size} is smaller than the {num_workers} ranks: some would idle",
+                f"Set train.global_batch to {num_workers} or more, or start fewer ranks.",
             )
         if batch_size > num_samples:
             key = "global_batch" if config.train.global_batch else "batch_per_rank"
@@ -211,25 +346,17 @@ def _model(task: Task, context: Context) -> nn.Module:
     return model
 
 
-def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    train = config.train
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
-    return torch.optim.SGD(model.parameters(), lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
-
-
 def _test(job: Job, context: Context) -> dict[str, float]:
     """Collective. The means of the task's measures, each test sample counted once; {} without test samples.
 
     The model that is tested is the root's, which a checkpoint holds: running statistics differ between ranks.
     """
-    for buffer in job.model.buffers():
-        context.broadcast_array(buffer.numpy())
+    broadcast_model(job.model, context)
     count, sums = 0, dict[str, float]()
     job.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), job.autocast():
         for batch in job.task.test_batches(context.world):
-            num_counted, measures = job.task.test(job.model, batch)
+            num_counted, measures = job.task.test(job.model, moved(batch, job.device))
             count += num_counted
             sums = {name: sums.get(name, 0.0) + value for name, value in measures.items()}
     everyone = context.all((count, sums))

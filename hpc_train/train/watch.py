@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hpc_train.train import context as context_module
-from hpc_train.train import reduce as reduce_module
+from hpc_train.train import reduce, server, sharded
 from hpc_train.train.context import Context
 
 _MOST_BEAT_S = 15.0
@@ -82,9 +82,10 @@ class Watch:
             if each.f_globals.get("__name__") == "hpc_train.cli":
                 break  # what called the training tells nothing
             codes.append((each.f_code, line))
+        reducers = (reduce.__file__, server.__file__, sharded.__file__)
         waits = any(
             code.co_filename == context_module.__file__
-            or (code.co_filename == reduce_module.__file__ and code.co_name == "wait")
+            or (code.co_filename in reducers and code.co_name in ("wait", "spread"))
             for code, _ in codes
         )
         lines = [f"  {code.co_filename}:{line} {code.co_name}" for code, line in codes[:_NUM_FRAMES]]

@@ -39,7 +39,7 @@ class Traced(Classification):
 
     def model(self) -> nn.Module:
         dropout = nn.Dropout(float(os.environ.get("TRACE_DROPOUT", "0")))
-        num_inputs = int(np.prod(self.train_split.input_shape))
+        num_inputs = int(np.prod(self.train.input_shape))
         width = int(os.environ.get("TRACE_WIDTH", "64"))
         self._model = nn.Sequential(
             nn.Flatten(), nn.Linear(num_inputs, width), nn.GELU(), dropout, nn.Linear(width, self.num_classes)

@@ -10,9 +10,11 @@ from hpc_train.errors import UserError
 from hpc_train.train.models.bert import Bert
 from hpc_train.train.models.gpt import Gpt
 from hpc_train.train.models.mlp import Mlp
+from hpc_train.train.models.resnet import ResNet
 from hpc_train.train.models.softmax import Softmax
+from hpc_train.train.models.vgg import Vgg
 
-CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"softmax": Softmax, "mlp": Mlp}
+CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"softmax": Softmax, "mlp": Mlp, "resnet": ResNet, "vgg": Vgg}
 CAUSAL: dict[str, Callable[..., nn.Module]] = {"gpt": Gpt}  # of the next token
 MASKED: dict[str, Callable[..., nn.Module]] = {"bert": Bert}  # of masked tokens
 

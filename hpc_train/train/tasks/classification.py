@@ -38,11 +38,11 @@ class Classification:
                 )
             return train, test
 
-        self.train_split, self.test_split = context.on_all(open_both)
-        self.num_samples = len(self.train_split)
-        parts = [(data.targets, *value_range(self.train_split.targets, context))]
-        if self.test_split is not None:
-            parts.append((data.test_targets, *value_range(self.test_split.targets, context)))
+        self.train, self.held_out = context.on_all(open_both)
+        self.num_samples = len(self.train)
+        parts = [(data.targets, *value_range(self.train.targets, context))]
+        if self.held_out is not None:
+            parts.append((data.test_targets, *value_range(self.held_out.targets, context)))
         self.num_classes = int(config.task.num_classes or parts[0][2] + 1)
         context.on_all(lambda: self._check_labels(parts))
 
@@ -57,20 +57,20 @@ class Classification:
 
     def model(self) -> nn.Module:
         task = self.config.task
-        return models.classifier(task.model, self.train_split.input_shape, self.num_classes, dict(task.options))
+        return models.classifier(task.model, self.train.input_shape, self.num_classes, dict(task.options))
 
     def batch(self, rows: np.ndarray, step: int) -> Batch:
-        return self.train_split.batch(rows)
+        return self.train.batch(rows)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return functional.cross_entropy(self._logits(model, batch), batch.targets, reduction="sum")
 
     def test_batches(self, world: World) -> Iterator[Batch]:
-        if self.test_split is None:
+        if self.held_out is None:
             return
-        start, stop = rank_span(len(self.test_split), world.rank, world.size)
+        start, stop = rank_span(len(self.held_out), world.rank, world.size)
         for begin in range(start, stop, _TEST_BATCH):
-            yield self.test_split.batch(np.arange(begin, min(begin + _TEST_BATCH, stop)))
+            yield self.held_out.batch(np.arange(begin, min(begin + _TEST_BATCH, stop)))
 
     def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
         logits = self._logits(model, batch)

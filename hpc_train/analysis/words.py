@@ -1,0 +1,62 @@
+"""Numbers and names in words: units, digits and intervals, the same in the terminal and on the page."""
+
+from math import floor, isfinite, log10
+
+from hpc_train.records import Energy
+
+
+def plain(text: str) -> str:
+    """Text from a file, safe for a terminal: control characters are shown as a replacement character."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """A number with `digits` significant digits; integers above that keep all theirs."""
+    if value is None:
+        return "-"
+    if not isfinite(value) or value == 0:
+        return f"{value:g}"
+    if not 1e-4 <= abs(value) < 1e12:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - floor(log10(abs(value))))}f}"
+
+
+def percent(share: float | None, decimals: int = 1) -> str:
+    return "-" if share is None else f"{100 * share:.{decimals}f}%"
+
+
+def ms_text(seconds: float | None) -> str:
+    return "-" if seconds is None else significant(seconds * 1e3, 4)
+
+
+def times_text(speedup: float) -> str:
+    return f"{speedup:.2f}x" if speedup >= 0.1 else f"{significant(speedup, 2)}x"
+
+
+def ratio_interval_text(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else "-".join(times_text(end).removesuffix("x") for end in interval)
+
+
+def interval_text(interval: tuple[float, float] | None, scale: float) -> str:
+    """ "4.81-5.02", both ends with the decimals of four significant digits of the larger."""
+    if interval is None:
+        return "-"
+    low, high = (value * scale for value in interval)
+    decimals = max(0, 3 - floor(log10(high))) if high > 0 else 3
+    return f"{low:.{min(decimals, 6)}f}-{high:.{min(decimals, 6)}f}"
+
+
+def energy_text(joules: float | None, energy: Energy) -> str:
+    """ "123 J", "123 J est." or "missing": a figure never stands without its quality."""
+    if joules is None or energy.quality == "missing":
+        return "missing"
+    return amount(joules, "J") + (" est." if energy.quality == "estimated" else "")
+
+
+def amount(value: float | None, unit: str) -> str:
+    """ "1.23 MB": three digits and the SI prefix."""
+    if value is None:
+        return "missing"
+    powers = zip((1e15, 1e12, 1e9, 1e6, 1e3, 1.0, 1e-3, 1e-6), ("P", "T", "G", "M", "k", "", "m", "u"), strict=True)
+    power, prefix = next((pair for pair in powers if abs(value) >= pair[0]), (1.0, ""))
+    return f"{significant(value / power)} {prefix}{unit}"

@@ -1,0 +1,156 @@
+"""The device a rank computes on: which one, how fast it could be, how batches get there, what they cost it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from hpc_train import config
+from hpc_train.errors import UserError
+from hpc_train.world import World
+
+T = TypeVar("T")
+
+# Dense matrix products, 1e12 operations a second, by makers' data sheets: (fp32 as tf32 is off, bf16 and fp16).
+_PEAK_TFLOPS = {
+    "H200": (67.0, 989.5),
+    "H100 NVL": (60.0, 835.5),
+    "H100 PCIe": (51.2, 756.5),
+    "H100": (67.0, 989.5),
+    "GH200": (67.0, 989.5),
+    "A100": (19.5, 312.0),
+    "V100": (15.7, 125.0),
+    "L40S": (91.6, 362.0),
+    "MI300X": (163.4, 1307.4),
+    "MI250X": (23.9, 191.5),  # of one of its two dies, which is what a rank sees
+}
+
+
+def open_device(train: config.Train, world: World) -> torch.device:
+    """The device of this rank, made the current one. Raises `UserError` where a GPU is asked for and there is none."""
+    if train.device == "cpu" or (train.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"train.device = 'cuda', and torch {torch.__version__} finds no GPU on {world.host}",
+            "Ask the scheduler for GPUs, install a torch built for them, or set train.device to auto.",
+        )
+    device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def peak_flops(train: config.Train, device: torch.device) -> tuple[float | None, str | None]:
+    """(operations a second that this rank's device can do at `train.precision`, who says so); Nones if unknown."""
+    if train.peak_tflops:
+        return train.peak_tflops * 1e12, "train.peak_tflops"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, (fp32, half) in _PEAK_TFLOPS.items():
+            if part in name:
+                words = "fp32" if train.precision == "fp32" else f"dense {train.precision}"
+                return (fp32 if train.precision == "fp32" else half) * 1e12, f"{name}, {words}, data sheet"
+    return None, None
+
+
+def precision(train: config.Train, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A context for forward passes: matrix products in `train.precision`, by autocast."""
+    if train.precision == "fp32":
+        return nullcontext
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float16
+    return lambda: torch.autocast(device.type, dtype)
+
+
+def seed_noise(device: torch.device, seed: int) -> None:
+    """Dropout draws from here alike whether a run was interrupted or not.
+
+    torch.manual_seed would seed every device there may be: 74 us a step, and the CPU's generator alone 1 us.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def on_device(batches: Iterable[T], device: torch.device, ahead: bool) -> Iterator[T]:
+    """Batches on `device`. ahead: each is on its way to a GPU while the step before it computes."""
+    if device.type == "cpu":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+
+    def sent(batch: T) -> T:
+        with torch.cuda.stream(stream):
+            return _with_tensors(batch, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+
+    def arrived(batch: T) -> T:
+        current = torch.cuda.current_stream()
+        current.wait_stream(stream)
+        _with_tensors(batch, lambda tensor: tensor.record_stream(current))  # its memory is in use until then
+        return batch
+
+    coming: list[T] = []
+    for batch in batches:
+        coming.append(sent(batch))
+        if len(coming) > ahead:
+            yield arrived(coming.pop(0))
+    for batch in coming:
+        yield arrived(batch)
+
+
+def _with_tensors(value: Any, fn: Callable[[torch.Tensor], Any]) -> Any:
+    """`value` with `fn` applied to its tensors: of a list, tuple, dict or dataclass."""
+    if isinstance(value, torch.Tensor):
+        return fn(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_with_tensors(item, fn) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_tensors(item, fn) for item in value)
+    if isinstance(value, dict):
+        return {key: _with_tensors(item, fn) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _with_tensors(getattr(value, f.name), fn) for f in fields(value) if f.init})
+    return value
+
+
+def moved(value: T, device: torch.device) -> T:
+    """`value` with its tensors on `device`."""
+    return _with_tensors(value, lambda tensor: tensor.to(device))
+
+
+def try_out(loss: Callable[[], torch.Tensor], model: nn.Module) -> int:
+    """The operations of a forward and backward pass (`torch.utils.flop_counter`); leaves the model as it was.
+
+    A multiplication and an addition are two operations. Only matrix products, convolutions and attention count, as is
+    usual where utilisation is stated (PaLM, appendix B, 2022); what is computed again in backward does not.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts only those of GPUs
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    more = {
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v),
+    }
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
+        loss().backward()
+    model.zero_grad()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return int(counter.get_total_flops())
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Activation checkpointing (Chen et al., 2016): `model.blocks` are computed again. Raises `UserError`."""
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+        raise UserError(
+            f"train.activation_checkpointing: {type(model).__name__} has no blocks to compute again",
+            "A model names them by an attribute `blocks`, an nn.ModuleList. Leave the key out for this one.",
+        )
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

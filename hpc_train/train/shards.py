@@ -1,0 +1,112 @@
+"""Weights and optimizer state in parts: each rank that owns a part updates that part, and no other."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpc_train.train.buckets import Bucket, decays, trainable
+from hpc_train.train.context import Context
+
+State = dict[str, dict[str, Any]]  # of an optimizer: parameter's name -> what the optimizer keeps of it
+
+
+class Owned(NamedTuple):
+    """A tensor that this rank's optimizer updates: a parameter, or this rank's part of a bucket of them."""
+
+    name: str
+    parameter: nn.Parameter
+    decays: bool
+
+
+def whole(model: nn.Module) -> list[Owned]:
+    """All parameters: what a rank owns where every rank makes every update."""
+    return [Owned(name, parameter, decays(parameter)) for name, parameter in trainable(model).items()]
+
+
+class Shards:
+    """The model's weights, moved into one tensor a bucket, each cut into `num_parts` equal parts; `part` is owned here.
+
+    The model's parameters become views of these tensors, so a part that arrives is in the model at once. buckets:
+    their parameters are alike in `decays`, and their messages divisible by `num_parts`.
+    """
+
+    def __init__(self, model: nn.Module, buckets: list[Bucket], num_parts: int, part: int | None) -> None:
+        self._names = {parameter: name for name, parameter in trainable(model).items()}
+        self._buckets, self.num_parts, self.part = buckets, num_parts, part
+        self.weights = [_moved(bucket, num_parts) for bucket in buckets]
+        self.owned: list[Owned] = []
+        if part is not None:
+            for bucket, flat in zip(buckets, self.weights, strict=True):
+                self.owned.append(Owned(bucket.name, nn.Parameter(self.cut(flat)[part]), decays(bucket.parameters[0])))
+
+    def cut(self, message: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The parts of a bucket's message, as views."""
+        return message.view(-1).chunk(self.num_parts)
+
+    def gather(self, state: State, context: Context) -> State:
+        """Collective. On the root the state by parameters, of the states by parts; the model's weights, too."""
+        gathered: State = {}
+        for bucket, flat in zip(self._buckets, self.weights, strict=True):
+            mine = None
+            if self.part is not None:
+                mine = {"": self.cut(flat)[self.part].detach().cpu().numpy()}
+                mine |= {key: _plain(value) for key, value in state.get(bucket.name, {}).items()}
+            parts = [each for each in context.gather(mine) if each is not None]
+            if not context.world.is_root:
+                continue
+            joined = {key: _joined([part[key] for part in parts]) for key in parts[0]}
+            flat.copy_(joined.pop(""))
+            for parameter, begin in _places(bucket):
+                gathered[self._names[parameter]] = {
+                    key: value[begin : begin + parameter.numel()].view_as(parameter) if value.ndim else value
+                    for key, value in joined.items()
+                }
+        return gathered
+
+    def scatter(self, state: State) -> State:
+        """The state of this rank's parts, of the state by parameters; the opposite of `gather`."""
+        scattered: State = {}
+        if self.part is None:
+            return scattered
+        for bucket, flat in zip(self._buckets, self.weights, strict=True):
+            of_parameters = [state.get(self._names[parameter], {}) for parameter in bucket.parameters]
+            mine = scattered[bucket.name] = {}
+            for key, value in of_parameters[0].items():
+                if not value.ndim:
+                    mine[key] = value
+                    continue
+                message = torch.zeros_like(flat, dtype=value.dtype)
+                for (parameter, begin), each in zip(_places(bucket), of_parameters, strict=True):
+                    message[begin : begin + parameter.numel()] = each[key].view(-1)
+                mine[key] = self.cut(message)[self.part].clone()
+        return scattered
+
+
+def _moved(bucket: Bucket, num_parts: int) -> torch.Tensor:
+    """One tensor that holds the bucket's weights, with the parameters as views of it."""
+    num_weights = sum(parameter.numel() for parameter in bucket.parameters)
+    first = bucket.parameters[0]
+    flat = torch.zeros(num_weights + -num_weights % num_parts, dtype=first.dtype, device=first.device)
+    for parameter, begin in _places(bucket):
+        place = flat[begin : begin + parameter.numel()].view_as(parameter)
+        place.copy_(parameter.detach())
+        parameter.data = place
+    return flat
+
+
+def _places(bucket: Bucket) -> list[tuple[nn.Parameter, int]]:
+    """Each parameter with where it begins in the bucket's message."""
+    ends = np.cumsum([parameter.numel() for parameter in bucket.parameters])
+    return [(each, int(end) - each.numel()) for each, end in zip(bucket.parameters, ends, strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+
+
+def _joined(parts: list[Any]) -> torch.Tensor:
+    """The parts of a tensor, joined; a number (a count of steps) is the same in all parts."""
+    first = torch.as_tensor(parts[0])
+    return torch.cat([torch.as_tensor(part) for part in parts]) if first.ndim else first
