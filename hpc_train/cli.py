@@ -48,20 +48,31 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("dataset", type=click.Choice(["mnist-5k", "fashion-mnist", "mnist"]))
+@click.argument(
+    "dataset", type=click.Choice(["mnist-5k", "fashion-mnist", "mnist", "text", "python-source", "shakespeare"])
+)
 @click.argument("output", metavar="FILE|URL")
 @click.option(
-    "--from", "origin", type=click.Path(path_type=Path, exists=False), help="Folder or file the data comes from."
+    "--from",
+    "origin",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=False),
+    help="Folder or file the data comes from (text: repeatable).",
+)
+@click.option(
+    "--tokenizer", metavar="bytes|bpe:N", help="Of text: bytes (the default), or N byte pairs learned from it."
 )
 @click.option("--overwrite", is_flag=True, help="Make the output again if it exists.")
-def prepare(dataset: str, output: str, origin: Path | None, overwrite: bool) -> None:
+def prepare(dataset: str, output: str, origin: tuple[Path, ...], tokenizer: str | None, overwrite: bool) -> None:
     """Write a data set to HDF5, on one rank or in parallel under mpirun.
 
-    A URL (webhdfs://, hdfs://, s3://) gets a file that is made in $TMPDIR first.
+    A URL (webhdfs://, hdfs://, s3://) gets a file that is made in $TMPDIR first. Text becomes tokens: any files (text),
+    the standard library of this Python (python-source), or the works in the package of that name (shakespeare).
 
     \b
     Example: mpirun -n 2 hpc-train prepare fashion-mnist data/fashion-mnist.h5
              hpc-train prepare mnist-5k webhdfs://namenode:9870/data/mnist-5k.h5
+             hpc-train prepare text data/notes.h5 --from notes --tokenizer bpe:8192
     """
     _require("h5py")
     from hpc_train.train.context import open_context
@@ -69,7 +80,7 @@ def prepare(dataset: str, output: str, origin: Path | None, overwrite: bool) -> 
     with open_context(use_mpi=launched_rank() is not None) as context:
         from hpc_train.train.prepare import prepare as write
 
-        write(dataset, origin, output, context, overwrite)
+        write(dataset, origin, output, context, overwrite, tokenizer)
 
 
 @cli.command()
@@ -135,6 +146,39 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
     if code:
         stop.ignore()
         sys.exit(code)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", metavar="TEXT", help="What to go on from; a new document without it.")
+@click.option("--tokens", type=click.IntRange(1), default=200, show_default=True, help="How many to write, at most.")
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0: always the likeliest."
+)
+@click.option("--top-k", type=click.IntRange(1), metavar="K", help="Draw from the K likeliest tokens alone.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="The same seed writes the same text.",
+)
+@_overrides
+def generate(
+    run: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int, overrides: tuple[str, ...]
+) -> None:
+    """Write text with the newest checkpoint of RUN, a language model's run directory.
+
+    \b
+    Example: hpc-train generate runs/gpt-text --prompt "def main(" --tokens 300
+    """
+    _require("torch", "h5py")
+    from hpc_train.train.context import open_context
+
+    with open_context(use_mpi=False):
+        from hpc_train.train.generate import generate as write
+
+        click.echo(write(run, overrides, prompt, tokens, temperature, top_k, seed))
 
 
 _site = click.option("--site", metavar="NAME", help="Site profile: a shipped name, or the path of your own.")

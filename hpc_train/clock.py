@@ -62,6 +62,10 @@ class Clock:
         """Begins the first step now: what came before belongs to no step."""
         self._step_began_ns = perf_counter_ns()
 
+    def leave_out(self, ns: int) -> None:
+        """Begins the step at hand `ns` later: so much of it belonged to something else. Between phases only."""
+        self._step_began_ns += ns
+
     def lap(self, step: int, num_samples: int, warmup: bool = False) -> StepRecord:
         """Ends the step: its record, in the order of `records.TIMING_COLUMNS` (the attempt is the log's)."""
         # Written out, not looped over: this is paid in every step.

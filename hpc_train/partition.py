@@ -17,7 +17,6 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 _ROUNDS = 4  # of a Feistel network: enough for a pseudo-random permutation (Luby and Rackoff, SIAM J. Comput. 1988)
 _POSITIONS_AT_ONCE = 8192
-_DRAWS = 2**63  # in the place of an epoch: keys of their own
 
 
 @dataclass(frozen=True)
@@ -97,10 +96,19 @@ def noise_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest())
 
 
+def row_noise(seed: int, step: int, rows: npt.NDArray[np.integer], num: int) -> npt.NDArray[np.uint64]:
+    """`num` times 64 random bits for each of `rows`, (rows, num): functions of (seed, step, row), whatever the rank.
+
+    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), begun anew for each row.
+    """
+    key = np.uint64(int.from_bytes(blake2b(f"rows {seed} {step}".encode(), digest_size=8).digest()))
+    states = _mix(rows.astype(np.uint64) ^ key)
+    return _mix(states[:, None] + np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+
 def drawn(rows: Indices, bound: int, seed: int) -> Indices:
     """For each row a number of [0, bound): what that sample draws, whichever rank holds it."""
-    one, other, *_ = _round_keys(seed, _DRAWS)
-    return (_mix(_mix(rows.astype(np.uint64) ^ one) ^ other) % np.uint64(bound)).astype(np.int64)
+    return (row_noise(seed, 0, rows, 1)[:, 0] % np.uint64(bound)).astype(np.int64)
 
 
 @lru_cache(maxsize=8)

@@ -81,10 +81,7 @@ def open_split(path: Path, inputs: str, targets: str, keys: tuple[str, str], opt
     if optional and len(absent) == 2:
         return None
     if absent:
-        raise UserError(
-            f"{absent[0]} = '{names[absent[0]]}': no such data set in {path}",
-            f"It holds: {', '.join(_dataset_names(file)) or 'none'}. Set {absent[0]} to one of them.",
-        )
+        raise _absent(file, path, absent[0], names[absent[0]])
     x, y = file[inputs], file[targets]
     if x.ndim < 2 or y.ndim != 1 or y.dtype.kind not in "iu" or x.dtype.kind not in "biuf" or x.dtype.itemsize > 8:
         raise UserError(
@@ -99,6 +96,60 @@ def open_split(path: Path, inputs: str, targets: str, keys: tuple[str, str], opt
     return Split(_mapped(path, x), _mapped(path, y), _number(x, "scale_factor", 1.0), _number(x, "add_offset", 0.0))
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A stream of token ids, cut into windows of `length`; with `ahead`, each window sees the one token after it."""
+
+    values: Any
+    length: int
+    ahead: int
+
+    def __len__(self) -> int:
+        return (len(self.values) - self.ahead) // self.length
+
+    def windows(self, rows: np.ndarray) -> np.ndarray:
+        """(n, length + ahead) ids of the file's type: the windows at `rows`, which do not overlap."""
+        starts, width = rows * self.length, self.length + self.ahead
+        if isinstance(self.values, np.ndarray):
+            return np.take(self.values, starts[:, None] + np.arange(width))
+        native = self.values.dtype.newbyteorder("=")
+        read = [self.values[start : start + width] for start in starts.tolist()]
+        return np.array(read, native).reshape(len(rows), width)
+
+
+def open_tokens(path: Path, name: str, key: str, length: int, ahead: int, optional: bool = False) -> Tokens | None:
+    """Opens data set `name`, which the configuration's `key` names, as windows of `length` tokens.
+
+    None if `optional` and the file has none of that name. Raises `UserError`.
+    """
+    file = _open(path)
+    stream = file.get(name)
+    if optional and stream is None:
+        return None
+    if not isinstance(stream, h5py.Dataset):
+        raise _absent(file, path, key, name)
+    if stream.ndim != 1 or stream.dtype.kind not in "iu":
+        raise UserError(
+            f"{path}: {name} is {stream.dtype} {stream.shape}, and no tokens",
+            f"Tokens are whole numbers of shape (tokens,): make them with hpc-train prepare text {path} --from DIR",
+        )
+    tokens = Tokens(_mapped(path, stream), length, ahead)
+    if len(tokens) == 0:
+        raise UserError(
+            f"{path}: {name} has {len(stream):,} tokens, too few for a window of task.options.context = {length}",
+            "Prepare more text, or set task.options.context lower.",
+        )
+    return tokens
+
+
+def text_facts(path: Path) -> dict[str, Any]:
+    """What a prepared text says of its tokens: tokenizer, vocab_size and, of one that was learned, its json."""
+    file = _open(path, "python-source")
+    facts = {name: file.attrs[name] for name in ("tokenizer", "vocab_size") if name in file.attrs}
+    json = file.get("tokenizer")
+    return facts | ({"json": bytes(json[:]).decode()} if isinstance(json, h5py.Dataset) else {})
+
+
 def _number(dataset: h5py.Dataset, attribute: str, default: float) -> float:
     value = np.asarray(dataset.attrs.get(attribute, default))
     if value.size != 1 or value.dtype.kind not in "iuf":
@@ -109,11 +160,11 @@ def _number(dataset: h5py.Dataset, attribute: str, default: float) -> float:
     return float(value.reshape(()))
 
 
-def _open(path: Path) -> h5py.File:
+def _open(path: Path, example: str = "mnist-5k") -> h5py.File:
     if path.is_dir():
         raise UserError(f"data.file = '{path}' is a folder", "Name an HDF5 file.")
     if not path.is_file():
-        raise UserError(f"data.file = '{path}' does not exist", f"Make it: hpc-train prepare mnist-5k {path}")
+        raise UserError(f"data.file = '{path}' does not exist", f"Make it: hpc-train prepare {example} {path}")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
@@ -136,6 +187,13 @@ def _open(path: Path) -> h5py.File:
     return file
 
 
+def _absent(file: h5py.File, path: Path, key: str, name: str) -> UserError:
+    return UserError(
+        f"{key} = '{name}': no such data set in {path}",
+        f"It holds: {', '.join(_dataset_names(file)) or 'none'}. Set {key} to one of them.",
+    )
+
+
 def _dataset_names(file: h5py.File) -> list[str]:
     names: list[str] = []
     file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
@@ -155,12 +213,12 @@ def _mapped(path: Path, dataset: h5py.Dataset) -> Any:
     return np.asarray(np.memmap(path, dataset.dtype, "r", offset=start, shape=dataset.shape))
 
 
-def label_range(split: Split, context: Context) -> tuple[int, int]:
-    """Collective. (lowest, highest) of all targets, every rank reading its share."""
-    start, stop = rank_span(len(split), context.world.rank, context.world.size)
+def value_range(values: Any, context: Context) -> tuple[int, int]:
+    """Collective. (lowest, highest) of all labels or tokens, every rank reading its share."""
+    start, stop = rank_span(len(values), context.world.rank, context.world.size)
     low, high = np.iinfo(np.int64).max, np.iinfo(np.int64).min
     for begin in range(start, stop, _SCAN_ROWS):
-        part = split.targets[begin : min(begin + _SCAN_ROWS, stop)]
+        part = values[begin : min(begin + _SCAN_ROWS, stop)]
         low, high = min(low, int(part.min())), max(high, min(int(part.max()), np.iinfo(np.int64).max))
     lowest, highest = context.max(np.array([-low, high], dtype=np.int64))
     return -int(lowest), int(highest)

@@ -1,15 +1,16 @@
 """The device a rank computes on: which one, how fast it could be, how batches get there, what they cost it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from hpc_train import config
 from hpc_train.errors import UserError
@@ -130,7 +131,13 @@ def try_out(loss: Callable[[], torch.Tensor], model: nn.Module) -> int:
     usual where utilisation is stated (PaLM, appendix B, 2022); what is computed again in backward does not.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with FlopCounterMode(display=False) as counter:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts only those of GPUs
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    more = {
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v),
+    }
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
         loss().backward()
     model.zero_grad()
     for name, buffer in model.named_buffers():
@@ -147,4 +154,24 @@ def recompute_blocks(model: nn.Module) -> None:
             "A model names them by an attribute `blocks`, an nn.ModuleList. Leave the key out for this one.",
         )
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        norms = [part for part in block.modules() if isinstance(part, _BatchNorm)]
+        more: dict[str, Any] = {"context_fn": partial(_contexts, norms)} if norms else {}
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **more)
+
+
+def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Those of a block's first computation and of its second."""
+    return nullcontext(), _statistics_stand(norms)
+
+
+@contextmanager
+def _statistics_stand(norms: list[_BatchNorm]) -> Iterator[None]:
+    """These have seen the batch before: it would count twice in their running statistics."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

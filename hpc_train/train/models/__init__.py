@@ -7,10 +7,16 @@ from typing import Any
 from torch import nn
 
 from hpc_train.errors import UserError
+from hpc_train.train.models.bert import Bert
+from hpc_train.train.models.gpt import Gpt
 from hpc_train.train.models.mlp import Mlp
+from hpc_train.train.models.resnet import ResNet
 from hpc_train.train.models.softmax import Softmax
+from hpc_train.train.models.vgg import Vgg
 
-CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"softmax": Softmax, "mlp": Mlp}
+CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"softmax": Softmax, "mlp": Mlp, "resnet": ResNet, "vgg": Vgg}
+CAUSAL: dict[str, Callable[..., nn.Module]] = {"gpt": Gpt}  # of the next token
+MASKED: dict[str, Callable[..., nn.Module]] = {"bert": Bert}  # of masked tokens
 
 
 def classifier(name: str, input_shape: tuple[int, ...], num_classes: int, options: dict[str, Any]) -> nn.Module:
@@ -22,9 +28,7 @@ def make_model(
     known: dict[str, Callable[..., nn.Module]], name: str, given: tuple[Any, ...], options: dict[str, Any]
 ) -> nn.Module:
     """The model `known[name](*given, **options)`. Raises `UserError` for what it does not take."""
-    if name not in known:
-        raise UserError(f"task.model = '{name}' is not known here", f"Known are: {', '.join(known)}.")
-    make = known[name]
+    make = _known(known, name)
     accepted = list(inspect.signature(make).parameters)[len(given) :]
     for option in options:
         if option not in accepted:
@@ -37,3 +41,14 @@ def make_model(
         raise UserError(
             f"task.options = {options}: {name} refuses them: {error}", "See the model's docstring."
         ) from None
+
+
+def default(known: dict[str, Callable[..., nn.Module]], name: str, option: str) -> Any:
+    """What the model `name` takes for an option that is not given. Raises `UserError` for an unknown model."""
+    return inspect.signature(_known(known, name)).parameters[option].default
+
+
+def _known(known: dict[str, Callable[..., nn.Module]], name: str) -> Callable[..., nn.Module]:
+    if name not in known:
+        raise UserError(f"task.model = '{name}' is not known here", f"Known are: {', '.join(known)}.")
+    return known[name]

