@@ -186,7 +186,7 @@ class Dqn:
         self._replay.add(everyone)
         for done, action in zip(self._actions, everyone.actions.tolist(), strict=True):
             done.append(action)
-        self._now = after.copy()
+        self._now = after
         self._begin(everyone.over.nonzero().flatten().tolist())
 
     @torch.no_grad()
