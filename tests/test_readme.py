@@ -2,13 +2,18 @@
 
 import re
 import shlex
+import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 
 from tests import jobs
 
 DOCUMENTS = [jobs.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 README = DOCUMENTS[0].read_text()
+
+IMPORT = "from hpc_train.train.recording import recording"
+SHOWN = ("own_task.py", "own-task.toml", "own_loop_recorded.py")
 
 
 def commands() -> list[str]:
@@ -20,11 +25,13 @@ def commands() -> list[str]:
 def test_commands_run_as_they_stand(tmp_path: Path) -> None:
     """In the README's order, in an empty folder with the shipped jobs: a reader's first session."""
     (tmp_path / "configs").symlink_to(jobs.CONFIGS)
+    for name in SHOWN:
+        shutil.copy(jobs.ROOT / "tests" / name, tmp_path)
     env = jobs.environment(PATH=f"{jobs.HPC_TRAIN.parent}:{jobs.environment()['PATH']}")
     ran = 0
     for line in commands():
         words = shlex.split(line)
-        if words[0] not in ("hpc-train", "mpirun"):
+        if words[0] not in ("hpc-train", "mpirun", "torchrun"):
             continue
         done = subprocess.run(
             words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
@@ -32,6 +39,14 @@ def test_commands_run_as_they_stand(tmp_path: Path) -> None:
         assert done.returncode == 0, f"$ {line}\n{done.stdout}{done.stderr}"
         ran += 1
     assert ran >= 5
+
+
+def test_the_code_that_is_shown_is_the_code_that_is_tested() -> None:
+    task, job, loop = ((jobs.ROOT / "tests" / name).read_text() for name in SHOWN)
+    recorded = textwrap.dedent(loop[loop.index("    with recording(") : loop.index("\n    distributed.destroy")])
+    for kind, shown in (("python", task), ("toml", job), ("python", f"{IMPORT}\n\n{recorded}")):
+        assert f"```{kind}\n{shown}```" in README
+    assert IMPORT in loop.splitlines()
 
 
 def test_make_targets_and_scripts_exist() -> None:
