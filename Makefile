@@ -1,8 +1,9 @@
 # make demo    install, prepare real data, train on 1 and on 2 ranks, report
 # make test    install, then every test, those under mpirun and, for root, on a Slurm cluster of its own included
+# make models  train every shipped job to its end and print what each reached (half an hour on two cores)
 # make check   install, ruff and mypy
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo test test-serial test-parallel test-cluster test-faults check install clean
+.PHONY: demo models test test-serial test-parallel test-cluster test-faults check install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -45,6 +46,11 @@ test-faults:
 # Slurm on four nodes that are namespaces of this machine: for root; skipped elsewhere, with the reason.
 test-cluster:
 	python -m pytest -m "not thorough" tests/cluster
+
+# What is complete is not trained again: runs/models.
+models:
+	@./install.sh test
+	python tests/benchmarks/models.py
 
 check:
 	@./install.sh test check

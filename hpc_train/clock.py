@@ -43,15 +43,29 @@ class _SynchronizedPhase(_Phase):
         super().__exit__(kind, error, trace)
 
 
+class _UntimedPhase(_Phase):
+    """Takes no time: what a host measures of work that a device does later tells nothing of it."""
+
+    __slots__ = ()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
 class Clock:
     """`with clock.forward: ...` adds to a phase; `clock.lap(...)` ends the step and returns its record.
 
     Laps are contiguous: what no phase covers is the step's "other", so nothing is lost between steps.
-    `synchronize` (torch.cuda.synchronize, say) is called at both ends of every phase when given.
+    `synchronize` (torch.cuda.synchronize, say) is called at both ends of every phase when given. Without `tells_phases`
+    all of a step is "other".
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+    def __init__(self, synchronize: Callable[[], None] | None = None, tells_phases: bool = True) -> None:
         def phase() -> _Phase:
+            if not tells_phases:
+                return _UntimedPhase()
             return _SynchronizedPhase(synchronize) if synchronize else _Phase()
 
         self.data, self.forward, self.backward, self.reduce, self.optimizer = (phase() for _ in PHASES if _ != "other")
@@ -61,6 +75,10 @@ class Clock:
     def restart(self) -> None:
         """Begins the first step now: what came before belongs to no step."""
         self._step_began_ns = perf_counter_ns()
+
+    def leave_out(self, ns: int) -> None:
+        """Begins the step at hand `ns` later: so much of it belonged to something else. Between phases only."""
+        self._step_began_ns += ns
 
     def lap(self, step: int, num_samples: int, warmup: bool = False) -> StepRecord:
         """Ends the step: its record, in the order of `records.TIMING_COLUMNS` (the attempt is the log's)."""

@@ -106,6 +106,11 @@ def row_noise(seed: int, step: int, rows: npt.NDArray[np.integer], num: int) -> 
     return _mix(states[:, None] + np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
+def drawn(rows: Indices, bound: int, seed: int) -> Indices:
+    """For each row a number of [0, bound): what that sample draws, whichever rank holds it."""
+    return (row_noise(seed, 0, rows, 1)[:, 0] % np.uint64(bound)).astype(np.int64)
+
+
 @lru_cache(maxsize=8)
 def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
     return tuple(np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64))

@@ -354,9 +354,8 @@ def summarise(
         step_low_s=low,
         step_high_s=high,
         samples_per_s=global_batch / middle if middle else None,
-        phase_share={phase: int(spent) / total for phase, spent in zip(PHASES, phases_ns, strict=True)}
-        if total
-        else {},
+        # A phase that took no nanosecond was never marked, in a recorded loop say: its share is unknown and not 0.
+        phase_share={phase: int(spent) / total for phase, spent in zip(PHASES, phases_ns, strict=True) if spent},
         joules=energy.joules,
         energy_quality=energy.quality,
         energy_source=energy.source,

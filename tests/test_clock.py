@@ -102,3 +102,21 @@ def test_a_ranks_log_costs_under_two_microseconds_a_step(tmp_path: Path) -> None
         time.sleep(1)
     assert records < 2000
     assert marks < 2000
+
+
+def test_without_phases_all_of_a_step_is_other() -> None:
+    clock = Clock(tells_phases=False)
+    with clock.forward, clock.spread:
+        time.sleep(0.001)
+    record = dict(zip(TIMING_COLUMNS[:-1], clock.lap(0, 1), strict=True))
+    assert record["other_ns"] >= 1e6 and record["forward_ns"] == record["reduce_ns"] == 0
+
+
+def test_communication_after_the_update_is_time_of_reduce_and_leaves_its_begin() -> None:
+    clock = Clock()
+    with clock.reduce:
+        began_ns = time.perf_counter_ns()
+    with clock.spread:
+        time.sleep(0.001)
+    record = dict(zip(TIMING_COLUMNS[:-1], clock.lap(0, 1), strict=True))
+    assert record["reduce_ns"] >= 1e6 and record["arrived_ns"] <= began_ns

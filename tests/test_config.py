@@ -59,7 +59,7 @@ def test_model_options_round_trip(job: Path) -> None:
         ("run.root=a\0b", "run.root = "),
         (
             "reduce.strategy=ring",
-            "reduce.strategy = 'ring': input should be 'horovod', 'mpi', 'parameter_server', 'sharded' or 'local'",
+            "'ring': input should be 'horovod', 'mpi', 'parameter_server', 'sharded', 'local' or 'own'",
         ),
         ("name=../up", "name = '../up'"),
         ("name=a b; rm", "name = 'a b; rm'"),

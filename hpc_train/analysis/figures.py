@@ -138,7 +138,8 @@ def _phase_drawing(group: Group, ident: str) -> Drawing | None:
             )
             below = [base + height for base, height in zip(below, heights, strict=True)]
         for place, row in enumerate(rows):
-            _label_bar(axes, place, below[place], f"{percent(row.phase_share['reduce'], 0)} reduce")
+            if "reduce" in row.phase_share:
+                _label_bar(axes, place, below[place], f"{percent(row.phase_share['reduce'], 0)} reduce")
         _bars_by_size(axes, rows, "time per step (ms)")
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=3)

@@ -126,7 +126,8 @@ def load(run: RunDir) -> Run:
         faults.insert(0, "summary.json says that the run did not reach its end")
     num_steps = len(step_ns) + total.num_warmup - total.num_repeated
     if faults:
-        faults.append(f"{num_steps} of {settings.train.steps} steps can be used")
+        planned = settings.train.steps
+        faults.append(f"{num_steps}{'' if planned == config.UNKNOWN_STEPS else f' of {planned}'} steps can be used")
     metrics = read_metrics(run.metrics) if run.metrics.is_file() else ([], [])
     loss = _number((written or {}).get("loss"))
     summary = summarise(

@@ -29,7 +29,8 @@ class Row:
     step_s: float | None  # median over the steady steps of all runs, mean over ranks
     step_interval_s: Interval | None  # 95%
     samples_per_s: float | None  # global batch / median step
-    phase_share: dict[str, float]  # of the time in steady steps of all ranks that train; sums to 1
+    # Of the time in steady steps of all ranks that train; sums to 1. Without phases that a recorded loop did not mark.
+    phase_share: dict[str, float]
     phase_s: dict[str, float]  # mean per step and rank that trains, warm-up excluded
     servers_busy: float | None  # share of the servers' time that is no waiting, receiving or sending
     energy: Energy  # mean per run
@@ -159,7 +160,7 @@ def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
         middle,
         (low, high) if low is not None and high is not None else None,
         samples_per_s=each[0].global_batch / middle if middle else None,
-        phase_share=dict(zip(PHASES, (phases / total).tolist(), strict=True)) if total else {},
+        phase_share={phase: float(spent) / total for phase, spent in zip(PHASES, phases, strict=True) if spent},
         phase_s=dict(zip(PHASES, (phases / num_timed).tolist(), strict=True)) if total else {},
         servers_busy=float(1 - servers[PHASES.index("reduce")] / servers.sum()) if servers.any() else None,
         energy=Energy(whole / len(runs) if whole is not None else None, energy.quality, energy.source),
@@ -350,7 +351,10 @@ def _between_groups(groups: list[Group]) -> list[str]:
     """
     notes = []
     works = [work(group.keys) for group in groups]
+    recorded = [keys for keys in works if keys["task.kind"] == config.RECORDED]  # these lack what the others have
     for key in _differing(works):
+        if recorded and not any(key in keys for keys in recorded):
+            continue
         values = " | ".join(dict.fromkeys(str(keys.get(key, "unset")) for keys in works))
         notes.append(f"Not compared across groups, {key} differs: {values}.")
     side_by_side = [group for members in equal_work(groups) for group in members]

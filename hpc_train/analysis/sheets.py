@@ -256,6 +256,15 @@ def group_notes(group: Group) -> list[str]:
     notes = list(group.notes)
     if any(row.incomplete for row in group.rows):
         notes.insert(0, f"{MARK} incomplete: shown, never a baseline, never pooled with complete runs.")
+    unmarked = [
+        phase for phase in PHASES if any(row.phase_share and phase not in row.phase_share for row in group.rows)
+    ]
+    if unmarked:
+        communication = "; exposed communication was not measured" * ("reduce" in unmarked)
+        notes.append(
+            f"These runs did not time {', '.join(unmarked)}: their time is in the phases that it did, or in"
+            f" other{communication}."
+        )
     if any(row.energy.quality == "estimated" for row in group.rows):
         assumed = dict.fromkeys(
             (run.assumption or "the run does not say what it assumes").rstrip(".")

@@ -85,13 +85,7 @@ class Context:
 
     def max(self, values: np.ndarray) -> np.ndarray:
         """Collective. The element-wise maximum over ranks, on every rank."""
-        if self.comm is None:
-            return values
-        from mpi4py import MPI
-
-        most = np.empty_like(values)
-        self.comm.Allreduce(np.ascontiguousarray(values), most, op=MPI.MAX)
-        return most
+        return np.max(self.all(values), axis=0)
 
     def broadcast_array(self, array: np.ndarray) -> None:
         """Collective. Replaces `array` by the root's."""
@@ -192,6 +186,18 @@ def end_job(context: Context, code: int) -> None:
     context.comm.Abort(code & 0xFF or 1)
 
 
+@contextmanager
+def join_mpi() -> Iterator[Context]:
+    """Collective. The ranks of a program that is not ours, which goes on: nothing of it is ended or aborted.
+
+    They get a communicator of their own, so that no message of ours meets one of the program's.
+    """
+    context = _start_mpi()
+    comm = context.comm.Dup()
+    yield Context(context.world, comm)
+    comm.Free()  # collective: not where a rank failed alone
+
+
 def _start_mpi() -> Context:
     # Open MPI waits by spinning. Horovod's thread that waits then keeps the rank's core from the thread that trains:
     # softmax on 2 ranks took 7 to 24 ms a step, and 0.7 to 0.9 ms when a waiting thread offers its core to others.
@@ -261,8 +267,10 @@ def require_one_mpi(name: str, extension: str) -> None:
         )
 
 
-def mpi_version() -> dict[str, str]:
-    """The MPI library's name, version and path; empty where MPI was not started."""
+def mpi_version(context: Context) -> dict[str, str]:
+    """The MPI library's name, version and path; empty where the ranks do not talk through MPI."""
+    if not type(context.comm).__module__.startswith("mpi4py"):
+        return {}
     from mpi4py import MPI
 
     return {"version": MPI.Get_library_version().splitlines()[0].strip(" \0"), "library": library_of(MPI.__file__)}

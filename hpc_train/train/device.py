@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from hpc_train import config
+from hpc_train.clock import Clock
 from hpc_train.errors import UserError
 from hpc_train.world import World
 
@@ -58,6 +59,13 @@ def peak_flops(train: config.Train, device: torch.device) -> tuple[float | None,
                 words = "fp32" if train.precision == "fp32" else f"dense {train.precision}"
                 return (fp32 if train.precision == "fp32" else half) * 1e12, f"{name}, {words}, data sheet"
     return None, None
+
+
+def open_clock(train: config.Train, device: torch.device) -> Clock:
+    """The timer of this rank's steps; whether it tells phases of a GPU is `train.timing`'s to say."""
+    if device.type == "cpu":
+        return Clock()
+    return Clock(torch.cuda.synchronize) if train.timing == "phases" else Clock(tells_phases=False)
 
 
 def precision(train: config.Train, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
@@ -131,7 +139,13 @@ def try_out(loss: Callable[[], torch.Tensor], model: nn.Module) -> int:
     usual where utilisation is stated (PaLM, appendix B, 2022); what is computed again in backward does not.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with FlopCounterMode(display=False) as counter:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts only those of GPUs
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    more = {
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v),
+    }
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
         loss().backward()
     model.zero_grad()
     for name, buffer in model.named_buffers():

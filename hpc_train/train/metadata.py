@@ -78,7 +78,7 @@ def describe(context: Context, places: list[RankPlace]) -> dict[str, Any]:
         "cpu_model": _cpu_model(),
         "kernel": platform.release(),
         "versions": _versions(),
-        "mpi": mpi_version() if context.comm is not None else {},
+        "mpi": mpi_version(context),
         "git": git_state(Path.cwd()),
         "slurm": environment.recorded_slurm(os.environ),
         "environment": environment.recorded(os.environ),

@@ -29,11 +29,12 @@ def on_terminal() -> bool:
 class StepProgress:
     """Steps done, samples/s and time left. On ranks other than the root it does nothing.
 
-    mode: "bar", "plain" or "auto" (a bar where a person watches). `note` is shown in the bar: the loss, say.
+    total: None where nobody knows it. mode: "bar", "plain" or "auto" (a bar where a person watches). `note` is shown in
+    the bar: the loss, say.
     """
 
     def __init__(
-        self, what: str, total: int, mode: Literal["auto", "bar", "plain"], is_root: bool, unit: str = "samples"
+        self, what: str, total: int | None, mode: Literal["auto", "bar", "plain"], is_root: bool, unit: str = "samples"
     ) -> None:
         self._total, self._unit, self._is_root = total, unit, is_root
         self._began_ns = self._shown_ns = perf_counter_ns()
@@ -74,9 +75,11 @@ class StepProgress:
             self._bar.update(self._task, completed=done, note=self.note, rate=f"{rate:,.0f} {self._unit}/s")
             self._bar.refresh()
         else:
-            left_s = spent_s / (done - self._began) * (self._total - done) if done > self._began else 0.0
-            part = f"{done} of {self._total} ({done / self._total:.0%})"
-            self.say(f"  {part}, {rate:,.0f} {self._unit}/s, {duration(left_s)} left")
+            part, left = f"{done} steps", ""
+            if self._total is not None:
+                left_s = spent_s / (done - self._began) * (self._total - done) if done > self._began else 0.0
+                part, left = f"{done} of {self._total} ({done / self._total:.0%})", f", {duration(left_s)} left"
+            self.say(f"  {part}, {rate:,.0f} {self._unit}/s{left}")
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar if there is one. The root only."""

@@ -1,16 +1,18 @@
 """Writes a run down while it runs: the run directory, seen from the training half."""
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from hpc_train.clock import Clock
-from hpc_train.config import Loaded, dumps
-from hpc_train.errors import not_written
+from hpc_train.config import UNKNOWN_STEPS, Loaded, dumps
+from hpc_train.errors import UserError, not_written
 from hpc_train.records import (
     METRIC_COLUMNS,
     Energy,
@@ -38,19 +40,20 @@ class Recorder:
     `finish`. `start`, `stop` and `finish` are collective.
     """
 
-    def __init__(self, loaded: Loaded, context: Context, places: list[RankPlace], attempt: Attempt) -> None:
+    def __init__(
+        self, loaded: Loaded, context: Context, places: list[RankPlace], attempt: Attempt, clock: Clock
+    ) -> None:
         self._loaded, self._context, self._places, self._attempt = loaded, context, places, attempt
         self._train, self._run = loaded.config.train, attempt.run
-        self._losses: list[float] = []
+        self._losses: list[tuple[int, float | torch.Tensor]] = []  # (step, loss)
         self.num_steps_done = 0  # of the run, earlier attempts included
         self._meta: dict[str, Any] = dict(attempt.meta)
         self._stack = ExitStack()
         self._meters = self._meters_of_this_rank()
-        self._progress = StepProgress(
-            loaded.config.name, self._train.steps, loaded.config.run.progress, context.world.is_root
-        )
+        total = None if self._train.steps == UNKNOWN_STEPS else self._train.steps
+        self._progress = StepProgress(loaded.config.name, total, loaded.config.run.progress, context.world.is_root)
         self.say = self._progress.say
-        self.clock = Clock()
+        self.clock = clock
 
     def __enter__(self) -> Self:
         self._stack.callback(self._progress.close)
@@ -59,9 +62,10 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        with suppress(UserError) if error else nullcontext():  # a full disk, after what has ended the run
+            self._stack.close()
 
-    def start(self, first_step: int, model: nn.Module, facts: dict[str, Any]) -> None:
+    def start(self, first_step: int, model: nn.Module | None, facts: dict[str, Any]) -> None:
         """Collective. Writes the configuration and meta.json, starts the meters and, on all ranks, the first step."""
         self.num_steps_done = first_step
         self._num_warmup = min(self._train.warmup_steps, (self._train.steps - first_step) // 2)
@@ -71,7 +75,7 @@ class Recorder:
             "start",
             name=self._loaded.config.name,
             started=self._attempt.meta.get("started", _now()),
-            num_parameters=sum(p.numel() for p in model.parameters()),
+            num_parameters=None if model is None else sum(p.numel() for p in model.parameters()),
             **facts,
         )
         rank, host, number = self._context.world.rank, self._context.world.host, self._attempt.number
@@ -85,26 +89,29 @@ class Recorder:
         self._context.barrier()
         self.clock.restart()
 
-    def end_step(self, step: int, loss: float, num_samples: int, num_global: int) -> None:
-        """Ends the step's timing and keeps its loss, the global mean."""
+    def end_step(self, step: int, loss: float | torch.Tensor | None, num_samples: int, num_global: int) -> None:
+        """Ends the step's timing and keeps its loss, the global mean; None: not known.
+
+        A tensor of one number is read when it is written: each reading makes a GPU's loop wait.
+        """
         record = self.clock.lap(step, num_samples, warmup=step < self._first_step + self._num_warmup)
         self._timings.write(record)
-        self._losses.append(loss)
+        if loss is not None:
+            self._losses.append((step, loss))
         self.num_steps_done = step + 1
         if step % self._train.log_every == 0:
             self.flush()
-            self._progress.say(f"Step {step}, Loss: {loss:.5f}")
-            self._progress.note = f"loss {loss:.5f}"
+            self._progress.say(f"Step {step}" if loss is None else f"Step {step}, Loss: {loss:.5f}")
+            self._progress.note = "" if loss is None else f"loss {loss:.5f}"
         self._progress.advance(step + 1, num_global, record[1])
 
     def flush(self) -> None:
         """Writes the steps so far: before a checkpoint, so that the attempt that continues from it finds them all."""
         self._timings.flush()
         if self._context.world.is_root and self._losses:
-            first = self.num_steps_done - len(self._losses)
             try:
                 with self._run.metrics.open("a", encoding="ascii") as file:
-                    file.write("".join(f"{first + i},{loss:.9g}\n" for i, loss in enumerate(self._losses)))
+                    file.write("".join(f"{step},{loss:.9g}\n" for step, loss in self._losses))
             except OSError as error:
                 raise not_written(self._run.metrics, error) from None
         self._losses.clear()
@@ -156,10 +163,14 @@ class Recorder:
 
     def _open_logs(self) -> None:
         """Writes config.toml, and makes metrics.csv end before this attempt's first step: one line a step, for ever."""
-        write_atomic(self._run.config, dumps(self._loaded))
         steps, losses = read_metrics(self._run.metrics) if self._run.metrics.exists() else ([], [])
         kept = [(step, loss) for step, loss in zip(steps, losses, strict=True) if step < self.num_steps_done]
-        lines = [",".join(METRIC_COLUMNS), *(f"{step},{loss:.9g}" for step, loss in kept)]
+        self.rewrite(self._loaded, kept)
+
+    def rewrite(self, loaded: Loaded, losses: Iterable[tuple[int, float]]) -> None:
+        """Writes config.toml and metrics.csv anew, whole. The root only."""
+        write_atomic(self._run.config, dumps(loaded))
+        lines = [",".join(METRIC_COLUMNS), *(f"{step},{loss:.9g}" for step, loss in losses)]
         write_atomic(self._run.metrics, "\n".join(lines) + "\n")
 
     def _meters_of_this_rank(self) -> list[sensors.Meter]:

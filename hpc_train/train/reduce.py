@@ -243,7 +243,7 @@ class Horovod:
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Arrival:
         handle = self._hvd.alltoall_async(_as_half(message), name=f"{name}.to_all")
-        return lambda: self._hvd.synchronize(handle).view(message.dtype)
+        return lambda: self._hvd.synchronize(handle)[0].view(message.dtype)  # with it, how much came from each rank
 
     def all_gather(self, part: torch.Tensor, name: str) -> Arrival:
         handle = self._hvd.allgather_async(_as_half(part), name=f"{name}.gather")

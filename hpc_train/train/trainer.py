@@ -23,6 +23,7 @@ from hpc_train.train.context import Context
 from hpc_train.train.device import (
     moved,
     on_device,
+    open_clock,
     open_device,
     peak_flops,
     precision,
@@ -37,7 +38,7 @@ from hpc_train.train.recorder import Recorder
 from hpc_train.train.reduce import Reducer, broadcast_model, check_strategy, open_reducer
 from hpc_train.train.shards import whole
 from hpc_train.train.stop import CONTINUE, TERMINATED, StopRequest
-from hpc_train.train.tasks import Task, open_task
+from hpc_train.train.tasks import Task, checked_loss, open_task
 from hpc_train.train.watch import open_watch
 
 
@@ -66,7 +67,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     """
     config, job = loaded.config, _set_up(loaded.config, context)
     with open_attempt(loaded, context, resume) as attempt:
-        recorder = Recorder(loaded, context, job.places, attempt)
+        recorder = Recorder(loaded, context, job.places, attempt, open_clock(config.train, job.device))
         saver = Saver(attempt.run, config.checkpoint, job.facts, context.world.is_root, recorder.say)
         with (
             recorder,
@@ -216,7 +217,7 @@ def _first_look(
         if not parts:
             return 0
         with job.autocast():
-            return try_out(lambda: job.task.loss(job.model, parts[0]), job.model)
+            return try_out(lambda: checked_loss(config, job.task, job.model, parts[0]), job.model)
 
     flops = context.on_all(look)
     if config.train.activation_checkpointing:

@@ -1,8 +1,11 @@
 """What is trained. A task brings the model, the samples and the loss; the trainer brings everything else."""
 
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,22 +13,31 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.config import Config
+from hpc_train.config import RECORDED, Config
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context
 from hpc_train.train.tasks.classification import Classification
+from hpc_train.train.tasks.dqn import Dqn
 from hpc_train.train.tasks.language import Language, MaskedLanguage
+from hpc_train.train.tasks.policy_gradient import PolicyGradient
 from hpc_train.world import World
 
 BUILT_IN: dict[str, Callable[[Config, Context], Any]] = {
     "classification": Classification,
     "language": Language,
     "masked_language": MaskedLanguage,
+    "policy_gradient": PolicyGradient,
+    "dqn": Dqn,
 }
 
 
 class Task(Protocol):
-    """What the trainer asks of a task; made as `Task(config, context)` on every rank."""
+    """What the trainer asks of a task; made as `Task(config, context)` on every rank.
+
+    One that has a state of its own besides the model, as a replay memory, also has `state()`, a dict of tensors,
+    numbers and lists, the same on every rank, and `load_state(dict)`: checkpoints keep it. One whose batches depend on
+    the weights says `acts = True`: then no batch is asked for while the step before it computes.
+    """
 
     num_samples: int  # of the whole training set, alike on every rank
 
@@ -45,16 +57,35 @@ class Task(Protocol):
         """Of a test batch: how much it counts, and the SUM of each measure: {"loss": ..., "accuracy": ...}."""
 
 
+_ASKED_FOR = ("num_samples", "model", "batch", "loss", "test_batches", "test")
+
+
 def open_task(config: Config, context: Context) -> Task:
     """Collective. The task that `task.kind` names: built in, or a user's own "mypackage.mytask:MyTask"."""
     kind = config.task.kind
     make = BUILT_IN.get(kind) or context.on_all(lambda: _load(kind))
-    return make(config, context)
+    task = make(config, context)
+    lacking = [name for name in _ASKED_FOR if not hasattr(task, name)]
+
+    def check() -> None:
+        if lacking:
+            raise UserError(
+                f"task.kind = '{kind}': it has no {' and no '.join(lacking)}",
+                f"A task has {', '.join(_ASKED_FOR)}: see the class Task in {__file__}.",
+            )
+
+    context.on_all(check)
+    return task
 
 
 def _load(kind: str) -> Callable[[Config, Context], Any]:
     module_name, colon, name = kind.partition(":")
-    if not colon:
+    if kind == RECORDED:
+        raise UserError(
+            f"task.kind = '{kind}': the loop of this run is another program's",
+            "Start that program again: meta.json names it.",
+        )
+    if not colon or not all(part.isidentifier() for part in (*module_name.split("."), name)):
         raise UserError(
             f"task.kind = '{kind}' is not known",
             f"Known are: {', '.join(BUILT_IN)}; your own: 'mypackage.mytask:MyTask'.",
@@ -64,13 +95,66 @@ def _load(kind: str) -> Callable[[Config, Context], Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"task.kind = '{kind}': no module {error.name}", f"Looked in {here} and in sys.path.") from None
-    except (TypeError, ValueError) as error:  # no module's name at all
-        raise UserError(f"task.kind = '{kind}': {error}", "Write 'mypackage.mytask:MyTask'.") from None
+    except Exception as error:  # noqa: BLE001  whatever the user's module does when it is loaded
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            what, remedy = f"no module {error.name}", f"Looked in {here} and in sys.path."
+        else:
+            what = f"{module_name} cannot be loaded: {type(error).__name__}: {error}, {_place(error)}"
+            remedy = f"Mend it there; the whole traceback: python -c 'import {module_name}'"
+        raise UserError(f"task.kind = '{kind}': {what}", remedy) from None
     make = getattr(module, name, None)
     if not callable(make):
         raise UserError(
             f"task.kind = '{kind}': {module_name} has no class {name}", "Name the task class after the colon."
         )
     return make
+
+
+def checked_loss(config: Config, task: Task, model: nn.Module, batch: Any) -> torch.Tensor:
+    """The loss of the first batch, tried before anything is trained: raises `UserError` with all shapes in it where
+    batch and model do not fit together. Other faults of a task keep their own type and traceback.
+    """
+    try:
+        loss = task.loss(model, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:  # what torch raises where shapes or types disagree
+        raise _does_not_fit(config, model, batch, f"{error}, {_place(error)}") from None
+    if not isinstance(loss, torch.Tensor) or loss.shape != () or not loss.requires_grad:
+        raise _does_not_fit(config, model, batch, f"the loss is {_shown(loss)}, and no differentiable number")
+    return loss
+
+
+def _does_not_fit(config: Config, model: nn.Module, batch: Any, why: str) -> UserError:
+    weights = next(
+        (f", whose first weight {name} is {tuple(weight.shape)}" for name, weight in model.named_parameters()), ""
+    )
+    return UserError(
+        f"task.kind = '{config.task.kind}', task.model = '{config.task.model}': the first batch cannot be trained on: "
+        f"{why}\n  batch: {_shown(batch)}\n  model: {type(model).__name__}{weights}",
+        "Make them agree: Task.batch and Task.loss, or task.model and task.options. The loss is a sum over samples.",
+    )
+
+
+def _shown(value: Any) -> str:
+    """The shapes and types of the tensors in a batch."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_shown(part)}" for name, part in value.items())
+    if isinstance(value, tuple | list):
+        return f"({', '.join(_shown(part) for part in value[:8])}{', ...' * (len(value) > 8)})"
+    if is_dataclass(value):
+        return _shown({part.name: getattr(value, part.name) for part in fields(value)})
+    return repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
+
+
+def _place(error: BaseException) -> str:
+    """Where the user's own code raised `error`, or called what did."""
+    if isinstance(error, SyntaxError):
+        return f"at {error.filename}:{error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    libraries = (os.path.dirname(os.__file__), "<")
+    own = [frame for frame in frames if not frame.filename.startswith(libraries) and "-packages" not in frame.filename]
+    frame = (own or frames)[-1]
+    return f"at {frame.filename}:{frame.lineno}"

@@ -1,0 +1,229 @@
+"""The recorder for a training loop of another program: its steps, losses and joules in a run directory like ours.
+
+    from hpc_train.train.recording import recording
+
+    with recording("my-job", global_batch=256, model=model) as recorder:
+        for inputs, targets in loader:
+            with recorder.step() as step:
+                ...
+                step.loss = loss
+
+The loop keeps its own communication: the recorder talks between ranks at the beginning and at the end, and never in
+between. So it costs nothing there, and what goes wrong in the loop is the loop's own affair.
+"""
+
+import os
+import socket
+from array import array
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter_ns
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import distributed, nn
+
+from hpc_train.clock import Clock
+from hpc_train.config import RECORDED, UNKNOWN_STEPS, Loaded, from_values
+from hpc_train.errors import UserError
+from hpc_train.partition import rank_span
+from hpc_train.train.attempt import open_attempt
+from hpc_train.train.context import Context, join_mpi
+from hpc_train.train.metadata import place_ranks
+from hpc_train.train.process_group import join_process_group
+from hpc_train.train.recorder import Recorder
+from hpc_train.world import World, launched_rank, launched_size
+
+_STARTED_SIZES = ("WORLD_SIZE", "HOROVOD_SIZE")  # what launchers without MPI tell their processes
+
+
+@contextmanager
+def recording(
+    name: str,
+    *,
+    global_batch: int | None = None,
+    batch_per_rank: int | None = None,
+    model: nn.Module | None = None,
+    steps: int | None = None,
+    warmup_steps: int = 10,
+    log_every: int = 100,
+    root: str | Path = "runs",
+    watts_per_core: float = 10.0,
+    **options: Any,
+) -> Iterator["Recording"]:
+    """Collective. Records a loop in `root/name/<stamp>-np<N>`, which `hpc-train report` reads; gives a `Recording`.
+
+    The ranks are those of torch.distributed where it is initialised, else MPI's (mpirun, srun), else this process.
+    global_batch: samples of all ranks in a step, the same for any number of ranks (strong scaling); or batch_per_rank
+    (weak): exactly one of them. model: counted and named. steps: if it is known. warmup_steps, the first ones, are
+    left out of speedups. log_every: steps between the root's lines. watts_per_core: assumed where no meter of the
+    processors can be read. options: numbers, text or lists that the loop depends on (lr=0.1): runs are compared where
+    these agree.
+
+    Raises `UserError` for what does not fit. An exception of the loop passes through as it is: what was recorded until
+    then is kept, and the run is incomplete.
+    """
+    values: dict[str, Any] = {
+        "name": name,
+        "task": {"kind": RECORDED, "model": _model_name(model), "options": options},
+        "train": {
+            "steps": UNKNOWN_STEPS if steps is None else steps,
+            "global_batch": global_batch,
+            "batch_per_rank": batch_per_rank,
+            "log_every": log_every,
+            "warmup_steps": warmup_steps,
+        },
+        "reduce": {"strategy": "own"},
+        "energy": {"watts_per_core": float(watts_per_core)},
+        "run": {"root": str(root), "progress": "plain"},  # a bar would break into the program's own lines
+    }
+    loaded = from_values(values, "recording()")
+    with _ranks() as context, open_attempt(loaded, context, "never") as attempt:
+        recorder = Recorder(loaded, context, place_ranks(context, torch.get_num_threads()), attempt, Clock())
+        batch_size = loaded.config.train.batch_size(context.world.size)
+        with recorder:
+            recorder.start(0, model, {"global_batch": batch_size, "recorded": _facts(context)})
+            loop = Recording(recorder, context.world, batch_size, log_every)
+            yield loop
+            recorder.stop("complete")
+        num_steps, losses = loop.losses_of_all(context)
+        whole = _with_steps(loaded, num_steps)
+        context.on_root(lambda: recorder.rewrite(whole, losses))
+        recorder.finish(loop.test)
+
+
+class Recording:
+    """What the loop sees. `step()` around each step, from the first to the last line that belongs to it.
+
+    Where a phase of the step is marked (`with recorder.forward: ...`; `data`, `forward`, `backward`, `reduce` and
+    `optimizer`, not one inside another) the report says what it took. Steps follow each other without a gap: what is
+    not marked, and what lies between two steps, is "other". `pause` is for what belongs to no step.
+
+    test: measures of the trained model, for the report: recorder.test["accuracy"] = 0.98, alike on every rank or on
+    the root alone.
+    """
+
+    def __init__(self, recorder: Recorder, world: World, batch_size: int, log_every: int) -> None:
+        self._recorder, self._batch_size, self._log_every = recorder, batch_size, log_every
+        start, stop = rank_span(batch_size, world.rank, world.size)
+        self._step = Step(self, stop - start)
+        self._unread: list[float | torch.Tensor | None] = []
+        self._losses, self._num_samples = array("d"), array("q")  # of this rank
+        clock = recorder.clock
+        self.data, self.forward, self.backward = clock.data, clock.forward, clock.backward
+        self.reduce, self.optimizer = clock.reduce, clock.optimizer
+        self.test: dict[str, float] = {}
+
+    def step(self) -> "Step":
+        """The next step: `with recorder.step() as step: ...`. One that ends with an exception is not recorded."""
+        return self._step
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens meanwhile belongs to no step: a validation, a checkpoint. Its joules are counted."""
+        began_ns = perf_counter_ns()
+        yield
+        self._recorder.clock.leave_out(perf_counter_ns() - began_ns)
+
+    def end_step(self, loss: float | torch.Tensor | None, num_samples: int) -> None:
+        """Called at the end of `with recorder.step()`."""
+        if isinstance(loss, torch.Tensor):
+            if loss.numel() != 1:
+                raise UserError(
+                    f"step.loss of step {self._recorder.num_steps_done} has the shape {tuple(loss.shape)}",
+                    "Set it to one number: the mean over this rank's samples.",
+                )
+            loss = loss.detach().reshape(())
+        step = self._recorder.num_steps_done
+        self._recorder.end_step(step, loss, num_samples, self._batch_size)
+        self._unread.append(loss)
+        self._num_samples.append(0 if loss is None else num_samples)
+        if step % self._log_every == 0:
+            self._read_losses()
+
+    def losses_of_all(self, context: Context) -> tuple[int, list[tuple[int, float]]]:
+        """Collective. (steps of all ranks, [(step, loss)]): means over all ranks' samples, where losses were given.
+
+        Ranks may have taken unequal numbers of steps: the first ones, common to all, count.
+        """
+        self._read_losses()
+        num_steps = -int(context.max(np.array([-len(self._losses)]))[0])
+        num_samples = np.array(self._num_samples[:num_steps], dtype=np.float64)
+        sums = np.where(num_samples > 0, np.array(self._losses[:num_steps]) * num_samples, 0.0)
+        total, count = context.sum(np.stack([sums, num_samples]))
+        return num_steps, [(step, total[step] / count[step]) for step in np.flatnonzero(count).tolist()]
+
+    def _read_losses(self) -> None:
+        """Tensors to numbers, many at a time: each of them makes a GPU's loop wait."""
+        self._losses.extend(0.0 if loss is None else float(loss) for loss in self._unread)
+        self._unread.clear()
+
+
+class Step:
+    """A step of the loop, which may say more of it.
+
+    loss: the mean over this rank's samples, a number or a tensor of one; None: not known. num_samples: of this rank, by
+    default its part of the global batch.
+    """
+
+    __slots__ = ("_recording", "_share", "loss", "num_samples")
+
+    def __init__(self, recording: Recording, share: int) -> None:
+        self._recording, self._share = recording, share
+        self.loss: float | torch.Tensor | None = None
+        self.num_samples = share
+
+    def __enter__(self) -> Self:
+        self.loss, self.num_samples = None, self._share
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._recording.end_step(self.loss, self.num_samples)
+
+
+def _ranks() -> AbstractContextManager[Context]:
+    """The ranks that the program's loop runs on. Raises UserError where they cannot be told."""
+    if distributed.is_available() and distributed.is_initialized():
+        return join_process_group()
+    if launched_rank() is not None:
+        return join_mpi()
+    sizes = {name: os.environ.get(name, "1") for name in _STARTED_SIZES} | {"srun's tasks": str(launched_size() or 1)}
+    for name, size in sizes.items():
+        if size != "1":
+            raise UserError(
+                f"{name} = {size}: this process is one of several, and cannot reach the others",
+                "Call torch.distributed.init_process_group() before recording(), or start the ranks with mpirun.",
+            )
+    return nullcontext(Context(World(host=socket.gethostname())))
+
+
+def _facts(context: Context) -> dict[str, str]:
+    """What meta.json says of a recorded loop besides what it says of every run."""
+    through = "MPI"
+    if context.comm is None:
+        through = "nothing: one process"
+    elif distributed.is_available() and distributed.is_initialized():
+        through = f"torch.distributed ({distributed.get_backend()})"
+    return {"ranks_talk_through": through, "losses": "of rank 0, and of all ranks once the run is complete"}
+
+
+def _model_name(model: nn.Module | None) -> str:
+    """The class of the model; of the one inside where torch has wrapped it to be trained on several ranks."""
+    if model is None:
+        return "unknown"
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    return type(model.module if wrapped else model).__name__
+
+
+def _with_steps(loaded: Loaded, num_steps: int) -> Loaded:
+    """The configuration of a loop that has ended: now its steps are known."""
+    config = loaded.config
+    train = config.train.model_copy(update={"steps": max(1, num_steps)})
+    return replace(loaded, config=config.model_copy(update={"train": train}))

@@ -1,0 +1,246 @@
+"""Deep Q-learning: a replay memory that all ranks fill together and each holds whole."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hpc_train.config import Config
+from hpc_train.errors import UserError
+from hpc_train.partition import drawn, noise_seed, rank_span
+from hpc_train.train import models
+from hpc_train.train.context import Context
+from hpc_train.train.models.q_network import QNetwork
+from hpc_train.train.tasks.reinforcement import ENDLESS, Environments, seeds_to_test
+from hpc_train.world import World
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """n actions and what came of them."""
+
+    observations: torch.Tensor  # (n, num_observed) float32
+    actions: torch.Tensor  # (n,) int64, from 0
+    rewards: torch.Tensor  # (n,) float32
+    next_observations: torch.Tensor  # (n, num_observed) float32
+    terminated: torch.Tensor  # (n,) bool: nothing comes after; not so where only time ran out
+    over: torch.Tensor  # (n,) bool: the episode's last, for either reason
+
+
+@dataclass(frozen=True)
+class Experience:
+    """This rank's share of a global batch: n actions, and what came of each within `rl.multi_step` actions."""
+
+    observations: torch.Tensor  # (n, num_observed) float32
+    actions: torch.Tensor  # (n,) int64, from 0
+    rewards: torch.Tensor  # (n,) float32: discounted and summed, times 1 - gamma
+    next_observations: torch.Tensor  # (n, num_observed) float32: after the last of those actions
+    discounts: torch.Tensor  # (n,) float32: what the value of that observation counts; 0 where nothing comes after
+
+
+class Replay:
+    """The last `capacity` transitions: a ring of tensors, the same on every rank.
+
+    They come from `num_envs` environments in turn: what an environment did next stands `num_envs` places on.
+    """
+
+    def __init__(self, capacity: int, num_envs: int, num_observed: int) -> None:
+        self.capacity, self.num_added = capacity, 0
+        self._num_envs = num_envs
+        self._kept = Transitions(
+            torch.zeros(capacity, num_observed),
+            torch.zeros(capacity, dtype=torch.int64),
+            torch.zeros(capacity),
+            torch.zeros(capacity, num_observed),
+            torch.zeros(capacity, dtype=torch.bool),
+            torch.zeros(capacity, dtype=torch.bool),
+        )
+
+    def __len__(self) -> int:
+        return min(self.num_added, self.capacity)
+
+    def add(self, new: Transitions) -> None:
+        """Keeps `new`, one of each environment, in place of the oldest."""
+        places = torch.arange(self.num_added, self.num_added + self._num_envs) % self.capacity
+        for field in fields(Transitions):
+            getattr(self._kept, field.name)[places] = getattr(new, field.name)
+        self.num_added += self._num_envs
+
+    def take(self, places: np.ndarray, multi_step: int, gamma: float) -> Experience:
+        """The transitions at `places`, below len(self), each followed for `multi_step` actions.
+
+        Or for fewer, where the episode ends before or the environment has not gone on yet:
+        (1 - gamma) (r_0 + gamma r_1 + ...) are the rewards, gamma^k is the discount after k actions (Sutton and Barto,
+        "Reinforcement Learning", 2nd edition 2018, equation 7.1).
+        """
+        kept, first = self._kept, torch.from_numpy(places)
+        last, rewards = first, (1 - gamma) * kept.rewards[first]
+        discounts = torch.full_like(rewards, gamma)
+        for _ in range(multi_step - 1):
+            num_newer = (self.num_added - 1 - last) % self.capacity
+            goes_on = ~kept.over[last] & (num_newer >= self._num_envs)
+            last = torch.where(goes_on, (last + self._num_envs) % self.capacity, last)
+            rewards = rewards + goes_on * discounts * (1 - gamma) * kept.rewards[last]
+            discounts = torch.where(goes_on, gamma * discounts, discounts)
+        discounts = discounts * ~kept.terminated[last]
+        return Experience(
+            kept.observations[first], kept.actions[first], rewards, kept.next_observations[last], discounts
+        )
+
+    def state(self) -> dict[str, Any]:
+        """The tensors themselves, as far as they are filled."""
+        kept = {field.name: getattr(self._kept, field.name)[: len(self)] for field in fields(Transitions)}
+        return {"num_added": self.num_added, **kept}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.num_added = int(state["num_added"])
+        for field in fields(Transitions):
+            getattr(self._kept, field.name)[: len(self)] = state[field.name]
+
+
+class Dqn:
+    """Collective. In each step every environment takes `rl.actions_per_step` actions; then transitions are drawn.
+
+    The environments are split over the ranks, and what they saw is told to all. What an environment and a sample draw
+    depends on the seed, their numbers and the step alone: the number of ranks changes nothing.
+    """
+
+    acts = True  # a batch needs the weights of its step: it cannot be made ahead
+
+    def __init__(self, config: Config, context: Context) -> None:
+        self.config, self.context = config, context
+        self.num_samples = ENDLESS
+        rl, world = config.rl, context.world
+        self._environments = context.on_all(lambda: self._open(world))
+        self._replay = Replay(rl.replay_size, rl.num_envs, self._environments.num_observed)
+        self._mine = range(*rank_span(rl.num_envs, world.rank, world.size))
+        # Of all ranks' environments, so that any rank can tell where they stand: how many episodes each has begun, and
+        # its actions in the one that is going on.
+        self._num_episodes = [0] * rl.num_envs
+        self._actions: list[list[int]] = [[] for _ in range(rl.num_envs)]
+        self._now = np.zeros((len(self._mine), self._environments.num_observed), np.float32)  # what mine show
+        self._played_step = -1
+        self._begin(range(rl.num_envs))
+
+    def _open(self, world: World) -> Environments:
+        rl, batch = self.config.rl, self.config.train.batch_size(world.size)
+        if rl.num_envs < world.size:
+            raise UserError(
+                f"rl.num_envs = {rl.num_envs} is smaller than the {world.size} ranks: some would have none to play",
+                f"Set rl.num_envs to {world.size} or more, or start fewer ranks.",
+            )
+        if batch > rl.replay_size:
+            raise UserError(
+                f"rl.replay_size = {rl.replay_size} is smaller than a global batch of {batch}",
+                f"Set rl.replay_size to {batch} or more, or train.global_batch to less.",
+            )
+        if rl.replay_start > rl.replay_size:
+            raise UserError(
+                f"rl.replay_start = {rl.replay_start} is more than rl.replay_size = {rl.replay_size}",
+                "Training would never begin: set rl.replay_start to less.",
+            )
+        return Environments(rl)
+
+    def model(self) -> nn.Module:
+        task, environments = self.config.task, self._environments
+        given = (environments.num_observed, environments.num_actions)
+        self._network = cast(QNetwork, models.make_model({"q_network": QNetwork}, task.model, given, task.options))
+        return self._network
+
+    def batch(self, rows: np.ndarray, step: int) -> Experience:
+        """Collective. Plays on, once a step, and draws from the replay memory."""
+        rl = self.config.rl
+        if step != self._played_step:
+            self._played_step = step
+            while len(self._replay) < rl.replay_start:
+                self._play((0, self._replay.num_added), epsilon=1.0)
+            if step % rl.target_every == 0:
+                self._network.update_target()
+            epsilon = max(rl.epsilon_end, 1 - (1 - rl.epsilon_end) * step / rl.epsilon_steps)
+            for repeat in range(rl.actions_per_step):
+                self._play((1 + step, repeat), epsilon)
+        places = drawn(rows, len(self._replay), self.config.seed)
+        return self._replay.take(places, rl.multi_step, rl.gamma)
+
+    def _play(self, when: tuple[int, int], epsilon: float) -> None:
+        """Collective. One action of every environment, random with probability `epsilon`; all ranks learn of all.
+
+        when: names what is drawn here; no two calls of a run have the same.
+        """
+        environments, mine = self._environments, self._mine
+        noise = np.random.default_rng([self.config.seed, *when]).random((self.config.rl.num_envs, 2))
+        explores, random_action = noise[mine, 0] < epsilon, (noise[mine, 1] * environments.num_actions).astype(np.int64)
+        actions = random_action if explores.all() else np.where(explores, random_action, self._best(self._now))
+        seen = [
+            environments.step(environment, action)
+            for environment, action in zip(environments.take(len(mine)), actions.tolist(), strict=True)
+        ]
+        after, rewards, terminated, over = (np.array(column) for column in zip(*seen, strict=True))
+        mine_of_all = (self._now, actions, rewards.astype(np.float32), after, terminated, over)
+        columns = zip(*self.context.all(mine_of_all), strict=True)
+        everyone = Transitions(*(torch.from_numpy(np.concatenate(column)) for column in columns))
+        self._replay.add(everyone)
+        for done, action in zip(self._actions, everyone.actions.tolist(), strict=True):
+            done.append(action)
+        self._now = after.copy()
+        self._begin(everyone.over.nonzero().flatten().tolist())
+
+    @torch.no_grad()
+    def _best(self, observations: np.ndarray) -> np.ndarray:
+        device = next(self._network.parameters()).device
+        return self._network(torch.from_numpy(observations).to(device)).argmax(1).cpu().numpy()
+
+    def _begin(self, numbers: Any) -> None:
+        """Begins the next episode of each of these environments."""
+        for number in numbers:
+            self._actions[number] = []
+            self._num_episodes[number] += 1
+            self._reset(number)
+
+    def _reset(self, number: int) -> None:
+        """Resets an environment for the episode it is in; of others' environments only the count is kept here."""
+        if number in self._mine:
+            place = number - self._mine.start
+            environment = self._environments.take(len(self._mine))[place]
+            seed = noise_seed(self.config.seed, self._num_episodes[number], number)
+            self._now[place] = self._environments.reset(environment, seed)
+
+    def state(self) -> dict[str, Any]:
+        """The replay memory and where each environment stands; alike on all ranks, and not collective."""
+        return {
+            "replay": self._replay.state(),
+            "num_episodes": list(self._num_episodes),
+            "actions": [torch.tensor(actions, dtype=torch.int64) for actions in self._actions],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continues from `state`: environments are reset and play the actions of their episodes again."""
+        self._replay.load_state(state["replay"])
+        self._num_episodes = [int(count) for count in state["num_episodes"]]
+        self._actions = [actions.tolist() for actions in state["actions"]]
+        for place, number in enumerate(self._mine):
+            self._reset(number)
+            environment = self._environments.take(len(self._mine))[place]
+            for action in self._actions[number]:
+                self._now[place], *_ = self._environments.step(environment, action)
+
+    def loss(self, model: nn.Module, batch: Experience) -> torch.Tensor:
+        values = model(batch.observations).gather(1, batch.actions[:, None]).squeeze(1).float()  # of autocast's bf16
+        # With the factor 1 - gamma in the rewards, a value is one of a lasting reward and of its order, whatever gamma.
+        # Without it CartPole's, of up to 100, ran away to 10^6 within 3,000 steps.
+        next_values = self._network.next_values(batch.next_observations, self.config.rl.double).float()
+        targets = batch.rewards + batch.discounts * next_values
+        return functional.smooth_l1_loss(values, targets, reduction="sum")  # gradients of 1 at most, as in the paper
+
+    def test_batches(self, world: World) -> Iterator[list[int]]:
+        return seeds_to_test(self.config.rl.test_episodes, world)
+
+    def test(self, model: nn.Module, batch: list[int]) -> tuple[int, dict[str, float]]:
+        device = next(self._network.parameters()).device
+        environments = Environments(self.config.rl)  # not those of training, which are amid their episodes
+        returns = environments.greedy_returns(batch, lambda observed: self._network(observed.to(device)))
+        return len(batch), {"return": float(returns.sum())}

@@ -1,0 +1,129 @@
+"""Policy gradient with a baseline: REINFORCE, a sample being an episode."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hpc_train.config import Config
+from hpc_train.errors import UserError
+from hpc_train.partition import noise_seed
+from hpc_train.train import models
+from hpc_train.train.context import Context
+from hpc_train.train.models.policy import Policy
+from hpc_train.train.tasks.reinforcement import ENDLESS, Environments, Played, seeds_to_test
+from hpc_train.world import World
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """The actions of this rank's episodes, one after another."""
+
+    observations: torch.Tensor  # (num_actions, num_observed) float32
+    actions: torch.Tensor  # (num_actions,) int64
+    returns: torch.Tensor  # (num_actions,) float32: what came after each action, see returns_to_go
+    advantages: torch.Tensor  # (num_actions,) float32: how much better than the baseline, normalised over all ranks
+    weight: float  # of an action, for the loss to be a sum over episodes
+
+
+class PolicyGradient:
+    """Collective. Plays `train.global_batch` episodes a step with the policy of that step, and learns from them once.
+
+    An episode is a pure function of the weights and its number: it does not matter which rank plays it.
+    """
+
+    acts = True  # a batch needs the weights of its step: it cannot be made ahead
+
+    def __init__(self, config: Config, context: Context) -> None:
+        self.config, self.context = config, context
+        self.num_samples = ENDLESS
+        self._environments = context.on_all(self._open)
+
+    def _open(self) -> Environments:
+        if self.config.train.accumulate > 1:
+            raise UserError(
+                f"train.accumulate = {self.config.train.accumulate}: advantages are normalised over a whole step",
+                "Leave train.accumulate at 1 for policy_gradient; fewer episodes a step need less memory.",
+            )
+        return Environments(self.config.rl)
+
+    def model(self) -> nn.Module:
+        task, environments = self.config.task, self._environments
+        given = (environments.num_observed, environments.num_actions)
+        self._policy = cast(Policy, models.make_model({"policy": Policy}, task.model, given, task.options))
+        return self._policy
+
+    @torch.no_grad()
+    def batch(self, rows: np.ndarray, step: int) -> Episodes:
+        """Collective. Plays the episodes of these numbers."""
+        seed = self.config.seed
+        noise = [np.random.default_rng([seed, row]) for row in rows.tolist()]
+        device = next(self._policy.parameters()).device
+
+        def choose(observations: np.ndarray, alive: np.ndarray) -> np.ndarray:
+            odds = self._policy.actor(torch.from_numpy(observations).to(device)).double()
+            shares = odds.softmax(1).cumsum(1).cpu().numpy()
+            draws = np.array([noise[i].random() for i in alive.tolist()])
+            return (shares[:, :-1] < draws[:, None]).sum(1)
+
+        played = self._environments.play([noise_seed(seed, 0, row) for row in rows.tolist()], choose)
+        return self._learnt_from(played, device)
+
+    def _learnt_from(self, played: Played, device: torch.device) -> Episodes:
+        """Collective. Returns, and advantages over the baseline, normalised by all ranks' mean and deviation."""
+        gamma = self.config.rl.gamma
+        is_played = np.arange(len(played.rewards))[:, None] < played.lengths
+        # Time that ran out says nothing about the state it ran out in: the baseline stands for what would have come.
+        ends = self._policy.baseline(torch.from_numpy(played.last).to(device)).squeeze(1).cpu().numpy()
+        ends = np.where(played.terminated, 0, ends)
+        returns = returns_to_go(played.rewards, played.lengths, ends, gamma)[is_played].astype(np.float32)
+        observations = torch.from_numpy(played.observations[is_played])
+        values = self._policy.baseline(observations.to(device)).squeeze(1).cpu().numpy()
+        advantages = (returns - values).astype(np.float64)
+        counted = np.array([len(played.lengths), len(returns), advantages.sum(), np.square(advantages).sum()])
+        num_episodes, num_actions, total, squares = self.context.sum(counted)
+        mean = total / num_actions
+        advantages = (advantages - mean) / (np.sqrt(max(squares / num_actions - mean**2, 0)) + 1e-8)
+        return Episodes(
+            observations,
+            torch.from_numpy(played.actions[is_played]),
+            torch.from_numpy(returns),
+            torch.from_numpy(advantages.astype(np.float32)),
+            num_episodes / num_actions,
+        )
+
+    def loss(self, model: nn.Module, batch: Episodes) -> torch.Tensor:
+        odds, values = (out.float() for out in model(batch.observations))  # of autocast's bf16
+        logs = odds.log_softmax(1)
+        chosen = logs.gather(1, batch.actions[:, None]).squeeze(1)
+        entropy = -(logs.exp() * logs).sum()
+        baseline = functional.mse_loss(values, batch.returns, reduction="sum")
+        rl = self.config.rl
+        lost = -(batch.advantages * chosen).sum() + rl.baseline_weight * baseline - rl.entropy_weight * entropy
+        return batch.weight * lost
+
+    def test_batches(self, world: World) -> Iterator[list[int]]:
+        return seeds_to_test(self.config.rl.test_episodes, world)
+
+    def test(self, model: nn.Module, batch: list[int]) -> tuple[int, dict[str, float]]:
+        device = next(self._policy.parameters()).device
+        returns = self._environments.greedy_returns(batch, lambda observed: self._policy.actor(observed.to(device)))
+        return len(batch), {"return": float(returns.sum())}
+
+
+def returns_to_go(rewards: np.ndarray, lengths: np.ndarray, ends: np.ndarray, gamma: float) -> np.ndarray:
+    """rewards (T, n) of n episodes of `lengths` (n,), worth `ends` (n,) after their last action -> (T, n):
+
+    G_t = (1 - gamma) r_t + gamma G_(t+1), and at an episode's end what it is worth there (Sutton and Barto, equation
+    3.9, times 1 - gamma: a return is then one of a lasting reward and of its order, whatever gamma).
+    """
+    returns = np.zeros_like(rewards)
+    value = ends.astype(rewards.dtype)
+    for t in reversed(range(len(rewards))):
+        value = np.where(t < lengths, (1 - gamma) * rewards[t] + gamma * value, value)
+        returns[t] = value
+    return returns

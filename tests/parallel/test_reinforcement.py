@@ -1,0 +1,63 @@
+"""Environments are split over the ranks, and nothing that is learnt depends on how many there are."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hpc_train.config import Loaded, load
+from hpc_train.records import read_metrics
+from hpc_train.rundir import find
+from hpc_train.train.context import Context
+from hpc_train.train.tasks.dqn import Dqn
+from hpc_train.train.trainer import train
+from hpc_train.world import World
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+KEYS = {
+    "dqn": ("rl.replay_start=60", "rl.num_envs=7", "rl.target_every=3", "rl.epsilon_steps=8", "train.global_batch=33"),
+    "reinforce": ("train.global_batch=9",),
+}
+
+
+def job(name: str, root: Path, *overrides: str) -> Loaded:
+    quick = ("train.steps=12", "rl.test_episodes=5", f"run.root={root}", "run.progress=plain", "train.threads=1")
+    return load(CONFIGS / f"{name}-cartpole.toml", (*quick, *KEYS[name], *overrides))
+
+
+def losses(root: Path) -> np.ndarray:
+    return np.array(read_metrics(find([root])[0].metrics)[1])
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_losses_are_those_of_one_process(context: Context, shared_path: Path, name: str) -> None:
+    def alone() -> np.ndarray:
+        train(job(name, shared_path / "alone", "reduce.strategy=local"), Context(World()))
+        return losses(shared_path / "alone")
+
+    expected = context.on_root(alone)
+    for strategy in ("horovod", "mpi"):
+        train(job(name, shared_path / strategy, f"reduce.strategy={strategy}"), context)
+        context.barrier()
+        together = losses(shared_path / strategy)
+        assert len(together) == 12 and len(set(expected)) == 12
+        assert np.abs(together - expected).max() < 1e-5, (strategy, together, expected)
+
+
+def test_all_ranks_hold_the_replay_memory_of_one_process(context: Context, shared_path: Path) -> None:
+    config = job("dqn", shared_path).config
+
+    def played(context: Context) -> dict[str, object]:
+        task = Dqn(config, context)
+        task.model()
+        for step in range(20):
+            task.batch(np.arange(3), step)
+        return task.state()
+
+    torch.manual_seed(0)
+    together = played(context)
+    torch.manual_seed(0)
+    alone = played(Context(World()))
+    for state in (alone, *context.all(together)):
+        torch.testing.assert_close(together, state, rtol=0, atol=0)

@@ -1,0 +1,149 @@
+"""Strategies on equal work: the same losses, resumed to the bit, and what each is for."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hpc_train.config import load
+from hpc_train.errors import UserError
+from hpc_train.records import read_timings
+from hpc_train.rundir import RunDir
+from hpc_train.train.context import Context
+from hpc_train.train.stop import CONTINUE
+from hpc_train.train.tasks.classification import Classification
+from hpc_train.train.trainer import train
+from tests.parallel.test_train import CONFIGS, losses, losses_alone, run
+
+SMALL = {"task__options": "{hidden=[64]}", "train__threads": 1}
+
+
+def keys_of(strategy: str, size: int) -> dict[str, object]:
+    """The keys of "parameter_server 2", a strategy with its servers; a test is skipped where the ranks are too few."""
+    name, _, servers = strategy.partition(" ")
+    if servers and size <= int(servers):
+        pytest.skip(f"{size} ranks are too few for {strategy}")
+    return {"reduce__strategy": name, **({"reduce__servers": int(servers)} if servers else {})}
+
+
+SPREAD = ["sharded", "parameter_server 1", "parameter_server 2"]
+
+
+@pytest.mark.parametrize("strategy", ["horovod", "mpi", *SPREAD])
+def test_losses_are_those_of_one_process(context: Context, shared_path: Path, digits: Path, strategy: str) -> None:
+    """With accumulated, clipped gradients and a learning rate that changes; last batches of 176 are uneven on 3."""
+    keys = {**SMALL, "train__steps": 40, "train__accumulate": 2, "train__clip_norm": 0.7, "train__schedule": "cosine"}
+    keys |= {"train__lr_warmup_steps": 5, "train__weight_decay": 1e-3}
+    together = losses(
+        run(context, shared_path, digits, "mlp-mnist.toml", **keys, **keys_of(strategy, context.world.size))
+    )
+    alone = context.on_root(lambda: losses_alone(digits, "mlp-mnist.toml", tuple(keys.items())))
+    assert np.abs(together / alone - 1).max() < 1e-5
+
+
+@pytest.mark.parametrize("strategy", ["horovod", *SPREAD])
+def test_a_prolonged_run_is_a_long_one_to_the_bit(
+    context: Context, shared_path: Path, digits: Path, strategy: str
+) -> None:
+    """The optimizer's parts come together in a checkpoint, and apart again; and any other strategy could go on."""
+    keys = {**SMALL, "train__optimizer": "adamw", "train__lr": 0.001, **keys_of(strategy, context.world.size)}
+    whole = run(context, shared_path / "whole", digits, "mlp-mnist.toml", train__steps=8, **keys)
+    begun = run(context, shared_path / "begun", digits, "mlp-mnist.toml", train__steps=5, **keys)
+    context.on_root(begun.summary.unlink)
+    more = {**keys, "train__steps": 8, "data__file": digits, "run__root": shared_path / "begun"}
+    settings = tuple(f"{key.replace('__', '.')}={value}" for key, value in more.items())
+    assert train(load(CONFIGS / "mlp-mnist.toml", settings), context, str(begun.path)) == 0
+    context.barrier()
+    ours, theirs = (torch.load(each.checkpoint(8) / "state.pt", weights_only=True) for each in (begun, whole))
+    assert losses(begun).tolist() == losses(whole).tolist()
+    for part in ("model", "optimizer"):
+        assert ours[part].keys() == theirs[part].keys()
+    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+    assert set(ours["optimizer"]) == set(ours["model"]), "by names of parameters, whatever the strategy"
+    for name, kept in theirs["optimizer"].items():
+        assert all(torch.equal(ours["optimizer"][name][key], value) for key, value in kept.items())
+        assert kept["exp_avg"].shape == ours["model"][name].shape and kept["step"].item() == 8
+
+
+def test_the_optimizers_state_is_divided_among_the_ranks(context: Context, shared_path: Path, digits: Path) -> None:
+    keys = {**SMALL, "train__steps": 3, "train__optimizer": "adamw"}
+    memory = {}
+    for strategy in ("horovod", "sharded"):
+        made = run(context, shared_path / strategy, digits, "mlp-mnist.toml", reduce__strategy=strategy, **keys)
+        memory[strategy] = json.loads(made.meta.read_text())["optimizer_bytes"]
+    assert len(memory["horovod"]) == context.world.size
+    for whole, part in zip(memory["horovod"], memory["sharded"], strict=True):
+        assert part == pytest.approx(whole / context.world.size, rel=0.01), "both moments, and little more"
+
+
+class Stops(Classification):
+    """Asks for a stop on the last rank that trains, in its 4th step."""
+
+    def batch(self, rows: np.ndarray, step: int) -> Any:
+        if step == 4 and self.rank == self.size - 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return super().batch(rows, step)
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config, context)
+        self.rank, self.size = context.world.rank, context.world.size
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_asynchronous_workers_train_and_all_stop_after_the_same_step(
+    context: Context, shared_path: Path, digits: Path, servers: int
+) -> None:
+    keys: dict[str, object] = {**SMALL, **keys_of(f"parameter_server {servers}", context.world.size)}
+    keys |= {"reduce__asynchronous": "true", "train__momentum": 0, "data__file": digits, "run__root": shared_path}
+    keys |= {"train__steps": 30, "task__kind": f"{__name__}:Stops"}
+    settings = tuple(f"{key.replace('__', '.')}={value}" for key, value in keys.items())
+    assert train(load(CONFIGS / "mlp-mnist.toml", settings), context, "never") == CONTINUE
+    made = RunDir(context.on_root(lambda: next(shared_path.glob("mlp-mnist/*"))))
+    steps = context.all(read_timings(made.timings(context.world.rank))["step"].tolist())
+    assert len({tuple(each) for each in steps}) == 1 and 5 <= len(steps[0]) < 30, "workers and servers alike"
+    assert made.checkpoint(len(steps[0])).exists()
+    assert train(load(CONFIGS / "mlp-mnist.toml", settings), context, str(made.path)) in (0, CONTINUE)
+    assert losses(made)[-1] < 0.5 * losses(made)[0]
+
+
+@pytest.mark.parametrize(
+    "keys, most",
+    [
+        ({"reduce__compression": "fp16"}, 1e-3),
+        ({"reduce__compression": "bf16"}, 1e-2),
+        ({"reduce__compression": "bf16", "reduce__strategy": "mpi"}, 1e-2),
+        ({"train__precision": "bf16"}, 2e-2),
+        ({"train__precision": "fp16", "reduce__strategy": "sharded"}, 1e-2),
+        ({"reduce__fusion_threshold_mb": 64}, 1e-5),
+    ],
+)
+def test_less_exact_ways_stay_near(
+    context: Context, shared_path: Path, digits: Path, keys: dict[str, object], most: float
+) -> None:
+    near = losses(run(context, shared_path, digits, "mlp-mnist.toml", **SMALL, train__steps=20, **keys))
+    exact = context.on_root(lambda: losses_alone(digits, "mlp-mnist.toml", (*SMALL.items(), ("train__steps", 20))))
+    difference = np.abs(near / exact - 1).max()
+    assert difference < most
+    if context.world.size > 1 and "reduce__fusion_threshold_mb" not in keys:
+        assert difference > 0, "the shorter numbers were really used"
+
+
+def test_adasum(context: Context, shared_path: Path, digits: Path) -> None:
+    keys = {**SMALL, "train__steps": 20, "reduce__adasum": "true"}
+    if context.world.size & (context.world.size - 1):
+        with pytest.raises(UserError, match="no power of two"):
+            run(context, shared_path, digits, "mlp-mnist.toml", **keys)
+        return
+    made = losses(run(context, shared_path, digits, "mlp-mnist.toml", **keys))
+    assert made[-1] < 0.5 * made[0]
+
+
+def test_too_few_ranks_for_the_servers(context: Context, shared_path: Path, digits: Path) -> None:
+    keys = {"reduce__strategy": "parameter_server", "reduce__servers": 4}
+    with pytest.raises(UserError, match=r"reduce\.servers = 4 would serve, and none train"):
+        run(context, shared_path, digits, "mlp-mnist.toml", **SMALL, train__steps=2, **keys)

@@ -1,0 +1,125 @@
+"""From summed gradients to new weights: schedules, clipping, loss scale, and LARS and LAMB by their formulas."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_train import config
+from hpc_train.train.optimize import Optimizer, learning_rate
+from hpc_train.train.shards import Owned
+
+
+def settings(**keys: object) -> config.Train:
+    return config.Train.model_validate({"steps": 100, "global_batch": 8, **keys})
+
+
+def optimizer(train: config.Train, *parameters: nn.Parameter, decays: bool = True) -> Optimizer:
+    owned = [Owned(str(index), parameter, decays) for index, parameter in enumerate(parameters)]
+    return Optimizer(train, owned, 8, lambda value: value)
+
+
+def parameter(values: list[list[float]], gradient: list[list[float]]) -> nn.Parameter:
+    made = nn.Parameter(torch.tensor(values))
+    made.grad = torch.tensor(gradient)
+    return made
+
+
+@pytest.mark.parametrize(
+    "keys, expected",
+    [
+        ({}, {0: 0.1, 99: 0.1}),
+        ({"schedule": "linear"}, {0: 0.1, 50: 0.05, 99: 0.001}),
+        ({"schedule": "cosine"}, {0: 0.1, 50: 0.05, 25: 0.05 * (1 + math.sqrt(0.5))}),
+        ({"schedule": "step"}, {0: 0.1, 33: 0.1, 34: 0.01, 67: 0.001, 89: 0.0001}),
+        ({"lr_warmup_steps": 10}, {0: 0.01, 4: 0.05, 9: 0.1, 10: 0.1}),
+        ({"lr_warmup_steps": 20, "schedule": "linear"}, {19: 0.1, 20: 0.1, 60: 0.05}),
+        ({"lr_reference_batch": 2}, {0: 0.4, 99: 0.4}),  # a batch four times as large, four times the rate
+        ({"lr_reference_batch": 2, "lr_warmup_steps": 3}, {0: 0.2, 1: 0.3, 2: 0.4, 3: 0.4}),  # from the rate given
+    ],
+)
+def test_learning_rates(keys: dict[str, object], expected: dict[int, float]) -> None:
+    for step, rate in expected.items():
+        assert learning_rate(settings(lr=0.1, **keys), step, batch_size=8) == pytest.approx(rate), step
+
+
+def test_a_gradient_is_clipped_over_the_whole_model() -> None:
+    one, other = parameter([[0.0]], [[3.0]]), parameter([[0.0]], [[4.0]])
+    optimizer(settings(lr=1.0, clip_norm=1.0), one, other).step(0)
+    assert (one.item(), other.item()) == pytest.approx((-0.6, -0.8), abs=1e-5), "the direction stays"
+    short = parameter([[0.0]], [[0.5]])
+    optimizer(settings(lr=1.0, clip_norm=1.0), short).step(0)
+    assert short.item() == -0.5
+
+
+def test_the_norm_is_that_of_all_parts() -> None:
+    """Where ranks own parts, their squares are added up: here another rank owns 4 of a gradient of 5."""
+    mine = parameter([[0.0]], [[3.0]])
+    Optimizer(settings(lr=1.0, clip_norm=1.0), [Owned("a", mine, True)], 8, lambda squares: squares + 16).step(0)
+    assert mine.item() == pytest.approx(-0.6, abs=1e-5)
+
+
+def test_weight_decay_is_for_matrices() -> None:
+    matrix, vector = parameter([[1.0]], [[0.0]]), parameter([[1.0]], [[0.0]])
+    train = settings(lr=0.1, weight_decay=0.5)
+    optimizer(train, matrix).step(0)
+    optimizer(train, vector, decays=False).step(0)
+    assert (matrix.item(), vector.item()) == pytest.approx((0.95, 1.0))
+
+
+def test_the_scale_of_fp16_falls_with_an_overflow_and_leaves_that_update_out() -> None:
+    weight = parameter([[1.0]], [[math.inf]])
+    made = optimizer(settings(lr=1.0, precision="fp16"), weight)
+    made.step(0)
+    assert made.scale == 2.0**15 and weight.item() == 1.0
+    weight.grad = torch.tensor([[0.5 * made.scale]])
+    made.step(1)
+    assert weight.item() == 0.5, "the gradient came back to its own size"
+    again = optimizer(settings(precision="fp16"), parameter([[1.0]], [[0.0]]))
+    again.loss_scale = made.loss_scale
+    assert again.scale == 2.0**15
+
+
+def test_lars_steps_by_the_lengths_of_layers() -> None:
+    """You et al. 2017, algorithm 1: two steps with momentum, by hand."""
+    weight = parameter([[3.0, 4.0]], [[0.0, 2.0]])  # lengths 5 and 2
+    made = optimizer(settings(optimizer="lars", lr=1.0, momentum=0.5, weight_decay=0.1), weight)
+    local = 0.001 * 5 / (2 + 0.1 * 5)
+    speed = torch.tensor([[0.3, 2.4]]) * local
+    made.step(0)
+    assert torch.allclose(weight.detach(), torch.tensor([[3.0, 4.0]]) - speed)
+    before = weight.detach().clone()
+    local = 0.001 * before.norm() / (2 + 0.1 * before.norm())
+    speed = 0.5 * speed + local * (torch.tensor([[0.0, 2.0]]) + 0.1 * before)
+    made.step(1)
+    assert torch.allclose(weight.detach(), before - speed)
+
+
+def test_lamb_steps_by_the_lengths_of_layers() -> None:
+    """You et al. 2020, algorithm 2; the first step of Adam has the gradient's signs."""
+    weight = parameter([[3.0, 4.0]], [[1.0, -2.0]])
+    optimizer(settings(optimizer="lamb", lr=0.1, weight_decay=0.1), weight).step(0)
+    update = torch.tensor([[1.0, -1.0]]) + 0.1 * torch.tensor([[3.0, 4.0]])
+    expected = torch.tensor([[3.0, 4.0]]) - 0.1 * 5 / update.norm() * update
+    assert torch.allclose(weight.detach(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_vectors_and_zero_weights_are_not_scaled_to_nothing(name: str) -> None:
+    vector = nn.Parameter(torch.zeros(2))
+    vector.grad = torch.ones(2)
+    matrix = parameter([[0.0]], [[1.0]])
+    optimizer(settings(optimizer=name, lr=0.1), vector, matrix).step(0)
+    assert torch.allclose(vector.detach(), torch.full((2,), -0.1), atol=1e-5)
+    assert matrix.item() == pytest.approx(-0.1, abs=1e-5)
+
+
+def test_the_configured_learning_rate_wins_over_a_saved_one() -> None:
+    first = optimizer(settings(optimizer="adamw", lr=1.0), parameter([[0.0]], [[1.0]]))
+    first.step(0)
+    weight = parameter([[0.0]], [[1.0]])
+    second = optimizer(settings(optimizer="adamw", lr=1e-3), weight)
+    second.load(first.state())
+    second.step(1)
+    assert weight.item() == pytest.approx(-1e-3, rel=1e-3)
