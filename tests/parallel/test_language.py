@@ -134,11 +134,3 @@ def test_losses_and_measures_are_those_of_one_process(
     # One token more or less may be guessed right where two are as likely to the last bit.
     tolerance = {name: 2e-3 if name == "accuracy" else 1e-5 for name in of_one}
     assert measures == {name: pytest.approx(value, rel=tolerance[name]) for name, value in of_one.items()}
-
-
-@pytest.mark.parametrize("name", ["gpt-text", "gpt-shakespeare", "bert-text"])
-def test_shipped_jobs_train(context: Context, shared_path: Path, tokens: Path, name: str) -> None:
-    keys = {"data.file": tokens, "run.root": shared_path, "train.steps": 2, "train.global_batch": 4}
-    train(load(CONFIGS / f"{name}.toml", tuple(f"{key}={value}" for key, value in keys.items())), context)
-    (ended,) = rundir.find([shared_path])
-    assert len(read_metrics(ended.metrics)[1]) == 2

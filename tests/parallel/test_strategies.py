@@ -125,11 +125,13 @@ def test_asynchronous_workers_train_and_all_stop_after_the_same_step(
 def test_less_exact_ways_stay_near(
     context: Context, shared_path: Path, digits: Path, keys: dict[str, object], most: float
 ) -> None:
+    if context.world.size == 1 and "train__precision" not in keys:
+        pytest.skip("one rank sends nothing")
     near = losses(run(context, shared_path, digits, "mlp-mnist.toml", **SMALL, train__steps=20, **keys))
     exact = context.on_root(lambda: losses_alone(digits, "mlp-mnist.toml", (*SMALL.items(), ("train__steps", 20))))
     difference = np.abs(near / exact - 1).max()
     assert difference < most
-    if context.world.size > 1 and "reduce__fusion_threshold_mb" not in keys:
+    if "reduce__fusion_threshold_mb" not in keys:
         assert difference > 0, "the shorter numbers were really used"
 
 
