@@ -78,18 +78,17 @@ class Replay:
         "Reinforcement Learning", 2nd edition 2018, equation 7.1).
         """
         kept, first = self._kept, torch.from_numpy(places)
-        last, rewards = first, (1 - gamma) * kept.rewards[first]
-        discounts = torch.full_like(rewards, gamma)
-        for _ in range(multi_step - 1):
-            num_newer = (self.num_added - 1 - last) % self.capacity
-            goes_on = ~kept.over[last] & (num_newer >= self._num_envs)
-            last = torch.where(goes_on, (last + self._num_envs) % self.capacity, last)
-            rewards = rewards + goes_on * discounts * (1 - gamma) * kept.rewards[last]
-            discounts = torch.where(goes_on, gamma * discounts, discounts)
-        discounts = discounts * ~kept.terminated[last]
-        return Experience(
-            kept.observations[first], kept.actions[first], rewards, kept.next_observations[last], discounts
-        )
+        ahead = torch.arange(multi_step)
+        at = (first[:, None] + ahead * self._num_envs) % self.capacity  # (n, multi_step)
+        over = kept.over[at].long()
+        num_newer = (self.num_added - 1 - first) % self.capacity
+        follows = (ahead * self._num_envs <= num_newer[:, None]) & (over.cumsum(1) == over)
+        rewards = (1 - gamma) * (gamma**ahead * follows * kept.rewards[at]).sum(1)
+        count = follows.sum(1)
+        last = at.gather(1, count[:, None] - 1).squeeze(1)
+        discounts = gamma**count * ~kept.terminated[last]
+        now, after = kept.observations[first], kept.next_observations[last]
+        return Experience(now, kept.actions[first], rewards, after, discounts)
 
     def state(self) -> dict[str, Any]:
         """The tensors themselves, as far as they are filled."""
