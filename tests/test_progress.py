@@ -45,4 +45,4 @@ def test_a_log_keeps_plain_lines(tmp_path: Path, digits: Path) -> None:
     done = jobs.run(2, "train", jobs.CONFIGS / "softmax-mnist.toml", *jobs.settings(data__file=digits), cwd=tmp_path)
     assert done.code == 0 and done.err == ""
     assert "\x1b" not in done.out and "\r" not in done.out
-    assert len(done.out.splitlines()) == 10 + 3, done.out
+    assert len(done.out.splitlines()) == 10 + 4, done.out
