@@ -128,22 +128,22 @@ def test_a_refused_checkpoint_counts_for_none_that_are_kept(tmp_path: Path) -> N
     model, chosen = trained()
     with saver(tmp_path, keep=2) as saves:
         for step in (10, 20):
-            saves.save_now(step, model, chosen)
+            saves.save_now(step, state_of(model, chosen))
     (RunDir(tmp_path).checkpoint(20) / "state.pt").write_bytes(b"")
     with saver(tmp_path, keep=1) as saves:
-        saves.save_now(13, model, chosen)
+        saves.save_now(13, state_of(model, chosen))
     assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000020", "step-00000013"]
     _, facts = checkpoint.read_newest(RunDir(tmp_path), model, print)
     assert facts["step"] == 13
     with saver(tmp_path, keep=1) as saves:
-        saves.save_now(21, model, chosen)
+        saves.save_now(21, state_of(model, chosen))
     assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000021"]
 
 
 def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
     model, chosen = trained()
     with saver(tmp_path) as saves:
-        saves.save_now(3, model, chosen)
+        saves.save_now(3, state_of(model, chosen))
     folder = RunDir(tmp_path).checkpoint(3)
     path = folder / "checkpoint.json"
     whole = path.read_bytes()
@@ -172,25 +172,28 @@ class Counts(nn.Linear):
 
 def test_a_models_extra_state_is_kept_and_what_cannot_be_saved_is_told(tmp_path: Path) -> None:
     model = Counts(2, 2)
-    chosen = torch.optim.SGD(model.parameters())
+    chosen = trained(optimizer="sgd")[1]
     with saver(tmp_path) as saves:
-        saves.save_now(1, model, chosen)
+        saves.save_now(1, state_of(model, chosen))
         state, _ = checkpoint.read_newest(RunDir(tmp_path), model, print)
         assert state["model"]["_extra_state"] == 7
         model.state = threading.Lock()
         with pytest.raises(UserError, match="the checkpoint of step 2 was not written: TypeError: cannot pickle"):
-            saves.save_now(2, model, chosen)
+            saves.save_now(2, state_of(model, chosen))
     assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000001"]
 
 
+_OTHERS = {"optimizer": {}, "loss_scale": [1.0, 0], "task": {}}
+
+
 @pytest.mark.parametrize(
-    "content", [b"", b"text", [1], {"model": 1, "optimizer": 2}, {"model": {"0.weight": 1}, "optimizer": {}}]
+    "content", [b"", b"text", [1], {"model": 1, **_OTHERS}, {"model": {"0.weight": 1}, **_OTHERS}, {"model": {}}]
 )
 def test_what_another_program_wrote_is_refused(tmp_path: Path, content: object) -> None:
     """Even with a checksum that fits."""
     model, chosen = trained()
     with saver(tmp_path) as saves:
-        saves.save_now(3, model, chosen)
+        saves.save_now(3, state_of(model, chosen))
     folder = RunDir(tmp_path).checkpoint(3)
     state, path = folder / "state.pt", folder / "checkpoint.json"
     state.write_bytes(content) if isinstance(content, bytes) else torch.save(content, state)
