@@ -102,7 +102,8 @@ def put_another_models(folder: Path) -> None:
         "import sys, json, pathlib, torch\nfrom hpc_train.train import checkpoint\n"
         "folder = pathlib.Path(sys.argv[1])\nfacts = json.loads((folder / 'checkpoint.json').read_text())\n"
         "facts = {key: facts[key] for key in ('step', 'size', 'global_batch', 'num_samples')}\n"
-        "state = {'model': {'other': torch.zeros(3)}, 'optimizer': {}}\ncheckpoint.write(folder, state, facts)\n"
+        "state = {'model': {'other': torch.zeros(3)}, 'optimizer': {}, 'loss_scale': [1.0, 0], 'task': {}}\n"
+        "checkpoint.write(folder, state, facts)\n"
     )
     subprocess.run([sys.executable, "-c", script, folder], check=True, timeout=60, cwd=jobs.ROOT)
 
