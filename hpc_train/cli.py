@@ -192,6 +192,13 @@ _time = click.option("--time", metavar="TIME", help="Time limit, as sbatch takes
 @_time
 @click.option("--dry-run", is_flag=True, help="Print the job script, and touch nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print job, run directory and script as JSON.")
+@click.option(
+    "--resume",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    show_default=True,
+    help="Continue the newest unfinished run of this job on as many ranks, if there is one, or begin a new one.",
+)
 @_overrides
 def submit(
     config: Path,
@@ -200,9 +207,12 @@ def submit(
     time: str | None,
     dry_run: bool,
     as_json: bool,
+    resume: str,
     overrides: tuple[str, ...],
 ) -> None:
     """Train as CONFIG says as a Slurm job, which goes on by itself after an interruption.
+
+    What ended early goes on where it was when the same command is given again.
 
     \b
     Example: hpc-train submit configs/mlp-mnist.toml --nodes 4 --site generic --time 2:00:00 --dry-run
@@ -212,10 +222,11 @@ def submit(
     loaded, profile = load(_job_file(config), overrides), slurm.load_site(site or "generic")
     num_ranks = nodes * profile.ranks_per_node
     if dry_run:
-        run = Path(loaded.config.run.root) / loaded.config.name / f"TIME-np{num_ranks}"
-        click.echo(slurm.script_for(loaded, profile, run, num_ranks, time), nl=False)
+        left = slurm.unfinished(loaded.config, num_ranks) if resume == "auto" else None
+        new = Path(loaded.config.run.root).expanduser() / loaded.config.name / f"TIME-np{num_ranks}"
+        click.echo(slurm.script_for(loaded, profile, left.path if left else new, num_ranks, time), nl=False)
         return
-    queued = slurm.submit(loaded, profile, num_ranks, time)
+    queued = slurm.submit(loaded, profile, num_ranks, time, resume)
     if as_json:
         click.echo(json.dumps({"job": queued.job, "run": str(queued.run), "script": str(queued.script)}))
         return

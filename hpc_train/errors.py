@@ -1,5 +1,9 @@
 """The one error type for mistakes a user can mend, and what other ranks raise for a fault of one of them."""
 
+import errno
+import os
+from pathlib import Path
+
 
 class UserError(Exception):
     """A mistake the user can mend: what is wrong (the key or file, its value) and the remedy.
@@ -19,12 +23,28 @@ class UserError(Exception):
         return f"{self.what}\n  {self.remedy}"
 
 
-def not_written(path: object, error: OSError) -> UserError:
-    """What to raise when the system refuses to write `path`: disk full, read-only, over quota."""
+def not_written(path: str | Path, error: OSError, num_bytes: int) -> UserError:
+    """What to raise when the system refuses to write `num_bytes` to `path`: disk full, read-only, over quota."""
     return UserError(
-        f"{path} could not be written: {error.strerror or error}",
+        f"{path} could not be written: {error.strerror or error}; {room(Path(path).parent, error, num_bytes)}",
         "Make room, or choose another place (run.root, --output).",
     )
+
+
+def room(folder: Path, error: OSError, num_bytes: int) -> str:
+    """How much was to be written and, on a full disk, how much is free there; of a quota the system does not tell."""
+    needed = f"{_size(num_bytes)} are needed"
+    if error.errno != errno.ENOSPC:
+        return needed
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return needed
+    return f"{needed}, {_size(disk.f_bavail * disk.f_frsize)} are free"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 100_000 else f"{num_bytes:,} bytes"
 
 
 class JointFailure(Exception):

@@ -10,12 +10,12 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from hpc_train.errors import UserError
+from hpc_train.errors import UserError, not_written
 from hpc_train.rundir import write_atomic
 
 BEAT_S = 5.0
@@ -84,14 +84,17 @@ def _process(pid: int) -> str | None:
 
 def _create(path: Path, content: dict[str, Any]) -> bool:
     """Whether this process has made the lock file; whole from its first moment, because another may read it."""
-    temporary = path.with_name(f".{path.name}.{content['token']}")
-    temporary.write_text(json.dumps(content))
+    temporary, text = path.with_name(f".{path.name}.{content['token']}"), json.dumps(content)
     try:
+        temporary.write_text(text)
         os.link(temporary, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        raise not_written(path, error, len(text)) from None
     finally:
-        temporary.unlink()
+        with suppress(OSError):
+            temporary.unlink()
     return True
 
 
@@ -131,7 +134,7 @@ def _remove(path: Path, token: str) -> None:
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         os.rename(path, aside)
-    except FileNotFoundError:
+    except OSError:  # gone; or the disk has become read-only, and the lock stays as that of a dead job
         return
     moved = _read(aside)
     if moved is not None and moved["token"] != token:

@@ -1,6 +1,7 @@
 """Every path inside a run directory, and the only way a file comes to have its final name: whole."""
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,12 @@ class RunDir:
     """Paths of one run: `runs/<name>/<utc-stamp>-np<N>[-job<ID>]/`."""
 
     path: Path
+
+    @property
+    def size(self) -> int:
+        """The number of ranks, as the name tells it; 0 where it tells none."""
+        told = re.search(r"-np(\d+)(?:[-.]|$)", self.path.name)
+        return int(told[1]) if told else 0
 
     @property
     def config(self) -> Path:
@@ -84,9 +91,14 @@ def create(root: Path, name: str, size: int, now: datetime, job: str | None = No
 
 
 def make_folders(run: RunDir) -> None:
-    """The folders of a run directory, where they are missing."""
+    """The folders of a run directory, where they are missing. Raises UserError where they cannot be made."""
     for folder in (run.timings_dir, run.energy_dir, run.checkpoints_dir):
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be made: {error.strerror}", "Make room, or set run.root to a folder you may write."
+            ) from None
 
 
 def is_run(path: Path) -> bool:
@@ -120,7 +132,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise not_written(path, error) from None
+        raise not_written(path, error, len(data)) from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -131,7 +143,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise not_written(path, error) from None
+            raise not_written(path, error, len(data)) from None
         raise
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -13,16 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from time import monotonic
+from types import FrameType
 
 from hpc_train import rundir, slurm
-from hpc_train.config import Config, Loaded, dumps, load, same_job
+from hpc_train.config import Config, Loaded, dumps
 from hpc_train.errors import UserError
 from hpc_train.rundir import RunDir, write_atomic
 from hpc_train.slurm import Site
 from hpc_train.train.progress import duration
-from hpc_train.train.stop import CONTINUE
+from hpc_train.train.stop import CONTINUE, TERMINATED
 
-_SIZE = re.compile(r"-np(\d+)(?:[-.]|$)")
 _PATIENCE_S = 60.0  # for a checkpoint, after an interruption
 Say = Callable[[str], None]
 
@@ -55,14 +54,14 @@ def plan(loaded: Loaded, sizes: list[int], repeats: int, in_queue: set[str] | No
     in_queue: ids of Slurm jobs that have not ended; None where runs are started here.
     """
     config = loaded.config
-    folder = Path(config.run.root) / f"scale-{config.name}"
+    folder = Path(config.run.root).expanduser() / f"scale-{config.name}"
     done = dict.fromkeys(sizes, 0)
     unfinished: dict[int, list[RunDir]] = {}
     waiting = []
     for path in sorted(folder.glob("*/config.toml")):
-        run, size = RunDir(path.parent), _SIZE.search(path.parent.name)
-        num_ranks = int(size[1]) if size else 0
-        if num_ranks not in done or not _is_of(run, config):
+        run = RunDir(path.parent)
+        num_ranks = run.size
+        if num_ranks not in done or not slurm.is_of(run, config):
             continue
         job = slurm.submitted_job(run.path)
         if _is_complete(run):
@@ -75,13 +74,6 @@ def plan(loaded: Loaded, sizes: list[int], repeats: int, in_queue: set[str] | No
     todo = [(size, repeat) for repeat in range(repeats) for size in sizes if repeat >= done[size]]
     num_complete = sum(min(count, repeats) for count in done.values()) - len(waiting)
     return Study(loaded, folder, todo, num_complete, waiting, unfinished)
-
-
-def _is_of(run: RunDir, config: Config) -> bool:
-    try:
-        return same_job(load(run.config).config, config)
-    except UserError:
-        return False
 
 
 def _is_complete(run: RunDir) -> bool:
@@ -120,6 +112,8 @@ def run_here(study: Study, say: Say) -> list[str]:
             f"Note: {names} ranks share {cores} cores here and wait for each other; that measures this machine's limit,"
             " not how the job scales."
         )
+    for number in (signal.SIGTERM, signal.SIGHUP):  # or mpirun would go on without us
+        signal.signal(number, _terminate)
     began = monotonic()
     failed: dict[int, str] = {}
     spent: dict[int, list[float]] = {}
@@ -175,12 +169,16 @@ def _mpirun(config: Config, num_ranks: int, cores: int, run: RunDir) -> int:
             raise
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(TERMINATED)
+
+
 def _end(child: subprocess.Popen[bytes]) -> None:
     """USR2, which mpirun hands to the ranks; whoever has not ended after a while is killed."""
     try:
         child.send_signal(signal.SIGUSR2)
         child.wait(_PATIENCE_S)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: at once
+    except (subprocess.TimeoutExpired, KeyboardInterrupt, SystemExit):  # a second Ctrl-C or TERM: at once
         child.terminate()
         try:
             child.wait(10)

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hpc_train import rundir
-from hpc_train.config import Loaded, Text, dumps
+from hpc_train.config import Config, Loaded, Text, dumps, load, same_job
 from hpc_train.environment import looks_secret
 from hpc_train.errors import UserError
 from hpc_train.rundir import RunDir, write_atomic
@@ -283,15 +283,43 @@ def at_home(site: Site) -> Site:
     return site.model_copy(update={"venv": site.venv or sys.prefix})
 
 
-def submit(loaded: Loaded, site: Site, num_ranks: int, time: str | None = None) -> Submitted:
-    """Makes a run directory with configuration and script, and queues it. Raises `UserError`, leaving no run."""
+def submit(loaded: Loaded, site: Site, num_ranks: int, time: str | None = None, resume: str = "auto") -> Submitted:
+    """Queues a run: the newest unfinished one of this job on as many ranks, or a new one. Raises `UserError`.
+
+    resume: "never" for a new one in any case. Where it cannot be queued, no new run directory is left.
+    """
     config = loaded.config
-    run = rundir.create(Path(config.run.root), config.name, num_ranks, datetime.now(UTC))
+    left = unfinished(config, num_ranks) if resume == "auto" else None
+    if left is not None:
+        job = submitted_job(left.path)
+        if job is not None and job in waiting_jobs():
+            raise UserError(
+                f"{left.path} is in the queue, or running, as job {job}",
+                "Wait until that job has ended (squeue), or begin another run: --resume never",
+            )
+        return enqueue(loaded, site, left, num_ranks, time)
+    run = rundir.create(Path(config.run.root).expanduser(), config.name, num_ranks, datetime.now(UTC))
     try:
         return enqueue(loaded, site, run, num_ranks, time)
     except BaseException:
         shutil.rmtree(run.path)  # ours, seconds old, and not in the queue
         raise
+
+
+def unfinished(config: Config, num_ranks: int) -> RunDir | None:
+    """The newest run of this job on as many ranks that has no summary."""
+    folder = Path(config.run.root).expanduser() / config.name
+    runs = sorted((RunDir(path.parent) for path in folder.glob("*/config.toml")), key=lambda run: run.path.name)
+    left = [run for run in runs if run.size == num_ranks and not run.summary.exists() and is_of(run, config)]
+    return left[-1] if left else None
+
+
+def is_of(run: RunDir, config: Config) -> bool:
+    """Whether the run was begun with this job."""
+    try:
+        return same_job(load(run.config).config, config)
+    except UserError:
+        return False
 
 
 def enqueue(

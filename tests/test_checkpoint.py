@@ -1,6 +1,8 @@
 """Saving and reading back, without a job around it."""
 
+import json
 import threading
+from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 
@@ -119,6 +121,90 @@ def test_time_and_steps_ask_for_checkpoints(tmp_path: Path) -> None:
     often = saver(tmp_path, every_steps=5, every_minutes=0)
     assert [step for step in range(1, 12) if often.is_step(step)] == [5, 10] and not often.is_time
     assert saver(tmp_path, every_minutes=1e-9).is_time and not saver(tmp_path, every_minutes=1).is_time
+
+
+def test_a_refused_checkpoint_counts_for_none_that_are_kept(tmp_path: Path) -> None:
+    """The run goes on before it: what is saved then must not be removed as older than the refused one."""
+    model, chosen = trained()
+    with saver(tmp_path, keep=2) as saves:
+        for step in (10, 20):
+            saves.save_now(step, state_of(model, chosen))
+    (RunDir(tmp_path).checkpoint(20) / "state.pt").write_bytes(b"")
+    with saver(tmp_path, keep=1) as saves:
+        saves.save_now(13, state_of(model, chosen))
+    assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000020", "step-00000013"]
+    _, facts = checkpoint.read_newest(RunDir(tmp_path), model, print)
+    assert facts["step"] == 13
+    with saver(tmp_path, keep=1) as saves:
+        saves.save_now(21, state_of(model, chosen))
+    assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000021"]
+
+
+def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
+    model, chosen = trained()
+    with saver(tmp_path) as saves:
+        saves.save_now(3, state_of(model, chosen))
+    folder = RunDir(tmp_path).checkpoint(3)
+    path = folder / "checkpoint.json"
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            checkpoint.read(folder)
+        except Unusable:
+            continue
+        assert json.loads(damaged) == json.loads(whole), "white space alone"
+
+
+class Counts(nn.Linear):
+    """A module with a state that is no tensor, which `state` decides."""
+
+    state: object = 7
+
+    def get_extra_state(self) -> object:
+        return self.state
+
+    def set_extra_state(self, state: object) -> None:
+        self.state = state
+
+
+def test_a_models_extra_state_is_kept_and_what_cannot_be_saved_is_told(tmp_path: Path) -> None:
+    model = Counts(2, 2)
+    chosen = trained(optimizer="sgd")[1]
+    with saver(tmp_path) as saves:
+        saves.save_now(1, state_of(model, chosen))
+        state, _ = checkpoint.read_newest(RunDir(tmp_path), model, print)
+        assert state["model"]["_extra_state"] == 7
+        model.state = threading.Lock()
+        with pytest.raises(UserError, match="the checkpoint of step 2 was not written: TypeError: cannot pickle"):
+            saves.save_now(2, state_of(model, chosen))
+    assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000001"]
+
+
+_OTHERS = {"optimizer": {}, "loss_scale": [1.0, 0], "task": {}}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"text", [1], {"model": 1, **_OTHERS}, {"model": {"0.weight": 1}, **_OTHERS}, {"model": {}}]
+)
+def test_what_another_program_wrote_is_refused(tmp_path: Path, content: object) -> None:
+    """Even with a checksum that fits."""
+    model, chosen = trained()
+    with saver(tmp_path) as saves:
+        saves.save_now(3, state_of(model, chosen))
+    folder = RunDir(tmp_path).checkpoint(3)
+    state, path = folder / "state.pt", folder / "checkpoint.json"
+    state.write_bytes(content) if isinstance(content, bytes) else torch.save(content, state)
+    facts = json.loads(path.read_text())
+    del facts["sha256"]
+    facts["files"] = {"state.pt": {"bytes": state.stat().st_size, "sha256": sha256(state.read_bytes()).hexdigest()}}
+    path.write_text(json.dumps({**facts, "sha256": checkpoint._sum(facts)}))
+    said: list[str] = []
+    with pytest.raises(UserError, match="no checkpoint of"):
+        checkpoint.read_newest(RunDir(tmp_path), model, said.append)
+    assert "passed over" in said[0]
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:

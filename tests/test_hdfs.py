@@ -64,7 +64,7 @@ class Staging:
         assert not list(self.folder.glob("*.h5")), "it has no name before it is whole"
 
     def end(self) -> jobs.Ended:
-        out, err = self.job.communicate(timeout=100)
+        out, err = self.job.communicate(timeout=240)
         return jobs.Ended(self.job.returncode, out, err, 0)
 
     def assert_whole(self, content: bytes, name: str) -> str:
@@ -95,6 +95,17 @@ def test_four_nodes_survive_a_datanode_lost_half_way(hdfs: Hdfs, content: bytes,
             node.assert_whole(content, "twice.h5")
     finally:
         hdfs.restart(1)
+
+
+@pytest.mark.thorough
+def test_four_nodes_survive_a_datanode_that_hangs_half_way(hdfs: Hdfs, content: bytes, tmp_path: Path) -> None:
+    """Two nodes by each client: its connections stay open and nothing comes. Each block lies on the other one, too."""
+    sources = [url(hdfs, client, "/twice.h5") for client in (*CLIENTS, *CLIENTS)]
+    nodes = [Staging(source, tmp_path / f"node{number}") for number, source in enumerate(sources)]
+    nodes[0].wait_until_half_way()
+    with hdfs.stopped(1):
+        for node in nodes:
+            node.assert_whole(content, "twice.h5")
 
 
 @pytest.mark.thorough

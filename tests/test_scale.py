@@ -90,6 +90,13 @@ def test_weak_scaling_keeps_the_batch_of_a_rank() -> None:
         scale.weak_batch(load(CONFIG, ("train.global_batch=100",)).config, [3, 4])
 
 
+def test_weak_scaling_is_asked_for_by_one_word(tmp_path: Path, digits: Path) -> None:
+    done = jobs.run(0, *words(digits, "--ranks", "1", "--weak", "--set", "train.global_batch=6"), cwd=tmp_path)
+    assert done.code == 0 and "Weak scaling: 6 samples a rank" in done.out, done.err
+    (config,) = tmp_path.glob("runs/scale-softmax-mnist/*/config.toml")
+    assert (load(config).config.train.batch_per_rank, load(config).config.train.global_batch) == (6, None)
+
+
 def test_every_rank_gets_the_same_at_every_size() -> None:
     assert scale.mpirun_words(2, 2, 4)[4:] == ["--map-by", "slot:PE=2", "--bind-to", "core"]
     assert scale.mpirun_words(4, 2, 4)[4:] == ["--oversubscribe", "--bind-to", "none"]
@@ -102,7 +109,10 @@ def test_wrong_sizes_are_refused(tmp_path: Path, ranks: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interruption_ends_the_ranks_and_leaves_a_checkpoint(tmp_path: Path, digits: Path) -> None:
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_ends_the_ranks_and_leaves_a_checkpoint(
+    tmp_path: Path, digits: Path, number: signal.Signals, code: int
+) -> None:
     study = subprocess.Popen(
         jobs.command(0, *words(digits, "--ranks", "2", "--set", "train.steps=10000000")),
         cwd=tmp_path,
@@ -115,9 +125,9 @@ def test_an_interruption_ends_the_ranks_and_leaves_a_checkpoint(tmp_path: Path, 
     while not (logs := list(tmp_path.glob("runs/*/*/mpirun.log"))) or "Step 0" not in logs[0].read_text():
         assert monotonic() - began < 60 and study.poll() is None
         sleep(0.05)
-    study.send_signal(signal.SIGINT)
+    study.send_signal(number)
     said, _ = study.communicate(timeout=60)
-    assert study.returncode == 130 and "interrupted" in said
+    assert study.returncode == code and ("interrupted" in said) == (code == 130), said
     assert list(logs[0].parent.glob("checkpoints/step-*/checkpoint.json"))
     pids = [rank["pid"] for rank in json.loads((logs[0].parent / "meta.json").read_text())["ranks"]]
     while any(os.path.exists(f"/proc/{pid}") for pid in pids):  # mpirun ends a moment before its last rank

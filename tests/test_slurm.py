@@ -158,6 +158,7 @@ def test_the_allocation_follows_the_profile() -> None:
     mpirun = rendered(Site(launcher="mpirun", bind=["--bind-to", "none"]))
     assert "--signal=B:USR2@120" in header(mpirun), "mpirun's ranks hear of it through the shell alone"
     assert "launcher=(mpirun -n 4 --bind-to none)" in mpirun
+    assert "--acctg-freq=energy=1" in header(rendered(Site(energy="slurm")))
     assert "launcher=(env)\n" in rendered(Site(gpus_per_node=4), has_launcher=False)
     assert not any("gpus" in option for option in header(rendered(Site(gpus_per_node=4), has_launcher=False)))
 
@@ -243,11 +244,13 @@ def test_other_time_limits_are_refused(text: str) -> None:
 # ---------------------------------------------------------------------------------------------- what a script does
 
 
-def plain(folder: Path, launcher: str, *words: str, state: str = "RUNNING", **more: str) -> tuple[int, str]:
+def plain(
+    folder: Path, launcher: str, *words: str, state: str = "RUNNING", scontrol: str = RECORD, **more: str
+) -> tuple[int, str]:
     """Runs slurm/train.sbatch itself with a stand-in launcher: (exit code, output)."""
     stand_in(folder / "bin", "srun", launcher)
     stand_in(folder / "bin", "squeue", f"#!/bin/sh\necho {state}\n")
-    stand_in(folder / "bin", "scontrol")
+    stand_in(folder / "bin", "scontrol", scontrol)
     stand_in(folder / ".venv/bin", "hpc-train")
     done = run_script(folder, template(), *words, **more)
     return done.returncode, done.stdout + done.stderr
@@ -286,6 +289,13 @@ def test_only_a_stop_on_request_of_a_running_job_requeues(
         assert "job 7: stopped with a checkpoint, goes back into the queue" in said
     elif code == 75:
         assert "submit this script again to continue" in said
+
+
+def test_where_a_requeue_is_refused_the_code_stands(tmp_path: Path) -> None:
+    """As for a job submitted with --no-requeue, or where there is no scontrol: it has not trained to its end."""
+    for scontrol in ("#!/bin/sh\nexit 1\n", "#!/no/such/shell\n"):
+        ended, said = plain(tmp_path, "#!/bin/sh\nexit 75\n", "x.toml", scontrol=scontrol)
+        assert ended == 75 and "submit this script again to continue" in said, said
 
 
 @pytest.mark.parametrize("name", ["SIGUSR2", "SIGTERM"])
@@ -347,6 +357,27 @@ def test_what_is_submitted_stands_in_the_run_directory(tmp_path: Path) -> None:
     shown = submit(tmp_path)
     assert "Job 41: 2 ranks on 2 nodes" in shown.out and "squeue --start --job 41" in shown.out
     assert re.search(r"hpc-train report runs/softmax-mnist/\S+-np2", shown.out)
+
+
+def test_the_same_command_again_continues_what_ended_early(tmp_path: Path) -> None:
+    first = json.loads(submit(tmp_path, "--json").out)
+    stand_in(tmp_path / "bin", "squeue", "#!/bin/sh\necho 41\n")
+    waits = submit(tmp_path, "--json")
+    assert waits.code == 2 and f"{first['run']} is in the queue, or running, as job 41" in waits.err
+    other = json.loads(submit(tmp_path, "--json", "--resume", "never").out)
+    assert other["run"] != first["run"]
+    stand_in(tmp_path / "bin", "squeue", "#!/bin/sh\necho 7\n")
+    again = submit(tmp_path, "--json", sbatch=SBATCH.replace("41", "42"))
+    assert json.loads(again.out) | {"job": "41"} == other, "the newest"
+    assert json.loads((tmp_path / other["run"] / "submitted.json").read_text())["job"] == "42"
+    assert f"{other['run']}/config.toml" in submit(tmp_path, "--dry-run").out
+    for words in (("--set", "train.lr=0.1"), ("--nodes", "3")):
+        assert json.loads(submit(tmp_path, "--json", *words).out)["run"] not in (first["run"], other["run"])
+    refused = submit(tmp_path, sbatch="#!/bin/sh\nexit 1\n")
+    assert refused.code == 2 and (tmp_path / other["run"] / "config.toml").exists(), "what was there stays"
+    for run in (first["run"], other["run"]):
+        (tmp_path / run / "summary.json").write_text("{}")
+    assert json.loads(submit(tmp_path, "--json").out)["run"] not in (first["run"], other["run"]), "both are done"
 
 
 @pytest.mark.parametrize(

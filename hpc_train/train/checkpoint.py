@@ -1,11 +1,10 @@
 """Checkpoints: saved behind the training's back, whole or not at all, and read back to the bit.
 
-A checkpoint is a folder `step-00001000/` with the tensors in `state.pt` and, in `checkpoint.json`, what they are and
-their checksum. All ranks hold the same weights, so the root writes and reads for all. What a step trains on is a pure
-function of its number: the state after a step and that number are all that continuing needs.
+A checkpoint is a folder `step-00001000/` with the tensors in `state.pt` and, in `checkpoint.json`, what they are, their
+checksum and its own. All ranks hold the same weights, so the root writes and reads for all. What a step trains on is a
+pure function of its number: the state after a step and that number are all that continuing needs.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -13,7 +12,6 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from time import monotonic
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Self, cast
@@ -22,7 +20,7 @@ import torch
 from torch import nn
 
 from hpc_train import __version__, config
-from hpc_train.errors import UserError
+from hpc_train.errors import UserError, room
 from hpc_train.rundir import RunDir
 from hpc_train.train.context import Context
 
@@ -103,6 +101,13 @@ class Saver:
             raise error
         return f"Saved: {self._run.checkpoint(step)}." if self.keeps else "Nothing is saved: checkpoint.keep = 0."
 
+    def try_now(self, *step_and_state: Any) -> str:
+        """`save_now` beside a fault that is what the user must hear of: where nothing could be saved, it says why."""
+        try:
+            return self.save_now(*step_and_state)
+        except UserError as error:
+            return f"{error.what[:1].upper()}{error.what[1:]}. {error.remedy}"
+
     def _wait(self) -> None:
         if self._thread is not None:
             self._thread.join()
@@ -116,14 +121,18 @@ class Saver:
     def _write(self, step: int, state: dict[str, Any]) -> None:
         try:
             write(self._run.checkpoint(step), state, {"step": step, **self._facts})
-            _keep_newest(self._run, self._settings.keep)
+            _keep_newest(self._run, self._settings.keep, step)
         except Unusable as error:
             self._error = UserError(f"the checkpoint of step {step} was not written: {error}", _stands(self._run))
         except OSError as error:
             folder = self._run.checkpoints_dir
             what = f"the checkpoint of step {step} could not be written to {folder}: {error.strerror}"
-            needed = f"{sum(each.nbytes for each in _tensors(state)) / 1e6:,.1f} MB are needed{_free(folder)}"
-            self._error = UserError(f"{what}; {needed}", _stands(self._run))
+            needed = room(folder, error, sum(each.nbytes for each in _tensors(state)))
+            remedy = f"{_stands(self._run)} Make room, or set run.root to another file system."
+            self._error = UserError(f"{what}; {needed}", remedy)
+        except Exception as error:  # noqa: BLE001  nobody hears a thread's error, and not saved must not pass for saved
+            what = f"the checkpoint of step {step} was not written: {type(error).__name__}: {error}"
+            self._error = UserError(what, _stands(self._run))
 
 
 def write(folder: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -131,7 +140,7 @@ def write(folder: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
 
     Raises `Unusable` for weights that are no numbers, OSError where the disk refuses.
     """
-    broken = [name for name, tensor in state["model"].items() if not _is_finite(tensor)]
+    broken = [name for name, value in state["model"].items() if not _is_finite(value)]
     if broken:
         raise Unusable(f"{broken[0]} holds NaN or infinity")
     folder.parent.mkdir(exist_ok=True)
@@ -144,11 +153,14 @@ def write(folder: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
             try:
                 torch.save(state, cast(IO[bytes], digest))
             except RuntimeError:  # torch wraps what its writer's file raised
-                raise digest.error or OSError(errno.EIO, os.strerror(errno.EIO)) from None
+                if digest.error is None:
+                    raise
+                raise digest.error from None
             _flush(file)
         with (partial / FACTS).open("w") as text:
             sums = {"bytes": digest.num_bytes, "sha256": digest.hash.hexdigest()}
-            json.dump({"format": FORMAT, "hpc_train": __version__, **facts, "files": {STATE: sums}}, text, indent=1)
+            facts = {"format": FORMAT, "hpc_train": __version__, **facts, "files": {STATE: sums}}
+            json.dump({**facts, "sha256": _sum(facts)}, text, indent=1)
             _flush(text)
         _sync(partial)
         aside = folder.with_name(f".{folder.name}.old")
@@ -184,6 +196,10 @@ class _Digest:
         pass
 
 
+def _sum(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def _flush(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
@@ -197,8 +213,9 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _keep_newest(run: RunDir, keep: int) -> None:
-    for folder in found(run)[keep:]:
+def _keep_newest(run: RunDir, keep: int, step: int) -> None:
+    """Of the checkpoints up to `step`: later ones were refused when the run went on before them, and count for none."""
+    for folder in [each for each in found(run) if _step_of(each) <= step][keep:]:
         hidden = folder.with_name(f".{folder.name}.old")  # never half a checkpoint under its name
         os.rename(folder, hidden)
         shutil.rmtree(hidden)
@@ -229,22 +246,15 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for item in items for tensor in _tensors(item)]
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def _free(folder: Path) -> str:
-    try:
-        usage = os.statvfs(folder)
-    except OSError:
-        return ""
-    return f", {usage.f_bavail * usage.f_frsize / 1e6:,.1f} MB are free"
+def _is_finite(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return True
+    return bool(torch.isfinite(value).all())
 
 
 def _stands(run: RunDir) -> str:
     kept = found(run)
-    older = f"The newest valid checkpoint stays {kept[0].name}." if kept else "There is no older checkpoint."
-    return f"{older} Make room, or set run.root to another file system."
+    return f"The newest valid checkpoint stays {kept[0].name}." if kept else "There is no older checkpoint."
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -253,7 +263,11 @@ def _stands(run: RunDir) -> str:
 def found(run: RunDir) -> list[Path]:
     """The checkpoints of a run, the newest first; whether they are whole, only reading them tells."""
     folders = run.checkpoints_dir.glob("step-*")
-    return sorted((each for each in folders if each.name[5:].isdecimal()), key=lambda each: -int(each.name[5:]))
+    return sorted((each for each in folders if each.name[5:].isdecimal()), key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -264,7 +278,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise Unusable(f"{FACTS} cannot be read: {error}") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise Unusable(f"{FACTS} is not of format {FORMAT}")
-    if facts.get("step") != int(folder.name[5:]):
+    if facts.pop("sha256", None) != _sum(facts):
+        raise Unusable(f"{FACTS} is damaged: its checksum differs")
+    if facts.get("step") != _step_of(folder):
         raise Unusable(f"{FACTS} is of step {facts.get('step')}")
     return facts
 
@@ -280,11 +296,12 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 raise Unusable(f"{STATE} has {num_bytes} of {expected['bytes']} bytes")
             if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                 raise Unusable(f"{STATE} is damaged: its checksum differs")
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except (OSError, KeyError, TypeError) as error:
         raise Unusable(f"it is not whole: {error!r}") from None
-    except (RuntimeError, UnpicklingError) as error:
-        raise Unusable(f"{STATE} holds no tensors: {error}") from None
+    try:
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  for what it did not write torch raises what it likes
+        raise Unusable(f"{STATE} holds no tensors: {error!r}") from None
     if not isinstance(state, dict) or set(state) != {"model", "optimizer", "loss_scale", "task"}:
         raise Unusable(f"{STATE} holds no model and optimizer")
     return state, facts
@@ -315,11 +332,18 @@ def read_newest(run: RunDir, model: nn.Module, say: Callable[[str], None]) -> tu
 
 
 def _check_fits(state: dict[str, Any], model: nn.Module) -> None:
-    theirs = {name: (tuple(each.shape), each.dtype) for name, each in state["model"].items()}
-    ours = {name: (tuple(each.shape), each.dtype) for name, each in model.state_dict().items()}
+    if not isinstance(state["model"], dict):
+        raise Unusable(f"{STATE} holds no model")
+    theirs, ours = (
+        {name: _kind(each) for name, each in known.items()} for known in (state["model"], model.state_dict())
+    )
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
             raise Unusable(f"it is of another model: {name} is {theirs.get(name)} there and {ours.get(name)} here")
+
+
+def _kind(value: Any) -> object:
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def broadcast(state: dict[str, Any], context: Context) -> dict[str, Any]:

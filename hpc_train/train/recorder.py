@@ -109,11 +109,12 @@ class Recorder:
         """Writes the steps so far: before a checkpoint, so that the attempt that continues from it finds them all."""
         self._timings.flush()
         if self._context.world.is_root and self._losses:
+            text = "".join(f"{step},{loss:.9g}\n" for step, loss in self._losses)
             try:
                 with self._run.metrics.open("a", encoding="ascii") as file:
-                    file.write("".join(f"{step},{loss:.9g}\n" for step, loss in self._losses))
+                    file.write(text)
             except OSError as error:
-                raise not_written(self._run.metrics, error) from None
+                raise not_written(self._run.metrics, error, len(text)) from None
         self._losses.clear()
 
     def stop(self, outcome: str, **facts: Any) -> None:
@@ -163,6 +164,7 @@ class Recorder:
 
     def _open_logs(self) -> None:
         """Writes config.toml, and makes metrics.csv end before this attempt's first step: one line a step, for ever."""
+        self._run.summary.unlink(missing_ok=True)  # of a run that is prolonged
         steps, losses = read_metrics(self._run.metrics) if self._run.metrics.exists() else ([], [])
         kept = [(step, loss) for step, loss in zip(steps, losses, strict=True) if step < self.num_steps_done]
         self.rewrite(self._loaded, kept)

@@ -151,8 +151,9 @@ class Sampler:
             except OSError:  # a meter that fails while the job runs must not end the job, nor pass for measured
                 reading = ",missing"
             lines.append(f"{now_s:.3f},{meter.domain},{reading},{meter.source},{self._attempt}\n")
+        text = "".join(lines)
         try:
-            self._file.write("".join(lines))
+            self._file.write(text)
             self._file.flush()
         except OSError as error:
-            raise not_written(self._file.name, error) from None
+            raise not_written(self._file.name, error, len(text)) from None

@@ -17,6 +17,7 @@ from hpc_train.errors import UserError
 T = TypeVar("T")
 _PIECE_BYTES = 8 << 20
 _CALL_TIMEOUT_S = 30.0
+_DATANODE_TIMEOUT_S = 20.0  # a third of what `stage --wait` waits: one that hangs leaves time to ask another
 # What tells that a source has changed; each kind of storage has some of them.
 _VERSION_KEYS = ("ETag", "Last-Modified", "LastModified", "mtime", "modificationTime", "modification_time")
 # The package of each scheme's client, where it is not called like the scheme.
@@ -165,6 +166,9 @@ def _client(url: str) -> tuple[Any, str]:
             options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
         if scheme in ("hdfs", "viewfs"):
             import hdfs_native  # noqa: F401  without it fsspec takes a client that needs Java
+
+            # Its own limit is 60 s; then it reads on from another DataNode.
+            options["dfs.client.socket-timeout"] = str(round(1000 * _DATANODE_TIMEOUT_S))
         fs, path = url_to_fs(url, **options)
     except ImportError as error:
         raise UserError(
@@ -183,7 +187,7 @@ def _make_strict(session: Any) -> None:
     get = session.get
 
     def get_or_raise(*words: Any, **options: Any) -> Any:
-        answer = get(*words, **options)
+        answer = get(*words, timeout=_DATANODE_TIMEOUT_S, **options)
         answer.raise_for_status()
         return answer
 

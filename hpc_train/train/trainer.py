@@ -107,6 +107,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                     with clock.spread:
                         reducer.spread()
                 if not isfinite(shared.loss):
+                    recorder.flush()  # the attempt that continues from what is saved finds every step before this
                     _answer_nonfinite(step, total, shared.loss, config, saver, snapshot, context)
                 recorder.end_step(step, shared.loss, num_samples, num_global)
                 if config.train.check_weights_every and (step + 1) % config.train.check_weights_every == 0:
@@ -258,7 +259,7 @@ def _answer_nonfinite(
         refuse_loss_alone(step, loss, context)
     else:
         state = snapshot()
-        saved = context.on_root(lambda: saver.save_now(step, state))
+        saved = context.on_root(lambda: saver.try_now(step, state))
         refuse_loss(step, loss, total, saved, context)
 
 

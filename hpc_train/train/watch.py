@@ -36,10 +36,11 @@ class Peer:
     """What is known of another rank."""
 
     host: str
-    step: int | None = None  # None: not in the loop, then it is not judged
+    step: int | None = None  # None: not in the loop, where silence alone is judged
     heard_s: float = field(default_factory=monotonic)
     waits: bool = False
     stack: str = ""
+    ended: bool = False
     failing_s: float | None = None
 
 
@@ -133,25 +134,27 @@ class Watch:
         for line in lines:
             message = json.loads(line)
             if "ends" in message:
-                peer.failing_s = None if message["ends"] else monotonic()
-                peer.step = None
-                return not message["ends"]
+                peer.ended, peer.step = message["ends"], None
+                peer.failing_s = None if peer.ended else monotonic()
+                return not peer.ended
             peer.heard_s, peer.step = monotonic(), message["step"]
             peer.waits, peer.stack = message["waits"], message["stack"]
         return True
 
     def _judge(self, still_s: float) -> None:
-        """Ends the job if no step has ended for too long, or a rank that fails does not end."""
+        """Ends the job if no step ends or a rank is silent for too long, or one that fails does not end."""
         for rank, peer in self._peers.items():
             if peer.failing_s is not None and monotonic() - peer.failing_s > _FAILING_S:
                 self._accuse(rank, "failed and did not end the job")
-        if not self._stall_s or still_s < self._stall_s or self.step is None:
+        if not self._stall_s:
             return
+        in_loop = self.step is not None and still_s >= self._stall_s
         for rank, peer in self._peers.items():
             quiet_s = monotonic() - peer.heard_s
-            if quiet_s > 2 * self._beat_s + 1 and (self._is_root or self._context.world.rank == 1):
+            longest_s = 2 * self._beat_s + 1 if in_loop else self._stall_s + self._beat_s + 1
+            if quiet_s > longest_s and not peer.ended and (self._is_root or self._context.world.rank == 1):
                 self._accuse(rank, f"is late: nothing heard of it for {quiet_s:.0f} s")
-        if not self._is_root:
+        if not in_loop or not self._is_root:
             return
         for rank, peer in self._peers.items():
             if not peer.waits:

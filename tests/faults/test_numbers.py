@@ -4,25 +4,40 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from tests.conftest import FaultTable
-from tests.faults.harness import STEPS, Job
+from tests.faults.conftest import Reference
+from tests.faults.harness import STEPS, Job, assert_continuous
 
 
+@pytest.mark.parametrize("value", ["nan", pytest.param("inf", marks=pytest.mark.thorough)])
 def test_nan_on_one_rank_stops_all_with_the_weights_before_it(
-    tmp_path: Path, digits: Path, survived: FaultTable
+    value: str, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
-    job = Job(3, tmp_path, digits, ACCIDENT="nan:7:1")
+    job = Job(3, tmp_path, digits, ACCIDENT=f"{value}:7:1")
     ended = job.end()
     assert ended.code == 2, ended
-    assert "the loss of step 7 is nan on rank 1" in ended.err and ended.err.count("the loss of step") == 1
+    assert f"the loss of step 7 is {value} on rank 1" in ended.err and ended.err.count("the loss of step") == 1
     assert job.newest() == 7 and all(torch.isfinite(each).all() for each in job.weights(7).values())
     again = Job(3, tmp_path, digits, "--resume", "auto")
-    assert again.end().code == 0 and all(np.isfinite(list(again.losses().values())))
+    assert again.end().code == 0
+    assert_continuous(again, reference(3))
+    name = {"nan": "NaN", "inf": "infinite"}[value]
     survived(
-        "NaN loss on rank 1 of 3", "all stop, rank named, weights before it saved", again.seconds_to_first_step(), 0
+        f"{name} loss on rank 1 of 3", "all stop, rank named, weights before it saved", again.seconds_to_first_step(), 0
     )
+
+
+@pytest.mark.thorough
+def test_weights_that_are_none_are_not_saved_and_the_loss_is_told(tmp_path: Path, digits: Path) -> None:
+    """As after a step that diverged: the loss is what names the rank, and the last good checkpoint stays."""
+    job = Job(2, tmp_path, digits, ACCIDENT="nan-weights:7:0")
+    ended = job.end()
+    assert ended.code == 2 and "the loss of step 7 is nan on rank 0" in ended.err, ended
+    assert "holds NaN or infinity. The newest valid checkpoint stays step-00000005" in ended.err
+    assert job.newest() == 5
 
 
 def test_nan_is_skipped_by_all_ranks_alike_if_the_job_says_so(

@@ -42,6 +42,7 @@ def test_a_killed_rank_ends_the_job_at_once_and_is_named(
     took_s = monotonic() - killed_s
     assert ended.code not in (0, 75) and took_s < 10
     assert f"rank {victim} on {HOST} has died" in last_words(ended), ended.err
+    assert f"where rank {victim} was" in ended.err, "its stack"
     assert job.newest() == 5 and job.run.lock.exists()
     recover_s, lost = resume(job, digits, reference)
     assert 1 <= lost <= 4
@@ -58,7 +59,7 @@ def test_a_rank_that_leaves_on_its_own_ends_the_job(
     ended = job.end()
     took_s = monotonic() - left_s
     assert ended.code not in (0, 75) and took_s < 10, ended
-    assert f"rank {accident[-1]} on {HOST}" in ended.err
+    assert f"rank {accident[-1]} on {HOST}" in last_words(ended), ended.err
     call = "sys.exit(0)" if accident.startswith("exit") else "os._exit(5)"
     survived(f"{call} on one rank", f"named, job ended in {took_s:.1f} s")
 
@@ -80,6 +81,39 @@ def test_a_rank_that_stands_still_is_named_with_its_stack(
     recover_s, lost = resume(job, digits, reference)
     what = f"named with its stack, job ended in {took_s:.1f} s (run.stall_s = {stall_s})"
     survived(f"rank {victim} of 3 stopped (SIGSTOP)", what, recover_s, lost)
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.thorough)])
+def test_a_rank_that_lives_and_is_late_is_named_with_where_it_stands(
+    victim: int, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
+) -> None:
+    """It waits for something of its own, as for a file that does not come, and its process answers."""
+    stall_s = 3
+    job = Job(2, tmp_path, digits, "--set", f"run.stall_s={stall_s}", ACCIDENT=f"stuck:8:{victim}")
+    job.wait_for_step(9 if victim == 0 else 8)
+    stuck_s = monotonic()
+    ended = job.end()
+    took_s = monotonic() - stuck_s
+    assert ended.code not in (0, 75) and took_s < stall_s + 10
+    assert re.search(rf"rank {victim} on {HOST} is late: (at step 8|no step has ended) for ", last_words(ended)), ended
+    assert "traced.py" in ended.err.partition(f"where rank {victim} was")[2].splitlines()[1], ended.err
+    recover_s, lost = resume(job, digits, reference)
+    what = f"named with where it stands, job ended in {took_s:.1f} s (run.stall_s = {stall_s})"
+    survived(f"rank {victim} of 2 lives and does not go on", what, recover_s, lost)
+
+
+def test_a_rank_that_is_stopped_after_the_last_step_is_named(
+    tmp_path: Path, digits: Path, reference: Reference
+) -> None:
+    """In the test that follows training no step ends, and yet nobody waits for ever."""
+    stall_s = 3
+    job = Job(2, tmp_path, digits, "--set", f"run.stall_s={stall_s}", ACCIDENT="stopped-in-test:23:1")
+    ended = job.end(timeout_s=stall_s + 40)
+    assert ended.code not in (0, 75)
+    assert re.search(rf"rank 1 on {HOST} is late: nothing heard of it for \d+ s$", last_words(ended)), ended.err
+    again = Job(2, tmp_path, digits, "--resume", "auto")
+    assert again.end().code == 0
+    assert_continuous(again, reference(2))
 
 
 @pytest.mark.thorough

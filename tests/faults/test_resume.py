@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def test_a_run_stopped_within_an_epoch_ends_as_if_it_had_not_been(
     reference: Reference,
     survived: FaultTable,
 ) -> None:
-    words = ("--set", f"reduce.strategy={strategy}")
+    # An optimizer with a state of its own, which every rank must be given back.
+    optimizer = ("train.optimizer=adamw", "train.lr=0.01") if ranks in (0, 3) else ("train.momentum=0.9",)
+    words = tuple(word for key in (f"reduce.strategy={strategy}", *optimizer) for word in ("--set", key))
     noisy = {"TRACE_DROPOUT": "0.3"}
     whole = reference(ranks, *words, **noisy)
     for number in stops:  # all of them within the first epoch of ten steps
@@ -120,6 +123,17 @@ def test_what_cannot_be_continued_is_said_and_a_complete_run_is_left_alone(
     assert nowhere.code == 2 and "is no run directory" in nowhere.err
 
 
+def test_checkpoints_come_by_time_on_the_roots_word(tmp_path: Path, digits: Path, reference: Reference) -> None:
+    words = ("--set", "checkpoint.every_steps=0", "--set", "checkpoint.every_minutes=0.01")
+    job = Job(2, tmp_path, digits, *words, TRACE_DELAY="0.1").wait_for_step(16)
+    os.kill(job.pid(1), signal.SIGKILL)
+    assert job.end().code not in (0, 75)
+    assert 0 < job.newest() < 16
+    again = Job(2, tmp_path, digits, *words, "--resume", "auto")
+    assert again.end().code == 0
+    assert_continuous(again, reference(2))
+
+
 def test_a_run_is_prolonged_and_its_learning_rate_changed(tmp_path: Path, digits: Path) -> None:
     first = Job(0, tmp_path, digits, "--set", "train.steps=6")
     assert first.end().code == 0
@@ -128,3 +142,7 @@ def test_a_run_is_prolonged_and_its_learning_rate_changed(tmp_path: Path, digits
     six, nine = more.weights(6), more.weights(9)
     assert all(np.allclose(six[name], nine[name], atol=1e-6) for name in six), "with next to no learning rate"
     assert list(more.losses()) == list(range(9))
+    longer = ("--set", "train.steps=1000", "--set", "train.lr=1e-9")
+    stopped = Job(0, tmp_path, digits, *longer, "--resume", str(first.run.path), TRACE_DELAY="0.1").wait_for_step(2)
+    assert stopped.signal(signal.SIGUSR2).end().code == 75
+    assert not first.run.summary.exists(), "it is unfinished, and its summary would say otherwise"

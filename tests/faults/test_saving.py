@@ -1,7 +1,7 @@
 """Saving: killed at each stage, disks that refuse, files that were damaged, two jobs in one run directory."""
 
-import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,11 +12,14 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
 
+from hpc_train.records import read_metrics
+from hpc_train.rundir import RunDir
 from tests import jobs
 from tests.conftest import FaultTable
 from tests.faults.conftest import Reference
-from tests.faults.harness import Job, assert_continuous, until
+from tests.faults.harness import STEPS, Job, assert_continuous, until
 
 # Calls that one save makes, in order: sync state, sync facts, sync folder, rename, sync parent, then the third save
 # renames the oldest one away and removes it. Counted over the saves of steps 5, 10 and 15, three syncs more each.
@@ -72,6 +75,13 @@ def test_killed_in_a_save_on_two_ranks(
     survived("root of 2 ranks killed in a save", "the newest whole one is used", again.seconds_to_first_step(), lost)
 
 
+def assert_ends_as(run: RunDir, reference: Job) -> None:
+    """Steps, losses and weights of a run that nobody disturbed."""
+    assert read_metrics(run.metrics) == read_metrics(reference.run.metrics)
+    ours = torch.load(run.checkpoint(STEPS) / "state.pt", weights_only=True)["model"]
+    assert all(torch.equal(ours[name], theirs) for name, theirs in reference.weights().items())
+
+
 Damage = Callable[[Path], object]
 
 
@@ -81,13 +91,19 @@ def flip_a_bit(folder: Path) -> None:
     (folder / "state.pt").write_bytes(data)
 
 
+def alter_facts(folder: Path) -> None:
+    facts = (folder / "checkpoint.json").read_text()
+    (folder / "checkpoint.json").write_text(facts.replace('"global_batch": 400', '"global_batch": 401'))
+
+
 def put_another_models(folder: Path) -> None:
     """A whole checkpoint of another model, with a checksum that fits."""
     script = (
         "import sys, json, pathlib, torch\nfrom hpc_train.train import checkpoint\n"
         "folder = pathlib.Path(sys.argv[1])\nfacts = json.loads((folder / 'checkpoint.json').read_text())\n"
         "facts = {key: facts[key] for key in ('step', 'size', 'global_batch', 'num_samples')}\n"
-        "state = {'model': {'other': torch.zeros(3)}, 'optimizer': {}}\ncheckpoint.write(folder, state, facts)\n"
+        "state = {'model': {'other': torch.zeros(3)}, 'optimizer': {}, 'loss_scale': [1.0, 0], 'task': {}}\n"
+        "checkpoint.write(folder, state, facts)\n"
     )
     subprocess.run([sys.executable, "-c", script, folder], check=True, timeout=60, cwd=jobs.ROOT)
 
@@ -97,6 +113,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "truncated": (lambda folder: os.truncate(folder / "state.pt", 1000), "has 1000 of"),
     "state missing": (lambda folder: (folder / "state.pt").unlink(), "is not whole"),
     "facts damaged": (lambda folder: (folder / "checkpoint.json").write_text("{"), "cannot be read"),
+    "facts altered": (alter_facts, "checkpoint.json is damaged: its checksum differs"),
     "of another model": (put_another_models, "of another model"),
 }
 
@@ -115,6 +132,7 @@ def test_damaged_checkpoints_are_refused_with_the_reason_and_the_newest_good_one
         assert ended.code == 0, ended
         assert f"checkpoint passed over: {copy}" in ended.out and reason in ended.out
         assert "Continuing at step 10" in ended.out
+        assert_ends_as(RunDir(copy), reference(0))
         survived(f"newest checkpoint {name}", "refused with the reason, the one before it is used", None, newest - 10)
     for folder in job.run.checkpoints_dir.iterdir():
         flip_a_bit(folder)
@@ -123,9 +141,9 @@ def test_damaged_checkpoints_are_refused_with_the_reason_and_the_newest_good_one
 
 
 def test_the_second_job_in_a_run_directory_is_refused_and_told_of_the_first(
-    tmp_path: Path, digits: Path, survived: FaultTable
+    tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
-    first = Job(0, tmp_path, digits, TRACE_DELAY="0.5").wait_for_step(2)
+    first = Job(0, tmp_path, digits, TRACE_DELAY="3").wait_for_step(2)  # longer than a busy machine starts the second
     second = Job(0, tmp_path / "second", digits, "--resume", str(first.run.path)).end()
     pid = first.pid(0)
     assert second.code == 2 and f"is in use by process {pid} on" in second.err, second
@@ -135,6 +153,7 @@ def test_the_second_job_in_a_run_directory_is_refused_and_told_of_the_first(
     assert first.run.lock.exists()
     third = Job(0, tmp_path, digits, "--resume", "auto").end()
     assert third.code == 0 and f"took over from process {pid}" in third.out, third
+    assert_ends_as(first.run, reference(0))
     survived("second job in a run directory", "refused, the first is named; a dead job's lock is taken over")
 
 
@@ -178,6 +197,7 @@ def test_a_disk_without_room_leaves_the_old_checkpoint_valid(
     with fill(small_disk):
         ended = job.end()
     assert ended.code == 2 and "could not be written" in ended.err and "No space left on device" in ended.err, ended
+    assert re.search(r"; [\d.,]+ (MB|bytes) are needed, [\d.,]+ (MB|bytes) are free", ended.err), ended.err
     assert job.newest() == 5
     reached = job.num_traced()
     again = Job(0, tmp_path, digits, "--resume", "auto", runs=small_disk)
@@ -186,6 +206,28 @@ def test_a_disk_without_room_leaves_the_old_checkpoint_valid(
     assert_continuous(again, reference(0))
     what = "exit code 2, says what could not be written; the old checkpoint is used"
     survived("disk full", what, again.seconds_to_first_step(), reached - 5)
+
+
+@pytest.mark.parametrize(("trouble", "says"), [(read_only, "Read-only file system"), (fill, "No space left on device")])
+def test_a_disk_that_refuses_a_job_from_its_beginning(
+    trouble: Callable[[Path], AbstractContextManager[None]],
+    says: str,
+    small_disk: Path,
+    tmp_path: Path,
+    digits: Path,
+    reference: Reference,
+) -> None:
+    """Told in one message, whatever is written first; and nothing of the run before is lost."""
+    first = Job(0, tmp_path, digits, runs=small_disk, TRACE_DELAY="0.1").wait_for_step(7)
+    assert first.signal(signal.SIGUSR2).end().code == 75
+    run = first.run
+    for words in (("--resume", "auto"), ("--resume", "never")):
+        with trouble(small_disk):
+            refused = Job(0, tmp_path / "refused", digits, *words, runs=small_disk).end()
+        assert refused.code == 2 and says in refused.err and "Traceback" not in refused.err, refused
+    again = Job(0, tmp_path, digits, "--resume", str(run.path), runs=small_disk).end()
+    assert again.code == 0, again
+    assert_ends_as(run, reference(0))
 
 
 @pytest.mark.parametrize(
@@ -198,6 +240,7 @@ def test_a_save_that_a_disk_refuses_is_told_and_the_training_goes_on(
     small_disk: Path,
     tmp_path: Path,
     digits: Path,
+    reference: Reference,
     survived: FaultTable,
 ) -> None:
     """Only the checkpoints are on it; the last save, which nothing follows, is an error."""
@@ -215,13 +258,15 @@ def test_a_save_that_a_disk_refuses_is_told_and_the_training_goes_on(
     assert "warning: the checkpoint of step 5 could not be written" in ended.out and says in ended.out
     assert "MB are needed" in ended.out and f"The newest valid checkpoint stays step-{valid:08d}" in ended.out
     assert "the checkpoint of step 24 could not be written" in ended.err and len(job.losses()) == 24
-    again = Job(0, tmp_path, digits, "--resume", "auto").end()
-    assert again.code == 0, again
-    survived(f"{says.lower()}, checkpoints only", "warned at each save, the run goes on; exit code 2 at its end")
+    again = Job(0, tmp_path, digits, "--resume", "auto")
+    assert again.end().code == 0
+    assert_continuous(again, reference(0))
+    what = "warned at each save, the run goes on; exit code 2 at its end"
+    survived(f"{says.lower()}, checkpoints only", what, again.seconds_to_first_step(), STEPS - valid)
 
 
 def test_over_quota_the_training_goes_on_and_the_old_checkpoint_stays(
-    tmp_path: Path, digits: Path, survived: FaultTable
+    tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
     """The limit on a file's size stands for a quota: it refuses checkpoints and lets logs grow."""
     job = Job(0, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(7)
@@ -231,6 +276,10 @@ def test_over_quota_the_training_goes_on_and_the_old_checkpoint_stays(
     assert "warning: the checkpoint of step 10 could not be written" in ended.out and "File too large" in ended.out
     assert "the checkpoint of step 24 could not be written" in ended.err, "the last one is no warning"
     assert job.newest() == 5 and len(job.losses()) == 24
-    assert json.loads((job.run.checkpoint(5) / "checkpoint.json").read_text())["step"] == 5
+    assert "MB are needed" in ended.out
+    again = Job(0, tmp_path, digits, "--resume", "auto")
+    done = again.end()
+    assert done.code == 0 and "Continuing at step 5" in done.out, done
+    assert_continuous(again, reference(0))
     what = "warned at each save, the run goes on; exit code 2 at its end"
-    survived("file size limit (as over quota)", what, None, 19)
+    survived("file size limit (as over quota)", what, again.seconds_to_first_step(), 19)

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hpc_train.config import Config
 from hpc_train.train.context import Context
 from hpc_train.train.dataset import Batch
 from hpc_train.train.tasks.classification import Classification
+from hpc_train.world import World
 
 
 class Traced(Classification):
@@ -56,14 +58,22 @@ class Traced(Classification):
             sys.exit(0)
         if self._accident("hard-exit"):
             os._exit(5)
-        if self._accident("weights"):
-            with torch.no_grad():
-                next(self._model.parameters()).add_(1e-3)
+        if self._accident("stuck"):
+            time.sleep(600)
+        for kind, amount in (("weights", 1e-3), ("nan-weights", float("nan"))):
+            if self._accident(kind):
+                with torch.no_grad():
+                    next(self._model.parameters()).add_(amount)
         return super().batch(rows, step)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         loss = super().loss(model, batch)
-        return loss * float("nan") if self._accident("nan") else loss
+        return next((loss * float(kind) for kind in ("nan", "inf") if self._accident(kind)), loss)
+
+    def test_batches(self, world: World) -> Iterator[Batch]:
+        if self._accident("stopped-in-test"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().test_batches(world)
 
     def _accident(self, kind: str) -> bool:
         what, _, rest = os.environ.get("ACCIDENT", "").partition(":")
