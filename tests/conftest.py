@@ -1,5 +1,5 @@
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,17 @@ FaultTable = Callable[..., None]
 def pytest_configure() -> None:
     # A shell starts what it puts in the background with Ctrl-C switched off, and all that is started from there.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """A training in this process leaves signals ignored, and all that is started from here would inherit that."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    handlers, mask = [signal.getsignal(number) for number in numbers], signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @pytest.fixture(scope="session")
