@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
 _ROUNDS = 4  # of a Feistel network: enough for a pseudo-random permutation (Luby and Rackoff, SIAM J. Comput. 1988)
 _POSITIONS_AT_ONCE = 8192
 
@@ -78,16 +79,14 @@ class Order:
         chunks, ends = self._chunks_of(self.edges, seed, epoch)
         window_ends = ends[self.window - 1 :: self.window]
         windows = np.searchsorted(window_ends, positions, "right")
-        rows = np.empty(len(positions), dtype=np.int64)
-        for window in np.unique(windows).tolist():
-            first = window * self.window
-            begin = int(ends[first - 1]) if first else 0
-            stop = int(ends[min(first + self.window, len(ends)) - 1])
-            here = windows == window
-            mixed = begin + shuffled(positions[here] - begin, stop - begin, seed, epoch, window + 1)
-            slots = np.searchsorted(ends, mixed, "right")
-            rows[here] = self.edges[chunks[slots] + 1] - (ends[slots] - mixed)
-        return rows
+        firsts = windows * self.window
+        begins = np.where(firsts > 0, ends[firsts - 1], 0)
+        counts = ends[np.minimum(firsts + self.window, len(ends)) - 1] - begins
+        names = _mix(windows.astype(np.uint64) + np.uint64(1))
+        keys = _mix(_round_keys(seed, epoch)[:, None] ^ names)
+        mixed = begins + _permuted(positions - begins, counts.astype(np.uint64), keys)
+        slots = np.searchsorted(ends, mixed, "right")
+        return self.edges[chunks[slots] + 1] - (ends[slots] - mixed)
 
     def _chunks_of(self, edges: Indices, seed: int, epoch: int) -> tuple[Indices, Indices]:
         """(the chunks in the epoch's order, the position at which each ends)."""
@@ -145,19 +144,24 @@ def rank_samples(batch: GlobalBatch, order: Order, seed: int, rank: int, size: i
     return order.rows(np.arange(*_share(batch, rank, size)), seed, batch.epoch)
 
 
-def shuffled(positions: npt.NDArray[np.integer], num_samples: int, seed: int, epoch: int, window: int = 0) -> Indices:
-    """Rows standing at `positions` of epoch `epoch`'s order, or of one window's: a keyed bijection of [0, num_samples).
+def shuffled(positions: npt.NDArray[np.integer], num_samples: int, seed: int, epoch: int) -> Indices:
+    """Rows standing at `positions` of epoch `epoch`'s order: a keyed bijection of [0, num_samples)."""
+    return _permuted(positions, np.asarray(num_samples, np.uint64), _round_keys(seed, epoch))
 
-    A Feistel network on the grid Z_a x Z_b, a and b about sqrt(num_samples), with modular addition instead of
-    exclusive-or; the few points beyond num_samples walk on along their cycle (Black and Rogaway, "Ciphers with
+
+def _permuted(positions: npt.NDArray[np.integer], counts: Words, keys: Words) -> Indices:
+    """Each position of [0, count) by a keyed bijection of that range; counts and keys: of each position, or of all.
+
+    A Feistel network on the grid Z_a x Z_b, a and b about sqrt(count), with modular addition instead of
+    exclusive-or; the few points beyond count walk on along their cycle (Black and Rogaway, "Ciphers with
     Arbitrary Finite Domains", CT-RSA 2002).
     """
-    a = max(1, int(np.ceil(np.sqrt(num_samples))))
-    b = -(-num_samples // a)
-    keys = _round_keys(seed, epoch, window)
+    a = np.maximum(np.ceil(np.sqrt(counts)).astype(np.uint64), np.uint64(1))
+    b = (counts + a - np.uint64(1)) // a
     points = _feistel(positions.astype(np.uint64), a, b, keys)
-    while (outside := points >= num_samples).any():
-        points[outside] = _feistel(points[outside], a, b, keys)
+    while (outside := points >= counts).any():
+        there = (a[outside], b[outside], keys[:, outside]) if counts.ndim else (a, b, keys)
+        points[outside] = _feistel(points[outside], *there)
     return points.astype(np.int64)
 
 
@@ -182,20 +186,19 @@ def drawn(rows: Indices, bound: int, seed: int) -> Indices:
 
 
 @lru_cache(maxsize=8)
-def _round_keys(seed: int, epoch: int, window: int) -> tuple[np.uint64, ...]:
-    words = [seed, epoch, window] if window else [seed, epoch]
-    return tuple(np.random.SeedSequence(words).generate_state(_ROUNDS, np.uint64))
+def _round_keys(seed: int, epoch: int) -> Words:
+    return np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64).astype(np.uint64)
 
 
-def _feistel(points: npt.NDArray[np.uint64], a: int, b: int, keys: tuple[np.uint64, ...]) -> npt.NDArray[np.uint64]:
-    left, right = points // np.uint64(b), points % np.uint64(b)
+def _feistel(points: Words, a: Words, b: Words, keys: Words) -> Words:
+    left, right = points // b, points % b
     for even, odd in zip(keys[::2], keys[1::2], strict=True):
-        left = (left + _mix(right ^ even) % np.uint64(a)) % np.uint64(a)
-        right = (right + _mix(left ^ odd) % np.uint64(b)) % np.uint64(b)
-    return left * np.uint64(b) + right
+        left = (left + _mix(right ^ even) % a) % a
+        right = (right + _mix(left ^ odd) % b) % b
+    return left * b + right
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _mix(x: Words) -> Words:
     """SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): every input bit moves every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
