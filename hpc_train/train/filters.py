@@ -69,7 +69,9 @@ class Pipeline:
 
 
 def open_pipeline(dataset: h5py.Dataset) -> Pipeline | None:
-    """What decodes the chunks of `dataset`; None where only HDF5 itself can. Raises `UserError`, naming what is missing.
+    """What decodes the chunks of `dataset`; None where only HDF5 itself can.
+
+    Raises `UserError`, naming the filter that is missing.
 
     gzip, lzf, shuffle and fletcher32 need nothing; zstd, blosc and others come with the package hdf5plugin.
     """
