@@ -61,6 +61,11 @@ class Order:
     edges: Indices | None = None
     window: int = 1
 
+    def __str__(self) -> str:
+        if self.edges is None:
+            return "all samples mixed"
+        return f"{len(self.edges) - 1} chunks, samples mixed within {self.window}"
+
     @cached_property
     def _epochs(self) -> dict[tuple[int, int], tuple[Indices, Indices]]:
         return {}

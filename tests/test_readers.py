@@ -55,7 +55,7 @@ def test_every_layout_reads_alike(tmp_path: Path, layout: str, userblock: int, m
         assert np.array_equal(reader.take(rows), expected[rows])
         assert reader.take(rows, out[: len(rows)]).base is not None
         assert np.array_equal(out[: len(rows)], expected[rows])
-    assert np.array_equal(reader.read(3, 190), expected[3:190])
+    assert np.array_equal(reader[3:190], expected[3:190])
     assert len(reader.take(ROWS[:0])) == 0
     if reader.edges is not None:
         assert np.array_equal(reader.edges, [*range(0, 203, h5py.File(path)["x"].chunks[0]), 203])
@@ -91,7 +91,7 @@ def test_files_read_as_one(tmp_path: Path, layout: dict[str, Any], kind: type) -
     assert isinstance(reader, kind) and reader.shape == (203, 7, 5)
     reader.expect(ROWS[:40])
     assert np.array_equal(reader.take(ROWS), values()[ROWS])
-    assert np.array_equal(reader.read(39, 43), values()[39:43])
+    assert np.array_equal(reader[39:43], values()[39:43])
     if layout:
         assert reader.edges is not None and reader.edges[:7].tolist() == [0, 16, 32, 40, 41, 57, 73]
     reader.close()
@@ -157,7 +157,7 @@ def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
     with path.open("r+b") as opened_file:
         opened_file.truncate(path.stat().st_size // 4)
     with pytest.raises(UserError, match="the file ends within it"):
-        reader.read(0, 203)
+        reader[0:203]
     reader.close()
 
 

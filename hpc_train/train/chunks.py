@@ -131,8 +131,11 @@ class Chunked:
                 out[here] = flat[slots[which[here] - first] * self._num_rows + inside[here]]
         return out
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.take(np.arange(start, stop))
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.take(np.arange(*rows.indices(len(self))))
 
     def expect(self, rows: np.ndarray) -> None:
         with self._lock:

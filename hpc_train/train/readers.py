@@ -2,7 +2,7 @@
 
 Every reader has `shape`, `dtype`, `edges` (see `Order`; None where rows lie by themselves) and
 - `take(rows, out)`: these rows in this order, in native byte order, into `out` where it is given
-- `read(start, stop)`: the rows from start to stop
+- `reader[start:stop]`: the rows from start to stop, and `len(reader)`
 - `expect(rows)`: a hint that these rows are taken soon
 - `close()`.
 """
@@ -28,7 +28,9 @@ class Reader(Protocol):
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray: ...
 
-    def read(self, start: int, stop: int) -> np.ndarray: ...
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice) -> np.ndarray: ...
 
     def expect(self, rows: np.ndarray) -> None: ...
 
@@ -74,8 +76,11 @@ class Mapped:
             return np.take(self._values, rows, axis=0, out=out, mode="raise" if out is None else "clip")
         return _into(out, np.take(self._values, rows, axis=0).astype(self.dtype))
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self._values[start:stop].astype(self.dtype, copy=False)
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self._values[rows].astype(self.dtype, copy=False)
 
     def expect(self, rows: np.ndarray) -> None:
         pass
@@ -115,8 +120,11 @@ class Joined:
             out[where] = part.take(inside)
         return out
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.take(np.arange(start, stop))
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.take(np.arange(*rows.indices(len(self))))
 
     def expect(self, rows: np.ndarray) -> None:
         for part, _, inside in self._split(rows):
@@ -151,8 +159,11 @@ class Slabs:
         distinct, back = np.unique(rows, return_inverse=True)  # h5py wants rising indices
         return _into(out, np.asarray(self._dataset[distinct])[back].astype(self.dtype, copy=False))
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return np.asarray(self._dataset[start:stop]).astype(self.dtype, copy=False)
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return np.asarray(self._dataset[rows]).astype(self.dtype, copy=False)
 
     def expect(self, rows: np.ndarray) -> None:
         pass
