@@ -32,6 +32,11 @@ class ChunkFile:
         self._shift = self._base_address()
         self._verified = np.zeros(-(-self.shape[0] // self.num_rows), dtype=bool)
 
+    @property
+    def filters(self) -> str:
+        """Their names, for people."""
+        return ", ".join(self._pipeline.names) or "not packed" if self._pipeline else "filters of HDF5's own"
+
     def close(self) -> None:
         os.close(self._file)
 
@@ -110,7 +115,12 @@ class Chunked:
         self._slots = np.empty((num_slots, self._num_rows, *self.shape[1:]), self.dtype)
         self._free = list(range(num_slots))
         self._held: OrderedDict[int, tuple[int, Future[None]]] = OrderedDict()  # block -> slot, and when it is there
-        self._threads = ThreadPoolExecutor(min(_MOST_THREADS, max(1, num_threads)), "hpc-train-read")
+        num_threads = min(_MOST_THREADS, max(1, num_threads))
+        self._threads = ThreadPoolExecutor(num_threads, "hpc-train-read")
+        self.words = (
+            f"{len(self.edges) - 1:,} chunks of {block_bytes / 1e6:,.2f} MB ({first.filters}): decoded by "
+            f"{num_threads} thread{'s' * (num_threads != 1)} into {self._slots.nbytes / 1e6:,.0f} MB"
+        )
         self._lock = Lock()
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What tasks see of HDF5: splits of samples, token streams, and in which order they are gone through."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,7 @@ class Split:
     scale: tuple[float, ...]
     offset: tuple[float, ...]
     buffers: Buffers = field(default_factory=Buffers)
+    begin: Callable[[int], None] | None = None  # to be told each step's number: data that ranks exchange
 
     def __len__(self) -> int:
         return int(self.targets.shape[0])
@@ -89,8 +90,13 @@ class Split:
         """Of a sample of the first data set of inputs."""
         return tuple(self.inputs[0].shape[1:])
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The samples standing at `rows`, in that order. Reads only these rows, or the chunks that hold them."""
+    def batch(self, rows: np.ndarray, step: int = 0) -> Batch:
+        """The samples standing at `rows`, in that order. Reads only these rows, or the chunks that hold them.
+
+        Collective where ranks read together (data.read).
+        """
+        if self.begin is not None:
+            self.begin(step)
         targets = torch.from_numpy(self.targets.take(rows).astype(np.int64, copy=False))
         inputs = tuple(torch.from_numpy(self._take(reader, rows)) for reader in self.inputs)
         if len(inputs) == 1:

@@ -12,7 +12,7 @@ import numpy as np
 
 from hpc_train.config import Config
 from hpc_train.errors import UserError
-from hpc_train.train.context import Context
+from hpc_train.train.context import Context, require_one_mpi
 from hpc_train.train.readers import Reader, join
 
 
@@ -102,6 +102,42 @@ def reading_threads(context: Context) -> int:
     """How many threads this rank may decode chunks with: the cores that are its own."""
     cores = len(os.sched_getaffinity(0))
     return max(1, min(cores, (os.cpu_count() or 1) // context.world.local_size))
+
+
+def require_parallel_hdf5() -> None:
+    """Raises `UserError` where this h5py cannot open a file by several ranks, or by another MPI than ours."""
+    if not h5py.get_config().mpi:
+        raise UserError(
+            "this h5py was built without MPI, and there are several ranks",
+            "Run `make install`, which builds it with MPI, or start one rank.",
+        )
+    require_one_mpi("h5py", h5py.defs.__file__)
+
+
+def describe(files: Files, name: str, reader: Reader) -> str:
+    """What is read, from where, in which way and why: a line for the log."""
+    num_bytes = int(np.prod(reader.shape, dtype=np.int64)) * reader.dtype.itemsize
+    where = str(files.paths[0]) if len(files.paths) == 1 else f"{len(files.paths)} files, {files.paths[0]} the first"
+    shape = "x".join(map(str, reader.shape[1:])) or "numbers"
+    return (
+        f"{name} of {where} ({file_system(files.paths[0])}): {len(reader):,} x {shape} {reader.dtype}, "
+        f"{num_bytes / 1e6:,.1f} MB, {reader.words}"
+    )
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that holds `path`, as /proc/mounts names it."""
+    place, found = str(path.resolve()), ("", "unknown file system")
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return found[1]
+    for line in mounts:
+        _, folder, kind = line.split()[:3]
+        inside = place == folder or place.startswith(folder.rstrip("/") + "/")
+        if inside and len(folder) >= len(found[0]):
+            found = folder, kind
+    return found[1]
 
 
 def find(file: h5py.File, name: str) -> h5py.Dataset | None:

@@ -4,7 +4,8 @@ Every reader has `shape`, `dtype`, `edges` (see `Order`; None where rows lie by 
 - `take(rows, out)`: these rows in this order, in native byte order, into `out` where it is given
 - `reader[start:stop]`: the rows from start to stop, and `len(reader)`
 - `expect(rows)`: a hint that these rows are taken soon
-- `close()`.
+- `close()`
+- `words`: how it reads and why, for people.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from hpc_train.train.chunks import Chunked, ChunkFile
 class Reader(Protocol):
     shape: tuple[int, ...]
     dtype: np.dtype
+    words: str  # how it is read, and why
 
     @property
     def edges(self) -> Indices | None: ...
@@ -64,6 +66,7 @@ class Mapped:
     """
 
     edges = None
+    words = "contiguous: gathered from a memory map"
 
     def __init__(self, values: np.ndarray) -> None:
         self._values = values
@@ -101,6 +104,7 @@ class Joined:
 
     def __init__(self, parts: Sequence[Reader]) -> None:
         self._parts = parts
+        self.words = f"{len(parts)} parts: {parts[0].words}"
         self._ends = np.cumsum([part.shape[0] for part in parts])
         self.shape: tuple[int, ...] = (int(self._ends[-1]), *parts[0].shape[1:])
         self.dtype = parts[0].dtype
@@ -149,6 +153,7 @@ class Slabs:
     """Rows through h5py, one thread at a time: for virtual data sets whose pieces are not whole rows."""
 
     edges = None
+    words = "virtual, of pieces that are no whole rows: through h5py, one thread at a time"
 
     def __init__(self, dataset: h5py.Dataset) -> None:
         self._dataset = dataset

@@ -166,7 +166,10 @@ def _begin(
         context.on_root(lambda: say(f"{attempt.run.path} is complete: {first} steps"))
         return None, job.model, _again([], iter(()))
     model, batches, measured = _first_look(_batches(job, config, first), job, config, context)
-    recorder.start(first, model, job.facts | measured)
+    reading = getattr(job.task, "reading", None)
+    recorder.start(first, model, job.facts | measured | {"reading": reading})
+    if reading:
+        context.on_root(lambda: say(f"Data: {reading}"))
     return first, model, batches
 
 

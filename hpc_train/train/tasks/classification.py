@@ -13,7 +13,8 @@ from hpc_train.partition import rank_span
 from hpc_train.train import models
 from hpc_train.train.context import Context
 from hpc_train.train.dataset import Batch, Split, open_order, open_split, value_range
-from hpc_train.train.files import open_files
+from hpc_train.train.files import Files, describe, open_files
+from hpc_train.train.together import read_together
 from hpc_train.world import World
 
 _TEST_BATCH = 1024
@@ -26,7 +27,7 @@ class Classification:
         self.config = config
         data = config.data
 
-        def open_both() -> tuple[Split, Split | None]:
+        def open_both() -> tuple[Files, Split, Split | None]:
             if isinstance(data.inputs, list) or isinstance(data.test_inputs, list):
                 raise UserError(
                     f"data.inputs = {data.inputs}: the models of task.kind = 'classification' take one data set",
@@ -42,10 +43,14 @@ class Classification:
                     f"{files.paths[0]}: {data.inputs} has samples of {train.input_shape}, not {test.input_shape}",
                     f"Samples of {data.test_inputs} must have the same shape.",
                 )
-            return train, test
+            return files, train, test
 
-        self.train, self.held_out = context.on_all(open_both)
+        files, self.train, self.held_out = context.on_all(open_both)
         self.num_samples = len(self.train)
+        self.in_step = data.read != "auto"
+        if self.in_step:
+            self.train = read_together(self.train, files, str(data.inputs), config, context)
+        self.reading = describe(files, str(data.inputs), self.train.inputs[0])
         self.order = open_order(self.train.inputs, self.num_samples, config)
         parts = [(data.targets, *value_range(self.train.targets, context))]
         if self.held_out is not None:
@@ -67,7 +72,7 @@ class Classification:
         return models.classifier(task.model, self.train.input_shape, self.num_classes, dict(task.options))
 
     def batch(self, rows: np.ndarray, step: int) -> Batch:
-        return self.train.batch(rows)
+        return self.train.batch(rows, step)
 
     def expect(self, rows: np.ndarray) -> None:
         self.train.expect(rows)

@@ -16,7 +16,7 @@ from hpc_train.partition import Order, rank_span, row_noise
 from hpc_train.train import models
 from hpc_train.train.context import Context
 from hpc_train.train.dataset import Tokens, open_order, open_tokens, value_range
-from hpc_train.train.files import Files, open_files
+from hpc_train.train.files import Files, describe, open_files
 from hpc_train.train.tasks.baselines import count_bigrams, count_tokens
 from hpc_train.world import World
 
@@ -35,6 +35,7 @@ class Text:
     vocab_size: int  # of the file's tokens
     model: Callable[[], nn.Module]
     order: Order  # of the windows
+    reading: str
 
     def test_rows(self, world: World) -> Iterator[np.ndarray]:
         """This rank's share of the test windows, some at a time."""
@@ -60,6 +61,11 @@ def open_text(config: Config, context: Context, known: dict[str, Callable[..., n
         length = options.get("context", models.default(known, task.model, "context"))
         if not isinstance(length, int) or length < 1:
             raise UserError(f"task.options.context = {length}", "It is a positive whole number.")
+        if data.read != "auto":
+            raise UserError(
+                f"data.read = '{data.read}' does not go with task.kind = '{task.kind}'",
+                "Tokens are read through a memory map or by chunks: leave data.read out.",
+            )
         ahead = 0 if masked else 1
         train = open_tokens(files, names[0], "data.inputs", length, ahead, data.offsets)
         test = open_tokens(files, names[1], "data.test_inputs", length, ahead, data.test_offsets, optional=True)
@@ -71,7 +77,8 @@ def open_text(config: Config, context: Context, known: dict[str, Callable[..., n
     for name, tokens in zip(names, (train, test), strict=True):
         if tokens is not None:
             _check_range(config, name, tokens, vocab_size, context)
-    return Text(train, test, vocab_size, make, open_order([train.values], len(train), config, train.length))
+    order = open_order([train.values], len(train), config, train.length)
+    return Text(train, test, vocab_size, make, order, describe(files, names[0], train.values))
 
 
 def _one(names: str | list[str], key: str) -> str:
@@ -135,7 +142,7 @@ class Language:
     def __init__(self, config: Config, context: Context) -> None:
         self.context = context
         self.text = open_text(config, context, models.CAUSAL, masked=False)
-        self.num_samples, self.order = len(self.text.train), self.text.order
+        self.num_samples, self.order, self.reading = len(self.text.train), self.text.order, self.text.reading
 
     def model(self) -> nn.Module:
         return self.text.model()
@@ -196,7 +203,7 @@ class MaskedLanguage:
     def __init__(self, config: Config, context: Context) -> None:
         self.seed, self.context = config.seed, context
         self.text = open_text(config, context, models.MASKED, masked=True)
-        self.num_samples, self.order = len(self.text.train), self.text.order
+        self.num_samples, self.order, self.reading = len(self.text.train), self.text.order, self.text.reading
         self.num_masked = max(1, round(_MASKED * self.text.train.length))
 
     def model(self) -> nn.Module:
