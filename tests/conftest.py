@@ -16,14 +16,11 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """A training in this process leaves signals ignored, and all that is started from here would inherit that."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-    handlers, mask = [signal.getsignal(number) for number in numbers], signal.pthread_sigmask(signal.SIG_BLOCK, [])
+def usual_signals() -> Iterator[None]:
+    """A training in this process leaves SIGUSR2 ignored, and all that is started from here would inherit that."""
     yield
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from hpc_train import config
 from hpc_train.errors import UserError
@@ -57,6 +58,14 @@ def test_attention_counts() -> None:
     counted = try_out(lambda: functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum(), nn.Module())
     forward = 2 * 2 * 2 * 32 * 32 * 8
     assert 3 * forward <= counted <= 3.5 * forward
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(1152, 5))
+    x = torch.randn(4, 3, 16, 16)
+    with FlopCounterMode(display=False) as counter:
+        functional.cross_entropy(model(x), torch.arange(4)).backward()
+    assert try_out(lambda: functional.cross_entropy(model(x), torch.arange(4)), model) == counter.get_total_flops()
 
 
 def test_blocks_are_computed_again_with_the_same_gradients() -> None:

@@ -49,18 +49,19 @@ def test_plain_mpirun_with_its_own_binding(tmp_path: Path, digits: Path) -> None
 
 
 def test_one_process_starts_no_mpi(tmp_path: Path, digits: Path) -> None:
-    """Not Horovod, and not MPI_Init, even by way of an h5py that was built with MPI."""
+    """Not Horovod, nor torch's compiler, and not MPI_Init, even by way of an h5py that was built with MPI."""
     code = (
         "import sys; from hpc_train import cli\n"
         "try: cli.main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert 'horovod' not in sys.modules\n"
+        "assert 'torch._dynamo' not in sys.modules, 'the compiler: 900 files, 3 s'\n"
         "from mpi4py import MPI; assert not MPI.Is_initialized()\n"
     )
     words = [
         "train",
         str(jobs.CONFIGS / "softmax-mnist.toml"),
-        *jobs.settings(data__file=digits, reduce__strategy="local", train__steps=3),
+        *jobs.settings(data__file=digits, reduce__strategy="local", train__steps=3, train__optimizer="adamw"),
     ]
     python = str(jobs.HPC_TRAIN.with_name("python"))
     subprocess.run([python, "-c", code, *words], cwd=tmp_path, env=jobs.environment(), check=True, timeout=60)

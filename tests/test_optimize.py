@@ -1,6 +1,7 @@
 """From summed gradients to new weights: schedules, clipping, loss scale, and LARS and LAMB by their formulas."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -123,3 +124,41 @@ def test_the_configured_learning_rate_wins_over_a_saved_one() -> None:
     second.load(first.state())
     second.step(1)
     assert weight.item() == pytest.approx(-1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "keys, theirs",
+    [
+        ({"optimizer": "sgd", "lr": 0.1}, lambda groups: torch.optim.SGD(groups, lr=0.1)),
+        (
+            {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
+            lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
+        ),
+        (
+            {"optimizer": "adamw", "lr": 0.01, "betas": [0.8, 0.99]},
+            lambda groups: torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.99)),
+        ),
+    ],
+)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_updates_are_those_of_torchs_optimizers(
+    keys: dict[str, object], theirs: Callable[[list[dict[str, object]]], torch.optim.Optimizer], decay: float
+) -> None:
+    """To the bit, a change half-way to what was kept included."""
+    torch.manual_seed(0)
+    first = [torch.randn(3, 4), torch.randn(4)]
+    ours, others = ([nn.Parameter(each.clone()) for each in first] for _ in range(2))
+    owned = [Owned("matrix", ours[0], True), Owned("vector", ours[1], False)]
+    train = settings(weight_decay=decay, **keys)
+    mine = Optimizer(train, owned, 8, lambda value: value)
+    reference = theirs([{"params": others[0], "weight_decay": decay}, {"params": others[1], "weight_decay": 0.0}])
+    for step in range(6):
+        for one, other in zip(ours, others, strict=True):
+            one.grad = torch.randn(one.shape)
+            other.grad = one.grad.clone()
+        if step == 3:
+            kept, mine = mine.state(), Optimizer(train, owned, 8, lambda value: value)
+            mine.load(kept)
+        mine.step(step)
+        reference.step()
+        assert all(torch.equal(one, other) for one, other in zip(ours, others, strict=True))

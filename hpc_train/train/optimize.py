@@ -1,14 +1,21 @@
-"""From summed gradients to new weights: learning rate, clipping, loss scale, and optimizers for large batches."""
+"""From summed gradients to new weights: learning rate, clipping, loss scale, and optimizers for large batches.
+
+Optimizers are functions here, torch's own among them: its optimizer classes import torch's whole compiler when they are
+made, 3 s and 900 files of a shared file system for each rank.
+"""
 
 from collections.abc import Callable
 from math import cos, inf, isfinite, pi, sqrt
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from hpc_train import config
 from hpc_train.train.shards import Owned, State
 
+_TRUST = 0.001  # of LARS
 _FIRST_SCALE, _GROW_AFTER = 2.0**16, 2000  # of the loss in fp16, as in torch.amp.GradScaler
 
 
@@ -40,15 +47,17 @@ class Optimizer:
         self, train: config.Train, owned: list[Owned], batch_size: int, sum_owned: Callable[[float], float]
     ) -> None:
         self._train, self._owned, self._batch_size, self._sum_owned = train, owned, batch_size, sum_owned
-        self._torch = _make(train, owned) if owned else None
+        self._kept: State = {each.name: {} for each in owned}
         self.scale = _FIRST_SCALE if train.precision == "fp16" else 1.0
         self._num_since_scaled = 0
 
+    @torch.no_grad()
     def step(self, step: int) -> None:
         """One update; none where a gradient of fp16 ran over: then the scale is halved."""
-        if self._torch is None:
+        if not self._owned:
             return
-        gradients = [each.parameter.grad for each in self._owned if each.parameter.grad is not None]
+        updated = [each for each in self._owned if each.parameter.grad is not None]
+        gradients = _gradients([each.parameter for each in updated])
         factor = 1 / self.scale
         if self._train.clip_norm or self._train.precision == "fp16":
             norm = self._norm(gradients) * factor
@@ -57,9 +66,19 @@ class Optimizer:
             factor *= min(1.0, (self._train.clip_norm or inf) / (norm + 1e-6))
         if factor != 1:
             torch._foreach_mul_(gradients, factor)
-        for group in self._torch.param_groups:
-            group["lr"] = learning_rate(self._train, step, self._batch_size)
-        self._torch.step()
+        rate = learning_rate(self._train, step, self._batch_size)
+        for decay, some in (
+            (self._train.weight_decay, [each for each in updated if each.decays]),
+            (0.0, [each for each in updated if not each.decays]),
+        ):
+            if some:
+                _UPDATES[self._train.optimizer](
+                    [each.parameter for each in some],
+                    [self._kept[each.name] for each in some],
+                    rate,
+                    decay,
+                    self._train,
+                )
 
     def _norm(self, gradients: list[torch.Tensor]) -> float:
         """The length of the whole model's gradient."""
@@ -88,23 +107,13 @@ class Optimizer:
 
     def state(self) -> State:
         """What the optimizer keeps, by names of what is owned: tensors shaped as these, and numbers."""
-        if self._torch is None:
-            return {}
-        state = self._torch.state
-        return {
-            each.name: {k: torch.as_tensor(value) for k, value in state[each.parameter].items() if value is not None}
-            for each in self._owned
-            if state.get(each.parameter)
-        }
+        return {name: dict(kept) for name, kept in self._kept.items() if kept}
 
     def load(self, state: State) -> None:
         """Goes on from a `state`; learning rate and its like stay as configured."""
-        assert self._torch is not None or not state
         for each in self._owned:
-            if each.name in state and self._torch:
-                device = each.parameter.device
-                kept = {k: v.to(device) if v.ndim else v.clone() for k, v in state[each.name].items()}
-                self._torch.state[each.parameter] = kept
+            device, kept = each.parameter.device, state.get(each.name, {})
+            self._kept[each.name] = {k: v.to(device) if v.ndim else v.clone() for k, v in kept.items()}
 
     @property
     def num_bytes(self) -> int:
@@ -112,81 +121,104 @@ class Optimizer:
         return sum(value.nbytes for kept in self.state().values() for value in kept.values())
 
 
-def _make(train: config.Train, owned: list[Owned]) -> torch.optim.Optimizer:
-    groups: list[dict[str, Any]] = [
-        {"params": [each.parameter for each in owned if each.decays], "weight_decay": train.weight_decay},
-        {"params": [each.parameter for each in owned if not each.decays], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    beta1, beta2 = train.betas
-    match train.optimizer:
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=train.lr, betas=(beta1, beta2))
-        case "lamb":
-            return Lamb(groups, lr=train.lr, betas=(beta1, beta2))
-        case "lars":
-            return Lars(groups, lr=train.lr, momentum=train.momentum)
-        case "sgd":
-            return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum)
+# ------------------------------------------------------------------------------------------------ updates
+# Of parameters that are treated alike, from their gradients and what is kept of them between steps.
 
 
-class Lars(torch.optim.Optimizer):
+def _gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [cast(torch.Tensor, each.grad) for each in parameters]
+
+
+def _sgd(
+    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: config.Train
+) -> None:
+    buffers = [each.get("momentum_buffer") for each in kept]
+    sgd(
+        parameters,
+        _gradients(parameters),
+        buffers,
+        lr=rate,
+        weight_decay=decay,
+        momentum=train.momentum,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+    )
+    for each, buffer in zip(kept, buffers, strict=True):
+        if buffer is not None:
+            each["momentum_buffer"] = buffer
+
+
+def _adamw(
+    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: config.Train
+) -> None:
+    _begin_moments(parameters, kept)
+    adamw(
+        parameters,
+        _gradients(parameters),
+        [each["exp_avg"] for each in kept],
+        [each["exp_avg_sq"] for each in kept],
+        [],
+        [each["step"] for each in kept],
+        lr=rate,
+        weight_decay=decay,
+        beta1=train.betas[0],
+        beta2=train.betas[1],
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _begin_moments(parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]]) -> None:
+    for parameter, each in zip(parameters, kept, strict=True):
+        if not each:
+            each["step"] = torch.zeros(())
+            each["exp_avg"], each["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+
+
+def _lars(
+    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: config.Train
+) -> None:
     """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg, "Large Batch Training of ConvNets", 2017).
 
-    A layer's step is `trust` times its weights' length, whatever its gradient's length; vectors (biases, norms) are
+    A layer's step is `_TRUST` times its weights' length, whatever its gradient's length; vectors (biases, norms) are
     updated as by SGD.
     """
-
-    def __init__(self, groups: Any, lr: float, momentum: float = 0.9, trust: float = 0.001) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            decay = group["weight_decay"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                rate, gradient = group["lr"], parameter.grad
-                if parameter.ndim >= 2:
-                    length, steepness = parameter.norm(), gradient.norm()
-                    wanted = group["trust"] * length / (steepness + decay * length)
-                    rate = rate * torch.where((length > 0) & (steepness > 0), wanted, 1.0)
-                    gradient = gradient + decay * parameter
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                parameter.sub_(state["momentum_buffer"].mul_(group["momentum"]).add_(rate * gradient))
+    for parameter, each in zip(parameters, kept, strict=True):
+        layer_rate: Any = rate
+        gradient = cast(torch.Tensor, parameter.grad)
+        if parameter.ndim >= 2:
+            length, steepness = parameter.norm(), gradient.norm()
+            wanted = _TRUST * length / (steepness + decay * length)
+            layer_rate = rate * torch.where((length > 0) & (steepness > 0), wanted, 1.0)
+            gradient = gradient + decay * parameter
+        buffer = each.setdefault("momentum_buffer", torch.zeros_like(parameter))
+        parameter.sub_(buffer.mul_(train.momentum).add_(layer_rate * gradient))
 
 
-class Lamb(torch.optim.Optimizer):
+def _lamb(
+    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: config.Train
+) -> None:
     """Layer-wise Adam (You et al., "Large Batch Optimization for Deep Learning", ICLR 2020).
 
     A layer's step is its rate times its weights' length, in Adam's direction; vectors (biases, norms) are updated as by
     AdamW.
     """
+    _begin_moments(parameters, kept)
+    beta1, beta2 = train.betas
+    for parameter, each in zip(parameters, kept, strict=True):
+        gradient = cast(torch.Tensor, parameter.grad)
+        each["step"] += 1
+        mean = each["exp_avg"].lerp_(gradient, 1 - beta1) / (1 - beta1 ** each["step"].item())
+        square = each["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        square = square / (1 - beta2 ** each["step"].item())
+        update = mean / (square.sqrt() + 1e-6) + decay * parameter
+        layer_rate: Any = rate
+        if parameter.ndim >= 2:
+            length, steepness = parameter.norm(), update.norm()
+            layer_rate = rate * torch.where((length > 0) & (steepness > 0), length / steepness, 1.0)
+        parameter.sub_(layer_rate * update)
 
-    def __init__(self, groups: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                state["step"] += 1
-                mean = state["exp_avg"].lerp_(parameter.grad, 1 - beta1) / (1 - beta1 ** state["step"].item())
-                square = state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
-                square = square / (1 - beta2 ** state["step"].item())
-                update = mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * parameter
-                rate = group["lr"]
-                if parameter.ndim >= 2:
-                    length, steepness = parameter.norm(), update.norm()
-                    rate = rate * torch.where((length > 0) & (steepness > 0), length / steepness, 1.0)
-                parameter.sub_(rate * update)
+_UPDATES = {"sgd": _sgd, "adamw": _adamw, "lars": _lars, "lamb": _lamb}
