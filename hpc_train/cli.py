@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from hpc_train import __version__
+from hpc_train.cli_data import data
 from hpc_train.config import dumps, load
 from hpc_train.errors import JointFailure, UserError
 from hpc_train.world import launched_rank
@@ -333,6 +334,9 @@ def show(config: Path, overrides: tuple[str, ...]) -> None:
     Example: hpc-train config show configs/softmax-mnist.toml --set train.lr=0.1
     """
     click.echo(dumps(load(_job_file(config), overrides)), nl=False)
+
+
+cli.add_command(data)
 
 
 def _require(*modules: str) -> None:

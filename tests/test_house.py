@@ -27,7 +27,7 @@ TOP = {"cli"}
 ALLOWED = {
     "mpi4py": {"train/context.py"},
     "horovod": {"train/reduce.py"},
-    "h5py": {f"train/{room}.py" for room in ("chunks", "files", "filters", "prepare", "readers", "together")},
+    "h5py": {f"train/{room}.py" for room in ("check", "chunks", "files", "filters", "judge", "pieces", "prepare", "readers", "survey", "together")},
     "subprocess": {"train/metadata.py", "slurm.py", "scale.py"},
     "pynvml": {"train/sensors.py"},
     "gymnasium": {"train/tasks/reinforcement.py"},

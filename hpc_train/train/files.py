@@ -176,7 +176,7 @@ def cannot_open(error: OSError) -> tuple[str, str]:
         return "is truncated: its end is missing", "Copy or prepare it again."
     if "signature" in reason:
         return "is not an HDF5 file", "Name an HDF5 file; hpc-train prepare --help shows how to make one."
-    if "lock" in reason:
+    if "lock file" in reason:  # "lock" alone is in "superblock", too
         return (
             f"cannot be locked: {reason}",
             "Where the file system refuses locks, set HDF5_USE_FILE_LOCKING=FALSE, and let nobody write the file.",

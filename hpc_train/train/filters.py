@@ -77,7 +77,7 @@ def open_pipeline(dataset: h5py.Dataset) -> Pipeline | None:
     """
     plist = dataset.id.get_create_plist()
     filters = [plist.get_filter(number) for number in range(plist.get_nfilters())]
-    names = tuple(_name(code, name) for code, _, _, name in filters)
+    names = filter_names(plist)
     steps: list[tuple[int, Decode]] = []
     for number, (code, _, values, _) in reversed(list(enumerate(filters))):
         step = _step(code, values, dataset.dtype.itemsize)
@@ -91,6 +91,11 @@ def open_pipeline(dataset: h5py.Dataset) -> Pipeline | None:
             return None
         steps.append((number, step))
     return Pipeline(tuple(steps), names)
+
+
+def filter_names(plist: Any) -> tuple[str, ...]:
+    """The filters of a data set's creation property list, in the order in which they were applied."""
+    return tuple(_name(*plist.get_filter(number)[::3]) for number in range(plist.get_nfilters()))
 
 
 def _name(code: int, name: bytes) -> str:
