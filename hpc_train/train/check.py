@@ -19,7 +19,7 @@ from hpc_train.train.files import reading_threads
 from hpc_train.train.judge import Facts, judge, offset_faults, unequal_numbers
 from hpc_train.train.pieces import Piece, Pieces, num_pieces, shares
 from hpc_train.train.progress import StepProgress
-from hpc_train.train.survey import CHECKSUMS, Fault, Found, Surveyed, disagreements, survey
+from hpc_train.train.survey import Fault, Found, Surveyed, disagreements, survey
 from hpc_train.train.tally import Tally, role
 
 _PIECES_AHEAD = 2  # of each thread: read, and not yet counted
@@ -91,7 +91,7 @@ def _plan(paths: Sequence[Path]) -> _Plan:
     for file in files:
         not_read = {fault.dataset for fault in file.faults if fault.kind in _NOT_READ}
         for found in file.datasets:
-            if found.name.startswith(f"{CHECKSUMS}/") or found.name in not_read:
+            if found.name in not_read:
                 continue
             readable.append(found)
             if found.name not in roles:

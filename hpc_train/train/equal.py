@@ -40,9 +40,9 @@ def equal_samples(hashed: Sequence[np.ndarray], ends: Sequence[int], context: Co
     starts = np.flatnonzero(np.append(True, rows["hash"][1:] != rows["hash"][:-1])[: len(rows)])
     group = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(rows))))
     part = np.searchsorted(np.asarray(ends), samples, "right")
+    cells, firsts, nums = np.unique(group * num_parts + part, return_index=True, return_counts=True)
     counts, first = np.zeros((len(starts), num_parts), np.int64), np.zeros((len(starts), num_parts), np.int64)
-    np.add.at(counts, (group, part), 1)
-    first[group[::-1], part[::-1]] = np.arange(len(rows))[::-1]  # the last one written is the lowest
+    counts.flat[cells], first.flat[cells] = nums, firsts  # of each hash and part: how many, and the first in `rows`
     found = []
     for a, b in ((a, b) for b in range(num_parts) for a in range(b + 1)):
         same = a == b

@@ -165,6 +165,8 @@ def _walk(
         if item is None:
             faults.append(Fault("unreadable", str(path), full, "is a link to nothing", "Prepare the file again."))
         elif isinstance(item, h5py.Group):
+            if full == CHECKSUMS:
+                continue
             _walk(item, path, datasets, faults, above | {address})
         elif isinstance(item, h5py.Dataset):
             found = _found(item, path, full)
@@ -224,6 +226,9 @@ def _faults_of(dataset: h5py.Dataset, found: Found) -> Iterator[Fault]:
             yield Fault("missing", file, name, what, "Put that file where it was, or make the data set again.")
     if found.layout == "empty" and found.num_bytes:
         yield Fault("empty", file, name, "was never written: it reads as its fill value", "Prepare the file again.")
+    if found.block_rows is not None and found.block_rows < 1:
+        what = f"its checksums have no attribute block_rows: {CHECKSUMS}/{name} is of no use"
+        yield Fault("checksums", file, name, what, "Prepare the file again.")
     if found.layout == "chunked":
         try:
             open_pipeline(dataset)

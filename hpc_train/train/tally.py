@@ -107,7 +107,7 @@ class Tally:
         if len(bad):
             allowed = "0 and more" if stop is None else f"0 to {stop - 1:,}"
             shown = ", ".join(map(str, np.unique(values[bad])[:_SHOWN].tolist()))
-            what = f"{len(bad):,} {words} ({shown}), which are {allowed}"
+            what = f"{len(bad):,} {words} ({shown}): {allowed} are allowed"
             self._fault("out of range", what, "Prepare the file again.", piece, found, bad)
 
     def _compare(self, values: np.ndarray, piece: Piece, first_sample: int) -> None:
