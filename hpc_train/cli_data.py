@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -50,6 +51,75 @@ def check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
             click.echo(json.dumps(asdict(checked), indent=2) if as_json else _report(checked))
     if checked.faults or (strict and checked.warnings):
         sys.exit(1)
+
+
+@data.command()
+@_files
+@click.option("--no-speed", is_flag=True, help="Read nothing, and measure nothing.")
+@_json
+def info(files: tuple[str, ...], no_speed: bool, as_json: bool) -> None:
+    """Say what FILES hold and how it lies in them, how fast it is read here, and what would make that faster.
+
+    
+    Example: hpc-train data info data/mnist-5k.h5
+    """
+    if launched_rank():  # under mpirun one rank tells
+        return
+    from hpc_train.train.context import open_context
+
+    with open_context(use_mpi=False) as context:
+        from hpc_train.train.info import inform
+        from hpc_train.train.survey import expand
+
+        facts = inform(expand(files), context, measure=not no_speed)
+    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_told(facts)))
+    if facts["faults"]:
+        sys.exit(1)
+
+
+def _told(facts: dict[str, Any]) -> Iterator[str]:
+    from hpc_train.train.survey import Fault
+
+    for file in facts["files"]:
+        stripes = f", {file['stripes']} stripes" if file["stripes"] is not None else ""
+        yield f"{file['path']}: {file['bytes'] / 1e6:,.1f} MB on {file['file_system']}{stripes}"
+        for key, value in file["attributes"].items():
+            yield f"  {key}: {value}"
+        for name, data in file["datasets"].items():
+            yield from _told_dataset(name, data)
+        if file["advice"]:
+            yield "  Advice:"
+        for advice in file["advice"]:
+            yield f"    {advice['dataset'] + ': ' if advice['dataset'] else ''}{advice['what']}"
+            yield f"      {advice['command']}"
+    if facts["faults"]:
+        yield "Faults:"
+        yield from _lines(tuple(Fault(**fault) for fault in facts["faults"]))
+
+
+def _told_dataset(name: str, data: dict[str, Any]) -> Iterator[str]:
+    shape = "x".join(map(str, data["shape"])) or "one value"
+    lies = data["layout"]
+    if data["chunk"]:
+        lies += f" {'x'.join(map(str, data['chunk']))}, {data['chunk_bytes'] / (1 << 20):,.3f} MiB each"
+    lies += f", from {', '.join(data['sources'])}" if data["sources"] else ""
+    lies += f", {', '.join(data['filters'])}" if data["filters"] else ""
+    if data["chunk"] and data["compression_ratio"]:
+        lies += f", {data['compression_ratio']:.2f} times smaller"
+    lies += f", checksums {data['checksums']}" if data["checksums"] else ", no checksums"
+    yield f"  {name}: {shape} {data['dtype']}, {data['bytes'] / 1e6:,.1f} MB, {lies}"
+    if data["attributes"]:
+        yield "    " + ", ".join(f"{key} = {value}" for key, value in data["attributes"].items())
+    speed = data.get("speed", {})
+    if "error" in speed:
+        yield f"    not read: {speed['error']}"
+    elif speed:
+        words = {"shuffled": "shuffled", "shuffled_again": "again", "sequential": "in order"}
+        yield "    read here: " + "; ".join(
+            f"{words[way]} {each['samples_per_s']:,.0f} samples/s, {each['bytes_per_s'] / 1e6:,.0f} MB/s"
+            f" ({each['page_cache']} page cache)"
+            for way, each in speed.items()
+        )
 
 
 def _report(checked: "Checked") -> str:

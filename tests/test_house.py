@@ -27,8 +27,23 @@ TOP = {"cli"}
 ALLOWED = {
     "mpi4py": {"train/context.py"},
     "horovod": {"train/reduce.py"},
-    "h5py": {f"train/{room}.py" for room in ("check", "chunks", "files", "filters", "judge", "pieces", "prepare", "readers", "survey", "together")},
-    "subprocess": {"train/metadata.py", "slurm.py", "scale.py"},
+    "h5py": {
+        f"train/{room}.py"
+        for room in (
+            "check",
+            "chunks",
+            "files",
+            "filters",
+            "info",
+            "judge",
+            "pieces",
+            "prepare",
+            "readers",
+            "survey",
+            "together",
+        )
+    },
+    "subprocess": {"train/metadata.py", "train/place.py", "slurm.py", "scale.py"},
     "pynvml": {"train/sensors.py"},
     "gymnasium": {"train/tasks/reinforcement.py"},
 }

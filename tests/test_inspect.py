@@ -108,9 +108,7 @@ def test_a_flipped_bit(tmp_path: Path, packed: dict[str, Any], words: list[str])
         assert word in str(fault)
 
 
-def test_chunks_that_would_fill_the_memory_are_read_one_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_that_would_fill_the_memory_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpc_train.train.pieces._MOST_BYTES", 1000)
     path = write(tmp_path / "data.h5", packed={"chunks": (40, 8, 16), "fletcher32": True})
     whole = check([path], ALONE, quiet=True)
@@ -169,10 +167,17 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
     labels = np.arange(600) % 3
     labels[[4, 9]] = -1
     add("negative", ["2 negative labels (-1)", "block 0, samples 4 to 9:"], train__targets=labels)
-    add("unknown-label", ["no sample of train/targets has its label 7"], test__targets=np.array([7] + [0, 1, 2] * 19 + [0, 1]))
+    add(
+        "unknown-label",
+        ["no sample of train/targets has its label 7"],
+        test__targets=np.array([7] + [0, 1, 2] * 19 + [0, 1]),
+    )
     rng = np.random.default_rng(0).random((600, 16, 16), np.float32)
-    add("leakage", ["3 of 60 samples are in train/inputs, too", "first is sample 0, equal to sample 5 there"],
-        test__inputs=np.concatenate([rng[5:8], changed(57, 0, 0.5)]))
+    add(
+        "leakage",
+        ["3 of 60 samples are in train/inputs, too", "first is sample 0, equal to sample 5 there"],
+        test__inputs=np.concatenate([rng[5:8], changed(57, 0, 0.5)]),
+    )
     add("constant", ["every value is 0.5"], train__inputs=np.full((600, 16, 16), 0.5, np.float32))
     add("all-equal", ["all samples are equal"], train__inputs=np.repeat(changed(1, 0, 0.5), 600, axis=0))
     path = add("vocabulary", ["3 tokens out of the vocabulary (300, 400)", "0 to 255"])
@@ -185,8 +190,11 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
     path = add("falling-offsets", ["train/inputs_offsets: sample 2: is 2: beginnings rise"])
     with h5py.File(path, "w") as file:
         file["train/inputs"], file["train/inputs_offsets"] = np.arange(7), np.array([0, 3, 2, 7])
-    path = add("filter", ["lzf (number 32099)", "not installed", "pip install hdf5plugin"],
-               packed={"chunks": (32, 16, 16), "compression": "lzf"})
+    path = add(
+        "filter",
+        ["lzf (number 32099)", "not installed", "pip install hdf5plugin"],
+        packed={"chunks": (32, 16, 16), "compression": "lzf"},
+    )
     lzf, unknown = (number.to_bytes(2, "little") + b"\x08\0" for number in (32000, 32099))  # and its name's length
     path.write_bytes(path.read_bytes().replace(lzf, unknown, 1))
     return made
@@ -204,7 +212,9 @@ def test_files_that_disagree(tmp_path: Path) -> None:
     assert not check([first, second], ALONE, quiet=True).faults
     float64 = write(tmp_path / "float64.h5", seed=2, train__inputs=np.random.default_rng(3).random((600, 16, 16)))
     assert "float64 (n, 16, 16) here and float32 (n, 16, 16)" in one(first, float64).what.replace("is ", "")
-    shape = write(tmp_path / "shape.h5", seed=2, train__inputs=np.random.default_rng(3).random((600, 8, 16), np.float32))
+    shape = write(
+        tmp_path / "shape.h5", seed=2, train__inputs=np.random.default_rng(3).random((600, 8, 16), np.float32)
+    )
     assert "(n, 8, 16)" in one(first, shape).what
     more = write(tmp_path / "more.h5", seed=2, train__weights=np.random.default_rng(3).random(600))
     assert "more.h5" in str(one(first, more)) and "train/weights" in str(one(first, more))

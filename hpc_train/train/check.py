@@ -43,7 +43,8 @@ class Checked:
 class _Plan:
     """What is to be read, as the root sees it.
 
-    first_samples: the number of the first row of each of `readable`, among all samples it may be equal to. groups: the
+    first_samples: the number of the first row of each of `readable`, among all samples it may be equal to; -1 where it
+    is compared with none. groups: the
     names of the data sets whose samples may be equal, with where each ends in these numbers. first_rows: by name.
     """
 
@@ -115,12 +116,13 @@ def _first_row(found: Found) -> np.ndarray | None:
 def _numbered(readable: list[Found], roles: dict[str, str]) -> tuple[list[dict[str, int]], list[int]]:
     """(groups, first_samples) of `_Plan`. Data sets to train on come first: samples of others are leaks."""
     groups: dict[Any, list[int]] = {}
+    kinds: dict[str, Any] = {}
     for index, found in enumerate(readable):
-        if roles[found.name] == "samples":
-            key = found.name.rpartition("/")[2], found.shape[1:], found.dtype.str
-            groups.setdefault(key, []).append(index)
+        kind = found.name.rpartition("/")[2], found.shape[1:], found.dtype.str
+        if roles[found.name] == "samples" and kinds.setdefault(found.name, kind) == kind:  # else its files disagree
+            groups.setdefault(kind, []).append(index)
     ends: list[dict[str, int]] = []
-    first_samples = [0] * len(readable)
+    first_samples = [-1] * len(readable)
     for group in groups.values():
         number, ends_of = 0, dict[str, int]()
         for index in sorted(group, key=lambda i: (not readable[i].name.startswith("train"), readable[i].name, i)):

@@ -105,7 +105,9 @@ def _constant(facts: Facts, name: str, tally: Tally) -> Iterator[Fault]:
 
 def _constant_samples(facts: Facts, name: str, tally: Tally) -> Iterator[Fault]:
     if tally.num_constant and tally.low != tally.high:
-        what = f"{tally.num_constant:,} of {tally.num_rows:,} samples are of one value throughout, such as empty pictures"
+        what = (
+            f"{tally.num_constant:,} of {tally.num_rows:,} samples are of one value throughout, such as empty pictures"
+        )
         yield Fault("constant", facts.where(name), name, what)
 
 
@@ -129,7 +131,9 @@ def _classes(facts: Facts, name: str, tally: Tally) -> Iterator[Fault]:
     rare = [label for label, count in counts.items() if 0 < count < _RARE * float(np.median(present))]
     if rare:
         each = ", ".join(f"{label} ({counts[label]:,})" for label in rare[:_SHOWN])
-        what = f"{len(rare):,} of {len(counts):,} classes are rare beside the middle one's {int(np.median(present)):,}: "
+        what = (
+            f"{len(rare):,} of {len(counts):,} classes are rare beside the middle one's {int(np.median(present)):,}: "
+        )
         yield Fault("rare class", facts.where(name), name, what + each + ", ..." * (len(rare) > _SHOWN))
     if len(present) == 1 and len(counts) > 0 and tally.labels.total() > 1:
         yield Fault("one class", facts.where(name), name, "all samples have the same label")

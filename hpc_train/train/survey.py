@@ -146,9 +146,7 @@ def survey(path: Path) -> Surveyed:
     return Surveyed(path, path.stat().st_size, tuple(datasets), tuple(faults), attributes)
 
 
-def _walk(
-    group: h5py.Group, path: Path, datasets: list[Found], faults: list[Fault], above: frozenset[int]
-) -> None:
+def _walk(group: h5py.Group, path: Path, datasets: list[Found], faults: list[Fault], above: frozenset[int]) -> None:
     """Goes through a group and those in it; a link back to one `above` it is not followed."""
     address = h5py.h5o.get_info(group.id).addr
     if address in above:

@@ -58,9 +58,9 @@ class Tally:
         self.faults: list[Fault] = []
 
     def add(self, piece: Piece, found: Found, first_sample: int) -> None:
-        """Counts a piece of `found`, whose first row is number `first_sample` of all files'."""
+        """Counts a piece of `found`, whose first row has the number `first_sample`; -1: it is compared with none."""
         self.faults += piece.faults
-        if self.role == "other" or not piece.values.size:
+        if self.role == "other" or not found.is_numeric or not piece.values.size:
             return
         values = np.ascontiguousarray(piece.values)
         finite = self._finite(values, piece, found)
@@ -71,7 +71,7 @@ class Tally:
             self._count_labels(values, piece, found)
         if self.role == "tokens" and self._vocabulary is not None:
             self._out_of(self._vocabulary, "tokens out of the vocabulary", values, piece, found)
-        if self.role == "samples":
+        if self.role == "samples" and first_sample >= 0:
             self._compare(values, piece, first_sample)
 
     def _finite(self, values: np.ndarray, piece: Piece, found: Found) -> np.ndarray:
