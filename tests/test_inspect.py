@@ -2,8 +2,9 @@
 
 import fcntl
 import json
+import shutil
+import subprocess
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import h5py
 import numpy as np
 import pytest
 
+from hpc_train.train.advice import Advice, of_dataset, of_file
 from hpc_train.train.check import check
 from hpc_train.train.context import Context
-from hpc_train.train.survey import Fault
+from hpc_train.train.place import stripe_count
+from hpc_train.train.survey import Fault, survey
 from hpc_train.world import World
 from tests import jobs
 
@@ -218,3 +221,188 @@ def test_files_that_disagree(tmp_path: Path) -> None:
     assert "(n, 8, 16)" in one(first, shape).what
     more = write(tmp_path / "more.h5", seed=2, train__weights=np.random.default_rng(3).random(600))
     assert "more.h5" in str(one(first, more)) and "train/weights" in str(one(first, more))
+
+
+# ------------------------------------------------------------------------------------------------ warnings
+
+
+def test_copies_rare_and_empty_classes_and_constant_samples_are_warnings(tmp_path: Path) -> None:
+    inputs = np.random.default_rng(0).random((600, 16, 16), np.float32)
+    inputs[[7, 8]], inputs[20] = inputs[3], 0.5
+    labels = np.repeat([0, 1, 3], 200)
+    labels[0] = 2
+    labels[1] = 5
+    path = write(tmp_path / "data.h5", train__inputs=inputs, train__targets=labels)
+    checked = check([path], ALONE, quiet=True)
+    assert not checked.faults
+    said = "\n".join(str(warning) for warning in checked.warnings)
+    assert "2 of 600 samples are copies of another: the first is sample 7, equal to sample 3" in said
+    assert "1 of 600 samples are of one value throughout" in said
+    assert "train/targets: 1 of 6 classes have no sample: 4" in said
+    assert "2 of 6 classes are rare beside the middle one's 199: 2 (1), 5 (1)" in said
+    assert checked.datasets["train/inputs"]["equal_to"] == {"train/inputs": 2}
+    assert jobs.run(0, "data", "check", path, cwd=tmp_path).code == 0
+    assert jobs.run(0, "data", "check", "--strict", path, cwd=tmp_path).code == 1
+
+
+def test_more_samples_than_memory_may_hold_are_counted_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpc_train.train.equal._MOST_HASHES", 200)
+    inputs = np.random.default_rng(0).random((300, 16, 16), np.float32)
+    path = write(tmp_path / "data.h5", train__inputs=np.concatenate([inputs, inputs]))
+    num = check([path], ALONE, quiet=True).datasets["train/inputs"]["equal_to"]["train/inputs"]
+    assert num % 4 == 0 and 150 < num < 450, "an estimate of 300"
+
+
+# ------------------------------------------------------------------------------------------------ the commands
+
+
+def test_check_says_the_same_at_any_number_of_ranks(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0).random((600, 16, 16), np.float32)
+    test = np.concatenate([rng[5:8], changed(57, 2, np.nan)])
+    for number, packed in enumerate([{}, GZIP]):
+        write(tmp_path / f"part-{number}.h5", packed=packed, train__inputs=rng + np.float32(number), test__inputs=test)
+    flip(tmp_path / "part-0.h5", "train/inputs", 590)
+    flip(tmp_path / "part-1.h5", "train/inputs", 33)
+    found = []
+    for ranks in (0, 2, 3):
+        done = jobs.run(ranks, "data", "check", "--json", "part-*.h5", cwd=tmp_path)
+        assert done.code == 1, done.err
+        checked = json.loads(done.out)
+        assert checked.pop("num_ranks") == max(1, ranks) and checked.pop("seconds") > 0
+        found.append(checked)
+    assert found[0] == found[1] == found[2]
+    kinds = {(fault["kind"], fault["file"], fault["unit"], fault["number"]) for fault in found[0]["faults"]}
+    assert ("damaged", "part-0.h5", "block", 5) in kinds and ("damaged", "part-1.h5", "chunk", 1) in kinds
+    assert ("not finite", "part-0.h5", "block", 0) in kinds and ("leakage", "part-0.h5 and 1 more", "", None) in kinds
+    told = jobs.run(2, "data", "check", "part-0.h5 part-1.h5", cwd=tmp_path)
+    assert told.code == 1 and "2 files, part-0.h5 the first" in told.out and "Traceback" not in told.err
+    assert told.out.count("block 5, samples 500 to 599: its checksum (crc32) differs") == 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["nowhere.h5"], "nowhere.h5 does not exist"),
+        (["part-*.h5"], "part-*.h5 matches no file"),
+        (["."], ". is a folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "info"])
+def test_what_is_no_file(tmp_path: Path, words: list[str], message: str, command: str) -> None:
+    done = jobs.run(0, "data", command, *words, cwd=tmp_path)
+    assert done.code == 2 and message in done.err and "Traceback" not in done.err and not done.out
+
+
+def test_a_file_that_another_program_writes_is_not_called_damaged(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.h5")
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = jobs.run(0, "data", "check", path, cwd=tmp_path)
+        assert done.code == 2 and "cannot be locked" in done.err and "HDF5_USE_FILE_LOCKING=FALSE" in done.err
+        assert jobs.run(0, "data", "check", path, cwd=tmp_path, HDF5_USE_FILE_LOCKING="FALSE").code == 0
+
+
+def test_info(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.h5", packed=GZIP)
+    done = jobs.run(0, "data", "info", "--json", path, cwd=tmp_path)
+    assert done.code == 0, done.err
+    facts = json.loads(done.out)["files"][0]
+    train = facts["datasets"]["train/inputs"]
+    assert train["filters"] == ["shuffle", "gzip 4", "fletcher32"] and train["layout"] == "chunked"
+    assert train["chunk"] == [32, 16, 16] and train["chunk_bytes"] == 32 << 10 and train["compression_ratio"] > 1
+    assert train["checksums"] == "fletcher32" and facts["datasets"]["train/targets"]["checksums"] == "crc32"
+    assert train["speed"]["shuffled"]["samples"] == 256 and train["speed"]["sequential"]["samples"] == 600
+    assert train["speed"]["shuffled_again"]["page_cache"] == "warm"
+    assert train["speed"]["shuffled"]["page_cache"] in ("cold", "warm")
+    assert facts["file_system"] != "unknown file system" and facts["attributes"]["complete"] is True
+    told = jobs.run(0, "data", "info", path, cwd=tmp_path)
+    for word in ("train/inputs: 600x16x16 float32", "shuffle, gzip 4, fletcher32", "samples/s", "page cache"):
+        assert word in told.out
+
+
+def test_on_a_file_system_in_memory_nothing_is_called_cold(tmp_path: Path) -> None:
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        pytest.skip("no /dev/shm")
+    path = shm / f"{tmp_path.name}-{tmp_path.parent.name}.h5"
+    try:
+        write(path)
+        facts = json.loads(jobs.run(0, "data", "info", "--json", path, cwd=tmp_path).out)["files"][0]
+    finally:
+        path.unlink()
+    assert facts["file_system"] == "tmpfs"
+    assert facts["datasets"]["train/inputs"]["speed"]["sequential"]["page_cache"] == "warm"
+
+
+# ------------------------------------------------------------------------------------------------ advice
+
+
+def advised(path: Path, name: str, values: np.ndarray, **packed: Any) -> list[Advice]:
+    with h5py.File(path, "w") as file:
+        file.create_dataset(name, data=values, **packed)
+    return list(of_dataset(survey(path).datasets[0]))
+
+
+def test_advice(tmp_path: Path) -> None:
+    path, rng = tmp_path / "my data.h5", np.random.default_rng(0)
+    noise, plain = rng.integers(0, 256, (2048, 32, 32), np.uint8), np.zeros((2048, 32, 32), np.uint8)
+    gzip = {"compression": "gzip", "compression_opts": 1, "fletcher32": True}
+
+    def one_advice(values: np.ndarray, **packed: Any) -> Advice:
+        found = advised(path, "train/inputs", values, **packed)
+        assert len(found) == 1, found
+        return found[0]
+
+    assert advised(path, "train/inputs", plain) == []
+    assert advised(path, "train/inputs", plain, chunks=(1024, 32, 32), **gzip) == []
+    assert "costs more than reading" in one_advice(noise, chunks=(1024, 32, 32), **gzip).what
+    assert "not compressed" in one_advice(noise, chunks=(1024, 32, 32)).what
+    cut = one_advice(plain, chunks=(1024, 16, 16), **gzip)
+    assert "each is in 4 of them" in cut.what and "-l train/inputs:CHUNK=1024x32x32" in cut.command
+    assert "one sample a chunk" in one_advice(plain, chunks=(1, 32, 32), **gzip).what
+    assert "chunks of 10.0 KiB" in one_advice(plain, chunks=(10, 32, 32), **gzip).what
+    large = np.zeros((16384, 32, 32), np.uint8)
+    assert "chunks of 16.0 MiB" in one_advice(large, chunks=(16384, 32, 32), **gzip).what
+    unsure = one_advice(plain, chunks=(1024, 32, 32), compression="gzip")
+    assert "no checksums" in unsure.what and "'my data'" not in unsure.command and "my data.new.h5'" in unsure.command
+    assert "8-byte floats" in one_advice(rng.random((8, 4))).what
+    assert "byte order" in one_advice(rng.random((8, 4)).astype(">f4")).what
+
+
+@pytest.mark.parametrize("dtype, to", [("<f8", "<f4"), (">i4", "<i4"), (">f8", "<f4")])
+def test_the_command_that_converts(tmp_path: Path, dtype: str, to: str) -> None:
+    path = write(tmp_path / "my data.h5", train__inputs=(np.random.default_rng(0).random((600, 5)) * 9).astype(dtype))
+    before = h5py.File(path)["train/inputs"][:]
+    found = next(found for found in survey(path).datasets if found.name == "train/inputs")
+    advice = next(iter(of_dataset(found)))
+    subprocess.run(["sh", "-c", advice.command], check=True, timeout=60)
+    with h5py.File(path) as file:
+        assert file["train/inputs"].dtype == np.dtype(to)
+        assert np.array_equal(file["train/inputs"][:], before.astype(to))
+    assert not check([path], ALONE, quiet=True).faults
+
+
+@pytest.mark.skipif(shutil.which("h5repack") is None, reason="no h5repack: it comes with hdf5-tools")
+@pytest.mark.parametrize("packed", [{"chunks": (1, 64, 64), "compression": "gzip"}, {"chunks": (600, 64, 64)}])
+def test_the_command_that_repacks(tmp_path: Path, packed: dict[str, Any]) -> None:
+    path, values = tmp_path / "my data.h5", np.repeat(np.arange(600, dtype=np.int16), 4096).reshape(600, 64, 64)
+    advice = advised(path, "train/inputs", values, **packed)[0]
+    subprocess.run(["sh", "-c", advice.command], check=True, timeout=60)
+    new = path.with_name("my data.new.h5")
+    with h5py.File(new) as file:
+        assert np.array_equal(file["train/inputs"][:], values)
+    assert not list(of_dataset(survey(new).datasets[0]))
+
+
+def test_advice_on_lustre(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for `lfs`: there is no Lustre here."""
+    lfs = tmp_path / "lfs"
+    lfs.write_text('#!/bin/sh\n[ "$1 $2" = "getstripe -c" ] && echo 1\n')
+    lfs.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    path = write(tmp_path / "data.h5")
+    assert stripe_count(path) == 1
+    advice = list(of_file(survey(path).datasets, 2 << 30, stripe_count(path)))
+    assert [each.command for each in advice] == [f"lfs migrate -c -1 {path}"] and "1 Lustre server:" in advice[0].what
+    lfs.write_text("#!/bin/sh\nexit 1\n")
+    assert stripe_count(path) is None

@@ -26,7 +26,7 @@ class Equal:
 
 
 def keep_one_in(num_samples: int) -> int:
-    """Of how many hash values one is kept, so that memory stays bounded: equal samples are kept or left out together."""
+    """Of how many hashes one is kept, so that memory stays bounded: equal samples are kept, or left out, together."""
     return max(1, -(-num_samples // _MOST_HASHES))
 
 
@@ -44,15 +44,15 @@ def equal_samples(hashed: Sequence[np.ndarray], ends: Sequence[int], context: Co
     counts, first = np.zeros((len(starts), num_parts), np.int64), np.zeros((len(starts), num_parts), np.int64)
     counts.flat[cells], first.flat[cells] = nums, firsts  # of each hash and part: how many, and the first in `rows`
     found = []
-    for a, b in ((a, b) for b in range(num_parts) for a in range(b + 1)):
-        same = a == b
+    for a, b in zip(*np.triu_indices(num_parts), strict=True):
+        same = int(a == b)
         groups = np.flatnonzero((counts[:, a] > 0) & (counts[:, b] > same))
         num = int(context.sum(np.array([counts[groups, b].sum() - same * len(groups)], np.int64))[0])
         pairs = np.stack([samples[first[groups, a]], samples[first[groups, b] + same]], axis=1)
         mine = pairs[np.argsort(pairs[:, 1])][:_EXAMPLES]
         shown = sorted((two, one) for each in context.all(mine) for one, two in each.tolist())[:_EXAMPLES]
         if num:
-            found.append(Equal(a, b, num, tuple((one, two) for two, one in shown)))
+            found.append(Equal(int(a), int(b), num, tuple((one, two) for two, one in shown)))
     return found
 
 

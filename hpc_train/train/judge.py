@@ -53,7 +53,9 @@ class Facts:
 
 def judge(facts: Facts) -> tuple[dict[str, dict[str, Any]], list[Fault], list[Fault]]:
     """(what is known of each data set, by name; faults; warnings)."""
-    datasets, faults, warnings = {}, [], []
+    datasets: dict[str, dict[str, Any]] = {}
+    faults: list[Fault] = []
+    warnings: list[Fault] = []
     for name, tally in facts.tallies.items():
         found = facts.of(name)[0]
         faults += tally.faults

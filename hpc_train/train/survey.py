@@ -1,4 +1,4 @@
-"""What HDF5 files hold and how it lies in them: plain facts, found without reading a value, for `data check` and `info`."""
+"""What HDF5 files hold and how it lies in them: plain facts, found without reading a value."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

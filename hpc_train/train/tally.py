@@ -40,8 +40,8 @@ def role(found: Found, all_of_file: Sequence[Found], has_vocabulary: bool) -> st
 class Tally:
     """Of one data set, over all its files.
 
-    first: the first sample, which features are compared with; None if they are not. keep_one_in: of how many hash values
-    one is kept, so that memory is bounded. vocabulary: how many tokens there are.
+    first: the first sample, which features are compared with; None if they are not. keep_one_in: of how many hashes one
+    is kept, so that memory is bounded. vocabulary: how many tokens there are.
     """
 
     def __init__(self, role: str, first: np.ndarray | None, keep_one_in: int, vocabulary: int | None = None) -> None:
