@@ -74,7 +74,7 @@ def judge(facts: Facts) -> tuple[dict[str, dict[str, Any]], list[Fault], list[Fa
             warnings += _constant_samples(facts, name, tally)
         if tally.role == "labels" and len(tally.labels) <= MOST_LABELS:
             datasets[name]["classes"] = {str(label): tally.labels[label] for label in sorted(tally.labels)}
-            more = _classes(facts, name, tally)
+            more = list(_classes(facts, name, tally))
             faults += [fault for fault in more if fault.kind == "out of range"]
             warnings += [fault for fault in more if fault.kind != "out of range"]
     for names, pairs in facts.equal.items():
