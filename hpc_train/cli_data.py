@@ -120,6 +120,8 @@ def _told_dataset(name: str, data: dict[str, Any]) -> Iterator[str]:
             f" ({each['page_cache']} page cache)"
             for way, each in speed.items()
         )
+        if data["chunk"]:
+            yield "    training takes chunks in a shuffled order and mixes their samples: near the speed in order"
 
 
 def _report(checked: "Checked") -> str:

@@ -52,7 +52,7 @@ def num_pieces(found: Found) -> int:
 
 
 def _is_by_rows(found: Found) -> bool:
-    return not found.chunk or not found.num_bytes or found.chunk[0] * found.row_bytes <= _MOST_BYTES
+    return not found.chunk or found.dtype.hasobject or found.chunk[0] * found.row_bytes <= _MOST_BYTES
 
 
 def _grid(found: Found) -> tuple[int, ...]:
@@ -67,6 +67,8 @@ class Pieces:
         self._found, self._dataset, self._file = found, file[found.name], -1
         self._pipeline: Any = None
         self._checksums: np.ndarray | None = None
+        if found.dtype.hasobject:
+            return  # strings and lists, whose bytes are elsewhere: through HDF5
         if found.layout == "chunked":
             self._pipeline = open_pipeline(self._dataset)
         elif found.layout == "contiguous":
@@ -86,7 +88,7 @@ class Pieces:
         stop = min(start + piece_rows(found), found.num_rows)
         if self._pipeline is not None:
             return self._chunks(start, stop)
-        if found.layout == "contiguous":
+        if self._file >= 0:
             return self._block(number, start, stop)
         return self._slab(number, start, stop)
 

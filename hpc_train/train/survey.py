@@ -219,7 +219,7 @@ def _faults_of(dataset: h5py.Dataset, found: Found) -> Iterator[Fault]:
         what = f"its values lie in other files ({found.sources[0]}), which are not read"
         yield Fault("external", file, name, what, "Copy them into one HDF5 file: h5repack, or h5py's Group.copy.")
     for source in found.sources if found.layout == "virtual" else ():
-        if source != "." and not (found.path.parent / source).is_file():
+        if source != "." and "%b" not in source and not (found.path.parent / source).is_file():
             what = f"takes values from {source}, which does not exist: they would be read as fill values"
             yield Fault("missing", file, name, what, "Put that file where it was, or make the data set again.")
     if found.layout == "empty" and found.num_bytes:
