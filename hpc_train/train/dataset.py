@@ -158,6 +158,8 @@ def open_order(readers: Sequence[Reader], num_samples: int, config: Config, rows
         return Order(num_samples)
     edges = np.unique(np.minimum(first.edges // rows_of, num_samples))
     edges[-1] = num_samples
+    if config.data.read == "collective":  # its chunks are global batches
+        return Order(num_samples, edges)
     row_bytes = int(np.prod(first.shape[1:], dtype=np.int64)) * first.dtype.itemsize * rows_of
     chunk_bytes = max(1, int(np.diff(edges).max()) * row_bytes)
     window = config.data.shuffle_chunks or min(_MOST_CHUNKS, (config.data.memory_mb << 20) // 2 // chunk_bytes)
