@@ -15,6 +15,7 @@ import pytest
 from hpc_train.train.advice import Advice, of_dataset, of_file
 from hpc_train.train.check import check
 from hpc_train.train.context import Context
+from hpc_train.train.info import inform
 from hpc_train.train.place import stripe_count
 from hpc_train.train.survey import Fault, survey
 from hpc_train.world import World
@@ -91,11 +92,17 @@ def changed(rows: int, at: int, value: float) -> np.ndarray:
         (GZIP, ["chunk 7", ""]),
         ({"chunks": (32, 16, 16), "fletcher32": True}, ["chunk 7", "fletcher32"]),
         ({"chunks": (32, 16, 16), "compression": "lzf", "fletcher32": True}, ["chunk 7", "fletcher32"]),
+        (
+            {"chunks": (32, 16, 16), "compression": 32015, "shuffle": True, "fletcher32": True},
+            ["chunk 7", "fletcher32"],
+        ),
         ({"chunks": (32, 8, 16), "fletcher32": True}, ["chunk 14", "fletcher32"]),
         ({"chunks": (1, 16, 16), "fletcher32": True}, ["chunk 240", "fletcher32"]),
     ],
 )
 def test_a_flipped_bit(tmp_path: Path, packed: dict[str, Any], words: list[str]) -> None:
+    if packed.get("compression") == 32015:
+        pytest.importorskip("hdf5plugin", exc_type=ImportError)
     path = write(tmp_path / "data.h5", packed=packed)
     whole = check([path], ALONE, quiet=True)
     assert not whole.faults and not whole.warnings
@@ -298,8 +305,41 @@ def test_a_file_that_another_program_writes_is_not_called_damaged(tmp_path: Path
     with path.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         done = jobs.run(0, "data", "check", path, cwd=tmp_path)
-        assert done.code == 2 and "cannot be locked" in done.err and "HDF5_USE_FILE_LOCKING=FALSE" in done.err
+        assert (
+            done.code == 2
+            and "another program has it open for writing" in done.err
+            and "HDF5_USE_FILE_LOCKING=FALSE" in done.err
+        )
         assert jobs.run(0, "data", "check", path, cwd=tmp_path, HDF5_USE_FILE_LOCKING="FALSE").code == 0
+
+
+def test_a_file_system_that_refuses_locks(tmp_path: Path) -> None:
+    """A library put before the system's own refuses as such a file system does."""
+    code = "#include <errno.h>\nint flock(int file, int what) { (void)file; (void)what; errno = ENOLCK; return -1; }\n"
+    (tmp_path / "flock.c").write_text(code)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", "flock.so", "flock.c"], cwd=tmp_path, check=True, timeout=60)
+    path, refuse = write(tmp_path / "data.h5"), str(tmp_path / "flock.so")
+    done = jobs.run(0, "data", "info", path, cwd=tmp_path, LD_PRELOAD=refuse)
+    assert done.code == 2 and "data.h5 cannot be locked" in done.err and "No locks available" in done.err
+    assert "set HDF5_USE_FILE_LOCKING=FALSE" in done.err
+    done = jobs.run(0, "data", "check", path, cwd=tmp_path, LD_PRELOAD=refuse, HDF5_USE_FILE_LOCKING="FALSE")
+    assert done.code == 0, done.err
+
+
+def test_a_virtual_data_set_is_read_through_its_files(tmp_path: Path) -> None:
+    layout = h5py.VirtualLayout((1200, 16, 16), np.float32)
+    for number in range(2):
+        write(tmp_path / f"part-{number}.h5", seed=number, train__inputs=changed(600, 9, np.nan) + np.float32(number))
+        layout[600 * number : 600 * number + 600] = h5py.VirtualSource(
+            f"part-{number}.h5", "train/inputs", (600, 16, 16)
+        )
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        file.create_virtual_dataset("train/inputs", layout)
+    checked = check([tmp_path / "all.h5"], ALONE, quiet=True)
+    assert [fault.samples for fault in checked.faults] == [(9, 609)] and checked.faults[0].kind == "not finite"
+    facts = inform([tmp_path / "all.h5"], ALONE)["files"][0]["datasets"]["train/inputs"]
+    assert facts["layout"] == "virtual" and facts["sources"] == ["part-0.h5", "part-1.h5"]
+    assert facts["speed"]["sequential"]["samples"] == 1200
 
 
 def test_info(tmp_path: Path) -> None:

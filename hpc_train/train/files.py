@@ -207,6 +207,11 @@ def cannot_open(error: OSError) -> tuple[str, str]:
         return "is truncated: its end is missing", "Copy or prepare it again."
     if "signature" in reason:
         return "is not an HDF5 file", "Name an HDF5 file; hpc-train prepare --help shows how to make one."
+    if "lock file" in reason and "errno = 11," in reason:
+        return (
+            "cannot be locked: another program has it open for writing",
+            "Wait until that has ended; where none writes it, set HDF5_USE_FILE_LOCKING=FALSE.",
+        )
     if "lock file" in reason:  # "lock" alone is in "superblock", too
         return (
             f"cannot be locked: {reason}",
