@@ -31,8 +31,9 @@ test:
 	@./install.sh test
 	@$(MAKE) --no-print-directory test-serial test-parallel test-cluster
 
+# Two files at a time: most of what they do is to start processes, on one core.
 test-serial:
-	python -m pytest -m "not thorough"
+	python -m pytest -m "not thorough" -n 2 --dist loadfile
 
 # Under mpirun a failed assertion on one rank would hang the others: `python -m mpi4py` ends them all.
 test-parallel:

@@ -20,7 +20,7 @@ from tests.faults.harness import BATCH, SAMPLES, SEED, STEPS, Job, assert_contin
     ("ranks", "strategy", "stops"),
     [
         (3, "horovod", (2, 3)),
-        (4, "mpi", (6,)),
+        pytest.param(4, "mpi", (6,), marks=pytest.mark.thorough),
         pytest.param(0, "local", (2, 1, 3), marks=pytest.mark.thorough),
         pytest.param(2, "horovod", (2, 1, 3), marks=pytest.mark.thorough),
     ],

@@ -158,7 +158,8 @@ def _place(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"at {error.filename}:{error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    libraries = (os.path.dirname(os.__file__), "<")
+    libraries, package = (os.path.dirname(os.__file__), "<"), f"{Path(__file__).parents[2]}{os.sep}"
     own = [frame for frame in frames if not frame.filename.startswith(libraries) and "-packages" not in frame.filename]
-    frame = (own or frames)[-1]
+    users = [frame for frame in own if not frame.filename.startswith(package)]
+    frame = (users or own or frames)[-1]
     return f"at {frame.filename}:{frame.lineno}"
