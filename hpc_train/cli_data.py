@@ -11,8 +11,8 @@ import click
 from hpc_train.world import launched_rank
 
 if TYPE_CHECKING:
-    from hpc_train.train.check import Checked
-    from hpc_train.train.survey import Fault
+    from hpc_train.train.inspect.check import Checked
+    from hpc_train.train.inspect.survey import Fault
 
 _MOST_LINES = 10  # of one kind of a data set; --json has them all
 
@@ -43,8 +43,8 @@ def check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
     from hpc_train.train.context import open_context
 
     with open_context(use_mpi=launched_rank() is not None) as context:
-        from hpc_train.train.check import check as verify
-        from hpc_train.train.survey import expand
+        from hpc_train.train.inspect.check import check as verify
+        from hpc_train.train.inspect.survey import expand
 
         checked = verify(context.on_root(lambda: expand(files)), context, quiet=as_json)
         if context.world.is_root:
@@ -68,8 +68,8 @@ def info(files: tuple[str, ...], no_speed: bool, as_json: bool) -> None:
     from hpc_train.train.context import open_context
 
     with open_context(use_mpi=False) as context:
-        from hpc_train.train.info import inform
-        from hpc_train.train.survey import expand
+        from hpc_train.train.inspect.info import inform
+        from hpc_train.train.inspect.survey import expand
 
         facts = inform(expand(files), context, measure=not no_speed)
     click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_told(facts)))
@@ -78,7 +78,7 @@ def info(files: tuple[str, ...], no_speed: bool, as_json: bool) -> None:
 
 
 def _told(facts: dict[str, Any]) -> Iterator[str]:
-    from hpc_train.train.survey import Fault
+    from hpc_train.train.inspect.survey import Fault
 
     for file in facts["files"]:
         stripes = f", {file['stripes']} stripes" if file["stripes"] is not None else ""

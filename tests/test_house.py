@@ -27,23 +27,9 @@ TOP = {"cli"}
 ALLOWED = {
     "mpi4py": {"train/context.py"},
     "horovod": {"train/reduce.py"},
-    "h5py": {
-        f"train/{room}.py"
-        for room in (
-            "check",
-            "chunks",
-            "files",
-            "filters",
-            "info",
-            "judge",
-            "pieces",
-            "prepare",
-            "readers",
-            "survey",
-            "together",
-        )
-    },
-    "subprocess": {"train/metadata.py", "train/place.py", "slurm.py", "scale.py"},
+    "h5py": {f"train/{room}.py" for room in ("chunks", "files", "filters", "prepare", "readers", "together")}
+    | {f"train/inspect/{room}.py" for room in ("check", "info", "judge", "pieces", "survey")},
+    "subprocess": {"train/metadata.py", "train/inspect/place.py", "slurm.py", "scale.py"},
     "pynvml": {"train/sensors.py"},
     "gymnasium": {"train/tasks/reinforcement.py"},
 }

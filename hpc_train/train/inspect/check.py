@@ -14,13 +14,13 @@ import numpy as np
 
 from hpc_train.partition import rank_span
 from hpc_train.train.context import Context
-from hpc_train.train.equal import Equal, equal_samples, keep_one_in
 from hpc_train.train.files import reading_threads
-from hpc_train.train.judge import Facts, judge, offset_faults, unequal_numbers
-from hpc_train.train.pieces import Piece, Pieces, num_pieces, shares
+from hpc_train.train.inspect.equal import Equal, equal_samples, keep_one_in
+from hpc_train.train.inspect.judge import Facts, judge, offset_faults, unequal_numbers
+from hpc_train.train.inspect.pieces import Piece, Pieces, num_pieces, shares
+from hpc_train.train.inspect.survey import Fault, Found, Surveyed, disagreements, survey
+from hpc_train.train.inspect.tally import Tally, role
 from hpc_train.train.progress import StepProgress
-from hpc_train.train.survey import Fault, Found, Surveyed, disagreements, survey
-from hpc_train.train.tally import Tally, role
 
 _PIECES_AHEAD = 2  # of each thread: read, and not yet counted
 _NOT_READ = ("external", "empty", "missing", "filter")  # faults of data sets that are not read then

@@ -12,12 +12,12 @@ import numpy as np
 
 from hpc_train.errors import UserError
 from hpc_train.partition import shuffled
-from hpc_train.train.advice import compression_ratio, of_dataset, of_file
 from hpc_train.train.context import Context
 from hpc_train.train.files import file_system, reading_threads
-from hpc_train.train.place import drop_pages, resident, stripe_count
+from hpc_train.train.inspect.advice import compression_ratio, of_dataset, of_file
+from hpc_train.train.inspect.place import drop_pages, resident, stripe_count
+from hpc_train.train.inspect.survey import Found, Surveyed, disagreements, survey
 from hpc_train.train.readers import Reader, open_reader
-from hpc_train.train.survey import Found, Surveyed, disagreements, survey
 
 _SAMPLES, _BATCH = 256, 32
 _SEQUENTIAL_BYTES, _PIECE_BYTES = 64 << 20, 4 << 20

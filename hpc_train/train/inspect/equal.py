@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpc_train.train.context import Context
-from hpc_train.train.tally import HASHED
+from hpc_train.train.inspect.tally import HASHED
 
 _MOST_HASHES = 1 << 24  # of all ranks together: 16 bytes each
 _EXAMPLES = 5

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hpc_train.train.pieces import Piece
-from hpc_train.train.survey import Fault, Found
+from hpc_train.train.inspect.pieces import Piece
+from hpc_train.train.inspect.survey import Fault, Found
 
 MOST_LABELS = 1 << 16  # more different values are no classes
 _MOST_FEATURE_BYTES = 16 << 20

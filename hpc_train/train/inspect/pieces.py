@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from hpc_train.train.filters import Damaged, open_pipeline
-from hpc_train.train.survey import CHECKSUMS, Fault, Found
+from hpc_train.train.inspect.survey import CHECKSUMS, Fault, Found
 
 _PIECE_BYTES = 4 << 20
 _MOST_BYTES = 128 << 20  # of chunks that are put together
