@@ -27,7 +27,7 @@ TOP = {"cli"}
 ALLOWED = {
     "mpi4py": {"train/context.py"},
     "horovod": {"train/reduce.py"},
-    "h5py": {"train/dataset.py", "train/prepare.py"},
+    "h5py": {"train/dataset.py", "train/prepare.py", "train/layout.py", "train/writer.py"},
     "subprocess": {"train/metadata.py", "slurm.py", "scale.py"},
     "pynvml": {"train/sensors.py"},
     "gymnasium": {"train/tasks/reinforcement.py"},
