@@ -3,6 +3,7 @@
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -116,18 +117,20 @@ def _npz(path: Path, options: Options) -> dict[str, Array]:
         raise UserError(f"{path} cannot be read: {error}", "Write it again with numpy.savez.") from None
     if arrays and all("/" in name for name in arrays) and options.target is None:
         return arrays
-    target: str = options.target or next((name for name in ("targets", "y", "labels") if name in arrays), "targets")
-    usual = [name for name in ("inputs", "x", "X", "images", "data") if name in arrays and name != target]
-    inputs = usual[0] if usual else None
-    if inputs is None and len(arrays) == 2:
-        inputs = next(name for name in arrays if name != target)
+    target = options.target or _first_of(("targets", "y", "labels"), arrays) or "targets"
+    others = {name: array for name, array in arrays.items() if name != target}
+    inputs = next(iter(others)) if len(others) == 1 else _first_of(("inputs", "x", "X", "images", "data"), others)
     if target not in arrays or inputs is None:
         raise UserError(
             f"{path} holds {', '.join(arrays) or 'no arrays'}: none of them is told to be the "
             f"{'targets' if target not in arrays else 'inputs'}",
-            "Call them inputs and targets (or: --target NAME), or train/inputs, train/targets, test/inputs, test/targets.",
+            "Call them inputs and targets (or: --target NAME), or train/inputs, train/targets, test/inputs and so on.",
         )
     return {"inputs": arrays[inputs], "targets": arrays[target]}
+
+
+def _first_of(names: Sequence[str], arrays: dict[str, Array]) -> str | None:
+    return next((name for name in names if name in arrays), None)
 
 
 def _member(path: Path, entry: str, archive: zipfile.ZipFile) -> Array:
