@@ -37,10 +37,13 @@ class Layout:
     def chunk_rows(self, array: Array) -> int:
         return min(max(1, CHUNK_BYTES // row_bytes(array)), max(1, array.shape[0]))
 
-    def create(self, file: h5py.File, name: str, array: Array) -> h5py.Dataset:
-        """Collective where `file` is. Of a contiguous data set the room is taken now: where it lies never changes."""
+    def create(self, file: h5py.File, name: str, array: Array, chunk_rows: int | None = None) -> h5py.Dataset:
+        """Collective where `file` is. Of a contiguous data set the room is taken now: where it lies never changes.
+
+        chunk_rows: other than those of an array of this length.
+        """
         if self.chunked and array.shape[0]:
-            chunks = (self.chunk_rows(array), *array.shape[1:])
+            chunks = (chunk_rows or self.chunk_rows(array), *array.shape[1:])
             shuffle = array.dtype.itemsize > 1
             return file.create_dataset(
                 name, array.shape, array.dtype, chunks=chunks, shuffle=shuffle, fletcher32=True, **self.filters

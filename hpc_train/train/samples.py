@@ -48,7 +48,12 @@ def source(name: str, options: Options, output: Path | None, anew: bool, context
         spools: tuple[Path, ...] = ()
     else:
         beside = context.on_all(lambda: _beside(name, output))
-        arrays, spools = _spooled(name, told, shared, beside, anew, state, context)
+        try:
+            arrays, spools = _spooled(name, told, shared, beside, anew, state, context)
+        except Exception:
+            for end in ("", ".inputs", ".targets"):
+                Path(f"{_spool_of(beside, world.rank)}{end}").unlink(missing_ok=True)
+            raise
     parts = context.on_all(lambda: divided(name, arrays, options.test_fraction))
     return replace(named(name), arrays=parts, state=state, spools=spools)
 
@@ -87,7 +92,7 @@ def _spooled(
     Where the function shares out, rank after rank; else sample i is with rank i modulo size, and in its place.
     """
     world = context.world
-    spool = output.with_name(f".{output.name}.spool-{world.rank:05d}")
+    spool = _spool_of(output, world.rank)
     kept = context.all(None if anew else _kept(spool, name, state, world.size))
     mine = kept[world.rank]
     if mine is None or not all(kept):
@@ -109,6 +114,10 @@ def _spooled(
         for end, inner, kind in (("inputs", shape, dtype), ("targets", (), "int64"))
     }
     return arrays, tuple(files)
+
+
+def _spool_of(output: Path, rank: int) -> Path:
+    return output.with_name(f".{output.name}.spool-{rank:05d}")
 
 
 def _gathered(
