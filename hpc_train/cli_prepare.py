@@ -76,8 +76,8 @@ def prepare(
     from hpc_train.train.context import open_context
 
     with open_context(use_mpi=launched_rank() is not None) as context:
-        from hpc_train.train.prepare import prepare as write
-        from hpc_train.train.sources import Options
+        from hpc_train.train.prepare.prepare import prepare as write
+        from hpc_train.train.prepare.sources import Options
 
         options = Options(size, target, test_fraction)
         write(dataset, origin, output, context, overwrite, tokenizer, options, compress, memory_mb)

@@ -27,7 +27,8 @@ TOP = {"cli"}
 ALLOWED = {
     "mpi4py": {"train/context.py"},
     "horovod": {"train/reduce.py"},
-    "h5py": {f"train/{room}.py" for room in ("chunks", "files", "filters", "prepare", "readers", "together")}
+    "h5py": {f"train/{room}.py" for room in ("chunks", "files", "filters", "readers", "together")}
+    | {f"train/prepare/{room}.py" for room in ("layout", "prepare", "writer")}
     | {f"train/inspect/{room}.py" for room in ("check", "info", "judge", "pieces", "survey")},
     "subprocess": {"train/metadata.py", "train/inspect/place.py", "slurm.py", "scale.py"},
     "pynvml": {"train/sensors.py"},

@@ -25,7 +25,7 @@ from hpc_train.train.files import open_files
 from hpc_train.train.generate import generate
 from hpc_train.train.models.bert import Bert
 from hpc_train.train.models.gpt import Gpt
-from hpc_train.train.prepare import prepare
+from hpc_train.train.prepare.prepare import prepare
 from hpc_train.train.tasks import baselines
 from hpc_train.train.tasks.baselines import count_bigrams
 from hpc_train.train.tasks.language import Language, MaskedLanguage

@@ -16,9 +16,9 @@ import pytest
 
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context
-from hpc_train.train.held_out import held_out
-from hpc_train.train.prepare import prepare
-from hpc_train.train.sources import Options, in_memory
+from hpc_train.train.prepare.held_out import held_out
+from hpc_train.train.prepare.prepare import prepare
+from hpc_train.train.prepare.sources import Options, in_memory
 from hpc_train.world import World
 from tests import jobs
 
@@ -298,7 +298,8 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PEAK = """
 import resource, sys
 from hpc_train import cli
-from hpc_train.train import context, prepare
+from hpc_train.train import context
+from hpc_train.train.prepare import prepare
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

@@ -100,7 +100,7 @@ def test_a_rank_that_cannot_load_horovod_is_named(folder: Path, digits: Path) ->
 WRITE_FAILS = """
 import sys
 from hpc_train import cli
-from hpc_train.train import writer
+from hpc_train.train.prepare import writer
 from hpc_train.world import launched_rank
 
 def fail(*args):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from hpc_train.errors import UserError
-from hpc_train.train import layout, writer
 from hpc_train.train.context import Context
-from hpc_train.train.prepare import prepare
+from hpc_train.train.prepare import layout, writer
+from hpc_train.train.prepare.prepare import prepare
 
 
 def write_idx(path: Path, values: np.ndarray, packed: bool) -> None:

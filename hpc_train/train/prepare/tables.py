@@ -10,11 +10,11 @@ from typing import IO, Any
 import numpy as np
 
 from hpc_train.errors import UserError
-from hpc_train.train import columns
 from hpc_train.train.context import Context
-from hpc_train.train.held_out import held_out
-from hpc_train.train.layout import row_bytes
-from hpc_train.train.sources import Array, Options, Source, state_of
+from hpc_train.train.prepare import columns
+from hpc_train.train.prepare.held_out import held_out
+from hpc_train.train.prepare.layout import row_bytes
+from hpc_train.train.prepare.sources import Array, Options, Source, state_of
 
 READ_BYTES = 4 << 20  # of a table that are read at once
 _KINDS = "Name a file .npy, .npz, .csv or .parquet."

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 
 from hpc_train.errors import UserError
-from hpc_train.train.sources import Array
+from hpc_train.train.prepare.sources import Array
 
 BLOCK_BYTES = 4 << 20  # what one checksum of a contiguous data set covers
 CHUNK_BYTES = 1 << 20  # small enough to keep many at hand for a shuffle, large enough to be worth a read

@@ -16,7 +16,7 @@ from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train import tokenizer
 from hpc_train.train.context import Context
-from hpc_train.train.sources import Array, Source, in_memory, state_of
+from hpc_train.train.prepare.sources import Array, Source, in_memory, state_of
 from hpc_train.train.tokenizer import Tokenizer
 
 _TEST_SHARE = 0.1  # of the documents

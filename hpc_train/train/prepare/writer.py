@@ -17,10 +17,10 @@ import numpy as np
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train.context import Context, known_to_all, parallel_file_options
-from hpc_train.train.journal import Blocks, Journal
-from hpc_train.train.layout import BLOCK_BYTES, Layout, row_bytes
+from hpc_train.train.prepare.journal import Blocks, Journal
+from hpc_train.train.prepare.layout import BLOCK_BYTES, Layout, row_bytes
+from hpc_train.train.prepare.sources import Array, Source
 from hpc_train.train.progress import StepProgress
-from hpc_train.train.sources import Array, Source
 
 _WRITE_BYTES = 32 << 20  # at once by a rank, where memory allows
 _SHARE_OF_MEMORY = 8  # what is written may be there as read, as rows, as sent between ranks and as compressed

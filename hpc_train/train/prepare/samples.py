@@ -15,9 +15,9 @@ import numpy as np
 
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context
-from hpc_train.train.layout import row_bytes
-from hpc_train.train.sources import Array, Options, Source, in_memory, state_of
-from hpc_train.train.tables import divided
+from hpc_train.train.prepare.layout import row_bytes
+from hpc_train.train.prepare.sources import Array, Options, Source, in_memory, state_of
+from hpc_train.train.prepare.tables import divided
 
 _SPOOL_BYTES = 4 << 20  # of samples in memory before they go to disk
 _SHAPE = (

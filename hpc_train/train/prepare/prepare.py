@@ -12,12 +12,14 @@ import h5py
 import numpy as np
 
 from hpc_train.errors import UserError
-from hpc_train.train import images, journal, layout, samples, storage, tables, text
-from hpc_train.train.context import Context, require_one_mpi
-from hpc_train.train.journal import Blocks, Journal
-from hpc_train.train.layout import Layout
-from hpc_train.train.sources import PICTURES, Options, Source
-from hpc_train.train.writer import Work, create, no_room, sound, verify, write
+from hpc_train.train import storage
+from hpc_train.train.context import Context
+from hpc_train.train.files import require_parallel_hdf5
+from hpc_train.train.prepare import images, journal, layout, samples, tables, text
+from hpc_train.train.prepare.journal import Blocks, Journal
+from hpc_train.train.prepare.layout import Layout
+from hpc_train.train.prepare.sources import PICTURES, Options, Source
+from hpc_train.train.prepare.writer import Work, create, no_room, sound, verify, write
 
 
 def prepare(
@@ -38,7 +40,7 @@ def prepare(
     a node may have in memory of the data, in 1e6 bytes. What was begun and killed is gone on with. Raises `UserError`.
     """
     if context.comm is not None:
-        context.on_all(_require_parallel_hdf5)
+        context.on_all(require_parallel_hdf5)
     asked = context.on_all(lambda: layout.parse(compress))
     memory_bytes = memory_mb * 1_000_000 // context.world.local_size
     url = output if isinstance(output, str) and storage.is_url(output) else None
@@ -175,15 +177,6 @@ def _what(work: Work) -> dict[str, Any]:
         "attributes": {name: str(value) for name, value in work.source.attributes.items()},
         "arrays": {name: [list(a.shape), str(a.dtype)] for name, a in work.source.arrays.items()},
     }
-
-
-def _require_parallel_hdf5() -> None:
-    if not h5py.get_config().mpi:
-        raise UserError(
-            "this h5py was built without MPI, and there are several ranks",
-            "Run `make install`, which builds it with MPI, or prepare without mpirun.",
-        )
-    require_one_mpi("h5py", h5py.defs.__file__)
 
 
 def _already_there(source: Source, output: Path, overwrite: bool, asked: Layout) -> bool:

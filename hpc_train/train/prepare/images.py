@@ -10,7 +10,7 @@ import numpy as np
 
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context
-from hpc_train.train.sources import Array, Options, Source, in_memory, state_of
+from hpc_train.train.prepare.sources import Array, Options, Source, in_memory, state_of
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _SIZE = 224  # pixels: what ImageNet's networks take

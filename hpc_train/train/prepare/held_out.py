@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpc_train.errors import UserError
-from hpc_train.train.sources import Array
+from hpc_train.train.prepare.sources import Array
 
 _DEFAULT = 0.1
 

@@ -14,7 +14,7 @@ import numpy as np
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train.context import Context
-from hpc_train.train.sources import Array
+from hpc_train.train.prepare.sources import Array
 
 _SCAN_BYTES = 4 << 20
 _BATCH_ROWS = 1 << 14
