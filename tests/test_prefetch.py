@@ -22,7 +22,7 @@ def threads() -> list[str]:
 
 def test_the_loop_stops_waiting() -> None:
     waits, found = [], []
-    with Prefetch(slow(200, 0.002)) as batches:
+    with Prefetch(slow(201, 0.002)) as batches:
         for number in batches:
             found.append(number)
             sleep(0.004)
@@ -33,7 +33,7 @@ def test_the_loop_stops_waiting() -> None:
                 found.append(next(batches))
                 waits.append(perf_counter() - began)
                 sleep(0.004)
-    assert found == list(range(200)) and not threads()
+    assert found == list(range(201)) and not threads()
     assert sorted(waits)[len(waits) // 2] < 0.001, "half of what making one takes"
 
 

@@ -79,6 +79,7 @@ class Split:
     targets: Reader
     scale: tuple[float, ...]
     offset: tuple[float, ...]
+    unchanged: Callable[[], None]
     buffers: Buffers = field(default_factory=Buffers)
     begin: Callable[[int], None] | None = None  # to be told each step's number: data that ranks exchange
 
@@ -95,6 +96,7 @@ class Split:
 
         Collective where ranks read together (data.read).
         """
+        self.unchanged()
         if self.begin is not None:
             self.begin(step)
         targets = torch.from_numpy(self.targets.take(rows).astype(np.int64, copy=False))
@@ -141,7 +143,7 @@ def open_split(
                 "Each input needs one target: prepare the file again.",
             )
     scales, offsets = zip(*(files.scale(name) for name in names), strict=True)
-    return Split(tuple(readers[name] for name in names), y, scales, offsets)
+    return Split(tuple(readers[name] for name in names), y, scales, offsets, files.unchanged)
 
 
 def _is_number(dtype: np.dtype) -> bool:
@@ -158,6 +160,8 @@ def open_order(readers: Sequence[Reader], num_samples: int, config: Config, rows
         return Order(num_samples)
     edges = np.unique(np.minimum(first.edges // rows_of, num_samples))
     edges[-1] = num_samples
+    if config.data.read == "collective":  # its chunks are global batches
+        return Order(num_samples, edges)
     row_bytes = int(np.prod(first.shape[1:], dtype=np.int64)) * first.dtype.itemsize * rows_of
     chunk_bytes = max(1, int(np.diff(edges).max()) * row_bytes)
     window = config.data.shuffle_chunks or min(_MOST_CHUNKS, (config.data.memory_mb << 20) // 2 // chunk_bytes)
@@ -177,6 +181,7 @@ class Tokens:
     values: Reader
     length: int
     ahead: int
+    unchanged: Callable[[], None]
     starts: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -184,6 +189,7 @@ class Tokens:
 
     def windows(self, rows: np.ndarray) -> np.ndarray:
         """(n, length + ahead) ids of the file's type: the windows at `rows`, which do not overlap."""
+        self.unchanged()
         return self.values.take(self._places(rows).reshape(-1)).reshape(len(rows), self.length + self.ahead)
 
     def expect(self, rows: np.ndarray) -> None:
@@ -212,7 +218,7 @@ def open_tokens(
             f"Tokens are whole numbers of shape (tokens,): make them with hpc-train prepare text {path} --from DIR",
         )
     starts = None if offsets is None else _starts(files, offsets, name, length + ahead)
-    tokens = Tokens(stream, length, ahead, starts)
+    tokens = Tokens(stream, length, ahead, files.unchanged, starts)
     if len(tokens) == 0:
         raise UserError(
             f"{path}: {name} has {stream.shape[0]:,} tokens, too few for a window of task.options.context = {length}",

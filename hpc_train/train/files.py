@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import h5py
@@ -15,6 +16,35 @@ from hpc_train.errors import UserError
 from hpc_train.train.context import Context, require_one_mpi
 from hpc_train.train.readers import Reader, join
 
+_LOOK_EVERY_S = 10.0
+
+
+class Unchanged:
+    """Called now and then while files are read: raises `UserError` where one is not what it was."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._seen = {path: _identity(path) for path in paths}
+        self._next_s = monotonic() + _LOOK_EVERY_S
+
+    def __call__(self) -> None:
+        if monotonic() < self._next_s:
+            return
+        self._next_s = monotonic() + _LOOK_EVERY_S
+        for path, seen in self._seen.items():
+            if _identity(path) != seen:
+                raise UserError(
+                    f"data.file: {path} was replaced or changed while it was read",
+                    "What was trained since may be on other samples: begin again, or resume with the file as it was.",
+                )
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
 
 @dataclass(frozen=True)
 class Files:
@@ -24,6 +54,7 @@ class Files:
     opened: Sequence[h5py.File]
     memory_bytes: int
     num_threads: int
+    unchanged: Unchanged
 
     def has(self, name: str) -> bool:
         """Whether the first file has a data set of that name."""
@@ -81,7 +112,7 @@ def open_files(config: Config, context: Context, example: str = "mnist-5k") -> F
     """Opens the job's data. example: what `hpc-train prepare` could make, for a message. Raises `UserError`."""
     paths = data_paths(config)
     opened = [_open(path, example) for path in paths]
-    return Files(paths, opened, config.data.memory_mb << 20, reading_threads(context))
+    return Files(paths, opened, config.data.memory_mb << 20, reading_threads(context), Unchanged(paths))
 
 
 def data_paths(config: Config) -> list[Path]:

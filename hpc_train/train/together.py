@@ -4,6 +4,7 @@ Both are for data that a node's page cache does not hold, on file systems where 
 them at the same steps, and its loop does so itself: MPI is not asked by two threads at once.
 """
 
+import atexit
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Collective:
     def __init__(self, path: Path, name: str, batch_size: int, context: Context) -> None:
         """Collective."""
         self._file = h5py.File(path, "r", **parallel_file_options(context))
+        atexit.register(self.close)  # by all ranks, and before MPI ends, which aborts where a file is still open
         self._dataset = self._file[name]
         self.shape: tuple[int, ...] = self._dataset.shape
         self.dtype = self._dataset.dtype.newbyteorder("=")
@@ -39,16 +41,18 @@ class Collective:
             self._transfer.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Collective."""
-        assert len(rows) == 0 or rows[-1] - rows[0] == len(rows) - 1, "rows of a batch lie together"
+        """Collective. `rows` rise, as those of a global batch do: they are one run, or two where an epoch's short chunk
+        came before.
+        """
         out = np.empty((len(rows), *self.shape[1:]), self.dtype) if out is None else out
         space = self._dataset.id.get_space()
         memory = h5py.h5s.create_simple((max(1, len(rows)), *self.shape[1:]))
-        if len(rows):
-            space.select_hyperslab((int(rows[0]),) + (0,) * (len(self.shape) - 1), out.shape)
-        else:
-            space.select_none()
+        space.select_none()
+        if len(rows) == 0:
             memory.select_none()
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else ():
+            start = (int(run[0]),) + (0,) * (len(self.shape) - 1)
+            space.select_hyperslab(start, (len(run), *self.shape[1:]), op=h5py.h5s.SELECT_OR)
         self._dataset.id.read(memory, space, out, dxpl=self._transfer)
         return out
 
@@ -62,6 +66,7 @@ class Collective:
         pass
 
     def close(self) -> None:
+        """Collective."""
         self._file.close()
 
 
