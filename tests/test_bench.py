@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -79,3 +80,13 @@ def test_a_mistake_is_one_message(tmp_path: Path, words: tuple[object, ...], mes
     done = jobs.run(2, "bench", "io", *words, cwd=tmp_path)
     assert done.code == 2 and done.out == "" and done.err.count("hpc-train: ") == 1, done.err
     assert message in done.err and "Traceback" not in done.err
+
+
+def test_the_benchmark_against_bounds_and_peers_runs_to_its_table(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tests.benchmarks.io", "--quick", "--work", tmp_path]
+    done = subprocess.run(words, cwd=jobs.ROOT, env=jobs.environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    required = [row[2] for row in table[2:] if row[2]]
+    assert required == [">= 0.9", ">= 4", ">= 0.9", "< 0.01", "< 0.01", ">= 0.9", "< 1", "< 1"], done.stdout
+    assert list(tmp_path.iterdir()) == []

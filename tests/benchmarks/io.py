@@ -25,9 +25,9 @@ import numpy as np
 from hpc_train.records import read_timings
 from hpc_train.rundir import find
 from tests import jobs
-from tests.benchmarks import io_tasks
 from tests.benchmarks.io_peers import install, last_line
 from tests.benchmarks.io_readers import SHAPE, packed_budget_mb
+from tests.benchmarks.io_tasks import edge
 
 ROOT = Path(__file__).parents[2]
 HEADER = ("what", "result", "required", "met")
@@ -55,12 +55,8 @@ class Line:
         low, middle, high = np.quantile(self.values, [0.25, 0.5, 0.75])
         spread = f" ({low:.3g} to {high:.3g})" if len(self.values) > 1 else ""
         required = "" if self.bound is None else f"{self.relation} {self.bound:g}"
-        return (
-            self.what,
-            f"{middle:.3g}{spread}",
-            required,
-            "" if self.bound is None else "yes" if self.is_met else "NO",
-        )
+        met = "" if self.bound is None else "yes" if self.is_met else "NO"
+        return self.what, f"{middle:.3g}{spread}", required, met
 
 
 @click.command(help=__doc__)
@@ -77,18 +73,18 @@ class Line:
 def main(samples: int, repeat: int, work: Path, venv: Path, peers: bool, quick: bool) -> None:
     if quick:
         samples, repeat, peers = 128, 1, False
+    block = 3 if quick else 24  # steps
     peer_pythons = install(venv.absolute(), say) if peers else {}
     folder = Path(tempfile.mkdtemp(prefix="hpc-train-io-", dir=work))
     try:
-        say(
-            f"{samples} pictures of 48 KiB in {folder}, batches of 32, {repeat} turns, {len(os.sched_getaffinity(0))} cores"
-        )
+        cores = len(os.sched_getaffinity(0))
+        say(f"{samples} pictures of 48 KiB in {folder}, batches of 32, {repeat} turns, {cores} cores")
         subprocess.run([sys.executable, "-m", "tests.benchmarks.io_data", folder, str(samples)], check=True, cwd=ROOT)
         lines = [
-            *reading(folder, repeat, peer_pythons),
+            *reading(folder, repeat, OWN[:4] if quick else OWN, peer_pythons),
             *packed(folder, repeat),
-            stall("resnet-fashion", "Pictures", folder, folder / "contiguous.h5", repeat),
-            stall("gpt-text", "Text", folder, folder / "tokens.h5", 3 * repeat),
+            stall("resnet-fashion", "Pictures", folder, folder / "contiguous.h5", repeat, block),
+            stall("gpt-text", "Text", folder, folder / "tokens.h5", 3 * repeat, block),
             writing(folder, max(2, samples * 48 >> 10), repeat),
             *memory(folder, samples),
         ]
@@ -102,8 +98,8 @@ def main(samples: int, repeat: int, work: Path, venv: Path, peers: bool, quick: 
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def reading(folder: Path, repeat: int, peers: dict[str, Path]) -> Iterator[Line]:
-    found = take_turns([(name, Path(sys.executable)) for name in OWN] + list(peers.items()), folder, repeat)
+def reading(folder: Path, repeat: int, own: tuple[str, ...], peers: dict[str, Path]) -> Iterator[Line]:
+    found = take_turns([(name, Path(sys.executable)) for name in own] + list(peers.items()), folder, repeat)
     mine = np.array(found["ours"])
     yield Line("contiguous, one rank: samples/s over np.take on a raw memmap", found["np.take"] / mine, ">=", 0.9)
     yield Line("the same over np.take into one buffer again and again", found["np.take, one buffer"] / mine)
@@ -186,14 +182,15 @@ def answer(child: subprocess.Popen[str], said: IO[str]) -> str:
 # ------------------------------------------------------------------------------------------------- training
 
 
-def stall(job: str, task: str, folder: Path, data: Path, pairs: int) -> Line:
+def stall(job: str, task: str, folder: Path, data: Path, pairs: int, block: int) -> Line:
     """Trains a shipped job on 2 ranks, by turns from the file and from memory, in one run."""
     say(f"training {job}")
     keys = jobs.settings(
         data__file=data,
         task__kind=f"tests.benchmarks.io_tasks:{task}",
-        train__steps=2 * io_tasks.BLOCK * (pairs + 1),  # the first pair does not count
-        train__global_batch=16,
+        train__steps=2 * block * (pairs + 1),  # the first pair does not count
+        train__global_batch=8 if block > 3 else 2,
+        train__log_every=block,
         train__lr=0.001,
         checkpoint__keep=0,
         run__root=folder / "runs",
@@ -204,9 +201,9 @@ def stall(job: str, task: str, folder: Path, data: Path, pairs: int) -> Line:
         raise click.ClickException(f"{job}: {done.err}")
     (run,) = find([folder / "runs" / job])
     phases = [read_timings(run.timings(rank)).phases_ns for rank in range(2)]
-    steps = np.mean([each.sum(1) for each in phases], axis=0).reshape(-1, 2, io_tasks.BLOCK)
+    steps = np.mean([each.sum(1) for each in phases], axis=0).reshape(-1, 2, block)
     waits = phases[0][:, 0].reshape(steps.shape)
-    middle = slice(io_tasks.EDGE, io_tasks.BLOCK - io_tasks.EDGE)
+    middle = slice(edge(block), block - edge(block))
     read, made = (np.median(steps[1:, kind, middle], axis=1) for kind in (0, 1))
     share = waits[1:, 0, middle].sum() / steps[1:, 0, middle].sum()
     what = f"input stall of {job}, 2 ranks ({np.median(read) / 1e6:.3g} ms a step, of which {share:.2%} wait for data)"
@@ -218,21 +215,9 @@ def stall(job: str, task: str, folder: Path, data: Path, pairs: int) -> Line:
 
 def writing(folder: Path, size_mb: int, repeat: int) -> Line:
     say(f"writing {size_mb} MiB on 2 ranks")
-    words = [
-        "mpirun",
-        "--quiet",
-        "-n",
-        "2",
-        "--oversubscribe",
-        "--bind-to",
-        "none",
-        sys.executable,
-        "-m",
-        "mpi4py",
-        "-m",
-    ]
-    words += ["tests.benchmarks.io_write", str(folder), str(size_mb), str(repeat)]
-    found = json.loads(output(words))
+    mpirun = ["mpirun", "--quiet", "-n", "2", "--oversubscribe", "--bind-to", "none"]
+    words = [sys.executable, "-m", "mpi4py", "-m", "tests.benchmarks.io_write", str(folder), str(size_mb), str(repeat)]
+    found = json.loads(output([*mpirun, *words]))
     raw = min((name for name in found if name.startswith("raw")), key=lambda name: np.median(found[name]))
     ratios = np.divide(found[raw], found["contiguous, collective"])
     return Line(f"parallel write, 2 ranks: contiguous HDF5 over {raw}", ratios, ">=", 0.9)

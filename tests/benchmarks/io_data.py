@@ -35,19 +35,19 @@ def numbers(pictures: np.ndarray) -> np.ndarray:
 
 def make(folder: Path, num_samples: int) -> None:
     packed = {"chunks": (CHUNK_ROWS, *SHAPE), "compression": "gzip", "compression_opts": 4, "fletcher32": True}
-    for name, num_samples, options in (
+    for name, num, options in (
         ("contiguous", num_samples, {}),
         ("gzip", num_samples, packed),
         ("warm", min(num_samples, 2 * CHUNK_ROWS), packed),
     ):
         with h5py.File(folder / f"{name}.h5", "w") as file:
-            inputs = file.create_dataset("train/inputs", (num_samples, *SHAPE), np.uint8, **options)
+            inputs = file.create_dataset("train/inputs", (num, *SHAPE), np.uint8, **options)
             inputs.attrs.update({"scale_factor": 1 / 255, "add_offset": 0.0})
             first = 0
-            for rows in blocks(num_samples):
+            for rows in blocks(num):
                 inputs[first : first + len(rows)] = rows
                 first += len(rows)
-            file["train/targets"] = np.arange(num_samples) % NUM_CLASSES
+            file["train/targets"] = np.arange(num) % NUM_CLASSES
     with h5py.File(folder / "tokens.h5", "w") as file:
         file.attrs["vocab_size"] = 256
         file["train/inputs"] = np.random.default_rng(1).integers(0, 256, num_samples * 256, np.uint8)
