@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from hpc_train import __version__
+from hpc_train.bench import bench
 from hpc_train.cli_data import data
 from hpc_train.cli_prepare import prepare, require, stage
 from hpc_train.config import dumps, load
@@ -258,6 +259,9 @@ def _report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     page = made.write(output or default_output(list(runs)))
     if not as_json:
         click.echo(f"Report: {page}")
+
+
+cli.add_command(bench)
 
 
 @cli.group(cls=_Group)
