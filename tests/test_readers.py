@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_train.errors import UserError
+from hpc_train.partition import Order, rank_batches
 from hpc_train.train import filters
-from hpc_train.train.chunks import Chunked
+from hpc_train.train.chunks import Chunked, ChunkFile
+from hpc_train.train.prefetch import announced
 from hpc_train.train.readers import Joined, Mapped, Reader, Slabs, join, open_reader
 
 PACKED = {"chunks": (16, 7, 5), "compression": "gzip", "shuffle": True, "fletcher32": True}
@@ -183,3 +185,24 @@ def test_checksums_are_those_of_hdf5(tmp_path_factory: pytest.TempPathFactory, d
         file.flush()
         _, stored = x.id.read_direct_chunk((0,))
     assert stored[-4:] == filters.fletcher32(data).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("window, memory_chunks", [(4, 8), (4, 5), (8, 8), (20, 8), (1, 2)])
+def test_each_chunk_is_decoded_once_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, memory_chunks: int
+) -> None:
+    """As long as memory holds two windows; and with less every row is right."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        data = file.create_dataset("x", data=np.arange(2000 * 5).reshape(2000, 5), chunks=(50, 5), compression="gzip")
+        expected = data[()]
+    reader = opened(tmp_path / "x.h5", memory_bytes=memory_chunks * 50 * 5 * 8)
+    decoded: list[int] = []
+    read = ChunkFile.read
+    monkeypatch.setattr(ChunkFile, "read", lambda self, block, there: (decoded.append(block), read(self, block, there)))
+    order, batch = Order(2000, reader.edges, window), 32
+    shares = rank_batches(range(-(-2000 // batch)), order, batch, 0, 0, 1)
+    for rows, _ in announced(shares, reader.expect, max(1, order.window_samples // batch - 1)):
+        assert np.array_equal(reader.take(rows), expected[rows])
+    if 2 * window <= memory_chunks:
+        assert sorted(decoded) == list(range(40))
+    reader.close()

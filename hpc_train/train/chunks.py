@@ -1,8 +1,8 @@
 """Chunked data sets: chunks decoded whole, by threads, into a fixed amount of memory."""
 
 import os
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -97,7 +97,8 @@ class ChunkFile:
 class Chunked:
     """Rows of chunked data sets in one or more files, one after the other: decoded ahead, as long as there is room.
 
-    A block is decoded into one of a fixed number of slots; the slot used longest ago is used again.
+    A block is decoded into one of a fixed number of slots. Of those that nobody has announced, the one used longest ago
+    makes room; what is announced and finds no room waits until there is some: so each is decoded once.
     """
 
     def __init__(self, files: Sequence[ChunkFile], memory_bytes: int, num_threads: int) -> None:
@@ -115,6 +116,8 @@ class Chunked:
         self._slots = np.empty((num_slots, self._num_rows, *self.shape[1:]), self.dtype)
         self._free = list(range(num_slots))
         self._held: OrderedDict[int, tuple[int, Future[None]]] = OrderedDict()  # block -> slot, and when it is there
+        self._announced: Counter[int] = Counter()  # block -> how many times it will be taken from
+        self._waiting: deque[int] = deque()  # announced, without a slot
         num_threads = min(_MOST_THREADS, max(1, num_threads))
         self._threads = ThreadPoolExecutor(num_threads, "hpc-train-read")
         self.words = (
@@ -131,14 +134,16 @@ class Chunked:
         needed, which = np.unique(blocks, return_inverse=True)
         flat = self._slots.reshape(-1, *self.shape[1:])
         with self._lock:
-            if len(needed) <= len(self._slots):
-                slots = self._load(needed)
-                np.take(flat, slots[which] * self._num_rows + inside, axis=0, out=out, mode="clip")
-                return out
-            for first in range(0, len(needed), len(self._slots)):  # more than there is room for: some at a time
+            for first in range(0, len(needed), len(self._slots)):  # in one go, where there is room for all
                 slots = self._load(needed[first : first + len(self._slots)])
+                if len(slots) == len(needed):
+                    np.take(flat, slots[which] * self._num_rows + inside, axis=0, out=out, mode="clip")
+                    break
                 here = np.flatnonzero((which >= first) & (which < first + len(slots)))
                 out[here] = flat[slots[which[here] - first] * self._num_rows + inside[here]]
+            for block in needed.tolist():
+                self._announced[block] -= self._announced[block] > 0
+            self._start_waiting()
         return out
 
     def __len__(self) -> int:
@@ -150,8 +155,16 @@ class Chunked:
     def expect(self, rows: np.ndarray) -> None:
         with self._lock:
             for block in np.unique(self._blocks(rows)).tolist():
-                if block not in self._held:
-                    self._start(block)
+                self._announced[block] += 1
+                if block not in self._held and block not in self._waiting:
+                    self._waiting.append(block)
+            self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        while self._waiting and (self._free or any(not self._announced[block] for block in self._held)):
+            block = self._waiting.popleft()
+            if block not in self._held:
+                self._start(block)
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
@@ -164,12 +177,12 @@ class Chunked:
     def _load(self, blocks: np.ndarray) -> np.ndarray:
         """The slots of `blocks`, once all are there."""
         wanted = blocks.tolist()
-        for block in wanted:  # those that are there first: none of them makes room for another
+        for block in wanted:
             if block in self._held:
                 self._held.move_to_end(block)
         for block in wanted:
             if block not in self._held:
-                self._start(block)
+                self._start(block, keep=set(wanted))
         for block in wanted:
             try:
                 self._held[block][1].result()
@@ -178,12 +191,13 @@ class Chunked:
                 raise
         return np.array([self._held[block][0] for block in wanted], dtype=np.int64)
 
-    def _start(self, block: int) -> None:
-        """Has a block decoded, into the place of the one used longest ago where no slot is free."""
+    def _start(self, block: int, keep: Collection[int] = ()) -> None:
+        """Has a block decoded, where no slot is free into that of one outside `keep` that is announced least."""
         if self._free:
             slot = self._free.pop()
         else:
-            _, (slot, before) = self._held.popitem(last=False)
+            idle = (held for held in self._held if held not in keep)
+            slot, before = self._held.pop(min(idle, key=lambda held: self._announced[held] > 0))
             if not before.cancel():
                 before.exception()  # until then it may be writing there
         self._held[block] = slot, self._threads.submit(self._decode, block, slot)

@@ -128,7 +128,8 @@ def open_split(
     wanted = {name: keys[0] for name in names} | {targets: keys[1]}
     if optional and not any(files.has(name) for name in wanted):
         return None
-    readers = {name: files.reader(name, key, len(wanted)) for name, key in wanted.items()}
+    share = files.memory_bytes // len(names)
+    readers = {name: files.reader(name, key, share if name in names else share // 8) for name, key in wanted.items()}
     y, path = readers[targets], files.paths[0]
     for name in names:
         x = readers[name]

@@ -80,10 +80,10 @@ class Files:
             found.append(dataset)
         return found
 
-    def reader(self, name: str, key: str, num_readers: int = 1) -> Reader:
-        """Data set `name` of all files as one; one of `num_readers` that share the memory. Raises `UserError`."""
+    def reader(self, name: str, key: str, memory_bytes: int | None = None) -> Reader:
+        """Data set `name` of all files as one; memory_bytes: its part, where it is not all. Raises `UserError`."""
         parts = list(zip(self.paths, self.all(name, key), strict=True))
-        return join(parts, self.memory_bytes // num_readers, self.num_threads)
+        return join(parts, self.memory_bytes if memory_bytes is None else memory_bytes, self.num_threads)
 
     def scale(self, name: str) -> tuple[float, float]:
         """What stored values of data set `name` mean (see `Batch`), alike in all files. Raises `UserError`."""

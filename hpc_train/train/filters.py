@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,8 @@ import numpy as np
 
 from hpc_train.errors import UserError
 
-try:
-    from deflate import zlib_decompress as _inflate  # libdeflate: 3.7 times as fast as zlib on pictures
-except ImportError:
-
-    def _inflate(data: Any, num_bytes: int) -> bytes:
-        return zlib.decompress(data, bufsize=num_bytes)
-
+# libdeflate: 3.7 times as fast as zlib on pictures.
+_zlib_decompress: Any = import_module("deflate").zlib_decompress if find_spec("deflate") else None
 
 _DEFLATE, _SHUFFLE, _FLETCHER32, _LZF = 1, 2, 3, 32000
 _NAMES = {4: "szip", 5: "nbit", 6: "scaleoffset", 307: "bzip2", 32001: "blosc", 32004: "lz4", 32008: "bitshuffle"}
@@ -112,6 +108,10 @@ def _step(code: int, values: Sequence[int], itemsize: int) -> Decode | None:
         return _check
     function = _lzf() if code == _LZF else _plugins().get(code)
     return partial(_call, function, tuple(values)) if function else None
+
+
+def _inflate(data: Any, num_bytes: int) -> Any:
+    return _zlib_decompress(data, num_bytes) if _zlib_decompress else zlib.decompress(data, bufsize=num_bytes)
 
 
 def _unshuffle(itemsize: int, data: Any, num_bytes: int) -> Any:
