@@ -395,15 +395,14 @@ def test_a_full_disk_is_told(big: Path) -> None:
     def small() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 20, 100 << 20))
 
-    for compress, words in (([], "full.h5 cannot be written"), (["--compress", "lzf"], "cannot be written")):
-        done = subprocess.run(
-            jobs.command(0, "prepare", "table", "full.h5", "--from", big.name, *compress),
-            cwd=big.parent,
-            env=jobs.environment(),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            preexec_fn=small,
-        )
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
-        assert not (big.parent / "full.h5").exists() and not list(big.parent.glob(".full*"))
+    done = subprocess.run(
+        jobs.command(0, "prepare", "table", "full.h5", "--from", big.name),
+        cwd=big.parent,
+        env=jobs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=small,
+    )
+    assert done.returncode == 2 and "full.h5 cannot be written" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not list(big.parent.glob("*full*"))
