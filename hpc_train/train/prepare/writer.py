@@ -172,7 +172,7 @@ def _compressed(work: Work, name: str, array: Array, rows: np.ndarray) -> list[t
 def _write_chunks(dataset: h5py.Dataset | None, begin: int, chunks: list[tuple[int, bytes]], context: Context) -> None:
     """Collective. All ranks have compressed; the root writes for each in turn, so that it holds one rank's chunks.
 
-    Not by a collective write of h5py's: HDF5 (1.10.8, seen) forgets there that a filter was left out, as it is for
+    Not by a collective write: HDF5 (1.10.8 with lzf, seen) forgets there that a filter was left out, as it is for
     a chunk that does not get smaller, and such chunks cannot be read.
     """
     world = context.world
