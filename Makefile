@@ -1,9 +1,10 @@
 # make demo    install, prepare real data, train on 1 and on 2 ranks, report
 # make test    install, then every test, those under mpirun and, for root, on a Slurm cluster of its own included
 # make models  train every shipped job to its end and print what each reached (half an hour on two cores)
+# make bench-io  measure reading and writing of HDF5 against bounds and other libraries (a quiet machine; 10 minutes)
 # make check   install, ruff and mypy
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo models test test-serial test-parallel test-cluster test-faults check install clean
+.PHONY: demo models bench-io test test-serial test-parallel test-cluster test-faults check install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -52,6 +53,11 @@ test-cluster:
 models:
 	@./install.sh test
 	python tests/benchmarks/models.py
+
+# As a module: a script would put its own folder, which has an io.py, before Python's.
+bench-io:
+	@./install.sh test
+	python -m tests.benchmarks.io
 
 check:
 	@./install.sh test check

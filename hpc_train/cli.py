@@ -1,6 +1,5 @@
 """The command line. Each command imports its half inside, so that reports never touch MPI or torch."""
 
-import importlib.util
 import json
 import shlex
 import socket
@@ -11,6 +10,9 @@ from pathlib import Path
 import click
 
 from hpc_train import __version__
+from hpc_train.bench import bench
+from hpc_train.cli_data import data
+from hpc_train.cli_prepare import prepare, require, stage
 from hpc_train.config import dumps, load
 from hpc_train.errors import JointFailure, UserError
 from hpc_train.world import launched_rank
@@ -47,68 +49,9 @@ def cli() -> None:
     """
 
 
-@cli.command()
-@click.argument(
-    "dataset", type=click.Choice(["mnist-5k", "fashion-mnist", "mnist", "text", "python-source", "shakespeare"])
-)
-@click.argument("output", metavar="FILE|URL")
-@click.option(
-    "--from",
-    "origin",
-    multiple=True,
-    type=click.Path(path_type=Path, exists=False),
-    help="Folder or file the data comes from (text: repeatable).",
-)
-@click.option(
-    "--tokenizer", metavar="bytes|bpe:N", help="Of text: bytes (the default), or N byte pairs learned from it."
-)
-@click.option("--overwrite", is_flag=True, help="Make the output again if it exists.")
-def prepare(dataset: str, output: str, origin: tuple[Path, ...], tokenizer: str | None, overwrite: bool) -> None:
-    """Write a data set to HDF5, on one rank or in parallel under mpirun.
-
-    A URL (webhdfs://, hdfs://, s3://) gets a file that is made in $TMPDIR first. Text becomes tokens: any files (text),
-    the standard library of this Python (python-source), or the works in the package of that name (shakespeare).
-
-    \b
-    Example: mpirun -n 2 hpc-train prepare fashion-mnist data/fashion-mnist.h5
-             hpc-train prepare mnist-5k webhdfs://namenode:9870/data/mnist-5k.h5
-             hpc-train prepare text data/notes.h5 --from notes --tokenizer bpe:8192
-    """
-    _require("h5py")
-    from hpc_train.train.context import open_context
-
-    with open_context(use_mpi=launched_rank() is not None) as context:
-        from hpc_train.train.prepare import prepare as write
-
-        write(dataset, origin, output, context, overwrite, tokenizer)
-
-
-@cli.command()
-@click.argument("source", metavar="URL|FILE")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
-@click.option(
-    "--wait",
-    "wait_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Give up when no byte comes for so long.",
-)
-def stage(source: str, folder: Path, wait_s: float) -> None:
-    """Copy a file to DIR on every node, once a node; reuse it where it is whole. Its path is the last line printed.
-
-    \b
-    Example: srun --ntasks-per-node=1 hpc-train stage webhdfs://namenode:9870/data/mnist-5k.h5 "$TMPDIR"
-             srun hpc-train train configs/softmax-mnist.toml --set data.file="$TMPDIR/mnist-5k.h5"
-    """
-    _require("fsspec")
-    from hpc_train.train.context import open_context
-
-    with open_context(use_mpi=launched_rank() is not None) as context:
-        from hpc_train.train.stage import stage as copy
-
-        copy(source, folder, context, wait_s)
+cli.add_command(prepare)
+cli.add_command(stage)
+cli.add_command(data)
 
 
 @cli.command()
@@ -130,7 +73,7 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
     \b
     Example: mpirun -n 2 hpc-train train configs/mlp-mnist.toml --set train.steps=500 --resume auto
     """
-    _require("torch", "h5py")
+    require("torch", "h5py")
     from hpc_train.train import stop
 
     stop.hold_back()
@@ -172,7 +115,7 @@ def generate(
     \b
     Example: hpc-train generate runs/gpt-text --prompt "def main(" --tokens 300
     """
-    _require("torch", "h5py")
+    require("torch", "h5py")
     from hpc_train.train.context import open_context
 
     with open_context(use_mpi=False):
@@ -318,6 +261,9 @@ def _report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
         click.echo(f"Report: {page}")
 
 
+cli.add_command(bench)
+
+
 @cli.group(cls=_Group)
 def config() -> None:
     """Look at job files."""
@@ -333,16 +279,6 @@ def show(config: Path, overrides: tuple[str, ...]) -> None:
     Example: hpc-train config show configs/softmax-mnist.toml --set train.lr=0.1
     """
     click.echo(dumps(load(_job_file(config), overrides)), nl=False)
-
-
-def _require(*modules: str) -> None:
-    """Raises UserError on a plain install, which has the analysis half only."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(
-            f"{' and '.join(missing)} cannot be found: this install reports, and does not train",
-            "Run `make install` in a checkout: it builds hpc-train[train] against one MPI.",
-        )
 
 
 def _job_file(path: Path) -> Path:

@@ -93,7 +93,7 @@ def trajectory(config: Config) -> dict[str, Any]:
 
     The global batch is one of them, too; it depends on the number of ranks, and each checkpoint states it.
     """
-    fixed = ("seed", "data.inputs", "data.targets", "task.", "train.optimizer", "rl.")
+    fixed = ("seed", "data.inputs", "data.targets", "data.offsets", "task.", "train.optimizer", "rl.")
     return {key: value for key, value in flatten(as_dict(config)).items() if key.startswith(fixed)}
 
 

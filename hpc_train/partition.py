@@ -2,12 +2,13 @@
 
 Nothing is stored and nothing is drawn: the sample at a position of an epoch's order is computed, so any step on
 any number of ranks finds its samples in time and memory proportional to its own share of the batch, whether the
-data set holds a thousand samples or a trillion. Resuming needs no generator state.
+data set holds a thousand samples or a trillion. Resuming needs no generator state. (Data that lie in chunks cost
+the chunks' number in memory, and each step the whole global batch.)
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from itertools import groupby
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
 _ROUNDS = 4  # of a Feistel network: enough for a pseudo-random permutation (Luby and Rackoff, SIAM J. Comput. 1988)
 _POSITIONS_AT_ONCE = 8192
 
@@ -46,22 +48,87 @@ def rank_span(count: int, rank: int, size: int) -> tuple[int, int]:
     return start, start + small + (rank < num_larger)
 
 
+@dataclass(frozen=True, eq=False)
+class Order:
+    """In which order an epoch goes through the samples: all mixed, or chunk by chunk.
+
+    Samples that lie together in compressed chunks are read together: whole chunks are visited in a shuffled order, and
+    samples are mixed within `window` chunks. edges: the first row of each chunk, and the end; None of samples that lie
+    by themselves.
+    """
+
+    num_samples: int
+    edges: Indices | None = None
+    window: int = 1
+
+    def __str__(self) -> str:
+        if self.edges is None:
+            return "all samples mixed"
+        return f"{len(self.edges) - 1} chunks, samples mixed within {self.window}"
+
+    @cached_property
+    def _epochs(self) -> dict[tuple[int, int], tuple[Indices, Indices]]:
+        return {}
+
+    @property
+    def window_samples(self) -> int:
+        """About as many samples are mixed with each other."""
+        if self.edges is None:
+            return self.num_samples
+        return min(self.num_samples, -(-self.num_samples * self.window // (len(self.edges) - 1)))
+
+    def rows(self, positions: npt.NDArray[np.integer], seed: int, epoch: int) -> Indices:
+        """The rows of the data set standing at `positions` of epoch `epoch`'s order."""
+        if self.edges is None:
+            return shuffled(positions, self.num_samples, seed, epoch)
+        chunks, ends = self._chunks_of(self.edges, seed, epoch)
+        window_ends = ends[self.window - 1 :: self.window]
+        windows = np.searchsorted(window_ends, positions, "right")
+        firsts = windows * self.window
+        begins = np.where(firsts > 0, ends[firsts - 1], 0)
+        counts = ends[np.minimum(firsts + self.window, len(ends)) - 1] - begins
+        names = _mix(windows.astype(np.uint64) + np.uint64(1))
+        keys = _mix(_round_keys(seed, epoch)[:, None] ^ names)
+        mixed = begins + _permuted(positions - begins, counts.astype(np.uint64), keys)
+        slots = np.searchsorted(ends, mixed, "right")
+        return self.edges[chunks[slots] + 1] - (ends[slots] - mixed)
+
+    def _chunks_of(self, edges: Indices, seed: int, epoch: int) -> tuple[Indices, Indices]:
+        """(the chunks in the epoch's order, the position at which each ends)."""
+        found = self._epochs.get((seed, epoch))
+        if found is None:
+            num_chunks = len(edges) - 1
+            chunks = shuffled(np.arange(num_chunks), num_chunks, seed, epoch)
+            found = chunks, np.cumsum(np.diff(edges)[chunks])
+            while len(self._epochs) > 1:
+                self._epochs.pop(next(iter(self._epochs)))
+            self._epochs[seed, epoch] = found
+        return found
+
+
+def chunk_edges(num_samples: int, chunk: int) -> Indices:
+    """Of `num_samples` rows in chunks of `chunk`, the last of which may be short."""
+    return np.append(np.arange(0, num_samples, chunk), num_samples)
+
+
 def rank_batches(
-    steps: range, num_samples: int, batch_size: int, seed: int, rank: int, size: int
+    steps: range, order: Order, batch_size: int, seed: int, rank: int, size: int
 ) -> Iterator[tuple[Indices, int]]:
     """For each of `steps`: the rows of `rank_samples`, and the samples of the whole global batch.
 
     Several steps are computed at once: a call on few positions costs as much as one on hundreds.
     """
-    at_once = max(1, _POSITIONS_AT_ONCE * size // batch_size)
+    by_chunks = order.edges is not None
+    at_once = max(1, _POSITIONS_AT_ONCE * (1 if by_chunks else size) // batch_size)
     for first in range(0, len(steps), at_once):
-        batches = [global_batch(step, num_samples, batch_size) for step in steps[first : first + at_once]]
+        batches = [global_batch(step, order.num_samples, batch_size) for step in steps[first : first + at_once]]
         for epoch, same in groupby(batches, key=lambda batch: batch.epoch):
             group = list(same)
-            shares = [_share(batch, rank, size) for batch in group]
-            rows = shuffled(np.concatenate([np.arange(*share) for share in shares]), num_samples, seed, epoch)
+            shares = [(b.start, b.stop) if by_chunks else _share(b, rank, size) for b in group]
+            rows = order.rows(np.concatenate([np.arange(*share) for share in shares]), seed, epoch)
             ends = np.cumsum([stop - start for start, stop in shares])
-            yield from zip(np.split(rows, ends[:-1]), (batch.num_samples for batch in group), strict=True)
+            for found, batch in zip(np.split(rows, ends[:-1]), group, strict=True):
+                yield _part(found, rank, size) if by_chunks else found, batch.num_samples
 
 
 def _share(batch: GlobalBatch, rank: int, size: int) -> tuple[int, int]:
@@ -70,24 +137,36 @@ def _share(batch: GlobalBatch, rank: int, size: int) -> tuple[int, int]:
     return batch.start + start, batch.start + stop
 
 
-def rank_samples(batch: GlobalBatch, num_samples: int, seed: int, rank: int, size: int) -> Indices:
+def _part(rows: Indices, rank: int, size: int) -> Indices:
+    """A rank's part of a global batch, by rows: so it stays with its own chunks as long as a window lasts."""
+    return np.sort(rows)[slice(*rank_span(len(rows), rank, size))]
+
+
+def rank_samples(batch: GlobalBatch, order: Order, seed: int, rank: int, size: int) -> Indices:
     """The rows of the data set that `rank` of `size` trains on in `batch`; may be empty in an epoch's last batch."""
-    return shuffled(np.arange(*_share(batch, rank, size)), num_samples, seed, batch.epoch)
+    if order.edges is not None:
+        return _part(order.rows(np.arange(batch.start, batch.stop), seed, batch.epoch), rank, size)
+    return order.rows(np.arange(*_share(batch, rank, size)), seed, batch.epoch)
 
 
 def shuffled(positions: npt.NDArray[np.integer], num_samples: int, seed: int, epoch: int) -> Indices:
-    """Rows standing at `positions` of epoch `epoch`'s order: a keyed bijection of [0, num_samples).
+    """Rows standing at `positions` of epoch `epoch`'s order: a keyed bijection of [0, num_samples)."""
+    return _permuted(positions, np.asarray(num_samples, np.uint64), _round_keys(seed, epoch))
 
-    A Feistel network on the grid Z_a x Z_b, a and b about sqrt(num_samples), with modular addition instead of
-    exclusive-or; the few points beyond num_samples walk on along their cycle (Black and Rogaway, "Ciphers with
+
+def _permuted(positions: npt.NDArray[np.integer], counts: Words, keys: Words) -> Indices:
+    """Each position of [0, count) by a keyed bijection of that range; counts and keys: of each position, or of all.
+
+    A Feistel network on the grid Z_a x Z_b, a and b about sqrt(count), with modular addition instead of
+    exclusive-or; the few points beyond count walk on along their cycle (Black and Rogaway, "Ciphers with
     Arbitrary Finite Domains", CT-RSA 2002).
     """
-    a = max(1, int(np.ceil(np.sqrt(num_samples))))
-    b = -(-num_samples // a)
-    keys = _round_keys(seed, epoch)
+    a = np.maximum(np.ceil(np.sqrt(counts)).astype(np.uint64), np.uint64(1))
+    b = (counts + a - np.uint64(1)) // a
     points = _feistel(positions.astype(np.uint64), a, b, keys)
-    while (outside := points >= num_samples).any():
-        points[outside] = _feistel(points[outside], a, b, keys)
+    while (outside := points >= counts).any():
+        there = (a[outside], b[outside], keys[:, outside]) if counts.ndim else (a, b, keys)
+        points[outside] = _feistel(points[outside], *there)
     return points.astype(np.int64)
 
 
@@ -112,19 +191,19 @@ def drawn(rows: Indices, bound: int, seed: int) -> Indices:
 
 
 @lru_cache(maxsize=8)
-def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
-    return tuple(np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64))
+def _round_keys(seed: int, epoch: int) -> Words:
+    return np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64).astype(np.uint64)
 
 
-def _feistel(points: npt.NDArray[np.uint64], a: int, b: int, keys: tuple[np.uint64, ...]) -> npt.NDArray[np.uint64]:
-    left, right = points // np.uint64(b), points % np.uint64(b)
+def _feistel(points: Words, a: Words, b: Words, keys: Words) -> Words:
+    left, right = points // b, points % b
     for even, odd in zip(keys[::2], keys[1::2], strict=True):
-        left = (left + _mix(right ^ even) % np.uint64(a)) % np.uint64(a)
-        right = (right + _mix(left ^ odd) % np.uint64(b)) % np.uint64(b)
-    return left * np.uint64(b) + right
+        left = (left + _mix(right ^ even) % a) % a
+        right = (right + _mix(left ^ odd) % b) % b
+    return left * b + right
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _mix(x: Words) -> Words:
     """SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): every input bit moves every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -23,11 +23,18 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    file: Text | None = None  # required where the task reads data
-    inputs: Text = "train/inputs"  # data sets inside the file
+    file: Text | None = None  # required where the task reads data; a pattern (part-*.h5) makes its files one data set
+    inputs: Text | list[Text] = "train/inputs"  # data sets inside the file; several for a task of your own
     targets: Text = "train/targets"
-    test_inputs: Text = "test/inputs"  # absent from the file: no test accuracy
+    test_inputs: Text | list[Text] = "test/inputs"  # absent from the file: no test accuracy
     test_targets: Text = "test/targets"
+    offsets: Text | None = None  # of tokens: where each document begins, and the end; no window spans two then
+    test_offsets: Text | None = None
+    # collective: all ranks read each global batch together, rows that lie together; memory: each rank holds its part
+    # of the data and ranks exchange samples; auto: a memory map, or decoded chunks.
+    read: Literal["auto", "collective", "memory"] = "auto"
+    memory_mb: Count = 512  # of a rank: for decoded chunks, or what it is sent at once
+    shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: what half of memory_mb holds, at most 64
 
 
 class Task(_Section):

@@ -21,10 +21,11 @@ from hpc_train.errors import UserError
 from hpc_train.rundir import RunDir
 from hpc_train.train.context import Context
 from hpc_train.train.dataset import open_tokens
+from hpc_train.train.files import open_files
 from hpc_train.train.generate import generate
 from hpc_train.train.models.bert import Bert
 from hpc_train.train.models.gpt import Gpt
-from hpc_train.train.prepare import prepare
+from hpc_train.train.prepare.prepare import prepare
 from hpc_train.train.tasks import baselines
 from hpc_train.train.tasks.baselines import count_bigrams
 from hpc_train.train.tasks.language import Language, MaskedLanguage
@@ -225,7 +226,7 @@ def test_windows_follow_each_other(as_bytes: Path, tmp_path: Path) -> None:
     assert task.batch(rows[:0], 0).tokens.shape == (0, 17)
     with h5py.File(tmp_path / "chunked.h5", "w") as file:  # no memory map of these
         file.create_dataset("train/inputs", data=stream.astype(">u2"), chunks=(100,), compression="gzip")
-    chunked = open_tokens(tmp_path / "chunked.h5", "train/inputs", "data.inputs", 16, 1)
+    chunked = open_tokens(open_files(config(tmp_path / "chunked.h5"), ALONE), "train/inputs", "data.inputs", 16, 1)
     assert chunked is not None and np.array_equal(chunked.windows(rows), windows.numpy())
     assert chunked.windows(rows[:0]).shape == (0, 17)
 

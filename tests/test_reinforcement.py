@@ -12,7 +12,7 @@ import torch
 
 from hpc_train.config import Config, load
 from hpc_train.errors import UserError
-from hpc_train.partition import drawn, rank_samples
+from hpc_train.partition import Order, drawn, rank_samples
 from hpc_train.partition import global_batch as batch_of
 from hpc_train.train.context import Context
 from hpc_train.train.models.policy import Policy
@@ -51,7 +51,7 @@ class Learner:
 
     def _step(self, step: int) -> float:
         size = self.config.train.batch_size(1)
-        rows = rank_samples(batch_of(step, self.task.num_samples, size), self.task.num_samples, 0, 0, 1)
+        rows = rank_samples(batch_of(step, self.task.num_samples, size), Order(self.task.num_samples), 0, 0, 1)
         loss = self.task.loss(self.model, self.task.batch(rows, step)) / size
         loss.backward()
         self.optimizer.step()

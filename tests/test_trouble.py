@@ -100,14 +100,14 @@ def test_a_rank_that_cannot_load_horovod_is_named(folder: Path, digits: Path) ->
 WRITE_FAILS = """
 import sys
 from hpc_train import cli
-from hpc_train.train import prepare
+from hpc_train.train.prepare import writer
 from hpc_train.world import launched_rank
 
 def fail(*args):
     raise OSError(5, "Input/output error")
 
 if launched_rank() == 1:
-    prepare._write_rows = fail
+    writer.write_rows = fail
 sys.argv = ["hpc-train", "prepare", "mnist-5k", "x.h5"]
 cli.main()
 """

@@ -12,6 +12,7 @@ from typing import Any
 from hpc_train import lock, rundir
 from hpc_train.config import Config, Loaded, load, same_job, trajectory
 from hpc_train.errors import UserError
+from hpc_train.partition import Order
 from hpc_train.rundir import RunDir
 from hpc_train.train import checkpoint
 from hpc_train.train.context import Context
@@ -133,7 +134,9 @@ def check_continues(facts: dict[str, Any], expected: dict[str, Any], source: Run
     remedy = {
         "num_samples": "Name the data set that the run began with in data.file, or begin another run.",
         "global_batch": "Set train.global_batch to it (train.batch_per_rank asks for more on more ranks).",
+        "order": "Set data.shuffle_chunks to it, and read the same files (data.memory_mb decides it, too).",
     }
+    facts = {"order": str(Order(0))} | facts  # older checkpoints do not state it
     for key, words in remedy.items():
         if facts.get(key) != expected[key]:
             raise UserError(f"{key} is {expected[key]} here, and was {facts.get(key)} in {source.path}", words)

@@ -92,6 +92,23 @@ class Context:
         if self.comm is not None:
             self.comm.Bcast(array, root=0)
 
+    def exchange(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Collective. Sends the first counts[0] of `rows` to rank 0, the next counts[1] to rank 1, and so on.
+
+        Returns what this rank was sent, in the senders' order, and how many rows by each.
+        """
+        if self.comm is None:
+            return rows, counts
+        counts, theirs = counts.astype(np.int64), np.empty(self.world.size, np.int64)
+        self.comm.Alltoall(counts, theirs)
+        received = np.empty((int(theirs.sum()), *rows.shape[1:]), rows.dtype)
+        row = mpi().BYTE.Create_contiguous(rows.dtype.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))).Commit()
+        try:
+            self.comm.Alltoallv([np.ascontiguousarray(rows), counts, row], [received, theirs, row])
+        finally:
+            row.Free()
+        return received, theirs
+
     def team(self, number: int) -> "Context":
         """Collective. The ranks that give the same `number`, in their order, as a context of their own."""
         if self.comm is None:

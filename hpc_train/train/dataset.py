@@ -1,19 +1,22 @@
-"""Reading training samples out of HDF5: where the file's layout allows it, straight out of a memory map."""
+"""What tasks see of HDF5: splits of samples, token streams, and in which order they are gone through."""
 
-from dataclasses import dataclass
-from pathlib import Path
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 
 from hpc_train.config import Config
 from hpc_train.errors import UserError
-from hpc_train.partition import rank_span
+from hpc_train.partition import Order, rank_span
 from hpc_train.train.context import Context
+from hpc_train.train.files import Files
+from hpc_train.train.readers import Reader
 
 _SCAN_ROWS = 1 << 20
+_MOST_CHUNKS = 64  # mixed with each other: more make no better batches
 
 
 @dataclass(frozen=True)
@@ -21,199 +24,228 @@ class Batch:
     """Samples as stored: `inputs` (n, *input_shape) of the file's dtype, `targets` (n,) int64. n may be 0.
 
     A stored input s means s * scale + offset (the attributes scale_factor and add_offset of the CF conventions):
-    small integers travel to the device as they are and become floats there.
+    small integers travel to the device as they are and become floats there, by `floats`. Where data.inputs names
+    several data sets, inputs, scale and offset are tuples.
     """
 
-    inputs: torch.Tensor
+    inputs: Any
     targets: torch.Tensor
-    scale: float
-    offset: float
+    scale: Any
+    offset: Any
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def floats(self) -> Any:
+        """What the stored inputs mean, in float32, on the device they are on; a tuple where there are several."""
+        if isinstance(self.inputs, tuple):
+            return tuple(map(_scaled, self.inputs, self.scale, self.offset))
+        return _scaled(self.inputs, self.scale, self.offset)
+
+
+def _scaled(stored: torch.Tensor, scale: float, offset: float) -> torch.Tensor:
+    values = stored.to(torch.float32)
+    return values if (scale, offset) == (1.0, 0.0) else values * scale + offset
+
+
+class Buffers:
+    """Arrays that are filled again once nobody holds them: new memory costs more than the copy into it.
+
+    Pinned where there is a GPU, which then fetches them by itself.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+        self._is_pinned = torch.cuda.is_available()
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array of that shape, its content undefined."""
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        for array in self._arrays:
+            # Held by the list, by `array` and by this call alone: what is a view of it would hold it, too.
+            if len(array) >= num_bytes and sys.getrefcount(array) == 3:
+                break
+        else:
+            array = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_pinned).numpy()
+            self._arrays = [each for each in self._arrays if len(each) >= num_bytes] + [array]
+        return array[:num_bytes].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
 class Split:
     """Inputs and targets of one part of a data set, row by row. `scale` and `offset`: see `Batch`."""
 
-    inputs: Any
-    targets: Any
-    scale: float
-    offset: float
+    inputs: tuple[Reader, ...]
+    targets: Reader
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+    unchanged: Callable[[], None]
+    buffers: Buffers = field(default_factory=Buffers)
+    begin: Callable[[int], None] | None = None  # to be told each step's number: data that ranks exchange
 
     def __len__(self) -> int:
         return int(self.targets.shape[0])
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        return tuple(self.inputs.shape[1:])
+        """Of a sample of the first data set of inputs."""
+        return tuple(self.inputs[0].shape[1:])
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The samples standing at `rows`, in that order. Reads only these rows."""
-        targets = torch.from_numpy(_take(self.targets, rows).astype(np.int64, copy=False))
-        return Batch(torch.from_numpy(_take(self.inputs, rows)), targets, self.scale, self.offset)
+    def batch(self, rows: np.ndarray, step: int = 0) -> Batch:
+        """The samples standing at `rows`, in that order. Reads only these rows, or the chunks that hold them.
+
+        Collective where ranks read together (data.read).
+        """
+        self.unchanged()
+        if self.begin is not None:
+            self.begin(step)
+        targets = torch.from_numpy(self.targets.take(rows).astype(np.int64, copy=False))
+        inputs = tuple(torch.from_numpy(self._take(reader, rows)) for reader in self.inputs)
+        if len(inputs) == 1:
+            return Batch(inputs[0], targets, self.scale[0], self.offset[0])
+        return Batch(inputs, targets, self.scale, self.offset)
+
+    def expect(self, rows: np.ndarray) -> None:
+        """A hint: these rows come soon."""
+        for reader in (*self.inputs, self.targets):
+            reader.expect(rows)
+
+    def _take(self, reader: Reader, rows: np.ndarray) -> np.ndarray:
+        return reader.take(rows, self.buffers.empty((len(rows), *reader.shape[1:]), reader.dtype))
 
 
-def _take(array: Any, rows: np.ndarray) -> np.ndarray:
-    if isinstance(array, np.ndarray):
-        return np.take(array, rows, axis=0)
-    distinct, back = np.unique(rows, return_inverse=True)  # h5py wants rising indices
-    taken = np.asarray(array[distinct])[back]
-    return taken if taken.dtype.isnative else taken.astype(taken.dtype.newbyteorder("="))
+# ------------------------------------------------------------------------------------------------ opening
 
 
-def data_path(config: Config) -> Path:
-    """Where the job's data lie. Raises `UserError` where it names none."""
-    if config.data.file is None:
-        raise UserError("data.file is required and not set", f"task.kind = '{config.task.kind}' reads an HDF5 file.")
-    return Path(config.data.file).expanduser()
-
-
-def open_split(path: Path, inputs: str, targets: str, keys: tuple[str, str], optional: bool = False) -> Split | None:
-    """Opens one part of an HDF5 file for reading; None if `optional` and the file has neither data set.
+def open_split(
+    files: Files, inputs: str | list[str], targets: str, keys: tuple[str, str], optional: bool = False
+) -> Split | None:
+    """Opens one part of a data set for reading; None if `optional` and the files have neither inputs nor targets.
 
     keys: the configuration keys that named `inputs` and `targets`, for messages. Raises `UserError`.
     """
-    file = _open(path)
-    names = dict(zip(keys, (inputs, targets), strict=True))
-    absent = [key for key, name in names.items() if not isinstance(file.get(name), h5py.Dataset)]
-    if optional and len(absent) == 2:
+    names = [inputs] if isinstance(inputs, str) else inputs
+    wanted = {name: keys[0] for name in names} | {targets: keys[1]}
+    if optional and not any(files.has(name) for name in wanted):
         return None
-    if absent:
-        raise _absent(file, path, absent[0], names[absent[0]])
-    x, y = file[inputs], file[targets]
-    if x.ndim < 2 or y.ndim != 1 or y.dtype.kind not in "iu" or x.dtype.kind not in "biuf" or x.dtype.itemsize > 8:
-        raise UserError(
-            f"{path}: {inputs} is {x.dtype} {x.shape}, {targets} is {y.dtype} {y.shape}",
-            "Inputs are numbers of at most 8 bytes, of shape (samples, ...), targets integers of shape (samples,).",
-        )
-    if len(x) != len(y) or len(x) == 0:
-        raise UserError(
-            f"{path}: {inputs} has {len(x)} samples and {targets} has {len(y)}",
-            "Each input needs one target: prepare the file again.",
-        )
-    return Split(_mapped(path, x), _mapped(path, y), _number(x, "scale_factor", 1.0), _number(x, "add_offset", 0.0))
+    share = files.memory_bytes // len(names)
+    readers = {name: files.reader(name, key, share if name in names else share // 8) for name, key in wanted.items()}
+    y, path = readers[targets], files.paths[0]
+    for name in names:
+        x = readers[name]
+        if len(x.shape) < 2 or len(y.shape) != 1 or y.dtype.kind not in "iu" or not _is_number(x.dtype):
+            raise UserError(
+                f"{path}: {name} is {x.dtype} {x.shape}, {targets} is {y.dtype} {y.shape}",
+                "Inputs are numbers of at most 8 bytes, of shape (samples, ...), targets integers of shape (samples,).",
+            )
+        if x.shape[0] != y.shape[0] or y.shape[0] == 0:
+            raise UserError(
+                f"{path}: {name} has {x.shape[0]} samples and {targets} has {y.shape[0]}",
+                "Each input needs one target: prepare the file again.",
+            )
+    scales, offsets = zip(*(files.scale(name) for name in names), strict=True)
+    return Split(tuple(readers[name] for name in names), y, scales, offsets, files.unchanged)
+
+
+def _is_number(dtype: np.dtype) -> bool:
+    return dtype.kind in "biuf" and dtype.itemsize <= 8
+
+
+def open_order(readers: Sequence[Reader], num_samples: int, config: Config, rows_of: int = 1) -> Order:
+    """The order that suits how samples lie: all mixed, or chunk by chunk where any of `readers` has chunks.
+
+    rows_of: how many rows of the first reader make a sample. A function of the files and the configuration alone.
+    """
+    first = next((reader for reader in readers if reader.edges is not None), None)
+    if first is None or first.edges is None:
+        return Order(num_samples)
+    edges = np.unique(np.minimum(first.edges // rows_of, num_samples))
+    edges[-1] = num_samples
+    if config.data.read == "collective":  # its chunks are global batches
+        return Order(num_samples, edges)
+    row_bytes = int(np.prod(first.shape[1:], dtype=np.int64)) * first.dtype.itemsize * rows_of
+    chunk_bytes = max(1, int(np.diff(edges).max()) * row_bytes)
+    window = config.data.shuffle_chunks or min(_MOST_CHUNKS, (config.data.memory_mb << 20) // 2 // chunk_bytes)
+    return Order(num_samples, edges, max(1, window))
+
+
+# ------------------------------------------------------------------------------------------------ tokens
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A stream of token ids, cut into windows of `length`; with `ahead`, each window sees the one token after it."""
+    """A stream of token ids, cut into windows of `length`; with `ahead`, each window sees the one token after it.
 
-    values: Any
+    starts: of each window, where no window spans two documents; None where they follow each other.
+    """
+
+    values: Reader
     length: int
     ahead: int
+    unchanged: Callable[[], None]
+    starts: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return (len(self.values) - self.ahead) // self.length
+        return (self.values.shape[0] - self.ahead) // self.length if self.starts is None else len(self.starts)
 
     def windows(self, rows: np.ndarray) -> np.ndarray:
         """(n, length + ahead) ids of the file's type: the windows at `rows`, which do not overlap."""
-        starts, width = rows * self.length, self.length + self.ahead
-        if isinstance(self.values, np.ndarray):
-            return np.take(self.values, starts[:, None] + np.arange(width))
-        native = self.values.dtype.newbyteorder("=")
-        read = [self.values[start : start + width] for start in starts.tolist()]
-        return np.array(read, native).reshape(len(rows), width)
+        self.unchanged()
+        return self.values.take(self._places(rows).reshape(-1)).reshape(len(rows), self.length + self.ahead)
+
+    def expect(self, rows: np.ndarray) -> None:
+        """A hint: these windows come soon."""
+        self.values.expect(self._places(rows)[:, [0, -1]].reshape(-1))
+
+    def _places(self, rows: np.ndarray) -> np.ndarray:
+        starts = rows * self.length if self.starts is None else self.starts[rows]
+        return np.asarray(starts[:, None] + np.arange(self.length + self.ahead))
 
 
-def open_tokens(path: Path, name: str, key: str, length: int, ahead: int, optional: bool = False) -> Tokens | None:
+def open_tokens(
+    files: Files, name: str, key: str, length: int, ahead: int, offsets: str | None = None, optional: bool = False
+) -> Tokens | None:
     """Opens data set `name`, which the configuration's `key` names, as windows of `length` tokens.
 
-    None if `optional` and the file has none of that name. Raises `UserError`.
+    offsets: the data set that says where documents begin; windows then lie within one document, and its last tokens
+    that fill none are left out. None if `optional` and the files have none of that name. Raises `UserError`.
     """
-    file = _open(path)
-    stream = file.get(name)
-    if optional and stream is None:
+    if optional and not files.has(name):
         return None
-    if not isinstance(stream, h5py.Dataset):
-        raise _absent(file, path, key, name)
-    if stream.ndim != 1 or stream.dtype.kind not in "iu":
+    stream, path = files.reader(name, key), files.paths[0]
+    if len(stream.shape) != 1 or stream.dtype.kind not in "iu":
         raise UserError(
             f"{path}: {name} is {stream.dtype} {stream.shape}, and no tokens",
             f"Tokens are whole numbers of shape (tokens,): make them with hpc-train prepare text {path} --from DIR",
         )
-    tokens = Tokens(_mapped(path, stream), length, ahead)
+    starts = None if offsets is None else _starts(files, offsets, name, length + ahead)
+    tokens = Tokens(stream, length, ahead, files.unchanged, starts)
     if len(tokens) == 0:
         raise UserError(
-            f"{path}: {name} has {len(stream):,} tokens, too few for a window of task.options.context = {length}",
+            f"{path}: {name} has {stream.shape[0]:,} tokens, too few for a window of task.options.context = {length}",
             "Prepare more text, or set task.options.context lower.",
         )
     return tokens
 
 
-def text_facts(path: Path) -> dict[str, Any]:
-    """What a prepared text says of its tokens: tokenizer, vocab_size and, of one that was learned, its json."""
-    file = _open(path, "python-source")
-    facts = {name: file.attrs[name] for name in ("tokenizer", "vocab_size") if name in file.attrs}
-    json = file.get("tokenizer")
-    return facts | ({"json": bytes(json[:]).decode()} if isinstance(json, h5py.Dataset) else {})
-
-
-def _number(dataset: h5py.Dataset, attribute: str, default: float) -> float:
-    value = np.asarray(dataset.attrs.get(attribute, default))
-    if value.size != 1 or value.dtype.kind not in "iuf":
-        raise UserError(
-            f"{dataset.file.filename}: attribute {attribute} of {dataset.name} is no number",
-            "It is one number for the whole data set (CF conventions): mend it or remove it.",
-        )
-    return float(value.reshape(()))
-
-
-def _open(path: Path, example: str = "mnist-5k") -> h5py.File:
-    if path.is_dir():
-        raise UserError(f"data.file = '{path}' is a folder", "Name an HDF5 file.")
-    if not path.is_file():
-        raise UserError(f"data.file = '{path}' does not exist", f"Make it: hpc-train prepare {example} {path}")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        reason = str(error)
-        if "truncated" in reason:
-            words, remedy = "is truncated: its end is missing", "Copy or prepare it again."
-        elif "signature" in reason:
-            words, remedy = (
-                "is not an HDF5 file",
-                "Name an HDF5 file; hpc-train prepare --help shows how to make one.",
+def _starts(files: Files, offsets: str, name: str, width: int) -> np.ndarray:
+    """Where windows of `width` tokens begin, none of which leaves its document."""
+    found, before = [], 0
+    for path, bounds, stream in zip(files.paths, files.all(offsets, "data.offsets"), files.all(name, ""), strict=True):
+        ends = np.asarray(bounds[()]).astype(np.int64) if bounds.dtype.kind in "iu" else np.zeros(0, np.int64)
+        if ends.ndim != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != len(stream) or (np.diff(ends) < 0).any():
+            raise UserError(
+                f"{path}: {offsets} is {bounds.dtype} {bounds.shape}, and no beginnings of documents",
+                f"It holds rising whole numbers from 0 to the number of tokens in {name}, {len(stream):,}.",
             )
-        else:
-            words, remedy = (
-                f"cannot be opened: {reason}",
-                "Look at its permissions and at file locking (HDF5_USE_FILE_LOCKING).",
-            )
-        raise UserError(f"data.file = '{path}' {words}", remedy) from None
-    if not file.attrs.get("complete", True):
-        raise UserError(f"data.file = '{path}' was never completed: its writer was stopped", "Prepare it again.")
-    return file
+        counts = np.diff(ends) // width
+        inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        found.append(before + np.repeat(ends[:-1], counts) + inside * width)
+        before += len(stream)
+    return np.concatenate(found)
 
 
-def _absent(file: h5py.File, path: Path, key: str, name: str) -> UserError:
-    return UserError(
-        f"{key} = '{name}': no such data set in {path}",
-        f"It holds: {', '.join(_dataset_names(file)) or 'none'}. Set {key} to one of them.",
-    )
-
-
-def _dataset_names(file: h5py.File) -> list[str]:
-    names: list[str] = []
-    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-    return names[:20]
-
-
-def _mapped(path: Path, dataset: h5py.Dataset) -> Any:
-    """A memory map of a contiguous data set, else the data set itself.
-
-    Not through h5py: its lock lets one thread at a time in, and a slab costs 2 to 4 times a gather from the map.
-    """
-    start = (
-        dataset.id.get_offset() if dataset.chunks is None and not dataset.external and not dataset.is_virtual else None
-    )
-    if start is None or not dataset.dtype.isnative:
-        return dataset
-    return np.asarray(np.memmap(path, dataset.dtype, "r", offset=start, shape=dataset.shape))
-
-
-def value_range(values: Any, context: Context) -> tuple[int, int]:
+def value_range(values: Reader, context: Context) -> tuple[int, int]:
     """Collective. (lowest, highest) of all labels or tokens, every rank reading its share."""
     start, stop = rank_span(len(values), context.world.rank, context.world.size)
     low, high = np.iinfo(np.int64).max, np.iinfo(np.int64).min

@@ -1,5 +1,6 @@
 """The device a rank computes on: which one, how fast it could be, how batches get there, what they cost it."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
@@ -105,7 +106,10 @@ def on_device(batches: Iterable[T], device: torch.device, ahead: bool) -> Iterat
         return batch
 
     coming: list[T] = []
+    # Memory that is pinned already may be filled again once nobody holds it: not before its copy has certainly ended.
+    on_their_way: deque[T] = deque(maxlen=3)
     for batch in batches:
+        on_their_way.append(batch)
         coming.append(sent(batch))
         if len(coming) > ahead:
             yield arrived(coming.pop(0))

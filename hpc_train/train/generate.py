@@ -11,7 +11,7 @@ from hpc_train.config import load
 from hpc_train.errors import UserError
 from hpc_train.train.checkpoint import read_newest
 from hpc_train.train.context import Context
-from hpc_train.train.dataset import data_path, text_facts
+from hpc_train.train.files import open_files
 from hpc_train.train.models.gpt import Gpt
 from hpc_train.train.tasks.language import Language
 from hpc_train.train.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ def generate(
             f"{run.path} is a run of task.kind = '{config.task.kind}', which writes no text",
             "Name a run of task.kind = 'language', such as those of configs/gpt-text.toml.",
         )
-    facts = text_facts(data_path(config))
+    facts = open_files(config, Context(World()), "python-source").text_facts
     if "tokenizer" not in facts:
         raise UserError(
             f"data.file = '{config.data.file}' does not say what its tokens mean",

@@ -1,11 +1,11 @@
 """Training, top to bottom: one loop, visible."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, zip_longest
+from itertools import islice, zip_longest
 from math import isfinite
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from hpc_train.config import Config, Loaded
 from hpc_train.errors import UserError
-from hpc_train.partition import noise_seed, rank_batches
+from hpc_train.partition import Order, noise_seed, rank_batches
 from hpc_train.train import checkpoint
 from hpc_train.train.attempt import Attempt, check_continues, open_attempt, say
 from hpc_train.train.checkpoint import Saver, read_newest
@@ -34,6 +34,7 @@ from hpc_train.train.device import (
 from hpc_train.train.guards import compare_weights, refuse_loss, refuse_loss_alone
 from hpc_train.train.metadata import RankPlace, crowding_warnings, place_ranks
 from hpc_train.train.optimize import Optimizer
+from hpc_train.train.prefetch import Prefetch, announced
 from hpc_train.train.recorder import Recorder
 from hpc_train.train.reduce import Reducer, broadcast_model, check_strategy, open_reducer
 from hpc_train.train.shards import whole
@@ -50,6 +51,7 @@ class Job:
     """
 
     task: Task
+    order: Order  # of the samples in an epoch
     model: nn.Module
     batch_size: int  # of all ranks together
     facts: dict[str, Any]  # that each checkpoint states
@@ -117,8 +119,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                     saver.save(step + 1, snapshot())
                 if stopped := shared.stop > 0 and step + 1 < config.train.steps:
                     break
-
             watch.step = None
+            batches.close()  # and the thread that makes them ahead
             return _end(stop.cause if stopped else None, recorder, saver, snapshot, optimizer, job, context)
 
 
@@ -139,8 +141,14 @@ def _set_up(config: Config, context: Context) -> Job:
     batch_size = _batch_size(config, task, context)
     torch.manual_seed(config.seed)
     model = _model(task, context).to(device)
-    facts = {"size": context.world.size, "global_batch": batch_size, "num_samples": task.num_samples}
-    return Job(task, model, batch_size, facts, places, device, team, is_server, precision(config.train, device))
+    order = getattr(task, "order", None) or Order(task.num_samples)
+    facts = {
+        "size": context.world.size,
+        "global_batch": batch_size,
+        "num_samples": task.num_samples,
+        "order": str(order),
+    }
+    return Job(task, order, model, batch_size, facts, places, device, team, is_server, precision(config.train, device))
 
 
 def _begin(
@@ -151,14 +159,17 @@ def _begin(
     reducer: Reducer,
     config: Config,
     context: Context,
-) -> tuple[int | None, nn.Module, Iterator[Any]]:
+) -> tuple[int | None, nn.Module, Generator[Any]]:
     """Collective. (the step to go on with, the model to train, the batches); no step where the run is complete."""
     first = _restore(attempt, job, optimizer, reducer, context)
     if first >= config.train.steps and context.on_root(attempt.run.summary.exists):
         context.on_root(lambda: say(f"{attempt.run.path} is complete: {first} steps"))
-        return None, job.model, iter(())
+        return None, job.model, _again([], iter(()))
     model, batches, measured = _first_look(_batches(job, config, first), job, config, context)
-    recorder.start(first, model, job.facts | measured)
+    reading = getattr(job.task, "reading", None)
+    recorder.start(first, model, job.facts | measured | {"reading": reading})
+    if reading:
+        context.on_root(lambda: say(f"Data: {reading}"))
     return first, model, batches
 
 
@@ -206,7 +217,7 @@ def _restore(attempt: Attempt, job: Job, optimizer: Optimizer, reducer: Reducer,
 
 def _first_look(
     batches: Iterator[Any], job: Job, config: Config, context: Context
-) -> tuple[nn.Module, Iterator[Any], dict[str, Any]]:
+) -> tuple[nn.Module, Generator[Any], dict[str, Any]]:
     """Collective. Tries the first batch out before the loop: (the model to train, the batches, facts for meta.json).
 
     A task whose model and batches do not fit is told so here, on one rank; and a step's operations are counted.
@@ -236,7 +247,12 @@ def _first_look(
         "peak_flops": peak,
         "peak_source": source,
     }
-    return model, chain(coming, batches), facts
+    return model, _again(coming, batches), facts
+
+
+def _again(coming: list[Any], batches: Iterator[Any]) -> Generator[Any]:
+    yield from coming
+    yield from batches
 
 
 def _answer_nonfinite(
@@ -287,13 +303,19 @@ def _end(
 
 def _batches(job: Job, config: Config, first: int) -> Iterator[tuple[list[Any], int, int]]:
     """(this rank's share in parts, its samples, the global batch's samples) of step `first` and those after it."""
-    ahead = not getattr(job.task, "acts", False)
-    return on_device(_shares(job, config, first), job.device, ahead)
+    shares, in_step = _shares(job, config, first), getattr(job.task, "in_step", False)
+    if in_step:
+        yield from on_device(shares, job.device, ahead=False)
+        return
+    with Prefetch(shares) as made:
+        yield from on_device(made, job.device, ahead=True)
 
 
 def _shares(job: Job, config: Config, first: int) -> Iterator[tuple[list[Any], int, int]]:
     steps, seed, world = range(first, config.train.steps), config.seed, job.team.world
-    shares = rank_batches(steps, job.task.num_samples, job.batch_size, seed, world.rank, world.size)
+    shares = rank_batches(steps, job.order, job.batch_size, seed, world.rank, world.size)
+    if job.order.edges is not None and hasattr(job.task, "expect") and not job.is_server:
+        shares = announced(shares, job.task.expect, max(1, job.order.window_samples // job.batch_size - 1))
     for step, (rows, num_global) in zip(steps, shares, strict=True):
         if job.is_server:
             yield [], 0, num_global

@@ -130,7 +130,9 @@ def assert_continuous(job: Job, reference: Job) -> None:
         for attempt, lines in zip(attempts, job.rows(rank), strict=True):
             given |= {attempt["first_step"] + index: line for index, line in enumerate(lines)}
         expected = [
-            partition.rank_samples(partition.global_batch(step, SAMPLES, BATCH), SAMPLES, SEED, rank, size)
+            partition.rank_samples(
+                partition.global_batch(step, SAMPLES, BATCH), partition.Order(SAMPLES), SEED, rank, size
+            )
             for step in range(STEPS)
         ]
         assert given == {step: ",".join(map(str, rows)) for step, rows in enumerate(expected)}

@@ -14,9 +14,9 @@ from hpc_train import rundir
 from hpc_train.config import load
 from hpc_train.errors import UserError
 from hpc_train.records import read_metrics
-from hpc_train.train import prepare as module
 from hpc_train.train.context import Context
-from hpc_train.train.prepare import prepare
+from hpc_train.train.prepare import prepare as module
+from hpc_train.train.prepare.prepare import prepare
 from hpc_train.train.tasks.baselines import count_bigrams
 from hpc_train.train.trainer import train
 from hpc_train.world import World

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from hpc_train.errors import UserError
-from hpc_train.train import prepare as module
 from hpc_train.train.context import Context
-from hpc_train.train.prepare import prepare
+from hpc_train.train.prepare import layout, writer
+from hpc_train.train.prepare.prepare import prepare
 
 
 def write_idx(path: Path, values: np.ndarray, packed: bool) -> None:
@@ -50,7 +50,8 @@ def test_digits_are_whole_and_say_what_they_are(digits: Path) -> None:
 
 
 def test_idx_files_arrive_byte_for_byte(context: Context, idx_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 40)  # two rows a write: many writes, some ranks with none
+    monkeypatch.setattr(layout, "BLOCK_BYTES", 40)  # two rows a block
+    monkeypatch.setattr(writer, "_WRITE_BYTES", 40)  # many writes, some ranks with none
     prepare("mnist", idx_folder, idx_folder / "out.h5", context)
     with h5py.File(idx_folder / "out.h5") as file:
         packed = gzip.decompress((idx_folder / "train-images-idx3-ubyte.gz").read_bytes())

@@ -35,8 +35,12 @@ class Task(Protocol):
     """What the trainer asks of a task; made as `Task(config, context)` on every rank.
 
     One that has a state of its own besides the model, as a replay memory, also has `state()`, a dict of tensors,
-    numbers and lists, the same on every rank, and `load_state(dict)`: checkpoints keep it. One whose batches depend on
-    the weights says `acts = True`: then no batch is asked for while the step before it computes.
+    numbers and lists, the same on every rank, and `load_state(dict)`: checkpoints keep it.
+
+    Batches may be asked for ahead, by a thread of their own: what `batch` draws, it draws from (step, rows), as
+    `partition.row_noise` does. One whose batches depend on the weights, or need all ranks, says `in_step = True`: then
+    the loop itself asks, at each step. One whose data lie in chunks has an `order` (`dataset.open_order`), and
+    `expect(rows)`, which hears what will be asked for.
     """
 
     num_samples: int  # of the whole training set, alike on every rank

@@ -12,7 +12,9 @@ from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train import models
 from hpc_train.train.context import Context
-from hpc_train.train.dataset import Batch, Split, data_path, open_split, value_range
+from hpc_train.train.dataset import Batch, Split, open_order, open_split, value_range
+from hpc_train.train.files import Files, describe, open_files
+from hpc_train.train.together import read_together
 from hpc_train.world import World
 
 _TEST_BATCH = 1024
@@ -25,21 +27,31 @@ class Classification:
         self.config = config
         data = config.data
 
-        def open_both() -> tuple[Split, Split | None]:
-            path = data_path(config)
-            train = open_split(path, data.inputs, data.targets, ("data.inputs", "data.targets"))
+        def open_both() -> tuple[Files, Split, Split | None]:
+            if isinstance(data.inputs, list) or isinstance(data.test_inputs, list):
+                raise UserError(
+                    f"data.inputs = {data.inputs}: the models of task.kind = 'classification' take one data set",
+                    "Name one, or write a task of your own: it gets all of them.",
+                )
+            files = open_files(config, context)
+            train = open_split(files, data.inputs, data.targets, ("data.inputs", "data.targets"))
             test_keys = ("data.test_inputs", "data.test_targets")
-            test = open_split(path, data.test_inputs, data.test_targets, test_keys, optional=True)
+            test = open_split(files, data.test_inputs, data.test_targets, test_keys, optional=True)
             assert train is not None
             if test is not None and test.input_shape != train.input_shape:
                 raise UserError(
-                    f"{path}: {data.inputs} has samples of {train.input_shape}, not {test.input_shape}",
+                    f"{files.paths[0]}: {data.inputs} has samples of {train.input_shape}, not {test.input_shape}",
                     f"Samples of {data.test_inputs} must have the same shape.",
                 )
-            return train, test
+            return files, train, test
 
-        self.train, self.held_out = context.on_all(open_both)
+        files, self.train, self.held_out = context.on_all(open_both)
         self.num_samples = len(self.train)
+        self.in_step = data.read != "auto"
+        if self.in_step:
+            self.train = read_together(self.train, files, str(data.inputs), config, context)
+        self.reading = describe(files, str(data.inputs), self.train.inputs[0])
+        self.order = open_order(self.train.inputs, self.num_samples, config)
         parts = [(data.targets, *value_range(self.train.targets, context))]
         if self.held_out is not None:
             parts.append((data.test_targets, *value_range(self.held_out.targets, context)))
@@ -60,7 +72,10 @@ class Classification:
         return models.classifier(task.model, self.train.input_shape, self.num_classes, dict(task.options))
 
     def batch(self, rows: np.ndarray, step: int) -> Batch:
-        return self.train.batch(rows)
+        return self.train.batch(rows, step)
+
+    def expect(self, rows: np.ndarray) -> None:
+        self.train.expect(rows)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return functional.cross_entropy(self._logits(model, batch), batch.targets, reduction="sum")
@@ -78,7 +93,4 @@ class Classification:
         return len(batch), {"loss": loss.item(), "accuracy": (logits.argmax(1) == batch.targets).sum().item()}
 
     def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        inputs = batch.inputs.to(torch.float32)
-        if (batch.scale, batch.offset) != (1.0, 0.0):
-            inputs = inputs * batch.scale + batch.offset
-        return model(inputs)
+        return model(batch.floats())

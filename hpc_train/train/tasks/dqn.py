@@ -108,7 +108,7 @@ class Dqn:
     depends on the seed, their numbers and the step alone: the number of ranks changes nothing.
     """
 
-    acts = True  # a batch needs the weights of its step: it cannot be made ahead
+    in_step = True  # a batch needs the weights of its step: it cannot be made ahead
 
     def __init__(self, config: Config, context: Context) -> None:
         self.config, self.context = config, context

@@ -12,10 +12,11 @@ from torch.nn import functional
 
 from hpc_train.config import Config
 from hpc_train.errors import UserError
-from hpc_train.partition import rank_span, row_noise
+from hpc_train.partition import Order, rank_span, row_noise
 from hpc_train.train import models
 from hpc_train.train.context import Context
-from hpc_train.train.dataset import Tokens, data_path, open_tokens, text_facts, value_range
+from hpc_train.train.dataset import Tokens, open_order, open_tokens, value_range
+from hpc_train.train.files import Files, describe, open_files
 from hpc_train.train.tasks.baselines import count_bigrams, count_tokens
 from hpc_train.world import World
 
@@ -33,6 +34,8 @@ class Text:
     test: Tokens | None
     vocab_size: int  # of the file's tokens
     model: Callable[[], nn.Module]
+    order: Order  # of the windows
+    reading: str
 
     def test_rows(self, world: World) -> Iterator[np.ndarray]:
         """This rank's share of the test windows, some at a time."""
@@ -50,29 +53,43 @@ def open_text(config: Config, context: Context, known: dict[str, Callable[..., n
     """
     task, data, options = config.task, config.data, dict(config.task.options)
     stated = options.pop("vocab_size", None)
-    vocab_size = context.on_all(lambda: _vocabulary(config, stated, masked))
+    files = context.on_all(lambda: open_files(config, context, "python-source"))
+    vocab_size = context.on_all(lambda: _vocabulary(config, files, stated, masked))
     make = partial(models.make_model, known, task.model, (vocab_size + masked,), options)
 
     def open_both() -> tuple[Tokens, Tokens | None]:
         length = options.get("context", models.default(known, task.model, "context"))
         if not isinstance(length, int) or length < 1:
             raise UserError(f"task.options.context = {length}", "It is a positive whole number.")
-        path, ahead = data_path(config), 0 if masked else 1
-        train = open_tokens(path, data.inputs, "data.inputs", length, ahead)
-        test = open_tokens(path, data.test_inputs, "data.test_inputs", length, ahead, optional=True)
+        if data.read != "auto":
+            raise UserError(
+                f"data.read = '{data.read}' does not go with task.kind = '{task.kind}'",
+                "Tokens are read through a memory map or by chunks: leave data.read out.",
+            )
+        ahead = 0 if masked else 1
+        train = open_tokens(files, names[0], "data.inputs", length, ahead, data.offsets)
+        test = open_tokens(files, names[1], "data.test_inputs", length, ahead, data.test_offsets, optional=True)
         assert train is not None
         return train, test
 
+    names = (_one(data.inputs, "data.inputs"), _one(data.test_inputs, "data.test_inputs"))
     train, test = context.on_all(open_both)
-    for name, tokens in ((data.inputs, train), (data.test_inputs, test)):
+    for name, tokens in zip(names, (train, test), strict=True):
         if tokens is not None:
             _check_range(config, name, tokens, vocab_size, context)
-    return Text(train, test, vocab_size, make)
+    order = open_order([train.values], len(train), config, train.length)
+    return Text(train, test, vocab_size, make, order, describe(files, names[0], train.values))
 
 
-def _vocabulary(config: Config, stated: Any, masked: bool) -> int:
+def _one(names: str | list[str], key: str) -> str:
+    if isinstance(names, str):
+        return names
+    raise UserError(f"{key} = {names}: language models read one stream of tokens", "Name one data set.")
+
+
+def _vocabulary(config: Config, files: Files, stated: Any, masked: bool) -> int:
     """How many different tokens the file has, by itself or by task.options.vocab_size."""
-    found, file = text_facts(data_path(config)).get("vocab_size"), config.data.file
+    found, file = files.text_facts.get("vocab_size"), config.data.file
     if stated is not None and (not isinstance(stated, int) or stated < 1):
         raise UserError(f"task.options.vocab_size = {stated}", "It is a positive whole number.")
     if found is None and stated is None:
@@ -125,13 +142,16 @@ class Language:
     def __init__(self, config: Config, context: Context) -> None:
         self.context = context
         self.text = open_text(config, context, models.CAUSAL, masked=False)
-        self.num_samples = len(self.text.train)
+        self.num_samples, self.order, self.reading = len(self.text.train), self.text.order, self.text.reading
 
     def model(self) -> nn.Module:
         return self.text.model()
 
     def batch(self, rows: np.ndarray, step: int) -> Windows:
         return Windows(torch.from_numpy(self.text.train.windows(rows)))
+
+    def expect(self, rows: np.ndarray) -> None:
+        self.text.train.expect(rows)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:
         return self._sum(model, batch) / self.text.train.length
@@ -183,7 +203,7 @@ class MaskedLanguage:
     def __init__(self, config: Config, context: Context) -> None:
         self.seed, self.context = config.seed, context
         self.text = open_text(config, context, models.MASKED, masked=True)
-        self.num_samples = len(self.text.train)
+        self.num_samples, self.order, self.reading = len(self.text.train), self.text.order, self.text.reading
         self.num_masked = max(1, round(_MASKED * self.text.train.length))
 
     def model(self) -> nn.Module:
@@ -191,6 +211,9 @@ class MaskedLanguage:
 
     def batch(self, rows: np.ndarray, step: int) -> MaskedWindows:
         return self._masked(self.text.train, rows, step)
+
+    def expect(self, rows: np.ndarray) -> None:
+        self.text.train.expect(rows)
 
     def loss(self, model: nn.Module, batch: MaskedWindows) -> torch.Tensor:
         logits, targets = self._logits(model, batch)

@@ -36,7 +36,7 @@ class PolicyGradient:
     An episode is a pure function of the weights and its number: it does not matter which rank plays it.
     """
 
-    acts = True  # a batch needs the weights of its step: it cannot be made ahead
+    in_step = True  # a batch needs the weights of its step: it cannot be made ahead
 
     def __init__(self, config: Config, context: Context) -> None:
         self.config, self.context = config, context

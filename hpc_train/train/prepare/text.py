@@ -16,7 +16,7 @@ from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train import tokenizer
 from hpc_train.train.context import Context
-from hpc_train.train.sources import Array, Source, in_memory
+from hpc_train.train.prepare.sources import Array, Source, in_memory, state_of
 from hpc_train.train.tokenizer import Tokenizer
 
 _TEST_SHARE = 0.1  # of the documents
@@ -47,7 +47,9 @@ def source(name: str, origins: list[Path], chosen: str, context: Context) -> Sou
     fingerprint = blake2b(digest_size=16)
     for document in documents:
         fingerprint.update(f"{document.name}\0{document.num_bytes}\0".encode())
-    arrays = {f"{part}/inputs": _stream(each, tokens, context) for part, each in (("train", train), ("test", test))}
+    arrays = {}
+    for part, each in (("train", train), ("test", test)):
+        arrays[f"{part}/inputs"], arrays[f"{part}/inputs_offsets"] = _stream(each, tokens, context)
     if tokens.json:
         arrays["tokenizer"] = in_memory(np.frombuffer(tokens.json.encode(), np.uint8))
     facts = {
@@ -58,7 +60,8 @@ def source(name: str, origins: list[Path], chosen: str, context: Context) -> Sou
     }
     title = f"{kind.title}, {len(documents):,} documents as {tokens.name}"
     where = ", ".join(map(str, origins)) or f"Python {python_version()}"
-    return Source(title, where, kind.license, arrays, facts, unit="tokens")
+    state = context.on_root(lambda: state_of([each.path for each in documents]))
+    return Source(title, where, kind.license, arrays, facts, "tokens", state)
 
 
 # ---------------------------------------------------------------------------------------------- documents
@@ -173,8 +176,9 @@ def text_of(document: Document) -> bytes:
 # ---------------------------------------------------------------------------------------------- tokens
 
 
-def _stream(documents: list[Document], tokens: Tokenizer, context: Context) -> Array:
-    """Collective. The documents' tokens, one document after another, each closed by the end-of-text token.
+def _stream(documents: list[Document], tokens: Tokenizer, context: Context) -> tuple[Array, Array]:
+    """Collective. The documents' tokens, one document after another, each closed by the end-of-text token; and where
+    each document begins, (documents + 1,) int64.
 
     Where a document's tokens begin, only counting those before it tells: every rank counts its share of documents.
     One document at a time is in memory.
@@ -198,4 +202,4 @@ def _stream(documents: list[Document], tokens: Tokenizer, context: Context) -> A
             found.append(tokens_of(index)[max(0, start - first) : stop - first])
         return np.concatenate(found)
 
-    return Array((int(ends[-1]),), tokens.dtype, read)
+    return Array((int(ends[-1]),), tokens.dtype, read), in_memory(np.insert(ends, 0, 0))

@@ -6,8 +6,10 @@ import io
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -38,7 +40,8 @@ class Array:
 class Source:
     """A data set to prepare: what it is, where it came from, and its arrays by their path in the file.
 
-    attributes: what else the file says of itself. unit: what a row is.
+    attributes: what else the file says of itself. unit: what a row is. state: what tells that the source was changed,
+    such as times of files; no part of the file. spools: files that go when the data set is whole.
     """
 
     title: str
@@ -47,14 +50,61 @@ class Source:
     arrays: dict[str, Array]
     attributes: dict[str, Any] = field(default_factory=dict)
     unit: str = "rows"
+    state: str = ""
+    spools: tuple[Path, ...] = ()
 
     def rows_of(self, part: str) -> int:
         """The samples, or tokens, of a part: "train" or "test"."""
-        return self.arrays[f"{part}/inputs"].shape[0]
+        array = self.arrays.get(f"{part}/inputs")
+        return array.shape[0] if array else 0
 
     @property
     def num_rows(self) -> int:
         return self.rows_of("train") + self.rows_of("test")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What sources take besides --from. None: not given.
+
+    size: pixels of a picture's sides. target: a table's column. test_fraction: of rows that are kept to test on.
+    """
+
+    size: int | None = None
+    target: str | None = None
+    test_fraction: float | None = None
+
+    def require_use(self, name: str, origins: list[Path], tokenizer: str | None) -> None:
+        """Raises `UserError` where `name` cannot do with what is given, or needs more."""
+        kind = "samples" if ":" in name else name if name in ("images", "table") else "text" if tokenizer else "other"
+        given = {
+            "--size": (self.size, {"images"}),
+            "--target": (self.target, {"table"}),
+            "--test-fraction": (self.test_fraction, {"table", "images", "samples"}),
+        }
+        for option, (value, kinds) in given.items():
+            if value is not None and kind not in kinds:
+                raise UserError(f"prepare {name}: {option} {value} is not for it", "Leave it out.")
+        is_text = name in ("text", "python-source", "shakespeare")
+        if tokenizer and not is_text:
+            raise UserError(f"prepare {name}: --tokenizer {tokenizer} is for text", "Leave it out.")
+        if len(origins) > 1 and not is_text:
+            raise UserError(f"prepare {name}: --from is given {len(origins)} times", "Name one folder or file.")
+        if kind in ("images", "table") and not origins:
+            example = "DIR" if kind == "images" else "x.csv"
+            raise UserError(f"prepare {name} needs --from", f"Name where the data are: --from {example}")
+        if kind == "samples" and origins:
+            raise UserError(f"prepare {name} takes no --from", "The function itself knows where its samples are.")
+
+
+def state_of(paths: Iterable[Path]) -> str:
+    """A hash of the names, sizes and times of change of `paths`: another one when a file was changed."""
+    state = blake2b(digest_size=16)
+    for path in paths:
+        with suppress(OSError):  # reading it tells
+            found = path.stat()
+            state.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    return state.hexdigest()
 
 
 def in_memory(values: np.ndarray) -> Array:
@@ -114,7 +164,7 @@ def idx(title: str, license: str, folder: Path, remedy: str) -> Source:
                 f"{paths[f'{part}/inputs']} has {num_inputs} images, {paths[f'{part}/targets']} {num_targets} labels",
                 "Each image needs one label: fetch the files again.",
             )
-    return Source(title, str(folder), license, arrays)
+    return Source(title, str(folder), license, arrays, state=state_of(paths.values()))
 
 
 def fashion_mnist(origin: Path | None) -> Source:

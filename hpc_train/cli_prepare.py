@@ -1,0 +1,121 @@
+"""The commands that make data sets and bring them near, without their halves until they run."""
+
+import importlib.util
+from pathlib import Path
+
+import click
+
+from hpc_train.errors import UserError
+from hpc_train.world import launched_rank
+
+_DATASETS = (
+    "mnist-5k", "fashion-mnist", "mnist", "images", "table", "text", "python-source", "shakespeare",
+)  # fmt: skip
+
+
+def _dataset(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if value not in _DATASETS and ":" not in value:
+        raise click.BadParameter(f"{value!r} is not one of {', '.join(_DATASETS)}, or package.module:function")
+    return value
+
+
+@click.command()
+@click.argument("dataset", metavar="DATASET", callback=_dataset)
+@click.argument("output", metavar="FILE|URL")
+@click.option(
+    "--from",
+    "origin",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=False),
+    help="Folder or file the data comes from (text: repeatable).",
+)
+@click.option(
+    "--tokenizer", metavar="bytes|bpe:N", help="Of text: bytes (the default), or N byte pairs learned from it."
+)
+@click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Of images: sides they are cut to (224).")
+@click.option("--target", metavar="COLUMN", help="Of a table: the column (.npz: the array) that is to be learned.")
+@click.option("--test-fraction", type=click.FloatRange(0, 0.5), help="Of rows that are kept to test on (0.1).")
+@click.option("--compress", metavar="gzip:LEVEL|lzf|zstd:LEVEL", help="Write compressed chunks, which read slower.")
+@click.option(
+    "--memory-mb",
+    type=click.IntRange(16),
+    default=512,
+    show_default=True,
+    help="Memory for the data, of the ranks of a node together.",
+)
+@click.option("--overwrite", is_flag=True, help="Make the output again if it exists, or was begun.")
+def prepare(
+    dataset: str,
+    output: str,
+    origin: tuple[Path, ...],
+    tokenizer: str | None,
+    size: int | None,
+    target: str | None,
+    test_fraction: float | None,
+    compress: str | None,
+    memory_mb: int,
+    overwrite: bool,
+) -> None:
+    """Write a data set to HDF5, on one rank or in parallel under mpirun.
+
+    DATASET: mnist-5k, fashion-mnist, mnist; images (a folder per class); table (.csv, .parquet, .npy, .npz); text,
+    python-source, shakespeare; or package.module:function, a function of yours that yields (input, target). Stopped
+    or killed, the same command goes on where it was.
+
+    A URL (webhdfs://, hdfs://, s3://) gets a file that is made in $TMPDIR first. Text becomes tokens: any files (text),
+    the standard library of this Python (python-source), or the works in the package of that name (shakespeare).
+
+    \b
+    Example: mpirun -n 2 hpc-train prepare fashion-mnist data/fashion-mnist.h5
+             hpc-train prepare mnist-5k webhdfs://namenode:9870/data/mnist-5k.h5
+             hpc-train prepare images data/pets.h5 --from pets --size 64
+             hpc-train prepare table data/wine.h5 --from wine.csv --target quality
+             hpc-train prepare text data/notes.h5 --from notes --tokenizer bpe:8192
+    """
+    require("h5py")
+    from hpc_train.train.context import open_context
+
+    with open_context(use_mpi=launched_rank() is not None) as context:
+        from hpc_train.train.prepare.prepare import prepare as write
+        from hpc_train.train.prepare.sources import Options
+
+        options = Options(size, target, test_fraction)
+        write(dataset, origin, output, context, overwrite, tokenizer, options, compress, memory_mb)
+
+
+@click.command()
+@click.argument("source", metavar="URL|FILE")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up when no byte comes for so long.",
+)
+def stage(source: str, folder: Path, wait_s: float) -> None:
+    """Copy a file to DIR on every node, once a node; reuse it where it is whole. Its path is the last line printed.
+
+    \b
+    Example: srun --ntasks-per-node=1 hpc-train stage webhdfs://namenode:9870/data/mnist-5k.h5 "$TMPDIR"
+             srun hpc-train train configs/softmax-mnist.toml --set data.file="$TMPDIR/mnist-5k.h5"
+    """
+    require("fsspec")
+    from hpc_train.train.context import open_context
+
+    with open_context(use_mpi=launched_rank() is not None) as context:
+        from hpc_train.train.stage import stage as copy
+
+        copy(source, folder, context, wait_s)
+
+
+def require(*modules: str) -> None:
+    """Raises UserError on a plain install, which has the analysis half only."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} cannot be found: this install reports, and does not train",
+            "Run `make install` in a checkout: it builds hpc-train[train] against one MPI.",
+        )

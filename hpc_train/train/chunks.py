@@ -1,0 +1,207 @@
+"""Chunked data sets: chunks decoded whole, by threads, into a fixed amount of memory."""
+
+import os
+from collections import Counter, OrderedDict, deque
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from threading import Lock
+
+import h5py
+import numpy as np
+
+from hpc_train.errors import UserError
+from hpc_train.partition import Indices, chunk_edges
+from hpc_train.train.filters import Damaged, Pipeline, open_pipeline
+
+_MOST_THREADS = 8  # of a rank; more wait for each other's memory
+_FEWEST_SLOTS = 2
+
+
+class ChunkFile:
+    """A chunked data set in its file. A row of chunks, all that hold the same samples, is called a block."""
+
+    def __init__(self, path: Path, dataset: h5py.Dataset) -> None:
+        self.shape: tuple[int, ...] = dataset.shape
+        self.dtype = dataset.dtype.newbyteorder("=")
+        self._path, self._dataset, self._chunk = path, dataset, tuple(dataset.chunks)
+        self.num_rows = self._chunk[0]
+        self._pipeline = open_pipeline(dataset)
+        self._file = os.open(path, os.O_RDONLY)
+        self._shift = self._base_address()
+        self._verified = np.zeros(-(-self.shape[0] // self.num_rows), dtype=bool)
+
+    @property
+    def filters(self) -> str:
+        """Their names, for people."""
+        return ", ".join(self._pipeline.names) or "not packed" if self._pipeline else "filters of HDF5's own"
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def read(self, block: int, target: np.ndarray) -> None:
+        """Decodes a block into the first rows of `target`. Raises `UserError` where it is damaged.
+
+        A checksum is looked at when its block is first read.
+        """
+        first = block * self.num_rows
+        there = target[: min(self.num_rows, self.shape[0] - first)]
+        if self._pipeline is None:  # only HDF5 itself can
+            self._dataset.read_direct(there, np.s_[first : first + len(there)])
+            return
+        for inner in product(*map(range, [0] * (len(self.shape) - 1), self.shape[1:], self._chunk[1:])):
+            try:
+                self._read_chunk((first, *inner), there, self._pipeline, bool(self._verified[block]))
+            except Damaged as reason:
+                raise UserError(
+                    f"{self._path}: chunk {(first, *inner)} of {self._dataset.name}, samples {first} to "
+                    f"{first + len(there) - 1}, cannot be read: {reason}",
+                    f"Restore the file; hpc-train data check {self._path} finds all that is damaged in it.",
+                ) from None
+        self._verified[block] = True
+
+    def _read_chunk(self, corner: tuple[int, ...], there: np.ndarray, pipeline: Pipeline, verified: bool) -> None:
+        """Decodes the chunk at `corner` into its place in the rows `there`."""
+        target = there[(slice(None), *map(slice, corner[1:], np.add(corner[1:], self._chunk[1:]).tolist()))]
+        info = self._dataset.id.get_chunk_info_by_coord(corner)
+        if not info.size:
+            target[...] = self._dataset.fillvalue
+            return
+        address = info.byte_offset + self._shift
+        if not pipeline.steps and target.shape == self._chunk and target.flags.c_contiguous and self._is_native:
+            if os.preadv(self._file, [target.data.cast("B")], address) != target.nbytes:
+                raise Damaged("the file ends within it")
+            return
+        data = os.pread(self._file, info.size, address)
+        if len(data) != info.size:
+            raise Damaged("the file ends within it")
+        num_bytes = int(np.prod(self._chunk, dtype=np.int64)) * self.dtype.itemsize
+        values = pipeline.decode(data, info.filter_mask, num_bytes, verified).view(self._dataset.dtype)
+        target[...] = values.reshape(self._chunk)[tuple(map(slice, target.shape))]
+
+    @property
+    def _is_native(self) -> bool:
+        return bool(self._dataset.dtype.isnative)
+
+    def _base_address(self) -> int:
+        """What chunk addresses lack: in some versions of HDF5, the user block that the file begins with."""
+        corner, block = (0,) * len(self.shape), self._dataset.file.userblock_size
+        info = self._dataset.id.get_chunk_info_by_coord(corner) if block else None
+        if not info or not info.size:
+            return 0
+        _, content = self._dataset.id.read_direct_chunk(corner)
+        return 0 if os.pread(self._file, info.size, info.byte_offset) == content else int(block)
+
+
+class Chunked:
+    """Rows of chunked data sets in one or more files, one after the other: decoded ahead, as long as there is room.
+
+    A block is decoded into one of a fixed number of slots. Of those that nobody has announced, the one used longest ago
+    makes room; what is announced and finds no room waits until there is some: so each is decoded once.
+    """
+
+    def __init__(self, files: Sequence[ChunkFile], memory_bytes: int, num_threads: int) -> None:
+        self._files = files
+        first, lengths = files[0], np.array([file.shape[0] for file in files])
+        self.shape: tuple[int, ...] = (int(lengths.sum()), *first.shape[1:])
+        self.dtype = first.dtype
+        starts = np.cumsum(lengths) - lengths
+        edges = [start + chunk_edges(num, first.num_rows)[:-1] for start, num in zip(starts, lengths, strict=True)]
+        self._first_blocks = np.cumsum([0, *map(len, edges)])
+        self.edges: Indices = np.append(np.concatenate(edges), self.shape[0])
+        self._num_rows = first.num_rows
+        block_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize * self._num_rows
+        num_slots = min(len(self.edges) - 1, max(_FEWEST_SLOTS, memory_bytes // block_bytes))
+        self._slots = np.empty((num_slots, self._num_rows, *self.shape[1:]), self.dtype)
+        self._free = list(range(num_slots))
+        self._held: OrderedDict[int, tuple[int, Future[None]]] = OrderedDict()  # block -> slot, and when it is there
+        self._announced: Counter[int] = Counter()  # block -> how many times it will be taken from
+        self._waiting: deque[int] = deque()  # announced, without a slot
+        num_threads = min(_MOST_THREADS, max(1, num_threads))
+        self._threads = ThreadPoolExecutor(num_threads, "hpc-train-read")
+        self.words = (
+            f"{len(self.edges) - 1:,} chunks of {block_bytes / 1e6:,.2f} MB ({first.filters}): decoded by "
+            f"{num_threads} thread{'s' * (num_threads != 1)} into {self._slots.nbytes / 1e6:,.0f} MB"
+        )
+        self._lock = Lock()
+
+    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        if out is None:
+            out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        blocks = self._blocks(rows)
+        inside = rows - self.edges[blocks]
+        needed, which = np.unique(blocks, return_inverse=True)
+        flat = self._slots.reshape(-1, *self.shape[1:])
+        with self._lock:
+            for first in range(0, len(needed), len(self._slots)):  # in one go, where there is room for all
+                slots = self._load(needed[first : first + len(self._slots)])
+                if len(slots) == len(needed):
+                    np.take(flat, slots[which] * self._num_rows + inside, axis=0, out=out, mode="clip")
+                    break
+                here = np.flatnonzero((which >= first) & (which < first + len(slots)))
+                out[here] = flat[slots[which[here] - first] * self._num_rows + inside[here]]
+            for block in needed.tolist():
+                self._announced[block] -= self._announced[block] > 0
+            self._start_waiting()
+        return out
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.take(np.arange(*rows.indices(len(self))))
+
+    def expect(self, rows: np.ndarray) -> None:
+        with self._lock:
+            for block in np.unique(self._blocks(rows)).tolist():
+                self._announced[block] += 1
+                if block not in self._held and block not in self._waiting:
+                    self._waiting.append(block)
+            self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        while self._waiting and (self._free or any(not self._announced[block] for block in self._held)):
+            block = self._waiting.popleft()
+            if block not in self._held:
+                self._start(block)
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        for file in self._files:
+            file.close()
+
+    def _blocks(self, rows: np.ndarray) -> np.ndarray:
+        return rows // self._num_rows if len(self._files) == 1 else np.searchsorted(self.edges, rows, "right") - 1
+
+    def _load(self, blocks: np.ndarray) -> np.ndarray:
+        """The slots of `blocks`, once all are there."""
+        wanted = blocks.tolist()
+        for block in wanted:
+            if block in self._held:
+                self._held.move_to_end(block)
+        for block in wanted:
+            if block not in self._held:
+                self._start(block, keep=set(wanted))
+        for block in wanted:
+            try:
+                self._held[block][1].result()
+            except BaseException:
+                self._free.append(self._held.pop(block)[0])
+                raise
+        return np.array([self._held[block][0] for block in wanted], dtype=np.int64)
+
+    def _start(self, block: int, keep: Collection[int] = ()) -> None:
+        """Has a block decoded, where no slot is free into that of one outside `keep` that is announced least."""
+        if self._free:
+            slot = self._free.pop()
+        else:
+            idle = (held for held in self._held if held not in keep)
+            slot, before = self._held.pop(min(idle, key=lambda held: self._announced[held] > 0))
+            if not before.cancel():
+                before.exception()  # until then it may be writing there
+        self._held[block] = slot, self._threads.submit(self._decode, block, slot)
+
+    def _decode(self, block: int, slot: int) -> None:
+        number = int(np.searchsorted(self._first_blocks, block, "right")) - 1
+        self._files[number].read(block - int(self._first_blocks[number]), self._slots[slot])

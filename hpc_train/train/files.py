@@ -1,0 +1,236 @@
+"""The HDF5 files of a data set: one, or those of a pattern, whose equally named data sets are read as one."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hpc_train.config import Config
+from hpc_train.errors import UserError
+from hpc_train.train.context import Context, require_one_mpi
+from hpc_train.train.readers import Reader, join
+
+_LOOK_EVERY_S = 10.0
+
+
+class Unchanged:
+    """Called now and then while files are read: raises `UserError` where one is not what it was."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._seen = {path: _identity(path) for path in paths}
+        self._next_s = monotonic() + _LOOK_EVERY_S
+
+    def __call__(self) -> None:
+        if monotonic() < self._next_s:
+            return
+        self._next_s = monotonic() + _LOOK_EVERY_S
+        for path, seen in self._seen.items():
+            if _identity(path) != seen:
+                raise UserError(
+                    f"data.file: {path} was replaced or changed while it was read",
+                    "What was trained since may be on other samples: begin again, or resume with the file as it was.",
+                )
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Files:
+    """Opened files, and what reading them may cost. memory_bytes, num_threads: see `open_reader`."""
+
+    paths: Sequence[Path]
+    opened: Sequence[h5py.File]
+    memory_bytes: int
+    num_threads: int
+    unchanged: Unchanged
+
+    def has(self, name: str) -> bool:
+        """Whether the first file has a data set of that name."""
+        return find(self.opened[0], name) is not None
+
+    def all(self, name: str, key: str) -> list[h5py.Dataset]:
+        """Data set `name` of each file. Raises `UserError` where one has none, or one of another kind."""
+        found: list[h5py.Dataset] = []
+        for path, file in zip(self.paths, self.opened, strict=True):
+            dataset = find(file, name)
+            if dataset is None:
+                raise UserError(
+                    f"{key} = '{name}': no such data set in {path}",
+                    f"It holds: {', '.join(_dataset_names(file)) or 'none'}. Set {key} to one of them.",
+                )
+            first = found[0] if found else dataset
+            if (dataset.dtype, dataset.shape[1:]) != (first.dtype, first.shape[1:]):
+                one, other = (f"{each.dtype} {('n', *each.shape[1:])}".replace("'", "") for each in (dataset, first))
+                raise UserError(
+                    f"the files of data.file disagree: {name} is {one} in {path} and {other} in {self.paths[0]}",
+                    "Files of one data set hold equal samples: prepare those that differ again, or name fewer files.",
+                )
+            found.append(dataset)
+        return found
+
+    def reader(self, name: str, key: str, memory_bytes: int | None = None) -> Reader:
+        """Data set `name` of all files as one; memory_bytes: its part, where it is not all. Raises `UserError`."""
+        parts = list(zip(self.paths, self.all(name, key), strict=True))
+        return join(parts, self.memory_bytes if memory_bytes is None else memory_bytes, self.num_threads)
+
+    def scale(self, name: str) -> tuple[float, float]:
+        """What stored values of data set `name` mean (see `Batch`), alike in all files. Raises `UserError`."""
+        found = [
+            (_number(data, "scale_factor", 1.0), _number(data, "add_offset", 0.0)) for data in self.all(name, "data")
+        ]
+        for path, each in zip(self.paths, found, strict=True):
+            if each != found[0]:
+                raise UserError(
+                    f"the files of data.file disagree: {name} has scale_factor, add_offset {each} in {path}"
+                    f" and {found[0]} in {self.paths[0]}",
+                    "Stored values must mean the same in all files of a data set.",
+                )
+        return found[0]
+
+    @property
+    def text_facts(self) -> dict[str, Any]:
+        """What a prepared text says of its tokens: tokenizer, vocab_size and, of one that was learned, its json."""
+        file = self.opened[0]
+        facts = {name: file.attrs[name] for name in ("tokenizer", "vocab_size") if name in file.attrs}
+        json = file.get("tokenizer")
+        return facts | ({"json": bytes(json[:]).decode()} if isinstance(json, h5py.Dataset) else {})
+
+
+def open_files(config: Config, context: Context, example: str = "mnist-5k") -> Files:
+    """Opens the job's data. example: what `hpc-train prepare` could make, for a message. Raises `UserError`."""
+    paths = data_paths(config)
+    opened = [_open(path, example) for path in paths]
+    return Files(paths, opened, config.data.memory_mb << 20, reading_threads(context), Unchanged(paths))
+
+
+def data_paths(config: Config) -> list[Path]:
+    """The files of the job's data, those of a pattern in the order of their names. Raises `UserError` for none."""
+    file = config.data.file
+    if file is None:
+        raise UserError("data.file is required and not set", f"task.kind = '{config.task.kind}' reads an HDF5 file.")
+    path = Path(file).expanduser()
+    if not has_magic(str(path)) or path.exists():
+        return [path]
+    found = sorted(Path(name) for name in glob(str(path)))
+    if not found:
+        raise UserError(f"data.file = '{file}' matches no file", "* stands for any part of a name: data/part-*.h5")
+    return found
+
+
+def reading_threads(context: Context) -> int:
+    """How many threads this rank may decode chunks with: the cores that are its own."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, (os.cpu_count() or 1) // context.world.local_size))
+
+
+def require_parallel_hdf5() -> None:
+    """Raises `UserError` where this h5py cannot open a file by several ranks, or by another MPI than ours."""
+    if not h5py.get_config().mpi:
+        raise UserError(
+            "this h5py was built without MPI, and there are several ranks",
+            "Run `make install`, which builds it with MPI, or start one rank.",
+        )
+    require_one_mpi("h5py", h5py.defs.__file__)
+
+
+def describe(files: Files, name: str, reader: Reader) -> str:
+    """What is read, from where, in which way and why: a line for the log."""
+    num_bytes = int(np.prod(reader.shape, dtype=np.int64)) * reader.dtype.itemsize
+    where = str(files.paths[0]) if len(files.paths) == 1 else f"{len(files.paths)} files, {files.paths[0]} the first"
+    shape = "x".join(map(str, reader.shape[1:])) or "numbers"
+    return (
+        f"{name} of {where} ({file_system(files.paths[0])}): {len(reader):,} x {shape} {reader.dtype}, "
+        f"{num_bytes / 1e6:,.1f} MB, {reader.words}"
+    )
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that holds `path`, as /proc/mounts names it."""
+    place, found = str(path.resolve()), ("", "unknown file system")
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return found[1]
+    for line in mounts:
+        _, folder, kind = line.split()[:3]
+        inside = place == folder or place.startswith(folder.rstrip("/") + "/")
+        if inside and len(folder) >= len(found[0]):
+            found = folder, kind
+    return found[1]
+
+
+def find(file: h5py.File, name: str) -> h5py.Dataset | None:
+    """Data set `name` of this file. Raises `UserError` for a link into another one."""
+    place: Any = file
+    for part in name.strip("/").split("/"):
+        link = place.get(part, getlink=True) if isinstance(place, h5py.Group) else None
+        if isinstance(link, h5py.ExternalLink):
+            raise UserError(
+                f"{file.filename}: {name} is a link to another file, {link.filename}",
+                "Name that file in data.file, or copy the data set: a link says nothing of what it will find.",
+            )
+        place = place.get(part) if link is not None else None
+    return place if isinstance(place, h5py.Dataset) else None
+
+
+def _open(path: Path, example: str) -> h5py.File:
+    if path.is_dir():
+        raise UserError(f"data.file = '{path}' is a folder", "Name an HDF5 file.")
+    if not path.is_file():
+        raise UserError(f"data.file = '{path}' does not exist", f"Make it: hpc-train prepare {example} {path}")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        what, remedy = cannot_open(error)
+        raise UserError(f"data.file = '{path}' {what}", remedy) from None
+    if not file.attrs.get("complete", True):
+        raise UserError(f"data.file = '{path}' was never completed: its writer was stopped", "Prepare it again.")
+    return file
+
+
+def cannot_open(error: OSError) -> tuple[str, str]:
+    """(what is the matter with a file that HDF5 refuses, remedy)."""
+    reason = str(error)
+    if "truncated" in reason:
+        return "is truncated: its end is missing", "Copy or prepare it again."
+    if "signature" in reason:
+        return "is not an HDF5 file", "Name an HDF5 file; hpc-train prepare --help shows how to make one."
+    if "lock file" in reason and "errno = 11," in reason:
+        return (
+            "cannot be locked: another program has it open for writing",
+            "Wait until that has ended; where none writes it, set HDF5_USE_FILE_LOCKING=FALSE.",
+        )
+    if "lock file" in reason:  # "lock" alone is in "superblock", too
+        return (
+            f"cannot be locked: {reason}",
+            "Where the file system refuses locks, set HDF5_USE_FILE_LOCKING=FALSE, and let nobody write the file.",
+        )
+    return f"cannot be opened: {reason}", "Look at its permissions."
+
+
+def _dataset_names(file: h5py.File) -> list[str]:
+    names: list[str] = []
+    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    return names[:20]
+
+
+def _number(dataset: h5py.Dataset, attribute: str, default: float) -> float:
+    value = np.asarray(dataset.attrs.get(attribute, default))
+    if value.size != 1 or value.dtype.kind not in "iuf":
+        raise UserError(
+            f"{dataset.file.filename}: attribute {attribute} of {dataset.name} is no number",
+            "It is one number for the whole data set (CF conventions): mend it or remove it.",
+        )
+    return float(value.reshape(()))

@@ -1,0 +1,55 @@
+"""Where a file lies, and what of it the system holds in memory."""
+
+import ctypes
+import mmap
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+_PATIENCE_S = 10
+_LOOKED_AT_BYTES = 1 << 30
+
+
+def stripe_count(path: Path) -> int | None:
+    """Over how many servers of a Lustre file system `path` is spread; None where that cannot be asked."""
+    lfs = shutil.which("lfs")
+    if lfs is None:
+        return None
+    try:
+        asked = subprocess.run(
+            [lfs, "getstripe", "-c", str(path)], capture_output=True, text=True, timeout=_PATIENCE_S, check=True
+        )
+        return int(asked.stdout.split()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def drop_pages(path: Path) -> None:
+    """Asks the system to forget what it holds of the file in memory; it need not (tmpfs cannot)."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)  # what is not yet written cannot be forgotten
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    except OSError:
+        pass  # `resident` tells
+    finally:
+        os.close(file)
+
+
+def resident(path: Path, offset: int = 0, num_bytes: int | None = None) -> float | None:
+    """The share of the file, or of the first GiB from `offset`, that is in memory, 0 to 1; None where nobody tells."""
+    size, start = path.stat().st_size, offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    length = min(size - start, _LOOKED_AT_BYTES, offset - start + (size if num_bytes is None else num_bytes))
+    if length <= 0:
+        return None
+    with path.open("rb") as file, mmap.mmap(file.fileno(), length, prot=mmap.PROT_READ, offset=start) as mapped:
+        pages = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
+        view = np.frombuffer(mapped, np.uint8)
+        refused = ctypes.CDLL(None).mincore(
+            ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(length), ctypes.c_void_p(pages.ctypes.data)
+        )
+        del view  # the map cannot be closed while anything looks at it
+    return None if refused else float((pages & 1).mean())

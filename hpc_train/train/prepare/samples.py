@@ -1,0 +1,208 @@
+"""A user's own function as a source: what it yields is spooled to disk, then written like any other data set."""
+
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_train.errors import UserError
+from hpc_train.train.context import Context
+from hpc_train.train.prepare.layout import row_bytes
+from hpc_train.train.prepare.sources import Array, Options, Source, in_memory, state_of
+from hpc_train.train.prepare.tables import divided
+
+_SPOOL_BYTES = 4 << 20  # of samples in memory before they go to disk
+_SHAPE = (
+    "Yield (input, target) each time: numbers of one shape and type, and a whole number. Or return a dict of arrays."
+)
+
+
+def named(name: str) -> Source:
+    """What the file will say of itself, before a sample is there."""
+    return Source(f"Samples of {name}", name, "see its source", {}, unit="samples")
+
+
+def source(name: str, options: Options, output: Path | None, anew: bool, context: Context) -> Source:
+    """Collective. The samples of `name`, package.module:function.
+
+    The function takes nothing, or `rank` and `size` and then yields this rank's share alone. It gives an iterable of
+    (input, target), of whatever length, or a dict of arrays: inputs and targets, or train/inputs and so on.
+    output: the samples are spooled beside it. anew: not what a killed run spooled. Raises `UserError`.
+    """
+    function = context.on_all(partial(_found, name))
+    shared = {"rank", "size"} <= set(inspect.signature(function).parameters)
+    world = context.world
+    told = context.on_all(lambda: function(rank=world.rank, size=world.size) if shared else function())
+    module = inspect.getsourcefile(inspect.unwrap(function))
+    state = context.on_root(lambda: state_of([Path(module)]) if module else "")
+    if isinstance(told, dict):
+        arrays = context.on_all(lambda: {key: in_memory(_plain(name, key, value)) for key, value in told.items()})
+        spools: tuple[Path, ...] = ()
+    else:
+        beside = context.on_all(lambda: _beside(name, output))
+        try:
+            arrays, spools = _spooled(name, told, shared, beside, anew, state, context)
+        except Exception:
+            for end in ("", ".inputs", ".targets"):
+                Path(f"{_spool_of(beside, world.rank)}{end}").unlink(missing_ok=True)
+            raise
+    parts = context.on_all(lambda: divided(name, arrays, options.test_fraction))
+    return replace(named(name), arrays=parts, state=state, spools=spools)
+
+
+def _beside(name: str, output: Path | None) -> Path:
+    if output is None:
+        raise UserError(f"prepare {name}: samples are spooled beside a file, and not to a URL", "Name a file.")
+    return output
+
+
+def _found(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does: the user's module lies where the command is given
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        raise UserError(f"prepare {name}: {error}", "Name package.module:function, seen from this folder.") from None
+    if not callable(found):
+        raise UserError(f"prepare {name}: {module} has no function {attribute}", "Name package.module:function.")
+    return found
+
+
+def _plain(name: str, key: str, value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"prepare {name}: {key} is {array.dtype} {array.shape}", _SHAPE)
+    return array.astype(np.int64) if key.endswith("targets") and array.dtype.kind == "b" else array
+
+
+def _spooled(
+    name: str, told: Any, shared: bool, output: Path, anew: bool, state: str, context: Context
+) -> tuple[dict[str, Array], tuple[Path, ...]]:
+    """Collective. The samples on disk, each rank's in a file of its own, as arrays of all of them.
+
+    Where the function shares out, rank after rank; else sample i is with rank i modulo size, and in its place.
+    """
+    world = context.world
+    spool = _spool_of(output, world.rank)
+    kept = context.all(None if anew else _kept(spool, name, state, world.size))
+    mine = kept[world.rank]
+    if mine is None or not all(kept):
+        mine = context.on_all(lambda: _spool(spool, name, told, shared, context))
+    context.on_all(lambda: _note(spool, name, state, world.size, mine))
+    ranks = context.all((str(spool), mine))
+    spools = tuple(Path(path) for path, _ in ranks)
+    files = [path.with_name(path.name + end) for path in spools for end in ("", ".inputs", ".targets")]
+    kinds = {(tuple(each["shape"]), each["dtype"]) for _, each in ranks if each["num"]}
+    if len(kinds) != 1:
+        what = ", ".join(f"{dtype} {shape}" for shape, dtype in sorted(kinds)) or "nothing"
+        raise UserError(f"prepare {name}: the ranks' samples are {what}", _SHAPE)
+    ((shape, dtype),) = kinds
+    counts = [each["num"] for _, each in ranks]
+    arrays = {
+        end: Array(
+            (sum(counts), *inner), np.dtype(kind), partial(_gathered, spools, end, inner, kind, counts, not shared)
+        )
+        for end, inner, kind in (("inputs", shape, dtype), ("targets", (), "int64"))
+    }
+    return arrays, tuple(files)
+
+
+def _spool_of(output: Path, rank: int) -> Path:
+    return output.with_name(f".{output.name}.spool-{rank:05d}")
+
+
+def _gathered(
+    spools: tuple[Path, ...],
+    end: str,
+    inner: tuple[int, ...],
+    kind: str,
+    counts: list[int],
+    dealt: bool,
+    start: int,
+    stop: int,
+) -> np.ndarray:
+    """Samples start to stop out of all ranks' spools."""
+    rows = np.empty((stop - start, *inner), kind)
+    size, before = len(spools), 0
+    for rank, (spool, num) in enumerate(zip(spools, counts, strict=True)):
+        if dealt:  # in turn: rank's samples are rank, rank + size ...
+            first, last = -(-(start - rank) // size), -(-(stop - rank) // size)
+            into = rows[(rank - start) % size :: size]
+        else:
+            first, last = min(max(0, start - before), num), min(max(0, stop - before), num)
+            into = rows[max(0, before - start) : max(0, before - start) + last - first]
+        before += num
+        if last > first:
+            each = row_bytes(Array((1, *inner), np.dtype(kind), in_memory(rows).read))
+            with spool.with_name(spool.name + f".{end}").open("rb") as file:
+                file.seek(first * each)
+                data = file.read((last - first) * each)
+            if len(data) != (last - first) * each:
+                raise UserError(f"{spool}.{end} is truncated", "Prepare again with --overwrite.")
+            into[:] = np.frombuffer(data, kind).reshape(last - first, *inner)
+    return rows
+
+
+def _kept(spool: Path, name: str, state: str, size: int) -> dict[str, Any] | None:
+    """What a killed run spooled to the end, if nothing has changed since."""
+    try:
+        noted = json.loads(spool.read_text())
+        inputs = spool.with_name(spool.name + ".inputs").stat().st_size
+        targets = spool.with_name(spool.name + ".targets").stat().st_size
+    except (OSError, ValueError):
+        return None
+    same = noted.get("what") == [name, state, size] and [inputs, targets] == noted.get("bytes")
+    return noted if same and state else None
+
+
+def _note(spool: Path, name: str, state: str, size: int, mine: dict[str, Any]) -> None:
+    ends = [spool.with_name(spool.name + end).stat().st_size for end in (".inputs", ".targets")]
+    spool.write_text(json.dumps(mine | {"what": [name, state, size], "bytes": ends}))
+
+
+def _spool(spool: Path, name: str, told: Any, shared: bool, context: Context) -> dict[str, Any]:
+    """Writes this rank's samples to disk; returns how many there are, their shape and type."""
+    if not isinstance(told, Iterable):
+        raise UserError(f"prepare {name}: it returned {type(told).__name__}, nothing to iterate over", _SHAPE)
+    num, shape, dtype = 0, [], ""
+    spool.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        spool.with_name(spool.name + ".inputs").open("wb", _SPOOL_BYTES) as inputs,
+        spool.with_name(spool.name + ".targets").open("wb", _SPOOL_BYTES) as targets,
+    ):
+        for index, x, y in _checked(name, told):
+            if num == 0:
+                shape, dtype = list(x.shape), x.dtype.str
+            if not shared and index % context.world.size != context.world.rank:
+                continue
+            if list(x.shape) != shape or x.dtype.str != dtype:
+                raise UserError(
+                    f"prepare {name}: sample {index} is {x.dtype.str} {list(x.shape)}, those before {dtype} {shape}",
+                    _SHAPE,
+                )
+            inputs.write(np.ascontiguousarray(x).data)
+            targets.write(y.data)
+            num += 1
+    return {"num": num, "shape": shape, "dtype": dtype}
+
+
+def _checked(name: str, told: Iterable[Any]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The samples as arrays: (number, input, target)."""
+    for index, sample in enumerate(told):
+        if not isinstance(sample, (tuple, list)) or len(sample) != 2:
+            raise UserError(f"prepare {name}: sample {index} is {type(sample).__name__}, no pair", _SHAPE)
+        x, y = np.asarray(sample[0]), np.asarray(sample[1])
+        if x.dtype.kind not in "biuf" or x.ndim == 0 or y.size != 1 or y.dtype.kind not in "biu":
+            raise UserError(
+                f"prepare {name}: sample {index} is {x.dtype} {x.shape} with the target {y.dtype} {y.shape}", _SHAPE
+            )
+        yield index, x.astype(x.dtype.newbyteorder("="), copy=False), y.astype(np.int64).reshape(())

@@ -1,0 +1,150 @@
+"""Reading that ranks do together: collective reads of whole global batches, and data spread over all ranks' memory.
+
+Both are for data that a node's page cache does not hold, on file systems where many small reads hurt. Every rank calls
+them at the same steps, and its loop does so itself: MPI is not asked by two threads at once.
+"""
+
+import atexit
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from hpc_train.config import Config
+from hpc_train.errors import UserError
+from hpc_train.partition import Indices, Order, chunk_edges, rank_batches, rank_span
+from hpc_train.train.context import Context, parallel_file_options
+from hpc_train.train.dataset import Split
+from hpc_train.train.files import Files, require_parallel_hdf5
+from hpc_train.train.readers import Reader
+
+
+class Collective:
+    """Rows that lie together, read by all ranks at once through MPI-IO; a rank without rows takes part, too.
+
+    Its chunks, of which the order consists, are global batches: which samples are in a batch never changes, and batches
+    come in another order in each epoch.
+    """
+
+    def __init__(self, path: Path, name: str, batch_size: int, context: Context) -> None:
+        """Collective."""
+        self._file = h5py.File(path, "r", **parallel_file_options(context))
+        atexit.register(self.close)  # by all ranks, and before MPI ends, which aborts where a file is still open
+        self._dataset = self._file[name]
+        self.shape: tuple[int, ...] = self._dataset.shape
+        self.dtype = self._dataset.dtype.newbyteorder("=")
+        self.edges: Indices = chunk_edges(len(self), batch_size)
+        self.words = "read by all ranks together, batch by batch"
+        self._transfer = h5py.h5p.create(h5py.h5p.DATASET_XFER)
+        if context.comm is not None:
+            self._transfer.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
+
+    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Collective. `rows` rise, as those of a global batch do: they are one run, or two where an epoch's short chunk
+        came before.
+        """
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype) if out is None else out
+        space = self._dataset.id.get_space()
+        memory = h5py.h5s.create_simple((max(1, len(rows)), *self.shape[1:]))
+        space.select_none()
+        if len(rows) == 0:
+            memory.select_none()
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else ():
+            start = (int(run[0]),) + (0,) * (len(self.shape) - 1)
+            space.select_hyperslab(start, (len(run), *self.shape[1:]), op=h5py.h5s.SELECT_OR)
+        self._dataset.id.read(memory, space, out, dxpl=self._transfer)
+        return out
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.take(np.arange(*rows.indices(len(self))))
+
+    def expect(self, rows: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
+        """Collective."""
+        self._file.close()
+
+
+class Spread:
+    """Rows that lie in the memory of all ranks, each of which holds its part and is sent what its next steps need.
+
+    As many steps at once as `memory_bytes` has room for, an epoch at most.
+    """
+
+    edges = None
+
+    def __init__(self, reader: Reader, batch_size: int, seed: int, memory_bytes: int, context: Context) -> None:
+        """Every rank reads its part."""
+        self.shape, self.dtype = reader.shape, reader.dtype
+        size, num_rows = context.world.size, self.shape[0]
+        self._context, self._seed, self._batch_size = context, seed, batch_size
+        self._starts = np.array([rank_span(num_rows, rank, size)[0] for rank in range(size)])
+        start, stop = rank_span(num_rows, context.world.rank, size)
+        self._mine = np.array(reader[start:stop])
+        row_bytes = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
+        share_bytes = -(-batch_size // size) * row_bytes
+        self.steps_at_once = max(1, min(memory_bytes // 2 // share_bytes, -(-num_rows // batch_size)))
+        self.words = f"spread over the memory of {size} ranks, {self.steps_at_once} steps' samples exchanged at once"
+        self._round: int | None = None
+        self._rows, self._places, self._held = np.zeros(0, np.int64), np.zeros(0, np.int64), self._mine[:0]
+
+    def begin(self, step: int) -> None:
+        """Collective, before each step's `take`: fetches the rows of the steps to come, where they are not here yet."""
+        if self._round == step // self.steps_at_once:
+            return
+        self._round, context = step // self.steps_at_once, self._context
+        steps = range(self._round * self.steps_at_once, (self._round + 1) * self.steps_at_once)
+        order, world = Order(self.shape[0]), context.world
+        batches = rank_batches(steps, order, self._batch_size, self._seed, world.rank, world.size)
+        wanted = np.sort(np.concatenate([rows for rows, _ in batches]))
+        holders = np.searchsorted(self._starts, wanted, "right") - 1
+        self._held = self._mine[:0]  # before its successor comes
+        asked, counts = context.exchange(wanted, np.bincount(holders, minlength=world.size))
+        self._held, _ = context.exchange(self._mine[asked - self._starts[world.rank]], counts)
+        self._rows = wanted
+
+    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        places = np.searchsorted(self._rows, rows)
+        return np.take(self._held, places, axis=0, out=out, mode="raise" if out is None else "clip")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.take(np.arange(*rows.indices(len(self))))
+
+    def expect(self, rows: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def read_together(split: Split, files: Files, name: str, config: Config, context: Context) -> Split:
+    """Collective. `split` with its inputs, data set `name`, read as data.read says. Raises `UserError`."""
+    batch_size, way = config.train.batch_size(context.world.size), config.data.read
+    if way == "memory":
+        spread = Spread(split.inputs[0], batch_size, config.seed, files.memory_bytes, context)
+        return replace(split, inputs=(spread,), begin=spread.begin)
+
+    def check() -> None:
+        if len(files.paths) > 1:
+            raise UserError(
+                f"data.read = 'collective' reads one file, and data.file names {len(files.paths)}",
+                "Join them (h5py's virtual data sets are not read collectively either), or leave data.read out.",
+            )
+        if config.train.accumulate > 1:
+            raise UserError(
+                f"train.accumulate = {config.train.accumulate} does not go with data.read = 'collective'",
+                "Ranks would differ in how often they read: leave one of them out.",
+            )
+        if context.comm is not None:
+            require_parallel_hdf5()
+
+    context.on_all(check)
+    return replace(split, inputs=(Collective(files.paths[0], name, batch_size, context),))

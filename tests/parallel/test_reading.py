@@ -1,0 +1,106 @@
+"""However the data lie and are read, ranks train on the same samples and get the same losses as one process."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from hpc_train.errors import UserError
+from hpc_train.partition import Order, rank_batches
+from hpc_train.train.context import Context
+from hpc_train.train.readers import Mapped
+from hpc_train.train.together import Spread
+from hpc_train.world import World
+from tests.parallel.test_train import losses, run
+
+STEPS = 60  # at 133 samples each: two epochs of mnist-5k, whose last batch is of 10 samples
+KEYS: dict[str, object] = {"train__steps": STEPS, "train__global_batch": 133, "data__shuffle_chunks": 4}
+WAYS: dict[str, dict[str, object]] = {
+    "chunks": {"data__file": "packed.h5"},
+    "chunks of many files": {"data__file": "part-*.h5"},
+    "collective": {"data__read": "collective"},
+    "collective, of chunks": {"data__file": "packed.h5", "data__read": "collective"},
+    "memory": {"data__read": "memory"},
+    "memory, a few steps at once": {"data__read": "memory", "data__memory_mb": 1},
+    "memory, of chunks": {"data__file": "packed.h5", "data__read": "memory"},
+}
+
+
+@pytest.fixture(scope="module")
+def packed(context: Context, digits: Path) -> Path:
+    """The folder of the digits in gzip chunks, in one file and in three."""
+
+    def write() -> None:
+        with h5py.File(digits) as plain:
+            for name, begin, stop in (
+                ("packed", 0, 4000),
+                ("part-0", 0, 1000),
+                ("part-1", 1000, 1001),
+                ("part-2", 1001, 4000),
+            ):
+                with h5py.File(digits.parent / f"{name}.h5", "w") as file:
+                    for part in ("train", "test"):
+                        rows = slice(begin, stop) if part == "train" else slice(None)
+                        x, y = plain[f"{part}/inputs"], plain[f"{part}/targets"]
+                        packing = {"compression": "gzip", "shuffle": True, "fletcher32": True}
+                        chunk = {"chunks": (50, *x.shape[1:]), "maxshape": (None, *x.shape[1:])}
+                        made = file.create_dataset(f"{part}/inputs", data=x[rows], **chunk, **packing)
+                        made.attrs.update(x.attrs)
+                        file[f"{part}/targets"] = y[rows]
+
+    context.on_root(write)
+    return digits.parent
+
+
+def job(folder: Path, way: dict[str, object]) -> dict[str, object]:
+    keys = {**KEYS, **way}
+    if "data__file" in keys:
+        keys["data__file"] = folder / str(keys["data__file"])
+    return keys
+
+
+@lru_cache
+def alone(root: Path, digits: Path, folder: Path, way: str) -> np.ndarray:
+    keys = job(folder, WAYS[way])
+    return losses(run(Context(World()), root / "alone", digits, "softmax-mnist.toml", reduce__strategy="local", **keys))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_losses_are_those_of_one_process(
+    context: Context, shared_path: Path, digits: Path, packed: Path, way: str
+) -> None:
+    done = run(context, shared_path, digits, "softmax-mnist.toml", reduce__strategy="mpi", **job(packed, WAYS[way]))
+    together, expected = losses(done), context.on_root(lambda: alone(shared_path, digits, packed, way))
+    assert len(together) == STEPS and np.abs(together / expected - 1).max() < 1e-5
+    says = json.loads(done.meta.read_text())["reading"]
+    assert ("memory of" in says) == ("memory" in way) and ("all ranks together" in says) == ("collective" in way)
+
+
+def test_ways_that_mix_alike_train_alike(context: Context, shared_path: Path, digits: Path, packed: Path) -> None:
+    """Data spread over memory are the same samples in the same order as those of a memory map, to the bit."""
+    keys = {"train__steps": 40, "train__global_batch": 133, "reduce__strategy": "mpi"}
+    mapped = losses(run(context, shared_path / "a", digits, "softmax-mnist.toml", **keys))
+    spread = losses(run(context, shared_path / "b", digits, "softmax-mnist.toml", **keys, data__read="memory"))
+    assert np.array_equal(mapped, spread)
+
+
+@pytest.mark.parametrize("memory_bytes", [1, 3000, 1 << 20])
+def test_spread_rows_arrive(context: Context, memory_bytes: int) -> None:
+    values, world = np.arange(101 * 6, dtype=np.int16).reshape(101, 2, 3), context.world
+    spread = Spread(Mapped(values), 10, 5, memory_bytes, context)
+    for step, (rows, _) in enumerate(rank_batches(range(50), Order(101), 10, 5, world.rank, world.size)):
+        if step >= 7:  # as after a resume
+            spread.begin(step)
+            assert np.array_equal(spread.take(rows), values[rows])
+            assert np.array_equal(spread.take(rows[:0]), values[:0])
+
+
+def test_what_cannot_be_read_together_is_refused(
+    context: Context, shared_path: Path, digits: Path, packed: Path
+) -> None:
+    for keys in (job(packed, {"data__file": "part-*.h5"}), {**KEYS, "train__accumulate": 2}):
+        with pytest.raises(UserError, match="collective"):
+            run(context, shared_path, digits, "softmax-mnist.toml", **keys, data__read="collective")
