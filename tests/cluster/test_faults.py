@@ -83,11 +83,16 @@ def ends_as_quiet(
     assert losses(folder) == losses(quiet)
     ours, theirs = (weights(each) for each in (folder, quiet))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    began = datetime.strptime(str(attempts(folder)[-1]["started"]), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    began_s = moment(attempts(folder)[-1]["started"])
     (path,) = folder.glob("runs/*/*/timings/rank-00000.csv")
     timings = read_timings(path)
     last = timings["step"][timings["attempt"] == timings["attempt"][-1] - 1][-1]
-    return Recovery(began.timestamp() - fault_at_s, int(last) + 1 - int(attempts(folder)[-1]["first_step"]))
+    return Recovery(began_s - fault_at_s, int(last) + 1 - int(attempts(folder)[-1]["first_step"]))
+
+
+def moment(written: str) -> float:
+    """Seconds since 1970 of a time in meta.json."""
+    return datetime.strptime(written, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -100,8 +105,8 @@ def test_time_limit(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path,
     # The signal comes when the controller next looks, between 10 and 40 s after the job's start.
     job = run_slowly(cluster, digits, tmp_path, "--time=1", "--signal=USR2@50", rate=SLOWER)
     until(lambda: "goes back into the queue" in cluster.output(job), "the signal", 60)
-    stopped_at_s = time()
-    until(lambda: cluster.show(job)["Restarts"] == "1", "back in the queue", 60)
+    until(lambda: int(cluster.show(job)["Restarts"]) >= 1, "back in the queue", 60)
+    stopped_at_s = moment(attempts(tmp_path)[0]["ended"])  # by its own record: a busy machine shows output late
     cost = ends_as_quiet(cluster, job, tmp_path, quiet, stopped_at_s, "REQUEUED")
     assert cost.steps_lost == 0
     survived("Slurm: time limit with --signal=USR2", "checkpoint, requeued, continued: REQUEUED, COMPLETED", *cost)
