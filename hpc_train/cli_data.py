@@ -48,7 +48,7 @@ def check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
 
         checked = verify(context.on_root(lambda: expand(files)), context, quiet=as_json)
         if context.world.is_root:
-            click.echo(json.dumps(asdict(checked), indent=2) if as_json else _report(checked))
+            click.echo(json.dumps(asdict(checked), indent=2) if as_json else report(checked))
     if checked.faults or (strict and checked.warnings):
         sys.exit(1)
 
@@ -124,7 +124,8 @@ def _told_dataset(name: str, data: dict[str, Any]) -> Iterator[str]:
             yield "    training takes chunks in a shuffled order and mixes their samples: near the speed in order"
 
 
-def _report(checked: "Checked") -> str:
+def report(checked: "Checked") -> str:
+    """What `check` found, in lines."""
     num_files = len(checked.files)
     ranks = f" by {checked.num_ranks} ranks" * (checked.num_ranks > 1)
     head = checked.files[0] if num_files == 1 else f"{num_files:,} files, {checked.files[0]} the first"

@@ -1,6 +1,7 @@
 """The commands that make data sets and bring them near, without their halves until they run."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import click
@@ -95,8 +96,11 @@ def prepare(
     metavar="SECONDS",
     help="Give up when no byte comes for so long.",
 )
-def stage(source: str, folder: Path, wait_s: float) -> None:
+@click.option("--check", "is_checked", is_flag=True, help="Then verify it as `data check` does, all ranks together.")
+def stage(source: str, folder: Path, wait_s: float, is_checked: bool) -> None:
     """Copy a file to DIR on every node, once a node; reuse it where it is whole. Its path is the last line printed.
+
+    With --check, faults of its content are printed to stderr, and the exit code is 1.
 
     \b
     Example: srun --ntasks-per-node=1 hpc-train stage webhdfs://namenode:9870/data/mnist-5k.h5 "$TMPDIR"
@@ -108,7 +112,16 @@ def stage(source: str, folder: Path, wait_s: float) -> None:
     with open_context(use_mpi=launched_rank() is not None) as context:
         from hpc_train.train.stage import stage as copy
 
-        copy(source, folder, context, wait_s)
+        path = copy(source, folder, context, wait_s)
+        if is_checked:
+            from hpc_train.cli_data import report
+            from hpc_train.train.inspect.check import check
+
+            checked = check([path], context, quiet=True)
+            if checked.faults and context.world.is_root:
+                click.echo(report(checked), err=True)
+    if is_checked and checked.faults:
+        sys.exit(1)
 
 
 def require(*modules: str) -> None:

@@ -15,6 +15,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 
 from hpc_train.train import storage
@@ -164,6 +165,21 @@ def test_a_failure_on_a_node_is_told_once(tmp_path: Path) -> None:
     done = stage("nowhere.h5", tmp_path / "to", ranks=3)
     assert_nothing(done, tmp_path / "to", "nowhere.h5 does not exist")
     assert done.err.count("hpc-train:") == 1
+
+
+def test_what_is_damaged_in_the_source_is_found_on_request(tmp_path: Path, digits: Path) -> None:
+    """Here by two ranks together; a copy of it is whole as a copy."""
+    (tmp_path / "from").mkdir()
+    damaged = bytearray(digits.read_bytes())
+    with h5py.File(digits) as file:
+        damaged[file["train/inputs"].id.get_offset() + 5_000] ^= 1
+    source = tmp_path / "from" / "digits.h5"
+    source.write_bytes(damaged)
+    assert stage(source, tmp_path / "a").code == 0
+    done = stage(source, tmp_path / "b", "--check", ranks=2)
+    assert done.code == 1 and done.out.splitlines()[-1] == str(tmp_path / "b" / "digits.h5")
+    assert "train/inputs" in done.err and "samples 0 to" in done.err, done.err
+    assert stage(digits, tmp_path / "c", "--check").code == 0
 
 
 def test_two_jobs_on_a_node_share_the_work(file: Path, tmp_path: Path, content: bytes) -> None:

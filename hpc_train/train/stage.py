@@ -47,8 +47,10 @@ class Staged:
     spent_s: float
 
 
-def stage(url: str, folder: Path, context: Context, wait_s: float) -> None:
+def stage(url: str, folder: Path, context: Context, wait_s: float) -> Path:
     """Collective. One rank a node copies `url` (or a file) into `folder`; the root prints the copy's path last.
+
+    Returns that path, which is the same on each node.
 
     A whole copy of the same version is used again. Raises `UserError`, on all ranks where one node fails, also when
     no byte comes for `wait_s` seconds.
@@ -58,6 +60,7 @@ def stage(url: str, folder: Path, context: Context, wait_s: float) -> None:
     nodes = [staged for staged in context.gather(here) if staged is not None]
     if context.world.is_root:
         print(_summary(nodes), nodes[0].path, sep="\n", flush=True)
+    return context.on_root(lambda: nodes[0].path)
 
 
 def _summary(nodes: list[Staged]) -> str:

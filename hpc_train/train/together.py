@@ -5,6 +5,7 @@ them at the same steps, and its loop does so itself: MPI is not asked by two thr
 """
 
 import atexit
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from hpc_train.errors import UserError
 from hpc_train.partition import Indices, Order, chunk_edges, rank_batches, rank_span
 from hpc_train.train.context import Context, parallel_file_options
 from hpc_train.train.dataset import Split
-from hpc_train.train.files import Files, require_parallel_hdf5
+from hpc_train.train.files import Files, file_system, require_parallel_hdf5
 from hpc_train.train.readers import Reader
+
+_OF_NETWORKS = ("lustre", "gpfs", "nfs", "nfs4", "ceph", "beegfs", "wekafs", "panfs", "fuse.glusterfs", "daos", "cifs")
 
 
 class Collective:
@@ -125,9 +128,34 @@ class Spread:
         pass
 
 
-def read_together(split: Split, files: Files, name: str, config: Config, context: Context) -> Split:
-    """Collective. `split` with its inputs, data set `name`, read as data.read says. Raises `UserError`."""
-    batch_size, way = config.train.batch_size(context.world.size), config.data.read
+def way_to_read(reader: Reader, files: Files, config: Config, context: Context) -> tuple[str, str]:
+    """Collective. (how to read: data.read, or what suits it; why, where that is not plain).
+
+    What fits no node's memory and lies on a file system of a network would be fetched again for each sample: then it is
+    spread over the memory of all nodes, if that holds it. The order of samples is the same.
+    """
+    if config.data.read != "auto":
+        return config.data.read, "as data.read says"
+    num_bytes = int(np.prod(reader.shape, dtype=np.int64)) * reader.dtype.itemsize
+    hosts = context.all((context.world.host, physical_memory()))
+    node_bytes, num_nodes = min(num for _, num in hosts), len({host for host, _ in hosts})
+    kind = context.on_root(lambda: file_system(files.paths[0]))
+    if reader.edges is not None or kind not in _OF_NETWORKS or num_bytes <= node_bytes // 2:
+        return "auto", ""
+    why = f"{num_bytes / 1e9:,.1f} GB on {kind}, more than half of a node's {node_bytes / 1e9:,.1f} GB of memory"
+    if num_bytes <= num_nodes * node_bytes // 2:
+        return "memory", f"because it is {why}, and {num_nodes} nodes hold it"
+    return "auto", f"although it is {why}: data.read = 'collective' reads whole batches, or pack it in chunks"
+
+
+def physical_memory() -> int:
+    """Bytes of this node."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def read_together(split: Split, way: str, files: Files, name: str, config: Config, context: Context) -> Split:
+    """Collective. `split` with its inputs, data set `name`, read in one `way`, "collective" or "memory"."""
+    batch_size = config.train.batch_size(context.world.size)
     if way == "memory":
         spread = Spread(split.inputs[0], batch_size, config.seed, files.memory_bytes, context)
         return replace(split, inputs=(spread,), begin=spread.begin)

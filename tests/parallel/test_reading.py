@@ -1,6 +1,7 @@
 """However the data lie and are read, ranks train on the same samples and get the same losses as one process."""
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,13 +9,16 @@ import h5py
 import numpy as np
 import pytest
 
+from hpc_train.config import load
 from hpc_train.errors import UserError
 from hpc_train.partition import Order, rank_batches
+from hpc_train.train import together
 from hpc_train.train.context import Context
 from hpc_train.train.readers import Mapped
+from hpc_train.train.tasks.classification import Classification
 from hpc_train.train.together import Spread
 from hpc_train.world import World
-from tests.parallel.test_train import losses, run
+from tests.parallel.test_train import CONFIGS, losses, run
 
 STEPS = 60  # at 133 samples each: two epochs of mnist-5k, whose last batch is of 10 samples
 KEYS: dict[str, object] = {"train__steps": STEPS, "train__global_batch": 133, "data__shuffle_chunks": 4}
@@ -104,3 +108,18 @@ def test_what_cannot_be_read_together_is_refused(
     for keys in (job(packed, {"data__file": "part-*.h5"}), {**KEYS, "train__accumulate": 2}):
         with pytest.raises(UserError, match="collective"):
             run(context, shared_path, digits, "softmax-mnist.toml", **keys, data__read="collective")
+
+
+def test_what_no_node_holds_is_spread_over_all(
+    context: Context, shared_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself, where it lies on a network and the nodes together hold it; else the line says what would help."""
+    mb = 1e6
+    nodes = replace(context, world=replace(context.world, host=f"n{context.world.rank}"))
+    monkeypatch.setattr(together, "file_system", lambda path: "lustre")
+    for memory_mb, way in ((100.0, "auto"), (4.0, "memory"), (0.1, "auto")):
+        monkeypatch.setattr(together, "physical_memory", lambda: int(memory_mb * mb))  # noqa: B023
+        task = Classification(load(CONFIGS / "softmax-mnist.toml", (f"data.file={digits}",)).config, nodes)
+        spread = way == "memory" and context.world.size > 1
+        assert task.in_step == spread and ("spread over the memory" in task.reading) == spread
+        assert ("on lustre, more than half of a node's" in task.reading) == (memory_mb < 100)

@@ -14,7 +14,7 @@ from hpc_train.train import models
 from hpc_train.train.context import Context
 from hpc_train.train.dataset import Batch, Split, open_order, open_split, value_range
 from hpc_train.train.files import Files, describe, open_files
-from hpc_train.train.together import read_together
+from hpc_train.train.together import read_together, way_to_read
 from hpc_train.world import World
 
 _TEST_BATCH = 1024
@@ -47,10 +47,11 @@ class Classification:
 
         files, self.train, self.held_out = context.on_all(open_both)
         self.num_samples = len(self.train)
-        self.in_step = data.read != "auto"
+        way, why = way_to_read(self.train.inputs[0], files, config, context)
+        self.in_step = way != "auto"
         if self.in_step:
-            self.train = read_together(self.train, files, str(data.inputs), config, context)
-        self.reading = describe(files, str(data.inputs), self.train.inputs[0])
+            self.train = read_together(self.train, way, files, str(data.inputs), config, context)
+        self.reading = describe(files, str(data.inputs), self.train.inputs[0]) + f", {why}" * bool(why)
         self.order = open_order(self.train.inputs, self.num_samples, config)
         parts = [(data.targets, *value_range(self.train.targets, context))]
         if self.held_out is not None:
