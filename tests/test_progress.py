@@ -45,4 +45,5 @@ def test_a_log_keeps_plain_lines(tmp_path: Path, digits: Path) -> None:
     done = jobs.run(2, "train", jobs.CONFIGS / "softmax-mnist.toml", *jobs.settings(data__file=digits), cwd=tmp_path)
     assert done.code == 0 and done.err == ""
     assert "\x1b" not in done.out and "\r" not in done.out
-    assert len(done.out.splitlines()) == 10 + 4, done.out
+    assert len(done.out.splitlines()) == 1 + 10 + 4, done.out
+    assert "Data: train/inputs of " in done.out.splitlines()[0] and "from a memory map" in done.out.splitlines()[0]
