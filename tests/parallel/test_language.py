@@ -15,7 +15,7 @@ from hpc_train.config import load
 from hpc_train.errors import UserError
 from hpc_train.records import read_metrics
 from hpc_train.train.context import Context
-from hpc_train.train.prepare import prepare as module
+from hpc_train.train.prepare import layout, writer
 from hpc_train.train.prepare.prepare import prepare
 from hpc_train.train.tasks.baselines import count_bigrams
 from hpc_train.train.trainer import train
@@ -66,7 +66,8 @@ def tokens(
 ) -> Path:
     path = context.on_root(lambda: tmp_path_factory.mktemp("tokens") / "text.h5")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_BLOCK_BYTES", 5000)  # many writes, which end within documents
+        patch.setattr(layout, "BLOCK_BYTES", 5000)  # many writes, which end within documents
+        patch.setattr(writer, "_WRITE_BYTES", 5000)
         prepare("text", texts, path, context, tokenizer=request.param)
     return path
 
