@@ -34,7 +34,7 @@ class Data(_Section):
     # of the data and ranks exchange samples; auto: a memory map, or decoded chunks.
     read: Literal["auto", "collective", "memory"] = "auto"
     memory_mb: Count = 512  # of a rank: for decoded chunks, or what it is sent at once
-    shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: what half of memory_mb holds, at most 64
+    shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: what 3/8 of memory_mb hold, at most 64
 
 
 class Task(_Section):

@@ -12,7 +12,7 @@ from hpc_train.config import Config
 from hpc_train.errors import UserError
 from hpc_train.partition import Order, rank_span
 from hpc_train.train.context import Context
-from hpc_train.train.files import Files
+from hpc_train.train.files import Files, reading_memory
 from hpc_train.train.readers import Reader
 
 _SCAN_ROWS = 1 << 20
@@ -165,7 +165,7 @@ def open_order(readers: Sequence[Reader], num_samples: int, config: Config, rows
         return Order(num_samples, edges)
     row_bytes = int(np.prod(first.shape[1:], dtype=np.int64)) * first.dtype.itemsize * rows_of
     chunk_bytes = max(1, int(np.diff(edges).max()) * row_bytes)
-    window = config.data.shuffle_chunks or min(_MOST_CHUNKS, (config.data.memory_mb << 20) // 2 // chunk_bytes)
+    window = config.data.shuffle_chunks or min(_MOST_CHUNKS, reading_memory(config) // 2 // chunk_bytes)
     return Order(num_samples, edges, max(1, window))
 
 

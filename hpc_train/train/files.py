@@ -112,7 +112,12 @@ def open_files(config: Config, context: Context, example: str = "mnist-5k") -> F
     """Opens the job's data. example: what `hpc-train prepare` could make, for a message. Raises `UserError`."""
     paths = data_paths(config)
     opened = [_open(path, example) for path in paths]
-    return Files(paths, opened, config.data.memory_mb << 20, reading_threads(context), Unchanged(paths))
+    return Files(paths, opened, reading_memory(config), reading_threads(context), Unchanged(paths))
+
+
+def reading_memory(config: Config) -> int:
+    """Bytes for decoded chunks: three quarters of data.memory_mb, as batches on their way take some, too."""
+    return (config.data.memory_mb << 20) * 3 // 4
 
 
 def data_paths(config: Config) -> list[Path]:

@@ -14,6 +14,7 @@ from hpc_train.partition import Indices
 T = TypeVar("T")
 _STEPS = 16  # between decisions
 _WAIT_SHARE = 0.01  # of a step: less is as good as nothing
+_WORK_SHARE = 0.1  # of a step: with less to do meanwhile, the loop would wait for the thread instead
 MOST = 8  # batches ahead
 
 
@@ -97,7 +98,8 @@ class Prefetch(Generic[T]):
             self._room.release()
             self.depth = 0
             return
-        if wait_ns > _WAIT_SHARE * step_ns and self.depth < MOST:
+        works = self.depth > 0 or step_ns - wait_ns > _WORK_SHARE * step_ns
+        if wait_ns > _WAIT_SHARE * step_ns and works and self.depth < MOST:
             deeper = max(1, 2 * self.depth)
             for _ in range(deeper - self.depth):
                 self._room.release()
