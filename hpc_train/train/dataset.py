@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class Buffers:
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An array of that shape, its content undefined."""
-        num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        num_bytes = prod(shape) * dtype.itemsize
         for array in self._arrays:
             # Held by the list, by `array` and by this call alone: what is a view of it would hold it, too.
             if len(array) >= num_bytes and sys.getrefcount(array) == 3:
