@@ -195,6 +195,10 @@ class Config(_Section):
                 is_server and reduce.asynchronous and train.clip_norm,
                 "train.clip_norm does not go with reduce.asynchronous: no gradient is whole",
             ),
+            (
+                is_server and self.data.read != "auto",
+                f"data.read = '{self.data.read}' does not go with {strategy}: servers read nothing",
+            ),
             (in_parts and reduce.compression != "none", f"reduce.compression does not go with {strategy}"),
             (
                 reduce.adasum and reduce.strategy != "horovod",

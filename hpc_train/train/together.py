@@ -94,7 +94,7 @@ class Spread:
         self.steps_at_once = max(1, min(memory_bytes // 2 // share_bytes, -(-num_rows // batch_size)))
         self.words = f"spread over the memory of {size} ranks, {self.steps_at_once} steps' samples exchanged at once"
         self._round: int | None = None
-        self._rows, self._places, self._held = np.zeros(0, np.int64), np.zeros(0, np.int64), self._mine[:0]
+        self._rows, self._held = np.zeros(0, np.int64), self._mine[:0]
 
     def begin(self, step: int) -> None:
         """Collective, before each step's `take`: fetches the rows of the steps to come, where they are not here yet."""
@@ -140,7 +140,8 @@ def way_to_read(reader: Reader, files: Files, config: Config, context: Context) 
     hosts = context.all((context.world.host, physical_memory()))
     node_bytes, num_nodes = min(num for _, num in hosts), len({host for host, _ in hosts})
     kind = context.on_root(lambda: file_system(files.paths[0]))
-    if reader.edges is not None or kind not in _OF_NETWORKS or num_bytes <= node_bytes // 2:
+    fits = kind not in _OF_NETWORKS or num_bytes <= node_bytes // 2
+    if fits or reader.edges is not None or config.reduce.strategy == "parameter_server":  # servers read nothing
         return "auto", ""
     why = f"{num_bytes / 1e9:,.1f} GB on {kind}, more than half of a node's {node_bytes / 1e9:,.1f} GB of memory"
     if num_bytes <= num_nodes * node_bytes // 2:
@@ -161,10 +162,10 @@ def read_together(split: Split, way: str, files: Files, name: str, config: Confi
         return replace(split, inputs=(spread,), begin=spread.begin)
 
     def check() -> None:
-        if len(files.paths) > 1:
+        if len(files.paths) > 1 or files.all(name, "data.inputs")[0].is_virtual:
             raise UserError(
-                f"data.read = 'collective' reads one file, and data.file names {len(files.paths)}",
-                "Join them (h5py's virtual data sets are not read collectively either), or leave data.read out.",
+                f"data.read = 'collective' reads one file, and {name} of data.file = '{config.data.file}' lies in several",
+                "Write them into one file, or leave data.read out.",
             )
         if config.train.accumulate > 1:
             raise UserError(
