@@ -35,8 +35,9 @@ class Prefetch(Generic[T]):
     """`batches`, made by the loop itself as long as that takes it next to no time, else by a thread.
 
     Where the loop waits for more than a hundredth of its time, and has other work, batches are made ahead, each time
-    twice as many, up to `MOST`. Where steps take longer with the thread than they took without, as on a rank with one core whose batches are
-    small, the loop makes them itself again, for good. Whoever leaves the context has no thread any more.
+    twice as many, up to `MOST`. Where steps take longer with the thread than they took without, as on a rank with one
+    core whose batches are small, the loop makes them itself again, for good. Whoever leaves the context has no thread
+    any more.
     """
 
     def __init__(self, batches: Iterator[T]) -> None:

@@ -164,7 +164,7 @@ def read_together(split: Split, way: str, files: Files, name: str, config: Confi
     def check() -> None:
         if len(files.paths) > 1 or files.all(name, "data.inputs")[0].is_virtual:
             raise UserError(
-                f"data.read = 'collective' reads one file, and {name} of data.file = '{config.data.file}' lies in several",
+                f"data.read = 'collective' reads one file, and data.file = '{config.data.file}': {name} is in several",
                 "Write them into one file, or leave data.read out.",
             )
         if config.train.accumulate > 1:
