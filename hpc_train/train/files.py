@@ -150,6 +150,30 @@ def require_parallel_hdf5() -> None:
     require_one_mpi("h5py", h5py.defs.__file__)
 
 
+def selected(dataset: h5py.Dataset, runs: Sequence[tuple[int, int]]) -> tuple[Any, Any]:
+    """(what of the file, what of memory) a transfer of `runs` of rows, (first, number) each, is about; maybe of none.
+
+    For collective transfers: h5py's own indexing leaves out a rank with no rows, and the others would wait for ever.
+    """
+    space, rest = dataset.id.get_space(), tuple(dataset.shape[1:])
+    space.select_none()
+    for first, number in runs:
+        space.select_hyperslab((first, *(0 for _ in rest)), (number, *rest), op=h5py.h5s.SELECT_OR)
+    num_rows = sum(number for _, number in runs)
+    memory = h5py.h5s.create_simple((max(1, num_rows), *rest))
+    if not num_rows:
+        memory.select_none()
+    return space, memory
+
+
+def transfer(together: bool) -> Any:
+    """How rows travel: by all ranks together, or by each alone."""
+    found = h5py.h5p.create(h5py.h5p.DATASET_XFER)
+    if together:
+        found.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
+    return found
+
+
 def describe(files: Files, name: str, reader: Reader) -> str:
     """What is read, from where, in which way and why: a line for the log."""
     num_bytes = int(np.prod(reader.shape, dtype=np.int64)) * reader.dtype.itemsize

@@ -10,7 +10,6 @@ All go through the data in blocks of 8 MiB, so memory is bounded and a signal is
 """
 
 import ctypes
-import mmap
 import os
 import shutil
 import tempfile
@@ -27,7 +26,8 @@ import numpy as np
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train.context import Context, mpi, parallel_file_options
-from hpc_train.train.files import file_system, reading_threads, require_parallel_hdf5
+from hpc_train.train.files import file_system, reading_threads, require_parallel_hdf5, selected, transfer
+from hpc_train.train.inspect.place import drop_pages, resident
 from hpc_train.train.readers import open_reader
 
 _ROW_BYTES, _CHUNK_ROWS, _BLOCK_CHUNKS = 1 << 16, 16, 8
@@ -136,30 +136,16 @@ def _hdf5_write(layout: str, share: Share, together: bool) -> None:
     with h5py.File(share.path, "w", **parallel_file_options(share.context)) as file:
         dataset = file.create_dataset("x", shape, np.uint8, chunks=chunks, **_LAYOUTS[layout])
         for first, num in share.blocks():
-            space, memory, transfer = _selected(dataset, first, num, together)
-            dataset.id.write(memory, space, share.data, dxpl=transfer)
+            space, memory = selected(dataset, [(first, num)] if num else [])
+            dataset.id.write(memory, space, share.data, dxpl=transfer(together))
 
 
 def _hdf5_read(share: Share, together: bool) -> None:
     with h5py.File(share.path, "r", **parallel_file_options(share.context)) as file:
         dataset = file["x"]
         for first, num in share.blocks():
-            space, memory, transfer = _selected(dataset, first, num, together)
-            dataset.id.read(memory, space, share.buffer, dxpl=transfer)
-
-
-def _selected(dataset: h5py.Dataset, first: int, num: int, together: bool) -> tuple[object, object, object]:
-    """(rows of the file, rows of a block in memory, how they are transferred). A rank without rows takes part, too."""
-    space, memory = dataset.id.get_space(), h5py.h5s.create_simple((_BLOCK_CHUNKS * _CHUNK_ROWS, _ROW_BYTES))
-    if num:
-        space.select_hyperslab((first, 0), (num, _ROW_BYTES))
-        memory.select_hyperslab((0, 0), (num, _ROW_BYTES))
-    else:
-        space.select_none()
-        memory.select_none()
-    transfer = h5py.h5p.create(h5py.h5p.DATASET_XFER)
-    transfer.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE if together else h5py.h5fd.MPIO_INDEPENDENT)
-    return space, memory, transfer
+            space, memory = selected(dataset, [(first, num)] if num else [])
+            dataset.id.read(memory, space, share.buffer, dxpl=transfer(together))
 
 
 def _our_read(share: Share, together: bool) -> None:
@@ -331,25 +317,10 @@ def _transfer(share: Share) -> None:
 def _drop(share: Share) -> bool:
     """Collective. Asks the system to forget the file's pages; whether it did, on every node."""
     share.context.barrier()
-    with share.path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        share.context.barrier()
-        held = _held(file.fileno())
-    return not share.context.max(np.array([held > _HELD]))[0]
-
-
-def _held(file: int) -> float:
-    """The share of the file's pages that the page cache holds."""
-    with mmap.mmap(file, 0, prot=mmap.PROT_READ) as pages:
-        values = np.frombuffer(pages, np.uint8)
-        num_pages = -(-len(values) // mmap.PAGESIZE)
-        found = np.ones(num_pages, np.uint8)
-        # Not by a read with RWF_NOWAIT: that begins to read ahead.
-        failed = _libc.mincore(
-            *(ctypes.c_void_p(values.ctypes.data), ctypes.c_size_t(len(values)), ctypes.c_void_p(found.ctypes.data))
-        )
-        del values
-    return 1.0 if failed else float(np.mean(found & 1))
+    drop_pages(share.path)
+    share.context.barrier()
+    held = resident(share.path)  # None: nobody tells, and it is not called cold
+    return not share.context.max(np.array([held is None or held > _HELD]))[0]
 
 
 def _compare(share: Share, way: Way, mode: str) -> None:

@@ -17,7 +17,7 @@ from hpc_train.errors import UserError
 from hpc_train.partition import Indices, Order, chunk_edges, rank_batches, rank_span
 from hpc_train.train.context import Context, parallel_file_options
 from hpc_train.train.dataset import Split
-from hpc_train.train.files import Files, file_system, require_parallel_hdf5
+from hpc_train.train.files import Files, file_system, require_parallel_hdf5, selected, transfer
 from hpc_train.train.readers import Reader
 
 _OF_NETWORKS = ("lustre", "gpfs", "nfs", "nfs4", "ceph", "beegfs", "wekafs", "panfs", "fuse.glusterfs", "daos", "cifs")
@@ -39,23 +39,15 @@ class Collective:
         self.dtype = self._dataset.dtype.newbyteorder("=")
         self.edges: Indices = chunk_edges(len(self), batch_size)
         self.words = "read by all ranks together, batch by batch"
-        self._transfer = h5py.h5p.create(h5py.h5p.DATASET_XFER)
-        if context.comm is not None:
-            self._transfer.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
+        self._transfer = transfer(together=context.comm is not None)
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Collective. `rows` rise, as those of a global batch do: they are one run, or two where an epoch's short chunk
         came before.
         """
         out = np.empty((len(rows), *self.shape[1:]), self.dtype) if out is None else out
-        space = self._dataset.id.get_space()
-        memory = h5py.h5s.create_simple((max(1, len(rows)), *self.shape[1:]))
-        space.select_none()
-        if len(rows) == 0:
-            memory.select_none()
-        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else ():
-            start = (int(run[0]),) + (0,) * (len(self.shape) - 1)
-            space.select_hyperslab(start, (len(run), *self.shape[1:]), op=h5py.h5s.SELECT_OR)
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+        space, memory = selected(self._dataset, [(int(run[0]), len(run)) for run in runs if len(run)])
         self._dataset.id.read(memory, space, out, dxpl=self._transfer)
         return out
 

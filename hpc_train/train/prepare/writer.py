@@ -17,6 +17,7 @@ import numpy as np
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train.context import Context, known_to_all, parallel_file_options
+from hpc_train.train.files import selected, transfer
 from hpc_train.train.prepare.journal import Blocks, Journal
 from hpc_train.train.prepare.layout import BLOCK_BYTES, Layout, row_bytes
 from hpc_train.train.prepare.sources import Array, Source
@@ -194,18 +195,10 @@ def no_room(path: Path, number: int | None) -> UserError:
 
 
 def write_rows(dataset: h5py.Dataset, begin: int, rows: np.ndarray, context: Context) -> None:
-    """Collective. h5py's own indexing leaves out a rank with no rows, and the others would wait for it for ever."""
-    space = dataset.id.get_space()
-    memory = h5py.h5s.create_simple(rows.shape if len(rows) else (1, *rows.shape[1:]))
-    if len(rows):
-        space.select_hyperslab((begin,) + (0,) * (rows.ndim - 1), rows.shape)
-    else:
-        space.select_none()
-        memory.select_none()
-    transfer = h5py.h5p.create(h5py.h5p.DATASET_XFER)
-    if context.comm is not None and dataset.chunks is None:
-        transfer.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
-    dataset.id.write(memory, space, rows, dxpl=transfer)
+    """Collective. A rank with no rows takes part, too."""
+    space, memory = selected(dataset, [(begin, len(rows))] if len(rows) else [])
+    together = context.comm is not None and dataset.chunks is None
+    dataset.id.write(memory, space, rows, dxpl=transfer(together))
 
 
 def _flush(file: h5py.File | None, journal: Journal | None) -> None:
