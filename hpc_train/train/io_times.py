@@ -9,7 +9,6 @@ stands for its letters here, each from a barrier to the moment when the last ran
 All go through the data in blocks of 8 MiB, so memory is bounded and a signal is heard within one.
 """
 
-import ctypes
 import os
 import shutil
 import tempfile
@@ -37,7 +36,6 @@ _LAYOUTS: dict[str, dict[str, object]] = {"contiguous": {}, "chunked": {}, "gzip
 _READER_BYTES = 64 << 20  # of decoded chunks
 _HELD = 0.05  # a file of which the page cache holds more is warm
 _IDLE_S = 0.002
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
