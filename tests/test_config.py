@@ -84,6 +84,10 @@ def test_a_wrong_value_is_named_with_its_key(job: Path, override: str, words: st
         ("name = 'x'", "train is required and not set"),
         ("name = 'x'\n[train]\nsteps = 1\nglobal_batch = 1", "data.file is required and not set"),
         (MINIMAL + "[reduce]\nstrategy = 'sharded'\ncompression = 'fp16'", "reduce.compression does not go with"),
+        (
+            MINIMAL.replace("[data]", "[data]\nread = 'memory'") + "[reduce]\nstrategy = 'parameter_server'",
+            "data.read = 'memory' does not go with reduce.strategy = 'parameter_server'",
+        ),
         (MINIMAL + "optimizer = 'lars'\n[reduce]\nstrategy = 'sharded'", "train.optimizer = 'lars' needs whole layers"),
         (MINIMAL + "lerning_rate = 1.0", "job.toml: unknown key train.lerning_rate"),
         (MINIMAL.replace("global_batch = 4", ""), "set exactly one of train.global_batch"),

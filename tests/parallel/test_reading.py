@@ -105,8 +105,20 @@ def test_spread_rows_arrive(context: Context, memory_bytes: int) -> None:
 def test_what_cannot_be_read_together_is_refused(
     context: Context, shared_path: Path, digits: Path, packed: Path
 ) -> None:
-    for keys in (job(packed, {"data__file": "part-*.h5"}), {**KEYS, "train__accumulate": 2}):
-        with pytest.raises(UserError, match="collective"):
+    def join() -> None:
+        layout = h5py.VirtualLayout((4000, 28, 28), np.uint8)
+        for number, (begin, stop) in enumerate(((0, 1000), (1000, 1001), (1001, 4000))):
+            layout[begin:stop] = h5py.VirtualSource(f"part-{number}.h5", "train/inputs", (stop - begin, 28, 28))
+        with h5py.File(packed / "virtual.h5", "w") as file, h5py.File(digits) as plain:
+            file.create_virtual_dataset("train/inputs", layout)
+            file["train/targets"] = plain["train/targets"][:]
+
+    context.on_root(join)
+    several = [
+        (job(packed, {"data__file": name}), "train/inputs is in several") for name in ("part-*.h5", "virtual.h5")
+    ]
+    for keys, says in (*several, ({**KEYS, "train__accumulate": 2}, "accumulate = 2 does not go with")):
+        with pytest.raises(UserError, match=f"collective.*{says}|{says}.*collective"):
             run(context, shared_path, digits, "softmax-mnist.toml", **keys, data__read="collective")
 
 
