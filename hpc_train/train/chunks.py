@@ -85,7 +85,7 @@ class ChunkFile:
         return bool(self._dataset.dtype.isnative)
 
     def _base_address(self) -> int:
-        """What chunk addresses lack: in some versions of HDF5, the user block that the file begins with."""
+        """What chunk addresses lack: in HDF5 1.10.8 (seen), the user block that the file begins with."""
         corner, block = (0,) * len(self.shape), self._dataset.file.userblock_size
         info = self._dataset.id.get_chunk_info_by_coord(corner) if block else None
         if not info or not info.size:

@@ -55,7 +55,7 @@ class Pipeline:
                 continue
             try:
                 data = step(data, num_bytes)
-            except Damaged:
+            except (Damaged, MemoryError):
                 raise
             except Exception as error:  # noqa: BLE001  of damaged data a decompressor raises what it likes
                 raise Damaged(f"filter {self.names[number]}: {error or type(error).__name__}") from None
