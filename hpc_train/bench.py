@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from hpc_train.errors import UserError, require
+
 if TYPE_CHECKING:
     from hpc_train.train.io_times import Row
 
@@ -53,7 +55,7 @@ def io(size_mb: int, folder: Path, repeat: int, as_json: bool) -> None:
     T_w: open, write, close and fsync. T_c: the same bytes from rank to rank, or copied by one. T_r: open, read, close.
     Example: mpirun -n 2 hpc-train bench io --dir /scratch
     """
-    from hpc_train.errors import UserError
+    require("h5py", "mpi4py")
     from hpc_train.train.context import open_context
 
     with open_context(use_mpi=True) as context:

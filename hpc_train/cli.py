@@ -12,9 +12,9 @@ import click
 from hpc_train import __version__
 from hpc_train.bench import bench
 from hpc_train.cli_data import data
-from hpc_train.cli_prepare import prepare, require, stage
+from hpc_train.cli_prepare import prepare, stage
 from hpc_train.config import dumps, load
-from hpc_train.errors import JointFailure, UserError
+from hpc_train.errors import JointFailure, UserError, require
 from hpc_train.world import launched_rank
 
 # configs/ inside an installed wheel, or of the checkout

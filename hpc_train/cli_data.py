@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hpc_train.errors import require
 from hpc_train.world import launched_rank
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
     Example: hpc-train data check data/mnist-5k.h5
              mpirun -n 2 hpc-train data check "data/part-*.h5"
     """
+    require("h5py")
     from hpc_train.train.context import open_context
 
     with open_context(use_mpi=launched_rank() is not None) as context:
@@ -63,6 +65,7 @@ def info(files: tuple[str, ...], no_speed: bool, as_json: bool) -> None:
     
     Example: hpc-train data info data/mnist-5k.h5
     """
+    require("h5py")
     if launched_rank():  # under mpirun one rank tells
         return
     from hpc_train.train.context import open_context

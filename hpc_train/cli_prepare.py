@@ -1,12 +1,11 @@
 """The commands that make data sets and bring them near, without their halves until they run."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import click
 
-from hpc_train.errors import UserError
+from hpc_train.errors import require
 from hpc_train.world import launched_rank
 
 _DATASETS = (
@@ -106,7 +105,7 @@ def stage(source: str, folder: Path, wait_s: float, is_checked: bool) -> None:
     Example: srun --ntasks-per-node=1 hpc-train stage webhdfs://namenode:9870/data/mnist-5k.h5 "$TMPDIR"
              srun hpc-train train configs/softmax-mnist.toml --set data.file="$TMPDIR/mnist-5k.h5"
     """
-    require("fsspec")
+    require("fsspec", *["h5py"] * is_checked)
     from hpc_train.train.context import open_context
 
     with open_context(use_mpi=launched_rank() is not None) as context:
@@ -122,13 +121,3 @@ def stage(source: str, folder: Path, wait_s: float, is_checked: bool) -> None:
                 click.echo(report(checked), err=True)
     if is_checked and checked.faults:
         sys.exit(1)
-
-
-def require(*modules: str) -> None:
-    """Raises UserError on a plain install, which has the analysis half only."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(
-            f"{' and '.join(missing)} cannot be found: this install reports, and does not train",
-            "Run `make install` in a checkout: it builds hpc-train[train] against one MPI.",
-        )

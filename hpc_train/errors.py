@@ -2,6 +2,7 @@
 
 import errno
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -49,3 +50,13 @@ def _size(num_bytes: int) -> str:
 
 class JointFailure(Exception):
     """Every rank raises it for a fault that some rank met; that rank's own exception carries the words."""
+
+
+def require(*modules: str) -> None:
+    """Raises UserError on a plain install, which has the analysis half only."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} cannot be found: this install reports, and does not train",
+            "Run `make install` in a checkout: it builds hpc-train[train] against one MPI.",
+        )

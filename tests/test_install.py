@@ -46,6 +46,16 @@ def test_it_carries_the_shipped_jobs_and_scripts(plain: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_training_says_what_is_missing(plain: Path, tmp_path: Path) -> None:
-    done = run(plain, tmp_path, "train", "configs/softmax-mnist.toml")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "configs/softmax-mnist.toml"),
+        ("prepare", "mnist-5k", "x.h5"),
+        ("data", "check", "x.h5"),
+        ("data", "info", "x.h5"),
+        ("bench", "io"),
+    ],
+)
+def test_what_needs_more_says_what_is_missing(plain: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = run(plain, tmp_path, *words)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "[train]" in done.stderr
