@@ -57,19 +57,24 @@ class Buffers:
 
     def __init__(self) -> None:
         self._arrays: list[np.ndarray] = []
+        self._num_free = _num_holders([np.empty(0)])[0]  # of an array that the list alone holds: Pythons differ
         self._is_pinned = torch.cuda.is_available()
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An array of that shape, its content undefined."""
         num_bytes = prod(shape) * dtype.itemsize
-        for array in self._arrays:
-            # Held by the list, by `array` and by this call alone: what is a view of it would hold it, too.
-            if len(array) >= num_bytes and sys.getrefcount(array) == 3:
+        for array, num_holders in zip(self._arrays, _num_holders(self._arrays), strict=True):
+            if len(array) >= num_bytes and num_holders == self._num_free:
                 break
         else:
             array = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_pinned).numpy()
             self._arrays = [each for each in self._arrays if len(each) >= num_bytes] + [array]
         return array[:num_bytes].view(dtype).reshape(shape)
+
+
+def _num_holders(arrays: list[np.ndarray]) -> list[int]:
+    """How many references there are to each; a view of an array is one of them."""
+    return [sys.getrefcount(array) for array in arrays]
 
 
 @dataclass(frozen=True)
