@@ -31,7 +31,7 @@ class Data(_Section):
     offsets: Text | None = None  # of tokens: where each document begins, and the end; no window spans two then
     test_offsets: Text | None = None
     # collective: all ranks read each global batch together, rows that lie together; memory: each rank holds its part
-    # of the data and ranks exchange samples; auto: a memory map, or decoded chunks.
+    # of the data and ranks exchange samples; auto: a memory map or decoded chunks, or memory where no node has enough.
     read: Literal["auto", "collective", "memory"] = "auto"
     memory_mb: Count = 512  # of a rank: for decoded chunks, or what it is sent at once
     shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: what 3/8 of memory_mb hold, at most 64
