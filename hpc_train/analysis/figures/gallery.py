@@ -36,7 +36,7 @@ def write_figures(report: "Report", folder: Path) -> list[Path]:
     """
     contents: dict[str, bytes] = {}
     captions = []
-    for prefix, part in zip(_prefixes(report.parts), report.parts, strict=True):
+    for prefix, part in zip(prefixes(report.parts), report.parts, strict=True):
         for drawing in drawings(part):
             name = f"{prefix}-{drawing.name}"
             contents |= {f"{name}.{ending}": content for ending, content in files(drawing).items()}
@@ -56,7 +56,7 @@ def write_figures(report: "Report", folder: Path) -> list[Path]:
     return [folder / file for file in contents]
 
 
-def _prefixes(parts: list[Part]) -> list[str]:
+def prefixes(parts: list[Part]) -> list[str]:
     """A file name's beginning for each part: its label in small letters, digits and hyphens, none twice."""
     made: list[str] = []
     for part in parts:
