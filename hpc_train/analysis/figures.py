@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from hpc_train.analysis.scaling import Group, Row, num_ranks
-from hpc_train.analysis.sheets import ranks_text
 from hpc_train.analysis.strategies import Comparison, Entry
+from hpc_train.analysis.tables import ranks_text
 from hpc_train.analysis.words import energy_text, percent, significant
 from hpc_train.records import PHASES
 

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hpc_train.analysis.balance_sheets import balance_notes, balance_sheets, waiting_words
 from hpc_train.analysis.flops import GIVEN, counts_flops, flops_notes, flops_of
 from hpc_train.analysis.load import Run, section
 from hpc_train.analysis.scaling import Group, Row, Scaling, num_ranks
 from hpc_train.analysis.strategies import Comparison, Entry, Traffic
+from hpc_train.analysis.tables import MARK, Column, Sheet, ranks_text
 from hpc_train.analysis.words import (
     amount,
     energy_text,
@@ -19,25 +21,6 @@ from hpc_train.analysis.words import (
     times_text,
 )
 from hpc_train.records import PHASES
-
-MARK = "*"  # on the number of ranks of an incomplete row
-
-
-@dataclass(frozen=True)
-class Column:
-    """A table's column. Text is aligned left and may be broken, numbers right and never."""
-
-    title: str
-    is_text: bool = False
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """One table in words, the same in the terminal and on the page."""
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,15 +54,9 @@ def parts(scaling: Scaling, strategies: Sequence[Comparison]) -> list[Part]:
 
 
 def sheets(group: Group) -> list[Sheet]:
-    """A group's tables: how it scaled, where the time went, what the device did, what it cost and came to."""
+    """A group's tables: how it scaled, where the time went and what was lost, what the device did, what it cost."""
     flops = [_flops_sheet(group)] if counts_flops(group) else []
-    return [_scaling_sheet(group), _phase_sheet(group), *flops, _energy_sheet(group)]
-
-
-def ranks_text(row: Row) -> str:
-    """ "4", a parameter server's "3+1" (workers + servers), marked where the runs are incomplete."""
-    ranks = f"{row.size - row.num_servers}+{row.num_servers}" if row.num_servers else str(row.size)
-    return ranks + MARK * row.incomplete
+    return [_scaling_sheet(group), _phase_sheet(group), *balance_sheets(group), *flops, _energy_sheet(group)]
 
 
 def _scaling_sheet(group: Group) -> Sheet:
@@ -279,7 +256,7 @@ def group_notes(group: Group) -> list[str]:
         notes.append(f"Energy missing for {sizes}: not every host's meter was read. Missing is not zero.")
     if any(row.num_servers for row in group.rows):
         notes.append("Ranks are workers + servers, and both count in the efficiency.")
-    return notes + (flops_notes(group) if counts_flops(group) else [])
+    return notes + balance_notes(group) + (flops_notes(group) if counts_flops(group) else [])
 
 
 # ---------------------------------------------------------------------------------------------- headlines
@@ -299,7 +276,7 @@ def _answer(group: Group) -> str:
             if shown.step_s
             else "no steady step recorded"
         )
-        return f"{num_ranks(shown.size)}: {speed}; no baseline, so no speedup{_exposed(shown)}"
+        return f"{num_ranks(shown.size)}: {speed}; no baseline, so no speedup{_exposed(shown)}{waiting_words(shown)}"
     assert row.speedup is not None
     low, high = row.speedup_interval or (row.speedup, row.speedup)
     over, efficiency = num_ranks(baseline.size), f"{percent(row.efficiency, 0)} efficiency"
@@ -307,15 +284,16 @@ def _answer(group: Group) -> str:
     if low <= 1 <= high:
         return (
             f"{num_ranks(row.size)}: no faster than {over} as far as can be told ({times}, 95% interval"
-            f" {ratio_interval_text(row.speedup_interval)}, {efficiency}){_exposed(row)}{_grown(row, baseline)}"
+            f" {ratio_interval_text(row.speedup_interval)}, {efficiency}){_exposed(row)}{waiting_words(row)}"
+            f"{_grown(row, baseline)}"
         )
     if row.speedup < 1:
         return (
             f"{num_ranks(row.size)}: slower than {over}, {times} its speed ({efficiency})"
-            f"{_exposed(row)}{_grown(row, baseline)}"
+            f"{_exposed(row)}{waiting_words(row)}{_grown(row, baseline)}"
         )
     work = " in samples/s" if group.weak else ""
-    return f"{num_ranks(row.size)}: {times} over {over}{work} ({efficiency}){_exposed(row)}"
+    return f"{num_ranks(row.size)}: {times} over {over}{work} ({efficiency}){_exposed(row)}{waiting_words(row)}"
 
 
 def strategy_headline(comparison: Comparison, named: bool = False) -> str:
