@@ -6,9 +6,10 @@ product. Steady steps alone count, of the ranks that train.
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from hpc_train.analysis.clocks import Clocks, Hosts
 from hpc_train.records import PHASES, FloatArray, IntArray
@@ -224,6 +225,12 @@ class Tally:
         )
 
 
+def _middle(values: npt.NDArray[Any]) -> FloatArray:
+    """The median along the last axis, the larger one of two: np.median takes five times as long for a few values."""
+    middle = values.shape[-1] // 2
+    return np.asarray(np.partition(values, middle, axis=-1)[..., middle], dtype=np.float64)
+
+
 class _Coming:
     """Arrivals at the reductions of the last attempt, while they are gathered."""
 
@@ -241,7 +248,8 @@ class _Coming:
         self._num_added = 0
         self._of_rank: list[tuple[int, int, float, float, FloatArray]] = []
         self._times = np.arange(0, num_steps, -(-num_steps // _MAP_TIMES))
-        self._checks = np.arange(num_steps) * _NUM_CHECKS // num_steps
+        part = max(1, num_steps // _NUM_CHECKS)  # the steps of each check, a row
+        self._checks = np.arange(num_steps // part * part).reshape(-1, part)
         self._map = np.zeros((min(_MAP_RANKS, len(hosts)), len(self._times)))
         self._map_ranks = np.zeros(len(self._map))
 
@@ -267,8 +275,7 @@ class _Coming:
             self._end_host()
             self._host = (host, late.copy())
         apart = left - self._base[1]
-        checks = [float(np.median(part)) for part in np.split(apart, np.flatnonzero(np.diff(self._checks)) + 1)]
-        self._of_rank.append((rank, host, float(late.mean()), float(np.median(late)), np.array(checks)))
+        self._of_rank.append((rank, host, float(late.mean()), float(_middle(late)), _middle(apart[self._checks])))
         row = rank * len(self._map) // len(self._host_of)
         self._map[row] += np.add.reduceat(late, self._times)
         self._map_ranks[row] += 1

@@ -7,7 +7,7 @@ from hpc_train.analysis.pop import FACTORS
 from hpc_train.analysis.scaling import Group, Row, num_ranks
 from hpc_train.analysis.stragglers import Straggler
 from hpc_train.analysis.tables import Column, Sheet, ranks_text
-from hpc_train.analysis.words import ms_text, percent, plain, times_text
+from hpc_train.analysis.words import ms_text, percent, plain, significant, times_text
 
 BALANCE_COLUMNS = (
     *(f"pop_{factor}{end}" for factor in FACTORS for end in ("", "_low", "_high")),
@@ -37,10 +37,8 @@ def _pop_sheet(group: Group) -> Sheet | None:
         return None
     shown = [factor for factor in FACTORS if any(factor in row.pop.factors for row in rows)]
     last = rows[-1]
-    columns = [
-        Column("factor", is_text=True),
-        *(Column("1 rank" if row.size == 1 else f"{ranks_text(row)} ranks") for row in rows),
-    ]
+    sizes = ["1 rank" if row.size == 1 else f"{ranks_text(row)} ranks" for row in rows]
+    columns = [Column("factor", is_text=True), *map(Column, sizes)]
     columns += [Column(f"95% interval ({ranks_text(last)})")]
     lines = []
     for factor in shown:
@@ -139,8 +137,8 @@ def balance_notes(group: Group) -> list[str]:
     ]
     if errors:
         notes.append(
-            f"Who comes last is told by arrival at the reduction, on clocks that agree to {significant(1e6 * max(errors))} us"
-            " in the median: judged by when ranks leave it."
+            "Who comes last is told by arrival at the reduction, on clocks that agree to"
+            f" {significant(1e6 * max(errors))} us in the median: judged by when ranks leave it."
         )
     return notes
 
