@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from hpc_train.analysis.headlines import headline, strategy_headline
 from hpc_train.analysis.scaling import Group, Scaling
-from hpc_train.analysis.sheets import Sheet, group_notes, sheets, strategy_notes, strategy_sheets
+from hpc_train.analysis.sheets import group_notes, sheets, strategy_notes, strategy_sheets
 from hpc_train.analysis.strategies import Comparison
+from hpc_train.analysis.tables import Sheet
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,13 +17,15 @@ from rich.text import Text
 
 import hpc_train
 from hpc_train import rundir
+from hpc_train.analysis.balance_sheets import BALANCE_COLUMNS, balance_record, straggler_records
 from hpc_train.analysis.flops import flops_of
 from hpc_train.analysis.load import Run, load_all
 from hpc_train.analysis.markdown import to_markdown
 from hpc_train.analysis.parts import Part, parts
 from hpc_train.analysis.scaling import Group, Row, Scaling, compare
-from hpc_train.analysis.sheets import Sheet, group_notes, measures_of, strategy_notes
+from hpc_train.analysis.sheets import group_notes, measures_of, strategy_notes
 from hpc_train.analysis.strategies import Comparison, Entry, compare_strategies
+from hpc_train.analysis.tables import Sheet
 from hpc_train.analysis.words import plain
 from hpc_train.errors import UserError
 from hpc_train.records import PHASES
@@ -51,6 +53,7 @@ CSV_COLUMNS = (
     "efficiency",
     *(f"share_{phase}" for phase in PHASES),
     "servers_busy",
+    *BALANCE_COLUMNS,
     "flops_per_sample",
     "flops_per_s_per_rank",
     "peak_flops",
@@ -122,7 +125,11 @@ class Report:
                     "config": group.keys,
                     "notes": group_notes(group),
                     "rows": [
-                        {**row_record(group, row), "runs": [str(run.dir.path) for run in row.runs]}
+                        {
+                            **row_record(group, row),
+                            "stragglers": straggler_records(row),
+                            "runs": [str(run.dir.path) for run in row.runs],
+                        }
                         for row in group.rows
                     ],
                 }
@@ -244,6 +251,7 @@ def row_record(group: Group, row: Row) -> dict[str, Any]:
         "efficiency": row.efficiency,
         **{f"share_{phase}": row.phase_share.get(phase) for phase in PHASES},
         "servers_busy": row.servers_busy,
+        **balance_record(row),
         "flops_per_sample": flops.per_sample,
         "flops_per_s_per_rank": flops.per_rank_s,
         "peak_flops": flops.peak_s,

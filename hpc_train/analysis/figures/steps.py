@@ -19,7 +19,7 @@ from hpc_train.analysis.figures.canvas import (
 )
 from hpc_train.analysis.load import Run
 from hpc_train.analysis.scaling import Group, Row, num_ranks
-from hpc_train.analysis.sheets import ranks_text
+from hpc_train.analysis.tables import ranks_text
 from hpc_train.analysis.words import percent, significant
 from hpc_train.records import PHASES
 
