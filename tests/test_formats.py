@@ -34,7 +34,7 @@ def test_markdown_has_the_answer_the_tables_and_the_notes(runs: Path) -> None:
     lines = done.output.splitlines()
     assert lines[0].startswith("**2 ranks: 1.") and lines[0].endswith("**")
     tables = re.findall(r"((?:^\|.*\n)+)", done.output, re.MULTILINE)
-    assert len(tables) == 3
+    assert len(tables) == 4
     for table in tables:
         rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()]
         assert len({len(row) for row in rows}) == 1 and len({len(line) for line in table.splitlines()}) == 1
@@ -62,4 +62,4 @@ def test_the_tables_say_where_the_page_and_the_figures_are(runs: Path, tmp_path:
     done = said(runs, "--figures", str(tmp_path / "proposal"))
     assert f"Report: {runs / 'report' / 'report.html'}" in done.output
     made = list((tmp_path / "proposal").glob("*.[ps][dv][fg]"))
-    assert f"Figures: {len(made)} files in {tmp_path / 'proposal'}" in done.output and len(made) == 8
+    assert f"Figures: {len(made)} files in {tmp_path / 'proposal'}" in done.output and len(made) == 12

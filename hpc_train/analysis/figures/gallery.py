@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc_train import rundir
+from hpc_train.analysis.figures.balance import map_drawing, tree_drawing
 from hpc_train.analysis.figures.canvas import Drawing, files
 from hpc_train.analysis.figures.energy import energy_drawing
 from hpc_train.analysis.figures.speed import speedup_drawing
@@ -25,7 +26,8 @@ def drawings(part: Part) -> list[Drawing]:
     if not isinstance(part.of, Group):
         return strategy_drawings(part.of)
     group = part.of
-    made = [speedup_drawing(group), *time_drawings(group), loss_drawing(group), energy_drawing(group)]
+    lost = [tree_drawing(group), map_drawing(group)]
+    made = [speedup_drawing(group), *time_drawings(group), *lost, energy_drawing(group), loss_drawing(group)]
     return [drawing for drawing in made if drawing is not None]
 
 
