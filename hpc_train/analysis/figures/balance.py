@@ -40,7 +40,7 @@ def tree_drawing(group: Group) -> Drawing | None:
     )
     return Drawing(
         "pop-efficiencies",
-        "POP efficiencies: each is the product of those that hang below it, and 100% loses nothing. Darker loses more.",
+        "POP efficiencies: each is the product of those that hang below it; the darker, the more is lost.",
         f"POP efficiencies, each the product of those below it. {told}.",
         lambda axes: _paint_tree(axes, rows, factors),
         height=0.16 + 0.075 * len(factors),
