@@ -35,7 +35,7 @@ def test_every_factor_is_the_one_that_was_drawn(study: tuple[Report, dict[int, T
     for row in report.scaling.groups[0].rows:
         truth, factors = truths[row.size], row.pop.factors
         for name in ("parallel", "load_balance", "input", "serialisation", "transfer"):
-            assert factors[name] == pytest.approx(getattr(truth, name), abs=2e-6), (row.size, name)
+            assert factors[name] == pytest.approx(getattr(truth, name), abs=1e-5), (row.size, name)
         drawn = truths[1].useful_s.sum() / truth.useful_s.sum()  # strong scaling; each rank counts by its own clock
         assert factors["computational"] == pytest.approx(drawn, rel=3 * NOISY.clock_drift)
 
@@ -65,13 +65,20 @@ def test_amdahl_s_serial_part_is_lost_computational_efficiency(study: tuple[Repo
         assert low <= row.pop.factors["computational"] <= high and (row.is_baseline or low <= expected <= high)
 
 
-def test_intervals_hold_the_truth_of_longer_runs(study: tuple[Report, dict[int, Truth]], tmp_path: Path) -> None:
-    _, long = laws.write(tmp_path, replace(NOISY, steps=6010, seed=7))
-    row = study[0].scaling.groups[0].rows[-1]
-    for name in ("parallel", "load_balance", "input", "transfer"):
-        low, high = row.pop.intervals[name]
-        assert low < getattr(long, name) < high, name
-        assert high - low < 0.03
+def test_nineteen_of_twenty_intervals_hold_the_truth(tmp_path: Path) -> None:
+    """Of what the law comes to in the long run, for one slow rank of two and little noise of theirs."""
+    law = Laws(ranks=2, steps=130, noise=0.05, slow=(Slow(1, 1.5),))
+    _, long = laws.write(tmp_path, replace(law, steps=20_010, stamp="20261201T000000Z"))
+    names = ("parallel", "load_balance", "input", "transfer")
+    num_held = dict.fromkeys(names, 0)
+    for seed in range(1, 41):
+        run, _ = laws.write(tmp_path, replace(law, seed=seed, stamp=f"202611{seed:02}T000000Z"))
+        intervals = efficiencies([load(run)], None).intervals
+        for name in names:
+            low, high = intervals[name]
+            num_held[name] += low < getattr(long, name) < high
+            assert high - low < 0.03
+    assert min(num_held.values()) >= 34, num_held  # 38 expected; fewer than 34 of 40 happen once in 80 times
 
 
 def test_repeats_are_pooled_and_widen_the_interval(tmp_path: Path) -> None:
@@ -99,7 +106,7 @@ def test_input_stalls_of_one_rank_are_input_and_not_transfer(tmp_path: Path) -> 
     factors = one(tmp_path, law).factors
     assert factors["load_balance"] == pytest.approx(1.0) and factors["serialisation"] == pytest.approx(1.0)
     assert factors["input"] == pytest.approx(10 / (10 + 0.5 + 2.5), abs=0.02)  # ms: useful, input, half of 5 ms stalls
-    assert factors["transfer"] > 0.95
+    assert factors["transfer"] > 0.94  # 0.7 ms of exposed messages
 
 
 def test_alternating_slow_ranks_are_serialisation_and_not_load_imbalance(tmp_path: Path) -> None:

@@ -36,10 +36,10 @@ def test_a_persistent_one_is_named_with_its_host_and_cost(tmp_path: Path) -> Non
     (one,) = told.stragglers
     assert (one.ranks, one.host, one.persistent, one.whole_host) == ((5,), "c1", True, False)
     assert one.share_last > 0.99
-    # 0.3 of the useful time, less the latest of 7 others above their mean: 1.35 standard deviations
-    expected = law.useful_s * (0.3 - 1.35 * law.noise)
-    assert one.cost_s == pytest.approx(expected, rel=0.03)
-    assert one.share == pytest.approx(expected / run.step_s.mean(), rel=0.03)
+    # 0.3 of the useful time, less the latest of 7 others above their mean: 1.35 standard deviations of a stretch
+    expected = law.useful_s * (0.3 - 1.35 * law.noise * (0.9**2 + 0.1**2) ** 0.5)
+    assert one.cost_s == pytest.approx(expected, rel=0.05)
+    assert one.share == pytest.approx(expected / run.step_s.mean(), rel=0.05)
     assert (one.cause, one.excess) == ("computing", pytest.approx(1.3, abs=0.01))
     assert told.clock_error_s is not None and told.clock_error_s < 5e-6
 
@@ -169,14 +169,14 @@ def test_the_report_says_it_in_words_tables_and_records(tmp_path: Path) -> None:
     laws.study(tmp_path, replace(SKEWED, slow=(Slow(5, 1.3),)), (1, 4, 8))
     report = make_report([tmp_path])
     (line,) = report.headlines
-    assert "; 17% lost to waiting for rank 5 on c1" in line
+    assert "; 19% lost to waiting for rank 5 on c1" in line
     (part,) = report.parts
     sheet = next(sheet for sheet in part.sheets if sheet.title.startswith("Whom the others wait for"))
     assert [row[:3] for row in sheet.rows] == [("8", "rank 5 on c1", "persistent")]
     assert any("No rank" in note or "Nobody to be named for 4 ranks" in note for note in part.notes)
     row = report.to_dict()["groups"][0]["rows"][-1]
     assert row["stragglers"][0]["ranks"] == [5] and row["waiting_for"] == "rank 5 on c1"
-    assert row["waiting_share"] == pytest.approx(0.17, abs=0.01)
+    assert row["waiting_share"] == pytest.approx(0.19, abs=0.01)
     written = report.write(tmp_path / "out").parent / "scaling.csv"
     assert "rank 5 on c1" in written.read_text() and "pop_load_balance_low" in written.read_text()
     assert waiting_words(report.scaling.groups[0].rows[0]) == ""
