@@ -34,7 +34,6 @@ ENERGY_COLUMNS = ("time_s", "domain", "joules", "quality", "source", "attempt")
 # tuple because it is made every step.
 StepRecord = tuple[int, ...]
 Quality = Literal["measured", "estimated", "missing"]
-_MOST_ATTEMPTS = 1_000_000  # a number beyond is damage
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
@@ -151,66 +150,15 @@ def read_csv(path: Path, columns: Sequence[str]) -> Table:
     width = len(lines[0].split(","))
     for number, row in enumerate(rows, 2):
         if len(row) != width:
-            raise _bad_line(path, number, lines[number - 1])
+            raise bad_line(path, number, lines[number - 1])
     return Table(rows, truncated=bool(tail))
 
 
-def _bad_line(path: Path, number: int, line: str) -> BadRecord:
+def bad_line(path: Path, number: int, line: str) -> BadRecord:
+    """The error that names line `number` of a file, counted from 1."""
     return BadRecord(
         f"{path}:{number}: no record: '{line[:80]}'", "Remove the line, or leave this run out of the report."
     )
-
-
-@dataclass(frozen=True)
-class Timings:
-    """One rank's steps: `values` is int64 of shape (steps, len(TIMING_COLUMNS))."""
-
-    values: IntArray
-    truncated: bool
-
-    def __getitem__(self, column: str) -> IntArray:
-        return self.values[:, TIMING_COLUMNS.index(column)]
-
-    @property
-    def phases_ns(self) -> IntArray:
-        """Durations in ns, shape (steps, len(PHASES))."""
-        first = TIMING_COLUMNS.index("data_ns")
-        return self.values[:, first : first + len(PHASES)]
-
-    def steps_of_attempts(self, num_attempts: int) -> IntArray:
-        """(num_attempts,) how many steps each attempt recorded."""
-        return np.bincount(self["attempt"] - 1, minlength=num_attempts).astype(np.int64)
-
-    def first(self, counts: IntArray) -> "Timings":
-        """The first counts[a] steps of each attempt a: ranks that were killed recorded unequal numbers of them."""
-        index = self["attempt"] - 1
-        began = np.cumsum(np.bincount(index, minlength=len(counts))) - np.bincount(index, minlength=len(counts))
-        return Timings(self.values[np.arange(len(index)) - began[index] < counts[index]], self.truncated)
-
-
-def read_timings(path: Path) -> Timings:
-    """One rank's step records. Raises `BadRecord` naming path:line; a last line cut short is skipped and said."""
-    table = read_csv(path, TIMING_COLUMNS)
-    try:
-        values = np.array([row[: len(TIMING_COLUMNS)] for row in table.rows], dtype=np.int64)
-    except (ValueError, OverflowError):
-        number = next(number for number, row in enumerate(table.rows, 2) if not _fits(row[: len(TIMING_COLUMNS)]))
-        raise _bad_line(path, number, ",".join(table.rows[number - 2])) from None
-    timings = Timings(values.reshape(-1, len(TIMING_COLUMNS)), table.truncated)
-    wrong = np.flatnonzero((timings["attempt"] < 1) | (np.diff(timings["attempt"], prepend=1) < 0))
-    if len(wrong) or (len(values) and timings["attempt"][-1] > _MOST_ATTEMPTS):  # an attempt follows the one before
-        number = int(wrong[0]) if len(wrong) else len(values) - 1
-        raise _bad_line(path, number + 2, ",".join(table.rows[number]))
-    return timings
-
-
-def _fits(row: list[str]) -> bool:
-    """Whether every cell is an integer of 64 bits."""
-    try:
-        np.array(row, dtype=np.int64)
-    except (ValueError, OverflowError):
-        return False
-    return True
 
 
 def read_metrics(path: Path) -> tuple[list[int], list[float]]:
@@ -221,7 +169,7 @@ def read_metrics(path: Path) -> tuple[list[int], list[float]]:
             steps.append(int(row[0]))
             losses.append(float(row[1]))
         except ValueError:
-            raise _bad_line(path, number, ",".join(row)) from None
+            raise bad_line(path, number, ",".join(row)) from None
     return steps, losses
 
 
@@ -250,9 +198,9 @@ def read_energy(path: Path) -> Energy:
         try:
             joules = None if quality == "missing" else float(row[2])
         except ValueError:
-            raise _bad_line(path, number, ",".join(row)) from None
+            raise bad_line(path, number, ",".join(row)) from None
         if joules is not None and not isfinite(joules):
-            raise _bad_line(path, number, ",".join(row))
+            raise bad_line(path, number, ",".join(row))
         last[row[1], row[5]] = Energy(joules, quality, row[4])
     return total_energy(last.values())
 
@@ -272,31 +220,6 @@ def total_energy(parts: Iterable[Energy]) -> Energy:
 
 
 # ---------------------------------------------------------------------------------------------- summary
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """What one rank adds to a summary: per-step durations and its phase totals over steady (not warm-up) steps."""
-
-    step_ns: IntArray  # (steps,) whole duration of every steady step
-    phases_ns: IntArray  # (len(PHASES),) totals over the steady steps
-    num_samples: int  # trained by this rank, warm-up included; of steps taken twice, once
-    num_warmup: int
-    num_repeated: int  # steps taken again, after an attempt that ended beyond its newest checkpoint
-
-
-def step_times(timings: Timings) -> StepTimes:
-    """Reduces one rank's records to what a summary needs."""
-    steady = timings["warmup"] == 0
-    phases = timings.phases_ns[steady]
-    _, last = np.unique(timings["step"][::-1], return_index=True)
-    return StepTimes(
-        step_ns=phases.sum(axis=1),
-        phases_ns=phases.sum(axis=0),
-        num_samples=int(timings["num_samples"][::-1][last].sum()),
-        num_warmup=int((~steady).sum()),
-        num_repeated=len(steady) - len(last),
-    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ GROUND = {
     "world",
     "partition",
     "records",
+    "timings",
     "rundir",
     "clock",
     "errors",

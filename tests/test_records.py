@@ -12,17 +12,15 @@ from hpc_train.records import (
     TIMING_COLUMNS,
     BadRecord,
     Energy,
-    Timings,
     block_medians,
     median_interval,
     read_energy,
     read_metrics,
-    read_timings,
-    step_times,
     summarise,
     timing_log,
     total_energy,
 )
+from hpc_train.timings import Timings, read_timings, step_times
 
 HEADER = ",".join(TIMING_COLUMNS) + "\n"
 

@@ -19,16 +19,13 @@ from hpc_train.records import (
     FloatArray,
     IntArray,
     RunSummary,
-    StepTimes,
-    Timings,
     read_energy,
     read_metrics,
-    read_timings,
-    step_times,
     summarise,
     total_energy,
 )
 from hpc_train.rundir import RunDir
+from hpc_train.timings import StepTimes, Timings, read_timings, step_times
 
 _LEAVE_OUT = "Move this run's folder out of the report's folder, or name the other runs one by one."
 _MOST_RANKS = 10_000_000  # a number beyond is damage, not a run

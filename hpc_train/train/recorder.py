@@ -19,13 +19,12 @@ from hpc_train.records import (
     Quality,
     read_energy,
     read_metrics,
-    read_timings,
-    step_times,
     summarise,
     timing_log,
     total_energy,
 )
 from hpc_train.rundir import write_atomic
+from hpc_train.timings import read_timings, step_times
 from hpc_train.train import sensors
 from hpc_train.train.attempt import Attempt
 from hpc_train.train.context import Context, clock_offsets_ns

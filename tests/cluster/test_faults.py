@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from hpc_train.records import read_timings
+from hpc_train.timings import read_timings
 from tests import jobs
 from tests.cluster.slurm import Cluster, until
 from tests.conftest import FaultTable

@@ -14,8 +14,9 @@ from torch import nn
 
 from hpc_train.config import Config, load
 from hpc_train.errors import UserError
-from hpc_train.records import PHASES, TIMING_COLUMNS, read_metrics, read_timings, step_times
+from hpc_train.records import PHASES, TIMING_COLUMNS, read_metrics
 from hpc_train.rundir import RunDir, find
+from hpc_train.timings import read_timings, step_times
 from hpc_train.train.context import Context
 from hpc_train.train.dataset import Batch
 from hpc_train.train.tasks.classification import Classification
