@@ -226,7 +226,7 @@ def scale(
         click.echo(f"Job {job} reports at the end: {study.folder / f'job-{job}.out'}")
         return
     failed = scale.run_here(study, click.echo)
-    _report((study.folder,), None, as_json=False)
+    _report((study.folder,), None, None, "table")
     if failed:
         click.echo("\n".join(["Failed:", *failed, "The same command again runs what is missing."]), err=True)
         sys.exit(1)
@@ -235,30 +235,48 @@ def scale(
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for report.html, scaling.csv and summary.json.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
-def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
+@click.option(
+    "--figures",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write every figure there too, as PDF and SVG one column wide, for a proposal.",
+)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["table", "md", "csv", "json"]),
+    help="What is printed: tables for the terminal (table, the default), Markdown to paste, numbers for programs.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+def report(runs: tuple[Path, ...], output: Path | None, figures: Path | None, kind: str | None, as_json: bool) -> None:
     """Speedup, efficiency and energy of RUNS (run directories, or folders of them).
 
     \b
-    Example: hpc-train report runs/softmax-mnist
+    Example: hpc-train report runs/softmax-mnist --figures proposal/
     """
+    if as_json and kind not in (None, "json"):
+        raise click.UsageError(f"--json is --format json, and --format {kind} is given too: leave one of them out.")
     if not launched_rank():  # under mpirun one rank reports
-        _report(runs, output, as_json)
+        _report(runs, output, figures, "json" if as_json else kind or "table")
 
 
-def _report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
+def _report(runs: tuple[Path, ...], output: Path | None, figures: Path | None, kind: str) -> None:
+    """Prints the report as `kind` and writes its files. Where they are is said in the terminal's tables alone."""
     from rich.console import Console
 
     from hpc_train.analysis.report import default_output, make_report
 
     made = make_report(list(runs))
-    if as_json:
-        click.echo(json.dumps(made.to_dict(), indent=2))
-    else:
+    if kind == "table":
         made.print(Console())
+    else:
+        click.echo(made.text(kind), nl=False)
+    drawn = None if figures is None else made.write_figures(figures)
     page = made.write(output or default_output(list(runs)))
-    if not as_json:
+    if kind == "table":
         click.echo(f"Report: {page}")
+        if drawn is not None:
+            click.echo(f"Figures: {len(drawn)} files in {figures}" if drawn else "Figures: none, no step was timed.")
 
 
 cli.add_command(bench)

@@ -19,8 +19,10 @@ import hpc_train
 from hpc_train import rundir
 from hpc_train.analysis.flops import flops_of
 from hpc_train.analysis.load import Run, load_all
+from hpc_train.analysis.markdown import to_markdown
+from hpc_train.analysis.parts import Part, parts
 from hpc_train.analysis.scaling import Group, Row, Scaling, compare
-from hpc_train.analysis.sheets import Part, Sheet, group_notes, measures_of, parts, strategy_notes
+from hpc_train.analysis.sheets import Sheet, group_notes, measures_of, strategy_notes
 from hpc_train.analysis.strategies import Comparison, Entry, compare_strategies
 from hpc_train.analysis.words import plain
 from hpc_train.errors import UserError
@@ -91,6 +93,18 @@ class Report:
             console.print()
         for note in self.scaling.notes:
             console.print(Text(f"- {plain(note)}"))
+
+    def text(self, kind: str) -> str:
+        """The report as "md", "csv" or "json"."""
+        if kind == "md":
+            return to_markdown(self)
+        return scaling_csv(self) if kind == "csv" else json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def write_figures(self, folder: Path) -> list[Path]:
+        """Writes every figure as PDF and SVG for a proposal; returns their paths. Raises `UserError`."""
+        from hpc_train.analysis.figures.gallery import write_figures
+
+        return write_figures(self, folder)
 
     def write(self, output_dir: Path) -> Path:
         """Writes report.html, scaling.csv and summary.json, each whole or not at all; returns report.html."""
@@ -175,7 +189,7 @@ def write_report(report: Report, output_dir: Path) -> Path:
     page = output_dir / "report.html"
     contents = {
         output_dir / "scaling.csv": scaling_csv(report),
-        output_dir / "summary.json": json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n",
+        output_dir / "summary.json": report.text("json"),
         page: render(report),
     }
     try:

@@ -1,0 +1,90 @@
+"""The answer in one sentence: what stands first in the terminal and on the page."""
+
+from dataclasses import dataclass
+
+from hpc_train.analysis.scaling import Group, Row, num_ranks
+from hpc_train.analysis.strategies import Comparison
+from hpc_train.analysis.words import ms_text, percent, plain, ratio_interval_text, significant, times_text
+from hpc_train.records import PHASES
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the rest of the analysis adds to the answer, in words; "" where it found nothing to say."""
+
+    culprit: str = ""  # "14% lost to waiting for rank 5 on node c3"
+    advice: str = ""  # "ask for 16 nodes"
+
+
+NOTHING = Findings()
+
+
+def headline(group: Group, named: bool = False, found: Findings = NOTHING) -> str:
+    """The group's answer in one sentence: the largest complete size against the baseline. named: with its label.
+
+    What waiting for a named rank cost stands in the place of the exposed communication, which it is a part of.
+    """
+    advice = f"; {found.advice}" if found.advice else ""
+    return (f"{plain(group.label)}: " if named else "") + _answer(group, found.culprit) + advice
+
+
+def _answer(group: Group, culprit: str) -> str:
+    row, baseline = group.largest, group.baseline
+    if row is None or baseline is None:
+        shown = next((row for row in reversed(group.rows) if not row.incomplete), group.rows[-1])
+        speed = (
+            f"{ms_text(shown.step_s)} ms a step, {significant(shown.samples_per_s, 4)} samples/s"
+            if shown.step_s
+            else "no steady step recorded"
+        )
+        return f"{num_ranks(shown.size)}: {speed}; no baseline, so no speedup{_lost(shown, culprit)}"
+    assert row.speedup is not None
+    low, high = row.speedup_interval or (row.speedup, row.speedup)
+    over, efficiency = num_ranks(baseline.size), f"{percent(row.efficiency, 0)} efficiency"
+    times = times_text(row.speedup)
+    if low <= 1 <= high:
+        return (
+            f"{num_ranks(row.size)}: no faster than {over} as far as can be told ({times}, 95% interval"
+            f" {ratio_interval_text(row.speedup_interval)}, {efficiency}){_lost(row, culprit)}{_grown(row, baseline)}"
+        )
+    if row.speedup < 1:
+        return (
+            f"{num_ranks(row.size)}: slower than {over}, {times} its speed ({efficiency})"
+            f"{_lost(row, culprit)}{_grown(row, baseline)}"
+        )
+    work = " in samples/s" if group.weak else ""
+    return f"{num_ranks(row.size)}: {times} over {over}{work} ({efficiency}){_lost(row, culprit)}"
+
+
+def strategy_headline(comparison: Comparison, named: bool = False) -> str:
+    """The strategies' speeds at the largest number of ranks with a ratio. "" for none, and for 1: it sends nothing."""
+    size = max(comparison.sizes, default=1)
+    if size == 1:
+        return ""
+    entries = [entry for entry in comparison.entries if entry.row.size == size and entry.ratio is not None]
+    words = []
+    for entry in sorted(entries, key=lambda entry: -(entry.ratio or 0)):
+        low, high = entry.ratio_interval or (0.0, 0.0)
+        speed = f"{ms_text(entry.row.step_s)} ms a step" if entry.is_reference else times_text(entry.ratio or 0.0)
+        words.append(f"{entry.where} {speed}{' (no difference can be told)' if low <= 1 <= high else ''}")
+    name = f"{plain(comparison.label)}: " if named else ""
+    return f"{name}{num_ranks(size)} on equal work, speed against {comparison.reference}: {', '.join(words)}"
+
+
+def _lost(row: Row, culprit: str) -> str:
+    """What keeps the row from the ideal: the culprit, or exposed communication; "" where neither is known."""
+    share = row.phase_share.get("reduce")
+    exposed = "" if share is None else f"; {percent(share, 0)} of the step is exposed communication"
+    return f"; {culprit}" if culprit else exposed
+
+
+def _grown(row: Row, baseline: Row) -> str:
+    """The other phases that take longer per step and rank than at the baseline, by 5% of its step or more."""
+    before, after = baseline.phase_s, row.phase_s
+    notable = 0.05 * sum(before.values())
+    grown = [
+        f", {phase} grew from {ms_text(before[phase])} to {ms_text(after[phase])} ms"
+        for phase in PHASES
+        if phase != "reduce" and after[phase] - before[phase] > notable
+    ]
+    return "".join(grown)
