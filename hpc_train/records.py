@@ -192,7 +192,8 @@ class Energy:
 
 # Domains of one host's file that hold those of all hosts, since Slurm counts whole steps; what else a domain holds.
 JOB_WIDE = ("nodes", "packages")
-_HOLDS = {"node": "", "nodes": "", "packages": ("package-", "dram"), "psys": ("package-", "dram")}
+_PACKAGES = ("package-", "dram")
+_HOLDS = {"node": ("",), "nodes": ("",), "packages": _PACKAGES, "psys": _PACKAGES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +239,13 @@ def read_traces(path: Path) -> list[Trace]:
 
 def contained(domain: str, others: Iterable[str]) -> str | None:
     """Which of the other domains of its host, or of all hosts, holds this one's joules already; None: none of them."""
-    holds = [other for other in others if other != domain and domain.startswith(_HOLDS.get(other, ("\n",)))]
+    holds = [
+        other
+        for other in others
+        if other != domain
+        and domain.startswith(_HOLDS.get(other, ()))
+        and (other in JOB_WIDE or domain not in JOB_WIDE)
+    ]
     return holds[0] if holds else None
 
 

@@ -27,6 +27,7 @@ class Course:
     attempt: IntArray  # (rows,)
     end_s: FloatArray  # (rows,) seconds of loops until the step's end, those of earlier attempts included
     loops: tuple[Loop, ...]
+    rank: int  # whose clock it is
 
     @property
     def loop_s(self) -> float:
@@ -42,10 +43,10 @@ class Course:
 def course_of(run: Run) -> Course:
     """The course of the first rank that left timings: all ranks begin a loop together, and end each step together."""
     num_workers = run.size - run.num_servers
-    path = next((run.dir.timings(rank) for rank in range(num_workers) if run.dir.timings(rank).is_file()), None)
-    if path is None:
-        return Course(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), ())
-    timings = read_timings(path)
+    rank = next((rank for rank in range(num_workers) if run.dir.timings(rank).is_file()), None)
+    if rank is None:
+        return Course(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), (), 0)
+    timings = read_timings(run.dir.timings(rank))
     attempt, begin_ns = timings["attempt"], timings["start_ns"]
     end_ns = begin_ns + timings.phases_ns.sum(axis=1)
     end_s, loops, before_s = np.zeros(len(attempt)), [], 0.0
@@ -56,4 +57,4 @@ def course_of(run: Run) -> Course:
         loops.append(Loop(number, first_ns, before_s, float(passed_s[-1])))
         end_s[rows] = before_s + passed_s
         before_s += float(passed_s[-1])
-    return Course(timings["step"], attempt, end_s, tuple(loops))
+    return Course(timings["step"], attempt, end_s, tuple(loops), rank)
