@@ -188,10 +188,13 @@ def _tariff_notes(energy: GroupEnergy) -> list[str]:
     figures = [t for t in tariffs if t.co2_g_per_kwh is not None or t.price_per_kwh is not None]
     notes = []
     for tariff in tariffs:
-        said = [f"PUE {tariff.pue:g}"] * (tariff.pue is not None)
-        said += [f"{tariff.co2_g_per_kwh:g} g CO2 per kWh"] * (tariff.co2_g_per_kwh is not None)
-        said += [f"{tariff.price_per_kwh:g} {tariff.currency or ''} per kWh"] * (tariff.price_per_kwh is not None)
-        notes += [f"As given and not measured: {', '.join(each.strip() for each in said)}."] * bool(said)
+        figures_of = {
+            "PUE {:g}": tariff.pue,
+            "{:g} g CO2 per kWh": tariff.co2_g_per_kwh,
+            f"{{:g}} {plain(tariff.currency or '')} per kWh": tariff.price_per_kwh,
+        }
+        said = [words.format(value) for words, value in figures_of.items() if value is not None]
+        notes += [f"As given and not measured: {', '.join(said)}."] * bool(said)
     if any(tariff.pue is None for tariff in figures):
         notes.append("The PUE is not known: CO2 and price are of what the meters read, without cooling and losses.")
     return notes
