@@ -79,7 +79,7 @@ def _parsed(text: bytes) -> IntArray | None:
         return None
     numbers = np.fromstring(text[len(_HEADER) :].replace(b"\n", b","), dtype=np.int64, sep=",")
     assert len(numbers) == len(ends), "every cell is digits between separators"
-    return numbers.reshape(-1, len(TIMING_COLUMNS))
+    return np.asfortranarray(numbers.reshape(-1, len(TIMING_COLUMNS)))  # columns are what everybody wants
 
 
 def _read_slowly(path: Path) -> tuple[IntArray, bool]:
@@ -117,11 +117,15 @@ def step_times(timings: Timings) -> StepTimes:
     """Reduces one rank's records to what a summary needs."""
     steady = timings["warmup"] == 0
     phases = timings.phases_ns[steady]
-    _, last = np.unique(timings["step"][::-1], return_index=True)
+    steps, num_samples = timings["step"], timings["num_samples"]
+    num_repeated = 0
+    if (np.diff(steps) <= 0).any():
+        _, last = np.unique(steps[::-1], return_index=True)
+        num_samples, num_repeated = num_samples[::-1][last], len(steps) - len(last)
     return StepTimes(
         step_ns=phases.sum(axis=1),
         phases_ns=phases.sum(axis=0),
-        num_samples=int(timings["num_samples"][::-1][last].sum()),
+        num_samples=int(num_samples.sum()),
         num_warmup=int((~steady).sum()),
-        num_repeated=len(steady) - len(last),
+        num_repeated=num_repeated,
     )

@@ -5,7 +5,7 @@ from typing import Any
 from hpc_train.analysis.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.joules import Joules
 from hpc_train.analysis.scaling import num_ranks
-from hpc_train.analysis.sheets import Column, Sheet, ranks_text
+from hpc_train.analysis.tables import Column, Sheet, ranks_text
 from hpc_train.analysis.words import amount, plain, significant, times_text
 from hpc_train.records import PHASES
 

@@ -1,34 +1,21 @@
 """The answer in one sentence: what stands first in the terminal and on the page."""
 
-from dataclasses import dataclass
-
+from hpc_train.analysis.balance_sheets import waiting_words
 from hpc_train.analysis.scaling import Group, Row, num_ranks
 from hpc_train.analysis.strategies import Comparison
 from hpc_train.analysis.words import ms_text, percent, plain, ratio_interval_text, significant, times_text
 from hpc_train.records import PHASES
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What the rest of the analysis adds to the answer, in words; "" where it found nothing to say."""
-
-    culprit: str = ""  # "14% lost to waiting for rank 5 on node c3"
-    advice: str = ""  # "ask for 16 nodes"
-
-
-NOTHING = Findings()
-
-
-def headline(group: Group, named: bool = False, found: Findings = NOTHING) -> str:
+def headline(group: Group, named: bool = False, advice: str = "") -> str:
     """The group's answer in one sentence: the largest complete size against the baseline. named: with its label.
 
-    What waiting for a named rank cost stands in the place of the exposed communication, which it is a part of.
+    advice: how many nodes to ask for, in words: "ask for 16 nodes".
     """
-    advice = f"; {found.advice}" if found.advice else ""
-    return (f"{plain(group.label)}: " if named else "") + _answer(group, found.culprit) + advice
+    return (f"{plain(group.label)}: " if named else "") + _answer(group) + (f"; {advice}" if advice else "")
 
 
-def _answer(group: Group, culprit: str) -> str:
+def _answer(group: Group) -> str:
     row, baseline = group.largest, group.baseline
     if row is None or baseline is None:
         shown = next((row for row in reversed(group.rows) if not row.incomplete), group.rows[-1])
@@ -37,7 +24,7 @@ def _answer(group: Group, culprit: str) -> str:
             if shown.step_s
             else "no steady step recorded"
         )
-        return f"{num_ranks(shown.size)}: {speed}; no baseline, so no speedup{_lost(shown, culprit)}"
+        return f"{num_ranks(shown.size)}: {speed}; no baseline, so no speedup{_lost(shown)}"
     assert row.speedup is not None
     low, high = row.speedup_interval or (row.speedup, row.speedup)
     over, efficiency = num_ranks(baseline.size), f"{percent(row.efficiency, 0)} efficiency"
@@ -45,15 +32,15 @@ def _answer(group: Group, culprit: str) -> str:
     if low <= 1 <= high:
         return (
             f"{num_ranks(row.size)}: no faster than {over} as far as can be told ({times}, 95% interval"
-            f" {ratio_interval_text(row.speedup_interval)}, {efficiency}){_lost(row, culprit)}{_grown(row, baseline)}"
+            f" {ratio_interval_text(row.speedup_interval)}, {efficiency}){_lost(row)}{_grown(row, baseline)}"
         )
     if row.speedup < 1:
         return (
             f"{num_ranks(row.size)}: slower than {over}, {times} its speed ({efficiency})"
-            f"{_lost(row, culprit)}{_grown(row, baseline)}"
+            f"{_lost(row)}{_grown(row, baseline)}"
         )
     work = " in samples/s" if group.weak else ""
-    return f"{num_ranks(row.size)}: {times} over {over}{work} ({efficiency}){_lost(row, culprit)}"
+    return f"{num_ranks(row.size)}: {times} over {over}{work} ({efficiency}){_lost(row)}"
 
 
 def strategy_headline(comparison: Comparison, named: bool = False) -> str:
@@ -71,11 +58,11 @@ def strategy_headline(comparison: Comparison, named: bool = False) -> str:
     return f"{name}{num_ranks(size)} on equal work, speed against {comparison.reference}: {', '.join(words)}"
 
 
-def _lost(row: Row, culprit: str) -> str:
-    """What keeps the row from the ideal: the culprit, or exposed communication; "" where neither is known."""
+def _lost(row: Row) -> str:
+    """What keeps the row from the ideal: waiting for who can be named, else all exposed communication, where known."""
     share = row.phase_share.get("reduce")
     exposed = "" if share is None else f"; {percent(share, 0)} of the step is exposed communication"
-    return f"; {culprit}" if culprit else exposed
+    return waiting_words(row) or exposed
 
 
 def _grown(row: Row, baseline: Row) -> str:

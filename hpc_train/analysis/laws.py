@@ -11,7 +11,7 @@ import numpy as np
 from hpc_train.analysis.scaling import Group, num_ranks
 from hpc_train.analysis.words import percent
 
-_CLOSE = 0.005  # a serial part below is none that could be told
+_CLOSE = 0.01  # of the ideal speedup: a law that stays nearer to it says no more than the ideal does
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ def _up_to(share: float) -> str:
 
 
 def fitted(group: Group) -> Law | None:
-    """The law of the group's complete rows by least squares; None from one size, and where it cannot describe them.
+    """The law of the group's complete rows; None from one size, and where it cannot describe them.
 
-    It is fitted where it is linear in s: Amdahl's in the time 1 / S, Gustafson's in S itself. A serial part below
-    nothing is a speedup beyond the ideal, one of all and more a slowdown: no share of the time explains either.
+    Least squares of relative deviations, where the law is linear in s: Amdahl's in the time 1 / S, Gustafson's in S
+    itself. A serial part below nothing is a speedup beyond the ideal, one of all and more a slowdown: no share of the
+    time explains either.
     """
     if group.baseline is None:
         return None
@@ -67,10 +68,11 @@ def fitted(group: Group) -> Law | None:
     r = np.array([row.size / group.baseline.size for row in rows])
     measured = np.array([row.speedup for row in rows], dtype=float)
     ideal, seen = (r, measured) if group.weak else (1 / r, 1 / measured)
-    serial = float(np.sum((seen - ideal) * (1 - ideal)) / np.sum((1 - ideal) ** 2))
-    if not _CLOSE < serial < 1:
-        return None
+    slope, offset = (1 - ideal) / seen, 1 - ideal / seen
+    serial = float(slope @ offset / (slope @ slope))
     law = Law(group.weak, serial, len(rows), 0.0)
+    if not 0 < serial < 1 or law.speedup(float(r.max())) > (1 - _CLOSE) * r.max():
+        return None
     worst = float(np.max(np.abs(np.array([law.speedup(each) for each in r]) / measured - 1)))
     return Law(group.weak, serial, len(rows), worst)
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hpc_train.analysis.sheets import Sheet
+from hpc_train.analysis.tables import Sheet
 from hpc_train.analysis.words import plain
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from statistics import fmean
 from typing import Any
@@ -12,6 +12,8 @@ import numpy as np
 
 from hpc_train import config
 from hpc_train.analysis.load import Run, section
+from hpc_train.analysis.pop import Efficiencies, efficiencies
+from hpc_train.analysis.stragglers import Waiting, waiting
 from hpc_train.records import PHASES, Energy, FloatArray, block_medians, median_interval, total_energy
 
 NUM_RESAMPLES = 1000
@@ -39,6 +41,8 @@ class Row:
     speedup_interval: Interval | None = None  # 95%
     efficiency: float | None = None  # speedup * baseline size / size
     is_baseline: bool = False
+    pop: Efficiencies = field(default_factory=Efficiencies)
+    waiting: tuple[Waiting, ...] = ()  # of each run: whom its ranks wait for
 
     @property
     def global_batch(self) -> int:
@@ -138,7 +142,9 @@ def _group(label: str, keys: dict[str, Any], runs: list[Run]) -> Group:
         baseline = None
     if baseline is not None:
         rows = [_compared(row, baseline) for row in rows]
-        baseline = next(row for row in rows if row.is_baseline)
+    to = baseline.runs if baseline else None
+    rows = [replace(row, pop=efficiencies(row.runs, to), waiting=tuple(map(waiting, row.runs))) for row in rows]
+    baseline = next((row for row in rows if row.is_baseline), None)
     weak = runs[0].config.train.batch_per_rank is not None
     return Group(label, keys, weak, tuple(rows), baseline, tuple(_within_group(rows, baseline, runs)))
 

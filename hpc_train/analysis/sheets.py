@@ -1,11 +1,12 @@
 """A comparison as tables and notes: what the terminal, the page and the programs are told alike."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from hpc_train.analysis.balance_sheets import balance_notes, balance_sheets
 from hpc_train.analysis.flops import GIVEN, counts_flops, flops_notes, flops_of
 from hpc_train.analysis.scaling import Group, Row, num_ranks
 from hpc_train.analysis.strategies import Comparison, Entry, Traffic
+from hpc_train.analysis.tables import MARK, Column, Sheet, ranks_text
 from hpc_train.analysis.words import (
     amount,
     energy_text,
@@ -19,36 +20,11 @@ from hpc_train.analysis.words import (
 )
 from hpc_train.records import PHASES
 
-MARK = "*"  # on the number of ranks of an incomplete row
-
-
-@dataclass(frozen=True)
-class Column:
-    """A table's column. Text is aligned left and may be broken, numbers right and never."""
-
-    title: str
-    is_text: bool = False
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """One table in words, the same in the terminal and on the page."""
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-
 
 def sheets(group: Group) -> list[Sheet]:
-    """A group's tables: how it scaled, where the time went, what the device did, what it cost and came to."""
+    """A group's tables: how it scaled, where the time went and what was lost, what the device did, what it cost."""
     flops = [_flops_sheet(group)] if counts_flops(group) else []
-    return [_scaling_sheet(group), _phase_sheet(group), *flops, _energy_sheet(group)]
-
-
-def ranks_text(row: Row) -> str:
-    """ "4", a parameter server's "3+1" (workers + servers), marked where the runs are incomplete."""
-    ranks = f"{row.size - row.num_servers}+{row.num_servers}" if row.num_servers else str(row.size)
-    return ranks + MARK * row.incomplete
+    return [_scaling_sheet(group), _phase_sheet(group), *balance_sheets(group), *flops, _energy_sheet(group)]
 
 
 def _scaling_sheet(group: Group) -> Sheet:
@@ -248,4 +224,4 @@ def group_notes(group: Group) -> list[str]:
         notes.append(f"Energy missing for {sizes}: not every host's meter was read. Missing is not zero.")
     if any(row.num_servers for row in group.rows):
         notes.append("Ranks are workers + servers, and both count in the efficiency.")
-    return notes + (flops_notes(group) if counts_flops(group) else [])
+    return notes + balance_notes(group) + (flops_notes(group) if counts_flops(group) else [])

@@ -131,6 +131,10 @@ class TargetStudy:
     reference: TargetRow | None  # the first complete row that reached it
     notes: tuple[str, ...]
 
+    def is_of(self, group: Group) -> bool:
+        """Whether its runs are this group's, and no others."""
+        return {run for row in self.rows for run in row.runs} == {run for row in group.rows for run in row.runs}
+
     @property
     def largest(self) -> TargetRow | None:
         """The largest complete row with a speedup; of one size the fastest."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpc_train.analysis.scaling import num_ranks
-from hpc_train.analysis.sheets import MARK, Column, Sheet
+from hpc_train.analysis.tables import MARK, Column, Sheet
 from hpc_train.analysis.target import NOT_REACHED, TargetRow, TargetStudy
 from hpc_train.analysis.words import percent, ratio_interval_text, significant, times_text
 
@@ -112,19 +112,18 @@ def target_notes(study: TargetStudy) -> list[str]:
     if study.set_by is not None:
         whose = f"{num_ranks(study.set_by.size)}, batch {study.set_by.global_batch}"
         notes.append(
-            f"The target {significant(study.target, 4)} was not given: it is the worst of the runs' best smoothed losses,"
-            f" that of {whose}, so every complete run reached it. --target-loss sets another."
+            f"The target {significant(study.target, 4)} was not given: it is the worst of the runs' best smoothed"
+            f" losses, that of {whose}, so every complete run reached it. --target-loss sets another."
         )
     notes.append(
         "A run reaches the target at the first logged step at which the median of the logged losses around it (9 of"
-        " them, or 1/50 of all where that is more; a third of all where these are few) is at or below the target. Seconds"
-        " are of the loops until that step's end, warm-up and steps taken twice included, time between attempts not."
+        " them, or 1/50 of all where that is more; a third of all where these are few) is at or below the target."
+        " Seconds are of the loops until that step's end, warm-up and steps taken twice included, time between"
+        " attempts not."
     )
     notes += _why_notes(study)
     if any(len(row.reaches) > 1 for row in study.rows):
         notes.append("Intervals are from how repeats differ; seconds of repeats are their geometric mean.")
-    if any(key.endswith("weight_decay") for key in _tuned(study)):
-        notes.append("The loss is that of the data alone, without the weights' decay.")
     if any(row.incomplete for row in study.rows):
         notes.append(f"{MARK} incomplete: shown, never the reference.")
     if any(len(_seeds(row)) > 1 for row in study.rows):

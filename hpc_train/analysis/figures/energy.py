@@ -25,6 +25,7 @@ def energy_drawing(group: Group) -> Drawing | None:
         f"Energy per sample trained on, whole run, {qualities}.{hatched}",
         f"Energy per sample: {told}.",
         lambda axes: _paint(axes, rows, qualities),
+        height=0.75,
     )
 
 

@@ -12,6 +12,7 @@ from hpc_train.analysis.figures.steps import loss_drawing, time_drawings
 from hpc_train.analysis.figures.strategies import strategy_drawings
 from hpc_train.analysis.parts import Part
 from hpc_train.analysis.scaling import Group
+from hpc_train.analysis.strategies import Comparison
 from hpc_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,8 +23,10 @@ _LONGEST = 60  # letters of a group's label in a file's name
 
 def drawings(part: Part) -> list[Drawing]:
     """A part's figures; one that would show nothing is left out."""
-    if not isinstance(part.of, Group):
+    if isinstance(part.of, Comparison):
         return strategy_drawings(part.of)
+    if not isinstance(part.of, Group):
+        return []
     group = part.of
     made = [speedup_drawing(group), *time_drawings(group), loss_drawing(group), energy_drawing(group)]
     return [drawing for drawing in made if drawing is not None]
@@ -36,7 +39,7 @@ def write_figures(report: "Report", folder: Path) -> list[Path]:
     """
     contents: dict[str, bytes] = {}
     captions = []
-    for prefix, part in zip(_prefixes(report.parts), report.parts, strict=True):
+    for prefix, part in zip(prefixes(report.parts), report.parts, strict=True):
         for drawing in drawings(part):
             name = f"{prefix}-{drawing.name}"
             contents |= {f"{name}.{ending}": content for ending, content in files(drawing).items()}
@@ -56,7 +59,7 @@ def write_figures(report: "Report", folder: Path) -> list[Path]:
     return [folder / file for file in contents]
 
 
-def _prefixes(parts: list[Part]) -> list[str]:
+def prefixes(parts: list[Part]) -> list[str]:
     """A file name's beginning for each part: its label in small letters, digits and hyphens, none twice."""
     made: list[str] = []
     for part in parts:

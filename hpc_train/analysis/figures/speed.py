@@ -61,11 +61,6 @@ def _paint(axes: "Axes", group: Group, rows: list[Row], law: Law | None) -> None
                 "color": BLUE,
             }
             axes.errorbar(*points, yerr=_bars(some), fmt="o", **line)
-    largest = group.largest
-    if largest is not None and largest.efficiency is not None:
-        words = f"{times_text(largest.speedup or 0)}, {percent(largest.efficiency, 0)}"
-        place = (largest.size, largest.speedup or 0.0)
-        axes.annotate(words, place, (4, -20), textcoords="offset points", ha="right", fontsize="small")
     _scale(axes, sizes)
     axes.set(xlabel="ranks", ylabel=f"speedup over {num_ranks(base)}")
     axes.legend(loc="upper left")

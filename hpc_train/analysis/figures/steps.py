@@ -19,7 +19,7 @@ from hpc_train.analysis.figures.canvas import (
 )
 from hpc_train.analysis.load import Run
 from hpc_train.analysis.scaling import Group, Row, num_ranks
-from hpc_train.analysis.sheets import ranks_text
+from hpc_train.analysis.tables import ranks_text
 from hpc_train.analysis.words import percent, significant
 from hpc_train.records import PHASES
 
@@ -31,7 +31,7 @@ _LINE_STYLES = [(BLUE, "-"), (VERMILLION, "--"), (GREEN, "-."), (PURPLE, ":"), (
 _MOST_POINTS = 2400  # of all loss curves together: more cannot be seen, and each is a few bytes of the page
 _MOST_LINES = 12
 _READABLE = 6  # bars that differ by more than this are shown as shares, too
-_ROOM_FOR_WORDS = 6  # bars
+_ROOM_FOR_WORDS, _ROOM_FOR_NUMBERS = 6, 9  # bars
 
 
 def time_drawings(group: Group) -> list[Drawing]:
@@ -73,7 +73,7 @@ def time_drawings(group: Group) -> list[Drawing]:
 def _paint_times(axes: "Axes", rows: Sequence[Row]) -> None:
     heights = _stack(axes, rows, [{phase: 1e3 * spent for phase, spent in row.phase_s.items()} for row in rows])
     for place, row in enumerate(rows):
-        if "reduce" in row.phase_share:
+        if "reduce" in row.phase_share and len(rows) <= _ROOM_FOR_NUMBERS:
             words = " reduce" if len(rows) <= _ROOM_FOR_WORDS else ""
             label_bar(axes, place, heights[place], percent(row.phase_share["reduce"], 0) + words)
     bars_by_size(axes, rows, "time per step (ms)")

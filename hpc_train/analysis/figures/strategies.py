@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from hpc_train.analysis.figures.canvas import BLUE, SKY, VERMILLION, Drawing, legend_above
 from hpc_train.analysis.scaling import num_ranks
-from hpc_train.analysis.sheets import ranks_text
 from hpc_train.analysis.strategies import Comparison, Entry
+from hpc_train.analysis.tables import ranks_text
 from hpc_train.analysis.words import significant
 
 if TYPE_CHECKING:
