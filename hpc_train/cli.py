@@ -6,6 +6,7 @@ import socket
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -248,25 +249,47 @@ def scale(
     help="What is printed: tables for the terminal (table, the default), Markdown to paste, numbers for programs.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
-def report(runs: tuple[Path, ...], output: Path | None, figures: Path | None, kind: str | None, as_json: bool) -> None:
+@click.option(
+    "--target-loss",
+    type=float,
+    metavar="LOSS",
+    help="Compare times until this training loss; without it the best loss that every run reached.",
+)
+@click.option("--pue", type=click.FloatRange(1), help="The centre's power usage effectiveness, over [energy] pue.")
+@click.option("--co2-g-per-kwh", type=click.FloatRange(0), metavar="GRAMS", help="Of the electricity, over [energy].")
+@click.option("--price-per-kwh", type=click.FloatRange(0), metavar="PRICE", help="With --currency, over [energy].")
+@click.option("--currency", metavar="NAME", help="Of the price: EUR, say.")
+def report(
+    runs: tuple[Path, ...],
+    output: Path | None,
+    figures: Path | None,
+    kind: str | None,
+    as_json: bool,
+    **options: float | str | None,
+) -> None:
     """Speedup, efficiency and energy of RUNS (run directories, or folders of them).
 
     \b
     Example: hpc-train report runs/softmax-mnist --figures proposal/
     """
+    if options["price_per_kwh"] is not None and options["currency"] is None:
+        raise click.UsageError("--price-per-kwh needs --currency, EUR say")
     if as_json and kind not in (None, "json"):
         raise click.UsageError(f"--json is --format json, and --format {kind} is given too: leave one of them out.")
     if not launched_rank():  # under mpirun one rank reports
-        _report(runs, output, figures, "json" if as_json else kind or "table")
+        _report(runs, output, figures, "json" if as_json else kind or "table", **options)
 
 
-def _report(runs: tuple[Path, ...], output: Path | None, figures: Path | None, kind: str) -> None:
+def _report(
+    runs: tuple[Path, ...], output: Path | None, figures: Path | None, kind: str, target_loss: Any = None, **tariff: Any
+) -> None:
     """Prints the report as `kind` and writes its files. Where they are is said in the terminal's tables alone."""
     from rich.console import Console
 
+    from hpc_train.analysis.cost import Tariff
     from hpc_train.analysis.report import default_output, make_report
 
-    made = make_report(list(runs))
+    made = make_report(list(runs), Tariff(**tariff), target_loss)
     if kind == "table":
         made.print(Console())
     else:

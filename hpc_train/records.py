@@ -190,19 +190,90 @@ class Energy:
         return f"{self.joules:,.4g} J {self.quality} ({self.source})"
 
 
+# Domains of one host's file that hold those of all hosts, since Slurm counts whole steps; what else a domain holds.
+JOB_WIDE = ("nodes", "packages")
+_PACKAGES = ("package-", "dram")
+_HOLDS = {"node": ("",), "nodes": ("",), "packages": _PACKAGES, "psys": _PACKAGES}
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One domain of a host during one attempt: joules counted up since the attempt's first reading.
+
+    end_s: time of its last line; beyond time_s[-1] where the meter had stopped to answer by then.
+    """
+
+    domain: str
+    attempt: int
+    source: str
+    quality: Quality  # of the last joules that were read: a doubt stays, since joules are cumulative
+    time_s: FloatArray  # (readings,) seconds of the host's clock, never decreasing
+    joules: FloatArray  # (readings,)
+    begin_s: float
+    end_s: float
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its last line had no joules: what was drawn after the last reading is missing."""
+        return not len(self.time_s) or self.end_s > self.time_s[-1]
+
+    @property
+    def energy(self) -> Energy:
+        if self.stopped:
+            return Energy()
+        return Energy(float(self.joules[-1]), self.quality, self.source)
+
+
+def read_traces(path: Path) -> list[Trace]:
+    """Every domain of every attempt in energy/<host>.csv. Raises `BadRecord` naming path:line."""
+    by_domain: dict[tuple[str, str], list[list[str]]] = {}
+    rows = read_csv(path, ENERGY_COLUMNS).rows
+    for row in rows:
+        by_domain.setdefault((row[5], row[1]), []).append(row)
+    try:
+        return [_trace(lines) for lines in by_domain.values()]
+    except ValueError:
+        number = next(number for number, row in enumerate(rows, 2) if not _is_reading(row))
+        raise bad_line(path, number, ",".join(rows[number - 2])) from None
+
+
+def contained(domain: str, others: Iterable[str]) -> str | None:
+    """Which of the other domains of its host, or of all hosts, holds this one's joules already; None: none of them."""
+    holds = [
+        other
+        for other in others
+        if other != domain
+        and domain.startswith(_HOLDS.get(other, ()))
+        and (other in JOB_WIDE or domain not in JOB_WIDE)
+    ]
+    return holds[0] if holds else None
+
+
+def _trace(rows: list[list[str]]) -> Trace:
+    """The rows of one domain and attempt. Raises ValueError for a number that is none."""
+    known = [row for row in rows if _quality(row[3]) != "missing"]
+    # A clock that was set back while the run went on stands still until it has caught up.
+    time_s = np.maximum.accumulate(np.array([row[0] for row in rows], dtype=float))
+    joules = np.array([row[2] for row in known], dtype=float)
+    if not (np.isfinite(time_s).all() and np.isfinite(joules).all()):
+        raise ValueError("no finite number")
+    is_known = np.array([_quality(row[3]) != "missing" for row in rows])
+    last = (known or rows)[-1]
+    begin_s, end_s = float(time_s[0]), float(time_s[-1])
+    return Trace(last[1], int(last[5]), last[4], _quality(last[3]), time_s[is_known], joules, begin_s, end_s)
+
+
+def _is_reading(row: list[str]) -> bool:
+    try:
+        _trace([row])
+    except ValueError:
+        return False
+    return True
+
+
 def read_energy(path: Path) -> Energy:
     """The energy of one host: each domain's last reading in each attempt (they are cumulative since it began)."""
-    last: dict[tuple[str, str], Energy] = {}
-    for number, row in enumerate(read_csv(path, ENERGY_COLUMNS).rows, 2):
-        quality = _quality(row[3])
-        try:
-            joules = None if quality == "missing" else float(row[2])
-        except ValueError:
-            raise bad_line(path, number, ",".join(row)) from None
-        if joules is not None and not isfinite(joules):
-            raise bad_line(path, number, ",".join(row))
-        last[row[1], row[5]] = Energy(joules, quality, row[4])
-    return total_energy(last.values())
+    return total_energy(trace.energy for trace in read_traces(path))
 
 
 def _quality(text: str) -> Quality:

@@ -12,7 +12,19 @@ from hpc_train.analysis.balance import Balance
 from hpc_train.analysis.ranks import LEAVE_OUT, reduce_ranks
 from hpc_train.config import Config
 from hpc_train.errors import UserError
-from hpc_train.records import SCHEMA, Energy, FloatArray, RunSummary, read_energy, read_metrics, summarise, total_energy
+from hpc_train.records import (
+    JOB_WIDE,
+    SCHEMA,
+    Energy,
+    FloatArray,
+    RunSummary,
+    Trace,
+    contained,
+    read_metrics,
+    read_traces,
+    summarise,
+    total_energy,
+)
 from hpc_train.rundir import RunDir
 
 _MOST_RANKS = 10_000_000  # a number beyond is damage, not a run
@@ -126,7 +138,7 @@ def load(run: RunDir) -> Run:
         num_warmup=total.num_warmup,
         num_repeated=total.num_repeated,
         num_attempts=num_attempts,
-        energy=_energy(run, meta["hosts"]),
+        energy=_energy(run, meta),
         loss=loss if loss is not None else next(iter(metrics[1][-1:]), None),
         test=_test(written or {}),
         complete=not faults,
@@ -152,10 +164,33 @@ def _test(written: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _energy(run: RunDir, hosts: list[str]) -> Energy:
-    """The sum over hosts; a host without a file (or with a name that is no file name) makes it missing."""
-    readable = [Path(host).name == host and run.energy(host).is_file() for host in hosts]
-    return total_energy(read_energy(run.energy(host)) for host in hosts) if all(readable) else Energy()
+def host_traces(run: RunDir, meta: dict[str, Any]) -> dict[str, list[Trace]]:
+    """The meters' traces of each host of any attempt; [] for a host without a file, or with a name that is none."""
+    others = [each.get("hosts") for each in attempts(meta)]
+    hosts = [*meta["hosts"], *(host for some in others if isinstance(some, list) for host in some)]
+    return {
+        host: read_traces(run.energy(host)) if Path(host).name == host and run.energy(host).is_file() else []
+        for host in dict.fromkeys(map(str, hosts))
+    }
+
+
+def disjoint(traces: dict[str, list[Trace]]) -> dict[str, list[Trace]]:
+    """The traces whose joules may be added up: none that another of its host, or one of all hosts, holds already."""
+    wide = {trace.domain for of_host in traces.values() for trace in of_host if trace.domain in JOB_WIDE}
+    beside = {host: wide | {trace.domain for trace in of_host} for host, of_host in traces.items()}
+    return {
+        host: [trace for trace in of_host if not contained(trace.domain, beside[host])]
+        for host, of_host in traces.items()
+    }
+
+
+def _energy(run: RunDir, meta: dict[str, Any]) -> Energy:
+    """The sum over hosts; a host of the last attempt without readings makes it missing, unless others' hold its own."""
+    traces = host_traces(run, meta)
+    known = [trace for of_host in disjoint(traces).values() for trace in of_host]
+    if not all(traces[host] for host in meta["hosts"]) and not any(trace.domain in JOB_WIDE for trace in known):
+        return Energy()
+    return total_energy(trace.energy for trace in known)
 
 
 def _number(value: object) -> float | None:

@@ -13,6 +13,7 @@ from hpc_train.analysis.figures.steps import loss_drawing, time_drawings
 from hpc_train.analysis.figures.strategies import strategy_drawings
 from hpc_train.analysis.parts import Part
 from hpc_train.analysis.scaling import Group
+from hpc_train.analysis.strategies import Comparison
 from hpc_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ _LONGEST = 60  # letters of a group's label in a file's name
 
 def drawings(part: Part) -> list[Drawing]:
     """A part's figures; one that would show nothing is left out."""
-    if not isinstance(part.of, Group):
+    if isinstance(part.of, Comparison):
         return strategy_drawings(part.of)
+    if not isinstance(part.of, Group):
+        return []
     group = part.of
     lost = [tree_drawing(group), map_drawing(group)]
     made = [speedup_drawing(group), *time_drawings(group), *lost, energy_drawing(group), loss_drawing(group)]
