@@ -97,7 +97,8 @@ def test_every_figure_is_a_pdf_and_an_svg_whose_name_says_what_it_is(written: tu
     made, folder, paths = written
     expected = [drawing.name for part in made.parts for drawing in drawings(part)]
     first = ["speedup", "time-per-step", "share-of-step", "pop-efficiencies", "late-ranks"]
-    assert expected == [*first, "energy-per-sample", "training-loss"]
+    energy = ["energy-per-sample", "energy-by-phase", "energy-against-speedup"]
+    assert expected == [*first, *energy, "training-loss"]
     assert [path.suffix for path in paths] == [".pdf", ".svg"] * len(expected)
     assert len({path.name for path in paths}) == 2 * len(expected)
     assert all(re.fullmatch(r"[a-z0-9-]+\.(pdf|svg)", path.name) for path in paths)
