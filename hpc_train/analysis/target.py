@@ -182,7 +182,8 @@ def studies_of(
         _study(label, some, energies, target, len(groups_of) > 1)
         for label, some, groups_of in zip(labels(runs, told), runs, members, strict=True)
     ]
-    return [study for study in found if study is not None]
+    known = [study for study in found if study is not None]
+    return sorted(known, key=lambda study: (study.largest is None, study.label))  # those that compare come first
 
 
 def _study(
