@@ -42,14 +42,15 @@ def cost_sheets(energy: GroupEnergy) -> list[Sheet]:
 def _power_sheet(energy: GroupEnergy) -> Sheet:
     with_idle = any(row.net.total is not None for row in energy.rows)
     titles = ["ranks", "gross", *["above idle"] * with_idle, "loop", "per sample", *["above idle"] * with_idle]
-    titles += ["mean power", "peak power", "J s", "for 1x more speedup"]
+    compared = any(row.pays is not None for row in energy.rows)
+    titles += ["mean power", "peak power", "J s", *["for 1x more speedup"] * compared]
     rows = []
     for row in energy.rows:
         mark = row.gross.mark()
         cells = [ranks_text(row.row), row.gross.text(), *[row.net.text()] * with_idle, row.loop.text()]
         cells += [row.per_sample.text(), *[row.net_per_sample.text()] * with_idle]
         cells += [_marked(row.mean_w, "W", mark), _marked(row.peak_w, "W", mark)]
-        rows.append((*cells, _marked(row.edp_js, "Js", row.loop.mark()), _marginal(row)))
+        rows.append((*cells, _marked(row.edp_js, "Js", row.loop.mark()), *[_marginal(row)] * compared))
     what = "gross: the whole; above idle: less the draw at rest; loop: the steps" if with_idle else "loop: the steps"
     return Sheet(f"Energy of a run ({what})", tuple(map(Column, titles)), tuple(rows))
 
