@@ -261,16 +261,16 @@ def test_where_more_hardware_stops_paying(tmp_path: Path) -> None:
     assert marginal == pytest.approx([300, 1440], rel=1e-3)
     assert [row.pays for row in found.rows] == [None, True, False]
     assert verdict(found) == (
-        "More hardware stops paying beyond 2 ranks (joules times seconds grow): from 2 to 4 ranks each 1x of speedup"
-        " costs 1.44 kJ, and 300 J before"
+        "More hardware stops paying beyond 2 ranks (joules times seconds grow): from 2 to 4 ranks each unit of"
+        " speedup gained costs 1.44 kJ; before that a unit cost 300 J"
     )
     assert found.rows[0].per_sample.total == pytest.approx(1000 / 120_000)
 
 
 def test_hardware_that_still_pays_and_that_saves(tmp_path: Path) -> None:
     assert verdict(sizes(tmp_path, 100.0, 100.0)) == (
-        "More hardware still pays at 2 ranks, the largest size (1.67x): from 1 to 2 ranks each 1x of speedup saves"
-        " 600 J"
+        "More hardware still pays at 2 ranks, the largest size (1.67x): from 1 to 2 ranks each unit of speedup gained"
+        " saves 600 J"
     )
 
 
@@ -278,7 +278,7 @@ def test_the_centres_figures_are_given_never_assumed(tmp_path: Path) -> None:
     without = sizes(tmp_path / "a", 3600.0)
     row = without.rows[0]
     assert (row.facility_j, row.co2_g, row.price) == (None, None, None)
-    assert len(cost_sheets(without)) == 3
+    assert len(cost_sheets(without)) == 4
     found = sizes(tmp_path / "b", 3600.0, tariff=Tariff(1.2, 400.0, 0.3, "EUR"))
     row = found.rows[0]  # 36 kJ are 0.01 kWh
     assert row.facility_j == pytest.approx(43_200)
@@ -304,8 +304,13 @@ def test_words_and_records_agree(tmp_path: Path) -> None:
     assert tuple(record) == COST_COLUMNS
     assert (record["joules_measured"], record["joules_estimated"], record["joules_net"]) == (1200.0, 0.0, None)
     assert record["mean_w"] == 200.0 and record["joules_reduce"] == pytest.approx(120, rel=1e-3)
-    power = cost_sheets(found)[0]
-    assert dict(zip((c.title for c in power.columns), power.rows[1], strict=True))["for 1x more speedup"] == "300 J"
+    parts, power, phases, places = cost_sheets(found)
+    assert (
+        parts.rows[1] == ("2", "1.20 kJ", "1.20 kJ", "0 J") and [c.title for c in parts.columns][-1] == "outside steps"
+    )
+    assert power.rows[1] == ("2", "200 W", "200 W", "7.20 kJ s", "300 J") and power.rows[0][-1] == "-"
+    assert "by phase, J (estimates" in phases.title and phases.rows[1][1] == "120"
+    assert places.rows[1] == ("2", "1.20 kJ", "600 J each") and "divided equally" in places.title
 
 
 def test_without_any_meter_there_is_nothing_to_show(tmp_path: Path) -> None:

@@ -36,23 +36,31 @@ def cost_sheets(energy: GroupEnergy) -> list[Sheet]:
     """A group's tables of energy; none where no meter was read and nothing was estimated."""
     if not energy.known:
         return []
-    return [_power_sheet(energy), _phase_sheet(energy), _place_sheet(energy), *_price_sheets(energy)]
+    kinds = [_parts_sheet(energy), _power_sheet(energy), _phase_sheet(energy), _place_sheet(energy)]
+    return [*kinds, *_price_sheets(energy)]
+
+
+def _parts_sheet(energy: GroupEnergy) -> Sheet:
+    with_idle = any(row.net.total is not None for row in energy.rows)
+    titles = ["ranks", "gross", "loop", "outside steps", *["above idle", "above idle per sample"] * with_idle]
+    rows = []
+    for row in energy.rows:
+        cells = [ranks_text(row.row), row.gross.text(), row.loop.text(), row.outside.text()]
+        rows.append((*cells, *[row.net.text(), row.net_per_sample.text()] * with_idle))
+    idle = "; above idle: less the draw at rest" * with_idle
+    return Sheet(f"Energy of a run (gross: all of it; loop: the steps{idle})", tuple(map(Column, titles)), tuple(rows))
 
 
 def _power_sheet(energy: GroupEnergy) -> Sheet:
-    with_idle = any(row.net.total is not None for row in energy.rows)
-    titles = ["ranks", "gross", *["above idle"] * with_idle, "loop", "per sample", *["above idle"] * with_idle]
-    compared = any(row.pays is not None for row in energy.rows)
-    titles += ["mean power", "peak power", "J s", *["for 1x more speedup"] * compared]
+    with_marginal = any(row.pays is not None for row in energy.rows)
+    titles = ["ranks", "mean power", "peak power", "energy x delay", *["per unit of speedup gained"] * with_marginal]
     rows = []
     for row in energy.rows:
         mark = row.gross.mark()
-        cells = [ranks_text(row.row), row.gross.text(), *[row.net.text()] * with_idle, row.loop.text()]
-        cells += [row.per_sample.text(), *[row.net_per_sample.text()] * with_idle]
-        cells += [_marked(row.mean_w, "W", mark), _marked(row.peak_w, "W", mark)]
-        rows.append((*cells, _marked(row.edp_js, "Js", row.loop.mark()), *[_marginal(row)] * compared))
-    what = "gross: the whole; above idle: less the draw at rest; loop: the steps" if with_idle else "loop: the steps"
-    return Sheet(f"Energy of a run ({what})", tuple(map(Column, titles)), tuple(rows))
+        cells = [ranks_text(row.row), _marked(row.mean_w, "W", mark), _marked(row.peak_w, "W", mark)]
+        cells += [_marked(row.edp_js, "J s", row.loop.mark()), *[_marginal(row)] * with_marginal]
+        rows.append(tuple(cells))
+    return Sheet("Power, and what speed costs", tuple(map(Column, titles)), tuple(rows))
 
 
 def _marked(value: float | None, unit: str, mark: str) -> str:
@@ -66,15 +74,24 @@ def _marginal(row: RowEnergy) -> str:
 
 
 def _phase_sheet(energy: GroupEnergy) -> Sheet:
+    """In one unit, which the title says: that these are estimates is said there, too."""
     with_servers = any(row.servers for row in energy.rows)
     phases = [phase for phase in PHASES if any(phase in row.phases for row in energy.rows)]
-    titles = ["ranks", *phases, *["servers"] * with_servers, "outside steps"]
+    most = max((joules.known for row in energy.rows for joules in row.phases.values()), default=0.0)
+    scale, unit = next((pair for pair in ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J")) if most >= pair[0]), (1e-3, "mJ"))
     rows = []
     for row in energy.rows:
-        cells = [ranks_text(row.row), *(row.phases[phase].text() if phase in row.phases else "-" for phase in phases)]
-        rows.append((*cells, *[_total(row.servers).text()] * with_servers, row.outside.text()))
-    title = "Energy of a run by phase (attributed by time, not measured; reduce: exposed communication)"
+        parts = [row.phases.get(phase) for phase in phases] + [_total(row.servers)] * with_servers
+        rows.append((ranks_text(row.row), *(_number_text(part, scale) for part in parts)))
+    titles = ["ranks", *phases, *["servers"] * with_servers]
+    title = f"Energy of the loop by phase, {unit} (estimates, attributed by time; reduce: exposed communication)"
     return Sheet(title, tuple(map(Column, titles)), tuple(rows))
+
+
+def _number_text(joules: Joules | None, scale: float) -> str:
+    if joules is None:
+        return "-"
+    return "missing" if joules.total is None else significant(joules.total / scale) + " shared" * joules.shared
 
 
 def _place_sheet(energy: GroupEnergy) -> Sheet:
@@ -82,22 +99,25 @@ def _place_sheet(energy: GroupEnergy) -> Sheet:
     for row in energy.rows:
         nodes = [part for run in row.runs for part in run.nodes.items()]
         ranks = [(f"rank {rank}", joules) for run in row.runs for rank, joules in run.ranks.items()]
-        rows.append((ranks_text(row.row), *_extremes(nodes), *_extremes(ranks)))
-    titles = (("ranks", False), ("least of a node", True), ("most of a node", True))
-    titles += (("least of a rank", True), ("most of a rank", True))  # type: ignore[assignment]
-    columns = tuple(Column(title, is_text) for title, is_text in titles)
+        rows.append((ranks_text(row.row), _spread(nodes), _spread(ranks, row.gross.mark())))
     rules = dict.fromkeys(run.rest_rule for row in energy.rows for run in row.runs if run.ranks)
-    rule = f"; the rest of a node is shared {' or '.join(rules)} by its ranks: estimated" if rules else ""
-    return Sheet(f"Energy by node and rank (a GPU's joules are its rank's{rule})", columns, tuple(rows))
+    rule = (
+        f"; the rest of its node is divided {' or '.join(rules)} among ranks, which no meter confirms" if rules else ""
+    )
+    columns = (Column("ranks"), Column("of a node", is_text=True), Column("of a rank", is_text=True))
+    return Sheet(f"Energy by node and rank (a rank has its GPU's joules{rule})", columns, tuple(rows))
 
 
-def _extremes(parts: list[tuple[str, Joules]]) -> tuple[str, str]:
-    """The least and the most of what is known, each with its name; "-" where nothing is."""
+def _spread(parts: list[tuple[str, Joules]], mark: str | None = None) -> str:
+    """ "20.0 J (c0) to 22.0 J (c3)", "20.0 J each", "missing", or "-" for none. mark: in the place of their own."""
     known = [(name, joules) for name, joules in parts if joules.total is not None]
     if not known:
-        return ("missing", "missing") if parts else ("-", "-")
-    least, most = (end(known, key=lambda part: part[1].known) for end in (min, max))
-    return tuple(f"{joules.text()} ({plain(name)})" for name, joules in (least, most))  # type: ignore[return-value]
+        return "missing" if parts else "-"
+    low, high = (end(known, key=lambda part: part[1].known) for end in (min, max))
+    least, most = (amount(joules.known, "J") + (joules.mark() if mark is None else mark) for _, joules in (low, high))
+    if least == most:
+        return f"{most} each" if len(known) > 1 else most
+    return f"{least} ({plain(low[0])}) to {most} ({plain(high[0])})"
 
 
 def _price_sheets(energy: GroupEnergy) -> list[Sheet]:
@@ -151,7 +171,7 @@ def cost_notes(energy: GroupEnergy) -> list[str]:
     if len({run.summary.num_samples for row in energy.rows for run in row.row.runs}) > 1:
         notes.append(
             "Runs trained on different numbers of samples: J s, joules times seconds of the loop, are not of equal"
-            " work; what 1x more speedup costs is, for as many samples as the baseline's."
+            " work; what a unit of speedup costs is, for as many samples as the baseline's."
         )
     return notes + _tariff_notes(energy)
 
@@ -214,12 +234,12 @@ def verdict(energy: GroupEnergy) -> str:
     if row.marginal is None:
         price = f"{step} nothing is gained"
     elif row.marginal.known < 0:
-        price = f"{step} each 1x of speedup saves {(row.marginal * -1).text()}"
+        price = f"{step} each unit of speedup gained saves {(row.marginal * -1).text()}"
     else:
-        price = f"{step} each 1x of speedup costs {row.marginal.text()}"
+        price = f"{step} each unit of speedup gained costs {row.marginal.text()}"
     earlier = judged[judged.index(row) - 1] if judged.index(row) else None
     if worse and earlier and earlier.marginal is not None and earlier.marginal.known > 0:
-        price += f", and {earlier.marginal.text()} before"
+        price += f"; before that a unit cost {earlier.marginal.text()}"
     if worse:
         return f"More hardware stops paying beyond {num_ranks(last.row.size)} (joules times seconds grow): {price}"
     speed = times_text(row.row.speedup or 1.0)

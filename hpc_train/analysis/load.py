@@ -190,7 +190,9 @@ def _energy(run: RunDir, meta: dict[str, Any]) -> Energy:
     known = [trace for of_host in disjoint(traces).values() for trace in of_host]
     if not all(traces[host] for host in meta["hosts"]) and not any(trace.domain in JOB_WIDE for trace in known):
         return Energy()
-    return total_energy(trace.energy for trace in known)
+    total = total_energy(trace.energy for trace in known)
+    is_shared = any(was is True for was in section(section(meta, "energy"), "shared").values())
+    return replace(total, source=f"{total.source} (node shared)") if is_shared and total.joules is not None else total
 
 
 def _number(value: object) -> float | None:
