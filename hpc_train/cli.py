@@ -12,6 +12,7 @@ import click
 from hpc_train import __version__
 from hpc_train.bench import bench
 from hpc_train.cli_data import data
+from hpc_train.cli_plan import plan
 from hpc_train.cli_prepare import prepare, stage
 from hpc_train.config import dumps, load
 from hpc_train.errors import JointFailure, UserError, require
@@ -261,6 +262,7 @@ def _report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
         click.echo(f"Report: {page}")
 
 
+cli.add_command(plan)
 cli.add_command(bench)
 
 

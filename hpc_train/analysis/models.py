@@ -101,7 +101,9 @@ def _nonnegative(columns: FloatArray, step_s: FloatArray, scale: FloatArray) -> 
 def _need(points: Points, sizes: int) -> None:
     if len(points.ranks) < sizes:
         have = len(points.ranks)
-        raise TooFewSizes(f"{sizes} parameters need {sizes} sizes, and {have} {'was' if have == 1 else 'were'} measured")
+        raise TooFewSizes(
+            f"{sizes} parameters need {sizes} sizes, and {have} {'was' if have == 1 else 'were'} measured"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- Extra-P

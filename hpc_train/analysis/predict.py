@@ -279,4 +279,3 @@ def _notes(points: Points, chosen: Candidate) -> list[str]:
     if points.network is not None and points.gradient_bytes is None:
         notes.append("The network's costs are not used: the size of the gradients is unknown (--gradient-bytes).")
     return notes
-

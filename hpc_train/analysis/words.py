@@ -60,3 +60,22 @@ def amount(value: float | None, unit: str) -> str:
     powers = zip((1e15, 1e12, 1e9, 1e6, 1e3, 1.0, 1e-3, 1e-6), ("P", "T", "G", "M", "k", "", "m", "u"), strict=True)
     power, prefix = next((pair for pair in powers if abs(value) >= pair[0]), (1.0, ""))
     return f"{significant(value / power)} {prefix}{unit}"
+
+
+def duration_text(seconds: float | None) -> str:
+    """ "5.20 h": three digits in the unit that people plan in."""
+    if seconds is None:
+        return "-"
+    if seconds >= 100 * 365.25 * 86400:
+        return f"{significant(seconds)} s"
+    for unit, length in (("years", 365.25 * 86400), ("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length or (unit == "h" and seconds >= length):
+            return f"{significant(seconds / length)} {unit}"
+    return amount(seconds, "s")
+
+
+def energy_amount(joules: float | None) -> str:
+    """ "12.3 kWh", and joules below a watt-hour."""
+    if joules is None:
+        return "missing"
+    return amount(joules / 3600, "Wh") if joules >= 3600 else amount(joules, "J")
