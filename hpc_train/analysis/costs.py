@@ -1,9 +1,8 @@
-"""What a prediction is multiplied with: the work to do, the joules it takes, and what an all-reduce was measured to cost."""
+"""What goes into a plan beside step times: the work to do, the joules it takes, what an all-reduce costs."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ _SMOOTHED = 5  # recorded losses that a running mean takes: one batch's luck is 
 class Work:
     """Samples to train: `samples` + `steps` times the global batch.
 
-    A number of steps at a fixed global batch is all steps. In weak scaling the batch grows with the ranks: then a loss is
-    reached after S = S_min (1 + B_crit/B) steps of batch B, which is S_min B_crit + S_min B samples (McCandlish et al.,
-    "An Empirical Model of Large-Batch Training", arXiv:1812.06162, 2018, equation 2.12).
+    A number of steps at a fixed global batch is all steps. In weak scaling the batch grows with the ranks: then a loss
+    is reached after S = S_min (1 + B_crit/B) steps of batch B, which is S_min B_crit + S_min B samples (McCandlish et
+    al., "An Empirical Model of Large-Batch Training", arXiv:1812.06162, 2018, equation 2.12).
     """
 
     samples: float
@@ -108,7 +107,7 @@ def _steps_to(run: Run, loss: float) -> int | None:
 
 
 def power(points: Points) -> Power | None:
-    """The joules of the measured sizes as a draw of each node and a cost of each sample; None where they are missing."""
+    """The measured joules as a draw of each node and a cost of each sample; None where they are missing."""
     is_known = np.isfinite(points.joules_per_step)
     if not is_known.any():
         return None
@@ -149,7 +148,7 @@ def _split(points: Points, joules: FloatArray, node_s: FloatArray, samples: Floa
 
 
 def read_network(path: Path, strategy: str = "horovod") -> Network:
-    """Alpha and beta out of what `hpc-train bench allreduce` wrote: on the most ranks of one node, and the most nodes."""
+    """Alpha and beta as `hpc-train bench allreduce` wrote them: on most ranks of one node, and of several."""
     remedy = "Give a file that hpc-train bench allreduce wrote."
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -165,13 +164,12 @@ def read_network(path: Path, strategy: str = "horovod") -> Network:
     mine = [each for each in fits if each.get("strategy") == used]
     inside = max((each for each in mine if each["nodes"] == 1), key=lambda each: each["ranks"], default=None)
     between = max((each for each in mine if each["nodes"] > 1), key=lambda each: each["ranks"], default=None)
-    return Network(
-        inside and float(inside["alpha_s"]),
-        inside and float(inside["beta_s_per_byte"]),
-        between and float(between["alpha_s"]),
-        between and float(between["beta_s_per_byte"]),
-        f"{path.name}, {used}",
-    )
+    alpha_beta = [
+        None if each is None else float(each[cost])
+        for each in (inside, between)
+        for cost in ("alpha_s", "beta_s_per_byte")
+    ]
+    return Network(*alpha_beta, source=f"{path.name}, {used}")
 
 
 def _is_fit(each: dict[str, Any]) -> bool:
@@ -182,7 +180,7 @@ def _is_fit(each: dict[str, Any]) -> bool:
     )
 
 
-def node_steps(most: int, also: Sequence[int]) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, ... up to `most`, and what was measured."""
+def node_steps(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... up to `most`, which is one of them."""
     counts = {1 << bit for bit in range(most.bit_length())} | {3 << bit for bit in range(most.bit_length())}
-    return sorted({count for count in counts | set(also) | {most} if 1 <= count <= ceil(most)})
+    return sorted({count for count in counts | {most} if count <= most})

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpc_train.analysis.models import LAST_MESSAGE_SHARE, Algorithm, Fit, TooFewSizes, expected_maximum, residual_scale
 from hpc_train.analysis.points import Points
@@ -40,11 +41,11 @@ def fit_mechanism(points: Points, algorithm: Algorithm) -> Fit:
     """T(N) = fixed + compute share + noise E[max of N] share + input + exposed(N), seconds.
 
     share: samples of a rank relative to the smallest size (1 in weak scaling, where fixed and compute are one).
-    exposed(N) = 0.05 C + max(0, 0.95 C - overlap compute share), the communication that the backward pass does not hide;
+    exposed(N) = 0.05 C + max(0, 0.95 C - overlap compute share): communication that the backward pass does not hide.
     C(N) = messages latency + 2(N-1)/N transfer, for a ring with 2(N-1) messages, for a tree with 2 log2 N (Thakur,
-    Rabenseifner and Gropp, "Optimization of collective communication operations in MPICH", IJHPCA 19(1), 2005). transfer:
-    seconds to move one gradient over the slowest link of the ring, which is one within a node while all ranks share one,
-    and the network's, slower, as soon as they do not: hence two. Raises `TooFewSizes`.
+    Rabenseifner and Gropp, "Optimization of collective communication operations in MPICH", IJHPCA 19(1), 2005).
+    transfer: seconds to move one gradient over the slowest link of the ring, which is one within a node while all ranks
+    share one, and the network's, slower, as soon as they do not: hence two. Raises `TooFewSizes`.
     """
     names = _free(points)
     parts = _parts(points, points.ranks, names, algorithm)
@@ -54,7 +55,7 @@ def fit_mechanism(points: Points, algorithm: Algorithm) -> Fit:
         return _parts(points, ranks, names, algorithm).step_s(values)[0]
 
     def refit(step_s: FloatArray, near: FloatArray | None = None) -> FloatArray:
-        starts = _starts(names, step_s[0], points.overlap) if near is None else [near]
+        starts = _starts(names, step_s[0], points.overlap) if near is None else [near + 1e-12 * step_s[0]]
         return min((_solve(parts, step_s, scale, start) for start in starts), key=lambda found: found[0])[1]
 
     best = refit(points.step_s)
@@ -115,19 +116,13 @@ def _parts(points: Points, ranks: IntArray, names: tuple[str, ...], algorithm: A
         "latency_between_s": np.where(is_between, messages, 0.0),
     }
     hides = {"compute_s": points.overlap * share}
-    return _Parts(
-        names,
-        *(
-            np.stack([columns.get(name, zero) for name in names], axis=1) if names else np.zeros((len(n), 0))
-            for columns in (computing, sending)
-        ),
-        known_s=_known(points, messages, moved, is_between),
-        hides=np.stack([hides.get(name, zero) for name in names], axis=1),
-        input_s=_input(points, ranks),
+    computed, sent, hidden = (
+        np.stack([columns.get(name, zero) for name in names], axis=1) for columns in (computing, sending, hides)
     )
+    return _Parts(names, computed, sent, _known(points, messages, moved, is_between), hidden, _input(points, ranks))
 
 
-def _known(points: Points, messages: FloatArray, moved: FloatArray, is_between: FloatArray) -> FloatArray:
+def _known(points: Points, messages: FloatArray, moved: FloatArray, is_between: NDArray[np.bool_]) -> FloatArray:
     """Communication that a benchmark measured, at each of the sizes."""
     network, size = points.network, points.gradient_bytes or 0.0
     inside, between = _pinned(points)
@@ -190,4 +185,5 @@ def _solve(parts: _Parts, step_s: FloatArray, scale: FloatArray, start: FloatArr
         xtol=1e-6,
         max_nfev=60,
     )
-    return float(found.cost), np.asarray(found.x)
+    # The solver stays inside its bounds: a part that is none comes out as a tiny one.
+    return float(found.cost), np.where(found.x < 1e-9 * step_s[0], 0.0, found.x)

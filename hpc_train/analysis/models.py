@@ -115,8 +115,8 @@ _LOGS = (0, 1, 2)
 def fit_extra_p(points: Points) -> Fit:
     """T(N) = share(N) (c0 + c1 N^i log2(N)^j): Extra-P's normal form with one term, i and j from its search space.
 
-    Calotoiu et al., "Using automated performance modeling to find scalability bugs in complex codes", SC 2013. As there,
-    the term is the one with the least error over leave-one-out fits.
+    Calotoiu et al., "Using automated performance modeling to find scalability bugs in complex codes", SC 2013. As
+    there, the term is the one with the least error over leave-one-out fits.
     """
     if len(points.ranks) < 3:
         raise TooFewSizes(f"3 parameters (c0, c1 and a term) need 3 sizes, and {len(points.ranks)} are there")

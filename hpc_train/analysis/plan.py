@@ -66,12 +66,13 @@ class Plan:
 def make_plan(
     prediction: Prediction, work: Work | None = None, limits: Limits | None = None, sizes: Sequence[int] = ()
 ) -> Plan:
-    """Weighs whole nodes up to `limits.max_nodes` (by default `FAR` times the largest measured), or just `sizes` ranks.
+    """Weighs whole nodes up to `limits.max_nodes` (by default `FAR` times the largest measured), or `sizes` alone.
 
-    With a deadline the fewest nodes that meet it are best, with budgets alone the fastest within them. Without either it
-    is the knee, the most speedup x efficiency, beyond which nodes cost more than they save (Eager, Zahorjan and Lazowska,
-    "Speedup versus efficiency in parallel systems", IEEE Transactions on Computers 38(3), 1989). A limit counts as kept
-    where the unfavourable end of the 95% interval keeps it. Raises `UserError` for limits that nothing is known for.
+    With a deadline the fewest nodes that meet it are best, with budgets alone the fastest within them. Without either
+    it is the knee, the most speedup x efficiency, beyond which nodes cost more than they save (Eager, Zahorjan and
+    Lazowska, "Speedup versus efficiency in parallel systems", IEEE Transactions on Computers 38(3), 1989). A limit
+    counts as kept where the unfavourable end of the 95% interval keeps it. Raises `UserError` for limits on what is
+    not known.
     """
     limits = limits or Limits()
     joules = power(prediction.points)
@@ -106,8 +107,9 @@ def _sizes(prediction: Prediction, limits: Limits, sizes: Sequence[int]) -> list
     else:
         largest = int(points.nodes(points.ranks)[-1])
         most = limits.max_nodes or int(FAR * largest)
-        measured = points.nodes(points.ranks).tolist()
-        ranks = [nodes * per_node for nodes in node_steps(most, measured if limits.max_nodes is None else [])]
+        ranks = [nodes * per_node for nodes in node_steps(most)]
+        if not prediction.reachable(2 * per_node):  # one node is all that is known: look at parts of it
+            ranks = [size for size in node_steps(per_node) if size >= points.ranks[0]]
     if not points.weak and points.batch > 1:
         ranks = [size for size in ranks if size <= points.batch] or [points.largest]
     reachable = [size for size in ranks if prediction.reachable(size)]
@@ -152,11 +154,15 @@ def _broken(option: Option, limits: Limits) -> list[str]:
     for span, limit, name, told in (
         (option.time_interval_s, limits.deadline_s, "the deadline", duration_text),
         (option.energy_interval_j, limits.energy_j, "the energy budget", energy_amount),
-        (option.node_hours_interval, limits.node_hours, "the node-hours", lambda hours: f"{significant(hours)} h"),
+        (option.node_hours_interval, limits.node_hours, "the budget", _node_hours),
     ):
         if limit is not None and span is not None and span[1] > limit:
-            broken.append(f"{name} of {told(limit)} ({told(span[0])} to {told(span[1])})")
+            broken.append(f"{name} of {told(limit)} (up to {told(span[1])})")
     return broken
+
+
+def _node_hours(hours: float) -> str:
+    return f"{significant(hours)} node-hours"
 
 
 # ---------------------------------------------------------------------------------------------- choosing
@@ -225,7 +231,7 @@ def _fewer(before: Option, chosen: Option, limits: Limits) -> str:
 
 def nodes_text(points: Points, option: Option) -> str:
     """ "16 nodes", or ranks where nodes are not known."""
-    if points.ranks_per_node is None:
+    if points.ranks_per_node is None or option.forecast.ranks < points.ranks_per_node:
         return f"{option.forecast.ranks} rank{'s' * (option.forecast.ranks != 1)}"
     return f"{option.nodes} node{'s' * (option.nodes != 1)}"
 

@@ -5,9 +5,8 @@ from typing import Any
 
 from hpc_train.analysis.plan import Option, Plan, nodes_text
 from hpc_train.analysis.predict import Candidate, Forecast, Prediction
-from hpc_train.analysis.scaling import Interval
 from hpc_train.analysis.sheets import Column, Sheet
-from hpc_train.analysis.words import duration_text, energy_amount, interval_text, ms_text, percent, significant
+from hpc_train.analysis.words import duration_text, energy_amount, percent, significant, with_interval
 
 SCHEMA = 1
 
@@ -43,20 +42,17 @@ def answer(plan: Plan) -> list[str]:
 def _takes(option: Option, plan: Plan) -> str:
     if option.time_s is None:
         forecast = option.forecast
-        span = _span(forecast.samples_per_s_interval, significant)
-        return f"{significant(forecast.samples_per_s)} samples/s ({span}), efficiency {percent(forecast.efficiency, 0)}"
-    told = [f"{duration_text(option.time_s)} ({_span(option.time_interval_s, duration_text)})"]
-    told.append(f"{significant(option.node_hours)} node-hours ({_span(option.node_hours_interval, significant)})")
-    if option.energy_j is None:
-        return ", ".join([*told, "energy missing"])
-    estimate = " est." if plan.power is not None and plan.power.quality == "estimated" else ""
+        rate = with_interval(forecast.samples_per_s, forecast.samples_per_s_interval)
+        return f"{rate} samples/s, efficiency {percent(forecast.efficiency, 0)}"
+    estimate = "estimated " if plan.power is not None and plan.power.quality == "estimated" else ""
+    energy = energy_amount(option.energy_j, option.energy_interval_j) if option.energy_j is not None else "missing"
     return ", ".join(
-        [*told, f"{energy_amount(option.energy_j)}{estimate} ({_span(option.energy_interval_j, energy_amount)})"]
+        [
+            duration_text(option.time_s, option.time_interval_s),
+            f"{with_interval(option.node_hours, option.node_hours_interval)} node-hours",
+            f"energy {estimate}{energy}",
+        ]
     )
-
-
-def _span(interval: Interval | None, told: Any) -> str:
-    return "-" if interval is None else f"{told(interval[0])} to {told(interval[1])}"
 
 
 def sheets(plan: Plan) -> list[Sheet]:
@@ -65,22 +61,24 @@ def sheets(plan: Plan) -> list[Sheet]:
 
 def _options_sheet(plan: Plan) -> Sheet:
     points = plan.prediction.points
-    titles = ["nodes", "ranks"] if points.ranks_per_node else ["ranks"]
-    titles += ["step (ms)", "95% interval", "samples/s", "efficiency"]
-    titles += ["time", "95% interval", "node-hours", "energy", "95% interval"] if plan.work else []
+    titles = ["nodes"] * bool(points.ranks_per_node) + ["ranks"]
+    titles += ["time", "energy", "node-hours"] if plan.work else ["step (ms)", "samples/s"]
     rows = []
     for option in plan.options:
         forecast = option.forecast
-        mark = " <-" if option is plan.chosen else ""
-        first = [str(option.nodes), f"{forecast.ranks}"] if points.ranks_per_node else [f"{forecast.ranks}"]
-        cells = [*first[:-1], first[-1] + mark, ms_text(forecast.step_s), interval_text(forecast.step_interval_s, 1e3)]
-        cells += [significant(forecast.samples_per_s, 4), percent(forecast.efficiency, 0)]
+        low, high = forecast.step_interval_s
+        cells = [str(option.nodes)] * bool(points.ranks_per_node)
+        cells.append(f"{forecast.ranks}{' <-' * (option is plan.chosen)}")
         if plan.work:
-            cells += [duration_text(option.time_s), _span(option.time_interval_s, duration_text)]
-            cells += [significant(option.node_hours), energy_amount(option.energy_j)]
-            cells.append(_span(option.energy_interval_j, energy_amount))
-        rows.append(tuple(cells))
-    return Sheet("What could be asked for (<- recommended)", tuple(map(Column, titles)), tuple(rows))
+            cells.append(duration_text(option.time_s, option.time_interval_s))
+            cells.append(energy_amount(option.energy_j, option.energy_interval_j))
+            cells.append(with_interval(option.node_hours, option.node_hours_interval))
+        else:
+            cells.append(with_interval(forecast.step_s * 1e3, (low * 1e3, high * 1e3)))
+            cells.append(significant(forecast.samples_per_s, 4))
+        rows.append((*cells, percent(forecast.efficiency, 0)))
+    title = "What could be asked for (95% intervals; <- recommended)"
+    return Sheet(title, tuple(map(Column, [*titles, "efficiency"])), tuple(rows))
 
 
 def models_sheet(prediction: Prediction) -> Sheet:

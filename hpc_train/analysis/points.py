@@ -71,7 +71,7 @@ class Points:
 
     def nodes(self, ranks: FloatArray | IntArray) -> IntArray:
         """Nodes that so many ranks fill; every rank is one where ranks_per_node is unknown."""
-        return np.ceil(np.asarray(ranks) / (self.ranks_per_node or 1)).astype(int)
+        return np.asarray(-(-np.asarray(ranks, dtype=int) // (self.ranks_per_node or 1)))
 
     def first(self, count: int) -> "Points":
         """The `count` smallest sizes alone: what the largest are held out from."""

@@ -273,9 +273,8 @@ def _notes(points: Points, chosen: Candidate) -> list[str]:
     misses = fit(points.ranks) / points.step_s - 1
     worst = int(np.argmax(np.abs(misses)))
     if abs(misses[worst]) > 0.1:
-        notes.append(
-            f"{num_ranks(int(points.ranks[worst]))}: the model misses the measured time by {100 * abs(misses[worst]):.0f}%."
-        )
+        size = num_ranks(int(points.ranks[worst]))
+        notes.append(f"{size}: the model misses the measured time by {100 * abs(misses[worst]):.0f}%.")
     if points.network is not None and points.gradient_bytes is None:
         notes.append("The network's costs are not used: the size of the gradients is unknown (--gradient-bytes).")
     return notes
