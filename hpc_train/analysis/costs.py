@@ -164,12 +164,11 @@ def read_network(path: Path, strategy: str = "horovod") -> Network:
     mine = [each for each in fits if each.get("strategy") == used]
     inside = max((each for each in mine if each["nodes"] == 1), key=lambda each: each["ranks"], default=None)
     between = max((each for each in mine if each["nodes"] > 1), key=lambda each: each["ranks"], default=None)
-    alpha_beta = [
-        None if each is None else float(each[cost])
-        for each in (inside, between)
-        for cost in ("alpha_s", "beta_s_per_byte")
-    ]
-    return Network(*alpha_beta, source=f"{path.name}, {used}")
+    return Network(*_alpha_beta(inside), *_alpha_beta(between), f"{path.name}, {used}")
+
+
+def _alpha_beta(each: dict[str, Any] | None) -> tuple[float | None, float | None]:
+    return (None, None) if each is None else (float(each["alpha_s"]), float(each["beta_s_per_byte"]))
 
 
 def _is_fit(each: dict[str, Any]) -> bool:

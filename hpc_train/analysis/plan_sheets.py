@@ -25,7 +25,7 @@ def answer(plan: Plan) -> list[str]:
         )
         return [f"Nothing to ask for: {plan.reason}. The largest looked at may break it, too: {broken}"]
     size = nodes_text(points, chosen)
-    ranks = "" if points.ranks_per_node is None else f" ({chosen.forecast.ranks} ranks)"
+    ranks = f" ({chosen.forecast.ranks} ranks)" * ("node" in size)
     lines = [f"Ask for {size}{ranks}: {_takes(chosen, plan)}", f"Why: {plan.reason}."]
     if plan.why_not_smaller:
         lines.append(f"Not fewer: {plan.why_not_smaller}.")
