@@ -9,8 +9,9 @@ from hpc_train.analysis.models import LAST_MESSAGE_SHARE, Algorithm, Fit, TooFew
 from hpc_train.analysis.points import Points
 from hpc_train.records import FloatArray, IntArray
 
-_PRIOR = 1.0  # a part of a step, in units of the smallest size's whole, that costs one standard error
 _OUTLIER = 2.0  # standard errors beyond which a size pulls no harder
+_MOST_ITERATIONS = 40
+_PARTS_OF_A_STEP = (1.0, 0.5, 0.25, 0.125, 0.03)
 # Given up in this order where there are more parts than sizes: the first need the longest arm to be seen at all.
 _GIVEN_UP = ("latency_between_s", "noise_s", "fixed_s", "transfer_inside_s")
 
@@ -55,7 +56,7 @@ def fit_mechanism(points: Points, algorithm: Algorithm) -> Fit:
         return _parts(points, ranks, names, algorithm).step_s(values)[0]
 
     def refit(step_s: FloatArray, near: FloatArray | None = None) -> FloatArray:
-        starts = _starts(names, step_s[0], points.overlap) if near is None else [near + 1e-12 * step_s[0]]
+        starts = _starts(names, step_s[0], points.overlap) if near is None else [near]
         return min((_solve(parts, step_s, scale, start) for start in starts), key=lambda found: found[0])[1]
 
     best = refit(points.step_s)
@@ -154,36 +155,37 @@ def _starts(names: tuple[str, ...], whole_s: float, overlap: float) -> list[Floa
     common = {"compute_s": whole_s, "fixed_s": 0.05 * whole_s, "noise_s": 0.02 * whole_s, "latency_between_s": 0.0}
     guesses = [(0.05, 0.05), (0.05, 0.7), (0.05, 1.5), (overlap + 0.1, 0.1)]
     return [
-        np.array([common.get(name, whole_s * (inside if "inside" in name else between)) for name in names]) + 1e-12
+        np.array([common.get(name, whole_s * (inside if "inside" in name else between)) for name in names])
         for inside, between in guesses
     ]
 
 
 def _solve(parts: _Parts, step_s: FloatArray, scale: FloatArray, start: FloatArray) -> tuple[float, FloatArray]:
-    """(cost, values >= 0) from `start`: relative residuals, large ones counted as in soft_l1, and a weak prior."""
-    from scipy.optimize import least_squares
+    """(cost, values >= 0) from `start`: relative residuals, outliers counted as their soft L1 norm, and a weak prior.
+
+    The law is linear on each side of the point where sending outlasts what hides it, so a Gauss-Newton step is a
+    non-negative least-squares problem. Steps are halved while they do not lower the cost: that ends at the point, too.
+    """
+    from scipy.optimize import nnls
 
     weights = 1 / (step_s * scale)
-    is_free = np.array([name != "compute_s" for name in parts.names], dtype=float)
-    prior = np.diag(_PRIOR * is_free / step_s[0])
+    prior = np.diag(np.array([name != "compute_s" for name in parts.names], dtype=float) / step_s[0])
 
-    def residuals(values: FloatArray) -> FloatArray:
-        return np.concatenate([(parts.step_s(values)[0] - step_s) * weights, prior @ values])
+    def cost_of(values: FloatArray) -> float:
+        misses = (parts.step_s(values)[0] - step_s) * weights / _OUTLIER
+        return float(_OUTLIER**2 * np.sum(np.sqrt(1 + misses**2) - 1) + np.sum((prior @ values) ** 2) / 2)
 
-    def jacobian(values: FloatArray) -> FloatArray:
-        return np.concatenate([parts.step_s(values)[1] * weights[:, None], prior])
-
-    found = least_squares(
-        residuals,
-        start,
-        jac=jacobian,
-        bounds=(0, np.inf),
-        loss="soft_l1",
-        f_scale=_OUTLIER,
-        x_scale=step_s[0],
-        ftol=1e-6,
-        xtol=1e-6,
-        max_nfev=60,
-    )
-    # The solver stays inside its bounds: a part that is none comes out as a tiny one.
-    return float(found.cost), np.where(found.x < 1e-9 * step_s[0], 0.0, found.x)
+    values, cost = start, cost_of(start)
+    for _ in range(_MOST_ITERATIONS):
+        predicted, slope = parts.step_s(values)
+        pull = weights * (1 + ((predicted - step_s) * weights / _OUTLIER) ** 2) ** -0.25
+        columns = np.concatenate([slope * pull[:, None], prior])
+        size = np.abs(columns).max(axis=0)
+        wanted = np.concatenate([(step_s - predicted + slope @ values) * pull, np.zeros(len(values))])
+        towards = nnls(columns / size, wanted)[0] / size - values
+        tried = ((cost_of(values + part * towards), part) for part in _PARTS_OF_A_STEP)
+        lower, part = next(((each, part) for each, part in tried if each < cost * (1 - 1e-6)), (cost, 0.0))
+        if not part:
+            break
+        values, cost = values + part * towards, lower
+    return cost, values

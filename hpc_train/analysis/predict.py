@@ -204,31 +204,31 @@ def _hold_out(model: ModelName, points: Points, algorithm: Algorithm) -> tuple[t
 
 
 def _is_clearly_better(error: float | None, than: float | None) -> bool:
-    if error is None or than is None:
-        return error is not None
-    return error < _CLEARLY * than and error < than - _NOTICEABLE
+    return error is not None and than is not None and error < _CLEARLY * than and error < than - _NOTICEABLE
 
 
 def _choose(candidates: tuple[Candidate, ...]) -> tuple[Candidate, str]:
-    """The first in the order of preference that no later one clearly beats on held-out sizes."""
+    """The first in the order of preference, unless a later one is clearly closer to the sizes that were held out.
+
+    One size is no evidence: a law that knows nothing of nodes comes near it by luck (of the published series with one
+    size to hold out, 3 of 46 would get such a law, and be predicted wrong by a factor of 1.6 to 2.2).
+    """
     possible = [each for each in candidates if each.fit is not None]
     if not possible:
         return candidates[0], "the first choice"
     tested = [each for each in possible if each.error is not None]
     if not tested:
-        return possible[0], f"not tested ({possible[0].reason}); it alone knows where a node ends"
+        return possible[0], f"not tested ({possible[0].reason}); the first choice"
     best = tested[0]
     for other in tested[1:]:
-        if _is_clearly_better(_common(other, best), _common(best, other)):
+        sizes = {each.ranks for each in other.held_out} & {each.ranks for each in best.held_out}
+        if len(sizes) > 1 and _is_clearly_better(_error_at(other, sizes), _error_at(best, sizes)):
             best = other
-    return best, "closest to the sizes that were held out" if len(tested) > 1 else "the only one that could be tested"
+    return best, "no other is clearly closer" if len(tested) > 1 else "the only one that could be tested"
 
 
-def _common(one: Candidate, other: Candidate) -> float | None:
-    """The error over the sizes that were held out from both."""
-    sizes = {each.ranks for each in other.held_out}
-    errors = [abs(each.error) for each in one.held_out if each.ranks in sizes]
-    return float(np.mean(errors)) if errors else None
+def _error_at(candidate: Candidate, sizes: set[int]) -> float:
+    return float(np.mean([abs(each.error) for each in candidate.held_out if each.ranks in sizes]))
 
 
 # ---------------------------------------------------------------------------------------------- uncertainty
