@@ -98,7 +98,7 @@ class Report:
         for part in self.parts:
             console.print(Text(part.headline or plain(part.label), style="bold"), "")
             for sheet in part.sheets:
-                console.print(Text(sheet.title), _fitted(sheet, console.width), sep="\n")
+                console.print(Text(sheet.title), fitted(sheet, console.width), sep="\n")
             for note in part.notes:
                 console.print(Text(f"- {plain(note)}"))
             console.print()
@@ -191,7 +191,7 @@ def default_output(paths: Sequence[Path]) -> Path:
     return common / "report" if beside else Path("report")
 
 
-def _fitted(sheet: Sheet, width: int) -> RenderableType:
+def fitted(sheet: Sheet, width: int) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="")
     widths = []
     for index, column in enumerate(sheet.columns):
