@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +84,7 @@ class Report:
     costs: tuple[GroupEnergy, ...]  # of the groups, in their order
     targets: tuple[TargetStudy, ...]
 
-    @property
+    @cached_property
     def parts(self) -> list[Part]:
         """What stands under headings of its own, in its order."""
         return parts(self.scaling, self.strategies, self.costs, self.targets)
