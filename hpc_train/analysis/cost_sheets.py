@@ -45,7 +45,8 @@ def _parts_sheet(energy: GroupEnergy) -> Sheet:
     titles = ["ranks", "gross", "loop", "outside steps", *["above idle", "above idle per sample"] * with_idle]
     rows = []
     for row in energy.rows:
-        cells = [ranks_text(row.row), row.gross.text(), row.loop.text(), row.outside.text()]
+        cells = [ranks_text(row.row), row.gross.text(), row.loop.text()]
+        cells += [_marked(row.outside.total, "J", row.gross.mark())]  # none of it would have no mark of its own
         rows.append((*cells, *[row.net.text(), row.net_per_sample.text()] * with_idle))
     idle = "; above idle: less the draw at rest" * with_idle
     return Sheet(f"Energy of a run (gross: all of it; loop: the steps{idle})", tuple(map(Column, titles)), tuple(rows))
