@@ -25,6 +25,14 @@ class Timings:
         return self.values[:, TIMING_COLUMNS.index(column)]
 
     @property
+    def steady(self) -> "Timings":
+        """The steps that are no warm-up: without copying where these are the first ones."""
+        warmup = self["warmup"]
+        num_first = int(np.argmin(warmup)) if len(warmup) and not warmup[-1] else len(warmup)
+        only_first = not warmup[num_first:].any()
+        return Timings(self.values[num_first:] if only_first else self.values[warmup == 0], self.truncated)
+
+    @property
     def phases_ns(self) -> IntArray:
         """Durations in ns, shape (steps, len(PHASES))."""
         first = TIMING_COLUMNS.index("data_ns")
@@ -50,9 +58,10 @@ def read_timings(path: Path) -> Timings:
     if values is None:  # not as timing_log writes it: read as a person would, to name what is wrong
         values, truncated = _read_slowly(path)
     timings = Timings(values, truncated)
-    wrong = np.flatnonzero((timings["attempt"] < 1) | (np.diff(timings["attempt"], prepend=1) < 0))
-    if len(wrong) or (len(values) and timings["attempt"][-1] > _MOST_ATTEMPTS):  # an attempt follows the one before
-        row = int(wrong[0]) if len(wrong) else len(values) - 1
+    attempts = timings["attempt"]
+    follows = attempts[1:] >= attempts[:-1]  # an attempt follows the one before
+    if len(values) and not (attempts[0] >= 1 and follows.all() and attempts[-1] <= _MOST_ATTEMPTS):
+        row = 0 if attempts[0] < 1 else len(values) - 1 if follows.all() else int(np.argmin(follows)) + 1
         raise bad_line(path, row + 2, text.split(b"\n")[row + 1].decode("ascii", "replace"))
     return timings
 
@@ -67,12 +76,13 @@ def _parsed(text: bytes) -> IntArray | None:
         return None
     letters = np.frombuffer(text, dtype=np.uint8, offset=len(_HEADER))
     ends = np.flatnonzero(letters < _DIGIT_0)
-    widths = np.diff(ends, prepend=-1) - 1
+    widths = np.diff(ends) - 1
     if (
-        len(ends) % len(_LINE_END)
+        len(letters) == 0
+        or len(ends) % len(_LINE_END)
         or (letters[ends].reshape(-1, len(_LINE_END)) != _LINE_END).any()
-        or len(letters) == 0
         or letters.max() > _DIGIT_9
+        or not 1 <= ends[0] <= _SAFE_DIGITS
         or widths.min() < 1
         or widths.max() > _SAFE_DIGITS
     ):
@@ -115,8 +125,7 @@ class StepTimes:
 
 def step_times(timings: Timings) -> StepTimes:
     """Reduces one rank's records to what a summary needs."""
-    steady = timings["warmup"] == 0
-    phases = timings.phases_ns[steady]
+    phases = timings.steady.phases_ns
     steps, num_samples = timings["step"], timings["num_samples"]
     num_repeated = 0
     if (np.diff(steps) <= 0).any():
@@ -126,6 +135,6 @@ def step_times(timings: Timings) -> StepTimes:
         step_ns=phases.sum(axis=1),
         phases_ns=phases.sum(axis=0),
         num_samples=int(num_samples.sum()),
-        num_warmup=int((~steady).sum()),
+        num_warmup=len(steps) - len(phases),
         num_repeated=num_repeated,
     )

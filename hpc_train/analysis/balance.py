@@ -167,10 +167,9 @@ class Tally:
 
     def add(self, rank: int, timings: Timings) -> None:
         """One rank's steps, of which all ranks recorded the same number."""
-        steady = timings["warmup"] == 0
-        if not steady.any():
+        rows = timings.steady
+        if not len(rows.values):
             return
-        rows = Timings(timings.values[steady], timings.truncated)
         phases = dict(zip(PHASES, rows.phases_ns.T, strict=True))
         if self._slowest is None or self._whole is None:
             self._slowest, self._whole = _Slowest(rows["attempt"]), np.zeros(len(rows.values))

@@ -59,10 +59,12 @@ def strategy_headline(comparison: Comparison, named: bool = False) -> str:
 
 
 def _lost(row: Row) -> str:
-    """What keeps the row from the ideal: waiting for who can be named, else all exposed communication, where known."""
-    share = row.phase_share.get("reduce")
-    exposed = "" if share is None else f"; {percent(share, 0)} of the step is exposed communication"
-    return waiting_words(row) or exposed
+    """What keeps the row from the ideal: exposed communication, and who of all is waited for most of that time."""
+    share, words = row.phase_share.get("reduce"), waiting_words(row)
+    most = max((each.share for each in row.waiting), default=0.0)
+    if share is None or (words and most >= 0.5 * share):  # then little else is in it
+        return words
+    return f"; {percent(share, 0)} of the step is exposed communication{words}"
 
 
 def _grown(row: Row, baseline: Row) -> str:

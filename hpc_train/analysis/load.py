@@ -1,6 +1,7 @@
 """Run directories to values: what the comparison and the report start from, crashed runs too."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ class Run:
     metrics: tuple[list[int], list[float]]  # (steps, losses), empty where none were written
     incomplete: str | None
     balance: Balance | None = None  # how its ranks shared the work; None: no steady step
+    copies: tuple[Path, ...] = ()  # other folders that hold this very run
 
     @property
     def size(self) -> int:
@@ -80,10 +82,20 @@ def attempts(meta: dict[str, Any]) -> list[dict[str, Any]]:
 def load_all(paths: Sequence[Path]) -> list[Run]:
     """The runs at or below `paths`, each once. Raises `UserError` for a path with none and for a bad record.
 
-    A folder that an earlier report was written to is passed over, so that `runs/*` may be given twice.
+    A folder that an earlier report was written to is passed over, so that `runs/*` may be given twice. Of a run and its
+    copies one is read.
     """
     wanted = [path for path in paths if not _is_report(path)]
-    return [load(run) for run in rundir.find(wanted or list(paths))]
+    same: dict[tuple[bytes, bytes], list[RunDir]] = defaultdict(list)
+    for run in rundir.find(wanted or list(paths)):
+        same[_identity(run)].append(run)
+    return [replace(load(run), copies=tuple(copy.path for copy in copies)) for run, *copies in same.values()]
+
+
+def _identity(run: RunDir) -> tuple[bytes, bytes]:
+    """What no two runs share: when it began and where, and the times of its first rank to the nanosecond."""
+    first = run.timings(0)
+    return run.meta.read_bytes(), first.read_bytes() if first.is_file() else bytes(run.path)
 
 
 def _is_report(path: Path) -> bool:

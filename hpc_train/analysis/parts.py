@@ -23,6 +23,8 @@ class Part:
     headline: str  # the answer in one sentence; "" where there is none
     sheets: list[Sheet]
     notes: list[str]
+    cost: GroupEnergy | None = None  # of a group
+    study: TargetStudy | None = None  # of this group alone
 
 
 def parts(
@@ -61,4 +63,4 @@ def _group_part(cost: GroupEnergy, study: TargetStudy | None, several: bool) -> 
         tables += target_sheets(study)
         answer = target_headline(study)
         notes += [f"{answer}."] * bool(answer) + target_notes(study)
-    return Part(group, group.label, headline(group, several), tables, notes)
+    return Part(group, group.label, headline(group, several), tables, notes, cost, study)

@@ -1,7 +1,7 @@
 """How well did it scale? Runs that may be compared, as rows of growing size against a baseline."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpc_train import config
+from hpc_train.analysis.clocks import hosts_of
 from hpc_train.analysis.load import Run, section
 from hpc_train.analysis.pop import Efficiencies, efficiencies
 from hpc_train.analysis.stragglers import Waiting, waiting
@@ -256,6 +257,7 @@ def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> lis
         notes.append(f"No baseline: {kind} of {sizes} only. A speedup needs steady steps of two sizes.")
     elif baseline.size != 1:
         notes.append(f"The baseline is {num_ranks(baseline.size)}, not 1 rank: all speedups are relative to that.")
+    notes += [f"Counted once: {copy} is a copy of {run.dir.path}." for run in runs for copy in run.copies]
     notes += [f"Incomplete: {run.label} ({num_ranks(run.size)}): {run.incomplete}." for run in runs if run.incomplete]
     notes += [
         f"{run.label}: no steady step, all of its {run.summary.num_steps} steps are warm-up."
@@ -271,7 +273,7 @@ def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> lis
                 f"{num_ranks(row.size)}: an efficiency above 100% does not come from sharing the work: smaller shares"
                 " may fit the caches, or the baseline was disturbed. Repeat the baseline to tell."
             )
-    return notes + mismatches(runs)
+    return notes + mismatches(runs) + _ranks_per_host(runs)
 
 
 def mismatches(runs: Sequence[Run]) -> list[str]:
@@ -285,6 +287,22 @@ def mismatches(runs: Sequence[Run]) -> list[str]:
         told = "; ".join(f"{value} ({_sizes(sizes)})" for value, sizes in by_size)
         notes.append(f"Not alike: {name}: {told}.")
     return notes
+
+
+def _ranks_per_host(runs: Sequence[Run]) -> list[str]:
+    """Says where runs fill their hosts unequally: their ranks share memory and network with more or fewer others.
+
+    A run on one host has as many ranks there as it has: it is another matter only if it has more than runs on several.
+    """
+    places = [(run, hosts_of(run.meta, run.size)) for run in runs]
+    fullest = [(run, max(Counter(hosts).values())) for run, hosts in places if None not in hosts]
+    usual = max((num for run, num in fullest if run.summary.num_hosts > 1), default=max(run.size for run in runs))
+    seen: dict[int, set[int]] = defaultdict(set)
+    for run, num in fullest:
+        if run.summary.num_hosts > 1 or num > usual:
+            seen[num].add(run.size)
+    told = "; ".join(f"{num} ({_sizes(sizes)})" for num, sizes in sorted(seen.items()))
+    return [f"Not alike: ranks per host: {told}."] if len(seen) > 1 else []
 
 
 def differing_facts(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -62,10 +62,9 @@ def waiting(run: Run) -> Waiting:
     if len(balance.ranks) == 1:
         return Waiting(told="one rank waits for nobody")
     if not waits(run.config.reduce, len(balance.ranks)):
-        how = (
-            "workers are answered one by one" if run.config.reduce.strategy == "parameter_server" else "ranks are alone"
-        )
-        return Waiting(told=f"nobody waits for another in a step: {how} (reduce.strategy)")
+        served = run.config.reduce.strategy == "parameter_server"
+        how = "each worker is answered by itself (reduce.asynchronous)" if served else "gradients are not reduced"
+        return Waiting(told=f"no rank waits for another in a step, {how}")
     arrivals = balance.arrivals
     if arrivals is None:
         return Waiting(told="when ranks came to the reductions was not recorded")

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc_train import rundir
+from hpc_train.analysis.figures.balance import map_drawing, tree_drawing
 from hpc_train.analysis.figures.canvas import Drawing, files
-from hpc_train.analysis.figures.energy import energy_drawing
+from hpc_train.analysis.figures.energy import energy_drawings
 from hpc_train.analysis.figures.speed import speedup_drawing
 from hpc_train.analysis.figures.steps import loss_drawing, time_drawings
 from hpc_train.analysis.figures.strategies import strategy_drawings
+from hpc_train.analysis.figures.target import target_drawing
 from hpc_train.analysis.parts import Part
-from hpc_train.analysis.scaling import Group
 from hpc_train.analysis.strategies import Comparison
+from hpc_train.analysis.target import TargetStudy
 from hpc_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,10 +27,19 @@ def drawings(part: Part) -> list[Drawing]:
     """A part's figures; one that would show nothing is left out."""
     if isinstance(part.of, Comparison):
         return strategy_drawings(part.of)
-    if not isinstance(part.of, Group):
-        return []
+    if isinstance(part.of, TargetStudy):
+        return _known(target_drawing(part.of))
     group = part.of
-    made = [speedup_drawing(group), *time_drawings(group), loss_drawing(group), energy_drawing(group)]
+    return [
+        *_known(speedup_drawing(group)),
+        *time_drawings(group),
+        *_known(tree_drawing(group), map_drawing(group)),
+        *(energy_drawings(part.cost) if part.cost else []),
+        *_known(loss_drawing(group), target_drawing(part.study) if part.study else None),
+    ]
+
+
+def _known(*made: Drawing | None) -> list[Drawing]:
     return [drawing for drawing in made if drawing is not None]
 
 
