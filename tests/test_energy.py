@@ -133,7 +133,7 @@ def test_measured_and_estimated_stay_apart_in_a_sum(tmp_path: Path) -> None:
     found = energy(run)
     assert found.gross == Joules(250.0, 50.0, shared=True) and found.gross.quality == "mixed"
     assert found.gross.text() == "300 J part est. shared"
-    assert found.nodes["b"] == Joules(0.0, 50.0)  # this job's own cores: others' do not count in it
+    assert found.nodes["b"] == Joules(None, 50.0)  # this job's own cores: others' do not count in it
     assert "others may have used a meanwhile" in found.notes[0]
 
 
@@ -308,7 +308,7 @@ def test_words_and_records_agree(tmp_path: Path) -> None:
     assert (
         parts.rows[1] == ("2", "1.20 kJ", "1.20 kJ", "0 J") and [c.title for c in parts.columns][-1] == "outside steps"
     )
-    assert power.rows[1] == ("2", "200 W", "200 W", "7.20 kJ s", "300 J") and power.rows[0][-1] == "-"
+    assert power.rows[1] == ("2", "200 W", "200 W", "7.20 kJs", "300 J") and power.rows[0][-1] == "-"
     assert "by phase, J (estimates" in phases.title and phases.rows[1][1] == "120"
     assert places.rows[1] == ("2", "1.20 kJ", "600 J each") and "divided equally" in places.title
 

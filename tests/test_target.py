@@ -160,7 +160,7 @@ def test_repeats_give_an_interval_by_welch(tmp_path: Path) -> None:
 
 def test_one_repeat_that_did_not_reach_it_is_counted(tmp_path: Path) -> None:
     written(tmp_path, SMALL, FALLING)
-    written(tmp_path, replace(SMALL, stamp="20261123T210001Z"), FALLING + 1.5)
+    written(tmp_path, replace(SMALL, stamp="20261123T210001Z", step_s=0.0101), FALLING + 1.5)
     row = study(tmp_path, 1.0).rows[0]
     assert (row.num_reached, row.reached, row.seconds) == (1, False, None)
     assert "1 of 2" in target_sheets(study(tmp_path, 1.0))[0].rows[0]

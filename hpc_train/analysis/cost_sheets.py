@@ -45,7 +45,8 @@ def _parts_sheet(energy: GroupEnergy) -> Sheet:
     titles = ["ranks", "gross", "loop", "outside steps", *["above idle", "above idle per sample"] * with_idle]
     rows = []
     for row in energy.rows:
-        cells = [ranks_text(row.row), row.gross.text(), row.loop.text(), row.outside.text()]
+        cells = [ranks_text(row.row), row.gross.text(), row.loop.text()]
+        cells += [_marked(row.outside.total, "J", row.gross.mark())]  # none of it would have no mark of its own
         rows.append((*cells, *[row.net.text(), row.net_per_sample.text()] * with_idle))
     idle = "; above idle: less the draw at rest" * with_idle
     return Sheet(f"Energy of a run (gross: all of it; loop: the steps{idle})", tuple(map(Column, titles)), tuple(rows))
@@ -58,7 +59,7 @@ def _power_sheet(energy: GroupEnergy) -> Sheet:
     for row in energy.rows:
         mark = row.gross.mark()
         cells = [ranks_text(row.row), _marked(row.mean_w, "W", mark), _marked(row.peak_w, "W", mark)]
-        cells += [_marked(row.edp_js, "J s", row.loop.mark()), *[_marginal(row)] * with_marginal]
+        cells += [_marked(row.edp_js, "Js", row.loop.mark()), *[_marginal(row)] * with_marginal]
         rows.append(tuple(cells))
     return Sheet("Power, and what speed costs", tuple(map(Column, titles)), tuple(rows))
 
@@ -151,11 +152,11 @@ def cost_notes(energy: GroupEnergy) -> list[str]:
     if not energy.known:
         return []
     notes = [f"{verdict(energy)}."] if verdict(energy) else []
-    notes += [
-        f"{num_ranks(row.row.size)}: {note}."
-        for row in energy.rows
-        for note in _once(n for r in row.runs for n in r.notes)
-    ]
+    told: dict[str, dict[str, None]] = {}
+    for row in energy.rows:
+        for note in (note for run in row.runs for note in run.notes):
+            told.setdefault(note, {})[num_ranks(row.row.size)] = None
+    notes += [f"{note} ({', '.join(sizes)})." for note, sizes in told.items()]
     for row in energy.rows:
         notes += _lacking_notes(row)
     if any(row.gross.quality == "mixed" for row in energy.rows):
@@ -170,14 +171,10 @@ def cost_notes(energy: GroupEnergy) -> list[str]:
     notes.append(_peak_note(energy))
     if len({run.summary.num_samples for row in energy.rows for run in row.row.runs}) > 1:
         notes.append(
-            "Runs trained on different numbers of samples: J s, joules times seconds of the loop, are not of equal"
+            "Runs trained on different numbers of samples: joules times seconds of the loop are not of equal"
             " work; what a unit of speedup costs is, for as many samples as the baseline's."
         )
     return notes + _tariff_notes(energy)
-
-
-def _once(notes: Any) -> list[str]:
-    return list(dict.fromkeys(notes))
 
 
 def _lacking_notes(row: RowEnergy) -> list[str]:
@@ -252,8 +249,8 @@ def cost_record(row: RowEnergy) -> dict[str, Any]:
     by_phase = {f"joules_{phase}": row.phases[phase].total if phase in row.phases else None for phase in PHASES}
     known = bool(gross.known) or not gross.lacking
     return {
-        "joules_measured": gross.measured if known else None,
-        "joules_estimated": gross.estimated if known else None,
+        "joules_measured": gross.measured or 0.0 if known else None,
+        "joules_estimated": gross.estimated or 0.0 if known else None,
         "joules_shared": gross.shared,
         "joules_loop": row.loop.total,
         "joules_net": row.net.total,

@@ -321,7 +321,7 @@ def _above_idle(readings: list[_Reading], draws: dict[str, Any], given: bool) ->
             above += Joules(lacking=(f"{reading.host} {reading.trace.domain} at rest",), shared=gross.shared)
             continue
         idle_j = watts * reading.known_s
-        is_estimate = given or gross.estimated
+        is_estimate = given or gross.estimated is not None
         gross = gross.attributed() if is_estimate else gross
         above += gross - (Joules(estimated=idle_j) if is_estimate else Joules(measured=idle_j))
     return above

@@ -11,20 +11,21 @@ from hpc_train.records import Trace
 
 @dataclass(frozen=True)
 class Joules:
-    """Measured and estimated parts side by side, and in words what is missing: then there is no total.
+    """Measured and estimated parts side by side, None where there is no such part, and in words what is missing: then
+    there is no total.
 
     shared: others may have drawn some of it, since a node was not this job's alone.
     """
 
-    measured: float = 0.0
-    estimated: float = 0.0
+    measured: float | None = None
+    estimated: float | None = None
     lacking: tuple[str, ...] = ()
     shared: bool = False
 
     @property
     def known(self) -> float:
         """At least so much."""
-        return self.measured + self.estimated
+        return (self.measured or 0.0) + (self.estimated or 0.0)
 
     @property
     def total(self) -> float | None:
@@ -35,25 +36,26 @@ class Joules:
         """mixed: a sum of measured and estimated parts."""
         if self.lacking:
             return "missing"
-        if self.estimated:
-            return "mixed" if self.measured else "estimated"
+        if self.estimated is not None:
+            return "estimated" if self.measured is None else "mixed"
         return "measured"
 
     def __add__(self, other: "Joules") -> "Joules":
         lacking = tuple(dict.fromkeys(self.lacking + other.lacking))
-        shared = self.shared or other.shared
-        return Joules(self.measured + other.measured, self.estimated + other.estimated, lacking, shared)
+        measured, estimated = _sum(self.measured, other.measured), _sum(self.estimated, other.estimated)
+        return Joules(measured, estimated, lacking, self.shared or other.shared)
 
     def __mul__(self, factor: float) -> "Joules":
-        return Joules(self.measured * factor, self.estimated * factor, self.lacking, self.shared)
+        measured, estimated = (None if part is None else part * factor for part in (self.measured, self.estimated))
+        return Joules(measured, estimated, self.lacking, self.shared)
 
     def __sub__(self, other: "Joules") -> "Joules":
-        """Without a part of itself."""
+        """Without a part of itself, or set against another."""
         return self + other * -1.0
 
     def attributed(self) -> "Joules":
         """The same as an estimate: divided by a rule, which no meter has confirmed."""
-        return Joules(0.0, self.known, self.lacking, self.shared)
+        return Joules(None, self.known, self.lacking, self.shared)
 
     def mark(self) -> str:
         """What must stand beside every number that is made of it."""
@@ -73,6 +75,15 @@ class Joules:
 NONE = Joules()
 
 
+def _sum(one: float | None, other: float | None) -> float | None:
+    return one if other is None else other if one is None else one + other
+
+
+def _of(trace: Trace, joules: float, lacking: tuple[str, ...], shared: bool) -> Joules:
+    estimated = trace.quality == "estimated"
+    return Joules(None if estimated else joules, joules if estimated else None, lacking, shared)
+
+
 def between(trace: Trace, begin_s: float, end_s: float, host: str, shared: bool) -> Joules:
     """What a domain drew from `begin_s` to `end_s` after the trace's first line, interpolated between readings.
 
@@ -88,8 +99,7 @@ def between(trace: Trace, begin_s: float, end_s: float, host: str, shared: bool)
     if end_s > trace.time_s[-1] + (0.0 if trace.stopped else 2 * period_s(trace)):
         part = max(0.0, (trace.time_s[-1] - begin_s) / (end_s - begin_s))
         lacking = (f"{host} {trace.domain} after {100 * part:.0f}% of the time",)
-    is_estimate = trace.quality == "estimated"
-    return Joules(0.0 if is_estimate else drawn_j, drawn_j if is_estimate else 0.0, lacking, shared)
+    return _of(trace, drawn_j, lacking, shared)
 
 
 def whole(trace: Trace, host: str, shared: bool, least_s: float) -> Joules:
@@ -97,9 +107,8 @@ def whole(trace: Trace, host: str, shared: bool, least_s: float) -> Joules:
     seen = between(trace, 0.0, max(least_s, trace.end_s - trace.begin_s), host, shared)
     if not len(trace.time_s):
         return seen
-    count_j = float(trace.joules[-1])  # from 0 at its begin, which the first reading follows by a moment
-    is_estimate = trace.quality == "estimated"
-    return Joules(0.0 if is_estimate else count_j, count_j if is_estimate else 0.0, seen.lacking, shared)
+    # Counted from 0 at its begin, which the first reading follows by a moment.
+    return _of(trace, float(trace.joules[-1]), seen.lacking, shared)
 
 
 def period_s(trace: Trace) -> float:

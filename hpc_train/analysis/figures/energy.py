@@ -91,7 +91,7 @@ def _parts(row: RowEnergy) -> list[tuple[str, Joules]]:
 
 
 def _is_estimate(part: Joules) -> bool:
-    return part.estimated > 0
+    return (part.estimated or 0.0) > 0
 
 
 def _paint_sizes(axes: "Axes", rows: Sequence[RowEnergy], qualities: str) -> None:
