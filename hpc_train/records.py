@@ -192,7 +192,7 @@ class Energy:
 
 def read_energy(path: Path) -> Energy:
     """The energy of one host: each domain's last reading in each attempt (they are cumulative since it began)."""
-    last: dict[tuple[str, str], Energy] = {}
+    last: dict[tuple[str, str], tuple[float | None, Quality, str]] = {}
     for number, row in enumerate(read_csv(path, ENERGY_COLUMNS).rows, 2):
         quality = _quality(row[3])
         try:
@@ -201,8 +201,8 @@ def read_energy(path: Path) -> Energy:
             raise bad_line(path, number, ",".join(row)) from None
         if joules is not None and not isfinite(joules):
             raise bad_line(path, number, ",".join(row))
-        last[row[1], row[5]] = Energy(joules, quality, row[4])
-    return total_energy(last.values())
+        last[row[1], row[5]] = joules, quality, row[4]
+    return total_energy(Energy(*reading) for reading in last.values())
 
 
 def _quality(text: str) -> Quality:
