@@ -86,8 +86,9 @@ def reduce_ranks(run: RunDir, meta: dict[str, Any], reduce: Reduce, num_attempts
     """
     size = meta["size"]
     num_workers, hosts = reduce.num_workers(size), hosts_of(meta, size)
-    present = [rank for rank in _by_host(hosts) if run.timings(rank).is_file()]
-    faults = _faults_of_files(run, size, present)
+    found = {path.name for path in run.timings_dir.glob("rank-*.csv")}
+    present = [rank for rank in _by_host(hosts) if run.timings(rank).name in found]
+    faults = _faults_of_files(size, present, len(found))
 
     def read(clocks: Clocks | None, common: IntArray | None = None) -> _Sums | None:
         sums = _Sums(num_workers, Tally(hosts, clocks, waits(reduce, num_workers)))
@@ -118,12 +119,13 @@ def _by_host(hosts: Hosts) -> list[int]:
     return sorted(range(len(hosts)), key=lambda rank: (first[hosts[rank]], rank))
 
 
-def _faults_of_files(run: RunDir, size: int, present: list[int]) -> list[str]:
-    missing = sorted(set(range(size)) - set(present))
-    found = sum(1 for _ in run.timings_dir.glob("rank-*.csv"))
-    return [f"no timings of {ranks_text(missing)}"] * bool(missing) + [
-        f"timings/ holds {found} files of a run of {size} ranks: some are another run's"
-    ] * (found > len(present))
+def _faults_of_files(size: int, present: list[int], num_files: int) -> list[str]:
+    faults = []
+    if missing := sorted(set(range(size)) - set(present)):
+        faults.append(f"no timings of {ranks_text(missing)}")
+    if num_files > len(present):
+        faults.append(f"timings/ holds {num_files} files of a run of {size} ranks: some are another run's")
+    return faults
 
 
 def _read(run: RunDir, present: list[int], sums: _Sums, common: IntArray | None) -> bool:
