@@ -1,4 +1,4 @@
-"""What a report says of the next run, and who it says all waited for: the whole answer in one sentence, and its figures."""
+"""What a report says of the next run and whom all waited for: the answer in one sentence, and its figures."""
 
 import re
 from dataclasses import replace
@@ -46,6 +46,7 @@ def test_advice_that_was_not_tested_leads_no_headline(tmp_path: Path) -> None:
     made = make_report([tmp_path])
     assert "ask for" not in made.headlines[0]
     assert any("rests on a model that was not tested" in note for note in made.parts[0].notes)
+    assert "forecast" not in [drawing.name for drawing in drawings(made.parts[0])], "any curve fits two sizes"
 
 
 def test_the_figures_say_what_they_show(study: Report) -> None:

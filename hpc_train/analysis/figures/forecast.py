@@ -14,10 +14,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _NUM_POINTS = 48  # of the curve
+_LEAST_SIZES = 3
 
 
-def forecast_drawing(plan: Plan) -> Drawing:
-    """Samples per second over ranks: measured, fitted with its 95% interval, held out, and what to ask for."""
+def forecast_drawing(plan: Plan) -> Drawing | None:
+    """Samples per second over ranks: measured, fitted with its 95% interval, held out, and what to ask for.
+
+    None from fewer than three sizes, which any curve fits.
+    """
+    if len(plan.prediction.points.ranks) < _LEAST_SIZES:
+        return None
     prediction = plan.prediction
     chosen, points = prediction.chosen, prediction.points
     rates = points.samples(points.ranks) / points.step_s
@@ -39,9 +45,9 @@ def forecast_drawing(plan: Plan) -> Drawing:
     )
     return Drawing(
         "forecast",
-        f"Samples per second by the {chosen.model} model with its 95% interval, dashed beyond what was measured."
-        f" {tested}{asked}",
-        f"Samples per second measured: {measured}. The {chosen.model} model was fitted to them. {tested}{told}{asked}",
+        f"Samples per second by the {chosen.model} model, fitted to {len(points.ranks)} sizes, with its 95% interval;"
+        f" dashed beyond what was measured. {tested}{asked}",
+        f"Samples per second measured: {measured}. The {chosen.model} model was fitted to these. {tested}{told}{asked}",
         lambda axes: _paint(axes, plan),
     )
 
