@@ -37,6 +37,8 @@ def render(report: "Report") -> str:
         parts=[(part, _figures(part, f"p{index}")) for index, part in enumerate(parts)],
         notes=report.scaling.notes,
         with_strategies=bool(report.strategies),
+        with_ranks=any(row.pop.factors and row.size > 1 for group in groups for row in group.rows),
+        with_plan=any(part.advice is not None and part.advice.plan is not None for part in parts),
         with_flops=any(map(counts_flops, groups)),
         assumptions=sorted(filter(None, assumptions)),
         shared=[fact for fact in facts[0] if fact in common],
