@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from math import inf
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, perf_counter, sleep, time
 from typing import Any
 
 from hpc_train.settings import Energy
@@ -36,7 +36,7 @@ class NodeEnergy:
         self.meters, self._faults = self._find()
         self._part = sharing.holds_part(os.environ) if self._reads else None
         self._idle_w = self._rest(say)
-        self._epoch_s: float | None = None
+        self._epoch_s = time() - perf_counter()  # what makes the timings' clock the energy files' time
         self._worked: dict[str, Any] = {}
         within_s = min((meter.within_s for meter in self.meters), default=inf)
         if world.is_root and 1 / settings.sample_hz > within_s:
@@ -50,9 +50,8 @@ class NodeEnergy:
         """Writes the meters' joules to `path` until the end; on all ranks, of which most have no meter."""
         with ExitStack() as stack:
             if self.meters:
-                sampler = Sampler(self.meters, path, self._settings.sample_hz, attempt)
-                self._epoch_s = sampler.epoch_s
-                stack.enter_context(sampler)
+                hz = self._settings.sample_hz
+                stack.enter_context(Sampler(self.meters, path, hz, self._epoch_s, attempt))
             began_s, busy_s, own_s = monotonic(), sharing.busy_s(), sharing.own_s()
             try:
                 yield
@@ -65,8 +64,11 @@ class NodeEnergy:
                     "num_threads": os.cpu_count() or 1,
                 }
 
-    def facts_at_start(self) -> dict[str, Any]:
-        """Collective. What meta.json says of the meters and their nodes; {} but on the root."""
+    def facts_at_start(self, attempt: int) -> dict[str, Any]:
+        """Collective. What meta.json says of the meters and their nodes; of no use but on the root.
+
+        epoch_s, by attempt and host: add it to the timings' clock of that host to have the energy files' time.
+        """
         settings = self._settings
         nodes = self._gathered(
             {
@@ -74,6 +76,7 @@ class NodeEnergy:
                 "faults": self._faults,
                 "idle_w": self._idle_w,
                 "part": self._part,
+                "epoch_s": self._epoch_s,
             }
         )
         fields = ("domain", "source", "quality")
@@ -90,16 +93,14 @@ class NodeEnergy:
             "meters": {h: [dict(zip(fields, each, strict=True)) for each in n["meters"]] for h, n in nodes.items()},
             "unreadable": {host: node["faults"] for host, node in nodes.items() if node["faults"]},
             "shared": {host: node["part"] for host, node in nodes.items()},
+            "epoch_s": {str(attempt): {host: node["epoch_s"] for host, node in nodes.items()}},
             **idle_facts,
         }
 
     def facts_at_end(self) -> dict[str, Any]:
-        """Collective, after `recorded` has ended. Whether others used the nodes, and how many cores worked for them.
-
-        epoch_s: what turns a node's `perf_counter`, the timings' clock, into the energy files' time. {} but on the root.
-        """
+        """Collective, after `recorded` has ended. Whether others used the nodes, and how many cores worked for them."""
         of_ranks = self._context.gather((self._context.world.host, self._worked.get("own_s", 0.0)))
-        nodes = self._gathered({"worked": self._worked, "part": self._part, "epoch_s": self._epoch_s})
+        nodes = self._gathered({"worked": self._worked, "part": self._part})
         shared, foreign_cores = {}, {}
         for host, node in nodes.items():
             worked = node["worked"]
@@ -108,8 +109,7 @@ class NodeEnergy:
             own = own_s / worked["passed_s"] if worked else 0.0
             shared[host] = sharing.is_shared(node["part"], foreign, own, worked.get("num_threads", 1))
             foreign_cores[host] = None if foreign is None else round(foreign, 3)
-        epochs_s = {host: node["epoch_s"] for host, node in nodes.items() if node["epoch_s"] is not None}
-        return {"shared": shared, "foreign_cores": foreign_cores, "epoch_s": epochs_s} if nodes else {}
+        return {"shared": shared, "foreign_cores": foreign_cores}
 
     def _gathered(self, mine: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Collective. On the root: what the ranks that read for their node know of it, by host."""

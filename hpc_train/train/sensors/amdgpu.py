@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from hpc_train.train.sensors.hwmon import devices, sensors
-from hpc_train.train.sensors.meter import Meter, Now, counting
+from hpc_train.train.sensors.meter import Meter, Now, SysFile, counting
 
 # Where energy_accumulator lies in `struct gpu_metrics_v<format>_<content>`, by (format, content).
 _ENERGY_AT = {(1, 1): 24, (1, 2): 24, (1, 3): 24, (1, 4): 24, (1, 6): 16, (1, 7): 24}
@@ -31,8 +31,8 @@ def amdgpu_meters(root: Path, now: Now, faults: list[str], first: int = 0) -> tu
             form = _form(card)
             if form and form[0] > 1:
                 continue
-            if form in _ENERGY_AT and _joules(card, _ENERGY_AT[form]) > 0:
-                count = partial(_joules, card, _ENERGY_AT[form])
+            count = partial(_joules, SysFile(card / "gpu_metrics"), _ENERGY_AT[form]) if form in _ENERGY_AT else None
+            if count and count() > 0:
                 meters.append(counting(f"gpu-{index}", "amdgpu energy", count, now))
             else:
                 powers = [sensor for sensor in sensors(place) if not sensor.is_energy]
@@ -52,13 +52,13 @@ def _form(card: Path) -> tuple[int, int] | None:
     return form, content
 
 
-def _joules(card: Path, offset: int) -> float:
+def _joules(metrics: SysFile, offset: int) -> float:
     try:
-        (count,) = struct.unpack_from("<Q", (card / "gpu_metrics").read_bytes(), offset)
+        (count,) = struct.unpack_from("<Q", metrics.read(), offset)
     except struct.error:
-        raise OSError(f"{card / 'gpu_metrics'} is cut short") from None
+        raise OSError("gpu_metrics is cut short") from None
     if count == _WHOLE:
-        raise OSError(f"{card / 'gpu_metrics'} has no energy")
+        raise OSError("gpu_metrics has no energy")
     return count * _JOULES
 
 

@@ -4,7 +4,7 @@ documentation of Cray System Management). Every user may read them.
 
 from pathlib import Path
 
-from hpc_train.train.sensors.meter import Counter, Meter, Now, read_number
+from hpc_train.train.sensors.meter import Counter, Meter, Now, SysFile
 
 PM_COUNTERS = Path("sys/cray/pm_counters")
 _NUM_TRIES = 5
@@ -38,6 +38,8 @@ class _Node:
 
     def __init__(self, folder: Path, now: Now) -> None:
         self._folder, self._now = folder, now
+        names = ("freshness", "energy", "startup", "generation")
+        self._fresh, self._energy, self._start, self._cap = (SysFile(folder / name).number for name in names)
         self._freshness, joules, self._startup, self._generation = self._snapshot()
         self._moved_s = now()
         self.counter = Counter(joules, now)
@@ -59,13 +61,10 @@ class _Node:
 
     def _snapshot(self) -> tuple[float, float, float, float]:
         """(freshness, joules, startup, generation) of one moment."""
-        freshness = self._of("freshness")
+        freshness = self._fresh()
         for _ in range(_NUM_TRIES):
-            joules, startup, generation = self._of("energy"), self._of("startup"), self._of("generation")
-            before, freshness = freshness, self._of("freshness")
+            joules, startup, generation = self._energy(), self._start(), self._cap()
+            before, freshness = freshness, self._fresh()
             if before == freshness:
                 return freshness, joules, startup, generation
         raise OSError(f"{self._folder}: renewed during each of {_NUM_TRIES} readings")
-
-    def _of(self, name: str) -> float:
-        return read_number(self._folder / name)

@@ -4,10 +4,9 @@ meters, the service processors of POWER and System x, AMD's and Intel's own. Ene
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from hpc_train.train.sensors.meter import Meter, Now, counting, integrating, read_number
+from hpc_train.train.sensors.meter import Meter, Now, SysFile, counting, integrating
 
 HWMON = Path("sys/class/hwmon")
 _ACPI = "power_meter"
@@ -26,7 +25,7 @@ class Sensor:
     def meter(self, domain: str, source: str, now: Now) -> Meter:
         """Raises OSError where it cannot be read."""
         make = counting if self.is_energy else integrating
-        return make(domain, source, partial(_millionths, self.path), now)
+        return make(domain, source, SysFile(self.path).millionths, now)
 
 
 def devices(root: Path, *drivers: str) -> Iterator[Path]:
@@ -119,10 +118,6 @@ def _says_what_it_measures(place: Path) -> str:
     """What the firmware calls an ACPI power meter, where that is not just the maker's name."""
     told = _text(place / "power1_oem_info")
     return told if " Power Socket " in told else ""
-
-
-def _millionths(path: Path) -> float:
-    return read_number(path) / 1e6
 
 
 def _text(path: Path) -> str:

@@ -1,9 +1,8 @@
 """Intel and AMD processors: packages and their memory (kernel documentation, power/powercap/powercap.rst)."""
 
-from functools import partial
 from pathlib import Path
 
-from hpc_train.train.sensors.meter import Meter, Now, counting, read_number
+from hpc_train.train.sensors.meter import Meter, Now, SysFile, counting
 
 POWERCAP = Path("sys/class/powercap")
 
@@ -21,8 +20,8 @@ def rapl_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
             if not name.startswith(("package", "dram")):
                 continue
             domain = name if name.startswith("package") else f"{name}-{zone.name.split(':')[1]}"
-            wrap_j = read_number(zone / "max_energy_range_uj") / 1e6
-            meters.append(counting(domain, "RAPL", partial(_joules, zone / "energy_uj"), now, wrap_j))
+            wrap_j = SysFile(zone / "max_energy_range_uj").millionths()
+            meters.append(counting(domain, "RAPL", SysFile(zone / "energy_uj").millionths, now, wrap_j))
         except OSError as error:
             faults.append(f"RAPL: {error}")
     return meters
@@ -31,7 +30,3 @@ def rapl_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
 def _number(zone: Path) -> list[int]:
     """In the order of packages, of which a node may have more than ten."""
     return [int(part) for part in zone.name.split(":")[1:] if part.isdecimal()]
-
-
-def _joules(path: Path) -> float:
-    return read_number(path) / 1e6

@@ -4,27 +4,29 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from time import monotonic, perf_counter, sleep, time
+from time import monotonic, perf_counter, sleep
 from types import TracebackType
 
 from hpc_train.errors import UserError, not_written
 from hpc_train.records import ENERGY_COLUMNS, close_log, open_log
 from hpc_train.train.sensors.meter import Meter
 
+_FLUSH_S = 0.5
+
 
 class Sampler:
     """Writes every meter's joules `hz` times a second, and at the beginning and the end: those since the beginning.
 
     A meter that fails while the job runs must not end the job, nor pass for measured: its line says missing. One that
-    failed at the beginning is missing to the end, because nothing says what it counted before. epoch_s: what to add to
-    `perf_counter` of this host for the column time_s, which so keeps step with the timings when the time of day is set.
+    failed at the beginning is missing to the end, because nothing says what it counted before. epoch_s: the time of day
+    at 0 of `perf_counter`, by which the column time_s keeps step with the timings, even where the time of day is set.
     """
 
-    def __init__(self, meters: Sequence[Meter], path: Path, hz: float, attempt: int = 1) -> None:
+    def __init__(self, meters: Sequence[Meter], path: Path, hz: float, epoch_s: float, attempt: int = 1) -> None:
         self._meters, self._attempt = meters, attempt
-        self._period_s = 1.0 / hz
-        self.epoch_s = time() - perf_counter()
-        self._stop = threading.Event()
+        self._period_s, self._flush_s = 1.0 / hz, 0.0
+        self._epoch_s = epoch_s
+        self._going_on = threading.Lock()  # held until the end; half the cost of an Event to wait for
         self._thread = threading.Thread(target=self._loop, name="energy", daemon=True)
         assert not any("," in meter.domain + meter.source for meter in meters), "a comma would end the CSV cell"
         self._file = open_log(path, ENERGY_COLUMNS)
@@ -32,13 +34,15 @@ class Sampler:
     def __enter__(self) -> None:
         self._began = {meter.domain: _joules(meter) for meter in self._meters}
         self._write([self._line(meter, self._began[meter.domain]) for meter in self._meters])
+        self._going_on.acquire()
         self._thread.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
+        self._going_on.release()
         self._thread.join()
+        self._flush_s = 0.0
         try:
             self._sample(self._meters)
         finally:
@@ -50,7 +54,7 @@ class Sampler:
         began_s = monotonic()
         due_s = {domain: began_s + meter.every_s for domain, meter in rarely.items()}
         next_s = began_s + self._period_s
-        while not self._stop.wait(max(0.0, next_s - monotonic())):
+        while not self._going_on.acquire(timeout=max(0.0, next_s - monotonic())):
             now_s = monotonic()
             next_s = max(next_s + self._period_s, now_s)  # a sample that came late is not made up for
             with suppress(UserError):  # readings are cumulative: the next one that can be written makes up for it
@@ -63,19 +67,25 @@ class Sampler:
         self._write([self._line(meter, _joules(meter)) for meter in meters])
 
     def _line(self, meter: Meter, joules: float | None) -> str:
-        began, doubt = self._began[meter.domain], meter.doubt()
-        said = [words for words in (doubt, meter.remark()) if words]
-        source = f"{meter.source} ({'; '.join(said)})" if said else meter.source
+        began, doubt, remark = self._began[meter.domain], meter.doubt(), meter.remark()
+        source = meter.source
+        if doubt or remark:
+            source += f" ({'; '.join(words for words in (doubt, remark) if words)})"
+        if joules is None or began is None:
+            return f"{meter.domain},,missing,{source},{self._attempt}\n"
         quality = "estimated" if doubt else meter.quality
-        reading = ",missing" if joules is None or began is None else f"{joules - began:.6f},{quality}"
-        return f"{meter.domain},{reading},{source},{self._attempt}\n"
+        return f"{meter.domain},{joules - began:.6f},{quality},{source},{self._attempt}\n"
 
     def _write(self, lines: list[str]) -> None:
-        now_s = f"{self.epoch_s + perf_counter():.3f},"  # when they had all been read
-        text = "".join([now_s + line for line in lines])
+        """Lines go to the operating system twice a second at most: a killed process loses no more than that."""
+        now_s = perf_counter()
+        time_s = f"{self._epoch_s + now_s:.3f},"  # when all had been read
+        text = "".join([time_s + line for line in lines])
         try:
             self._file.write(text)
-            self._file.flush()
+            if now_s >= self._flush_s:
+                self._file.flush()
+                self._flush_s = now_s + _FLUSH_S
         except OSError as error:
             raise not_written(self._file.name, error, len(text)) from None
 
