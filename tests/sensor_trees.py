@@ -2,7 +2,10 @@
 
 import math
 import struct
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 WRAP_J = 262_143.328850  # of a real Xeon
@@ -98,3 +101,23 @@ def amdgpu(
 
     play(0)
     return play
+
+
+@contextmanager
+def drawing(root: Path, watts: float) -> Iterator[None]:
+    """A machine of two packages that draw so much each, in real time."""
+    stop, began_s = threading.Event(), time.monotonic()
+    zones = ("intel-rapl:0", "intel-rapl:1")
+    for zone in zones:
+        rapl(root, zone, f"package-{zone[-1]}")
+
+    def draw() -> None:
+        while not stop.wait(0.01):
+            for zone in zones:
+                put(root / "sys/class/powercap" / zone / "energy_uj", round((time.monotonic() - began_s) * watts * 1e6))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()

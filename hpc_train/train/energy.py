@@ -64,10 +64,10 @@ class NodeEnergy:
                     "num_threads": os.cpu_count() or 1,
                 }
 
-    def facts_at_start(self, attempt: int) -> dict[str, Any]:
+    def facts_at_start(self) -> dict[str, Any]:
         """Collective. What meta.json says of the meters and their nodes; of no use but on the root.
 
-        epoch_s, by attempt and host: add it to the timings' clock of that host to have the energy files' time.
+        epoch_s, by host: add it to the timings' clock of that host to have the energy files' time.
         """
         settings = self._settings
         nodes = self._gathered(
@@ -93,7 +93,7 @@ class NodeEnergy:
             "meters": {h: [dict(zip(fields, each, strict=True)) for each in n["meters"]] for h, n in nodes.items()},
             "unreadable": {host: node["faults"] for host, node in nodes.items() if node["faults"]},
             "shared": {host: node["part"] for host, node in nodes.items()},
-            "epoch_s": {str(attempt): {host: node["epoch_s"] for host, node in nodes.items()}},
+            "epoch_s": {host: node["epoch_s"] for host, node in nodes.items()},
             **idle_facts,
         }
 

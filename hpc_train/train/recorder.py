@@ -176,7 +176,7 @@ class Recorder:
     def _write_meta(self, moment: str, **facts: Any) -> None:
         """Collective. Adds facts to meta.json, and measures how the ranks' clocks differ now."""
         offsets = clock_offsets_ns(self._context)
-        energy = self._energy.facts_at_start(self._attempt.number) if moment == "start" else self._energy.facts_at_end()
+        energy = self._energy.facts_at_start() if moment == "start" else self._energy.facts_at_end()
 
         def write() -> None:
             if moment == "start":
