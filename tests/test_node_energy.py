@@ -174,9 +174,15 @@ def test_a_run_writes_down_rest_and_sharing(tmp_path: Path, two_packages: None) 
     assert 0 <= facts["epoch_s"][host] + start_ns / 1e9 - first_s < 1, "steps and joules on one clock"
 
 
-def test_what_a_node_draws_at_rest_may_be_given(tmp_path: Path) -> None:
-    with recording("job", global_batch=4, root=tmp_path, energy={"idle_w": 180.0}) as recorder, recorder.step():
+def test_what_a_node_draws_at_rest_may_be_given(
+    tmp_path: Path, two_packages: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "root/sys/class/powercap/intel-rapl:1/max_energy_range_uj", 65_532_610_987)  # of an older Xeon
+    settings = {"idle_w": 180.0, "sample_hz": 0.02}
+    with recording("job", global_batch=4, root=tmp_path / "runs", energy=settings) as recorder, recorder.step():
         pass
-    (run,) = find([tmp_path])
+    (run,) = find([tmp_path / "runs"])
     facts = json.loads(run.meta.read_text())["energy"]
     assert list(facts["idle_w"].values()) == [{"node": 180.0}] and facts["idle_quality"] == "given"
+    said = capsys.readouterr().out
+    assert "energy.sample_hz = 0.02: a counter may go round twice" in said and "set it to 0.031 or more" in said
