@@ -118,6 +118,8 @@ def drawing(root: Path, watts: float) -> Iterator[None]:
 
     thread = threading.Thread(target=draw)
     thread.start()
-    yield
-    stop.set()
-    thread.join()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
