@@ -13,6 +13,7 @@ import click
 from hpc_train import __version__
 from hpc_train.bench import bench
 from hpc_train.cli_data import data
+from hpc_train.cli_plan import plan
 from hpc_train.cli_prepare import prepare, stage
 from hpc_train.config import dumps, load
 from hpc_train.errors import JointFailure, UserError, require
@@ -302,6 +303,7 @@ def _report(
             click.echo(f"Figures: {len(drawn)} files in {figures}" if drawn else "Figures: none, no step was timed.")
 
 
+cli.add_command(plan)
 cli.add_command(bench)
 
 

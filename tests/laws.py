@@ -9,6 +9,7 @@ the ranks: the work of a rank is drawn twice from its own seed, once to find out
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -284,7 +285,7 @@ def _meta(laws: Laws, clocks: _Clocks, settings: config.Config) -> dict[str, Any
         "schema": records.SCHEMA,
         "hpc_train": "0.1.0",
         "name": laws.name,
-        "started": "2026-11-23T21:00:00Z",
+        "started": datetime.strptime(laws.stamp, "%Y%m%dT%H%M%SZ").strftime("%Y-%m-%dT%H:%M:%SZ"),
         "ended": "2026-11-23T21:00:09Z",
         "outcome": "complete",
         "size": laws.ranks,

@@ -1,4 +1,4 @@
-"""Runs of thousands of ranks: read once, in memory that does not grow with their records, in time that grows with them."""
+"""Runs of thousands of ranks: read once, in memory that does not grow with them, in time that grows no faster."""
 
 import subprocess
 import sys

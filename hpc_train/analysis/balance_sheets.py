@@ -137,8 +137,8 @@ def balance_notes(group: Group) -> list[str]:
     ]
     if errors:
         notes.append(
-            "Who comes last is told by arrival at the reduction, on clocks that agree to"
-            f" {significant(1e6 * max(errors))} us in the median: judged by when ranks leave it."
+            "Who comes last is told by arrival at the reduction, on clocks aligned to"
+            f" {significant(1e6 * max(errors))} us in the median, as far as ranks leave it together."
         )
     return notes
 

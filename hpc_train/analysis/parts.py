@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hpc_train.analysis.advice import Advice, advice_of
 from hpc_train.analysis.cost import GroupEnergy
 from hpc_train.analysis.cost_sheets import cost_notes, cost_sheets
 from hpc_train.analysis.headlines import headline, strategy_headline
@@ -25,6 +26,7 @@ class Part:
     notes: list[str]
     cost: GroupEnergy | None = None  # of a group
     study: TargetStudy | None = None  # of this group alone
+    advice: Advice | None = None  # of a group
 
 
 def parts(
@@ -63,4 +65,6 @@ def _group_part(cost: GroupEnergy, study: TargetStudy | None, several: bool) -> 
         tables += target_sheets(study)
         answer = target_headline(study)
         notes += [f"{answer}."] * bool(answer) + target_notes(study)
-    return Part(group, group.label, headline(group, several), tables, notes, cost, study)
+    advice = advice_of(group)
+    answer = headline(group, several, advice.words)
+    return Part(group, group.label, answer, [*tables, *advice.sheets], [*notes, *advice.notes], cost, study, advice)

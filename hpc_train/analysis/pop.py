@@ -79,18 +79,19 @@ def efficiencies(runs: Sequence[Run], baseline: Sequence[Run] | None) -> Efficie
     """
     if missing := _missing(runs):
         return Efficiencies(missing=missing)
-    known = _factors(_sums(runs, None), in_step=_in_step(runs[0]))
-    drawn = _factors(_sums(runs, seed=2 * runs[0].size + 1), in_step=_in_step(runs[0]))
+    exact, drawn = _sums(runs, None), _sums(runs, seed=2 * runs[0].size + 1)
+    factors = [_factors(sums, _in_step(runs[0])) for sums in (exact, drawn)]
     if baseline and not _missing(baseline):
-        same = list(baseline) == list(runs)
-        for factors, seed in ((known, None), (drawn, 2 * baseline[0].size)):
-            ours = _sums(runs, None if seed is None else 2 * runs[0].size + 1).useful_of_sample
-            theirs = ours if same else _sums(baseline, seed).useful_of_sample
-            factors["computational"] = theirs / ours
-            factors["global"] = factors["parallel"] * factors["computational"]
+        # Seeds by size: equal ones would draw the same blocks of both and hide part of the noise.
+        is_baseline = list(baseline) == list(runs)
+        references = (exact, drawn) if is_baseline else (_sums(baseline, None), _sums(baseline, 2 * baseline[0].size))
+        for each, sums, reference in zip(factors, (exact, drawn), references, strict=True):
+            each["computational"] = reference.useful_of_sample / sums.useful_of_sample
+            each["global"] = each["parallel"] * each["computational"]
+    known, draws = factors
     values = {name: float(known[name][0]) for name in FACTORS if name in known}
     several = sum(len(_balance(run).whole_s) for run in runs) > 1
-    return Efficiencies(values, {name: _span(name, drawn[name], values[name]) for name in values if several})
+    return Efficiencies(values, {name: _span(name, draws[name], values[name]) for name in values if several})
 
 
 def _span(name: str, draws: FloatArray, value: float) -> tuple[float, float]:
@@ -109,6 +110,8 @@ def _missing(runs: Sequence[Run]) -> str | None:
         return "no steady step"
     if not all(balance.phases_told for balance in balances if balance):
         return "exposed communication was not timed, so it cannot be told from computing"
+    if not all(balance.useful_blocks_s.any() for balance in balances if balance):
+        return "no useful time was recorded"
     return None
 
 

@@ -18,7 +18,9 @@ from hpc_train.timings import StepTimes, Timings, read_timings, step_times
 LEAVE_OUT = "Move this run's folder out of the report's folder, or name the other runs one by one."
 _ALIGNED = [TIMING_COLUMNS.index("step"), TIMING_COLUMNS.index("warmup")]  # equal on every rank, row by row
 _NO_STEPS = Timings(np.zeros((0, len(TIMING_COLUMNS)), np.int64), False)
-_CLOCKS_FAIL = 0.1  # of a step: clocks that disagree by more say nothing about who came when
+# Parts of a step. Clocks that disagree by more say nothing about who came when; on one host, which has one clock, no
+# rank can leave a reduction after the others leave the next.
+_CLOCKS_FAIL, _RECORDS_FAIL = 0.1, 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +86,9 @@ def reduce_ranks(run: RunDir, meta: dict[str, Any], reduce: Reduce, num_attempts
     """
     size = meta["size"]
     num_workers, hosts = reduce.num_workers(size), hosts_of(meta, size)
-    present = [rank for rank in _by_host(hosts) if run.timings(rank).is_file()]
-    faults = _faults_of_files(run, size, present)
+    found = {path.name for path in run.timings_dir.glob("rank-*.csv")}
+    present = [rank for rank in _by_host(hosts) if run.timings(rank).name in found]
+    faults = _faults_of_files(size, present, len(found))
 
     def read(clocks: Clocks | None, common: IntArray | None = None) -> _Sums | None:
         sums = _Sums(num_workers, Tally(hosts, clocks, waits(reduce, num_workers)))
@@ -116,12 +119,13 @@ def _by_host(hosts: Hosts) -> list[int]:
     return sorted(range(len(hosts)), key=lambda rank: (first[hosts[rank]], rank))
 
 
-def _faults_of_files(run: RunDir, size: int, present: list[int]) -> list[str]:
-    missing = sorted(set(range(size)) - set(present))
-    found = sum(1 for _ in run.timings_dir.glob("rank-*.csv"))
-    return [f"no timings of {ranks_text(missing)}"] * bool(missing) + [
-        f"timings/ holds {found} files of a run of {size} ranks: some are another run's"
-    ] * (found > len(present))
+def _faults_of_files(size: int, present: list[int], num_files: int) -> list[str]:
+    faults = []
+    if missing := sorted(set(range(size)) - set(present)):
+        faults.append(f"no timings of {ranks_text(missing)}")
+    if num_files > len(present):
+        faults.append(f"timings/ holds {num_files} files of a run of {size} ranks: some are another run's")
+    return faults
 
 
 def _read(run: RunDir, present: list[int], sums: _Sums, common: IntArray | None) -> bool:
@@ -149,17 +153,18 @@ def _common_steps(run: RunDir, present: list[int], num_attempts: int) -> tuple[I
 
 def _unaligned(balance: Balance | None, clocks: Clocks | None, hosts: Hosts) -> str | None:
     """Which rank's clock is plainly wrong, in words: by when it leaves reductions, which end for all at once."""
-    if balance is None or balance.arrivals is None or clocks is None or len(set(hosts)) == 1:
+    if balance is None or balance.arrivals is None or clocks is None:
         return None
+    one_host = len(set(hosts)) == 1
     arrivals = balance.arrivals
     worst = int(np.argmax(arrivals.clock_error_s))
     error_s = float(arrivals.clock_error_s[worst])
-    if error_s < _CLOCKS_FAIL * arrivals.whole_s / arrivals.num_steps:
+    if error_s < (_RECORDS_FAIL if one_host else _CLOCKS_FAIL) * arrivals.whole_s / arrivals.num_steps:
         return None
     host = f" on {balance.hosts[worst]}" if balance.hosts[worst] is not None else ""
     return (
         f"rank {balance.ranks[worst]}{host} would leave reductions {amount(error_s, 's')} before or after the others:"
-        " its clock jumped, or its records are another run's"
+        f" {'' if one_host else 'its clock jumped, or '}its records are another run's"
     )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +84,7 @@ class Report:
     costs: tuple[GroupEnergy, ...]  # of the groups, in their order
     targets: tuple[TargetStudy, ...]
 
-    @property
+    @cached_property
     def parts(self) -> list[Part]:
         """What stands under headings of its own, in its order."""
         return parts(self.scaling, self.strategies, self.costs, self.targets)
@@ -98,7 +99,7 @@ class Report:
         for part in self.parts:
             console.print(Text(part.headline or plain(part.label), style="bold"), "")
             for sheet in part.sheets:
-                console.print(Text(sheet.title), _fitted(sheet, console.width), sep="\n")
+                console.print(Text(sheet.title), fitted(sheet, console.width), sep="\n")
             for note in part.notes:
                 console.print(Text(f"- {plain(note)}"))
             console.print()
@@ -191,7 +192,7 @@ def default_output(paths: Sequence[Path]) -> Path:
     return common / "report" if beside else Path("report")
 
 
-def _fitted(sheet: Sheet, width: int) -> RenderableType:
+def fitted(sheet: Sheet, width: int) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="")
     widths = []
     for index, column in enumerate(sheet.columns):

@@ -43,7 +43,7 @@ class Waiting:
     stragglers: tuple[Straggler, ...] = ()
     share: float = 0.0  # of the job's time: cost of all of them together
     told: str | None = None
-    clock_error_s: float | None = None  # of the median rank, where arrivals are compared
+    clock_error_s: float | None = None  # of the median rank, where arrivals on several hosts are compared
     unaligned: str | None = None  # why waits are compared instead
 
 
@@ -68,16 +68,17 @@ def waiting(run: Run) -> Waiting:
     arrivals = balance.arrivals
     if arrivals is None:
         return Waiting(told="when ranks came to the reductions was not recorded")
-    hosts = _found(arrivals, arrivals.latest_hosts, len(arrivals.hosts), _host_error(arrivals))
+    errors_s = arrivals.clock_error_s * (len(arrivals.hosts) > 1)  # one host has one clock
+    hosts = _found(arrivals, arrivals.latest_hosts, len(arrivals.hosts), _host_error(arrivals, errors_s))
     if not any(_is_whole(arrivals, host) for host in hosts):
         hosts = []
-    ranks = [] if hosts else _found(arrivals, arrivals.latest, len(balance.ranks), arrivals.clock_error_s)
+    ranks = [] if hosts else _found(arrivals, arrivals.latest, len(balance.ranks), errors_s)
     latest = arrivals.latest_hosts if hosts else arrivals.latest
     blamed = hosts or ranks
     share = _saved_s(latest, blamed) / arrivals.whole_s
     if not blamed or share < LEAST_SHARE:
         return Waiting(
-            told="no rank holds the others up by more than chance",
+            told=f"no rank costs the others {LEAST_SHARE:.0%} of their time by more than chance",
             clock_error_s=_typical_error(arrivals),
             unaligned=arrivals.unaligned,
         )
@@ -86,23 +87,24 @@ def waiting(run: Run) -> Waiting:
 
 
 def _typical_error(arrivals: Arrivals) -> float | None:
-    return float(np.median(arrivals.clock_error_s)) if arrivals.basis == "arrival" else None
+    compared = arrivals.basis == "arrival" and len(arrivals.hosts) > 1
+    return float(np.median(arrivals.clock_error_s)) if compared else None
 
 
-def _host_error(arrivals: Arrivals) -> FloatArray:
+def _host_error(arrivals: Arrivals, errors_s: FloatArray) -> FloatArray:
     """(hosts,) the median over a host's ranks."""
     order = np.argsort(arrivals.host_of, kind="stable")
     ends = np.flatnonzero(np.diff(arrivals.host_of[order])) + 1
     errors = np.zeros(len(arrivals.hosts))
     for members in np.split(order, ends):
-        errors[arrivals.host_of[members[0]]] = np.median(arrivals.clock_error_s[members])
+        errors[arrivals.host_of[members[0]]] = np.median(errors_s[members])
     return errors
 
 
 def _is_whole(arrivals: Arrivals, host: int) -> bool:
     """Whether a host is late as a whole, and not one of its ranks."""
     late = arrivals.late_s[arrivals.host_of == host]
-    return len(late) > 1 and float(np.median(late)) > 0.5 * float(late.max()) > 0
+    return len(late) > 1 and late.max() > 0 and float((late > 0.5 * late.max()).mean()) > 0.5
 
 
 def _blame(latest: Latest, aside: Sequence[int]) -> tuple[IntArray, FloatArray]:

@@ -60,3 +60,32 @@ def amount(value: float | None, unit: str) -> str:
     powers = zip((1e15, 1e12, 1e9, 1e6, 1e3, 1.0, 1e-3, 1e-6), ("P", "T", "G", "M", "k", "", "m", "u"), strict=True)
     power, prefix = next((pair for pair in powers if abs(value) >= pair[0]), (1.0, ""))
     return f"{significant(value / power)} {prefix}{unit}"
+
+
+def duration_text(seconds: float | None, interval: tuple[float, float] | None = None) -> str:
+    """ "5.20 h", or "5.20 h (4.9-5.6)": three digits in the unit that people plan in."""
+    if seconds is None:
+        return "-"
+    units = (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
+    unit, length = next((each for each in units if seconds >= 2 * each[1]), units[-1])
+    if seconds >= 1e7:  # node counts are for months at most: beyond, people calculate with seconds
+        unit, length = "s", 1.0
+    return f"{significant(seconds / length)} {unit}{_between(interval, length)}"
+
+
+def energy_amount(joules: float | None, interval: tuple[float, float] | None = None) -> str:
+    """ "12.3 kWh", or "12.3 kWh (11.0-13.8)"; joules below a watt-hour."""
+    if joules is None:
+        return "missing"
+    units = (("GWh", 3.6e12), ("MWh", 3.6e9), ("kWh", 3.6e6), ("Wh", 3600.0), ("J", 1.0))
+    unit, size = next((each for each in units if joules >= each[1]), units[-1])
+    return f"{significant(joules / size)} {unit}{_between(interval, size)}"
+
+
+def with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
+    """ "83.1 (79.9-86.0)"."""
+    return significant(value) + _between(interval, 1.0)
+
+
+def _between(interval: tuple[float, float] | None, unit: float) -> str:
+    return "" if interval is None else f" ({significant(interval[0] / unit)}-{significant(interval[1] / unit)})"

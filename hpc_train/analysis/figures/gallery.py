@@ -8,6 +8,7 @@ from hpc_train import rundir
 from hpc_train.analysis.figures.balance import map_drawing, tree_drawing
 from hpc_train.analysis.figures.canvas import Drawing, files
 from hpc_train.analysis.figures.energy import energy_drawings
+from hpc_train.analysis.figures.forecast import forecast_drawing
 from hpc_train.analysis.figures.speed import speedup_drawing
 from hpc_train.analysis.figures.steps import loss_drawing, time_drawings
 from hpc_train.analysis.figures.strategies import strategy_drawings
@@ -35,6 +36,7 @@ def drawings(part: Part) -> list[Drawing]:
         *time_drawings(group),
         *_known(tree_drawing(group), map_drawing(group)),
         *(energy_drawings(part.cost) if part.cost else []),
+        *_known(forecast_drawing(part.advice.plan) if part.advice and part.advice.plan else None),
         *_known(loss_drawing(group), target_drawing(part.study) if part.study else None),
     ]
 
