@@ -192,6 +192,7 @@ class Energy:
 
 # Domains of one host's file that hold those of all hosts, since Slurm counts whole steps; what else a domain holds.
 JOB_WIDE = ("nodes", "packages")
+OWN_CORES = "cores"  # the domain of the estimate from this job's cores alone: what others draw is not in it
 _PACKAGES = ("package-", "dram")
 _HOLDS = {"node": ("",), "nodes": ("",), "packages": _PACKAGES, "psys": _PACKAGES}
 

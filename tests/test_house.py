@@ -31,8 +31,8 @@ ALLOWED = {
     "h5py": {f"train/{room}.py" for room in ("chunks", "files", "filters", "io_times", "readers", "together")}
     | {f"train/prepare/{room}.py" for room in ("layout", "prepare", "writer")}
     | {f"train/inspect/{room}.py" for room in ("check", "info", "judge", "pieces", "survey")},
-    "subprocess": {"train/metadata.py", "train/inspect/place.py", "slurm.py", "scale.py"},
-    "pynvml": {"train/sensors.py"},
+    "subprocess": {"train/metadata.py", "train/inspect/place.py", "train/sensors/slurm.py", "slurm.py", "scale.py"},
+    "pynvml": {"train/sensors/nvml.py"},
     "gymnasium": {"train/tasks/reinforcement.py"},
 }
 

@@ -72,7 +72,7 @@ def test_nineteen_of_twenty_intervals_hold_the_truth(tmp_path: Path) -> None:
     names = ("parallel", "load_balance", "input", "transfer")
     num_held = dict.fromkeys(names, 0)
     for seed in range(1, 41):
-        run, _ = laws.write(tmp_path, replace(law, seed=seed, stamp=f"202611{seed:02}T000000Z"))
+        run, _ = laws.write(tmp_path, replace(law, seed=seed, stamp=f"20261101T0000{seed:02}Z"))
         intervals = efficiencies([load(run)], None).intervals
         for name in names:
             low, high = intervals[name]

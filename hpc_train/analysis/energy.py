@@ -10,10 +10,9 @@ from hpc_train.analysis.course import Course, course_of
 from hpc_train.analysis.joules import NONE, Joules, between, peak_w, whole
 from hpc_train.analysis.load import Run, attempts, disjoint, host_traces, section
 from hpc_train.analysis.scaling import positive
-from hpc_train.records import JOB_WIDE, PHASES, Trace
+from hpc_train.records import JOB_WIDE, OWN_CORES, PHASES, Trace
 
 ALL_NODES = "all nodes together"  # the host of a count that Slurm keeps for a whole step
-_OWN_CORES = "cores"  # the domain of the estimate from this job's own cores: others' do not count in it
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ def energy_of(run: Run) -> RunEnergy:
                 trace,
                 lead_s.get(trace.attempt, 0.0),
                 loop.lasted_s if loop else 0.0,
-                others and trace.domain != _OWN_CORES,
+                others and trace.domain != OWN_CORES,
             )
             readings.append(reading)
     wide = {reading.trace.attempt for reading in readings if reading.host == ALL_NODES}
@@ -328,7 +327,7 @@ def _above_idle(readings: list[_Reading], draws: dict[str, Any], given: bool) ->
 
 
 def _notes(readings: list[_Reading], left_out: list[str], shared: dict[str, Any], lead_s: float) -> list[str]:
-    metered = {reading.host for reading in readings if reading.trace.domain != _OWN_CORES}
+    metered = {reading.host for reading in readings if reading.trace.domain != OWN_CORES}
     notes = []
     if left_out:
         notes.append(f"Not added, since another domain of the node holds their joules: {', '.join(left_out)}")

@@ -14,6 +14,7 @@ from hpc_train.config import Config
 from hpc_train.errors import UserError
 from hpc_train.records import (
     JOB_WIDE,
+    OWN_CORES,
     SCHEMA,
     Energy,
     FloatArray,
@@ -191,7 +192,8 @@ def _energy(run: RunDir, meta: dict[str, Any]) -> Energy:
     if not all(traces[host] for host in meta["hosts"]) and not any(trace.domain in JOB_WIDE for trace in known):
         return Energy()
     total = total_energy(trace.energy for trace in known)
-    is_shared = any(was is True for was in section(section(meta, "energy"), "shared").values())
+    shared = any(was is True for was in section(section(meta, "energy"), "shared").values())
+    is_shared = shared and any(trace.domain != OWN_CORES for trace in known)
     return replace(total, source=f"{total.source} (node shared)") if is_shared and total.joules is not None else total
 
 

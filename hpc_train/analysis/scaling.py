@@ -333,7 +333,7 @@ def _facts(run: Run) -> dict[str, str]:
         "device": str(meta.get("device", "unknown")),
         "threads per rank": "/".join(sorted(threads)) or "unknown",
         "steps": str(run.config.train.steps),
-        "training samples": str(meta.get("num_train_samples", "unknown")),
+        "training samples": str(meta.get("num_samples", meta.get("num_train_samples", "unknown"))),
         "parameters": str(meta.get("num_parameters", "unknown")),
         "hpc-train": str(meta.get("hpc_train", "unknown")),
         "git commit": f"{str(git['commit'])[:12]}{modified}" if "commit" in git else "unknown",

@@ -237,7 +237,7 @@ def reach_of(run: Run, target: float, energy: RunEnergy | None) -> Reach:
     if row is None:
         return Reach(run, f"step {step}, which reached it, has no time")
     num_samples = (step + 1) * run.summary.num_samples / run.summary.num_steps
-    of_epoch = positive(run.meta.get("num_train_samples"))
+    of_epoch = positive(run.meta.get("num_samples", run.meta.get("num_train_samples")))  # the latter before schema 3
     return Reach(
         run,
         num_steps=step + 1,

@@ -31,9 +31,9 @@ def target_sheets(study: TargetStudy) -> list[Sheet]:
     titles = ["ranks", "batch", *_tuned_titles(study), "runs", "steps", "samples", "epochs", "seconds", "energy"]
     rows = []
     for row in study.rows:
-        cells = [*_names(study, row), str(len(row.reaches)), significant(row.num_steps, 4)]
+        cells = [*_names(study, row), str(len(row.reaches)), _count(row.num_steps)]
         joules = "-" if row.joules is None else row.joules.text()
-        cells += [significant(row.num_samples, 4), significant(row.epochs), _seconds(row), joules]
+        cells += [_count(row.num_samples), significant(row.epochs), _seconds(row), joules]
         rows.append(tuple(cells))
     title = f"To a training loss of {significant(study.target, 4)} (smoothed; warm-up included)"
     columns = tuple(Column(title) for title in titles)
@@ -77,6 +77,11 @@ def _seconds(row: TargetRow) -> str:
     if all(reach.why == NOT_REACHED for reach in row.reaches):
         return NOT_REACHED
     return f"{row.num_reached} of {len(row.reaches)}" if row.num_reached else "missing"
+
+
+def _count(mean: float | None) -> str:
+    """A mean of counts, whole where it is."""
+    return significant(mean, 4) if mean is None or mean % 1 else f"{mean:.0f}"
 
 
 def _times(speedup: float | None) -> str:
