@@ -11,10 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from hpc_train.analysis.costs import Work, power, read_network, samples_work, steps_work
-from hpc_train.analysis.plan import Limits, make_plan
+from hpc_train.analysis.load import load_all
+from hpc_train.analysis.plan import Limits, make_plan, recommend
 from hpc_train.analysis.plan_sheets import answer, short_answer
 from hpc_train.analysis.points import read_table
-from hpc_train.analysis.predict import predict
+from hpc_train.analysis.predict import curve_sizes, predict
+from hpc_train.analysis.scaling import compare
 from hpc_train.cli import cli
 from hpc_train.cli_plan import duration_s, joules
 from hpc_train.errors import UserError
@@ -158,6 +160,11 @@ def test_runs_are_planned_from(tmp_path: Path) -> None:
     assert [each["ranks"] for each in tree["measured"]] == [1, 2, 4, 8]
     assert tree["power"]["quality"] == "measured" and tree["options"][0]["energy_j"] is not None
     assert tree["work"]["steps"] == 210
+    group = compare(load_all([tmp_path])).groups[0]
+    shown = recommend(group)
+    assert shown is not None and shown.chosen is not None and shown.chosen.nodes == tree["nodes"]
+    drawn = shown.prediction.at(curve_sizes(shown.prediction))
+    assert drawn[0].ranks == 1 and drawn[-1].ranks == 32 and sum(each.measured_s is not None for each in drawn) == 4
     to_loss = json.loads(run_plan(tmp_path, "--target-loss", "1.0", "--json").output)
     assert to_loss["work"]["steps"] < 210 and "training loss of 1" in to_loss["work"]["words"]
     text = run_plan(tmp_path, "--deadline", "1h").output

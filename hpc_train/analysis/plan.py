@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hpc_train.analysis.costs import Power, Work, node_steps, power
-from hpc_train.analysis.points import Points
-from hpc_train.analysis.predict import Forecast, Prediction
-from hpc_train.analysis.scaling import Interval
+from hpc_train.analysis.costs import Power, Work, node_steps, planned_work, power
+from hpc_train.analysis.points import Points, from_group
+from hpc_train.analysis.predict import Forecast, Prediction, predict
+from hpc_train.analysis.scaling import Group, Interval
 from hpc_train.analysis.words import duration_text, energy_amount, percent, significant
 from hpc_train.errors import UserError
 
@@ -83,6 +83,15 @@ def make_plan(
     larger, smaller = _why_not(options, chosen, prediction, limits)
     warnings = _warnings(prediction, chosen or options[-1], limits)
     return Plan(prediction, work, limits, joules, options, chosen, reason, larger, smaller, tuple(warnings))
+
+
+def recommend(group: Group) -> Plan | None:
+    """The plan that a report shows: no limits, the work that the runs were set to; None where nothing is predicted."""
+    try:
+        points = from_group(group)
+        return make_plan(predict(points), planned_work(group, points))
+    except UserError:
+        return None
 
 
 def _check(limits: Limits, work: Work | None, joules: Power | None) -> None:
