@@ -19,6 +19,7 @@ GROUND = {
     "errors",
     "environment",
     "lock",
+    "network",
     "__init__",
 }
 TOP = {"cli", "bench"}

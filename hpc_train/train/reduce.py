@@ -265,6 +265,24 @@ def _check_horovod(settings: config.Reduce, size: int) -> None:
         )
 
 
+def restartable_horovod(settings: config.Reduce) -> Any:
+    """Horovod's module, for `horovod_on`. Raises UserError.
+
+    The fusion threshold is left open: with it and the cycle both fixed, Horovod 0.28.1 crashes when it starts again.
+    """
+    hvd = _load_horovod(settings)
+    del os.environ["HOROVOD_FUSION_THRESHOLD"]
+    return hvd
+
+
+@contextmanager
+def horovod_on(hvd: Any, context: Context) -> Iterator[None]:
+    """Collective. Horovod with its thread, on the ranks of `context`, until the end."""
+    hvd.init(comm=context.comm)
+    yield
+    hvd.shutdown()  # collective: not where a rank failed alone
+
+
 def _load_horovod(settings: config.Reduce) -> Any:
     """Horovod's module, on the MPI that mpi4py started. Raises UserError; two MPIs are refused, both named."""
     # Its background thread looks for work once a cycle: at its own default of 1 ms it paces every small model.
