@@ -108,8 +108,8 @@ def _solve(scaled: np.ndarray) -> np.ndarray:
 
     # Columns of like size: alpha's and beta's coefficients are nine powers of ten apart.
     scales = np.maximum(np.abs(scaled).max(axis=0), np.finfo(float).tiny)
-    solved: np.ndarray = nnls(scaled / scales, np.ones(len(scaled)))[0]
-    return solved / scales
+    solved, _ = nnls(scaled / scales, np.ones(len(scaled)))
+    return np.asarray(solved / scales)
 
 
 def fits(rows: Sequence[Row]) -> list[Fit]:

@@ -137,7 +137,13 @@ def write_figure(rows: Sequence[Row], path: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     chosen = _largest(places(rows))
-    rules: Any = {"font.size": 8, "axes.grid": True, "grid.color": "#e4e4e4", "pdf.fonttype": 42, "axes.axisbelow": True}
+    rules: Any = {
+        "font.size": 8,
+        "axes.grid": True,
+        "grid.color": "#e4e4e4",
+        "pdf.fonttype": 42,
+        "axes.axisbelow": True,
+    }
     with matplotlib.rc_context({**rules, "svg.hashsalt": path.name}):
         width, height = _PANEL_INCHES
         figure = Figure(figsize=(width * len(chosen) + 0.4, height), layout="constrained")

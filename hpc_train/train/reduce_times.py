@@ -232,7 +232,7 @@ def _teams(context: Context, with_gloo: bool) -> list[Team | None]:
 def _gloo(context: Context) -> Iterator[Any]:
     """Collective. torch.distributed over gloo, on all ranks."""
     from torch import distributed
-    from torch.distributed.distributed_c10d import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     wait = timedelta(seconds=_GLOO_S)
     stores: list[Any] = []  # the root's, which serves the others until the end
@@ -242,12 +242,12 @@ def _gloo(context: Context) -> Iterator[Any]:
         return context.world.host, stores[0].port
 
     def join() -> None:
-        store = stores[0] if stores else TCPStore(*address, is_master=False, timeout=wait)
+        store = stores[0] if stores else TCPStore(host, port, is_master=False, timeout=wait)
         rank, size = context.world.rank, context.world.size
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
         distributed.barrier()  # the ranks meet here, or not at all
 
-    address = context.on_root(partial(_or_mend, listen))
+    host, port = context.on_root(partial(_or_mend, listen))
     context.on_all(partial(_or_mend, join))
     yield distributed.group.WORLD
     distributed.destroy_process_group()
