@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -17,6 +19,7 @@ from hpc_train.errors import UserError, require
 from hpc_train.rundir import write_atomic
 
 _LATENCY_BYTES = 64 << 10  # messages up to here take about as long as an empty one
+_COPIES = 8  # of a message that a rank holds at most: gradients, weights, what servers and MPI receive
 _WIDTH = 110  # of the tables, where the terminal is narrower or there is none
 
 
@@ -76,16 +79,17 @@ def allreduce(
     """
     require("torch", "mpi4py")
     from hpc_train.train.context import mpi_version, open_context
+    from hpc_train.train.memory import free_bytes_per_rank
 
     with open_context(use_mpi=True) as context:
-        from hpc_train.train import reduce_times
-
         share = 0.5 if most is None else 1.0  # what was not asked for leaves room to others
-        room = reduce_times.most_bytes(context, share)
+        room = int(free_bytes_per_rank(context) * share / _COPIES)
         context.on_root(partial(_require_room, least, most, room, context.world.size))
+        path = context.on_root(partial(_place_for, output, context.world.size))
+        from hpc_train.train import reduce_times  # torch, which takes seconds: after all that can be refused
+
         sizes = network.sizes(least, most or max(least, min(1 << 30, room)))
         pace = Pace(sizes, None if most else 60 * minutes, lambda words: click.echo(words, err=True))
-        path = context.on_root(partial(_place_for, output, context.world.size))
         rows = reduce_times.measure(sizes, strategies, repeat, context, pace.go_on)
         hosts, mpi = context.gather(context.world.host), mpi_version(context).get("version", "")
         if not context.world.is_root:
@@ -133,8 +137,8 @@ class Pace:
 
     def go_on(self, place: int) -> bool:
         now, size = monotonic(), self._sizes[place]
-        growth = 4 if size > _LATENCY_BYTES else 1  # small messages all take alike
-        coming = [(now - self._last) * growth ** (step + 1) for step in range(len(self._sizes) - place)]
+        growth = [4 if each > _LATENCY_BYTES else 1 for each in self._sizes[place:]]  # small messages all take alike
+        coming = list(accumulate(growth, mul, initial=now - self._last))[1:]
         self._last = now
         if place and self._budget_s is not None and now - self._began + coming[0] > self._budget_s:
             self.stopped = f"stopped before {network.size_text(size)}: --minutes {self._budget_s / 60:g}"

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -28,7 +27,6 @@ from hpc_train.train.reduce import AllReduce, Horovod, Mpi, horovod_on, restarta
 from hpc_train.train.server import Server, Worker
 from hpc_train.train.sharded import Sharded
 
-COPIES = 8  # of a message that a rank holds at most: gradients, weights, what servers and MPI receive
 _SAMPLE_S, _MOST_CALLS = 5e-3, 200  # calls are timed in rows of about so long
 _GLOO_S = 60
 _PATTERN = (np.arange(1 << 18) % 251).astype(np.float32)  # what a rank adds, times 1 to 4: sums are exact
@@ -323,27 +321,3 @@ def _each_block(values: torch.Tensor, act: Callable[[np.ndarray, np.ndarray], ob
     for start in range(0, len(array), len(_PATTERN)):
         block = array[start : start + len(_PATTERN)]
         act(block, _PATTERN[: len(block)])
-
-
-# ------------------------------------------------------------------------------------------------- memory
-
-
-def most_bytes(context: Context, share: float) -> int:
-    """Collective. The longest message of which every node's ranks can hold `COPIES` in `share` of its free memory."""
-    mine = _available_bytes() * share / context.world.local_size / COPIES
-    return int(-context.max(np.array([-mine]))[0])
-
-
-def _available_bytes() -> int:
-    """What the system could still give this process, its cgroup's limit included."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    found = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    for cgroup in Path("/proc/self/cgroup").read_text().splitlines():
-        folder = Path("/sys/fs/cgroup") / cgroup.rpartition(":")[2].lstrip("/")
-        try:
-            limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        except OSError:  # not of version 2, or not ours to see
-            continue
-        if limit.isdecimal():
-            found = min(found, int(limit) - int(used))
-    return max(found, 0)

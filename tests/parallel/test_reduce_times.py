@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 
-from hpc_train.config import Reduce
 from hpc_train.errors import UserError
 from hpc_train.network import LIMITS, OURS, PEERS, Row, fits, teams
-from hpc_train.train import reduce_times
+from hpc_train.train import memory, reduce_times
 from hpc_train.train.context import Context
 from hpc_train.train.reduce import Mpi
 
@@ -45,9 +43,9 @@ def test_all_strategies_and_limits_are_measured_in_all_places(context: Context, 
 
 
 def test_the_ranks_of_a_row_agree(context: Context, rows: list[Row]) -> None:
-    for ranks in {row.ranks for row in rows}:
-        mine = [row.samples_s for row in rows if row.ranks == ranks]
-        assert all(each in ([], mine) for each in context.all(mine) if len(each) == len(mine))
+    for team in teams(context.all(context.world.host)):
+        found = context.all([row.samples_s for row in rows if row.ranks == len(team)])
+        assert found[0] and all(found[rank] == found[0] for rank in team)
 
 
 def test_a_wrong_sum_is_found(context: Context) -> None:
@@ -79,9 +77,8 @@ def test_mpi_sums_in_pieces_what_one_message_would(context: Context, length: int
         assert torch.equal(arrival(), expected)
 
 
-def test_memory_is_asked_for_on_the_fullest_node(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = (1 + context.world.rank) << 30
-    monkeypatch.setattr(reduce_times, "_available_bytes", lambda: free)
-    expected = (1 << 30) * 0.5 / context.world.local_size / reduce_times.COPIES
-    assert reduce_times.most_bytes(context, 0.5) == pytest.approx(expected, abs=1)
-    assert Reduce().cycle_time_ms and np.isfinite(expected)
+def test_memory_is_that_of_the_fullest_node(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_available_bytes", lambda: (1 + context.world.rank) << 30)
+    assert memory.free_bytes_per_rank(context) == (1 << 30) // context.world.local_size
+    monkeypatch.undo()
+    assert 0 < memory._available_bytes() < 1 << 50
