@@ -30,7 +30,7 @@ _LINES: dict[str, tuple[str, str, str]] = {  # colour, dashes, marker
     "memory": (GREY, ":", ""),
     "link": (SKY, ":", ""),
 }
-_PANELS = 4  # at most, side by side
+_TICKS = [4 << power for power in range(0, 32, 4)]  # 4 B, 64 B ... 1 GiB
 _PANEL_INCHES = (3.3, 3.4)
 
 
@@ -160,8 +160,9 @@ def write_figure(rows: Sequence[Row], path: Path) -> list[Path]:
 
 
 def _largest(found: list[Place]) -> list[Place]:
-    """The most ranks inside a node, the most nodes with a rank on each, and all: as many as there is room for."""
-    return sorted(found, key=lambda place: (place[0], place[1]))[-_PANELS:]
+    """The most ranks of one node, the most nodes with a rank on each, and all."""
+    kinds = ([p for p in found if p[1] == 1], [p for p in found if p[1] > 1 and p[2] == 1], found)
+    return list(dict.fromkeys(max(kind) for kind in kinds if kind))
 
 
 def paint(axes: "Axes", rows: Sequence[Row], place: Place) -> None:
@@ -189,6 +190,9 @@ def paint(axes: "Axes", rows: Sequence[Row], place: Place) -> None:
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(lambda size, _: size_text(int(size)))
-    axes.tick_params(axis="x", rotation=45)
+    measured = [row.message_bytes for row in rows]
+    ticks = [size for size in _TICKS if min(measured) <= size <= max(measured)]
+    axes.set_xticks(ticks, [size_text(size) for size in ticks], rotation=45)
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="size of the message", title=place_text(place))
