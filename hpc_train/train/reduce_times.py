@@ -28,7 +28,7 @@ from hpc_train.train.server import Server, Worker
 from hpc_train.train.sharded import Sharded
 
 _SAMPLE_S, _MOST_CALLS = 5e-3, 200  # calls are timed in rows of about so long
-_GLOO_S = 60
+_GLOO_MEETS_S, _GLOO_SUMS_S = 60, 3600  # until its ranks have met; and a sum over the slowest link
 _PATTERN = (np.arange(1 << 18) % 251).astype(np.float32)  # what a rank adds, times 1 to 4: sums are exact
 
 Exchange = Callable[[bool], None]  # whether who owns weights sets them to the sum of gradients: slower, and checked
@@ -219,7 +219,8 @@ def _teams(context: Context, with_gloo: bool) -> list[Team | None]:
         is_in = context.world.rank in ranks
         team = context.team(int(not is_in))
         servers = team.team(int(team.world.rank >= Reduce(strategy="parameter_server").num_workers(team.world.size)))
-        group = distributed.new_group(list(ranks), backend="gloo") if with_gloo else None
+        wait = timedelta(seconds=_GLOO_SUMS_S)
+        group = distributed.new_group(list(ranks), timeout=wait, backend="gloo") if with_gloo else None
         of_hosts = [hosts[rank] for rank in ranks]
         most = max(of_hosts.count(host) for host in of_hosts)
         found.append(Team(team, len(set(of_hosts)), most, servers, group) if is_in else None)
@@ -232,7 +233,7 @@ def _gloo(context: Context) -> Iterator[Any]:
     from torch import distributed
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    wait = timedelta(seconds=_GLOO_S)
+    wait = timedelta(seconds=_GLOO_MEETS_S)
     stores: list[Any] = []  # the root's, which serves the others until the end
 
     def listen() -> tuple[str, int]:
