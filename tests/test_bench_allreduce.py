@@ -57,17 +57,18 @@ def test_the_terminal_has_tables_ratios_and_progress(done: tuple[jobs.Ended, Pat
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "ranks, words, message",
     [
-        (("--max", "1000G"), "--max 1073741824000 bytes: each rank holds several such messages"),
-        (("--max", "4", "--min", "64"), "--max 4 is less than --min 64"),
-        (("--max", "10"), "a multiple of 4 bytes"),
-        (("--strategies", "mpi,nccl"), "nccl: of horovod, mpi,"),
-        (("--output", "/proc/x.json"), "/proc/x.json cannot be written"),
+        (1, (), "bench allreduce on one rank: nothing is summed"),
+        (2, ("--max", "1000G"), "--max 1073741824000 bytes: each rank holds several such messages"),
+        (2, ("--max", "4", "--min", "64"), "--max 4 is less than --min 64"),
+        (0, ("--max", "10"), "a multiple of 4 bytes"),
+        (0, ("--strategies", "mpi,nccl"), "nccl: of horovod, mpi,"),
+        (2, ("--output", "/proc/x.json"), "/proc/x.json cannot be written"),
     ],
 )
-def test_a_mistake_is_one_message(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
-    done = jobs.run(1 if "is less" in message else 2, "bench", "allreduce", *words, cwd=tmp_path)
+def test_a_mistake_is_one_message(tmp_path: Path, ranks: int, words: tuple[str, ...], message: str) -> None:
+    done = jobs.run(ranks, "bench", "allreduce", *words, cwd=tmp_path)
     assert done.code == 2 and done.out == "", done.err
     assert message in done.err.replace("\n", " ") and "Traceback" not in done.err
     assert list(tmp_path.rglob("*.json")) == []
