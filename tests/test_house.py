@@ -20,6 +20,7 @@ GROUND = {
     "errors",
     "environment",
     "lock",
+    "network",
     "__init__",
 }
 TOP = {"cli", "bench"}
