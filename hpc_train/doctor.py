@@ -6,11 +6,13 @@ hangs or crashes, in MPI or in a file system, ends in a table that names it.
 
 import json
 import os
+import secrets
 import selectors
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
@@ -24,6 +26,7 @@ from hpc_train.errors import UserError
 from hpc_train.world import launched_rank, launched_size
 
 SCHEMA = 1
+_LIMIT_S = 60.0  # of the longest check
 _GRACE_S = 3.0  # of the process that checks, which names ranks that do not answer, before it is ended
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red", "n/a": "dim"}
 
@@ -40,7 +43,8 @@ class Examined:
     size: int = 1
     at: str = "start"
     mend: str = ""
-    limit_s: float = 60.0
+    limit_s: float = _LIMIT_S
+    root: tuple[str, int, str] = ("", 0, "")  # where the first rank is told of faults: host, port, token
 
     @property
     def failed(self) -> bool:
@@ -57,7 +61,7 @@ class Examined:
         elif "finding" in told:
             self.findings.append(told["finding"])
         else:
-            self.size = told["size"]
+            self.size, self.root = told["size"], tuple(told["root"])
 
 
 def examine(job: Path | None, overrides: tuple[str, ...], as_json: bool) -> int:
@@ -75,11 +79,11 @@ def examine(job: Path | None, overrides: tuple[str, ...], as_json: bool) -> int:
     examined = Examined(size=launched_size() or 1)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        fault = _follow(job, overrides, examined, _GRACE_S if rank == 0 else examined.size and 2 * _GRACE_S)
+        fault = _follow(job, overrides, examined, rank)
     except _Terminated:
         fault = "the launcher ended the job during this check: a rank failed, which says so itself"
     if rank:
-        return _report_fault(fault, examined, rank)
+        return _pass_on(fault, examined, rank)
     if fault:
         examined.fail(fault)
     _print(examined, monotonic() - began_s, as_json)
@@ -99,46 +103,86 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 # ---------------------------------------------------------------------------------------- the process that checks
 
 
-def _follow(job: Path | None, overrides: tuple[str, ...], examined: Examined, grace_s: float) -> str | None:
+def _follow(job: Path | None, overrides: tuple[str, ...], examined: Examined, rank: int) -> str | None:
     """Starts it and hears what it says until it ends; how it failed, if it did."""
-    theirs, ours = os.pipe()
-    words = [sys.executable, "-m", "hpc_train.train.doctor", str(ours), str(job or ""), *overrides]
-    os.set_inheritable(ours, True)
+    ours, theirs = os.pipe()
+    os.set_inheritable(theirs, True)
+    token = secrets.token_hex()
+    # What other ranks have to say of theirs comes over TCP: their MPI may be what died.
+    notices = socket.create_server(("", 0), backlog=64) if rank == 0 else None
+    port = notices.getsockname()[1] if notices else 0
+    words = [sys.executable, "-m", "hpc_train.train.doctor", str(theirs), f"{port}:{token}", str(job or ""), *overrides]
     # What libraries say to standard output must not get into the table; handles that PMI left open are passed on.
     child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), close_fds=False)
-    os.close(ours)
+    os.close(theirs)
     try:
-        return _hear(theirs, child, examined, grace_s)
+        return _hear(ours, notices, token, examined) or _ended(child, examined, rank)
     finally:
         child.kill()
-        os.close(theirs)
+        os.close(ours)
+        if notices:
+            notices.close()
 
 
-def _hear(pipe: int, child: "subprocess.Popen[bytes]", examined: Examined, grace_s: float) -> str | None:
+def _hear(pipe: int, notices: socket.socket | None, token: str, examined: Examined) -> str | None:
+    """Until the process that checks has said all; why not longer, if it stops before."""
+    # The root's process names ranks that do not answer, and so has the last word; those that wait for it, wait longer.
+    grace_s = _GRACE_S if notices else 2 * _GRACE_S + _LIMIT_S
     rest, until_s = b"", monotonic() + examined.limit_s + grace_s
     with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
+        for source in (pipe, notices):
+            if source is not None:
+                selector.register(source, selectors.EVENT_READ)
         while True:
-            if not selector.select(max(0.0, until_s - monotonic())):
+            ready = [key.fileobj for key, _ in selector.select(max(0.0, until_s - monotonic()))]
+            if not ready:
                 return f"no end within {examined.limit_s:g} s"
+            if notices and notices in ready and (notice := _accept(notices, token)):
+                examined.at, examined.mend = notice["at"], notice["mend"]
+                return str(notice["fault"])
+            if pipe not in ready:
+                continue
             data = os.read(pipe, 1 << 16)
             if not data:
-                break
+                return None
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 examined.hear(json.loads(line))
             until_s = monotonic() + examined.limit_s + grace_s
-    code = child.wait()
+
+
+def _ended(child: "subprocess.Popen[bytes]", examined: Examined, rank: int) -> str | None:
+    try:
+        code = child.wait(_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return "the process that checks does not end"
+    where = f"rank {rank} on {socket.gethostname()}"
     if code < 0:
-        return f"the process of rank {launched_rank() or 0} died of signal {-code} ({signal.strsignal(-code)})"
-    return f"its process ended with exit code {code}" if code and not examined.failed else None
+        return f"{where} died of signal {-code} ({signal.strsignal(-code)})"
+    return f"{where} ended with exit code {code}" if code and not examined.failed else None
 
 
-def _report_fault(fault: str | None, examined: Examined, rank: int) -> int:
-    """Of a rank that does not print the table: names itself, and leaves the root time to notice."""
+def _accept(notices: socket.socket, token: str) -> dict[str, Any] | None:
+    """What a rank that failed says; None for whoever else calls."""
+    link, _ = notices.accept()
+    with link, suppress(OSError, ValueError):
+        link.settimeout(_GRACE_S)
+        told = json.loads(link.makefile().readline(1 << 16))
+        if isinstance(told, dict) and told.get("token") == token:
+            return told
+    return None
+
+
+def _pass_on(fault: str | None, examined: Examined, rank: int) -> int:
+    """The fault of a rank that does not print the table, to the one that does; and time for that to be printed."""
     if fault is None:
         return 0
-    click.echo(f"hpc-train doctor: rank {rank} on {socket.gethostname()}, {examined.at}: {fault}", err=True)
+    told = {"fault": fault, "at": examined.at, "mend": examined.mend, "token": examined.root[2]}
+    try:
+        with socket.create_connection((examined.root[0], examined.root[1]), timeout=_GRACE_S) as link:
+            link.sendall(json.dumps(told).encode() + b"\n")
+    except OSError:  # MPI had not started, or a firewall
+        click.echo(f"hpc-train doctor: rank {rank} on {socket.gethostname()}, {examined.at}: {fault}", err=True)
     sleep(examined.limit_s + _GRACE_S)  # a launcher ends all ranks when one ends so
     return 1
 

@@ -1,4 +1,4 @@
-"""The process that makes the checks: python -m hpc_train.train.doctor PIPE CONFIG KEY=VALUE...
+"""The process that makes the checks: python -m hpc_train.train.doctor PIPE PORT:TOKEN CONFIG KEY=VALUE...
 
 `hpc_train/doctor.py` starts it and hears, a JSON line at a time, what it is about to do and what came of it. So a check
 that hangs or crashes is named by someone who does neither.
@@ -36,8 +36,11 @@ class Line:
         self._file.write(json.dumps(facts) + "\n")
 
 
-def run(config: Config | None, line: Line, root: Path = Path("/")) -> None:
-    """Collective. Every check, one after the other; ends where a rank does not answer."""
+def run(config: Config | None, line: Line, listens: str) -> None:
+    """Collective. Every check, one after the other; ends where a rank does not answer.
+
+    listens: "port:token" at which the process that waits for the root's hears of other ranks' faults.
+    """
     line.tell(
         begins="MPI starts", limit_s=START_S, mend="mpirun -n 2 hostname; srun --mpi=list   # launcher and MPI fit?"
     )
@@ -45,8 +48,9 @@ def run(config: Config | None, line: Line, root: Path = Path("/")) -> None:
     has_mpi = find_spec("mpi4py") is not None
     try:
         with open_context(use_mpi=has_mpi) as context:
-            subject = Subject(context, config, environ, root)
-            line.tell(size=context.world.size, rank=context.world.rank)
+            subject = Subject(context, config, environ)
+            port, _, token = listens.partition(":")
+            line.tell(size=context.world.size, root=context.all((context.world.host, int(port), token))[0])
             for number, check in enumerate(CHECKS):
                 line.tell(begins=check.name, limit_s=check.limit_s, mend=check.mend)
                 if not _make(check, number, subject, line):
@@ -115,9 +119,9 @@ def _answers(mine: Answer, number: int, context: Context, patience_s: float) -> 
 def main() -> None:
     # Whoever ends the process that waits for this one, ends this one, too.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    pipe, job, *overrides = sys.argv[1:]
+    pipe, listens, job, *overrides = sys.argv[1:]
     config = load(Path(job), tuple(overrides)).config if job else None
-    run(config, Line(int(pipe)))
+    run(config, Line(int(pipe)), listens)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ _FILES = "--set run.root=FOLDER   # df FOLDER: a server that does not answer mak
 CHECKS = (
     Check("installed", software.look_installed, software.judge_installed),
     Check("one MPI", software.look_mpi, software.judge_mpi, ("mpi4py",), 60.0, "rm -r .venv && make install   # anew"),
-    Check("threads of MPI", software.look_threads, software.judge_threads, ("mpi4py",), 10.0, _NETWORK),
+    Check("threads of MPI", software.look_threads, software.judge_threads, ("mpi4py",), 20.0, _NETWORK),
     Check("all-reduce", network.look_all_reduce, network.judge_all_reduce, ("mpi4py",), 20.0, _NETWORK),
-    Check("transport", network.look_transport, network.judge_transport, ("mpi4py",), 10.0, _NETWORK),
+    Check("transport", network.look_transport, network.judge_transport, ("mpi4py",), 20.0, _NETWORK),
     Check("cores", hardware.look_cores, hardware.judge_cores, (), 60.0, _SLOW_FILES),
     Check("GPU", hardware.look_gpu, hardware.judge_gpu, ("torch",), 60.0, "nvidia-smi   # a GPU that does not answer"),
     Check("Horovod", software.look_horovod, software.judge_horovod, ("mpi4py", "torch", "horovod"), 60.0, _NETWORK),

@@ -99,7 +99,7 @@ def judge_cores(answers: Sequence[Answer]) -> Finding:
         return Finding("fail", f"{crowded[0]}: {told}", mend, ranks_of(slow))
     if slow:
         speed = min(answer.values["speed"] for answer in slow)
-        seen = f"{told}, at {speed:.2f} of the speed of one alone: others compute there, a quota holds, or cores are shared"
+        seen = f"{told}, at {speed:.2f} of the speed of one alone: others compute there, or a quota holds"
         mend = "top; cat /sys/fs/cgroup/cpu.max; lscpu | grep Thread   # Slurm: --exclusive --hint=nomultithread"
         return Finding("warn", seen, mend, ranks_of(slow))
     what = f"{counted(worst['threads'], 'thread')} a rank, {counted(len(worst['cores']), 'core')}"
