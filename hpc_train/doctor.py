@@ -26,7 +26,7 @@ from hpc_train.errors import UserError
 from hpc_train.world import launched_rank, launched_size
 
 SCHEMA = 1
-_LIMIT_S = 60.0  # of the longest check
+_LIMIT_S = 60.0  # of what has set none itself
 _GRACE_S = 3.0  # of the process that checks, which names ranks that do not answer, before it is ended
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red", "n/a": "dim"}
 

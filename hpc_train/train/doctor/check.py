@@ -82,7 +82,7 @@ class Check:
     look: Callable[[Subject], Values]
     judge: Callable[[Sequence[Answer]], Finding]
     needs: tuple[str, ...] = ()
-    limit_s: float = 10.0
+    limit_s: float = 30.0
     mend: str = ""
 
 
@@ -122,6 +122,14 @@ def ranks_of(answers: Sequence[Answer]) -> tuple[int, ...]:
 def counted(number: int, what: str) -> str:
     """ "1 rank", "2 ranks" """
     return f"{number} {what}{'s' * (number != 1)}"
+
+
+def time_text(seconds: float) -> str:
+    """ "3.2 ms" """
+    for factor, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def size_text(num_bytes: float) -> str:

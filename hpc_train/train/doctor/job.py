@@ -11,7 +11,7 @@ import numpy as np
 
 from hpc_train.train.context import Context
 from hpc_train.train.doctor import carriers
-from hpc_train.train.doctor.check import Answer, Finding, Subject, Values, by_host, counted, ranks_of
+from hpc_train.train.doctor.check import Answer, Finding, Status, Subject, Values, by_host, counted, ranks_of, time_text
 
 _SLURM = (
     "SLURM_JOB_ID",
@@ -57,7 +57,7 @@ def judge_slurm(answers: Sequence[Answer]) -> Finding:
     jobs = {answer.values["slurm"].get("SLURM_JOB_ID") for answer in answers}
     if len(jobs) > 1:
         mend = "unset ${!SLURM_*}   # left over from another job: start anew with sbatch"
-        return Finding("fail", f"ranks say different jobs: {', '.join(str(job) for job in jobs)}", mend)
+        return Finding("fail", f"ranks say different jobs: {', '.join(sorted(map(str, jobs)))}", mend)
     for words, told, known in (
         ("SLURM_PROCID", "SLURM_PROCID", "rank"),
         ("SLURM_LOCALID", "SLURM_LOCALID", "local_rank"),
@@ -146,18 +146,12 @@ def judge_clocks(answers: Sequence[Answer]) -> Finding:
         return Finding("n/a", "one rank, one clock")
     worst = max(answers, key=lambda answer: abs(answer.values["offset_s"]))
     error_s = max(answer.values["error_s"] for answer in answers)
-    seen = (
-        f"wall clocks differ by {abs(worst.values['offset_s']) * 1e3:.3g} ms at most; aligned to {error_s * 1e6:.2g} us"
-    )
+    seen = f"wall clocks differ by {time_text(abs(worst.values['offset_s']))} at most, known to {time_text(error_s)}"
     off = [answer for answer in answers if abs(answer.values["offset_s"]) > _OFF_WARN_S + answer.values["error_s"]]
     if off:
-        status = "fail" if abs(worst.values["offset_s"]) > _OFF_FAIL_S else "warn"
-        return Finding(
-            "fail" if status == "fail" else "warn",
-            seen,
-            "chronyc tracking; sudo chronyc makestep   # on that host: file times and logs do not agree",
-            ranks_of(off),
-        )
+        status: Status = "fail" if abs(worst.values["offset_s"]) > _OFF_FAIL_S else "warn"
+        mend = "chronyc tracking; sudo chronyc makestep   # on that host: file times and logs do not agree"
+        return Finding(status, seen, mend, ranks_of(off))
     return Finding("ok", seen)
 
 

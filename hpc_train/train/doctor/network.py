@@ -9,7 +9,7 @@ import numpy as np
 
 from hpc_train.train.context import Context
 from hpc_train.train.doctor import carriers
-from hpc_train.train.doctor.check import Answer, Finding, Subject, Values, by_host, ranks_of, size_text
+from hpc_train.train.doctor.check import Answer, Finding, Subject, Values, by_host, ranks_of, size_text, time_text
 
 _SIZES = (1 << 18, 1 << 22, 1 << 24)  # bytes; larger ones while they take no longer than:
 _MOST_S = 0.1
@@ -65,8 +65,8 @@ def judge_all_reduce(answers: Sequence[Answer]) -> Finding:
     values = answers[0].values
     rate = values["bus_bytes_per_s"]
     latency_s = max(answer.values["latency_s"] for answer in answers)
-    large = f"{size_text(values['bytes'])} in {values['time_s'] * 1e3:.3g} ms, {rate / 1e9:.3g} GB/s of the bus"
-    seen = f"the sum is right; {large}; 8 bytes in {latency_s * 1e6:.3g} us"
+    large = f"{size_text(values['bytes'])} in {time_text(values['time_s'])}, {rate / 1e9:.3g} GB/s of the bus"
+    seen = f"the sum is right; {large}; 8 bytes in {time_text(latency_s)}"
     if rate < _SLOW_BYTES_PER_S:
         mend = "hpc-train doctor   # look at transport and cores, then at the link: ethtool INTERFACE"
         return Finding("warn", f"{seen}: less than 1 Gbit/s", mend)
@@ -104,30 +104,24 @@ def judge_transport(answers: Sequence[Answer]) -> Finding:
     over_tcp = [answer for answer in answers if sum(answer.values["tcp"].values()) > least]
     local_tcp = [answer for answer in over_tcp if answer.values["tcp_local"] > least]
     words = _carried(answers, over_tcp, least)
-    seen = f"{' and '.join(words) or 'nothing that counts bytes'} ({', '.join(answers[0].values['parts'])})"
-    fast = [each for answer in answers for each in answer.values["adapters"] if each["active"]]
-    idle = [each for answer in answers for each in answer.values["adapters"] if not each["active"]]
+    what, loaded = " and ".join(words), f" (loaded: {', '.join(answers[0].values['parts']) or 'nothing known'})"
+    fast, idle = (
+        [each for one in answers for each in one.values["adapters"] if each["active"] is is_active]
+        for is_active in (True, False)
+    )
     if fast and over_tcp:
-        return Finding("warn", f"{seen}, and {_named(fast)} is there", _use(fast, answers), ranks_of(over_tcp))
+        return Finding("warn", f"{what}, and {_named(fast)} is there{loaded}", _use(fast, answers), ranks_of(over_tcp))
     if local_tcp:
-        mend = "unset OMPI_MCA_btl UCX_TLS   # or add shared memory: OMPI_MCA_btl=self,vader,tcp"
-        return Finding(
-            "warn", f"{seen} between ranks of one host: shared memory is not used", mend, ranks_of(local_tcp)
-        )
+        seen = f"{what} between ranks of one host, where memory is shared{loaded}"
+        mend = "unset OMPI_MCA_btl UCX_TLS   # or name shared memory, too: OMPI_MCA_btl=self,vader,tcp"
+        return Finding("warn", seen, mend, ranks_of(local_tcp))
     if not words:
-        return Finding(
-            "warn",
-            f"what carries messages between {len(hosts)} hosts is not seen: {seen}",
-            "mpirun --mca pml_base_verbose 10 --mca btl_base_verbose 30 hpc-train doctor",
-        )
+        seen = f"{len(hosts)} hosts, and what carries their messages is not among what can be seen{loaded}"
+        return Finding("warn", seen, "mpirun --mca pml_base_verbose 10 --mca btl_base_verbose 30 hpc-train doctor")
     if idle and over_tcp:
-        return Finding(
-            "warn",
-            f"{seen}; {_named(idle)} is not active",
-            "ibstat   # a cable, or no subnet manager",
-            ranks_of(over_tcp),
-        )
-    return Finding("ok", seen)
+        seen = f"{what}, and {_named(idle)} is not active{loaded}"
+        return Finding("warn", seen, "ibstat   # a cable, or no subnet manager", ranks_of(over_tcp))
+    return Finding("ok", f"{what}{loaded}")
 
 
 def _carried(answers: Sequence[Answer], over_tcp: Sequence[Answer], least: float) -> list[str]:

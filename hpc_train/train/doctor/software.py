@@ -5,6 +5,7 @@ import importlib.metadata
 import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
+from time import monotonic
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from hpc_train.train.context import library_of, mpi, mpi_version
 from hpc_train.train.doctor.check import Answer, Finding, Status, Subject, Values, ranks_of
 
 _INSTALL = "make install"
+_SLOW_LOAD_S = 60.0
+SLOW_FILES = "tar cf venv.tar .venv && sbcast -pf venv.tar /tmp/venv.tar   # packages on each node's own disk"
 # What calls MPI, and the compiled module of it that does.
 _CALLERS = {"mpi4py": "mpi4py.MPI", "Horovod": "horovod.torch.mpi_lib_v2", "h5py": "h5py.h5p"}
 _LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
@@ -23,33 +26,35 @@ _BUILT = ("mpi", "nccl", "gloo", "cuda", "rocm", "ccl", "ddl")
 
 
 def look_installed(subject: Subject) -> Values:
-    """Versions of what training needs; None for what is not there."""
+    """Versions of what training needs, None for what is not there; and how long torch took to load, in seconds."""
     names = {"mpi4py": "mpi4py", "torch": "torch", "horovod": "horovod", "h5py": "h5py", "nvidia-ml-py": "pynvml"}
-    values: Values = {
-        name: importlib.metadata.version(name) if find_spec(module) else None for name, module in names.items()
-    }
+    values = {name: importlib.metadata.version(name) if find_spec(module) else None for name, module in names.items()}
     strategy = subject.config.reduce.strategy if subject.config else None
     trains = strategy is not None or subject.context.world.size > 1
     needed = {"torch", "h5py"} | ({"mpi4py"} if strategy != "local" else set())
     needed |= {"horovod"} if strategy in ("horovod", "sharded", None) else set()
-    values["needed"] = sorted(needed) if trains else []
-    return values
+    began_s = monotonic()
+    if values["torch"]:
+        importlib.import_module("torch")
+    return {"versions": values, "needed": sorted(needed) if trains else [], "load_s": monotonic() - began_s}
 
 
 def judge_installed(answers: Sequence[Answer]) -> Finding:
-    first = answers[0].values
-    names = [name for name in first if name not in ("needed", "nvidia-ml-py")]
-    parted = [answer for answer in answers if answer.values != first]
+    first = answers[0].values["versions"]
+    names = [name for name in first if name != "nvidia-ml-py"]
+    parted = [answer for answer in answers if answer.values["versions"] != first]
     if parted:
-        seen = "; ".join(f"{name} {answer.values[name]}" for answer in parted[:1] for name in names)
-        mine = "; ".join(f"{name} {first[name]}" for name in names)
-        return Finding("fail", f"versions differ between ranks: {seen}, and {mine}", _INSTALL, ranks_of(parted))
+        theirs = parted[0].values["versions"]
+        told = ", ".join(f"{name} {theirs[name]} and {first[name]}" for name in names if theirs[name] != first[name])
+        return Finding("fail", f"versions differ between ranks: {told}", _INSTALL, ranks_of(parted))
     there = ", ".join(f"{name} {first[name]}" for name in names if first[name])
     absent = [name for name in names if not first[name]]
+    load_s = max(answer.values["load_s"] for answer in answers)
     if not absent:
-        return Finding("ok", there)
+        seen = f"{there}; torch loads in {load_s:.1f} s"
+        return Finding("warn", seen, SLOW_FILES) if load_s > _SLOW_LOAD_S else Finding("ok", seen)
     seen = f"not installed: {', '.join(absent)}" + f" (there: {there})" * bool(there)
-    return Finding("fail" if set(absent) & set(first["needed"]) else "warn", seen, _INSTALL)
+    return Finding("fail" if set(absent) & set(answers[0].values["needed"]) else "warn", seen, _INSTALL)
 
 
 # ---------------------------------------------------------------------------------------- one MPI
