@@ -16,11 +16,6 @@ from typing import Any
 
 import pytest
 
-from hpc_train.doctor import Examined
-from hpc_train.train.doctor import carriers, hardware, job, network, room, software, storage
-from hpc_train.train.doctor.check import Answer, Subject
-from hpc_train.train.context import Context
-from hpc_train.world import World
 from tests import jobs
 
 MLP = jobs.CONFIGS / "mlp-mnist.toml"
@@ -180,6 +175,7 @@ def test_what_is_wrong_is_found(wrong: tuple[int, Found], check: str, status: st
         assert word in text, finding
 
 
+@pytest.mark.slow
 def test_two_mpis_in_one_process(tmp_path: Path) -> None:
     """mpi4py is given MPICH, as a forgotten module would; a crash of what was built with the other is no end either."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--prefix", tmp_path / "mpich", "mpich>=4"]
@@ -203,3 +199,34 @@ def test_a_rank_that_dies_is_named_at_once(without_torch: list[object], shim: Pa
     _, found = report_of(done.stdout)
     assert done.returncode == 1 and "rank 1 on " in found["fork"]["seen"] and "signal 9" in found["fork"]["seen"]
     assert set(found) == set(CHECKS), "what was found before that is told, too"
+
+
+# ---------------------------------------------------------------------------------------- nodes that share nothing
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting is for root")
+def test_nodes_that_share_no_folder_and_leave_their_fabric_unused(without_torch: list[object], tmp_path: Path) -> None:
+    """Rank 1 has run.root to itself, by a mount namespace; both have a recorded InfiniBand, and talk TCP."""
+    record(tmp_path / "class/infiniband/mlx5_0/ports/1", link_layer="InfiniBand", state="4: ACTIVE", rate="100 Gb/sec")
+    (tmp_path / "class/net").mkdir()
+    (tmp_path / "runs").mkdir()
+    words = [*without_torch, "doctor", "--json"]
+    line = " ".join(f"'{word}'" for word in words)
+    fabric = f"mount --bind {tmp_path}/class /sys/class"
+    apart = [
+        ["unshare", "-m", "sh", "-c", f"{fabric} && {own} && exec {line}"] for own in (":", "mount -t tmpfs x runs")
+    ]
+    done = run(mpirun(*apart), tmp_path, OMPI_MCA_btl="self,tcp")
+    found = report_of(done.stdout)[1]
+    assert found["transport"]["status"] == "warn" and "mlx5_0:1 (100 Gb/sec) is there" in found["transport"]["seen"]
+    assert "OMPI_MCA_pml=ucx UCX_NET_DEVICES=mlx5_0:1" in found["transport"]["mend"]
+    assert found["parallel file"]["status"] == "fail" and "not seen by all nodes" in found["parallel file"]["seen"]
+    assert found["file locks"]["status"] == "fail" and "rank 1 on " in found["file locks"]["where"]
+
+
+def record(folder: Path, **files: str) -> None:
+    """A part of /sys, as a machine showed it."""
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content + "\n")

@@ -176,7 +176,9 @@ def judge_gpu(answers: Sequence[Answer]) -> Finding:
         )
     unused = [answer for answer in answers if answer.values["of_driver"] and not answer.values["visible"]]
     if unused and values["asked"] != "cpu":
-        seen = f"{unused[0].values['of_driver']} GPUs are there, and torch {values['torch']} uses none"
+        num = unused[0].values["of_driver"]
+        there = f"{counted(num, 'GPU')} {'is' if num == 1 else 'are'} there"
+        seen = f"{there}, and torch {values['torch']} uses none"
         return Finding(
             "warn",
             seen,
