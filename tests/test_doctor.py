@@ -8,8 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
-import venv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,16 +40,6 @@ def mpirun(*ranks: Sequence[object]) -> list[object]:
     return ["mpirun", "--quiet", "--oversubscribe", "--bind-to", "none", *apps]
 
 
-def install(folder: Path, *without: str) -> list[object]:
-    """`hpc-train` of an installation that lacks these packages."""
-    venv.create(folder, symlinks=True)
-    (site,) = folder.glob("lib/python*/site-packages")
-    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if not path.name.lower().startswith(without):
-            (site / path.name).symlink_to(path)
-    return [folder / "bin/python", "-c", "from hpc_train.cli import main; main()"]
-
-
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What may be wrong with a machine; see wrong_machine.c."""
@@ -64,7 +52,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def without_torch(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     """`hpc-train` with MPI and HDF5 alone: starts four times as fast."""
-    return install(tmp_path_factory.mktemp("small"), "torch", "horovod")
+    return jobs.install(tmp_path_factory.mktemp("small"), "torch", "horovod")
 
 
 # ---------------------------------------------------------------------------------------- all is well
@@ -89,9 +77,9 @@ def test_a_machine_that_works(digits: Path) -> None:
     assert sorted(digits.parent.iterdir()) == [digits], "nothing is left behind"
 
 
-def test_a_plain_install(tmp_path: Path) -> None:
+def test_a_plain_jobs.install(tmp_path: Path) -> None:
     """What is not there is said, and what can be checked is: the exit code is that of a machine that reports."""
-    words = install(tmp_path / "plain", "torch", "horovod", "h5py", "mpi4py")
+    words = jobs.install(tmp_path / "plain", "torch", "horovod", "h5py", "mpi4py")
     done = run([*words, "doctor"], tmp_path, COLUMNS="120")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warn  installed" in done.stdout and "not installed: mpi4py, torch, horovod, h5py" in done.stdout
