@@ -77,7 +77,7 @@ def test_a_machine_that_works(digits: Path) -> None:
     assert sorted(digits.parent.iterdir()) == [digits], "nothing is left behind"
 
 
-def test_a_plain_jobs.install(tmp_path: Path) -> None:
+def test_a_plain_install(tmp_path: Path) -> None:
     """What is not there is said, and what can be checked is: the exit code is that of a machine that reports."""
     words = jobs.install(tmp_path / "plain", "torch", "horovod", "h5py", "mpi4py")
     done = run([*words, "doctor"], tmp_path, COLUMNS="120")
