@@ -111,7 +111,9 @@ def _follow(job: Path | None, overrides: tuple[str, ...], examined: Examined, ra
     # What other ranks have to say of theirs comes over TCP: their MPI may be what died.
     notices = socket.create_server(("", 0), backlog=64) if rank == 0 else None
     port = notices.getsockname()[1] if notices else 0
-    words = [sys.executable, "-m", "hpc_train.train.doctor", str(theirs), f"{port}:{token}", str(job or ""), *overrides]
+    # -P: what lies in the current folder is not imported, as by hpc-train itself.
+    begin = [sys.executable, "-P", "-m", "hpc_train.train.doctor", str(theirs)]
+    words = [*begin, f"{port}:{token}", str(job or ""), *overrides]
     # What libraries say to standard output must not get into the table; handles that PMI left open are passed on.
     child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), close_fds=False)
     os.close(theirs)

@@ -354,7 +354,7 @@ def test_a_check_that_hangs_or_dies(then: str, fault: str | None, monkeypatch: p
     start = subprocess.Popen
     monkeypatch.setattr(doctor, "_GRACE_S", 0.1)
     monkeypatch.setattr(
-        doctor.subprocess, "Popen", lambda words, **more: start([sys.executable, "-c", code, words[3]], **more)
+        doctor.subprocess, "Popen", lambda words, **more: start([sys.executable, "-c", code, words[4]], **more)
     )
     examined = doctor.Examined()
     told = doctor._follow(None, (), examined, 0)

@@ -99,11 +99,19 @@ def _try_bytes(config: Config | None) -> tuple[int | None, str | None, str]:
 def checkpoint_bytes(config: Config) -> int:
     """Of the model's parameters and buffers and the optimizer's state, without making their numbers."""
     import torch
+    from torch.overrides import TorchFunctionMode
 
     from hpc_train.train.tasks import open_task
 
+    class NoNumbers(TorchFunctionMode):
+        """Leaves out what changes tensors in place: torch imports its compiler, 2 s, to draw numbers that are none."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            return args[0] if name.endswith("_") and not name.endswith("__") and args else func(*args, **(kwargs or {}))
+
     task = open_task(config, Context(World()))
-    with torch.device("meta"):
+    with torch.device("meta"), NoNumbers():
         model = task.model()
     num_bytes = sum(each.nbytes for each in model.state_dict().values())
     train = config.train
