@@ -175,6 +175,14 @@ def test_two_mpis_in_one_process(tmp_path: Path) -> None:
     assert "two MPIs in one process: mpi4py calls " in finding["seen"] and "mpich/lib/libmpi.so" in finding["seen"]
 
 
+def test_a_laptop_whose_mpi_is_gone(without_torch: list[object], tmp_path: Path) -> None:
+    """mpi4py's wheel brings none. That is said, and the rest is looked at without."""
+    done = run([*without_torch, "doctor", "--json"], tmp_path, MPI4PY_MPIABI="mpich")  # there is none of that kind
+    found = report_of(done.stdout)[1]
+    assert done.returncode == 1 and "mpi4py cannot be loaded" in found["MPI starts"]["seen"], done.stderr
+    assert found["all-reduce"]["seen"] == "needs mpi4py" and found["fork"]["status"] == "ok"
+
+
 def test_a_launcher_of_another_mpi(without_torch: list[object], tmp_path: Path) -> None:
     done = run([*without_torch, "doctor", "--json"], tmp_path, PMI_RANK="0", PMI_SIZE="2")
     finding = report_of(done.stdout)[1]["MPI starts"]

@@ -8,15 +8,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
+import torch
 
 from hpc_train import doctor
 from hpc_train.config import Config
-from hpc_train.settings import Data, Train
+from hpc_train.settings import Data, Task, Train
 from hpc_train.train.context import Context
 from hpc_train.train.doctor import carriers, hardware, job, network, room, software, storage
 from hpc_train.train.doctor.check import Answer, Finding, Subject, places, size_text, spans, time_text
 from hpc_train.train.inspect.place import stripe_count
+from hpc_train.train.optimize import Optimizer
+from hpc_train.train.shards import whole
+from hpc_train.train.tasks import open_task
 from hpc_train.world import World
 
 MIB = 1 << 20
@@ -190,8 +196,9 @@ def test_gpus(values: list[dict[str, Any]], status: str, seen: str) -> None:
 
 def test_gpus_of_a_driver_that_torch_does_not_use(tmp_path: Path) -> None:
     (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
+    record(tmp_path / "sys/class/kfd/kfd/topology/nodes", **{"0__gpu_id": "0", "1__gpu_id": "51966"})
     finding = hardware.judge_gpu(ranks(hardware.look_gpu(subject(tmp_path))))
-    assert finding.status == "warn" and finding.seen.startswith("1 GPU is there"), finding
+    assert finding.status == "warn" and finding.seen.startswith("2 GPUs are there"), finding
 
 
 def test_meters_that_count_that_stand_still_and_that_are_locked(tmp_path: Path) -> None:
@@ -266,6 +273,22 @@ def test_room_for_checkpoints() -> None:
     assert room.judge_room(ranks(told | {"free": 299 * MIB})).status == "fail"
     assert room.judge_room(ranks(told | {"keep": 0})).status == "n/a"
     assert room.judge_room(ranks(told | {"error": "x.h5 does not exist", "remedy": "prepare it"})).mend == "prepare it"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars", "lamb"])
+def test_the_size_of_a_checkpoint(tmp_path: Path, optimizer: Any) -> None:
+    """Of tensors that were really made, by an optimizer that really stepped; its step counts are a few bytes."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["train/inputs"], file["train/targets"] = np.zeros((20, 30), "f4"), np.arange(20) % 5
+    train = Train(steps=1, global_batch=4, optimizer=optimizer, momentum=0.9)
+    task = Task(model="mlp", options={"hidden": [200]})
+    config = Config(name="x", data=Data(file=str(tmp_path / "x.h5")), task=task, train=train)
+    model = open_task(config, Context(World())).model()
+    model(torch.zeros(4, 30)).sum().backward()
+    stepped = Optimizer(train, whole(model), 4, lambda value: value)
+    stepped.step(0)
+    made = sum(tensor.nbytes for tensor in model.state_dict().values()) + stepped.num_bytes
+    assert room.checkpoint_bytes(config) == pytest.approx(made, abs=100)
 
 
 # ---------------------------------------------------------------------------------------- software and job

@@ -20,6 +20,7 @@ from hpc_train.errors import UserError
 from hpc_train.train.context import Context, mpi, open_context
 from hpc_train.train.doctor.check import Answer, Check, Finding, Subject, Values, ranks_of
 from hpc_train.train.doctor.checks import CHECKS
+from hpc_train.world import launched_rank
 
 START_S = 60.0  # MPI_Init on many nodes
 _PR_SET_PDEATHSIG = 1
@@ -44,26 +45,34 @@ def run(config: Config | None, line: Line, listens: str) -> None:
     line.tell(
         begins="MPI starts", limit_s=START_S, mend="mpirun -n 2 hostname; srun --mpi=list   # launcher and MPI fit?"
     )
-    environ = dict(os.environ)
-    has_mpi = find_spec("mpi4py") is not None
+    environ = dict(os.environ)  # as it was launched: MPI adds to it
+    use_mpi = find_spec("mpi4py") is not None
     try:
-        with open_context(use_mpi=has_mpi) as context:
-            subject = Subject(context, config, environ)
-            port, _, token = listens.partition(":")
-            line.tell(size=context.world.size, root=context.all((context.world.host, int(port), token))[0])
-            for number, check in enumerate(CHECKS):
-                line.tell(begins=check.name, limit_s=check.limit_s, mend=check.mend)
-                if not _make(check, number, subject, line):
-                    os._exit(1)  # MPI cannot be ended without the ranks that are lost
-            line.tell(begins="MPI ends", limit_s=10.0, mend="")
+        with open_context(use_mpi) as context:
+            _check_all(Subject(context, config, environ), line, listens)
+            return
     except UserError as error:  # MPI does not start, or sees other ranks than the launcher
         line.tell(finding=Finding("fail", error.what, error.remedy).to_dict("MPI starts", []))
+    if launched_rank(environ) is None:  # the rest can be looked at without
+        with open_context(use_mpi=False) as context:
+            _check_all(Subject(context, config, environ), line, listens)
+
+
+def _check_all(subject: Subject, line: Line, listens: str) -> None:
+    context = subject.context
+    port, _, token = listens.partition(":")
+    line.tell(size=context.world.size, root=context.all((context.world.host, int(port), token))[0])
+    for number, check in enumerate(CHECKS):
+        line.tell(begins=check.name, limit_s=check.limit_s, mend=check.mend)
+        if not _make(check, number, subject, line):
+            os._exit(1)  # MPI cannot be ended without the ranks that are lost
+    line.tell(begins="MPI ends", limit_s=10.0, mend="")
 
 
 def _make(check: Check, number: int, subject: Subject, line: Line) -> bool:
     """Collective. One check; False where ranks did not answer in time, which the root says."""
     context, world = subject.context, subject.context.world
-    lacking = [name for name in check.needs if find_spec(name) is None]
+    lacking = [name for name in check.needs if find_spec(name) is None or (name == "mpi4py" and context.comm is None)]
     values: Values = {"lacking": lacking} if any(context.all(lacking)) else _looked(check, subject)
     mine = Answer(world.rank, world.host, world.local_rank, values)
     answers, lost = _answers(mine, number, context, check.limit_s)
@@ -88,7 +97,7 @@ def _looked(check: Check, subject: Subject) -> Values:
 def _judged(check: Check, answers: Sequence[Answer]) -> Finding:
     lacking = [answer for answer in answers if answer.values.get("lacking")]
     if lacking or any("lacking" in answer.values for answer in answers):
-        return Finding("n/a", f"{' and '.join(lacking[0].values['lacking'])} not installed")
+        return Finding("n/a", f"needs {' and '.join(lacking[0].values['lacking'])}")
     raised = [answer for answer in answers if "raised" in answer.values]
     if raised:
         return Finding("fail", f"it ended with {raised[0].values['raised']}", check.mend, ranks_of(raised))

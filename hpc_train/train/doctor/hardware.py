@@ -4,6 +4,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ _BLOCK = bytes(1 << 16)  # hashing it lets go of Python's lock
 _IDLE_S = 0.002
 _METER_S = 0.05
 _NVIDIA = Path("proc/driver/nvidia/gpus")
+_AMD = Path("sys/class/kfd/kfd/topology/nodes")
 _RAPL = Path("sys/class/powercap")
 
 # ---------------------------------------------------------------------------------------- cores
@@ -133,9 +135,7 @@ def look_gpu(subject: Subject) -> Values:
     """The GPU that this rank would train on, after a sum on it; and how many the driver has."""
     import torch
 
-    has = len(list((subject.root / _NVIDIA).glob("*"))) or len(
-        list((subject.root / "sys/class/kfd").glob("kfd/topology/nodes/*/mem_banks"))
-    )
+    has = _of_driver(subject.root)
     asked = subject.config.train.device if subject.config else "auto"
     values: Values = {"asked": asked, "of_driver": has, "visible": 0, "torch": torch.__version__, "error": None}
     if asked == "cpu" or not torch.cuda.is_available():
@@ -149,6 +149,15 @@ def look_gpu(subject: Subject) -> Values:
         return {**values, "gpu": str(getattr(found, "uuid", index)), "name": found.name}
     except RuntimeError as error:
         return {**values, "error": str(error).splitlines()[0]}
+
+
+def _of_driver(root: Path) -> int:
+    """NVIDIA's and AMD's GPUs that a driver has; for AMD's, processors are nodes, too, with gpu_id 0."""
+    num = len(list((root / _NVIDIA).glob("*")))
+    for path in (root / _AMD).glob("*/gpu_id"):
+        with suppress(OSError):  # not of this job
+            num += path.read_text().strip() != "0"
+    return num
 
 
 def judge_gpu(answers: Sequence[Answer]) -> Finding:
