@@ -81,6 +81,8 @@ def examine(job: Path | None, overrides: tuple[str, ...], as_json: bool) -> int:
     try:
         fault = _follow(job, overrides, examined, rank)
     except _Terminated:
+        if rank:  # the rank that prints has said what there was to say, or says it now
+            return 1
         fault = "the launcher ended the job during this check: a rank failed, which says so itself"
     if rank:
         return _pass_on(fault, examined, rank)
@@ -138,7 +140,7 @@ def _hear(pipe: int, notices: socket.socket | None, token: str, examined: Examin
         while True:
             ready = [key.fileobj for key, _ in selector.select(max(0.0, until_s - monotonic()))]
             if not ready:
-                return f"no end within {examined.limit_s:g} s"
+                return f"no end within {examined.limit_s:g} s: a rank hangs in it, or the way between ranks does"
             if notices and notices in ready and (notice := _accept(notices, token)):
                 examined.at, examined.mend = notice["at"], notice["mend"]
                 return str(notice["fault"])

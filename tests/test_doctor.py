@@ -175,6 +175,13 @@ def test_two_mpis_in_one_process(tmp_path: Path) -> None:
     assert "two MPIs in one process: mpi4py calls " in finding["seen"] and "mpich/lib/libmpi.so" in finding["seen"]
 
 
+def test_a_mistake_is_told_once_before_any_check(tmp_path: Path) -> None:
+    done = jobs.run(2, "doctor", "nothing.toml", cwd=tmp_path)
+    assert done.code == 2 and done.out == "" and done.err.count("nothing.toml does not exist") == 1
+    done = jobs.run(0, "doctor", "--set", "train.steps=1", cwd=tmp_path)
+    assert done.code == 2 and "no CONFIG" in done.err
+
+
 def test_a_laptop_whose_mpi_is_gone(without_torch: list[object], tmp_path: Path) -> None:
     """mpi4py's wheel brings none. That is said, and the rest is looked at without."""
     done = run([*without_torch, "doctor", "--json"], tmp_path, MPI4PY_MPIABI="mpich")  # there is none of that kind
