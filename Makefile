@@ -4,7 +4,7 @@
 # make bench-io  measure reading and writing of HDF5 against bounds and other libraries (a quiet machine; 10 minutes)
 # make check   install, ruff and mypy
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo models bench-io test test-serial test-parallel test-cluster test-faults check install clean
+.PHONY: demo models bench-io test test-serial test-parallel test-cluster test-faults test-rdma check install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -43,11 +43,16 @@ test-parallel:
 
 # Every fault, by mpirun and on the cluster, and the table of what came of it.
 test-faults:
-	python -m pytest tests/faults tests/test_hdfs.py tests/cluster/test_faults.py tests/cluster/test_submit.py
+	python -m pytest tests/faults tests/test_hdfs.py tests/cluster/test_faults.py tests/cluster/test_submit.py tests/cluster/test_gluster.py
 
 # Slurm on four nodes that are namespaces of this machine: for root; skipped elsewhere, with the reason.
 test-cluster:
 	python -m pytest -m "not thorough" tests/cluster
+
+# Horovod and MPI over InfiniBand verbs (Soft-RoCE) between two emulated machines: for root, about 7 minutes.
+test-rdma:
+	@./install.sh test
+	python -m pytest -s tests/rdma
 
 # What is complete is not trained again: runs/models.
 models:

@@ -238,7 +238,14 @@ def _start_mpi() -> Context:
                 "(under Slurm with Open MPI: srun --mpi=pmix).",
             )
         )
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    try:
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)  # the first time that ranks talk
+    except MPI.Exception as error:
+        raise UserError(
+            f"the ranks cannot reach each other through MPI: {error}",
+            "Above, MPI says why: often a device or transport that it was told to use is not there (UCX_NET_DEVICES, "
+            "UCX_TLS, OMPI_MCA_pml, OMPI_MCA_btl).",
+        ) from None
     world = World(comm.rank, comm.size, node.rank, node.size, socket.gethostname())
     node.Free()
     return Context(world, comm)

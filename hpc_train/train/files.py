@@ -117,8 +117,8 @@ def open_files(config: Config, context: Context, example: str = "mnist-5k") -> F
 
 
 def reading_memory(config: Config) -> int:
-    """Bytes for decoded chunks: three quarters of data.memory_mb, as batches on their way take some, too."""
-    return (config.data.memory_mb << 20) * 3 // 4
+    """Bytes for decoded chunks: two thirds of data.memory_mb, as batches on their way and decoders take some, too."""
+    return (config.data.memory_mb << 20) * 2 // 3
 
 
 def data_paths(config: Config) -> list[Path]:

@@ -208,7 +208,7 @@ def measure(
             for count, team in teams.items():
                 if context.world.rank < count:
                     start, stop = rank_span(size_mb, team.world.rank, count)
-                    share = Share(place / "x.h5", team, start, stop, size_mb, block, np.empty_like(block))
+                    share = Share(place / f"{number}-{count}", team, start, stop, size_mb, block, np.empty_like(block))
                     _round(share, rows, ways[:: -1 if number % 2 else 1], is_counted=number > 0)
                 _wait_asleep(context)
     order = [(way.layout, mode) for way in ways for mode, _ in way.reads]
@@ -270,7 +270,10 @@ def _block() -> np.ndarray:
 def _round(share: Share, rows: dict[tuple[str, str, int], Row], ways: tuple[Way, ...], is_counted: bool) -> None:
     """Collective. Every way once, on the ranks of `share`."""
     transfer_s = _timed(share.context, partial(_transfer, share))
-    for way in ways:
+    stem = share.path
+    for number, way in enumerate(ways):
+        # A name of its own: on GlusterFS (seen) a node still opens the file that another has removed a moment ago.
+        share = replace(share, path=stem.with_name(f"{stem.name}-{number}.h5"))
         write_s = _timed(share.context, partial(_write_through, way, share))
         for mode, act in way.reads:
             is_cold = _drop(share)
@@ -285,7 +288,7 @@ def _round(share: Share, rows: dict[tuple[str, str, int], Row], ways: tuple[Way,
             row.is_cold &= is_cold
             for seconds, found in ((row.write_s, write_s), (row.transfer_s, transfer_s), (row.read_s, read_s)):
                 seconds.append(found)
-        share.context.on_root(lambda: share.path.unlink())
+        share.context.on_root(share.path.unlink)
 
 
 def _timed(context: Context, act: Callable[[], None]) -> float:
