@@ -25,8 +25,8 @@ import numpy as np
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train.context import Context, mpi, parallel_file_options
-from hpc_train.train.files import file_system, reading_threads, require_parallel_hdf5, selected, transfer
-from hpc_train.train.inspect.place import drop_pages, resident
+from hpc_train.train.files import reading_threads, require_parallel_hdf5, selected, transfer
+from hpc_train.train.inspect.place import drop_pages, file_system, resident
 from hpc_train.train.readers import open_reader
 
 _ROW_BYTES, _CHUNK_ROWS, _BLOCK_CHUNKS = 1 << 16, 16, 8
