@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpc_train.analysis.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
-from hpc_train.analysis.sheets import Column, Sheet
+from hpc_train.analysis.figures.canvas import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
+from hpc_train.analysis.tables import Column, Sheet
 from hpc_train.analysis.words import percent, significant
 from hpc_train.network import LIMITS, OURS, PEERS, Fit, Row, fits, pair_ratios, size_text
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from hpc_train.train.context import Context
 from hpc_train.train.doctor.check import Answer, Finding, Subject, Values, by_host, counted, ranks_of
-from hpc_train.train.sensors import find_meters
+from hpc_train.train.sensors.choose import choose
 
 _ALONE_S, _TOGETHER_S = 0.1, 0.3
 _ENOUGH = 0.6  # of a core for each thread: two hyper-threads of one core compute at 0.6 to 0.7 each
@@ -219,33 +219,27 @@ def look_meters(subject: Subject) -> Values:
     """Meters that this user can read, and whether they count; one rank of each host looks."""
     if subject.context.world.local_rank:
         return {}
-    meters = find_meters(subject.root)
+    choice = choose(subject.root)
+    meters = choice.meters
     try:
         before = [meter.read() for meter in meters]
         sleep(_METER_S)
         stuck = [
             f"{meter.domain} ({meter.source})" for meter, was in zip(meters, before, strict=True) if meter.read() <= was
         ]
-        broken = None
+        broken = next(iter(choice.faults), None)
     except OSError as error:
         stuck, broken = [], str(error)
-    zones = sorted(str(path.parent.name) for path in (subject.root / _RAPL).glob("intel-rapl:*/energy_uj"))
+    # What a node's own meter or another of the processors measures, need not be measured again.
+    rapl = [] if choice.has_processors else (subject.root / _RAPL).glob("intel-rapl:*/energy_uj")
+    zones = sorted(str(path.parent.name) for path in rapl)
     found: list[dict[str, Any]] = [{"domain": meter.domain, "source": meter.source} for meter in meters]
     return {"meters": found, "stuck": stuck, "error": broken, "rapl_zones": zones}
 
 
 def judge_meters(answers: Sequence[Answer]) -> Finding:
     looked = [answer for answer in answers if answer.values]
-    broken = [answer for answer in looked if answer.values["error"]]
-    if broken:
-        return Finding(
-            "warn", f"a meter cannot be read: {broken[0].values['error']}", "nvidia-smi -q -d POWER", ranks_of(broken)
-        )
-    locked = [
-        answer
-        for answer in looked
-        if answer.values["rapl_zones"] and not any(each["source"] == "RAPL" for each in answer.values["meters"])
-    ]
+    locked = [answer for answer in looked if answer.values["rapl_zones"]]
     if locked:
         seen = f"{len(locked[0].values['rapl_zones'])} RAPL counters are there, and this user may not read them"
         return Finding(
@@ -253,6 +247,11 @@ def judge_meters(answers: Sequence[Answer]) -> Finding:
             seen,
             "sudo chmod o+r /sys/class/powercap/intel-rapl:*/energy_uj   # until the next boot; ask the centre",
             ranks_of(locked),
+        )
+    broken = [answer for answer in looked if answer.values["error"]]
+    if broken:
+        return Finding(
+            "warn", f"a meter cannot be read: {broken[0].values['error']}", "nvidia-smi -q -d POWER", ranks_of(broken)
         )
     bare = [answer for answer in looked if not answer.values["meters"]]
     if bare:
