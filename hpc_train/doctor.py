@@ -26,8 +26,9 @@ from hpc_train.errors import UserError
 from hpc_train.world import launched_rank, launched_size
 
 SCHEMA = 1
-_LIMIT_S = 60.0  # of what has set none itself
+_START_S = 600.0  # Python's own start: a thousand ranks on one file server take minutes
 _GRACE_S = 3.0  # of the process that checks, which names ranks that do not answer, before it is ended
+_LONGER_S = 60.0  # that others wait for the root, which has the last word
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red", "n/a": "dim"}
 
 
@@ -43,7 +44,7 @@ class Examined:
     size: int = 1
     at: str = "start"
     mend: str = ""
-    limit_s: float = _LIMIT_S
+    limit_s: float = _START_S
     root: tuple[str, int, str] = ("", 0, "")  # where the first rank is told of faults: host, port, token
 
     @property
@@ -130,8 +131,7 @@ def _follow(job: Path | None, overrides: tuple[str, ...], examined: Examined, ra
 
 def _hear(pipe: int, notices: socket.socket | None, token: str, examined: Examined) -> str | None:
     """Until the process that checks has said all; why not longer, if it stops before."""
-    # The root's process names ranks that do not answer, and so has the last word; those that wait for it, wait longer.
-    grace_s = _GRACE_S if notices else 2 * _GRACE_S + _LIMIT_S
+    grace_s = _GRACE_S if notices else _LONGER_S
     rest, until_s = b"", monotonic() + examined.limit_s + grace_s
     with selectors.DefaultSelector() as selector:
         for source in (pipe, notices):
@@ -157,7 +157,7 @@ def _hear(pipe: int, notices: socket.socket | None, token: str, examined: Examin
 
 def _ended(child: "subprocess.Popen[bytes]", examined: Examined, rank: int) -> str | None:
     try:
-        code = child.wait(_LIMIT_S)
+        code = child.wait(_LONGER_S)
     except subprocess.TimeoutExpired:
         return "the process that checks does not end"
     where = f"rank {rank} on {socket.gethostname()}"

@@ -22,7 +22,7 @@ from hpc_train.train.doctor.check import Answer, Check, Finding, Subject, Values
 from hpc_train.train.doctor.checks import CHECKS
 from hpc_train.world import launched_rank
 
-START_S = 60.0  # MPI_Init on many nodes
+START_S = 120.0  # MPI_Init on many nodes
 _PR_SET_PDEATHSIG = 1
 _LOOK_EVERY_S = 0.001
 

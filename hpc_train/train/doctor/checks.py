@@ -8,7 +8,7 @@ _FILES = "--set run.root=FOLDER   # df FOLDER: a server that does not answer mak
 
 CHECKS = (
     Check("installed", software.look_installed, software.judge_installed, (), 600.0, software.SLOW_FILES),
-    Check("one MPI", software.look_mpi, software.judge_mpi, ("mpi4py",), 60.0, "rm -r .venv && make install   # anew"),
+    Check("one MPI", software.look_mpi, software.judge_mpi, ("mpi4py",), 120.0, "rm -r .venv && make install   # anew"),
     Check("threads of MPI", software.look_threads, software.judge_threads, ("mpi4py",), 30.0, _NETWORK),
     Check("all-reduce", network.look_all_reduce, network.judge_all_reduce, ("mpi4py",), 30.0, _NETWORK),
     Check("transport", network.look_transport, network.judge_transport, ("mpi4py",), 30.0, _NETWORK),
