@@ -1,11 +1,12 @@
 # make demo    install, prepare real data, train on 1 and on 2 ranks, report
 # make test    install, then every test, those under mpirun and, for root, on a Slurm cluster of its own included
 # make models  train every shipped job to its end and print what each reached (half an hour on two cores)
+# make bench  measure this program and its peers on equal work (a quiet machine; half an hour)
 # make bench-io  measure reading and writing of HDF5 against bounds and other libraries (a quiet machine; 10 minutes)
 # make bench-plan  predict published scaling series from their small sizes, Extra-P beside (it gets an environment of its own)
 # make check   install, ruff and mypy
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo models bench-io bench-plan test test-serial test-parallel test-cluster test-faults test-rdma check install clean
+.PHONY: demo models bench bench-io bench-plan test test-serial test-parallel test-cluster test-faults test-rdma check install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -59,6 +60,11 @@ test-rdma:
 models:
 	@./install.sh test
 	python tests/benchmarks/models.py
+
+# The table and the figure: runs/bench. Peers get an environment of their own, runs/bench-peers.
+bench:
+	@./install.sh test
+	python -m tests.benchmarks.peers
 
 # As a module: a script would put its own folder, which has an io.py, before Python's.
 bench-io:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,8 +19,14 @@ PEERS = {
 _KEPT = ("torch", "numpy")  # as this environment has them
 
 
-def install(folder: Path, say: Callable[[str], None]) -> dict[str, Path]:
-    """The python of each peer that could be installed; of another it is said why not."""
+def install(
+    folder: Path, say: Callable[[str], None], peers: Mapping[str, Sequence[str]] = PEERS, build_here: bool = False
+) -> dict[str, Path]:
+    """The python of each peer that could be installed; of another it is said why not.
+
+    peers: by name, a package without what it needs, then what it needs. build_here: of what must be built, with this
+    environment's torch.
+    """
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
@@ -29,12 +35,13 @@ def install(folder: Path, say: Callable[[str], None]) -> dict[str, Path]:
     kept = folder / "kept.txt"
     kept.write_text("".join(f"{name}=={version(name)}\n" for name in _KEPT))
     found = {}
-    for peer, (package, *needs) in PEERS.items():
+    for peer, (package, *needs) in peers.items():
         mark = folder / f"{package}.installed"
         if not mark.exists():
             say(f"installing {peer}")
             for words in (["--no-deps", package], ["--constraint", str(kept), *needs]):
                 pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *words]
+                pip += ["--no-build-isolation"] if build_here else []
                 done = subprocess.run(pip, capture_output=True, text=True)
                 if done.returncode:
                     break

@@ -64,7 +64,10 @@ def accelerate(work: Work) -> Step:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    given = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs("gloo", timeout=timedelta(hours=5))]
+    given = [
+        DistributedDataParallelKwargs(broadcast_buffers=False),
+        InitProcessGroupKwargs("gloo", timeout=timedelta(hours=5)),
+    ]
     accelerator = Accelerator(cpu=True, kwargs_handlers=given)
     assert accelerator.num_processes == RANKS, f"{accelerator.num_processes} ranks"
     model = work.model()
@@ -88,7 +91,9 @@ def deepspeed(work: Work) -> Step:
     model = work.model()
     config = {"train_batch_size": work.global_batch, "train_micro_batch_size_per_gpu": work.global_batch // RANKS}
     engine, *_ = ds.initialize(
-        model=model, optimizer=work.new_optimizer(model), config=config | {"steps_per_print": 10**9, "zero_allow_untested_optimizer": True}
+        model=model,
+        optimizer=work.new_optimizer(model),
+        config=config | {"steps_per_print": 10**9, "zero_allow_untested_optimizer": True},
     )
 
     def step(batch: Any) -> torch.Tensor:
@@ -127,8 +132,13 @@ def lightning(work: Work, data: Data, gate: Gate, rows: list[np.ndarray]) -> Non
     strategy = DDPStrategy(process_group_backend="gloo", broadcast_buffers=False, timeout=timedelta(hours=5))
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=RANKS, strategy=strategy, plugins=[TorchElasticEnvironment()], max_epochs=1,
-        use_distributed_sampler=False, **quiet,
+        accelerator="cpu",
+        devices=RANKS,
+        strategy=strategy,
+        plugins=[TorchElasticEnvironment()],
+        max_epochs=1,
+        use_distributed_sampler=False,
+        **quiet,
     )
     trainer.fit(Module(), torch.utils.data.DataLoader(Batches(), batch_size=None))
 

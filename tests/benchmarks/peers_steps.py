@@ -65,7 +65,7 @@ def _judged(work: Work, found: dict[str, Turns], place: Path, block: int) -> Sec
 
 def _agreement(losses: dict[str, list[float | None]], when: str) -> str:
     """Whether the losses at the turns' ends agree, in words."""
-    known = {name: np.array(values, float)[1:] for name, values in losses.items() if None not in values[1:]}
+    known = {name: np.array(values, float) for name, values in losses.items() if None not in values}
     middle = np.median(list(known.values()), axis=0)
     apart = {name: float(np.max(np.abs(values / middle - 1))) for name, values in known.items()}
     worst = max(apart, key=lambda name: apart[name])

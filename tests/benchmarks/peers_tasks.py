@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from time import monotonic
+from time import monotonic, perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from tests.benchmarks.peers_gate import Gate
 from tests.benchmarks.peers_work import WORKS, Data, loss
 
 FIRST_STEP = "HPC_TRAIN_BENCH_FIRST_STEP"  # a file's name without the rank
+COPIES = "HPC_TRAIN_BENCH_COPIES"  # a file
 
 
 class _Counted:
@@ -84,23 +85,50 @@ class Started(Classification):
 
 
 class Large:
-    """A state of `task.options.megabytes`, of tensors as large as a model's, of which steps use next to nothing."""
+    """A state of `task.options.megabytes`, of tensors as large as a model's, of which steps use next to nothing.
+
+    Where the environment names COPIES, the state is copied half-way between two checkpoints, too, into memory that is
+    there and into new memory: [[seconds], [seconds]] are written there.
+    """
 
     num_samples = 1 << 20
-    _TENSOR_MB = 16
+    in_step = True  # the loop itself makes batches: what that takes is not the checkpoint's stall
+    _TENSOR_MB, _SLEEP_S = 16, 0.03
 
     def __init__(self, config: Config, context: Context) -> None:
-        self._num_tensors = max(1, int(config.task.options["megabytes"]) // self._TENSOR_MB)  # type: ignore[arg-type]
-        self._step = _Counted()
+        megabytes = int(config.task.options["megabytes"])  # type: ignore[arg-type]
+        self._every = config.checkpoint.every_steps if COPIES in os.environ else 0
+        self._large = [
+            torch.full((self._TENSOR_MB * 10**6 // 4,), 1.0) for _ in range(-(-megabytes // self._TENSOR_MB))
+        ]
+        self._place = [torch.zeros_like(each) for each in self._large] if self._every else []
+        self._step, self._copies = _Counted(), tuple[list[float], list[float]](([], []))
 
     def model(self) -> nn.Module:
         model = nn.Linear(8, 1)
-        for number in range(self._num_tensors):
-            model.register_buffer(f"large{number}", torch.full((self._TENSOR_MB * 10**6 // 4,), float(number)))
+        for number, values in enumerate(self._large):
+            model.register_buffer(f"large{number}", values)
         return model
 
     def batch(self, rows: np.ndarray, step: int) -> Any:
+        if self._every:
+            sleep(self._SLEEP_S)
+        if self._every and step % self._every == self._every // 2 and step > self._every:
+            self._copy()
         return torch.ones(len(rows), 8)
+
+    def _copy(self) -> None:
+        began = perf_counter()
+        for mine, place in zip(self._large, self._place, strict=True):
+            place.copy_(mine)
+        middle = perf_counter()
+        copies = [each.clone() for each in self._large]
+        ended = perf_counter()
+        del copies
+        self._copies[0].append(middle - began)
+        self._copies[1].append(ended - middle)
+        with open(os.environ[COPIES], "w") as file:
+            json.dump(self._copies, file)
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         if self._step.next() == 0 and FIRST_STEP in os.environ:
