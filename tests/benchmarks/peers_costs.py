@@ -73,26 +73,30 @@ def _marks(calls: int) -> float:
 
 
 def _recorded(steps: int, folder: Path) -> float:
-    """A loop of empty steps, recorded: five marks, the step's line and its loss, the progress, in a real run directory."""
+    """Empty steps, recorded in a real run directory: five marks, the step's line and its loss, the progress."""
     from hpc_train.train.recording import recording
 
-    with open("/dev/null", "w") as nowhere, redirect_stdout(nowhere), tempfile.TemporaryDirectory(dir=folder) as root:
-        with recording("bench", global_batch=1, root=root) as recorder:
-            began = perf_counter()
-            for _ in range(steps):
-                with recorder.step() as step:
-                    with recorder.data:
-                        pass
-                    with recorder.forward:
-                        pass
-                    with recorder.backward:
-                        pass
-                    with recorder.reduce:
-                        pass
-                    with recorder.optimizer:
-                        pass
-                    step.loss = 1.0
-            return perf_counter() - began
+    with (
+        open("/dev/null", "w") as nowhere,
+        redirect_stdout(nowhere),
+        tempfile.TemporaryDirectory(dir=folder) as root,
+        recording("bench", global_batch=1, root=root) as recorder,
+    ):
+        began = perf_counter()
+        for _ in range(steps):
+            with recorder.step() as step:
+                with recorder.data:
+                    pass
+                with recorder.forward:
+                    pass
+                with recorder.backward:
+                    pass
+                with recorder.reduce:
+                    pass
+                with recorder.optimizer:
+                    pass
+                step.loss = 1.0
+        return perf_counter() - began
 
 
 # ------------------------------------------------------------------------------------------------- energy

@@ -71,7 +71,7 @@ def resume(turns: int, quick: bool, folder: Path, say: Say) -> Section:
     output(jobs.command(0, "train", job))
     (run,) = find([folder / "runs" / "resume"])
     (state,) = run.path.glob("checkpoints/step-*/state.pt")
-    longer = jobs.settings(train__steps=4)
+    longer = jobs.settings(train__steps=4, checkpoint__keep=0)  # what is saved at its end is not looked at
     kept = folder / "kept"
     shutil.move(run.path, kept)  # a run that goes on is another one afterwards
     ratios, read, added = [], [], []
@@ -83,9 +83,7 @@ def resume(turns: int, quick: bool, folder: Path, say: Say) -> Section:
         _forget(state)
         resumed_s = first_step_s(jobs.command(0, "train", job, *longer, "--resume", run.path), folder / "first", 1)
         fresh_s = first_step_s(
-            jobs.command(0, "train", job, *longer, *jobs.settings(name="fresh", checkpoint__keep=0)),
-            folder / "first",
-            1,
+            jobs.command(0, "train", job, *longer, *jobs.settings(name="fresh")), folder / "first", 1
         )
         shutil.rmtree(folder / "runs" / "fresh")
         if turn:

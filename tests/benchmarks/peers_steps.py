@@ -56,8 +56,8 @@ def _judged(work: Work, found: dict[str, Turns], place: Path, block: int) -> Sec
     losses = {name: turns.losses for name, turns in found.items() if name != SILENT}
     step_ms = 1e3 * np.median(silent) / block
     notes = [
-        f"{step_ms:.3g} ms a step without communication, {work.global_batch // RANKS} samples a rank, {work.optimizer}; "
-        f"faster of ours: {ours} (by default it is horovod)",
+        f"{step_ms:.3g} ms a step without communication, {work.global_batch // RANKS} samples a rank, "
+        f"{work.optimizer}; faster of ours: {ours} (by default it is horovod)",
         _agreement(losses, f"{len(silent) + 1} turns of {block} steps"),
     ]
     return Section(f"step efficiency, {work.title}", lines, notes)
@@ -193,8 +193,8 @@ def tax(turns: int, quick: bool, folder: Path, say: Callable[[str], None]) -> Se
     energy = json.loads(run_of(place, "horovod").meta.read_text())["energy"]["meters"]
     meters = ", ".join(meter["source"] for meters in energy.values() for meter in meters)
     notes = [
-        f"{1e3 * np.median(bare_s) / block:.3g} ms a bare step; a checkpoint cost {extra_s:.2g} s and is counted once in "
-        f"{CHECKPOINT_EVERY_S / 60:g} minutes, the default; energy at 1 Hz by: {meters}",
+        f"{1e3 * np.median(bare_s) / block:.3g} ms a bare step; a checkpoint cost {extra_s:.2g} s and is counted once "
+        f"in {CHECKPOINT_EVERY_S / 60:g} minutes, the default; energy at 1 Hz by: {meters}",
         _agreement({name: turns.losses for name, turns in found.items()}, f"{turns + 1} turns of {block} steps"),
     ]
     return Section("tax", [line], notes)
