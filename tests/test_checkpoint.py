@@ -93,6 +93,16 @@ def test_the_caller_waits_for_the_copy_alone_and_the_write_is_finished_at_the_en
     checkpoint.read(RunDir(tmp_path).checkpoint(1))
 
 
+def test_a_copy_takes_the_memory_of_the_one_before_where_tensors_are_alike() -> None:
+    first = checkpoint._copied({"model": {"a": torch.zeros(3), "b": torch.zeros(2)}, "scale": [torch.zeros(1), 1]}, {})
+    state = {"model": {"a": torch.arange(3.0), "b": torch.ones(4), "c": torch.ones(1)}, "scale": [torch.ones(1), 2]}
+    again = checkpoint._copied(state, first)
+    assert again["model"]["a"].data_ptr() == first["model"]["a"].data_ptr() != state["model"]["a"].data_ptr()
+    assert again["model"]["b"].shape == (4,) and again["scale"][1] == 2
+    assert all(torch.equal(again["model"][name], state["model"][name]) for name in "abc")
+    assert again["scale"][0].item() == 1
+
+
 def test_weights_that_are_no_numbers_never_displace_good_ones(tmp_path: Path) -> None:
     model, chosen = trained()
     said: list[str] = []
