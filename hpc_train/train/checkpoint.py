@@ -11,6 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -303,23 +304,34 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state, facts) of a checkpoint whose every byte is as it was written. Raises `Unusable`."""
     facts = read_facts(folder)
-    try:
-        expected = facts["files"][STATE]
-        with (folder / STATE).open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
+    with ThreadPoolExecutor(1) as beside:  # summing up takes as long as loading, and holds no lock of Python's
+        try:
+            expected = facts["files"][STATE]
+            num_bytes = (folder / STATE).stat().st_size
             if num_bytes != expected["bytes"]:
                 raise Unusable(f"{STATE} has {num_bytes} of {expected['bytes']} bytes")
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                raise Unusable(f"{STATE} is damaged: its checksum differs")
-    except (OSError, KeyError, TypeError) as error:
-        raise Unusable(f"it is not whole: {error!r}") from None
+            digest = beside.submit(_digest, folder / STATE)
+        except (OSError, KeyError, TypeError) as error:
+            raise Unusable(f"it is not whole: {error!r}") from None
+        try:
+            state: Any = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001  for what it did not write torch raises what it likes
+            state = error
     try:
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001  for what it did not write torch raises what it likes
-        raise Unusable(f"{STATE} holds no tensors: {error!r}") from None
+        if digest.result() != expected["sha256"]:
+            raise Unusable(f"{STATE} is damaged: its checksum differs")
+    except (OSError, KeyError) as error:
+        raise Unusable(f"it is not whole: {error!r}") from None
+    if isinstance(state, Exception):
+        raise Unusable(f"{STATE} holds no tensors: {state!r}")
     if not isinstance(state, dict) or set(state) != {"model", "optimizer", "loss_scale", "task"}:
         raise Unusable(f"{STATE} holds no model and optimizer")
     return state, facts
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_newest(run: RunDir, model: nn.Module, say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, Any]]:
