@@ -89,7 +89,12 @@ def deepspeed(work: Work) -> Step:
 
     ds.init_distributed(dist_backend="gloo", timeout=timedelta(hours=5), verbose=False)
     model = work.model()
-    config = {"train_batch_size": work.global_batch, "train_micro_batch_size_per_gpu": work.global_batch // RANKS}
+    # Clipping is on by default, and would be another training.
+    config = {
+        "gradient_clipping": 0.0,
+        "train_batch_size": work.global_batch,
+        "train_micro_batch_size_per_gpu": work.global_batch // RANKS,
+    }
     engine, *_ = ds.initialize(
         model=model,
         optimizer=work.new_optimizer(model),

@@ -61,7 +61,7 @@ class Work:
 
 
 WORKS = {
-    "mlp": Work("MLP 10M", lambda: Mlp(_SHAPE, _CLASSES, (2048, 2048, 2048)), _SHAPE, 4096, 64, "sgd", 0.05, 12),
+    "mlp": Work("MLP 10M", lambda: Mlp(_SHAPE, _CLASSES, (2048, 2048, 2048)), _SHAPE, 4096, 64, "sgd", 0.01, 12),
     "resnet": Work("ResNet-18", lambda: ResNet(_PICTURE, _CLASSES, 18, 64, "small"), _PICTURE, 512, 8, "sgd", 0.005, 3),
     "gpt": Work("GPT 10M", lambda: Gpt(_VOCABULARY, 6, 6, 384, _CONTEXT), (), 2048, 8, "adamw", 1e-4, 5),
 }
