@@ -35,6 +35,7 @@ class _Reading:
     loop_s: float  # how long the loop lasted; 0 where no step was recorded
     shared: bool
 
+    @cached_property
     def gross(self) -> Joules:
         return whole(self.trace, self.host, self.shared, self.lead_s + self.loop_s if self.loop_s else 0.0)
 
@@ -66,7 +67,7 @@ class RunEnergy:
 
     @cached_property
     def gross(self) -> Joules:
-        return self._whole(reading.gross() for reading in self.readings)
+        return self._whole(reading.gross for reading in self.readings)
 
     @cached_property
     def loop(self) -> Joules:
@@ -127,7 +128,7 @@ class RunEnergy:
         """gross by host; a host without readings is missing."""
         found: dict[str, Joules] = {}
         for reading in self.readings:
-            found[reading.host] = found.get(reading.host, NONE) + reading.gross()
+            found[reading.host] = found.get(reading.host, NONE) + reading.gross
         for host in self.unread:
             found[host] = found.get(host, NONE) + Joules(lacking=(host,))
         return found
@@ -142,7 +143,7 @@ class RunEnergy:
             here = self._places_on[reading.host]
             owners = _owners(reading, here, self._num_gpus[reading.host]) or here
             for place, weight in zip(owners, rest_weights(owners), strict=True):
-                part = reading.gross() * weight
+                part = reading.gross * weight
                 found[place.rank] += part if len(owners) == 1 else part.attributed()
         for host in self.unread:
             for place in self._places_on[host]:
@@ -311,11 +312,11 @@ def _above_idle(readings: list[_Reading], draws: dict[str, Any], given: bool) ->
     if everything is not None and not any(reading.trace.domain == "node" for reading in readings):
         node_w = everything  # given for all of a node's meters together
     if node_w is not None:
-        total = sum((reading.gross() for reading in readings), NONE).attributed()
+        total = sum((reading.gross for reading in readings), NONE).attributed()
         return total - Joules(estimated=node_w * max(reading.known_s for reading in readings))
     above = NONE
     for reading in readings:
-        gross, watts = reading.gross(), positive(draws.get(reading.trace.domain))
+        gross, watts = reading.gross, positive(draws.get(reading.trace.domain))
         if watts is None:
             above += Joules(lacking=(f"{reading.host} {reading.trace.domain} at rest",), shared=gross.shared)
             continue
