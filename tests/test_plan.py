@@ -172,6 +172,25 @@ def test_runs_are_planned_from(tmp_path: Path) -> None:
     assert isinstance(run_plan(tmp_path, "--target-loss", "0.001").exception, UserError)
 
 
+def test_the_benchmark_beside_runs_of_one_node_says_what_a_second_costs(tmp_path: Path) -> None:
+    for size in (1, 2):
+        write_run(tmp_path, Recipe(size=size, step_s=0.08 / size + 0.004, joules=None))
+    alone = json.loads(run_plan(tmp_path, "--json").output)
+    assert alone["nodes"] == 1 and "what a second node costs was not measured" in alone["why_not_larger"]
+    refused = run_plan(tmp_path, "--predict", "8").exception
+    assert isinstance(refused, UserError) and "nothing is known of what a second one costs" in refused.what
+    fits = [
+        {"strategy": "horovod", "ranks": ranks, "nodes": nodes, "alpha_s": 1e-5, "beta_s_per_byte": 1e-9}
+        for ranks, nodes in ((2, 1), (4, 2))
+    ]
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "allreduce-a.json").write_text(json.dumps({"schema": 1, "kind": "allreduce", "fits": fits}))
+    with_bench = json.loads(run_plan(tmp_path, "--predict", "4,8", "--json").output)
+    assert [each["nodes"] for each in with_bench["options"]] == [2, 4]
+    assert any("allreduce-a.json, horovod" in warning for warning in with_bench["warnings"])
+    assert all(each["energy_j"] is None for each in with_bench["options"])
+
+
 def test_larger_batches_take_more_samples() -> None:
     work = Work(samples=1e6, steps=1e3, words="")
     assert work.at(64) == 1e6 + 64e3 and work.at(6400) == 1e6 + 6.4e6

@@ -12,6 +12,8 @@ from hpc_train.analysis.scaling import Group, Interval
 from hpc_train.analysis.words import duration_text, energy_amount, percent, significant
 from hpc_train.errors import UserError
 
+_UNSEEN = "all measured sizes are on one node, and nothing is known of what a second one costs"
+_SEE = "Run on 2 nodes, or measure the network: hpc-train bench allreduce, and --network FILE."
 FAR = 4.0  # times the largest measured size: candidates beyond are only looked at where --max-nodes asks for them
 
 
@@ -111,23 +113,20 @@ def _sizes(prediction: Prediction, limits: Limits, sizes: Sequence[int]) -> list
     """Numbers of ranks to look at."""
     points = prediction.points
     per_node = points.ranks_per_node or 1
+    batch = int(points.batch) if not points.weak and points.batch > 1 else None
     if sizes:
-        ranks = sorted(set(sizes))
-    else:
-        largest = int(points.nodes(points.ranks)[-1])
-        most = limits.max_nodes or int(FAR * largest)
+        for size in sizes:
+            if not prediction.reachable(size):
+                raise UserError(f"--predict {size}: {_UNSEEN}", _SEE)
+            if batch is not None and size > batch:
+                raise UserError(f"--predict {size}: the global batch is {batch}", "Give no more ranks than samples.")
+        return sorted(set(sizes))
+    if prediction.reachable(2 * per_node):
+        most = limits.max_nodes or int(FAR * points.nodes(points.ranks)[-1])
         ranks = [nodes * per_node for nodes in node_steps(most)]
-        if not prediction.reachable(2 * per_node):  # one node is all that is known: look at parts of it
-            ranks = [size for size in node_steps(per_node) if size >= points.ranks[0]]
-    if not points.weak and points.batch > 1:
-        ranks = [size for size in ranks if size <= points.batch] or [points.largest]
-    reachable = [size for size in ranks if prediction.reachable(size)]
-    if not reachable:
-        raise UserError(
-            f"{points.label}: all measured sizes are on one node, so nothing is known of what a second one costs",
-            "Run on 2 nodes, or measure the network: hpc-train bench allreduce, and --network FILE.",
-        )
-    return reachable
+    else:  # one node is all that is known: look at parts of it
+        ranks = [size for size in node_steps(per_node) if size >= points.ranks[0]]
+    return [size for size in ranks if batch is None or size <= batch] or [points.largest]
 
 
 def _option(forecast: Forecast, points: Points, work: Work | None, joules: Power | None, limits: Limits) -> Option:

@@ -101,6 +101,8 @@ def from_group(group: Group) -> Points:
         raise UserError(f"{group.label}: no complete run has steady steps", "Plan from runs that reached their end.")
     timed = [row.step_s or 0.0 for row in rows]
     per_node, notes = _ranks_per_node(rows)
+    if any(row.num_servers for row in rows):
+        notes.append("A parameter server's ranks are counted with its servers, and the models' rings are not its law.")
     parameters = {row.stated("num_parameters") for row in rows}
     num_parameters = parameters.pop() if len(parameters) == 1 else None
     waits = [row.phase_s.get("data") for row in rows]
