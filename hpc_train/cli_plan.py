@@ -139,7 +139,7 @@ def plan(
         click.echo(json.dumps(record(made), indent=2))
     else:
         _print(made)
-    if made.chosen is None:
+    if made.chosen is None and not made.is_forecast:
         sys.exit(1)
 
 

@@ -45,6 +45,8 @@ def test_the_essays_case(tmp_path: Path) -> None:
     assert hundred["time_s"] == pytest.approx(1e8, rel=0.02)
     low, high = hundred["time_interval_s"]
     assert low <= 1e8 <= high and hundred["extrapolation"] == 12.5
+    told = run_plan("--table", path, "--samples", "1e10", "--predict", "100").output
+    assert told.startswith("100 nodes (100 ranks): 3.17 years (")  # 10^8 s
 
 
 def test_limits_and_the_reasons_for_no_other_number(tmp_path: Path) -> None:

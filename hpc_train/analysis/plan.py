@@ -58,10 +58,11 @@ class Plan:
     limits: Limits
     power: Power | None
     options: tuple[Option, ...]  # by nodes
-    chosen: Option | None  # None: nothing keeps the limits
+    chosen: Option | None  # None: nothing keeps the limits, or sizes were only asked about
     reason: str  # what the choice went by
     why_not_larger: str
     why_not_smaller: str
+    is_forecast: bool  # sizes were named and no budget: nothing is to be chosen
     warnings: tuple[str, ...] = field(default=())
 
 
@@ -81,10 +82,13 @@ def make_plan(
     _check(limits, work, joules)
     ranks = _sizes(prediction, limits, sizes)
     options = tuple(_option(each, prediction.points, work, joules, limits) for each in prediction.at(ranks))
-    chosen, reason = _choose(options, limits)
+    is_forecast = bool(sizes) and not limits.any_budget
+    chosen, reason = (None, "these sizes were asked about") if is_forecast else _choose(options, limits)
     larger, smaller = _why_not(options, chosen, prediction, limits)
     warnings = _warnings(prediction, chosen or options[-1], limits)
-    return Plan(prediction, work, limits, joules, options, chosen, reason, larger, smaller, tuple(warnings))
+    return Plan(
+        prediction, work, limits, joules, options, chosen, reason, larger, smaller, is_forecast, tuple(warnings)
+    )
 
 
 def recommend(group: Group) -> Plan | None:
