@@ -304,6 +304,26 @@ def _report(
 
 
 cli.add_command(plan)
+
+
+@cli.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@_overrides
+@click.option("--json", "as_json", is_flag=True, help="Print what every rank saw as JSON instead of a table.")
+def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Find out what works here, by doing it, and what mends the rest: alone, or under mpirun or srun as a job would be.
+
+    MPI, an all-reduce and what carries it, cores, GPUs, Horovod, files and locks, meters, Slurm, clocks and fork, in
+    seconds; with CONFIG also what that job needs. The exit code is 1 where a check fails.
+
+    \b
+    Example: mpirun -n 2 hpc-train doctor configs/mlp-mnist.toml
+    """
+    from hpc_train.doctor import examine
+
+    sys.exit(examine(_job_file(config) if config else None, overrides, as_json))
+
+
 cli.add_command(bench)
 
 

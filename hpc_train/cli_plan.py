@@ -139,7 +139,7 @@ def plan(
         click.echo(json.dumps(record(made), indent=2))
     else:
         _print(made)
-    if made.chosen is None:
+    if made.chosen is None and not made.is_forecast:
         sys.exit(1)
 
 
@@ -169,7 +169,16 @@ def _from_table(
 def _from_runs(
     runs: tuple[Path, ...], network: Path | None, steps: float | None, samples: float | None, target_loss: float | None
 ) -> "tuple[Points, Work | None]":
-    from hpc_train.analysis.costs import planned_work, read_network, samples_work, steps_work, target_work
+    from dataclasses import replace
+
+    from hpc_train.analysis.costs import (
+        benchmark_beside,
+        planned_work,
+        read_network,
+        samples_work,
+        steps_work,
+        target_work,
+    )
     from hpc_train.analysis.load import load_all
     from hpc_train.analysis.points import from_group
     from hpc_train.analysis.scaling import compare
@@ -181,8 +190,11 @@ def _from_runs(
             f"plan needs runs of one job that differ in size alone; these are {told}", "Name the runs of one."
         )
     group = groups[0]
-    measured = read_network(network, str(group.keys.get("reduce.strategy"))) if network else None
-    points = from_group(group, measured)
+    points = from_group(group)
+    if network is None and points.tells_no_network:
+        network = benchmark_beside(group)
+    if network is not None:
+        points = replace(points, network=read_network(network, str(group.keys.get("reduce.strategy"))))
     if target_loss is not None:
         return points, target_work(group, target_loss)
     if samples is not None:

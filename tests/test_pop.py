@@ -183,3 +183,18 @@ def test_servers_are_left_out_and_nobody_waits_for_an_asynchronous_one(tmp_path:
 def test_a_run_without_a_steady_step_has_none(tmp_path: Path) -> None:
     group = group_of(tmp_path, Recipe(size=2, steps=10, warmup=10))
     assert group.rows[0].pop.missing == "no steady step" and group.rows[0].runs[0].balance is None
+
+
+# ---------------------------------------------------------------------------------------------- recorded runs
+
+
+def test_recorded_runs_have_factors_that_can_be() -> None:
+    """A real MLP on 1, 2 and 4 ranks of a machine with 2 cores, where 4 ranks take turns: they compute half as fast."""
+    (group,) = compare(load_all([Path(__file__).parent / "runs"])).groups
+    for row in group.rows:
+        factors = row.pop.factors
+        assert set(factors) == set(FACTORS)
+        assert all(0 < factors[name] < 1.0005 for name in FACTORS)
+        # Means here and medians there: a step's time is not spread evenly around either.
+        assert factors["global"] == pytest.approx(row.efficiency, rel=0.1)
+    assert 0.4 < group.rows[2].pop.factors["computational"] < 0.55 and group.rows[1].pop.factors["computational"] > 0.9

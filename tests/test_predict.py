@@ -16,7 +16,7 @@ from hpc_train.analysis.points import Network, Points
 from hpc_train.analysis.predict import predict
 from hpc_train.errors import UserError
 
-SERIES = Path(__file__).parent / "scaling" / "horovod-azure.csv"
+FOLDER = Path(__file__).parent / "scaling"
 
 
 def points(ranks: list[int], step_s: Any, **facts: Any) -> Points:
@@ -123,12 +123,13 @@ def test_expected_maxima_are_those_of_the_tables() -> None:
 # ---------------------------------------------------------------------------------------------- published series
 
 
-def published() -> dict[tuple[str, ...], dict[int, float]]:
-    """{(gpu, model, mpi): {ranks: samples/s}}."""
+def published(name: str = "horovod-azure") -> dict[tuple[str, ...], dict[int, float]]:
+    """{what was trained, where and how: {ranks: samples/s}}; the source stands in the file."""
     found: dict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
-    lines = [line for line in SERIES.read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in (FOLDER / f"{name}.csv").read_text().splitlines() if not line.startswith("#")]
     for row in csv.DictReader(lines):
-        found[row["gpu"], row["model"], row["mpi"]][int(row["ranks"])] = float(row["samples_per_s"])
+        *key, ranks, samples_per_s = row.values()
+        found[tuple(key)][int(ranks)] = float(samples_per_s)
     return dict(found)
 
 
@@ -138,16 +139,16 @@ def log_law(known: Points, ranks: int) -> float:
     return float(np.linalg.lstsq(columns, known.step_s, rcond=None)[0] @ [1, np.log2(ranks)])
 
 
-def series_errors(most: int) -> dict[str, Any]:
+def series_errors(name: str, most: int, per_node: int) -> dict[str, Any]:
     """At 32 GPUs from sizes up to `most`: errors of the chosen model and of the law, and whether the interval holds."""
     errors: dict[str, list[float]] = defaultdict(list)
-    for series in published().values():
+    for series in published(name).values():
         sizes = [size for size in sorted(series) if size <= most]
-        known = points(sizes, [64 * size / series[size] for size in sizes])
+        known = points(sizes, [64 * size / series[size] for size in sizes], ranks_per_node=per_node)
         truth = 64 * 32 / series[32]
         (ahead,) = predict(known).at([32])
         errors["chosen"].append(abs(ahead.step_s / truth - 1))
-        errors["log"].append(abs(log_law(known, 32) / truth - 1))
+        errors["law"].append(abs(log_law(known, 32) / truth - 1))
         errors["inside"].append(ahead.step_interval_s[0] <= truth <= ahead.step_interval_s[1])
     return {name: np.array(each) for name, each in errors.items()}
 
@@ -163,14 +164,25 @@ def test_published_series_are_predicted_from_their_small_sizes(
     most: int, median: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prediction, "NUM_RESAMPLES", 50)
-    errors = series_errors(most)
-    chosen, law = errors["chosen"], errors["log"]
+    errors = series_errors("horovod-azure", most, per_node=4)
+    chosen, law = errors["chosen"], errors["law"]
     assert len(chosen) == 46
     assert np.median(chosen) < median and np.median(chosen) < 0.6 * np.median(law)
     sound = np.array([not is_disturbed(key) for key in published()])
     assert np.quantile(chosen[sound], 0.9) < 0.1 < np.quantile(law[sound], 0.9)
     assert np.quantile(chosen, 0.9) < np.quantile(law, 0.9)
     assert errors["inside"][sound].mean() > 0.85  # of intervals said to hold 95%
+
+
+def test_so_are_series_that_no_choice_was_made_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1, 8 and 16 GPUs, 8 a node, other frameworks, networks and models: the model was made without them."""
+    monkeypatch.setattr(prediction, "NUM_RESAMPLES", 50)
+    errors = series_errors("dlperf", 16, per_node=8)
+    chosen, law = errors["chosen"], errors["law"]
+    assert len(chosen) == 42
+    assert np.median(chosen) < 0.02 and np.median(chosen) < 0.6 * np.median(law)
+    assert np.quantile(chosen, 0.9) < 0.06 < np.quantile(law, 0.9)
+    assert errors["inside"].mean() > 0.85
 
 
 def test_a_model_that_knows_no_node_boundary_misses_it() -> None:

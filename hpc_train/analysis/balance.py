@@ -51,12 +51,17 @@ class Arrivals:
     typical_late_s: FloatArray  # (R,) median over steps, later than the median rank
     clock_error_s: FloatArray  # (R,) how far a rank seems to leave reductions before or after the median rank
     map_s: FloatArray  # (at most 256, at most 200) ranks x time: mean lateness, later than the mean of all ranks
-    whole_s: float  # time of these steps, mean over ranks
+    step_s: FloatArray  # (S,) time of each step, mean over ranks
     unaligned: str | None = None  # why waits are the basis
 
     @property
     def num_steps(self) -> int:
-        return int(self.latest.who.shape[1])
+        return len(self.step_s)
+
+    @property
+    def whole_s(self) -> float:
+        """Time of all these steps."""
+        return float(self.step_s.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,5 +313,5 @@ class _Coming:
             typical - np.median(typical),
             np.abs(checks - np.median(checks, axis=0)).max(axis=1),
             (cells - all_ranks) / counts / 1e9,
-            float(whole_ns[self._begin :].sum()) / len(order) / 1e9,
+            whole_ns[self._begin :] / len(order) / 1e9,
         )

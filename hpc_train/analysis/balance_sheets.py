@@ -11,7 +11,7 @@ from hpc_train.analysis.words import ms_text, percent, plain, significant, times
 
 BALANCE_COLUMNS = (
     *(f"pop_{factor}{end}" for factor in FACTORS for end in ("", "_low", "_high")),
-    *("waiting_for", "waiting_share", "noise"),
+    *("waiting_for", "waiting_share", "waiting_share_low", "waiting_share_high", "noise"),
 )
 _MOST_LINES = 12
 _FORMULA = {  # how a factor stands in its product
@@ -64,6 +64,7 @@ def _straggler_sheet(group: Group) -> Sheet | None:
             percent(one.share_last),
             ms_text(one.late_s),
             percent(one.share),
+            "-" if one.share_interval is None else "-".join(map(percent, one.share_interval)),
             _cause(one),
         )
         for row, one in sorted(found, key=lambda pair: -pair[1].share)[:_MOST_LINES]
@@ -75,6 +76,7 @@ def _straggler_sheet(group: Group) -> Sheet | None:
         Column("last in"),
         Column("by (ms)"),
         Column("costs"),
+        Column("95% interval"),
         Column("more", is_text=True),
     )
     title = "Whom the others wait for (last in: share of the steps; costs: share of the job's time)"
@@ -155,11 +157,14 @@ def balance_record(row: Row) -> dict[str, Any]:
         factors |= {f"pop_{factor}": row.pop.factors.get(factor), f"pop_{factor}_low": low, f"pop_{factor}_high": high}
     worst = max(row.waiting, key=lambda each: each.share, default=None)
     noises = [run.balance.noise for run in row.runs if run.balance and run.balance.noise is not None]
+    low, high = (worst.share_interval if worst else None) or (None, None)
     known = worst is not None and (worst.stragglers or worst.clock_error_s is not None or worst.unaligned)
     return {
         **factors,
         "waiting_for": " + ".join(map(name, worst.stragglers)) if worst and worst.stragglers else None,
         "waiting_share": worst.share if worst and known else None,
+        "waiting_share_low": low,
+        "waiting_share_high": high,
         "noise": sum(noises) / len(noises) if noises else None,
     }
 
@@ -177,6 +182,7 @@ def straggler_records(row: Row) -> list[dict[str, Any]]:
             "late_s": one.late_s,
             "cost_s_per_step": one.cost_s,
             "share": one.share,
+            "share_interval": one.share_interval,
             "cause": one.cause,
             "excess": one.excess,
         }

@@ -147,6 +147,13 @@ def _split(points: Points, joules: FloatArray, node_s: FloatArray, samples: Floa
 # ---------------------------------------------------------------------------------------------- network
 
 
+def benchmark_beside(group: Group) -> Path | None:
+    """The newest file that `hpc-train bench allreduce` left under the run root of these runs."""
+    roots = {run.dir.path.resolve().parents[1] for row in group.rows for run in row.runs}
+    found = [path for root in sorted(roots) for path in (root / "bench").glob("allreduce-*.json")]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def read_network(path: Path, strategy: str = "horovod") -> Network:
     """Alpha and beta as `hpc-train bench allreduce` wrote them: on most ranks of one node, and of several."""
     remedy = "Give a file that hpc-train bench allreduce wrote."

@@ -52,5 +52,6 @@ def _list(notes: Sequence[str]) -> str:
 
 
 def _text(words: str) -> str:
-    """Words that Markdown shows as they are."""
-    return re.sub(r"([\\`*\[\]<|~]|(?<!\w)_|_(?!\w))", r"\\\1", plain(words))
+    """Words that Markdown shows as they are, leading spaces too."""
+    indented = re.sub("^ +", lambda spaces: "\N{NO-BREAK SPACE}" * len(spaces[0]), plain(words))
+    return re.sub(r"([\\`*\[\]<|~]|(?<!\w)_|_(?!\w))", r"\\\1", indented)

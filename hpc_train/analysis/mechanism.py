@@ -112,7 +112,7 @@ def _parts(points: Points, ranks: IntArray, names: tuple[str, ...], algorithm: A
     computing = {"fixed_s": zero + 1, "compute_s": share + (points.noise or 0.0) * waits, "noise_s": waits}
     # What goes between nodes passes the links within them, too: it costs what they cost, and more.
     sending = {
-        "transfer_inside_s": moved,
+        "transfer_inside_s": np.where(is_between & _pinned(points)[1], 0.0, moved),
         "transfer_between_s": np.where(is_between, moved, 0.0),
         "latency_between_s": np.where(is_between, messages, 0.0),
     }

@@ -60,6 +60,11 @@ class Points:
     def largest(self) -> int:
         return int(self.ranks[-1])
 
+    @property
+    def tells_no_network(self) -> bool:
+        """Whether the sizes alone say nothing of what reducing between nodes costs."""
+        return len(self.ranks) == 1 or not bool((self.nodes(self.ranks) > 1).any())
+
     def samples(self, ranks: FloatArray | IntArray) -> FloatArray:
         """Samples that all ranks together train in one step."""
         return np.asarray(ranks * self.batch if self.weak else np.full(len(ranks), self.batch), dtype=float)
@@ -89,13 +94,15 @@ class Points:
 # ---------------------------------------------------------------------------------------------- from runs
 
 
-def from_group(group: Group, network: Network | None = None) -> Points:
+def from_group(group: Group) -> Points:
     """The complete rows of a group with steady steps. Raises `UserError` where there are none."""
     rows = [row for row in group.rows if row.step_s and not row.incomplete]
     if not rows:
         raise UserError(f"{group.label}: no complete run has steady steps", "Plan from runs that reached their end.")
     timed = [row.step_s or 0.0 for row in rows]
     per_node, notes = _ranks_per_node(rows)
+    if any(row.num_servers for row in rows):
+        notes.append("A parameter server's ranks are counted with its servers, and the models' rings are not its law.")
     parameters = {row.stated("num_parameters") for row in rows}
     num_parameters = parameters.pop() if len(parameters) == 1 else None
     waits = [row.phase_s.get("data") for row in rows]
@@ -112,7 +119,6 @@ def from_group(group: Group, network: Network | None = None) -> Points:
         noise=_noise([run for row in rows for run in row.runs]),
         overlap=_overlap(rows),
         gradient_bytes=None if num_parameters is None else num_parameters * _bytes_per_value(group),
-        network=network,
         idle_w=_idle_w([run for row in rows for run in row.runs]),
         energy_quality="estimated" if any(row.energy.quality == "estimated" for row in rows) else "measured",
         notes=tuple(notes),

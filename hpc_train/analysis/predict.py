@@ -26,9 +26,9 @@ NUM_RESAMPLES = 200
 _NUM_FOLDS = 3  # how many of the largest sizes are held out, one after the other
 _CLEARLY = 0.5  # a model replaces one before it in the order when it misses by less than this share of its error
 _NOTICEABLE = 0.02  # and by this much less: what two runs of one job may differ by anyway
-# Relative standard deviation of a prediction per square root of a doubling beyond the data, where held-out sizes do not
-# say more: what the mechanistic model misses published series by (tests/scaling), 4 to 5% after two doublings.
-DRIFT = 0.03
+# Relative standard deviation of a prediction per square root of a doubling beyond the data, at least: what the model
+# misses published series by (both of tests/scaling). More where no size could be held out from the points themselves.
+DRIFT, UNTESTED_DRIFT = 0.03, 0.04
 
 
 @dataclass(frozen=True)
@@ -105,22 +105,31 @@ class Prediction:
         return self.chosen.model != "mechanistic" or not crosses_unseen_boundary(self.points, ranks)
 
     def at(self, sizes: Sequence[int]) -> tuple[Forecast, ...]:
-        """The forecast at each number of ranks; `sizes` must be `reachable`."""
+        """The forecast at each number of ranks; `sizes` must be `reachable`. Raises `UserError` for a time below 0."""
         fit, points = self.chosen.fit, self.points
         assert fit is not None
         ranks = np.asarray(sizes, dtype=int)
         middle = fit(ranks)
+        if (middle <= 0).any():
+            nonsense = int(ranks[middle <= 0][0])
+            raise UserError(
+                f"{points.label}: the {fit.model} model has no time above 0 at {num_ranks(nonsense)}",
+                "Choose another --model, or measure larger sizes.",
+            )
         draws = np.stack([fit.predict(values, ranks) for values in self.draws])
         beyond = np.maximum(ranks / points.largest, 1.0)
-        generator = np.random.default_rng(1)
-        widening = self.drift * np.sqrt(np.log2(beyond)) * generator.standard_normal((len(draws), 1))
-        low, high = np.quantile(np.maximum(draws, 1e-300) * np.exp(widening), [0.025, 0.975], axis=0)
+        low, high = np.log(np.maximum(np.quantile(draws, [0.025, 0.975], axis=0), 1e-300) / middle)
+        drift = 1.96 * self.drift * np.sqrt(np.log2(beyond))
+        low, high = (
+            middle * np.exp(-np.hypot(np.minimum(low, 0), drift)),
+            middle * np.exp(np.hypot(np.maximum(high, 0), drift)),
+        )
         samples = points.samples(ranks)
         base = points.samples(points.ranks[:1])[0] / fit(points.ranks[:1])[0] / points.ranks[0]
         measured = dict(zip(points.ranks.tolist(), points.step_s.tolist(), strict=True))
         found = []
         for i, size in enumerate(ranks.tolist()):
-            span = (min(float(low[i]), float(middle[i])), max(float(high[i]), float(middle[i])))
+            span = (float(low[i]), float(high[i]))
             found.append(
                 Forecast(
                     size,
@@ -135,6 +144,13 @@ class Prediction:
                 )
             )
         return tuple(found)
+
+
+def curve_sizes(prediction: Prediction, beyond: float = 4.0, num_sizes: int = 60) -> list[int]:
+    """Numbers of ranks to draw the model at: even in log2, from the smallest to `beyond` times the largest measured."""
+    ranks = np.geomspace(prediction.points.ranks[0], beyond * prediction.points.largest, num_sizes)
+    wanted = {int(size) for size in np.round(ranks)} | set(prediction.points.ranks.tolist())
+    return [size for size in sorted(wanted) if prediction.reachable(size)]
 
 
 def predict(points: Points, model: ModelName | None = None) -> Prediction:
@@ -154,7 +170,7 @@ def predict(points: Points, model: ModelName | None = None) -> Prediction:
             f"{points.label}: the {chosen.model} model cannot be fitted to {sizes} ranks: {chosen.reason}",
             "Measure more sizes (hpc-train scale), or give what an all-reduce costs with --network.",
         )
-    drift = max(DRIFT, _observed_drift(points, chosen))
+    drift = max(DRIFT, _observed_drift(points, chosen)) if chosen.held_out else UNTESTED_DRIFT
     draws = _bootstrap(points, chosen.fit)
     return Prediction(points, chosen, candidates, draws, drift, why, tuple(_notes(points, chosen)))
 
@@ -275,6 +291,8 @@ def _notes(points: Points, chosen: Candidate) -> list[str]:
     if abs(misses[worst]) > 0.1:
         size = num_ranks(int(points.ranks[worst]))
         notes.append(f"{size}: the model misses the measured time by {100 * abs(misses[worst]):.0f}%.")
+    if points.network is not None and points.gradient_bytes is not None:
+        notes.append(f"What an all-reduce costs is taken from {points.network.source}.")
     if points.network is not None and points.gradient_bytes is None:
         notes.append("The network's costs are not used: the size of the gradients is unknown (--gradient-bytes).")
     return notes

@@ -9,15 +9,17 @@ from typing import Literal
 
 import numpy as np
 
-from hpc_train.analysis.balance import Arrivals, Balance, Latest
+from hpc_train.analysis.balance import NUM_BLOCKS, Arrivals, Balance, Latest
 from hpc_train.analysis.load import Run
 from hpc_train.analysis.ranks import waits
 from hpc_train.records import FloatArray, IntArray
 
 LEAST_SHARE = 0.01  # of the job's time: what costs less is not told
+_NUM_RESAMPLES = 1000
 _NUM_CHANCES = 1000  # draws of what chance alone would blame a rank for
 _CLOCK_FACTOR = 3.0  # how many times the clocks' error a rank must be late by, in the steps in which it is last
 Cause = Literal["computing", "input"]
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Straggler:
     late_s: float  # mean over the steps in which it comes last: later than the next
     cost_s: float  # per step: what would be saved were it, and who is named before it, never later than the next
     share: float  # of the job's time: cost
+    share_interval: Interval | None  # 95%
     cause: Cause | None  # where more of its time goes than the median rank's; None: neither
     excess: float | None  # computing: its useful time over the median rank's; input: its wait as a share of its time
 
@@ -42,6 +45,7 @@ class Waiting:
 
     stragglers: tuple[Straggler, ...] = ()
     share: float = 0.0  # of the job's time: cost of all of them together
+    share_interval: Interval | None = None  # 95%
     told: str | None = None
     clock_error_s: float | None = None  # of the median rank, where arrivals on several hosts are compared
     unaligned: str | None = None  # why waits are compared instead
@@ -75,7 +79,8 @@ def waiting(run: Run) -> Waiting:
     ranks = [] if hosts else _found(arrivals, arrivals.latest, len(balance.ranks), errors_s)
     latest = arrivals.latest_hosts if hosts else arrivals.latest
     blamed = hosts or ranks
-    share = _saved_s(latest, blamed) / arrivals.whole_s
+    saved_s = _saved_s(latest, blamed)
+    share = float(saved_s.sum()) / arrivals.whole_s
     if not blamed or share < LEAST_SHARE:
         return Waiting(
             told=f"no rank costs the others {LEAST_SHARE:.0%} of their time by more than chance",
@@ -83,7 +88,8 @@ def waiting(run: Run) -> Waiting:
             unaligned=arrivals.unaligned,
         )
     named = tuple(_straggler(balance, arrivals, latest, blamed, place, bool(hosts)) for place in range(len(blamed)))
-    return Waiting(named, share, None, _typical_error(arrivals), arrivals.unaligned)
+    span = _interval(saved_s, arrivals.step_s)
+    return Waiting(named, share, span, None, _typical_error(arrivals), arrivals.unaligned)
 
 
 def _typical_error(arrivals: Arrivals) -> float | None:
@@ -118,14 +124,27 @@ def _blame(latest: Latest, aside: Sequence[int]) -> tuple[IntArray, FloatArray]:
     return np.where(known, latest.who[first, steps], -1), np.where(known, late, 0.0)
 
 
-def _saved_s(latest: Latest, aside: Sequence[int]) -> float:
-    """Seconds that all steps would take less were those set aside never later than the last of the others."""
+def _saved_s(latest: Latest, aside: Sequence[int]) -> FloatArray:
+    """(steps,) seconds that each would take less were those set aside never later than the last of the others."""
     if not aside:
-        return 0.0
+        return np.zeros(latest.who.shape[1])
     kept = ~np.isin(latest.who, [*aside, -1])
     others = np.where(kept, latest.late_s, -np.inf).max(axis=0)
     least = np.where(np.isfinite(latest.late_s), latest.late_s, np.inf).min(axis=0)  # of those that are known
-    return float((latest.late_s[0] - np.maximum(others, np.where(np.isfinite(others), others, least))).sum())
+    return np.asarray(latest.late_s[0] - np.where(np.isfinite(others), others, least))
+
+
+def _interval(saved_s: FloatArray, step_s: FloatArray) -> Interval | None:
+    """95% interval of the share of time saved, by bootstrap over blocks of consecutive steps; None under 2 steps."""
+    num_blocks = min(NUM_BLOCKS, len(step_s))
+    if num_blocks < 2:
+        return None
+    begins = np.arange(num_blocks) * len(step_s) // num_blocks
+    saved, whole = (np.add.reduceat(values, begins) for values in (saved_s, step_s))
+    drawn = np.random.default_rng(0).integers(0, num_blocks, (_NUM_RESAMPLES, num_blocks))
+    low, high = np.quantile(saved[drawn].sum(axis=1) / whole[drawn].sum(axis=1), [0.025, 0.975])
+    share = float(saved_s.sum() / step_s.sum())
+    return min(float(low), share), max(float(high), share)
 
 
 def _found(arrivals: Arrivals, latest: Latest, num: int, error_s: FloatArray) -> list[int]:
@@ -144,7 +163,7 @@ def _found(arrivals: Arrivals, latest: Latest, num: int, error_s: FloatArray) ->
         if blame[worst] < _CLOCK_FACTOR * error_s[worst] * times[worst]:
             break
         found.append(worst)
-        shares.append(_saved_s(latest, found) / arrivals.whole_s)
+        shares.append(float(_saved_s(latest, found).sum()) / arrivals.whole_s)
     # Those at the end who add next to nothing stay unnamed.
     enough = [place for place, share in enumerate(shares) if share >= 0.9 * shares[-1]]
     return found[: enough[0] + 1] if enough else []
@@ -168,7 +187,8 @@ def _straggler(
     whole = by_host and _is_whole(arrivals, one)
     if by_host and not whole:
         members = members[[int(np.argmax(arrivals.late_s[members]))]]
-    cost_s = _saved_s(latest, blamed[: place + 1]) - _saved_s(latest, blamed[:place])
+    saved_s = _saved_s(latest, blamed[: place + 1]) - _saved_s(latest, blamed[:place])
+    cost_s = float(saved_s.sum())
     who, late_s = _blame(latest, [other for other in blamed if other != one])
     mine = who == one
     cause, excess = _cause(balance, members)
@@ -181,6 +201,7 @@ def _straggler(
         late_s=float(late_s[mine].mean()) if mine.any() else 0.0,
         cost_s=cost_s / arrivals.num_steps,
         share=cost_s / arrivals.whole_s,
+        share_interval=_interval(saved_s, arrivals.step_s),
         cause=cause,
         excess=excess,
     )

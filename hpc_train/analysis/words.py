@@ -66,10 +66,8 @@ def duration_text(seconds: float | None, interval: tuple[float, float] | None = 
     """ "5.20 h", or "5.20 h (4.9-5.6)": three digits in the unit that people plan in."""
     if seconds is None:
         return "-"
-    units = (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
+    units = (("years", 365.25 * 86400), ("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
     unit, length = next((each for each in units if seconds >= 2 * each[1]), units[-1])
-    if seconds >= 1e7:  # node counts are for months at most: beyond, people calculate with seconds
-        unit, length = "s", 1.0
     return f"{significant(seconds / length)} {unit}{_between(interval, length)}"
 
 

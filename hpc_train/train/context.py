@@ -28,6 +28,7 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 _PING_PONGS = 20
 _ROOT_SPEAKS_FIRST_S = 0.5
+_ASLEEP_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,13 @@ class Context:
         """Collective."""
         if self.comm is not None:
             self.comm.Barrier()
+
+    def wait_asleep(self) -> None:
+        """Collective. A barrier at which ranks that wait leave their cores to those that are at work."""
+        if self.comm is not None:
+            request = self.comm.Ibarrier()
+            while not request.Test():
+                sleep(_ASLEEP_S)
 
 
 def _attempt(fn: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -171,7 +171,7 @@ class Recorder:
 
         def write() -> None:
             if moment == "start":
-                for key in ("outcome", "ended"):  # of the attempt before
+                for key in ("outcome", "ended", "clock_offsets_ns"):  # of the attempt before
                     self._meta.pop(key, None)
                 self._meta.update(describe(self._context, self._places))
                 self._meta["energy"] = _of_all_attempts(self._meta.get("energy", {}), energy)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hpc_train.analysis import predict as prediction
-from tests.test_predict import is_disturbed, log_law, points, published
+from tests.test_predict import is_disturbed, log_law, points, published  # the same series, read alike
 
 FOLDER = Path("runs/bench-plan")
 EXTRAP = "extrap==4.2.5"
@@ -57,15 +57,16 @@ def extra_p(series: list[tuple[list[int], list[float]]]) -> list[float]:
     return list(json.loads(ran.stdout))
 
 
-def errors(most: int) -> dict[str, np.ndarray]:
+def errors(name: str, most: int, per_node: int) -> dict[str, np.ndarray]:
     """{model: (series,) |predicted / measured - 1| at 32 GPUs}, fitted to the sizes up to `most`."""
     truth, series, guesses = [], [], []
-    for measured in published().values():
+    for measured in published(name).values():
         sizes = [size for size in sorted(measured) if size <= most]
-        known = points(sizes, [64 * size / measured[size] for size in sizes])
+        known = points(sizes, [64 * size / measured[size] for size in sizes], ranks_per_node=per_node)
         made = prediction.predict(known)
         fits = [made.chosen, *made.candidates]
-        guesses.append([*(float(each.fit(np.array([32]))[0]) for each in fits if each.fit), log_law(known, 32)])
+        there = [float(each.fit(np.array([32]))[0]) if each.fit else float("nan") for each in fits]
+        guesses.append([*there, log_law(known, 32)])
         series.append((sizes, known.step_s.tolist()))
         truth.append(64 * 32 / measured[32])
     names = ["chosen by hpc-train plan", *(f"  {name}" for name in prediction.MODELS), "a + b log2 N", "Extra-P"]
@@ -75,15 +76,13 @@ def errors(most: int) -> dict[str, np.ndarray]:
 
 def main() -> None:
     prediction.NUM_RESAMPLES = 2  # the middle alone is looked at
-    keys = list(published())
-    sound = np.array([not is_disturbed(key) for key in keys])
-    for most in (8, 16):
-        few = int(sound.sum())
-        title = f"Step time at 32 GPUs from {most} and fewer: |error|, {len(keys)} series, {few} without K80 + Open MPI"
-        table = Table("model", "median", "90th percentile", f"median, {few}", f"90th, {few}", title=title)
-        for name, each in errors(most).items():
+    for name, most, per_node in (("horovod-azure", 8, 4), ("horovod-azure", 16, 4), ("dlperf", 16, 8)):
+        sound = np.array([name != "horovod-azure" or not is_disturbed(key) for key in published(name)])
+        title = f"{name}: step time at 32 GPUs from {most} and fewer, {len(sound)} series, {sound.sum()} undisturbed"
+        table = Table("model", "median", "90th percentile", "median, undisturbed", "90th, undisturbed", title=title)
+        for model, each in errors(name, most, per_node).items():
             cells = [np.quantile(part, q) for part in (each, each[sound]) for q in (0.5, 0.9)]
-            table.add_row(name, *(f"{100 * cell:.1f}%" for cell in cells))
+            table.add_row(model, *(f"{100 * cell:.1f}%" for cell in cells))
         Console(width=110).print(table)
 
 

@@ -1,6 +1,6 @@
 """What ranks lose to each other: the tree of POP efficiencies, and who is late when."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -96,7 +96,10 @@ def _blend(color: str, share: float) -> tuple[float, float, float]:
 
 
 def map_drawing(group: Group) -> Drawing | None:
-    """Ranks by time: who comes late to the reductions. Of the run that lost most to it at the largest size."""
+    """Ranks by time: who comes late to the reductions. Of the run that lost most to it at the largest size.
+
+    None where nobody is ever late.
+    """
     found = _shown(group)
     if found is None:
         return None
@@ -108,14 +111,15 @@ def map_drawing(group: Group) -> Drawing | None:
     whom = " and ".join(name(one) for one in waiting.stragglers[:3])
     named = f" Waited for: {whom}." if whom else ""
     how = "by their arrival" if arrivals.basis == "arrival" else "by how long each waited, as clocks cannot be compared"
+    named += " Arrows point at them." * bool(whom)
     rows = "" if len(ranks) == len(arrivals.map_s) else f" A row is {len(ranks) / len(arrivals.map_s):.3g} ranks."
     return Drawing(
         "late-ranks",
-        f"Who comes late to the reductions of {num_ranks(run.size)}, {how}: red ranks are waited for, blue ones"
+        f"Who comes late to the reductions of {num_ranks(run.size)}, {how}: orange ranks are waited for, blue ones"
         f" wait.{named}{rows}",
         f"Lateness of {len(ranks)} ranks over {arrivals.num_steps} steady steps, latest on average over the median"
         f" rank: {told}.{named}",
-        lambda axes: _paint_map(axes, arrivals, ranks.tolist(), scale, unit),
+        lambda axes: _paint_map(axes, arrivals, ranks.tolist(), _places(waiting, ranks.tolist()), scale, unit),
         height=0.72,
     )
 
@@ -126,14 +130,20 @@ def _shown(group: Group) -> tuple[Run, Waiting, Arrivals] | None:
         known = [
             (run, waiting, run.balance.arrivals)
             for run, waiting in zip(row.runs, row.waiting, strict=True)
-            if run.balance is not None and run.balance.arrivals is not None
+            if run.balance is not None and run.balance.arrivals is not None and run.balance.arrivals.map_s.any()
         ]
         if known:
             return max(known, key=lambda each: each[1].share)
     return None
 
 
-def _paint_map(axes: "Axes", arrivals: Arrivals, ranks: list[int], scale: float, unit: str) -> None:
+def _places(waiting: Waiting, ranks: list[int]) -> list[float]:
+    """Where those who are waited for stand among the ranks: a host in the middle of its own."""
+    own = [[ranks.index(rank) for rank in one.ranks] for one in waiting.stragglers[:3]]
+    return [float(np.mean(places)) for places in own]
+
+
+def _paint_map(axes: "Axes", arrivals: Arrivals, ranks: list[int], late: list[float], scale: float, unit: str) -> None:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator
 
@@ -147,12 +157,14 @@ def _paint_map(axes: "Axes", arrivals: Arrivals, ranks: list[int], scale: float,
     bounds = np.flatnonzero(np.diff(arrivals.host_of)) + 0.5
     if len(bounds) < _MOST_HOSTS:
         axes.hlines(bounds, *extent[:2], color=GREY, linewidth=0.6)
+    beside: Any = axes.get_yaxis_transform()
+    axes.plot([1.015] * len(late), late, "<", color=BLACK, markersize=4, transform=beside, clip_on=False)
     axes.set_xlim(0, arrivals.num_steps)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.grid(visible=False)
     hosts = ", lines: nodes" if 0 < len(bounds) < _MOST_HOSTS else ""
     axes.set(xlabel="steady step", ylabel=f"rank{hosts}")
-    bar = axes.figure.colorbar(image, ax=axes, extend="both", pad=0.02)
+    bar = axes.figure.colorbar(image, ax=axes, extend="both", pad=0.035)
     bar.set_label(f"later than the mean rank ({unit})")
     bar.outline.set_visible(False)
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from hpc_train.analysis.figures.canvas import BLACK, BLUE, GREY, SKY, VERMILLION, WHITE, Drawing, thinned
 from hpc_train.analysis.plan import Plan
-from hpc_train.analysis.plan_sheets import short_answer
+from hpc_train.analysis.predict import curve_sizes
 from hpc_train.analysis.scaling import num_ranks
-from hpc_train.analysis.words import amount, percent, significant
+from hpc_train.analysis.words import percent, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,10 +17,11 @@ _NUM_POINTS = 48  # of the curve
 _LEAST_SIZES = 3
 
 
-def forecast_drawing(plan: Plan) -> Drawing | None:
+def forecast_drawing(plan: Plan, asked: str) -> Drawing | None:
     """Samples per second over ranks: measured, fitted with its 95% interval, held out, and what to ask for.
 
-    None from fewer than three sizes, which any curve fits.
+    asked: "ask for 16 nodes", "" where the model is not to be trusted with that. None from fewer than three sizes,
+    which any curve fits.
     """
     if len(plan.prediction.points.ranks) < _LEAST_SIZES:
         return None
@@ -35,8 +36,8 @@ def forecast_drawing(plan: Plan) -> Drawing | None:
         if chosen.error is not None
         else "It was not tested on sizes that it had not seen."
     )
-    asked = f" Dotted: {short_answer(plan)}." if plan.chosen else ""
-    forecast = plan.chosen.forecast if plan.chosen else None
+    advice = f" Dotted: {asked}." if asked else ""
+    forecast = plan.chosen.forecast if plan.chosen and asked else None
     told = (
         f" At {num_ranks(forecast.ranks)} {significant(forecast.samples_per_s)} are predicted (95% interval"
         f" {' to '.join(significant(end) for end in forecast.samples_per_s_interval)})."
@@ -46,18 +47,17 @@ def forecast_drawing(plan: Plan) -> Drawing | None:
     return Drawing(
         "forecast",
         f"Samples per second by the {chosen.model} model, fitted to {len(points.ranks)} sizes, with its 95% interval;"
-        f" dashed beyond what was measured. {tested}{asked}",
-        f"Samples per second measured: {measured}. The {chosen.model} model was fitted to these. {tested}{told}{asked}",
-        lambda axes: _paint(axes, plan),
+        f" dashed beyond what was measured. {tested}{advice}",
+        f"Samples per second measured: {measured}. A {chosen.model} model was fitted to these. {tested}{told}{advice}",
+        lambda axes: _paint(axes, plan, asked),
     )
 
 
-def _paint(axes: "Axes", plan: Plan) -> None:
+def _paint(axes: "Axes", plan: Plan, asked: str) -> None:
     prediction = plan.prediction
     points = prediction.points
     most = max([points.largest, *(option.forecast.ranks for option in plan.options)])
-    sizes = np.unique(np.geomspace(points.ranks[0], most, _NUM_POINTS).round().astype(int)).tolist()
-    sizes = [size for size in sorted({*sizes, points.largest}) if prediction.reachable(size)]
+    sizes = curve_sizes(prediction, most / points.largest, _NUM_POINTS)
     curve = prediction.at(sizes)
     low, high = zip(*(each.samples_per_s_interval for each in curve), strict=True)
     rates = points.samples(points.ranks) / points.step_s
@@ -76,16 +76,19 @@ def _paint(axes: "Axes", plan: Plan) -> None:
         guessed = points.samples(at) / np.array([each.predicted_s for each in held_out])
         how = {"color": VERMILLION, "markerfacecolor": WHITE, "markersize": 7, "markeredgewidth": 1.3}
         axes.plot(at, guessed, "s", label="said before seen", zorder=1.9, **how)  # type: ignore[arg-type]
-    if plan.chosen:
-        axes.axvline(plan.chosen.forecast.ranks, color=BLACK, linestyle=":", linewidth=1.2, label=short_answer(plan))
-    _scale(axes, [*points.ranks.tolist(), most, *([plan.chosen.forecast.ranks] if plan.chosen else [])])
+    if plan.chosen and asked:
+        axes.axvline(plan.chosen.forecast.ranks, color=BLACK, linestyle=":", linewidth=1.2, label=asked)
+    _scale(axes, [*points.ranks.tolist(), most, *([plan.chosen.forecast.ranks] if plan.chosen and asked else [])])
 
 
 def _scale(axes: "Axes", sizes: list[int]) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator
+
     sizes = sorted(set(sizes))
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(lambda value, _: amount(value, "").replace(" ", ""))
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.minorticks_off()
     places = [float(np.log2(size)) for size in sizes]
     shown = [sizes[index] for index in thinned(places, (places[-1] - places[0]) / 11)]

@@ -36,7 +36,7 @@ def drawings(part: Part) -> list[Drawing]:
         *time_drawings(group),
         *_known(tree_drawing(group), map_drawing(group)),
         *(energy_drawings(part.cost) if part.cost else []),
-        *_known(forecast_drawing(part.advice.plan) if part.advice and part.advice.plan else None),
+        *_known(forecast_drawing(part.advice.plan, part.advice.words) if part.advice and part.advice.plan else None),
         *_known(loss_drawing(group), target_drawing(part.study) if part.study else None),
     ]
 
