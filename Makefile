@@ -5,7 +5,7 @@
 # make bench-plan  predict published scaling series from their small sizes, Extra-P beside (it gets an environment of its own)
 # make check   install, ruff and mypy
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo models bench-io bench-plan test test-serial test-parallel test-cluster test-faults check install clean
+.PHONY: demo models bench-io bench-plan test test-serial test-parallel test-cluster test-faults test-rdma check install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -44,11 +44,16 @@ test-parallel:
 
 # Every fault, by mpirun and on the cluster, and the table of what came of it.
 test-faults:
-	python -m pytest tests/faults tests/test_hdfs.py tests/cluster/test_faults.py tests/cluster/test_submit.py
+	python -m pytest tests/faults tests/test_hdfs.py tests/cluster/test_faults.py tests/cluster/test_submit.py tests/cluster/test_gluster.py
 
 # Slurm on four nodes that are namespaces of this machine: for root; skipped elsewhere, with the reason.
 test-cluster:
 	python -m pytest -m "not thorough" tests/cluster
+
+# Horovod and MPI over InfiniBand verbs (Soft-RoCE) between two emulated machines: for root, about 7 minutes.
+test-rdma:
+	@./install.sh test
+	python -m pytest -s tests/rdma
 
 # What is complete is not trained again: runs/models.
 models:

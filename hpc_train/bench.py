@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from hpc_train.bench_allreduce import allreduce
 from hpc_train.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ _NOTES = (
 @click.group()
 def bench() -> None:
     """Measure what this machine can do, under mpirun."""
+
+
+bench.add_command(allreduce)
 
 
 @bench.command()

@@ -6,6 +6,7 @@ import socket
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -227,7 +228,7 @@ def scale(
         click.echo(f"Job {job} reports at the end: {study.folder / f'job-{job}.out'}")
         return
     failed = scale.run_here(study, click.echo)
-    _report((study.folder,), None, as_json=False)
+    _report((study.folder,), None, None, "table")
     if failed:
         click.echo("\n".join(["Failed:", *failed, "The same command again runs what is missing."]), err=True)
         sys.exit(1)
@@ -236,33 +237,93 @@ def scale(
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for report.html, scaling.csv and summary.json.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
-def report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
+@click.option(
+    "--figures",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write every figure there too, as PDF and SVG one column wide, for a proposal.",
+)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["table", "md", "csv", "json"]),
+    help="What is printed: tables for the terminal (table, the default), Markdown to paste, numbers for programs.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+@click.option(
+    "--target-loss",
+    type=float,
+    metavar="LOSS",
+    help="Compare times until this training loss; without it the best loss that every run reached.",
+)
+@click.option("--pue", type=click.FloatRange(1), help="The centre's power usage effectiveness, over [energy] pue.")
+@click.option("--co2-g-per-kwh", type=click.FloatRange(0), metavar="GRAMS", help="Of the electricity, over [energy].")
+@click.option("--price-per-kwh", type=click.FloatRange(0), metavar="PRICE", help="With --currency, over [energy].")
+@click.option("--currency", metavar="NAME", help="Of the price: EUR, say.")
+def report(
+    runs: tuple[Path, ...],
+    output: Path | None,
+    figures: Path | None,
+    kind: str | None,
+    as_json: bool,
+    **options: float | str | None,
+) -> None:
     """Speedup, efficiency and energy of RUNS (run directories, or folders of them).
 
     \b
-    Example: hpc-train report runs/softmax-mnist
+    Example: hpc-train report runs/softmax-mnist --figures proposal/
     """
+    if options["price_per_kwh"] is not None and options["currency"] is None:
+        raise click.UsageError("--price-per-kwh needs --currency, EUR say")
+    if as_json and kind not in (None, "json"):
+        raise click.UsageError(f"--json is --format json, and --format {kind} is given too: leave one of them out.")
     if not launched_rank():  # under mpirun one rank reports
-        _report(runs, output, as_json)
+        _report(runs, output, figures, "json" if as_json else kind or "table", **options)
 
 
-def _report(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
+def _report(
+    runs: tuple[Path, ...], output: Path | None, figures: Path | None, kind: str, target_loss: Any = None, **tariff: Any
+) -> None:
+    """Prints the report as `kind` and writes its files. Where they are is said in the terminal's tables alone."""
     from rich.console import Console
 
+    from hpc_train.analysis.cost import Tariff
     from hpc_train.analysis.report import default_output, make_report
 
-    made = make_report(list(runs))
-    if as_json:
-        click.echo(json.dumps(made.to_dict(), indent=2))
-    else:
+    made = make_report(list(runs), Tariff(**tariff), target_loss)
+    if kind == "table":
         made.print(Console())
+    else:
+        click.echo(made.text(kind), nl=False)
+    drawn = None if figures is None else made.write_figures(figures)
     page = made.write(output or default_output(list(runs)))
-    if not as_json:
+    if kind == "table":
         click.echo(f"Report: {page}")
+        if drawn is not None:
+            click.echo(f"Figures: {len(drawn)} files in {figures}" if drawn else "Figures: none, no step was timed.")
 
 
 cli.add_command(plan)
+
+
+@cli.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@_overrides
+@click.option("--json", "as_json", is_flag=True, help="Print what every rank saw as JSON instead of a table.")
+def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Find out what works here, by doing it, and what mends the rest: alone, or under mpirun or srun as a job would be.
+
+    MPI, an all-reduce and what carries it, cores, GPUs, Horovod, files and locks, meters, Slurm, clocks and fork, in
+    seconds; with CONFIG also what that job needs. The exit code is 1 where a check fails.
+
+    \b
+    Example: mpirun -n 2 hpc-train doctor configs/mlp-mnist.toml
+    """
+    from hpc_train.doctor import examine
+
+    sys.exit(examine(_job_file(config) if config else None, overrides, as_json))
+
+
 cli.add_command(bench)
 
 

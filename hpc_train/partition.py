@@ -77,6 +77,10 @@ class Order:
             return self.num_samples
         return min(self.num_samples, -(-self.num_samples * self.window // (len(self.edges) - 1)))
 
+    def steps_ahead(self, batch_size: int) -> int:
+        """How many batches ahead reading is told what comes: of the next window, before it has all of this one."""
+        return self.window_samples // batch_size + 2
+
     def rows(self, positions: npt.NDArray[np.integer], seed: int, epoch: int) -> Indices:
         """The rows of the data set standing at `positions` of epoch `epoch`'s order."""
         if self.edges is None:

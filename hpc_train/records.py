@@ -34,7 +34,6 @@ ENERGY_COLUMNS = ("time_s", "domain", "joules", "quality", "source", "attempt")
 # tuple because it is made every step.
 StepRecord = tuple[int, ...]
 Quality = Literal["measured", "estimated", "missing"]
-_MOST_ATTEMPTS = 1_000_000  # a number beyond is damage
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
@@ -151,66 +150,15 @@ def read_csv(path: Path, columns: Sequence[str]) -> Table:
     width = len(lines[0].split(","))
     for number, row in enumerate(rows, 2):
         if len(row) != width:
-            raise _bad_line(path, number, lines[number - 1])
+            raise bad_line(path, number, lines[number - 1])
     return Table(rows, truncated=bool(tail))
 
 
-def _bad_line(path: Path, number: int, line: str) -> BadRecord:
+def bad_line(path: Path, number: int, line: str) -> BadRecord:
+    """The error that names line `number` of a file, counted from 1."""
     return BadRecord(
         f"{path}:{number}: no record: '{line[:80]}'", "Remove the line, or leave this run out of the report."
     )
-
-
-@dataclass(frozen=True)
-class Timings:
-    """One rank's steps: `values` is int64 of shape (steps, len(TIMING_COLUMNS))."""
-
-    values: IntArray
-    truncated: bool
-
-    def __getitem__(self, column: str) -> IntArray:
-        return self.values[:, TIMING_COLUMNS.index(column)]
-
-    @property
-    def phases_ns(self) -> IntArray:
-        """Durations in ns, shape (steps, len(PHASES))."""
-        first = TIMING_COLUMNS.index("data_ns")
-        return self.values[:, first : first + len(PHASES)]
-
-    def steps_of_attempts(self, num_attempts: int) -> IntArray:
-        """(num_attempts,) how many steps each attempt recorded."""
-        return np.bincount(self["attempt"] - 1, minlength=num_attempts).astype(np.int64)
-
-    def first(self, counts: IntArray) -> "Timings":
-        """The first counts[a] steps of each attempt a: ranks that were killed recorded unequal numbers of them."""
-        index = self["attempt"] - 1
-        began = np.cumsum(np.bincount(index, minlength=len(counts))) - np.bincount(index, minlength=len(counts))
-        return Timings(self.values[np.arange(len(index)) - began[index] < counts[index]], self.truncated)
-
-
-def read_timings(path: Path) -> Timings:
-    """One rank's step records. Raises `BadRecord` naming path:line; a last line cut short is skipped and said."""
-    table = read_csv(path, TIMING_COLUMNS)
-    try:
-        values = np.array([row[: len(TIMING_COLUMNS)] for row in table.rows], dtype=np.int64)
-    except (ValueError, OverflowError):
-        number = next(number for number, row in enumerate(table.rows, 2) if not _fits(row[: len(TIMING_COLUMNS)]))
-        raise _bad_line(path, number, ",".join(table.rows[number - 2])) from None
-    timings = Timings(values.reshape(-1, len(TIMING_COLUMNS)), table.truncated)
-    wrong = np.flatnonzero((timings["attempt"] < 1) | (np.diff(timings["attempt"], prepend=1) < 0))
-    if len(wrong) or (len(values) and timings["attempt"][-1] > _MOST_ATTEMPTS):  # an attempt follows the one before
-        number = int(wrong[0]) if len(wrong) else len(values) - 1
-        raise _bad_line(path, number + 2, ",".join(table.rows[number]))
-    return timings
-
-
-def _fits(row: list[str]) -> bool:
-    """Whether every cell is an integer of 64 bits."""
-    try:
-        np.array(row, dtype=np.int64)
-    except (ValueError, OverflowError):
-        return False
-    return True
 
 
 def read_metrics(path: Path) -> tuple[list[int], list[float]]:
@@ -221,7 +169,7 @@ def read_metrics(path: Path) -> tuple[list[int], list[float]]:
             steps.append(int(row[0]))
             losses.append(float(row[1]))
         except ValueError:
-            raise _bad_line(path, number, ",".join(row)) from None
+            raise bad_line(path, number, ",".join(row)) from None
     return steps, losses
 
 
@@ -242,19 +190,91 @@ class Energy:
         return f"{self.joules:,.4g} J {self.quality} ({self.source})"
 
 
+# Domains of one host's file that hold those of all hosts, since Slurm counts whole steps; what else a domain holds.
+JOB_WIDE = ("nodes", "packages")
+OWN_CORES = "cores"  # the domain of the estimate from this job's cores alone: what others draw is not in it
+_PACKAGES = ("package-", "dram")
+_HOLDS = {"node": ("",), "nodes": ("",), "packages": _PACKAGES, "psys": _PACKAGES}
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One domain of a host during one attempt: joules counted up since the attempt's first reading.
+
+    end_s: time of its last line; beyond time_s[-1] where the meter had stopped to answer by then.
+    """
+
+    domain: str
+    attempt: int
+    source: str
+    quality: Quality  # of the last joules that were read: a doubt stays, since joules are cumulative
+    time_s: FloatArray  # (readings,) seconds of the host's clock, never decreasing
+    joules: FloatArray  # (readings,)
+    begin_s: float
+    end_s: float
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its last line had no joules: what was drawn after the last reading is missing."""
+        return not len(self.time_s) or self.end_s > self.time_s[-1]
+
+    @property
+    def energy(self) -> Energy:
+        if self.stopped:
+            return Energy()
+        return Energy(float(self.joules[-1]), self.quality, self.source)
+
+
+def read_traces(path: Path) -> list[Trace]:
+    """Every domain of every attempt in energy/<host>.csv. Raises `BadRecord` naming path:line."""
+    by_domain: dict[tuple[str, str], list[list[str]]] = {}
+    rows = read_csv(path, ENERGY_COLUMNS).rows
+    for row in rows:
+        by_domain.setdefault((row[5], row[1]), []).append(row)
+    try:
+        return [_trace(lines) for lines in by_domain.values()]
+    except ValueError:
+        number = next(number for number, row in enumerate(rows, 2) if not _is_reading(row))
+        raise bad_line(path, number, ",".join(rows[number - 2])) from None
+
+
+def contained(domain: str, others: Iterable[str]) -> str | None:
+    """Which of the other domains of its host, or of all hosts, holds this one's joules already; None: none of them."""
+    holds = [
+        other
+        for other in others
+        if other != domain
+        and domain.startswith(_HOLDS.get(other, ()))
+        and (other in JOB_WIDE or domain not in JOB_WIDE)
+    ]
+    return holds[0] if holds else None
+
+
+def _trace(rows: list[list[str]]) -> Trace:
+    """The rows of one domain and attempt. Raises ValueError for a number that is none."""
+    known = [row for row in rows if _quality(row[3]) != "missing"]
+    # A clock that was set back while the run went on stands still until it has caught up.
+    time_s = np.maximum.accumulate(np.array([row[0] for row in rows], dtype=float))
+    joules = np.array([row[2] for row in known], dtype=float)
+    if not (np.isfinite(time_s).all() and np.isfinite(joules).all()):
+        raise ValueError("no finite number")
+    is_known = np.array([_quality(row[3]) != "missing" for row in rows])
+    last = (known or rows)[-1]
+    begin_s, end_s = float(time_s[0]), float(time_s[-1])
+    return Trace(last[1], int(last[5]), last[4], _quality(last[3]), time_s[is_known], joules, begin_s, end_s)
+
+
+def _is_reading(row: list[str]) -> bool:
+    try:
+        _trace([row])
+    except ValueError:
+        return False
+    return True
+
+
 def read_energy(path: Path) -> Energy:
     """The energy of one host: each domain's last reading in each attempt (they are cumulative since it began)."""
-    last: dict[tuple[str, str], Energy] = {}
-    for number, row in enumerate(read_csv(path, ENERGY_COLUMNS).rows, 2):
-        quality = _quality(row[3])
-        try:
-            joules = None if quality == "missing" else float(row[2])
-        except ValueError:
-            raise _bad_line(path, number, ",".join(row)) from None
-        if joules is not None and not isfinite(joules):
-            raise _bad_line(path, number, ",".join(row))
-        last[row[1], row[5]] = Energy(joules, quality, row[4])
-    return total_energy(last.values())
+    return total_energy(trace.energy for trace in read_traces(path))
 
 
 def _quality(text: str) -> Quality:
@@ -272,31 +292,6 @@ def total_energy(parts: Iterable[Energy]) -> Energy:
 
 
 # ---------------------------------------------------------------------------------------------- summary
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """What one rank adds to a summary: per-step durations and its phase totals over steady (not warm-up) steps."""
-
-    step_ns: IntArray  # (steps,) whole duration of every steady step
-    phases_ns: IntArray  # (len(PHASES),) totals over the steady steps
-    num_samples: int  # trained by this rank, warm-up included; of steps taken twice, once
-    num_warmup: int
-    num_repeated: int  # steps taken again, after an attempt that ended beyond its newest checkpoint
-
-
-def step_times(timings: Timings) -> StepTimes:
-    """Reduces one rank's records to what a summary needs."""
-    steady = timings["warmup"] == 0
-    phases = timings.phases_ns[steady]
-    _, last = np.unique(timings["step"][::-1], return_index=True)
-    return StepTimes(
-        step_ns=phases.sum(axis=1),
-        phases_ns=phases.sum(axis=0),
-        num_samples=int(timings["num_samples"][::-1][last].sum()),
-        num_warmup=int((~steady).sum()),
-        num_repeated=len(steady) - len(last),
-    )
 
 
 @dataclass(frozen=True)

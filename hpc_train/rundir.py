@@ -114,6 +114,8 @@ def find(paths: Sequence[Path]) -> list[RunDir]:
         below = (
             [path] if is_run(path) else sorted(meta.parent for meta in path.rglob("meta.json") if is_run(meta.parent))
         )
+        if not below and any(path.glob("allreduce-*.json")) and len(paths) > 1:
+            continue  # runs/* names the benchmarks, too
         if not below:
             raise UserError(f"{path} holds no run directory", "A run directory has a meta.json and a folder timings/.")
         found.update({run.resolve(): RunDir(run) for run in below})

@@ -133,6 +133,23 @@ class Checkpoint(_Section):
 class Energy(_Section):
     sample_hz: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
     watts_per_core: Rate = 10.0  # assumption of the estimate where no meter can be read
+    # What nodes draw at rest, to be told apart from what the work adds: measured for so long before the loop, while
+    # all ranks sleep, or given in watts of what a node's meters measure together.
+    idle_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 0.0
+    idle_w: Rate | None = None
+    # Of the centre and its electricity, for the report; nothing is assumed where they are not set.
+    pue: Annotated[float, Field(ge=1, le=10, allow_inf_nan=False)] | None = None  # power usage effectiveness
+    co2_g_per_kwh: Amount | None = None
+    price_per_kwh: Amount | None = None
+    currency: Text | None = None  # of the price
+
+    @model_validator(mode="after")
+    def _said_once_and_whole(self) -> Self:
+        if self.idle_s and self.idle_w is not None:
+            raise ValueError("set one of energy.idle_s (measure) and energy.idle_w (given), not both")
+        if self.price_per_kwh is not None and self.currency is None:
+            raise ValueError('energy.price_per_kwh needs energy.currency, "EUR" say')
+        return self
 
 
 class Run(_Section):

@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -55,3 +57,13 @@ def run(ranks: int, *words: object, cwd: Path, timeout_s: float = 120, bind: str
 def settings(**keys: object) -> list[str]:
     """train__steps=5 -> --set train.steps=5"""
     return [word for key, value in keys.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
+def install(folder: Path, *without: str) -> list[object]:
+    """`hpc-train` of an installation that lacks these packages."""
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not path.name.lower().startswith(without):
+            (site / path.name).symlink_to(path)
+    return [folder / "bin/python", "-c", "from hpc_train.cli import main; main()"]

@@ -1,3 +1,4 @@
+import re
 import tomllib
 from pathlib import Path
 
@@ -148,5 +149,24 @@ def test_two_mistakes_are_told_at_once(job: Path) -> None:
 def test_runs_are_compared_by_what_decides_a_steps_cost(job: Path) -> None:
     base = comparable(load(job).config)
     assert comparable(load(job, ("run.root=other", "name=y", "train.log_every=7", "energy.sample_hz=2")).config) == base
+    of_the_centre = ("energy.pue=1.2", "energy.idle_s=5", "energy.price_per_kwh=0.3", "energy.currency=EUR")
+    assert comparable(load(job, of_the_centre).config) == base
     assert comparable(load(job, ("train.global_batch=8",)).config) != base
     assert comparable(load(job, ("reduce.strategy=mpi",)).config) != base
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (("energy.pue=0.9",), "energy.pue = 0.9: input should be greater than or equal to 1"),
+        (("energy.co2_g_per_kwh=-1",), "energy.co2_g_per_kwh = -1"),
+        (("energy.idle_w=0",), "energy.idle_w = 0"),
+        (("energy.idle_s=5", "energy.idle_w=90"), "set one of energy.idle_s (measure) and energy.idle_w (given)"),
+        (("energy.price_per_kwh=0.3",), 'energy.price_per_kwh needs energy.currency, "EUR" say'),
+    ],
+)
+def test_what_is_said_of_energy_must_be_possible(job: Path, overrides: tuple[str, ...], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        load(job, overrides)
+    shown = dumps(load(job, ("energy.pue=1.2",)))
+    assert re.search(r"^pue = 1.2 +# --set$", shown, re.M) and re.search(r"^# co2_g_per_kwh = +# not set$", shown, re.M)

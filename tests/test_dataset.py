@@ -123,7 +123,7 @@ def test_the_order_follows_the_chunks_and_the_memory(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("train/inputs", (1000, 1 << 16), "u1", chunks=(8, 1 << 16), compression="gzip")
         file["train/targets"] = np.zeros(1000, int)
-    for data, window in (({}, 64), ({"memory_mb": 20}, 15), ({"memory_mb": 1}, 1), ({"shuffle_chunks": 3}, 3)):
+    for data, window in (({}, 64), ({"memory_mb": 20}, 13), ({"memory_mb": 1}, 1), ({"shuffle_chunks": 3}, 3)):
         found = open_order(split(opened(tmp_path / "a.h5", **data)).inputs, 1000, job(tmp_path / "a.h5", **data))
         assert str(found) == f"125 chunks, samples mixed within {window}"
     plain = opened(write(tmp_path / "b.h5"))

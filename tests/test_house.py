@@ -14,11 +14,13 @@ GROUND = {
     "world",
     "partition",
     "records",
+    "timings",
     "rundir",
     "clock",
     "errors",
     "environment",
     "lock",
+    "network",
     "__init__",
 }
 TOP = {"cli", "bench"}
@@ -26,12 +28,14 @@ TOP = {"cli", "bench"}
 # A third-party or system module -> the only places that may import it.
 ALLOWED = {
     "mpi4py": {"train/context.py"},
-    "horovod": {"train/reduce.py"},
+    "horovod": {"train/reduce.py", "train/doctor/software.py"},
     "h5py": {f"train/{room}.py" for room in ("chunks", "files", "filters", "io_times", "readers", "together")}
     | {f"train/prepare/{room}.py" for room in ("layout", "prepare", "writer")}
-    | {f"train/inspect/{room}.py" for room in ("check", "info", "judge", "pieces", "survey")},
-    "subprocess": {"train/metadata.py", "train/inspect/place.py", "slurm.py", "scale.py"},
-    "pynvml": {"train/sensors.py"},
+    | {f"train/inspect/{room}.py" for room in ("check", "info", "judge", "pieces", "survey")}
+    | {"train/doctor/storage.py"},
+    "subprocess": {"train/metadata.py", "train/inspect/place.py", "train/sensors/slurm.py", "train/doctor/job.py"}
+    | {"slurm.py", "scale.py", "doctor.py"},
+    "pynvml": {"train/sensors/nvml.py"},
     "gymnasium": {"train/tasks/reinforcement.py"},
 }
 

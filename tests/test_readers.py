@@ -6,6 +6,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,6 +63,20 @@ def test_every_layout_reads_alike(tmp_path: Path, layout: str, userblock: int, m
     if reader.edges is not None:
         assert np.array_equal(reader.edges, [*range(0, 203, h5py.File(path)["x"].chunks[0]), 203])
     reader.close()
+
+
+@pytest.mark.parametrize("width, dtype", [(1 << 14, np.uint8), (1 << 13, np.int16), (9999, np.uint8)])
+def test_large_batches_are_gathered_by_threads_alike(tmp_path: Path, width: int, dtype: type) -> None:
+    """9999 bytes a row are no whole words: those by one thread."""
+    expected = np.random.default_rng(0).integers(0, 100, (64, width)).astype(dtype)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"] = expected
+    reader, rows, before = opened(tmp_path / "x.h5"), np.random.default_rng(1).permutation(64), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert np.array_equal(reader.take(rows, np.empty_like(expected)), expected[rows])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_was_never_written_is_the_fill_value(tmp_path: Path) -> None:
@@ -200,7 +215,7 @@ def test_each_chunk_is_decoded_once_an_epoch(
     monkeypatch.setattr(ChunkFile, "read", lambda self, block, there: (decoded.append(block), read(self, block, there)))
     order, batch = Order(2000, reader.edges, window), 32
     shares = rank_batches(range(-(-2000 // batch)), order, batch, 0, 0, 1)
-    for rows, _ in announced(shares, reader.expect, max(1, order.window_samples // batch - 1)):
+    for rows, _ in announced(shares, reader.expect, order.steps_ahead(batch)):
         assert np.array_equal(reader.take(rows), expected[rows])
     if 2 * window <= memory_chunks:
         assert sorted(decoded) == list(range(40))

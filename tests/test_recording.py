@@ -14,7 +14,8 @@ from hpc_train.analysis.load import Run, load_all
 from hpc_train.analysis.report import make_report
 from hpc_train.config import UNKNOWN_STEPS, load
 from hpc_train.errors import UserError
-from hpc_train.records import read_metrics, read_timings
+from hpc_train.records import read_metrics
+from hpc_train.timings import read_timings
 from hpc_train.train.recording import recording
 from tests import jobs
 

@@ -5,26 +5,28 @@ from time import perf_counter_ns
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from hpc_train import timings
 from hpc_train.records import (
     ENERGY_COLUMNS,
     PHASES,
     TIMING_COLUMNS,
     BadRecord,
     Energy,
-    Timings,
     block_medians,
     median_interval,
     read_energy,
     read_metrics,
-    read_timings,
-    step_times,
     summarise,
     timing_log,
     total_energy,
 )
+from hpc_train.timings import Timings, read_timings, step_times
 
 HEADER = ",".join(TIMING_COLUMNS) + "\n"
+DAMAGE = [*"0-,\n\0 .x+#\u00e9", "", ",,", "\n\n", "9" * 19]
 
 
 def row(step: int, start_ns: int, warmup: int = 0) -> tuple[int, ...]:
@@ -105,6 +107,27 @@ def test_any_other_bad_line_is_an_error_that_names_it(tmp_path: Path, line: str)
     with pytest.raises(BadRecord) as error:
         read_timings(path)
     assert f"{path}:4:" in error.value.what
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.integers(0, 200), put=st.sampled_from(DAMAGE), cut=st.booleans())
+def test_records_read_at_once_are_those_read_cell_by_cell(tmp_path: Path, where: int, put: str, cut: bool) -> None:
+    """Whatever befalls a file: the same values or the same line named."""
+    lines = ["0,1000,1007,1,2,3,4,5,6,32,1,1", "1,2000,2007,1,2,3,4,5,6,32,0,1", "1,3000,3007,10,2,3,4,5,0,32,0,2"]
+    text = HEADER + "\n".join([*lines, ""])
+    where += len(HEADER) - 20
+    path = tmp_path / "t.csv"
+    path.write_bytes((text[:where] + put + text[where + cut :]).encode())
+    told = []
+    for parse in (timings._parsed, lambda _: None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(timings, "_parsed", parse)
+            try:
+                read = read_timings(path)
+                told.append((read.values.tolist(), read.truncated))
+            except BadRecord as error:
+                told.append(error.what)
+    assert told[0] == told[1]
 
 
 def test_a_wrong_header_is_line_1(tmp_path: Path) -> None:

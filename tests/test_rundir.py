@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hpc_train.errors import UserError
-from hpc_train.rundir import create, find, write_atomic
+from hpc_train.rundir import RunDir, create, find, write_atomic
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -39,3 +39,13 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match="could not be written: disk full"):
         write_atomic(target, "second")
     assert target.read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_benchmarks_among_runs_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "job/run/timings").mkdir(parents=True)
+    (tmp_path / "job/run/meta.json").touch()
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/allreduce-20260101T000000Z-np2.json").touch()
+    assert find(sorted(tmp_path.iterdir())) == [RunDir(tmp_path / "job/run")]
+    with pytest.raises(UserError, match="bench holds no run directory"):
+        find([tmp_path / "bench"])

@@ -177,8 +177,9 @@ def test_the_report_leads_with_the_strategies_and_leaves_no_run_alone(tmp_path: 
     parsed = Page(page(made, tmp_path))
     assert not parsed.problems and not parsed.open
     labels = [value for tag, name, value in parsed.attributes if tag == "svg" and name == "aria-label"]
-    (told,) = [label for label in labels if label.startswith("Strategies on equal work")]
-    assert "parameter server (3+1) on 4 ranks" in told and "must move 188 kB" in told and "≥ 47.1 kB" in told
+    times, moved = [label for label in labels if label.startswith("Strategies on equal work")]
+    assert "parameter server (3+1) on 4 ranks: computing" in times and "exposed communication" in times
+    assert "parameter server (3+1) on 4 ranks: must move 188 kB" in moved and "≥ 47.1 kB" in moved
     assert "each of S servers" in " ".join(printed(made).split()) and "halve" in parsed.text
     (strategies,) = made.to_dict()["strategies"]
     assert strategies["reference"] == "horovod" and strategies["config"]["train.global_batch"] == 120

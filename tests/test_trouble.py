@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpc_train import rundir
-from hpc_train.records import read_timings
+from hpc_train.timings import read_timings
 from tests import jobs
 
 TASK = '''

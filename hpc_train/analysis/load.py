@@ -1,48 +1,34 @@
 """Run directories to values: what the comparison and the report start from, crashed runs too."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hpc_train import config, rundir
+from hpc_train.analysis.balance import Balance
+from hpc_train.analysis.ranks import LEAVE_OUT, reduce_ranks
 from hpc_train.config import Config
 from hpc_train.errors import UserError
 from hpc_train.records import (
+    JOB_WIDE,
+    OWN_CORES,
     SCHEMA,
-    TIMING_COLUMNS,
-    BadRecord,
     Energy,
     FloatArray,
-    IntArray,
     RunSummary,
-    StepTimes,
-    Timings,
-    read_energy,
+    Trace,
+    contained,
     read_metrics,
-    read_timings,
-    step_times,
+    read_traces,
     summarise,
     total_energy,
 )
 from hpc_train.rundir import RunDir
 
-_LEAVE_OUT = "Move this run's folder out of the report's folder, or name the other runs one by one."
 _MOST_RANKS = 10_000_000  # a number beyond is damage, not a run
-_ALIGNED = [TIMING_COLUMNS.index("step"), TIMING_COLUMNS.index("warmup")]  # equal on every rank, row by row
-
-
-@dataclass(frozen=True, eq=False)
-class _Ranks:
-    """What the records of all ranks come to."""
-
-    step_ns: FloatArray  # (steady steps,) mean over the ranks that train
-    total: StepTimes  # sums over the ranks that train, of the steps that all ranks recorded
-    servers_ns: IntArray  # (len(PHASES),) sums over the servers
-    faults: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +44,8 @@ class Run:
     servers_s: FloatArray  # (len(PHASES),) the same sums over the servers, zeros where there are none
     metrics: tuple[list[int], list[float]]  # (steps, losses), empty where none were written
     incomplete: str | None
+    balance: Balance | None = None  # how its ranks shared the work; None: no steady step
+    copies: tuple[Path, ...] = ()  # other folders that hold this very run
 
     @property
     def size(self) -> int:
@@ -95,10 +83,20 @@ def attempts(meta: dict[str, Any]) -> list[dict[str, Any]]:
 def load_all(paths: Sequence[Path]) -> list[Run]:
     """The runs at or below `paths`, each once. Raises `UserError` for a path with none and for a bad record.
 
-    A folder that an earlier report was written to is passed over, so that `runs/*` may be given twice.
+    A folder that an earlier report was written to is passed over, so that `runs/*` may be given twice. Of a run and its
+    copies one is read.
     """
     wanted = [path for path in paths if not _is_report(path)]
-    return [load(run) for run in rundir.find(wanted or list(paths))]
+    same: dict[tuple[bytes, bytes], list[RunDir]] = defaultdict(list)
+    for run in rundir.find(wanted or list(paths)):
+        same[_identity(run)].append(run)
+    return [replace(load(run), copies=tuple(copy.path for copy in copies)) for run, *copies in same.values()]
+
+
+def _identity(run: RunDir) -> tuple[bytes, bytes]:
+    """What no two runs share: when it began and where, and the times of its first rank to the nanosecond."""
+    first = run.timings(0)
+    return run.meta.read_bytes(), first.read_bytes() if first.is_file() else bytes(run.path)
 
 
 def _is_report(path: Path) -> bool:
@@ -116,7 +114,7 @@ def load(run: RunDir) -> Run:
     settings = _read_config(run, meta["size"])
     written = _read_json(run.summary) if run.summary.is_file() else None
     num_attempts = max(1, len(attempts(meta)))
-    ranks = _reduce_ranks(run, meta["size"], settings.reduce.num_workers(meta["size"]), num_attempts)
+    ranks = reduce_ranks(run, meta, settings.reduce, num_attempts)
     step_ns, total, faults = ranks.step_ns, ranks.total, ranks.faults
     if written is None:
         outcome = str(meta.get("outcome", ""))  # of an attempt that ended by itself
@@ -141,13 +139,23 @@ def load(run: RunDir) -> Run:
         num_warmup=total.num_warmup,
         num_repeated=total.num_repeated,
         num_attempts=num_attempts,
-        energy=_energy(run, meta["hosts"]),
+        energy=_energy(run, meta),
         loss=loss if loss is not None else next(iter(metrics[1][-1:]), None),
         test=_test(written or {}),
         complete=not faults,
     )
-    why = "; ".join(faults) or None
-    return Run(run, settings, meta, summary, step_ns / 1e9, total.phases_ns / 1e9, ranks.servers_ns / 1e9, metrics, why)
+    return Run(
+        run,
+        settings,
+        meta,
+        summary,
+        step_ns / 1e9,
+        total.phases_ns / 1e9,
+        ranks.servers_ns / 1e9,
+        metrics,
+        "; ".join(faults) or None,
+        ranks.balance,
+    )
 
 
 def _test(written: dict[str, Any]) -> dict[str, float]:
@@ -157,72 +165,36 @@ def _test(written: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _reduce_ranks(run: RunDir, size: int, num_workers: int, num_attempts: int) -> _Ranks:
-    """Sums and means over ranks of the steps that all of them recorded."""
-    present = [rank for rank in range(size) if run.timings(rank).is_file()]
-    missing = sorted(set(range(size)) - set(present))
-    faults = [f"no timings of {_ranks(missing)}"] if missing else []
-    counts = [read_timings(run.timings(rank)).steps_of_attempts(num_attempts) for rank in present]
-    nothing = step_times(Timings(np.zeros((0, len(TIMING_COLUMNS)), np.int64), False))
-    if not counts:
-        return _Ranks(np.zeros(0), nothing, nothing.phases_ns, faults)
-    common = np.min(counts, axis=0)
-    last = [int(count[-1]) for count in counts]
-    if max(last) > min(last):  # an earlier attempt that was killed is no fault of the run
-        faults.append(f"ranks recorded {min(last)} to {max(last)} steps, only the common ones are used")
-    parts, cut_short = [], []
-    aligned: IntArray | None = None
-    for rank in present:
-        whole = read_timings(run.timings(rank))
-        timings = whole.first(common)
-        if timings.truncated:
-            cut_short.append(rank)
-        aligned = timings.values[:, _ALIGNED] if aligned is None else aligned
-        _check_aligned(run.timings(rank), whole, timings, aligned)
-        parts.append(step_times(timings))
-    if cut_short:
-        faults.append(f"the last line of {_ranks(cut_short)} is cut short")
-    workers = [part for rank, part in zip(present, parts, strict=True) if rank < num_workers] or [nothing]
-    servers = [part for rank, part in zip(present, parts, strict=True) if rank >= num_workers] or [nothing]
-    total = replace(
-        workers[0],
-        step_ns=np.sum([part.step_ns for part in workers], axis=0),
-        phases_ns=np.sum([part.phases_ns for part in workers], axis=0),
-        num_samples=sum(part.num_samples for part in workers),
-    )
-    return _Ranks(
-        total.step_ns / len(workers),
-        total,
-        np.sum([part.phases_ns for part in servers], axis=0, dtype=np.int64),
-        faults,
-    )
+def host_traces(run: RunDir, meta: dict[str, Any]) -> dict[str, list[Trace]]:
+    """The meters' traces of each host of any attempt; [] for a host without a file, or with a name that is none."""
+    others = [each.get("hosts") for each in attempts(meta)]
+    hosts = [*meta["hosts"], *(host for some in others if isinstance(some, list) for host in some)]
+    return {
+        host: read_traces(run.energy(host)) if Path(host).name == host and run.energy(host).is_file() else []
+        for host in dict.fromkeys(map(str, hosts))
+    }
 
 
-def _check_aligned(path: Path, whole: Timings, timings: Timings, aligned: IntArray) -> None:
-    """Every rank takes the same steps in each attempt: a row of another step than the first rank's is no record."""
-    wrong = np.flatnonzero((timings.values[:, _ALIGNED] != aligned).any(axis=1))
-    if len(wrong):
-        row = int(wrong[0])
-        step, attempt = timings["step"][row], timings["attempt"][row]
-        line = int(np.flatnonzero((whole["step"] == step) & (whole["attempt"] == attempt))[0]) + 2
-        raise BadRecord(
-            f"{path}:{line}: step {step} of attempt {attempt} where the first rank has step {aligned[row, 0]}"
-            " (or one of them counts it as warm-up)",
-            _LEAVE_OUT,
-        )
+def disjoint(traces: dict[str, list[Trace]]) -> dict[str, list[Trace]]:
+    """The traces whose joules may be added up: none that another of its host, or one of all hosts, holds already."""
+    wide = {trace.domain for of_host in traces.values() for trace in of_host if trace.domain in JOB_WIDE}
+    beside = {host: wide | {trace.domain for trace in of_host} for host, of_host in traces.items()}
+    return {
+        host: [trace for trace in of_host if not contained(trace.domain, beside[host])]
+        for host, of_host in traces.items()
+    }
 
 
-def _ranks(ranks: list[int]) -> str:
-    """[0, 3] -> "ranks 0, 3"; a long list is told by its length."""
-    named = ", ".join(str(rank) for rank in ranks[:5])
-    named += f" and {len(ranks) - 5} more" if len(ranks) > 5 else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {named}"
-
-
-def _energy(run: RunDir, hosts: list[str]) -> Energy:
-    """The sum over hosts; a host without a file (or with a name that is no file name) makes it missing."""
-    readable = [Path(host).name == host and run.energy(host).is_file() for host in hosts]
-    return total_energy(read_energy(run.energy(host)) for host in hosts) if all(readable) else Energy()
+def _energy(run: RunDir, meta: dict[str, Any]) -> Energy:
+    """The sum over hosts; a host of the last attempt without readings makes it missing, unless others' hold its own."""
+    traces = host_traces(run, meta)
+    known = [trace for of_host in disjoint(traces).values() for trace in of_host]
+    if not all(traces[host] for host in meta["hosts"]) and not any(trace.domain in JOB_WIDE for trace in known):
+        return Energy()
+    total = total_energy(trace.energy for trace in known)
+    shared = any(was is True for was in section(section(meta, "energy"), "shared").values())
+    is_shared = shared and any(trace.domain != OWN_CORES for trace in known)
+    return replace(total, source=f"{total.source} (node shared)") if is_shared and total.joules is not None else total
 
 
 def _number(value: object) -> float | None:
@@ -233,9 +205,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not JSON: {error}", _LEAVE_OUT) from None
+        raise UserError(f"{path} is not JSON: {error}", LEAVE_OUT) from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no JSON object", _LEAVE_OUT)
+        raise UserError(f"{path} holds no JSON object", LEAVE_OUT)
     return tree
 
 
@@ -244,10 +216,10 @@ def _read_config(run: RunDir, size: int) -> config.Config:
     try:
         settings = config.load(run.config).config
     except UserError as error:
-        raise UserError(f"{run.config}: {error.what}", _LEAVE_OUT) from None
+        raise UserError(f"{run.config}: {error.what}", LEAVE_OUT) from None
     if settings.reduce.num_workers(size) < 1:
         raise UserError(
-            f"{run.config}: reduce.servers = {settings.reduce.servers} leaves none of {size} ranks to train", _LEAVE_OUT
+            f"{run.config}: reduce.servers = {settings.reduce.servers} leaves none of {size} ranks to train", LEAVE_OUT
         )
     return settings
 
@@ -262,7 +234,7 @@ def _read_meta(run: RunDir) -> dict[str, Any]:
             "Make the report with a newer hpc-train.",
         )
     if not isinstance(size, int) or not 1 <= size <= _MOST_RANKS:
-        raise UserError(f"{run.meta}: size = {size!r} is no number of ranks", _LEAVE_OUT)
+        raise UserError(f"{run.meta}: size = {size!r} is no number of ranks", LEAVE_OUT)
     if not isinstance(hosts, list) or not hosts or not all(isinstance(host, str) for host in hosts):
-        raise UserError(f"{run.meta}: hosts = {hosts!r} is no list of names", _LEAVE_OUT)
+        raise UserError(f"{run.meta}: hosts = {hosts!r} is no list of names", LEAVE_OUT)
     return meta

@@ -3,19 +3,21 @@
 from typing import TYPE_CHECKING
 
 import jinja2
+from markupsafe import Markup
 
 import hpc_train
-from hpc_train.analysis.figures import Drawing, group_drawings, strategy_drawings
+from hpc_train.analysis.facts import run_facts
+from hpc_train.analysis.figures.canvas import inline
+from hpc_train.analysis.figures.gallery import drawings
 from hpc_train.analysis.flops import counts_flops
-from hpc_train.analysis.scaling import Group
-from hpc_train.analysis.sheets import Part, run_facts
+from hpc_train.analysis.parts import Part
 
 if TYPE_CHECKING:
     from hpc_train.analysis.report import Report
 
 
 def render(report: "Report") -> str:
-    """The page as HTML. Everything from the runs is escaped by the template, and by `_svg` inside figures."""
+    """The page as HTML. Everything from the runs is escaped by the template, and by `inline` inside figures."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hpc_train.analysis", ""),
         autoescape=True,
@@ -32,9 +34,11 @@ def render(report: "Report") -> str:
         headlines=report.headlines,
         several=len(parts) > 1,
         version=hpc_train.__version__,
-        parts=[(part, _drawings(part, f"p{index}")) for index, part in enumerate(parts)],
+        parts=[(part, _figures(part, f"p{index}")) for index, part in enumerate(parts)],
         notes=report.scaling.notes,
         with_strategies=bool(report.strategies),
+        with_ranks=any(row.pop.factors and row.size > 1 for group in groups for row in group.rows),
+        with_plan=any(part.advice is not None and part.advice.plan is not None for part in parts),
         with_flops=any(map(counts_flops, groups)),
         assumptions=sorted(filter(None, assumptions)),
         shared=[fact for fact in facts[0] if fact in common],
@@ -46,5 +50,7 @@ def render(report: "Report") -> str:
     )
 
 
-def _drawings(part: Part, ident: str) -> list[Drawing]:
-    return group_drawings(part.of, ident) if isinstance(part.of, Group) else strategy_drawings(part.of, ident)
+def _figures(part: Part, ident: str) -> list[tuple[str, Markup]]:
+    """(caption, SVG) of a part's figures."""
+    made = drawings(part)
+    return [(drawing.caption, inline(drawing, f"{ident}-{number}")) for number, drawing in enumerate(made)]

@@ -6,7 +6,7 @@ from typing import Any
 from hpc_train.analysis.plan import Option, Plan, nodes_text
 from hpc_train.analysis.predict import Candidate, Forecast, Prediction
 from hpc_train.analysis.scaling import num_ranks
-from hpc_train.analysis.sheets import Column, Sheet
+from hpc_train.analysis.tables import Column, Sheet
 from hpc_train.analysis.words import duration_text, energy_amount, percent, significant, with_interval
 
 SCHEMA = 1

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +18,19 @@ from rich.text import Text
 
 import hpc_train
 from hpc_train import rundir
+from hpc_train.analysis.balance_sheets import BALANCE_COLUMNS, balance_record, straggler_records
+from hpc_train.analysis.cost import UNKNOWN, GroupEnergy, Tariff, cost_of
+from hpc_train.analysis.cost_sheets import COST_COLUMNS, cost_notes, cost_record, places_record, verdict
 from hpc_train.analysis.flops import flops_of
 from hpc_train.analysis.load import Run, load_all
+from hpc_train.analysis.markdown import to_markdown
+from hpc_train.analysis.parts import Part, parts
 from hpc_train.analysis.scaling import Group, Row, Scaling, compare
-from hpc_train.analysis.sheets import Part, Sheet, group_notes, measures_of, parts, strategy_notes
+from hpc_train.analysis.sheets import group_notes, measures_of, strategy_notes
 from hpc_train.analysis.strategies import Comparison, Entry, compare_strategies
+from hpc_train.analysis.tables import Sheet
+from hpc_train.analysis.target import TargetStudy, studies_of
+from hpc_train.analysis.target_sheets import TARGET_COLUMNS, records_by_run, study_record
 from hpc_train.analysis.words import plain
 from hpc_train.errors import UserError
 from hpc_train.records import PHASES
@@ -49,6 +58,7 @@ CSV_COLUMNS = (
     "efficiency",
     *(f"share_{phase}" for phase in PHASES),
     "servers_busy",
+    *BALANCE_COLUMNS,
     "flops_per_sample",
     "flops_per_s_per_rank",
     "peak_flops",
@@ -59,6 +69,8 @@ CSV_COLUMNS = (
     "energy_quality",
     "energy_source",
     "loss",
+    *COST_COLUMNS,
+    *TARGET_COLUMNS,
 )  # and test_<measure> for every measure of any run
 
 
@@ -69,11 +81,13 @@ class Report:
     runs: tuple[Run, ...]
     scaling: Scaling
     strategies: tuple[Comparison, ...]
+    costs: tuple[GroupEnergy, ...]  # of the groups, in their order
+    targets: tuple[TargetStudy, ...]
 
-    @property
+    @cached_property
     def parts(self) -> list[Part]:
         """What stands under headings of its own, in its order."""
-        return parts(self.scaling, self.strategies)
+        return parts(self.scaling, self.strategies, self.costs, self.targets)
 
     @property
     def headlines(self) -> list[str]:
@@ -92,9 +106,31 @@ class Report:
         for note in self.scaling.notes:
             console.print(Text(f"- {plain(note)}"))
 
+    def text(self, kind: str) -> str:
+        """The report as "md", "csv" or "json"."""
+        if kind == "md":
+            return to_markdown(self)
+        return scaling_csv(self) if kind == "csv" else json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def write_figures(self, folder: Path) -> list[Path]:
+        """Writes every figure as PDF and SVG for a proposal; returns their paths. Raises `UserError`."""
+        from hpc_train.analysis.figures.gallery import write_figures
+
+        return write_figures(self, folder)
+
     def write(self, output_dir: Path) -> Path:
         """Writes report.html, scaling.csv and summary.json, each whole or not at all; returns report.html."""
         return write_report(self, output_dir)
+
+    def row_records(self, group: GroupEnergy) -> list[dict[str, Any]]:
+        """A group's rows as plain values under `CSV_COLUMNS` and test_<measure>."""
+        reached = records_by_run(self.targets)
+        return [
+            row_record(group.group, cost.row)
+            | cost_record(cost)
+            | reached.get(str(cost.row.runs[0].dir.path), dict.fromkeys(TARGET_COLUMNS))
+            for cost in group.rows
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values for JSON; None is what is not known or no finite number."""
@@ -106,27 +142,41 @@ class Report:
                 {
                     "label": group.label,
                     "config": group.keys,
-                    "notes": group_notes(group),
+                    "notes": [*group_notes(group), *cost_notes(cost)],
+                    "more_hardware": verdict(cost),
                     "rows": [
-                        {**row_record(group, row), "runs": [str(run.dir.path) for run in row.runs]}
-                        for row in group.rows
+                        {
+                            **record,
+                            **places_record(paid),
+                            "stragglers": straggler_records(paid.row),
+                            "runs": [str(run.dir.path) for run in paid.row.runs],
+                        }
+                        for paid, record in zip(cost.rows, self.row_records(cost), strict=True)
                     ],
                 }
-                for group in self.scaling.groups
+                for group, cost in zip(self.scaling.groups, self.costs, strict=True)
             ],
             "strategies": [comparison_record(each) for each in self.strategies],
+            "targets": [study_record(each) for each in self.targets],
             "notes": list(self.scaling.notes),
         }
         return {key: _finite(value) for key, value in tree.items()}
 
 
-def make_report(paths: Sequence[Path]) -> Report:
-    """The report of the runs at or below `paths`. Raises `UserError` for none and for a bad record."""
+def make_report(paths: Sequence[Path], tariff: Tariff = UNKNOWN, target_loss: float | None = None) -> Report:
+    """The report of the runs at or below `paths`. Raises `UserError` for none and for a bad record.
+
+    tariff: put over what the runs' configurations say. target_loss: to which times are compared; None: one that all
+    complete runs of a job reached.
+    """
     runs = load_all(paths)
     scaling = compare(runs)
     passed_over = [f"Passed over: {path} has no meta.json or no timings." for path in rundir.fragments(paths)]
     scaling = replace(scaling, notes=(*scaling.notes, *passed_over))
-    return Report(tuple(runs), scaling, compare_strategies(scaling.groups))
+    costs = tuple(cost_of(group, tariff) for group in scaling.groups)
+    energies = {each.run.dir.path: each for cost in costs for row in cost.rows for each in row.runs}
+    targets = studies_of(scaling.groups, energies, target_loss)
+    return Report(tuple(runs), scaling, compare_strategies(scaling.groups), costs, tuple(targets))
 
 
 def default_output(paths: Sequence[Path]) -> Path:
@@ -175,7 +225,7 @@ def write_report(report: Report, output_dir: Path) -> Path:
     page = output_dir / "report.html"
     contents = {
         output_dir / "scaling.csv": scaling_csv(report),
-        output_dir / "summary.json": json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n",
+        output_dir / "summary.json": report.text("json"),
         page: render(report),
     }
     try:
@@ -197,14 +247,13 @@ def scaling_csv(report: Report) -> str:
     columns = (*CSV_COLUMNS, *(f"test_{measure}" for measure in measures))
     lines = csv.DictWriter(text, columns, lineterminator="\n")
     lines.writeheader()
-    for group in report.scaling.groups:
-        for row in group.rows:
-            lines.writerow(row_record(group, row))
+    for cost in report.costs:
+        lines.writerows(report.row_records(cost))
     return text.getvalue()
 
 
 def row_record(group: Group, row: Row) -> dict[str, Any]:
-    """A row as plain values under `CSV_COLUMNS` and test_<measure>."""
+    """A row as plain values: those of `CSV_COLUMNS` that its speed and its result come to, and test_<measure>."""
     flops = flops_of(row)
     low, high = row.step_interval_s or (None, None)
     speedup_low, speedup_high = row.speedup_interval or (None, None)
@@ -230,6 +279,7 @@ def row_record(group: Group, row: Row) -> dict[str, Any]:
         "efficiency": row.efficiency,
         **{f"share_{phase}": row.phase_share.get(phase) for phase in PHASES},
         "servers_busy": row.servers_busy,
+        **balance_record(row),
         "flops_per_sample": flops.per_sample,
         "flops_per_s_per_rank": flops.per_rank_s,
         "peak_flops": flops.peak_s,

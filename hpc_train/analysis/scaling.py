@@ -1,9 +1,9 @@
 """How well did it scale? Runs that may be compared, as rows of growing size against a baseline."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from statistics import fmean
 from typing import Any
@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from hpc_train import config
+from hpc_train.analysis.clocks import hosts_of
 from hpc_train.analysis.load import Run, section
+from hpc_train.analysis.pop import Efficiencies, efficiencies
+from hpc_train.analysis.stragglers import Waiting, waiting
 from hpc_train.records import PHASES, Energy, FloatArray, block_medians, median_interval, total_energy
 
 NUM_RESAMPLES = 1000
@@ -39,6 +42,8 @@ class Row:
     speedup_interval: Interval | None = None  # 95%
     efficiency: float | None = None  # speedup * baseline size / size
     is_baseline: bool = False
+    pop: Efficiencies = field(default_factory=Efficiencies)
+    waiting: tuple[Waiting, ...] = ()  # of each run: whom its ranks wait for
 
     @property
     def global_batch(self) -> int:
@@ -138,7 +143,9 @@ def _group(label: str, keys: dict[str, Any], runs: list[Run]) -> Group:
         baseline = None
     if baseline is not None:
         rows = [_compared(row, baseline) for row in rows]
-        baseline = next(row for row in rows if row.is_baseline)
+    to = baseline.runs if baseline else None
+    rows = [replace(row, pop=efficiencies(row.runs, to), waiting=tuple(map(waiting, row.runs))) for row in rows]
+    baseline = next((row for row in rows if row.is_baseline), None)
     weak = runs[0].config.train.batch_per_rank is not None
     return Group(label, keys, weak, tuple(rows), baseline, tuple(_within_group(rows, baseline, runs)))
 
@@ -250,6 +257,7 @@ def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> lis
         notes.append(f"No baseline: {kind} of {sizes} only. A speedup needs steady steps of two sizes.")
     elif baseline.size != 1:
         notes.append(f"The baseline is {num_ranks(baseline.size)}, not 1 rank: all speedups are relative to that.")
+    notes += [f"Counted once: {copy} is a copy of {run.dir.path}." for run in runs for copy in run.copies]
     notes += [f"Incomplete: {run.label} ({num_ranks(run.size)}): {run.incomplete}." for run in runs if run.incomplete]
     notes += [
         f"{run.label}: no steady step, all of its {run.summary.num_steps} steps are warm-up."
@@ -265,7 +273,7 @@ def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> lis
                 f"{num_ranks(row.size)}: an efficiency above 100% does not come from sharing the work: smaller shares"
                 " may fit the caches, or the baseline was disturbed. Repeat the baseline to tell."
             )
-    return notes + mismatches(runs)
+    return notes + mismatches(runs) + _ranks_per_host(runs)
 
 
 def mismatches(runs: Sequence[Run]) -> list[str]:
@@ -279,6 +287,22 @@ def mismatches(runs: Sequence[Run]) -> list[str]:
         told = "; ".join(f"{value} ({_sizes(sizes)})" for value, sizes in by_size)
         notes.append(f"Not alike: {name}: {told}.")
     return notes
+
+
+def _ranks_per_host(runs: Sequence[Run]) -> list[str]:
+    """Says where runs fill their hosts unequally: their ranks share memory and network with more or fewer others.
+
+    A run on one host has as many ranks there as it has: it is another matter only if it has more than runs on several.
+    """
+    places = [(run, hosts_of(run.meta, run.size)) for run in runs]
+    fullest = [(run, max(Counter(hosts).values())) for run, hosts in places if None not in hosts]
+    usual = max((num for run, num in fullest if run.summary.num_hosts > 1), default=max(run.size for run in runs))
+    seen: dict[int, set[int]] = defaultdict(set)
+    for run, num in fullest:
+        if run.summary.num_hosts > 1 or num > usual:
+            seen[num].add(run.size)
+    told = "; ".join(f"{num} ({_sizes(sizes)})" for num, sizes in sorted(seen.items()))
+    return [f"Not alike: ranks per host: {told}."] if len(seen) > 1 else []
 
 
 def differing_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -309,7 +333,7 @@ def _facts(run: Run) -> dict[str, str]:
         "device": str(meta.get("device", "unknown")),
         "threads per rank": "/".join(sorted(threads)) or "unknown",
         "steps": str(run.config.train.steps),
-        "training samples": str(meta.get("num_train_samples", "unknown")),
+        "training samples": str(meta.get("num_samples", meta.get("num_train_samples", "unknown"))),
         "parameters": str(meta.get("num_parameters", "unknown")),
         "hpc-train": str(meta.get("hpc_train", "unknown")),
         "git commit": f"{str(git['commit'])[:12]}{modified}" if "commit" in git else "unknown",

@@ -1,12 +1,12 @@
-"""A comparison in words and numbers: what the terminal, the page and the programs are told alike."""
+"""A comparison as tables and notes: what the terminal, the page and the programs are told alike."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from hpc_train.analysis.balance_sheets import balance_notes, balance_sheets
 from hpc_train.analysis.flops import GIVEN, counts_flops, flops_notes, flops_of
-from hpc_train.analysis.load import Run, section
-from hpc_train.analysis.scaling import Group, Row, Scaling, num_ranks
+from hpc_train.analysis.scaling import Group, Row, num_ranks
 from hpc_train.analysis.strategies import Comparison, Entry, Traffic
+from hpc_train.analysis.tables import MARK, Column, Sheet, ranks_text
 from hpc_train.analysis.words import (
     amount,
     energy_text,
@@ -20,66 +20,11 @@ from hpc_train.analysis.words import (
 )
 from hpc_train.records import PHASES
 
-MARK = "*"  # on the number of ranks of an incomplete row
-
-
-@dataclass(frozen=True)
-class Column:
-    """A table's column. Text is aligned left and may be broken, numbers right and never."""
-
-    title: str
-    is_text: bool = False
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """One table in words, the same in the terminal and on the page."""
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """What stands under a heading of its own: a group, or strategies on equal work."""
-
-    of: Group | Comparison
-    label: str
-    headline: str  # the answer in one sentence; "" where there is none
-    sheets: list[Sheet]
-    notes: list[str]
-
-
-def parts(scaling: Scaling, strategies: Sequence[Comparison]) -> list[Part]:
-    """Everything in its order: strategies that several ranks tell apart, the groups, other strategies."""
-    groups = [
-        Part(group, group.label, headline(group, len(scaling.groups) > 1), sheets(group), group_notes(group))
-        for group in scaling.groups
-    ]
-    compared = [
-        Part(
-            each,
-            f"Strategies on equal work{f': {each.label}' * (len(strategies) > 1)}",
-            strategy_headline(each, len(strategies) > 1),
-            strategy_sheets(each),
-            strategy_notes(each),
-        )
-        for each in strategies
-    ]
-    return [*(part for part in compared if part.headline), *groups, *(part for part in compared if not part.headline)]
-
 
 def sheets(group: Group) -> list[Sheet]:
-    """A group's tables: how it scaled, where the time went, what the device did, what it cost and came to."""
+    """A group's tables: how it scaled, where the time went and what was lost, what the device did, what it cost."""
     flops = [_flops_sheet(group)] if counts_flops(group) else []
-    return [_scaling_sheet(group), _phase_sheet(group), *flops, _energy_sheet(group)]
-
-
-def ranks_text(row: Row) -> str:
-    """ "4", a parameter server's "3+1" (workers + servers), marked where the runs are incomplete."""
-    ranks = f"{row.size - row.num_servers}+{row.num_servers}" if row.num_servers else str(row.size)
-    return ranks + MARK * row.incomplete
+    return [_scaling_sheet(group), _phase_sheet(group), *balance_sheets(group), *flops, _energy_sheet(group)]
 
 
 def _scaling_sheet(group: Group) -> Sheet:
@@ -279,109 +224,4 @@ def group_notes(group: Group) -> list[str]:
         notes.append(f"Energy missing for {sizes}: not every host's meter was read. Missing is not zero.")
     if any(row.num_servers for row in group.rows):
         notes.append("Ranks are workers + servers, and both count in the efficiency.")
-    return notes + (flops_notes(group) if counts_flops(group) else [])
-
-
-# ---------------------------------------------------------------------------------------------- headlines
-
-
-def headline(group: Group, named: bool = False) -> str:
-    """The group's answer in one sentence: the largest complete size against the baseline. named: with its label."""
-    return (f"{plain(group.label)}: " if named else "") + _answer(group)
-
-
-def _answer(group: Group) -> str:
-    row, baseline = group.largest, group.baseline
-    if row is None or baseline is None:
-        shown = next((row for row in reversed(group.rows) if not row.incomplete), group.rows[-1])
-        speed = (
-            f"{ms_text(shown.step_s)} ms a step, {significant(shown.samples_per_s, 4)} samples/s"
-            if shown.step_s
-            else "no steady step recorded"
-        )
-        return f"{num_ranks(shown.size)}: {speed}; no baseline, so no speedup{_exposed(shown)}"
-    assert row.speedup is not None
-    low, high = row.speedup_interval or (row.speedup, row.speedup)
-    over, efficiency = num_ranks(baseline.size), f"{percent(row.efficiency, 0)} efficiency"
-    times = times_text(row.speedup)
-    if low <= 1 <= high:
-        return (
-            f"{num_ranks(row.size)}: no faster than {over} as far as can be told ({times}, 95% interval"
-            f" {ratio_interval_text(row.speedup_interval)}, {efficiency}){_exposed(row)}{_grown(row, baseline)}"
-        )
-    if row.speedup < 1:
-        return (
-            f"{num_ranks(row.size)}: slower than {over}, {times} its speed ({efficiency})"
-            f"{_exposed(row)}{_grown(row, baseline)}"
-        )
-    work = " in samples/s" if group.weak else ""
-    return f"{num_ranks(row.size)}: {times} over {over}{work} ({efficiency}){_exposed(row)}"
-
-
-def strategy_headline(comparison: Comparison, named: bool = False) -> str:
-    """The strategies' speeds at the largest number of ranks with a ratio. "" for none, and for 1: it sends nothing."""
-    size = max(comparison.sizes, default=1)
-    if size == 1:
-        return ""
-    entries = [entry for entry in comparison.entries if entry.row.size == size and entry.ratio is not None]
-    words = []
-    for entry in sorted(entries, key=lambda entry: -(entry.ratio or 0)):
-        low, high = entry.ratio_interval or (0.0, 0.0)
-        speed = f"{ms_text(entry.row.step_s)} ms a step" if entry.is_reference else times_text(entry.ratio or 0.0)
-        words.append(f"{entry.where} {speed}{' (no difference can be told)' if low <= 1 <= high else ''}")
-    name = f"{plain(comparison.label)}: " if named else ""
-    return f"{name}{num_ranks(size)} on equal work, speed against {comparison.reference}: {', '.join(words)}"
-
-
-def _exposed(row: Row) -> str:
-    share = row.phase_share.get("reduce")
-    return "" if share is None else f"; {percent(share, 0)} of the step is exposed communication"
-
-
-def _grown(row: Row, baseline: Row) -> str:
-    """The other phases that take longer per step and rank than at the baseline, by 5% of its step or more."""
-    before, after = baseline.phase_s, row.phase_s
-    notable = 0.05 * sum(before.values())
-    grown = [
-        f", {phase} grew from {ms_text(before[phase])} to {ms_text(after[phase])} ms"
-        for phase in PHASES
-        if phase != "reduce" and after[phase] - before[phase] > notable
-    ]
-    return "".join(grown)
-
-
-def run_facts(run: Run) -> list[tuple[str, str]]:
-    """What the page says of one run."""
-    meta = run.meta
-    versions = ", ".join(f"{name} {version}" for name, version in section(meta, "versions").items())
-    git = section(meta, "git")
-    modified = " with uncommitted changes" if git.get("dirty") else ""
-    hosts = meta["hosts"][:8] + ([f"and {len(meta['hosts']) - 8} more"] if len(meta["hosts"]) > 8 else [])
-    facts = {
-        "name": run.summary.name,
-        "started": meta.get("started", "unknown"),
-        "ended": meta.get("ended", "not recorded"),
-        "ranks": run.size,
-        "hosts": ", ".join(hosts),
-        "CPU": meta.get("cpu_model", "unknown"),
-        "steps": f"{run.summary.num_steps}, {run.summary.num_warmup} of them warm-up" + _attempts_text(run),
-        "global batch": run.summary.global_batch,
-        "reduction": run.config.reduce.strategy + _servers_text(run),
-        "device": meta.get("device"),
-        "precision": meta.get("precision"),
-        "versions": versions,
-        "MPI": section(meta, "mpi").get("version", "unknown"),
-        "git commit": str(git.get("commit", "unknown"))[:12] + modified,
-        "Slurm job": section(meta, "slurm").get("job_id"),
-        "incomplete": run.incomplete,
-    }
-    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
-
-
-def _servers_text(run: Run) -> str:
-    return f", {run.size - run.num_servers} workers + {run.num_servers} servers" if run.num_servers else ""
-
-
-def _attempts_text(run: Run) -> str:
-    attempts, repeated = run.summary.num_attempts, run.summary.num_repeated
-    return f"; in {attempts} attempts, {repeated} steps taken twice" if attempts > 1 else ""
+    return notes + balance_notes(group) + (flops_notes(group) if counts_flops(group) else [])

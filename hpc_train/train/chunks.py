@@ -115,7 +115,8 @@ class Chunked:
         num_slots = min(len(self.edges) - 1, max(_FEWEST_SLOTS, memory_bytes // block_bytes))
         self._slots = np.empty((num_slots, self._num_rows, *self.shape[1:]), self.dtype)
         self._free = list(range(num_slots))
-        self._held: OrderedDict[int, tuple[int, Future[None]]] = OrderedDict()  # block -> slot, and when it is there
+        self._slot_of = np.zeros(len(self.edges) - 1, dtype=np.int64)  # of the blocks that are held
+        self._held: OrderedDict[int, Future[None]] = OrderedDict()  # block -> when it is there
         self._announced: Counter[int] = Counter()  # block -> how many times it will be taken from
         self._waiting: deque[int] = deque()  # announced, without a slot
         num_threads = min(_MOST_THREADS, max(1, num_threads))
@@ -131,19 +132,20 @@ class Chunked:
             out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         blocks = self._blocks(rows)
         inside = rows - self.edges[blocks]
-        needed, which = np.unique(blocks, return_inverse=True)
+        needed = list(dict.fromkeys(blocks.tolist()))
         flat = self._slots.reshape(-1, *self.shape[1:])
         with self._lock:
-            for first in range(0, len(needed), len(self._slots)):  # in one go, where there is room for all
-                slots = self._load(needed[first : first + len(self._slots)])
-                if len(slots) == len(needed):
-                    np.take(flat, slots[which] * self._num_rows + inside, axis=0, out=out, mode="clip")
-                    break
-                here = np.flatnonzero((which >= first) & (which < first + len(slots)))
-                out[here] = flat[slots[which[here] - first] * self._num_rows + inside[here]]
-            for block in needed.tolist():
-                self._announced[block] -= self._announced[block] > 0
-            self._start_waiting()
+            for part in self._parts(needed):
+                self._load(part)
+                here = slice(None) if len(part) == len(needed) else np.flatnonzero(np.isin(blocks, part))
+                slots = self._slot_of[blocks[here]] * self._num_rows + inside[here]
+                if isinstance(here, slice):
+                    np.take(flat, slots, axis=0, out=out, mode="clip")
+                else:
+                    out[here] = flat[slots]
+                for block in part:
+                    self._announced[block] -= self._announced[block] > 0
+                self._start_waiting()
         return out
 
     def __len__(self) -> int:
@@ -154,7 +156,7 @@ class Chunked:
 
     def expect(self, rows: np.ndarray) -> None:
         with self._lock:
-            for block in np.unique(self._blocks(rows)).tolist():
+            for block in dict.fromkeys(self._blocks(rows).tolist()):
                 self._announced[block] += 1
                 if block not in self._held and block not in self._waiting:
                     self._waiting.append(block)
@@ -174,9 +176,15 @@ class Chunked:
     def _blocks(self, rows: np.ndarray) -> np.ndarray:
         return rows // self._num_rows if len(self._files) == 1 else np.searchsorted(self.edges, rows, "right") - 1
 
-    def _load(self, blocks: np.ndarray) -> np.ndarray:
-        """The slots of `blocks`, once all are there."""
-        wanted = blocks.tolist()
+    def _parts(self, needed: list[int]) -> list[list[int]]:
+        """`needed`, as many at once as there are slots; before all that is waited for, what is there and gives room."""
+        there = [block for block in needed if block in self._held and self._held[block].done()]
+        rest = [block for block in needed if block not in there] if len(there) < len(needed) else []
+        size = len(self._slots)
+        return ([there] if there else []) + [rest[first : first + size] for first in range(0, len(rest), size)]
+
+    def _load(self, wanted: Sequence[int]) -> None:
+        """Returns once all of these blocks are in their slots."""
         for block in wanted:
             if block in self._held:
                 self._held.move_to_end(block)
@@ -185,11 +193,11 @@ class Chunked:
                 self._start(block, keep=set(wanted))
         for block in wanted:
             try:
-                self._held[block][1].result()
+                self._held[block].result()
             except BaseException:
-                self._free.append(self._held.pop(block)[0])
+                del self._held[block]
+                self._free.append(int(self._slot_of[block]))
                 raise
-        return np.array([self._held[block][0] for block in wanted], dtype=np.int64)
 
     def _start(self, block: int, keep: Collection[int] = ()) -> None:
         """Has a block decoded, where no slot is free into that of one outside `keep` that is announced least."""
@@ -197,10 +205,12 @@ class Chunked:
             slot = self._free.pop()
         else:
             idle = (held for held in self._held if held not in keep)
-            slot, before = self._held.pop(min(idle, key=lambda held: self._announced[held] > 0))
+            gone = min(idle, key=lambda held: self._announced[held] > 0)
+            slot, before = int(self._slot_of[gone]), self._held.pop(gone)
             if not before.cancel():
                 before.exception()  # until then it may be writing there
-        self._held[block] = slot, self._threads.submit(self._decode, block, slot)
+        self._slot_of[block] = slot
+        self._held[block] = self._threads.submit(self._decode, block, slot)
 
     def _decode(self, block: int, slot: int) -> None:
         number = int(np.searchsorted(self._first_blocks, block, "right")) - 1

@@ -28,6 +28,7 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 _PING_PONGS = 20
 _ROOT_SPEAKS_FIRST_S = 0.5
+_ASLEEP_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,13 @@ class Context:
         """Collective."""
         if self.comm is not None:
             self.comm.Barrier()
+
+    def wait_asleep(self) -> None:
+        """Collective. A barrier at which ranks that wait leave their cores to those that are at work."""
+        if self.comm is not None:
+            request = self.comm.Ibarrier()
+            while not request.Test():
+                sleep(_ASLEEP_S)
 
 
 def _attempt(fn: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -238,7 +246,14 @@ def _start_mpi() -> Context:
                 "(under Slurm with Open MPI: srun --mpi=pmix).",
             )
         )
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    try:
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)  # the first time that ranks talk
+    except MPI.Exception as error:
+        raise UserError(
+            f"the ranks cannot reach each other through MPI: {error}",
+            "Above, MPI says why: often a device or transport that it was told to use is not there (UCX_NET_DEVICES, "
+            "UCX_TLS, OMPI_MCA_pml, OMPI_MCA_btl).",
+        ) from None
     world = World(comm.rank, comm.size, node.rank, node.size, socket.gethostname())
     node.Free()
     return Context(world, comm)

@@ -14,6 +14,7 @@ import numpy as np
 from hpc_train.config import Config
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context, require_one_mpi
+from hpc_train.train.inspect.place import file_system
 from hpc_train.train.readers import Reader, join
 
 _LOOK_EVERY_S = 10.0
@@ -116,8 +117,8 @@ def open_files(config: Config, context: Context, example: str = "mnist-5k") -> F
 
 
 def reading_memory(config: Config) -> int:
-    """Bytes for decoded chunks: three quarters of data.memory_mb, as batches on their way take some, too."""
-    return (config.data.memory_mb << 20) * 3 // 4
+    """Bytes for decoded chunks: two thirds of data.memory_mb, as batches on their way and decoders take some, too."""
+    return (config.data.memory_mb << 20) * 2 // 3
 
 
 def data_paths(config: Config) -> list[Path]:
@@ -183,21 +184,6 @@ def describe(files: Files, name: str, reader: Reader) -> str:
         f"{name} of {where} ({file_system(files.paths[0])}): {len(reader):,} x {shape} {reader.dtype}, "
         f"{num_bytes / 1e6:,.1f} MB, {reader.words}"
     )
-
-
-def file_system(path: Path) -> str:
-    """The type of the file system that holds `path`, as /proc/mounts names it."""
-    place, found = str(path.resolve()), ("", "unknown file system")
-    try:
-        mounts = Path("/proc/mounts").read_text().splitlines()
-    except OSError:
-        return found[1]
-    for line in mounts:
-        _, folder, kind = line.split()[:3]
-        inside = place == folder or place.startswith(folder.rstrip("/") + "/")
-        if inside and len(folder) >= len(found[0]):
-            found = folder, kind
-    return found[1]
 
 
 def find(file: h5py.File, name: str) -> h5py.Dataset | None:

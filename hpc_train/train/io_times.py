@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter
 
 import h5py
 import numpy as np
@@ -25,8 +25,8 @@ import numpy as np
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train.context import Context, mpi, parallel_file_options
-from hpc_train.train.files import file_system, reading_threads, require_parallel_hdf5, selected, transfer
-from hpc_train.train.inspect.place import drop_pages, resident
+from hpc_train.train.files import reading_threads, require_parallel_hdf5, selected, transfer
+from hpc_train.train.inspect.place import drop_pages, file_system, resident
 from hpc_train.train.readers import open_reader
 
 _ROW_BYTES, _CHUNK_ROWS, _BLOCK_CHUNKS = 1 << 16, 16, 8
@@ -35,7 +35,6 @@ _GZIP = {"compression": "gzip", "compression_opts": 1}
 _LAYOUTS: dict[str, dict[str, object]] = {"contiguous": {}, "chunked": {}, "gzip": _GZIP}
 _READER_BYTES = 64 << 20  # of decoded chunks
 _HELD = 0.05  # a file of which the page cache holds more is warm
-_IDLE_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -208,9 +207,9 @@ def measure(
             for count, team in teams.items():
                 if context.world.rank < count:
                     start, stop = rank_span(size_mb, team.world.rank, count)
-                    share = Share(place / "x.h5", team, start, stop, size_mb, block, np.empty_like(block))
+                    share = Share(place / f"{number}-{count}", team, start, stop, size_mb, block, np.empty_like(block))
                     _round(share, rows, ways[:: -1 if number % 2 else 1], is_counted=number > 0)
-                _wait_asleep(context)
+                context.wait_asleep()
     order = [(way.layout, mode) for way in ways for mode, _ in way.reads]
     return sorted(rows.values(), key=lambda row: (row.ranks, order.index((row.layout, row.mode))))
 
@@ -223,13 +222,6 @@ def _team(count: int, context: Context) -> Context:
     """Collective. The first `count` ranks as a context; of the others, the rest."""
     team = context.team(int(context.world.rank >= count))
     return replace(team, world=replace(team.world, local_size=min(count, context.world.local_size)))
-
-
-def _wait_asleep(context: Context) -> None:
-    """Collective. A barrier at which ranks that wait leave their cores to those that measure."""
-    request = context.comm.Ibarrier()
-    while not request.Test():
-        sleep(_IDLE_S)
 
 
 @contextmanager
@@ -270,7 +262,10 @@ def _block() -> np.ndarray:
 def _round(share: Share, rows: dict[tuple[str, str, int], Row], ways: tuple[Way, ...], is_counted: bool) -> None:
     """Collective. Every way once, on the ranks of `share`."""
     transfer_s = _timed(share.context, partial(_transfer, share))
-    for way in ways:
+    stem = share.path
+    for number, way in enumerate(ways):
+        # A name of its own: on GlusterFS (seen) a node still opens the file that another has removed a moment ago.
+        share = replace(share, path=stem.with_name(f"{stem.name}-{number}.h5"))
         write_s = _timed(share.context, partial(_write_through, way, share))
         for mode, act in way.reads:
             is_cold = _drop(share)
@@ -285,7 +280,7 @@ def _round(share: Share, rows: dict[tuple[str, str, int], Row], ways: tuple[Way,
             row.is_cold &= is_cold
             for seconds, found in ((row.write_s, write_s), (row.transfer_s, transfer_s), (row.read_s, read_s)):
                 seconds.append(found)
-        share.context.on_root(lambda: share.path.unlink())
+        share.context.on_root(share.path.unlink)
 
 
 def _timed(context: Context, act: Callable[[], None]) -> float:

@@ -15,6 +15,7 @@ T = TypeVar("T")
 _STEPS = 16  # between decisions
 _WAIT_SHARE = 0.01  # of a step: less is as good as nothing
 _WORK_SHARE = 0.1  # of a step: with less to do meanwhile, the loop would wait for the thread instead
+_LEAST_WORK_NS = 100_000  # in which a thread can hand a batch over
 MOST = 8  # batches ahead
 
 
@@ -99,7 +100,7 @@ class Prefetch(Generic[T]):
             self._room.release()
             self.depth = 0
             return
-        works = self.depth > 0 or step_ns - wait_ns > _WORK_SHARE * step_ns
+        works = self.depth > 0 or step_ns - wait_ns > max(_WORK_SHARE * step_ns, _LEAST_WORK_NS)
         if wait_ns > _WAIT_SHARE * step_ns and works and self.depth < MOST:
             deeper = max(1, 2 * self.depth)
             for _ in range(deeper - self.depth):

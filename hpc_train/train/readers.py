@@ -8,16 +8,21 @@ Every reader has `shape`, `dtype`, `edges` (see `Order`; None where rows lie by 
 - `words`: how it reads and why, for people.
 """
 
+import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import h5py
 import numpy as np
+import torch
 
 from hpc_train.errors import UserError
 from hpc_train.partition import Indices
 from hpc_train.train.chunks import Chunked, ChunkFile
+
+_WORTH_THREADS = 1 << 18  # bytes of a batch: below, threads cost more than they spare
 
 
 class Reader(Protocol):
@@ -72,12 +77,20 @@ class Mapped:
         self._values = values
         self.shape: tuple[int, ...] = values.shape
         self.dtype = values.dtype.newbyteorder("=")
+        self._words = _words(values) if values.dtype.isnative else None
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        if self._values.dtype.isnative:
-            # "clip": with "raise" numpy gathers into a buffer of its own first
-            return np.take(self._values, rows, axis=0, out=out, mode="raise" if out is None else "clip")
-        return _into(out, np.take(self._values, rows, axis=0).astype(self.dtype))
+        if not self._values.dtype.isnative:
+            return _into(out, np.take(self._values, rows, axis=0).astype(self.dtype))
+        if out is None:
+            return np.take(self._values, rows, axis=0)
+        if self._words is not None and out.nbytes >= _WORTH_THREADS and _may_use_threads():
+            # One core does not move what a machine's memory could: two took 0.6 to 0.8 of the time.
+            there = torch.from_numpy(out.reshape(len(out), -1).view(np.int64))
+            torch.index_select(self._words, 0, torch.from_numpy(rows), out=there)
+            return out
+        # "clip": with "raise" numpy gathers into a buffer of its own first
+        return np.take(self._values, rows, axis=0, out=out, mode="clip")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -90,6 +103,21 @@ class Mapped:
 
     def close(self) -> None:
         pass
+
+
+def _words(values: np.ndarray) -> torch.Tensor | None:
+    """Rows as words of 8 bytes, which torch moves by several threads; None where they are no whole words."""
+    if not values.size or values.nbytes // len(values) % 8:
+        return None
+    words = values.reshape(len(values), -1).view(np.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a map of a file cannot be written to: nobody does
+        return torch.from_numpy(words) if words.flags.aligned else None
+
+
+def _may_use_threads() -> bool:
+    """Whether torch's threads are idle: the loop itself asks, and not a thread that makes batches beside it."""
+    return torch.get_num_threads() > 1 and threading.current_thread() is threading.main_thread()
 
 
 def _into(out: np.ndarray | None, values: np.ndarray) -> np.ndarray:

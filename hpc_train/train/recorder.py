@@ -13,22 +13,12 @@ from torch import nn
 from hpc_train.clock import Clock
 from hpc_train.config import UNKNOWN_STEPS, Loaded, dumps
 from hpc_train.errors import UserError, not_written
-from hpc_train.records import (
-    METRIC_COLUMNS,
-    Energy,
-    Quality,
-    read_energy,
-    read_metrics,
-    read_timings,
-    step_times,
-    summarise,
-    timing_log,
-    total_energy,
-)
+from hpc_train.records import METRIC_COLUMNS, Energy, read_energy, read_metrics, summarise, timing_log, total_energy
 from hpc_train.rundir import write_atomic
-from hpc_train.train import sensors
+from hpc_train.timings import read_timings, step_times
 from hpc_train.train.attempt import Attempt
 from hpc_train.train.context import Context, clock_offsets_ns
+from hpc_train.train.energy import NodeEnergy
 from hpc_train.train.metadata import RankPlace, describe
 from hpc_train.train.progress import StepProgress
 
@@ -43,16 +33,17 @@ class Recorder:
     def __init__(
         self, loaded: Loaded, context: Context, places: list[RankPlace], attempt: Attempt, clock: Clock
     ) -> None:
+        """Collective. Takes `energy.idle_s` seconds."""
         self._loaded, self._context, self._places, self._attempt = loaded, context, places, attempt
         self._train, self._run = loaded.config.train, attempt.run
         self._losses: list[tuple[int, float | torch.Tensor]] = []  # (step, loss)
         self.num_steps_done = 0  # of the run, earlier attempts included
         self._meta: dict[str, Any] = dict(attempt.meta)
         self._stack = ExitStack()
-        self._meters = self._meters_of_this_rank()
         total = None if self._train.steps == UNKNOWN_STEPS else self._train.steps
         self._progress = StepProgress(loaded.config.name, total, loaded.config.run.progress, context.world.is_root)
         self.say = self._progress.say
+        self._energy = NodeEnergy(loaded.config.energy, context, places, self.say)
         self.clock = clock
 
     def __enter__(self) -> Self:
@@ -81,9 +72,7 @@ class Recorder:
         rank, host, number = self._context.world.rank, self._context.world.host, self._attempt.number
         self._timings = timing_log(self._run.timings(rank), number)
         self._stack.callback(self._timings.close)  # whatever happens, what was recorded is kept
-        if self._meters:
-            hz = self._loaded.config.energy.sample_hz
-            self._stack.enter_context(sensors.Sampler(self._meters, self._run.energy(host), hz, number))
+        self._stack.enter_context(self._energy.recorded(self._run.energy(host), number))
         self._first_step = first_step
         self._progress.begin(first_step)
         self._context.barrier()
@@ -134,7 +123,7 @@ class Recorder:
         trains = context.world.rank < num_workers  # servers wait most of the time: a step is what it is to a worker
         step_ns, phases_ns = context.sum(own.step_ns * trains) / num_workers, context.sum(own.phases_ns * trains)
         num_samples = sum(context.gather(own.num_samples))
-        energies = context.gather(read_energy(self._run.energy(context.world.host)) if self._meters else None)
+        energies = context.gather(read_energy(self._run.energy(context.world.host)) if self._energy.meters else None)
         if not context.world.is_root:
             return
         losses = read_metrics(self._run.metrics)[1]
@@ -175,36 +164,17 @@ class Recorder:
         lines = [",".join(METRIC_COLUMNS), *(f"{step},{loss:.9g}" for step, loss in losses)]
         write_atomic(self._run.metrics, "\n".join(lines) + "\n")
 
-    def _meters_of_this_rank(self) -> list[sensors.Meter]:
-        """The node's meters for its first rank, none for the others: one reader a node."""
-        world = self._context.world
-        if world.local_rank != 0:
-            return []
-        neighbours = [place for place in self._places if place.host == world.host]
-        cores = {core for place in neighbours for core in place.cores}
-        num_used = min(len(cores), sum(place.threads for place in neighbours))
-        meters = sensors.find_meters()
-        if not any(meter.source == "RAPL" for meter in meters):  # GPUs alone leave out the cores that compute
-            meters.append(sensors.estimate_meter(num_used, self._loaded.config.energy.watts_per_core))
-        return meters
-
     def _write_meta(self, moment: str, **facts: Any) -> None:
         """Collective. Adds facts to meta.json, and measures how the ranks' clocks differ now."""
         offsets = clock_offsets_ns(self._context)
-        meters = self._context.gather(
-            (self._context.world.host, [(m.domain, m.source, m.quality) for m in self._meters])
-            if self._meters
-            else None
-        )
+        energy = self._energy.facts_at_start() if moment == "start" else self._energy.facts_at_end()
 
         def write() -> None:
             if moment == "start":
-                for key in ("outcome", "ended"):  # of the attempt before
+                for key in ("outcome", "ended", "clock_offsets_ns"):  # of the attempt before
                     self._meta.pop(key, None)
                 self._meta.update(describe(self._context, self._places))
-                self._meta["energy"] = _energy_facts(
-                    [each for each in meters if each], self._loaded.config.energy.watts_per_core
-                )
+                self._meta["energy"] = _of_all_attempts(self._meta.get("energy", {}), energy)
                 self._meta.setdefault("attempts", []).append(
                     {
                         "attempt": self._attempt.number,
@@ -218,23 +188,25 @@ class Recorder:
             self._meta.update(facts)
             self._meta.setdefault("clock_offsets_ns", {})[moment] = offsets
             if moment == "end":
+                self._meta["energy"] = _of_all_attempts(self._meta["energy"], energy)
                 self._meta["attempts"][-1].update(facts)
             write_atomic(self._run.meta, json.dumps(self._meta, indent=1) + "\n")
 
         self._context.on_root(write)
 
 
-def _energy_facts(meters: list[tuple[str, list[tuple[str, str, Quality]]]], watts_per_core: float) -> dict[str, Any]:
-    estimated = any(quality == "estimated" for _, parts in meters for _, _, quality in parts)
-    assumption = (
-        "no meter of the processors can be read: every core that ranks compute on is taken to draw "
-        f"{watts_per_core:g} W (energy.watts_per_core) while the loop runs; memory, network and cooling are left out"
-    )
-    fields = ("domain", "source", "quality")
-    return {
-        "assumption": assumption if estimated else None,
-        "meters": {host: [dict(zip(fields, part, strict=True)) for part in parts] for host, parts in meters},
-    }
+def _of_all_attempts(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Facts of energy by host: those of hosts that only earlier attempts had stay; a host shared once is shared."""
+    facts = dict(earlier)
+    for key, value in now.items():
+        if not isinstance(value, dict):
+            facts[key] = value
+            continue
+        before = earlier.get(key) or {}
+        facts[key] = {**before, **value}
+        if key == "shared":
+            facts[key].update({host: True for host, was in before.items() if was is True})
+    return facts
 
 
 def _now() -> str:

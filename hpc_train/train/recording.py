@@ -15,7 +15,7 @@ between. So it costs nothing there, and what goes wrong in the loop is the loop'
 import os
 import socket
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +54,7 @@ def recording(
     root: str | Path = "runs",
     watts_per_core: float = 10.0,
     timing: str = "steps",
+    energy: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Iterator["Recording"]:
     """Collective. Records a loop in `root/name/<stamp>-np<N>`, which `hpc-train report` reads; gives a `Recording`.
@@ -63,7 +64,8 @@ def recording(
     (weak): exactly one of them. model: counted and named. steps: if it is known. warmup_steps, the first ones, are
     left out of speedups. log_every: steps between the root's lines. watts_per_core: assumed where no meter of the
     processors can be read. timing: "phases" tells phases on a GPU, too, by waiting for it, which costs overlap.
-    options: numbers, text or lists that the loop depends on (lr=0.1): runs are compared where these agree.
+    energy: other settings of a job file's section [energy], {"idle_s": 10.0, "pue": 1.2} say. options: numbers,
+    text or lists that the loop depends on (lr=0.1): runs are compared where these agree.
 
     Raises `UserError` for what does not fit. An exception of the loop passes through as it is: what was recorded until
     then is kept, and the run is incomplete.
@@ -80,7 +82,7 @@ def recording(
             "timing": timing,
         },
         "reduce": {"strategy": "own"},
-        "energy": {"watts_per_core": float(watts_per_core)},
+        "energy": {"watts_per_core": float(watts_per_core), **(energy or {})},
         "run": {"root": str(root), "progress": "plain"},  # a bar would break into the program's own lines
     }
     loaded = from_values(values, "recording()")

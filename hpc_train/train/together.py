@@ -17,7 +17,8 @@ from hpc_train.errors import UserError
 from hpc_train.partition import Indices, Order, chunk_edges, rank_batches, rank_span
 from hpc_train.train.context import Context, parallel_file_options
 from hpc_train.train.dataset import Split
-from hpc_train.train.files import Files, file_system, require_parallel_hdf5, selected, transfer
+from hpc_train.train.files import Files, require_parallel_hdf5, selected, transfer
+from hpc_train.train.inspect.place import file_system
 from hpc_train.train.readers import Reader
 
 _OF_NETWORKS = ("lustre", "gpfs", "nfs", "nfs4", "ceph", "beegfs", "wekafs", "panfs", "fuse.glusterfs", "daos", "cifs")

@@ -315,7 +315,7 @@ def _shares(job: Job, config: Config, first: int) -> Iterator[tuple[list[Any], i
     steps, seed, world = range(first, config.train.steps), config.seed, job.team.world
     shares = rank_batches(steps, job.order, job.batch_size, seed, world.rank, world.size)
     if job.order.edges is not None and hasattr(job.task, "expect") and not job.is_server:
-        shares = announced(shares, job.task.expect, max(1, job.order.window_samples // job.batch_size - 1))
+        shares = announced(shares, job.task.expect, job.order.steps_ahead(job.batch_size))
     for step, (rows, num_global) in zip(steps, shares, strict=True):
         if job.is_server:
             yield [], 0, num_global

@@ -19,8 +19,8 @@ import click
 
 from hpc_train import scale
 from hpc_train.config import Config, Loaded, load, same_job
-from hpc_train.records import read_timings
 from hpc_train.rundir import RunDir
+from hpc_train.timings import read_timings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HEADER = ("config", "ranks", "model and parameters", "data", "result", "required", "met", "minutes")

@@ -72,6 +72,19 @@ start_accounting() {
     until_ok sacctmgr --noheader --immediate list cluster
 }
 
+# Slurm's plugin reads processors' counters in /dev/cpu: where there is such a folder, each node gets a simulated one.
+start_meter() {
+    [[ -d /dev/cpu ]] || return 0
+    mount -t tmpfs tmpfs /dev/cpu
+    local cpu
+    for ((cpu = 0; cpu < $(nproc --all); cpu++)); do
+        mkdir "/dev/cpu/$cpu"
+        ((cpu == 0)) || ln -s ../0/msr "/dev/cpu/$cpu/msr"
+    done
+    python3 "$(dirname "$me")/meter.py" /dev/cpu/0/msr &
+    until_ok test -s /dev/cpu/0/msr
+}
+
 switch_on() {
     nsenter --net="/run/netns/$1" unshare --mount --uts --ipc --pid --cgroup --fork "$me" node "$@" \
         </dev/null >>"$log/$1.log" 2>&1 &
@@ -87,6 +100,7 @@ head() {
     mount --bind /run/cluster/etc /etc
     mkdir -p /etc/munge /etc/slurm
     cp -r "$etc/." /etc
+    [[ -d /dev/cpu ]] && echo AcctGatherEnergyType=acct_gather_energy/rapl >>/etc/slurm/slurm.conf
     chmod 600 /etc/slurm/slurmdbd.conf
     (umask 077; dd if=/dev/urandom of=/etc/munge/munge.key bs=1024 count=1 status=none)
     chown -R root:root /etc/munge /etc/slurm
@@ -106,6 +120,7 @@ node() {
     fresh /run /run/cluster
     echo "$pid" >"/run/cluster/$1.pid"
     start_munge
+    start_meter
     slurmd -D -N "$1" >/dev/null 2>&1 &
     wait $!
 }

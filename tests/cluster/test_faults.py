@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from hpc_train.records import read_timings
+from hpc_train.timings import read_timings
 from tests import jobs
 from tests.cluster.slurm import Cluster, until
 from tests.conftest import FaultTable
@@ -25,7 +25,7 @@ SLOWER = "2mbit"  # and some 180 ms: trains for longer than a minute
 def submit(cluster: Cluster, digits: Path, folder: Path, *words: object, **keys: object) -> int:
     """A job of three ranks on three of the four nodes; the folder is its checkout."""
     mine = {"data__file": digits, "train__steps": STEPS, "train__log_every": 1, "run__root": folder / "runs"}
-    sets = jobs.settings(**mine, checkpoint__every_steps=EVERY, **keys)
+    sets = jobs.settings(**{**mine, "checkpoint__every_steps": EVERY, **keys})
     script, config = jobs.ROOT / "slurm/train.sbatch", jobs.CONFIGS / "softmax-mnist.toml"
     return cluster.sbatch("--nodes=3", "--output=%j.out", *words, script, config, *sets, cwd=folder)
 

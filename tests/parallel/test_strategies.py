@@ -12,8 +12,8 @@ import torch
 
 from hpc_train.config import load
 from hpc_train.errors import UserError
-from hpc_train.records import read_timings
 from hpc_train.rundir import RunDir
+from hpc_train.timings import read_timings
 from hpc_train.train.context import Context
 from hpc_train.train.stop import CONTINUE
 from hpc_train.train.tasks.classification import Classification

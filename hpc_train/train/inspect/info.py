@@ -13,9 +13,9 @@ import numpy as np
 from hpc_train.errors import UserError
 from hpc_train.partition import shuffled
 from hpc_train.train.context import Context
-from hpc_train.train.files import file_system, reading_threads
+from hpc_train.train.files import reading_threads
 from hpc_train.train.inspect.advice import compression_ratio, of_dataset, of_file
-from hpc_train.train.inspect.place import drop_pages, resident, stripe_count
+from hpc_train.train.inspect.place import drop_pages, file_system, resident, stripe_count
 from hpc_train.train.inspect.survey import Found, Surveyed, disagreements, survey
 from hpc_train.train.readers import Reader, open_reader
 

@@ -13,6 +13,21 @@ _PATIENCE_S = 10
 _LOOKED_AT_BYTES = 1 << 30
 
 
+def file_system(path: Path) -> str:
+    """The type of the file system that holds `path`, as /proc/mounts names it."""
+    place, found = str(path.resolve()), ("", "unknown file system")
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return found[1]
+    for line in mounts:
+        _, folder, kind = line.split()[:3]
+        inside = place == folder or place.startswith(folder.rstrip("/") + "/")
+        if inside and len(folder) >= len(found[0]):
+            found = folder, kind
+    return found[1]
+
+
 def stripe_count(path: Path) -> int | None:
     """Over how many servers of a Lustre file system `path` is spread; None where that cannot be asked."""
     lfs = shutil.which("lfs")

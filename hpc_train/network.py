@@ -1,0 +1,182 @@
+"""What `bench allreduce` measures and `plan` reads: times of all-reduces, and what a network is by them.
+
+A ring all-reduce of S bytes over N ranks takes 2 (N-1) steps, each of a latency alpha and S/N bytes at beta seconds a
+byte: T = 2 (N-1) alpha + 2 (N-1)/N S beta (Thakur et al., "Optimization of collective communication operations in
+MPICH", IJHPCA 2005, without its term for the additions, which beta takes in).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+SCHEMA = 1
+OURS = ("horovod", "mpi", "parameter_server", "sharded")  # reduce.strategy
+PEERS = ("plain_mpi", "ddp_gloo")  # one blocking MPI_Allreduce; torch.distributed's all_reduce over gloo
+LIMITS = ("memory", "link")  # a copy by all ranks at once; one way between two ranks
+_RESAMPLES, _INSIDE = 1000, (0.025, 0.975)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of summing `message_bytes` on all of `ranks`, on `nodes` hosts with at most `ranks_per_node` each.
+
+    strategy: of OURS, PEERS, or a limit of LIMITS. samples_s: seconds of one call, a mean over several in a row and the
+    slowest rank's; the samples of all strategies were taken in turns, so equal places belong together.
+    """
+
+    strategy: str
+    ranks: int
+    nodes: int
+    ranks_per_node: int
+    message_bytes: int
+    samples_s: tuple[float, ...]
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Where: ranks, nodes, ranks per node."""
+        return self.ranks, self.nodes, self.ranks_per_node
+
+    @property
+    def quartiles_s(self) -> tuple[float, float, float]:
+        low, middle, high = np.quantile(self.samples_s, [0.25, 0.5, 0.75])
+        return float(low), float(middle), float(high)
+
+    @property
+    def time_s(self) -> float:
+        """The median."""
+        return self.quartiles_s[1]
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Of an all-reduce its bus bandwidth, as nccl-tests defines it: S/T times 2 (N-1)/N, the bytes that a ring
+        moves into each rank, so that it may be held against a link whatever N is. Of a limit, S/T.
+        """
+        factor = 1.0 if self.strategy in LIMITS else 2 * (self.ranks - 1) / self.ranks
+        return factor * self.message_bytes / self.time_s
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Alpha and beta of one strategy on one number of ranks; intervals hold 95% of refits to resampled sizes.
+
+    error: the median over sizes of |predicted - measured| / measured.
+    """
+
+    strategy: str
+    ranks: int
+    nodes: int
+    ranks_per_node: int
+    alpha_s: float
+    beta_s_per_byte: float
+    error: float
+    alpha_interval_s: tuple[float, float]
+    beta_interval_s_per_byte: tuple[float, float]
+
+    def seconds(self, message_bytes: float) -> float:
+        return float(_shape(self.ranks, np.array([message_bytes]))[0] @ (self.alpha_s, self.beta_s_per_byte))
+
+
+def _shape(ranks: int, message_bytes: np.ndarray) -> np.ndarray:
+    """Rows of (what alpha counts, what beta counts)."""
+    return 2 * (ranks - 1) * np.stack([np.ones(len(message_bytes)), message_bytes / ranks], axis=1)
+
+
+def fit(rows: Sequence[Row]) -> Fit:
+    """Alpha and beta of one strategy's rows on the same ranks, of two sizes or more.
+
+    Least squares of the relative errors, neither below 0: times span six powers of ten, and each size counts alike.
+    """
+    times_s = np.array([row.time_s for row in rows])
+    scaled = _shape(rows[0].ranks, np.array([row.message_bytes for row in rows], float)) / times_s[:, None]
+    alpha_s, beta = _solve(scaled)
+    draw = np.random.default_rng(0)
+    refits = np.array([_solve(scaled[draw.integers(0, len(rows), len(rows))]) for _ in range(_RESAMPLES)])
+    intervals = np.quantile(refits, _INSIDE, axis=0)
+    first = rows[0]
+    return Fit(
+        *(first.strategy, first.ranks, first.nodes, first.ranks_per_node, float(alpha_s), float(beta)),
+        error=float(np.median(np.abs(scaled @ (alpha_s, beta) - 1))),
+        alpha_interval_s=(float(intervals[0, 0]), float(intervals[1, 0])),
+        beta_interval_s_per_byte=(float(intervals[0, 1]), float(intervals[1, 1])),
+    )
+
+
+def _solve(scaled: np.ndarray) -> np.ndarray:
+    from scipy.optimize import nnls
+
+    # Columns of like size: alpha's and beta's coefficients are nine powers of ten apart.
+    scales = np.maximum(np.abs(scaled).max(axis=0), np.finfo(float).tiny)
+    solved, _ = nnls(scaled / scales, np.ones(len(scaled)))
+    return np.asarray(solved / scales)
+
+
+def fits(rows: Sequence[Row]) -> list[Fit]:
+    """A fit for each strategy in each place of which two sizes or more were measured."""
+    groups: dict[tuple[str, tuple[int, int, int]], list[Row]] = {}
+    for row in rows:
+        if row.strategy not in LIMITS:
+            groups.setdefault((row.strategy, row.place), []).append(row)
+    return [fit(group) for group in groups.values() if len(group) > 1]
+
+
+def teams(hosts: Sequence[str]) -> list[tuple[int, ...]]:
+    """The sets of ranks to measure, of all ranks' hosts: 2, 4, 8 ... and all of the first node's ranks, the first rank
+    of 2, 4, 8 ... and all nodes, and all ranks; rank 0 is in each.
+    """
+    inside = [rank for rank, host in enumerate(hosts) if host == hosts[0]]
+    between = [hosts.index(host) for host in dict.fromkeys(hosts)]
+    found: dict[tuple[int, ...], None] = {}
+    for ranks in (inside, between):
+        counts = sorted({1 << bit for bit in range(1, len(ranks).bit_length())} | {len(ranks)})
+        found.update(dict.fromkeys(tuple(ranks[:count]) for count in counts if count > 1))
+    if len(hosts) > 1:
+        found[tuple(range(len(hosts)))] = None
+    return list(found)
+
+
+def sizes(least_bytes: int, most_bytes: int) -> list[int]:
+    """Powers of 4 times `least_bytes` up to `most_bytes`."""
+    found = [least_bytes]
+    while found[-1] * 4 <= most_bytes:
+        found.append(found[-1] * 4)
+    return found
+
+
+def size_text(num_bytes: int) -> str:
+    """ "64 KiB"."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if num_bytes >= 1 << power:
+            return f"{num_bytes / (1 << power):.4g} {unit}"
+    return f"{num_bytes} B"
+
+
+def pair_ratios(rows: Sequence[Row], strategy: str, message_bytes: int) -> dict[tuple[int, int, int], list[float]]:
+    """By place, the speed of `strategy` over that of one MPI_Allreduce of the same bytes, sample by sample."""
+    found = {(row.place, row.strategy): row for row in rows if row.message_bytes == message_bytes}
+    return {
+        place: np.divide(found[place, "plain_mpi"].samples_s, row.samples_s).tolist()
+        for (place, name), row in found.items()
+        if name == strategy and (place, "plain_mpi") in found
+    }
+
+
+def record(rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:
+    """What is saved as JSON; `facts`: hosts, mpi and whatever else was known."""
+    return {
+        "schema": SCHEMA,
+        "kind": "allreduce",
+        **facts,
+        "fits": [vars(each) for each in fits(rows)],
+        "rows": [_row_record(row) for row in rows if row.strategy not in LIMITS],
+        "link": {limit: [_row_record(row) for row in rows if row.strategy == limit] for limit in LIMITS},
+    }
+
+
+def _row_record(row: Row) -> dict[str, Any]:
+    low, middle, high = row.quartiles_s
+    place = {"ranks": row.ranks, "nodes": row.nodes, "ranks_per_node": row.ranks_per_node}
+    times = {"time_s": middle, "low_s": low, "high_s": high, "samples_s": row.samples_s}
+    key = "bytes_per_s" if row.strategy in LIMITS else "bus_bytes_per_s"
+    return {"strategy": row.strategy, **place, "bytes": row.message_bytes, **times, key: row.bytes_per_s}

@@ -1,0 +1,107 @@
+"""Whether others may have used this node meanwhile: a node's meters do not tell whose joules they count."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+_LEAST_S = 2.0  # /proc/stat counts in hundredths of a second, on every core
+_OF_OURS = 0.05  # others' processor time beside ours, from which on they are said to have shared the node
+_OF_NODE = 0.01  # and beside all the node can do: daemons take that much
+
+
+def holds_part(environ: Mapping[str, str], root: Path = Path("/")) -> bool | None:
+    """Whether this job was given only a part of the node, by what Slurm and the kernel's cgroups say; None: unknown.
+
+    A partition that oversubscribes gives the same cores to others; only `foreign_cores` shows those. Slurm may count
+    cores or their threads as CPUs: as many CPUs as the node has cores, but fewer than it has threads, decide nothing.
+    """
+    num_threads, num_cores = _num_cpus(root)
+    if "SLURM_JOB_ID" in environ:
+        held = _slurm_cpus(environ)
+        if held is None or num_threads is None:
+            return None
+        return None if held == num_cores and held < num_threads else held < num_threads
+    allowed = _cgroup_cpus(root)
+    return True if allowed and num_threads and allowed < num_threads else None  # what we may use, others may, too
+
+
+def busy_s(root: Path = Path("/")) -> float | None:
+    """Seconds that all cores of the node together have worked since it started; None where the kernel does not say."""
+    try:
+        fields = (root / "proc/stat").read_text().split("\n", 1)[0].split()
+        user, nice, system, _idle, _iowait, irq, softirq = (int(field) for field in fields[1:8])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def own_s() -> float:
+    """Seconds that the cores have worked for this process and those it has started, as far as they have ended."""
+    return sum(os.times()[:4])
+
+
+def foreign_cores(busy_s: float | None, own_s: float, passed_s: float) -> float | None:
+    """How many cores worked for others than this job in `passed_s`; None where that is too short to be told."""
+    return None if busy_s is None or passed_s < _LEAST_S else max(0.0, busy_s - own_s) / passed_s
+
+
+def is_shared(part: bool | None, foreign: float | None, own: float, num_threads: int) -> bool | None:
+    """The verdict on a node. own: cores that worked for us. None: nothing was measured and nobody said."""
+    if foreign is not None and foreign > max(_OF_OURS * own, _OF_NODE * num_threads):
+        return True
+    return False if part is None and foreign is not None else part
+
+
+def _num_cpus(root: Path) -> tuple[int | None, int | None]:
+    """(threads of all cores that are online, cores), None where the kernel does not say."""
+    cpus = root / "sys/devices/system/cpu"
+    try:
+        num_threads = _count((cpus / "online").read_text())
+        siblings = {path.read_text() for path in cpus.glob("cpu[0-9]*/topology/thread_siblings_list")}
+    except (OSError, ValueError):
+        return None, None
+    return num_threads, len(siblings) or None
+
+
+def _slurm_cpus(environ: Mapping[str, str]) -> int | None:
+    """The job's CPUs on this node, out of 72(x2),36: two nodes with 72 and one with 36."""
+    counts: list[int] = []
+    for word in environ.get("SLURM_JOB_CPUS_PER_NODE", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", word)
+        if not match:
+            return None
+        counts += [int(match[1])] * int(match[2] or 1)
+    if len(set(counts)) == 1:
+        return counts[0]
+    number = environ.get("SLURM_NODEID", "")  # within the step, which may have fewer nodes than the job
+    all_nodes = environ.get("SLURM_STEP_NUM_NODES") == environ.get("SLURM_JOB_NUM_NODES") == str(len(counts))
+    return counts[int(number)] if all_nodes and number.isdecimal() and int(number) < len(counts) else None
+
+
+def _cgroup_cpus(root: Path) -> int | None:
+    """How many CPUs this process's cgroup may use, version 2 or 1."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        folder = path.lstrip("/")
+        if not controllers:
+            file = root / "sys/fs/cgroup" / folder / "cpuset.cpus.effective"
+        elif "cpuset" in controllers.split(","):
+            file = root / "sys/fs/cgroup/cpuset" / folder / "cpuset.effective_cpus"
+        else:
+            continue
+        try:
+            return _count(file.read_text())
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _count(ranges: str) -> int:
+    """How many numbers 0-3,8 names."""
+    pairs = [(word.split("-")[0], word.split("-")[-1]) for word in ranges.strip().split(",")]
+    return sum(int(last) - int(first) + 1 for first, last in pairs)
