@@ -258,6 +258,11 @@ def _warnings(prediction: Prediction, chosen: Option, limits: Limits) -> list[st
             f"Extrapolated: {chosen.forecast.ranks} ranks are {beyond:.3g} times the largest measured"
             f" ({points.largest}).{far}",
         )
+    if prediction.chosen.model == "mechanistic" and chosen.forecast.step_interval_s[1] > 1.5 * chosen.forecast.step_s:
+        warnings.append(
+            f"Up to {points.largest} ranks communication may hide behind the backward pass, and these sizes do not tell"
+            " where it no longer can: a larger size, or --network, narrows the interval."
+        )
     if prediction.chosen.error is None:
         warnings.append(f"The model could not be tested on sizes it had not seen: {prediction.chosen.reason}.")
     elif prediction.chosen.error > 0.1:

@@ -5,6 +5,7 @@ from typing import Any
 
 from hpc_train.analysis.plan import Option, Plan, nodes_text
 from hpc_train.analysis.predict import Candidate, Forecast, Prediction
+from hpc_train.analysis.scaling import num_ranks
 from hpc_train.analysis.tables import Column, Sheet
 from hpc_train.analysis.words import duration_text, energy_amount, percent, significant, with_interval
 
@@ -43,7 +44,7 @@ def answer(plan: Plan) -> list[str]:
 def _where(option: Option, plan: Plan) -> str:
     """ "8 nodes (32 ranks)"."""
     size = nodes_text(plan.prediction.points, option)
-    return f"{size} ({option.forecast.ranks} ranks)" if "node" in size else size
+    return f"{size} ({num_ranks(option.forecast.ranks)})" if "node" in size else size
 
 
 def _takes(option: Option, plan: Plan) -> str:

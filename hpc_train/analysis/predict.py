@@ -147,7 +147,7 @@ class Prediction:
 
 
 def curve_sizes(prediction: Prediction, beyond: float = 4.0, num_sizes: int = 60) -> list[int]:
-    """Numbers of ranks to draw the model at: even in log2, from the smallest to `beyond` times the largest measured."""
+    """Numbers of ranks to draw the model at: evenly in log2 from the smallest to `beyond` times the largest."""
     ranks = np.geomspace(prediction.points.ranks[0], beyond * prediction.points.largest, num_sizes)
     wanted = {int(size) for size in np.round(ranks)} | set(prediction.points.ranks.tolist())
     return [size for size in sorted(wanted) if prediction.reachable(size)]
