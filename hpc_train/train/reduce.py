@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -215,9 +216,8 @@ class Mpi:
     def sum(self, message: torch.Tensor, name: str, adasum: bool = False, last: bool = False) -> Arrival:
         host = message.cpu()
         array = host.numpy()
-        step = _PART_BYTES * self._comm.size // array.itemsize
-        pieces = [array[start : start + step] for start in range(0, len(array), step)]
-        if last:
+        pieces = np.array_split(array, -(-message.nbytes // (_PART_BYTES * self._comm.size)))
+        if last or len(array) < self._comm.size:  # Rabenseifner's algorithm needs an element a rank: see context.py
             return partial(self._sum_now, pieces, host)
         return self._queued([partial(self._comm.Iallreduce, self._mpi.IN_PLACE, piece) for piece in pieces], host)
 

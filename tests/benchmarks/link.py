@@ -11,6 +11,7 @@ Batches are small, so that little of it hides behind backward.
 
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,13 +83,13 @@ def main(links: str, steps: int, work: Path) -> None:
     try:
         cluster = Cluster(shared=[folder])
         try:
-            lines = list(measure(cluster, folder, links.split(","), steps))
+            print(f"| {' | '.join(HEADER)} |\n| {' | '.join(['---'] * len(HEADER))} |", flush=True)
+            for line in measure(cluster, folder, links.split(","), steps):
+                print(f"| {' | '.join(line.cells())} |", flush=True)
         finally:
             cluster.down()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    cells = [HEADER, ("---",) * len(HEADER), *(line.cells() for line in lines)]
-    print("\n".join(["", *(f"| {' | '.join(row)} |" for row in cells)]), flush=True)
 
 
 def measure(
@@ -100,13 +101,13 @@ def measure(
         cluster.on("head", *LAUNCH, "prepare", "mnist-5k", data, cwd=folder, timeout_s=_MOST_S)
     for link in links:
         cluster.shape(LINKS[link])
-        print(f"bench allreduce, {link}", flush=True)
+        print(f"bench allreduce, {link}", file=sys.stderr, flush=True)
         strategies = ",".join(dict.fromkeys(strategy for strategy, _ in ways))
         words = ["--max", "4M", "--repeat", 3, "--strategies", strategies, "--output", folder / f"{link}.json"]
         cluster.on("head", *LAUNCH, "bench", "allreduce", *words, cwd=folder, timeout_s=_MOST_S)
         fits = json.loads((folder / f"{link}.json").read_text())["fits"]
         for strategy, compression in ways:
-            print(f"training, {link}: {strategy}, {compression}", flush=True)
+            print(f"training, {link}: {strategy}, {compression}", file=sys.stderr, flush=True)
             (fit,) = [each for each in fits if each["strategy"] == strategy and each["ranks"] == len(NODES)]
             sizes = message_bytes(strategy, compression)
             yield Line(
