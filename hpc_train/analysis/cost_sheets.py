@@ -148,10 +148,10 @@ def _total(parts: dict[str, Joules]) -> Joules:
 
 
 def cost_notes(energy: GroupEnergy) -> list[str]:
-    """What must be known to read the tables of `cost_sheets`, the answer on more hardware first."""
+    """Whether more hardware pays, and what the energy of these runs lacks."""
     if not energy.known:
         return []
-    notes = [f"{verdict(energy)}."] if verdict(energy) else []
+    notes = [f"{verdict(energy).removesuffix('.')}."] if verdict(energy) else []  # it may end with "est."
     told: dict[str, dict[str, None]] = {}
     for row in energy.rows:
         for note in (note for run in row.runs for note in run.notes):
@@ -164,11 +164,18 @@ def cost_notes(energy: GroupEnergy) -> list[str]:
             "Energy marked part est. is a sum of measured and estimated joules, which scaling.csv and summary.json"
             " keep apart."
         )
-    notes.append(
+    return notes
+
+
+def cost_details(energy: GroupEnergy) -> list[str]:
+    """What must be known to read the tables of `cost_sheets`."""
+    if not energy.known:
+        return []
+    notes = [
         "Joules of a phase are the loop's, attributed by the phase's share of the ranks' time in steady steps: phases"
-        " last milliseconds and samples seconds, so no meter tells them apart; equal power in all is assumed."
-    )
-    notes.append(_peak_note(energy))
+        " last milliseconds and samples seconds, so no meter tells them apart; equal power in all is assumed.",
+        _peak_note(energy),
+    ]
     if len({run.summary.num_samples for row in energy.rows for run in row.row.runs}) > 1:
         notes.append(
             "Runs trained on different numbers of samples: joules times seconds of the loop are not of equal"

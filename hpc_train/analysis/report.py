@@ -95,13 +95,18 @@ class Report:
         return [part.headline for part in self.parts if part.headline]
 
     def print(self, console: Console) -> None:
-        """The tables in the terminal; nothing is cut short, whatever its width."""
+        """The tables in the terminal, without details; nothing is cut short, whatever its width."""
         for part in self.parts:
             console.print(Text(part.headline or plain(part.label), style="bold"), "")
             for sheet in part.sheets:
-                console.print(Text(sheet.title), fitted(sheet, console.width), sep="\n")
+                if sheet not in part.details:
+                    console.print(Text(sheet.title), fitted(sheet, console.width), sep="\n")
             for note in part.notes:
-                console.print(Text(f"- {plain(note)}"))
+                if note not in part.details:
+                    console.print(Text(f"- {plain(note)}"))
+            if more := [each.title for each in part.details if isinstance(each, Sheet)]:
+                titles = dict.fromkeys(title.partition(" (")[0].partition(", ")[0] for title in more)
+                console.print(Text(f"- On the page and by --format md: {'; '.join(titles)}."))
             console.print()
         for note in self.scaling.notes:
             console.print(Text(f"- {plain(note)}"))
