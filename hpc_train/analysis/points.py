@@ -150,8 +150,8 @@ def _joules_per_step(row: Row) -> float:
 
 def _noise(runs: Sequence[Run]) -> float | None:
     """The mean over runs on several ranks of what the balance of their ranks says, where it was computed."""
-    known = [getattr(getattr(run, "balance", None), "noise", None) for run in runs if run.size > 1]
-    values = [value for value in map(positive, known) if value is not None]
+    known = [positive(run.balance.noise) for run in runs if run.size > 1 and run.balance is not None]
+    values = [value for value in known if value is not None]
     return fmean(values) if values else None
 
 
