@@ -12,7 +12,7 @@ import click
 from hpc_train.errors import UserError
 
 if TYPE_CHECKING:
-    from hpc_train.analysis.costs import Work
+    from hpc_train.analysis.budget import Work
     from hpc_train.analysis.plan import Plan
     from hpc_train.analysis.points import Points
 
@@ -154,7 +154,7 @@ def _from_table(
 ) -> "tuple[Points, Work | None]":
     from dataclasses import replace
 
-    from hpc_train.analysis.costs import read_network, samples_work, steps_work
+    from hpc_train.analysis.budget import read_network, samples_work, steps_work
     from hpc_train.analysis.points import read_table
 
     if target_loss is not None:
@@ -171,7 +171,7 @@ def _from_runs(
 ) -> "tuple[Points, Work | None]":
     from dataclasses import replace
 
-    from hpc_train.analysis.costs import (
+    from hpc_train.analysis.budget import (
         benchmark_beside,
         planned_work,
         read_network,

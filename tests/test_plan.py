@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from hpc_train.analysis.costs import Work, power, read_network, samples_work, steps_work
+from hpc_train.analysis.budget import Work, power, read_network, samples_work, steps_work
 from hpc_train.analysis.load import load_all
 from hpc_train.analysis.plan import Limits, make_plan, recommend
 from hpc_train.analysis.plan_sheets import answer, short_answer

@@ -25,6 +25,7 @@ def commands() -> list[str]:
 def test_commands_run_as_they_stand(tmp_path: Path) -> None:
     """In the README's order, in an empty folder with the shipped jobs: a reader's first session."""
     (tmp_path / "configs").symlink_to(jobs.CONFIGS)
+    (tmp_path / "tests").symlink_to(jobs.ROOT / "tests")
     for name in SHOWN:
         shutil.copy(jobs.ROOT / "tests" / name, tmp_path)
     env = jobs.environment(PATH=f"{jobs.HPC_TRAIN.parent}:{jobs.environment()['PATH']}")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hpc_train.analysis.costs import planned_work
+from hpc_train.analysis.budget import planned_work
 from hpc_train.analysis.plan import Plan, make_plan
 from hpc_train.analysis.plan_sheets import answer, sheets, short_answer
 from hpc_train.analysis.points import from_group

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hpc_train.analysis.costs import Power, Work, node_steps, planned_work, power
+from hpc_train.analysis.budget import Power, Work, node_steps, planned_work, power
 from hpc_train.analysis.points import Points, from_group
 from hpc_train.analysis.predict import Forecast, Prediction, predict
 from hpc_train.analysis.scaling import Group, Interval
