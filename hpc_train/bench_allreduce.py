@@ -158,11 +158,12 @@ def _report(rows: Sequence[network.Row], facts: dict[str, Any], path: Path) -> N
 
     console = Console(width=max(Console().width, _WIDTH), highlight=False)
     for sheet in bandwidth.sheets(rows):
-        table = Table(title=sheet.title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
         for column in sheet.columns:
             table.add_column(column.title, justify="left" if column.is_text else "right")
         for cells in sheet.rows:
             table.add_row(*cells)
+        click.echo(sheet.title)
         console.print(table)
     for words in bandwidth.ratio_notes(rows):
         click.echo(words)
