@@ -5,7 +5,7 @@
 # make bench-plan  predict published scaling series from their small sizes, Extra-P beside (it gets an environment of its own)
 # make check   install, ruff and mypy
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo models bench-io bench-plan test test-serial test-parallel test-cluster test-faults test-rdma check install clean
+.PHONY: demo models bench-io bench-plan bench-link test test-serial test-parallel test-cluster test-faults test-rdma check install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -68,6 +68,11 @@ bench-io:
 bench-plan:
 	@./install.sh test
 	python -m tests.benchmarks.plan
+
+# Training over limited links against what bench allreduce predicts: for root, on a quiet machine.
+bench-link:
+	@./install.sh test
+	python -m tests.benchmarks.link
 
 check:
 	@./install.sh test check
