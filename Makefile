@@ -38,9 +38,13 @@ test-serial:
 	python -m pytest -m "not thorough" -n 2 --dist loadfile
 
 # Under mpirun a failed assertion on one rank would hang the others: `python -m mpi4py` ends them all.
+# ALONE: in processes of their own. One starts Horovod again and again, the other before it was ever started.
+PYTEST_MPI = --oversubscribe --bind-to none python -m mpi4py -m pytest -x -q --color=no
+ALONE = tests/parallel/test_reduce_times.py tests/parallel/test_rest.py
 test-parallel:
 	@set -e; for ranks in 1 2 3 4; do echo "mpirun -n $$ranks pytest tests/parallel"; \
-	$(MPIRUN) -n $$ranks --oversubscribe --bind-to none python -m mpi4py -m pytest -x -q --color=no tests/parallel; done
+	$(MPIRUN) -n $$ranks $(PYTEST_MPI) tests/parallel $(ALONE:%=--ignore=%); \
+	for file in $(ALONE); do $(MPIRUN) -n $$ranks $(PYTEST_MPI) $$file; done; done
 
 # Every fault, by mpirun and on the cluster, and the table of what came of it.
 test-faults:
