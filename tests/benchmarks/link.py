@@ -21,8 +21,9 @@ import click
 import numpy as np
 from torch import nn
 
-from hpc_train.records import PHASES, read_timings
+from hpc_train.records import PHASES
 from hpc_train.rundir import find
+from hpc_train.timings import read_timings
 from hpc_train.train.buckets import NUM_NOTES, decays, make_buckets
 from tests import jobs
 from tests.cluster.slurm import NODES, Cluster, why_not
