@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from hpc_train.analysis.advice import advice_of
 from hpc_train.analysis.budget import Work, power, read_network, samples_work, steps_work
 from hpc_train.analysis.load import load_all
-from hpc_train.analysis.plan import Limits, make_plan, recommend
+from hpc_train.analysis.plan import Limits, make_plan
 from hpc_train.analysis.plan_sheets import answer, short_answer
 from hpc_train.analysis.points import read_table
 from hpc_train.analysis.predict import curve_sizes, predict
@@ -163,7 +164,7 @@ def test_runs_are_planned_from(tmp_path: Path) -> None:
     assert tree["power"]["quality"] == "measured" and tree["options"][0]["energy_j"] is not None
     assert tree["work"]["steps"] == 210
     group = compare(load_all([tmp_path])).groups[0]
-    shown = recommend(group)
+    shown = advice_of(group).plan
     assert shown is not None and shown.chosen is not None and shown.chosen.nodes == tree["nodes"]
     drawn = shown.prediction.at(curve_sizes(shown.prediction))
     assert drawn[0].ranks == 1 and drawn[-1].ranks == 32 and sum(each.measured_s is not None for each in drawn) == 4

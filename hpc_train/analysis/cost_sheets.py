@@ -6,7 +6,7 @@ from hpc_train.analysis.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.joules import Joules
 from hpc_train.analysis.scaling import num_ranks
 from hpc_train.analysis.tables import Column, Sheet, ranks_text
-from hpc_train.analysis.words import amount, plain, significant, times_text
+from hpc_train.analysis.words import amount, listed, plain, significant, times_text
 from hpc_train.records import PHASES
 
 _MOST_LACKING = 4  # of a run, named one by one
@@ -188,16 +188,12 @@ def _lacking_notes(row: RowEnergy) -> list[str]:
     who, gross = num_ranks(row.row.size), row.gross.lacking
     notes = []
     if gross:
-        notes.append(f"{who}: energy missing of {_named(gross)}. Missing is not zero: what is known is the least.")
+        of = listed(gross, _MOST_LACKING)
+        notes.append(f"{who}: energy missing of {of}. Missing is not zero: what is known is the least.")
     idle = tuple(part for part in row.net.lacking if part not in gross)
     if idle and len(idle) < sum(len(run.readings) for run in row.runs):  # else it was never asked for
-        notes.append(f"{who}: above idle is missing, for want of {_named(idle)}.")
+        notes.append(f"{who}: above idle is missing, for want of {listed(idle, _MOST_LACKING)}.")
     return notes
-
-
-def _named(parts: tuple[str, ...]) -> str:
-    more = len(parts) - _MOST_LACKING
-    return ", ".join(parts[:_MOST_LACKING]) + (f" and {more} more" if more > 0 else "")
 
 
 def _peak_note(energy: GroupEnergy) -> str:

@@ -10,8 +10,10 @@ from hpc_train.analysis.course import Course, course_of
 from hpc_train.analysis.joules import NONE, Joules, between, peak_w, whole
 from hpc_train.analysis.load import Run, attempts, disjoint, host_traces, section
 from hpc_train.analysis.scaling import positive
+from hpc_train.analysis.words import listed
 from hpc_train.records import JOB_WIDE, OWN_CORES, PHASES, Trace
 
+_MOST_HOSTS = 3  # named one by one
 ALL_NODES = "all nodes together"  # the host of a count that Slurm keeps for a whole step
 
 
@@ -334,17 +336,12 @@ def _notes(readings: list[_Reading], left_out: list[str], shared: dict[str, Any]
         notes.append(f"Not added, since another domain of the node holds their joules: {', '.join(left_out)}")
     if with_others := sorted({reading.host for reading in readings if reading.shared}):
         notes.append(
-            f"Shared: others may have used {_listed(with_others)} meanwhile, and the joules of a node are not this"
-            " job's alone"
+            f"Shared: others may have used {listed(with_others, _MOST_HOSTS)} meanwhile, and a node's joules are not this job's"
+            " alone"
         )
     unknown = sorted(host for host in metered - {ALL_NODES} if shared.get(host) is None)
     if unknown:
-        notes.append(f"Whether others used {_listed(unknown)} meanwhile is not known")
+        notes.append(f"Whether others used {listed(unknown, _MOST_HOSTS)} meanwhile is not known")
     if lead_s > 1:
         notes.append(f"The meters ran {lead_s:.1f} s before the loop, which count in the whole and not in the loop")
     return notes
-
-
-def _listed(names: list[str]) -> str:
-    """A long list is told by its length."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,14 +1,14 @@
 """How many nodes to ask for: predicted time, energy and node-hours held against what may be spent."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hpc_train.analysis.budget import Power, Work, node_steps, planned_work, power
-from hpc_train.analysis.points import Points, from_group
-from hpc_train.analysis.predict import Forecast, Prediction, predict
-from hpc_train.analysis.scaling import Group, Interval
+from hpc_train.analysis.budget import Power, Work, node_steps, power
+from hpc_train.analysis.points import Points
+from hpc_train.analysis.predict import Forecast, Prediction
+from hpc_train.analysis.scaling import Interval
 from hpc_train.analysis.words import duration_text, energy_amount, percent, significant
 from hpc_train.errors import UserError
 
@@ -91,15 +91,6 @@ def make_plan(
     )
 
 
-def recommend(group: Group) -> Plan | None:
-    """The plan that a report shows: no limits, the work that the runs were set to; None where nothing is predicted."""
-    try:
-        points = from_group(group)
-        return make_plan(predict(points), planned_work(group, points))
-    except UserError:
-        return None
-
-
 def _check(limits: Limits, work: Work | None, joules: Power | None) -> None:
     if limits.any_budget and work is None:
         raise UserError(
@@ -146,18 +137,13 @@ def _option(forecast: Forecast, points: Points, work: Work | None, joules: Power
     nodes = forecast.nodes
     hours = nodes * time_s / 3600
     option = Option(forecast, time_s, span, hours, (nodes * span[0] / 3600, nodes * span[1] / 3600))
-    energy, energy_span = None, None
     if joules is not None:
         times, counts = np.array([time_s, *span]), samples * np.array([1.0, 1 - more, 1 + more])
         middle, least, most = joules.joules(np.full(3, nodes), times, counts)
         wide = 1.96 * joules.relative_error * middle
-        energy = float(middle)
-        energy_span = (
-            float(max(middle - np.hypot(middle - least, wide), 0.0)),
-            float(middle + np.hypot(most - middle, wide)),
-        )
-    whole = Option(forecast, time_s, span, hours, option.node_hours_interval, energy, energy_span)
-    return Option(**{**vars(whole), "broken": tuple(_broken(whole, limits))})
+        low_j, high_j = middle - np.hypot(middle - least, wide), middle + np.hypot(most - middle, wide)
+        option = replace(option, energy_j=float(middle), energy_interval_j=(float(max(low_j, 0.0)), float(high_j)))
+    return replace(option, broken=tuple(_broken(option, limits)))
 
 
 def _broken(option: Option, limits: Limits) -> list[str]:

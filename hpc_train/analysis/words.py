@@ -1,5 +1,6 @@
 """Numbers and names in words: units, digits and intervals, the same in the terminal and on the page."""
 
+from collections.abc import Sequence
 from math import floor, isfinite, log10
 
 from hpc_train.records import Energy
@@ -8,6 +9,12 @@ from hpc_train.records import Energy
 def plain(text: str) -> str:
     """Text from a file, safe for a terminal: control characters are shown as a replacement character."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """ "a, b and 7 more": a long list is told by its length."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def significant(value: float | None, digits: int = 3) -> str:
