@@ -335,9 +335,9 @@ def _notes(readings: list[_Reading], left_out: list[str], shared: dict[str, Any]
     if left_out:
         notes.append(f"Not added, since another domain of the node holds their joules: {', '.join(left_out)}")
     if with_others := sorted({reading.host for reading in readings if reading.shared}):
+        there = listed(with_others, _MOST_HOSTS)
         notes.append(
-            f"Shared: others may have used {listed(with_others, _MOST_HOSTS)} meanwhile, and a node's joules are not this job's"
-            " alone"
+            f"Shared: others may have used {there} meanwhile, and the joules of a node are not this job's alone"
         )
     unknown = sorted(host for host in metered - {ALL_NODES} if shared.get(host) is None)
     if unknown:
