@@ -3,6 +3,9 @@
 # make models  train every shipped job to its end and print what each reached (half an hour on two cores)
 # make bench-io  measure reading and writing of HDF5 against bounds and other libraries (a quiet machine; 10 minutes)
 # make bench-plan  predict published scaling series from their small sizes, Extra-P beside (it gets an environment of its own)
+# make bench-link  train over limited links against what bench allreduce predicts (root, a quiet machine)
+# make test-rdma  train over InfiniBand verbs between two emulated guests (root, 8 minutes)
+# make test-faults  every fault, and the table of what came of it (root for those on the cluster)
 # make check   install, ruff and mypy
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
 .PHONY: demo models bench-io bench-plan bench-link test test-serial test-parallel test-cluster test-faults test-rdma check install clean
