@@ -4,9 +4,12 @@
 # make bench  measure this program and its peers on equal work (a quiet machine; half an hour)
 # make bench-io  measure reading and writing of HDF5 against bounds and other libraries (a quiet machine; 10 minutes)
 # make bench-plan  predict published scaling series from their small sizes, Extra-P beside (it gets an environment of its own)
+# make bench-link  train over limited links against what bench allreduce predicts (root, a quiet machine)
+# make test-rdma  train over InfiniBand verbs between two emulated guests (root, 8 minutes)
+# make test-faults  every fault, and the table of what came of it (root for those on the cluster)
 # make check   install, ruff and mypy
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo models bench bench-io bench-plan test test-serial test-parallel test-cluster test-faults test-rdma check install clean
+.PHONY: demo models bench bench-io bench-plan bench-link test test-serial test-parallel test-cluster test-faults test-rdma check install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -39,9 +42,13 @@ test-serial:
 	python -m pytest -m "not thorough" -n 2 --dist loadfile
 
 # Under mpirun a failed assertion on one rank would hang the others: `python -m mpi4py` ends them all.
+# ALONE: in processes of their own. One starts Horovod again and again, the other before it was ever started.
+PYTEST_MPI = --oversubscribe --bind-to none python -m mpi4py -m pytest -x -q --color=no
+ALONE = tests/parallel/test_reduce_times.py tests/parallel/test_rest.py
 test-parallel:
 	@set -e; for ranks in 1 2 3 4; do echo "mpirun -n $$ranks pytest tests/parallel"; \
-	$(MPIRUN) -n $$ranks --oversubscribe --bind-to none python -m mpi4py -m pytest -x -q --color=no tests/parallel; done
+	$(MPIRUN) -n $$ranks $(PYTEST_MPI) tests/parallel $(ALONE:%=--ignore=%); \
+	for file in $(ALONE); do $(MPIRUN) -n $$ranks $(PYTEST_MPI) $$file; done; done
 
 # Every fault, by mpirun and on the cluster, and the table of what came of it.
 test-faults:
@@ -74,6 +81,11 @@ bench-io:
 bench-plan:
 	@./install.sh test
 	python -m tests.benchmarks.plan
+
+# Training over limited links against what bench allreduce predicts: for root, on a quiet machine.
+bench-link:
+	@./install.sh test
+	python -m tests.benchmarks.link
 
 check:
 	@./install.sh test check

@@ -150,20 +150,15 @@ class Pace:
 
 
 def _report(rows: Sequence[network.Row], facts: dict[str, Any], path: Path) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     from hpc_train.analysis import bandwidth
+    from hpc_train.analysis.terminal import fitted
 
     console = Console(width=max(Console().width, _WIDTH), highlight=False)
     for sheet in bandwidth.sheets(rows):
-        table = Table(title=sheet.title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-        for column in sheet.columns:
-            table.add_column(column.title, justify="left" if column.is_text else "right")
-        for cells in sheet.rows:
-            table.add_row(*cells)
-        console.print(table)
+        click.echo(sheet.title)
+        console.print(fitted(sheet, console.width))
     for words in bandwidth.ratio_notes(rows):
         click.echo(words)
     write_atomic(path, json.dumps(network.record(rows, facts), indent=1))

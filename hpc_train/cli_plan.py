@@ -12,7 +12,7 @@ import click
 from hpc_train.errors import UserError
 
 if TYPE_CHECKING:
-    from hpc_train.analysis.costs import Work
+    from hpc_train.analysis.budget import Work
     from hpc_train.analysis.plan import Plan
     from hpc_train.analysis.points import Points
 
@@ -139,7 +139,7 @@ def plan(
         click.echo(json.dumps(record(made), indent=2))
     else:
         _print(made)
-    if made.chosen is None:
+    if made.chosen is None and not made.is_forecast:
         sys.exit(1)
 
 
@@ -154,7 +154,7 @@ def _from_table(
 ) -> "tuple[Points, Work | None]":
     from dataclasses import replace
 
-    from hpc_train.analysis.costs import read_network, samples_work, steps_work
+    from hpc_train.analysis.budget import read_network, samples_work, steps_work
     from hpc_train.analysis.points import read_table
 
     if target_loss is not None:
@@ -169,18 +169,8 @@ def _from_table(
 def _from_runs(
     runs: tuple[Path, ...], network: Path | None, steps: float | None, samples: float | None, target_loss: float | None
 ) -> "tuple[Points, Work | None]":
-    from dataclasses import replace
-
-    from hpc_train.analysis.costs import (
-        benchmark_beside,
-        planned_work,
-        read_network,
-        samples_work,
-        steps_work,
-        target_work,
-    )
+    from hpc_train.analysis.budget import planned_work, points_of, samples_work, steps_work, target_work
     from hpc_train.analysis.load import load_all
-    from hpc_train.analysis.points import from_group
     from hpc_train.analysis.scaling import compare
 
     groups = [group for group in compare(load_all(runs)).groups if any(row.step_s for row in group.rows)]
@@ -190,11 +180,7 @@ def _from_runs(
             f"plan needs runs of one job that differ in size alone; these are {told}", "Name the runs of one."
         )
     group = groups[0]
-    points = from_group(group)
-    if network is None and points.tells_no_network:
-        network = benchmark_beside(group)
-    if network is not None:
-        points = replace(points, network=read_network(network, str(group.keys.get("reduce.strategy"))))
+    points = points_of(group, network)
     if target_loss is not None:
         return points, target_work(group, target_loss)
     if samples is not None:
@@ -207,7 +193,7 @@ def _print(made: "Plan") -> None:
     from rich.text import Text
 
     from hpc_train.analysis.plan_sheets import answer, sheets
-    from hpc_train.analysis.report import fitted
+    from hpc_train.analysis.terminal import fitted
     from hpc_train.analysis.words import plain
 
     console = Console()

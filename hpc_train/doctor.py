@@ -112,7 +112,7 @@ def _follow(job: Path | None, overrides: tuple[str, ...], examined: Examined, ra
     os.set_inheritable(theirs, True)
     token = secrets.token_hex()
     # What other ranks have to say of theirs comes over TCP: their MPI may be what died.
-    notices = socket.create_server(("", 0), backlog=64) if rank == 0 else None
+    notices = socket.create_server(("", 0), backlog=64) if rank == 0 and examined.size > 1 else None
     port = notices.getsockname()[1] if notices else 0
     # -P: what lies in the current folder is not imported, as by hpc-train itself.
     begin = [sys.executable, "-P", "-m", "hpc_train.train.doctor", str(theirs)]
@@ -121,7 +121,7 @@ def _follow(job: Path | None, overrides: tuple[str, ...], examined: Examined, ra
     child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), close_fds=False)
     os.close(theirs)
     try:
-        return _hear(ours, notices, token, examined) or _ended(child, examined, rank)
+        return _hear(ours, notices, token, examined, rank) or _ended(child, examined, rank)
     finally:
         child.kill()
         os.close(ours)
@@ -129,9 +129,9 @@ def _follow(job: Path | None, overrides: tuple[str, ...], examined: Examined, ra
             notices.close()
 
 
-def _hear(pipe: int, notices: socket.socket | None, token: str, examined: Examined) -> str | None:
+def _hear(pipe: int, notices: socket.socket | None, token: str, examined: Examined, rank: int) -> str | None:
     """Until the process that checks has said all; why not longer, if it stops before."""
-    grace_s = _GRACE_S if notices else _LONGER_S
+    grace_s = _LONGER_S if rank else _GRACE_S
     rest, until_s = b"", monotonic() + examined.limit_s + grace_s
     with selectors.DefaultSelector() as selector:
         for source in (pipe, notices):

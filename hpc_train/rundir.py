@@ -119,6 +119,8 @@ def find(paths: Sequence[Path]) -> list[RunDir]:
         if not below:
             raise UserError(f"{path} holds no run directory", "A run directory has a meta.json and a folder timings/.")
         found.update({run.resolve(): RunDir(run) for run in below})
+    if not found:
+        raise UserError(f"{', '.join(map(str, paths))}: benchmarks, and no run directory", "Name runs, too.")
     return list(found.values())
 
 

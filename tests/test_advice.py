@@ -66,3 +66,4 @@ def test_the_page_stays_small(study: Report, tmp_path: Path) -> None:
     html = study.write(tmp_path).read_text()
     assert len(html) < 400_000 and "<script" not in html
     assert html.count("data:image/png;base64,") == 1
+    assert not re.search(r"""(src|href)=["'](?!#|data:image/png;base64,)""", html), "nothing is fetched"

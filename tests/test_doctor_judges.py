@@ -18,7 +18,7 @@ from hpc_train.config import Config
 from hpc_train.settings import Data, Task, Train
 from hpc_train.train.context import Context
 from hpc_train.train.doctor import carriers, hardware, job, network, room, software, storage
-from hpc_train.train.doctor.check import Answer, Finding, Subject, places, size_text, spans, time_text
+from hpc_train.train.doctor.check import Answer, Finding, Subject, places, spans, time_text
 from hpc_train.train.inspect.place import stripe_count
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.shards import whole
@@ -51,7 +51,6 @@ def test_words() -> None:
     assert places(ranks({}, {}, {}, {}, hosts=2)) == "ranks 0-1 on c0, ranks 2-3 on c1"
     assert places(ranks(*[{}] * 6, hosts=6)).endswith("rank 3 on c3 and 2 more hosts")
     assert (time_text(3e-6), time_text(0.02), time_text(20)) == ("3 us", "20 ms", "20 s")
-    assert (size_text(3), size_text(16 * MIB), size_text(2e12)) == ("3 bytes", "16 MiB", "1.82 TiB")
 
 
 # ---------------------------------------------------------------------------------------- transport

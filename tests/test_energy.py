@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hpc_train.analysis.cost import UNKNOWN, GroupEnergy, Tariff, cost_of
-from hpc_train.analysis.cost_sheets import COST_COLUMNS, cost_notes, cost_record, cost_sheets, verdict
+from hpc_train.analysis.cost_sheets import COST_COLUMNS, cost_details, cost_notes, cost_record, cost_sheets, verdict
 from hpc_train.analysis.energy import RunEnergy, energy_of
 from hpc_train.analysis.joules import Joules
 from hpc_train.analysis.load import load, load_all
@@ -286,7 +286,7 @@ def test_the_centres_figures_are_given_never_assumed(tmp_path: Path) -> None:
     assert cost_sheets(found)[-1].rows == (("1", "12.0 Wh", "4.80 g", "0.00360 EUR"),)
     alone = sizes(tmp_path / "c", 3600.0, tariff=Tariff(co2_g_per_kwh=400.0))
     assert alone.rows[0].co2_g == pytest.approx(4.0)
-    assert any("PUE is not known" in note for note in cost_notes(alone))
+    assert any("PUE is not known" in note for note in cost_details(alone))
 
 
 def test_every_number_with_a_shared_node_says_so(tmp_path: Path) -> None:
@@ -317,5 +317,5 @@ def test_without_any_meter_there_is_nothing_to_show(tmp_path: Path) -> None:
     write_run(tmp_path, Recipe(joules=None))
     (group,) = compare(load_all([tmp_path])).groups
     found = cost_of(group)
-    assert cost_sheets(found) == [] and cost_notes(found) == []
+    assert cost_sheets(found) == cost_notes(found) == cost_details(found) == []
     assert cost_record(found.rows[0])["joules_measured"] is None and found.rows[0].gross.lacking == ("node01",)

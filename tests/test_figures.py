@@ -96,7 +96,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path, lis
 def test_every_figure_is_a_pdf_and_an_svg_whose_name_says_what_it_is(written: tuple[Report, Path, list[Path]]) -> None:
     made, folder, paths = written
     expected = [drawing.name for part in made.parts for drawing in drawings(part)]
-    first = ["speedup", "time-per-step", "share-of-step", "pop-efficiencies", "late-ranks"]
+    first = ["speedup", "time-per-step", "share-of-step", "pop-efficiencies"]
     energy = ["energy-per-sample", "energy-by-phase", "energy-against-speedup"]
     assert expected == [*first, *energy, "training-loss"]
     assert [path.suffix for path in paths] == [".pdf", ".svg"] * len(expected)
@@ -180,3 +180,10 @@ def test_many_repeats_stay_a_small_page(tmp_path: Path) -> None:
     (loss,) = [drawing for drawing in drawings(made.parts[0]) if drawing.name == "training-loss"]
     assert "12 of 14 runs are drawn" in loss.caption
     assert made.write(tmp_path / "out").stat().st_size < 300_000
+
+
+def test_many_groups_have_few_figures_each_on_the_page_and_all_in_files(tmp_path: Path) -> None:
+    batches = (60, 120, 180, 240)
+    recipes = [Recipe(steps=40, global_batch=batch, stamp=f"20261123T{batch:03}000Z") for batch in batches]
+    html = report(tmp_path, *recipes).write(tmp_path / "out").read_text()
+    assert "The first figures of each group" in html

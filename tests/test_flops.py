@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpc_train.analysis.flops import flops_of
+from hpc_train.analysis.flops import flops_notes, flops_of
 from hpc_train.analysis.load import load
 from hpc_train.analysis.report import scaling_csv
 from hpc_train.analysis.scaling import compare
@@ -38,7 +38,7 @@ def test_model_flops_and_mfu(tmp_path: Path) -> None:
         "1.20%",
         "Some GPU, dense bf16, data sheet",
     )
-    assert not group_notes(group)
+    assert not flops_notes(group)
     made.write(tmp_path / "out")
     line = list(csv.DictReader((tmp_path / "out/scaling.csv").open()))[1]
     figures = [float(line[key]) for key in ("flops_per_sample", "flops_per_s_per_rank", "peak_flops", "mfu")]

@@ -76,7 +76,9 @@ def test_sizes_include_those_that_are_judged() -> None:
     assert sizes(4, 1 << 30)[0] == 4 and sizes(4, 1 << 30)[-1] == 1 << 30
     assert {64 << 10, 64 << 20} <= set(sizes(4, 1 << 30))
     assert sizes(64, 63 * 4) == [64]
-    assert [size_text(size) for size in (4, 1 << 10, 3 << 19, 1 << 30)] == ["4 B", "1 KiB", "1.5 MiB", "1 GiB"]
+    assert [size_text(size) for size in (4, 1 << 10, 3 << 19, 1 << 30, 2e12)] == [
+        *("4 B", "1 KiB", "1.5 MiB", "1 GiB", "1.819 TiB")
+    ]
 
 
 def test_ratios_are_of_the_same_turn() -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from hpc_train.analysis.costs import Work, power, read_network, samples_work, steps_work
+from hpc_train.analysis.advice import advice_of
+from hpc_train.analysis.budget import Work, power, read_network, samples_work, steps_work
 from hpc_train.analysis.load import load_all
-from hpc_train.analysis.plan import Limits, make_plan, recommend
+from hpc_train.analysis.plan import Limits, make_plan
 from hpc_train.analysis.plan_sheets import answer, short_answer
 from hpc_train.analysis.points import read_table
 from hpc_train.analysis.predict import curve_sizes, predict
@@ -45,6 +46,8 @@ def test_the_essays_case(tmp_path: Path) -> None:
     assert hundred["time_s"] == pytest.approx(1e8, rel=0.02)
     low, high = hundred["time_interval_s"]
     assert low <= 1e8 <= high and hundred["extrapolation"] == 12.5
+    told = run_plan("--table", path, "--samples", "1e10", "--predict", "100").output
+    assert told.startswith("100 nodes (100 ranks): 3.17 years (")  # 10^8 s
 
 
 def test_limits_and_the_reasons_for_no_other_number(tmp_path: Path) -> None:
@@ -161,7 +164,7 @@ def test_runs_are_planned_from(tmp_path: Path) -> None:
     assert tree["power"]["quality"] == "measured" and tree["options"][0]["energy_j"] is not None
     assert tree["work"]["steps"] == 210
     group = compare(load_all([tmp_path])).groups[0]
-    shown = recommend(group)
+    shown = advice_of(group).plan
     assert shown is not None and shown.chosen is not None and shown.chosen.nodes == tree["nodes"]
     drawn = shown.prediction.at(curve_sizes(shown.prediction))
     assert drawn[0].ranks == 1 and drawn[-1].ranks == 32 and sum(each.measured_s is not None for each in drawn) == 4
@@ -170,6 +173,25 @@ def test_runs_are_planned_from(tmp_path: Path) -> None:
     text = run_plan(tmp_path, "--deadline", "1h").output
     assert text.startswith("Ask for 1 node (2 ranks): ") and "Not more: " in text and "Models, tested on" in text
     assert isinstance(run_plan(tmp_path, "--target-loss", "0.001").exception, UserError)
+
+
+def test_the_benchmark_beside_runs_of_one_node_says_what_a_second_costs(tmp_path: Path) -> None:
+    for size in (1, 2):
+        write_run(tmp_path, Recipe(size=size, step_s=0.08 / size + 0.004, joules=None))
+    alone = json.loads(run_plan(tmp_path, "--json").output)
+    assert alone["nodes"] == 1 and "what a second node costs was not measured" in alone["why_not_larger"]
+    refused = run_plan(tmp_path, "--predict", "8").exception
+    assert isinstance(refused, UserError) and "nothing is known of what a second one costs" in refused.what
+    fits = [
+        {"strategy": "horovod", "ranks": ranks, "nodes": nodes, "alpha_s": 1e-5, "beta_s_per_byte": 1e-9}
+        for ranks, nodes in ((2, 1), (4, 2))
+    ]
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "allreduce-a.json").write_text(json.dumps({"schema": 1, "kind": "allreduce", "fits": fits}))
+    with_bench = json.loads(run_plan(tmp_path, "--predict", "4,8", "--json").output)
+    assert [each["nodes"] for each in with_bench["options"]] == [2, 4]
+    assert any("allreduce-a.json, horovod" in warning for warning in with_bench["warnings"])
+    assert all(each["energy_j"] is None for each in with_bench["options"])
 
 
 def test_larger_batches_take_more_samples() -> None:

@@ -175,7 +175,7 @@ def test_published_series_are_predicted_from_their_small_sizes(
 
 
 def test_so_are_series_that_no_choice_was_made_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1, 8 and 16 GPUs, 8 a node, other frameworks, networks and models: no constant was set with them in view."""
+    """1, 8 and 16 GPUs, 8 a node, other frameworks, networks and models: the model was made without them."""
     monkeypatch.setattr(prediction, "NUM_RESAMPLES", 50)
     errors = series_errors("dlperf", 16, per_node=8)
     chosen, law = errors["chosen"], errors["law"]

@@ -7,6 +7,8 @@ import subprocess
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from tests import jobs
 
 DOCUMENTS = [jobs.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -22,9 +24,11 @@ def commands() -> list[str]:
     return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
+@pytest.mark.timeout(600)  # three minutes on two quiet cores
 def test_commands_run_as_they_stand(tmp_path: Path) -> None:
     """In the README's order, in an empty folder with the shipped jobs: a reader's first session."""
     (tmp_path / "configs").symlink_to(jobs.CONFIGS)
+    (tmp_path / "tests").symlink_to(jobs.ROOT / "tests")
     for name in SHOWN:
         shutil.copy(jobs.ROOT / "tests" / name, tmp_path)
     env = jobs.environment(PATH=f"{jobs.HPC_TRAIN.parent}:{jobs.environment()['PATH']}")

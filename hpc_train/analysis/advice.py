@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from hpc_train.analysis.costs import planned_work
+from hpc_train.analysis.budget import planned_work, points_of
 from hpc_train.analysis.plan import Plan, make_plan
 from hpc_train.analysis.plan_sheets import answer, sheets, short_answer
-from hpc_train.analysis.points import from_group
 from hpc_train.analysis.predict import predict
 from hpc_train.analysis.scaling import Group
 from hpc_train.analysis.tables import Sheet
@@ -33,7 +32,7 @@ def advice_of(group: Group) -> Advice:
     if group.baseline is None or group.largest is None:
         return Advice()
     try:
-        points = from_group(group)
+        points = points_of(group)
         plan = make_plan(predict(points), planned_work(group, points))
     except UserError as error:
         return Advice(notes=(f"No plan for the next run: {error.what}.",))

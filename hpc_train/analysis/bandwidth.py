@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpc_train.analysis.figures.canvas import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
+from hpc_train import rundir
+from hpc_train.analysis.figures.canvas import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, saved, styled
 from hpc_train.analysis.tables import Column, Sheet
 from hpc_train.analysis.words import percent, significant
 from hpc_train.network import LIMITS, OURS, PEERS, Fit, Row, fits, pair_ratios, size_text
@@ -133,30 +134,19 @@ def ratio_notes(rows: Sequence[Row]) -> list[str]:
 
 def write_figure(rows: Sequence[Row], path: Path) -> list[Path]:
     """Bus bandwidth against size, a panel for each place, as `path` with the endings .svg, .pdf and .png."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     chosen = _largest(places(rows))
-    rules: Any = {
-        "font.size": 8,
-        "axes.grid": True,
-        "grid.color": "#e4e4e4",
-        "pdf.fonttype": 42,
-        "axes.axisbelow": True,
-    }
-    with matplotlib.rc_context({**rules, "svg.hashsalt": path.name}):
-        width, height = _PANEL_INCHES
-        figure = Figure(figsize=(width * len(chosen) + 0.4, height), layout="constrained")
+    width, height = _PANEL_INCHES
+    with styled((width * len(chosen) + 0.4, height), 8, {"svg.hashsalt": path.name}) as figure:
         panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
         for axes, place in zip(panels, chosen, strict=True):
             paint(axes, rows, place)
         panels[0].set_ylabel("bus bandwidth (GB/s)")
         lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(lines.values(), lines, loc="outside upper center", ncols=4, frameon=False)
-        files = [path.with_suffix(f".{ending}") for ending in ("svg", "pdf", "png")]
-        for file in files:
-            figure.savefig(file, dpi=200)
-    return files
+        figure.legend(lines.values(), lines, loc="outside upper center", ncols=4)
+        contents = {path.with_suffix(f".{ending}"): saved(figure, ending, dpi=200) for ending in ("svg", "pdf", "png")}
+    for file, content in contents.items():
+        rundir.write_atomic(file, content)
+    return list(contents)
 
 
 def _largest(found: list[Place]) -> list[Place]:
@@ -194,5 +184,4 @@ def paint(axes: "Axes", rows: Sequence[Row], place: Place) -> None:
     ticks = [size for size in _TICKS if min(measured) <= size <= max(measured)]
     axes.set_xticks(ticks, [size_text(size) for size in ticks], rotation=45)
     axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
     axes.set(xlabel="size of the message", title=place_text(place))

@@ -6,7 +6,7 @@ from hpc_train.analysis.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.joules import Joules
 from hpc_train.analysis.scaling import num_ranks
 from hpc_train.analysis.tables import Column, Sheet, ranks_text
-from hpc_train.analysis.words import amount, plain, significant, times_text
+from hpc_train.analysis.words import amount, listed, plain, significant, times_text
 from hpc_train.records import PHASES
 
 _MOST_LACKING = 4  # of a run, named one by one
@@ -148,10 +148,10 @@ def _total(parts: dict[str, Joules]) -> Joules:
 
 
 def cost_notes(energy: GroupEnergy) -> list[str]:
-    """What must be known to read the tables of `cost_sheets`, the answer on more hardware first."""
+    """Whether more hardware pays, and what the energy of these runs lacks."""
     if not energy.known:
         return []
-    notes = [f"{verdict(energy)}."] if verdict(energy) else []
+    notes = [f"{verdict(energy).removesuffix('.')}."] if verdict(energy) else []  # it may end with "est."
     told: dict[str, dict[str, None]] = {}
     for row in energy.rows:
         for note in (note for run in row.runs for note in run.notes):
@@ -164,11 +164,18 @@ def cost_notes(energy: GroupEnergy) -> list[str]:
             "Energy marked part est. is a sum of measured and estimated joules, which scaling.csv and summary.json"
             " keep apart."
         )
-    notes.append(
+    return notes
+
+
+def cost_details(energy: GroupEnergy) -> list[str]:
+    """What must be known to read the tables of `cost_sheets`."""
+    if not energy.known:
+        return []
+    notes = [
         "Joules of a phase are the loop's, attributed by the phase's share of the ranks' time in steady steps: phases"
-        " last milliseconds and samples seconds, so no meter tells them apart; equal power in all is assumed."
-    )
-    notes.append(_peak_note(energy))
+        " last milliseconds and samples seconds, so no meter tells them apart; equal power in all is assumed.",
+        _peak_note(energy),
+    ]
     if len({run.summary.num_samples for row in energy.rows for run in row.row.runs}) > 1:
         notes.append(
             "Runs trained on different numbers of samples: joules times seconds of the loop are not of equal"
@@ -181,16 +188,12 @@ def _lacking_notes(row: RowEnergy) -> list[str]:
     who, gross = num_ranks(row.row.size), row.gross.lacking
     notes = []
     if gross:
-        notes.append(f"{who}: energy missing of {_named(gross)}. Missing is not zero: what is known is the least.")
+        of = listed(gross, _MOST_LACKING)
+        notes.append(f"{who}: energy missing of {of}. Missing is not zero: what is known is the least.")
     idle = tuple(part for part in row.net.lacking if part not in gross)
     if idle and len(idle) < sum(len(run.readings) for run in row.runs):  # else it was never asked for
-        notes.append(f"{who}: above idle is missing, for want of {_named(idle)}.")
+        notes.append(f"{who}: above idle is missing, for want of {listed(idle, _MOST_LACKING)}.")
     return notes
-
-
-def _named(parts: tuple[str, ...]) -> str:
-    more = len(parts) - _MOST_LACKING
-    return ", ".join(parts[:_MOST_LACKING]) + (f" and {more} more" if more > 0 else "")
 
 
 def _peak_note(energy: GroupEnergy) -> str:

@@ -10,8 +10,10 @@ from hpc_train.analysis.course import Course, course_of
 from hpc_train.analysis.joules import NONE, Joules, between, peak_w, whole
 from hpc_train.analysis.load import Run, attempts, disjoint, host_traces, section
 from hpc_train.analysis.scaling import positive
+from hpc_train.analysis.words import listed
 from hpc_train.records import JOB_WIDE, OWN_CORES, PHASES, Trace
 
+_MOST_HOSTS = 3  # named one by one
 ALL_NODES = "all nodes together"  # the host of a count that Slurm keeps for a whole step
 
 
@@ -35,6 +37,7 @@ class _Reading:
     loop_s: float  # how long the loop lasted; 0 where no step was recorded
     shared: bool
 
+    @cached_property
     def gross(self) -> Joules:
         return whole(self.trace, self.host, self.shared, self.lead_s + self.loop_s if self.loop_s else 0.0)
 
@@ -66,7 +69,7 @@ class RunEnergy:
 
     @cached_property
     def gross(self) -> Joules:
-        return self._whole(reading.gross() for reading in self.readings)
+        return self._whole(reading.gross for reading in self.readings)
 
     @cached_property
     def loop(self) -> Joules:
@@ -127,7 +130,7 @@ class RunEnergy:
         """gross by host; a host without readings is missing."""
         found: dict[str, Joules] = {}
         for reading in self.readings:
-            found[reading.host] = found.get(reading.host, NONE) + reading.gross()
+            found[reading.host] = found.get(reading.host, NONE) + reading.gross
         for host in self.unread:
             found[host] = found.get(host, NONE) + Joules(lacking=(host,))
         return found
@@ -142,7 +145,7 @@ class RunEnergy:
             here = self._places_on[reading.host]
             owners = _owners(reading, here, self._num_gpus[reading.host]) or here
             for place, weight in zip(owners, rest_weights(owners), strict=True):
-                part = reading.gross() * weight
+                part = reading.gross * weight
                 found[place.rank] += part if len(owners) == 1 else part.attributed()
         for host in self.unread:
             for place in self._places_on[host]:
@@ -311,11 +314,11 @@ def _above_idle(readings: list[_Reading], draws: dict[str, Any], given: bool) ->
     if everything is not None and not any(reading.trace.domain == "node" for reading in readings):
         node_w = everything  # given for all of a node's meters together
     if node_w is not None:
-        total = sum((reading.gross() for reading in readings), NONE).attributed()
+        total = sum((reading.gross for reading in readings), NONE).attributed()
         return total - Joules(estimated=node_w * max(reading.known_s for reading in readings))
     above = NONE
     for reading in readings:
-        gross, watts = reading.gross(), positive(draws.get(reading.trace.domain))
+        gross, watts = reading.gross, positive(draws.get(reading.trace.domain))
         if watts is None:
             above += Joules(lacking=(f"{reading.host} {reading.trace.domain} at rest",), shared=gross.shared)
             continue
@@ -332,18 +335,13 @@ def _notes(readings: list[_Reading], left_out: list[str], shared: dict[str, Any]
     if left_out:
         notes.append(f"Not added, since another domain of the node holds their joules: {', '.join(left_out)}")
     if with_others := sorted({reading.host for reading in readings if reading.shared}):
+        there = listed(with_others, _MOST_HOSTS)
         notes.append(
-            f"Shared: others may have used {_listed(with_others)} meanwhile, and the joules of a node are not this"
-            " job's alone"
+            f"Shared: others may have used {there} meanwhile, and the joules of a node are not this job's alone"
         )
     unknown = sorted(host for host in metered - {ALL_NODES} if shared.get(host) is None)
     if unknown:
-        notes.append(f"Whether others used {_listed(unknown)} meanwhile is not known")
+        notes.append(f"Whether others used {listed(unknown, _MOST_HOSTS)} meanwhile is not known")
     if lead_s > 1:
         notes.append(f"The meters ran {lead_s:.1f} s before the loop, which count in the whole and not in the loop")
     return notes
-
-
-def _listed(names: list[str]) -> str:
-    """A long list is told by its length."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,6 +1,7 @@
 """What the page says of one run: when, where and with what it ran."""
 
 from hpc_train.analysis.load import Run, section
+from hpc_train.analysis.words import listed
 
 
 def run_facts(run: Run) -> list[tuple[str, str]]:
@@ -9,13 +10,12 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     versions = ", ".join(f"{name} {version}" for name, version in section(meta, "versions").items())
     git = section(meta, "git")
     modified = " with uncommitted changes" if git.get("dirty") else ""
-    hosts = meta["hosts"][:8] + ([f"and {len(meta['hosts']) - 8} more"] if len(meta["hosts"]) > 8 else [])
     facts = {
         "name": run.summary.name,
         "started": meta.get("started", "unknown"),
         "ended": meta.get("ended", "not recorded"),
         "ranks": run.size,
-        "hosts": ", ".join(hosts),
+        "hosts": listed(meta["hosts"], 8),
         "CPU": meta.get("cpu_model", "unknown"),
         "steps": f"{run.summary.num_steps}, {run.summary.num_warmup} of them warm-up" + _attempts_text(run),
         "global batch": run.summary.global_batch,

@@ -53,5 +53,5 @@ def _list(notes: Sequence[str]) -> str:
 
 def _text(words: str) -> str:
     """Words that Markdown shows as they are, leading spaces too."""
-    words = re.sub("^ +", lambda spaces: "\N{NO-BREAK SPACE}" * len(spaces[0]), words)
-    return re.sub(r"([\\`*\[\]<|~]|(?<!\w)_|_(?!\w))", r"\\\1", plain(words))
+    indented = re.sub("^ +", lambda spaces: "\N{NO-BREAK SPACE}" * len(spaces[0]), plain(words))
+    return re.sub(r"([\\`*\[\]<|~]|(?<!\w)_|_(?!\w))", r"\\\1", indented)

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_train.analysis.models import LAST_MESSAGE_SHARE, Algorithm, Fit, TooFewSizes, expected_maximum, residual_scale
+from hpc_train.analysis.models import (
+    LAST_MESSAGE_SHARE,
+    Algorithm,
+    Fit,
+    TooFewSizes,
+    expected_maximum,
+    nonnegative,
+    residual_scale,
+)
 from hpc_train.analysis.points import Points
 from hpc_train.records import FloatArray, IntArray
 
@@ -141,13 +149,12 @@ def _input(points: Points, ranks: IntArray) -> FloatArray:
     """Waiting for input: per sample of a rank, and growing with the ranks that share the file system's bandwidth."""
     if points.input_s is None or not points.input_s.any():
         return np.zeros(len(ranks))
-    from scipy.optimize import nnls
 
     def columns(sizes: IntArray) -> FloatArray:
         share = points.share(sizes)
         return np.stack([share, share * sizes / points.largest], axis=1)
 
-    return np.asarray(columns(ranks) @ nnls(columns(points.ranks), points.input_s)[0])
+    return np.asarray(columns(ranks) @ nonnegative(columns(points.ranks), points.input_s))
 
 
 def _starts(names: tuple[str, ...], whole_s: float, overlap: float) -> list[FloatArray]:
@@ -166,8 +173,6 @@ def _solve(parts: _Parts, step_s: FloatArray, scale: FloatArray, start: FloatArr
     The law is linear on each side of the point where sending outlasts what hides it, so a Gauss-Newton step is a
     non-negative least-squares problem. Steps are halved while they do not lower the cost: that ends at the point, too.
     """
-    from scipy.optimize import nnls
-
     weights = 1 / (step_s * scale)
     prior = np.diag(np.array([name != "compute_s" for name in parts.names], dtype=float) / step_s[0])
 
@@ -180,9 +185,8 @@ def _solve(parts: _Parts, step_s: FloatArray, scale: FloatArray, start: FloatArr
         predicted, slope = parts.step_s(values)
         pull = weights * (1 + ((predicted - step_s) * weights / _OUTLIER) ** 2) ** -0.25
         columns = np.concatenate([slope * pull[:, None], prior])
-        size = np.abs(columns).max(axis=0)
         wanted = np.concatenate([(step_s - predicted + slope @ values) * pull, np.zeros(len(values))])
-        towards = nnls(columns / size, wanted)[0] / size - values
+        towards = nonnegative(columns, wanted) - values
         tried = ((cost_of(values + part * towards), part) for part in _PARTS_OF_A_STEP)
         lower, part = next(((each, part) for each, part in tried if each < cost * (1 - 1e-6)), (cost, 0.0))
         if not part:

@@ -80,7 +80,8 @@ def fit_contention(points: Points, with_coherence: bool) -> Fit:
         return np.asarray(columns(ranks) @ np.concatenate([values[:1], values[0] * values[1:]]))
 
     def refit(step_s: FloatArray) -> FloatArray:
-        solved = _nonnegative(columns(points.ranks), step_s, residual_scale(points))
+        weights = 1 / (step_s * residual_scale(points))
+        solved = nonnegative(columns(points.ranks) * weights[:, None], step_s * weights)
         return np.concatenate([solved[:1], solved[1:] / max(solved[0], 1e-300)])
 
     names = ("T1_s", "sigma", "kappa")[: 2 + start]
@@ -88,14 +89,12 @@ def fit_contention(points: Points, with_coherence: bool) -> Fit:
     return Fit("usl" if with_coherence else "amdahl", names, refit(points.step_s), predict, refit, form)
 
 
-def _nonnegative(columns: FloatArray, step_s: FloatArray, scale: FloatArray) -> FloatArray:
-    """Least squares of relative residuals with coefficients >= 0."""
+def nonnegative(columns: FloatArray, wanted: FloatArray) -> FloatArray:
+    """Least squares of `columns @ x` to `wanted` with x >= 0; columns may differ in size by powers of ten."""
     from scipy.optimize import nnls
 
-    weights = 1 / (step_s * scale)
-    size = np.abs(columns * weights[:, None]).max(axis=0)
-    solved, _ = nnls(columns * weights[:, None] / size, step_s * weights)
-    return np.asarray(solved / size)
+    size = np.maximum(np.abs(columns).max(axis=0), np.finfo(float).tiny)
+    return np.asarray(nnls(columns / size, wanted)[0] / size)
 
 
 def _need(points: Points, sizes: int) -> None:

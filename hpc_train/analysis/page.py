@@ -15,6 +15,8 @@ from hpc_train.analysis.parts import Part
 if TYPE_CHECKING:
     from hpc_train.analysis.report import Report
 
+_MOST_WHOLE, _FEW = 3, 4  # groups with all of their figures; figures of each where there are more groups
+
 
 def render(report: "Report") -> str:
     """The page as HTML. Everything from the runs is escaped by the template, and by `inline` inside figures."""
@@ -30,11 +32,13 @@ def render(report: "Report") -> str:
     common = set(facts[0]).intersection(*facts)
     assumptions = {run.assumption for run in runs if run.summary.energy_quality == "estimated"}
     parts = report.parts
+    brief = len(groups) > _MOST_WHOLE
     return environment.get_template("report.html.jinja").render(
         headlines=report.headlines,
         several=len(parts) > 1,
         version=hpc_train.__version__,
-        parts=[(part, _figures(part, f"p{index}")) for index, part in enumerate(parts)],
+        parts=[(part, _figures(part, f"p{index}", brief)) for index, part in enumerate(parts)],
+        brief=brief,
         notes=report.scaling.notes,
         with_strategies=bool(report.strategies),
         with_ranks=any(row.pop.factors and row.size > 1 for group in groups for row in group.rows),
@@ -50,7 +54,7 @@ def render(report: "Report") -> str:
     )
 
 
-def _figures(part: Part, ident: str) -> list[tuple[str, Markup]]:
-    """(caption, SVG) of a part's figures."""
-    made = drawings(part)
+def _figures(part: Part, ident: str, brief: bool) -> list[tuple[str, Markup]]:
+    """(caption, SVG) of a part's figures; brief: the first few of them."""
+    made = drawings(part)[: _FEW if brief else None]
     return [(drawing.caption, inline(drawing, f"{ident}-{number}")) for number, drawing in enumerate(made)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hpc_train.analysis.advice import Advice, advice_of
 from hpc_train.analysis.cost import GroupEnergy
-from hpc_train.analysis.cost_sheets import cost_notes, cost_sheets
+from hpc_train.analysis.cost_sheets import cost_details, cost_notes, cost_sheets
 from hpc_train.analysis.headlines import headline, strategy_headline
 from hpc_train.analysis.scaling import Group, Scaling
 from hpc_train.analysis.sheets import group_notes, sheets, strategy_notes, strategy_sheets
@@ -27,6 +27,7 @@ class Part:
     cost: GroupEnergy | None = None  # of a group
     study: TargetStudy | None = None  # of this group alone
     advice: Advice | None = None  # of a group
+    details: tuple[Sheet | str, ...] = ()  # of the sheets and notes: what the terminal leaves to the page
 
 
 def parts(
@@ -60,11 +61,22 @@ def parts(
 
 def _group_part(cost: GroupEnergy, study: TargetStudy | None, several: bool) -> Part:
     group = cost.group
-    tables, notes = [*sheets(group), *cost_sheets(cost)], [*group_notes(group), *cost_notes(cost)]
+    tables, notes = [*sheets(group)], [*group_notes(group), *cost_notes(cost)]
+    details: list[Sheet | str] = [*cost_sheets(cost), *cost_details(cost)]
     if study is not None:
-        tables += target_sheets(study)
         answer = target_headline(study)
-        notes += [f"{answer}."] * bool(answer) + target_notes(study)
+        notes += [f"{answer}."] * bool(answer)
+        details += [*target_sheets(study), *target_notes(study)]
     advice = advice_of(group)
-    answer = headline(group, several, advice.words)
-    return Part(group, group.label, answer, [*tables, *advice.sheets], [*notes, *advice.notes], cost, study, advice)
+    details += advice.sheets
+    return Part(
+        group,
+        group.label,
+        headline(group, several, advice.words),
+        [*tables, *(each for each in details if isinstance(each, Sheet))],
+        [*notes, *advice.notes, *(each for each in details if isinstance(each, str))],
+        cost,
+        study,
+        advice,
+        tuple(details),
+    )

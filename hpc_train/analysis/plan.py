@@ -1,17 +1,19 @@
 """How many nodes to ask for: predicted time, energy and node-hours held against what may be spent."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hpc_train.analysis.costs import Power, Work, node_steps, planned_work, power
-from hpc_train.analysis.points import Points, from_group
-from hpc_train.analysis.predict import Forecast, Prediction, predict
-from hpc_train.analysis.scaling import Group, Interval
+from hpc_train.analysis.budget import Power, Work, node_steps, power
+from hpc_train.analysis.points import Points
+from hpc_train.analysis.predict import Forecast, Prediction
+from hpc_train.analysis.scaling import Interval
 from hpc_train.analysis.words import duration_text, energy_amount, percent, significant
 from hpc_train.errors import UserError
 
+_UNSEEN = "all measured sizes are on one node, and nothing is known of what a second one costs"
+_SEE = "Run on 2 nodes, or measure the network: hpc-train bench allreduce, and --network FILE."
 FAR = 4.0  # times the largest measured size: candidates beyond are only looked at where --max-nodes asks for them
 
 
@@ -56,10 +58,11 @@ class Plan:
     limits: Limits
     power: Power | None
     options: tuple[Option, ...]  # by nodes
-    chosen: Option | None  # None: nothing keeps the limits
+    chosen: Option | None  # None: nothing keeps the limits, or sizes were only asked about
     reason: str  # what the choice went by
     why_not_larger: str
     why_not_smaller: str
+    is_forecast: bool  # sizes were named and no budget: nothing is to be chosen
     warnings: tuple[str, ...] = field(default=())
 
 
@@ -79,19 +82,13 @@ def make_plan(
     _check(limits, work, joules)
     ranks = _sizes(prediction, limits, sizes)
     options = tuple(_option(each, prediction.points, work, joules, limits) for each in prediction.at(ranks))
-    chosen, reason = _choose(options, limits)
+    is_forecast = bool(sizes) and not limits.any_budget
+    chosen, reason = (None, "these sizes were asked about") if is_forecast else _choose(options, limits)
     larger, smaller = _why_not(options, chosen, prediction, limits)
     warnings = _warnings(prediction, chosen or options[-1], limits)
-    return Plan(prediction, work, limits, joules, options, chosen, reason, larger, smaller, tuple(warnings))
-
-
-def recommend(group: Group) -> Plan | None:
-    """The plan that a report shows: no limits, the work that the runs were set to; None where nothing is predicted."""
-    try:
-        points = from_group(group)
-        return make_plan(predict(points), planned_work(group, points))
-    except UserError:
-        return None
+    return Plan(
+        prediction, work, limits, joules, options, chosen, reason, larger, smaller, is_forecast, tuple(warnings)
+    )
 
 
 def _check(limits: Limits, work: Work | None, joules: Power | None) -> None:
@@ -111,23 +108,20 @@ def _sizes(prediction: Prediction, limits: Limits, sizes: Sequence[int]) -> list
     """Numbers of ranks to look at."""
     points = prediction.points
     per_node = points.ranks_per_node or 1
+    batch = int(points.batch) if not points.weak and points.batch > 1 else None
     if sizes:
-        ranks = sorted(set(sizes))
-    else:
-        largest = int(points.nodes(points.ranks)[-1])
-        most = limits.max_nodes or int(FAR * largest)
+        for size in sizes:
+            if not prediction.reachable(size):
+                raise UserError(f"--predict {size}: {_UNSEEN}", _SEE)
+            if batch is not None and size > batch:
+                raise UserError(f"--predict {size}: the global batch is {batch}", "Give no more ranks than samples.")
+        return sorted(set(sizes))
+    if prediction.reachable(2 * per_node):
+        most = limits.max_nodes or int(FAR * points.nodes(points.ranks)[-1])
         ranks = [nodes * per_node for nodes in node_steps(most)]
-        if not prediction.reachable(2 * per_node):  # one node is all that is known: look at parts of it
-            ranks = [size for size in node_steps(per_node) if size >= points.ranks[0]]
-    if not points.weak and points.batch > 1:
-        ranks = [size for size in ranks if size <= points.batch] or [points.largest]
-    reachable = [size for size in ranks if prediction.reachable(size)]
-    if not reachable:
-        raise UserError(
-            f"{points.label}: all measured sizes are on one node, so nothing is known of what a second one costs",
-            "Run on 2 nodes, or measure the network: hpc-train bench allreduce, and --network FILE.",
-        )
-    return reachable
+    else:  # one node is all that is known: look at parts of it
+        ranks = [size for size in node_steps(per_node) if size >= points.ranks[0]]
+    return [size for size in ranks if batch is None or size <= batch] or [points.largest]
 
 
 def _option(forecast: Forecast, points: Points, work: Work | None, joules: Power | None, limits: Limits) -> Option:
@@ -143,18 +137,13 @@ def _option(forecast: Forecast, points: Points, work: Work | None, joules: Power
     nodes = forecast.nodes
     hours = nodes * time_s / 3600
     option = Option(forecast, time_s, span, hours, (nodes * span[0] / 3600, nodes * span[1] / 3600))
-    energy, energy_span = None, None
     if joules is not None:
         times, counts = np.array([time_s, *span]), samples * np.array([1.0, 1 - more, 1 + more])
         middle, least, most = joules.joules(np.full(3, nodes), times, counts)
         wide = 1.96 * joules.relative_error * middle
-        energy = float(middle)
-        energy_span = (
-            float(max(middle - np.hypot(middle - least, wide), 0.0)),
-            float(middle + np.hypot(most - middle, wide)),
-        )
-    whole = Option(forecast, time_s, span, hours, option.node_hours_interval, energy, energy_span)
-    return Option(**{**vars(whole), "broken": tuple(_broken(whole, limits))})
+        low_j, high_j = middle - np.hypot(middle - least, wide), middle + np.hypot(most - middle, wide)
+        option = replace(option, energy_j=float(middle), energy_interval_j=(float(max(low_j, 0.0)), float(high_j)))
+    return replace(option, broken=tuple(_broken(option, limits)))
 
 
 def _broken(option: Option, limits: Limits) -> list[str]:
@@ -254,6 +243,11 @@ def _warnings(prediction: Prediction, chosen: Option, limits: Limits) -> list[st
             0,
             f"Extrapolated: {chosen.forecast.ranks} ranks are {beyond:.3g} times the largest measured"
             f" ({points.largest}).{far}",
+        )
+    if prediction.chosen.model == "mechanistic" and chosen.forecast.step_interval_s[1] > 1.5 * chosen.forecast.step_s:
+        warnings.append(
+            f"Up to {points.largest} ranks communication may hide behind the backward pass, and these sizes do not tell"
+            " where it no longer can: a larger size, or --network, narrows the interval."
         )
     if prediction.chosen.error is None:
         warnings.append(f"The model could not be tested on sizes it had not seen: {prediction.chosen.reason}.")

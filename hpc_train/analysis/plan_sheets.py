@@ -5,6 +5,7 @@ from typing import Any
 
 from hpc_train.analysis.plan import Option, Plan, nodes_text
 from hpc_train.analysis.predict import Candidate, Forecast, Prediction
+from hpc_train.analysis.scaling import num_ranks
 from hpc_train.analysis.tables import Column, Sheet
 from hpc_train.analysis.words import duration_text, energy_amount, percent, significant, with_interval
 
@@ -19,14 +20,15 @@ def short_answer(plan: Plan) -> str | None:
 def answer(plan: Plan) -> list[str]:
     """The answer in sentences, the recommendation first."""
     points, chosen = plan.prediction.points, plan.chosen
+    if plan.is_forecast:
+        about = [f"For {plan.work.words}, in the training loop."] if plan.work else []
+        return [*(f"{_where(option, plan)}: {_takes(option, plan)}" for option in plan.options), *about]
     if chosen is None:
         broken = "; ".join(
             f"{nodes_text(points, option)}: {' and '.join(option.broken)}" for option in plan.options[-1:]
         )
         return [f"Nothing to ask for: {plan.reason}. The largest looked at may break it, too: {broken}"]
-    size = nodes_text(points, chosen)
-    ranks = f" ({chosen.forecast.ranks} ranks)" * ("node" in size)
-    lines = [f"Ask for {size}{ranks}: {_takes(chosen, plan)}", f"Why: {plan.reason}."]
+    lines = [f"Ask for {_where(chosen, plan)}: {_takes(chosen, plan)}", f"Why: {plan.reason}."]
     if plan.why_not_smaller:
         lines.append(f"Not fewer: {plan.why_not_smaller}.")
     if plan.why_not_larger:
@@ -37,6 +39,12 @@ def answer(plan: Plan) -> list[str]:
         kind = "estimated by the runs" if plan.power.quality == "estimated" else "of the meters that the runs had"
         lines.append(f"Energy: {kind}; {plan.power.assumed}.")
     return lines
+
+
+def _where(option: Option, plan: Plan) -> str:
+    """ "8 nodes (32 ranks)"."""
+    size = nodes_text(plan.prediction.points, option)
+    return f"{size} ({num_ranks(option.forecast.ranks)})" if "node" in size else size
 
 
 def _takes(option: Option, plan: Plan) -> str:
@@ -77,7 +85,9 @@ def _options_sheet(plan: Plan) -> Sheet:
             cells.append(with_interval(forecast.step_s * 1e3, (low * 1e3, high * 1e3)))
             cells.append(significant(forecast.samples_per_s, 4))
         rows.append((*cells, percent(forecast.efficiency, 0)))
-    title = "What could be asked for (95% intervals; <- recommended)"
+    title = (
+        "Predicted (95% intervals)" if plan.is_forecast else "What could be asked for (95% intervals; <- recommended)"
+    )
     return Sheet(title, tuple(map(Column, [*titles, "efficiency"])), tuple(rows))
 
 
@@ -115,6 +125,7 @@ def record(plan: Plan) -> dict[str, Any]:
         "answer": answer(plan),
         "nodes": plan.chosen.nodes if plan.chosen else None,
         "ranks": plan.chosen.forecast.ranks if plan.chosen else None,
+        "is_forecast": plan.is_forecast,
         "reason": plan.reason,
         "why_not_larger": plan.why_not_larger,
         "why_not_smaller": plan.why_not_smaller,

@@ -101,6 +101,8 @@ def from_group(group: Group) -> Points:
         raise UserError(f"{group.label}: no complete run has steady steps", "Plan from runs that reached their end.")
     timed = [row.step_s or 0.0 for row in rows]
     per_node, notes = _ranks_per_node(rows)
+    if any(row.num_servers for row in rows):
+        notes.append("A parameter server's ranks are counted with its servers, and the models' rings are not its law.")
     parameters = {row.stated("num_parameters") for row in rows}
     num_parameters = parameters.pop() if len(parameters) == 1 else None
     waits = [row.phase_s.get("data") for row in rows]
@@ -148,8 +150,8 @@ def _joules_per_step(row: Row) -> float:
 
 def _noise(runs: Sequence[Run]) -> float | None:
     """The mean over runs on several ranks of what the balance of their ranks says, where it was computed."""
-    known = [getattr(getattr(run, "balance", None), "noise", None) for run in runs if run.size > 1]
-    values = [value for value in map(positive, known) if value is not None]
+    known = [positive(run.balance.noise) for run in runs if run.size > 1 and run.balance is not None]
+    values = [value for value in known if value is not None]
     return fmean(values) if values else None
 
 

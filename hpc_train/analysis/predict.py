@@ -27,7 +27,7 @@ _NUM_FOLDS = 3  # how many of the largest sizes are held out, one after the othe
 _CLEARLY = 0.5  # a model replaces one before it in the order when it misses by less than this share of its error
 _NOTICEABLE = 0.02  # and by this much less: what two runs of one job may differ by anyway
 # Relative standard deviation of a prediction per square root of a doubling beyond the data, at least: what the model
-# misses published series by (tests/scaling). More where no size could be held out from these points themselves.
+# misses published series by (both of tests/scaling). More where no size could be held out from the points themselves.
 DRIFT, UNTESTED_DRIFT = 0.03, 0.04
 
 
@@ -105,11 +105,17 @@ class Prediction:
         return self.chosen.model != "mechanistic" or not crosses_unseen_boundary(self.points, ranks)
 
     def at(self, sizes: Sequence[int]) -> tuple[Forecast, ...]:
-        """The forecast at each number of ranks; `sizes` must be `reachable`."""
+        """The forecast at each number of ranks; `sizes` must be `reachable`. Raises `UserError` for a time below 0."""
         fit, points = self.chosen.fit, self.points
         assert fit is not None
         ranks = np.asarray(sizes, dtype=int)
         middle = fit(ranks)
+        if (middle <= 0).any():
+            nonsense = int(ranks[middle <= 0][0])
+            raise UserError(
+                f"{points.label}: the {fit.model} model has no time above 0 at {num_ranks(nonsense)}",
+                "Choose another --model, or measure larger sizes.",
+            )
         draws = np.stack([fit.predict(values, ranks) for values in self.draws])
         beyond = np.maximum(ranks / points.largest, 1.0)
         low, high = np.log(np.maximum(np.quantile(draws, [0.025, 0.975], axis=0), 1e-300) / middle)

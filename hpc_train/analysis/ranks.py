@@ -9,7 +9,7 @@ import numpy as np
 
 from hpc_train.analysis.balance import Balance, Tally
 from hpc_train.analysis.clocks import Clocks, Hosts, clocks_of, hosts_of
-from hpc_train.analysis.words import amount
+from hpc_train.analysis.words import amount, listed
 from hpc_train.config import Reduce
 from hpc_train.records import PHASES, TIMING_COLUMNS, BadRecord, FloatArray, IntArray
 from hpc_train.rundir import RunDir
@@ -184,6 +184,4 @@ def _check_aligned(path: Path, whole: Timings, timings: Timings, aligned: IntArr
 
 def ranks_text(ranks: Sequence[int]) -> str:
     """[0, 3] -> "ranks 0, 3"; a long list is told by its length."""
-    named = ", ".join(str(rank) for rank in ranks[:5])
-    named += f" and {len(ranks) - 5} more" if len(ranks) > 5 else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {named}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(list(map(str, ranks)), 5)}"

@@ -9,11 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rich import box
-from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 import hpc_train
@@ -31,6 +29,7 @@ from hpc_train.analysis.strategies import Comparison, Entry, compare_strategies
 from hpc_train.analysis.tables import Sheet
 from hpc_train.analysis.target import TargetStudy, studies_of
 from hpc_train.analysis.target_sheets import TARGET_COLUMNS, records_by_run, study_record
+from hpc_train.analysis.terminal import fitted
 from hpc_train.analysis.words import plain
 from hpc_train.errors import UserError
 from hpc_train.records import PHASES
@@ -95,13 +94,18 @@ class Report:
         return [part.headline for part in self.parts if part.headline]
 
     def print(self, console: Console) -> None:
-        """The tables in the terminal; nothing is cut short, whatever its width."""
+        """The tables in the terminal, without details; nothing is cut short, whatever its width."""
         for part in self.parts:
             console.print(Text(part.headline or plain(part.label), style="bold"), "")
             for sheet in part.sheets:
-                console.print(Text(sheet.title), fitted(sheet, console.width), sep="\n")
+                if sheet not in part.details:
+                    console.print(Text(sheet.title), fitted(sheet, console.width), sep="\n")
             for note in part.notes:
-                console.print(Text(f"- {plain(note)}"))
+                if note not in part.details:
+                    console.print(Text(f"- {plain(note)}"))
+            if more := [each.title for each in part.details if isinstance(each, Sheet)]:
+                titles = dict.fromkeys(title.partition(" (")[0].partition(", ")[0] for title in more)
+                console.print(Text(f"- On the page and by --format md: {'; '.join(titles)}."))
             console.print()
         for note in self.scaling.notes:
             console.print(Text(f"- {plain(note)}"))
@@ -190,32 +194,6 @@ def default_output(paths: Sequence[Path]) -> Path:
         return common.relative_to(here) / "report"
     beside = common in given or {path.parent for path in given} == {common}
     return common / "report" if beside else Path("report")
-
-
-def fitted(sheet: Sheet, width: int) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="")
-    widths = []
-    for index, column in enumerate(sheet.columns):
-        cells = [len(row[index]) for row in sheet.rows]
-        widths.append(max([*cells, *(len(word) for word in column.title.split())]))
-    spare = width - sum(widths) - len(widths) - 1
-    for index, column in enumerate(sheet.columns):
-        # Text gives way where room is short; a title goes on one line where there is room.
-        least = min(widths[index], 12) if column.is_text else widths[index]
-        wanted = max(least, min(max(widths[index], len(column.title)), widths[index] + spare))
-        spare -= wanted - widths[index]
-        widths[index] = wanted
-        side: Literal["left", "right"] = "left" if column.is_text else "right"
-        table.add_column(Text(column.title), justify=side, overflow="fold", width=widths[index])
-    for row in sheet.rows:
-        table.add_row(*(Text(cell) for cell in row))
-    if spare >= 0:
-        return table
-    lines = [
-        ", ".join(f"{column.title} {cell}" for column, cell in zip(sheet.columns, row, strict=True))
-        for row in sheet.rows
-    ]
-    return Text("\n" + "\n".join(lines) + "\n")
 
 
 def write_report(report: Report, output_dir: Path) -> Path:

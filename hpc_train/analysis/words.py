@@ -1,5 +1,6 @@
 """Numbers and names in words: units, digits and intervals, the same in the terminal and on the page."""
 
+from collections.abc import Sequence
 from math import floor, isfinite, log10
 
 from hpc_train.records import Energy
@@ -8,6 +9,12 @@ from hpc_train.records import Energy
 def plain(text: str) -> str:
     """Text from a file, safe for a terminal: control characters are shown as a replacement character."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """ "a, b and 7 more": a long list is told by its length."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def significant(value: float | None, digits: int = 3) -> str:
@@ -66,10 +73,8 @@ def duration_text(seconds: float | None, interval: tuple[float, float] | None = 
     """ "5.20 h", or "5.20 h (4.9-5.6)": three digits in the unit that people plan in."""
     if seconds is None:
         return "-"
-    units = (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
+    units = (("years", 365.25 * 86400), ("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
     unit, length = next((each for each in units if seconds >= 2 * each[1]), units[-1])
-    if seconds >= 1e7:  # node counts are for months at most: beyond, people calculate with seconds
-        unit, length = "s", 1.0
     return f"{significant(seconds / length)} {unit}{_between(interval, length)}"
 
 

@@ -21,8 +21,10 @@ import click
 import numpy as np
 from torch import nn
 
-from hpc_train.records import PHASES, read_timings
+from hpc_train.network import Fit
+from hpc_train.records import PHASES
 from hpc_train.rundir import find
+from hpc_train.timings import read_timings
 from hpc_train.train.buckets import NUM_NOTES, decays, make_buckets
 from tests import jobs
 from tests.cluster.slurm import NODES, Cluster, why_not
@@ -115,14 +117,9 @@ def measure(
                 strategy,
                 compression,
                 sum(sizes),
-                sum(seconds(fit, size) for size in sizes),
+                sum(Fit(**fit).seconds(size) for size in sizes),
                 exposed_s(cluster, folder, f"{link}-{strategy}-{compression}", strategy, compression, steps, data),
             )
-
-
-def seconds(fit: dict[str, float], num_bytes: int) -> float:
-    ranks = fit["ranks"]
-    return 2 * (ranks - 1) * (fit["alpha_s"] + num_bytes / ranks * fit["beta_s_per_byte"])
 
 
 def message_bytes(strategy: str, compression: str) -> list[int]:

@@ -8,7 +8,7 @@ import pytest
 from tests.benchmarks.link import HIDDEN, measure
 from tests.cluster.slurm import Cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.thorough, pytest.mark.timeout(900)]
 
 
 def test_a_slow_link_is_predicted_by_its_benchmark(cluster: Cluster, tmp_path: Path) -> None:

@@ -96,7 +96,10 @@ def _blend(color: str, share: float) -> tuple[float, float, float]:
 
 
 def map_drawing(group: Group) -> Drawing | None:
-    """Ranks by time: who comes late to the reductions. Of the run that lost most to it at the largest size."""
+    """Ranks by time: who comes late to the reductions. Of the run that lost most to it at the largest size.
+
+    None where nobody is ever late.
+    """
     found = _shown(group)
     if found is None:
         return None
@@ -127,7 +130,7 @@ def _shown(group: Group) -> tuple[Run, Waiting, Arrivals] | None:
         known = [
             (run, waiting, run.balance.arrivals)
             for run, waiting in zip(row.runs, row.waiting, strict=True)
-            if run.balance is not None and run.balance.arrivals is not None
+            if run.balance is not None and run.balance.arrivals is not None and run.balance.arrivals.map_s.any()
         ]
         if known:
             return max(known, key=lambda each: each[1].share)

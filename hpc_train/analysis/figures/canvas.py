@@ -61,7 +61,7 @@ class Drawing:
 def inline(drawing: Drawing, ident: str) -> Markup:
     """The drawing as an <svg> element to stand inside HTML: ids of its own, a title, no outside reference."""
     with _painted(drawing, PAGE_WIDTH, {"svg.fonttype": "none", "svg.hashsalt": ident}) as figure:
-        text = _saved(figure, "svg", transparent=True, metadata=_NO_DATE).decode()
+        text = saved(figure, "svg", transparent=True, metadata=_NO_DATE).decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # HTML knows both
@@ -79,26 +79,33 @@ def files(drawing: Drawing) -> dict[str, bytes]:
     """The drawing for a proposal, by the ending of the file's name: as wide as a column, with its fonts inside."""
     with _painted(drawing, COLUMN_WIDTH, {"svg.fonttype": "path", "svg.hashsalt": drawing.name}) as figure:
         described = {"Title": drawing.caption, "Subject": drawing.told, "CreationDate": None, "Producer": None}
-        pdf = _saved(figure, "pdf", metadata=described)
-        svg = _saved(figure, "svg", metadata=_NO_DATE | {"Title": drawing.caption, "Description": drawing.told})
+        pdf = saved(figure, "pdf", metadata=described)
+        svg = saved(figure, "svg", metadata=_NO_DATE | {"Title": drawing.caption, "Description": drawing.told})
     told = escape(drawing.told)
     return {"pdf": pdf, "svg": re.sub(rb"(<svg [^>]*>)", rf"\1<title>{told}</title>".encode(), svg, count=1)}
 
 
 @contextmanager
 def _painted(drawing: Drawing, width: float, style: dict[str, Any]) -> "Iterator[Figure]":
-    """The figure, `width` inches wide. No pyplot: nothing global is touched."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    rules: Any = {**_STYLE, "font.size": _FONTS[width], **style}
-    with matplotlib.rc_context(rules):
-        figure = Figure(figsize=(width, width * drawing.height), layout="constrained")
+    """The figure, `width` inches wide."""
+    with styled((width, width * drawing.height), _FONTS[width], style) as figure:
         drawing.paint(figure.subplots())
         yield figure
 
 
-def _saved(figure: "Figure", kind: str, **how: Any) -> bytes:
+@contextmanager
+def styled(size: tuple[float, float], font: float, style: dict[str, Any]) -> "Iterator[Figure]":
+    """An empty figure of `size` inches with letters of `font` points. No pyplot: nothing global is touched."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rules: Any = {**_STYLE, "font.size": font, **style}
+    with matplotlib.rc_context(rules):
+        yield Figure(figsize=size, layout="constrained")
+
+
+def saved(figure: "Figure", kind: str, **how: Any) -> bytes:
+    """The figure as the content of a file: "svg", "pdf" or "png"."""
     file = io.BytesIO()
     figure.savefig(file, format=kind, **how)
     return file.getvalue()

@@ -168,7 +168,7 @@ def _paint_phases(axes: "Axes", rows: Sequence[RowEnergy]) -> None:
         axes.bar(range(len(rows)), heights, 0.62, below, edgecolor=edge, hatch=hatch, **how)
         below = [base + height for base, height in zip(below, heights, strict=True)]
     legend_above(axes, 3)
-    bars_by_size(axes, [row.row for row in rows], f"energy per sample ({unit}), attributed")
+    bars_by_size(axes, [row.row for row in rows], f"energy per sample ({unit})")
 
 
 # ---------------------------------------------------------------------------------------------- by speedup

@@ -6,8 +6,9 @@ import numpy as np
 
 from hpc_train.analysis.figures.canvas import BLACK, BLUE, GREY, SKY, VERMILLION, WHITE, Drawing, thinned
 from hpc_train.analysis.plan import Plan
+from hpc_train.analysis.predict import curve_sizes
 from hpc_train.analysis.scaling import num_ranks
-from hpc_train.analysis.words import amount, percent, significant
+from hpc_train.analysis.words import percent, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,8 +57,7 @@ def _paint(axes: "Axes", plan: Plan, asked: str) -> None:
     prediction = plan.prediction
     points = prediction.points
     most = max([points.largest, *(option.forecast.ranks for option in plan.options)])
-    sizes = np.unique(np.geomspace(points.ranks[0], most, _NUM_POINTS).round().astype(int)).tolist()
-    sizes = [size for size in sorted({*sizes, points.largest}) if prediction.reachable(size)]
+    sizes = curve_sizes(prediction, most / points.largest, _NUM_POINTS)
     curve = prediction.at(sizes)
     low, high = zip(*(each.samples_per_s_interval for each in curve), strict=True)
     rates = points.samples(points.ranks) / points.step_s
@@ -82,10 +82,13 @@ def _paint(axes: "Axes", plan: Plan, asked: str) -> None:
 
 
 def _scale(axes: "Axes", sizes: list[int]) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator
+
     sizes = sorted(set(sizes))
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(lambda value, _: amount(value, "").replace(" ", ""))
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.minorticks_off()
     places = [float(np.log2(size)) for size in sizes]
     shown = [sizes[index] for index in thinned(places, (places[-1] - places[0]) / 11)]

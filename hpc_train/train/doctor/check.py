@@ -59,6 +59,7 @@ class Finding:
     ranks: tuple[int, ...] = ()
 
     def to_dict(self, name: str, answers: Sequence[Answer]) -> dict[str, Any]:
+        """As plain values for JSON, with what each rank saw."""
         some = [answer for answer in answers if answer.rank in self.ranks]
         return {
             "check": name,
@@ -130,12 +131,3 @@ def time_text(seconds: float) -> str:
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"
-
-
-def size_text(num_bytes: float) -> str:
-    """ "16 MiB": powers of two, as memory and messages have them."""
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
-        if num_bytes < 1024 or unit == "TiB":
-            break
-        num_bytes /= 1024
-    return f"{num_bytes:.3g} {unit}"

@@ -11,14 +11,12 @@ from pathlib import Path
 from time import perf_counter, sleep, thread_time
 from typing import Any
 
-from hpc_train.train.context import Context
 from hpc_train.train.doctor.check import Answer, Finding, Subject, Values, by_host, counted, ranks_of
 from hpc_train.train.sensors.choose import choose
 
 _ALONE_S, _TOGETHER_S = 0.1, 0.3
 _ENOUGH = 0.6  # of a core for each thread: two hyper-threads of one core compute at 0.6 to 0.7 each
 _BLOCK = bytes(1 << 16)  # hashing it lets go of Python's lock
-_IDLE_S = 0.002
 _METER_S = 0.05
 _NVIDIA = Path("proc/driver/nvidia/gpus")
 _AMD = Path("sys/class/kfd/kfd/topology/nodes")
@@ -35,9 +33,9 @@ def look_cores(subject: Subject) -> Values:
     context, cores = subject.context, sorted(os.sched_getaffinity(0))
     threads = _threads(subject, len(cores))
     alone = _compute(1, _ALONE_S) if context.world.local_rank == 0 else None
-    _wait_asleep(context)
+    context.wait_asleep()
     together = _compute(threads, _TOGETHER_S)
-    _wait_asleep(context)
+    context.wait_asleep()
     rates = {host: work.rate for host, work in context.all((context.world.host, alone)) if work is not None}
     return {
         "cores": cores,
@@ -82,15 +80,8 @@ def _compute(num_threads: int, seconds: float) -> _Work:
     return _Work(sum(count for count, _ in done) / spent_s, sum(used for _, used in done) / num_threads / spent_s)
 
 
-def _wait_asleep(context: Context) -> None:
-    """Collective. A barrier at which ranks that wait leave their cores to those that measure."""
-    if context.comm is not None:
-        request = context.comm.Ibarrier()
-        while not request.Test():
-            sleep(_IDLE_S)
-
-
 def judge_cores(answers: Sequence[Answer]) -> Finding:
+    """Whether threads have cores of their own."""
     hosts = by_host(answers)
     crowded = [words for host, ranks in hosts.items() if (words := _crowded(host, ranks))]
     slow = [answer for answer in answers if min(answer.values["share"], answer.values["speed"]) < _ENOUGH]
@@ -161,6 +152,7 @@ def _of_driver(root: Path) -> int:
 
 
 def judge_gpu(answers: Sequence[Answer]) -> Finding:
+    """Whether each rank has a GPU of its own, and it computes."""
     values = answers[0].values
     broken = [answer for answer in answers if answer.values["error"]]
     if broken:
@@ -238,6 +230,7 @@ def look_meters(subject: Subject) -> Values:
 
 
 def judge_meters(answers: Sequence[Answer]) -> Finding:
+    """Whether energy can be measured here, and by what."""
     looked = [answer for answer in answers if answer.values]
     locked = [answer for answer in looked if answer.values["rapl_zones"]]
     if locked:

@@ -4,12 +4,12 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from time import perf_counter_ns, time_ns
+from collections.abc import Mapping, Sequence
+from time import time_ns
 
 import numpy as np
 
-from hpc_train.train.context import Context
+from hpc_train.train.context import Context, compared_clocks
 from hpc_train.train.doctor import carriers
 from hpc_train.train.doctor.check import Answer, Finding, Status, Subject, Values, by_host, counted, ranks_of, time_text
 
@@ -23,7 +23,6 @@ _SLURM = (
     "SLURM_JOB_NUM_NODES",
     "SLURM_CPUS_PER_TASK",
 )
-_EXCHANGES = 10
 _OFF_WARN_S, _OFF_FAIL_S = 0.1, 10.0
 _FORK_SAFE = ("RDMAV_FORK_SAFE", "IBV_FORK_SAFE")
 _COPIES_PINNED_PAGES = (5, 12)  # since then a fork copies the pages that an adapter writes to, and needs no variable
@@ -51,6 +50,7 @@ def launched_by_srun(environ: Mapping[str, str]) -> bool:
 
 
 def judge_slurm(answers: Sequence[Answer]) -> Finding:
+    """Whether Slurm counts ranks as MPI does, and the job uses what it was given."""
     inside = [answer for answer in answers if "SLURM_JOB_ID" in answer.values["slurm"]]
     if not inside:
         return Finding("n/a", "not in a Slurm job")
@@ -110,38 +110,13 @@ def _amounts(inside: Sequence[Answer], answers: Sequence[Answer]) -> Finding:
 
 def look_clocks(subject: Subject) -> Values:
     """Collective. This rank's wall clock minus the root's, and by how much that may be wrong, in seconds."""
-    found = subject.context.all(_offsets_ns(subject.context, time_ns))[0]
+    found = subject.context.all(compared_clocks(subject.context, time_ns))[0]
     offset_ns, error_ns = found[subject.context.world.rank]
     return {"offset_s": offset_ns / 1e9, "error_s": error_ns / 1e9}
 
 
-def _offsets_ns(context: Context, now_ns: Callable[[], int]) -> list[tuple[int, int]]:
-    """Collective. On the root, of each rank: (its clock minus the root's, half the round trip), in ns.
-
-    The exchange with the shortest round trip tells best (Cristian, "Probabilistic clock synchronization", 1989).
-    """
-    comm, world, stamp = context.comm, context.world, np.empty(1, np.int64)
-    if not world.is_root:
-        for _ in range(_EXCHANGES):
-            comm.Recv(stamp, source=0)
-            stamp[0] = now_ns()
-            comm.Send(stamp, dest=0)
-        return []
-    found = [(0, 0)]
-    for rank in range(1, world.size):
-        trips = []
-        for _ in range(_EXCHANGES):
-            sent_ns, began_ns = now_ns(), perf_counter_ns()
-            comm.Send(stamp, dest=rank)
-            comm.Recv(stamp, source=rank)
-            half_ns = (perf_counter_ns() - began_ns) // 2
-            trips.append((half_ns, int(stamp[0]) - sent_ns - half_ns))
-        half_ns, offset_ns = min(trips)
-        found.append((offset_ns, half_ns))
-    return found
-
-
 def judge_clocks(answers: Sequence[Answer]) -> Finding:
+    """Whether the hosts' times of day agree."""
     if len(answers) == 1:
         return Finding("n/a", "one rank, one clock")
     worst = max(answers, key=lambda answer: abs(answer.values["offset_s"]))
@@ -196,6 +171,7 @@ def _received(context: Context, buffer: np.ndarray | None = None) -> np.ndarray:
 
 
 def judge_fork(answers: Sequence[Answer]) -> Finding:
+    """Whether processes can be started, and leave MPI's memory alone."""
     refused = [answer for answer in answers if answer.values["spawn_error"] or answer.values["fork_error"]]
     if refused:
         values = refused[0].values

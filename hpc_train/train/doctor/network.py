@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from hpc_train.network import size_text
 from hpc_train.train.context import Context
 from hpc_train.train.doctor import carriers
-from hpc_train.train.doctor.check import Answer, Finding, Subject, Values, by_host, ranks_of, size_text, time_text
+from hpc_train.train.doctor.check import Answer, Finding, Subject, Values, by_host, ranks_of, time_text
 
 _SIZES = (1 << 18, 1 << 22, 1 << 24)  # bytes; larger ones while they take no longer than:
 _MOST_S = 0.1
@@ -53,6 +54,7 @@ def _all_reduce(context: Context, num_bytes: int) -> tuple[float, int]:
 
 
 def judge_all_reduce(answers: Sequence[Answer]) -> Finding:
+    """Whether sums are right, and how fast."""
     wrong = [answer for answer in answers if answer.values["num_wrong"]]
     if wrong:
         values = wrong[0].values
@@ -96,6 +98,7 @@ def look_transport(subject: Subject) -> Values:
 
 
 def judge_transport(answers: Sequence[Answer]) -> Finding:
+    """What carried the sums, and whether something faster is there."""
     if len(answers) == 1:
         return Finding("n/a", "one rank: nothing travels")
     # Whatever a ring's links are, each of these carries less than a tenth only where it is not among them.

@@ -7,8 +7,9 @@ from typing import Any
 
 from hpc_train.config import Config
 from hpc_train.errors import UserError
+from hpc_train.network import size_text
 from hpc_train.train.context import Context
-from hpc_train.train.doctor.check import Answer, Finding, Subject, Values, size_text
+from hpc_train.train.doctor.check import Answer, Finding, Subject, Values
 from hpc_train.train.inspect.place import file_system, stripe_count
 from hpc_train.world import World
 
@@ -30,6 +31,7 @@ def look_stripes(subject: Subject) -> Values:
 
 
 def judge_stripes(answers: Sequence[Answer]) -> Finding:
+    """Whether large data lie on several servers."""
     values = answers[0].values
     if not values:
         return Finding("n/a", "no data file named: hpc-train doctor CONFIG")
@@ -120,6 +122,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def judge_room(answers: Sequence[Answer]) -> Finding:
+    """Whether the job's checkpoints fit."""
     values = answers[0].values
     if not values:
         return Finding("n/a", "no job named: hpc-train doctor CONFIG")

@@ -9,7 +9,6 @@ from time import monotonic
 
 import numpy as np
 
-from hpc_train.errors import UserError
 from hpc_train.train.context import library_of, mpi, mpi_version
 from hpc_train.train.doctor.check import Answer, Finding, Status, Subject, Values, ranks_of
 
@@ -40,6 +39,7 @@ def look_installed(subject: Subject) -> Values:
 
 
 def judge_installed(answers: Sequence[Answer]) -> Finding:
+    """Whether all that this job needs is there, in one version on all ranks."""
     first = answers[0].values["versions"]
     names = [name for name in first if name != "nvidia-ml-py"]
     parted = [answer for answer in answers if answer.values["versions"] != first]
@@ -79,6 +79,7 @@ def look_mpi(subject: Subject) -> Values:
 
 
 def judge_mpi(answers: Sequence[Answer]) -> Finding:
+    """Whether all packages of all ranks call the same MPI."""
     build = "rm -r .venv && make install MPICC=$(which mpicc)   # all against one MPI, and use its mpirun"
     for answer in answers:
         for name, error in answer.values["errors"].items():
@@ -121,6 +122,7 @@ def look_threads(subject: Subject) -> Values:
 
 
 def judge_threads(answers: Sequence[Answer]) -> Finding:
+    """Whether Horovod's thread may call MPI beside ours."""
     low = [answer for answer in answers if answer.values["level"] != "MULTIPLE"]
     if low:
         level, strategy = low[0].values["level"], low[0].values["strategy"]
@@ -158,6 +160,7 @@ def look_horovod(subject: Subject) -> Values:
 
 
 def judge_horovod(answers: Sequence[Answer]) -> Finding:
+    """Whether Horovod works with this torch and this MPI."""
     rebuild = f"pip uninstall -y horovod && {_INSTALL}"
     bad: Status = "fail" if all(answer.values["needed"] for answer in answers) else "warn"
     broken = [answer for answer in answers if answer.values["error"]]
@@ -180,8 +183,3 @@ def judge_horovod(answers: Sequence[Answer]) -> Finding:
         mend = f"HOROVOD_GPU_OPERATIONS=NCCL {rebuild}"
         return Finding("warn", f"{seen}; without NCCL, gradients leave GPUs by way of the host", mend, ranks_of(slow))
     return Finding("ok", seen)
-
-
-def user_error(error: UserError) -> Finding:
-    """A mistake that a check met, as its finding."""
-    return Finding("fail", error.what, error.remedy)

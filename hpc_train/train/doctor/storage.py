@@ -80,6 +80,7 @@ def _rows(rank: int) -> np.ndarray:
 
 
 def judge_parallel_file(answers: Sequence[Answer]) -> Finding:
+    """Whether what ranks write together is what they read."""
     values = answers[0].values
     where = f"{values['folder']} ({values['file_system']})"
     elsewhere = "--set run.root=FOLDER   # one that every node may write"
@@ -190,6 +191,7 @@ def _open_hdf5(path: Path, mode: str) -> str | None:
 
 
 def judge_locks(answers: Sequence[Answer]) -> Finding:
+    """Whether locks keep writers apart, and HDF5 opens files."""
     worst = Finding("ok", "")
     words = []
     for what in ("runs", "data"):

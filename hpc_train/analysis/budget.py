@@ -1,7 +1,7 @@
 """What goes into a plan beside step times: the work to do, the joules it takes, what an all-reduce costs."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from hpc_train.analysis.load import Run
-from hpc_train.analysis.points import Network, Points
+from hpc_train.analysis.models import nonnegative
+from hpc_train.analysis.points import Network, Points, from_group
 from hpc_train.analysis.scaling import Group, positive
+from hpc_train.analysis.target import smoothed
 from hpc_train.analysis.words import significant
 from hpc_train.config import UNKNOWN_STEPS
 from hpc_train.errors import UserError
 from hpc_train.records import FloatArray
-
-_SMOOTHED = 5  # recorded losses that a running mean takes: one batch's luck is no target reached
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def target_work(group: Group, loss: float) -> Work:
     """What reaches a training loss, by the runs that did. Raises `UserError` where none did."""
     reached = [(run, step) for row in group.rows for run in row.runs if (step := _steps_to(run, loss)) is not None]
     if not reached:
-        best = min((min(run.metrics[1]) for row in group.rows for run in row.runs if run.metrics[1]), default=None)
-        seen = "no run recorded losses" if best is None else f"the best running loss is above it; lowest: {best:.4g}"
+        lowest = [smoothed(run)[1].min(initial=np.inf) for row in group.rows for run in row.runs]
+        seen = f"the best smoothed loss is {min(lowest):.4g}" if np.isfinite(min(lowest)) else "no run recorded losses"
         raise UserError(f"--target-loss {loss:g}: no run reached it ({seen})", "Name a loss that a run reached.")
     steps = np.array([step for _, step in reached], dtype=float)
     batches = np.array([run.summary.global_batch for run, _ in reached], dtype=float)
@@ -83,24 +83,18 @@ def target_work(group: Group, loss: float) -> Work:
     words = f"to a training loss of {loss:g}"
     if len(set(batches.tolist())) == 1:
         return Work(0.0, float(np.mean(steps)), f"{np.mean(steps):,.0f} steps {words}", spread)
-    from scipy.optimize import nnls
-
     columns = np.stack([1 / batches, np.ones_like(batches)], axis=1) / steps[:, None]
-    (samples, least), _ = nnls(columns, np.ones_like(steps))
+    samples, least = nonnegative(columns, np.ones_like(steps))
     missed = float(np.sqrt(np.mean((columns @ (samples, least) - 1) ** 2)))
     told = f"{samples:,.0f} samples and {least:,.0f} steps {words}: larger batches take more samples"
     return Work(float(samples), float(least), told, max(missed, 0.05))
 
 
 def _steps_to(run: Run, loss: float) -> int | None:
-    """Steps until the mean of the last recorded losses was no more than `loss`."""
-    steps, losses = run.metrics
-    if not losses:
-        return None
-    window = min(_SMOOTHED, len(losses))
-    means = np.convolve(losses, np.ones(window) / window, mode="valid")
-    below = np.flatnonzero(means <= loss)
-    return steps[int(below[0]) + window - 1] + 1 if len(below) else None
+    """Steps until the smoothed loss was no more than `loss`, as the report tells times to a loss."""
+    steps, losses = smoothed(run)
+    below = np.flatnonzero(losses <= loss)
+    return int(steps[below[0]]) + 1 if len(below) else None
 
 
 # ---------------------------------------------------------------------------------------------- energy
@@ -122,7 +116,7 @@ def power(points: Points) -> Power | None:
 
 def _split(points: Points, joules: FloatArray, node_s: FloatArray, samples: FloatArray) -> tuple[float, float, str]:
     """(watts of a node, joules of a sample, what was assumed)."""
-    per_sample, per_node_s = joules / samples, joules / node_s
+    per_node_s = joules / node_s
     if points.idle_w is not None:
         static = min(points.idle_w, float(per_node_s.min()))
         dynamic = float(np.mean((joules - static * node_s) / samples))
@@ -132,19 +126,28 @@ def _split(points: Points, joules: FloatArray, node_s: FloatArray, samples: Floa
             f"{significant(static)} W of an idle node as given or measured, the rest goes by samples",
         )
     if len(joules) > 1 and np.ptp(node_s / samples) > 0.05 * float(np.mean(node_s / samples)):
-        from scipy.optimize import nnls
-
         columns = np.stack([node_s, samples], axis=1) / joules[:, None]
-        size = columns.max(axis=0)
-        static, dynamic = nnls(columns / size, np.ones(len(joules)))[0] / size
+        static, dynamic = nonnegative(columns, np.ones(len(joules)))
         told = f"{significant(float(static))} W of a node and {significant(float(dynamic))} J a sample, fitted"
         return float(static), float(dynamic), f"{told} to {len(joules)} sizes"
     static = float(np.mean(per_node_s))
     told = f"each node draws the {significant(static)} W that it drew, whether it computes or waits"
-    return static, 0.0 * float(per_sample[0]), told
+    return static, 0.0, told
 
 
 # ---------------------------------------------------------------------------------------------- network
+
+
+def points_of(group: Group, network: Path | None = None) -> Points:
+    """A group's step times, and what an all-reduce costs: by the benchmark `network`; else, where these sizes say
+    nothing of it, by the newest one beside the runs. Raises `UserError`.
+    """
+    points = from_group(group)
+    if network is None and points.tells_no_network:
+        network = benchmark_beside(group)
+    if network is None:
+        return points
+    return replace(points, network=read_network(network, str(group.keys.get("reduce.strategy"))))
 
 
 def benchmark_beside(group: Group) -> Path | None:
