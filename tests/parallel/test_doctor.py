@@ -4,8 +4,8 @@ from time import time_ns
 
 import pytest
 
-from hpc_train.train.context import Context
-from hpc_train.train.doctor import job, network
+from hpc_train.train.context import Context, compared_clocks
+from hpc_train.train.doctor import network
 from hpc_train.train.doctor.__main__ import _answers
 from hpc_train.train.doctor.check import Answer, Subject
 
@@ -28,7 +28,7 @@ def test_ranks_that_do_not_answer_are_named(context: Context) -> None:
 
 def test_a_clock_that_is_ahead_is_told(context: Context) -> None:
     ahead_ns = context.world.rank * 5 * 10**9
-    found = context.all(job._offsets_ns(context, lambda: time_ns() + ahead_ns))[0]
+    found = context.all(compared_clocks(context, lambda: time_ns() + ahead_ns))[0]
     for rank, (offset_ns, error_ns) in enumerate(found):
         assert offset_ns == pytest.approx(rank * 5 * 10**9, abs=max(error_ns, 10**6))
 
