@@ -129,14 +129,14 @@ def test_the_configured_learning_rate_wins_over_a_saved_one() -> None:
 @pytest.mark.parametrize(
     "keys, theirs",
     [
-        ({"optimizer": "sgd", "lr": 0.1}, lambda groups: torch.optim.SGD(groups, lr=0.1)),
+        ({"optimizer": "sgd", "lr": 0.1}, lambda groups: torch.optim.SGD(groups, lr=0.1, fused=True)),
         (
             {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
-            lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
+            lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True),
         ),
         (
             {"optimizer": "adamw", "lr": 0.01, "betas": [0.8, 0.99]},
-            lambda groups: torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.99)),
+            lambda groups: torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.99), fused=True),
         ),
     ],
 )
@@ -162,3 +162,42 @@ def test_updates_are_those_of_torchs_optimizers(
         mine.step(step)
         reference.step()
         assert all(torch.equal(one, other) for one, other in zip(ours, others, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("weights, gradients", [((1, 3), (4, 1)), ((4, 1), (1, 3)), ((8, 1), (4, 1)), ((1, 3), (1, 3))])
+def test_tensors_may_lie_in_memory_as_they_like(
+    name: str, weights: tuple[int, int], gradients: tuple[int, int]
+) -> None:
+    """torch's fused updates would mix up the numbers of these, without a word."""
+
+    def placed(values: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
+        return torch.empty_strided((3, 4), stride).copy_(values)
+
+    torch.manual_seed(0)
+    first, changes = torch.randn(3, 4), torch.randn(4, 3, 4)
+    plain, odd = nn.Parameter(first.clone()), nn.Parameter(placed(first, weights))
+    train = settings(optimizer=name, lr=0.1, momentum=0.9 if name == "sgd" else 0.0, weight_decay=0.1)
+    optimizers = [optimizer(train, each) for each in (plain, odd)]
+    for step, change in enumerate(changes):
+        plain.grad, odd.grad = change.clone(), placed(change, gradients)
+        for number, each in enumerate(optimizers):
+            each.step(step)
+            if step == 1:  # what is continued from was kept in another order
+                kept = optimizers[0].state()
+                optimizers[number] = optimizer(train, (plain, odd)[number])
+                optimizers[number].load(kept)
+        assert torch.allclose(plain, odd, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_parameter_may_be_used_for_the_first_time_later(name: str) -> None:
+    early, late, alone = (parameter([[0.0]], [[1.0]]) for _ in range(3))
+    train = settings(optimizer=name, lr=0.1, momentum=0.9 if name == "sgd" else 0.0)
+    both, only = optimizer(train, early, late), optimizer(train, alone)
+    late.grad = None
+    both.step(0)
+    late.grad = torch.ones(1, 1)
+    both.step(1)
+    only.step(0)
+    assert late.item() == pytest.approx(alone.item())

@@ -1,11 +1,12 @@
 """From summed gradients to new weights: learning rate, clipping, loss scale, and optimizers for large batches.
 
 Optimizers are functions here, torch's own among them: its optimizer classes import torch's whole compiler when they are
-made, 3 s and 800 modules of a shared file system for each rank.
+made, 3 s and 800 modules of a shared file system for each rank. Theirs run `fused`, one pass over memory for an update:
+of 10M parameters on a CPU, AdamW in a quarter and SGD in a third of the time.
 """
 
 from collections.abc import Callable
-from math import cos, inf, isfinite, pi, sqrt
+from math import cos, inf, isfinite, pi
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from hpc_train import config
-from hpc_train.train.shards import Owned, State
+from hpc_train.train.shards import Number, Owned, State
 
 _TRUST = 0.001  # of LARS
 _FIRST_SCALE, _GROW_AFTER = 2.0**16, 2000  # of the loss in fp16, as in torch.amp.GradScaler
@@ -44,7 +45,7 @@ class Optimizer:
     """
 
     def __init__(
-        self, train: config.Train, owned: list[Owned], batch_size: int, sum_owned: Callable[[float], float]
+        self, train: config.Train, owned: list[Owned], batch_size: int, sum_owned: Callable[[Number], Number]
     ) -> None:
         self._train, self._owned, self._batch_size, self._sum_owned = train, owned, batch_size, sum_owned
         self._kept: State = {each.name: {} for each in owned}
@@ -58,13 +59,14 @@ class Optimizer:
             return
         updated = [each for each in self._owned if each.parameter.grad is not None]
         gradients = _gradients([each.parameter for each in updated])
-        factor = 1 / self.scale
+        factor: Number = 1 / self.scale
         if self._train.clip_norm or self._train.precision == "fp16":
             norm = self._norm(gradients) * factor
-            if self._train.precision == "fp16" and self._rescale(norm):
+            if self._train.precision == "fp16" and self._rescale(float(norm)):
                 return
-            factor *= min(1.0, (self._train.clip_norm or inf) / (norm + 1e-6))
-        if factor != 1:
+            factor = factor * ((self._train.clip_norm or inf) / (norm + 1e-6)).clamp(max=1.0)
+            factor = factor.item() if factor.is_cpu else factor.float()  # a GPU's is not read: the loop would wait
+        if isinstance(factor, torch.Tensor) or factor != 1:
             torch._foreach_mul_(gradients, factor)
         rate = learning_rate(self._train, step, self._batch_size)
         for decay, some in (
@@ -80,10 +82,10 @@ class Optimizer:
                     self._train,
                 )
 
-    def _norm(self, gradients: list[torch.Tensor]) -> float:
-        """The length of the whole model's gradient."""
-        squares = sum((norm.double() ** 2 for norm in torch._foreach_norm(gradients)), torch.zeros(()))
-        return sqrt(total) if isfinite(total := self._sum_owned(float(squares))) else inf
+    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """The length of the whole model's gradient, a number where the gradients are; inf where it is none."""
+        squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum() if gradients else 0.0
+        return torch.nan_to_num(torch.as_tensor(self._sum_owned(squares)).sqrt(), nan=inf, posinf=inf)
 
     def _rescale(self, norm: float) -> bool:
         """Whether this update is to be left out; lowers the scale then, and raises it after a long time without."""
@@ -112,8 +114,10 @@ class Optimizer:
     def load(self, state: State) -> None:
         """Goes on from a `state`; learning rate and its like stay as configured."""
         for each in self._owned:
-            device, kept = each.parameter.device, state.get(each.name, {})
-            self._kept[each.name] = {k: v.to(device) if v.ndim else v.clone() for k, v in kept.items()}
+            weights, kept = each.parameter.detach(), state.get(each.name, {})
+            self._kept[each.name] = {
+                k: torch.empty_like(weights, dtype=v.dtype).copy_(v) if v.ndim else v.clone() for k, v in kept.items()
+            }
 
     @property
     def num_bytes(self) -> int:
@@ -129,10 +133,16 @@ def _gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
     return [cast(torch.Tensor, each.grad) for each in parameters]
 
 
+def _fusible(parameters: list[torch.Tensor]) -> bool:
+    """torch's fused updates take numbers as they lie in memory, without a look at how a tensor orders them."""
+    return all(tensor.is_contiguous() for tensor in (*parameters, *_gradients(parameters)))
+
+
 def _sgd(
     parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: config.Train
 ) -> None:
     buffers = [each.get("momentum_buffer") for each in kept]
+    are_alike = len({buffer is None for buffer in buffers}) == 1  # some parameters may be used for the first time
     sgd(
         parameters,
         _gradients(parameters),
@@ -143,6 +153,7 @@ def _sgd(
         dampening=0.0,
         nesterov=False,
         maximize=False,
+        fused=are_alike and _fusible(parameters),
     )
     for each, buffer in zip(kept, buffers, strict=True):
         if buffer is not None:
@@ -153,6 +164,8 @@ def _adamw(
     parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: config.Train
 ) -> None:
     _begin_moments(parameters, kept)
+    for parameter, each in zip(parameters, kept, strict=True):
+        each["step"] = each["step"].to(parameter.device)  # where the fused update counts
     adamw(
         parameters,
         _gradients(parameters),
@@ -167,6 +180,7 @@ def _adamw(
         eps=1e-8,
         amsgrad=False,
         maximize=False,
+        fused=_fusible(parameters),
     )
 
 

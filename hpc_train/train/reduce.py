@@ -18,7 +18,7 @@ from hpc_train.train.buckets import NUM_NOTES, Bucket, Departures, Shared, make_
 from hpc_train.train.context import Context, mpi, require_one_mpi
 from hpc_train.train.server import Server, Worker
 from hpc_train.train.sharded import Sharded
-from hpc_train.train.shards import Shards
+from hpc_train.train.shards import Number, Shards
 
 Asked = Callable[[], tuple[bool, bool]]
 Arrival = Callable[[], torch.Tensor]  # waits for a message, and gives it
@@ -43,7 +43,7 @@ class Reducer(Protocol):
         Its time is exposed communication.
         """
 
-    def sum_owned(self, value: float) -> float:
+    def sum_owned(self, value: Number) -> Number:
         """The sum over the ranks that own different parts, collectively by these; `value` where each owns all."""
 
     def spread(self) -> None:
@@ -124,7 +124,7 @@ class Local:
     def wait(self) -> Shared:
         return Shared(self._loss.item(), *self._asked())
 
-    def sum_owned(self, value: float) -> float:
+    def sum_owned(self, value: Number) -> Number:
         return value
 
     def spread(self) -> None:
@@ -191,7 +191,7 @@ class AllReduce:
         part = arrival().view(self._size, -1).sum(0, dtype=torch.float32).to(self._wire)
         return self._transport.all_gather(part, bucket.name)
 
-    def sum_owned(self, value: float) -> float:
+    def sum_owned(self, value: Number) -> Number:
         return value
 
     def spread(self) -> None:

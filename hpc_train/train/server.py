@@ -21,7 +21,7 @@ from torch import nn
 from hpc_train import config
 from hpc_train.train.buckets import NUM_NOTES, Bucket, Departures, Shared, decays, make_buckets
 from hpc_train.train.context import Context, mpi
-from hpc_train.train.shards import Shards
+from hpc_train.train.shards import Number, Shards
 
 Asked = Callable[[], tuple[bool, bool]]
 _TO_WORKER = 1 << 14  # added to a bucket's number, which is the tag of what workers send
@@ -66,7 +66,7 @@ class Worker:
                 weights.copy_(host)
         return Shared(*notes.tolist())
 
-    def sum_owned(self, value: float) -> float:
+    def sum_owned(self, value: Number) -> Number:
         return value
 
     def spread(self) -> None:
@@ -135,8 +135,8 @@ class Server:
                 else:
                     gradient.add_(received.to(gradient.device))
 
-    def sum_owned(self, value: float) -> float:
-        return float(self._team.sum(np.array([value], dtype=np.float64))[0])
+    def sum_owned(self, value: Number) -> float:
+        return float(self._team.sum(np.array([float(value)], dtype=np.float64))[0])
 
     def spread(self) -> None:
         leaving = []
