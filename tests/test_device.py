@@ -13,6 +13,7 @@ from hpc_train import config
 from hpc_train.errors import UserError
 from hpc_train.train.dataset import Batch
 from hpc_train.train.device import moved, on_device, open_device, peak_flops, recompute_blocks, try_out
+from hpc_train.train.reduce import check_gpus
 from hpc_train.world import World
 
 CPU = torch.device("cpu")
@@ -119,3 +120,10 @@ def test_batches_reach_a_gpu_while_the_one_before_is_computed_with() -> None:
     for ahead in (False, True):
         for number, batch in enumerate(on_device(iter(batches), torch.device("cuda"), ahead)):
             assert batch.is_cuda and (batch * 2).sum().item() == 2 * number * (1 << 20)
+
+
+def test_ranks_that_share_a_gpu_are_named_before_nccl_ends_the_job() -> None:
+    check_gpus("horovod", [None, None])  # CPUs, or a Horovod that reduces through these
+    check_gpus("horovod", [("a", "0"), ("a", "1"), ("b", "0"), ("b", "1")])
+    with pytest.raises(UserError, match=r"reduce\.strategy = 'horovod': ranks 1, 3 share one GPU of b, and NCCL wants"):
+        check_gpus("horovod", [("a", "0"), ("b", "0"), ("b", "1"), ("b", "0")])

@@ -91,6 +91,8 @@ class Saver:
             return
         self._report()
         self._copy = _copied(state, self._copy)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the copies are under way
         self._saved_step = step
         self._thread = threading.Thread(target=self._write, args=(step, self._copy), name="checkpoint")
         self._thread.start()
@@ -250,9 +252,9 @@ def _copied(value: Any, place: Any) -> Any:
         return [_copied(item, each) for item, each in zip(value, places, strict=True)]
     if not isinstance(value, torch.Tensor):
         return value
-    if isinstance(place, torch.Tensor) and (place.shape, place.dtype) == (value.shape, value.dtype):
-        return place.copy_(value.detach())
-    return value.detach().to("cpu", copy=True)
+    if not isinstance(place, torch.Tensor) or (place.shape, place.dtype) != (value.shape, value.dtype):
+        place = torch.empty_like(value.detach(), device="cpu", pin_memory=value.is_cuda)
+    return place.copy_(value.detach(), non_blocking=value.is_cuda)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -303,25 +305,21 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state, facts) of a checkpoint whose every byte is as it was written. Raises `Unusable`."""
-    facts = read_facts(folder)
+    facts, path = read_facts(folder), folder / STATE
     with ThreadPoolExecutor(1) as beside:  # summing up takes as long as loading, and holds no lock of Python's
         try:
             expected = facts["files"][STATE]
-            num_bytes = (folder / STATE).stat().st_size
-            if num_bytes != expected["bytes"]:
+            if (num_bytes := path.stat().st_size) != expected["bytes"]:
                 raise Unusable(f"{STATE} has {num_bytes} of {expected['bytes']} bytes")
-            digest = beside.submit(_digest, folder / STATE)
+            digest = beside.submit(_digest, path)
+            try:
+                state: Any = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # noqa: BLE001  for what it did not write torch raises what it likes
+                state = error
+            if digest.result() != expected["sha256"]:
+                raise Unusable(f"{STATE} is damaged: its checksum differs")
         except (OSError, KeyError, TypeError) as error:
             raise Unusable(f"it is not whole: {error!r}") from None
-        try:
-            state: Any = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001  for what it did not write torch raises what it likes
-            state = error
-    try:
-        if digest.result() != expected["sha256"]:
-            raise Unusable(f"{STATE} is damaged: its checksum differs")
-    except (OSError, KeyError) as error:
-        raise Unusable(f"it is not whole: {error!r}") from None
     if isinstance(state, Exception):
         raise Unusable(f"{STATE} holds no tensors: {state!r}")
     if not isinstance(state, dict) or set(state) != {"model", "optimizer", "loss_scale", "task"}:

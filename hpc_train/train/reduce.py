@@ -2,8 +2,8 @@
 
 import os
 import socket
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -64,6 +64,8 @@ def open_reducer(
     if strategy in ("horovod", "sharded"):
         hvd = context.on_all(partial(_load_horovod, settings))
         context.on_all(partial(_check_horovod, settings, size))
+        gpus = context.all(_gpu_for_nccl(hvd, model, context))
+        context.on_all(partial(check_gpus, strategy, gpus))
     broadcast_model(model, context)
     if size == 1:
         # Its gradients are the sum already. Sending them through Horovod all the same made the one rank's step a tenth
@@ -293,6 +295,26 @@ def _check_horovod(settings: config.Reduce, size: int) -> None:
     if settings.adasum and size & (size - 1):
         raise UserError(
             f"reduce.adasum = true, and {size} ranks are no power of two", "Start 2, 4, 8 ... ranks, or leave it out."
+        )
+
+
+def _gpu_for_nccl(hvd: Any, model: nn.Module, context: Context) -> tuple[str, str] | None:
+    """(host, GPU) of this rank's model, where Horovod would reduce it by NCCL."""
+    device = next(model.parameters()).device
+    if device.type != "cuda" or not hvd.nccl_built():
+        return None
+    return context.world.host, str(torch.cuda.get_device_properties(device).uuid)
+
+
+def check_gpus(strategy: str, gpus: Sequence[tuple[str, str] | None]) -> None:
+    """Raises UserError where ranks share a GPU: NCCL would end the job without naming it. gpus: (host, GPU) of each."""
+    shared = [gpu for gpu, num_ranks in Counter(gpus).items() if gpu is not None and num_ranks > 1]
+    if shared:
+        host, _ = shared[0]
+        ranks = ", ".join(str(rank) for rank, gpu in enumerate(gpus) if gpu == shared[0])
+        raise UserError(
+            f"reduce.strategy = '{strategy}': ranks {ranks} share one GPU of {host}, and NCCL wants one for each",
+            "Start as many ranks on a host as it has GPUs, or set reduce.strategy = 'mpi'.",
         )
 
 
