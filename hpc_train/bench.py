@@ -29,7 +29,11 @@ _NOTES = (
 
 @click.group()
 def bench() -> None:
-    """Measure what this machine can do, under mpirun."""
+    """Measure what this machine can do, under mpirun.
+
+    \b
+    Example: mpirun -n 2 hpc-train bench allreduce
+    """
 
 
 bench.add_command(allreduce)
@@ -55,8 +59,9 @@ def io(size_mb: int, folder: Path, repeat: int, as_json: bool) -> None:
     On 1, 2, 4, ... and all ranks, each layout (contiguous, chunked, gzip chunks) in each mode (independent and
     collective MPI-IO through h5py, memory map, direct chunks), beside raw POSIX and raw MPI-IO.
 
-    \b
     T_w: open, write, close and fsync. T_c: the same bytes from rank to rank, or copied by one. T_r: open, read, close.
+
+    \b
     Example: mpirun -n 2 hpc-train bench io --dir /scratch
     """
     require("h5py", "mpi4py")

@@ -73,7 +73,7 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
     --resume auto goes on from there.
 
     \b
-    Example: mpirun -n 2 hpc-train train configs/mlp-mnist.toml --set train.steps=500 --resume auto
+    Example: mpirun -n 2 hpc-train train configs/mlp-mnist.toml --resume auto
     """
     require("torch", "h5py")
     from hpc_train.train import stop
@@ -160,7 +160,7 @@ def submit(
     What ended early goes on where it was when the same command is given again.
 
     \b
-    Example: hpc-train submit configs/mlp-mnist.toml --nodes 4 --site generic --time 2:00:00 --dry-run
+    Example: hpc-train submit configs/mlp-mnist.toml --nodes 4 --time 2:00:00
     """
     from hpc_train import slurm
 
@@ -211,7 +211,7 @@ def scale(
     Called again, it runs only what is missing.
 
     \b
-    Example: hpc-train scale configs/mlp-mnist.toml --ranks 1,2 --repeat 2 --set train.steps=200
+    Example: hpc-train scale configs/mlp-mnist.toml --ranks 1,2 --repeat 2
     """
     from hpc_train import scale, slurm
 
@@ -329,7 +329,11 @@ cli.add_command(bench)
 
 @cli.group(cls=_Group)
 def config() -> None:
-    """Look at job files."""
+    """Look at job files.
+
+    \b
+    Example: hpc-train config show configs/mlp-mnist.toml
+    """
 
 
 @config.command("show")

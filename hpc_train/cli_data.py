@@ -23,7 +23,11 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print all that was
 
 @click.group()
 def data() -> None:
-    """Look at HDF5 files, and verify them."""
+    """Look at HDF5 files, and verify them.
+
+    \b
+    Example: hpc-train data info data/mnist-5k.h5
+    """
 
 
 @data.command()

@@ -69,8 +69,8 @@ def prepare(
     Example: mpirun -n 2 hpc-train prepare fashion-mnist data/fashion-mnist.h5
              hpc-train prepare mnist-5k webhdfs://namenode:9870/data/mnist-5k.h5
              hpc-train prepare images data/pets.h5 --from pets --size 64
-             hpc-train prepare table data/wine.h5 --from wine.csv --target quality
-             hpc-train prepare text data/notes.h5 --from notes --tokenizer bpe:8192
+             hpc-train prepare table data/wine.h5 --from wine.csv --target taste
+             hpc-train prepare text data/mine.h5 --from mine --tokenizer bpe:8192
     """
     require("h5py")
     from hpc_train.train.context import open_context
@@ -102,8 +102,11 @@ def stage(source: str, folder: Path, wait_s: float, is_checked: bool) -> None:
     With --check, faults of its content are printed to stderr, and the exit code is 1.
 
     \b
-    Example: srun --ntasks-per-node=1 hpc-train stage webhdfs://namenode:9870/data/mnist-5k.h5 "$TMPDIR"
-             srun hpc-train train configs/softmax-mnist.toml --set data.file="$TMPDIR/mnist-5k.h5"
+    Example:
+      srun --ntasks-per-node=1 \\
+        hpc-train stage webhdfs://namenode:9870/data/mnist-5k.h5 "$TMPDIR"
+      srun hpc-train train configs/softmax-mnist.toml \\
+        --set data.file="$TMPDIR/mnist-5k.h5"
     """
     require("fsspec", *["h5py"] * is_checked)
     from hpc_train.train.context import open_context

@@ -3,9 +3,15 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
+
+from hpc_train.cli import cli
+from tests import jobs
 
 PACKAGE = Path(__file__).parents[1] / "hpc_train"
 GROUND = {
@@ -101,3 +107,28 @@ def test_top_level_folders() -> None:
         ["git", "ls-tree", "-d", "--name-only", "HEAD"], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=20
     ).stdout.split()
     assert {name for name in tracked if not name.startswith(".")} <= {"hpc_train", "slurm", "configs", "tests"}
+
+
+def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, each in getattr(command, "commands", {}).items():
+        yield from commands(each, (*path, name))
+
+
+@pytest.mark.parametrize("path", list(commands(cli)), ids=" ".join)
+def test_help_fits_a_screen_and_shows_an_example(path: tuple[str, ...]) -> None:
+    told = CliRunner().invoke(cli, [*path, "--help"], prog_name="hpc-train", terminal_width=80).output
+    assert told.count("Example:") == 1
+    assert len(told.splitlines()) <= 40 and max(map(len, told.splitlines())) <= 80, told
+
+
+def test_the_shell_completes_after_the_line_that_the_readme_tells() -> None:
+    """The line's source names this program's commands when a shell asks for them."""
+    asked = {"COMP_WORDS": "hpc-train tr", "COMP_CWORD": "1", "_HPC_TRAIN_COMPLETE": "bash_complete"}
+    done = subprocess.run([jobs.HPC_TRAIN], env=jobs.environment(**asked), capture_output=True, text=True)
+    assert done.stdout.split() == ["plain,train"], done.stderr
+    line = 'eval "$(_HPC_TRAIN_COMPLETE=bash_source hpc-train)"'
+    assert line in (jobs.ROOT / "README.md").read_text()
+    shell = f"set -e; {line}; complete -p hpc-train"
+    done = subprocess.run(["bash", "-c", shell], env=jobs.environment(), capture_output=True, text=True)
+    assert "_hpc_train_completion" in done.stdout, done.stderr

@@ -5,35 +5,42 @@ import shlex
 import shutil
 import subprocess
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from hpc_train.cli import cli
+from hpc_train.settings import Config
 from tests import jobs
 
-DOCUMENTS = [jobs.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-README = DOCUMENTS[0].read_text()
+NAMES = ("README.md", "configs/README.md", "slurm/README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = [jobs.ROOT / name for name in NAMES]
+README, JOBS, SLURM = (document.read_text() for document in DOCUMENTS[:3])
 
 IMPORT = "from hpc_train.train.recording import recording"
 SHOWN = ("own_task.py", "own-task.toml", "own_loop_recorded.py")
 
 
-def commands() -> list[str]:
+def commands(document: str = README) -> list[str]:
     """Every line that a reader would type: those behind "$ " in console blocks."""
-    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```console\n(.*?)```", document, re.DOTALL)
     return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
 @pytest.mark.timeout(600)  # three minutes on two quiet cores
 def test_commands_run_as_they_stand(tmp_path: Path) -> None:
-    """In the README's order, in an empty folder with the shipped jobs: a reader's first session."""
+    """In the order of the README and of that of jobs, in an empty folder with the shipped ones: a first session."""
     (tmp_path / "configs").symlink_to(jobs.CONFIGS)
     (tmp_path / "tests").symlink_to(jobs.ROOT / "tests")
     for name in SHOWN:
         shutil.copy(jobs.ROOT / "tests" / name, tmp_path)
     env = jobs.environment(PATH=f"{jobs.HPC_TRAIN.parent}:{jobs.environment()['PATH']}")
     ran = 0
-    for line in commands():
+    for line in commands() + commands(JOBS):
         words = shlex.split(line)
         if words[0] not in ("hpc-train", "mpirun", "torchrun"):
             continue
@@ -69,3 +76,37 @@ def test_links_lead_somewhere() -> None:
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert target.startswith("https://") or (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_what_is_told_of_slurm_are_commands() -> None:
+    """Those run on the cluster of the tests; here, that every option is one."""
+    told = [shlex.split(line)[1:] for line in commands(SLURM) if line.startswith("hpc-train ")]
+    assert told
+    for words in told:
+        command: click.Command = cli
+        while isinstance(command, click.Group):
+            command = command.commands[words.pop(0)]
+        command.make_context("hpc-train", words)
+
+
+def test_the_keys_of_jobs_are_all_told_with_their_defaults() -> None:
+    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| (.*?) \| (.*) \|$", JOBS, re.MULTILINE)
+    told = {key: default for key, default, _ in rows}
+    there = dict(keys(Config))
+    assert list(told) == list(there)
+    for key, field in there.items():
+        if field.is_required() or field.default is None:
+            assert told[key] == ("required" if field.is_required() else "not set"), key
+        else:
+            assert eval(told[key].strip("`"), {"true": True, "false": False}) == field.default, key
+    assert {path.name for path in jobs.CONFIGS.glob("*.toml")} == set(
+        re.findall(r"^\| `(\S+\.toml)`", JOBS, re.MULTILINE)
+    )
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        if hasattr(field.annotation, "model_fields"):
+            yield from keys(field.annotation, f"{name}.")
+        else:
+            yield prefix + name, field
