@@ -163,10 +163,12 @@ run "h5py with MPI" h5py
 horovod() {
     if ! built horovod; then
         # Horovod 0.28.1 asks for C++14 and torch's headers need C++17: the last -std= on the command line wins.
-        # PATH: its CMake asks the first `python` and `mpicxx` it finds.
+        # It has nvcc take C++11, which cannot read C++17's headers: nvcc, too, obeys the last. Where torch's libraries
+        # of CUDA are, torch tells by CUDA_HOME. PATH: its CMake asks the first `python` and `mpicxx` it finds.
         local shim; shim=$(mktemp -d)
         printf '#!/bin/sh\nexec %s "$@" -std=c++17\n' "$(command -v "${CXX:-g++}")" >"$shim/c++17"; chmod +x "$shim/c++17"
         PATH=$venv/bin:$(dirname "$mpicc"):$PATH CXX=$shim/c++17 MAKEFLAGS=-j$jobs CMAKE_POLICY_VERSION_MINIMUM=3.5 \
+            NVCC_APPEND_FLAGS=-std=c++17 CUDA_HOME=${CUDA_HOME:-${HOROVOD_CUDA_HOME:-}} \
             HOROVOD_CPU_OPERATIONS=${HOROVOD_CPU_OPERATIONS:-MPI} HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1 \
             HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
             "$venv/bin/pip" wheel --no-build-isolation --no-deps --no-cache-dir -w "$wheels" "horovod==0.28.1"
