@@ -121,3 +121,14 @@ def test_without_the_device_the_job_ends_and_nothing_is_sent_another_way(shared:
     assert "the ranks cannot reach each other through MPI" in done.said
     assert max(done.sent_bytes) < 100_000, "mpirun's own words alone"
     assert not (shared / "runs/gone").exists()
+
+
+def test_the_doctor_names_the_device_and_what_carried_the_sums(shared: Path) -> None:
+    said = tried(shared, "doctor").said
+    told, _ = json.JSONDecoder().raw_decode(said, said.index('{\n  "schema"'))
+    found = {each["check"]: each for each in told["checks"]}
+    assert told["ranks"] == 2 and found["all-reduce"]["status"] == "ok", found["all-reduce"]["seen"]
+    transport = found["transport"]
+    assert transport["status"] == "ok" and transport["seen"].startswith("RDMA (rxe0:1"), transport["seen"]
+    assert "UCX" in transport["seen"] and "verbs" in transport["seen"]
+    print(f"doctor: {transport['seen']}; {told['seconds']:.0f} s")
