@@ -72,7 +72,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Section:
-    """A row of the issue of goals: its lines, and notes below the table."""
+    """Lines that belong together, and notes below the table."""
 
     title: str
     lines: list[Line]
