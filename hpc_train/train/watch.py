@@ -105,7 +105,9 @@ class Watch:
                     _send(speaks_to, self._state())
                     next_beat_s = monotonic() + self._beat_s
                 ready = selector.select(self._beat_s)
-                if monotonic() - awake_s > 3 * self._beat_s + 1:  # this rank itself was stopped, and heard nobody
+                # This rank itself was stopped, and heard nobody: as long as others may take to say so of it (`_judge`),
+                # less the beat in which they had heard of it last.
+                if monotonic() - awake_s > self._beat_s + 1:
                     self._ended.wait(_ONE_SPEAKS_S)  # if the job is being ended for that, let it
                     moved_s = monotonic()
                     for peer in self._peers.values():
