@@ -54,6 +54,8 @@ def main(only: tuple[str, ...], repeat: int, output: Path, venv: Path, quick: bo
     folder = Path(tempfile.mkdtemp(prefix="hpc-train-peers-", dir=_room()))
     sections: list[Section] = []
     failed: list[str] = []
+    output.mkdir(parents=True, exist_ok=True)
+    table = output / ("table-quick.md" if quick else "table.md")
     try:
         for row, measure in _rows(pythons, turns, quick, folder).items():
             if only and row not in only:
@@ -63,13 +65,11 @@ def main(only: tuple[str, ...], repeat: int, output: Path, venv: Path, quick: bo
             except (Failed, subprocess.TimeoutExpired) as error:
                 failed.append(f"{row} is not there: {error}")
                 say(failed[-1])
+            # Half an hour's figures are not lost with the last of them.
+            table.write_text(markdown(sections, [*_facts(pythons, turns, quick), *failed]))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    text = markdown(sections, [*_facts(pythons, turns, quick), *failed])
-    output.mkdir(parents=True, exist_ok=True)
-    table = output / ("table-quick.md" if quick else "table.md")
-    table.write_text(text)
-    print(f"\n{text}", flush=True)
+    print(f"\n{table.read_text()}", flush=True)
     for made in (table, *(draw(sections, table) if sections else [])):
         say(str(made))
     met = all(line.is_met for section in sections for line in section.lines)

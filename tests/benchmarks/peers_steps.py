@@ -58,6 +58,7 @@ def _judged(work: Work, found: dict[str, Turns], place: Path, block: int) -> Sec
     notes = [
         f"{step_ms:.3g} ms a step without communication, {work.global_batch // RANKS} samples a rank, "
         f"{work.optimizer}; faster of ours: {ours} (by default it is horovod)",
+        "the optimizer is torch's everywhere: ours and where nothing is sent by its fused update, peers as it comes",
         _agreement(losses, f"{len(silent) + 1} turns of {block} steps"),
     ]
     return Section(f"step efficiency, {work.title}", lines, notes)
