@@ -182,7 +182,7 @@ def start(turns: int, quick: bool, folder: Path, say: Say) -> Section:
         run__root=folder / "runs",
     )
     train = jobs.command(RANKS, "train", jobs.CONFIGS / "mlp-mnist.toml", *keys)
-    python = "from time import perf_counter as s; t = s(); import torch; print(f'{s() - t}\\n', end='')"  # a line at once
+    python = "from time import perf_counter as s; t = s(); import torch; print(f'{s() - t}\\n', end='')"
     load = [*jobs.command(RANKS)[:-1], sys.executable, "-c", python]
     first, imports = [], []
     for turn in range(turns + 1):

@@ -17,7 +17,7 @@ from hpc_train.train.sensors.choose import choose
 _ALONE_S, _TOGETHER_S = 0.1, 0.3
 _ENOUGH = 0.6  # of a core for each thread: two hyper-threads of one core compute at 0.6 to 0.7 each
 _BLOCK = bytes(1 << 16)  # hashing it lets go of Python's lock
-_METER_S = 0.05
+_METER_S, _LOOK_S = 1.0, 0.05  # a GPU's counter of joules was seen to stand still for 0.05 s
 _NVIDIA = Path("proc/driver/nvidia/gpus")
 _AMD = Path("sys/class/kfd/kfd/topology/nodes")
 _RAPL = Path("sys/class/powercap")
@@ -214,11 +214,12 @@ def look_meters(subject: Subject) -> Values:
     choice = choose(subject.root)
     meters = choice.meters
     try:
-        before = [meter.read() for meter in meters]
-        sleep(_METER_S)
-        stuck = [
-            f"{meter.domain} ({meter.source})" for meter, was in zip(meters, before, strict=True) if meter.read() <= was
-        ]
+        still = [(meter, meter.read()) for meter in meters]
+        end_s = perf_counter() + _METER_S
+        while still and perf_counter() < end_s:
+            sleep(_LOOK_S)
+            still = [(meter, was) for meter, was in still if meter.read() <= was]
+        stuck = [f"{meter.domain} ({meter.source})" for meter, _ in still]
         broken = next(iter(choice.faults), None)
     except OSError as error:
         stuck, broken = [], str(error)
