@@ -218,7 +218,8 @@ class Mpi:
     def sum(self, message: torch.Tensor, name: str, adasum: bool = False, last: bool = False) -> Arrival:
         host = message.cpu()
         array = host.numpy()
-        pieces = np.array_split(array, -(-message.nbytes // (_PART_BYTES * self._comm.size)))
+        num_pieces = -(-message.nbytes // (_PART_BYTES * self._comm.size))
+        pieces = np.array_split(array, num_pieces) if num_pieces > 1 else [array]  # it takes as long as 64 KiB to sum
         if last or len(array) < self._comm.size:  # Rabenseifner's algorithm needs an element a rank: see context.py
             return partial(self._sum_now, pieces, host)
         return self._queued([partial(self._comm.Iallreduce, self._mpi.IN_PLACE, piece) for piece in pieces], host)

@@ -30,7 +30,7 @@ def checkpoint(turns: int, quick: bool, folder: Path, say: Say) -> Section:
     megabytes, every = (32, 40) if quick else (500, _EVERY)
     say(f"checkpoint of {megabytes} MB: {turns} turns")
     copies = folder / "copies.json"
-    steps = (turns + 1) * every + every // 2  # the first checkpoint does not count
+    steps = (turns + 1) * every + every // 2 + 1  # the first checkpoint and the first copy do not count
     job = _job(folder, "stall", megabytes, steps) | {"checkpoint": {"every_steps": every, "every_minutes": 0.0}}
     said = output(jobs.command(0, "train", _written(job, folder)), **{COPIES: str(copies)})
     if "left out" in said:
