@@ -11,9 +11,11 @@ All go through the data in blocks of 8 MiB, so memory is bounded and a signal is
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -229,10 +231,37 @@ def _scratch(folder: Path, size_mb: int, context: Context) -> Iterator[Path]:
     """Collective. A new folder in `folder`, removed at the end by every rank: an interrupt may reach one alone."""
     place = context.on_root(lambda: _new_folder(folder, size_mb))
     try:
-        context.on_all(lambda: _require_shared(place))
-        yield place
+        with _removed_at_last(place) if context.world.is_root else nullcontext():
+            context.on_all(lambda: _require_shared(place))
+            yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _removed_at_last(place: Path) -> Iterator[None]:
+    """A process removes `place` when this one has ended, however: after Ctrl-C mpirun kills ranks that do not come back
+    from a call of C within a second."""
+    silent = subprocess.DEVNULL
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", _REMOVER, place],
+        stdin=subprocess.PIPE,
+        stdout=silent,
+        stderr=silent,
+        start_new_session=True,  # signals to the job are not for it
+    ):
+        yield
+
+
+_REMOVER = """
+import os, shutil, sys, time
+sys.stdin.read()  # until its other end is gone
+for _ in range(100):
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    if not os.path.exists(sys.argv[1]):
+        break
+    time.sleep(0.1)  # a rank that is still there has made a file meanwhile
+"""
 
 
 def _new_folder(folder: Path, size_mb: int) -> Path:
