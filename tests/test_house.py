@@ -40,6 +40,7 @@ ALLOWED = {
     | {f"train/inspect/{room}.py" for room in ("check", "info", "judge", "pieces", "survey")}
     | {"train/doctor/storage.py"},
     "subprocess": {"train/metadata.py", "train/inspect/place.py", "train/sensors/slurm.py", "train/doctor/job.py"}
+    | {"train/io_times.py"}
     | {"slurm.py", "scale.py", "doctor.py"},
     "pynvml": {"train/sensors/nvml.py"},
     "gymnasium": {"train/tasks/reinforcement.py"},
@@ -130,5 +131,6 @@ def test_the_shell_completes_after_the_line_that_the_readme_tells() -> None:
     line = 'eval "$(_HPC_TRAIN_COMPLETE=bash_source hpc-train)"'
     assert line in (jobs.ROOT / "README.md").read_text()
     shell = f"set -e; {line}; complete -p hpc-train"
-    done = subprocess.run(["bash", "-c", shell], env=jobs.environment(), capture_output=True, text=True)
+    env = jobs.environment(PATH=f"{jobs.HPC_TRAIN.parent}:{jobs.environment()['PATH']}")
+    done = subprocess.run(["bash", "-c", shell], env=env, capture_output=True, text=True)
     assert "_hpc_train_completion" in done.stdout, done.stderr
