@@ -1,8 +1,8 @@
 # make demo    install, prepare real data, train on 1 and on 2 ranks, report
 # make test    install, then every test, those under mpirun and, for root, on a Slurm cluster of its own included
 # make models  train every shipped job to its end and print what each reached (half an hour on two cores)
-# make bench  measure this program and its peers on equal work (a quiet machine; half an hour)
-# make bench-io  measure reading and writing of HDF5 against bounds and other libraries (a quiet machine; 10 minutes)
+# make bench  measure this program and its peers on equal work (a quiet machine; 20 minutes)
+# make bench-io  measure reading and writing of HDF5 against bounds and other libraries (a quiet machine; 4 minutes)
 # make bench-plan  predict published scaling series from their small sizes, Extra-P beside (it gets an environment of its own)
 # make bench-link  train over limited links against what bench allreduce predicts (root, a quiet machine)
 # make test-rdma  train over InfiniBand verbs between two emulated guests (root, 8 minutes)

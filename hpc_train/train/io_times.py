@@ -34,6 +34,15 @@ from hpc_train.train.readers import open_reader
 _ROW_BYTES, _CHUNK_ROWS, _BLOCK_CHUNKS = 1 << 16, 16, 8
 CHUNK_BYTES = _ROW_BYTES * _CHUNK_ROWS
 _GZIP = {"compression": "gzip", "compression_opts": 1}
+_REMOVER = """
+import os, shutil, sys, time
+sys.stdin.read()  # until its other end is gone
+for _ in range(100):
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    if not os.path.exists(sys.argv[1]):
+        break
+    time.sleep(0.1)  # a rank that is still there has made a file meanwhile
+"""
 _LAYOUTS: dict[str, dict[str, object]] = {"contiguous": {}, "chunked": {}, "gzip": _GZIP}
 _READER_BYTES = 64 << 20  # of decoded chunks
 _HELD = 0.05  # a file of which the page cache holds more is warm
@@ -251,17 +260,6 @@ def _removed_at_last(place: Path) -> Iterator[None]:
         start_new_session=True,  # signals to the job are not for it
     ):
         yield
-
-
-_REMOVER = """
-import os, shutil, sys, time
-sys.stdin.read()  # until its other end is gone
-for _ in range(100):
-    shutil.rmtree(sys.argv[1], ignore_errors=True)
-    if not os.path.exists(sys.argv[1]):
-        break
-    time.sleep(0.1)  # a rank that is still there has made a file meanwhile
-"""
 
 
 def _new_folder(folder: Path, size_mb: int) -> Path:

@@ -85,7 +85,8 @@ class Optimizer:
     def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """The length of the whole model's gradient, a number where the gradients are; inf where it is none."""
         squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum() if gradients else 0.0
-        return torch.nan_to_num(torch.as_tensor(self._sum_owned(squares)).sqrt(), nan=inf, posinf=inf)
+        total = torch.as_tensor(self._sum_owned(squares), dtype=torch.float64)
+        return torch.nan_to_num(total.sqrt(), nan=inf, posinf=inf)
 
     def _rescale(self, norm: float) -> bool:
         """Whether this update is to be left out; lowers the scale then, and raises it after a long time without."""

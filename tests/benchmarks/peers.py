@@ -5,7 +5,7 @@
 Contenders of several ranks run side by side, all but one stopped: they take turns, a block of steps each, forwards and
 backwards. A ratio is the median of the ratios of the turns (behind it, the quartiles). Where what it is held against
 varies by more than 5% (the distance of its quartiles over its median) nothing is judged. The exit code is 1 where a
-bound is missed, 2 where something of this program's failed. A quiet machine with 2 cores or more; half an hour.
+bound is missed, 2 where something of this program's failed. A quiet machine with 2 cores or more; 20 minutes.
 """
 
 import os
@@ -65,7 +65,7 @@ def main(only: tuple[str, ...], repeat: int, output: Path, venv: Path, quick: bo
             except (Failed, subprocess.TimeoutExpired) as error:
                 failed.append(f"{row} is not there: {error}")
                 say(failed[-1])
-            # Half an hour's figures are not lost with the last of them.
+            # What took many minutes is not lost with the last of them.
             table.write_text(markdown(sections, [*_facts(pythons, turns, quick), *failed]))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
