@@ -8,8 +8,9 @@
 # make test-rdma  train over InfiniBand verbs between two emulated guests (root, 8 minutes)
 # make test-faults  every fault, and the table of what came of it (root for those on the cluster)
 # make check   install, ruff and mypy
+# make docs    the documentation as HTML: docs/_build/html
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo models bench bench-io bench-plan bench-link test test-serial test-parallel test-cluster test-faults test-rdma check install clean
+.PHONY: demo models bench bench-io bench-plan bench-link test test-serial test-parallel test-cluster test-faults test-rdma check docs install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -90,6 +91,11 @@ bench-link:
 check:
 	@./install.sh test check
 	ruff check . && ruff format --check . && mypy hpc_train
+
+# Warnings are errors; nothing is fetched.
+docs:
+	@./install.sh docs
+	sphinx-build --fail-on-warning --keep-going --quiet docs docs/_build/html
 
 clean:
 	rm -rf .venv runs data

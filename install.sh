@@ -2,7 +2,7 @@
 # Installs hpc-train and the compiled stack below it into .venv, all of it against ONE MPI:
 # Open MPI (or any MPI with mpicc), parallel HDF5, torch, mpi4py, h5py with MPI, Horovod with MPI.
 #
-#   ./install.sh [test] [check]        what `make install`, `make test` and `make check` call
+#   ./install.sh [test] [check] [docs]     what `make install`, `make test`, `make check` and `make docs` call
 #
 # Read from the environment (or `make install NAME=value`):
 #   PYTHON    python3 >= 3.11            MPICC     mpicc of the MPI to build against
@@ -138,6 +138,7 @@ libraries() {
     local extras=stage
     [[ $want == *" test "* ]] && extras+=,test
     [[ $want == *" check "* ]] && extras+=,check
+    [[ $want == *" docs "* ]] && extras+=,docs
     # h5py and Horovod are built below without isolation: isolated, h5py would compile its own mpi4py (19 GB of memory).
     "$venv/bin/pip" install "$torch" "numpy>=1.26,<3" "mpi4py>=4.1,<5" "nvidia-ml-py>=12" psutil pyyaml cloudpickle \
         "setuptools>=77.0.1" wheel packaging "cython>=3,<4" "pkgconfig>=1.5.5" hatchling editables

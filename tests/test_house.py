@@ -99,7 +99,7 @@ def test_top_level_folders() -> None:
     tracked = subprocess.run(
         ["git", "ls-tree", "-d", "--name-only", "HEAD"], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=20
     ).stdout.split()
-    assert {name for name in tracked if not name.startswith(".")} <= {"hpc_train", "slurm", "configs", "tests"}
+    assert {name for name in tracked if not name.startswith(".")} <= {"hpc_train", "slurm", "configs", "docs", "tests"}
 
 
 def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

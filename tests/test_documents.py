@@ -1,4 +1,4 @@
-"""The README's commands work as they stand there; what its tables promise exists."""
+"""The commands of the documents work as they are printed; what their tables promise exists."""
 
 import re
 import shlex
@@ -18,7 +18,8 @@ from hpc_train.settings import Config
 from tests import jobs
 
 NAMES = ("README.md", "configs/README.md", "slurm/README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-DOCUMENTS = [jobs.ROOT / name for name in NAMES]
+PAGES = sorted((jobs.ROOT / "docs").glob("[!_]*/*.md"))
+DOCUMENTS = [jobs.ROOT / name for name in NAMES] + PAGES
 README, JOBS, SLURM = (document.read_text() for document in DOCUMENTS[:3])
 
 IMPORT = "from hpc_train.train.recording import recording"
@@ -26,21 +27,27 @@ SHOWN = ("own_task.py", "own-task.toml", "own_loop_recorded.py")
 
 
 def commands(document: str = README) -> list[str]:
-    """Every line that a reader would type: those behind "$ " in console blocks."""
+    """Every line that a reader would type: those after "$ " in console blocks."""
     blocks = re.findall(r"```console\n(.*?)```", document, re.DOTALL)
     return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
+def session() -> list[str]:
+    """The commands of a first session: README, jobs, tutorials, how-to guides. Each command once."""
+    pages = [page.read_text() for folder in ("tutorials", "how-to") for page in PAGES if page.parent.name == folder]
+    return list(dict.fromkeys(line for document in (README, JOBS, *pages) for line in commands(document)))
+
+
 @pytest.mark.timeout(600)  # three minutes on two quiet cores
 def test_commands_run_as_they_stand(tmp_path: Path) -> None:
-    """In the order of the README and of that of jobs, in an empty folder with the shipped ones: a first session."""
+    """In an empty folder with the shipped jobs."""
     (tmp_path / "configs").symlink_to(jobs.CONFIGS)
     (tmp_path / "tests").symlink_to(jobs.ROOT / "tests")
     for name in SHOWN:
         shutil.copy(jobs.ROOT / "tests" / name, tmp_path)
     env = jobs.environment(PATH=f"{jobs.HPC_TRAIN.parent}:{jobs.environment()['PATH']}")
     ran = 0
-    for line in commands() + commands(JOBS):
+    for line in session():
         words = shlex.split(line)
         if words[0] not in ("hpc-train", "mpirun", "torchrun"):
             continue
@@ -62,7 +69,7 @@ def test_the_code_that_is_shown_is_the_code_that_is_tested() -> None:
 
 def test_make_targets_and_scripts_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (jobs.ROOT / "Makefile").read_text(), re.MULTILINE))
-    for line in commands():
+    for line in session():
         words = shlex.split(line)
         if words[0] == "make":
             assert words[1] in targets, line
@@ -70,6 +77,22 @@ def test_make_targets_and_scripts_exist() -> None:
             script = next(word for word in words if word.endswith(".sbatch"))
             assert (jobs.ROOT / script).is_file(), line
             assert subprocess.run(["bash", "-n", jobs.ROOT / script], timeout=20).returncode == 0
+
+
+def test_the_pages_build(tmp_path: Path) -> None:
+    """As `make docs` builds them: a warning is an error."""
+    command = ["sphinx-build", "--fail-on-warning", "--keep-going", "--quiet", "docs", tmp_path]
+    env = jobs.environment(PATH=f"{jobs.HPC_TRAIN.parent}:{jobs.environment()['PATH']}")
+    done = subprocess.run(command, cwd=jobs.ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "reference" / "cli.html").read_text()
+    assert all(f"hpc-train {name}" in reference for name in cli.commands)
+
+
+def test_readme_and_contributing_are_short() -> None:
+    assert (jobs.ROOT / "README.md").stat().st_size < 12_000
+    assert README.splitlines().index("$ make test") < 25
+    assert (jobs.ROOT / "CONTRIBUTING.md").stat().st_size < 10_000
 
 
 def test_links_lead_somewhere() -> None:
