@@ -78,25 +78,6 @@ def comparable(config: Config) -> dict[str, Any]:
     }
 
 
-def same_job(one: Config | None, other: Config) -> bool:
-    """Whether two configurations ask for the same training. The data may lie elsewhere, in a job's scratch, say."""
-
-    def asked(config: Config) -> dict[str, Any]:
-        file = Path(config.data.file or "").name
-        return comparable(config) | {"name": config.name, "train.steps": config.train.steps, "data.file": file}
-
-    return one is not None and asked(one) == asked(other)
-
-
-def trajectory(config: Config) -> dict[str, Any]:
-    """The dotted keys that a run cannot change half-way: what it trains on, in which order, and what it trains.
-
-    The global batch is one of them, too; it depends on the number of ranks, and each checkpoint states it.
-    """
-    fixed = ("seed", "data.inputs", "data.targets", "data.offsets", "task.", "train.optimizer", "rl.")
-    return {key: value for key, value in flatten(as_dict(config)).items() if key.startswith(fixed)}
-
-
 def dumps(loaded: Loaded) -> str:
     """The resolved configuration as TOML that `load` reads back, each key with where its value came from."""
     tree, origin = loaded.config.model_dump(), loaded.origin

@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hpc_train import rundir
-from hpc_train.config import Config, Loaded, Text, dumps, load, same_job
+from hpc_train.config import Config, Loaded, Text, dumps, load
 from hpc_train.environment import looks_secret
 from hpc_train.errors import UserError
+from hpc_train.resume import same_job
 from hpc_train.rundir import RunDir, write_atomic
 
 # slurm/ inside an installed wheel, or of the checkout

@@ -20,6 +20,7 @@ GROUND = {
     "world",
     "partition",
     "records",
+    "resume",
     "timings",
     "rundir",
     "clock",

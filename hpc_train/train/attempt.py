@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hpc_train import lock, rundir
-from hpc_train.config import Config, Loaded, load, same_job, trajectory
+from hpc_train import lock, resume, rundir
+from hpc_train.config import Config, Loaded, load
 from hpc_train.errors import UserError
 from hpc_train.partition import Order
+from hpc_train.resume import Change, Rule
 from hpc_train.rundir import RunDir
 from hpc_train.train import checkpoint
 from hpc_train.train.context import Context
@@ -23,25 +24,27 @@ class Attempt:
     """One job's work on a run. `number` counts from 1; `meta` is what earlier attempts wrote down ({} if none did).
 
     source: the run whose newest checkpoint is continued from; another one after a change of the number of ranks.
+    changes: the keys that differ from that run's.
     """
 
     run: RunDir
     number: int
     meta: dict[str, Any]
     source: RunDir | None
+    changes: list[Change]
 
 
 @contextmanager
-def open_attempt(loaded: Loaded, context: Context, resume: str) -> Iterator[Attempt]:
+def open_attempt(loaded: Loaded, context: Context, wanted: str) -> Iterator[Attempt]:
     """Collective. The run directory to work in, made or found, and locked by the root until the end.
 
-    resume: "never" for a new run; "auto" for the newest unfinished run of this configuration on as many ranks, or else
+    wanted: "never" for a new run; "auto" for the newest unfinished run of this configuration on as many ranks, or else
     a new one; or the path of a run directory. Raises UserError.
     """
     with ExitStack() as stack:
 
         def choose() -> Attempt:
-            run, source = _choose(loaded.config, context.world.size, resume)
+            run, source, changes = _choose(loaded.config, context.world.size, wanted)
             stack.enter_context(lock.held(run.lock, say))
             rundir.make_folders(run)
             checkpoint.clean(run)
@@ -49,7 +52,7 @@ def open_attempt(loaded: Loaded, context: Context, resume: str) -> Iterator[Atte
             earlier = meta.get("attempts", [])
             if source == run and earlier and earlier[0]["continues"] and not checkpoint.found(run):
                 source = RunDir(Path(earlier[0]["continues"]))  # stopped before it had a checkpoint of its own
-            return Attempt(run, len(earlier) + 1, meta, source)
+            return Attempt(run, len(earlier) + 1, meta, source, changes)
 
         yield context.on_root(choose)
 
@@ -58,33 +61,65 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def _choose(config: Config, size: int, resume: str) -> tuple[RunDir, RunDir | None]:
-    """(the run to work in, the run to continue from or None)."""
+def _choose(config: Config, size: int, wanted: str) -> tuple[RunDir, RunDir | None, list[Change]]:
+    """(the run to work in, the run to continue from or None, what differs from that one)."""
     root = Path(config.run.root).expanduser()
-    if resume == "auto":
-        candidates = [run for run in _unfinished(root / config.name) if same_job(read_config(run), config)]
-        same = [run for run in candidates if _size(run) == size]
-        if same:
-            return same[-1], same[-1]
-        for run in candidates[-1:]:
-            say(f"{run.path} is unfinished on {_size(run)} ranks; to continue it on {size}: --resume {run.path}")
-    elif resume != "never":
-        run = RunDir(Path(resume).expanduser())
-        _check_same(run, config)
-        if _size(run) in (size, None):
-            return run, run
-        return _new(root, config, size), run
-    return _new(root, config, size), None
+    if wanted == "auto":
+        run = _newest_unfinished(root / config.name, config, size)
+        return (run, run, []) if run else (_new(root, config, size), None, [])
+    if wanted == "never":
+        return _new(root, config, size), None, []
+    run = RunDir(Path(wanted).expanduser())
+    theirs = read_config(run)
+    if theirs is None:
+        raise UserError(
+            f"--resume {run.path} is no run directory: it holds no readable config.toml",
+            "Name a folder runs/<name>/<stamp>-np<N>, or say auto or never.",
+        )
+    changes = resume.check(theirs, config, run.path)
+    return (run if _size(run) in (size, None) else _new(root, config, size)), run, changes
+
+
+def _newest_unfinished(folder: Path, config: Config, size: int) -> RunDir | None:
+    """The newest unfinished run of this very job on `size` ranks. Where there is none, says why others are not."""
+    passed = []
+    # In the order of their names, which is that of their beginning, the newest first.
+    for run in sorted((RunDir(meta.parent) for meta in folder.glob("*/meta.json")), key=_name_of, reverse=True):
+        why = _passed_over(run, config, size)
+        if why is None:
+            return run
+        passed.append((run.summary.exists(), f"{run.path} is not continued: {why}"))
+    if passed:
+        say(min(passed, key=lambda each: each[0])[1])  # the newest unfinished one rather than a complete one
+        say(f"A new run begins{f' ({len(passed) - 1} more are not continued)' if len(passed) > 1 else ''}")
+    return None
+
+
+def _name_of(run: RunDir) -> str:
+    return run.path.name
+
+
+def _passed_over(run: RunDir, config: Config, size: int) -> str | None:
+    """Why --resume auto does not continue `run`; None where it does."""
+    theirs, state = read_config(run), "complete" if run.summary.exists() else "unfinished"
+    if theirs is None:
+        return f"it is {state}, and its config.toml cannot be read. Look at it: hpc-train config show {run.config}"
+    changes = [change for change in resume.changes(theirs, config) if change.rule is not Rule.FREE]
+    if changes:
+        possible = all(change.rule is not Rule.REFUSED for change in changes)
+        remedy = (
+            f"To continue it so: --resume {run.path}" if possible else "It can be continued with its own values alone"
+        )
+        return f"it is {state}, and {', '.join(change.values for change in changes)}. {remedy}"
+    if state == "complete":
+        return "it is complete"
+    if _size(run) != size:
+        return f"it is unfinished on {_size(run)} ranks. To continue it on {size}: --resume {run.path}"
+    return None
 
 
 def _new(root: Path, config: Config, size: int) -> RunDir:
     return rundir.create(root, config.name, size, datetime.now(UTC), os.environ.get("SLURM_JOB_ID"))
-
-
-def _unfinished(folder: Path) -> list[RunDir]:
-    """Runs below `folder` without a summary, in the order of their names, which is that of their beginning."""
-    runs = [RunDir(meta.parent) for meta in folder.glob("*/meta.json")]
-    return sorted((run for run in runs if not run.summary.exists()), key=lambda run: run.path.name)
 
 
 def read_meta(run: RunDir) -> dict[str, Any]:
@@ -112,31 +147,34 @@ def _size(run: RunDir) -> int | None:
     return read_meta(run).get("size")
 
 
-def _check_same(run: RunDir, config: Config) -> None:
-    """Raises UserError where `run` is no run, or one that another configuration began."""
-    theirs = read_config(run)
-    if theirs is None:
-        raise UserError(
-            f"--resume {run.path} is no run directory: it holds no readable config.toml",
-            "Name a folder runs/<name>/<stamp>-np<N>, or say auto or never.",
-        )
-    old, new = trajectory(theirs), trajectory(config)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            raise UserError(
-                f"{key} = {new.get(key)!r}, and {run.path} was begun with {old.get(key)!r}",
-                "A run keeps what it trains and on what: set it back, or begin another run (--resume never).",
-            )
-
-
-def check_continues(facts: dict[str, Any], expected: dict[str, Any], source: RunDir) -> None:
-    """Raises UserError where a checkpoint was made from other data or global batches: its step would mean others."""
+def check_continues(stated: dict[str, Any], expected: dict[str, Any], attempt: Attempt, num_steps: int) -> None:
+    """Raises UserError where a checkpoint was made from other data or global batches, so that its step would mean
+    others, and where the `num_steps` that are asked for are taken already and what has changed would change nothing.
+    """
+    assert attempt.source is not None
+    path = attempt.source.path
     remedy = {
         "num_samples": "Name the data set that the run began with in data.file, or begin another run.",
         "global_batch": "Set train.global_batch to it (train.batch_per_rank asks for more on more ranks).",
         "order": "Set data.shuffle_chunks to it, and read the same files (data.memory_mb decides it, too).",
     }
-    facts = {"order": str(Order(0))} | facts  # older checkpoints do not state it
+    facts = {"order": str(Order(0))} | stated  # older checkpoints do not state it
     for key, words in remedy.items():
         if facts.get(key) != expected[key]:
-            raise UserError(f"{key} is {expected[key]} here, and was {facts.get(key)} in {source.path}", words)
+            raise UserError(f"{key} is {expected[key]} here, and was {facts.get(key)} in {path}", words)
+    if stated["step"] > num_steps:
+        raise UserError(
+            f"train.steps = {num_steps}, and {path} has taken {stated['step']} steps already",
+            "Set train.steps to as many or more, or begin another run: --resume never",
+        )
+    is_tested = attempt.source.summary.exists()
+    ignored = [
+        change
+        for change in resume.said(attempt.changes)
+        if change.key != "train.steps" and (is_tested or change.rule is not Rule.TEST)
+    ]
+    if stated["step"] == num_steps and ignored:
+        raise UserError(
+            f"{path} is complete: {num_steps} steps, and {ignored[0].values} would change nothing",
+            f"Set {ignored[0].key} back, raise train.steps to go on with it, or begin another run: --resume never",
+        )

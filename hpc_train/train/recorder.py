@@ -14,6 +14,7 @@ from hpc_train.clock import Clock
 from hpc_train.config import UNKNOWN_STEPS, Loaded, dumps
 from hpc_train.errors import UserError, not_written
 from hpc_train.records import METRIC_COLUMNS, Energy, read_energy, read_metrics, summarise, timing_log, total_energy
+from hpc_train.resume import said
 from hpc_train.rundir import write_atomic
 from hpc_train.timings import read_timings, step_times
 from hpc_train.train.attempt import Attempt
@@ -183,6 +184,7 @@ class Recorder:
                         "hosts": self._meta["hosts"],
                         "slurm": self._meta["slurm"],
                         "continues": str(self._attempt.source.path.resolve()) if self._attempt.source else None,
+                        "changed": {each.key: [each.before, each.now] for each in said(self._attempt.changes)},
                     }
                 )
             self._meta.update(facts)

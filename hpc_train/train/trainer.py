@@ -16,6 +16,7 @@ from torch import nn
 from hpc_train.config import Config, Loaded
 from hpc_train.errors import UserError
 from hpc_train.partition import Order, noise_seed, rank_batches
+from hpc_train.resume import said
 from hpc_train.train import checkpoint
 from hpc_train.train.attempt import Attempt, check_continues, open_attempt, say
 from hpc_train.train.checkpoint import Saver, read_newest
@@ -161,7 +162,7 @@ def _begin(
     context: Context,
 ) -> tuple[int | None, nn.Module, Generator[Any]]:
     """Collective. (the step to go on with, the model to train, the batches); no step where the run is complete."""
-    first = _restore(attempt, job, optimizer, reducer, context)
+    first = _restore(attempt, job, optimizer, reducer, config.train.steps, context)
     if first >= config.train.steps and context.on_root(attempt.run.summary.exists):
         context.on_root(lambda: say(f"{attempt.run.path} is complete: {first} steps"))
         return None, job.model, _again([], iter(()))
@@ -189,7 +190,9 @@ def _snapshot(job: Job, optimizer: Optimizer, reducer: Reducer, context: Context
     return {"model": job.model.state_dict(), "optimizer": state, "loss_scale": optimizer.loss_scale, "task": own}
 
 
-def _restore(attempt: Attempt, job: Job, optimizer: Optimizer, reducer: Reducer, context: Context) -> int:
+def _restore(
+    attempt: Attempt, job: Job, optimizer: Optimizer, reducer: Reducer, num_steps: int, context: Context
+) -> int:
     """Collective. Loads the newest good checkpoint of the run that is continued, if any; the step to go on with."""
     state: dict[str, Any] = {}
     source = attempt.source
@@ -199,8 +202,10 @@ def _restore(attempt: Attempt, job: Job, optimizer: Optimizer, reducer: Reducer,
             return 0
         found, stated = read_newest(source, job.model, say)
         if found:
-            check_continues(stated, job.facts, source)
+            check_continues(stated, job.facts, attempt, num_steps)
             say(f"Continuing at step {stated['step']} of {source.path}")
+            for change in said(attempt.changes):
+                say(f"  {change}")
             state.update(found)
         return int(stated.get("step", 0))
 
@@ -209,7 +214,8 @@ def _restore(attempt: Attempt, job: Job, optimizer: Optimizer, reducer: Reducer,
         state = checkpoint.broadcast(state, context)
         job.model.load_state_dict(state["model"])
         optimizer.load(reducer.shards.scatter(state["optimizer"]) if reducer.shards else state["optimizer"])
-        optimizer.loss_scale = state["loss_scale"]
+        if all(change.key != "train.precision" for change in attempt.changes):
+            optimizer.loss_scale = state["loss_scale"]  # another precision's says nothing of this one's
         if state["task"] and not job.is_server:
             job.task.load_state(state["task"])  # type: ignore[attr-defined]
     return first

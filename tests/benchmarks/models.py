@@ -18,7 +18,8 @@ from typing import Any
 import click
 
 from hpc_train import scale
-from hpc_train.config import Config, Loaded, load, same_job
+from hpc_train.config import Config, Loaded, load
+from hpc_train.resume import same_job
 from hpc_train.rundir import RunDir
 from hpc_train.timings import read_timings
 

@@ -146,3 +146,43 @@ def test_a_run_is_prolonged_and_its_learning_rate_changed(tmp_path: Path, digits
     stopped = Job(0, tmp_path, digits, *longer, "--resume", str(first.run.path), TRACE_DELAY="0.1").wait_for_step(2)
     assert stopped.signal(signal.SIGUSR2).end().code == 75
     assert not first.run.summary.exists(), "it is unfinished, and its summary would say otherwise"
+
+
+def test_a_changed_job_never_goes_on_or_begins_without_a_word(tmp_path: Path, digits: Path) -> None:
+    cosine = ("--set", "train.schedule=cosine")
+    whole = Job(0, tmp_path, digits, *cosine)
+    assert whole.end().code == 0
+    run, meta = whole.run.path, whole.run.meta.read_text()
+    for words, named in [
+        (("--set", "train.steps=30", *cosine), "train.steps = 30 here, 24 there"),
+        (("--set", "train.lr=0.2", *cosine), "train.lr = 0.2 here, 0.1 there would change nothing"),
+        (("--set", "train.steps=9", "--set", "train.schedule=constant"), "has taken 24 steps already"),
+    ]:
+        refused = Job(0, tmp_path, digits, *words, "--resume", str(run)).end()
+        assert refused.code == 2 and named in refused.err and "--resume never" in refused.err, refused
+        assert whole.run.path == run and run.joinpath("meta.json").read_text() == meta, "nothing is touched"
+    more = ("--set", "train.steps=27", "--set", "train.schedule=constant", "--set", "train.lr=0.01")
+    prolonged = Job(0, tmp_path, digits, *more, "--resume", str(run))
+    ended = prolonged.end()
+    assert ended.code == 0 and "train.schedule = 'constant' here, 'cosine' there: updates follow it" in ended.out
+    assert prolonged.meta()["attempts"][-1]["changed"]["train.steps"] == [24, 27]
+    assert list(prolonged.losses()) == list(range(27))
+
+    auto = Job(0, tmp_path, digits, "--set", "train.steps=2", "--resume", "auto")
+    ended = auto.end()
+    assert (
+        ended.code == 0 and f"{run} is not continued: it is complete, and train.lr = 0.1 here, 0.01 there" in ended.out
+    )
+    assert f"To continue it so: --resume {run}\nA new run begins\n" in ended.out and auto.run.path != run
+
+
+def test_what_no_step_depends_on_may_change_when_a_run_goes_on(
+    tmp_path: Path, digits: Path, reference: Reference
+) -> None:
+    job = Job(0, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(3)
+    assert job.signal(signal.SIGUSR2).end().code == 75
+    free = ("--set", "train.on_nonfinite=skip", "--set", "train.log_every=1", "--set", "energy.pue=1.2")
+    again = Job(0, tmp_path, digits, *free, "--resume", "auto")
+    ended = again.end()
+    assert ended.code == 0 and "Continuing at step" in ended.out and " there:" not in ended.out
+    assert_continuous(again, reference(0))
