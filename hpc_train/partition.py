@@ -189,6 +189,23 @@ def row_noise(seed: int, step: int, rows: npt.NDArray[np.integer], num: int) -> 
     return _mix(states[:, None] + np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
+def places(values: Indices, wanted: Indices) -> Indices:
+    """Where each of `wanted` stands among the rising `values`. Raises `LookupError` for one that is not among them."""
+    found = np.searchsorted(values, wanted)
+    is_there = found < len(values)
+    is_there[is_there] = values[found[is_there]] == wanted[is_there]
+    if not is_there.all():
+        raise LookupError(int(wanted[~is_there][0]))
+    return found
+
+
+def require_rows(rows: Indices, num_rows: int) -> None:
+    """Raises `IndexError` where one of `rows` is not in [0, num_rows): numpy may count from the end, or clip."""
+    if len(rows) and (rows.min() < 0 or rows.max() >= num_rows):
+        wrong = rows[(rows < 0) | (rows >= num_rows)][0]
+        raise IndexError(f"row {wrong} of {num_rows}")
+
+
 def drawn(rows: Indices, bound: int, seed: int) -> Indices:
     """For each row a number of [0, bound): what that sample draws, whichever rank holds it."""
     return (row_noise(seed, 0, rows, 1)[:, 0] % np.uint64(bound)).astype(np.int64)

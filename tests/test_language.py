@@ -267,6 +267,8 @@ def test_the_bigram_model_is_witten_and_bells(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(baselines, "_BLOCK", 37)
     bigrams = count_bigrams(train, test, 30, ALONE)
     assert bigrams.loss(test[None]) == pytest.approx(brute_force(train.tolist(), test.tolist(), 30), rel=1e-12)
+    with pytest.raises(LookupError):  # and not the loss of another pair
+        bigrams.loss(np.array([[28, 28]], np.uint16))
     every = np.array([[a, b] for a in (1, 25, 29) for b in range(30)], np.uint16)
     likely = count_bigrams(train, np.concatenate(every), 30, ALONE)
     sums = [math.fsum(math.exp(-likely.loss(pair[None])) for pair in part) for part in np.split(every, 3)]
@@ -372,6 +374,21 @@ def test_the_test_counts_every_token_once(written: tuple[RunDir, dict[str, float
     assert set(measures) == {"loss", "bigram_loss"} and measures["loss"] < 3.2
     expected = count_bigrams(train, np.array(tested, np.uint8), 256, ALONE).loss(np.array([tested], np.uint8))
     assert measures["bigram_loss"] == pytest.approx(expected / (len(tested) - 1))
+
+
+def test_windows_of_documents_are_told_their_own_bigrams(tmp_path: Path) -> None:
+    """A window within a document begins anywhere in the text: its pairs are all counted, and none is another's."""
+    rng, ends = np.random.default_rng(3), np.array([0, 31, 63, 95, 128, 200])
+    with h5py.File(tmp_path / "text.h5", "w") as file:
+        file["train/inputs"], file["test/inputs"] = rng.integers(0, 256, (2, 200), np.uint8)
+        file["test/offsets"], file.attrs["vocab_size"] = ends, 256
+        train, test = file["train/inputs"][:], file["test/inputs"][:]
+    job = tmp_path / "job.toml"
+    job.write_text(JOB.format(file=tmp_path / "text.h5", kind="language", model="gpt", steps=1, root=tmp_path))
+    task = Language(load(job, ("data.test_offsets=test/offsets",)).config, ALONE)
+    told = sum(batch.bigram_loss for batch in task.test_batches(World()))
+    windows = np.array([test[at : at + 33] for at in (95, 128, 161)])
+    assert told == pytest.approx(count_bigrams(train, test, 256, ALONE).loss(windows))
 
 
 def test_masked_language_says_what_the_commonest_token_would_reach(as_bytes: Path, tmp_path: Path) -> None:

@@ -65,6 +65,21 @@ def test_every_layout_reads_alike(tmp_path: Path, layout: str, userblock: int, m
     reader.close()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "big-endian", "gzip", "scaleoffset, which only HDF5 itself undoes"])
+@pytest.mark.parametrize("row", [-1, -203, 203, 204, 1 << 40])
+def test_a_row_that_is_not_there_is_refused(tmp_path: Path, layout: str, row: int) -> None:
+    """Neither counted from the end nor replaced by the nearest."""
+    for name in "ab":
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file.create_dataset("x", data=values(), **LAYOUTS[layout])
+    parts = [(tmp_path / f"{n}.h5", h5py.File(tmp_path / f"{n}.h5", "r")["x"]) for n in "ab"]
+    for reader, wrong in ((opened(tmp_path / "a.h5"), row), (join(parts, 1 << 20, 1), row if row < 0 else row + 203)):
+        for out in (None, np.empty((2, 7, 5), np.float32)):
+            with pytest.raises(IndexError, match=f"row {wrong} of"):
+                reader.take(np.array([5, wrong]), out)
+        reader.close()
+
+
 @pytest.mark.parametrize("width, dtype", [(1 << 14, np.uint8), (1 << 13, np.int16), (9999, np.uint8)])
 def test_large_batches_are_gathered_by_threads_alike(tmp_path: Path, width: int, dtype: type) -> None:
     """9999 bytes a row are no whole words: those by one thread."""

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from hpc_train.errors import UserError
-from hpc_train.partition import Indices, chunk_edges
+from hpc_train.partition import Indices, chunk_edges, require_rows
 from hpc_train.train.filters import Damaged, Pipeline, open_pipeline
 
 _MOST_THREADS = 8  # of a rank; more wait for each other's memory
@@ -174,6 +174,7 @@ class Chunked:
             file.close()
 
     def _blocks(self, rows: np.ndarray) -> np.ndarray:
+        require_rows(rows, len(self))
         return rows // self._num_rows if len(self._files) == 1 else np.searchsorted(self.edges, rows, "right") - 1
 
     def _parts(self, needed: list[int]) -> list[list[int]]:

@@ -11,7 +11,7 @@ import torch
 
 from hpc_train.config import Config
 from hpc_train.errors import UserError
-from hpc_train.partition import Order, rank_span
+from hpc_train.partition import Order, rank_span, require_rows
 from hpc_train.train.context import Context
 from hpc_train.train.files import Files, reading_memory
 from hpc_train.train.readers import Reader
@@ -204,6 +204,7 @@ class Tokens:
         self.values.expect(self._places(rows)[:, [0, -1]].reshape(-1))
 
     def _places(self, rows: np.ndarray) -> np.ndarray:
+        require_rows(rows, len(self))
         starts = rows * self.length if self.starts is None else self.starts[rows]
         return np.asarray(starts[:, None] + np.arange(self.length + self.ahead))
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from hpc_train.errors import UserError
-from hpc_train.partition import Indices
+from hpc_train.partition import Indices, require_rows
 from hpc_train.train.chunks import Chunked, ChunkFile
 
 _WORTH_THREADS = 1 << 18  # bytes of a batch: below, threads cost more than they spare
@@ -80,6 +80,7 @@ class Mapped:
         self._words = _words(values) if values.dtype.isnative else None
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        require_rows(rows, len(self))
         if not self._values.dtype.isnative:
             return _into(out, np.take(self._values, rows, axis=0).astype(self.dtype))
         if out is None:
@@ -89,7 +90,7 @@ class Mapped:
             there = torch.from_numpy(out.reshape(len(out), -1).view(np.int64))
             torch.index_select(self._words, 0, torch.from_numpy(rows), out=there)
             return out
-        # "clip": with "raise" numpy gathers into a buffer of its own first
+        # All are there, so nothing is clipped: with "raise" numpy gathers into a buffer of its own first
         return np.take(self._values, rows, axis=0, out=out, mode="clip")
 
     def __len__(self) -> int:
@@ -168,6 +169,7 @@ class Joined:
 
     def _split(self, rows: np.ndarray) -> list[tuple[Reader, np.ndarray, np.ndarray]]:
         """(part, which of `rows` lie in it, their rows there)."""
+        require_rows(rows, len(self))
         numbers = np.searchsorted(self._ends, rows, "right")
         found = []
         for number in np.unique(numbers).tolist():
@@ -189,6 +191,7 @@ class Slabs:
         self.dtype = dataset.dtype.newbyteorder("=")
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        require_rows(rows, len(self))
         distinct, back = np.unique(rows, return_inverse=True)  # h5py wants rising indices
         return _into(out, np.asarray(self._dataset[distinct])[back].astype(self.dtype, copy=False))
 

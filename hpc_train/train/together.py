@@ -14,7 +14,7 @@ import numpy as np
 
 from hpc_train.config import Config
 from hpc_train.errors import UserError
-from hpc_train.partition import Indices, Order, chunk_edges, rank_batches, rank_span
+from hpc_train.partition import Indices, Order, chunk_edges, places, rank_batches, rank_span, require_rows
 from hpc_train.train.context import Context, parallel_file_options
 from hpc_train.train.dataset import Split
 from hpc_train.train.files import Files, require_parallel_hdf5, selected, transfer
@@ -46,6 +46,7 @@ class Collective:
         """Collective. `rows` rise, as those of a global batch do: they are one run, or two where an epoch's short chunk
         came before.
         """
+        require_rows(rows, len(self))
         out = np.empty((len(rows), *self.shape[1:]), self.dtype) if out is None else out
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
         space, memory = selected(self._dataset, [(int(run[0]), len(run)) for run in runs if len(run)])
@@ -105,8 +106,16 @@ class Spread:
         self._rows = wanted
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        places = np.searchsorted(self._rows, rows)
-        return np.take(self._held, places, axis=0, out=out, mode="raise" if out is None else "clip")
+        """Raises `UserError` for a row that was not sent to this rank for the steps at hand."""
+        try:
+            found = places(self._rows, rows)
+        except LookupError as error:
+            raise UserError(
+                f"data.read = 'memory': sample {error} is not on rank {self._context.world.rank} at this step",
+                "A rank holds the rows that Task.batch is given, at that step: ask for those, or leave data.read out.",
+            ) from None
+        # All are there, so nothing is clipped: with "raise" numpy gathers into a buffer of its own first.
+        return np.take(self._held, found, axis=0, out=out, mode="raise" if out is None else "clip")
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -102,6 +102,20 @@ def test_spread_rows_arrive(context: Context, memory_bytes: int) -> None:
             assert np.array_equal(spread.take(rows[:0]), values[:0])
 
 
+def test_a_row_that_a_rank_does_not_hold_is_refused(context: Context) -> None:
+    """Another sample in its place would be trained on in silence."""
+    values, world = np.arange(101 * 6, dtype=np.int16).reshape(101, 2, 3), context.world
+    spread = Spread(Mapped(values), 10, 5, 1, context)  # one step's rows at once
+    batches = [rows for rows, _ in rank_batches(range(4), Order(101), 10, 5, world.rank, world.size)]
+    spread.begin(0)
+    elsewhere = np.setdiff1d(np.arange(101), batches[0])
+    for rows in (batches[3], batches[0] - 101, batches[0] + 101, elsewhere, np.append(batches[0], elsewhere[-1])):
+        for out in (None, np.empty((len(rows), 2, 3), np.int16)):
+            with pytest.raises(UserError, match=rf"sample -?\d+ is not on rank {world.rank} at this step"):
+                spread.take(rows, out)
+    assert np.array_equal(spread.take(batches[0]), values[batches[0]])
+
+
 def test_what_cannot_be_read_together_is_refused(
     context: Context, shared_path: Path, digits: Path, packed: Path
 ) -> None:

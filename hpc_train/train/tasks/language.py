@@ -161,7 +161,7 @@ class Language:
         text = self.text
         if text.test is None:
             return
-        tested = text.test.values[: len(text.test) * text.test.length + 1]
+        tested = text.test.values[: len(text.test.values)]  # windows within documents may begin anywhere in it
         bigrams = count_bigrams(text.train.values, tested, text.vocab_size, self.context)
         for rows in text.test_rows(world):
             windows = text.test.windows(rows)
