@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,10 +48,10 @@ class Study:
         return run
 
 
-def plan(loaded: Loaded, sizes: list[int], repeats: int, in_queue: set[str] | None = None) -> Study:
+def plan(loaded: Loaded, sizes: list[int], repeats: int, in_queue: Mapping[str, str] | None = None) -> Study:
     """What is missing of the study `<run.root>/scale-<name>/`. A run counts when it is complete and of this job.
 
-    in_queue: ids of Slurm jobs that have not ended; None where runs are started here.
+    in_queue: Slurm's jobs that have not ended, as `waiting_jobs` tells them; None where runs are started here.
     """
     config = loaded.config
     folder = Path(config.run.root).expanduser() / f"scale-{config.name}"
@@ -63,10 +63,9 @@ def plan(loaded: Loaded, sizes: list[int], repeats: int, in_queue: set[str] | No
         num_ranks = run.size
         if num_ranks not in done or not slurm.is_of(run, config):
             continue
-        job = slurm.submitted_job(run.path)
         if _is_complete(run):
             done[num_ranks] += 1
-        elif in_queue is not None and job in in_queue:
+        elif in_queue is not None and (job := slurm.queued_job(run.path, in_queue)):
             done[num_ranks] += 1
             waiting.append(job)
         else:

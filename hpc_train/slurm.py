@@ -6,13 +6,16 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import IO, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -27,6 +30,10 @@ from hpc_train.rundir import RunDir, write_atomic
 _FOLDERS = (Path(__file__).parent / "shipped" / "slurm", Path(__file__).parents[1] / "slurm")
 _BEGIN, _END = "# ---- settings", "# ---- end of settings\n"
 _ANSWER_S = 120.0  # longest wait for Slurm's controller
+_LOOK_S = 20.0  # for the queue, where a submission has had no answer already
+# sbatch's words where its way to the controller broke: what the controller did is not known then.
+_NO_ANSWER = re.compile(r"timed? ?out|contact|connect|communicat|transmi|receiv|send|unexpected message", re.IGNORECASE)
+_JOB_ID = re.compile(r"[0-9]+(?:;\S*)?")  # a federation adds ;cluster
 _TIME = re.compile(
     r"(?:(?P<days>[0-9]{1,3})-)?(?P<first>[0-9]{1,6})(?::(?P<second>[0-9]{1,2}))?(?::(?P<third>[0-9]{1,2}))?"
 )
@@ -257,6 +264,14 @@ class Submitted:
     script: Path
 
 
+class _Refused(UserError):
+    """Slurm is not here, or did not do what it was asked to."""
+
+
+class _NoAnswer(Exception):
+    """A command of Slurm ended without saying what the controller did; the words tell how."""
+
+
 def script_for(loaded: Loaded, site: Site, run: Path, num_ranks: int, time: str | None = None) -> str:
     """The script of a training run whose directory is `run`. Raises `UserError`."""
     limit = time or site.time
@@ -287,13 +302,13 @@ def at_home(site: Site) -> Site:
 def submit(loaded: Loaded, site: Site, num_ranks: int, time: str | None = None, resume: str = "auto") -> Submitted:
     """Queues a run: the newest unfinished one of this job on as many ranks, or a new one. Raises `UserError`.
 
-    resume: "never" for a new one in any case. Where it cannot be queued, no new run directory is left.
+    resume: "never" for a new one in any case. Where Slurm refuses it, no new run directory is left; where it may have
+    taken it, the directory stays, whatever ended this process.
     """
     config = loaded.config
     left = unfinished(config, num_ranks) if resume == "auto" else None
     if left is not None:
-        job = submitted_job(left.path)
-        if job is not None and job in waiting_jobs():
+        if was_submitted(left.path) and (job := queued_job(left.path, waiting_jobs())):
             raise UserError(
                 f"{left.path} is in the queue, or running, as job {job}",
                 "Wait until that job has ended (squeue), or begin another run: --resume never",
@@ -303,7 +318,8 @@ def submit(loaded: Loaded, site: Site, num_ranks: int, time: str | None = None, 
     try:
         return enqueue(loaded, site, run, num_ranks, time)
     except BaseException:
-        shutil.rmtree(run.path)  # ours, seconds old, and not in the queue
+        if not was_submitted(run.path):  # ours, seconds old, and not in the queue
+            shutil.rmtree(run.path)
         raise
 
 
@@ -331,47 +347,134 @@ def enqueue(
     content = script_for(loaded, site, run.path, num_ranks, time)
     write_atomic(run.config, dumps(loaded))
     write_atomic(script, content)
-    job = sbatch(script, after)
-    record = {"job": job, "submitted": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
-    write_atomic(run.path / "submitted.json", json.dumps(record) + "\n")
+    _record_submission(run.path, None)  # before Slurm can have the job: from here on its directory stays
+    try:
+        job = sbatch(script, after)
+    except _Refused:
+        _record(run.path).unlink(missing_ok=True)
+        raise
+    try:
+        _record_submission(run.path, job)
+    except UserError as error:  # a full disk; the queue tells the job, too
+        print(f"hpc-train: {_taken(job)}\n{error}", file=sys.stderr)
     return Submitted(job, run.path, script)
 
 
 def sbatch(script: Path, after: tuple[str, ...] = ()) -> str:
-    """Hands a script to Slurm from its own folder and returns the job's id. Raises `UserError` with Slurm's words."""
+    """Hands a script to Slurm from its own folder and returns the job's id.
+
+    Raises `UserError`: with Slurm's words where it refused; where it may have taken the job all the same, that it may.
+    """
     dependency = [f"--dependency=afterany:{':'.join(after)}"] if after else []
-    answer = _ask("sbatch", "--parsable", *dependency, script.name, cwd=script.parent)
-    return answer.strip().partition(";")[0]  # a federation adds ;cluster
-
-
-def waiting_jobs() -> set[str]:
-    """Ids of this user's jobs that are in the queue or running."""
-    return set(_ask("squeue", "--me", "--noheader", "--format=%A").split())
-
-
-def submitted_job(run: Path) -> str | None:
-    """The id of the job that `run` was last submitted as."""
     try:
-        record: Any = json.loads((run / "submitted.json").read_text())
-        return str(record["job"])
+        said = _ask("sbatch", "--parsable", *dependency, script.name, cwd=script.parent).split()
+        if not said or not _JOB_ID.fullmatch(said[-1]):
+            raise _NoAnswer(f"sbatch told no job: {' '.join(said)!r}")
+        return said[-1].partition(";")[0]
+    except _NoAnswer as fault:
+        job = _find_job(script.parent)
+        if job is None:
+            raise _may_be_taken(script.parent, str(fault)) from None
+        print(f"hpc-train: {fault}. {_taken(job)}", file=sys.stderr)
+        return job
+    except KeyboardInterrupt:
+        job = _find_job(script.parent)
+        print(f"hpc-train: {_taken(job) if job else _may_be_taken(script.parent, 'Ctrl-C')}", file=sys.stderr)
+        raise
+
+
+def waiting_jobs(answer_s: float | None = None) -> dict[str, str]:
+    """This user's jobs that are in the queue or running: id -> the folder that each was submitted from."""
+    try:
+        lines = _ask("squeue", "--me", "--noheader", "--format=%A %Z", answer_s=answer_s).splitlines()
+    except _NoAnswer as fault:
+        raise UserError(str(fault), "Look with `sinfo`; try again.") from None
+    return {job: folder.strip() for job, _, folder in (line.strip().partition(" ") for line in lines)}
+
+
+def queued_job(run: Path, queue: Mapping[str, str]) -> str | None:
+    """The job of `queue` that works in the run directory `run`, as its record or the job's own folder tells."""
+    told = _submitted_job(run)
+    if told in queue:
+        return told
+    here = os.path.realpath(run)
+    return next((job for job, folder in queue.items() if folder and os.path.realpath(folder) == here), None)
+
+
+def was_submitted(run: Path) -> bool:
+    """Whether Slurm has, had or may have a job of this run."""
+    return _record(run).exists()
+
+
+def _submitted_job(run: Path) -> str | None:
+    """The id of the job that `run` was last submitted as, where it is known."""
+    try:
+        record: Any = json.loads(_record(run).read_text(encoding="utf-8"))
+        return None if record["job"] is None else str(record["job"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def _ask(*words: str, cwd: Path | None = None) -> str:
+def _record_submission(run: Path, job: str | None) -> None:
+    """job: None before Slurm has told it."""
+    record = {"job": job, "submitted": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+    write_atomic(_record(run), json.dumps(record) + "\n")
+
+
+def _record(run: Path) -> Path:
+    return run / "submitted.json"
+
+
+def _find_job(folder: Path) -> str | None:
     try:
-        done = subprocess.run(
-            words, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER_S
-        )
-    except FileNotFoundError:
-        raise UserError(
-            f"{words[0]} was not found: no Slurm here", "Submit on a login node; --dry-run shows the script anywhere."
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{words[0]} did not answer for {_ANSWER_S:.0f} s", "Look with `sinfo`; try again.") from None
-    if done.returncode != 0:
-        said = done.stderr.strip() or f"exit code {done.returncode}"
-        raise UserError(f"{words[0]}: {said}", "Slurm did not take it: mend the site profile or the request.")
-    if done.stderr:
-        print(done.stderr.rstrip(), file=sys.stderr)
-    return done.stdout
+        return queued_job(folder, waiting_jobs(_LOOK_S))
+    except UserError:
+        return None
+
+
+def _taken(job: str) -> str:
+    return f"Slurm has the job: {job} is in the queue (scancel {job} takes it out)"
+
+
+def _may_be_taken(folder: Path, fault: str) -> UserError:
+    return UserError(
+        f"{fault}: Slurm may have taken the job all the same, so {folder} stays",
+        'Look in a minute: squeue --me --format="%A %Z" shows each job and its folder. Where no job has this one, the '
+        "same command again submits it.",
+    )
+
+
+def _ask(*words: str, cwd: Path | None = None, answer_s: float | None = None) -> str:
+    """What a command of Slurm prints. Raises `_Refused`, or `_NoAnswer` where it hangs or its way to Slurm broke."""
+    patience_s = answer_s or _ANSWER_S
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:  # no pipes: whoever holds one keeps us
+        try:
+            # A process group of its own, so that all of a site's wrapper can be ended.
+            child = subprocess.Popen(words, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0)
+        except OSError as error:
+            why = "was not found" if isinstance(error, FileNotFoundError) else f"cannot be started ({error.strerror})"
+            raise _Refused(
+                f"{words[0]} {why}: no Slurm here", "Submit on a login node; --dry-run shows the script anywhere."
+            ) from None
+        try:
+            code = child.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            raise _NoAnswer(f"{words[0]} did not answer for {patience_s:.0f} s") from None
+        finally:  # it is ended where it took too long, or Ctrl-C came
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        told, complaint = (_whole(file) for file in (out, err))
+    if code < 0 or (code and _NO_ANSWER.search(complaint)):
+        raise _NoAnswer(f"{words[0]}: {complaint.strip() or f'ended by signal {-code}'}")
+    if code:
+        said = complaint.strip() or f"exit code {code}"
+        raise _Refused(f"{words[0]}: {said}", "Slurm did not take it: mend the site profile or the request.")
+    if complaint:
+        print(complaint.rstrip(), file=sys.stderr)
+    return told
+
+
+def _whole(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")

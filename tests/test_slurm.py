@@ -18,6 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from hpc_train import slurm
+from hpc_train.config import load
 from hpc_train.errors import UserError
 from hpc_train.slurm import Job, Site, load_site, render, template, time_limit_s
 from tests import jobs
@@ -398,6 +400,84 @@ def test_what_cannot_be_submitted_leaves_no_run(
     done = submit(tmp_path, *words, sbatch=sbatch)
     assert done.code == 2 and said in done.err, done.err
     assert not list(tmp_path.glob("**/config.toml"))
+
+
+# sbatch as a wrapper with a child of its own; the job is in the queue before it answers, if it answers
+ACCEPTS_AND_HANGS = "#!/bin/bash\npwd >$RECORD/queue\nsleep 600\n"
+QUEUE = "#!/bin/bash\n[ ! -e $RECORD/queue ] || echo 41 $(cat $RECORD/queue)\n"
+SILENT = "#!/bin/sh\nexit 0\n"
+BROKEN = "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n"
+
+
+@pytest.fixture
+def impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Slurm's commands are those of the folder's bin/, and are waited for two seconds."""
+    monkeypatch.setattr(slurm, "_ANSWER_S", 2.0)
+    monkeypatch.setattr(slurm, "_LOOK_S", 2.0)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("RECORD", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def submit_here() -> slurm.Submitted:
+    return slurm.submit(load(CONFIG, ("run.root=runs",)), load_site("generic"), 2)
+
+
+def test_a_job_that_slurm_took_without_an_answer_is_found_in_the_queue(impatient: Path) -> None:
+    stand_in(impatient / "bin", "sbatch", ACCEPTS_AND_HANGS)
+    stand_in(impatient / "bin", "squeue", QUEUE)
+    began = monotonic()
+    queued = submit_here()
+    assert queued.job == "41" and monotonic() - began < 20
+    assert json.loads((queued.run / "submitted.json").read_text())["job"] == "41"
+    assert (queued.run / "config.toml").exists()
+
+
+@pytest.mark.parametrize("squeue", [SILENT, BROKEN])
+@pytest.mark.parametrize(
+    "sbatch, said",
+    [
+        (ACCEPTS_AND_HANGS, "sbatch did not answer for 2 s"),
+        ("#!/bin/sh\necho 'sbatch: error: Socket timed out on send/recv operation' >&2\nexit 1\n", "Socket timed out"),
+        ("#!/bin/sh\nkill -9 $$\n", "ended by signal 9"),
+        ("#!/bin/sh\necho 'see the news of 12 May'\n", "sbatch told no job: 'see the news of 12 May'"),
+    ],
+)
+def test_what_slurm_may_have_taken_stays(impatient: Path, sbatch: str, said: str, squeue: str) -> None:
+    """And the same command again does not queue it twice once the queue shows it."""
+    stand_in(impatient / "bin", "sbatch", sbatch)
+    stand_in(impatient / "bin", "squeue", squeue)
+    with pytest.raises(UserError) as caught:
+        submit_here()
+    assert said in caught.value.what and "Slurm may have taken the job all the same" in caught.value.what
+    (config,) = impatient.glob("runs/softmax-mnist/*/config.toml")
+    assert str(config.parent.relative_to(impatient)) in caught.value.what and "squeue --me" in caught.value.remedy
+    stand_in(impatient / "bin", "squeue", f"#!/bin/sh\necho 7 /elsewhere\necho '41 {config.parent}'\n")
+    with pytest.raises(UserError, match="is in the queue, or running, as job 41"):
+        submit_here()
+    stand_in(impatient / "bin", "squeue", SILENT)
+    stand_in(impatient / "bin", "sbatch", SBATCH)
+    assert impatient / submit_here().run == config.parent, "it was not taken, and goes on from there"
+
+
+def test_ctrl_c_while_slurm_answers_keeps_the_job(tmp_path: Path) -> None:
+    stand_in(tmp_path / "bin", "sbatch", ACCEPTS_AND_HANGS)
+    stand_in(tmp_path / "bin", "squeue", QUEUE)
+    env = jobs.environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", RECORD=str(tmp_path))
+    words = jobs.command(0, "submit", CONFIG, "--nodes", 2)
+    with subprocess.Popen(
+        words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as child:
+        began = monotonic()
+        while not (tmp_path / "queue").exists():
+            assert monotonic() - began < 60 and child.poll() is None
+            sleep(0.05)
+        os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+        out, err = child.communicate(timeout=30)
+    assert child.returncode == 130 and out == "" and "Traceback" not in err
+    assert "Slurm has the job: 41 is in the queue (scancel 41 takes it out)" in err
+    assert len(list(tmp_path.glob("runs/softmax-mnist/*/config.toml"))) == 1
 
 
 def test_the_commands_of_its_readme_run_as_they_stand(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Jobs that hpc-train submits, on a real Slurm: they run, come back after an interruption, and stay cancelled."""
 
 import json
+import os
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -124,3 +126,27 @@ def test_a_study_runs_one_size_after_the_other_and_reports(cluster: Cluster, dig
     study = folder / "runs/scale-softmax-mnist"
     assert len((study / "report/scaling.csv").read_text().splitlines()) == 3
     assert "speedup" in (study / f"job-{ids[-1]}.out").read_text()
+
+
+def test_ctrl_c_after_slurm_has_accepted_keeps_the_job_and_its_directory(
+    cluster: Cluster, digits: Path, folder: Path
+) -> None:
+    """sbatch hands the job in and hangs, as where the controller's answer is lost."""
+    wrapper = folder / "bin/sbatch"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/bash\n{shutil.which("sbatch")} "$@"\nkill -INT $PPID\nsleep 600\n')
+    wrapper.chmod(0o755)
+    (folder / "held.toml").write_text('sbatch = ["--hold"]\n')
+    words = ["submit", jobs.CONFIGS / "softmax-mnist.toml", "--nodes", 1, "--site", "./held.toml", *settings(digits)]
+    path = f"{wrapper.parent}:{os.environ['PATH']}"
+    cluster.on("head", jobs.HPC_TRAIN, *words, cwd=folder, timeout_s=60, check=False, PATH=path)
+    (config,) = folder.glob("runs/*/*/config.toml")
+    job, place = cluster.on("head", "squeue", "--noheader", "--format=%A %Z").strip().split(" ", 1)
+    cluster.submitted.append(int(job))
+    assert Path(place) == config.parent, "the queue and the run directory belong together"
+    with pytest.raises(RuntimeError, match=f"is in the queue, or running, as job {job}"):
+        cluster.on("head", jobs.HPC_TRAIN, *words, cwd=folder, timeout_s=60)
+    cluster.cancel(int(job))
+    again = json.loads(cluster.on("head", jobs.HPC_TRAIN, *words, "--json", cwd=folder, timeout_s=60))
+    assert folder / again["run"] == config.parent
+    cluster.cancel(int(again["job"]))
