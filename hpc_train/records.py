@@ -6,7 +6,6 @@ Durations are nanoseconds of a rank's monotonic clock; `meta.json` holds what al
 import io
 import json
 import os
-import statistics
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ import numpy.typing as npt
 
 from hpc_train.errors import UserError, not_written
 
-SCHEMA = 3  # 2: the column `attempt`; 3: `test` in summary.json
+SCHEMA = 4  # 2: the column `attempt`; 3: `test` in summary.json; 4: its step_s is the mean, and no more the median
 PHASES = ("data", "forward", "backward", "reduce", "optimizer", "other")
 TIMING_COLUMNS = (
     *("step", "start_ns", "arrived_ns"),
@@ -34,6 +33,7 @@ ENERGY_COLUMNS = ("time_s", "domain", "joules", "quality", "source", "attempt")
 # tuple because it is made every step.
 StepRecord = tuple[int, ...]
 Quality = Literal["measured", "estimated", "missing"]
+NO_METER = "no meter"
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
@@ -178,11 +178,14 @@ def read_metrics(path: Path) -> tuple[list[int], list[float]]:
 
 @dataclass(frozen=True)
 class Energy:
-    """Joules of a run, None where nothing was read. `quality` never mixes: one estimate makes a sum an estimate."""
+    """Joules of a run, None where nothing was read. `quality` never mixes: one estimate makes a sum an estimate.
+
+    source: the meters; of a missing figure, why it is missing.
+    """
 
     joules: float | None = None
     quality: Quality = "missing"
-    source: str = "no meter"
+    source: str = NO_METER
 
     def __str__(self) -> str:
         if self.joules is None:
@@ -194,7 +197,11 @@ class Energy:
 JOB_WIDE = ("nodes", "packages")
 OWN_CORES = "cores"  # the domain of the estimate from this job's cores alone: what others draw is not in it
 _PACKAGES = ("package-", "dram")
+COUNTED_NOTHING = "counted 0 J, less than it can tell"
 _HOLDS = {"node": ("",), "nodes": ("",), "packages": _PACKAGES, "psys": _PACKAGES}
+
+
+_MOST_S, _MOST_J = 1e12, 1e18  # a number beyond is damage
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,9 +226,16 @@ class Trace:
         return not len(self.time_s) or self.end_s > self.time_s[-1]
 
     @property
+    def counted_nothing(self) -> bool:
+        """Whether it read 0 J while a run worked. No device draws nothing: it is less than the meter can tell."""
+        return self.end_s > self.begin_s and len(self.joules) > 0 and not self.joules[-1] > 0
+
+    @property
     def energy(self) -> Energy:
         if self.stopped:
             return Energy()
+        if self.counted_nothing:
+            return Energy(source=f"{self.source} {COUNTED_NOTHING}")
         return Energy(float(self.joules[-1]), self.quality, self.source)
 
 
@@ -256,8 +270,8 @@ def _trace(rows: list[list[str]]) -> Trace:
     # A clock that was set back while the run went on stands still until it has caught up.
     time_s = np.maximum.accumulate(np.array([row[0] for row in rows], dtype=float))
     joules = np.array([row[2] for row in known], dtype=float)
-    if not (np.isfinite(time_s).all() and np.isfinite(joules).all()):
-        raise ValueError("no finite number")
+    if not (np.abs(time_s) < _MOST_S).all() or not ((joules >= 0) & (joules < _MOST_J)).all():
+        raise ValueError("no number that a meter reads")
     is_known = np.array([_quality(row[3]) != "missing" for row in rows])
     last = (known or rows)[-1]
     begin_s, end_s = float(time_s[0]), float(time_s[-1])
@@ -282,13 +296,18 @@ def _quality(text: str) -> Quality:
 
 
 def total_energy(parts: Iterable[Energy]) -> Energy:
-    """The sum over hosts or domains. Any missing part makes it missing, any estimated part an estimate."""
+    """The sum over hosts or domains. Any missing part makes it missing, any estimated part an estimate.
+
+    A sum of 0 J is missing: whoever divides by it, or compares with it, knows nothing.
+    """
     known = list(parts)
-    if not known or any(part.joules is None or part.quality == "missing" for part in known):
-        return Energy()
+    if lacking := [part.source for part in known if part.joules is None or part.quality == "missing"]:
+        return Energy(source=" + ".join(sorted(set(lacking))))
     quality: Quality = "estimated" if any(part.quality == "estimated" for part in known) else "measured"
-    sources = sorted({part.source for part in known})
-    return Energy(sum(part.joules or 0.0 for part in known), quality, " + ".join(sources))
+    source, joules = " + ".join(sorted({part.source for part in known})), sum(part.joules or 0.0 for part in known)
+    if not joules > 0:
+        return Energy(source=f"{source} {COUNTED_NOTHING}") if known else Energy()
+    return Energy(joules, quality, source)
 
 
 # ---------------------------------------------------------------------------------------------- summary
@@ -305,14 +324,15 @@ class RunSummary:
     num_warmup: int  # of every attempt
     num_samples: int
     global_batch: int
-    step_s: float | None  # median over steady steps of the mean duration over the ranks that train
-    step_low_s: float | None  # 95% interval of that median
+    step_s: float | None  # mean over steady steps of the mean duration over the ranks that train
+    step_low_s: float | None  # 95% interval of that mean
     step_high_s: float | None
-    samples_per_s: float | None
+    samples_per_s: float | None  # global batch / step_s: in so many seconds so many samples are trained
+    step_median_s: float | None = None  # what a typical step takes; steps add up to their mean
     phase_share: dict[str, float] = field(default_factory=dict)  # of the time in steady steps of the ranks that train
     joules: float | None = None
     energy_quality: Quality = "missing"
-    energy_source: str = "no meter"
+    energy_source: str = NO_METER
     loss: float | None = None
     test: dict[str, float] = field(default_factory=dict)  # means over the test samples: loss, accuracy ...
     num_attempts: int = 1
@@ -346,7 +366,7 @@ def summarise(
     follow each other without a gap, so means add up to the time that passed, while maxima count it twice where ranks
     are slow in turn. phases_ns: (len(PHASES),) sums over the same ranks and steady steps. num_samples: of all steps.
     """
-    low, middle, high = median_interval(step_ns / 1e9)
+    low, middle, high = mean_interval(step_ns / 1e9)
     total = int(phases_ns.sum())
     return RunSummary(
         name=name,
@@ -361,6 +381,7 @@ def summarise(
         step_low_s=low,
         step_high_s=high,
         samples_per_s=global_batch / middle if middle else None,
+        step_median_s=float(np.median(step_ns)) / 1e9 if len(step_ns) else None,
         # A phase that took no nanosecond was never marked, in a recorded loop say: its share is unknown and not 0.
         phase_share={phase: int(spent) / total for phase, spent in zip(PHASES, phases_ns, strict=True) if spent},
         joules=energy.joules,
@@ -370,24 +391,25 @@ def summarise(
     )
 
 
-def median_interval(values: FloatArray, num_resamples: int = 1000, num_blocks: int = 50) -> tuple[float | None, ...]:
-    """(low, median, high): the median and its 95% bootstrap interval; Nones for no values, no interval under 2.
+def mean_interval(values: FloatArray, num_resamples: int = 1000) -> tuple[float | None, ...]:
+    """(low, mean, high): the mean and its 95% bootstrap interval; Nones for no values, no interval under 2.
 
     Neighbouring steps resemble each other, so whole blocks of consecutive steps are drawn rather than single ones
-    (moving-block bootstrap, Künsch, Annals of Statistics 1989, here with disjoint blocks); each block stands for
-    itself by its median. Deterministic: the generator is seeded.
+    (moving-block bootstrap, Künsch, Annals of Statistics 1989, here with disjoint blocks). Deterministic: the generator
+    is seeded.
     """
     if len(values) == 0:
         return None, None, None
-    middle = statistics.median(values.tolist())
+    middle = float(values.mean())
     if len(values) < 2:
         return None, middle, None
-    medians = block_medians(values, num_blocks)
-    draws = np.random.default_rng(0).integers(0, len(medians), (num_resamples, len(medians)))
-    low, high = np.quantile(np.median(medians[draws], axis=1), [0.025, 0.975])
+    sums, counts = block_sums(values)
+    draws = np.random.default_rng(0).integers(0, len(sums), (num_resamples, len(sums)))
+    low, high = np.quantile(sums[draws].sum(axis=1) / counts[draws].sum(axis=1), [0.025, 0.975])
     return float(min(low, middle)), middle, float(max(high, middle))
 
 
-def block_medians(values: FloatArray, num_blocks: int = 50) -> FloatArray:
-    """Medians of at most `num_blocks` blocks of consecutive values."""
-    return np.array([np.median(block) for block in np.array_split(values, min(num_blocks, len(values)))])
+def block_sums(values: FloatArray, num_blocks: int = 50) -> tuple[FloatArray, FloatArray]:
+    """(sums, numbers of values) of at most `num_blocks` blocks of consecutive values, each of nearly equal length."""
+    blocks = np.array_split(values, min(num_blocks, len(values)))
+    return np.array([block.sum() for block in blocks]), np.array([float(len(block)) for block in blocks])

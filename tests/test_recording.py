@@ -76,7 +76,7 @@ def recorded(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Run
         done = torchrun(ranks, LOOPS / "own_loop_recorded.py", digits, 2, cwd=folder)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Step 0, Loss: 2.3") + done.stdout.count("Step 0, Loss: 2.2") == 1
-        assert done.stdout.count("Median step ") == 1 and done.stdout.count("Run directory: runs/own-loop/") == 1
+        assert done.stdout.count("Mean step ") == 1 and done.stdout.count("Run directory: runs/own-loop/") == 1
     return load_all([folder / "runs"])
 
 

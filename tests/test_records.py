@@ -15,8 +15,8 @@ from hpc_train.records import (
     TIMING_COLUMNS,
     BadRecord,
     Energy,
-    block_medians,
-    median_interval,
+    block_sums,
+    mean_interval,
     read_energy,
     read_metrics,
     summarise,
@@ -174,16 +174,16 @@ def test_a_summary_of_no_steady_step_knows_no_speed() -> None:
     assert summary.phase_share == {}
 
 
-def test_the_interval_of_a_median() -> None:
-    assert median_interval(np.array([])) == (None, None, None)
-    assert median_interval(np.array([3.0])) == (None, 3.0, None)
-    assert median_interval(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0, 2.0)
+def test_the_interval_of_a_mean() -> None:
+    assert mean_interval(np.array([])) == (None, None, None)
+    assert mean_interval(np.array([3.0])) == (None, 3.0, None)
+    assert mean_interval(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0, 2.0)
     values = np.random.default_rng(1).normal(10.0, 1.0, 2000)
-    low, middle, high = median_interval(values)
+    low, middle, high = mean_interval(values)
     assert low is not None and middle is not None and high is not None
     assert low < 10.0 < high and low < middle < high
-    assert 0.05 < high - low < 0.3  # about 4 * 1.25 / sqrt(2000) = 0.11
-    assert median_interval(values) == (low, middle, high)
+    assert 0.05 < high - low < 0.3  # about 4 / sqrt(2000) = 0.09
+    assert mean_interval(values) == (low, middle, high)
 
 
 def test_blocks_that_resemble_themselves_widen_the_interval() -> None:
@@ -192,15 +192,16 @@ def test_blocks_that_resemble_themselves_widen_the_interval() -> None:
     independent = draws.normal(10.0, 1.0, 2000)
     widths = []
     for values in (alike, independent):
-        low, _, high = median_interval(values)
+        low, _, high = mean_interval(values)
         assert low is not None and high is not None
         widths.append(high - low)
     assert widths[0] > 3 * widths[1]
 
 
 def test_blocks_are_consecutive() -> None:
-    assert block_medians(np.array([1.0, 2.0, 3.0, 10.0, 20.0, 30.0]), 2).tolist() == [2.0, 20.0]
-    assert len(block_medians(np.arange(7.0))) == 7
+    sums, counts = block_sums(np.array([1.0, 2.0, 3.0, 10.0, 20.0]), 2)
+    assert (sums.tolist(), counts.tolist()) == ([6.0, 30.0], [3.0, 2.0])
+    assert len(block_sums(np.arange(7.0))[0]) == 7
 
 
 def test_a_sum_of_energies_is_no_better_than_its_worst_part() -> None:
@@ -208,8 +209,22 @@ def test_a_sum_of_energies_is_no_better_than_its_worst_part() -> None:
     assert total_energy([measured, measured]) == Energy(20.0, "measured", "RAPL")
     assert total_energy([measured, estimated]) == Energy(15.0, "estimated", "10 W per core + RAPL")
     assert total_energy([measured, Energy()]) == Energy()
-    assert total_energy([measured, Energy(0.0, "missing", "broken")]) == Energy()
+    assert total_energy([measured, Energy(0.0, "missing", "broken")]) == Energy(source="broken")
     assert total_energy([]) == Energy()
+
+
+def test_a_meter_that_counted_nothing_while_a_run_worked_is_missing_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "node.csv"
+    header = ",".join(ENERGY_COLUMNS) + "\n"
+    path.write_text(header + "0,nodes,0,measured,Slurm,1\n1.5,nodes,0.0,measured,Slurm,1\n")
+    assert read_energy(path) == Energy(None, "missing", "Slurm counted 0 J, less than it can tell")
+    path.write_text(
+        header
+        + "0,cpu,0,measured,RAPL,1\n1,cpu,9,measured,RAPL,1\n0,dram,0,measured,dram,1\n1,dram,0,measured,dram,1\n"
+    )
+    assert read_energy(path) == Energy(None, "missing", "dram counted 0 J, less than it can tell")
+    path.write_text(header + "0,cpu,0,measured,RAPL,1\n")  # an attempt that was killed at once
+    assert read_energy(path).joules is None
 
 
 def test_the_energy_of_a_host_is_the_last_reading_of_each_domain(tmp_path: Path) -> None:
@@ -224,7 +239,7 @@ def test_the_energy_of_a_host_is_the_last_reading_of_each_domain(tmp_path: Path)
     assert read_energy(path) == Energy()
 
 
-@pytest.mark.parametrize("joules", ["many", "nan", "inf", ""])
+@pytest.mark.parametrize("joules", ["many", "nan", "inf", "", "-1.0", "1e300"])
 def test_joules_that_are_no_number_are_named(tmp_path: Path, joules: str) -> None:
     path = tmp_path / "node.csv"
     path.write_text(",".join(ENERGY_COLUMNS) + f"\n0,cpu,1.0,measured,RAPL,1\n1,cpu,{joules},measured,RAPL,1\n")

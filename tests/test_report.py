@@ -188,6 +188,23 @@ def test_missing_energy_is_the_word_and_never_zero(tmp_path: Path) -> None:
         assert (row["joules"], row["joules_per_sample"], row["energy_quality"]) == ("", "", "missing")
 
 
+def test_a_meter_that_counted_0_joules_is_missing_and_costs_no_other_section(tmp_path: Path) -> None:
+    """Slurm's energy of a job of a second or two: less than the meter's resolution."""
+    slurm = {"joules": 0.0, "source": "Slurm"}
+    made = report(
+        tmp_path, Recipe(size=1, **slurm), Recipe(size=2, step_s=0.006, **slurm), Recipe(size=4, step_s=0.004)
+    )
+    html = page(made, tmp_path)
+    for said in (printed(made), Page(html).text, made.text("md")):
+        said = " ".join(said.split())
+        assert "Energy missing for 1 rank, 2 ranks: Slurm counted 0 J, less than it can tell" in said
+        assert "Efficiencies (POP" in said and "120 J" in said
+        assert not re.search(r"(?<![\d.])0(\.0+)? m?J\b(?!, less)", said)
+    for row in list(csv.DictReader((tmp_path / "report/scaling.csv").open()))[:2]:
+        assert (row["joules"], row["joules_measured"], row["joules_loop"], row["mean_w"]) == ("", "", "", "")
+    assert made.write_figures(tmp_path / "figures")
+
+
 def test_a_measurement_is_not_called_an_estimate(tmp_path: Path) -> None:
     text = printed(report(tmp_path, *pair()))
     assert "120 J" in text and "120 J est." not in text and "RAPL package-0" in text

@@ -210,7 +210,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(tmp_path: Path)
 def test_an_efficiency_above_one_is_explained(tmp_path: Path) -> None:
     group = only_group(tmp_path, Recipe(size=1), Recipe(size=2, step_s=0.004))
     (note,) = group.notes
-    assert note.startswith("2 ranks: an efficiency above 100%") and "Repeat the baseline" in note
+    assert note.startswith("2 ranks: a speedup efficiency above 100%") and "Repeat the baseline" in note
 
 
 def test_weak_scaling_compares_throughput(tmp_path: Path) -> None:

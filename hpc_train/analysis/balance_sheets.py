@@ -45,6 +45,12 @@ def _pop_sheet(group: Group) -> Sheet | None:
         span = last.pop.intervals.get(factor)
         cells = [_FORMULA[factor], *(_share(row.pop.factors.get(factor)) for row in rows)]
         lines.append((*cells, "-" if span is None else "-".join(map(_share, span))))
+    if (
+        group.baseline is not None
+        and "global" in group.baseline.pop.factors
+        and not any(row.num_servers for row in rows)
+    ):
+        lines.append(("speedup efficiency: global / the baseline's", *(_share(row.efficiency) for row in rows), "-"))
     return Sheet("Efficiencies (POP; 1: nothing lost)", tuple(columns), tuple(lines))
 
 

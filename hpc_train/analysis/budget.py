@@ -102,7 +102,7 @@ def _steps_to(run: Run, loss: float) -> int | None:
 
 def power(points: Points) -> Power | None:
     """The measured joules as a draw of each node and a cost of each sample; None where they are missing."""
-    is_known = np.isfinite(points.joules_per_step)
+    is_known = points.joules_per_step > 0  # nan: missing
     if not is_known.any():
         return None
     joules = points.joules_per_step[is_known]

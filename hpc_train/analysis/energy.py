@@ -86,7 +86,8 @@ class RunEnergy:
 
     def _whole(self, parts: Iterable[Joules]) -> Joules:
         lacking = self.unread or (() if self.readings else ("no meter",))
-        return sum(parts, Joules(lacking=lacking))
+        total = sum(parts, Joules(lacking=lacking))
+        return total if total.known > 0 or total.lacking else total + Joules(lacking=("all meters (0 J)",))
 
     @cached_property
     def net(self) -> Joules:

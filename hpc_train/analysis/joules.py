@@ -96,6 +96,8 @@ def between(trace: Trace, begin_s: float, end_s: float, host: str, shared: bool)
     first_j, last_j = np.interp([begin_s, end_s], trace.time_s, trace.joules)
     drawn_j = float(last_j - first_j)
     lacking: tuple[str, ...] = ()
+    if end_s > begin_s and not drawn_j > 0:  # no device draws nothing
+        lacking = (f"{host} {trace.domain} (0 J, less than its meter can tell)",)
     if end_s > trace.time_s[-1] + (0.0 if trace.stopped else 2 * period_s(trace)):
         part = max(0.0, (trace.time_s[-1] - begin_s) / (end_s - begin_s))
         lacking = (f"{host} {trace.domain} after {100 * part:.0f}% of the time",)

@@ -65,7 +65,9 @@ def efficiencies(runs: Sequence[Run], baseline: Sequence[Run] | None) -> Efficie
     - transfer = T_input / T: what is left is the time that messages take where no computing hides them
     - computational = (sum(C) per sample of the baseline) / (sum(C) per sample): more work, or the same more slowly. For
       strong scaling this is sum(C_ref) / sum(C); for weak scaling, where the work grows with N, mean(C_ref) / mean(C)
-    - global = parallel x computational: against N ranks of the baseline's kind that never wait for each other.
+    - global = parallel x computational: against N ranks of the baseline's kind that never wait for each other. The
+      speedup efficiency of `scaling` is against the baseline as it ran: global over the baseline's global, to rounding,
+      since both count the same steps by their sums (servers of a parameter server count in that one alone)
 
     After the POP Centre of Excellence (pop-coe.eu, "POP Standard Metrics for Parallel Performance Analysis") and Rosas,
     Giménez and Labarta, "Scalability prediction for fundamental performance factors", Supercomputing Frontiers and
@@ -142,7 +144,7 @@ def _balance(run: Run) -> Balance:
 def _sums(runs: Sequence[Run], seed: int | None) -> _Sums:
     """Over all steps of all runs, (1,); or over NUM_RESAMPLES bootstrap samples of runs and of their blocks of steps.
 
-    Whole runs are drawn first, as in `scaling.resampled_medians`. Of several runs each has a slowest rank of its own.
+    Whole runs are drawn first, as in `scaling.resampled_means`. Of several runs each has a slowest rank of its own.
     """
     draws = [np.ones((1, len(_balance(run).whole_s))) for run in runs] if seed is None else _drawn(runs, seed)
     total = np.zeros((5, len(draws[0])))

@@ -34,7 +34,7 @@ from hpc_train.analysis.words import plain
 from hpc_train.errors import UserError
 from hpc_train.records import PHASES
 
-REPORT_SCHEMA = 2  # 2: test_<measure> for every test measure
+REPORT_SCHEMA = 3  # 2: test_<measure> for every test measure; 3: step_s is the mean, step_median_s the median
 CSV_COLUMNS = (
     "group",
     "scaling",
@@ -49,6 +49,7 @@ CSV_COLUMNS = (
     "step_s",
     "step_low_s",
     "step_high_s",
+    "step_median_s",
     "samples_per_s",
     "baseline_ranks",
     "speedup",
@@ -249,6 +250,7 @@ def row_record(group: Group, row: Row) -> dict[str, Any]:
         "step_s": row.step_s,
         "step_low_s": low,
         "step_high_s": high,
+        "step_median_s": row.step_median_s,
         "samples_per_s": row.samples_per_s,
         "baseline_ranks": group.baseline.size if group.baseline else None,
         "speedup": row.speedup,

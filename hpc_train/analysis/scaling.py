@@ -15,9 +15,11 @@ from hpc_train.analysis.clocks import hosts_of
 from hpc_train.analysis.load import Run, section
 from hpc_train.analysis.pop import Efficiencies, efficiencies
 from hpc_train.analysis.stragglers import Waiting, waiting
-from hpc_train.records import PHASES, Energy, FloatArray, block_medians, median_interval, total_energy
+from hpc_train.analysis.words import ms_text
+from hpc_train.records import PHASES, Energy, FloatArray, block_sums, mean_interval, total_energy
 
 NUM_RESAMPLES = 1000
+_UNEVEN = 0.1  # the mean step beyond the median one, relative, above which the reader is told both
 SUPERLINEAR = 1.05  # an efficiency above which the reader is told what may be behind it
 Interval = tuple[float, float]
 
@@ -29,9 +31,10 @@ class Row:
     size: int
     runs: tuple[Run, ...]
     incomplete: bool
-    step_s: float | None  # median over the steady steps of all runs, mean over ranks
+    step_s: float | None  # mean over the steady steps of all runs and over ranks: steps add up to it
     step_interval_s: Interval | None  # 95%
-    samples_per_s: float | None  # global batch / median step
+    step_median_s: float | None  # what a typical step takes: a description, nothing is computed from it
+    samples_per_s: float | None  # global batch / step_s
     # Of the time in steady steps of all ranks that train; sums to 1. Without phases that a recorded loop did not mark.
     phase_share: dict[str, float]
     phase_s: dict[str, float]  # mean per step and rank that trains, warm-up excluded
@@ -40,7 +43,7 @@ class Row:
     joules_per_sample: float | None  # whole run over all its samples, warm-up included
     speedup: float | None = None  # samples/s relative to the group's baseline
     speedup_interval: Interval | None = None  # 95%
-    efficiency: float | None = None  # speedup * baseline size / size
+    efficiency: float | None = None  # speedup efficiency: speedup * baseline size / size
     is_baseline: bool = False
     pop: Efficiencies = field(default_factory=Efficiencies)
     waiting: tuple[Waiting, ...] = ()  # of each run: whom its ranks wait for
@@ -151,7 +154,7 @@ def _group(label: str, keys: dict[str, Any], runs: list[Run]) -> Group:
 
 
 def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
-    low, middle, high = _pooled_median(runs)
+    low, middle, high = _pooled_mean(runs)
     phases = np.sum([run.phases_s for run in runs], axis=0)
     num_timed = sum(len(run.step_s) * (size - run.num_servers) for run in runs)  # steps of single ranks
     total = float(phases.sum())
@@ -166,6 +169,7 @@ def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
         incomplete,
         middle,
         (low, high) if low is not None and high is not None else None,
+        step_median_s=float(np.median(np.concatenate([run.step_s for run in runs]))) if middle else None,
         samples_per_s=each[0].global_batch / middle if middle else None,
         phase_share={phase: float(spent) / total for phase, spent in zip(PHASES, phases, strict=True) if spent},
         phase_s=dict(zip(PHASES, (phases / num_timed).tolist(), strict=True)) if total else {},
@@ -175,46 +179,44 @@ def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
     )
 
 
-def _pooled_median(runs: tuple[Run, ...]) -> tuple[float | None, float | None, float | None]:
-    """(low, median, high) of the step times of all runs; one run's are its own summary's."""
+def _pooled_mean(runs: tuple[Run, ...]) -> tuple[float | None, float | None, float | None]:
+    """(low, mean, high) of the step times of all runs; one run's are its own summary's."""
     pooled = np.concatenate([run.step_s for run in runs])
-    low, middle, high = median_interval(pooled)
+    low, middle, high = mean_interval(pooled)
     if len(runs) > 1 and middle is not None and len(pooled) > 1:
-        low, high = _quantiles(resampled_medians(runs, seed=0), middle)
+        low, high = _quantiles(resampled_means(runs, seed=0), middle)
     return low, middle, high
 
 
-def resampled_medians(runs: Sequence[Run], seed: int) -> FloatArray:
-    """(NUM_RESAMPLES,) bootstrap medians of the step time in seconds, from a seeded generator.
+def resampled_means(runs: Sequence[Run], seed: int) -> FloatArray:
+    """(NUM_RESAMPLES,) bootstrap means of the step time in seconds, from a seeded generator.
 
-    Blocks of consecutive steps are drawn with replacement, as in `records.median_interval`. Of several runs,
-    whole runs are drawn first, so that differences between runs widen the interval as they should (two-stage
-    bootstrap, Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8).
+    Blocks of consecutive steps are drawn with replacement, as in `records.mean_interval`. Of several runs, whole runs
+    are drawn first, so that differences between runs widen the interval as they should (two-stage bootstrap, Davison
+    and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8).
     """
-    blocks = [block_medians(run.step_s) for run in runs if len(run.step_s)]
+    blocks = [block_sums(run.step_s) for run in runs if len(run.step_s)]
     generator = np.random.default_rng(seed)
-    if len(blocks) == 1:
-        only = blocks[0]
-        drawn = only[generator.integers(0, len(only), (NUM_RESAMPLES, len(only)))]
-        return np.asarray(np.median(drawn, axis=1))
-    medians = np.empty(NUM_RESAMPLES)
-    for resample in range(NUM_RESAMPLES):
-        chosen = [blocks[index] for index in generator.integers(0, len(blocks), len(blocks))]
-        parts = [run[generator.integers(0, len(run), len(run))] for run in chosen]
-        medians[resample] = np.median(np.concatenate(parts))
-    return medians
+    chosen = generator.integers(0, len(blocks), (NUM_RESAMPLES, len(blocks)))
+    total = np.zeros((2, NUM_RESAMPLES))  # seconds, steps
+    for place in range(len(blocks)):
+        for index, parts in enumerate(blocks):
+            is_chosen = chosen[:, place] == index
+            drawn = generator.integers(0, len(parts[0]), (int(is_chosen.sum()), len(parts[0])))
+            total[:, is_chosen] += np.stack([part[drawn].sum(axis=1) for part in parts])
+    return np.asarray(total[0] / total[1])
 
 
 def _compared(row: Row, baseline: Row) -> Row:
-    """The row with its speedup S and parallel efficiency E against the baseline of s ranks.
+    """The row with its speedup S and speedup efficiency E against the baseline of s ranks.
 
     Strong scaling (the same global batch): S = T_s / T_p and E = S * s / p (Eager, Zahorjan and Lazowska,
     "Speedup versus efficiency in parallel systems", IEEE Transactions on Computers 38(3), 1989, with s = 1).
     Weak scaling (the same batch per rank): the ratio of samples per second, the scaled speedup of Gustafson
     (Communications of the ACM 31(5), 1988); E is then T_s / T_p. Both are the ratio of throughputs: so S is
-    computed here.
+    computed here. T is the mean step, as in `pop`: E is POP's global efficiency over the baseline's own.
 
-    The 95% interval is the bootstrap's: medians of both are drawn independently (see `resampled_medians`).
+    The 95% interval is the bootstrap's: means of both are drawn independently (see `resampled_means`).
     """
     if row is baseline:
         return replace(row, speedup=1.0, efficiency=1.0, is_baseline=True)
@@ -232,8 +234,8 @@ def relative_speed(row: Row, to: Row) -> tuple[float | None, Interval | None]:
     if row.step_interval_s is None or to.step_interval_s is None:
         return ratio, None
     # Seeds by size: equal ones would draw the same blocks of both and hide part of the noise.
-    before = resampled_medians(to.runs, seed=2 * to.size)
-    return ratio, _quantiles(more * before / resampled_medians(row.runs, seed=2 * row.size + 1), ratio)
+    before = resampled_means(to.runs, seed=2 * to.size)
+    return ratio, _quantiles(more * before / resampled_means(row.runs, seed=2 * row.size + 1), ratio)
 
 
 def _quantiles(draws: FloatArray, middle: float) -> Interval:
@@ -268,10 +270,15 @@ def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> lis
         hosts = sorted({run.summary.num_hosts for run in row.runs})
         if len(hosts) > 1:
             notes.append(f"{num_ranks(row.size)}: runs on {' and '.join(map(str, hosts))} hosts are pooled.")
+        if row.step_s and row.step_median_s and abs(row.step_s / row.step_median_s - 1) > _UNEVEN:
+            notes.append(
+                f"{num_ranks(row.size)}: steps take {ms_text(row.step_s)} ms in the mean, which counts, and"
+                f" {ms_text(row.step_median_s)} ms in the median: few of them take most of the difference."
+            )
         if row.efficiency and row.efficiency > SUPERLINEAR:
             notes.append(
-                f"{num_ranks(row.size)}: an efficiency above 100% does not come from sharing the work: smaller shares"
-                " may fit the caches, or the baseline was disturbed. Repeat the baseline to tell."
+                f"{num_ranks(row.size)}: a speedup efficiency above 100% does not come from sharing the work: smaller"
+                " shares may fit the caches, or the baseline was disturbed. Repeat the baseline to tell."
             )
     return notes + mismatches(runs) + _ranks_per_host(runs)
 

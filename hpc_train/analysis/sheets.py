@@ -1,5 +1,6 @@
 """A comparison as tables and notes: what the terminal, the page and the programs are told alike."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from hpc_train.analysis.balance_sheets import balance_notes, balance_sheets
@@ -18,7 +19,7 @@ from hpc_train.analysis.words import (
     significant,
     times_text,
 )
-from hpc_train.records import PHASES
+from hpc_train.records import NO_METER, PHASES
 
 
 def sheets(group: Group) -> list[Sheet]:
@@ -30,7 +31,7 @@ def sheets(group: Group) -> list[Sheet]:
 def _scaling_sheet(group: Group) -> Sheet:
     against = f"speedup vs {num_ranks(group.baseline.size)}" if group.baseline else "speedup"
     span = "95% interval"
-    titles = ("ranks", "runs", "step (ms)", span, "samples/s", against, span, "efficiency")
+    titles = ("ranks", "runs", "step (ms)", span, "samples/s", against, span, "speedup efficiency")
     rows = tuple(
         (
             ranks_text(row),
@@ -218,10 +219,13 @@ def group_notes(group: Group) -> list[str]:
             if run.summary.energy_quality == "estimated"
         )
         notes += [f"Energy marked est. is estimated, not measured: {assumption}." for assumption in assumed]
-    lacking = [num_ranks(row.size) for row in group.rows if row.energy.quality == "missing"]
-    if lacking:
-        sizes = ", ".join(dict.fromkeys(lacking))
-        notes.append(f"Energy missing for {sizes}: not every host's meter was read. Missing is not zero.")
+    lacking: dict[str, list[str]] = defaultdict(list)
+    for row in group.rows:
+        if row.energy.quality == "missing":
+            unread = row.energy.source == NO_METER
+            lacking["not every host's meter was read" if unread else row.energy.source].append(num_ranks(row.size))
+    for why, sizes in lacking.items():
+        notes.append(f"Energy missing for {', '.join(dict.fromkeys(sizes))}: {why}. Missing is not zero.")
     if any(row.num_servers for row in group.rows):
         notes.append("Ranks are workers + servers, and both count in the efficiency.")
     return notes + balance_notes(group) + (flops_notes(group) if counts_flops(group) else [])

@@ -108,9 +108,9 @@ class TargetRow:
 
     @property
     def samples_per_s(self) -> float | None:
-        """Global batch over the median steady step of all runs."""
+        """Global batch over the mean steady step of all runs."""
         steps = np.concatenate([reach.run.step_s for reach in self.reaches])
-        return self.global_batch / float(np.median(steps)) if len(steps) else None
+        return self.global_batch / float(steps.mean()) if len(steps) else None
 
     def _per_rank(self, speedup: float | None) -> float | None:
         return None if speedup is None else speedup * self.reference_size / self.size

@@ -149,7 +149,7 @@ class Recorder:
             print(f"Test {measure.replace('_', ' ')}: {value:.4f}")
         if summary.step_s and summary.samples_per_s:
             energy = Energy(summary.joules, summary.energy_quality, summary.energy_source)
-            print(f"Median step {summary.step_s * 1e3:.3g} ms, {summary.samples_per_s:,.0f} samples/s, {energy}")
+            print(f"Mean step {summary.step_s * 1e3:.3g} ms, {summary.samples_per_s:,.0f} samples/s, {energy}")
         print(f"Run directory: {self._run.path}", flush=True)
 
     def _open_logs(self) -> None:

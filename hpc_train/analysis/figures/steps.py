@@ -43,10 +43,7 @@ def time_drawings(group: Group) -> list[Drawing]:
         f"{num_ranks(row.size)}: " + ", ".join(f"{phase} {significant(1e3 * row.phase_s[phase])}" for phase in PHASES)
         for row in rows
     )
-    caption = (
-        "Where a step's time goes: mean over ranks that train and steady steps (the tables' step time is the median of"
-        " the ranks' mean). Hatched: exposed communication."
-    )
+    caption = "Where a step's time goes: mean over ranks that train and steady steps. Hatched: exposed communication."
     drawings = [
         Drawing(
             "time-per-step", caption, f"Time per step by phase in ms: {told}.", lambda axes: _paint_times(axes, rows)
