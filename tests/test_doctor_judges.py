@@ -193,6 +193,20 @@ def test_gpus(values: list[dict[str, Any]], status: str, seen: str) -> None:
     assert finding.status == status and seen in finding.seen, finding
 
 
+@pytest.mark.parametrize(
+    "fault, on_cpu, status, seen",
+    [
+        (None, True, "ok", "sixty times"),
+        ("died of signal 11", True, "warn", "oneDNN's bug 6035 is in torch 2.13: a process died of signal 11"),
+        (None, False, "n/a", "GPUs"),
+    ],
+)
+def test_convolutions(fault: str | None, on_cpu: bool, status: str, seen: str) -> None:
+    told = {"on_cpu": on_cpu, "torch": "2.13"}
+    finding = hardware.judge_convolutions(ranks({"fault": fault, **told}, {"fault": None, **told}))
+    assert finding.status == status and seen in finding.seen, finding
+
+
 def test_gpus_of_a_driver_that_torch_does_not_use(tmp_path: Path) -> None:
     (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
     record(tmp_path / "sys/class/kfd/kfd/topology/nodes", **{"0__gpu_id": "0", "1__gpu_id": "51966"})

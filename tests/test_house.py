@@ -41,7 +41,7 @@ ALLOWED = {
     | {f"train/inspect/{room}.py" for room in ("check", "info", "judge", "pieces", "survey")}
     | {"train/doctor/storage.py"},
     "subprocess": {"train/metadata.py", "train/inspect/place.py", "train/sensors/slurm.py", "train/doctor/job.py"}
-    | {"train/io_times.py"}
+    | {"train/io_times.py", "train/onednn.py"}
     | {"slurm.py", "scale.py", "doctor.py"},
     "pynvml": {"train/sensors/nvml.py"},
     "gymnasium": {"train/tasks/reinforcement.py"},

@@ -163,10 +163,16 @@ def test_blocks_computed_again_count_a_batch_once(name: str, options: dict[str, 
         assert key.endswith("num_batches_tracked") or torch.equal(one, other), key
 
 
-def test_channels_lie_side_by_side() -> None:
-    """As convolutions want them, whatever the file has; what is stored so already is not copied."""
-    for shape in ((3, 8, 6), (8, 6, 3)):
+def test_on_a_cpu_each_channel_is_a_plane_of_its_own() -> None:
+    """Whatever the file has: oneDNN's bug 6035 is in channels_last. What is stored so already is not copied."""
+    for shape in ((3, 8, 6), (8, 6, 3), (1, 8, 6), (8, 6, 1), (8, 6)):
         stored = torch.rand(5, *shape)
         pictures = layout(shape, "resnet").channels_first(stored)
-        assert pictures.shape == (5, 3, 8, 6) and pictures.is_contiguous(memory_format=torch.channels_last)
-        assert (pictures.data_ptr() == stored.data_ptr()) == (shape == (8, 6, 3))
+        num_channels = 3 if 3 in shape else 1
+        assert pictures.shape == (5, num_channels, 8, 6) and pictures.stride() == (num_channels * 48, 48, 6, 1)
+        assert (pictures.data_ptr() == stored.data_ptr()) == (shape != (8, 6, 3))
+
+
+def test_on_a_gpu_channels_lie_side_by_side() -> None:
+    pictures = layout((8, 6, 3), "resnet").channels_first(torch.empty(5, 8, 6, 3, device="meta"))
+    assert pictures.is_contiguous(memory_format=torch.channels_last)

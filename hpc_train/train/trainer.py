@@ -34,6 +34,7 @@ from hpc_train.train.device import (
 )
 from hpc_train.train.guards import compare_weights, refuse_loss, refuse_loss_alone
 from hpc_train.train.metadata import RankPlace, crowding_warnings, place_ranks
+from hpc_train.train.onednn import compiled, layouts_watched
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.prefetch import Prefetch, announced
 from hpc_train.train.recorder import Recorder
@@ -230,17 +231,21 @@ def _first_look(
     """
     coming = list(islice(batches, 1))
 
+    def warn(words: str) -> None:
+        if context.world.is_root:
+            print(words, file=sys.stderr, flush=True)
+
     def look() -> int:
         parts = coming[0][0] if coming else []
         if not parts:
             return 0
-        with job.autocast():
+        with job.autocast(), layouts_watched(job.model, warn):
             return try_out(lambda: checked_loss(config, job.task, job.model, parts[0]), job.model)
 
     flops = context.on_all(look)
     if config.train.activation_checkpointing:
         context.on_all(partial(recompute_blocks, job.model))
-    model: nn.Module = torch.compile(job.model) if config.train.compile else job.model  # type: ignore[assignment]
+    model = compiled(job.model, job.device) if config.train.compile else job.model
     num_first = -(-coming[0][1] // len(coming[0][0])) if coming and coming[0][0] else 0
     peak, source = peak_flops(config.train, job.device)
     strategy = config.reduce.strategy

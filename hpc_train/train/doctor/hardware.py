@@ -119,6 +119,37 @@ def _crowded(host: str, ranks: Sequence[Answer]) -> str:
     return ""
 
 
+# ---------------------------------------------------------------------------------------- convolutions
+
+
+def look_convolutions(subject: Subject) -> Values:
+    """How the convolution of oneDNN's bug 6035 ended in a process of its own; one rank of a host tries it."""
+    import torch
+
+    from hpc_train.train.onednn import try_kernel
+
+    asked = subject.config.train.device if subject.config else "auto"
+    on_cpu = asked == "cpu" or not torch.cuda.is_available()
+    tries = on_cpu and subject.context.world.local_rank == 0
+    return {"on_cpu": on_cpu, "fault": try_kernel() if tries else None, "torch": torch.__version__}
+
+
+def judge_convolutions(answers: Sequence[Answer]) -> Finding:
+    """Whether convolutions on these CPUs write where they may."""
+    if not any(answer.values["on_cpu"] for answer in answers):
+        return Finding("n/a", "ranks compute on GPUs")
+    broken = [answer for answer in answers if answer.values["fault"]]
+    if not broken:
+        return Finding("ok", "a channels_last 1x1 convolution of stride 2 over 8 channels, backward, sixty times")
+    values = broken[0].values
+    seen = (
+        f"oneDNN's bug 6035 is in torch {values['torch']}: a process {values['fault']} in the backward pass of a 1x1 "
+        "convolution with a stride over 8 channels, channels_last. The models that come with hpc-train avoid it"
+    )
+    mend = "x = x.contiguous()   # in a model of your own, before such a layer: pictures as planes, not channels_last"
+    return Finding("warn", seen, mend, ranks_of(broken))
+
+
 # ---------------------------------------------------------------------------------------- GPUs
 
 

@@ -18,12 +18,17 @@ class Layout(NamedTuple):
     axis: int | None
 
     def channels_first(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(n, *stored shape) -> (n, num_channels, height, width), a pixel's channels side by side in memory.
+        """(n, *stored shape) -> (n, num_channels, height, width); convolutions keep the order in memory.
 
-        Convolutions keep that order. Tensor cores want it (cuDNN would copy to it and back); a CPU does not care.
+        On a GPU a pixel's channels lie side by side: tensor cores want that, and cuDNN would copy to it and back.
+        On a CPU each channel is a plane of its own: channels_last, 1.05 to 1.4 times as fast there, meets a bug of
+        oneDNN's that corrupts memory (`onednn.py`).
         """
         pictures = inputs.unsqueeze(1) if self.axis is None else inputs.movedim(1 + self.axis, 1)
-        return pictures.contiguous(memory_format=torch.channels_last)
+        if inputs.device.type != "cpu":
+            return pictures.contiguous(memory_format=torch.channels_last)
+        # By way of flat pictures: the strides that movedim gives a single channel would pass for channels_last.
+        return pictures.flatten(1).view(pictures.shape)
 
 
 def layout(input_shape: tuple[int, ...], model: str) -> Layout:
