@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from hpc_train.errors import JointFailure, UserError
-from hpc_train.train.stop import TERMINATED
+from hpc_train.train.stop import ENDING, TERMINATED, Kept, ignore
 from hpc_train.world import World, launched_size
 
 T = TypeVar("T")
@@ -153,13 +153,20 @@ def open_context(use_mpi: bool) -> Iterator[Context]:
 
     A UserError or JointFailure raised on every rank passes through for `cli.py` to report.
     """
-    signal.signal(signal.SIGTERM, _terminate)
     if not use_mpi:
+        signal.signal(signal.SIGTERM, _end_rank)
         os.environ["MPI4PY_RC_INITIALIZE"] = "0"  # an h5py built with MPI imports mpi4py, which would start MPI
         yield Context(World(host=socket.gethostname()))
         return
+    # Once MPI is there, a rank that leaves waits for all others in MPI_Finalize: signals are kept until it can abort.
+    early = Kept()
+    _on_ending(early)
     context = _start_mpi()
     try:
+        context = _placed(context)
+        _on_ending(_end_rank)
+        for number in early.numbers:
+            signal.raise_signal(number)
         yield context
     except BaseException as error:  # a KeyboardInterrupt on one rank must end the others too
         if context.world.size == 1 or known_to_all(error):
@@ -179,31 +186,49 @@ def _joint(error: E) -> E:
     return error
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(TERMINATED)
+def _on_ending(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in ENDING:
+        signal.signal(number, handler)
+
+
+def _end_rank(number: int, frame: FrameType | None) -> None:
+    """Raises, once: a second signal would break into what the first one has begun, and the rank might not abort."""
+    ignore()
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)
 
 
 def _abort(context: Context, error: BaseException) -> None:
     """Says which rank failed and ends every rank at once; waiting for the others could hang for ever."""
-    world = context.world
-    code = 1
-    if world.rank:
-        # Where all ranks fail alike, the root speaks for them: it ends the others before they repeat it.
-        sleep(_ROOT_SPEAKS_FIRST_S)
+    code = _exit_code(error)
+    try:
+        ignore()  # a second signal must not break into this: the rank would leave, and wait for the others
+        if context.world.rank:
+            # Where all ranks fail alike, the root speaks for them: it ends the others before they repeat it.
+            sleep(_ROOT_SPEAKS_FIRST_S)
+        sys.stdout.flush()
+        sys.stderr.write(_last_words(context.world, error))
+        sys.stderr.flush()
+    finally:  # even where nothing can be written any more
+        end_job(context, code)
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _last_words(world: World, error: BaseException) -> str:
     if isinstance(error, UserError):
-        text, code = f"{error}\n", 2
+        text = f"{error}\n"
     elif isinstance(error, KeyboardInterrupt):
-        text, code = "interrupted\n", 130
+        text = "interrupted\n"
     elif isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else 1
-        text = "interrupted by SIGTERM\n" if code == TERMINATED else f"ended with exit code {error.code}\n"
+        text = "interrupted by SIGTERM\n" if error.code == TERMINATED else f"ended with exit code {error.code}\n"
     else:
         text = "".join(traceback.format_exception(error))
     head = f"hpc-train: rank {world.rank} on {world.host}: "
-    sys.stdout.flush()
-    sys.stderr.write(head + text.replace("\n", f"\n[rank {world.rank}] ", text.count("\n") - 1))
-    sys.stderr.flush()
-    end_job(context, code)
+    return head + text.replace("\n", f"\n[rank {world.rank}] ", text.count("\n") - 1)
 
 
 def end_job(context: Context, code: int) -> None:
@@ -217,13 +242,14 @@ def join_mpi() -> Iterator[Context]:
 
     They get a communicator of their own, so that no message of ours meets one of the program's.
     """
-    context = _start_mpi()
+    context = _placed(_start_mpi())
     comm = context.comm.Dup()
     yield Context(context.world, comm)
     comm.Free()  # collective: not where a rank failed alone
 
 
 def _start_mpi() -> Context:
+    """Starts MPI, which talks to the launcher alone. What is raised, every rank meets by itself."""
     # Open MPI waits by spinning. Horovod's thread that waits then keeps the rank's core from the thread that trains:
     # softmax on 2 ranks took 7 to 24 ms a step, and 0.7 to 0.9 ms when a waiting thread offers its core to others.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
@@ -250,17 +276,23 @@ def _start_mpi() -> Context:
                 "(under Slurm with Open MPI: srun --mpi=pmix).",
             )
         )
+    return Context(World(comm.rank, comm.size, host=socket.gethostname()), comm)
+
+
+def _placed(context: Context) -> Context:
+    """Collective. With this rank's place on its host."""
+    world, comm = context.world, context.comm
     try:
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED)  # the first time that ranks talk
-    except MPI.Exception as error:
+        node = comm.Split_type(mpi().COMM_TYPE_SHARED)  # the first time that ranks talk
+    except mpi().Exception as error:
         raise UserError(
             f"the ranks cannot reach each other through MPI: {error}",
             "Above, MPI says why: often a device or transport that it was told to use is not there (UCX_NET_DEVICES, "
             "UCX_TLS, OMPI_MCA_pml, OMPI_MCA_btl).",
         ) from None
-    world = World(comm.rank, comm.size, node.rank, node.size, socket.gethostname())
+    placed = replace(world, local_rank=node.rank, local_size=node.size)
     node.Free()
-    return Context(world, comm)
+    return Context(placed, comm)
 
 
 # ------------------------------------------------------------------------------------- what others ask of MPI

@@ -6,12 +6,26 @@ from typing import Any, Self
 
 CONTINUE = 75  # exit code of a process that stopped on request and left a checkpoint: sysexits' EX_TEMPFAIL
 TERMINATED = 128 + signal.SIGTERM
-_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+ENDING = (signal.SIGTERM, signal.SIGINT)
+_HANDLED = (*ENDING, signal.SIGUSR2)
+
+
+class Kept:
+    """A handler that keeps signals until somebody can act on them.
+
+    A mask would not: it is one thread's, and the kernel gives the signal to another, numpy's say.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.numbers.append(number)
 
 
 def hold_back() -> None:
-    """Keeps SIGUSR2 waiting until a `StopRequest` is there: before that it would end the process."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    """Keeps SIGUSR2 until a `StopRequest` is there: before that it would end the process."""
+    signal.signal(signal.SIGUSR2, Kept())
 
 
 def ignore() -> None:
@@ -32,8 +46,10 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         self._before: dict[int, Any] = {number: signal.signal(number, self._note) for number in _HANDLED}
+        early = self._before[signal.SIGUSR2]
+        if isinstance(early, Kept) and early.numbers:
+            self._note(signal.SIGUSR2, None)
         self._before[signal.SIGUSR2] = signal.SIG_IGN  # once the work is done there is nothing left to stop
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
         return self
 
     def __exit__(
