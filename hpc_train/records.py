@@ -78,6 +78,10 @@ class RecordFile:
         self._rows.clear()
         self._due_ns = perf_counter_ns() + self._flush_ns
 
+    def discard(self) -> None:
+        """Drops the rows that no file has yet: it belongs to another by now."""
+        self._rows.clear()
+
     def close(self) -> None:
         try:
             self.flush()

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from hpc_train import lock, resume, rundir
 from hpc_train.config import Config, Loaded, load
 from hpc_train.errors import UserError
+from hpc_train.lock import Lease
 from hpc_train.partition import Order
 from hpc_train.resume import Change, Rule
 from hpc_train.rundir import RunDir
@@ -24,7 +25,7 @@ class Attempt:
     """One job's work on a run. `number` counts from 1; `meta` is what earlier attempts wrote down ({} if none did).
 
     source: the run whose newest checkpoint is continued from; another one after a change of the number of ranks.
-    changes: the keys that differ from that run's.
+    changes: the keys that differ from that run's. lease: on the run directory, to be asked before what counts.
     """
 
     run: RunDir
@@ -32,6 +33,7 @@ class Attempt:
     meta: dict[str, Any]
     source: RunDir | None
     changes: list[Change]
+    lease: Lease
 
 
 @contextmanager
@@ -41,20 +43,23 @@ def open_attempt(loaded: Loaded, context: Context, wanted: str) -> Iterator[Atte
     wanted: "never" for a new run; "auto" for the newest unfinished run of this configuration on as many ranks, or else
     a new one; or the path of a run directory. Raises UserError.
     """
+    held: list[Lease] = []
     with ExitStack() as stack:
 
         def choose() -> Attempt:
             run, source, changes = _choose(loaded.config, context.world.size, wanted)
-            stack.enter_context(lock.held(run.lock, say))
+            lease = stack.enter_context(lock.held(run.lock, say))
+            held.append(lease)
             rundir.make_folders(run)
             checkpoint.clean(run)
             meta = read_meta(run)
             earlier = meta.get("attempts", [])
             if source == run and earlier and earlier[0]["continues"] and not checkpoint.found(run):
                 source = RunDir(Path(earlier[0]["continues"]))  # stopped before it had a checkpoint of its own
-            return Attempt(run, len(earlier) + 1, meta, source, changes)
+            return Attempt(run, len(earlier) + 1, meta, source, changes, lease)
 
-        yield context.on_root(choose)
+        attempt = context.on_root(choose)
+        yield replace(attempt, lease=held[0] if held else Lease(attempt.lease.path, attempt.lease.token))
 
 
 def say(line: str) -> None:

@@ -8,6 +8,7 @@ pure function of its number: the state after a step and that number are all that
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import threading
 from collections.abc import Callable
@@ -40,13 +41,21 @@ class Unusable(Exception):
 class Saver:
     """Writes checkpoints of one run from a thread of the root; on other ranks it does nothing.
 
-    facts: what is stated in each checkpoint besides its step. say: called with a line for the user.
+    facts: what is stated in each checkpoint besides its step. say: called with a line for the user. confirm: raises
+    UserError where the run is this job's no more; called before what is under a final name changes.
     """
 
     def __init__(
-        self, run: RunDir, settings: config.Checkpoint, facts: dict[str, Any], is_root: bool, say: Callable[[str], None]
+        self,
+        run: RunDir,
+        settings: config.Checkpoint,
+        facts: dict[str, Any],
+        is_root: bool,
+        say: Callable[[str], None],
+        confirm: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._settings, self._facts, self._is_root, self.say = run, settings, facts, is_root, say
+        self._confirm = confirm
         self._thread: threading.Thread | None = None
         self._copy: dict[str, Any] = {}  # of the state that was saved last
         self._error: UserError | None = None
@@ -127,10 +136,12 @@ class Saver:
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         try:
-            write(self._run.checkpoint(step), state, {"step": step, **self._facts})
+            write(self._run.checkpoint(step), state, {"step": step, **self._facts}, self._confirm)
             _keep_newest(self._run, self._settings.keep, step)
         except Unusable as error:
             self._error = UserError(f"the checkpoint of step {step} was not written: {error}", _stands(self._run))
+        except UserError as error:
+            self._error = error
         except OSError as error:
             folder = self._run.checkpoints_dir
             what = f"the checkpoint of step {step} could not be written to {folder}: {error.strerror}"
@@ -142,17 +153,19 @@ class Saver:
             self._error = UserError(what, _stands(self._run))
 
 
-def write(folder: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
+def write(
+    folder: Path, state: dict[str, Any], facts: dict[str, Any], confirm: Callable[[], None] = lambda: None
+) -> None:
     """Writes a checkpoint that is never seen half-written: temporary name, checksum, sync, rename.
 
-    Raises `Unusable` for weights that are no numbers, OSError where the disk refuses.
+    confirm: called before the rename. Raises `Unusable` for weights that are no numbers, OSError where the disk
+    refuses, and what `confirm` raises.
     """
     broken = [name for name, value in state["model"].items() if not _is_finite(value)]
     if broken:
         raise Unusable(f"{broken[0]} holds NaN or infinity")
     folder.parent.mkdir(exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.partial")  # never that of another job
     try:
         partial.mkdir()
         with (partial / STATE).open("wb") as file:
@@ -171,6 +184,7 @@ def write(folder: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
             _flush(text)
         _sync(partial)
         aside = folder.with_name(f".{folder.name}.old")
+        confirm()
         if folder.exists():  # a damaged one of the same step
             os.rename(folder, aside)
         os.rename(partial, folder)

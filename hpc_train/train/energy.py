@@ -46,12 +46,15 @@ class NodeEnergy:
             )
 
     @contextmanager
-    def recorded(self, path: Path, attempt: int) -> Iterator[None]:
-        """Writes the meters' joules to `path` until the end; on all ranks, of which most have no meter."""
+    def recorded(self, path: Path, attempt: int, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Writes the meters' joules to `path` until the end; on all ranks, of which most have no meter.
+
+        check: raises UserError where nothing may be written any more; asked before each line.
+        """
         with ExitStack() as stack:
             if self.meters:
                 hz = self._settings.sample_hz
-                stack.enter_context(Sampler(self.meters, path, hz, self._epoch_s, attempt))
+                stack.enter_context(Sampler(self.meters, path, hz, self._epoch_s, attempt, check))
             began_s, busy_s, own_s = monotonic(), sharing.busy_s(), sharing.own_s()
             try:
                 yield

@@ -72,18 +72,26 @@ class Recorder:
         )
         rank, host, number = self._context.world.rank, self._context.world.host, self._attempt.number
         self._timings = timing_log(self._run.timings(rank), number)
-        self._stack.callback(self._timings.close)  # whatever happens, what was recorded is kept
-        self._stack.enter_context(self._energy.recorded(self._run.energy(host), number))
+        self._stack.callback(self._close_timings)  # whatever happens, what was recorded is kept
+        # Another rank's lease is renewed by its steps, and not by what a thread beside them writes.
+        check = self._attempt.lease.check if rank == 0 else _nothing
+        self._stack.enter_context(self._energy.recorded(self._run.energy(host), number, check))
         self._first_step = first_step
         self._progress.begin(first_step)
         self._context.barrier()
         self.clock.restart()
+
+    def _close_timings(self) -> None:
+        if self._attempt.lease.is_lost:
+            self._timings.discard()
+        self._timings.close()
 
     def end_step(self, step: int, loss: float | torch.Tensor | None, num_samples: int, num_global: int) -> None:
         """Ends the step's timing and keeps its loss, the global mean; None: not known.
 
         A tensor of one number is read when it is written: each reading makes a GPU's loop wait.
         """
+        self._attempt.lease.check()
         record = self.clock.lap(step, num_samples, warmup=step < self._first_step + self._num_warmup)
         self._timings.write(record)
         if loss is not None:
@@ -97,8 +105,10 @@ class Recorder:
 
     def flush(self) -> None:
         """Writes the steps so far: before a checkpoint, so that the attempt that continues from it finds them all."""
+        self._attempt.lease.check()
         self._timings.flush()
         if self._context.world.is_root and self._losses:
+            self._attempt.lease.confirm()
             text = "".join(f"{step},{loss:.9g}\n" for step, loss in self._losses)
             try:
                 with self._run.metrics.open("a", encoding="ascii") as file:
@@ -144,6 +154,7 @@ class Recorder:
             test=test,
             complete=True,
         )
+        self._attempt.lease.confirm()
         write_atomic(self._run.summary, summary.to_json() + "\n")
         for measure, value in test.items():
             print(f"Test {measure.replace('_', ' ')}: {value:.4f}")
@@ -154,6 +165,7 @@ class Recorder:
 
     def _open_logs(self) -> None:
         """Writes config.toml, and makes metrics.csv end before this attempt's first step: one line a step, for ever."""
+        self._attempt.lease.confirm()
         self._run.summary.unlink(missing_ok=True)  # of a run that is prolonged
         steps, losses = read_metrics(self._run.metrics) if self._run.metrics.exists() else ([], [])
         kept = [(step, loss) for step, loss in zip(steps, losses, strict=True) if step < self.num_steps_done]
@@ -161,6 +173,7 @@ class Recorder:
 
     def rewrite(self, loaded: Loaded, losses: Iterable[tuple[int, float]]) -> None:
         """Writes config.toml and metrics.csv anew, whole. The root only."""
+        self._attempt.lease.confirm()
         write_atomic(self._run.config, dumps(loaded))
         lines = [",".join(METRIC_COLUMNS), *(f"{step},{loss:.9g}" for step, loss in losses)]
         write_atomic(self._run.metrics, "\n".join(lines) + "\n")
@@ -171,6 +184,7 @@ class Recorder:
         energy = self._energy.facts_at_start() if moment == "start" else self._energy.facts_at_end()
 
         def write() -> None:
+            self._attempt.lease.confirm()
             if moment == "start":
                 for key in ("outcome", "ended", "clock_offsets_ns"):  # of the attempt before
                     self._meta.pop(key, None)
@@ -195,6 +209,10 @@ class Recorder:
             write_atomic(self._run.meta, json.dumps(self._meta, indent=1) + "\n")
 
         self._context.on_root(write)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _of_all_attempts(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

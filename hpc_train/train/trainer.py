@@ -72,7 +72,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     config, job = loaded.config, _set_up(loaded.config, context)
     with open_attempt(loaded, context, resume) as attempt:
         recorder = Recorder(loaded, context, job.places, attempt, open_clock(config.train, job.device))
-        saver = Saver(attempt.run, config.checkpoint, job.facts, context.world.is_root, recorder.say)
+        is_root, confirm = context.world.is_root, attempt.lease.confirm
+        saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.say, confirm)
         with (
             recorder,
             saver,

@@ -162,6 +162,26 @@ def test_the_second_job_in_a_run_directory_is_refused_and_told_of_the_first(
     survived("second job in a run directory", "refused, the first is named; a dead job's lock is taken over")
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(0, marks=pytest.mark.thorough)])
+def test_a_job_that_was_stopped_so_long_that_another_took_over_writes_nothing_more_and_says_so(
+    ranks: int, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
+) -> None:
+    """Each takes the other to be on another machine, where no process can be looked up."""
+    first = Job(ranks, tmp_path, digits, TRACE_DELAY="0.1", ELSEWHERE="n1").wait_for_step(8)
+    root = first.pid(0)
+    os.kill(root, signal.SIGSTOP)
+    second = Job(ranks, tmp_path / "second", digits, "--resume", str(first.run.path), ELSEWHERE="n2").end()
+    assert second.code == 0 and "looking for 20 s" in second.out and "took over from" in second.out, second
+    left = {path: path.read_bytes() for path in first.run.path.rglob("*") if path.is_file()}
+    os.kill(root, signal.SIGCONT)
+    ended = first.end()
+    assert ended.code == 2 and f"{first.run.path} is this job's no more" in ended.err, ended
+    assert "Traceback" not in ended.err
+    assert {path: path.read_bytes() for path in first.run.path.rglob("*") if path.is_file()} == left
+    assert_ends_as(first.run, reference(ranks))
+    survived("stopped until another took over", "writes nothing more, exit code 2; the other's run is whole")
+
+
 # ------------------------------------------------------------------------------------------------ disks
 
 

@@ -5,6 +5,7 @@ Read from the environment, so that the job's configuration stays that of an ordi
   TRACE_DELAY   seconds to wait in each step, so that a test can act meanwhile
   TRACE_DROPOUT probability of dropout in the model
   ACCIDENT      WHAT:STEP:RANK, e.g. nan:5:1 in the sixth step of the process on rank 1; see `_accidents`
+  ELSEWHERE     name of the machine that this process takes itself to be on, when it looks at locks
   KILL_AT       FUNCTION:NUMBER, e.g. os.rename:1, kills the process before that call of it; os.rename:1:after, after it
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hpc_train import lock
 from hpc_train.config import Config
 from hpc_train.train.context import Context
 from hpc_train.train.dataset import Batch
@@ -36,6 +38,8 @@ class Traced(Classification):
         name = f"{time.time_ns()}-rank{self._rank}.txt"
         self._trace = (Path(os.environ["TRACE"]) / name).open("w") if "TRACE" in os.environ else None
         self._step = -1
+        if "ELSEWHERE" in os.environ:
+            lock._system = lambda: os.environ["ELSEWHERE"]
         if "KILL_AT" in os.environ and self._rank == 0:
             _kill_at(*os.environ["KILL_AT"].split(":"))
 

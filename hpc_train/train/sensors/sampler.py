@@ -1,7 +1,7 @@
 """Reads a node's meters from a thread of its own and writes down what they say; what they say of a node at rest."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
@@ -20,12 +20,22 @@ class Sampler:
     A meter that fails while the job runs must not end the job, nor pass for measured: its line says missing. One that
     failed at the beginning is missing to the end, because nothing says what it counted before. epoch_s: the time of day
     at 0 of `perf_counter`, by which the column time_s keeps step with the timings, even where the time of day is set.
+    check: raises UserError where nothing may be written any more.
     """
 
-    def __init__(self, meters: Sequence[Meter], path: Path, hz: float, epoch_s: float, attempt: int = 1) -> None:
-        self._meters, self._attempt = meters, attempt
+    def __init__(
+        self,
+        meters: Sequence[Meter],
+        path: Path,
+        hz: float,
+        epoch_s: float,
+        attempt: int = 1,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._meters, self._attempt, self._check = meters, attempt, check
         self._period_s, self._flush_s = 1.0 / hz, 0.0
         self._epoch_s = epoch_s
+        self._kept = ""  # lines that no file has yet
         self._going_on = threading.Lock()  # held until the end; half the cost of an Event to wait for
         self._thread = threading.Thread(target=self._loop, name="energy", daemon=True)
         assert not any("," in meter.domain + meter.source for meter in meters), "a comma would end the CSV cell"
@@ -80,12 +90,15 @@ class Sampler:
         """Lines go to the operating system twice a second at most: a killed process loses no more than that."""
         now_s = perf_counter()
         time_s = f"{self._epoch_s + now_s:.3f},"  # when all had been read
-        text = "".join([time_s + line for line in lines])
+        self._kept += "".join([time_s + line for line in lines])
+        if now_s < self._flush_s:
+            return
+        text, self._kept = self._kept, ""
+        self._check()
+        self._flush_s = now_s + _FLUSH_S
         try:
             self._file.write(text)
-            if now_s >= self._flush_s:
-                self._file.flush()
-                self._flush_s = now_s + _FLUSH_S
+            self._file.flush()
         except OSError as error:
             raise not_written(self._file.name, error, len(text)) from None
 
