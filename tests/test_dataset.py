@@ -10,7 +10,7 @@ import torch
 from hpc_train import config
 from hpc_train.config import Config
 from hpc_train.errors import UserError
-from hpc_train.train import files
+from hpc_train.train import files, foreign
 from hpc_train.train.context import Context
 from hpc_train.train.dataset import Buffers, Split, open_order, open_split, open_tokens
 from hpc_train.train.files import Files, open_files
@@ -153,5 +153,5 @@ def test_a_file_that_is_replaced_while_it_is_read_is_named(tmp_path: Path, monke
 
 
 def test_a_refused_lock_names_the_variable() -> None:
-    what, remedy = files.cannot_open(OSError("Unable to synchronously open file (unable to lock file, errno = 11)"))
+    what, remedy = foreign.cannot_open(OSError("Unable to synchronously open file (unable to lock file, errno = 11)"))
     assert "cannot be locked" in what and "HDF5_USE_FILE_LOCKING=FALSE" in remedy

@@ -36,7 +36,9 @@ TOP = {"cli", "bench"}
 ALLOWED = {
     "mpi4py": {"train/context.py"},
     "horovod": {"train/reduce.py", "train/doctor/software.py"},
-    "h5py": {f"train/{room}.py" for room in ("chunks", "files", "filters", "io_times", "readers", "together")}
+    "h5py": {
+        f"train/{room}.py" for room in ("chunks", "files", "filters", "foreign", "io_times", "readers", "together")
+    }
     | {f"train/prepare/{room}.py" for room in ("layout", "prepare", "writer")}
     | {f"train/inspect/{room}.py" for room in ("check", "info", "judge", "pieces", "survey")}
     | {"train/doctor/storage.py"},

@@ -5,18 +5,83 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
+from math import prod
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 
-from hpc_train.errors import UserError
 from hpc_train.partition import Indices, chunk_edges, require_rows
 from hpc_train.train.filters import Damaged, Pipeline, open_pipeline
+from hpc_train.train.foreign import damage_told
 
 _MOST_THREADS = 8  # of a rank; more wait for each other's memory
 _FEWEST_SLOTS = 2
+
+
+class Place(NamedTuple):
+    """Where a chunk lies in its file: bytes. size: 0 of one never written. mask: bits of the filters left out."""
+
+    address: int
+    size: int
+    mask: int
+
+
+class RawChunks:
+    """Chunks of a data set as they lie in its file, read past HDF5: its lock is not held then.
+
+    HDF5 says where they lie, and nothing more: it copies as many bytes as a damaged index says (1.10.8, seen), and ends
+    the process. Any thread may read.
+    """
+
+    def __init__(self, path: Path, dataset: h5py.Dataset) -> None:
+        self.chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
+        self._dataset, self._is_packed = dataset, dataset.id.get_create_plist().get_nfilters() > 0
+        self._shift, self._file = 0, os.open(path, os.O_RDONLY)
+        self._num_file_bytes = os.fstat(self._file).st_size
+        try:
+            self._shift = self._base_address()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def place(self, corner: tuple[int, ...]) -> Place:
+        """Where the chunk at `corner` lies. Raises `Damaged` for one that the file cannot hold."""
+        info = self._dataset.id.get_chunk_info_by_coord(corner)
+        if not info.size:
+            return Place(0, 0, 0)
+        place = Place(info.byte_offset + self._shift, info.size, info.filter_mask)
+        if place.address + place.size > self._num_file_bytes:
+            raise Damaged("the file ends within it")
+        if not self._is_packed and place.size != self.chunk_bytes:
+            raise Damaged(f"it holds {place.size:,} bytes and not {self.chunk_bytes:,}")
+        return place
+
+    def read(self, place: Place) -> bytes:
+        """The bytes at `place`. Raises `Damaged` where the file has become shorter."""
+        data = os.pread(self._file, place.size, place.address)
+        if len(data) != place.size:
+            raise Damaged("the file ends within it")
+        return data
+
+    def read_into(self, target: np.ndarray, place: Place) -> None:
+        """Fills `target`, which is as long, with the bytes at `place`. Raises `Damaged`, as `read` does."""
+        if os.preadv(self._file, [target.data.cast("B")], place.address) != target.nbytes:
+            raise Damaged("the file ends within it")
+
+    def _base_address(self) -> int:
+        """What chunk addresses lack: in HDF5 1.10.8 (seen), the user block that the file begins with."""
+        corner, block = (0,) * self._dataset.ndim, self._dataset.file.userblock_size
+        place = self.place(corner) if block else Place(0, 0, 0)
+        if not place.size:
+            return 0
+        _, content = self._dataset.id.read_direct_chunk(corner)
+        return 0 if self.read(place) == content else int(block)
 
 
 class ChunkFile:
@@ -28,8 +93,7 @@ class ChunkFile:
         self._path, self._dataset, self._chunk = path, dataset, tuple(dataset.chunks)
         self.num_rows = self._chunk[0]
         self._pipeline = open_pipeline(dataset)
-        self._file = os.open(path, os.O_RDONLY)
-        self._shift = self._base_address()
+        self._raw = RawChunks(path, dataset)
         self._verified = np.zeros(-(-self.shape[0] // self.num_rows), dtype=bool)
 
     @property
@@ -38,7 +102,7 @@ class ChunkFile:
         return ", ".join(self._pipeline.names) or "not packed" if self._pipeline else "filters of HDF5's own"
 
     def close(self) -> None:
-        os.close(self._file)
+        self._raw.close()
 
     def read(self, block: int, target: np.ndarray) -> None:
         """Decodes a block into the first rows of `target`. Raises `UserError` where it is damaged.
@@ -47,51 +111,33 @@ class ChunkFile:
         """
         first = block * self.num_rows
         there = target[: min(self.num_rows, self.shape[0] - first)]
+        where = f"of {self._dataset.name}, samples {first} to {first + len(there) - 1},"
         if self._pipeline is None:  # only HDF5 itself can
-            self._dataset.read_direct(there, np.s_[first : first + len(there)])
+            with damage_told(self._path, f"block {block} {where}"):
+                self._dataset.read_direct(there, np.s_[first : first + len(there)])
             return
         for inner in product(*map(range, [0] * (len(self.shape) - 1), self.shape[1:], self._chunk[1:])):
-            try:
-                self._read_chunk((first, *inner), there, self._pipeline, bool(self._verified[block]))
-            except Damaged as reason:
-                raise UserError(
-                    f"{self._path}: chunk {(first, *inner)} of {self._dataset.name}, samples {first} to "
-                    f"{first + len(there) - 1}, cannot be read: {reason}",
-                    f"Restore the file; hpc-train data check {self._path} finds all that is damaged in it.",
-                ) from None
+            corner = (first, *inner)
+            with damage_told(self._path, f"chunk {corner} {where}"):
+                self._read_chunk(corner, there, self._pipeline, bool(self._verified[block]))
         self._verified[block] = True
 
     def _read_chunk(self, corner: tuple[int, ...], there: np.ndarray, pipeline: Pipeline, verified: bool) -> None:
         """Decodes the chunk at `corner` into its place in the rows `there`."""
         target = there[(slice(None), *map(slice, corner[1:], np.add(corner[1:], self._chunk[1:]).tolist()))]
-        info = self._dataset.id.get_chunk_info_by_coord(corner)
-        if not info.size:
+        place = self._raw.place(corner)
+        if not place.size:
             target[...] = self._dataset.fillvalue
-            return
-        address = info.byte_offset + self._shift
-        if not pipeline.steps and target.shape == self._chunk and target.flags.c_contiguous and self._is_native:
-            if os.preadv(self._file, [target.data.cast("B")], address) != target.nbytes:
-                raise Damaged("the file ends within it")
-            return
-        data = os.pread(self._file, info.size, address)
-        if len(data) != info.size:
-            raise Damaged("the file ends within it")
-        num_bytes = int(np.prod(self._chunk, dtype=np.int64)) * self.dtype.itemsize
-        values = pipeline.decode(data, info.filter_mask, num_bytes, verified).view(self._dataset.dtype)
-        target[...] = values.reshape(self._chunk)[tuple(map(slice, target.shape))]
+        elif not pipeline.steps and target.shape == self._chunk and target.flags.c_contiguous and self._is_native:
+            self._raw.read_into(target, place)
+        else:
+            data = pipeline.decode(self._raw.read(place), place.mask, self._raw.chunk_bytes, verified)
+            values = data.view(self._dataset.dtype).reshape(self._chunk)
+            target[...] = values[tuple(map(slice, target.shape))]
 
     @property
     def _is_native(self) -> bool:
         return bool(self._dataset.dtype.isnative)
-
-    def _base_address(self) -> int:
-        """What chunk addresses lack: in HDF5 1.10.8 (seen), the user block that the file begins with."""
-        corner, block = (0,) * len(self.shape), self._dataset.file.userblock_size
-        info = self._dataset.id.get_chunk_info_by_coord(corner) if block else None
-        if not info or not info.size:
-            return 0
-        _, content = self._dataset.id.read_direct_chunk(corner)
-        return 0 if os.pread(self._file, info.size, info.byte_offset) == content else int(block)
 
 
 class Chunked:

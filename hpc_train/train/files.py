@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -14,6 +15,15 @@ import numpy as np
 from hpc_train.config import Config
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context, require_one_mpi
+from hpc_train.train.foreign import (
+    HDF5_ERRORS,
+    absurd_claim,
+    cannot_open,
+    damage_told,
+    meaning_of,
+    not_a_file,
+    other_meaning,
+)
 from hpc_train.train.inspect.place import file_system
 from hpc_train.train.readers import Reader, join
 
@@ -59,26 +69,26 @@ class Files:
 
     def has(self, name: str) -> bool:
         """Whether the first file has a data set of that name."""
-        return find(self.opened[0], name) is not None
+        with damage_told(self.paths[0], name):
+            return find(self.opened[0], name) is not None
 
     def all(self, name: str, key: str) -> list[h5py.Dataset]:
         """Data set `name` of each file. Raises `UserError` where one has none, or one of another kind."""
         found: list[h5py.Dataset] = []
         for path, file in zip(self.paths, self.opened, strict=True):
-            dataset = find(file, name)
-            if dataset is None:
-                raise UserError(
-                    f"{key} = '{name}': no such data set in {path}",
-                    f"It holds: {', '.join(_dataset_names(file)) or 'none'}. Set {key} to one of them.",
-                )
-            first = found[0] if found else dataset
-            if (dataset.dtype, dataset.shape[1:]) != (first.dtype, first.shape[1:]):
-                one, other = (f"{each.dtype} {('n', *each.shape[1:])}".replace("'", "") for each in (dataset, first))
-                raise UserError(
-                    f"the files of data.file disagree: {name} is {one} in {path} and {other} in {self.paths[0]}",
-                    "Files of one data set hold equal samples: prepare those that differ again, or name fewer files.",
-                )
-            found.append(dataset)
+            with damage_told(path, name):
+                dataset = find(file, name)
+                if dataset is None:
+                    raise UserError(
+                        f"{key} = '{name}': no such data set in {path}",
+                        f"It holds: {', '.join(_dataset_names(file)) or 'none'}. Set {key} to one of them.",
+                    )
+                found.append(dataset)
+                if (one := _rows_of(dataset)) != (first := _rows_of(found[0])):
+                    raise UserError(
+                        f"the files of data.file disagree: {name} is {one} in {path} and {first} in {self.paths[0]}",
+                        "Files of one data set hold equal samples: prepare those that differ again, or name fewer.",
+                    )
         return found
 
     def reader(self, name: str, key: str, memory_bytes: int | None = None) -> Reader:
@@ -88,9 +98,7 @@ class Files:
 
     def scale(self, name: str) -> tuple[float, float]:
         """What stored values of data set `name` mean (see `Batch`), alike in all files. Raises `UserError`."""
-        found = [
-            (_number(data, "scale_factor", 1.0), _number(data, "add_offset", 0.0)) for data in self.all(name, "data")
-        ]
+        found = [meaning_of(dataset) for dataset in self.all(name, "data")]
         for path, each in zip(self.paths, found, strict=True):
             if each != found[0]:
                 raise UserError(
@@ -100,13 +108,25 @@ class Files:
                 )
         return found[0]
 
+    def require_same_meaning(self, name: str, other: str) -> None:
+        """Raises `UserError` where stored numbers of data set `other` mean something else than those of `name`."""
+        one, two = self.all(name, "data.inputs")[0], self.all(other, "data.test_inputs")[0]
+        if why := other_meaning(one.dtype, meaning_of(one), two.dtype, meaning_of(two)):
+            raise UserError(
+                f"{self.paths[0]}: {name} and {other} disagree, so that a model would be tested on other values: {why}",
+                "Stored numbers must mean the same in both: set the attributes alike, or prepare the file again.",
+            )
+
     @property
     def text_facts(self) -> dict[str, Any]:
         """What a prepared text says of its tokens: tokenizer, vocab_size and, of one that was learned, its json."""
         file = self.opened[0]
-        facts = {name: file.attrs[name] for name in ("tokenizer", "vocab_size") if name in file.attrs}
-        json = file.get("tokenizer")
-        return facts | ({"json": bytes(json[:]).decode()} if isinstance(json, h5py.Dataset) else {})
+        with damage_told(self.paths[0], "what it says of its tokens"):
+            facts = {name: file.attrs[name] for name in ("tokenizer", "vocab_size") if name in file.attrs}
+            json = find(file, "tokenizer")
+            if json is not None and (why := absurd_claim(json, self.paths[0].stat().st_size)):
+                raise ValueError(f"tokenizer {why}")
+            return facts | ({"json": bytes(json[:]).decode()} if json is not None else {})
 
 
 def open_files(config: Config, context: Context, example: str = "mnist-5k") -> Files:
@@ -201,51 +221,28 @@ def find(file: h5py.File, name: str) -> h5py.Dataset | None:
 
 
 def _open(path: Path, example: str) -> h5py.File:
-    if path.is_dir():
-        raise UserError(f"data.file = '{path}' is a folder", "Name an HDF5 file.")
-    if not path.is_file():
-        raise UserError(f"data.file = '{path}' does not exist", f"Make it: hpc-train prepare {example} {path}")
+    if why := not_a_file(path):
+        remedy = f"Make it: hpc-train prepare {example} {path}" if "not exist" in why else "Name an HDF5 file."
+        raise UserError(f"data.file = '{path}' {why}", remedy)
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
+    except HDF5_ERRORS as error:
         what, remedy = cannot_open(error)
         raise UserError(f"data.file = '{path}' {what}", remedy) from None
-    if not file.attrs.get("complete", True):
+    with damage_told(path, "attribute complete"):
+        is_complete = bool(np.all(file.attrs.get("complete", True)))
+    if not is_complete:
         raise UserError(f"data.file = '{path}' was never completed: its writer was stopped", "Prepare it again.")
     return file
 
 
-def cannot_open(error: OSError) -> tuple[str, str]:
-    """(what is the matter with a file that HDF5 refuses, remedy)."""
-    reason = str(error)
-    if "truncated" in reason:
-        return "is truncated: its end is missing", "Copy or prepare it again."
-    if "signature" in reason:
-        return "is not an HDF5 file", "Name an HDF5 file; hpc-train prepare --help shows how to make one."
-    if "lock file" in reason and "errno = 11," in reason:
-        return (
-            "cannot be locked: another program has it open for writing",
-            "Wait until that has ended; where none writes it, set HDF5_USE_FILE_LOCKING=FALSE.",
-        )
-    if "lock file" in reason:  # "lock" alone is in "superblock", too
-        return (
-            f"cannot be locked: {reason}",
-            "Where the file system refuses locks, set HDF5_USE_FILE_LOCKING=FALSE, and let nobody write the file.",
-        )
-    return f"cannot be opened: {reason}", "Look at its permissions."
+def _rows_of(dataset: h5py.Dataset) -> str:
+    """Type and shape of its rows, whose number may differ."""
+    return f"{dataset.dtype} {('n', *(dataset.shape or ())[1:])}".replace("'", "")
 
 
 def _dataset_names(file: h5py.File) -> list[str]:
     names: list[str] = []
-    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    with suppress(*HDF5_ERRORS):  # of a damaged file, what is found before that
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
     return names[:20]
-
-
-def _number(dataset: h5py.Dataset, attribute: str, default: float) -> float:
-    value = np.asarray(dataset.attrs.get(attribute, default))
-    if value.size != 1 or value.dtype.kind not in "iuf":
-        raise UserError(
-            f"{dataset.file.filename}: attribute {attribute} of {dataset.name} is no number",
-            "It is one number for the whole data set (CF conventions): mend it or remove it.",
-        )
-    return float(value.reshape(()))

@@ -30,7 +30,7 @@ _WORDS_AT_ONCE = 4096
 Decode = Callable[[Any, int], Any]  # (bytes, how many they become at most) -> bytes
 
 
-class Damaged(Exception):
+class Damaged(ValueError):
     """A chunk that does not decode, or whose checksum differs; the words say why."""
 
 

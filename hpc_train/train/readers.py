@@ -21,6 +21,7 @@ import torch
 from hpc_train.errors import UserError
 from hpc_train.partition import Indices, require_rows
 from hpc_train.train.chunks import Chunked, ChunkFile
+from hpc_train.train.foreign import absurd_claim, damage_told
 
 _WORTH_THREADS = 1 << 18  # bytes of a batch: below, threads cost more than they spare
 
@@ -49,19 +50,39 @@ def open_reader(path: Path, dataset: h5py.Dataset, memory_bytes: int, num_thread
 
     memory_bytes: of decoded chunks. num_threads: that decode.
     """
+    with damage_told(path, str(dataset.name)):
+        require_numbers(path, dataset)
+        if dataset.is_virtual:
+            return _open_virtual(path, dataset, memory_bytes, num_threads)
+        if dataset.chunks is not None and dataset.size:
+            return Chunked([ChunkFile(path, dataset)], memory_bytes, num_threads)
+        offset = dataset.id.get_offset()
+        if offset is None:  # compact or empty: it is small or has no values
+            return Mapped(np.asarray(dataset[()]))
+        return Mapped(np.asarray(np.memmap(path, dataset.dtype, "r", offset=offset, shape=dataset.shape)))
+
+
+def require_numbers(path: Path, dataset: h5py.Dataset) -> None:
+    """Raises `UserError` unless `dataset` has rows of numbers, as many as the file can hold, and has them in it."""
+    if dataset.dtype.kind not in "biuf":  # strings, lists of varying length, records: bytes lie elsewhere, or differ
+        raise UserError(
+            f"{path}: {dataset.name} holds {dataset.dtype}, and no numbers",
+            "Name a data set of whole numbers or floats, or prepare the file again.",
+        )
     if dataset.external:
         raise UserError(
             f"{path}: the values of {dataset.name} lie in other files ({dataset.external[0][0]})",
             "Copy them into one HDF5 file: h5repack, or h5py's Group.copy.",
         )
-    if dataset.is_virtual:
-        return _open_virtual(path, dataset, memory_bytes, num_threads)
-    if dataset.chunks is not None and dataset.size:
-        return Chunked([ChunkFile(path, dataset)], memory_bytes, num_threads)
-    offset = dataset.id.get_offset()
-    if offset is None:  # compact, never written, or empty: it is small or has no values
-        return Mapped(np.asarray(dataset[()]))
-    return Mapped(np.asarray(np.memmap(path, dataset.dtype, "r", offset=offset, shape=dataset.shape)))
+    if why := absurd_claim(dataset, path.stat().st_size):
+        raise UserError(f"{path}: {dataset.name} {why}", "Restore the file, or prepare it again.")
+    if not dataset.shape:
+        raise UserError(f"{path}: {dataset.name} is one value, and no rows", "Name a data set of samples.")
+    is_plain = dataset.chunks is None and not dataset.is_virtual
+    if is_plain and dataset.size and not dataset.id.get_storage_size():
+        raise UserError(
+            f"{path}: {dataset.name} was never written: all of it would be its fill value", "Prepare the file again."
+        )
 
 
 class Mapped:
@@ -193,13 +214,15 @@ class Slabs:
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         require_rows(rows, len(self))
         distinct, back = np.unique(rows, return_inverse=True)  # h5py wants rising indices
-        return _into(out, np.asarray(self._dataset[distinct])[back].astype(self.dtype, copy=False))
+        with damage_told(self._dataset.file.filename, str(self._dataset.name)):
+            return _into(out, np.asarray(self._dataset[distinct])[back].astype(self.dtype, copy=False))
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        return np.asarray(self._dataset[rows]).astype(self.dtype, copy=False)
+        with damage_told(self._dataset.file.filename, str(self._dataset.name)):
+            return np.asarray(self._dataset[rows]).astype(self.dtype, copy=False)
 
     def expect(self, rows: np.ndarray) -> None:
         pass
@@ -239,6 +262,9 @@ def _open_virtual(path: Path, dataset: h5py.Dataset, memory_bytes: int, num_thre
 
 def join(parts: Sequence[tuple[Path, h5py.Dataset]], memory_bytes: int, num_threads: int) -> Reader:
     """Data sets of equal rows, one after the other, as one; those in equal chunks share their memory."""
+    for path, data in parts:
+        with damage_told(path, str(data.name)):
+            require_numbers(path, data)
     if len(parts) > 1 and all(_is_like(data, parts[0][1]) for _, data in parts):
         return Chunked([ChunkFile(path, data) for path, data in parts], memory_bytes, num_threads)
     share = memory_bytes // len(parts)

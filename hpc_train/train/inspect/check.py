@@ -18,12 +18,12 @@ from hpc_train.train.files import reading_threads
 from hpc_train.train.inspect.equal import Equal, equal_samples, keep_one_in
 from hpc_train.train.inspect.judge import Facts, judge, offset_faults, unequal_numbers
 from hpc_train.train.inspect.pieces import Piece, Pieces, num_pieces, shares
-from hpc_train.train.inspect.survey import Fault, Found, Surveyed, disagreements, survey
+from hpc_train.train.inspect.survey import Fault, Found, Surveyed, disagreements, parts_that_disagree, survey
 from hpc_train.train.inspect.tally import Tally, role
 from hpc_train.train.progress import StepProgress
 
 _PIECES_AHEAD = 2  # of each thread: read, and not yet counted
-_NOT_READ = ("external", "empty", "missing", "filter")  # faults of data sets that are not read then
+_NOT_READ = ("external", "empty", "missing", "filter", "absurd")  # faults of data sets that are not read then
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,7 @@ def _summary(
     for file in plan.files:
         faults += file.faults
         faults += unequal_numbers(file, plan.roles)
+        faults += parts_that_disagree(file)
     faults += disagreements(plan.files)
     damaged = {(fault.file, fault.dataset) for fault in faults if fault.kind == "damaged"}
     for found in plan.readable:

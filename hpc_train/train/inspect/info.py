@@ -14,9 +14,10 @@ from hpc_train.errors import UserError
 from hpc_train.partition import shuffled
 from hpc_train.train.context import Context
 from hpc_train.train.files import reading_threads
+from hpc_train.train.foreign import HDF5_ERRORS
 from hpc_train.train.inspect.advice import compression_ratio, of_dataset, of_file
 from hpc_train.train.inspect.place import drop_pages, file_system, resident, stripe_count
-from hpc_train.train.inspect.survey import Found, Surveyed, disagreements, survey
+from hpc_train.train.inspect.survey import Found, Surveyed, disagreements, parts_that_disagree, survey
 from hpc_train.train.readers import Reader, open_reader
 
 _SAMPLES, _BATCH = 256, 32
@@ -50,7 +51,7 @@ class Speed:
 def inform(paths: Sequence[Path], context: Context, measure: bool = True) -> dict[str, Any]:
     """All that is known of HDF5 files that are one data set, ready for JSON. Raises `UserError`."""
     files = [survey(path) for path in paths]
-    faults = [asdict(fault) for file in files for fault in file.faults]
+    faults = [asdict(fault) for file in files for fault in (*file.faults, *parts_that_disagree(file))]
     return {
         "files": [_file_facts(file, context, measure) for file in files],
         "faults": faults + [asdict(fault) for fault in disagreements(files)],
@@ -109,7 +110,7 @@ def _speeds(found: Found, context: Context) -> dict[str, Any]:
     }
     try:
         return {name: _timed(found, context, read, drop).facts() for name, (read, drop) in ways.items()}
-    except (UserError, OSError, RuntimeError, ValueError) as error:
+    except (UserError, *HDF5_ERRORS) as error:
         return {"error": str(error)}
 
 

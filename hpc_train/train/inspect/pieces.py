@@ -14,7 +14,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpc_train.train.chunks import RawChunks
 from hpc_train.train.filters import Damaged, open_pipeline
+from hpc_train.train.foreign import HDF5_ERRORS, reason_of
 from hpc_train.train.inspect.survey import CHECKSUMS, Fault, Found
 
 _PIECE_BYTES = 4 << 20
@@ -66,11 +68,13 @@ class Pieces:
     def __init__(self, file: h5py.File, found: Found) -> None:
         self._found, self._dataset, self._file = found, file[found.name], -1
         self._pipeline: Any = None
+        self._raw: RawChunks | None = None
         self._checksums: np.ndarray | None = None
         if found.dtype.hasobject:
             return  # strings and lists, whose bytes are elsewhere: through HDF5
         if found.layout == "chunked":
             self._pipeline = open_pipeline(self._dataset)
+            self._raw = RawChunks(found.path, self._dataset)
         elif found.layout == "contiguous":
             self._file = os.open(found.path, os.O_RDONLY)
             if found.block_rows:
@@ -79,6 +83,8 @@ class Pieces:
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
+        if self._raw:
+            self._raw.close()
 
     def read(self, number: int) -> Piece:
         found = self._found
@@ -115,8 +121,8 @@ class Pieces:
         """Through HDF5: layouts and filters that it alone knows."""
         try:
             values = np.asarray(self._dataset[start:stop] if self._found.shape else self._dataset[()])
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
-            return self._lost("rows", number, (start, stop), f"HDF5 cannot read it: {error}")
+        except HDF5_ERRORS as error:
+            return self._lost("rows", number, (start, stop), f"HDF5 cannot read it: {reason_of(error)}")
         return Piece("rows", number, values, np.arange(start, stop))
 
     def _chunks(self, start: int, stop: int) -> Piece:
@@ -149,16 +155,18 @@ class Pieces:
         found, chunk = self._found, self._found.chunk
         inside = tuple(min(size, end - low) for size, end, low in zip(chunk, found.shape, corner, strict=True))
         try:
-            if not self._dataset.id.get_chunk_info_by_coord(corner).size:
+            if self._raw is None:
+                return np.asarray(self._dataset[tuple(map(slice, corner, np.add(corner, inside).tolist()))])
+            place = self._raw.place(corner)
+            if not place.size:
                 raise Damaged("it was never written: its samples read as the fill value")
             if self._pipeline is None:
                 return np.asarray(self._dataset[tuple(map(slice, corner, np.add(corner, inside).tolist()))])
-            mask, data = self._dataset.id.read_direct_chunk(corner)
-            flat = self._pipeline.decode(data, mask, found.chunk_bytes).view(found.dtype)
+            flat = self._pipeline.decode(self._raw.read(place), place.mask, found.chunk_bytes).view(found.dtype)
             return flat.reshape(chunk)[tuple(map(slice, inside))]
-        except (Damaged, OSError, RuntimeError, KeyError, ValueError) as error:
+        except HDF5_ERRORS as error:
             number = int(np.ravel_multi_index(np.floor_divide(corner, chunk).tolist(), _grid(found)))
-            faults.append(self._fault("chunk", number, (corner[0], corner[0] + inside[0]), str(error)))
+            faults.append(self._fault("chunk", number, (corner[0], corner[0] + inside[0]), reason_of(error)))
             return None
 
     def _lost(self, unit: str, number: int, span: tuple[int, int], words: str) -> Piece:

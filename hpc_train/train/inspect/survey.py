@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob, has_magic
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,22 @@ import h5py
 import numpy as np
 
 from hpc_train.errors import UserError
-from hpc_train.train.files import cannot_open
 from hpc_train.train.filters import filter_names, open_pipeline
+from hpc_train.train.foreign import (
+    HDF5_ERRORS,
+    absurd_claim,
+    cannot_open,
+    meaning_of,
+    not_a_file,
+    other_meaning,
+    reason_of,
+)
 
 CHECKSUMS = "checksums"
 _REMARKABLE = ("scale_factor", "add_offset", "block_rows", "algorithm")
 _LEVELS = {"gzip": 0, "zstd": 0, "blosc": 4, "blosc2": 4, "bzip2": 0}  # which of a filter's numbers is its level
 _LISTED = 20
+_RESTORE = "Restore the file, or prepare it again."
 
 
 @dataclass(frozen=True)
@@ -68,15 +78,20 @@ class Found:
 
     @property
     def row_bytes(self) -> int:
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        return prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def num_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
     @property
     def chunk_bytes(self) -> int:
         return int(np.prod(self.chunk, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def meaning(self) -> Any:
+        """(scale_factor, add_offset), as the file has them."""
+        return self.attributes.get("scale_factor", 1.0), self.attributes.get("add_offset", 0.0)
 
     @property
     def is_numeric(self) -> bool:
@@ -109,10 +124,9 @@ def expand(names: Sequence[str]) -> list[Path]:
             if not found:
                 raise UserError(f"{name} matches no file", "* stands for any part of a name: data/part-*.h5")
             for each in found:
-                if each.is_dir():
-                    raise UserError(f"{each} is a folder", f"Name HDF5 files, for example {each}/*.h5")
-                if not each.is_file():
-                    raise UserError(f"{each} does not exist", "Name an HDF5 file, or a pattern such as data/part-*.h5")
+                if why := not_a_file(each):
+                    example = f"{each}/*.h5" if each.is_dir() else "data/part-*.h5"
+                    raise UserError(f"{each} {why}", f"Name HDF5 files, or a pattern such as {example}")
             paths += [each for each in found if each not in paths]
     if not paths:
         raise UserError("no file is named", "Name HDF5 files, or a pattern such as data/part-*.h5")
@@ -136,12 +150,12 @@ def survey(path: Path) -> Surveyed:
             _walk(file, path, datasets, faults, frozenset())
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "Look at its permissions.") from None
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        what, remedy = cannot_open(error if isinstance(error, OSError) else OSError(str(error)))
+    except HDF5_ERRORS as error:
+        what, remedy = cannot_open(error)
         if "locked" in what:
             raise UserError(f"{path} {what}", remedy) from None
         if datasets or attributes or not isinstance(error, OSError):
-            what, remedy = f"its table of contents cannot be read: {error}", "Restore the file, or prepare it again."
+            what, remedy = f"its table of contents cannot be read: {reason_of(error)}", _RESTORE
         faults.append(Fault("unreadable", str(path), "", what, remedy))
     return Surveyed(path, path.stat().st_size, tuple(datasets), tuple(faults), attributes)
 
@@ -222,8 +236,15 @@ def _faults_of(dataset: h5py.Dataset, found: Found) -> Iterator[Fault]:
         if source != "." and "%b" not in source and not (found.path.parent / source).is_file():
             what = f"takes values from {source}, which does not exist: they would be read as fill values"
             yield Fault("missing", file, name, what, "Put that file where it was, or make the data set again.")
-    if found.layout == "empty" and found.num_bytes:
+    if why := absurd_claim(dataset, found.path.stat().st_size):
+        yield Fault("absurd", file, name, why, _RESTORE)
+    elif found.num_bytes and (found.layout == "empty" or (found.layout == "chunked" and not found.stored_bytes)):
         yield Fault("empty", file, name, "was never written: it reads as its fill value", "Prepare the file again.")
+    if found.is_numeric:
+        try:
+            meaning_of(dataset)
+        except UserError as error:
+            yield Fault("meaning", file, name, error.what.partition(": ")[2], error.remedy)
     if found.block_rows is not None and found.block_rows < 1:
         what = f"its checksums have no attribute block_rows: {CHECKSUMS}/{name} is of no use"
         yield Fault("checksums", file, name, what, "Prepare the file again.")
@@ -254,6 +275,19 @@ def disagreements(files: Sequence[Surveyed]) -> Iterator[Fault]:
             if first.attributes.get(key) != file.attributes.get(key):
                 what = f"{key} is {file.attributes.get(key)} here and {first.attributes.get(key)} in {first.path}"
                 yield Fault("disagree", str(file.path), "", what, remedy)
+
+
+def parts_that_disagree(file: Surveyed) -> Iterator[Fault]:
+    """Where numbers stored in the part to test on mean something else than those in the part to train on."""
+    by_name = {found.name: found for found in file.datasets if found.is_numeric}
+    for name, found in by_name.items():
+        part, _, rest = name.partition("/")
+        train = by_name.get(f"train/{rest}")
+        if part == "train" or train is None or len(found.shape) < 2:
+            continue
+        if why := other_meaning(train.dtype, train.meaning, found.dtype, found.meaning):
+            what = f"means something else than {train.name} does: {why}"
+            yield Fault("disagree", str(file.path), name, what, "Set the attributes alike, or prepare the file again.")
 
 
 def _kind_of(found: Found) -> str:

@@ -43,6 +43,8 @@ class Classification:
                     f"{files.paths[0]}: {data.inputs} has samples of {train.input_shape}, not {test.input_shape}",
                     f"Samples of {data.test_inputs} must have the same shape.",
                 )
+            if test is not None:
+                files.require_same_meaning(data.inputs, data.test_inputs)
             return files, train, test
 
         files, self.train, self.held_out = context.on_all(open_both)
