@@ -27,6 +27,7 @@ GROUND = {
     "environment",
     "lock",
     "network",
+    "paths",
     "__init__",
 }
 TOP = {"cli", "bench"}

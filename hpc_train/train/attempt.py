@@ -13,6 +13,7 @@ from hpc_train import lock, rundir
 from hpc_train.config import Config, Loaded, load, same_job, trajectory
 from hpc_train.errors import UserError
 from hpc_train.partition import Order
+from hpc_train.paths import expanded
 from hpc_train.rundir import RunDir
 from hpc_train.train import checkpoint
 from hpc_train.train.context import Context
@@ -60,7 +61,7 @@ def say(line: str) -> None:
 
 def _choose(config: Config, size: int, resume: str) -> tuple[RunDir, RunDir | None]:
     """(the run to work in, the run to continue from or None)."""
-    root = Path(config.run.root).expanduser()
+    root = expanded(config.run.root)
     if resume == "auto":
         candidates = [run for run in _unfinished(root / config.name) if same_job(read_config(run), config)]
         same = [run for run in candidates if _size(run) == size]
@@ -69,7 +70,7 @@ def _choose(config: Config, size: int, resume: str) -> tuple[RunDir, RunDir | No
         for run in candidates[-1:]:
             say(f"{run.path} is unfinished on {_size(run)} ranks; to continue it on {size}: --resume {run.path}")
     elif resume != "never":
-        run = RunDir(Path(resume).expanduser())
+        run = RunDir(expanded(resume))
         _check_same(run, config)
         if _size(run) in (size, None):
             return run, run

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 
 from hpc_train.errors import UserError
+from hpc_train.paths import expanded
 from hpc_train.train.files import cannot_open
 from hpc_train.train.filters import filter_names, open_pipeline
 
@@ -102,8 +103,8 @@ def expand(names: Sequence[str]) -> list[Path]:
     """
     paths: list[Path] = []
     for word in names:
-        for name in [word] if Path(word).expanduser().exists() else word.split():
-            path = Path(name).expanduser()
+        for name in [word] if expanded(word).exists() else word.split():
+            path = expanded(name)
             is_pattern = has_magic(str(path)) and not path.exists()
             found = sorted(map(Path, glob(str(path)))) if is_pattern else [path]
             if not found:
