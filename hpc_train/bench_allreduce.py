@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from hpc_train import network
+from hpc_train.cli_options import Finite
 from hpc_train.errors import UserError, require
 from hpc_train.rundir import write_atomic
 
@@ -27,7 +28,7 @@ def _bytes_of(context: click.Context, option: click.Parameter, words: str | None
     """4, 64K, 16M, 1G: powers of 1024."""
     if words is None:
         return None
-    found = re.fullmatch(r"(\d+)([KMG]?)(i?B)?", words.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,18})([KMG]?)(i?B)?", words.strip(), re.IGNORECASE)
     size = int(found[1]) << (10 * " KMG".index(found[2].upper() or " ")) if found else 0
     if size < 4 or size % 4:
         raise click.BadParameter(f"{words}: a multiple of 4 bytes, as 4, 64K, 16M or 1G")
@@ -56,7 +57,7 @@ def _strategies_of(context: click.Context, option: click.Parameter, words: str) 
 )
 @click.option(
     "--minutes",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(0, 1e6, min_open=True),
     default=5,
     show_default=True,
     help="Without --max: no size is begun that would take longer than that in all.",

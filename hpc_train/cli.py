@@ -13,10 +13,12 @@ import click
 from hpc_train import __version__
 from hpc_train.bench import bench
 from hpc_train.cli_data import data
+from hpc_train.cli_options import MOST_RANKS, Finite, by_first_rank, sizes
 from hpc_train.cli_plan import plan
 from hpc_train.cli_prepare import prepare, stage
 from hpc_train.config import dumps, load
 from hpc_train.errors import JointFailure, UserError, require
+from hpc_train.paths import exists, expanded
 from hpc_train.world import launched_rank
 
 # configs/ inside an installed wheel, or of the checkout
@@ -97,9 +99,7 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--prompt", default="", metavar="TEXT", help="What to go on from; a new document without it.")
 @click.option("--tokens", type=click.IntRange(1), default=200, show_default=True, help="How many to write, at most.")
-@click.option(
-    "--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0: always the likeliest."
-)
+@click.option("--temperature", type=Finite(0), default=0.8, show_default=True, help="0: always the likeliest.")
 @click.option("--top-k", type=click.IntRange(1), metavar="K", help="Draw from the K likeliest tokens alone.")
 @click.option(
     "--seed",
@@ -109,6 +109,7 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
     help="The same seed writes the same text.",
 )
 @_overrides
+@by_first_rank
 def generate(
     run: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int, overrides: tuple[str, ...]
 ) -> None:
@@ -132,7 +133,7 @@ _time = click.option("--time", metavar="TIME", help="Time limit, as sbatch takes
 
 @cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--nodes", type=click.IntRange(min=1), required=True, help="How many nodes to ask for.")
+@click.option("--nodes", type=click.IntRange(1, MOST_RANKS), required=True, help="How many nodes to ask for.")
 @_site
 @_time
 @click.option("--dry-run", is_flag=True, help="Print the job script, and touch nothing.")
@@ -145,6 +146,7 @@ _time = click.option("--time", metavar="TIME", help="Time limit, as sbatch takes
     help="Continue the newest unfinished run of this job on as many ranks, if there is one, or begin a new one.",
 )
 @_overrides
+@by_first_rank
 def submit(
     config: Path,
     nodes: int,
@@ -168,7 +170,7 @@ def submit(
     num_ranks = nodes * profile.ranks_per_node
     if dry_run:
         left = slurm.unfinished(loaded.config, num_ranks) if resume == "auto" else None
-        new = Path(loaded.config.run.root).expanduser() / loaded.config.name / f"TIME-np{num_ranks}"
+        new = expanded(loaded.config.run.root) / loaded.config.name / f"TIME-np{num_ranks}"
         click.echo(slurm.script_for(loaded, profile, left.path if left else new, num_ranks, time), nl=False)
         return
     queued = slurm.submit(loaded, profile, num_ranks, time, resume)
@@ -182,21 +184,15 @@ def submit(
     click.echo(f"How it did:       hpc-train report {shlex.quote(str(queued.run))}")
 
 
-def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
-    sizes = sorted({int(part) for part in value.split(",") if part.strip().isdecimal()})
-    if not sizes or sizes[0] < 1 or not all(part.strip().isdecimal() for part in value.split(",")):
-        raise click.BadParameter("write numbers of ranks, such as 1,2,4,8")
-    return sizes
-
-
 @cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--ranks", callback=_sizes, required=True, metavar="N,N,...", help="Numbers of ranks to compare.")
+@click.option("--ranks", callback=sizes, required=True, metavar="N,N,...", help="Numbers of ranks to compare.")
 @click.option("--weak", is_flag=True, help="Keep the batch of each rank, so that work grows with the ranks.")
 @click.option("--repeat", type=click.IntRange(1, 1000), default=1, show_default=True, help="Runs of each size.")
 @_site
 @_time
 @_overrides
+@by_first_rank
 def scale(
     config: Path,
     ranks: list[int],
@@ -215,6 +211,7 @@ def scale(
     """
     from hpc_train import scale, slurm
 
+    ranks = sorted(set(ranks))
     loaded = load(_job_file(config), overrides)
     if weak:
         batch = scale.weak_batch(loaded.config, ranks)
@@ -252,14 +249,15 @@ def scale(
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @click.option(
     "--target-loss",
-    type=float,
+    type=Finite(),
     metavar="LOSS",
     help="Compare times until this training loss; without it the best loss that every run reached.",
 )
-@click.option("--pue", type=click.FloatRange(1), help="The centre's power usage effectiveness, over [energy] pue.")
-@click.option("--co2-g-per-kwh", type=click.FloatRange(0), metavar="GRAMS", help="Of the electricity, over [energy].")
-@click.option("--price-per-kwh", type=click.FloatRange(0), metavar="PRICE", help="With --currency, over [energy].")
+@click.option("--pue", type=Finite(1, 10), help="The centre's power usage effectiveness, over [energy] pue.")
+@click.option("--co2-g-per-kwh", type=Finite(0, 1e9), metavar="GRAMS", help="Of the electricity, over [energy].")
+@click.option("--price-per-kwh", type=Finite(0, 1e9), metavar="PRICE", help="With --currency, over [energy].")
 @click.option("--currency", metavar="NAME", help="Of the price: EUR, say.")
+@by_first_rank
 def report(
     runs: tuple[Path, ...],
     output: Path | None,
@@ -277,8 +275,7 @@ def report(
         raise click.UsageError("--price-per-kwh needs --currency, EUR say")
     if as_json and kind not in (None, "json"):
         raise click.UsageError(f"--json is --format json, and --format {kind} is given too: leave one of them out.")
-    if not launched_rank():  # under mpirun one rank reports
-        _report(runs, output, figures, "json" if as_json else kind or "table", **options)
+    _report(runs, output, figures, "json" if as_json else kind or "table", **options)
 
 
 def _report(
@@ -339,6 +336,7 @@ def config() -> None:
 @config.command("show")
 @click.argument("config", type=click.Path(path_type=Path))
 @_overrides
+@by_first_rank
 def show(config: Path, overrides: tuple[str, ...]) -> None:
     """Print CONFIG as resolved: every key, and where its value came from.
 
@@ -350,9 +348,9 @@ def show(config: Path, overrides: tuple[str, ...]) -> None:
 
 def _job_file(path: Path) -> Path:
     """`path`, or the job of that name that travels inside the package: configs/softmax-mnist.toml works anywhere."""
-    if path.exists() or path.parent.name not in ("", "configs"):
+    if exists(path) or path.parent.name not in ("", "configs"):
         return path
-    return next((folder / path.name for folder in _JOB_FILES if (folder / path.name).is_file()), path)
+    return next((folder / path.name for folder in _JOB_FILES if exists(folder / path.name)), path)
 
 
 def main() -> None:

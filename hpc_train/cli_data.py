@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hpc_train.cli_options import by_first_rank
 from hpc_train.errors import require
 from hpc_train.world import launched_rank
 
@@ -63,6 +64,7 @@ def check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
 @_files
 @click.option("--no-speed", is_flag=True, help="Read nothing, and measure nothing.")
 @_json
+@by_first_rank
 def info(files: tuple[str, ...], no_speed: bool, as_json: bool) -> None:
     """Say what FILES hold and how it lies in them, how fast it is read here, and what would make that faster.
 
@@ -70,8 +72,6 @@ def info(files: tuple[str, ...], no_speed: bool, as_json: bool) -> None:
     Example: hpc-train data info data/mnist-5k.h5
     """
     require("h5py")
-    if launched_rank():  # under mpirun one rank tells
-        return
     from hpc_train.train.context import open_context
 
     with open_context(use_mpi=False) as context:

@@ -3,12 +3,12 @@
 import json
 import re
 import sys
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
+from hpc_train.cli_options import Finite, by_first_rank, sizes
 from hpc_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ _JOULES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 def duration_s(text: str) -> float:
     """ "6h", "1d12h", "90min", "2:30:00" (as sbatch takes it) in seconds. Raises ValueError."""
+    _short(text)
     if clock := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text):
         days, hours, minutes, seconds = (int(part or 0) for part in clock.groups())
         return days * 86400.0 + hours * 3600 + minutes * 60 + seconds
@@ -33,10 +34,17 @@ def duration_s(text: str) -> float:
 
 def joules(text: str) -> float:
     """ "40kWh", "3.6 MJ" in joules. Raises ValueError."""
+    _short(text)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(Wh|J)", text.strip())
     if not found:
         raise ValueError(text)
     return float(found[1]) * _JOULES[found[2]] * (3600 if found[3] == "Wh" else 1)
+
+
+def _short(text: str) -> None:
+    """Raises ValueError for what no one writes: thousands of digits are slow to match, and no float."""
+    if len(text) > 40:
+        raise ValueError(text)
 
 
 def _duration(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
@@ -53,24 +61,14 @@ def _energy(ctx: click.Context, param: click.Parameter, value: str | None) -> fl
         raise click.BadParameter(f"{value}: write an energy, such as 40kWh or 3.6MJ") from None
 
 
-def _amount(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    try:
-        return None if value is None else _positive(value)
-    except ValueError:
-        raise click.BadParameter(f"{value}: write a number above 0") from None
-
-
 def _positive(value: float) -> float:
-    if not isfinite(value) or value <= 0:
+    if not 0 < value <= 1e18:
         raise ValueError(value)
     return value
 
 
-def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int]:
-    parts = [part.strip() for part in (value or "").split(",") if part.strip()]
-    if not all(part.isdecimal() and 0 < int(part) <= 10_000_000 for part in parts):
-        raise click.BadParameter("write numbers of ranks, such as 32,64")
-    return [int(part) for part in parts]
+# Of work that can be done: beyond it products of two overflow.
+_Amount = Finite(0, 1e18, min_open=True)
 
 
 @click.command()
@@ -78,23 +76,22 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
 @click.option("--table", type=click.Path(path_type=Path), help="Measurements made elsewhere, as CSV, in place of RUNS.")
 @click.option("--deadline", callback=_duration, metavar="TIME", help="When it must be done: 6h, 90min, 1d12h.")
 @click.option("--energy", callback=_energy, metavar="ENERGY", help="What it may take: 40kWh, 3.6MJ.")
-@click.option("--node-hours", type=float, callback=_amount, metavar="HOURS", help="Node-hours that may be spent.")
+@click.option("--node-hours", type=_Amount, metavar="HOURS", help="Node-hours that may be spent.")
 @click.option("--max-nodes", type=click.IntRange(1, 10_000_000), metavar="N", help="Look at no more nodes than these.")
-@click.option("--steps", type=float, callback=_amount, help="Steps to train; else what the runs were set to.")
-@click.option("--samples", type=float, callback=_amount, help="Samples to train, in place of --steps.")
-@click.option("--target-loss", type=float, help="Train to this training loss, which some run reached.")
-@click.option("--predict", callback=_sizes, metavar="N,N,...", help="Look at these numbers of ranks alone.")
+@click.option("--steps", type=_Amount, help="Steps to train; else what the runs were set to.")
+@click.option("--samples", type=_Amount, help="Samples to train, in place of --steps.")
+@click.option("--target-loss", type=Finite(), help="Train to this training loss, which some run reached.")
+@click.option("--predict", callback=sizes, metavar="N,N,...", help="Look at these numbers of ranks alone.")
 @click.option("--network", type=click.Path(path_type=Path), help="What hpc-train bench allreduce wrote.")
 @click.option("--ranks-per-node", type=click.IntRange(1, 100_000), help="Of the table, where it has no such column.")
-@click.option(
-    "--gradient-bytes", type=float, callback=_amount, help="Bytes of all gradients, for --network and --table."
-)
+@click.option("--gradient-bytes", type=_Amount, help="Bytes of all gradients, for --network and --table.")
 @click.option(
     "--model",
     type=click.Choice(["mechanistic", "extra-p", "amdahl", "usl"]),
     help="Fit this model; by default the one that best predicts the largest sizes from the smaller ones.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@by_first_rank
 def plan(
     runs: tuple[Path, ...],
     table: Path | None,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from hpc_train.cli_options import Finite
 from hpc_train.errors import require
 from hpc_train.world import launched_rank
 
@@ -34,7 +35,7 @@ def _dataset(ctx: click.Context, param: click.Parameter, value: str) -> str:
 )
 @click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Of images: sides they are cut to (224).")
 @click.option("--target", metavar="COLUMN", help="Of a table: the column (.npz: the array) that is to be learned.")
-@click.option("--test-fraction", type=click.FloatRange(0, 0.5), help="Of rows that are kept to test on (0.1).")
+@click.option("--test-fraction", type=Finite(0, 0.5), help="Of rows that are kept to test on (0.1).")
 @click.option("--compress", metavar="gzip:LEVEL|lzf|zstd:LEVEL", help="Write compressed chunks, which read slower.")
 @click.option(
     "--memory-mb",
@@ -89,7 +90,7 @@ def prepare(
 @click.option(
     "--wait",
     "wait_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(0, 1e6, min_open=True),
     default=60.0,
     show_default=True,
     metavar="SECONDS",

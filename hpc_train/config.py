@@ -10,9 +10,11 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from hpc_train.errors import UserError
+from hpc_train.paths import read_text
 from hpc_train.settings import RECORDED, UNKNOWN_STEPS, Checkpoint, Config, Reduce, Rl, Text, Train
 
 __all__ = ["RECORDED", "UNKNOWN_STEPS", "Checkpoint", "Config", "Loaded", "Reduce", "Rl", "Text", "Train"]
+_MOST_SHOWN = 300  # characters of a value in a message
 _ONE_OF = {"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"}
 
 
@@ -30,18 +32,17 @@ class Loaded:
 def load(path: Path, overrides: tuple[str, ...] = ()) -> Loaded:
     """Defaults, then the TOML file, then `key=value` overrides. Raises `UserError` naming the key."""
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist", "Name a TOML job file; configs/ holds examples.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", "Name a TOML job file.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}", "See configs/softmax-mnist.toml for the form.") from None
+        return _resolved(path, read_toml(path, "configs/softmax-mnist.toml"), overrides)
+    except RecursionError:
+        raise UserError(f"{path} and --set nest tables too deeply", "A job file has two levels.") from None
+
+
+def _resolved(path: Path, tree: dict[str, Any], overrides: tuple[str, ...]) -> Loaded:
     origin = dict.fromkeys(flatten(tree), f"file {path.name}")
     for override in overrides:
         key, value = _parse_override(override)
         if key in _ONE_OF:  # the file's choice between them is overridden, too
-            tree.get("train", {}).pop(_ONE_OF[key], None)
+            _section(tree, "train", key).pop(_ONE_OF[key], None)
         _set(tree, key, value)
         under = flatten(value, f"{key}.") if isinstance(value, dict) and key != "task.options" else {key: value}
         origin.update(dict.fromkeys(under, "--set"))
@@ -52,6 +53,17 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Loaded:
     except ValidationError as error:
         raise UserError(*_explain(error, path, origin)) from None
     return Loaded(config, {key: origin.get(key, "default") for key in _known_keys()})
+
+
+def read_toml(path: Path, example: str) -> dict[str, Any]:
+    """The tables of a TOML file; `example` is a shipped one. Raises `UserError`."""
+    text = read_text(path, f"Name a TOML file such as {example}.")
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:  # also a number of more digits than Python reads
+        raise UserError(f"{path} is not TOML: {error}", f"See {example} for the form.") from None
+    except RecursionError:
+        raise UserError(f"{path} is not TOML of this program: it nests too deeply", f"See {example}.") from None
 
 
 def from_values(values: dict[str, Any], source: str) -> Loaded:
@@ -124,9 +136,11 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if _wants_text(key):
         return key, text
     try:
-        return key, tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        pass
+        tree = tomllib.loads(f"set = {{ value = {text} }}")  # a second line or a comment is no part of a value
+    except (ValueError, RecursionError):
+        tree = {}
+    if tree.keys() == {"set"} and tree["set"].keys() == {"value"}:
+        return key, tree["set"]["value"]
     try:
         return key, float(text)  # .5 and 5. are no TOML, and no mystery on a command line either
     except ValueError:
@@ -148,10 +162,15 @@ def _wants_text(key: str) -> bool:
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"--set {key}: {section} is a value, not a section", "See hpc-train config show CONFIG.")
+        tree = _section(tree, section, key)
     tree[last] = value
+
+
+def _section(tree: dict[str, Any], name: str, key: str) -> dict[str, Any]:
+    section = tree.setdefault(name, {})
+    if not isinstance(section, dict):
+        raise UserError(f"--set {key}: {name} is a value, not a section", "See hpc-train config show CONFIG.")
+    return section
 
 
 def _explain(error: ValidationError, path: Path, origin: dict[str, str]) -> tuple[str, str]:
@@ -172,8 +191,17 @@ def _explain(error: ValidationError, path: Path, origin: dict[str, str]) -> tupl
             lines.append(f"{path.name}: {fault['ctx']['error']}")
         else:
             words = f"should be a table [{key}]" if fault["type"] == "model_type" else _lower_first(fault["msg"])
-            lines.append(f"{_source(key, path, origin)}: {key} = {fault['input']!r}: {words}")
+            lines.append(f"{_source(key, path, origin)}: {key} = {shown(fault['input'])}: {words}")
     return "\n".join(dict.fromkeys(lines)), "hpc-train config show CONFIG prints every key that a job file has."
+
+
+def shown(value: Any) -> str:
+    """A value in a message: as Python writes it, of its beginning if it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no numbers of more than 4,300 digits
+        return "a value too long to be shown"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text):,} characters)"
 
 
 def _source(key: str, path: Path, origin: dict[str, str]) -> str:

@@ -23,6 +23,7 @@ import click
 
 from hpc_train.config import load
 from hpc_train.errors import UserError
+from hpc_train.paths import expanded
 from hpc_train.world import launched_rank, launched_size
 
 SCHEMA = 1
@@ -74,7 +75,9 @@ def examine(job: Path | None, overrides: tuple[str, ...], as_json: bool) -> int:
     if job is None and overrides:
         raise _joint(UserError(f"--set {overrides[0]}, and no CONFIG", "Name the job file whose key it is."))
     try:
-        job is None or load(job, overrides)
+        if job is not None:
+            config = load(job, overrides).config
+            expanded(config.run.root), expanded(config.data.file or "")  # the checks look at these
     except UserError as error:
         raise _joint(error) from None
     examined = Examined(size=launched_size() or 1)

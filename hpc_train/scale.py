@@ -17,6 +17,7 @@ from types import FrameType
 from hpc_train import rundir, slurm
 from hpc_train.config import Config, Loaded, dumps
 from hpc_train.errors import UserError
+from hpc_train.paths import expanded
 from hpc_train.rundir import RunDir, write_atomic
 from hpc_train.slurm import Site
 from hpc_train.train.progress import duration
@@ -54,7 +55,7 @@ def plan(loaded: Loaded, sizes: list[int], repeats: int, in_queue: Mapping[str, 
     in_queue: Slurm's jobs that have not ended, as `waiting_jobs` tells them; None where runs are started here.
     """
     config = loaded.config
-    folder = Path(config.run.root).expanduser() / f"scale-{config.name}"
+    folder = expanded(config.run.root) / f"scale-{config.name}"
     done = dict.fromkeys(sizes, 0)
     unfinished: dict[int, list[RunDir]] = {}
     waiting = []
@@ -101,6 +102,8 @@ def weak_batch(config: Config, sizes: list[int]) -> int:
 
 def run_here(study: Study, say: Say) -> list[str]:
     """Runs what is missing with mpirun, one size after the other; returns what failed, one line each."""
+    if study.todo and "OMPI_COMM_WORLD_RANK" in os.environ:
+        raise UserError("scale starts mpirun itself, and runs under mpirun, which cannot be", "Call it without mpirun.")
     if study.todo and shutil.which("mpirun") is None:
         raise UserError("mpirun was not found", "Load your MPI module, or name a site to submit to Slurm: --site.")
     cores = num_cores()

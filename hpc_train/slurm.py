@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,9 +19,10 @@ from typing import IO, Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hpc_train import rundir
-from hpc_train.config import Config, Loaded, Text, dumps, load
+from hpc_train.config import Config, Loaded, Text, dumps, load, read_toml, shown
 from hpc_train.environment import looks_secret
 from hpc_train.errors import UserError
+from hpc_train.paths import expanded
 from hpc_train.resume import same_job
 from hpc_train.rundir import RunDir, write_atomic
 
@@ -118,11 +118,7 @@ def load_site(name: str) -> Site:
     """The site profile of that name, or of that file where `name` is a path. Raises `UserError` naming the key."""
     path = _site_file(name)
     try:
-        site = Site.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", "Name a site profile.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}", "See slurm/sites/generic.toml for the form.") from None
+        site = Site.model_validate(read_toml(path, "slurm/sites/generic.toml"))
     except ValidationError as error:
         raise UserError(_explain(error, path), "slurm/README.md explains every key of a site profile.") from None
     paths = {key: _expanded(value, key, path) for key in ("venv", "scratch") if (value := getattr(site, key))}
@@ -153,7 +149,7 @@ def _explain(error: ValidationError, path: Path) -> str:
         elif fault["type"] == "value_error":
             lines.append(f"{path.name}: {key + ': ' if key else ''}{fault['ctx']['error']}")
         else:
-            lines.append(f"{path.name}: {key} = {fault['input']!r}: {fault['msg'][:1].lower()}{fault['msg'][1:]}")
+            lines.append(f"{path.name}: {key} = {shown(fault['input'])}: {fault['msg'][:1].lower()}{fault['msg'][1:]}")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -314,7 +310,7 @@ def submit(loaded: Loaded, site: Site, num_ranks: int, time: str | None = None, 
                 "Wait until that job has ended (squeue), or begin another run: --resume never",
             )
         return enqueue(loaded, site, left, num_ranks, time)
-    run = rundir.create(Path(config.run.root).expanduser(), config.name, num_ranks, datetime.now(UTC))
+    run = rundir.create(expanded(config.run.root), config.name, num_ranks, datetime.now(UTC))
     try:
         return enqueue(loaded, site, run, num_ranks, time)
     except BaseException:
@@ -325,7 +321,7 @@ def submit(loaded: Loaded, site: Site, num_ranks: int, time: str | None = None, 
 
 def unfinished(config: Config, num_ranks: int) -> RunDir | None:
     """The newest run of this job on as many ranks that has no summary."""
-    folder = Path(config.run.root).expanduser() / config.name
+    folder = expanded(config.run.root) / config.name
     runs = sorted((RunDir(path.parent) for path in folder.glob("*/config.toml")), key=lambda run: run.path.name)
     left = [run for run in runs if run.size == num_ranks and not run.summary.exists() and is_of(run, config)]
     return left[-1] if left else None

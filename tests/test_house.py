@@ -28,6 +28,7 @@ GROUND = {
     "environment",
     "lock",
     "network",
+    "paths",
     "__init__",
 }
 TOP = {"cli", "bench"}

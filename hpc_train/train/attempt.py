@@ -14,6 +14,7 @@ from hpc_train.config import Config, Loaded, load
 from hpc_train.errors import UserError
 from hpc_train.lock import Lease
 from hpc_train.partition import Order
+from hpc_train.paths import expanded
 from hpc_train.resume import Change, Rule
 from hpc_train.rundir import RunDir
 from hpc_train.train import checkpoint
@@ -68,13 +69,13 @@ def say(line: str) -> None:
 
 def _choose(config: Config, size: int, wanted: str) -> tuple[RunDir, RunDir | None, list[Change]]:
     """(the run to work in, the run to continue from or None, what differs from that one)."""
-    root = Path(config.run.root).expanduser()
+    root = expanded(config.run.root)
     if wanted == "auto":
         run = _newest_unfinished(root / config.name, config, size)
         return (run, run, []) if run else (_new(root, config, size), None, [])
     if wanted == "never":
         return _new(root, config, size), None, []
-    run = RunDir(Path(wanted).expanduser())
+    run = RunDir(expanded(wanted))
     theirs = read_config(run)
     if theirs is None:
         raise UserError(

@@ -14,6 +14,7 @@ import numpy as np
 
 from hpc_train.config import Config
 from hpc_train.errors import UserError
+from hpc_train.paths import expanded
 from hpc_train.train.context import Context, require_one_mpi
 from hpc_train.train.foreign import (
     HDF5_ERRORS,
@@ -146,7 +147,7 @@ def data_paths(config: Config) -> list[Path]:
     file = config.data.file
     if file is None:
         raise UserError("data.file is required and not set", f"task.kind = '{config.task.kind}' reads an HDF5 file.")
-    path = Path(file).expanduser()
+    path = expanded(file)
     if not has_magic(str(path)) or path.exists():
         return [path]
     found = sorted(Path(name) for name in glob(str(path)))

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 
 from hpc_train.errors import UserError
+from hpc_train.paths import expanded
 from hpc_train.train.filters import filter_names, open_pipeline
 from hpc_train.train.foreign import (
     HDF5_ERRORS,
@@ -117,8 +118,8 @@ def expand(names: Sequence[str]) -> list[Path]:
     """
     paths: list[Path] = []
     for word in names:
-        for name in [word] if Path(word).expanduser().exists() else word.split():
-            path = Path(name).expanduser()
+        for name in [word] if expanded(word).exists() else word.split():
+            path = expanded(name)
             is_pattern = has_magic(str(path)) and not path.exists()
             found = sorted(map(Path, glob(str(path)))) if is_pattern else [path]
             if not found:

@@ -1,0 +1,50 @@
+"""Paths and small files as users name them: what cannot be read is one message, and nothing is waited for."""
+
+import os
+import stat
+from pathlib import Path
+
+from hpc_train.errors import UserError
+
+_MOST_BYTES = 1 << 20  # of a file that people write by hand
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with ~ and ~user filled in. Raises `UserError` for a user that is not known here."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: no such user here, or no home", "Write the whole path.") from None
+
+
+def exists(path: Path) -> bool:
+    """Whether something has that name; not where it is too long, or in a folder that may not be looked into."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def read_text(path: Path, remedy: str) -> str:
+    """The text of a file in UTF-8, of 1 MiB at most. Raises `UserError`, also for what would be read for ever."""
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if stat.S_ISREG(status.st_mode) and status.st_size <= _MOST_BYTES:
+                return file.read(_MOST_BYTES).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist", remedy) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", remedy) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start:,}", remedy) from None
+    except ValueError as error:  # a name with a NUL
+        raise UserError(f"{str(path)!r} cannot be read: {error}", remedy) from None
+    if stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is too long: {status.st_size:,} bytes, and {_MOST_BYTES:,} at most are read", remedy)
+    raise UserError(f"{path} is a pipe or a device, and no file", remedy)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe that nobody writes to would be waited for."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
