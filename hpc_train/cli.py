@@ -268,6 +268,9 @@ def report(
 ) -> None:
     """Speedup, efficiency and energy of RUNS (run directories, or folders of them).
 
+    A run that cannot be read is left out and named. The exit code is 1 where a section could not be made, which says
+    so in its place, and 2 where there is nothing to report.
+
     \b
     Example: hpc-train report runs/softmax-mnist --figures proposal/
     """
@@ -286,6 +289,7 @@ def _report(
 
     from hpc_train.analysis.cost import Tariff
     from hpc_train.analysis.report import default_output, make_report
+    from hpc_train.analysis.words import plain
 
     made = make_report(list(runs), Tariff(**tariff), target_loss)
     if kind == "table":
@@ -298,6 +302,9 @@ def _report(
         click.echo(f"Report: {page}")
         if drawn is not None:
             click.echo(f"Figures: {len(drawn)} files in {figures}" if drawn else "Figures: none, no step was timed.")
+    if made.guard.faults:
+        click.echo("\n".join(["hpc-train: the report is not whole.", *map(plain, made.guard.faults)]), err=True)
+        sys.exit(1)
 
 
 cli.add_command(plan)

@@ -1,9 +1,11 @@
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from hpc_train.analysis.guard import RAISE
 from tests import jobs
 
 _FAULTS = pytest.StashKey[list[tuple[str, str, str, str]]]()
@@ -13,6 +15,7 @@ FaultTable = Callable[..., None]
 def pytest_configure() -> None:
     # A shell starts what it puts in the background with Ctrl-C switched off, and all that is started from there.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ[RAISE] = "1"  # also of what tests start: no fault of a report's section may hide behind a sentence
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from statistics import fmean
 
-from hpc_train.analysis.energy import RunEnergy, energy_of
+from hpc_train.analysis.energy import RunEnergy, energy_of, unknown_energy
+from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.joules import NONE, Joules
 from hpc_train.analysis.load import Run
-from hpc_train.analysis.scaling import Group, Row
+from hpc_train.analysis.scaling import Group, Row, num_ranks
 from hpc_train.records import PHASES
 
 J_PER_KWH = 3.6e6
@@ -141,17 +143,27 @@ class GroupEnergy:
         return any(row.gross.known > 0 for row in self.rows)
 
 
-def cost_of(group: Group, given: Tariff = UNKNOWN) -> GroupEnergy:
+def cost_of(group: Group, given: Tariff = UNKNOWN, guard: Guard | None = None) -> GroupEnergy:
     """Reads the energy files of a group's runs. Raises `BadRecord` naming path:line."""
-    rows = [RowEnergy(row, tuple(map(energy_of, row.runs)), tariff_of(row.runs, given)) for row in group.rows]
+    guard = guard or Guard()
+
+    def energy(run: Run) -> RunEnergy:
+        return guard.made(f"the energy of {run.label}", partial(unknown_energy, run), energy_of, run)
+
+    rows = [RowEnergy(row, tuple(map(energy, row.runs)), tariff_of(row.runs, given)) for row in group.rows]
     before: RowEnergy | None = None
     for index, row in enumerate(rows):
         if row.row.incomplete or row.row.speedup is None:
             continue
         if before is not None:
-            rows[index] = _against(row, before, group)
+            what = f"what speed costs at {num_ranks(row.row.size)} ({group.label})"
+            rows[index] = guard.made(what, partial(_as_it_is, row), _against, row, before, group)
         before = row
     return GroupEnergy(group, tuple(rows))
+
+
+def _as_it_is(row: RowEnergy, why: str) -> RowEnergy:
+    return row
 
 
 def _against(row: RowEnergy, before: RowEnergy, group: Group) -> RowEnergy:

@@ -3,9 +3,10 @@
 from typing import Any
 
 from hpc_train.analysis.cost import GroupEnergy, RowEnergy
+from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.joules import Joules
 from hpc_train.analysis.scaling import num_ranks
-from hpc_train.analysis.tables import Column, Sheet, ranks_text
+from hpc_train.analysis.tables import Column, Sheet, made_sheets, ranks_text
 from hpc_train.analysis.words import amount, listed, plain, significant, times_text
 from hpc_train.records import PHASES
 
@@ -32,12 +33,20 @@ COST_COLUMNS = (
 )
 
 
-def cost_sheets(energy: GroupEnergy) -> list[Sheet]:
+def cost_sheets(energy: GroupEnergy, guard: Guard | None = None) -> list[Sheet]:
     """A group's tables of energy; none where no meter was read and nothing was estimated."""
     if not energy.known:
         return []
-    kinds = [_parts_sheet(energy), _power_sheet(energy), _phase_sheet(energy), _place_sheet(energy)]
-    return [*kinds, *_price_sheets(energy)]
+    return made_sheets(
+        guard,
+        {
+            "Energy of a run": lambda: [_parts_sheet(energy)],
+            "Power": lambda: [_power_sheet(energy)],
+            "Energy of the loop by phase": lambda: [_phase_sheet(energy)],
+            "Energy by node and rank": lambda: [_place_sheet(energy)],
+            "What a run's energy comes to": lambda: _price_sheets(energy),
+        },
+    )
 
 
 def _parts_sheet(energy: GroupEnergy) -> Sheet:
@@ -149,14 +158,14 @@ def _total(parts: dict[str, Joules]) -> Joules:
 
 def cost_notes(energy: GroupEnergy) -> list[str]:
     """Whether more hardware pays, and what the energy of these runs lacks."""
-    if not energy.known:
-        return []
     notes = [f"{verdict(energy).removesuffix('.')}."] if verdict(energy) else []  # it may end with "est."
     told: dict[str, dict[str, None]] = {}
     for row in energy.rows:
         for note in (note for run in row.runs for note in run.notes):
             told.setdefault(note, {})[num_ranks(row.row.size)] = None
     notes += [f"{note} ({', '.join(sizes)})." for note, sizes in told.items()]
+    if not energy.known:
+        return notes
     for row in energy.rows:
         notes += _lacking_notes(row)
     if any(row.gross.quality == "mixed" for row in energy.rows):

@@ -40,12 +40,15 @@ class Course:
         return int(rows[0]) if len(rows) else None
 
 
+NO_COURSE = Course(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), (), 0)
+
+
 def course_of(run: Run) -> Course:
     """The course of the first rank that left timings: all ranks begin a loop together, and end each step together."""
     num_workers = run.size - run.num_servers
     rank = next((rank for rank in range(num_workers) if run.dir.timings(rank).is_file()), None)
     if rank is None:
-        return Course(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), (), 0)
+        return NO_COURSE
     timings = read_timings(run.dir.timings(rank))
     attempt, begin_ns = timings["attempt"], timings["start_ns"]
     end_ns = begin_ns + timings.phases_ns.sum(axis=1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from hpc_train.analysis.course import Course, course_of
+from hpc_train.analysis.course import NO_COURSE, Course, course_of
 from hpc_train.analysis.joules import NONE, Joules, between, peak_w, whole
 from hpc_train.analysis.load import Run, attempts, disjoint, host_traces, section
 from hpc_train.analysis.scaling import positive
@@ -240,6 +240,11 @@ def energy_of(run: Run) -> RunEnergy:
     left_out = sorted({trace.domain for host in every for trace in every[host] if trace not in added[host]})
     notes = _notes(readings, left_out, shared, max(lead_s.values(), default=0.0))
     return RunEnergy(run, course, tuple(readings), tuple(dict.fromkeys(unread)), places, tuple(notes))
+
+
+def unknown_energy(run: Run, why: str) -> RunEnergy:
+    """That of a run of which it could not be found out."""
+    return RunEnergy(run, NO_COURSE, (), ("all meters",), (), (why,))
 
 
 def places_of(run: Run) -> tuple[Place, ...]:

@@ -1,5 +1,6 @@
 """report.html: one file with everything inside it; figures as inline SVG, no script, nothing fetched."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jinja2
@@ -7,9 +8,10 @@ from markupsafe import Markup
 
 import hpc_train
 from hpc_train.analysis.facts import run_facts
-from hpc_train.analysis.figures.canvas import inline
-from hpc_train.analysis.figures.gallery import drawings
+from hpc_train.analysis.figures.canvas import Drawing, inline
+from hpc_train.analysis.figures.gallery import drawings, painted
 from hpc_train.analysis.flops import counts_flops
+from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.parts import Part
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ def render(report: "Report") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    runs, groups = report.runs, report.scaling.groups
-    facts = [run_facts(run) for run in runs]
+    runs, groups, guard = report.runs, report.scaling.groups, report.guard
+    facts = [guard.made(f"the facts of {run.label}", lambda why: [("missing", why)], run_facts, run) for run in runs]
     common = set(facts[0]).intersection(*facts)
     assumptions = {run.assumption for run in runs if run.summary.energy_quality == "estimated"}
     parts = report.parts
@@ -37,7 +39,7 @@ def render(report: "Report") -> str:
         headlines=report.headlines,
         several=len(parts) > 1,
         version=hpc_train.__version__,
-        parts=[(part, _figures(part, f"p{index}", brief)) for index, part in enumerate(parts)],
+        parts=[(part, _figures(part, f"p{index}", brief, guard)) for index, part in enumerate(parts)],
         brief=brief,
         notes=report.scaling.notes,
         with_strategies=bool(report.strategies),
@@ -54,7 +56,13 @@ def render(report: "Report") -> str:
     )
 
 
-def _figures(part: Part, ident: str, brief: bool) -> list[tuple[str, Markup]]:
+def _figures(part: Part, ident: str, brief: bool, guard: Guard) -> list[tuple[str, Markup]]:
     """(caption, SVG) of a part's figures; brief: the first few of them."""
-    made = drawings(part)[: _FEW if brief else None]
-    return [(drawing.caption, inline(drawing, f"{ident}-{number}")) for number, drawing in enumerate(made)]
+    made = drawings(part, guard)[: _FEW if brief else None]
+    return [
+        painted(drawing, part, guard, partial(_captioned, f"{ident}-{number}")) for number, drawing in enumerate(made)
+    ]
+
+
+def _captioned(ident: str, drawing: Drawing) -> tuple[str, Markup]:
+    return drawing.caption, inline(drawing, ident)

@@ -1,18 +1,22 @@
 """What a report says, in its order: the answer, the tables and the notes of each group and comparison."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec
 
 from hpc_train.analysis.advice import Advice, advice_of
 from hpc_train.analysis.cost import GroupEnergy
 from hpc_train.analysis.cost_sheets import cost_details, cost_notes, cost_sheets
+from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.headlines import headline, strategy_headline
 from hpc_train.analysis.scaling import Group, Scaling
 from hpc_train.analysis.sheets import group_notes, sheets, strategy_notes, strategy_sheets
 from hpc_train.analysis.strategies import Comparison
-from hpc_train.analysis.tables import Sheet
+from hpc_train.analysis.tables import Sheet, made_sheets
 from hpc_train.analysis.target import TargetStudy
 from hpc_train.analysis.target_sheets import target_headline, target_notes, target_sheets
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +35,11 @@ class Part:
 
 
 def parts(
-    scaling: Scaling, strategies: Sequence[Comparison], costs: Sequence[GroupEnergy], targets: Sequence[TargetStudy]
+    scaling: Scaling,
+    strategies: Sequence[Comparison],
+    costs: Sequence[GroupEnergy],
+    targets: Sequence[TargetStudy],
+    guard: Guard,
 ) -> list[Part]:
     """Everything in its order: strategies that several ranks tell apart, the groups, other strategies, times to a loss.
 
@@ -39,19 +47,25 @@ def parts(
     """
     several = len(scaling.groups) > 1
     alone = {group: study for group in scaling.groups for study in targets if study.is_of(group)}
-    groups = [_group_part(cost, alone.get(cost.group), several) for cost in costs]
+    groups = [_group_part(cost, alone.get(cost.group), several, guard) for cost in costs]
     compared = [
         Part(
             each,
             f"Strategies on equal work{f': {each.label}' * (len(strategies) > 1)}",
-            strategy_headline(each, len(strategies) > 1),
-            strategy_sheets(each),
-            strategy_notes(each),
+            _sentence(guard, each.label, strategy_headline, each, len(strategies) > 1),
+            strategy_sheets(each, guard),
+            _notes(guard, each.label, strategy_notes, each),
         )
         for each in strategies
     ]
     reached = [
-        Part(each, f"Time to a loss: {each.label}", target_headline(each), target_sheets(each), target_notes(each))
+        Part(
+            each,
+            f"Time to a loss: {each.label}",
+            _sentence(guard, each.label, target_headline, each),
+            _target_sheets(guard, each),
+            _notes(guard, each.label, target_notes, each),
+        )
         for each in targets
         if each not in alone.values()
     ]
@@ -59,20 +73,25 @@ def parts(
     return [*first, *groups, *(part for part in compared if not part.headline), *reached]
 
 
-def _group_part(cost: GroupEnergy, study: TargetStudy | None, several: bool) -> Part:
-    group = cost.group
-    tables, notes = [*sheets(group)], [*group_notes(group), *cost_notes(cost)]
-    details: list[Sheet | str] = [*cost_sheets(cost), *cost_details(cost)]
+def _group_part(cost: GroupEnergy, study: TargetStudy | None, several: bool, guard: Guard) -> Part:
+    group, label = cost.group, cost.group.label
+    tables = sheets(group, guard)
+    notes = [*_notes(guard, label, group_notes, group), *_notes(guard, f"{label}, energy", cost_notes, cost)]
+    details: list[Sheet | str] = [*cost_sheets(cost, guard)]
+    details += _notes(guard, f"{label}, tables of energy", cost_details, cost)
     if study is not None:
-        answer = target_headline(study)
+        answer = _sentence(guard, f"{label}, time to a loss", target_headline, study)
         notes += [f"{answer}."] * bool(answer)
-        details += [*target_sheets(study), *target_notes(study)]
-    advice = advice_of(group)
+        details += _target_sheets(guard, study)
+        details += _notes(guard, f"{label}, time to a loss", target_notes, study)
+    advice = guard.made(
+        f"the plan for the next run of {label}", lambda why: Advice(notes=(f"{why}.",)), advice_of, group
+    )
     details += advice.sheets
     return Part(
         group,
         group.label,
-        headline(group, several, advice.words),
+        _sentence(guard, label, headline, group, several, advice.words),
         [*tables, *(each for each in details if isinstance(each, Sheet))],
         [*notes, *advice.notes, *(each for each in details if isinstance(each, str))],
         cost,
@@ -80,3 +99,15 @@ def _group_part(cost: GroupEnergy, study: TargetStudy | None, several: bool) -> 
         advice,
         tuple(details),
     )
+
+
+def _sentence(guard: Guard, label: str, make: Callable[P, str], *args: P.args, **more: P.kwargs) -> str:
+    return guard.made(f"the answer for {label}", lambda why: why, make, *args, **more)
+
+
+def _notes(guard: Guard, label: str, make: Callable[P, list[str]], *args: P.args, **more: P.kwargs) -> list[str]:
+    return guard.made(f"the notes on {label}", lambda why: [f"{why}."], make, *args, **more)
+
+
+def _target_sheets(guard: Guard, study: TargetStudy) -> list[Sheet]:
+    return made_sheets(guard, {"To a training loss": lambda: target_sheets(study)})

@@ -4,12 +4,12 @@ import csv
 import io
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from rich.console import Console
 from rich.text import Text
@@ -17,13 +17,14 @@ from rich.text import Text
 import hpc_train
 from hpc_train import rundir
 from hpc_train.analysis.balance_sheets import BALANCE_COLUMNS, balance_record, straggler_records
-from hpc_train.analysis.cost import UNKNOWN, GroupEnergy, Tariff, cost_of
+from hpc_train.analysis.cost import UNKNOWN, GroupEnergy, RowEnergy, Tariff, cost_of
 from hpc_train.analysis.cost_sheets import COST_COLUMNS, cost_notes, cost_record, places_record, verdict
 from hpc_train.analysis.flops import flops_of
+from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.load import Run, load_all
 from hpc_train.analysis.markdown import to_markdown
 from hpc_train.analysis.parts import Part, parts
-from hpc_train.analysis.scaling import Group, Row, Scaling, compare
+from hpc_train.analysis.scaling import Group, Row, Scaling, compare, num_ranks
 from hpc_train.analysis.sheets import group_notes, measures_of, strategy_notes
 from hpc_train.analysis.strategies import Comparison, Entry, compare_strategies
 from hpc_train.analysis.tables import Sheet
@@ -34,7 +35,9 @@ from hpc_train.analysis.words import plain
 from hpc_train.errors import UserError
 from hpc_train.records import PHASES
 
+P = ParamSpec("P")
 REPORT_SCHEMA = 3  # 2: test_<measure> for every test measure; 3: step_s is the mean, step_median_s the median
+FLOPS_COLUMNS = ("flops_per_sample", "flops_per_s_per_rank", "peak_flops", "peak_source", "mfu")
 CSV_COLUMNS = (
     "group",
     "scaling",
@@ -59,11 +62,7 @@ CSV_COLUMNS = (
     *(f"share_{phase}" for phase in PHASES),
     "servers_busy",
     *BALANCE_COLUMNS,
-    "flops_per_sample",
-    "flops_per_s_per_rank",
-    "peak_flops",
-    "peak_source",
-    "mfu",
+    *FLOPS_COLUMNS,
     "joules",
     "joules_per_sample",
     "energy_quality",
@@ -71,6 +70,7 @@ CSV_COLUMNS = (
     "loss",
     *COST_COLUMNS,
     *TARGET_COLUMNS,
+    "not_made",  # what of this report could not be made, in words: the cells of it are empty
 )  # and test_<measure> for every measure of any run
 
 
@@ -83,11 +83,12 @@ class Report:
     strategies: tuple[Comparison, ...]
     costs: tuple[GroupEnergy, ...]  # of the groups, in their order
     targets: tuple[TargetStudy, ...]
+    guard: Guard = field(default_factory=Guard)  # of what could not be made
 
     @cached_property
     def parts(self) -> list[Part]:
         """What stands under headings of its own, in its order."""
-        return parts(self.scaling, self.strategies, self.costs, self.targets)
+        return parts(self.scaling, self.strategies, self.costs, self.targets, self.guard)
 
     @property
     def headlines(self) -> list[str]:
@@ -128,44 +129,83 @@ class Report:
         return write_report(self, output_dir)
 
     def row_records(self, group: GroupEnergy) -> list[dict[str, Any]]:
-        """A group's rows as plain values under `CSV_COLUMNS` and test_<measure>."""
-        reached = records_by_run(self.targets)
-        return [
-            row_record(group.group, cost.row)
-            | cost_record(cost)
-            | reached.get(str(cost.row.runs[0].dir.path), dict.fromkeys(TARGET_COLUMNS))
-            for cost in group.rows
-        ]
+        """A group's rows as plain values under `CSV_COLUMNS` and test_<measure>; None where it could not be made."""
+        return [self._record(group.group, cost) for cost in group.rows]
+
+    def _record(self, group: Group, cost: RowEnergy) -> dict[str, Any]:
+        row = cost.row
+        made = {
+            **self._values(row, "speed and result", CSV_COLUMNS, row_record, group, row),
+            **self._values(row, "balance", BALANCE_COLUMNS, balance_record, row),
+            **self._values(row, "model FLOPs", FLOPS_COLUMNS, flops_record, row),
+            **self._values(row, "energy", COST_COLUMNS, cost_record, cost),
+            **self._values(row, "time to a loss", TARGET_COLUMNS, _reached, self.targets, row),
+        }
+        return made | {"not_made": ". ".join(self.guard.faults) or None}
+
+    def _values(
+        self,
+        row: Row,
+        what: str,
+        columns: Sequence[str],
+        make: Callable[P, dict[str, Any]],
+        *args: P.args,
+        **more: P.kwargs,
+    ) -> dict[str, Any]:
+        """What `make` gives; None under each of its columns where it fails."""
+        what = f"the numbers of {num_ranks(row.size)}, {what}"
+        return self.guard.made(what, lambda why: dict.fromkeys(columns), make, *args, **more)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values for JSON; None is what is not known or no finite number."""
+        groups = self.scaling.groups
         tree = {
             "schema": REPORT_SCHEMA,
             "hpc_train": hpc_train.__version__,
             "headlines": self.headlines,
-            "groups": [
-                {
-                    "label": group.label,
-                    "config": group.keys,
-                    "notes": [*group_notes(group), *cost_notes(cost)],
-                    "more_hardware": verdict(cost),
-                    "rows": [
-                        {
-                            **record,
-                            **places_record(paid),
-                            "stragglers": straggler_records(paid.row),
-                            "runs": [str(run.dir.path) for run in paid.row.runs],
-                        }
-                        for paid, record in zip(cost.rows, self.row_records(cost), strict=True)
-                    ],
-                }
-                for group, cost in zip(self.scaling.groups, self.costs, strict=True)
+            "groups": [self._group_record(group, cost) for group, cost in zip(groups, self.costs, strict=True)],
+            "strategies": [
+                self._told(f"the numbers of {each.label}", comparison_record, each) for each in self.strategies
             ],
-            "strategies": [comparison_record(each) for each in self.strategies],
-            "targets": [study_record(each) for each in self.targets],
+            "targets": [self._told(f"the numbers of {each.label}", study_record, each) for each in self.targets],
             "notes": list(self.scaling.notes),
+            "not_made": self.guard.faults,
         }
         return {key: _finite(value) for key, value in tree.items()}
+
+    def _group_record(self, group: Group, cost: GroupEnergy) -> dict[str, Any]:
+        return {
+            "label": group.label,
+            "config": group.keys,
+            "notes": self._told(f"the notes on {group.label}", _group_notes, group, cost),
+            "more_hardware": self._told(f"where more hardware pays of {group.label}", verdict, cost),
+            "rows": [
+                {
+                    **record,
+                    **self._values(paid.row, "energy by place", (), places_record, paid),
+                    **self._values(paid.row, "stragglers", ("stragglers",), _stragglers, paid.row),
+                    "runs": [str(run.dir.path) for run in paid.row.runs],
+                }
+                for paid, record in zip(cost.rows, self.row_records(cost), strict=True)
+            ],
+        }
+
+    def _told(self, what: str, make: Callable[P, Any], *args: P.args, **more: P.kwargs) -> Any:
+        """What `make` gives, or the sentence that says why it is missing."""
+        return self.guard.made(what, lambda why: why, make, *args, **more)
+
+
+def _group_notes(group: Group, cost: GroupEnergy) -> list[str]:
+    return [*group_notes(group), *cost_notes(cost)]
+
+
+def _stragglers(row: Row) -> dict[str, Any]:
+    return {"stragglers": straggler_records(row)}
+
+
+def _reached(targets: Sequence[TargetStudy], row: Row) -> dict[str, Any]:
+    found = records_by_run(targets)
+    return found.get(str(row.runs[0].dir.path), dict.fromkeys(TARGET_COLUMNS))
 
 
 def make_report(paths: Sequence[Path], tariff: Tariff = UNKNOWN, target_loss: float | None = None) -> Report:
@@ -175,13 +215,22 @@ def make_report(paths: Sequence[Path], tariff: Tariff = UNKNOWN, target_loss: fl
     complete runs of a job reached.
     """
     runs = load_all(paths)
-    scaling = compare(runs)
+    guard = Guard()
+    scaling = compare(runs, guard)
     passed_over = [f"Passed over: {path} has no meta.json or no timings." for path in rundir.fragments(paths)]
     scaling = replace(scaling, notes=(*scaling.notes, *passed_over))
-    costs = tuple(cost_of(group, tariff) for group in scaling.groups)
+    costs = tuple(cost_of(group, tariff, guard) for group in scaling.groups)
     energies = {each.run.dir.path: each for cost in costs for row in cost.rows for each in row.runs}
-    targets = studies_of(scaling.groups, energies, target_loss)
-    return Report(tuple(runs), scaling, compare_strategies(scaling.groups), costs, tuple(targets))
+    unmade: list[str] = []  # what has no part of its own to say so in
+
+    def nothing(why: str) -> list[Any]:
+        unmade.append(f"{why}.")
+        return []
+
+    targets = guard.made("times to a loss", nothing, studies_of, scaling.groups, energies, target_loss)
+    strategies = guard.made("strategies on equal work", nothing, compare_strategies, scaling.groups)
+    scaling = replace(scaling, notes=(*scaling.notes, *unmade))
+    return Report(tuple(runs), scaling, tuple(strategies), costs, tuple(targets), guard)
 
 
 def default_output(paths: Sequence[Path]) -> Path:
@@ -202,10 +251,11 @@ def write_report(report: Report, output_dir: Path) -> Path:
     from hpc_train.analysis.page import render  # draws, so brings in matplotlib and jinja2
 
     page = output_dir / "report.html"
+    rendered = render(report)  # first: the others tell which of its figures could not be made
     contents = {
         output_dir / "scaling.csv": scaling_csv(report),
         output_dir / "summary.json": report.text("json"),
-        page: render(report),
+        page: rendered,
     }
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -233,7 +283,6 @@ def scaling_csv(report: Report) -> str:
 
 def row_record(group: Group, row: Row) -> dict[str, Any]:
     """A row as plain values: those of `CSV_COLUMNS` that its speed and its result come to, and test_<measure>."""
-    flops = flops_of(row)
     low, high = row.step_interval_s or (None, None)
     speedup_low, speedup_high = row.speedup_interval or (None, None)
     return {
@@ -259,12 +308,6 @@ def row_record(group: Group, row: Row) -> dict[str, Any]:
         "efficiency": row.efficiency,
         **{f"share_{phase}": row.phase_share.get(phase) for phase in PHASES},
         "servers_busy": row.servers_busy,
-        **balance_record(row),
-        "flops_per_sample": flops.per_sample,
-        "flops_per_s_per_rank": flops.per_rank_s,
-        "peak_flops": flops.peak_s,
-        "peak_source": flops.peak_source,
-        "mfu": flops.mfu,
         "joules": row.energy.joules,
         "joules_per_sample": row.joules_per_sample,
         "energy_quality": row.energy.quality,
@@ -272,6 +315,13 @@ def row_record(group: Group, row: Row) -> dict[str, Any]:
         "loss": row.loss,
         **{f"test_{measure}": value for measure, value in row.test.items()},
     }
+
+
+def flops_record(row: Row) -> dict[str, Any]:
+    """A row's model FLOPs as plain values under `FLOPS_COLUMNS`."""
+    flops = flops_of(row)
+    values = (flops.per_sample, flops.per_rank_s, flops.peak_s, flops.peak_source, flops.mfu)
+    return dict(zip(FLOPS_COLUMNS, values, strict=True))
 
 
 def comparison_record(comparison: Comparison) -> dict[str, Any]:

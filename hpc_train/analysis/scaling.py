@@ -12,6 +12,7 @@ import numpy as np
 
 from hpc_train import config
 from hpc_train.analysis.clocks import hosts_of
+from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.load import Run, section
 from hpc_train.analysis.pop import Efficiencies, efficiencies
 from hpc_train.analysis.stragglers import Waiting, waiting
@@ -100,14 +101,15 @@ class Scaling:
     notes: tuple[str, ...]
 
 
-def compare(runs: Sequence[Run]) -> Scaling:
+def compare(runs: Sequence[Run], guard: Guard | None = None) -> Scaling:
     """Groups runs whose configurations agree (`config.comparable`) and compares the sizes within a group."""
     by_key: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_key[json.dumps(config.comparable(run.config), sort_keys=True)].append(run)
     members = list(by_key.values())
     keys = [config.comparable(group[0].config) for group in members]
-    groups = [_group(*each) for each in zip(labels(members, keys), keys, members, strict=True)]
+    guard = guard or Guard()
+    groups = [_group(*each, guard) for each in zip(labels(members, keys), keys, members, strict=True)]
     groups.sort(key=lambda group: (-sum(row.speedup is not None for row in group.rows), group.label))
     return Scaling(tuple(groups), tuple(_between_groups(groups)))
 
@@ -135,7 +137,7 @@ def num_ranks(count: int) -> str:
     return "1 rank" if count == 1 else f"{count} ranks"
 
 
-def _group(label: str, keys: dict[str, Any], runs: list[Run]) -> Group:
+def _group(label: str, keys: dict[str, Any], runs: list[Run], guard: Guard) -> Group:
     by_size: dict[tuple[int, bool], list[Run]] = defaultdict(list)
     for run in runs:
         by_size[run.size, run.incomplete is not None].append(run)
@@ -147,10 +149,20 @@ def _group(label: str, keys: dict[str, Any], runs: list[Run]) -> Group:
     if baseline is not None:
         rows = [_compared(row, baseline) for row in rows]
     to = baseline.runs if baseline else None
-    rows = [replace(row, pop=efficiencies(row.runs, to), waiting=tuple(map(waiting, row.runs))) for row in rows]
+    rows = [_explained(row, to, label, guard) for row in rows]
     baseline = next((row for row in rows if row.is_baseline), None)
     weak = runs[0].config.train.batch_per_rank is not None
     return Group(label, keys, weak, tuple(rows), baseline, tuple(_within_group(rows, baseline, runs)))
+
+
+def _explained(row: Row, baseline: Sequence[Run] | None, label: str, guard: Guard) -> Row:
+    """The row with what keeps it from the ideal."""
+    where = f"of {num_ranks(row.size)} ({label})"
+    pop = guard.made(
+        f"the POP efficiencies {where}", lambda why: Efficiencies(missing=why), efficiencies, row.runs, baseline
+    )
+    waits = [guard.made(f"who is waited for {where}", lambda why: Waiting(told=why), waiting, run) for run in row.runs]
+    return replace(row, pop=pop, waiting=tuple(waits))
 
 
 def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from hpc_train.analysis.balance_sheets import balance_notes, balance_sheets
 from hpc_train.analysis.flops import GIVEN, counts_flops, flops_notes, flops_of
+from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.scaling import Group, Row, num_ranks
 from hpc_train.analysis.strategies import Comparison, Entry, Traffic
-from hpc_train.analysis.tables import MARK, Column, Sheet, ranks_text
+from hpc_train.analysis.tables import MARK, Column, Sheet, made_sheets, ranks_text
 from hpc_train.analysis.words import (
     amount,
     energy_text,
@@ -22,10 +23,19 @@ from hpc_train.analysis.words import (
 from hpc_train.records import NO_METER, PHASES
 
 
-def sheets(group: Group) -> list[Sheet]:
+def sheets(group: Group, guard: Guard | None = None) -> list[Sheet]:
     """A group's tables: how it scaled, where the time went and what was lost, what the device did, what it cost."""
-    flops = [_flops_sheet(group)] if counts_flops(group) else []
-    return [_scaling_sheet(group), _phase_sheet(group), *balance_sheets(group), *flops, _energy_sheet(group)]
+    flops = {"Model FLOPs": lambda: [_flops_sheet(group)]} if counts_flops(group) else {}
+    return made_sheets(
+        guard,
+        {
+            "Scaling": lambda: [_scaling_sheet(group)],
+            "Where a step's time goes": lambda: [_phase_sheet(group)],
+            "Efficiencies, and whom the others wait for": lambda: balance_sheets(group),
+            **flops,
+            "Energy and result": lambda: [_energy_sheet(group)],
+        },
+    )
 
 
 def _scaling_sheet(group: Group) -> Sheet:
@@ -103,9 +113,15 @@ def mfu_text(mfu: float | None) -> str:
     return "missing" if mfu is None else f"{significant(100 * mfu)}%"
 
 
-def strategy_sheets(comparison: Comparison) -> list[Sheet]:
+def strategy_sheets(comparison: Comparison, guard: Guard | None = None) -> list[Sheet]:
     """Strategies on equal work: how fast each is, then what each must move and hold and comes to."""
-    return [_strategy_speed_sheet(comparison), _strategy_work_sheet(comparison)]
+    return made_sheets(
+        guard,
+        {
+            "Strategies on equal work": lambda: [_strategy_speed_sheet(comparison)],
+            "What must be moved": lambda: [_strategy_work_sheet(comparison)],
+        },
+    )
 
 
 def _strategy_speed_sheet(comparison: Comparison) -> Sheet:

@@ -74,12 +74,12 @@ class Comparison:
         return sorted({e.row.size for e in self.entries if e.ratio is not None and not e.is_reference})
 
 
-def compare_strategies(groups: Sequence[Group]) -> tuple[Comparison, ...]:
+def compare_strategies(groups: Sequence[Group]) -> list[Comparison]:
     """Every job among the groups that was run under several settings of `reduce.*`."""
     families = equal_work(groups)
     keys = [work(family[0].keys) for family in families]
     members = [[run for group in family for row in group.rows for run in row.runs] for family in families]
-    return tuple(map(_comparison, labels(members, keys), keys, families))
+    return list(map(_comparison, labels(members, keys), keys, families))
 
 
 def traffic(row: Row, keys: dict[str, Any]) -> Traffic | None:

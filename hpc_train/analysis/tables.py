@@ -1,7 +1,10 @@
 """The form of a table in words, the same in the terminal and on the page."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
+from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.scaling import Row
 
 MARK = "*"  # on the number of ranks of an incomplete row
@@ -22,6 +25,19 @@ class Sheet:
     title: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+def made_sheets(guard: Guard | None, makers: Mapping[str, Callable[[], list[Sheet]]]) -> list[Sheet]:
+    """The tables of all makers, by what they tell; in the place of one that fails a table that says why."""
+    guard = guard or Guard()
+    made = []
+    for title, make in makers.items():
+        made += guard.made(f"the table '{title}'", partial(_unmade, title), make)
+    return made
+
+
+def _unmade(title: str, why: str) -> list[Sheet]:
+    return [Sheet(title, (Column("missing", is_text=True),), ((why,),))]
 
 
 def ranks_text(row: Row) -> str:

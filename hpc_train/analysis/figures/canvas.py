@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,16 @@ class Drawing:
     told: str  # what it shows, in words, for those who do not see it
     paint: Callable[["Axes"], None]
     height: float = 0.68  # relative to the width
+
+
+def unmade(name: str, why: str) -> Drawing:
+    """What stands in the place of a figure that could not be made: the sentence that says so."""
+
+    def paint(axes: "Axes") -> None:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "\n".join(textwrap.wrap(why, 46)), ha="center", va="center", transform=axes.transAxes)
+
+    return Drawing(name, f"{why}.", f"{why}.", paint, height=0.4)
 
 
 def inline(drawing: Drawing, ident: str) -> Markup:

@@ -1,18 +1,21 @@
 """All figures of a report: in the page's order, and as files for a proposal."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hpc_train import rundir
 from hpc_train.analysis.figures.balance import map_drawing, tree_drawing
-from hpc_train.analysis.figures.canvas import Drawing, files
+from hpc_train.analysis.figures.canvas import Drawing, files, unmade
 from hpc_train.analysis.figures.energy import energy_drawings
 from hpc_train.analysis.figures.forecast import forecast_drawing
 from hpc_train.analysis.figures.speed import speedup_drawing
 from hpc_train.analysis.figures.steps import loss_drawing, time_drawings
 from hpc_train.analysis.figures.strategies import strategy_drawings
 from hpc_train.analysis.figures.target import target_drawing
+from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.parts import Part
 from hpc_train.analysis.strategies import Comparison
 from hpc_train.analysis.target import TargetStudy
@@ -21,24 +24,47 @@ from hpc_train.errors import UserError
 if TYPE_CHECKING:
     from hpc_train.analysis.report import Report
 
+T = TypeVar("T")
 _LONGEST = 60  # letters of a group's label in a file's name
 
 
-def drawings(part: Part) -> list[Drawing]:
-    """A part's figures; one that would show nothing is left out."""
-    if isinstance(part.of, Comparison):
-        return strategy_drawings(part.of)
-    if isinstance(part.of, TargetStudy):
-        return _known(target_drawing(part.of))
-    group = part.of
-    return [
-        *_known(speedup_drawing(group)),
-        *time_drawings(group),
-        *_known(tree_drawing(group), map_drawing(group)),
-        *(energy_drawings(part.cost) if part.cost else []),
-        *_known(forecast_drawing(part.advice.plan, part.advice.words) if part.advice and part.advice.plan else None),
-        *_known(loss_drawing(group), target_drawing(part.study) if part.study else None),
-    ]
+def drawings(part: Part, guard: Guard | None = None) -> list[Drawing]:
+    """A part's figures; one that would show nothing is left out, one that cannot be made says so in its place."""
+    found, guard = [], guard or Guard()
+    for name, make in _makers(part).items():
+        what = f"the figure '{name}' of {part.label}"
+        found += guard.made(what, partial(_unmade, name), make)
+    return found
+
+
+def painted(drawing: Drawing, part: Part, guard: Guard, paint: Callable[[Drawing], T]) -> T:
+    """`paint` of the drawing; where that fails, of the sentence that says so."""
+    what = f"the figure '{drawing.name}' of {part.label}"
+    return guard.made(what, lambda why: paint(unmade(drawing.name, why)), paint, drawing)
+
+
+def _unmade(name: str, why: str) -> list[Drawing]:
+    return [unmade(name, why)]
+
+
+def _makers(part: Part) -> dict[str, Callable[[], list[Drawing]]]:
+    """By name, in the page's order."""
+    of, cost, study, advice = part.of, part.cost, part.study, part.advice
+    if isinstance(of, Comparison):
+        return {"strategies": lambda: strategy_drawings(of)}
+    if isinstance(of, TargetStudy):
+        return {"target": lambda: _known(target_drawing(of))}
+    plan = advice.plan if advice else None
+    return {
+        "speedup": lambda: _known(speedup_drawing(of)),
+        "time-per-step": lambda: time_drawings(of),
+        "efficiencies": lambda: _known(tree_drawing(of)),
+        "lateness": lambda: _known(map_drawing(of)),
+        "energy": lambda: energy_drawings(cost) if cost else [],
+        "forecast": lambda: _known(forecast_drawing(plan, advice.words) if advice and plan else None),
+        "training-loss": lambda: _known(loss_drawing(of)),
+        "target": lambda: _known(target_drawing(study) if study else None),
+    }
 
 
 def _known(*made: Drawing | None) -> list[Drawing]:
@@ -53,10 +79,11 @@ def write_figures(report: "Report", folder: Path) -> list[Path]:
     contents: dict[str, bytes] = {}
     captions = []
     for prefix, part in zip(prefixes(report.parts), report.parts, strict=True):
-        for drawing in drawings(part):
+        for drawing in drawings(part, report.guard):
             name = f"{prefix}-{drawing.name}"
-            contents |= {f"{name}.{ending}": content for ending, content in files(drawing).items()}
-            captions.append(f"**{name}**: {drawing.caption}\n\n> {drawing.told}\n")
+            drawn, words = painted(drawing, part, report.guard, _with_words)
+            contents |= {f"{name}.{ending}": content for ending, content in drawn.items()}
+            captions.append(f"**{name}**: {words}\n")
     if not contents:
         return []
     try:
@@ -70,6 +97,10 @@ def write_figures(report: "Report", folder: Path) -> list[Path]:
             "Name a folder that you may write: --figures DIR",
         ) from None
     return [folder / file for file in contents]
+
+
+def _with_words(drawing: Drawing) -> tuple[dict[str, bytes], str]:
+    return files(drawing), f"{drawing.caption}\n\n> {drawing.told}"
 
 
 def prefixes(parts: list[Part]) -> list[str]:
