@@ -1,0 +1,26 @@
+"""All kinds of input, and how many cases of each are among the 5,000 of `make test-all`."""
+
+from hypothesis.strategies import SearchStrategy
+
+from tests.fuzz import checkpoints, command_lines, configurations, hdf5_files, paths, run_directories, tables
+from tests.fuzz.play import Case
+
+KINDS: dict[str, SearchStrategy[Case]] = {
+    "configurations": configurations.cases,
+    "paths": paths.cases,
+    "command-lines": command_lines.cases,
+    "tables": tables.cases,
+    "run-directories": run_directories.cases,
+    "hdf5-files": hdf5_files.cases,
+    "checkpoints": checkpoints.cases,
+}
+BATCH = 50  # cases of one seed: each is the same whatever is played beside it
+SHARES = {
+    "configurations": 800,
+    "paths": 1000,
+    "command-lines": 1200,
+    "tables": 700,
+    "run-directories": 300,
+    "hdf5-files": 600,
+    "checkpoints": 400,
+}
