@@ -18,7 +18,8 @@ from hpc_train.train.buckets import NUM_NOTES, Bucket, Departures, Shared, make_
 from hpc_train.train.context import Context, mpi, require_one_mpi
 from hpc_train.train.server import Server, Worker
 from hpc_train.train.sharded import Sharded
-from hpc_train.train.shards import Number, Shards
+from hpc_train.train.shards import Shards
+from hpc_train.train.wire import packed, unpacked
 
 Asked = Callable[[], tuple[bool, bool]]
 Arrival = Callable[[], torch.Tensor]  # waits for a message, and gives it
@@ -43,11 +44,14 @@ class Reducer(Protocol):
         Its time is exposed communication.
         """
 
-    def sum_owned(self, value: Number) -> Number:
+    def sum_owned(self, value: float) -> float:
         """The sum over the ranks that own different parts, collectively by these; `value` where each owns all."""
 
-    def spread(self) -> None:
-        """Collective. The updated parts to all ranks."""
+    def spread(self, made: bool) -> bool:
+        """Collective. The updated parts to all ranks. made: whether this rank's optimizer made the update.
+
+        Returns whether those that own the weights made it: alike on all ranks.
+        """
 
 
 @contextmanager
@@ -126,11 +130,11 @@ class Local:
     def wait(self) -> Shared:
         return Shared(self._loss.item(), *self._asked())
 
-    def sum_owned(self, value: Number) -> Number:
+    def sum_owned(self, value: float) -> float:
         return value
 
-    def spread(self) -> None:
-        pass
+    def spread(self, made: bool) -> bool:
+        return made
 
 
 class Transport(Protocol):
@@ -146,8 +150,9 @@ class Transport(Protocol):
 class AllReduce:
     """Every rank sums every gradient and makes every update.
 
-    With `reduce.compression` gradients travel in 16 bits and are summed in 32: each rank gets its part of all ranks'
-    gradients (all-to-all), adds them up, and sends the sum to all (all-gather). That moves the bytes of a ring.
+    With `reduce.compression` gradients travel in 16 bits (see `wire`) and are summed in 32: each rank gets its part of
+    all ranks' gradients (all-to-all), adds them up, and sends the sum to all (all-gather). That moves the bytes of a
+    ring.
     """
 
     num_updates = 1
@@ -171,7 +176,8 @@ class AllReduce:
         if is_whole:
             arrival = self._transport.sum(message, bucket.name, last=bucket is self._buckets[-1])
         elif self._wire:
-            arrival = self._transport.all_to_all(message.to(self._wire), bucket.name)
+            parts = packed(message.view(self._size, -1), self._wire)
+            arrival = self._transport.all_to_all(parts.view(-1), bucket.name)
         else:
             # Adasum adds what is orthogonal and averages what is parallel: it wants each rank's own mean gradient.
             arrival = self._transport.sum(message.mul_(self._size), bucket.name, adasum=True)
@@ -190,14 +196,15 @@ class AllReduce:
     def _sum(self, bucket: Bucket, arrival: Arrival) -> Arrival:
         if self._wire is None or not bucket.parameters:
             return arrival
-        part = arrival().view(self._size, -1).sum(0, dtype=torch.float32).to(self._wire)
-        return self._transport.all_gather(part, bucket.name)
+        part = unpacked(arrival().view(self._size, -1)).sum(0)
+        gathered = self._transport.all_gather(packed(part[None], self._wire).view(-1), bucket.name)
+        return lambda: unpacked(gathered().view(self._size, -1)).view(-1)
 
-    def sum_owned(self, value: Number) -> Number:
+    def sum_owned(self, value: float) -> float:
         return value
 
-    def spread(self) -> None:
-        pass
+    def spread(self, made: bool) -> bool:
+        return made
 
 
 class Mpi:

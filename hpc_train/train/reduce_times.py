@@ -99,7 +99,7 @@ def _sharded(hvd: Any, team: Team, message: torch.Tensor) -> Way:
         reducer.wait()
         if update:
             _set_weights(reducer)
-        reducer.spread()
+        reducer.spread(True)
 
     return Way(exchange, lambda: parameter.detach(), team.size, True)
 
@@ -115,7 +115,7 @@ def _parameter_server(team: Team, message: torch.Tensor) -> Way:
             server.wait()
             if update:
                 _set_weights(server)
-            server.spread()
+            server.spread(True)
 
         return Way(serve, lambda: parameter.detach(), workers)
     worker = Worker(settings, model, team.context, _not_asked)

@@ -21,7 +21,7 @@ from torch import nn
 from hpc_train import config
 from hpc_train.train.buckets import NUM_NOTES, Bucket, Departures, Shared, decays, make_buckets
 from hpc_train.train.context import Context, mpi
-from hpc_train.train.shards import Number, Shards
+from hpc_train.train.shards import Shards
 
 Asked = Callable[[], tuple[bool, bool]]
 _TO_WORKER = 1 << 14  # added to a bucket's number, which is the tag of what workers send
@@ -39,6 +39,7 @@ class Worker:
         self._departures = Departures(self._buckets, self._send, asked)
         self.share = self._departures.share
         self._leaving: list[Any] = []
+        self._made = True  # whether the servers made the latest update
 
     def _send(self, bucket: Bucket) -> None:
         tag = self._buckets.index(bucket)
@@ -55,7 +56,7 @@ class Worker:
             received.append(host)
             for server, part in enumerate(self.shards.cut(host), self._num_workers):
                 arriving.append(self._comm.Irecv(part.numpy(), source=server, tag=tag))
-        notes = np.empty(NUM_NOTES, dtype=np.float32)
+        notes = np.empty(NUM_NOTES + 1, dtype=np.float32)
         last = _TO_WORKER + len(self._buckets) - 1
         arriving.append(self._comm.Irecv(notes, source=self._num_workers, tag=last))
         for request in (*self._leaving, *arriving):
@@ -64,13 +65,15 @@ class Worker:
         for weights, host in zip(self.shards.weights, received, strict=True):
             if host.data_ptr() != weights.data_ptr():
                 weights.copy_(host)
-        return Shared(*notes.tolist())
+        *shared, made = notes.tolist()
+        self._made = bool(made)
+        return Shared(*shared)
 
-    def sum_owned(self, value: Number) -> Number:
+    def sum_owned(self, value: float) -> float:
         return value
 
-    def spread(self) -> None:
-        pass
+    def spread(self, made: bool) -> bool:
+        return self._made
 
 
 class Server:
@@ -135,13 +138,15 @@ class Server:
                 else:
                     gradient.add_(received.to(gradient.device))
 
-    def sum_owned(self, value: Number) -> float:
-        return float(self._team.sum(np.array([float(value)], dtype=np.float64))[0])
+    def sum_owned(self, value: float) -> float:
+        if self._pushes:  # each server hears the workers in an order of its own: no sum would be of one gradient
+            return value
+        return float(self._team.sum(np.array([value], dtype=np.float64))[0])
 
-    def spread(self) -> None:
+    def spread(self, made: bool) -> bool:
         leaving = []
         parts = [owned.parameter.detach().cpu().numpy() for owned in self.shards.owned]
-        notes = np.array(self._answer, dtype=np.float32)
+        notes = np.array([*self._answer, made], dtype=np.float32)
         for worker in self._answered:
             for tag, part in enumerate(parts, _TO_WORKER):
                 leaving.append(self._comm.Isend(part, dest=worker, tag=tag))
@@ -149,6 +154,7 @@ class Server:
                 leaving.append(self._comm.Isend(notes, dest=worker, tag=_TO_WORKER + self._notes_tag))
         for request in leaving:
             request.Wait()
+        return made
 
 
 class _Pushes:

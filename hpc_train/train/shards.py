@@ -9,7 +9,6 @@ from torch import nn
 from hpc_train.train.buckets import Bucket, decays, trainable
 from hpc_train.train.context import Context
 
-Number = float | torch.Tensor  # a tensor of one: what a GPU has not computed yet
 State = dict[str, dict[str, Any]]  # of an optimizer: parameter's name -> what the optimizer keeps of it
 
 
