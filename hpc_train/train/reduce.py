@@ -14,8 +14,9 @@ from torch import nn
 
 from hpc_train import config
 from hpc_train.errors import UserError
+from hpc_train.train import messages
 from hpc_train.train.buckets import NUM_NOTES, Bucket, Departures, Shared, make_buckets
-from hpc_train.train.context import Context, mpi, require_one_mpi
+from hpc_train.train.context import Context, require_one_mpi
 from hpc_train.train.server import Server, Worker
 from hpc_train.train.sharded import Sharded
 from hpc_train.train.shards import Shards
@@ -84,9 +85,10 @@ def open_reducer(
         else:
             yield Server(settings, model, context, team, asked)
     elif strategy == "sharded":
-        yield Sharded(Horovod(hvd), model, context, asked)
+        yield Sharded(InPieces(Horovod(hvd), size), model, context, asked)
     else:
-        yield AllReduce(Mpi(context) if hvd is None else Horovod(hvd), settings, model, size, asked)
+        transport = InPieces(Mpi(context) if hvd is None else Horovod(hvd), size)
+        yield AllReduce(transport, settings, model, size, asked)
 
 
 def check_strategy(settings: config.Reduce, size: int) -> None:
@@ -143,8 +145,49 @@ class Transport(Protocol):
     def sum(self, message: torch.Tensor, name: str, adasum: bool = False, last: bool = False) -> Arrival:
         """last: nothing leaves after it in this step."""
 
-    def all_to_all(self, message: torch.Tensor, name: str) -> Arrival: ...
-    def all_gather(self, part: torch.Tensor, name: str) -> Arrival: ...
+    def all_to_all(self, message: torch.Tensor, name: str) -> Arrival:
+        """The n-th of equal parts of `message` goes to rank n."""
+
+    def all_gather(self, part: torch.Tensor, name: str) -> Arrival:
+        """The parts of all ranks, in their order."""
+
+    def reduce_scatter(self, message: torch.Tensor, name: str) -> Arrival:
+        """Of equal parts of the sum, this rank's. Not by MPI."""
+
+
+class InPieces:
+    """A transport whose messages are short enough to be counted in 32 bits, by MPI or by Horovod over it."""
+
+    def __init__(self, transport: Transport, size: int) -> None:
+        self._transport, self._size = transport, size
+
+    def sum(self, message: torch.Tensor, name: str, adasum: bool = False, last: bool = False) -> Arrival:
+        num = max(1, messages.MOST_BYTES // message.element_size())
+        if adasum or len(message) <= num:  # Adasum looks at a whole layer
+            return self._transport.sum(message, name, adasum, last)
+        pieces = message.split(num)
+        lasts = [last and piece is pieces[-1] for piece in pieces]
+        arrivals = [self._transport.sum(p, f"{name}.{i}", False, lasts[i]) for i, p in enumerate(pieces)]
+        return lambda: torch.cat([arrival() for arrival in arrivals])
+
+    def all_to_all(self, message: torch.Tensor, name: str) -> Arrival:
+        return self._by_columns(self._transport.all_to_all, message.view(self._size, -1), name, self._size)
+
+    def all_gather(self, part: torch.Tensor, name: str) -> Arrival:
+        return self._by_columns(self._transport.all_gather, part[None], name, self._size)
+
+    def reduce_scatter(self, message: torch.Tensor, name: str) -> Arrival:
+        return self._by_columns(self._transport.reduce_scatter, message.view(self._size, -1), name, 1)
+
+    def _by_columns(
+        self, send: Callable[[torch.Tensor, str], Arrival], rows: torch.Tensor, name: str, num_arriving: int
+    ) -> Arrival:
+        """rows: what this rank sends, a row for each rank or one; of `num_arriving` such rows consists what comes."""
+        num = max(1, messages.MOST_BYTES // (rows.element_size() * self._size))
+        if rows.shape[1] <= num:
+            return send(rows.view(-1), name)
+        arrivals = [send(each.contiguous().view(-1), f"{name}.{i}") for i, each in enumerate(rows.split(num, dim=1))]
+        return lambda: torch.cat([arrival().view(num_arriving, -1) for arrival in arrivals], 1).view(-1)
 
 
 class AllReduce:
@@ -217,7 +260,7 @@ class Mpi:
     """
 
     def __init__(self, context: Context) -> None:
-        self._comm, self._mpi = context.comm, mpi()
+        self._comm = context.comm
         self._to_begin: deque[Callable[[], Any]] = deque()
         self._under_way: deque[Any] = deque()
         self._num_asked = self._num_done = 0
@@ -229,17 +272,22 @@ class Mpi:
         pieces = np.array_split(array, num_pieces) if num_pieces > 1 else [array]  # it takes as long as 64 KiB to sum
         if last or len(array) < self._comm.size:  # Rabenseifner's algorithm needs an element a rank: see context.py
             return partial(self._sum_now, pieces, host)
-        return self._queued([partial(self._comm.Iallreduce, self._mpi.IN_PLACE, piece) for piece in pieces], host)
+        return self._queued([partial(messages.begin_sum, self._comm, piece) for piece in pieces], host)
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Arrival:
         host = message.cpu()
         received = torch.empty_like(host)
-        return self._queued([partial(self._comm.Ialltoall, _bytes(host), _bytes(received))], received)
+        begin = partial(messages.begin_all_to_all, self._comm, _bytes(host), _bytes(received))
+        return self._queued([begin], received)
 
     def all_gather(self, part: torch.Tensor, name: str) -> Arrival:
         host = part.cpu()
         received = torch.empty(len(host) * self._comm.size, dtype=host.dtype)
-        return self._queued([partial(self._comm.Iallgather, _bytes(host), _bytes(received))], received)
+        begin = partial(messages.begin_all_gather, self._comm, _bytes(host), _bytes(received))
+        return self._queued([begin], received)
+
+    def reduce_scatter(self, message: torch.Tensor, name: str) -> Arrival:
+        raise AssertionError("strategy sharded is Horovod's")
 
     def _queued(self, begin: list[Callable[[], Any]], result: torch.Tensor) -> Arrival:
         self._to_begin.extend(begin)
@@ -264,7 +312,7 @@ class Mpi:
     def _sum_now(self, pieces: list[Any], result: torch.Tensor) -> torch.Tensor:
         self._arrived(self._num_asked, result)  # in the order of all ranks: what left before is there
         for piece in pieces:
-            self._comm.Allreduce(self._mpi.IN_PLACE, piece)
+            messages.add_up_in_place(self._comm, piece)
         return result
 
 

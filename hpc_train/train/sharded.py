@@ -18,7 +18,7 @@ from hpc_train.train.shards import Shards
 
 
 class Sharded:
-    """transport: `reduce.Horovod`."""
+    """transport: `reduce.Transport` of Horovod."""
 
     num_updates = 1
 
