@@ -342,12 +342,18 @@ class RunSummary:
     num_attempts: int = 1
     num_repeated: int = 0
     complete: bool = False
+    fault: str | None = None  # why a run that reached its last step is no success
     schema: int = SCHEMA
 
     def to_json(self) -> str:
-        return json.dumps(
-            {k: v if not isinstance(v, float) or isfinite(v) else None for k, v in asdict(self).items()}, indent=2
-        )
+        """What is not finite becomes null: JSON has no NaN."""
+        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def summarise(

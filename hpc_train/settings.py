@@ -69,7 +69,7 @@ class Train(_Section):
     log_every: Count = 100
     warmup_steps: Whole = 10  # marked in the timings, left out of speedups
     threads: Annotated[int, Field(ge=0, le=4096)] = 0  # of torch, per rank; 0: the cores this rank may use
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss of NaN or infinity: stop, or leave the step's update out
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient of NaN or infinity: stop, or leave it out
     check_weights_every: Whole = 0  # steps between comparisons of all ranks' weights; 0: never
 
     @model_validator(mode="after")

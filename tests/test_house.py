@@ -35,7 +35,7 @@ TOP = {"cli", "bench"}
 
 # A third-party or system module -> the only places that may import it.
 ALLOWED = {
-    "mpi4py": {"train/context.py"},
+    "mpi4py": {"train/context.py", "train/messages.py"},
     "horovod": {"train/reduce.py", "train/doctor/software.py"},
     "h5py": {
         f"train/{room}.py" for room in ("chunks", "files", "filters", "foreign", "io_times", "readers", "together")
@@ -86,6 +86,34 @@ def test_imports_go_one_way(path: Path) -> None:
             assert mine == "train", f"{where} imports {name}: torch is for hpc_train/train"
         if package in ALLOWED:
             assert where in ALLOWED[package], f"{where} imports {name}: only {sorted(ALLOWED[package])} may"
+
+
+# MPI counts in 32 bits: what may be long goes through train/messages.py, which cuts it.
+BUFFERS = {"Bcast", "Gather", "Gatherv", "Scatter", "Scatterv", "Allgather", "Allgatherv", "Alltoall", "Alltoallv"}
+BUFFERS |= {"Alltoallw", "Reduce", "Allreduce", "Reduce_scatter", "Reduce_scatter_block", "Scan", "Exscan"}
+BUFFERS |= {f"I{name.lower()}" for name in BUFFERS} | {f"{name}_init" for name in BUFFERS}
+BUFFERS |= {f"{kind}{name}" for name in ("send", "recv") for kind in ("I", "Is", "Ib", "Ir")} | {"Put", "Get"}
+BUFFERS |= {"Send", "Ssend", "Bsend", "Rsend", "Recv", "Sendrecv", "Sendrecv_replace", "Mrecv", "Imrecv", "Accumulate"}
+COMMON_WORDS = {"Reduce", "Get", "Put", "Scan"}  # of what is no communicator, too
+# What Python pickles: small things only. Where, and how it is known to be small.
+PICKLED = {
+    "train/context.py": "answers of functions, errors, facts of a rank: arrays go by broadcast_array and gather_arrays",
+    "train/messages.py": "numbers",
+    "train/doctor/__main__.py": "a rank's answers",
+    "train/prepare/writer.py": "the chunks of one block",
+    "train/process_group.py": "no MPI: torch.distributed cuts",
+}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_messages_of_arrays_go_through_the_one_place_that_cuts_them(path: Path) -> None:
+    where = str(path.relative_to(PACKAGE))
+    for used in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)):
+        of_comm = ast.unparse(used.value).split(".")[-1] in ("comm", "_comm", "own", "COMM_WORLD")
+        if where != "train/messages.py" and (of_comm or used.attr not in COMMON_WORDS):
+            assert used.attr not in BUFFERS, f"{where}:{used.lineno}: {used.attr} is for train/messages.py, which cuts"
+        if of_comm and used.attr in {"bcast", "gather", "allgather", "scatter", "alltoall", "send", "recv", "sendrecv"}:
+            assert where in PICKLED, f"{where}:{used.lineno}: {used.attr} pickles, and its counts are 32 bits"
 
 
 def test_the_ground_and_the_command_line_load_without_the_training_half() -> None:

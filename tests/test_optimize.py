@@ -72,14 +72,53 @@ def test_weight_decay_is_for_matrices() -> None:
 def test_the_scale_of_fp16_falls_with_an_overflow_and_leaves_that_update_out() -> None:
     weight = parameter([[1.0]], [[math.inf]])
     made = optimizer(settings(lr=1.0, precision="fp16"), weight)
-    made.step(0)
-    assert made.scale == 2.0**15 and weight.item() == 1.0
-    weight.grad = torch.tensor([[0.5 * made.scale]])
-    made.step(1)
-    assert weight.item() == 0.5, "the gradient came back to its own size"
+    assert not made.step(0)
+    made.end_step(made=False, overflowed=True)
+    assert (made.scale, made.num_left_out) == (2.0**15, 1) and weight.item() == 1.0
     again = optimizer(settings(precision="fp16"), parameter([[1.0]], [[0.0]]))
     again.loss_scale = made.loss_scale
-    assert again.scale == 2.0**15
+    assert (again.scale, again.num_left_out) == (2.0**15, 1)
+    weight.grad = torch.tensor([[0.5 * made.scale]])
+    assert made.step(1)
+    made.end_step(made=True, overflowed=False)
+    assert weight.item() == 0.5, "the gradient came back to its own size"
+    assert (made.scale, made.num_left_out) == (2.0**15, 0)
+    made.loss_scale = [2.0**15, 1999]  # as earlier versions kept it
+    made.end_step(made=True, overflowed=False)
+    assert made.scale == 2.0**16, "it grows after a long time without"
+
+
+@pytest.mark.parametrize("num_shares", [1, 3, 1024])
+def test_what_backward_computes_with_does_not_depend_on_the_number_of_ranks(num_shares: int) -> None:
+    weight = parameter([[1.0]], [[0.0]])
+    owned = [Owned("weight", weight, True)]
+    made = Optimizer(settings(lr=1.0, precision="fp16"), owned, 8, lambda value: value, num_shares)
+    assert 1 <= made.scale / num_shares / 2.0**16 < 2, "a share of the loss is 1/N of it"
+    weight.grad = torch.tensor([[0.5 * made.scale]])
+    assert made.step(0) and weight.item() == 0.5
+    assert made.loss_scale[0] == 2.0**16, "a run goes on with any number of ranks"
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e25])
+def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_what_is_kept(
+    name: str, clip_norm: float, precision: str, value: float
+) -> None:
+    """Nor does one whose square is not: Adam's second moment would be infinite, and that weight stand still."""
+    weight, vector = parameter([[1.0, 2.0]], [[0.5, 0.5]]), nn.Parameter(torch.ones(2))
+    vector.grad = torch.ones(2)
+    train = settings(optimizer=name, lr=0.1, momentum=0.9, clip_norm=clip_norm, precision=precision)
+    made = optimizer(train, weight, vector)
+    assert made.step(0)
+    kept = {name: {key: each.clone() for key, each in of.items()} for name, of in made.state().items()}
+    weights = [weight.detach().clone(), vector.detach().clone()]
+    vector.grad = torch.tensor([0.1, value])
+    assert not made.step(1)
+    assert torch.equal(weight, weights[0]) and torch.equal(vector, weights[1])
+    for parameter_name, of in kept.items():
+        assert all(torch.equal(made.state()[parameter_name][key], each) for key, each in of.items())
 
 
 def test_lars_steps_by_the_lengths_of_layers() -> None:

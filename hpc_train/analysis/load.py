@@ -121,7 +121,8 @@ def load(run: RunDir) -> Run:
         stopped = outcome if outcome.startswith("stopped") else "the run did not reach its end or is still running"
         faults.insert(0, f"no summary.json, {stopped}")
     elif not written.get("complete"):
-        faults.insert(0, "summary.json says that the run did not reach its end")
+        fault = written.get("fault") or "the run did not reach its end"
+        faults.insert(0, f"summary.json says that {fault}")
     num_steps = len(step_ns) + total.num_warmup - total.num_repeated
     if faults:
         planned = settings.train.steps

@@ -28,7 +28,6 @@ from hpc_train.train.context import Context
 
 FORMAT = 2  # 2: the optimizer by names of parameters, the loss scale, a task's own state
 STATE, FACTS = "state.pt", "checkpoint.json"
-_MOST_BYTES = 1 << 30  # of one MPI message: counts are 32 bits
 
 
 class Unusable(Exception):
@@ -390,9 +389,7 @@ def broadcast(state: dict[str, Any], context: Context) -> dict[str, Any]:
     skeleton = context.on_root(lambda: _mapped(_described, state))
     copy = state if context.world.is_root else _mapped(_allocated, skeleton)
     for tensor in _tensors(copy):
-        data = tensor.reshape(-1).view(torch.uint8).numpy()
-        for begin in range(0, len(data), _MOST_BYTES):
-            context.broadcast_array(data[begin : begin + _MOST_BYTES])
+        context.broadcast_array(tensor.reshape(-1).view(torch.uint8).numpy())
     return copy
 
 

@@ -1,4 +1,4 @@
-"""Opens and closes MPI, and ends the whole job when one rank fails. The only module that imports mpi4py.
+"""Opens and closes MPI, and ends the whole job when one rank fails. With `messages`, alone imports mpi4py.
 
 Two kinds of failure meet here. One that every rank knows of (raised by `on_root` or `on_all`) unwinds every rank in
 order: nothing hangs, and one rank tells the user. One that a single rank meets cannot be waited for by the others:
@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from hpc_train.errors import JointFailure, UserError
+from hpc_train.train import messages
 from hpc_train.train.stop import ENDING, TERMINATED, Kept, ignore
 from hpc_train.world import World, launched_size
 
@@ -80,8 +81,8 @@ class Context:
         """Collective. The element-wise sum over ranks, on every rank."""
         if self.comm is None:
             return values
-        total = np.empty_like(values)
-        self.comm.Allreduce(np.ascontiguousarray(values), total)
+        total = np.empty(values.shape, values.dtype)
+        messages.add_up(self.comm, np.ascontiguousarray(values), total)
         return total
 
     def max(self, values: np.ndarray) -> np.ndarray:
@@ -91,7 +92,22 @@ class Context:
     def broadcast_array(self, array: np.ndarray) -> None:
         """Collective. Replaces `array` by the root's."""
         if self.comm is not None:
-            self.comm.Bcast(array, root=0)
+            messages.broadcast(self.comm, array)
+
+    def gather_arrays(self, mine: np.ndarray | None, places: list[np.ndarray | None]) -> None:
+        """Collective. On the root, each rank's array is put in its place, rank by rank: no copy of all is held.
+
+        places: on the root, by rank, contiguous; None for a rank whose `mine` is None. Empty elsewhere.
+        """
+        if not self.world.is_root:
+            if mine is not None:
+                messages.send(self.comm, mine, dest=0)
+            return
+        for rank, place in enumerate(places):
+            if place is not None and rank:
+                messages.receive(self.comm, place, source=rank)
+            elif place is not None:
+                place[...] = mine
 
     def exchange(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Collective. Sends the first counts[0] of `rows` to rank 0, the next counts[1] to rank 1, and so on.
@@ -100,15 +116,7 @@ class Context:
         """
         if self.comm is None:
             return rows, counts
-        counts, theirs = counts.astype(np.int64), np.empty(self.world.size, np.int64)
-        self.comm.Alltoall(counts, theirs)
-        received = np.empty((int(theirs.sum()), *rows.shape[1:]), rows.dtype)
-        row = mpi().BYTE.Create_contiguous(rows.dtype.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))).Commit()
-        try:
-            self.comm.Alltoallv([np.ascontiguousarray(rows), counts, row], [received, theirs, row])
-        finally:
-            row.Free()
-        return received, theirs
+        return messages.exchange(self.comm, rows, counts)
 
     def team(self, number: int) -> "Context":
         """Collective. The ranks that give the same `number`, in their order, as a context of their own."""
@@ -361,17 +369,17 @@ def compared_clocks(context: Context, now_ns: Callable[[], int]) -> list[tuple[i
     stamp = np.empty(1, dtype=np.int64)
     if not world.is_root:
         for _ in range(_PING_PONGS):
-            comm.Recv(stamp, source=0)
+            messages.receive(comm, stamp, source=0)
             stamp[0] = now_ns()
-            comm.Send(stamp, dest=0)
+            messages.send(comm, stamp, dest=0)
         return []
     found = [(0, 0)]
     for rank in range(1, world.size):
         trips = []
         for _ in range(_PING_PONGS):
             at_ns, sent_ns = now_ns(), perf_counter_ns()
-            comm.Send(stamp, dest=rank)
-            comm.Recv(stamp, source=rank)
+            messages.send(comm, stamp, dest=rank)
+            messages.receive(comm, stamp, source=rank)
             half_ns = (perf_counter_ns() - sent_ns) // 2
             trips.append((half_ns, int(stamp[0]) - at_ns - half_ns))
         half_ns, offset_ns = min(trips)

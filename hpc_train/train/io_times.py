@@ -26,6 +26,7 @@ import numpy as np
 
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
+from hpc_train.train import messages
 from hpc_train.train.context import Context, mpi, parallel_file_options
 from hpc_train.train.files import reading_threads, require_parallel_hdf5, selected, transfer
 from hpc_train.train.inspect.place import drop_pages, file_system, resident
@@ -331,7 +332,7 @@ def _transfer(share: Share) -> None:
         if world.size == 1:
             np.copyto(share.buffer[:num], share.data[:num])
         else:
-            comm.Sendrecv(share.data[:num], following, recvbuf=share.buffer, source=before)
+            messages.send_and_receive(comm, share.data[:num], following, share.buffer, before)
 
 
 def _drop(share: Share) -> bool:

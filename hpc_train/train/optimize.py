@@ -6,7 +6,7 @@ of 10M parameters on a CPU, AdamW in a quarter and SGD in a third of the time.
 """
 
 from collections.abc import Callable
-from math import cos, inf, isfinite, pi
+from math import ceil, cos, isfinite, log2, pi, sqrt
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from hpc_train import config
-from hpc_train.train.shards import Number, Owned, State
+from hpc_train.train.shards import Owned, State
 
 _TRUST = 0.001  # of LARS
 _FIRST_SCALE, _GROW_AFTER = 2.0**16, 2000  # of the loss in fp16, as in torch.amp.GradScaler
@@ -41,32 +41,51 @@ class Optimizer:
     """Makes the updates of what this rank owns.
 
     sum_owned: adds a number over the ranks that own different parts, collectively by these (`Reducer.sum_owned`).
-    `scale` is what the loss is to be multiplied by before backward: without it, small gradients vanish in fp16.
+    num_shares: ranks that share a batch; each one's gradient is so much smaller than the mean's.
     """
 
     def __init__(
-        self, train: config.Train, owned: list[Owned], batch_size: int, sum_owned: Callable[[Number], Number]
+        self,
+        train: config.Train,
+        owned: list[Owned],
+        batch_size: int,
+        sum_owned: Callable[[float], float],
+        num_shares: int = 1,
     ) -> None:
         self._train, self._owned, self._batch_size, self._sum_owned = train, owned, batch_size, sum_owned
         self._kept: State = {each.name: {} for each in owned}
-        self.scale = _FIRST_SCALE if train.precision == "fp16" else 1.0
+        self._is_scaled = train.precision == "fp16"
+        self._for_shares = 2.0 ** ceil(log2(num_shares)) if self._is_scaled else 1.0
+        self._scale = _FIRST_SCALE if self._is_scaled else 1.0
         self._num_since_scaled = 0
+        self.num_left_out = 0  # updates in a row, until now
+
+    @property
+    def scale(self) -> float:
+        """What the loss is to be multiplied by before backward: without it, small gradients vanish in fp16.
+
+        It makes up for the share of a rank, too: what backward computes with does not depend on how many ranks share.
+        """
+        return self._scale * self._for_shares
 
     @torch.no_grad()
-    def step(self, step: int) -> None:
-        """One update; none where a gradient of fp16 ran over: then the scale is halved."""
+    def step(self, step: int) -> bool:
+        """One update, and whether it was made: not where the summed gradient, of whatever rank, is not finite.
+
+        Collective where ranks own different parts, and then the answer is the same on all of them; where all own the
+        same, so are their gradients. True where this rank owns nothing.
+        """
         if not self._owned:
-            return
+            return True
         updated = [each for each in self._owned if each.parameter.grad is not None]
         gradients = _gradients([each.parameter for each in updated])
-        factor: Number = 1 / self.scale
-        if self._train.clip_norm or self._train.precision == "fp16":
-            norm = self._norm(gradients) * factor
-            if self._train.precision == "fp16" and self._rescale(float(norm)):
-                return
-            factor = factor * ((self._train.clip_norm or inf) / (norm + 1e-6)).clamp(max=1.0)
-            factor = factor.item() if factor.is_cpu else factor.float()  # a GPU's is not read: the loop would wait
-        if isinstance(factor, torch.Tensor) or factor != 1:
+        norm = self._norm(gradients) / self.scale
+        if not isfinite(norm):
+            return False
+        factor = 1 / self.scale
+        if self._train.clip_norm:
+            factor *= min(1.0, self._train.clip_norm / (norm + 1e-6))
+        if factor != 1:
             torch._foreach_mul_(gradients, factor)
         rate = learning_rate(self._train, step, self._batch_size)
         for decay, some in (
@@ -81,32 +100,41 @@ class Optimizer:
                     decay,
                     self._train,
                 )
+        return True
 
-    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """The length of the whole model's gradient, a number where the gradients are; inf where it is none."""
-        squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum() if gradients else 0.0
-        total = torch.as_tensor(self._sum_owned(squares), dtype=torch.float64)
-        return torch.nan_to_num(total.sqrt(), nan=inf, posinf=inf)
+    def _norm(self, gradients: list[torch.Tensor]) -> float:
+        """The length of the whole model's gradient.
 
-    def _rescale(self, norm: float) -> bool:
-        """Whether this update is to be left out; lowers the scale then, and raises it after a long time without."""
-        self._num_since_scaled += 1
-        if not isfinite(norm):
-            self.scale, self._num_since_scaled = self.scale / 2, 0
-            return True
-        if self._num_since_scaled == _GROW_AFTER:
-            self.scale, self._num_since_scaled = self.scale * 2, 0
-        return False
+        It is computed in every step, since it tells in one pass over memory whether all numbers are finite. Of a GPU
+        it is read: the loop has just waited for the step's loss, and waits for no more than this.
+        """
+        squares = float(torch.stack(torch._foreach_norm(gradients)).double().square().sum()) if gradients else 0.0
+        return sqrt(self._sum_owned(squares))
+
+    def end_step(self, made: bool, overflowed: bool) -> None:
+        """On every rank alike, after each step: whether its update was made, and if not, whether a gradient ran over.
+
+        Then the scale of fp16 is halved; after a long time without, it is doubled.
+        """
+        self.num_left_out = 0 if made else self.num_left_out + 1
+        if not self._is_scaled:
+            return
+        self._num_since_scaled += made
+        if overflowed:
+            self._scale, self._num_since_scaled = self._scale / 2, 0
+        elif self._num_since_scaled == _GROW_AFTER:
+            self._scale, self._num_since_scaled = self._scale * 2, 0
 
     @property
     def loss_scale(self) -> list[float]:
-        """What a checkpoint keeps of the scale."""
-        return [self.scale, self._num_since_scaled]
+        """What a checkpoint keeps: the scale for one share, updates made since it changed, and left out in a row."""
+        return [self._scale, self._num_since_scaled, self.num_left_out]
 
     @loss_scale.setter
     def loss_scale(self, kept: list[float]) -> None:
-        if self._train.precision == "fp16":
-            self.scale, self._num_since_scaled = kept[0], int(kept[1])
+        self.num_left_out = int(kept[2]) if len(kept) > 2 else 0  # earlier versions kept two
+        if self._is_scaled:
+            self._scale, self._num_since_scaled = kept[0], int(kept[1])
 
     def state(self) -> State:
         """What the optimizer keeps, by names of what is owned: tensors shaped as these, and numbers."""

@@ -125,8 +125,8 @@ class Recorder:
         self._stack.close()
         self._write_meta("end", outcome=outcome, last_step=self.num_steps_done - 1, ended=_now(), **facts)
 
-    def finish(self, test: dict[str, float]) -> None:
-        """Collective, after `stop`. Writes summary.json from sums over all ranks."""
+    def finish(self, test: dict[str, float], fault: str | None = None) -> None:
+        """Collective, after `stop`. Writes summary.json from sums over all ranks; fault: see `RunSummary`."""
         context, config = self._context, self._loaded.config
         timings = read_timings(self._run.timings(context.world.rank))
         own = step_times(timings.first(-context.max(-timings.steps_of_attempts(self._attempt.number))))
@@ -152,7 +152,8 @@ class Recorder:
             energy=total_energy(part for part in energies if part is not None),
             loss=losses[-1] if losses else None,
             test=test,
-            complete=True,
+            complete=fault is None,
+            fault=fault,
         )
         self._attempt.lease.confirm()
         write_atomic(self._run.summary, summary.to_json() + "\n")

@@ -14,11 +14,13 @@ from torch import nn
 
 from hpc_train import config
 from hpc_train.errors import UserError
+from hpc_train.train import messages
 from hpc_train.train.buckets import NUM_NOTES, Bucket, Departures, Shared, make_buckets
-from hpc_train.train.context import Context, mpi, require_one_mpi
+from hpc_train.train.context import Context, require_one_mpi
 from hpc_train.train.server import Server, Worker
 from hpc_train.train.sharded import Sharded
-from hpc_train.train.shards import Number, Shards
+from hpc_train.train.shards import Shards
+from hpc_train.train.wire import packed, unpacked
 
 Asked = Callable[[], tuple[bool, bool]]
 Arrival = Callable[[], torch.Tensor]  # waits for a message, and gives it
@@ -43,11 +45,14 @@ class Reducer(Protocol):
         Its time is exposed communication.
         """
 
-    def sum_owned(self, value: Number) -> Number:
+    def sum_owned(self, value: float) -> float:
         """The sum over the ranks that own different parts, collectively by these; `value` where each owns all."""
 
-    def spread(self) -> None:
-        """Collective. The updated parts to all ranks."""
+    def spread(self, made: bool) -> bool:
+        """Collective. The updated parts to all ranks. made: whether this rank's optimizer made the update.
+
+        Returns whether those that own the weights made it: alike on all ranks.
+        """
 
 
 @contextmanager
@@ -80,9 +85,10 @@ def open_reducer(
         else:
             yield Server(settings, model, context, team, asked)
     elif strategy == "sharded":
-        yield Sharded(Horovod(hvd), model, context, asked)
+        yield Sharded(InPieces(Horovod(hvd), size), model, context, asked)
     else:
-        yield AllReduce(Mpi(context) if hvd is None else Horovod(hvd), settings, model, size, asked)
+        transport = InPieces(Mpi(context) if hvd is None else Horovod(hvd), size)
+        yield AllReduce(transport, settings, model, size, asked)
 
 
 def check_strategy(settings: config.Reduce, size: int) -> None:
@@ -126,11 +132,11 @@ class Local:
     def wait(self) -> Shared:
         return Shared(self._loss.item(), *self._asked())
 
-    def sum_owned(self, value: Number) -> Number:
+    def sum_owned(self, value: float) -> float:
         return value
 
-    def spread(self) -> None:
-        pass
+    def spread(self, made: bool) -> bool:
+        return made
 
 
 class Transport(Protocol):
@@ -139,15 +145,57 @@ class Transport(Protocol):
     def sum(self, message: torch.Tensor, name: str, adasum: bool = False, last: bool = False) -> Arrival:
         """last: nothing leaves after it in this step."""
 
-    def all_to_all(self, message: torch.Tensor, name: str) -> Arrival: ...
-    def all_gather(self, part: torch.Tensor, name: str) -> Arrival: ...
+    def all_to_all(self, message: torch.Tensor, name: str) -> Arrival:
+        """The n-th of equal parts of `message` goes to rank n."""
+
+    def all_gather(self, part: torch.Tensor, name: str) -> Arrival:
+        """The parts of all ranks, in their order."""
+
+    def reduce_scatter(self, message: torch.Tensor, name: str) -> Arrival:
+        """Of equal parts of the sum, this rank's. Not by MPI."""
+
+
+class InPieces:
+    """A transport whose messages are short enough to be counted in 32 bits, by MPI or by Horovod over it."""
+
+    def __init__(self, transport: Transport, size: int) -> None:
+        self._transport, self._size = transport, size
+
+    def sum(self, message: torch.Tensor, name: str, adasum: bool = False, last: bool = False) -> Arrival:
+        num = max(1, messages.MOST_BYTES // message.element_size())
+        if adasum or len(message) <= num:  # Adasum looks at a whole layer
+            return self._transport.sum(message, name, adasum, last)
+        pieces = message.split(num)
+        lasts = [last and piece is pieces[-1] for piece in pieces]
+        arrivals = [self._transport.sum(p, f"{name}.{i}", False, lasts[i]) for i, p in enumerate(pieces)]
+        return lambda: torch.cat([arrival() for arrival in arrivals])
+
+    def all_to_all(self, message: torch.Tensor, name: str) -> Arrival:
+        return self._by_columns(self._transport.all_to_all, message.view(self._size, -1), name, self._size)
+
+    def all_gather(self, part: torch.Tensor, name: str) -> Arrival:
+        return self._by_columns(self._transport.all_gather, part[None], name, self._size)
+
+    def reduce_scatter(self, message: torch.Tensor, name: str) -> Arrival:
+        return self._by_columns(self._transport.reduce_scatter, message.view(self._size, -1), name, 1)
+
+    def _by_columns(
+        self, send: Callable[[torch.Tensor, str], Arrival], rows: torch.Tensor, name: str, num_arriving: int
+    ) -> Arrival:
+        """rows: what this rank sends, a row for each rank or one; of `num_arriving` such rows consists what comes."""
+        num = max(1, messages.MOST_BYTES // (rows.element_size() * self._size))
+        if rows.shape[1] <= num:
+            return send(rows.view(-1), name)
+        arrivals = [send(each.contiguous().view(-1), f"{name}.{i}") for i, each in enumerate(rows.split(num, dim=1))]
+        return lambda: torch.cat([arrival().view(num_arriving, -1) for arrival in arrivals], 1).view(-1)
 
 
 class AllReduce:
     """Every rank sums every gradient and makes every update.
 
-    With `reduce.compression` gradients travel in 16 bits and are summed in 32: each rank gets its part of all ranks'
-    gradients (all-to-all), adds them up, and sends the sum to all (all-gather). That moves the bytes of a ring.
+    With `reduce.compression` gradients travel in 16 bits (see `wire`) and are summed in 32: each rank gets its part of
+    all ranks' gradients (all-to-all), adds them up, and sends the sum to all (all-gather). That moves the bytes of a
+    ring.
     """
 
     num_updates = 1
@@ -171,7 +219,8 @@ class AllReduce:
         if is_whole:
             arrival = self._transport.sum(message, bucket.name, last=bucket is self._buckets[-1])
         elif self._wire:
-            arrival = self._transport.all_to_all(message.to(self._wire), bucket.name)
+            parts = packed(message.view(self._size, -1), self._wire)
+            arrival = self._transport.all_to_all(parts.view(-1), bucket.name)
         else:
             # Adasum adds what is orthogonal and averages what is parallel: it wants each rank's own mean gradient.
             arrival = self._transport.sum(message.mul_(self._size), bucket.name, adasum=True)
@@ -190,14 +239,15 @@ class AllReduce:
     def _sum(self, bucket: Bucket, arrival: Arrival) -> Arrival:
         if self._wire is None or not bucket.parameters:
             return arrival
-        part = arrival().view(self._size, -1).sum(0, dtype=torch.float32).to(self._wire)
-        return self._transport.all_gather(part, bucket.name)
+        part = unpacked(arrival().view(self._size, -1)).sum(0)
+        gathered = self._transport.all_gather(packed(part[None], self._wire).view(-1), bucket.name)
+        return lambda: unpacked(gathered().view(self._size, -1)).view(-1)
 
-    def sum_owned(self, value: Number) -> Number:
+    def sum_owned(self, value: float) -> float:
         return value
 
-    def spread(self) -> None:
-        pass
+    def spread(self, made: bool) -> bool:
+        return made
 
 
 class Mpi:
@@ -210,7 +260,7 @@ class Mpi:
     """
 
     def __init__(self, context: Context) -> None:
-        self._comm, self._mpi = context.comm, mpi()
+        self._comm = context.comm
         self._to_begin: deque[Callable[[], Any]] = deque()
         self._under_way: deque[Any] = deque()
         self._num_asked = self._num_done = 0
@@ -222,17 +272,22 @@ class Mpi:
         pieces = np.array_split(array, num_pieces) if num_pieces > 1 else [array]  # it takes as long as 64 KiB to sum
         if last or len(array) < self._comm.size:  # Rabenseifner's algorithm needs an element a rank: see context.py
             return partial(self._sum_now, pieces, host)
-        return self._queued([partial(self._comm.Iallreduce, self._mpi.IN_PLACE, piece) for piece in pieces], host)
+        return self._queued([partial(messages.begin_sum, self._comm, piece) for piece in pieces], host)
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Arrival:
         host = message.cpu()
         received = torch.empty_like(host)
-        return self._queued([partial(self._comm.Ialltoall, _bytes(host), _bytes(received))], received)
+        begin = partial(messages.begin_all_to_all, self._comm, _bytes(host), _bytes(received))
+        return self._queued([begin], received)
 
     def all_gather(self, part: torch.Tensor, name: str) -> Arrival:
         host = part.cpu()
         received = torch.empty(len(host) * self._comm.size, dtype=host.dtype)
-        return self._queued([partial(self._comm.Iallgather, _bytes(host), _bytes(received))], received)
+        begin = partial(messages.begin_all_gather, self._comm, _bytes(host), _bytes(received))
+        return self._queued([begin], received)
+
+    def reduce_scatter(self, message: torch.Tensor, name: str) -> Arrival:
+        raise AssertionError("strategy sharded is Horovod's")
 
     def _queued(self, begin: list[Callable[[], Any]], result: torch.Tensor) -> Arrival:
         self._to_begin.extend(begin)
@@ -257,7 +312,7 @@ class Mpi:
     def _sum_now(self, pieces: list[Any], result: torch.Tensor) -> torch.Tensor:
         self._arrived(self._num_asked, result)  # in the order of all ranks: what left before is there
         for piece in pieces:
-            self._comm.Allreduce(self._mpi.IN_PLACE, piece)
+            messages.add_up_in_place(self._comm, piece)
         return result
 
 

@@ -22,8 +22,9 @@ from torch import nn
 from hpc_train.config import Reduce
 from hpc_train.errors import UserError
 from hpc_train.network import Row, teams
-from hpc_train.train.context import Context, mpi
-from hpc_train.train.reduce import AllReduce, Horovod, Mpi, horovod_on, restartable_horovod
+from hpc_train.train import messages
+from hpc_train.train.context import Context
+from hpc_train.train.reduce import AllReduce, Horovod, InPieces, Mpi, horovod_on, restartable_horovod
 from hpc_train.train.server import Server, Worker
 from hpc_train.train.sharded import Sharded
 
@@ -76,7 +77,7 @@ def _model(message: torch.Tensor) -> nn.Module:
 def _all_reduce(hvd: Any, team: Team, message: torch.Tensor) -> Way:
     """hvd: None for MPI."""
     model, loss = _model(message), torch.zeros(())
-    transport = Mpi(team.context) if hvd is None else Horovod(hvd)
+    transport = InPieces(Mpi(team.context) if hvd is None else Horovod(hvd), team.size)
     reducer = AllReduce(transport, Reduce(), model, team.size, _not_asked)
     (parameter,) = model.parameters()
 
@@ -91,7 +92,7 @@ def _all_reduce(hvd: Any, team: Team, message: torch.Tensor) -> Way:
 def _sharded(hvd: Any, team: Team, message: torch.Tensor) -> Way:
     model, loss = _model(message), torch.zeros(())
     (parameter,) = model.parameters()
-    reducer = Sharded(Horovod(hvd), model, team.context, _not_asked)
+    reducer = Sharded(InPieces(Horovod(hvd), team.size), model, team.context, _not_asked)
 
     def exchange(update: bool) -> None:
         parameter.grad = message
@@ -99,7 +100,7 @@ def _sharded(hvd: Any, team: Team, message: torch.Tensor) -> Way:
         reducer.wait()
         if update:
             _set_weights(reducer)
-        reducer.spread()
+        reducer.spread(True)
 
     return Way(exchange, lambda: parameter.detach(), team.size, True)
 
@@ -115,7 +116,7 @@ def _parameter_server(team: Team, message: torch.Tensor) -> Way:
             server.wait()
             if update:
                 _set_weights(server)
-            server.spread()
+            server.spread(True)
 
         return Way(serve, lambda: parameter.detach(), workers)
     worker = Worker(settings, model, team.context, _not_asked)
@@ -142,8 +143,8 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _plain_mpi(team: Team, message: torch.Tensor) -> Way:
-    comm, array, in_place = team.context.comm, message.numpy(), mpi().IN_PLACE
-    return Way(lambda update: comm.Allreduce(in_place, array), lambda: message, team.size)
+    comm, array = team.context.comm, message.numpy()
+    return Way(lambda update: messages.add_up_in_place(comm, array), lambda: message, team.size)
 
 
 def _ddp_gloo(team: Team, message: torch.Tensor) -> Way:
@@ -162,12 +163,12 @@ def _link(team: Team, message: torch.Tensor) -> Way:
     comm, array, other = team.context.comm, message.numpy(), 1 - team.context.world.rank
 
     def ping(update: bool) -> None:
-        comm.Send(array, other)
-        comm.Recv(array, other)
+        messages.send(comm, array, other)
+        messages.receive(comm, array, other)
 
     def pong(update: bool) -> None:
-        comm.Recv(array, other)
-        comm.Send(array, other)
+        messages.receive(comm, array, other)
+        messages.send(comm, array, other)
 
     return Way(pong if other == 0 else ping, lambda: message, 0, share=0.5)
 

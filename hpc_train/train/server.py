@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from hpc_train import config
+from hpc_train.train import messages
 from hpc_train.train.buckets import NUM_NOTES, Bucket, Departures, Shared, decays, make_buckets
 from hpc_train.train.context import Context, mpi
-from hpc_train.train.shards import Number, Shards
+from hpc_train.train.shards import Shards
 
 Asked = Callable[[], tuple[bool, bool]]
 _TO_WORKER = 1 << 14  # added to a bucket's number, which is the tag of what workers send
@@ -39,38 +40,42 @@ class Worker:
         self._departures = Departures(self._buckets, self._send, asked)
         self.share = self._departures.share
         self._leaving: list[Any] = []
+        self._made = True  # whether the servers made the latest update
 
     def _send(self, bucket: Bucket) -> None:
         tag = self._buckets.index(bucket)
         message = bucket.fill().view(-1).cpu()
         parts = self.shards.cut(message) if bucket.parameters else [message] * self.shards.num_parts
         for server, part in enumerate(parts, self._num_workers):
-            self._leaving.append(self._comm.Isend(part.numpy(), dest=server, tag=tag))
+            self._leaving += messages.begin_send(self._comm, part.numpy(), server, tag)
 
     def wait(self) -> Shared:
         self._departures.finish()
-        arriving, received = [], []
+        arriving: list[Any] = []
+        received = []
         for tag, weights in enumerate(self.shards.weights, _TO_WORKER):
             host = weights.cpu()  # itself, unless it lies on a GPU
             received.append(host)
             for server, part in enumerate(self.shards.cut(host), self._num_workers):
-                arriving.append(self._comm.Irecv(part.numpy(), source=server, tag=tag))
-        notes = np.empty(NUM_NOTES, dtype=np.float32)
+                arriving += messages.begin_receive(self._comm, part.numpy(), server, tag)
+        notes = np.empty(NUM_NOTES + 1, dtype=np.float32)
         last = _TO_WORKER + len(self._buckets) - 1
-        arriving.append(self._comm.Irecv(notes, source=self._num_workers, tag=last))
+        arriving += messages.begin_receive(self._comm, notes, self._num_workers, last)
         for request in (*self._leaving, *arriving):
             request.Wait()
         self._leaving.clear()
         for weights, host in zip(self.shards.weights, received, strict=True):
             if host.data_ptr() != weights.data_ptr():
                 weights.copy_(host)
-        return Shared(*notes.tolist())
+        *shared, made = notes.tolist()
+        self._made = bool(made)
+        return Shared(*shared)
 
-    def sum_owned(self, value: Number) -> Number:
+    def sum_owned(self, value: float) -> float:
         return value
 
-    def spread(self) -> None:
-        pass
+    def spread(self, made: bool) -> bool:
+        return self._made
 
 
 class Server:
@@ -120,7 +125,7 @@ class Server:
 
     def _take_notes(self, worker: int, status: Any = None) -> np.ndarray:
         notes = np.empty(NUM_NOTES, dtype=np.float32)
-        self._comm.Recv(notes, source=worker, tag=self._notes_tag, status=status)
+        messages.receive(self._comm, notes, worker, tag=self._notes_tag, status=status)
         return notes
 
     def _take_gradients(self, workers: list[int]) -> None:
@@ -129,26 +134,29 @@ class Server:
             assert gradient is not None
             received = torch.empty_like(gradient, device="cpu")
             for worker in workers:  # always in this order: a sum depends on it, in its last bits
-                self._comm.Recv(received.numpy(), source=worker, tag=tag)
+                messages.receive(self._comm, received.numpy(), worker, tag=tag)
                 if worker == workers[0]:
                     gradient.copy_(received)
                 else:
                     gradient.add_(received.to(gradient.device))
 
-    def sum_owned(self, value: Number) -> float:
-        return float(self._team.sum(np.array([float(value)], dtype=np.float64))[0])
+    def sum_owned(self, value: float) -> float:
+        if self._pushes:  # each server hears the workers in an order of its own: no sum would be of one gradient
+            return value
+        return float(self._team.sum(np.array([value], dtype=np.float64))[0])
 
-    def spread(self) -> None:
-        leaving = []
+    def spread(self, made: bool) -> bool:
+        leaving: list[Any] = []
         parts = [owned.parameter.detach().cpu().numpy() for owned in self.shards.owned]
-        notes = np.array(self._answer, dtype=np.float32)
+        notes = np.array([*self._answer, made], dtype=np.float32)
         for worker in self._answered:
             for tag, part in enumerate(parts, _TO_WORKER):
-                leaving.append(self._comm.Isend(part, dest=worker, tag=tag))
+                leaving += messages.begin_send(self._comm, part, worker, tag)
             if self.shards.part == 0:
-                leaving.append(self._comm.Isend(notes, dest=worker, tag=_TO_WORKER + self._notes_tag))
+                leaving += messages.begin_send(self._comm, notes, worker, _TO_WORKER + self._notes_tag)
         for request in leaving:
             request.Wait()
+        return made
 
 
 class _Pushes:

@@ -14,11 +14,11 @@ from torch import nn
 
 from hpc_train.train.buckets import NUM_NOTES, Bucket, Departures, Shared, decays, make_buckets
 from hpc_train.train.context import Context
-from hpc_train.train.shards import Number, Shards
+from hpc_train.train.shards import Shards
 
 
 class Sharded:
-    """transport: `reduce.Horovod`."""
+    """transport: `reduce.Transport` of Horovod."""
 
     num_updates = 1
 
@@ -46,10 +46,11 @@ class Sharded:
             owned.parameter.grad = gradient
         return self._departures.shared()
 
-    def sum_owned(self, value: Number) -> float:
-        return float(self._context.sum(np.array([float(value)]))[0])
+    def sum_owned(self, value: float) -> float:
+        return float(self._context.sum(np.array([value]))[0])
 
-    def spread(self) -> None:
+    def spread(self, made: bool) -> bool:
         arriving = [self._transport.all_gather(each.parameter.detach(), each.name) for each in self.shards.owned]
         for weights, arrival in zip(self.shards.weights, arriving, strict=True):
             weights.copy_(arrival())
+        return made

@@ -9,7 +9,6 @@ from torch import nn
 from hpc_train.train.buckets import Bucket, decays, trainable
 from hpc_train.train.context import Context
 
-Number = float | torch.Tensor  # a tensor of one: what a GPU has not computed yet
 State = dict[str, dict[str, Any]]  # of an optimizer: parameter's name -> what the optimizer keeps of it
 
 
@@ -50,14 +49,13 @@ class Shards:
         """Collective. On the root the state by parameters, of the states by parts; the model's weights, too."""
         gathered: State = {}
         for bucket, flat in zip(self._buckets, self.weights, strict=True):
-            mine = None
+            mine: dict[str, torch.Tensor] = {}
             if self.part is not None:
-                mine = {"": self.cut(flat)[self.part].detach().cpu().numpy()}
-                mine |= {key: _plain(value) for key, value in state.get(bucket.name, {}).items()}
-            parts = [each for each in context.gather(mine) if each is not None]
+                kept = {key: torch.as_tensor(value) for key, value in state.get(bucket.name, {}).items()}
+                mine = {"": self.cut(flat)[self.part].detach(), **kept}
+            joined = _joined(mine, context)
             if not context.world.is_root:
                 continue
-            joined = {key: _joined([part[key] for part in parts]) for key in parts[0]}
             flat.copy_(joined.pop(""))
             for parameter, begin in _places(bucket):
                 gathered[self._names[parameter]] = {
@@ -103,11 +101,27 @@ def _places(bucket: Bucket) -> list[tuple[nn.Parameter, int]]:
     return [(each, int(end) - each.numel()) for each, end in zip(bucket.parameters, ends, strict=True)]
 
 
-def _plain(value: Any) -> Any:
-    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+def _joined(mine: dict[str, torch.Tensor], context: Context) -> dict[str, torch.Tensor]:
+    """Collective. On the root the tensors of all parts, joined by key; {} elsewhere. mine: {} where no part is owned.
 
-
-def _joined(parts: list[Any]) -> torch.Tensor:
-    """The parts of a tensor, joined; a number (a count of steps) is the same in all parts."""
-    first = torch.as_tensor(parts[0])
-    return torch.cat([torch.as_tensor(part) for part in parts]) if first.ndim else first
+    A number (a count of steps) is the same in all parts.
+    """
+    described: dict[str, Any] = {
+        key: (len(value), value.dtype) if value.ndim else value.cpu() for key, value in mine.items()
+    }
+    everyone = context.gather(described)  # by rank; [] but on the root
+    joined: dict[str, torch.Tensor] = {}
+    for key in next((each for each in everyone if each), described):
+        own = mine[key].cpu().numpy() if key in mine and mine[key].ndim else None
+        kinds = [each.get(key) for each in everyone]
+        known = [kind for kind in kinds if kind is not None]
+        places: list[np.ndarray | None] = []
+        if known and not isinstance(known[0], tuple):
+            joined[key] = known[0]
+            continue
+        if known:
+            joined[key] = torch.empty(sum(length for length, _ in known), dtype=known[0][1])
+            rest = iter(joined[key].split([length for length, _ in known]))
+            places = [None if kind is None else next(rest).numpy() for kind in kinds]
+        context.gather_arrays(own, places)
+    return joined

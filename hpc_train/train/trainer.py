@@ -1,5 +1,6 @@
 """Training, top to bottom: one loop, visible."""
 
+import json
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from hpc_train.config import Config, Loaded
 from hpc_train.errors import UserError
 from hpc_train.partition import Order, noise_seed, rank_batches
 from hpc_train.resume import said
+from hpc_train.rundir import RunDir
 from hpc_train.train import checkpoint
 from hpc_train.train.attempt import Attempt, check_continues, open_attempt, say
 from hpc_train.train.checkpoint import Saver, read_newest
@@ -32,7 +34,16 @@ from hpc_train.train.device import (
     seed_noise,
     try_out,
 )
-from hpc_train.train.guards import compare_weights, refuse_loss, refuse_loss_alone
+from hpc_train.train.guards import (
+    MOST_LEFT_OUT,
+    LeftOut,
+    compare_weights,
+    fault_of_test,
+    refuse_a_run_without_updates,
+    refuse_alone,
+    refuse_test,
+    refuse_update,
+)
 from hpc_train.train.metadata import RankPlace, crowding_warnings, place_ranks
 from hpc_train.train.onednn import compiled, layouts_watched
 from hpc_train.train.optimize import Optimizer
@@ -81,7 +92,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             open_reducer(config.reduce, job.model, context, job.team, lambda: (bool(stop), saver.is_time)) as reducer,
             open_watch(context, config.run.stall_s, recorder.say) as watch,
         ):
-            optimizer = _optimizer(config, job, reducer)
+            optimizer = _optimizer(config, job, reducer, context)
             snapshot = partial(_snapshot, job, optimizer, reducer, context)
             first, model, batches = _begin(attempt, recorder, job, optimizer, reducer, config, context)
             if first is None:
@@ -102,18 +113,21 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                         if number == len(parts):
                             reducer.share(total)
                         (loss * optimizer.scale).backward()  # in the last, the reducer overlaps its sends with this
+                overflowed = False
                 for _ in range(reducer.num_updates):
                     with clock.reduce:
                         shared = reducer.wait()  # exposed communication only
                     with clock.optimizer:
-                        if isfinite(shared.loss):
-                            optimizer.step(step)
+                        made = isfinite(shared.loss) and optimizer.step(step)
                         model.zero_grad()
                     with clock.spread:
-                        reducer.spread()
-                if not isfinite(shared.loss):
+                        made = reducer.spread(made)
+                    overflowed |= isfinite(shared.loss) and not made
+                optimizer.end_step(made, overflowed)
+                if overflowed or not made:
                     recorder.flush()  # the attempt that continues from what is saved finds every step before this
-                    _answer_nonfinite(step, total, shared.loss, config, saver, snapshot, context)
+                    left_out = LeftOut(step, total, shared.loss, overflowed, optimizer.num_left_out)
+                    _answer_left_out(left_out, config, saver, snapshot, context)
                 recorder.end_step(step, shared.loss, num_samples, num_global)
                 if config.train.check_weights_every and (step + 1) % config.train.check_weights_every == 0:
                     compare_weights(step + 1, model, context)
@@ -165,7 +179,7 @@ def _begin(
 ) -> tuple[int | None, nn.Module, Generator[Any]]:
     """Collective. (the step to go on with, the model to train, the batches); no step where the run is complete."""
     first = _restore(attempt, job, optimizer, reducer, config.train.steps, context)
-    if first >= config.train.steps and context.on_root(attempt.run.summary.exists):
+    if first >= config.train.steps and context.on_root(partial(_is_complete, attempt.run)):
         context.on_root(lambda: say(f"{attempt.run.path} is complete: {first} steps"))
         return None, job.model, _again([], iter(()))
     model, batches, measured = _first_look(_batches(job, config, first), job, config, context)
@@ -176,9 +190,19 @@ def _begin(
     return first, model, batches
 
 
-def _optimizer(config: Config, job: Job, reducer: Reducer) -> Optimizer:
+def _is_complete(run: RunDir) -> bool:
+    """Whether the run has a summary that names no fault; one that cannot be read is made again."""
+    try:
+        summary = json.loads(run.summary.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary, dict) and not summary.get("fault")
+
+
+def _optimizer(config: Config, job: Job, reducer: Reducer, context: Context) -> Optimizer:
     owned = reducer.shards.owned if reducer.shards else whole(job.model)
-    return Optimizer(config.train, owned, job.batch_size, reducer.sum_owned)
+    num_shares = config.reduce.num_workers(context.world.size)
+    return Optimizer(config.train, owned, job.batch_size, reducer.sum_owned, num_shares)
 
 
 def _snapshot(job: Job, optimizer: Optimizer, reducer: Reducer, context: Context) -> dict[str, Any]:
@@ -267,28 +291,24 @@ def _again(coming: list[Any], batches: Iterator[Any]) -> Generator[Any]:
     yield from batches
 
 
-def _answer_nonfinite(
-    step: int,
-    loss: torch.Tensor,
-    total: float,
-    config: Config,
-    saver: Saver,
-    snapshot: Callable[[], dict[str, Any]],
-    context: Context,
+def _answer_left_out(
+    left_out: LeftOut, config: Config, saver: Saver, snapshot: Callable[[], dict[str, Any]], context: Context
 ) -> None:
-    """Collective. Every rank knows that the global loss is no number: leaves the update out, or saves and raises.
+    """Collective. Every rank knows that an update was left out: goes on without it, or saves and raises.
 
     Not collective with an asynchronous parameter server, where the rank that met it is the only one to know.
     """
-    if config.train.on_nonfinite == "skip":
+    is_scaled = config.train.precision == "fp16" and left_out.overflowed  # a smaller loss scale is the answer
+    goes_on = is_scaled or config.train.on_nonfinite == "skip"
+    if goes_on and left_out.num_in_a_row < MOST_LEFT_OUT:
         if context.world.is_root:
-            saver.say(f"Step {step}: the loss is {total}, its update is left out")
+            saver.say(f"Step {left_out.step}: {left_out.why}, its update is left out")
     elif config.reduce.asynchronous:
-        refuse_loss_alone(step, loss, context)
+        refuse_alone(left_out, context)
     else:
         state = snapshot()
-        saved = context.on_root(lambda: saver.try_now(step, state))
-        refuse_loss(step, loss, total, saved, context)
+        saved = context.on_root(lambda: saver.try_now(left_out.step, state))
+        refuse_update(left_out, saved, context)
 
 
 def _end(
@@ -302,12 +322,18 @@ def _end(
 ) -> int:
     """Collective. Saves the last state; then tests and sums up, unless the loop was stopped by `cause`."""
     recorder.flush()
+    if cause is None and optimizer.num_left_out >= recorder.num_steps_done:
+        refuse_a_run_without_updates(recorder.num_steps_done, context)
     state = snapshot()
     saved = context.on_root(lambda: saver.save_now(recorder.num_steps_done, state))
     outcome = "complete" if cause is None else f"stopped by {cause}"
     recorder.stop(outcome, optimizer_bytes=context.all(optimizer.num_bytes))
     if cause is None:
-        recorder.finish(_test(job, context))
+        test = _test(job, context)
+        fault = fault_of_test(test)
+        recorder.finish(test, fault)
+        if fault:
+            refuse_test(fault, saved, context)
         return 0
     context.on_root(lambda: recorder.say(f"Stopped by {cause} after step {recorder.num_steps_done - 1}. {saved}"))
     return CONTINUE if saver.keeps else TERMINATED

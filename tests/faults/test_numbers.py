@@ -62,3 +62,45 @@ def test_a_rank_whose_weights_part_is_named(tmp_path: Path, digits: Path, surviv
     assert "the weights after 8 steps differ between ranks: rank 2 on" in ended.err
     assert job.newest() == 5, "nothing is saved after they parted"
     survived("weights of rank 2 of 3 altered", "named at the next comparison (train.check_weights_every)", None, 3)
+
+
+def test_a_gradient_that_is_infinite_stops_all_with_the_weights_before_it(
+    tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
+) -> None:
+    job = Job(3, tmp_path, digits, ACCIDENT="inf-gradient:7:1")
+    ended = job.end()
+    assert ended.code == 2, ended
+    assert ended.err.count("step 7: a gradient is not finite (the loss is") == 1
+    assert job.newest() == 7 and all(torch.isfinite(each).all() for each in job.weights(7).values())
+    again = Job(3, tmp_path, digits, "--resume", "auto")
+    assert again.end().code == 0
+    assert_continuous(again, reference(3))
+    survived("infinite gradient, finite loss", "all stop, weights before it saved", again.seconds_to_first_step(), 0)
+
+
+@pytest.mark.parametrize("kind", ["inf-gradient", pytest.param("nan", marks=pytest.mark.thorough)])
+def test_a_run_whose_updates_are_all_left_out_is_no_success(kind: str, tmp_path: Path, digits: Path) -> None:
+    """A short one at its end, a long one after so many in a row; and what was saved meanwhile counts on."""
+    words = ("--set", "train.on_nonfinite=skip", "--set", "train.lr=0.1")
+    short = Job(2, tmp_path / "short", digits, *words, ACCIDENT=f"{kind}:always:1")
+    ended = short.end()
+    assert ended.code == 2, ended
+    assert f"none of the run's {STEPS} updates was made" in ended.err and not short.run.summary.exists()
+    again = Job(2, tmp_path / "short", digits, *words, "--resume", "auto", ACCIDENT=f"{kind}:always:1").end()
+    assert again.code == 2 and f"none of the run's {STEPS} updates was made" in again.err, again
+    long = Job(2, tmp_path / "long", digits, *words, "--set", "train.steps=60", ACCIDENT=f"{kind}:always:1").end()
+    assert long.code == 2 and "32 updates in a row were left out; at the last, of step 31" in long.err, long
+
+
+def test_a_test_that_is_nan_is_no_success(tmp_path: Path, digits: Path) -> None:
+    job = Job(2, tmp_path, digits, ACCIDENT="nan-test")
+    ended = job.end()
+    assert ended.code == 2 and "the test loss is nan" in ended.err and "Saved: " in ended.err, ended
+    summary = json.loads(job.run.summary.read_text())
+    assert (summary["complete"], summary["fault"], summary["test"]["loss"]) == (False, "the test loss is nan", None)
+    again = Job(2, tmp_path, digits, "--resume", str(job.run.path), ACCIDENT="nan-test")
+    assert again.end().code == 2, "it is not complete"
+    mended = Job(2, tmp_path, digits, "--resume", str(job.run.path))
+    assert mended.end().code == 0
+    summary = json.loads(job.run.summary.read_text())
+    assert (summary["complete"], summary["fault"]) == (True, None) and summary["test"]["loss"] < 10

@@ -72,7 +72,13 @@ class Traced(Classification):
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         loss = super().loss(model, batch)
+        if self._accident("inf-gradient"):
+            loss.register_hook(lambda gradient: gradient * float("inf"))
         return next((loss * float(kind) for kind in ("nan", "inf") if self._accident(kind)), loss)
+
+    def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
+        num_samples, measures = super().test(model, batch)
+        return num_samples, measures | ({"loss": float("nan")} if "nan-test" in os.environ.get("ACCIDENT", "") else {})
 
     def test_batches(self, world: World) -> Iterator[Batch]:
         if self._accident("stopped-in-test"):
@@ -81,7 +87,7 @@ class Traced(Classification):
 
     def _accident(self, kind: str) -> bool:
         what, _, rest = os.environ.get("ACCIDENT", "").partition(":")
-        return what == kind and rest == f"{self._step}:{self._rank}"
+        return what == kind and rest in (f"{self._step}:{self._rank}", f"always:{self._rank}")
 
 
 def _kill_at(function: str, number: str, when: str = "before") -> None:

@@ -1,6 +1,7 @@
 """Strategies on equal work: the same losses, resumed to the bit, and what each is for."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from hpc_train.config import load
 from hpc_train.errors import UserError
@@ -133,6 +135,81 @@ def test_less_exact_ways_stay_near(
     assert difference < most
     if "reduce__fusion_threshold_mb" not in keys:
         assert difference > 0, "the shorter numbers were really used"
+
+
+ALL = ["horovod", "mpi", *SPREAD]
+
+
+class Overflows(Classification):
+    """In its 4th step, on the last rank that trains, a gradient is infinite, and the loss is not."""
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config, context)
+        self.is_last, self.now = context.world.rank == context.world.size - 1, False
+
+    def batch(self, rows: np.ndarray, step: int) -> Any:
+        self.now = step == 4 and self.is_last
+        return super().batch(rows, step)
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        loss = super().loss(model, batch)
+        if self.now:
+            loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss
+
+
+@pytest.mark.parametrize(
+    "strategy, keys",
+    [
+        *((strategy, {}) for strategy in (*ALL, "mpi fp16", "horovod bf16")),
+        *((strategy, {"train__clip_norm": 0.5}) for strategy in ("mpi", "sharded", "parameter_server 2")),
+        *((strategy, {"train__precision": "fp16"}) for strategy in ("horovod", "sharded")),
+        ("mpi", {"train__accumulate": 2}),
+    ],
+)
+def test_an_infinite_gradient_is_left_out_by_all_ranks_alike(
+    context: Context, shared_path: Path, digits: Path, strategy: str, keys: dict[str, object]
+) -> None:
+    name, _, compression = strategy.partition(" ")
+    if name == "parameter_server":
+        keys = keys_of(strategy, context.world.size) | keys
+    else:
+        keys = {"reduce__strategy": name, "reduce__compression": compression or "none"} | keys
+        keys |= {} if name == "sharded" else {"train__check_weights_every": 1}
+    keys = {**SMALL, "train__steps": 8, "train__optimizer": "adamw", "train__lr": 0.001, **keys}
+    keys |= {"task__kind": f"{__name__}:Overflows"}
+    made = run(context, shared_path, digits, "mlp-mnist.toml", train__on_nonfinite="skip", **keys)
+    found = losses(made)
+    assert len(found) == 8 and np.isfinite(found).all() and found[-1] < found[0]
+    state = torch.load(made.checkpoint(8) / "state.pt", weights_only=True)
+    assert all(
+        kept["step"].item() == 7 and torch.isfinite(kept["exp_avg"]).all() for kept in state["optimizer"].values()
+    )
+    if "train__precision" in keys:
+        return  # a smaller scale is the answer there
+    with pytest.raises(UserError, match="step 4: a gradient is not finite"):
+        run(context, shared_path / "stopped", digits, "mlp-mnist.toml", **keys)
+    stopped = RunDir(context.on_root(lambda: next((shared_path / "stopped").glob("mlp-mnist/*"))))
+    assert stopped.checkpoint(4).exists()
+
+
+class Faint(Classification):
+    """Its loss is a 1e-9th of what it should be, and so are its gradients."""
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return super().loss(model, batch) * 1e-9
+
+
+@pytest.mark.parametrize("strategy", ["horovod", "mpi"])
+@pytest.mark.parametrize("compression", ["fp16", "bf16"])
+def test_small_gradients_arrive_in_16_bits_as_large_ones_do(
+    context: Context, shared_path: Path, digits: Path, strategy: str, compression: str
+) -> None:
+    keys = {**SMALL, "train__steps": 20, "reduce__strategy": strategy, "reduce__compression": compression}
+    usual = losses(run(context, shared_path / "usual", digits, "mlp-mnist.toml", train__lr=0.1, **keys))
+    keys |= {"task__kind": f"{__name__}:Faint", "train__lr": 0.1 * 1e9}
+    faint = losses(run(context, shared_path / "faint", digits, "mlp-mnist.toml", **keys))
+    assert np.abs(faint * 1e9 / usual - 1).max() < 1e-2 and usual[-1] < 0.8 * usual[0]
 
 
 def test_adasum(context: Context, shared_path: Path, digits: Path) -> None:

@@ -9,6 +9,7 @@ from time import monotonic
 
 import numpy as np
 
+from hpc_train.train import messages
 from hpc_train.train.context import library_of, mpi, mpi_version
 from hpc_train.train.doctor.check import Answer, Finding, Status, Subject, Values, ranks_of
 
@@ -113,7 +114,7 @@ def look_threads(subject: Subject) -> Values:
     if min(subject.context.all(_LEVELS.index(values["level"]))) < _LEVELS.index("MULTIPLE"):
         return values
     own, total = comm.Dup(), np.zeros(1)  # as Horovod does: its thread talks beside the one that trains
-    thread = threading.Thread(target=lambda: own.Allreduce(np.ones(1), total))
+    thread = threading.Thread(target=lambda: messages.add_up(own, np.ones(1), total))
     thread.start()
     comm.Barrier()
     thread.join()

@@ -1,0 +1,137 @@
+"""Messages that are longer than MPI can count go in pieces, and what arrives is what was sent."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hpc_train.config import Reduce
+from hpc_train.train import messages
+from hpc_train.train.context import Context
+from hpc_train.train.reduce import Horovod, InPieces, Mpi, _load_horovod
+from tests.parallel.test_train import losses, run
+
+ABOVE_BYTES = (1 << 31) + (1 << 20)  # more than 32 bits with a sign count
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "MOST_BYTES", 64)
+
+
+def mine(context: Context, num: int, dtype: type = np.float64) -> np.ndarray:
+    return (np.arange(num) * 10 + context.world.rank).astype(dtype)
+
+
+@pytest.mark.parametrize("num", [0, 1, 8, 9, 100])
+def test_sums_broadcasts_and_gathered_arrays(context: Context, short: None, num: int) -> None:
+    size, rank = context.world.size, context.world.rank
+    expected = np.arange(num) * 10.0 * size + sum(range(size))
+    assert np.array_equal(context.sum(mine(context, num)), expected)
+    assert np.array_equal(context.sum(mine(context, num).reshape(1, num)), expected[None])
+    of_root = mine(context, num, np.uint8)
+    context.broadcast_array(of_root)
+    assert np.array_equal(of_root, (np.arange(num) * 10).astype(np.uint8))
+    gives = rank != 1  # one has nothing
+    places: list[Any] = [None if each == 1 else np.zeros(num) for each in range(size)] if context.world.is_root else []
+    context.gather_arrays(mine(context, num) if gives else None, places)
+    for each, place in enumerate(places):
+        assert place is None or np.array_equal(place, np.arange(num) * 10.0 + each)
+
+
+def test_messages_between_two_ranks(context: Context, short: None) -> None:
+    size, rank = context.world.size, context.world.rank
+    following, before = (rank + 1) % size, (rank - 1) % size
+    found = np.zeros(100)
+    requests = messages.begin_receive(context.comm, found, before, 3)
+    requests += messages.begin_send(context.comm, mine(context, 100), following, 3)
+    assert len(requests) == 26
+    for request in requests:
+        request.Wait()
+    assert np.array_equal(found, np.arange(100) * 10.0 + before)
+
+
+@pytest.mark.parametrize("shape, dtype", [((), np.uint8), ((3,), np.float32), ((40,), np.float64), ((0,), np.int16)])
+def test_rows_are_exchanged(context: Context, short: None, shape: tuple[int, ...], dtype: type) -> None:
+    """In rounds, as many of them as the longest part of any rank needs; some ranks send nothing."""
+    size, rank = context.world.size, context.world.rank
+    counts = np.array([(rank * 7 + to * 13) % 50 * (to != 2) for to in range(size)])
+    to = np.repeat(np.arange(size), counts)
+    rows = np.broadcast_to((rank * 10 + to).reshape(-1, *(1 for _ in shape)), (len(to), *shape)).astype(dtype)
+    received, theirs = context.exchange(rows, counts)
+    assert theirs.tolist() == [(of * 7 + rank * 13) % 50 * (rank != 2) for of in range(size)]
+    expected = np.repeat(np.arange(size) * 10 + rank, theirs)
+    assert received.shape == (len(expected), *shape) and received.dtype == dtype
+    assert np.array_equal(received, np.broadcast_to(expected.reshape(-1, *(1 for _ in shape)), received.shape))
+
+
+@pytest.mark.parametrize("kind", ["mpi", "horovod"])
+def test_gradients_are_reduced_in_pieces(context: Context, short: None, kind: str) -> None:
+    size, rank = context.world.size, context.world.rank
+    if kind == "horovod":
+        hvd = _load_horovod(Reduce())
+        hvd.init()
+    transport = InPieces(Mpi(context) if kind == "mpi" else Horovod(hvd), size)
+    message = torch.arange(101.0) + rank
+    expected = torch.arange(101.0) * size + sum(range(size))
+    assert torch.equal(transport.sum(message.clone(), "a")(), expected)
+    assert torch.equal(transport.sum(message.clone(), "b", last=True)(), expected)
+    rows = torch.stack([torch.arange(101.0) + 1000 * to + rank for to in range(size)])
+    came = transport.all_to_all(rows.view(-1), "c")().view(size, -1)
+    assert torch.equal(came, torch.stack([torch.arange(101.0) + 1000 * rank + of for of in range(size)]))
+    gathered = transport.all_gather(message.half(), "d")().view(size, -1)
+    assert torch.equal(gathered, torch.stack([torch.arange(101.0) + of for of in range(size)]).half())
+    if kind == "horovod":
+        part = transport.reduce_scatter(rows.view(-1), "e")()
+        assert torch.equal(part, (torch.arange(101.0) + 1000 * rank) * size + sum(range(size)))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"reduce__strategy": "sharded", "train__optimizer": "adamw"},
+        {"reduce__strategy": "parameter_server", "train__optimizer": "adamw"},
+        {"reduce__strategy": "mpi", "reduce__compression": "bf16"},
+        {"data__read": "memory"},
+    ],
+)
+def test_a_training_in_pieces_is_one_of_whole_messages(
+    context: Context, shared_path: Path, digits: Path, keys: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights, the optimizer's state in the checkpoint, and what is continued from it."""
+    if context.world.size == 1:
+        pytest.skip("one rank sends nothing")
+    keys = {**keys, "train__steps": 4, "task__options": "{hidden=[16]}", "train__threads": 1, "train__lr": 0.001}
+    train_in = partial(run, context, digits=digits, job="mlp-mnist.toml", **keys)
+    whole = train_in(root=shared_path / "whole")
+    monkeypatch.setattr(messages, "MOST_BYTES", 4096)
+    cut = train_in(root=shared_path / "cut")
+    assert np.allclose(losses(cut), losses(whole), rtol=1e-6 if "reduce__compression" not in keys else 1e-2)
+    states = [torch.load(each.checkpoint(4) / "state.pt", weights_only=True) for each in (whole, cut)]
+    for name, weights in states[0]["model"].items():
+        assert torch.allclose(states[1]["model"][name], weights, atol=1e-4)
+    for name, kept in states[0]["optimizer"].items():
+        for key, value in kept.items():
+            assert torch.allclose(states[1]["optimizer"][name][key], value, atol=1e-4), (name, key)
+
+
+@pytest.mark.slow
+def test_messages_above_what_32_bits_count(context: Context) -> None:
+    """2 ranks, 5 GB each. MPI's own methods refuse or damage them."""
+    if context.world.size != 2:
+        pytest.skip("memory: for 2 ranks")
+    long = np.full(ABOVE_BYTES, context.world.rank + 1, np.uint8)
+    context.broadcast_array(long)
+    assert long[0] == long[-1] == 1 and long[1 << 31] == 1
+    long[-1] = 5 + context.world.rank
+    place = np.zeros(ABOVE_BYTES, np.uint8) if context.world.is_root else None
+    context.gather_arrays(None if context.world.is_root else long, [None, place] if context.world.is_root else [])
+    if place is not None:
+        assert place[0] == place[1 << 31] == 1 and place[-1] == 6
+    del place
+    received, theirs = context.exchange(long, np.array([0, ABOVE_BYTES]) if context.world.is_root else np.array([0, 0]))
+    if not context.world.is_root:
+        assert theirs.tolist() == [ABOVE_BYTES, 0] and received[1 << 31] == 1 and received[-1] == 5
