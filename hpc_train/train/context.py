@@ -13,9 +13,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter_ns, sleep
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -31,12 +31,33 @@ _ROOT_SPEAKS_FIRST_S = 0.5
 _ASLEEP_S = 0.002
 
 
+class Waiting:
+    """Whether this rank waits for others. `with context.waiting:` is around each call that ends when they make it, too:
+    of a rank that is late, the watch tells those that wait for it by this.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        self._depth += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+
+    def __bool__(self) -> bool:
+        return self._depth > 0
+
+
 @dataclass(frozen=True)
 class Context:
     """The ranks of this job. `comm` is None where there is no MPI (one process, strategy `local`)."""
 
     world: World
     comm: Any = None
+    waiting: Waiting = field(default_factory=Waiting, compare=False)
 
     def on_root(self, fn: Callable[[], T]) -> T:
         """Collective. Runs `fn` on the root; every rank returns its value, or raises its exception.
@@ -47,7 +68,8 @@ class Context:
         if self.comm is None:
             return fn()
         mine, error = _attempt(fn) if self.world.is_root else (None, None)
-        value, shared = self.comm.bcast((mine, _shared(error, 0)), root=0)
+        with self.waiting:
+            value, shared = self.comm.bcast((mine, _shared(error, 0)), root=0)
         if shared is not None:
             raise _joint(error or shared)
         return cast(T, value)
@@ -61,7 +83,7 @@ class Context:
         if self.comm is None:
             return fn()
         value, error = _attempt(fn)
-        shared = self.comm.allgather(_shared(error, self.world.rank))
+        shared = self.all(_shared(error, self.world.rank))
         faults = [(rank, fault) for rank, fault in enumerate(shared) if fault is not None]
         if not faults:
             return cast(T, value)
@@ -70,18 +92,21 @@ class Context:
 
     def gather(self, value: T) -> list[T]:
         """Collective. Every rank's value, in rank order, on the root; an empty list on the others."""
-        return [value] if self.comm is None else self.comm.gather(value, root=0) or []
+        with self.waiting:
+            return [value] if self.comm is None else self.comm.gather(value, root=0) or []
 
     def all(self, value: T) -> list[T]:
         """Collective. Every rank's value, in rank order, on every rank."""
-        return [value] if self.comm is None else self.comm.allgather(value)
+        with self.waiting:
+            return [value] if self.comm is None else self.comm.allgather(value)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Collective. The element-wise sum over ranks, on every rank."""
         if self.comm is None:
             return values
         total = np.empty_like(values)
-        self.comm.Allreduce(np.ascontiguousarray(values), total)
+        with self.waiting:
+            self.comm.Allreduce(np.ascontiguousarray(values), total)
         return total
 
     def max(self, values: np.ndarray) -> np.ndarray:
@@ -91,7 +116,8 @@ class Context:
     def broadcast_array(self, array: np.ndarray) -> None:
         """Collective. Replaces `array` by the root's."""
         if self.comm is not None:
-            self.comm.Bcast(array, root=0)
+            with self.waiting:
+                self.comm.Bcast(array, root=0)
 
     def exchange(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Collective. Sends the first counts[0] of `rows` to rank 0, the next counts[1] to rank 1, and so on.
@@ -101,11 +127,13 @@ class Context:
         if self.comm is None:
             return rows, counts
         counts, theirs = counts.astype(np.int64), np.empty(self.world.size, np.int64)
-        self.comm.Alltoall(counts, theirs)
+        with self.waiting:
+            self.comm.Alltoall(counts, theirs)
         received = np.empty((int(theirs.sum()), *rows.shape[1:]), rows.dtype)
         row = mpi().BYTE.Create_contiguous(rows.dtype.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))).Commit()
         try:
-            self.comm.Alltoallv([np.ascontiguousarray(rows), counts, row], [received, theirs, row])
+            with self.waiting:
+                self.comm.Alltoallv([np.ascontiguousarray(rows), counts, row], [received, theirs, row])
         finally:
             row.Free()
         return received, theirs
@@ -114,20 +142,23 @@ class Context:
         """Collective. The ranks that give the same `number`, in their order, as a context of their own."""
         if self.comm is None:
             return self
-        comm = self.comm.Split(number, self.world.rank)
-        return Context(replace(self.world, rank=comm.rank, size=comm.size), comm)
+        with self.waiting:
+            comm = self.comm.Split(number, self.world.rank)
+        return Context(replace(self.world, rank=comm.rank, size=comm.size), comm, self.waiting)
 
     def barrier(self) -> None:
         """Collective."""
         if self.comm is not None:
-            self.comm.Barrier()
+            with self.waiting:
+                self.comm.Barrier()
 
     def wait_asleep(self) -> None:
         """Collective. A barrier at which ranks that wait leave their cores to those that are at work."""
         if self.comm is not None:
-            request = self.comm.Ibarrier()
-            while not request.Test():
-                sleep(_ASLEEP_S)
+            with self.waiting:
+                request = self.comm.Ibarrier()
+                while not request.Test():
+                    sleep(_ASLEEP_S)
 
 
 def _attempt(fn: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -245,7 +276,8 @@ def join_mpi() -> Iterator[Context]:
     context = _placed(_start_mpi())
     comm = context.comm.Dup()
     yield Context(context.world, comm)
-    comm.Free()  # collective: not where a rank failed alone
+    comm.Barrier()  # collective: not where a rank failed alone
+    comm.Free()
 
 
 def _start_mpi() -> Context:
@@ -358,6 +390,11 @@ def compared_clocks(context: Context, now_ns: Callable[[], int]) -> list[tuple[i
     comm, world = context.comm, context.world
     if comm is None:
         return [(0, 0)]
+    with context.waiting:
+        return _compared_with_root(comm, world, now_ns)
+
+
+def _compared_with_root(comm: Any, world: World, now_ns: Callable[[], int]) -> list[tuple[int, int]]:
     stamp = np.empty(1, dtype=np.int64)
     if not world.is_root:
         for _ in range(_PING_PONGS):

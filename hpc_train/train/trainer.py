@@ -78,7 +78,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             saver,
             StopRequest() as stop,
             open_reducer(config.reduce, job.model, context, job.team, lambda: (bool(stop), saver.is_time)) as reducer,
-            open_watch(context, config.run.stall_s, recorder.say) as watch,
+            open_watch(context, config.run, recorder.say) as watch,
         ):
             optimizer = _optimizer(config, job, reducer)
             snapshot = partial(_snapshot, job, optimizer, reducer, context)
@@ -102,13 +102,13 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                             reducer.share(total)
                         (loss * optimizer.scale).backward()  # in the last, the reducer overlaps its sends with this
                 for _ in range(reducer.num_updates):
-                    with clock.reduce:
+                    with clock.reduce, context.waiting:
                         shared = reducer.wait()  # exposed communication only
                     with clock.optimizer:
                         if isfinite(shared.loss):
                             optimizer.step(step)
                         model.zero_grad()
-                    with clock.spread:
+                    with clock.spread, context.waiting:
                         reducer.spread()
                 if not isfinite(shared.loss):
                     recorder.flush()  # the attempt that continues from what is saved finds every step before this
