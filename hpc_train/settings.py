@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
@@ -152,12 +152,20 @@ class Energy(_Section):
         return self
 
 
+def _stall(stall_s: float) -> float:
+    if 0 < stall_s < 1:
+        raise ValueError(f"run.stall_s = {stall_s}: a healthy step may take longer; set 1 or more, or 0 for never")
+    return stall_s
+
+
 class Run(_Section):
     root: Text = "runs"
     progress: Literal["auto", "bar", "plain"] = "auto"
     # A rank this late ends the job; 0: never. Later than Slurm's own 300 s, after which it requeues a job whose node is
     # gone: a job that ended by itself before that has failed, and does not come back.
-    stall_s: Amount = 600.0
+    stall_s: Annotated[float, AfterValidator(_stall), Field(ge=0, allow_inf_nan=False)] = 600.0
+    # Of rank 0's host, where it hears of dead and late ranks on other hosts. Not set: where they find it by its name
+    interface: Text | None = None
 
 
 class Config(_Section):

@@ -207,6 +207,42 @@ def test_a_rank_that_fails_alone_ends_torchrun_with_its_own_exception(by_hand: P
     assert cut.incomplete and "5 steps can be used" in cut.incomplete and str(UNKNOWN_STEPS) not in cut.incomplete
 
 
+# Whose ranks talk in three ways, and where one of them leaves as early as it can.
+START = {
+    "horovod": "import horovod.torch as hvd; hvd.init(); rank, add_up = hvd.rank(), hvd.allreduce_",
+    "mpi4py": "from mpi4py import MPI; rank, add_up = MPI.COMM_WORLD.rank, lambda x: MPI.COMM_WORLD.Allreduce("
+    "MPI.IN_PLACE, x.numpy())",
+    "gloo": "from torch import distributed; distributed.init_process_group('gloo'); "
+    "rank, add_up = distributed.get_rank(), distributed.all_reduce",
+}
+LEAVES_FIRST = """
+import os, time, torch
+from pathlib import Path
+from hpc_train.train import recorder as recorder_module
+from hpc_train.train.recording import recording
+if rank != first:  # the others are slow to come out: in the gather of what they recorded, and in what follows
+    finish = recorder_module.Recorder.finish
+    recorder_module.Recorder.finish = lambda self, test: (time.sleep(1), finish(self, test), time.sleep(1))
+with recording("leaves", global_batch=6) as recorder:
+    for index in range(4):
+        with recorder.step() as step:
+            add_up(torch.ones(3))
+            step.loss = 1.0
+"""
+
+
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("way", START)
+def test_a_rank_that_leaves_first_takes_nothing_from_the_others(way: str, first: int, tmp_path: Path) -> None:
+    """Horovod ends MPI on all ranks as soon as one process ends."""
+    (tmp_path / "leaves.py").write_text("\n".join([f"first = {first}", START[way], LEAVES_FIRST]))
+    mpirun = [*jobs.command(3, "")[:-2], sys.executable, "leaves.py"]
+    done = torchrun(3, "leaves.py", cwd=tmp_path) if way == "gloo" else start(mpirun, tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = load_all([tmp_path / "runs"])
+    assert run.incomplete is None and run.size == 3 and run.summary.num_steps == 4
+
+
 def test_steps_say_what_they_know(tmp_path: Path) -> None:
     """Samples of uneven steps, losses that are not known, a pause; by hand: 3 steps, of 4, 4 and 1 samples."""
     with recording("mine", global_batch=4, warmup_steps=0, root=tmp_path, log_every=2) as recorder:

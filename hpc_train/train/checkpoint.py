@@ -24,7 +24,7 @@ from torch import nn
 from hpc_train import __version__, config
 from hpc_train.errors import UserError, room
 from hpc_train.rundir import RunDir
-from hpc_train.train.context import Context
+from hpc_train.train.context import Context, known_to_all
 
 FORMAT = 2  # 2: the optimizer by names of parameters, the loss scale, a task's own state
 STATE, FACTS = "state.pt", "checkpoint.json"
@@ -67,7 +67,12 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._wait()  # a write still in flight is finished, whatever ended the loop
+        """Finishes a write under way where the ranks end together. One that fails alone ends the job at once: the
+        newest whole checkpoint counts then.
+        """
+        if error is not None and not known_to_all(error) and self._facts.get("size", 1) > 1:
+            return
+        self._wait()
         self._report()
 
     @property

@@ -13,9 +13,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter_ns, sleep
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -32,12 +32,33 @@ _ROOT_SPEAKS_FIRST_S = 0.5
 _ASLEEP_S = 0.002
 
 
+class Waiting:
+    """Whether this rank waits for others. `with context.waiting:` is around each call that ends when they make it, too:
+    of a rank that is late, the watch tells those that wait for it by this.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        self._depth += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+
+    def __bool__(self) -> bool:
+        return self._depth > 0
+
+
 @dataclass(frozen=True)
 class Context:
     """The ranks of this job. `comm` is None where there is no MPI (one process, strategy `local`)."""
 
     world: World
     comm: Any = None
+    waiting: Waiting = field(default_factory=Waiting, compare=False)
 
     def on_root(self, fn: Callable[[], T]) -> T:
         """Collective. Runs `fn` on the root; every rank returns its value, or raises its exception.
@@ -48,7 +69,8 @@ class Context:
         if self.comm is None:
             return fn()
         mine, error = _attempt(fn) if self.world.is_root else (None, None)
-        value, shared = self.comm.bcast((mine, _shared(error, 0)), root=0)
+        with self.waiting:
+            value, shared = self.comm.bcast((mine, _shared(error, 0)), root=0)
         if shared is not None:
             raise _joint(error or shared)
         return cast(T, value)
@@ -62,7 +84,7 @@ class Context:
         if self.comm is None:
             return fn()
         value, error = _attempt(fn)
-        shared = self.comm.allgather(_shared(error, self.world.rank))
+        shared = self.all(_shared(error, self.world.rank))
         faults = [(rank, fault) for rank, fault in enumerate(shared) if fault is not None]
         if not faults:
             return cast(T, value)
@@ -71,18 +93,21 @@ class Context:
 
     def gather(self, value: T) -> list[T]:
         """Collective. Every rank's value, in rank order, on the root; an empty list on the others."""
-        return [value] if self.comm is None else self.comm.gather(value, root=0) or []
+        with self.waiting:
+            return [value] if self.comm is None else self.comm.gather(value, root=0) or []
 
     def all(self, value: T) -> list[T]:
         """Collective. Every rank's value, in rank order, on every rank."""
-        return [value] if self.comm is None else self.comm.allgather(value)
+        with self.waiting:
+            return [value] if self.comm is None else self.comm.allgather(value)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Collective. The element-wise sum over ranks, on every rank."""
         if self.comm is None:
             return values
         total = np.empty(values.shape, values.dtype)
-        messages.add_up(self.comm, np.ascontiguousarray(values), total)
+        with self.waiting:
+            messages.add_up(self.comm, np.ascontiguousarray(values), total)
         return total
 
     def max(self, values: np.ndarray) -> np.ndarray:
@@ -92,22 +117,24 @@ class Context:
     def broadcast_array(self, array: np.ndarray) -> None:
         """Collective. Replaces `array` by the root's."""
         if self.comm is not None:
-            messages.broadcast(self.comm, array)
+            with self.waiting:
+                messages.broadcast(self.comm, array)
 
     def gather_arrays(self, mine: np.ndarray | None, places: list[np.ndarray | None]) -> None:
         """Collective. On the root, each rank's array is put in its place, rank by rank: no copy of all is held.
 
         places: on the root, by rank, contiguous; None for a rank whose `mine` is None. Empty elsewhere.
         """
-        if not self.world.is_root:
-            if mine is not None:
-                messages.send(self.comm, mine, dest=0)
-            return
-        for rank, place in enumerate(places):
-            if place is not None and rank:
-                messages.receive(self.comm, place, source=rank)
-            elif place is not None:
-                place[...] = mine
+        with self.waiting:
+            if not self.world.is_root:
+                if mine is not None:
+                    messages.send(self.comm, mine, dest=0)
+                return
+            for rank, place in enumerate(places):
+                if place is not None and rank:
+                    messages.receive(self.comm, place, source=rank)
+                elif place is not None:
+                    place[...] = mine
 
     def exchange(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Collective. Sends the first counts[0] of `rows` to rank 0, the next counts[1] to rank 1, and so on.
@@ -116,26 +143,30 @@ class Context:
         """
         if self.comm is None:
             return rows, counts
-        return messages.exchange(self.comm, rows, counts)
+        with self.waiting:
+            return messages.exchange(self.comm, rows, counts)
 
     def team(self, number: int) -> "Context":
         """Collective. The ranks that give the same `number`, in their order, as a context of their own."""
         if self.comm is None:
             return self
-        comm = self.comm.Split(number, self.world.rank)
-        return Context(replace(self.world, rank=comm.rank, size=comm.size), comm)
+        with self.waiting:
+            comm = self.comm.Split(number, self.world.rank)
+        return Context(replace(self.world, rank=comm.rank, size=comm.size), comm, self.waiting)
 
     def barrier(self) -> None:
         """Collective."""
         if self.comm is not None:
-            self.comm.Barrier()
+            with self.waiting:
+                self.comm.Barrier()
 
     def wait_asleep(self) -> None:
         """Collective. A barrier at which ranks that wait leave their cores to those that are at work."""
         if self.comm is not None:
-            request = self.comm.Ibarrier()
-            while not request.Test():
-                sleep(_ASLEEP_S)
+            with self.waiting:
+                request = self.comm.Ibarrier()
+                while not request.Test():
+                    sleep(_ASLEEP_S)
 
 
 def _attempt(fn: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -253,7 +284,8 @@ def join_mpi() -> Iterator[Context]:
     context = _placed(_start_mpi())
     comm = context.comm.Dup()
     yield Context(context.world, comm)
-    comm.Free()  # collective: not where a rank failed alone
+    comm.Barrier()  # collective: not where a rank failed alone
+    comm.Free()
 
 
 def _start_mpi() -> Context:
@@ -366,6 +398,11 @@ def compared_clocks(context: Context, now_ns: Callable[[], int]) -> list[tuple[i
     comm, world = context.comm, context.world
     if comm is None:
         return [(0, 0)]
+    with context.waiting:
+        return _compared_with_root(comm, world, now_ns)
+
+
+def _compared_with_root(comm: Any, world: World, now_ns: Callable[[], int]) -> list[tuple[int, int]]:
     stamp = np.empty(1, dtype=np.int64)
     if not world.is_root:
         for _ in range(_PING_PONGS):

@@ -63,4 +63,5 @@ def join_process_group() -> Iterator[Context]:
     hosts = comm.allgather(socket.gethostname())
     rank, host = comm.rank, hosts[comm.rank]
     yield Context(World(rank, comm.size, hosts[:rank].count(host), hosts.count(host), host), comm)
-    distributed.destroy_process_group(comm.group)  # not where a rank failed alone: others may still be in it
+    comm.Barrier()  # collective: not where a rank failed alone
+    distributed.destroy_process_group(comm.group)

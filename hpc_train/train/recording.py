@@ -14,6 +14,7 @@ between. So it costs nothing there, and what goes wrong in the loop is the loop'
 
 import os
 import socket
+import sys
 from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -100,6 +101,7 @@ def recording(
         whole = _with_steps(loaded, num_steps)
         context.on_root(lambda: recorder.rewrite(whole, losses))
         recorder.finish(loop.test)
+    _leave_together()
 
 
 class Recording:
@@ -208,6 +210,17 @@ def _ranks() -> AbstractContextManager[Context]:
                 "Call torch.distributed.init_process_group() before recording(), or start the ranks with mpirun.",
             )
     return nullcontext(Context(World(host=socket.gethostname())))
+
+
+def _leave_together() -> None:
+    """Collective. Where Horovod started MPI, it ends MPI on every rank as soon as one rank's process ends.
+
+    So no rank may leave before all have made their last call of MPI. A barrier of MPI cannot tell: a rank may be in it
+    still when another has left it. Horovod's own is waited for outside of MPI.
+    """
+    hvd = sys.modules.get("horovod.torch")
+    if hvd is not None and hvd.is_initialized():
+        hvd.barrier()
 
 
 def _facts(context: Context, device: torch.device) -> dict[str, Any]:

@@ -33,7 +33,9 @@ class Collective:
 
     def __init__(self, path: Path, name: str, batch_size: int, context: Context) -> None:
         """Collective."""
-        self._file = h5py.File(path, "r", **parallel_file_options(context))
+        self._waiting = context.waiting
+        with self._waiting:
+            self._file = h5py.File(path, "r", **parallel_file_options(context))
         atexit.register(self.close)  # by all ranks, and before MPI ends, which aborts where a file is still open
         self._dataset = self._file[name]
         self.shape: tuple[int, ...] = self._dataset.shape
@@ -50,7 +52,8 @@ class Collective:
         out = np.empty((len(rows), *self.shape[1:]), self.dtype) if out is None else out
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
         space, memory = selected(self._dataset, [(int(run[0]), len(run)) for run in runs if len(run)])
-        self._dataset.id.read(memory, space, out, dxpl=self._transfer)
+        with self._waiting:
+            self._dataset.id.read(memory, space, out, dxpl=self._transfer)
         return out
 
     def __len__(self) -> int:

@@ -90,7 +90,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             saver,
             StopRequest() as stop,
             open_reducer(config.reduce, job.model, context, job.team, lambda: (bool(stop), saver.is_time)) as reducer,
-            open_watch(context, config.run.stall_s, recorder.say) as watch,
+            open_watch(context, config.run, recorder.say) as watch,
         ):
             optimizer = _optimizer(config, job, reducer, context)
             snapshot = partial(_snapshot, job, optimizer, reducer, context)
@@ -115,12 +115,12 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                         (loss * optimizer.scale).backward()  # in the last, the reducer overlaps its sends with this
                 overflowed = False
                 for _ in range(reducer.num_updates):
-                    with clock.reduce:
+                    with clock.reduce, context.waiting:
                         shared = reducer.wait()  # exposed communication only
                     with clock.optimizer:
                         made = isfinite(shared.loss) and optimizer.step(step)
                         model.zero_grad()
-                    with clock.spread:
+                    with clock.spread, context.waiting:
                         made = reducer.spread(made)
                     overflowed |= isfinite(shared.loss) and not made
                 optimizer.end_step(made, overflowed)

@@ -6,8 +6,6 @@ ends for `run.stall_s`, the ranks that do not wait for others are those that oth
 """
 
 import json
-import resource
-import secrets
 import selectors
 import socket
 import sys
@@ -20,15 +18,16 @@ from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, Self
 
-from hpc_train.train import context as context_module
-from hpc_train.train import reduce, server, sharded
-from hpc_train.train.context import Context
+from hpc_train import settings
+from hpc_train.train.context import Context, end_job
+from hpc_train.train.links import connect
 
 _MOST_BEAT_S = 15.0
-_CONNECT_S = 20.0
 _FAILING_S = 10.0  # a rank that said it fails ends the job by itself within this time
 _ONE_SPEAKS_S = 2.0
 _NUM_FRAMES = 15
+_MOST_LINE_BYTES = 1 << 17  # of what a rank says at once
+_MESSAGES: list[dict[str, Any]] = [{"ends": bool}, {"step": int | None, "waits": bool, "stack": str}]
 
 
 @dataclass
@@ -83,19 +82,14 @@ class Watch:
             if each.f_globals.get("__name__") == "hpc_train.cli":
                 break  # what called the training tells nothing
             codes.append((each.f_code, line))
-        reducers = (reduce.__file__, server.__file__, sharded.__file__)
-        waits = any(
-            code.co_filename == context_module.__file__
-            or (code.co_filename in reducers and code.co_name in ("wait", "spread"))
-            for code, _ in codes
-        )
         lines = [f"  {code.co_filename}:{line} {code.co_name}" for code, line in codes[:_NUM_FRAMES]]
-        return {"step": self.step, "waits": waits, "stack": "\n".join(lines)}
+        return {"step": self.step, "waits": bool(self._context.waiting), "stack": "\n".join(lines)}
 
     def _run(self) -> None:
         """The root hears all ranks, rank 1 the root alone: who else could tell that the root is late?"""
         speaks_to = self._links.get(1 if self._is_root else 0)
-        next_beat_s, moved_s, awake_s, lowest = 0.0, monotonic(), monotonic(), None
+        next_beat_s, moved_s, awake_s, longest_s = 0.0, monotonic(), monotonic(), 0.0
+        lowest: int | None = None
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake[1], selectors.EVENT_READ)
             for rank, link in self._links.items():
@@ -116,10 +110,12 @@ class Watch:
                     if key.data is not None and not self._hear(key.data):
                         selector.unregister(key.fileobj)
                 steps = [step for step in (self.step, *(p.step for p in self._peers.values())) if step is not None]
-                if min(steps, default=None) != lowest:
-                    lowest, moved_s = min(steps, default=None), monotonic()
                 awake_s = monotonic()
-                self._judge(awake_s - moved_s)
+                if min(steps, default=None) != lowest:
+                    if lowest is not None:
+                        longest_s = max(longest_s, awake_s - moved_s)
+                    lowest, moved_s = min(steps, default=None), awake_s
+                self._judge(awake_s - moved_s, longest_s)
 
     def _hear(self, rank: int) -> bool:
         """Takes in what a rank says; whether more is to be expected. A broken connection is a dead rank."""
@@ -132,9 +128,9 @@ class Watch:
             if peer.failing_s is None and not self._ended.wait(0.1):
                 self._accuse(rank, "has died: its connection broke")
             return False
-        *lines, self._received[rank] = (self._received[rank] + data).split(b"\n")
-        for line in lines:
-            message = json.loads(line)
+        *lines, begun = (self._received[rank] + data).split(b"\n")
+        self._received[rank] = begun[-_MOST_LINE_BYTES:]
+        for message in filter(None, map(_understood, lines)):
             if "ends" in message:
                 peer.ended, peer.step = message["ends"], None
                 peer.failing_s = None if peer.ended else monotonic()
@@ -143,18 +139,21 @@ class Watch:
             peer.waits, peer.stack = message["waits"], message["stack"]
         return True
 
-    def _judge(self, still_s: float) -> None:
-        """Ends the job if no step ends or a rank is silent for too long, or one that fails does not end."""
+    def _judge(self, still_s: float, longest_s: float) -> None:
+        """Ends the job if no step ends or a rank is silent for too long, or one that fails does not end.
+
+        longest_s: of the steps so far. One that takes as long again is no reason.
+        """
         for rank, peer in self._peers.items():
             if peer.failing_s is not None and monotonic() - peer.failing_s > _FAILING_S:
                 self._accuse(rank, "failed and did not end the job")
         if not self._stall_s:
             return
-        in_loop = self.step is not None and still_s >= self._stall_s
+        in_loop = self.step is not None and still_s >= max(self._stall_s, 2 * longest_s)
         for rank, peer in self._peers.items():
             quiet_s = monotonic() - peer.heard_s
-            longest_s = 2 * self._beat_s + 1 if in_loop else self._stall_s + self._beat_s + 1
-            if quiet_s > longest_s and not peer.ended and (self._is_root or self._context.world.rank == 1):
+            most_s = 2 * self._beat_s + 1 if in_loop else self._stall_s + self._beat_s + 1
+            if quiet_s > most_s and not peer.ended and (self._is_root or self._context.world.rank == 1):
                 self._accuse(rank, f"is late: nothing heard of it for {quiet_s:.0f} s")
         if not in_loop or not self._is_root:
             return
@@ -173,11 +172,13 @@ class Watch:
         ago_s = monotonic() - self._peers[rank].heard_s if stack is None else 0
         stack = self._peers[rank].stack if stack is None else stack
         head = [f"hpc-train: where rank {rank} was {ago_s:.0f} s ago, innermost first:", stack] if stack else []
-        sys.stderr.write("\n".join([*head, f"hpc-train: rank {rank} on {host} {what}", ""]))
-        sys.stderr.flush()
-        for link in self._links.values():
-            _send(link, {"ends": False})  # or they would find next that this rank has died, and say so last
-        context_module.end_job(self._context, 1)
+        try:
+            sys.stderr.write("\n".join([*head, f"hpc-train: rank {rank} on {host} {what}", ""]))
+            sys.stderr.flush()
+            for link in self._links.values():
+                _send(link, {"ends": False})  # or they would find next that this rank has died, and say so last
+        finally:  # even where nothing can be written any more
+            end_job(self._context, 1)
 
 
 def _send(link: socket.socket, message: dict[str, Any]) -> None:
@@ -187,70 +188,26 @@ def _send(link: socket.socket, message: dict[str, Any]) -> None:
         return  # its other end is gone: hearing from it tells so, too
 
 
-@contextmanager
-def open_watch(context: Context, stall_s: float, say: Callable[[str], None]) -> Iterator[Watch]:
-    """Collective. Connects every rank with the root; ranks that cannot be are named and left unwatched."""
-    links = _connect(context, say) if context.world.size > 1 else {}
+def _understood(line: bytes) -> dict[str, Any]:
+    """What a rank says; {} for what none of them would say."""
     try:
-        with Watch(context, stall_s, links) as watch:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    for kinds in _MESSAGES:
+        if isinstance(message, dict) and message.keys() == kinds.keys():
+            fits = all(isinstance(message[name], kind) for name, kind in kinds.items())
+            return message if fits else {}
+    return {}
+
+
+@contextmanager
+def open_watch(context: Context, run: settings.Run, say: Callable[[str], None]) -> Iterator[Watch]:
+    """Collective. Connects every rank with the root; ranks that cannot be are named and left unwatched."""
+    links = connect(context, run.interface, say)
+    try:
+        with Watch(context, run.stall_s, links) as watch:
             yield watch
     finally:
         for link in links.values():
             link.close()
-
-
-def _connect(context: Context, say: Callable[[str], None]) -> dict[int, socket.socket]:
-    """Collective. Connections by rank: the root's to all others, theirs to the root."""
-    world = context.world
-    one_host = len(set(context.all(world.host))) == 1
-    server = _listen("127.0.0.1" if one_host else "", world.size) if world.is_root else None
-    token = secrets.token_bytes(16)
-    address = (server.getsockname()[1], world.host, token) if server else None
-    port, root_host, token = context.on_root(lambda: address) or (0, "", b"")
-    mine = None if server else _call("127.0.0.1" if world.host == root_host else root_host, port, token, world.rank)
-    reached = context.all(mine is not None)
-    links = {0: mine} if mine is not None else {}
-    if server:
-        lost = [rank for rank in range(1, world.size) if not reached[rank]]
-        if lost:
-            others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-            say(f"warning: rank {lost[0]}{others} cannot reach {root_host} over TCP: nobody watches over them")
-        links = _answer(server, token, sum(reached[1:]))
-        server.close()
-    context.barrier()
-    return links
-
-
-def _listen(interface: str, size: int) -> socket.socket:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < size + 512:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, size + 512) if hard > 0 else size + 512, hard))
-    return socket.create_server((interface, 0), backlog=size)
-
-
-def _call(host: str, port: int, token: bytes, rank: int) -> socket.socket | None:
-    end = monotonic() + _CONNECT_S
-    while monotonic() < end:
-        try:
-            link = socket.create_connection((host, port), timeout=_CONNECT_S)
-            link.sendall(token + rank.to_bytes(4))
-        except OSError:
-            sleep(0.2)
-            continue
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        return link
-    return None
-
-
-def _answer(server: socket.socket, token: bytes, count: int) -> dict[int, socket.socket]:
-    """The connections of `count` ranks; callers without the token are turned away."""
-    links: dict[int, socket.socket] = {}
-    server.settimeout(_CONNECT_S)
-    while len(links) < count:
-        link, _ = server.accept()
-        link.settimeout(_CONNECT_S)
-        if link.recv(len(token), socket.MSG_WAITALL) == token:
-            links[int.from_bytes(link.recv(4, socket.MSG_WAITALL))] = link
-        else:
-            link.close()
-    return links

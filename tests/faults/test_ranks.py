@@ -102,6 +102,17 @@ def test_a_rank_that_lives_and_is_late_is_named_with_where_it_stands(
     survived(f"rank {victim} of 2 lives and does not go on", what, recover_s, lost)
 
 
+@pytest.mark.parametrize("words", [("data.read=collective",), ("reduce.strategy=mpi",)])
+def test_ranks_that_wait_in_any_way_are_not_taken_for_late(
+    words: tuple[str, ...], tmp_path: Path, digits: Path
+) -> None:
+    """In a collective read, and in MPI's sums: the late rank comes last, so all others are asked first."""
+    settings = [word for key in ("run.stall_s=3", *words) for word in ("--set", key)]
+    ended = Job(3, tmp_path, digits, *settings, ACCIDENT="stuck:8:2").end()
+    assert ended.code not in (0, 75)
+    assert re.search(rf"rank 2 on {HOST} is late: at step 8 for ", last_words(ended)), ended
+
+
 def test_a_rank_that_is_stopped_after_the_last_step_is_named(
     tmp_path: Path, digits: Path, reference: Reference
 ) -> None:

@@ -5,11 +5,13 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from time import monotonic
 
 import pytest
 import torch
@@ -73,6 +75,29 @@ def test_killed_in_a_save_on_two_ranks(
     assert_continuous(again, reference(2))
     lost = reached - again.meta()["attempts"][-1]["first_step"]
     survived("root of 2 ranks killed in a save", "the newest whole one is used", again.seconds_to_first_step(), lost)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_fails_alone_does_not_wait_for_a_save(
+    victim: int, tmp_path: Path, digits: Path, survived: FaultTable
+) -> None:
+    """The job ends at once with what the rank has to say, and nothing of the save can be taken for whole."""
+    job = Job(2, tmp_path, digits, SLOW_SAVE="30", ACCIDENT=f"exit:8:{victim}", TRACE_DELAY="0.05")
+    job.wait_for_step(8)
+    failed_s = monotonic()
+    ended = job.end()
+    took_s = monotonic() - failed_s
+    assert ended.code not in (0, 75) and took_s < 9, (ended, took_s)
+    assert f"rank {victim} on {socket.gethostname()}: ended with exit code 0" in ended.err, ended.err
+    assert not list(job.run.checkpoints_dir.glob("step-*"))
+    survived(f"rank {victim} of 2 fails during a save", "ends at once, the checkpoint before is used", took_s, None)
+
+
+def test_ranks_that_stop_together_finish_a_save_under_way(tmp_path: Path, digits: Path) -> None:
+    job = Job(2, tmp_path, digits, SLOW_SAVE="1.5", TRACE_DELAY="0.1").wait_for_step(6)
+    os.kill(job.pid(1), signal.SIGTERM)
+    ended = job.end()
+    assert ended.code == 75 and job.run.checkpoint(5).exists() and job.newest() > 5, ended
 
 
 def assert_ends_as(run: RunDir, reference: Job) -> None:

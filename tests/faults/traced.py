@@ -6,6 +6,7 @@ Read from the environment, so that the job's configuration stays that of an ordi
   TRACE_DROPOUT probability of dropout in the model
   ACCIDENT      WHAT:STEP:RANK, e.g. nan:5:1 in the sixth step of the process on rank 1; see `_accidents`
   ELSEWHERE     name of the machine that this process takes itself to be on, when it looks at locks
+  SLOW_SAVE     seconds that each sync of a checkpoint takes
   KILL_AT       FUNCTION:NUMBER, e.g. os.rename:1, kills the process before that call of it; os.rename:1:after, after it
 """
 
@@ -42,6 +43,8 @@ class Traced(Classification):
             lock._system = lambda: os.environ["ELSEWHERE"]
         if "KILL_AT" in os.environ and self._rank == 0:
             _kill_at(*os.environ["KILL_AT"].split(":"))
+        if "SLOW_SAVE" in os.environ:
+            _sync_slowly(float(os.environ["SLOW_SAVE"]))
 
     def model(self) -> nn.Module:
         dropout = nn.Dropout(float(os.environ.get("TRACE_DROPOUT", "0")))
@@ -88,6 +91,17 @@ class Traced(Classification):
     def _accident(self, kind: str) -> bool:
         what, _, rest = os.environ.get("ACCIDENT", "").partition(":")
         return what == kind and rest in (f"{self._step}:{self._rank}", f"always:{self._rank}")
+
+
+def _sync_slowly(seconds: float) -> None:
+    original = os.fsync
+
+    def replaced(file: int) -> None:
+        if threading.current_thread().name == "checkpoint":
+            time.sleep(seconds)
+        original(file)
+
+    os.fsync = replaced
 
 
 def _kill_at(function: str, number: str, when: str = "before") -> None:
