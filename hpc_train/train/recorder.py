@@ -21,6 +21,7 @@ from hpc_train.train.attempt import Attempt
 from hpc_train.train.context import Context, clock_offsets_ns
 from hpc_train.train.energy import NodeEnergy
 from hpc_train.train.metadata import RankPlace, describe
+from hpc_train.train.output import lost
 from hpc_train.train.progress import StepProgress
 
 
@@ -123,6 +124,8 @@ class Recorder:
         """
         self.flush()
         self._stack.close()
+        dropped = {str(rank): streams for rank, streams in enumerate(self._context.gather(lost())) if streams}
+        facts |= {"output_lost": dropped} if dropped else {}
         self._write_meta("end", outcome=outcome, last_step=self.num_steps_done - 1, ended=_now(), **facts)
 
     def finish(self, test: dict[str, float]) -> None:
@@ -186,7 +189,7 @@ class Recorder:
         def write() -> None:
             self._attempt.lease.confirm()
             if moment == "start":
-                for key in ("outcome", "ended", "clock_offsets_ns"):  # of the attempt before
+                for key in ("outcome", "ended", "clock_offsets_ns", "output_lost"):  # of the attempt before
                     self._meta.pop(key, None)
                 self._meta.update(describe(self._context, self._places))
                 self._meta["energy"] = _of_all_attempts(self._meta.get("energy", {}), energy)
