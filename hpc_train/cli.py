@@ -78,9 +78,10 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
     Example: mpirun -n 2 hpc-train train configs/mlp-mnist.toml --resume auto
     """
     require("torch", "h5py")
-    from hpc_train.train import stop
+    from hpc_train.train import output, stop
 
     stop.hold_back()
+    output.outlast()
     from hpc_train.train.context import open_context
 
     launched = launched_rank() is not None
@@ -383,5 +384,5 @@ def main() -> None:
 
 def _end(message: str, code: int) -> None:
     if message:
-        click.echo(message, err=True)
+        print(message, file=sys.stderr, flush=True)
     sys.exit(code)

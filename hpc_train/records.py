@@ -177,6 +177,19 @@ def read_metrics(path: Path) -> tuple[list[int], list[float]]:
     return steps, losses
 
 
+def read_whole_metrics(path: Path) -> dict[int, float]:
+    """Loss by step of what is whole in a metrics.csv that a crash may have cut, doubled or filled with zeros; the last
+    line of a step counts. {} where there is no file.
+    """
+    losses: dict[int, float] = {}
+    data = path.read_bytes() if path.exists() else b""
+    for line in data[: data.rfind(b"\n") + 1].splitlines()[1:]:
+        with suppress(ValueError):
+            step, loss = line.split(b",")
+            losses[int(step)] = float(loss)
+    return losses
+
+
 # ---------------------------------------------------------------------------------------------- energy
 
 

@@ -151,6 +151,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise
 
 
+def sync(path: Path) -> None:
+    """Returns once a file's content, or a folder's names, are on the disk. Raises UserError where it refuses."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise not_written(path, error, path.stat().st_size if path.exists() else 0) from None
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -38,10 +39,10 @@ class Unusable(Exception):
 
 
 class Saver:
-    """Writes checkpoints of one run from a thread of the root; on other ranks it does nothing.
+    """Writes checkpoints of one run from a thread of the root.
 
-    facts: what is stated in each checkpoint besides its step. say: called with a line for the user. confirm: raises
-    UserError where the run is this job's no more; called before what is under a final name changes.
+    facts: what is stated in each checkpoint besides its step. say: called with a line for the user. secure: called
+    before a checkpoint comes to have its name, raises UserError where it must not; all that happens on other ranks.
     """
 
     def __init__(
@@ -51,10 +52,10 @@ class Saver:
         facts: dict[str, Any],
         is_root: bool,
         say: Callable[[str], None],
-        confirm: Callable[[], None] = lambda: None,
+        secure: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._settings, self._facts, self._is_root, self.say = run, settings, facts, is_root, say
-        self._confirm = confirm
+        self._secure = secure
         self._thread: threading.Thread | None = None
         self._copy: dict[str, Any] = {}  # of the state that was saved last
         self._error: UserError | None = None
@@ -96,7 +97,12 @@ class Saver:
 
         The copy's memory is kept for the next one: new memory takes five times as long as the copy into it.
         """
-        if not self._is_root or not self.keeps or step == self._saved_step:
+        if not self.keeps or step == self._saved_step:
+            return
+        if not self._is_root:
+            self._wait()
+            self._thread = threading.Thread(target=self._secure_alone, name="checkpoint")
+            self._thread.start()
             return
         self._saved_s = monotonic()
         if self._thread is not None and self._thread.is_alive():
@@ -138,9 +144,13 @@ class Saver:
             self.say(f"warning: {self._error}")
             self._error, self._saved_step = None, -1
 
+    def _secure_alone(self) -> None:
+        with suppress(UserError):  # the root's word counts; this rank learns of its own at the next step
+            self._secure()
+
     def _write(self, step: int, state: dict[str, Any]) -> None:
         try:
-            write(self._run.checkpoint(step), state, {"step": step, **self._facts}, self._confirm)
+            write(self._run.checkpoint(step), state, {"step": step, **self._facts}, self._secure)
             _keep_newest(self._run, self._settings.keep, step)
         except Unusable as error:
             self._error = UserError(f"the checkpoint of step {step} was not written: {error}", _stands(self._run))
@@ -158,12 +168,12 @@ class Saver:
 
 
 def write(
-    folder: Path, state: dict[str, Any], facts: dict[str, Any], confirm: Callable[[], None] = lambda: None
+    folder: Path, state: dict[str, Any], facts: dict[str, Any], secure: Callable[[], None] = lambda: None
 ) -> None:
     """Writes a checkpoint that is never seen half-written: temporary name, checksum, sync, rename.
 
-    confirm: called before the rename. Raises `Unusable` for weights that are no numbers, OSError where the disk
-    refuses, and what `confirm` raises.
+    secure: called before the rename. Raises `Unusable` for weights that are no numbers, OSError where the disk
+    refuses, and what `secure` raises.
     """
     broken = [name for name, value in state["model"].items() if not _is_finite(value)]
     if broken:
@@ -188,7 +198,7 @@ def write(
             _flush(text)
         _sync(partial)
         aside = folder.with_name(f".{folder.name}.old")
-        confirm()
+        secure()
         if folder.exists():  # a damaged one of the same step
             os.rename(folder, aside)
         os.rename(partial, folder)

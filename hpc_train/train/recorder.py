@@ -13,14 +13,24 @@ from torch import nn
 from hpc_train.clock import Clock
 from hpc_train.config import UNKNOWN_STEPS, Loaded, dumps
 from hpc_train.errors import UserError, not_written
-from hpc_train.records import METRIC_COLUMNS, Energy, read_energy, read_metrics, summarise, timing_log, total_energy
+from hpc_train.records import (
+    METRIC_COLUMNS,
+    Energy,
+    read_energy,
+    read_metrics,
+    read_whole_metrics,
+    summarise,
+    timing_log,
+    total_energy,
+)
 from hpc_train.resume import said
-from hpc_train.rundir import write_atomic
+from hpc_train.rundir import sync, write_atomic
 from hpc_train.timings import read_timings, step_times
 from hpc_train.train.attempt import Attempt
 from hpc_train.train.context import Context, clock_offsets_ns
 from hpc_train.train.energy import NodeEnergy
 from hpc_train.train.metadata import RankPlace, describe
+from hpc_train.train.output import lost
 from hpc_train.train.progress import StepProgress
 
 
@@ -117,12 +127,24 @@ class Recorder:
                 raise not_written(self._run.metrics, error, len(text)) from None
         self._losses.clear()
 
+    def secure(self) -> None:
+        """What was flushed is on the disk, once this returns. Called before a checkpoint comes to have its name, from
+        the thread that writes it: no checkpoint is newer than its records. Raises UserError where the run is another
+        job's, or the disk refuses.
+        """
+        self._attempt.lease.confirm()
+        for path in (self._run.metrics, self._run.timings(self._context.world.rank)):
+            if path.exists():
+                sync(path)
+
     def stop(self, outcome: str, **facts: Any) -> None:
         """Collective. Closes the logs and stops the meters, and notes how the attempt ended: what follows is not the
         loop's time or energy.
         """
         self.flush()
         self._stack.close()
+        dropped = {str(rank): streams for rank, streams in enumerate(self._context.gather(lost())) if streams}
+        facts |= {"output_lost": dropped} if dropped else {}
         self._write_meta("end", outcome=outcome, last_step=self.num_steps_done - 1, ended=_now(), **facts)
 
     def finish(self, test: dict[str, float], fault: str | None = None) -> None:
@@ -168,9 +190,20 @@ class Recorder:
         """Writes config.toml, and makes metrics.csv end before this attempt's first step: one line a step, for ever."""
         self._attempt.lease.confirm()
         self._run.summary.unlink(missing_ok=True)  # of a run that is prolonged
-        steps, losses = read_metrics(self._run.metrics) if self._run.metrics.exists() else ([], [])
-        kept = [(step, loss) for step, loss in zip(steps, losses, strict=True) if step < self.num_steps_done]
-        self.rewrite(self._loaded, kept)
+        self.rewrite(self._loaded, self._losses_so_far())
+
+    def _losses_so_far(self) -> list[tuple[int, float]]:
+        """(step, loss) of every step before this attempt's first, each once; says so where some were lost."""
+        attempts = self._meta.get("attempts", [])
+        steps = range(attempts[0]["first_step"] if attempts else self.num_steps_done, self.num_steps_done)
+        losses = read_whole_metrics(self._run.metrics)
+        missing = [step for step in steps if step not in losses]
+        if missing:
+            self.say(
+                f"warning: {self._run.metrics} was cut or damaged: the losses of {len(missing)} steps from "
+                f"{missing[0]} to {missing[-1]} are lost. The weights are not: the checkpoint is whole."
+            )
+        return [(step, losses[step]) for step in steps if step in losses]
 
     def rewrite(self, loaded: Loaded, losses: Iterable[tuple[int, float]]) -> None:
         """Writes config.toml and metrics.csv anew, whole. The root only."""
@@ -187,7 +220,7 @@ class Recorder:
         def write() -> None:
             self._attempt.lease.confirm()
             if moment == "start":
-                for key in ("outcome", "ended", "clock_offsets_ns"):  # of the attempt before
+                for key in ("outcome", "ended", "clock_offsets_ns", "output_lost"):  # of the attempt before
                     self._meta.pop(key, None)
                 self._meta.update(describe(self._context, self._places))
                 self._meta["energy"] = _of_all_attempts(self._meta.get("energy", {}), energy)

@@ -83,8 +83,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     config, job = loaded.config, _set_up(loaded.config, context)
     with open_attempt(loaded, context, resume) as attempt:
         recorder = Recorder(loaded, context, job.places, attempt, open_clock(config.train, job.device))
-        is_root, confirm = context.world.is_root, attempt.lease.confirm
-        saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.say, confirm)
+        is_root = context.world.is_root
+        saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.say, recorder.secure)
         with (
             recorder,
             saver,

@@ -23,13 +23,14 @@ from tests.conftest import FaultTable
 from tests.faults.conftest import Reference
 from tests.faults.harness import STEPS, Job, assert_continuous, until
 
-# Calls that one save makes, in order: sync state, sync facts, sync folder, rename, sync parent, then the third save
-# renames the oldest one away and removes it. Counted over the saves of steps 5, 10 and 15, three syncs more each.
+# Calls that one save makes, in order: sync state, sync facts, sync folder, sync metrics and step records, rename, sync
+# parent, then the third save renames the oldest one away and removes it. Counted over the saves of steps 5, 10 and 15.
 STAGES = {
     "writing the state of the second": "torch.save:2",
-    "state written, not synced": "os.fsync:5",
-    "state synced, facts not": "os.fsync:6",
-    "folder not synced": "os.fsync:7",
+    "state written, not synced": "os.fsync:7",
+    "state synced, facts not": "os.fsync:8",
+    "folder not synced": "os.fsync:9",
+    "records not synced": "os.fsync:10",
     "before the rename": "os.rename:2",
     "after the rename": "os.rename:2:after",
     "before the oldest is moved away": "os.rename:4",
@@ -205,6 +206,36 @@ def test_a_job_that_was_stopped_so_long_that_another_took_over_writes_nothing_mo
     assert {path: path.read_bytes() for path in first.run.path.rglob("*") if path.is_file()} == left
     assert_ends_as(first.run, reference(ranks))
     survived("stopped until another took over", "writes nothing more, exit code 2; the other's run is whole")
+
+
+def test_records_are_cut_back_to_the_checkpoint_that_a_run_goes_on_from(
+    tmp_path: Path, digits: Path, reference: Reference
+) -> None:
+    """Steps 10 to 12 were written after the newest checkpoint: what a crash makes of them does not matter."""
+    job = Job(0, tmp_path, digits, "--set", "train.log_every=1", TRACE_DELAY="0.1").wait_for_step(14)
+    job.process.kill()
+    job.process.communicate()
+    shutil.rmtree(job.run.checkpoint(15), ignore_errors=True)
+    metrics = job.run.metrics
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_bytes("".join(lines[:12] + lines[5:7]).encode() + b"\0" * 30)  # steps 0 to 10; 4 and 5 twice; zeros
+    again = Job(0, tmp_path, digits, "--resume", "auto")
+    ended = again.end()
+    assert ended.code == 0 and "Continuing at step 10" in ended.out and "warning" not in ended.out, ended
+    assert_continuous(again, reference(0))
+
+
+def test_losses_that_a_damaged_disk_lost_are_said(tmp_path: Path, digits: Path) -> None:
+    job = Job(0, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(13)
+    assert job.signal(signal.SIGUSR2).end().code == 75
+    first = job.newest()
+    lines = job.run.metrics.read_text().splitlines(keepends=True)
+    job.run.metrics.write_text("".join(lines[:4]) + lines[4][:-3])  # steps 0 to 2, and the number of step 3 cut short
+    again = Job(0, tmp_path, digits, "--resume", "auto")
+    ended = again.end()
+    assert ended.code == 0, ended
+    assert f"the losses of {first - 3} steps from 3 to {first - 1} are lost" in ended.out
+    assert list(again.losses()) == [0, 1, 2, *range(first, STEPS)]
 
 
 # ------------------------------------------------------------------------------------------------ disks

@@ -1,0 +1,75 @@
+"""Output that nobody reads any more (`| head -1`, a full disk, a closed descriptor) must not end a training."""
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO, cast
+
+
+class Lasting:
+    """A text stream in place of `sys.stdout` or `sys.stderr`: what can't be written is dropped, from then on all of it.
+
+    fault: why, None while all is well.
+    """
+
+    def __init__(self, stream: TextIO, name: str, fault: str | None = None) -> None:
+        self._stream, self.name, self.fault = stream, name, fault
+
+    def write(self, text: str) -> int:
+        """Returns len(text), written or not."""
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError) as error:
+            self._lose(error)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._lose(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _lose(self, error: Exception) -> None:
+        if isinstance(error, BlockingIOError):
+            return  # a reader that is slow, of a pipe that does not wait for it: the rest is kept for the next flush
+        if self.fault is not None:
+            return
+        self.fault = getattr(error, "strerror", None) or str(error)
+        # What is still kept back is written when Python ends, and libraries in C write there, too.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1 if self.name == "stdout" else 2)
+        os.close(nowhere)
+        if self.name == "stdout":
+            print(f"hpc-train: stdout cannot be written: {self.fault}. The job goes on without.", file=sys.stderr)
+
+
+def outlast() -> None:
+    """From now on this process's output cannot end it. Descriptors that are closed lead nowhere: else the next file
+    that is opened, a checkpoint say, would get their numbers, and what is printed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            assert opened == number, "the lowest free number"
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        fault = None if stream is not None else "it was closed"
+        stream = stream or open(number, "w", closefd=False, encoding="utf-8")  # noqa: SIM115  for the process's life
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, Lasting(cast(TextIO, stream), name, fault))
+
+
+def lost() -> dict[str, str]:
+    """{"stdout": "Broken pipe"}: which of this process's streams were lost, and why."""
+    streams = (sys.stdout, sys.stderr)
+    return {each.name: each.fault for each in streams if isinstance(each, Lasting) and each.fault is not None}
