@@ -83,13 +83,16 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
     stop.hold_back()
     output.outlast()
     from hpc_train.train.context import open_context
+    from hpc_train.train.inspect import first
 
+    looked = None if launched_rank() else first.begin(lambda: load(_job_file(config), overrides).config)
     launched = launched_rank() is not None
     alone = None if launched else load(_job_file(config), overrides)
     with open_context(use_mpi=launched or (alone is not None and alone.config.reduce.strategy != "local")) as context:
         loaded = alone or context.on_root(lambda: load(_job_file(config), overrides))
         from hpc_train.train.trainer import train as run
 
+        context.on_root(lambda: looked and looked.wait())
         code = run(loaded, context, resume)
     if code:
         stop.ignore()

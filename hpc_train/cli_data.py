@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hpc_train import apart
 from hpc_train.cli_options import by_first_rank
 from hpc_train.errors import require
 from hpc_train.world import launched_rank
@@ -47,13 +48,14 @@ def check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
              mpirun -n 2 hpc-train data check "data/part-*.h5"
     """
     require("h5py")
+    notes = apart.go_on_in_child()  # damaged files make HDF5 crash
     from hpc_train.train.context import open_context
 
     with open_context(use_mpi=launched_rank() is not None) as context:
         from hpc_train.train.inspect.check import check as verify
         from hpc_train.train.inspect.survey import expand
 
-        checked = verify(context.on_root(lambda: expand(files)), context, quiet=as_json)
+        checked = verify(context.on_root(lambda: expand(files)), context, quiet=as_json, at=notes.at)
         if context.world.is_root:
             click.echo(json.dumps(asdict(checked), indent=2) if as_json else report(checked))
     if checked.faults or (strict and checked.warnings):
@@ -72,13 +74,14 @@ def info(files: tuple[str, ...], no_speed: bool, as_json: bool) -> None:
     Example: hpc-train data info data/mnist-5k.h5
     """
     require("h5py")
+    notes = apart.go_on_in_child()
     from hpc_train.train.context import open_context
 
     with open_context(use_mpi=False) as context:
         from hpc_train.train.inspect.info import inform
         from hpc_train.train.inspect.survey import expand
 
-        facts = inform(expand(files), context, measure=not no_speed)
+        facts = inform(expand(files), context, measure=not no_speed, at=notes.at)
     click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_told(facts)))
     if facts["faults"]:
         sys.exit(1)

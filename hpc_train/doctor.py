@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 
+from hpc_train.apart import died_of
 from hpc_train.config import load
 from hpc_train.errors import UserError
 from hpc_train.paths import expanded
@@ -165,7 +166,7 @@ def _ended(child: "subprocess.Popen[bytes]", examined: Examined, rank: int) -> s
         return "the process that checks does not end"
     where = f"rank {rank} on {socket.gethostname()}"
     if code < 0:
-        return f"{where} died of signal {-code} ({signal.strsignal(-code)})"
+        return f"{where} died of {died_of(-code)}"
     return f"{where} ended with exit code {code}" if code and not examined.failed else None
 
 

@@ -27,6 +27,7 @@ GROUND = {
     "errors",
     "environment",
     "lock",
+    "apart",
     "network",
     "paths",
     "__init__",

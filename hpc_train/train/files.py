@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from glob import glob, has_magic
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -14,13 +13,13 @@ import numpy as np
 
 from hpc_train.config import Config
 from hpc_train.errors import UserError
-from hpc_train.paths import expanded
 from hpc_train.train.context import Context, require_one_mpi
 from hpc_train.train.foreign import (
     HDF5_ERRORS,
     absurd_claim,
     cannot_open,
     damage_told,
+    data_paths,
     meaning_of,
     not_a_file,
     other_meaning,
@@ -140,20 +139,6 @@ def open_files(config: Config, context: Context, example: str = "mnist-5k") -> F
 def reading_memory(config: Config) -> int:
     """Bytes for decoded chunks: two thirds of data.memory_mb, as batches on their way and decoders take some, too."""
     return (config.data.memory_mb << 20) * 2 // 3
-
-
-def data_paths(config: Config) -> list[Path]:
-    """The files of the job's data, those of a pattern in the order of their names. Raises `UserError` for none."""
-    file = config.data.file
-    if file is None:
-        raise UserError("data.file is required and not set", f"task.kind = '{config.task.kind}' reads an HDF5 file.")
-    path = expanded(file)
-    if not has_magic(str(path)) or path.exists():
-        return [path]
-    found = sorted(Path(name) for name in glob(str(path)))
-    if not found:
-        raise UserError(f"data.file = '{file}' matches no file", "* stands for any part of a name: data/part-*.h5")
-    return found
 
 
 def reading_threads(context: Context) -> int:

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import glob, has_magic
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpc_train.config import Config
 from hpc_train.errors import UserError
+from hpc_train.paths import exists, expanded
 
 # What h5py raises of a damaged file, depending on which byte is wrong; MemoryError where it claims to be huge.
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError, SystemError)
@@ -29,6 +32,20 @@ _KINDS = {
 }
 _FEWEST_BYTES_A_CHUNK = 8  # in a file: its place in the index alone takes more
 _MOST_MEANING = 1e18  # of scale_factor and add_offset: the square of what they make is still a float32
+
+
+def data_paths(config: Config) -> list[Path]:
+    """The files of the job's data, those of a pattern in the order of their names. Raises `UserError` for none."""
+    file = config.data.file
+    if file is None:
+        raise UserError("data.file is required and not set", f"task.kind = '{config.task.kind}' reads an HDF5 file.")
+    path = expanded(file)
+    if not has_magic(str(path)) or exists(path):
+        return [path]
+    found = sorted(Path(name) for name in glob(str(path)))
+    if not found:
+        raise UserError(f"data.file = '{file}' matches no file", "* stands for any part of a name: data/part-*.h5")
+    return found
 
 
 def not_a_file(path: Path) -> str:

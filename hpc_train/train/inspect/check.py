@@ -61,16 +61,18 @@ class _Plan:
         return Tally(self.roles[name], self.first_rows.get(name), self.keep_one_in, self.vocabulary)
 
 
-def check(paths: Sequence[Path], context: Context, quiet: bool = False) -> Checked:
-    """Collective. Verifies the HDF5 files `paths`, which are one data set.
+def check(
+    paths: Sequence[Path], context: Context, quiet: bool = False, at: Callable[[Path], object] = lambda path: None
+) -> Checked:
+    """Collective. Verifies the HDF5 files `paths`, which are one data set. at: is told which file comes next.
 
     Every rank returns the same, which is the same at any number of ranks but for the time. Raises `UserError` for a
     file that may not be read.
     """
     began_ns = perf_counter_ns()
-    plan = context.on_root(lambda: _plan(paths))
+    plan = context.on_root(lambda: _plan(paths, at))
     tallies = {name: plan.tally(name) for name in plan.roles}
-    context.on_all(lambda: _count(plan, tallies, context, quiet))
+    context.on_all(lambda: _count(plan, tallies, context, quiet, at))
     equal: dict[tuple[str, ...], list[Equal]] = {}
     for group in plan.groups:
         hashed = [array for name in group for array in tallies[name].hashes]
@@ -85,8 +87,11 @@ def check(paths: Sequence[Path], context: Context, quiet: bool = False) -> Check
     return context.on_root(lambda: _summary(plan, gathered, equal, num_varying, began_ns, context.world.size))
 
 
-def _plan(paths: Sequence[Path]) -> _Plan:
-    files = [survey(path) for path in paths]
+def _plan(paths: Sequence[Path], at: Callable[[Path], object]) -> _Plan:
+    files = []
+    for path in paths:
+        at(path)
+        files.append(survey(path))
     readable, roles, first_rows = [], dict[str, str](), dict[str, np.ndarray]()
     vocabulary = next((size for file in files if isinstance(size := file.attributes.get("vocab_size"), int)), None)
     for file in files:
@@ -133,7 +138,7 @@ def _numbered(readable: list[Found], roles: dict[str, str]) -> tuple[list[dict[s
     return ends, first_samples
 
 
-def _count(plan: _Plan, tallies: dict[str, Tally], context: Context, quiet: bool) -> None:
+def _count(plan: _Plan, tallies: dict[str, Tally], context: Context, quiet: bool, at: Callable[[Path], object]) -> None:
     """Reads this rank's share of all pieces, and counts what is in them."""
     world, num_threads = context.world, reading_threads(context)
     start, stop = rank_span(sum(map(num_pieces, plan.readable)), world.rank, world.size)
@@ -142,6 +147,7 @@ def _count(plan: _Plan, tallies: dict[str, Tally], context: Context, quiet: bool
     done = num_bytes = 0
     with closing(shown) as progress, ThreadPoolExecutor(num_threads, "hpc-train-check") as pool:
         for found, numbers in shares(plan.readable, start, stop):
+            at(found.path)
             tally, first = tallies[found.name], first_samples[found.path, found.name]
             with h5py.File(found.path, "r") as file, closing(Pieces(file, found)) as pieces:
                 for piece in _ahead(pool, pieces.read, numbers, num_threads * _PIECES_AHEAD):

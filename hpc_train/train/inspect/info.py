@@ -48,17 +48,26 @@ class Speed:
         }
 
 
-def inform(paths: Sequence[Path], context: Context, measure: bool = True) -> dict[str, Any]:
-    """All that is known of HDF5 files that are one data set, ready for JSON. Raises `UserError`."""
-    files = [survey(path) for path in paths]
+def inform(
+    paths: Sequence[Path], context: Context, measure: bool = True, at: Callable[[Path], object] = lambda path: None
+) -> dict[str, Any]:
+    """All that is known of HDF5 files that are one data set, ready for JSON. Raises `UserError`.
+
+    at: is told which file comes next.
+    """
+    files = []
+    for path in paths:
+        at(path)
+        files.append(survey(path))
     faults = [asdict(fault) for file in files for fault in (*file.faults, *parts_that_disagree(file))]
     return {
-        "files": [_file_facts(file, context, measure) for file in files],
+        "files": [_file_facts(file, context, measure, at) for file in files],
         "faults": faults + [asdict(fault) for fault in disagreements(files)],
     }
 
 
-def _file_facts(file: Surveyed, context: Context, measure: bool) -> dict[str, Any]:
+def _file_facts(file: Surveyed, context: Context, measure: bool, at: Callable[[Path], object]) -> dict[str, Any]:
+    at(file.path)
     kind = file_system(file.path)
     stripes = stripe_count(file.path) if kind == "lustre" else None
     faulty = {fault.dataset for fault in file.faults}

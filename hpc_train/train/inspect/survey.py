@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from hpc_train.errors import UserError
-from hpc_train.paths import expanded
+from hpc_train.paths import exists, expanded
 from hpc_train.train.filters import filter_names, open_pipeline
 from hpc_train.train.foreign import (
     HDF5_ERRORS,
@@ -118,9 +118,9 @@ def expand(names: Sequence[str]) -> list[Path]:
     """
     paths: list[Path] = []
     for word in names:
-        for name in [word] if expanded(word).exists() else word.split():
+        for name in [word] if exists(expanded(word)) else word.split():
             path = expanded(name)
-            is_pattern = has_magic(str(path)) and not path.exists()
+            is_pattern = has_magic(str(path)) and not exists(path)
             found = sorted(map(Path, glob(str(path)))) if is_pattern else [path]
             if not found:
                 raise UserError(f"{name} matches no file", "* stands for any part of a name: data/part-*.h5")
