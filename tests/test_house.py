@@ -27,6 +27,7 @@ GROUND = {
     "environment",
     "lock",
     "network",
+    "owned",
     "__init__",
 }
 TOP = {"cli", "bench"}

@@ -11,15 +11,17 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpc_train import owned
 from hpc_train.errors import UserError
 from hpc_train.train import storage
 from hpc_train.train.context import Context
 from hpc_train.train.files import require_parallel_hdf5
 from hpc_train.train.prepare import images, journal, layout, samples, tables, text
+from hpc_train.train.prepare.disk import no_room
 from hpc_train.train.prepare.journal import Blocks, Journal
 from hpc_train.train.prepare.layout import Layout
 from hpc_train.train.prepare.sources import PICTURES, Options, Source
-from hpc_train.train.prepare.writer import Work, create, no_room, sound, verify, write
+from hpc_train.train.prepare.writer import Work, create, num_bytes, opened_alone, reserve, sound, verify, write
 
 
 def prepare(
@@ -122,8 +124,9 @@ def _make(source: Source, output: Path, asked: Layout, memory_bytes: int, overwr
 
     Killed or interrupted, it leaves the file under its temporary name and a journal beside it.
     """
-    work = Work(source, output.with_name(f".{output.name}.partial"), asked, memory_bytes)
+    work = Work(source, output, asked, memory_bytes)
     noted, began_ns = output.with_name(f".{output.name}.journal"), perf_counter_ns()
+    context.on_root(lambda: owned.require(work.path, noted))  # left by a killed run, and not by somebody else
     try:
         done = _left_from_before(work, noted, overwrite, context)
         if not done:
@@ -199,17 +202,12 @@ def _already_there(source: Source, output: Path, overwrite: bool, asked: Layout)
 
 def _make_room(work: Work) -> None:
     """On the root: no room is told now, not half-way (of compressed data nobody knows how much it takes)."""
-    arrays = work.source.arrays.values()
-    num_bytes = 1 if work.layout.chunked else sum(a.shape[0] * layout.row_bytes(a) for a in arrays)
     try:
         work.path.parent.mkdir(parents=True, exist_ok=True)
-        with work.path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
-        work.path.unlink()
+        owned.created(work.path).close()
     except OSError as error:
-        with suppress(OSError):
-            work.path.unlink(missing_ok=True)
-        raise no_room(work.path.with_name(work.path.name[1:-8]), error.errno) from None
+        raise no_room(work.output, error.errno) from None
+    reserve(work, 1 if work.layout.chunked else num_bytes(work))
 
 
 def _holds(file: h5py.File, source: Source, asked: Layout) -> bool:
@@ -232,7 +230,9 @@ def _complete(work: Work, written: Blocks, noted: Path, output: Path) -> None:
     }
     with Journal(noted, {}, new=False) as lines:
         lines.flushing()  # what HDF5 writes by closing tears a file that was whole
-    with h5py.File(work.path, "r+") as file:
+    with opened_alone(work, "r+") as opened:
+        file = opened.file
+        assert file is not None
         file.attrs.update(facts)
         for part in ("train", "test"):
             if part in file:

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from hpc_train import owned
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context
+from hpc_train.train.prepare.disk import no_room, write_all
 from hpc_train.train.prepare.layout import row_bytes
 from hpc_train.train.prepare.sources import Array, Options, Source, in_memory, state_of
 from hpc_train.train.prepare.tables import divided
@@ -48,11 +50,12 @@ def source(name: str, options: Options, output: Path | None, anew: bool, context
         spools: tuple[Path, ...] = ()
     else:
         beside = context.on_all(lambda: _beside(name, output))
+        context.on_all(lambda: owned.require(*_files_of(_spool_of(beside, world.rank))))
         try:
             arrays, spools = _spooled(name, told, shared, beside, anew, state, context)
         except Exception:
-            for end in ("", ".inputs", ".targets"):
-                Path(f"{_spool_of(beside, world.rank)}{end}").unlink(missing_ok=True)
+            for path in _files_of(_spool_of(beside, world.rank)):
+                path.unlink(missing_ok=True)
             raise
     parts = context.on_all(lambda: divided(name, arrays, options.test_fraction))
     return replace(named(name), arrays=parts, state=state, spools=spools)
@@ -100,7 +103,7 @@ def _spooled(
     context.on_all(lambda: _note(spool, name, state, world.size, mine))
     ranks = context.all((str(spool), mine))
     spools = tuple(Path(path) for path, _ in ranks)
-    files = [path.with_name(path.name + end) for path in spools for end in ("", ".inputs", ".targets")]
+    files = [path for spool in spools for path in _files_of(spool)]
     kinds = {(tuple(each["shape"]), each["dtype"]) for _, each in ranks if each["num"]}
     if len(kinds) != 1:
         what = ", ".join(f"{dtype} {shape}" for shape, dtype in sorted(kinds)) or "nothing"
@@ -118,6 +121,11 @@ def _spooled(
 
 def _spool_of(output: Path, rank: int) -> Path:
     return output.with_name(f".{output.name}.spool-{rank:05d}")
+
+
+def _files_of(spool: Path) -> list[Path]:
+    """What was spooled is told in the first, which comes last."""
+    return [spool.with_name(spool.name + end) for end in ("", ".inputs", ".targets")]
 
 
 def _gathered(
@@ -155,7 +163,8 @@ def _gathered(
 def _kept(spool: Path, name: str, state: str, size: int) -> dict[str, Any] | None:
     """What a killed run spooled to the end, if nothing has changed since."""
     try:
-        noted = json.loads(spool.read_text())
+        with owned.opened(spool, "rb") as file:
+            noted = json.loads(file.read()) if not owned.others_may_write(file) else {}
         inputs = spool.with_name(spool.name + ".inputs").stat().st_size
         targets = spool.with_name(spool.name + ".targets").stat().st_size
     except (OSError, ValueError):
@@ -166,7 +175,11 @@ def _kept(spool: Path, name: str, state: str, size: int) -> dict[str, Any] | Non
 
 def _note(spool: Path, name: str, state: str, size: int, mine: dict[str, Any]) -> None:
     ends = [spool.with_name(spool.name + end).stat().st_size for end in (".inputs", ".targets")]
-    spool.write_text(json.dumps(mine | {"what": [name, state, size], "bytes": ends}))
+    try:
+        with owned.created(spool, 0o644) as file:
+            file.write(json.dumps(mine | {"what": [name, state, size], "bytes": ends}).encode())
+    except OSError as error:
+        raise no_room(spool, error.errno) from None
 
 
 def _spool(spool: Path, name: str, told: Any, shared: bool, context: Context) -> dict[str, Any]:
@@ -174,11 +187,7 @@ def _spool(spool: Path, name: str, told: Any, shared: bool, context: Context) ->
     if not isinstance(told, Iterable):
         raise UserError(f"prepare {name}: it returned {type(told).__name__}, nothing to iterate over", _SHAPE)
     num, shape, dtype = 0, [], ""
-    spool.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        spool.with_name(spool.name + ".inputs").open("wb", _SPOOL_BYTES) as inputs,
-        spool.with_name(spool.name + ".targets").open("wb", _SPOOL_BYTES) as targets,
-    ):
+    with _Spooled(spool) as spooled:
         for index, x, y in _checked(name, told):
             if num == 0:
                 shape, dtype = list(x.shape), x.dtype.str
@@ -189,10 +198,50 @@ def _spool(spool: Path, name: str, told: Any, shared: bool, context: Context) ->
                     f"prepare {name}: sample {index} is {x.dtype.str} {list(x.shape)}, those before {dtype} {shape}",
                     _SHAPE,
                 )
-            inputs.write(np.ascontiguousarray(x).data)
-            targets.write(y.data)
+            spooled.add(x, y)
             num += 1
     return {"num": num, "shape": shape, "dtype": dtype}
+
+
+class _Spooled:
+    """The inputs and targets of a rank, on their way to disk. Raises `UserError` where that is full, and no other."""
+
+    def __init__(self, spool: Path) -> None:
+        self._path = spool
+        try:
+            spool.parent.mkdir(parents=True, exist_ok=True)
+            self._files = [owned.created(Path(f"{spool}{end}"), 0o644, 0) for end in (".inputs", ".targets")]
+        except OSError as error:
+            raise no_room(spool, error.errno) from None
+        self._waiting: list[list[bytes]] = [[], []]
+        self._num_bytes = 0
+
+    def add(self, x: np.ndarray, y: np.ndarray) -> None:
+        for waiting, values in zip(self._waiting, (x, y), strict=True):
+            waiting.append(values.tobytes())
+            self._num_bytes += values.nbytes
+        if self._num_bytes >= _SPOOL_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            for waiting, file in zip(self._waiting, self._files, strict=True):
+                write_all(file, b"".join(waiting))
+                waiting.clear()
+        except OSError as error:
+            raise no_room(self._path, error.errno) from None
+        self._num_bytes = 0
+
+    def __enter__(self) -> "_Spooled":
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            for file in self._files:
+                file.close()
 
 
 def _checked(name: str, told: Iterable[Any]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
