@@ -47,6 +47,9 @@ def require(*paths: Path) -> None:
             fault = _fault(path.lstat(), path)
         except FileNotFoundError:
             continue
+        except OSError as error:
+            remedy = "Name another: a shorter one, or one in a folder that you may read."
+            raise UserError(f"{path} cannot be made: {error.strerror}", remedy) from None
         if fault:
             raise _refused(path, fault)
 

@@ -95,8 +95,9 @@ def _size(num_bytes: int) -> str:
 def _stage_here(url: str, folder: Path, wait_s: float, is_root: bool) -> Staged:
     began_s = perf_counter()
     source = storage.find(url)
-    path = folder.absolute() / source.name
+    path = folder / source.name
     try:
+        path = folder.absolute() / source.name
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(path) as unfinished:
             _refuse_others_files(path)

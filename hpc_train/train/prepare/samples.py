@@ -22,6 +22,7 @@ from hpc_train.train.prepare.sources import Array, Options, Source, in_memory, s
 from hpc_train.train.prepare.tables import divided
 
 _SPOOL_BYTES = 4 << 20  # of samples in memory before they go to disk
+_NAME = "Name package.module:function, seen from this folder: a function of yours."
 _SHAPE = (
     "Yield (input, target) each time: numbers of one shape and type, and a whole number. Or return a dict of arrays."
 )
@@ -40,13 +41,12 @@ def source(name: str, options: Options, output: Path | None, anew: bool, context
     output: the samples are spooled beside it. anew: not what a killed run spooled. Raises `UserError`.
     """
     function = context.on_all(partial(_found, name))
-    shared = {"rank", "size"} <= set(inspect.signature(function).parameters)
+    shared = context.on_all(partial(_shares, name, function))
     world = context.world
-    told = context.on_all(lambda: function(rank=world.rank, size=world.size) if shared else function())
-    module = inspect.getsourcefile(inspect.unwrap(function))
-    state = context.on_root(lambda: state_of([Path(module)]) if module else "")
+    told = context.on_all(partial(_called, name, function, {"rank": world.rank, "size": world.size} if shared else {}))
+    state = context.on_root(lambda: _state_of(function))
     if isinstance(told, dict):
-        arrays = context.on_all(lambda: {key: in_memory(_plain(name, key, value)) for key, value in told.items()})
+        arrays = context.on_all(lambda: {str(key): in_memory(_plain(name, key, told[key])) for key in told})
         spools: tuple[Path, ...] = ()
     else:
         beside = context.on_all(lambda: _beside(name, output))
@@ -74,15 +74,52 @@ def _found(name: str) -> Any:
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except ModuleNotFoundError as error:
-        raise UserError(f"prepare {name}: {error}", "Name package.module:function, seen from this folder.") from None
+        raise UserError(f"prepare {name}: {error}", _NAME) from None
+    except SystemExit:
+        raise UserError(f"prepare {name}: {module} ends this program when it is imported", _NAME) from None
     if not callable(found):
-        raise UserError(f"prepare {name}: {module} has no function {attribute}", "Name package.module:function.")
+        raise UserError(f"prepare {name}: {module} has no function {attribute}", _NAME)
     return found
 
 
-def _plain(name: str, key: str, value: Any) -> np.ndarray:
-    array = np.asarray(value)
-    if array.dtype.kind not in "biuf":
+def _shares(name: str, function: Any) -> bool:
+    """Whether it shares out its samples. Raises `UserError` for what is no function of samples, before it is called:
+    not even `sys:exit` is."""
+    if inspect.isbuiltin(function) or isinstance(function, type) and function.__module__ == "builtins":
+        raise UserError(f"prepare {name}: {name.rpartition(':')[2]} is Python's own, and gives no samples", _NAME)
+    try:
+        signature = inspect.signature(function)
+        shared = {"rank", "size"} <= set(signature.parameters)
+        signature.bind(**dict.fromkeys(("rank", "size") if shared else ()))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"prepare {name}: it cannot be called: {error}", f"It takes nothing, or rank and size. {_SHAPE}"
+        )
+    return shared
+
+
+def _called(name: str, function: Any, words: dict[str, int]) -> Any:
+    try:
+        return function(**words)
+    except SystemExit as error:
+        raise _ended(name, error) from None
+
+
+def _ended(name: str, error: SystemExit) -> UserError:
+    return UserError(f"prepare {name}: it ends this program (exit code {error.code})", _SHAPE)
+
+
+def _state_of(function: Any) -> str:
+    try:
+        module = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # of an object that can be called: where it comes from is not known, so nothing is kept of it
+        return ""
+    return state_of([Path(module)]) if module else ""
+
+
+def _plain(name: str, key: Any, value: Any) -> np.ndarray:
+    array = _as_array(value)
+    if not isinstance(key, str) or array.dtype.kind not in "biuf" or not array.ndim:
         raise UserError(f"prepare {name}: {key} is {array.dtype} {array.shape}", _SHAPE)
     return array.astype(np.int64) if key.endswith("targets") and array.dtype.kind == "b" else array
 
@@ -246,12 +283,29 @@ class _Spooled:
 
 def _checked(name: str, told: Iterable[Any]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """The samples as arrays: (number, input, target)."""
-    for index, sample in enumerate(told):
+    for index, sample in enumerate(_until_it_ends(name, told)):
         if not isinstance(sample, (tuple, list)) or len(sample) != 2:
             raise UserError(f"prepare {name}: sample {index} is {type(sample).__name__}, no pair", _SHAPE)
-        x, y = np.asarray(sample[0]), np.asarray(sample[1])
+        x, y = _as_array(sample[0]), _as_array(sample[1])
         if x.dtype.kind not in "biuf" or x.ndim == 0 or y.size != 1 or y.dtype.kind not in "biu":
             raise UserError(
                 f"prepare {name}: sample {index} is {x.dtype} {x.shape} with the target {y.dtype} {y.shape}", _SHAPE
             )
+        if y.dtype.kind == "u" and y.max() > np.iinfo(np.int64).max:
+            raise UserError(f"prepare {name}: sample {index} has the target {y}, too large for 64 bits", _SHAPE)
         yield index, x.astype(x.dtype.newbyteorder("="), copy=False), y.astype(np.int64).reshape(())
+
+
+def _until_it_ends(name: str, told: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from told
+    except SystemExit as error:
+        raise _ended(name, error) from None
+
+
+def _as_array(value: Any) -> np.ndarray:
+    """Of rows that differ in length, and the like, an array of objects, which is no number."""
+    try:
+        return np.asarray(value)
+    except Exception:  # noqa: BLE001  a user's object may raise what it likes
+        return np.empty((), object)
