@@ -15,7 +15,8 @@ _DATASETS = (
 
 
 def _dataset(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if value not in _DATASETS and ":" not in value:
+    module, _, function = value.partition(":")
+    if value not in _DATASETS and not all(part.isidentifier() for part in (*module.split("."), function)):
         raise click.BadParameter(f"{value!r} is not one of {', '.join(_DATASETS)}, or package.module:function")
     return value
 

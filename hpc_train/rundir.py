@@ -2,7 +2,7 @@
 
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -130,11 +130,16 @@ def fragments(paths: Sequence[Path]) -> list[Path]:
     return sorted(found)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file that is never seen half-written: temporary name, flush, sync, rename. Raises UserError."""
+def write_atomic(path: Path, content: str | bytes, permissions: int = 0o666) -> None:
+    """Writes a file that is never seen half-written: temporary name, flush, sync, rename. Raises UserError.
+
+    permissions: before the umask takes its part.
+    """
     data = content.encode() if isinstance(content, str) else content
+    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # a name that nobody can have put a link at
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        # The umask belongs to the whole process: other threads make files, too, so it is never changed to be read.
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, permissions)
     except OSError as error:
         raise not_written(path, error, len(data)) from None
     try:
@@ -142,10 +147,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException as error:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise not_written(path, error, len(data)) from None
         raise
@@ -161,9 +165,3 @@ def sync(path: Path) -> None:
             os.close(handle)
     except OSError as error:
         raise not_written(path, error, path.stat().st_size if path.exists() else 0) from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,6 +1,8 @@
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,25 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = jobs.run(2, "prepare", "mnist-5k", folder / "mnist-5k.h5", cwd=folder)
     assert done.code == 0, done.err
     return folder / "mnist-5k.h5"
+
+
+@pytest.fixture
+def disk_of(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """disk_of("8m"): a new file system of that size, for root only."""
+    with ExitStack() as mounted:
+
+        def mount(size: str) -> Path:
+            if os.geteuid():
+                pytest.skip("a small disk can be mounted by root only")
+            disk = tmp_path / f"disk-{size}"
+            disk.mkdir()
+            line = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+            if subprocess.run(line, capture_output=True, timeout=20).returncode:
+                pytest.skip("this root may not mount a tmpfs")
+            mounted.callback(subprocess.run, ["umount", str(disk)], check=True, timeout=20)
+            return disk
+
+        yield mount
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ GROUND = {
     "apart",
     "network",
     "paths",
+    "owned",
     "__init__",
 }
 TOP = {"cli", "bench"}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -407,3 +408,61 @@ def test_a_full_disk_is_told(big: Path) -> None:
     )
     assert done.returncode == 2 and "full.h5 cannot be written" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not list(big.parent.glob("*full*"))
+
+
+_GZIP = ["--compress", "gzip:4"]
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("compress", [[], _GZIP], ids=["contiguous", "gzip"])
+@pytest.mark.parametrize("kind", ["mnist-5k", "images", "text", "table", "samples"])
+def test_a_disk_that_fills_up_is_one_message(
+    tmp_path: Path, disk_of: Callable[[str], Path], kind: str, compress: list[str], ranks: int
+) -> None:
+    """HDF5 (1.10.8) that cannot write while it flushes or closes a file ends by signal 11."""
+    if ranks and kind not in ("mnist-5k", "samples"):
+        pytest.skip("by two ranks all are written alike")
+    words = {
+        "mnist-5k": ["mnist-5k"],
+        "images": ["images", "--from", "pictures", "--size", "96"],
+        "text": ["text", "--from", "texts"],
+        "table": ["table", "--from", "t.npz"],
+        "samples": ["noise:samples"],
+    }[kind]
+    noise = np.random.default_rng(0).integers(0, 256, (40, 32_000), np.uint8)
+    if kind == "images":
+        image = pytest.importorskip("PIL.Image")
+        for index, values in enumerate(noise):
+            (tmp_path / "pictures" / str(index % 2)).mkdir(parents=True, exist_ok=True)
+            picture = image.fromarray(values[:27_648].reshape(96, 96, 3))
+            picture.save(tmp_path / "pictures" / str(index % 2) / f"{index}.png")
+    (tmp_path / "texts").mkdir()
+    for index, values in enumerate(noise):
+        (tmp_path / "texts" / str(index)).write_bytes(np.maximum(values, 1).tobytes())
+    np.savez(tmp_path / "t.npz", inputs=noise, targets=np.arange(40))
+    (tmp_path / "noise.py").write_text(
+        "import numpy as np\n"
+        "def samples():\n"
+        "    for row in np.random.default_rng(0).integers(0, 256, (40, 32_000), np.uint8):\n"
+        "        yield row, 1\n"
+    )
+    for size in ("64k", "700k") if kind == "mnist-5k" else ("700k",):
+        disk = disk_of(size)
+        done = jobs.run(ranks, "prepare", words[0], disk / "x.h5", *words[1:], *compress, cwd=tmp_path)
+        assert done.code == 2 and done.err.count("hpc-train: ") == 1 and done.out == "", (done.code, done.err)
+        assert "x.h5" in done.err and "cannot be written: No space left on device" in done.err, done.err
+        assert "Traceback" not in done.err and not list(disk.iterdir()), "nothing is left half-written"
+
+
+def test_a_disk_that_fills_up_at_any_moment(digits: Path, tmp_path: Path, disk_of: Callable[[str], Path]) -> None:
+    """Up to the last bytes: the checksums and attributes of a file whose rows are all there."""
+    codes = []
+    for kib in range(3_836, 3_868, 8):
+        disk = disk_of(f"{kib}k")
+        done = jobs.run(0, "prepare", "mnist-5k", disk / "x.h5", cwd=tmp_path)
+        codes.append(done.code)
+        assert done.code in (0, 2) and "Traceback" not in done.err, done.err
+        assert [path.name for path in disk.iterdir()] == ["x.h5"] * (done.code == 0)
+        if done.code == 0:
+            assert contents(disk / "x.h5") == contents(digits)
+    assert codes == sorted(codes, reverse=True) and set(codes) == {0, 2}

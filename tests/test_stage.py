@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import h5py
 import pytest
@@ -202,12 +203,14 @@ class Throttled(SimpleHTTPRequestHandler):
     half = threading.Event()
     go_on = threading.Event()
     breaks = 0
+    asked_s: ClassVar[list[float]] = []
 
     def copyfile(self, source: Any, outputfile: Any) -> None:
         data = source.read()
         if len(data) < NUM_BYTES:
             outputfile.write(data)
             return
+        type(self).asked_s.append(time.monotonic())
         outputfile.write(data[: NUM_BYTES // 2])
         outputfile.flush()
         type(self).half.set()
@@ -250,6 +253,16 @@ def test_a_connection_that_breaks_off_is_tried_again(web: str, tmp_path: Path, c
     assert Throttled.breaks == 0 and "trying again" in done.out
     assert_whole(done, tmp_path / "to" / "data.h5", content)
     assert "reused" in stage(web, tmp_path / "to").out
+
+
+def test_a_server_in_trouble_is_asked_less_and_less_often(web: str, tmp_path: Path, content: bytes) -> None:
+    Throttled.breaks = 5  # one or two are used up by asking what the server can do
+    Throttled.asked_s.clear()
+    done = stage(web, tmp_path / "to")
+    assert_whole(done, tmp_path / "to" / "data.h5", content)
+    pauses_s = [after - before for before, after in pairwise(Throttled.asked_s)]
+    assert pauses_s[-2] > 0.5 and pauses_s[-1] > 1, "doubled each time, and drawn from the upper half of that"
+    assert " trying again in 0." in done.out
 
 
 def test_a_server_that_stalls_or_keeps_breaking_off_ends_it(web: str, tmp_path: Path) -> None:
@@ -344,20 +357,8 @@ def test_prepare_writes_to_s3(bucket: tuple[int, Path], digits: Path, tmp_path: 
 # ------------------------------------------------------------------------------------- disks
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid():
-        pytest.skip("a disk of 8 MB can be mounted by root only")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, timeout=20).returncode:
-        pytest.skip("this root may not mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True, timeout=20)
-
-
-def test_a_disk_too_small_is_told_before_copying(file: Path, small_disk: Path) -> None:
+def test_a_disk_too_small_is_told_before_copying(file: Path, disk_of: Callable[[str], Path]) -> None:
+    small_disk = disk_of("8m")
     done = stage(file, small_disk)
     assert_nothing(done, small_disk, "data.h5 needs 20.0 MB", "has 8.4 MB free", "make room")
 

@@ -16,11 +16,14 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from random import uniform
 from time import monotonic, perf_counter, perf_counter_ns
 from typing import IO
 
+from hpc_train import owned
 from hpc_train.errors import UserError
 from hpc_train.rundir import write_atomic
 from hpc_train.train import storage
@@ -31,7 +34,9 @@ from hpc_train.train.storage import Source
 # Four ranges at once are read from WebHDFS twice as fast as one (300 and 160 MB/s); more are no faster.
 _NUM_STREAMS = 4
 _RANGE_BYTES = 8 << 20
-_PAUSE_S = 0.5  # before a failed range is tried again
+# Before a failed range is tried again: doubled each time up to the longest, and drawn from the upper half of that, so
+# that a thousand nodes that failed together do not come back together.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _SAY_EVERY_S = 10.0
 
 
@@ -90,11 +95,12 @@ def _size(num_bytes: int) -> str:
 def _stage_here(url: str, folder: Path, wait_s: float, is_root: bool) -> Staged:
     began_s = perf_counter()
     source = storage.find(url)
-    path = folder.absolute() / source.name
+    path = folder / source.name
     try:
+        path = folder.absolute() / source.name
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(path) as unfinished:
-            _refuse_others_file(path)
+            _refuse_others_files(path)
             checksum = _whole_copy(source, path)
             reused = checksum is not None
             if checksum is None:
@@ -113,42 +119,59 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
     )
 
 
+@dataclass(frozen=True)
+class _Unfinished:
+    """The file that becomes a copy. It is written and read as it was opened, whatever has its name by then."""
+
+    path: Path
+    file: IO[bytes]
+
+    @property
+    def handle(self) -> int:
+        return self.file.fileno()
+
+    def has_its_name(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.handle), self.path.lstat())
+        except FileNotFoundError:
+            return False
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[Path]:
+def _locked(path: Path) -> Iterator[_Unfinished]:
     """The file that becomes `path`, held by this process alone: a second job on this node waits here.
 
     It has one name, so that what a killed job left is taken over by the next, and it is gone at the end.
     """
-    unfinished = path.with_name(f".{path.name}.partial")
+    name = path.with_name(f".{path.name}.partial")
     while True:
-        with unfinished.open("ab") as file:
+        with owned.opened(name, "r+b") as file:
+            unfinished = _Unfinished(name, file)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"{path.name} is being staged on {socket.gethostname()} by another job: waiting", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_called(file, unfinished):
+            if not unfinished.has_its_name():
                 continue  # the job before renamed or removed it: this is a lock on a file without that name
+            if owned.others_may_write(file):
+                name.unlink()  # they may have it open, and could write when it is found equal
+                continue
             try:
                 yield unfinished
             finally:
-                if _is_called(file, unfinished):  # once it is renamed, this name may be the next job's
-                    unfinished.unlink()
+                if unfinished.has_its_name():  # once it is renamed, this name may be the next job's
+                    name.unlink()
             return
-
-
-def _is_called(file: IO[bytes], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _record_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.staged.json")
 
 
-def _refuse_others_file(path: Path) -> None:
+def _refuse_others_files(path: Path) -> None:
+    """Whoever wrote the record could have written any checksum in it: neither it nor the copy may be another's."""
+    owned.require(path, _record_of(path))
     if path.exists() and not _record_of(path).exists():
         raise UserError(
             f"{path} exists, and was not staged by hpc-train", "Name another folder, or remove that file first."
@@ -156,57 +179,66 @@ def _refuse_others_file(path: Path) -> None:
 
 
 def _whole_copy(source: Source, path: Path) -> str | None:
-    """The checksum of the copy at `path` if it is this version of the source, whole; else None."""
+    """The checksum of the copy at `path` if it is this version of the source, whole, and nobody else may write it."""
     try:
-        record = json.loads(_record_of(path).read_text())
-        theirs = (record["source"], record["version"], record["bytes"])
-        if theirs != (source.url, source.version, source.num_bytes) or path.stat().st_size != source.num_bytes:
-            return None
-        found, _ = _read_back(path)
+        with owned.opened(_record_of(path), "rb") as noted, owned.opened(path, "rb") as copy:
+            if owned.others_may_write(noted) or owned.others_may_write(copy):
+                return None
+            record = json.loads(noted.read())
+            theirs = (record["source"], record["version"], record["bytes"])
+            length = os.fstat(copy.fileno()).st_size
+            if theirs != (source.url, source.version, source.num_bytes) or length != source.num_bytes:
+                return None
+            found, _ = _read_back(copy.fileno())
         return found if source.version and found == record["sha256"] == (source.sha256 or found) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
-def _reserve(source: Source, unfinished: Path) -> None:
+def _reserve(source: Source, unfinished: _Unfinished) -> None:
     """No room is told now, not half-way."""
-    free = shutil.disk_usage(unfinished.parent).free
     try:
-        with unfinished.open("r+b") as file:
-            file.truncate(0)  # what a killed job left
-            if source.num_bytes:
-                os.posix_fallocate(file.fileno(), 0, source.num_bytes)
+        os.ftruncate(unfinished.handle, 0)  # what a killed job left
+        free = shutil.disk_usage(unfinished.path.parent).free
+        if source.num_bytes > free:  # where a file system cannot reserve, the C library would write it full first
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if source.num_bytes:
+            os.posix_fallocate(unfinished.handle, 0, source.num_bytes)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        where = f"{unfinished.parent} on {socket.gethostname()}"
+        where = f"{unfinished.path.parent} on {socket.gethostname()}"
         raise UserError(
             f"{source.name} needs {_size(source.num_bytes)}, and {where} has {_size(free)} free ({error.strerror})",
             "Name a folder with more room, or make room.",
         ) from None
 
 
-def _give_name(source: Source, checksum: str, unfinished: Path, path: Path) -> None:
+def _give_name(source: Source, checksum: str, unfinished: _Unfinished, path: Path) -> None:
     """First the record, then the name: a copy without a record, or with another's, is not used."""
     record = {"source": source.url, "version": source.version, "bytes": source.num_bytes, "sha256": checksum}
-    write_atomic(_record_of(path), json.dumps(record, indent=2) + "\n")
-    unfinished.replace(path)
+    write_atomic(_record_of(path), json.dumps(record, indent=2) + "\n", permissions=0o644)
+    if not unfinished.has_its_name():
+        raise UserError(
+            f"{unfinished.path} was replaced by somebody while it was written",
+            "Name a folder that nobody else may write, or one with the sticky bit.",
+        )
+    unfinished.path.replace(path)
 
 
 # ------------------------------------------------------------------------------------- copying
 
 
-def _copy_verified(source: Source, unfinished: Path, wait_s: float, is_root: bool) -> str:
+def _copy_verified(source: Source, unfinished: _Unfinished, wait_s: float, is_root: bool) -> str:
     """Copies, syncs, reads back and compares; returns the sha256."""
     total = source.num_bytes // 10**6 + 1
     with closing(StepProgress(f"staging {source.name}", total, "auto", is_root, unit="MB")) as progress:
         checksums = _copy(_Copy(source, unfinished), wait_s, progress)
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read it back from the disk, not from memory
-    found, found_checksums = _read_back(unfinished)
+    os.fsync(unfinished.handle)
+    os.posix_fadvise(unfinished.handle, 0, 0, os.POSIX_FADV_DONTNEED)  # read it back from the disk, not from memory
+    found, found_checksums = _read_back(unfinished.handle)
     remedy = "Stage it again; if that happens twice, the disk or the network changes data."
-    if found_checksums != checksums or unfinished.stat().st_size != source.num_bytes:
+    if found_checksums != checksums or os.fstat(unfinished.handle).st_size != source.num_bytes:
         raise UserError(f"{source.name} on {socket.gethostname()} does not read back as it was written", remedy)
     if source.sha256 not in (None, found):
         raise UserError(f"{source.url} has sha256 {found}; {source.name}.sha256 beside it says {source.sha256}", remedy)
@@ -215,28 +247,37 @@ def _copy_verified(source: Source, unfinished: Path, wait_s: float, is_root: boo
     return found
 
 
-def _read_back(path: Path) -> tuple[str, dict[int, int]]:
+def _read_back(handle: int) -> tuple[str, dict[int, int]]:
     """The file's sha256, and the crc32 of each range by offset: ranges come in any order, which sha256 cannot take."""
-    whole, checksums, offset = sha256(), {}, 0
-    with path.open("rb") as file:
-        while data := file.read(_RANGE_BYTES):
-            whole.update(data)
-            checksums[offset] = zlib.crc32(data)
-            offset += len(data)
+    checksums: dict[int, int] = {}
+    whole, offset = sha256(), 0
+    while data := os.pread(handle, _RANGE_BYTES - offset % _RANGE_BYTES, offset):
+        begin = offset - offset % _RANGE_BYTES
+        whole.update(data)
+        checksums[begin] = zlib.crc32(data, checksums.get(begin, 0))
+        offset += len(data)
     return whole.hexdigest(), checksums
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What happened to a span, and when it is tried again."""
+
+    error: Exception
+    pause_s: float
 
 
 @dataclass(frozen=True)
 class _Copy:
     """What the streams of one copy share: spans (start, end) to be copied, and what they have to say.
 
-    News is a range's offset and crc32, or an error: a UserError ends the copy, others are tried again.
+    News is a range's offset and crc32, a failure that is tried again, or a UserError, which ends the copy.
     """
 
     source: Source
-    unfinished: Path
+    unfinished: _Unfinished
     spans: "SimpleQueue[tuple[int, int]]" = field(default_factory=SimpleQueue)
-    news: "SimpleQueue[tuple[int, int] | Exception]" = field(default_factory=SimpleQueue)
+    news: "SimpleQueue[tuple[int, int] | _Failure | UserError]" = field(default_factory=SimpleQueue)
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -247,7 +288,9 @@ def _copy(copy: _Copy, wait_s: float, progress: StepProgress) -> dict[int, int]:
     for start in offsets if source.in_ranges else offsets[:1]:
         copy.spans.put((start, min(start + _RANGE_BYTES, source.num_bytes) if source.in_ranges else source.num_bytes))
     for _ in range(_NUM_STREAMS):  # daemon: a read that never comes back must not keep the process from ending
-        threading.Thread(target=_stream, args=(copy,), daemon=True).start()
+        # Its own handle: a stream that comes back when all is over must not write to what has the number by then.
+        handle = os.dup(copy.unfinished.handle)
+        threading.Thread(target=_stream, args=(copy, handle), daemon=True).start()
     checksums: dict[int, int] = {}
     heard_s, said_s, trouble = monotonic(), 0.0, ""
     try:
@@ -261,11 +304,11 @@ def _copy(copy: _Copy, wait_s: float, progress: StepProgress) -> dict[int, int]:
                 ) from None
             if isinstance(news, UserError):
                 raise news
-            if isinstance(news, Exception):
-                trouble = f" ({storage.in_words(news)})"
+            if isinstance(news, _Failure):
+                trouble = f" ({storage.in_words(news.error)})"
                 if monotonic() - said_s > _SAY_EVERY_S:
                     said_s = monotonic()
-                    progress.say(f"  trying again{trouble}")
+                    progress.say(f"  trying again in {news.pause_s:.1f} s{trouble}")
             elif news[0] not in checksums:  # a stream without ranges begins again at its start
                 heard_s, trouble = monotonic(), ""
                 done = len(checksums) * _RANGE_BYTES // 10**6
@@ -277,30 +320,41 @@ def _copy(copy: _Copy, wait_s: float, progress: StepProgress) -> dict[int, int]:
     return checksums
 
 
-def _stream(copy: _Copy) -> None:
+def _stream(copy: _Copy, handle: int) -> None:
     """Copies spans until there are none; what fails is said and tried again."""
-    while not copy.stop.is_set():
-        try:
-            span = copy.spans.get_nowait()
-        except Empty:
-            return
+    with os.fdopen(handle, "r+b", buffering=0):
         while not copy.stop.is_set():
             try:
-                _copy_span(copy, *span)
-                break
-            except UserError as error:
-                copy.news.put(error)
+                span = copy.spans.get_nowait()
+            except Empty:
                 return
-            except Exception as error:  # noqa: BLE001  clients of many kinds of storage raise what they like
-                if storage.is_gone(error) or isinstance(error, PermissionError):  # waiting does not mend these
-                    words = f"{copy.source.url}: {storage.in_words(error)}"
-                    copy.news.put(UserError(words, "Somebody changed it half-way: check it, and stage it again."))
-                    return
-                copy.news.put(error)
-                copy.stop.wait(_PAUSE_S)
+            if not _copy_until_done(copy, handle, *span):
+                return
 
 
-def _copy_span(copy: _Copy, start: int, end: int) -> None:
+def _copy_until_done(copy: _Copy, handle: int, start: int, end: int) -> bool:
+    """Whether the span is copied; else the copy is over, and an error is among the news if this span had one."""
+    for attempt in count():
+        if copy.stop.is_set():
+            break
+        try:
+            _copy_span(copy, handle, start, end)
+            return True
+        except UserError as error:
+            copy.news.put(error)
+            break
+        except Exception as error:  # noqa: BLE001  clients of many kinds of storage raise what they like
+            if storage.is_gone(error) or isinstance(error, PermissionError):  # waiting does not mend these
+                words = f"{copy.source.url}: {storage.in_words(error)}"
+                copy.news.put(UserError(words, "Somebody changed it half-way: check it, and stage it again."))
+                break
+            pause_s = min(_FIRST_PAUSE_S * 2.0 ** min(attempt, 10), _LONGEST_PAUSE_S) * uniform(0.5, 1)
+            copy.news.put(_Failure(error, pause_s))
+            copy.stop.wait(pause_s)
+    return False
+
+
+def _copy_span(copy: _Copy, handle: int, start: int, end: int) -> None:
     with storage.open_span(copy.source) as file:
         if start:
             file.seek(start)
@@ -308,7 +362,10 @@ def _copy_span(copy: _Copy, start: int, end: int) -> None:
             data = _read_exactly(file, min(_RANGE_BYTES, end - offset))
             if copy.stop.is_set():
                 return
-            _write(copy.unfinished, data, offset)
+            try:
+                _write_all(handle, data, offset)
+            except OSError as error:  # the local disk's: no reason to ask the source again
+                raise _cannot_write(copy.unfinished.path, error) from None
             copy.news.put((offset, zlib.crc32(data)))
 
 
@@ -322,10 +379,8 @@ def _read_exactly(file: IO[bytes], num_bytes: int) -> bytes:
     return data
 
 
-def _write(unfinished: Path, data: bytes, offset: int) -> None:
-    try:
-        with unfinished.open("r+b") as file:
-            file.seek(offset)
-            file.write(data)
-    except OSError as error:  # the local disk's: no reason to ask the source again
-        raise _cannot_write(unfinished, error) from None
+def _write_all(handle: int, data: bytes, offset: int) -> None:
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(handle, left, offset)
+        left, offset = left[written:], offset + written

@@ -66,11 +66,17 @@ def find(url: str) -> Source:
     name = PurePosixPath(unquote(urlsplit(url).path) if over_http else path).name
     if info.get("type") == "directory" or name in ("", ".", ".."):
         raise UserError(f"{shown} is a folder", "Name one file: pack many into one HDF5 or tar file first.")
+    if info.get("type") == "other":
+        raise UserError(
+            f"{shown} is a FIFO, a device or a socket, and no file", "Name a file: of these no copy can be whole."
+        )
     if info.get("size") is None:
         raise UserError(
             f"{shown}: its server does not tell the size, so that a part cannot be told from the whole",
             "Serve it from a server that sends Content-Length.",
         )
+    if _is_local(fs):
+        _require_told_size(shown, path, int(info["size"]))
     return Source(
         url=shown,
         fs=fs,
@@ -81,6 +87,21 @@ def find(url: str) -> Source:
         in_ranges=not over_http or _gives_ranges(fs, path),
         sha256=_told_sha256(fs, path),
     )
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _require_told_size(shown: str, path: str, num_bytes: int) -> None:
+    """Raises `UserError` for a file that cannot be read, or that holds more than it tells, as those in /proc do."""
+    try:
+        with open(path, "rb") as file:
+            more = not num_bytes and file.read(1)
+    except OSError as error:
+        raise UserError(f"{shown} cannot be read: {error.strerror}", "Ask its owner, or name another.") from None
+    if more:
+        raise UserError(f"{shown} says that it is empty, and is not", "Copy it with cat into a file, and name that.")
 
 
 def _gives_ranges(fs: Any, path: str) -> bool:
@@ -115,6 +136,8 @@ def _told_sha256(fs: Any, path: str) -> str | None:
     """The checksum in the file beside it, as `sha256sum NAME > NAME.sha256` writes it."""
     place, question, query = path.partition("?")
     try:
+        if _is_local(fs) and not Path(f"{place}.sha256").is_file():  # a FIFO would be waited for
+            return None
         with fs.open(f"{place}.sha256{question}{query}", "rb") as file:
             text = file.read(200).decode("ascii", "replace")  # whatever a server sends instead may be long
     except Exception:  # noqa: BLE001  most sources have none, and each client says so in its own way
@@ -174,7 +197,7 @@ def _client(url: str) -> tuple[Any, str]:
         raise UserError(
             f"{scheme}:// needs {client}, which cannot be loaded ({error})", f"pip install {client}"
         ) from None
-    except ValueError as error:
+    except Exception as error:  # noqa: BLE001  clients take a part of a URL that is missing in many ways
         raise UserError(f"{without_secrets(url)}: {in_words(error)}", "Check the URL.") from None
     if scheme == "webhdfs":
         _make_strict(fs.session)

@@ -48,7 +48,10 @@ def opened(path: Path, target: str | None, context: Context) -> Columns:
         if stop > start:
             table = read(start, stop, inputs)
             for at, name in enumerate(inputs):
-                rows[:, at] = _numbers(path, name, start, table.column(at))
+                numbers = _numbers(path, name, start, table.column(at))
+                if len(large := np.flatnonzero(np.abs(numbers.astype(np.float64)) > np.finfo(np.float32).max)):
+                    raise _fault(path, start + int(large[0]), name, f"{numbers[large[0]]} is too large for 32 bits")
+                rows[:, at] = numbers
         return rows
 
     def read_targets(start: int, stop: int) -> np.ndarray:
@@ -65,6 +68,10 @@ def opened(path: Path, target: str | None, context: Context) -> Columns:
 
 
 def _target(path: Path, names: list[str], num_rows: int, target: str | None) -> str:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"{path} has more than one column called {', '.join(repeated[:20])}", "Name every column, each once."
+        )
     if target is None or target not in names:
         shown = f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
         raise UserError(
@@ -100,6 +107,8 @@ def _numbers(path: Path, name: str, start: int, values: Any) -> np.ndarray:
     numbers = values.to_numpy(zero_copy_only=False) if isinstance(values, pa.Array) else values.to_numpy()
     if numbers.dtype.kind == "f" and np.isnan(numbers).any():
         raise _fault(path, start + int(np.flatnonzero(np.isnan(numbers))[0]), name, "the value is missing (NaN)")
+    if numbers.dtype.kind == "f" and np.isinf(numbers).any():
+        raise _fault(path, start + int(np.flatnonzero(np.isinf(numbers))[0]), name, "the value is infinite")
     return numbers
 
 
@@ -160,7 +169,7 @@ def _head(path: Path) -> tuple[list[str], int, int]:
         names = [name.strip() for name in next(csv.reader(io.StringIO(line.decode("utf-8-sig"))), [])]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"--from {path} cannot be read: {error}", "It is text in UTF-8 with a header line.") from None
-    if len(set(names)) != len(names) or not all(names) or all(_is_number(name) for name in names):
+    if not all(names) or not names or all(_is_number(name) for name in names):
         raise UserError(
             f"{path} has no header: its first line is {line[:60]!r}", "It names every column, each once: a,b,c"
         )
@@ -217,7 +226,7 @@ def _parse(path: Path, names: list[str], wanted: Sequence[str], data: bytes, fir
             reader.ParseOptions(ignore_empty_lines=False),
             reader.ConvertOptions(column_types=dict.fromkeys(wanted, pa.float64()), include_columns=list(wanted)),
         )
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         words = str(error)
         row = re.search(r"Row #(\d+)", words)
         column = re.search(r"CSV column #(\d+)", words)
@@ -241,9 +250,14 @@ def _parquet(path: Path) -> tuple[list[str], int, Read]:
 
     try:
         file = parquet.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"--from {path} cannot be read: {error}", "Write the Parquet file again.") from None
-    groups = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
+        groups = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
+        names, num_rows = list(file.schema_arrow.names), file.metadata.num_rows
+        if sum(groups) != num_rows or min(groups, default=0) < 0:
+            raise ValueError(f"its groups have {sum(groups)} rows, and it says {num_rows}")
+    except Exception as error:  # noqa: BLE001  pyarrow raises what it likes for a damaged file
+        raise UserError(
+            f"--from {path} cannot be read: {_first_line(error)}", "Write the Parquet file again."
+        ) from None
     ends = np.cumsum(groups, dtype=np.int64)
 
     held: list[tuple[Sequence[str], int, Any, Iterator[Any]]] = []  # columns, row, what is left of a batch, batches
@@ -269,7 +283,12 @@ def _parquet(path: Path) -> tuple[list[str], int, Read]:
     def read(start: int, stop: int, wanted: Sequence[str]) -> Any:
         try:
             return pa.Table.from_batches(list(batches(start, stop, wanted))).select(list(wanted))
-        except (OSError, StopIteration, pa.ArrowException) as error:
-            raise UserError(f"{path}: rows {start} to {stop} cannot be read: {error}", "Write it again.") from None
+        except Exception as error:  # noqa: BLE001  pyarrow raises what it likes for a damaged file
+            what = f"{path}: rows {start} to {stop} cannot be read: {_first_line(error)}"
+            raise UserError(what, "Write it again.") from None
 
-    return file.schema_arrow.names, file.metadata.num_rows, read
+    return names, num_rows, read
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

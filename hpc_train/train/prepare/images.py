@@ -10,9 +10,12 @@ import numpy as np
 
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context
+from hpc_train.train.prepare.origin import files_below, folders_in, is_folder, require_file
 from hpc_train.train.prepare.sources import Array, Options, Source, in_memory, state_of
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+# Not whatever Pillow finds in a file with such a name: of PostScript it would have a program made.
+_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _SIZE = 224  # pixels: what ImageNet's networks take
 _TEST_SHARE = 0.1
 _NAMED = 5  # damaged pictures in one message
@@ -63,15 +66,15 @@ def _require_pillow() -> None:
 
 def find(folder: Path, test_fraction: float | None) -> tuple[list[str], dict[str, list[Picture]]]:
     """(class names in the order of their numbers, the pictures of each part): as the folders say, else by hash."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"--from {folder} is no folder", _LAYOUT)
-    divided = (folder / "train").is_dir() and (folder / "test").is_dir()
+    divided = is_folder(folder / "train") and is_folder(folder / "test")
     if divided and test_fraction is not None:
         raise UserError(
             f"--test-fraction {test_fraction}: {folder} has folders train and test", "Leave it out: they are the parts."
         )
     roots = {part: folder / part for part in ("train", "test")} if divided else {"": folder}
-    classes = sorted({each.name for root in roots.values() for each in root.iterdir() if _is_class(each)})
+    classes = sorted({each.name for root in roots.values() for each in folders_in(root)})
     if len(classes) < 2:
         raise UserError(f"--from {folder} has {len(classes)} folders of a class, and two are needed", _LAYOUT)
     found = {part: _below(root, classes) for part, root in roots.items()}
@@ -85,35 +88,25 @@ def find(folder: Path, test_fraction: float | None) -> tuple[list[str], dict[str
     return classes, found
 
 
-def _is_class(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
-
-
 def _below(root: Path, classes: list[str]) -> list[Picture]:
     """In the order of their hashes."""
     pictures = []
     for label, name in enumerate(classes):
-        for path in (root / name).rglob("*"):
-            if path.suffix.lower() in _ENDINGS and path.is_file() and not path.name.startswith("."):
+        for path in files_below(root / name, hidden=True) if is_folder(root / name) else ():
+            if path.suffix.lower() in _ENDINGS and not path.name.startswith("."):
+                require_file(path, "Mend or remove it, and try again.")
                 pictures.append(Picture(path, label, path.relative_to(root).as_posix()))
     return sorted(pictures, key=lambda each: (each.hashed, each.name))
 
 
 def _read(pictures: Sequence[Picture], size: int, start: int, stop: int) -> np.ndarray:
-    from PIL.Image import DecompressionBombError
-
     rows = np.empty((stop - start, size, size, 3), np.uint8)
     damaged = []
     for row, picture in zip(rows, pictures[start:stop], strict=True):
         try:
             row[:] = decoded(picture.path, size)
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            DecompressionBombError,
-        ) as error:  # Pillow raises all of them for what is no picture
-            damaged.append(f"{picture.path} ({error})")
+        except Exception as error:  # noqa: BLE001  Pillow raises what it likes for what is no picture
+            damaged.append(f"{picture.path} ({getattr(error, 'strerror', None) or error or type(error).__name__})")
     if damaged:
         more = f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
         raise UserError(f"damaged pictures: {', '.join(damaged[:_NAMED])}{more}", "Mend or remove them, and try again.")
@@ -124,7 +117,7 @@ def decoded(path: Path, size: int) -> np.ndarray:
     """(size, size, 3) uint8: upright, in RGB, the shorter side scaled to `size`, the centre cut out."""
     from PIL import Image, ImageOps
 
-    with Image.open(path) as opened:
+    with Image.open(path, formats=_FORMATS) as opened:
         opened.draft("RGB", (size, size))  # a large JPEG is decoded at a half, a quarter or an eighth: no smaller
         upright = ImageOps.exif_transpose(opened)
         return np.asarray(

@@ -2,7 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
+
+from hpc_train import owned
+from hpc_train.train.prepare.disk import no_room, write_all
 
 Blocks = dict[str, dict[int, int]]  # name of a data set -> number of a block -> CRC-32 of its bytes
 
@@ -15,8 +18,10 @@ class Journal:
     """
 
     def __init__(self, path: Path, work: dict[str, Any], new: bool) -> None:
+        self._path = path
         self._pending: list[dict[str, Any]] = []
-        self._file: TextIO = path.open("w" if new else "a", encoding="utf-8")
+        # Its checksums decide which bytes are kept: nobody else may write them.
+        self._file: IO[bytes] = owned.created(path, 0o644, 0) if new else owned.opened(path, "ab", buffering=0)
         self._line(work if new else {})  # an empty line closes one that was cut short
 
     def add(self, name: str, first: int, checksums: list[int]) -> None:
@@ -33,8 +38,10 @@ class Journal:
         self._line({"flushing": False})
 
     def _line(self, what: dict[str, Any]) -> None:
-        self._file.write(json.dumps(what) + "\n")
-        self._file.flush()  # to the system: that outlives the process; checksums tell what a crash of the node lost
+        try:  # to the system: that outlives the process; checksums tell what a crash of the node lost
+            write_all(self._file, json.dumps(what).encode() + b"\n")
+        except OSError as error:
+            raise no_room(self._path, error.errno) from None
 
     def __enter__(self) -> "Journal":
         return self
@@ -46,9 +53,13 @@ class Journal:
 def read(path: Path, work: dict[str, Any]) -> tuple[Blocks, str]:
     """(blocks on disk, why there are none): what is written of `work`, as the journal at `path` tells."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with owned.opened(path, "rb") as file:
+            lines = file.read().decode().splitlines()
+            others = owned.others_may_write(file)
     except (OSError, UnicodeDecodeError):
         return {}, "it has no journal"
+    if others:
+        return {}, "others may write its journal"
     told = []
     for line in lines:
         try:

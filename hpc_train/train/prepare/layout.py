@@ -1,10 +1,10 @@
 """How data sets lie in an HDF5 file: contiguous to be mapped, or in compressed chunks with a checksum each."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import h5py
-import numpy as np
 
 from hpc_train.errors import UserError
 from hpc_train.train.prepare.sources import Array
@@ -55,7 +55,7 @@ class Layout:
 
 
 def row_bytes(array: Array) -> int:
-    return max(1, int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize)
+    return max(1, math.prod(array.shape[1:]) * array.dtype.itemsize)
 
 
 def parse(compress: str | None) -> Layout:

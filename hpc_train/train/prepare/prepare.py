@@ -1,6 +1,7 @@
 """Making HDF5 data sets: every rank writes its own rows, collectively, and the file appears when it is whole."""
 
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -11,15 +12,21 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpc_train import owned
 from hpc_train.errors import UserError
 from hpc_train.train import storage
 from hpc_train.train.context import Context
 from hpc_train.train.files import require_parallel_hdf5
 from hpc_train.train.prepare import images, journal, layout, samples, tables, text
+from hpc_train.train.prepare.disk import no_room
 from hpc_train.train.prepare.journal import Blocks, Journal
 from hpc_train.train.prepare.layout import Layout
 from hpc_train.train.prepare.sources import PICTURES, Options, Source
-from hpc_train.train.prepare.writer import Work, create, no_room, sound, verify, write
+from hpc_train.train.prepare.writer import Work, create, num_bytes, opened_alone, reserve, sound, verify, write
+
+
+_NOT_KEPT = ("http", "https", "memory", "data")
+_MOST_DIMENSIONS = 32  # of HDF5
 
 
 def prepare(
@@ -58,7 +65,8 @@ def prepare(
     ):
         if context.world.is_root:
             shown = storage.without_secrets(url) if url else output
-            print(f"{shown} is complete: {source.title}{_size(source)} (--overwrite makes it again)")
+            theirs = "" if url else _owner(Path(output))
+            print(f"{shown} is complete: {source.title}{_size(source)} (--overwrite makes it again{theirs})")
         return
     if ":" in name:
         source = samples.source(name, options, None if url else Path(output), overwrite, context)
@@ -66,6 +74,12 @@ def prepare(
         _make_and_upload(source, url, asked, memory_bytes, context)
     else:
         _make(source, Path(output), asked, memory_bytes, overwrite, context)
+
+
+def _owner(output: Path) -> str:
+    """Words for a file of somebody else, which says of itself what it holds."""
+    found = output.stat()
+    return "" if found.st_uid == os.geteuid() else f"; it belongs to {owned.owner(found)}"
 
 
 def _size(source: Source) -> str:
@@ -103,6 +117,8 @@ def _require_shared(folder: Path) -> None:
 def _already_at(source: Source, url: str, overwrite: bool, asked: Layout) -> bool:
     if url.endswith("/"):
         raise UserError(f"{storage.without_secrets(url)} is a folder", "Name the HDF5 file to write in it.")
+    if url.split("://")[0].lower() in _NOT_KEPT:
+        raise UserError(f"{storage.without_secrets(url)}: nothing can be kept there", "Name a file, or s3://, hdfs://.")
     if overwrite:
         return False
     with storage.opened(url) as found:
@@ -122,8 +138,10 @@ def _make(source: Source, output: Path, asked: Layout, memory_bytes: int, overwr
 
     Killed or interrupted, it leaves the file under its temporary name and a journal beside it.
     """
-    work = Work(source, output.with_name(f".{output.name}.partial"), asked, memory_bytes)
+    work = Work(source, output, asked, memory_bytes)
     noted, began_ns = output.with_name(f".{output.name}.journal"), perf_counter_ns()
+    context.on_all(lambda: _require_shapes(work))
+    context.on_root(lambda: owned.require(work.path, noted))  # left by a killed run, and not by somebody else
     try:
         done = _left_from_before(work, noted, overwrite, context)
         if not done:
@@ -147,6 +165,20 @@ def _make(source: Source, output: Path, asked: Layout, memory_bytes: int, overwr
             f"by {context.world.size} rank{'s' * (context.world.size != 1)}, read back and equal",
             flush=True,
         )
+
+
+def _require_shapes(work: Work) -> None:
+    """Raises `UserError` for what HDF5 cannot hold, and for rows that do not fit into memory."""
+    for name, array in work.source.arrays.items():
+        rows, *row = array.shape
+        if len(array.shape) > _MOST_DIMENSIONS or min(row, default=1) < 1 or rows < (name == "train/inputs"):
+            raise UserError(
+                f"{work.source.title}: {name} has the shape {tuple(array.shape)}",
+                f"It needs rows, and 1 to {_MOST_DIMENSIONS} dimensions of at least 1.",
+            )
+        work.blocks_at_once(array)
+    if num_bytes(work) >= 1 << 63:
+        raise UserError(f"{work.source.title} would have {num_bytes(work):,} bytes", "Ask for less: --size, say.")
 
 
 def _left_from_before(work: Work, noted: Path, overwrite: bool, context: Context) -> Blocks:
@@ -181,9 +213,17 @@ def _what(work: Work) -> dict[str, Any]:
 
 def _already_there(source: Source, output: Path, overwrite: bool, asked: Layout) -> bool:
     """On the root, before work starts: True when there is nothing to do; raises where the output is something else."""
-    if output.is_dir():
+    try:
+        found = output.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise no_room(output, getattr(error, "errno", None)) from None
+    if stat.S_ISDIR(found.st_mode):
         raise UserError(f"{output} is a folder", "Name the HDF5 file to write, for example data/mnist-5k.h5")
-    if not output.exists() or overwrite:
+    if not stat.S_ISREG(found.st_mode):  # one would wait at a FIFO for ever, and /dev/null must stay what it is
+        raise UserError(f"{output} is no regular file", "Name the HDF5 file to write, for example data/mnist-5k.h5")
+    if overwrite:
         return False
     try:
         with h5py.File(output, "r") as file:
@@ -199,17 +239,12 @@ def _already_there(source: Source, output: Path, overwrite: bool, asked: Layout)
 
 def _make_room(work: Work) -> None:
     """On the root: no room is told now, not half-way (of compressed data nobody knows how much it takes)."""
-    arrays = work.source.arrays.values()
-    num_bytes = 1 if work.layout.chunked else sum(a.shape[0] * layout.row_bytes(a) for a in arrays)
     try:
         work.path.parent.mkdir(parents=True, exist_ok=True)
-        with work.path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
-        work.path.unlink()
+        owned.created(work.path).close()
     except OSError as error:
-        with suppress(OSError):
-            work.path.unlink(missing_ok=True)
-        raise no_room(work.path.with_name(work.path.name[1:-8]), error.errno) from None
+        raise no_room(work.output, error.errno) from None
+    reserve(work, 1 if work.layout.chunked else num_bytes(work))
 
 
 def _holds(file: h5py.File, source: Source, asked: Layout) -> bool:
@@ -232,7 +267,9 @@ def _complete(work: Work, written: Blocks, noted: Path, output: Path) -> None:
     }
     with Journal(noted, {}, new=False) as lines:
         lines.flushing()  # what HDF5 writes by closing tears a file that was whole
-    with h5py.File(work.path, "r+") as file:
+    with opened_alone(work, "r+") as opened:
+        file = opened.file
+        assert file is not None
         file.attrs.update(facts)
         for part in ("train", "test"):
             if part in file:

@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from hpc_train import owned
 from hpc_train.errors import UserError
 from hpc_train.train.context import Context
+from hpc_train.train.prepare.disk import no_room, write_all
 from hpc_train.train.prepare.layout import row_bytes
 from hpc_train.train.prepare.sources import Array, Options, Source, in_memory, state_of
 from hpc_train.train.prepare.tables import divided
 
 _SPOOL_BYTES = 4 << 20  # of samples in memory before they go to disk
+_NAME = "Name package.module:function, seen from this folder: a function of yours."
 _SHAPE = (
     "Yield (input, target) each time: numbers of one shape and type, and a whole number. Or return a dict of arrays."
 )
@@ -38,21 +41,21 @@ def source(name: str, options: Options, output: Path | None, anew: bool, context
     output: the samples are spooled beside it. anew: not what a killed run spooled. Raises `UserError`.
     """
     function = context.on_all(partial(_found, name))
-    shared = {"rank", "size"} <= set(inspect.signature(function).parameters)
+    shared = context.on_all(partial(_shares, name, function))
     world = context.world
-    told = context.on_all(lambda: function(rank=world.rank, size=world.size) if shared else function())
-    module = inspect.getsourcefile(inspect.unwrap(function))
-    state = context.on_root(lambda: state_of([Path(module)]) if module else "")
+    told = context.on_all(partial(_called, name, function, {"rank": world.rank, "size": world.size} if shared else {}))
+    state = context.on_root(lambda: _state_of(function))
     if isinstance(told, dict):
-        arrays = context.on_all(lambda: {key: in_memory(_plain(name, key, value)) for key, value in told.items()})
+        arrays = context.on_all(lambda: {str(key): in_memory(_plain(name, key, told[key])) for key in told})
         spools: tuple[Path, ...] = ()
     else:
         beside = context.on_all(lambda: _beside(name, output))
+        context.on_all(lambda: owned.require(*_files_of(_spool_of(beside, world.rank))))
         try:
             arrays, spools = _spooled(name, told, shared, beside, anew, state, context)
         except Exception:
-            for end in ("", ".inputs", ".targets"):
-                Path(f"{_spool_of(beside, world.rank)}{end}").unlink(missing_ok=True)
+            for path in _files_of(_spool_of(beside, world.rank)):
+                path.unlink(missing_ok=True)
             raise
     parts = context.on_all(lambda: divided(name, arrays, options.test_fraction))
     return replace(named(name), arrays=parts, state=state, spools=spools)
@@ -71,15 +74,52 @@ def _found(name: str) -> Any:
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except ModuleNotFoundError as error:
-        raise UserError(f"prepare {name}: {error}", "Name package.module:function, seen from this folder.") from None
+        raise UserError(f"prepare {name}: {error}", _NAME) from None
+    except SystemExit:
+        raise UserError(f"prepare {name}: {module} ends this program when it is imported", _NAME) from None
     if not callable(found):
-        raise UserError(f"prepare {name}: {module} has no function {attribute}", "Name package.module:function.")
+        raise UserError(f"prepare {name}: {module} has no function {attribute}", _NAME)
     return found
 
 
-def _plain(name: str, key: str, value: Any) -> np.ndarray:
-    array = np.asarray(value)
-    if array.dtype.kind not in "biuf":
+def _shares(name: str, function: Any) -> bool:
+    """Whether it shares out its samples. Raises `UserError` for what is no function of samples, before it is called:
+    not even `sys:exit` is."""
+    if inspect.isbuiltin(function) or isinstance(function, type) and function.__module__ == "builtins":
+        raise UserError(f"prepare {name}: {name.rpartition(':')[2]} is Python's own, and gives no samples", _NAME)
+    try:
+        signature = inspect.signature(function)
+        shared = {"rank", "size"} <= set(signature.parameters)
+        signature.bind(**dict.fromkeys(("rank", "size") if shared else ()))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"prepare {name}: it cannot be called: {error}", f"It takes nothing, or rank and size. {_SHAPE}"
+        )
+    return shared
+
+
+def _called(name: str, function: Any, words: dict[str, int]) -> Any:
+    try:
+        return function(**words)
+    except SystemExit as error:
+        raise _ended(name, error) from None
+
+
+def _ended(name: str, error: SystemExit) -> UserError:
+    return UserError(f"prepare {name}: it ends this program (exit code {error.code})", _SHAPE)
+
+
+def _state_of(function: Any) -> str:
+    try:
+        module = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # of an object that can be called: where it comes from is not known, so nothing is kept of it
+        return ""
+    return state_of([Path(module)]) if module else ""
+
+
+def _plain(name: str, key: Any, value: Any) -> np.ndarray:
+    array = _as_array(value)
+    if not isinstance(key, str) or array.dtype.kind not in "biuf" or not array.ndim:
         raise UserError(f"prepare {name}: {key} is {array.dtype} {array.shape}", _SHAPE)
     return array.astype(np.int64) if key.endswith("targets") and array.dtype.kind == "b" else array
 
@@ -100,7 +140,7 @@ def _spooled(
     context.on_all(lambda: _note(spool, name, state, world.size, mine))
     ranks = context.all((str(spool), mine))
     spools = tuple(Path(path) for path, _ in ranks)
-    files = [path.with_name(path.name + end) for path in spools for end in ("", ".inputs", ".targets")]
+    files = [path for spool in spools for path in _files_of(spool)]
     kinds = {(tuple(each["shape"]), each["dtype"]) for _, each in ranks if each["num"]}
     if len(kinds) != 1:
         what = ", ".join(f"{dtype} {shape}" for shape, dtype in sorted(kinds)) or "nothing"
@@ -118,6 +158,11 @@ def _spooled(
 
 def _spool_of(output: Path, rank: int) -> Path:
     return output.with_name(f".{output.name}.spool-{rank:05d}")
+
+
+def _files_of(spool: Path) -> list[Path]:
+    """What was spooled is told in the first, which comes last."""
+    return [spool.with_name(spool.name + end) for end in ("", ".inputs", ".targets")]
 
 
 def _gathered(
@@ -155,7 +200,8 @@ def _gathered(
 def _kept(spool: Path, name: str, state: str, size: int) -> dict[str, Any] | None:
     """What a killed run spooled to the end, if nothing has changed since."""
     try:
-        noted = json.loads(spool.read_text())
+        with owned.opened(spool, "rb") as file:
+            noted = json.loads(file.read()) if not owned.others_may_write(file) else {}
         inputs = spool.with_name(spool.name + ".inputs").stat().st_size
         targets = spool.with_name(spool.name + ".targets").stat().st_size
     except (OSError, ValueError):
@@ -166,7 +212,11 @@ def _kept(spool: Path, name: str, state: str, size: int) -> dict[str, Any] | Non
 
 def _note(spool: Path, name: str, state: str, size: int, mine: dict[str, Any]) -> None:
     ends = [spool.with_name(spool.name + end).stat().st_size for end in (".inputs", ".targets")]
-    spool.write_text(json.dumps(mine | {"what": [name, state, size], "bytes": ends}))
+    try:
+        with owned.created(spool, 0o644) as file:
+            file.write(json.dumps(mine | {"what": [name, state, size], "bytes": ends}).encode())
+    except OSError as error:
+        raise no_room(spool, error.errno) from None
 
 
 def _spool(spool: Path, name: str, told: Any, shared: bool, context: Context) -> dict[str, Any]:
@@ -174,11 +224,7 @@ def _spool(spool: Path, name: str, told: Any, shared: bool, context: Context) ->
     if not isinstance(told, Iterable):
         raise UserError(f"prepare {name}: it returned {type(told).__name__}, nothing to iterate over", _SHAPE)
     num, shape, dtype = 0, [], ""
-    spool.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        spool.with_name(spool.name + ".inputs").open("wb", _SPOOL_BYTES) as inputs,
-        spool.with_name(spool.name + ".targets").open("wb", _SPOOL_BYTES) as targets,
-    ):
+    with _Spooled(spool) as spooled:
         for index, x, y in _checked(name, told):
             if num == 0:
                 shape, dtype = list(x.shape), x.dtype.str
@@ -189,20 +235,77 @@ def _spool(spool: Path, name: str, told: Any, shared: bool, context: Context) ->
                     f"prepare {name}: sample {index} is {x.dtype.str} {list(x.shape)}, those before {dtype} {shape}",
                     _SHAPE,
                 )
-            inputs.write(np.ascontiguousarray(x).data)
-            targets.write(y.data)
+            spooled.add(x, y)
             num += 1
     return {"num": num, "shape": shape, "dtype": dtype}
 
 
+class _Spooled:
+    """The inputs and targets of a rank, on their way to disk. Raises `UserError` where that is full, and no other."""
+
+    def __init__(self, spool: Path) -> None:
+        self._path = spool
+        try:
+            spool.parent.mkdir(parents=True, exist_ok=True)
+            self._files = [owned.created(Path(f"{spool}{end}"), 0o644, 0) for end in (".inputs", ".targets")]
+        except OSError as error:
+            raise no_room(spool, error.errno) from None
+        self._waiting: list[list[bytes]] = [[], []]
+        self._num_bytes = 0
+
+    def add(self, x: np.ndarray, y: np.ndarray) -> None:
+        for waiting, values in zip(self._waiting, (x, y), strict=True):
+            waiting.append(values.tobytes())
+            self._num_bytes += values.nbytes
+        if self._num_bytes >= _SPOOL_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            for waiting, file in zip(self._waiting, self._files, strict=True):
+                write_all(file, b"".join(waiting))
+                waiting.clear()
+        except OSError as error:
+            raise no_room(self._path, error.errno) from None
+        self._num_bytes = 0
+
+    def __enter__(self) -> "_Spooled":
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            for file in self._files:
+                file.close()
+
+
 def _checked(name: str, told: Iterable[Any]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """The samples as arrays: (number, input, target)."""
-    for index, sample in enumerate(told):
+    for index, sample in enumerate(_until_it_ends(name, told)):
         if not isinstance(sample, (tuple, list)) or len(sample) != 2:
             raise UserError(f"prepare {name}: sample {index} is {type(sample).__name__}, no pair", _SHAPE)
-        x, y = np.asarray(sample[0]), np.asarray(sample[1])
+        x, y = _as_array(sample[0]), _as_array(sample[1])
         if x.dtype.kind not in "biuf" or x.ndim == 0 or y.size != 1 or y.dtype.kind not in "biu":
             raise UserError(
                 f"prepare {name}: sample {index} is {x.dtype} {x.shape} with the target {y.dtype} {y.shape}", _SHAPE
             )
+        if y.dtype.kind == "u" and y.max() > np.iinfo(np.int64).max:
+            raise UserError(f"prepare {name}: sample {index} has the target {y}, too large for 64 bits", _SHAPE)
         yield index, x.astype(x.dtype.newbyteorder("="), copy=False), y.astype(np.int64).reshape(())
+
+
+def _until_it_ends(name: str, told: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from told
+    except SystemExit as error:
+        raise _ended(name, error) from None
+
+
+def _as_array(value: Any) -> np.ndarray:
+    """Of rows that differ in length, and the like, an array of objects, which is no number."""
+    try:
+        return np.asarray(value)
+    except Exception:  # noqa: BLE001  a user's object may raise what it likes
+        return np.empty((), object)

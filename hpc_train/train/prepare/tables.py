@@ -1,10 +1,14 @@
 """Tables: NumPy's .npy and .npz, CSV and Parquet, read where a rank's rows are and no further."""
 
+import lzma
+import math
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -14,9 +18,13 @@ from hpc_train.train.context import Context
 from hpc_train.train.prepare import columns
 from hpc_train.train.prepare.held_out import held_out
 from hpc_train.train.prepare.layout import row_bytes
+from hpc_train.train.prepare.origin import require_file
 from hpc_train.train.prepare.sources import Array, Options, Source, state_of
 
 READ_BYTES = 4 << 20  # of a table that are read at once
+_WRITE_AGAIN = "Write it again with numpy.savez."
+# What zipfile and the decompressors raise for a damaged or encrypted archive.
+_BROKEN = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 _KINDS = "Name a file .npy, .npz, .csv or .parquet."
 
 
@@ -44,19 +52,17 @@ def source(path: Path, options: Options, context: Context) -> Source:
 
 
 def _require_table(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"--from {path} does not exist", _KINDS)
+    require_file(path, _KINDS)
     if path.suffix.lower() not in (".npy", ".npz", ".csv", ".parquet"):
         raise UserError(f"--from {path} is no table", _KINDS)
 
 
 def divided(name: str, arrays: dict[str, Array], fraction: float | None) -> dict[str, Array]:
     """`arrays` as parts of a file: they are already, or have a row each for every sample. Raises `UserError`."""
+    _require_names(name, arrays)
     if all("/" in each for each in arrays):
         if fraction is not None:
             raise UserError(f"--test-fraction {fraction}: {name} says itself what is tested on", "Leave it out.")
-        if "train/inputs" not in arrays:
-            raise UserError(f"{name} holds {', '.join(arrays)}", "One of them must be called train/inputs.")
         for part in ("train", "test"):
             _same_length(name, {each: array for each, array in arrays.items() if each.startswith(part + "/")})
         return arrays
@@ -66,6 +72,18 @@ def divided(name: str, arrays: dict[str, Array], fraction: float | None) -> dict
     parts = [kept.parts(a, each, max(1, READ_BYTES // row_bytes(a))) for each, a in arrays.items()]
     names = [f"{part}/{each}" for part in ("train", "test") for each in arrays]
     return {each: part[each] for each in names for part in parts if each in part}
+
+
+def _require_names(name: str, arrays: dict[str, Array]) -> None:
+    """Raises `UserError` where a file would have no inputs, or HDF5 would take a name for something else."""
+    remedy = "Call them inputs and targets, or train/inputs and so on."
+    if not any(each in arrays for each in ("inputs", "train/inputs")) or len({"/" in each for each in arrays}) > 1:
+        raise UserError(f"{name} holds {', '.join(arrays) or 'no arrays'}", remedy)
+    folders = {each[:at] for each in arrays for at, character in enumerate(each) if character == "/"}
+    for each in arrays:
+        parts = each.split("/")
+        if {"", ".", ".."} & set(parts) or not each.isprintable() or each in folders or parts[0] == "checksums":
+            raise UserError(f"{name}: an array cannot be called {each!r}", remedy)
 
 
 def _as_targets(path: Path, array: Array) -> Array:
@@ -85,7 +103,7 @@ def _same_length(name: str, arrays: dict[str, Array]) -> None:
 def _npy(path: Path, options: Options) -> dict[str, Array]:
     """One array of shape (rows, columns), of which column number `target` is the target."""
     with path.open("rb") as file:
-        table, begin = _header(path, path.name, file)
+        table, begin = _header(path, path.name, file, path.stat().st_size)
     if len(table.shape) != 2 or options.target is None or not options.target.lstrip("-").isdecimal():
         raise UserError(
             f"{path} is {table.dtype} {table.shape}, and --target is {options.target}",
@@ -111,15 +129,17 @@ def _npz(path: Path, options: Options) -> dict[str, Array]:
     """The arrays of an archive; `target` is the one that becomes the targets, `targets` or `y` without it."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = {entry.removesuffix(".npy"): entry for entry in archive.namelist() if entry.endswith(".npy")}
-            arrays = {name: _member(path, entry, archive) for name, entry in names.items()}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read: {error}", "Write it again with numpy.savez.") from None
+            entries = [entry for entry in archive.namelist() if entry.endswith(".npy")]
+            if repeated := sorted({entry for entry in entries if entries.count(entry) > 1}):
+                raise UserError(f"{path} holds {', '.join(repeated)} more than once", _WRITE_AGAIN)
+            arrays = {entry.removesuffix(".npy"): _member(path, entry, archive) for entry in entries}
+    except _BROKEN as error:
+        raise UserError(f"{path} cannot be read: {error}", _WRITE_AGAIN) from None
     if arrays and all("/" in name for name in arrays) and options.target is None:
         return arrays
-    target = options.target or _first_of(("targets", "y", "labels"), arrays) or "targets"
+    target = options.target or _one_of(path, ("targets", "y", "labels"), arrays) or "targets"
     others = {name: array for name, array in arrays.items() if name != target}
-    inputs = next(iter(others)) if len(others) == 1 else _first_of(("inputs", "x", "X", "images", "data"), others)
+    inputs = next(iter(others)) if len(others) == 1 else _one_of(path, ("inputs", "x", "X", "images", "data"), others)
     if target not in arrays or inputs is None:
         raise UserError(
             f"{path} holds {', '.join(arrays) or 'no arrays'}: none of them is told to be the "
@@ -129,13 +149,20 @@ def _npz(path: Path, options: Options) -> dict[str, Array]:
     return {"inputs": arrays[inputs], "targets": arrays[target]}
 
 
-def _first_of(names: Sequence[str], arrays: dict[str, Array]) -> str | None:
-    return next((name for name in names if name in arrays), None)
+def _one_of(path: Path, names: Sequence[str], arrays: dict[str, Array]) -> str | None:
+    """That of `names` that there is. Raises `UserError` where there are several: nobody says which is meant."""
+    found = [name for name in names if name in arrays]
+    if len(found) > 1:
+        raise UserError(
+            f"{path} holds {' and '.join(found)}, and either could be meant",
+            "Name the targets with --target NAME; of inputs leave one in the file.",
+        )
+    return found[0] if found else None
 
 
 def _member(path: Path, entry: str, archive: zipfile.ZipFile) -> Array:
     with archive.open(entry) as file:
-        table, begin = _header(path, entry, file)
+        table, begin = _header(path, entry, file, archive.getinfo(entry).file_size)
     held: list[IO[bytes]] = []  # a compressed array is decompressed from its start: the next rows go on from these
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -143,24 +170,26 @@ def _member(path: Path, entry: str, archive: zipfile.ZipFile) -> Array:
             if not held:
                 held.append(zipfile.ZipFile(path).open(entry))  # noqa: SIM115  as long as there are rows to read
             return _rows(path, entry, held[0], begin, table, start, stop)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path}: {entry} cannot be read: {error}", "Write it again with numpy.savez.") from None
+        except _BROKEN as error:
+            raise UserError(f"{path}: {entry} cannot be read: {error}", _WRITE_AGAIN) from None
 
     return Array(table.shape, table.dtype, read)
 
 
-def _header(path: Path, name: str, file: IO[bytes]) -> tuple[Array, int]:
+def _header(path: Path, name: str, file: IO[bytes], num_bytes: int) -> tuple[Array, int]:
     """(shape and type, where the values begin) of an array as NumPy stores it. Objects are refused: they are code."""
     remedy = "Write numbers with numpy.save or numpy.savez, in C order."
     try:
         version = np.lib.format.read_magic(file)
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = reader(file)
-    except ValueError as error:
+    except (*_BROKEN, SyntaxError, RecursionError, MemoryError, TypeError, TokenError) as error:  # NumPy parses text
         raise UserError(f"{path}: {name} is no NumPy array: {error}", remedy) from None
     if dtype.kind not in "biuf" or (fortran and len(shape) > 1) or not shape:
         order = ", in Fortran's order" if fortran else ""
         raise UserError(f"{path}: {name} is {dtype} {shape}{order}", remedy)
+    if min(shape) < 0 or file.tell() + math.prod(shape) * dtype.itemsize > num_bytes:
+        raise UserError(f"{path} is truncated: {name} should be {dtype} {shape}, in {num_bytes:,} bytes", remedy)
     return Array(shape, dtype.newbyteorder("="), lambda start, stop: np.empty(0, dtype)), file.tell()
 
 

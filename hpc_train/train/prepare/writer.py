@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -14,10 +15,12 @@ from time import perf_counter_ns
 import h5py
 import numpy as np
 
+from hpc_train import owned
 from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train.context import Context, known_to_all, parallel_file_options
 from hpc_train.train.files import selected, transfer
+from hpc_train.train.prepare.disk import Disk, no_room
 from hpc_train.train.prepare.journal import Blocks, Journal
 from hpc_train.train.prepare.layout import BLOCK_BYTES, Layout, row_bytes
 from hpc_train.train.prepare.sources import Array, Source
@@ -34,9 +37,14 @@ class Work:
     """What is written where, and how much at once: `memory_bytes` is for all that a rank has in memory of it."""
 
     source: Source
-    path: Path
+    output: Path
     layout: Layout
     memory_bytes: int
+
+    @property
+    def path(self) -> Path:
+        """Its name until it is whole."""
+        return self.output.with_name(f".{self.output.name}.partial")
 
     def num_blocks(self, array: Array) -> int:
         return -(-array.shape[0] // self.layout.block_rows(array))
@@ -68,14 +76,32 @@ class Work:
 
 def create(work: Work, context: Context) -> None:
     """Collective. The file with its data sets and none of their rows."""
-    with _file_of_all(work, "w", context) as file:
-        if file is None:
-            return
-        file.attrs["complete"] = False
-        for name, array in work.source.arrays.items():
-            dataset = work.layout.create(file, name, array)
-            if name.endswith("inputs") and array.dtype == np.uint8 and len(array.shape) > 1:  # not tokens
-                dataset.attrs["scale_factor"], dataset.attrs["add_offset"] = (1 / 255, 0.0)  # CF conventions: 0 to 1
+    context.on_root(lambda: owned.created(work.path).close())
+    with _file_of_all(work, "w", context) as opened:
+        if opened.file is not None:
+            opened.file.attrs["complete"] = False
+            for name, array in work.source.arrays.items():
+                dataset = work.layout.create(opened.file, name, array)
+                if name.endswith("inputs") and array.dtype == np.uint8 and len(array.shape) > 1:  # not tokens
+                    # CF conventions: 0 to 1
+                    dataset.attrs["scale_factor"], dataset.attrs["add_offset"] = (1 / 255, 0.0)
+    if not work.layout.chunked:
+        context.on_root(lambda: reserve(work, num_bytes(work)))
+
+
+def num_bytes(work: Work) -> int:
+    return sum(array.shape[0] * row_bytes(array) for array in work.source.arrays.values())
+
+
+def reserve(work: Work, num_bytes: int) -> None:
+    """Takes the room on disk for the first `num_bytes` of the file. Raises `UserError`: now, and not half-way."""
+    try:
+        with owned.opened(work.path, "r+b") as file:
+            if num_bytes > shutil.disk_usage(work.path.parent).free:  # what cannot be reserved would be written full
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
+    except OSError as error:
+        raise no_room(work.output, error.errno) from None
 
 
 def write(work: Work, done: Blocks, journal: Journal | None, context: Context) -> Blocks:
@@ -87,16 +113,16 @@ def write(work: Work, done: Blocks, journal: Journal | None, context: Context) -
     written = {name: dict(done.get(name, {})) for name in arrays}
     num_rows = sum(array.shape[0] for array in arrays.values())
     before = sum(_rows_done(work, array, written[name]) for name, array in arrays.items())
-    label = f"writing {work.path.name[1:-8]}"
+    label = f"writing {work.output.name}"
     shown = StepProgress(label, num_rows, "auto", context.world.is_root, unit=work.source.unit)
     shown.begin(before)
     rounds = count(1)
-    with closing(shown) as progress, _file_of_all(work, "r+", context) as file:
-        if work.layout.chunked and file:
-            _hold_bookkeeping(file)
+    with closing(shown) as progress, _file_of_all(work, "r+", context) as opened:
+        if work.layout.chunked and opened.file:
+            _hold_bookkeeping(opened.file)
         for name, array in arrays.items():
             for mine in _rounds(work, array, written[name], context):
-                for rank_first, checksums in _round(work, file and file[name], name, array, mine, context):
+                for rank_first, checksums in _round(work, opened, name, array, mine, context):
                     written[name].update(enumerate(checksums, rank_first))
                     if journal:
                         journal.add(name, rank_first, checksums)
@@ -104,7 +130,7 @@ def write(work: Work, done: Blocks, journal: Journal | None, context: Context) -
                     if journal:
                         journal.commit()
                 elif next(rounds) % _ROUNDS_BETWEEN_FLUSHES == 0:
-                    _flush(file, journal)
+                    _flush(opened, journal)
                 now = sum(_rows_done(work, a, written[n]) for n, a in arrays.items() if written[n])
                 progress.advance(now, now - before, perf_counter_ns())
                 before = now
@@ -136,9 +162,10 @@ def _runs(blocks: list[int], most: int) -> list[tuple[int, int]]:
 
 
 def _round(
-    work: Work, dataset: h5py.Dataset | None, name: str, array: Array, mine: tuple[int, int], context: Context
+    work: Work, opened: "Opened", name: str, array: Array, mine: tuple[int, int], context: Context
 ) -> list[tuple[int, list[int]]]:
     """Collective. Each rank writes its blocks; what was written, of all ranks."""
+    dataset = opened.file and opened.file[name]
     begin, end = work.rows(array, *mine)
     rows = np.ascontiguousarray(context.on_all(partial(array.read, begin, end)))
     try:
@@ -146,13 +173,12 @@ def _round(
             _write_chunks(dataset, begin, _compressed(work, name, array, rows), context)
         else:
             write_rows(dataset, begin, rows, context)
+        opened.require_written()
     except OSError as error:
         number = error.errno or next((number for number in _NO_ROOM if os.strerror(number) in str(error)), None)
         if number not in _NO_ROOM:
             raise
-        if work.layout.chunked:
-            os.truncate(work.path, 0)  # closing must still write its index, or HDF5 crashes when Python ends
-        raise no_room(work.path, number) from None
+        raise no_room(work.output, number) from None
     return context.all((mine[0], work.checksums(array, rows)))
 
 
@@ -187,13 +213,6 @@ def _write_chunks(dataset: h5py.Dataset | None, begin: int, chunks: list[tuple[i
                 dataset.id.write_direct_chunk(place, data, mask)
 
 
-def no_room(path: Path, number: int | None) -> UserError:
-    return UserError(
-        f"{path} cannot be written: {os.strerror(number or errno.EIO)}",
-        "Name a file on a file system with room that you may write.",
-    )
-
-
 def write_rows(dataset: h5py.Dataset, begin: int, rows: np.ndarray, context: Context) -> None:
     """Collective. A rank with no rows takes part, too."""
     space, memory = selected(dataset, [(begin, len(rows))] if len(rows) else [])
@@ -201,11 +220,12 @@ def write_rows(dataset: h5py.Dataset, begin: int, rows: np.ndarray, context: Con
     dataset.id.write(memory, space, rows, dxpl=transfer(together))
 
 
-def _flush(file: h5py.File | None, journal: Journal | None) -> None:
+def _flush(opened: "Opened", journal: Journal | None) -> None:
     """On the root; nothing elsewhere. What was written until now outlives a kill."""
-    if file and journal:
+    if opened.file and journal:
         journal.flushing()
-        file.flush()
+        opened.file.flush()
+        opened.require_written()
         journal.commit()
 
 
@@ -217,25 +237,57 @@ def _hold_bookkeeping(file: h5py.File) -> None:
     file.id.set_mdc_config(cache)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """An HDF5 file that is being written: `file` is None where the root writes it for all; `disk` where one does."""
+
+    file: h5py.File | None
+    disk: Disk | None = None
+
+    def require_written(self) -> None:
+        """Raises the `OSError` of a write that HDF5 has not heard of."""
+        if self.disk:
+            self.disk.require()
+
+
 @contextmanager
-def _file_of_all(work: Work, mode: str, context: Context) -> Iterator[h5py.File | None]:
+def _file_of_all(work: Work, mode: str, context: Context) -> Iterator[Opened]:
     """Collective. A file that all ranks write together, closed by all of them; one of chunks is the root's alone.
 
     Closing is collective: a rank that fails alone must not wait for the others in there, but go and end the job.
     """
     if work.layout.chunked and not context.world.is_root:
-        yield None
+        yield Opened(None)
         return
-    options = {} if work.layout.chunked else parallel_file_options(context)
-    file = h5py.File(work.path, mode, **options)
+    if work.layout.chunked or context.comm is None:
+        with opened_alone(work, mode) as opened:
+            yield opened
+        return
+    file = h5py.File(work.path, mode, **parallel_file_options(context))
     try:
-        yield file
+        yield Opened(file)
     except BaseException as error:
-        if context.comm is None or known_to_all(error):
+        if known_to_all(error):
             with suppress(OSError, RuntimeError):  # on a full disk closing fails, too: the first error tells why
                 file.close()
         raise
     file.close()
+
+
+@contextmanager
+def opened_alone(work: Work, mode: str) -> Iterator[Opened]:
+    """The file, written by this rank alone. Raises `UserError` where the system did not write all, at the latest here.
+
+    HDF5 then has closed a file of which a part is missing: it must not be used.
+    """
+    disk = Disk(work.path, new=mode == "w")
+    try:
+        with h5py.File(disk, mode) as file:
+            yield Opened(file, disk)
+    finally:
+        disk.close()
+        if disk.error:
+            raise no_room(work.output, disk.error.errno) from None
 
 
 def sound(work: Work, told: Blocks, context: Context) -> tuple[Blocks, int]:
