@@ -28,6 +28,7 @@ GROUND = {
     "lock",
     "network",
     "paths",
+    "shown",
     "__init__",
 }
 TOP = {"cli", "bench"}

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from hpc_train.errors import JointFailure, UserError
+from hpc_train.shown import message
 from hpc_train.train.stop import TERMINATED
 from hpc_train.world import World, launched_size
 
@@ -199,6 +200,7 @@ def _abort(context: Context, error: BaseException) -> None:
         text = "interrupted by SIGTERM\n" if code == TERMINATED else f"ended with exit code {error.code}\n"
     else:
         text = "".join(traceback.format_exception(error))
+    text = message(text)
     head = f"hpc-train: rank {world.rank} on {world.host}: "
     sys.stdout.flush()
     sys.stderr.write(head + text.replace("\n", f"\n[rank {world.rank}] ", text.count("\n") - 1))
