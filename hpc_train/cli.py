@@ -1,6 +1,8 @@
 """The command line. Each command imports its half inside, so that reports never touch MPI or torch."""
 
+import io
 import json
+import os
 import shlex
 import socket
 import sys
@@ -19,6 +21,7 @@ from hpc_train.cli_prepare import prepare, stage
 from hpc_train.config import dumps, load
 from hpc_train.errors import JointFailure, UserError, require
 from hpc_train.paths import exists, expanded
+from hpc_train.shown import message
 from hpc_train.world import launched_rank
 
 # configs/ inside an installed wheel, or of the checkout
@@ -366,6 +369,9 @@ def _job_file(path: Path) -> Path:
 
 def main() -> None:
     """The console script: a user's mistake is one message on one rank and exit code 2, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal of LANG=C, a path that is not UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     speaks = (launched_rank() or 0) == 0
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
@@ -374,18 +380,24 @@ def main() -> None:
             _end(f"hpc-train: {error}", 2)
         _end("" if error.joint else f"hpc-train: rank {launched_rank()} on {socket.gethostname()}: {error}", 2)
     except click.ClickException as error:
-        if speaks:
-            error.show()
-        _end("", 2)
+        told = io.StringIO()
+        error.show(told)
+        _end(told.getvalue().rstrip("\n") if speaks else "", 2)
     except (click.Abort, KeyboardInterrupt):
         _end("hpc-train: interrupted" if speaks else "", 130)
     except JointFailure:  # the rank that met the fault says it
         _end("", 1)
+    except OSError as error:
+        if error.filename is None:
+            _end(traceback.format_exc(), 1)
+        where = "" if speaks else f"rank {launched_rank()} on {socket.gethostname()}: "
+        remedy = "Check that it can be read and written by you: ls -ld, df."
+        _end(f"hpc-train: {where}{os.fsdecode(error.filename)}: {error.strerror}\n  {remedy}", 2)
     except Exception:  # noqa: BLE001  our own bug: said whole
         _end(traceback.format_exc(), 1)
 
 
-def _end(message: str, code: int) -> None:
-    if message:
-        print(message, file=sys.stderr, flush=True)
+def _end(text: str, code: int) -> None:
+    if text:
+        print(message(text), file=sys.stderr, flush=True)
     sys.exit(code)

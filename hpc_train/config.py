@@ -10,7 +10,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from hpc_train.errors import UserError
-from hpc_train.paths import read_text
+from hpc_train.paths import read_small
 from hpc_train.settings import RECORDED, UNKNOWN_STEPS, Checkpoint, Config, Reduce, Rl, Text, Train
 
 __all__ = ["RECORDED", "UNKNOWN_STEPS", "Checkpoint", "Config", "Loaded", "Reduce", "Rl", "Text", "Train"]
@@ -57,9 +57,9 @@ def _resolved(path: Path, tree: dict[str, Any], overrides: tuple[str, ...]) -> L
 
 def read_toml(path: Path, example: str) -> dict[str, Any]:
     """The tables of a TOML file; `example` is a shipped one. Raises `UserError`."""
-    text = read_text(path, f"Name a TOML file such as {example}.")
+    content = read_small(path, f"Name a TOML file such as {example}.")
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(content.decode("utf-8-sig"))
     except ValueError as error:  # also a number of more digits than Python reads
         raise UserError(f"{path} is not TOML: {error}", f"See {example} for the form.") from None
     except RecursionError:

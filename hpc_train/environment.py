@@ -1,10 +1,12 @@
-"""Which variables of the environment a run directory keeps, and which of their values are nobody's business.
+"""Which variables of the environment a run directory keeps.
 
 By name, so that no secret ends up in a folder that people pass around: what decides how fast ranks compute and talk.
 """
 
 import re
 from collections.abc import Mapping
+
+from hpc_train.shown import variable
 
 SLURM_NAMES = (
     "SLURM_JOB_ID",
@@ -45,31 +47,17 @@ _NAMES = frozenset(
 )
 # What mpirun tells its own processes through the environment: addresses, folders and keys of this one launch.
 _LAUNCH = re.compile(r"OMPI_MCA_(orte_|ess|pmix|plm|initial_wdir|shmem_RUNTIME)")
-_SECRET = re.compile(
-    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|SIGNATURE|KEYS?(_|$)|(^|_)AUTH(_|$)", re.IGNORECASE
-)
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # of a URL: https://name:password@host
-REDACTED = "(redacted)"
 
 
 def recorded(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that decide how fast a run is, sorted; secrets among them named but not shown."""
-    return {name: _shown(name, environ[name]) for name in sorted(environ) if _is_recorded(name)}
+    return {name: variable(name, environ[name]) for name in sorted(environ) if _is_recorded(name)}
 
 
 def recorded_slurm(environ: Mapping[str, str]) -> dict[str, str]:
     """What Slurm says of the job."""
-    return {name: _shown(name, environ[name]) for name in SLURM_NAMES if name in environ}
-
-
-def looks_secret(name: str, value: str = "") -> bool:
-    """Whether a variable's name is that of a secret, or its value a URL with credentials."""
-    return bool(_SECRET.search(name) or _CREDENTIALS.search(value))
+    return {name: variable(name, environ[name]) for name in SLURM_NAMES if name in environ}
 
 
 def _is_recorded(name: str) -> bool:
     return name in _NAMES or (name.startswith(_PREFIXES) and not _LAUNCH.match(name))
-
-
-def _shown(name: str, value: str) -> str:
-    return REDACTED if _SECRET.search(name) else _CREDENTIALS.sub(REDACTED, value)

@@ -25,19 +25,17 @@ def exists(path: Path) -> bool:
         return False
 
 
-def read_text(path: Path, remedy: str) -> str:
-    """The text of a file in UTF-8, of 1 MiB at most. Raises `UserError`, also for what would be read for ever."""
+def read_small(path: Path, remedy: str) -> bytes:
+    """The content of a file of 1 MiB at most. Raises `UserError`, also for what would be read for ever."""
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             status = os.fstat(file.fileno())
             if stat.S_ISREG(status.st_mode) and status.st_size <= _MOST_BYTES:
-                return file.read(_MOST_BYTES).decode("utf-8-sig")
+                return file.read(_MOST_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", remedy) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", remedy) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start:,}", remedy) from None
     except ValueError as error:  # a name with a NUL
         raise UserError(f"{str(path)!r} cannot be read: {error}", remedy) from None
     if stat.S_ISREG(status.st_mode):

@@ -190,6 +190,10 @@ class Config(_Section):
     def _data_where_it_is_read(self) -> Self:
         if self.data.file is None and self.task.kind in _READ_DATA:
             raise ValueError("data.file is required and not set")
+        if "://" in (self.data.file or ""):
+            raise ValueError(
+                f"data.file = '{self.data.file}' is a URL, and training reads files: hpc-train stage copies it here"
+            )
         return self
 
     @model_validator(mode="after")

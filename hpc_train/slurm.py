@@ -20,11 +20,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from hpc_train import rundir
 from hpc_train.config import Config, Loaded, Text, dumps, load, read_toml, shown
-from hpc_train.environment import looks_secret
 from hpc_train.errors import UserError
 from hpc_train.paths import expanded
 from hpc_train.resume import same_job
 from hpc_train.rundir import RunDir, write_atomic
+from hpc_train.shown import looks_secret
 
 # slurm/ inside an installed wheel, or of the checkout
 _FOLDERS = (Path(__file__).parent / "shipped" / "slurm", Path(__file__).parents[1] / "slurm")

@@ -31,6 +31,7 @@ GROUND = {
     "network",
     "paths",
     "owned",
+    "shown",
     "__init__",
 }
 TOP = {"cli", "bench"}

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from hpc_train.errors import JointFailure, UserError
+from hpc_train.shown import message
 from hpc_train.train import messages
 from hpc_train.train.stop import ENDING, TERMINATED, Kept, ignore
 from hpc_train.world import World, launched_size
@@ -266,6 +267,7 @@ def _last_words(world: World, error: BaseException) -> str:
         text = "interrupted by SIGTERM\n" if error.code == TERMINATED else f"ended with exit code {error.code}\n"
     else:
         text = "".join(traceback.format_exception(error))
+    text = message(text)
     head = f"hpc-train: rank {world.rank} on {world.host}: "
     return head + text.replace("\n", f"\n[rank {world.rank}] ", text.count("\n") - 1)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpc_train import __version__, environment
+from hpc_train import __version__, environment, shown
 from hpc_train.records import SCHEMA
 from hpc_train.train.context import Context, mpi_version
 
@@ -71,7 +71,7 @@ def describe(context: Context, places: list[RankPlace]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "hpc_train": __version__,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": shown.command([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "size": context.world.size,
         "hosts": list(dict.fromkeys(place.host for place in places)),
         "ranks": [vars(place) for place in places],

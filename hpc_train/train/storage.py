@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
+from hpc_train import shown
 from hpc_train.errors import UserError
 
 T = TypeVar("T")
@@ -53,8 +54,8 @@ def is_url(text: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """`text` without the passwords and tokens that its URLs carry before the host or after a question mark."""
-    return re.sub(r"\?[^\s'\")]*", "", re.sub(r"://[^/\s]*@", "://", text))
+    """`text` without the passwords and tokens that its URLs carry before the host or after ? and #."""
+    return shown.without_secrets(text, mark="")
 
 
 def find(url: str) -> Source:
