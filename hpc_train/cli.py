@@ -1,5 +1,6 @@
 """The command line. Each command imports its half inside, so that reports never touch MPI or torch."""
 
+import io
 import json
 import shlex
 import socket
@@ -17,7 +18,7 @@ from hpc_train.cli_options import MOST_RANKS, Finite, by_first_rank, sizes
 from hpc_train.cli_plan import plan
 from hpc_train.cli_prepare import prepare, stage
 from hpc_train.config import dumps, load
-from hpc_train.errors import JointFailure, UserError, require
+from hpc_train.errors import JointFailure, UserError, printable, require
 from hpc_train.paths import exists, expanded
 from hpc_train.world import launched_rank
 
@@ -289,7 +290,6 @@ def _report(
 
     from hpc_train.analysis.cost import Tariff
     from hpc_train.analysis.report import default_output, make_report
-    from hpc_train.analysis.words import plain
 
     made = make_report(list(runs), Tariff(**tariff), target_loss)
     if kind == "table":
@@ -299,11 +299,12 @@ def _report(
     drawn = None if figures is None else made.write_figures(figures)
     page = made.write(output or default_output(list(runs)))
     if kind == "table":
-        click.echo(f"Report: {page}")
+        click.echo(printable(f"Report: {page}"))
         if drawn is not None:
-            click.echo(f"Figures: {len(drawn)} files in {figures}" if drawn else "Figures: none, no step was timed.")
+            told = f"{len(drawn)} files in {figures}" if drawn else "none, no step was timed."
+            click.echo(printable(f"Figures: {told}"))
     if made.guard.faults:
-        click.echo("\n".join(["hpc-train: the report is not whole.", *map(plain, made.guard.faults)]), err=True)
+        click.echo("\n".join(["hpc-train: the report is not whole.", *made.guard.faults]), err=True)
         sys.exit(1)
 
 
@@ -370,9 +371,9 @@ def main() -> None:
             _end(f"hpc-train: {error}", 2)
         _end("" if error.joint else f"hpc-train: rank {launched_rank()} on {socket.gethostname()}: {error}", 2)
     except click.ClickException as error:
-        if speaks:
-            error.show()
-        _end("", 2)
+        told = io.StringIO()
+        error.show(told)
+        _end(printable(told.getvalue().rstrip()) if speaks else "", 2)
     except (click.Abort, KeyboardInterrupt):
         _end("hpc-train: interrupted" if speaks else "", 130)
     except JointFailure:  # the rank that met the fault says it

@@ -6,6 +6,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
+def printable(text: str) -> str:
+    """Text from a file, a name or a command line, safe for a terminal: of control characters line ends alone are kept,
+    the others are shown as a replacement character.
+    """
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 class UserError(Exception):
     """A mistake the user can mend: what is wrong (the key or file, its value) and the remedy.
 
@@ -17,8 +24,8 @@ class UserError(Exception):
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(what, remedy)
-        self.what = what
-        self.remedy = remedy
+        self.what = printable(what)  # it names keys, cells and files, which may hold what steers a terminal
+        self.remedy = printable(remedy)
 
     def __str__(self) -> str:
         return f"{self.what}\n  {self.remedy}"

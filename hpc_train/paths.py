@@ -25,13 +25,13 @@ def exists(path: Path) -> bool:
         return False
 
 
-def read_text(path: Path, remedy: str) -> str:
+def read_text(path: Path, remedy: str, most_bytes: int = _MOST_BYTES) -> str:
     """The text of a file in UTF-8, of 1 MiB at most. Raises `UserError`, also for what would be read for ever."""
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             status = os.fstat(file.fileno())
-            if stat.S_ISREG(status.st_mode) and status.st_size <= _MOST_BYTES:
-                return file.read(_MOST_BYTES).decode("utf-8-sig")
+            if stat.S_ISREG(status.st_mode) and status.st_size <= most_bytes:
+                return file.read(most_bytes).decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", remedy) from None
     except OSError as error:
@@ -41,7 +41,7 @@ def read_text(path: Path, remedy: str) -> str:
     except ValueError as error:  # a name with a NUL
         raise UserError(f"{str(path)!r} cannot be read: {error}", remedy) from None
     if stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path} is too long: {status.st_size:,} bytes, and {_MOST_BYTES:,} at most are read", remedy)
+        raise UserError(f"{path} is too long: {status.st_size:,} bytes, and {most_bytes:,} at most are read", remedy)
     raise UserError(f"{path} is a pipe or a device, and no file", remedy)
 
 

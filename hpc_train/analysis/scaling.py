@@ -4,7 +4,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from statistics import fmean
 from typing import Any
 
@@ -22,6 +21,7 @@ from hpc_train.records import PHASES, Energy, FloatArray, block_sums, mean_inter
 
 NUM_RESAMPLES = 1000
 _MOST_FACTS = 3  # in a group's label
+_MOST = 1e30  # a number beyond is damage
 _UNEVEN = 0.1  # the mean step beyond the median one, relative, above which the reader is told both
 SUPERLINEAR = 1.05  # an efficiency above which the reader is told what may be behind it
 Interval = tuple[float, float]
@@ -173,7 +173,7 @@ def work(keys: dict[str, Any]) -> dict[str, Any]:
 
 def positive(value: object) -> float | None:
     """A number from a file, where it is one that can count something."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value > 0
+    known = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST
     return float(value) if known else None  # type: ignore[arg-type]
 
 
