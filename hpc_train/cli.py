@@ -21,7 +21,7 @@ from hpc_train.cli_prepare import prepare, stage
 from hpc_train.config import dumps, load
 from hpc_train.errors import JointFailure, UserError, require
 from hpc_train.paths import exists, expanded
-from hpc_train.shown import message
+from hpc_train.shown import message, printable
 from hpc_train.world import launched_rank
 
 # configs/ inside an installed wheel, or of the checkout
@@ -296,7 +296,6 @@ def _report(
 
     from hpc_train.analysis.cost import Tariff
     from hpc_train.analysis.report import default_output, make_report
-    from hpc_train.analysis.words import plain
 
     made = make_report(list(runs), Tariff(**tariff), target_loss)
     if kind == "table":
@@ -306,11 +305,12 @@ def _report(
     drawn = None if figures is None else made.write_figures(figures)
     page = made.write(output or default_output(list(runs)))
     if kind == "table":
-        click.echo(f"Report: {page}")
+        click.echo(printable(f"Report: {page}"))
         if drawn is not None:
-            click.echo(f"Figures: {len(drawn)} files in {figures}" if drawn else "Figures: none, no step was timed.")
+            told = f"{len(drawn)} files in {figures}" if drawn else "none, no step was timed."
+            click.echo(printable(f"Figures: {told}"))
     if made.guard.faults:
-        click.echo("\n".join(["hpc-train: the report is not whole.", *map(plain, made.guard.faults)]), err=True)
+        click.echo("\n".join(["hpc-train: the report is not whole.", *made.guard.faults]), err=True)
         sys.exit(1)
 
 
@@ -382,7 +382,7 @@ def main() -> None:
     except click.ClickException as error:
         told = io.StringIO()
         error.show(told)
-        _end(told.getvalue().rstrip("\n") if speaks else "", 2)
+        _end(told.getvalue().rstrip() if speaks else "", 2)
     except (click.Abort, KeyboardInterrupt):
         _end("hpc-train: interrupted" if speaks else "", 130)
     except JointFailure:  # the rank that met the fault says it

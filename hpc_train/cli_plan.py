@@ -10,6 +10,7 @@ import click
 
 from hpc_train.cli_options import Finite, by_first_rank, sizes
 from hpc_train.errors import UserError
+from hpc_train.shown import printable
 
 if TYPE_CHECKING:
     from hpc_train.analysis.budget import Work
@@ -167,10 +168,14 @@ def _from_runs(
     runs: tuple[Path, ...], network: Path | None, steps: float | None, samples: float | None, target_loss: float | None
 ) -> "tuple[Points, Work | None]":
     from hpc_train.analysis.budget import planned_work, points_of, samples_work, steps_work, target_work
-    from hpc_train.analysis.load import load_all
+    from hpc_train.analysis.guard import Guard
+    from hpc_train.analysis.load import load_known
     from hpc_train.analysis.scaling import compare
 
-    groups = [group for group in compare(load_all(runs)).groups if any(row.step_s for row in group.rows)]
+    known, left_out = load_known(runs, Guard())
+    for note in left_out:
+        click.echo(printable(note), err=True)
+    groups = [group for group in compare(known).groups if any(row.step_s for row in group.rows)]
     if len(groups) != 1:
         told = "; ".join(group.label for group in groups) or "none with steady steps"
         raise UserError(
@@ -187,16 +192,14 @@ def _from_runs(
 
 def _print(made: "Plan") -> None:
     from rich.console import Console
-    from rich.text import Text
 
     from hpc_train.analysis.plan_sheets import answer, sheets
-    from hpc_train.analysis.terminal import fitted
-    from hpc_train.analysis.words import plain
+    from hpc_train.analysis.terminal import fitted, shown
 
     console = Console()
     first, *more = answer(made)
-    console.print(Text(plain(first), style="bold"), *(Text(plain(line)) for line in more), "", sep="\n")
+    console.print(shown(first, "bold"), *map(shown, more), "", sep="\n")
     for sheet in sheets(made):
-        console.print(Text(sheet.title), fitted(sheet, console.width), sep="\n")
+        console.print(shown(sheet.title), fitted(sheet, console.width), sep="\n")
     for warning in made.warnings:
-        console.print(Text(f"- {plain(warning)}"))
+        console.print(shown(f"- {warning}"))

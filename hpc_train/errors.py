@@ -5,6 +5,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from hpc_train.shown import printable
+
 
 class UserError(Exception):
     """A mistake the user can mend: what is wrong (the key or file, its value) and the remedy.
@@ -17,8 +19,8 @@ class UserError(Exception):
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(what, remedy)
-        self.what = what
-        self.remedy = remedy
+        self.what = printable(what)  # it names keys, cells and files, which may hold what steers a terminal
+        self.remedy = printable(remedy)
 
     def __str__(self) -> str:
         return f"{self.what}\n  {self.remedy}"

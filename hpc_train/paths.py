@@ -25,13 +25,22 @@ def exists(path: Path) -> bool:
         return False
 
 
-def read_small(path: Path, remedy: str) -> bytes:
-    """The content of a file of 1 MiB at most. Raises `UserError`, also for what would be read for ever."""
+def read_text(path: Path, remedy: str, most_bytes: int = _MOST_BYTES) -> str:
+    """The text of a file in UTF-8. Raises `UserError`."""
+    content = read_small(path, remedy, most_bytes)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error.reason}, at byte {error.start:,}", remedy) from None
+
+
+def read_small(path: Path, remedy: str, most_bytes: int = _MOST_BYTES) -> bytes:
+    """The content of a file of at most so many bytes. Raises `UserError`, also for what would be read for ever."""
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             status = os.fstat(file.fileno())
-            if stat.S_ISREG(status.st_mode) and status.st_size <= _MOST_BYTES:
-                return file.read(_MOST_BYTES)
+            if stat.S_ISREG(status.st_mode) and status.st_size <= most_bytes:
+                return file.read(most_bytes)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", remedy) from None
     except OSError as error:
@@ -39,7 +48,7 @@ def read_small(path: Path, remedy: str) -> bytes:
     except ValueError as error:  # a name with a NUL
         raise UserError(f"{str(path)!r} cannot be read: {error}", remedy) from None
     if stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path} is too long: {status.st_size:,} bytes, and {_MOST_BYTES:,} at most are read", remedy)
+        raise UserError(f"{path} is too long: {status.st_size:,} bytes, and {most_bytes:,} at most are read", remedy)
     raise UserError(f"{path} is a pipe or a device, and no file", remedy)
 
 

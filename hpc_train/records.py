@@ -38,6 +38,9 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 
+_MOST_STEPS = 10**15  # a number beyond is damage
+
+
 class BadRecord(UserError):
     """A line that is no record, other than a last line cut short by a crash."""
 
@@ -172,6 +175,8 @@ def read_metrics(path: Path) -> tuple[list[int], list[float]]:
         try:
             steps.append(int(row[0]))
             losses.append(float(row[1]))
+            if not 0 <= steps[-1] < _MOST_STEPS:
+                raise ValueError(row[0])
         except ValueError:
             raise bad_line(path, number, ",".join(row)) from None
     return steps, losses
@@ -376,7 +381,7 @@ def summarise(
     num_hosts: int,
     global_batch: int,
     step_ns: FloatArray,
-    phases_ns: IntArray,
+    phases_ns: FloatArray,
     num_samples: int,
     num_warmup: int,
     num_repeated: int,
@@ -390,7 +395,7 @@ def summarise(
     are slow in turn. phases_ns: (len(PHASES),) sums over the same ranks and steady steps. num_samples: of all steps.
     """
     low, middle, high = mean_interval(step_ns / 1e9)
-    total = int(phases_ns.sum())
+    total = float(phases_ns.sum())
     return RunSummary(
         name=name,
         size=size,
@@ -406,7 +411,7 @@ def summarise(
         samples_per_s=global_batch / middle if middle else None,
         step_median_s=float(np.median(step_ns)) / 1e9 if len(step_ns) else None,
         # A phase that took no nanosecond was never marked, in a recorded loop say: its share is unknown and not 0.
-        phase_share={phase: int(spent) / total for phase, spent in zip(PHASES, phases_ns, strict=True) if spent},
+        phase_share={phase: float(spent) / total for phase, spent in zip(PHASES, phases_ns, strict=True) if spent},
         joules=energy.joules,
         energy_quality=energy.quality,
         energy_source=energy.source,

@@ -105,29 +105,81 @@ def is_run(path: Path) -> bool:
     return (path / "meta.json").is_file() and (path / "timings").is_dir()
 
 
+@dataclass(frozen=True)
+class Found:
+    """What lies at or below some paths.
+
+    fragments: folders that hold a run's configuration or timings and are no run directories: runs that lost a part. unreadable:
+    folders that may not be looked into, each with the system's words.
+    """
+
+    runs: list[RunDir]
+    fragments: list[Path]
+    unreadable: dict[Path, str]
+
+
 def find(paths: Sequence[Path]) -> list[RunDir]:
     """The run directories at or below `paths`, each once, sorted. Raises `UserError` for a path with none."""
+    return search(paths).runs
+
+
+def search(paths: Sequence[Path]) -> Found:
+    """The run directories at or below `paths`, each once, sorted, and what else is to be said of these folders.
+
+    Raises `UserError` for a path with none.
+    """
     found: dict[Path, RunDir] = {}
+    fragments: set[Path] = set()
+    unreadable: dict[Path, str] = {}
     for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist", "Name run directories, or a folder that holds some: runs/")
-        below = (
-            [path] if is_run(path) else sorted(meta.parent for meta in path.rglob("meta.json") if is_run(meta.parent))
-        )
+        _must_exist(path)
+        below, lacking = _below(path, unreadable)
+        fragments |= lacking
         if not below and any(path.glob("allreduce-*.json")) and len(paths) > 1:
             continue  # runs/* names the benchmarks, too
+        if not below and unreadable:
+            told = "; ".join(f"{folder}: {why}" for folder, why in unreadable.items())
+            raise UserError(f"{path} cannot be searched for runs: {told}", "Ask its owner, or name other folders.")
         if not below:
             raise UserError(f"{path} holds no run directory", "A run directory has a meta.json and a folder timings/.")
         found.update({run.resolve(): RunDir(run) for run in below})
     if not found:
         raise UserError(f"{', '.join(map(str, paths))}: benchmarks, and no run directory", "Name runs, too.")
-    return list(found.values())
+    return Found(list(found.values()), sorted(fragments), unreadable)
 
 
-def fragments(paths: Sequence[Path]) -> list[Path]:
-    """Folders at or below `paths` that hold a run's configuration and are no run directories: runs that lost a part."""
-    found = {config.parent for path in paths for config in path.rglob("config.toml") if not is_run(config.parent)}
-    return sorted(found)
+def _must_exist(path: Path) -> None:
+    remedy = "Name run directories, or a folder that holds some: runs/"
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist", remedy) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be looked into: {error.strerror}", remedy) from None
+    except ValueError as error:  # a name with a NUL
+        raise UserError(f"{str(path)!r} cannot be looked into: {error}", remedy) from None
+
+
+def _below(path: Path, unreadable: dict[Path, str]) -> tuple[list[Path], set[Path]]:
+    """(run directories, fragments) at or below a path; adds what may not be looked into."""
+
+    def refused(error: OSError) -> None:
+        unreadable[Path(error.filename)] = error.strerror or type(error).__name__
+
+    runs, fragments = [], set()
+    for folder, folders, files in os.walk(path, onerror=refused):
+        here = Path(folder)
+        try:
+            if is_run(here):
+                runs.append(here)
+            elif "config.toml" in files or "timings" in folders:
+                fragments.add(here)
+        except OSError as error:
+            refused(error)
+        if here == path and runs:
+            return runs, fragments  # what lies inside a run that was named is its own
+        folders.sort()
+    return sorted(runs), fragments
 
 
 def write_atomic(path: Path, content: str | bytes, permissions: int = 0o666) -> None:

@@ -67,9 +67,15 @@ def _token(token: str, mark: str) -> str:
 
 def message(text: str) -> str:
     """What is said to a person: without secrets, and without characters that a terminal takes for commands."""
+    return printable(without_secrets(text))
+
+
+def printable(text: str) -> str:
+    """Text from a file, a name or a command line, safe for a terminal: only line ends and tabs are kept of its control
+    characters, the others are shown as a replacement character.
+    """
     return "".join(
-        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-        for letter in without_secrets(text)
+        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
     )
 
 

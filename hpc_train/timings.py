@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from hpc_train.records import PHASES, TIMING_COLUMNS, IntArray, bad_line, read_csv
+from hpc_train.records import PHASES, TIMING_COLUMNS, FloatArray, IntArray, bad_line, read_csv
 
 _MOST_ATTEMPTS = 1_000_000  # a number beyond is damage
+_MOST_NS, _MOST_COUNTED = 10**15, 10**12  # of one phase of one step, 11 days; steps and samples: beyond is damage
+_MOST = np.array([_MOST_COUNTED, 1 << 62, 1 << 62, *[_MOST_NS] * len(PHASES), _MOST_COUNTED, 1, _MOST_ATTEMPTS])
 _COMMA, _NEWLINE, _DIGIT_0, _DIGIT_9 = b",\n09"
 _LINE_END = np.array([_COMMA] * (len(TIMING_COLUMNS) - 1) + [_NEWLINE], dtype=np.uint8)  # what ends each cell of a line
 _HEADER = (",".join(TIMING_COLUMNS) + "\n").encode()
@@ -63,6 +65,9 @@ def read_timings(path: Path) -> Timings:
     if len(values) and not (attempts[0] >= 1 and follows.all() and attempts[-1] <= _MOST_ATTEMPTS):
         row = 0 if attempts[0] < 1 else len(values) - 1 if follows.all() else int(np.argmin(follows)) + 1
         raise bad_line(path, row + 2, text.split(b"\n")[row + 1].decode("ascii", "replace"))
+    if len(values) and ((values.min(axis=0) < 0) | (values.max(axis=0) > _MOST)).any():
+        row = int(np.argmax(((values < 0) | (values > _MOST)).any(axis=1)))
+        raise bad_line(path, row + 2, text.split(b"\n")[row + 1].decode("ascii", "replace"))
     return timings
 
 
@@ -117,7 +122,7 @@ class StepTimes:
     """What one rank adds to a summary: per-step durations and its phase totals over steady (not warm-up) steps."""
 
     step_ns: IntArray  # (steps,) whole duration of every steady step
-    phases_ns: IntArray  # (len(PHASES),) totals over the steady steps
+    phases_ns: FloatArray  # (len(PHASES),) totals over the steady steps; months of thousands of ranks are no int64
     num_samples: int  # trained by this rank, warm-up included; of steps taken twice, once
     num_warmup: int
     num_repeated: int  # steps taken again, after an attempt that ended beyond its newest checkpoint
@@ -133,7 +138,7 @@ def step_times(timings: Timings) -> StepTimes:
         num_samples, num_repeated = num_samples[::-1][last], len(steps) - len(last)
     return StepTimes(
         step_ns=phases.sum(axis=1),
-        phases_ns=phases.sum(axis=0),
+        phases_ns=phases.sum(axis=0, dtype=np.float64),
         num_samples=int(num_samples.sum()),
         num_warmup=len(steps) - len(phases),
         num_repeated=num_repeated,

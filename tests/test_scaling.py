@@ -12,6 +12,7 @@ import pytest
 from hpc_train.analysis.load import load, load_all
 from hpc_train.analysis.report import default_output
 from hpc_train.analysis.scaling import Group, Scaling, compare
+from hpc_train.analysis.strategies import compare_strategies
 from hpc_train.errors import UserError
 from hpc_train.records import BadRecord
 from tests.synthetic import SHARES, Recipe, write_run
@@ -322,6 +323,120 @@ def test_a_mismatch_is_named(tmp_path: Path, meta: dict[str, Any], words: tuple[
     assert group.rows[1].speedup == pytest.approx(2.0, rel=0.02)
     (note,) = [note for note in group.notes if note.startswith("Not alike: ") and words[0] in note]
     assert all(word in note for word in words)
+
+
+WEEK = ("20261116T210000Z", "20261123T210000Z")
+
+
+def twice(root: Path, first: dict[str, Any], second: dict[str, Any]) -> Scaling:
+    """A study of 1 and 2 ranks last week, and again today at another speed."""
+    return scaling(
+        root,
+        *(Recipe(size=size, step_s=0.010 / size, stamp=WEEK[0], meta=first) for size in (1, 2)),
+        *(Recipe(size=size, step_s=0.020 / size**0.5, stamp=WEEK[1], meta=second) for size in (1, 2)),
+    )
+
+
+TORCH = {"versions": {"torch": "2.10.0"}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        (TORCH, {"versions": {"torch": "2.11.0"}}, ("version of torch: 2.10.0", "version of torch: 2.11.0")),
+        ({"hpc_train": "0.1"}, {"hpc_train": "0.2"}, ("hpc-train: 0.1", "hpc-train: 0.2")),
+        ({"git": {"commit": "aaa"}}, {"git": {"commit": "bbb"}}, ("git commit: aaa", "git commit: bbb")),
+        (
+            {"git": {"commit": "aaa", "dirty": True}},
+            {"git": {"commit": "aaa", "dirty": False}},
+            ("git commit: aaa with uncommitted changes", "git commit: aaa"),
+        ),
+        (
+            {"git": {"commit": "aaa", "dirty": True, "changes": "11"}},
+            {"git": {"commit": "aaa", "dirty": True, "changes": "22"}},
+            ("uncommitted changes: 11", "uncommitted changes: 22"),
+        ),
+        ({"cpu_model": "Milan"}, {"cpu_model": "Genoa"}, ("CPU: Milan", "CPU: Genoa")),
+        ({"kernel": "6.1"}, {"kernel": "6.2"}, ("kernel: 6.1", "kernel: 6.2")),
+        ({"num_train_samples": 10}, {"num_train_samples": 20}, ("training samples: 10", "training samples: 20")),
+        (
+            {"environment": {"NCCL_ALGO": "ring"}},
+            {"environment": {"TMPDIR": "/tmp/7"}},
+            ("environment NCCL_ALGO: ring", "environment NCCL_ALGO: not set"),
+        ),
+    ],
+)
+def test_runs_on_unequal_terms_are_no_repeats(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], told: tuple[str, str]
+) -> None:
+    """Last week's and today's are not merged: each is compared with its own baseline, and says how it differs."""
+    found = twice(tmp_path, first, second)
+    groups = {group.label: group for group in found.groups}
+    assert set(groups) == {f"softmax-mnist ({words})" for words in told}
+    old, new = (groups[f"softmax-mnist ({words})"] for words in told)
+    for group, speedup in ((old, 2.0), (new, 2**0.5)):
+        assert [len(row.runs) for row in group.rows] == [1, 1]
+        assert group.rows[1].speedup == pytest.approx(speedup, rel=0.02)
+    name = told[0].partition(":")[0]
+    assert any(note.startswith(f"Not pooled, since they are no repeats: {name}: ") for note in found.notes)
+
+
+def test_runs_on_several_hosts_are_no_repeats_of_runs_on_one(tmp_path: Path) -> None:
+    hosts = ("a", "b")
+    found = scaling(tmp_path, Recipe(size=2), Recipe(size=2, stamp=WEEK[0], hosts=hosts), Recipe(size=1))
+    assert sorted(group.label for group in found.groups) == ["softmax-mnist (hosts: 1)", "softmax-mnist (hosts: 2)"]
+
+
+def test_other_settings_make_no_repeats(tmp_path: Path) -> None:
+    found = scaling(tmp_path, Recipe(), Recipe(stamp=WEEK[0], steps=110))
+    assert {group.label for group in found.groups} == {"softmax-mnist (steps: 110)", "softmax-mnist (steps: 210)"}
+
+
+def test_one_run_more_on_other_terms_leaves_the_study_whole(tmp_path: Path) -> None:
+    newer = {"versions": {"torch": "2.11.0"}}
+    sizes = [Recipe(size=size, step_s=0.01 / size, stamp=WEEK[1]) for size in (1, 2, 4)]
+    found = scaling(tmp_path, *sizes, Recipe(size=4, step_s=0.002, stamp=WEEK[0], meta=newer))
+    first, second = found.groups
+    assert [row.size for row in first.rows] == [1, 2, 4] and [row.size for row in second.rows] == [4]
+    assert first.rows[2].speedup == pytest.approx(4.0, rel=0.02) and second.rows[0].speedup is None
+    assert "version of torch: 2.11.0" in second.label
+
+
+@pytest.mark.parametrize("missing", ["versions", "cpu_model", "git", "kernel", "environment"])
+def test_what_an_old_run_did_not_write_down_is_unknown_and_no_difference(tmp_path: Path, missing: str) -> None:
+    known = {"kernel": "6.1", "environment": {"UCX_TLS": "rc"}}
+    write_run(tmp_path, Recipe(meta=known))
+    old = write_run(tmp_path, Recipe(stamp=WEEK[0], meta=known))
+    tree = json.loads(old.meta.read_text())
+    del tree[missing]
+    old.meta.write_text(json.dumps(tree))
+    (group,) = compare(load_all([tmp_path])).groups
+    assert [len(row.runs) for row in group.rows] == [2]
+    if missing not in ("kernel", "environment"):
+        assert any("unknown (1 rank)" in note for note in group.notes), group.notes
+
+
+def test_an_old_run_that_may_be_either_joins_the_most(tmp_path: Path) -> None:
+    metas = [TORCH, TORCH, {"versions": {"torch": "2.11.0"}}, {"versions": {}}]
+    found = scaling(tmp_path, *(Recipe(stamp=f"2026112{index}T210000Z", meta=meta) for index, meta in enumerate(metas)))
+    assert sorted(len(group.rows[0].runs) for group in found.groups) == [1, 3]
+
+
+def test_strategies_are_compared_on_equal_terms(tmp_path: Path) -> None:
+    newer = {"versions": {"torch": "2.11.0"}}
+    recipes = [
+        Recipe(size=2, strategy=strategy, stamp=stamp, meta=meta, step_s=step_s)
+        for strategy, stamp, meta, step_s in (
+            ("horovod", WEEK[0], {}, 0.010),
+            ("horovod", WEEK[1], newer, 0.005),
+            ("mpi", "20261124T210000Z", newer, 0.010),
+        )
+    ]
+    (comparison,) = compare_strategies(scaling(tmp_path, *recipes).groups)
+    assert {entry.strategy: entry.row.step_s for entry in comparison.entries} == {
+        "horovod": pytest.approx(0.005, rel=0.02),
+        "mpi": pytest.approx(0.010, rel=0.02),
+    }
 
 
 def test_runs_that_are_alike_have_no_notes(tmp_path: Path) -> None:

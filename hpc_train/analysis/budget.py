@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,11 @@ from hpc_train.analysis.target import smoothed
 from hpc_train.analysis.words import significant
 from hpc_train.config import UNKNOWN_STEPS
 from hpc_train.errors import UserError
+from hpc_train.paths import exists, read_text
 from hpc_train.records import FloatArray
+
+_MOST_BENCH_BYTES = 1 << 28
+_MOST_COST_S = 1e6  # of one message, of one byte: a number beyond is damage
 
 
 @dataclass(frozen=True)
@@ -154,19 +157,21 @@ def benchmark_beside(group: Group) -> Path | None:
     """The newest file that `hpc-train bench allreduce` left under the run root of these runs."""
     roots = {run.dir.path.resolve().parents[1] for row in group.rows for run in row.runs}
     found = [path for root in sorted(roots) for path in (root / "bench").glob("allreduce-*.json")]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return max(filter(exists, found), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def read_network(path: Path, strategy: str = "horovod") -> Network:
     """Alpha and beta as `hpc-train bench allreduce` wrote them: on most ranks of one node, and of several."""
     remedy = "Give a file that hpc-train bench allreduce wrote."
+    text = read_text(path, remedy, _MOST_BENCH_BYTES)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}", remedy) from None
     if not isinstance(tree, dict) or tree.get("kind") != "allreduce" or tree.get("schema") != 1:
         raise UserError(f"{path} is no measurement of all-reduces (kind allreduce, schema 1)", remedy)
-    fits = [each for each in tree.get("fits") or () if isinstance(each, dict) and _is_fit(each)]
+    told = tree.get("fits")
+    fits = [each for each in (told if isinstance(told, list) else ()) if isinstance(each, dict) and _is_fit(each)]
     names = list(dict.fromkeys(str(each.get("strategy")) for each in fits))
     if not fits:
         raise UserError(f"{path} holds no fit of alpha and beta", "Measure two sizes of messages or more.")
@@ -185,7 +190,7 @@ def _is_fit(each: dict[str, Any]) -> bool:
     counts = [each.get("ranks"), each.get("nodes")]
     costs = [each.get("alpha_s"), each.get("beta_s_per_byte")]
     return all(positive(value) for value in counts) and all(
-        isinstance(value, int | float) and isfinite(value) and value >= 0 for value in costs
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST_COST_S for value in costs
     )
 
 

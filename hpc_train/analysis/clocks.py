@@ -9,6 +9,7 @@ import numpy as np
 
 from hpc_train.records import FloatArray, IntArray
 
+_MOST_NS = 1 << 61  # a number beyond is damage
 Hosts = Sequence[str | None]  # of each rank; None: the run did not write it down
 
 
@@ -64,7 +65,11 @@ def clocks_of(meta: dict[str, Any], hosts: Hosts) -> Clocks | None:
 
 def _offsets(told: Any, moment: str, size: int) -> IntArray | None:
     values = told.get(moment) if isinstance(told, dict) else None
-    known = isinstance(values, list) and len(values) == size and all(type(value) is int for value in values)
+    known = (
+        isinstance(values, list)
+        and len(values) == size
+        and all(type(value) is int and abs(value) < _MOST_NS for value in values)
+    )
     return np.array(values, dtype=np.int64) if known else None
 
 

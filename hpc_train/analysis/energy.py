@@ -257,7 +257,7 @@ def places_of(run: Run) -> tuple[Place, ...]:
             Place(int(one["rank"]), str(one["host"]), int(one["local_rank"]), frozenset(map(int, one.get("cores", []))))
             for one in told
         ]
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, OverflowError, KeyError, AttributeError):
         return ()
     return tuple(places) if sorted(place.rank for place in places) == list(range(run.size)) else ()
 

@@ -1,6 +1,7 @@
 """Run directories to values: what the comparison and the report start from, crashed runs too."""
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,9 +10,11 @@ from typing import Any
 
 from hpc_train import config, rundir
 from hpc_train.analysis.balance import Balance
+from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.ranks import LEAVE_OUT, reduce_ranks
 from hpc_train.config import Config
 from hpc_train.errors import UserError
+from hpc_train.paths import read_text
 from hpc_train.records import (
     JOB_WIDE,
     OWN_CORES,
@@ -28,7 +31,11 @@ from hpc_train.records import (
 )
 from hpc_train.rundir import RunDir
 
-_MOST_RANKS = 10_000_000  # a number beyond is damage, not a run
+# Numbers beyond are damage, and no run.
+_MOST_RANKS = 10_000_000
+_MOST_LACKING, _MOST_LACKING_SHARE = 10_000, 100  # ranks without records, and for each with some
+_MOST_COUNTED = 10**15  # steps, samples
+_MOST_JSON_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,26 +88,69 @@ def attempts(meta: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def load_all(paths: Sequence[Path]) -> list[Run]:
-    """The runs at or below `paths`, each once. Raises `UserError` for a path with none and for a bad record.
+    """The runs at or below `paths`, each once. Raises `UserError` for a path with none and where one cannot be read."""
+    found = rundir.search(_without_reports(paths))
+    return [replace(load(run), copies=tuple(copy.path for copy in copies)) for run, *copies in _originals(found.runs)]
 
-    A folder that an earlier report was written to is passed over, so that `runs/*` may be given twice. Of a run and its
-    copies one is read.
+
+def load_known(paths: Sequence[Path], guard: Guard) -> tuple[list[Run], list[str]]:
+    """(the runs at or below `paths` that can be read, what was left out and why, in sentences).
+
+    Raises `UserError` where none can be read.
     """
-    wanted = [path for path in paths if not _is_report(path)]
+    found = rundir.search(_without_reports(paths))
+    runs: list[Run] = []
+    errors: list[UserError] = []
+    for candidates in _originals(found.runs):
+        run, copies = candidates[0], tuple(copy.path for copy in candidates[1:])
+        loaded = guard.made(f"the run {run.path}", lambda why: UserError(why, LEAVE_OUT), _tried, run)
+        if isinstance(loaded, UserError):
+            errors.append(loaded)
+        else:
+            runs.append(replace(loaded, copies=copies))
+    if not runs:
+        more = f"\n  (and {len(errors) - 1} more runs that cannot be read)" if len(errors) > 1 else ""
+        raise UserError(errors[0].what, errors[0].remedy + more)
+    notes = [f"Left out, since it cannot be read: {error.what}." for error in errors]
+    notes += [f"Left out: {folder} cannot be looked into: {why}." for folder, why in found.unreadable.items()]
+    notes += [f"Passed over: {path} has no meta.json or no timings." for path in found.fragments]
+    return runs, notes
+
+
+def _tried(run: RunDir) -> Run | UserError:
+    try:
+        return load(run)
+    except UserError as error:
+        return error
+
+
+def _without_reports(paths: Sequence[Path]) -> list[Path]:
+    """A folder that an earlier report was written to is passed over, so that `runs/*` may be given twice."""
+    return [path for path in paths if not _is_report(path)] or list(paths)
+
+
+def _originals(runs: Sequence[RunDir]) -> list[list[RunDir]]:
+    """Each run with its copies: of these one is read."""
     same: dict[tuple[bytes, bytes], list[RunDir]] = defaultdict(list)
-    for run in rundir.find(wanted or list(paths)):
+    for run in runs:
         same[_identity(run)].append(run)
-    return [replace(load(run), copies=tuple(copy.path for copy in copies)) for run, *copies in same.values()]
+    return list(same.values())
 
 
 def _identity(run: RunDir) -> tuple[bytes, bytes]:
     """What no two runs share: when it began and where, and the times of its first rank to the nanosecond."""
     first = run.timings(0)
-    return run.meta.read_bytes(), first.read_bytes() if first.is_file() else bytes(run.path)
+    try:
+        return run.meta.read_bytes(), first.read_bytes() if first.is_file() else bytes(run.path)
+    except OSError:  # `load` says why
+        return b"", bytes(run.path)
 
 
 def _is_report(path: Path) -> bool:
-    return (path / "report.html").is_file() and not rundir.is_run(path)
+    try:
+        return (path / "report.html").is_file() and not rundir.is_run(path)
+    except (OSError, ValueError):  # `rundir.search` says why
+        return False
 
 
 def load(run: RunDir) -> Run:
@@ -110,6 +160,13 @@ def load(run: RunDir) -> Run:
     phases summed over them. A crashed run counts up to the last step that every rank recorded. Raises `UserError`
     naming the file, `BadRecord` naming path:line.
     """
+    try:
+        return _load(run)
+    except OSError as error:
+        raise UserError(f"{error.filename or run.path} cannot be read: {error.strerror}", LEAVE_OUT) from None
+
+
+def _load(run: RunDir) -> Run:
     meta = _read_meta(run)
     settings = _read_config(run, meta["size"])
     written = _read_json(run.summary) if run.summary.is_file() else None
@@ -199,13 +256,17 @@ def _energy(run: RunDir, meta: dict[str, Any]) -> Energy:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:
+        return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    text = read_text(path, LEAVE_OUT, _MOST_JSON_BYTES)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}", LEAVE_OUT) from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no JSON object", LEAVE_OUT)
@@ -222,6 +283,9 @@ def _read_config(run: RunDir, size: int) -> config.Config:
         raise UserError(
             f"{run.config}: reduce.servers = {settings.reduce.servers} leaves none of {size} ranks to train", LEAVE_OUT
         )
+    for key, value in (("train.steps", settings.train.steps), ("the global batch", settings.global_batch(size))):
+        if value > _MOST_COUNTED:
+            raise UserError(f"{run.config}: {key} = {value:.3g} cannot be", LEAVE_OUT)
     return settings
 
 
@@ -229,13 +293,21 @@ def _read_meta(run: RunDir) -> dict[str, Any]:
     """meta.json with a usable `size` and `hosts`."""
     meta = _read_json(run.meta)
     schema, size, hosts = meta.get("schema"), meta.get("size"), meta.get("hosts")
-    if not isinstance(schema, int) or schema > SCHEMA:
+    if type(schema) is not int or not 0 < schema <= SCHEMA:
         raise UserError(
-            f"{run.meta}: schema = {schema!r}, and this hpc-train reads up to {SCHEMA}",
+            f"{run.meta}: schema = {_short(schema)}, and this hpc-train reads up to {SCHEMA}",
             "Make the report with a newer hpc-train.",
         )
-    if not isinstance(size, int) or not 1 <= size <= _MOST_RANKS:
-        raise UserError(f"{run.meta}: size = {size!r} is no number of ranks", LEAVE_OUT)
+    if type(size) is not int or not 1 <= size <= _MOST_RANKS:
+        raise UserError(f"{run.meta}: size = {_short(size)} is no number of ranks", LEAVE_OUT)
     if not isinstance(hosts, list) or not hosts or not all(isinstance(host, str) for host in hosts):
-        raise UserError(f"{run.meta}: hosts = {hosts!r} is no list of names", LEAVE_OUT)
+        raise UserError(f"{run.meta}: hosts = {_short(hosts)} is no list of names", LEAVE_OUT)
+    num_files = sum(1 for entry in os.scandir(run.timings_dir) if entry.name.startswith("rank-"))
+    if size > _MOST_LACKING + _MOST_LACKING_SHARE * num_files:
+        raise UserError(f"{run.meta}: size = {size}, and {run.timings_dir} holds records of {num_files}", LEAVE_OUT)
     return meta
+
+
+def _short(value: object) -> str:
+    told = repr(value)
+    return told if len(told) < 80 else f"{told[:80]}..."

@@ -13,6 +13,7 @@ from hpc_train.analysis.figures.gallery import drawings, painted
 from hpc_train.analysis.flops import counts_flops
 from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.parts import Part
+from hpc_train.analysis.words import plain
 
 if TYPE_CHECKING:
     from hpc_train.analysis.report import Report
@@ -25,6 +26,7 @@ def render(report: "Report") -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hpc_train.analysis", ""),
         autoescape=True,
+        finalize=lambda value: plain(value) if type(value) is str else value,  # what comes ready is Markup
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,6 +1,7 @@
 """What a prediction starts from: the step time at each number of ranks, out of runs or out of a table."""
 
 import csv
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -11,13 +12,25 @@ import numpy as np
 
 from hpc_train.analysis.load import Run
 from hpc_train.analysis.scaling import Group, Row, num_ranks, positive
+from hpc_train.analysis.words import listed
 from hpc_train.errors import UserError
+from hpc_train.paths import read_text
 from hpc_train.records import FloatArray, IntArray
 
 # Of forward and backward pass, which take one and two times the same operations, the part that sends can hide behind:
 # Horovod and DDP send a gradient as soon as the backward pass has it. Used where the phases were not measured.
 BACKWARD_SHARE = 2 / 3
 COLUMNS = ("ranks", "step_s", "samples_per_s", "ranks_per_node", "scaling", "joules", "global_batch")
+_BOUNDS = {  # of what can be measured
+    "ranks": (1, 1e7),
+    "step_s": (1e-9, 1e7),
+    "samples_per_s": (1e-9, 1e15),
+    "ranks_per_node": (1, 1e5),
+    "joules": (1e-9, 1e15),
+    "global_batch": (1e-3, 1e12),
+}
+_MOST_SIZES = 256  # leaving each out of a fit in turn is quadratic
+_MOST_TABLE_BYTES = 1 << 28
 _NEEDED = "A table has the columns ranks and step_s or samples_per_s, one line per number of ranks."
 
 
@@ -201,8 +214,16 @@ def read_table(path: Path, ranks_per_node: int | None = None, network: Network |
     layout = ranks_per_node or next(iter(per_node), None)
     batch = _batch(path, rows, weak)
     notes = _table_notes(rows, layout, any("scaling" in row for row in rows))
-    sizes = sorted({int(row["ranks"]) for row in rows})
-    by_size = [[row for row in rows if row["ranks"] == size] for size in sizes]
+    lines: dict[int, list[dict[str, str | float]]] = defaultdict(list)
+    for row in rows:
+        lines[int(row["ranks"])].append(row)
+    sizes = sorted(lines)
+    if len(sizes) > _MOST_SIZES:
+        raise UserError(
+            f"{path}: {len(sizes):,} numbers of ranks, and models are fitted to {_MOST_SIZES} at most",
+            "Keep the lines of fewer sizes: powers of two, say.",
+        )
+    by_size = [lines[size] for size in sizes]
     total = [batch * size if weak else batch for size in sizes]
     steps = [[_step_s(row, whole) for row in same] for same, whole in zip(by_size, total, strict=True)]
     joules = [[float(row.get("joules", "nan")) for row in same] for same in by_size]
@@ -221,19 +242,25 @@ def read_table(path: Path, ranks_per_node: int | None = None, network: Network |
 
 
 def _read_rows(path: Path) -> list[dict[str, str | float]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}", "Give the path of a CSV file.") from None
+    text = read_text(path, "Give the path of a CSV file.", _MOST_TABLE_BYTES)
     kept = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip() and line[0] != "#"]
     if len(kept) < 2:
         raise UserError(f"{path}: no line of measurements", _NEEDED)
-    header = [name.strip() for name in next(csv.reader([kept[0][1]]))]
+    header = [name.strip() for name in _cells(path, *kept[0])]
+    if twice := [name for name, num in Counter(header).items() if num > 1 and name in COLUMNS]:
+        raise UserError(f"{path}: two columns {twice[0]}", "Keep one of them.")
     if "ranks" not in header:
-        raise UserError(f"{path}: no column ranks among {', '.join(header)}", _NEEDED)
+        raise UserError(f"{path}: no column ranks among {listed(header, 20)}", _NEEDED)
     if "step_s" not in header and "samples_per_s" not in header:
-        raise UserError(f"{path}: neither a column step_s nor samples_per_s among {', '.join(header)}", _NEEDED)
-    return [_row(path, number, header, next(csv.reader([line]))) for number, line in kept[1:]]
+        raise UserError(f"{path}: neither a column step_s nor samples_per_s among {listed(header, 20)}", _NEEDED)
+    return [_row(path, number, header, _cells(path, number, line)) for number, line in kept[1:]]
+
+
+def _cells(path: Path, number: int, line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]))
+    except csv.Error as error:
+        raise UserError(f"{path}:{number}: no line of a CSV file: {error}", "Mend the line.") from None
 
 
 def _row(path: Path, number: int, header: list[str], cells: list[str]) -> dict[str, str | float]:
@@ -253,14 +280,21 @@ def _row(path: Path, number: int, header: list[str], cells: list[str]) -> dict[s
 
 
 def _number(path: Path, number: int, name: str, cell: str) -> float:
+    """A number that can be measured. One beyond is damage, or in another unit."""
+    least, most = _BOUNDS[name]
     whole = name in ("ranks", "ranks_per_node")
     try:
         value = float(cell)
     except ValueError:
         value = float("nan")
-    if not isfinite(value) or value <= 0 or (whole and value != int(value)):
+    if not value > 0 or not isfinite(value) or (whole and value != int(value)):
         kind = "a whole number above 0" if whole else "a number above 0"
-        raise UserError(f"{path}:{number}: {name} = {cell}, which is not {kind}", "Mend the cell, or drop the line.")
+        raise UserError(
+            f"{path}:{number}: {name} = {cell[:40]}, which is not {kind}", "Mend the cell, or drop the line."
+        )
+    if not least <= value <= most:
+        told = f"{path}:{number}: {name} = {cell[:40]}, which is not between {least:g} and {most:g}"
+        raise UserError(told, "Mend the cell, or drop the line.")
     return value
 
 
@@ -287,9 +321,10 @@ def _step_s(row: dict[str, str | float], samples: float) -> float:
 
 def _table_notes(rows: list[dict[str, str | float]], layout: int | None, says_scaling: bool) -> list[str]:
     notes = []
-    sizes = [int(row["ranks"]) for row in rows]
-    for size in sorted({size for size in sizes if sizes.count(size) > 1}):
-        notes.append(f"{num_ranks(size)}: {sizes.count(size)} lines, of which the mean is taken.")
+    sizes = Counter(int(row["ranks"]) for row in rows)
+    for size, num_lines in sorted(sizes.items()):
+        if num_lines > 1:
+            notes.append(f"{num_ranks(size)}: {num_lines} lines, of which the mean is taken.")
     if not says_scaling:
         notes.append("Taken as weak scaling (no column scaling): the batch of each rank stays as ranks are added.")
     if layout is None:

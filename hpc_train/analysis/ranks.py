@@ -1,7 +1,9 @@
 """All ranks' records of one run: each file is read once, reduced, and dropped."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ class Ranks:
 
     step_ns: FloatArray  # (steady steps,) mean over the ranks that train
     total: StepTimes  # sums over the ranks that train
-    servers_ns: IntArray  # (len(PHASES),) sums over the servers
+    servers_ns: FloatArray  # (len(PHASES),) sums over the servers
     balance: Balance | None  # None: no steady step
     faults: list[str]
 
@@ -42,7 +44,7 @@ class _Sums:
         self.truncated: list[int] = []
         self._most_workers = num_workers
         self._first: IntArray | None = None  # columns that are equal on every rank
-        self._total, self._servers_ns = step_times(_NO_STEPS), np.zeros(len(PHASES), np.int64)
+        self._total, self._servers_ns = step_times(_NO_STEPS), np.zeros(len(PHASES))
 
     def add(self, rank: int, path: Path, whole: Timings, timings: Timings) -> None:
         """timings: those of the steps in `whole` that all ranks recorded. Raises `BadRecord`."""
@@ -86,7 +88,7 @@ def reduce_ranks(run: RunDir, meta: dict[str, Any], reduce: Reduce, num_attempts
     """
     size = meta["size"]
     num_workers, hosts = reduce.num_workers(size), hosts_of(meta, size)
-    found = {path.name for path in run.timings_dir.glob("rank-*.csv")}
+    found = _files(run)
     present = [rank for rank in _by_host(hosts) if run.timings(rank).name in found]
     faults = _faults_of_files(size, present, len(found))
 
@@ -111,6 +113,12 @@ def reduce_ranks(run: RunDir, meta: dict[str, Any], reduce: Reduce, num_attempts
         why = unaligned or "the run did not record how its hosts' clocks differ"
         balance = replace(balance, arrivals=replace(balance.arrivals, unaligned=why))
     return sums.ranks(balance, faults)
+
+
+def _files(run: RunDir) -> set[str]:
+    """The names of the ranks' files. A pipe is none, and would be waited for. Raises OSError, which glob swallows."""
+    entries = [entry for entry in os.scandir(run.timings_dir) if fnmatch(entry.name, "rank-*.csv")]
+    return {entry.name for entry in entries if entry.is_file()}
 
 
 def _by_host(hosts: Hosts) -> list[int]:

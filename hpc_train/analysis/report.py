@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 from rich.console import Console
-from rich.text import Text
 
 import hpc_train
 from hpc_train import rundir
@@ -21,7 +20,7 @@ from hpc_train.analysis.cost import UNKNOWN, GroupEnergy, RowEnergy, Tariff, cos
 from hpc_train.analysis.cost_sheets import COST_COLUMNS, cost_notes, cost_record, places_record, verdict
 from hpc_train.analysis.flops import flops_of
 from hpc_train.analysis.guard import Guard
-from hpc_train.analysis.load import Run, load_all
+from hpc_train.analysis.load import Run, load_known
 from hpc_train.analysis.markdown import to_markdown
 from hpc_train.analysis.parts import Part, parts
 from hpc_train.analysis.scaling import Group, Row, Scaling, compare, num_ranks
@@ -30,12 +29,13 @@ from hpc_train.analysis.strategies import Comparison, Entry, compare_strategies
 from hpc_train.analysis.tables import Sheet
 from hpc_train.analysis.target import TargetStudy, studies_of
 from hpc_train.analysis.target_sheets import TARGET_COLUMNS, records_by_run, study_record
-from hpc_train.analysis.terminal import fitted
+from hpc_train.analysis.terminal import fitted, shown
 from hpc_train.analysis.words import plain
 from hpc_train.errors import UserError
 from hpc_train.records import PHASES
 
 P = ParamSpec("P")
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 REPORT_SCHEMA = 3  # 2: test_<measure> for every test measure; 3: step_s is the mean, step_median_s the median
 FLOPS_COLUMNS = ("flops_per_sample", "flops_per_s_per_rank", "peak_flops", "peak_source", "mfu")
 CSV_COLUMNS = (
@@ -98,19 +98,19 @@ class Report:
     def print(self, console: Console) -> None:
         """The tables in the terminal, without details; nothing is cut short, whatever its width."""
         for part in self.parts:
-            console.print(Text(part.headline or plain(part.label), style="bold"), "")
+            console.print(shown(part.headline or part.label, "bold"), "")
             for sheet in part.sheets:
                 if sheet not in part.details:
-                    console.print(Text(sheet.title), fitted(sheet, console.width), sep="\n")
+                    console.print(shown(sheet.title), fitted(sheet, console.width), sep="\n")
             for note in part.notes:
                 if note not in part.details:
-                    console.print(Text(f"- {plain(note)}"))
+                    console.print(shown(f"- {note}"))
             if more := [each.title for each in part.details if isinstance(each, Sheet)]:
                 titles = dict.fromkeys(title.partition(" (")[0].partition(", ")[0] for title in more)
-                console.print(Text(f"- On the page and by --format md: {'; '.join(titles)}."))
+                console.print(shown(f"- On the page and by --format md: {'; '.join(titles)}."))
             console.print()
         for note in self.scaling.notes:
-            console.print(Text(f"- {plain(note)}"))
+            console.print(shown(f"- {note}"))
 
     def text(self, kind: str) -> str:
         """The report as "md", "csv" or "json"."""
@@ -209,16 +209,17 @@ def _reached(targets: Sequence[TargetStudy], row: Row) -> dict[str, Any]:
 
 
 def make_report(paths: Sequence[Path], tariff: Tariff = UNKNOWN, target_loss: float | None = None) -> Report:
-    """The report of the runs at or below `paths`. Raises `UserError` for none and for a bad record.
+    """The report of the runs at or below `paths`; those that cannot be read are left out and named.
+
+    Raises `UserError` where there is none.
 
     tariff: put over what the runs' configurations say. target_loss: to which times are compared; None: one that all
     complete runs of a job reached.
     """
-    runs = load_all(paths)
     guard = Guard()
+    runs, left_out = load_known(paths, guard)
     scaling = compare(runs, guard)
-    passed_over = [f"Passed over: {path} has no meta.json or no timings." for path in rundir.fragments(paths)]
-    scaling = replace(scaling, notes=(*scaling.notes, *passed_over))
+    scaling = replace(scaling, notes=(*scaling.notes, *left_out))
     costs = tuple(cost_of(group, tariff, guard) for group in scaling.groups)
     energies = {each.run.dir.path: each for cost in costs for row in cost.rows for each in row.runs}
     unmade: list[str] = []  # what has no part of its own to say so in
@@ -274,11 +275,22 @@ def scaling_csv(report: Report) -> str:
     text = io.StringIO()
     measures = measures_of([row for group in report.scaling.groups for row in group.rows])
     columns = (*CSV_COLUMNS, *(f"test_{measure}" for measure in measures))
-    lines = csv.DictWriter(text, columns, lineterminator="\n")
-    lines.writeheader()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(map(csv_cell, columns))
     for cost in report.costs:
-        lines.writerows(report.row_records(cost))
+        lines.writerows([csv_cell(record.get(name)) for name in columns] for record in report.row_records(cost))
     return text.getvalue()
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell that no terminal is steered by and no spreadsheet takes for a formula; numbers stay what they are.
+
+    Words that begin as a formula does get an apostrophe in front (OWASP, "CSV Injection").
+    """
+    if not isinstance(value, str):
+        return value
+    words = plain(value)
+    return f"'{words}" if words.lstrip().startswith(_FORMULA) else words
 
 
 def row_record(group: Group, row: Row) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from statistics import fmean
 from typing import Any
 
@@ -13,13 +12,16 @@ import numpy as np
 from hpc_train import config
 from hpc_train.analysis.clocks import hosts_of
 from hpc_train.analysis.guard import Guard
-from hpc_train.analysis.load import Run, section
+from hpc_train.analysis.load import Run
 from hpc_train.analysis.pop import Efficiencies, efficiencies
+from hpc_train.analysis.repeats import Facts, apart, facts_of, series_of
 from hpc_train.analysis.stragglers import Waiting, waiting
-from hpc_train.analysis.words import ms_text
+from hpc_train.analysis.words import listed, ms_text
 from hpc_train.records import PHASES, Energy, FloatArray, block_sums, mean_interval, total_energy
 
 NUM_RESAMPLES = 1000
+_MOST_FACTS = 3  # in a group's label
+_MOST = 1e30  # a number beyond is damage
 _UNEVEN = 0.1  # the mean step beyond the median one, relative, above which the reader is told both
 SUPERLINEAR = 1.05  # an efficiency above which the reader is told what may be behind it
 Interval = tuple[float, float]
@@ -27,7 +29,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """All runs of one size: repeats are pooled, an incomplete run only with its like. None is unknown."""
+    """All runs of one size: repeats (`repeats.py`) are pooled, an incomplete run with its like. None is unknown."""
 
     size: int
     runs: tuple[Run, ...]
@@ -85,6 +87,7 @@ class Group:
     rows: tuple[Row, ...]  # by size; an incomplete row after the complete one of its size
     baseline: Row | None
     notes: tuple[str, ...]
+    series: int = 0  # groups of several jobs that ran on equal terms have the same
 
     @property
     def largest(self) -> Row | None:
@@ -102,23 +105,64 @@ class Scaling:
 
 
 def compare(runs: Sequence[Run], guard: Guard | None = None) -> Scaling:
-    """Groups runs whose configurations agree (`config.comparable`) and compares the sizes within a group."""
-    by_key: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        by_key[json.dumps(config.comparable(run.config), sort_keys=True)].append(run)
+    """Groups runs whose configurations agree (`config.comparable`) and compares the sizes within a group.
+
+    Runs of one size that differ in software, hardware or settings are no repeats: each kind is in a group of its own.
+    """
+    guard = guard or Guard()
+    notes: list[str] = []
+
+    def unsorted(why: str) -> list[int]:
+        notes.append(f"{why}.")
+        return [0] * len(runs)
+
+    series = guard.made("which runs are repeats", unsorted, series_of, runs)
+    by_key: dict[tuple[str, int], list[Run]] = defaultdict(list)
+    for run, number in zip(runs, series, strict=True):
+        by_key[json.dumps(config.comparable(run.config), sort_keys=True), number].append(run)
     members = list(by_key.values())
     keys = [config.comparable(group[0].config) for group in members]
-    guard = guard or Guard()
-    groups = [_group(*each, guard) for each in zip(labels(members, keys), keys, members, strict=True)]
+    apart_by = _apart(by_key)
+    named = [_with_facts(*each) for each in zip(labels(members, keys), apart_by, strict=True)]
+    groups = []
+    for label, key, some, (_, number) in zip(named, keys, members, by_key, strict=True):
+        group = guard.made(f"the comparison of {label}", notes.append, _group, label, key, number, some, guard)
+        groups += [group] if group is not None else []
     groups.sort(key=lambda group: (-sum(row.speedup is not None for row in group.rows), group.label))
-    return Scaling(tuple(groups), tuple(_between_groups(groups)))
+    return Scaling(tuple(groups), (*notes, *_not_pooled(apart_by), *_between_groups(groups)))
+
+
+def _apart(by_key: dict[tuple[str, int], list[Run]]) -> list[Facts]:
+    """Of each group what sets it apart from other series of the same job; {} where there is one."""
+    series: dict[str, list[int]] = defaultdict(list)
+    for key, number in by_key:
+        series[key].append(number)
+    facts = {
+        key: dict(zip(numbers, apart([by_key[key, n] for n in numbers]), strict=True))
+        for key, numbers in series.items()
+    }
+    return [facts[key][number] for key, number in by_key]
+
+
+def _with_facts(label: str, facts: Facts) -> str:
+    told = listed([f"{name}: {value}" for name, value in facts.items()], _MOST_FACTS)
+    return f"{label} ({told})" if facts else label
+
+
+def _not_pooled(apart_by: Sequence[Facts]) -> list[str]:
+    """What keeps runs of one job and one size from being repeats."""
+    values: dict[str, dict[str, None]] = defaultdict(dict)
+    for facts in apart_by:
+        for name, value in facts.items():
+            values[name][value] = None
+    return [f"Not pooled, since they are no repeats: {name}: {' | '.join(seen)}." for name, seen in values.items()]
 
 
 def equal_work(groups: Sequence[Group]) -> list[list[Group]]:
     """Groups that differ in `reduce.*` alone, where there are several: one job under several strategies."""
-    by_work: dict[str, list[Group]] = defaultdict(list)
+    by_work: dict[tuple[str, int], list[Group]] = defaultdict(list)
     for group in groups:
-        by_work[json.dumps(work(group.keys), sort_keys=True)].append(group)
+        by_work[json.dumps(work(group.keys), sort_keys=True), group.series].append(group)
     return [members for members in by_work.values() if len(members) > 1]
 
 
@@ -129,7 +173,7 @@ def work(keys: dict[str, Any]) -> dict[str, Any]:
 
 def positive(value: object) -> float | None:
     """A number from a file, where it is one that can count something."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value > 0
+    known = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST
     return float(value) if known else None  # type: ignore[arg-type]
 
 
@@ -137,7 +181,7 @@ def num_ranks(count: int) -> str:
     return "1 rank" if count == 1 else f"{count} ranks"
 
 
-def _group(label: str, keys: dict[str, Any], runs: list[Run], guard: Guard) -> Group:
+def _group(label: str, keys: dict[str, Any], series: int, runs: list[Run], guard: Guard) -> Group | None:
     by_size: dict[tuple[int, bool], list[Run]] = defaultdict(list)
     for run in runs:
         by_size[run.size, run.incomplete is not None].append(run)
@@ -152,7 +196,7 @@ def _group(label: str, keys: dict[str, Any], runs: list[Run], guard: Guard) -> G
     rows = [_explained(row, to, label, guard) for row in rows]
     baseline = next((row for row in rows if row.is_baseline), None)
     weak = runs[0].config.train.batch_per_rank is not None
-    return Group(label, keys, weak, tuple(rows), baseline, tuple(_within_group(rows, baseline, runs)))
+    return Group(label, keys, weak, tuple(rows), baseline, tuple(_within_group(rows, baseline, runs)), series)
 
 
 def _explained(row: Row, baseline: Sequence[Run] | None, label: str, guard: Guard) -> Row:
@@ -279,9 +323,6 @@ def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> lis
         if not len(run.step_s) and not run.incomplete
     ]
     for row in rows:
-        hosts = sorted({run.summary.num_hosts for run in row.runs})
-        if len(hosts) > 1:
-            notes.append(f"{num_ranks(row.size)}: runs on {' and '.join(map(str, hosts))} hosts are pooled.")
         if row.step_s and row.step_median_s and abs(row.step_s / row.step_median_s - 1) > _UNEVEN:
             notes.append(
                 f"{num_ranks(row.size)}: steps take {ms_text(row.step_s)} ms in the mean, which counts, and"
@@ -326,7 +367,7 @@ def _ranks_per_host(runs: Sequence[Run]) -> list[str]:
 
 def differing_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Facts that are not the same for all runs, each with its value for every run."""
-    facts = [_facts(run) for run in runs]
+    facts = [facts_of(run) for run in runs]
     values = {
         name: [fact.get(name, "unknown") for fact in facts] for name in dict.fromkeys(n for fact in facts for n in fact)
     }
@@ -336,27 +377,6 @@ def differing_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
 def _sizes(sizes: set[int]) -> str:
     *most, last = sorted(sizes)
     return f"{', '.join(map(str, most))} and {num_ranks(last)}" if most else num_ranks(last)
-
-
-def _facts(run: Run) -> dict[str, str]:
-    """What a step's duration hangs on besides the configuration and the number of ranks."""
-    meta = run.meta
-    git = section(meta, "git")
-    modified = " with uncommitted changes" if git.get("dirty") else ""
-    ranks = meta["ranks"] if isinstance(meta.get("ranks"), list) else []
-    threads = {str(rank.get("threads", "unknown")) for rank in ranks if isinstance(rank, dict)}
-    return {
-        **{f"version of {name}": str(value) for name, value in section(meta, "versions").items()},
-        "MPI": str(section(meta, "mpi").get("version") or "unknown").partition("\n")[0],
-        "CPU": str(meta.get("cpu_model", "unknown")),
-        "device": str(meta.get("device", "unknown")),
-        "threads per rank": "/".join(sorted(threads)) or "unknown",
-        "steps": str(run.config.train.steps),
-        "training samples": str(meta.get("num_samples", meta.get("num_train_samples", "unknown"))),
-        "parameters": str(meta.get("num_parameters", "unknown")),
-        "hpc-train": str(meta.get("hpc_train", "unknown")),
-        "git commit": f"{str(git['commit'])[:12]}{modified}" if "commit" in git else "unknown",
-    }
 
 
 # ---------------------------------------------------------------------------------------------- groups

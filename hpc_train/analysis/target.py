@@ -171,10 +171,10 @@ def studies_of(
     Without a target it is the worst of the runs' best smoothed losses, which every complete run has reached. There is
     none then for a single row, which nothing can be compared with, nor for tasks whose loss is no measure of progress.
     """
-    by_task: dict[str, list[Group]] = defaultdict(list)
+    by_task: dict[tuple[str, int], list[Group]] = defaultdict(list)
     for group in groups:
         fixed = {key: value for key, value in group.keys.items() if key not in TUNING}
-        by_task[json.dumps(fixed, sort_keys=True)].append(group)
+        by_task[json.dumps(fixed, sort_keys=True), group.series].append(group)
     members = list(by_task.values())
     runs = [[run for group in some for row in group.rows for run in row.runs] for some in members]
     told = [{key: value for key, value in some[0].keys.items() if key not in TUNING} for some in members]

@@ -8,6 +8,12 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc_train.analysis.tables import Sheet
+from hpc_train.analysis.words import plain
+
+
+def shown(text: str, style: str = "") -> Text:
+    """Words for the terminal, wherever they come from: nothing in them steers it, no markup is looked for."""
+    return Text(plain(text), style)
 
 
 def fitted(sheet: Sheet, width: int) -> RenderableType:
@@ -15,7 +21,7 @@ def fitted(sheet: Sheet, width: int) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="")
     widths = []
     for index, column in enumerate(sheet.columns):
-        cells = [len(row[index]) for row in sheet.rows]
+        cells = [len(plain(row[index])) for row in sheet.rows]
         widths.append(max([*cells, *(len(word) for word in column.title.split())]))
     spare = width - sum(widths) - len(widths) - 1
     for index, column in enumerate(sheet.columns):
@@ -25,13 +31,13 @@ def fitted(sheet: Sheet, width: int) -> RenderableType:
         spare -= wanted - widths[index]
         widths[index] = wanted
         side: Literal["left", "right"] = "left" if column.is_text else "right"
-        table.add_column(Text(column.title), justify=side, overflow="fold", width=widths[index])
+        table.add_column(shown(column.title), justify=side, overflow="fold", width=widths[index])
     for row in sheet.rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*map(shown, row))
     if spare >= 0:
         return table
     lines = [
-        ", ".join(f"{column.title} {cell}" for column, cell in zip(sheet.columns, row, strict=True))
+        ", ".join(plain(f"{column.title} {cell}") for column, cell in zip(sheet.columns, row, strict=True))
         for row in sheet.rows
     ]
     return Text("\n" + "\n".join(lines) + "\n")

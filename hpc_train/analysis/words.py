@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from math import floor, isfinite, log10
 
 from hpc_train.records import Energy
+from hpc_train.shown import printable
 
 
 def plain(text: str) -> str:
-    """Text from a file, safe for a terminal: control characters are shown as a replacement character."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    """Text from a file, safe for a terminal and in one line: of control characters none is kept."""
+    return printable(text).replace("\n", "\N{REPLACEMENT CHARACTER}")
 
 
 def listed(names: Sequence[str], most: int) -> str:

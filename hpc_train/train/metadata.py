@@ -1,5 +1,6 @@
 """What a run's `meta.json` says of the machine, the software and the job."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -104,15 +105,27 @@ def _cpu_model() -> str:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Commit and whether tracked files were changed, of the repository that `folder` lies in; {} outside one."""
+    """Commit and whether tracked files were changed, of the repository that `folder` lies in; {} outside one.
+
+    changes: what tells the changes from others: two runs of one dirty tree are repeats, of two they are not.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(
-            ("git", "-C", str(folder), *words), capture_output=True, text=True, timeout=10, check=True
+            ("git", "-C", str(folder), *words),
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=10,
+            check=True,
         )
         return done.stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        state = {"commit": git("rev-parse", "HEAD")}
+        if not git("status", "--porcelain", "--untracked-files=no"):
+            return state | {"dirty": False}
+        changes = hashlib.sha256(git("diff", "HEAD", "--full-index").encode(errors="surrogateescape"))
+        return state | {"dirty": True, "changes": changes.hexdigest()[:16]}
     except (OSError, subprocess.SubprocessError):
         return {}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from hpc_train.analysis.words import plain
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -57,6 +59,10 @@ class Drawing:
     told: str  # what it shows, in words, for those who do not see it
     paint: Callable[["Axes"], None]
     height: float = 0.68  # relative to the width
+
+    def __post_init__(self) -> None:
+        for name in ("caption", "told"):  # names of jobs and hosts are in them
+            object.__setattr__(self, name, plain(getattr(self, name)))
 
 
 def unmade(name: str, why: str) -> Drawing:
