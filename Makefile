@@ -6,11 +6,14 @@
 # make bench-plan  predict published scaling series from their small sizes, Extra-P beside (it gets an environment of its own)
 # make bench-link  train over limited links against what bench allreduce predicts (root, a quiet machine)
 # make test-rdma  train over InfiniBand verbs between two emulated guests (root, 8 minutes)
+# make test-all  make test, what it leaves out for its length, every fault, and 5,000 inputs that nobody would write
+# make test-fuzz  those inputs alone (15 minutes)
+# make test-kills  ranks and mpirun killed at any moment, for MINUTES (30)
 # make test-faults  every fault, and the table of what came of it (root for those on the cluster)
 # make check   install, ruff and mypy
 # make docs    the documentation as HTML: docs/_build/html
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo models bench bench-io bench-plan bench-link test test-serial test-parallel test-cluster test-faults test-rdma check docs install clean
+.PHONY: demo models bench bench-io bench-plan bench-link test test-serial test-parallel test-cluster test-all test-faults test-fuzz test-kills test-rdma check docs install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -38,6 +41,12 @@ test:
 	@./install.sh test
 	@$(MAKE) --no-print-directory test-serial test-parallel test-cluster
 
+# Everything but test-rdma and test-kills; what is marked slow is in test-serial.
+test-all: test
+	python -m pytest -m thorough -n 2 --dist loadfile --ignore tests/fuzz --ignore tests/faults --ignore tests/test_hdfs.py tests
+	@$(MAKE) --no-print-directory test-faults test-fuzz
+	python -m pytest -m thorough tests/cluster
+
 # Two files at a time: most of what they do is to start processes, on one core.
 test-serial:
 	python -m pytest -m "not thorough" -n 2 --dist loadfile
@@ -55,13 +64,23 @@ test-parallel:
 test-faults:
 	python -m pytest tests/faults tests/test_hdfs.py tests/cluster/test_faults.py tests/cluster/test_submit.py tests/cluster/test_gluster.py
 
+# Ranks and mpirun killed at any moment by any signal, chain after chain: make test-kills MINUTES=30 SEED=0
+MINUTES ?= 30
+SEED ?= 0
+test-kills:
+	python -m tests.faults.kills --minutes $(MINUTES) --seed $(SEED)
+
+# 5,000 inputs that nobody would write: below 15 minutes on two cores.
+test-fuzz:
+	python -m pytest -m thorough -n 2 -q tests/fuzz
+
 # Slurm on four nodes that are namespaces of this machine: for root; skipped elsewhere, with the reason.
 test-cluster:
 	python -m pytest -m "not thorough" tests/cluster
 
 # Horovod and MPI over InfiniBand verbs (Soft-RoCE) between two emulated machines: for root, about 7 minutes.
 test-rdma:
-	@./install.sh test
+	@./install.sh test rdma
 	python -m pytest -s tests/rdma
 
 # What is complete is not trained again: runs/models.

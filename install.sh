@@ -2,7 +2,7 @@
 # Installs hpc-train and the compiled stack below it into .venv, all of it against ONE MPI:
 # Open MPI (or any MPI with mpicc), parallel HDF5, torch, mpi4py, h5py with MPI, Horovod with MPI.
 #
-#   ./install.sh [test] [check] [docs]     what `make install`, `make test`, `make check` and `make docs` call
+#   ./install.sh [test] [check] [docs] [rdma]     what `make install`, `make test`, `make check` and `make docs` call
 #
 # Read from the environment (or `make install NAME=value`):
 #   PYTHON    python3 >= 3.11            MPICC     mpicc of the MPI to build against
@@ -86,6 +86,13 @@ if [[ $want == *" test "* ]] && have apt-get && [ "$(id -u)" = 0 ]; then
     done
     ((${#hadoop[@]} == 0)) || need "Java and Jetty, for the tests on HDFS" "${hadoop[@]}"
 fi
+if [[ $want == *" rdma "* ]] && have apt-get && [ "$(id -u)" = 0 ]; then    # two emulated guests: tests/rdma/guests.py
+    guests=()
+    for package in qemu-system-x86 busybox-static kmod ibverbs-utils ibverbs-providers iproute2; do
+        [ "$(dpkg-query -Wf '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || guests+=("$package")
+    done
+    ((${#guests[@]} == 0)) || need "QEMU and verbs, for the tests over RDMA" "${guests[@]}"
+fi
 sudo=""
 if ((${#packages[@]})); then
     if [ "$(id -u)" != 0 ]; then sudo="sudo -n"; fi
@@ -98,7 +105,7 @@ if ((${#packages[@]})); then
 fi
 
 # ---- 2. is it all there already? ----
-stamp() { { cat install.sh pyproject.toml; echo "$want $torch ${HDF5_DIR:-$debian_hdf5}"; "$python" -VV; "${MPICC:-mpicc}" -show; env | sed -n '/^HOROVOD_/p' | sort; } 2>/dev/null | sha256sum; }
+stamp() { { cat install.sh pyproject.toml; echo "${want/ rdma / } $torch ${HDF5_DIR:-$debian_hdf5}"; "$python" -VV; "${MPICC:-mpicc}" -show; env | sed -n '/^HOROVOD_/p' | sort; } 2>/dev/null | sha256sum; }
 if ((${#packages[@]} == 0)) && [ "$(cat "$venv/.installed" 2>/dev/null)" = "$(stamp)" ]; then
     echo "hpc-train is installed in ${VENV:-.venv}"; exit 0
 fi

@@ -7,8 +7,8 @@ from pathlib import Path
 from time import monotonic
 
 from tests.fuzz import materials
-from tests.fuzz.kinds import BATCH, KINDS
-from tests.fuzz.play import Server, draw, play_all
+from tests.fuzz.kinds import KINDS
+from tests.fuzz.play import BATCH, Server, draw, play_all
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
         materials.make(stock, server)
         for kind in KINDS if asked.kind == "all" else [asked.kind]:
             began_s = monotonic()
-            cases = list(enumerate(draw(KINDS[kind], asked.seed, BATCH)))
+            cases = list(enumerate(draw(KINDS[kind], asked.seed)))
             chosen = cases[: asked.cases] if asked.case is None else [cases[asked.case]]
             failed = play_all(kind, chosen, asked.seed, server, stock, place)
             print(*failed, sep="\n\n")

@@ -170,7 +170,14 @@ def _changed(layout: str, changes: list[Change]) -> Case:
             for _, change in changes:
                 try:
                     change(file)
-                except (KeyError, TypeError, ValueError, OSError, AttributeError):  # what an earlier change left
+                except (
+                    LookupError,
+                    TypeError,
+                    ValueError,
+                    ArithmeticError,
+                    OSError,
+                    AttributeError,
+                ):  # of an earlier change
                     continue
         _use(play)
 

@@ -14,7 +14,6 @@ KINDS: dict[str, SearchStrategy[Case]] = {
     "hdf5-files": hdf5_files.cases,
     "checkpoints": checkpoints.cases,
 }
-BATCH = 50  # cases of one seed: each is the same whatever is played beside it
 SHARES = {
     "configurations": 800,
     "paths": 1000,

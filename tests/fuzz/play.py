@@ -121,13 +121,16 @@ def _last(ended: Ended, num_lines: int = 14) -> str:
 Case = tuple[str, Callable[[Play], None]]
 
 
-def draw(strategy: SearchStrategy[Case], number: int, num_cases: int) -> list[Case]:
-    """The cases of this seed, always the same ones."""
+BATCH = 50
+
+
+def draw(strategy: SearchStrategy[Case], number: int) -> list[Case]:
+    """The `BATCH` cases of this seed, always the same ones; fewer would be others."""
     cases: list[Case] = []
 
     @seed(number)
     @settings(
-        max_examples=num_cases,
+        max_examples=BATCH,
         phases=[Phase.generate],
         database=None,
         deadline=None,
@@ -138,7 +141,7 @@ def draw(strategy: SearchStrategy[Case], number: int, num_cases: int) -> list[Ca
         cases.append(case)
 
     collect()
-    return cases[:num_cases]
+    return cases[:BATCH]
 
 
 @dataclass(frozen=True)

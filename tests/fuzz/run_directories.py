@@ -27,11 +27,9 @@ _WORDS = [
 ]
 
 
-def _swapped(file: str, how: str) -> Damage | None:
-    return None if how == "damaged" else (how, lambda data: data)
-
-
 def _act_on(path: Path, how: str, damages: list[Damage]) -> None:
+    if path.is_dir():  # what an earlier change made
+        return
     if how == "lost":
         path.unlink(missing_ok=True)
     elif how == "a folder":

@@ -26,10 +26,14 @@ def main() -> None:
 def _preload() -> None:
     import h5py
     import hdf5plugin
+    import jinja2
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure
     import scipy.optimize
     import scipy.stats
     import torch
 
+    import hpc_train.analysis.page
     import hpc_train.analysis.report
     import hpc_train.cli
     import hpc_train.train.generate
@@ -39,7 +43,7 @@ def _preload() -> None:
     import hpc_train.train.stage
     import hpc_train.train.trainer
 
-    del h5py, hdf5plugin, scipy, hpc_train
+    del h5py, hdf5plugin, jinja2, matplotlib, scipy, hpc_train
     torch.set_num_threads(1)
 
 

@@ -77,9 +77,9 @@ def _make_initrd(work: Path, version: str) -> None:
 
 
 def run(boot: Path, shared: Path, timeout_s: float) -> float:
-    """Boots both guests, which see `shared` as /mnt, and waits until they have switched themselves off; the seconds.
+    """Boots both guests, which see `shared` as /shared, and waits until they have switched themselves off; the seconds.
 
-    Raises TimeoutError, with the ends of what they said, where they have not.
+    Raises RuntimeError, with the ends of what they said, where they have not, or ended before all was done.
     """
     began = monotonic()
     guests = []
@@ -96,14 +96,20 @@ def run(boot: Path, shared: Path, timeout_s: float) -> float:
         for guest in guests:
             guest.kill()
             guest.wait()
+    if not (shared / "stop").exists():  # which guest 1 makes at its end
+        raise RuntimeError(f"the guests ended early:\n{_said(shared)}")
     return monotonic() - began
 
 
 def _check(guests: list["subprocess.Popen[bytes]"], shared: Path, began: float, timeout_s: float) -> None:
     failed = any(guest.poll() for guest in guests)
     if failed or monotonic() - began > timeout_s:
-        said = "\n".join(path.read_text(errors="replace")[-2000:] for path in sorted(shared.glob("*.console")))
-        raise TimeoutError(f"the guests {'failed' if failed else f'were not done within {timeout_s:g} s'}:\n{said}")
+        what = "failed" if failed else f"were not done within {timeout_s:g} s"
+        raise RuntimeError(f"the guests {what}:\n{_said(shared)}")
+
+
+def _said(shared: Path) -> str:
+    return "\n".join(path.read_text(errors="replace")[-2000:] for path in sorted(shared.glob("*.console")))
 
 
 def _boot(boot: Path, shared: Path, number: int) -> "subprocess.Popen[bytes]":

@@ -12,6 +12,8 @@ $b mount -t tmpfs -o size=512m layer /layer
 $b mkdir /layer/upper /layer/work
 $b mount -t overlay -o lowerdir=/host,upperdir=/layer/upper,workdir=/layer/work root /root
 for folder in dev proc sys; do $b mount --move "/$folder" "/root/$folder"; done
-for folder in tmp run dev/shm mnt; do $b mkdir -p "/root/$folder"; $b mount -t tmpfs tmpfs "/root/$folder"; done
-$b mount -t 9p -o "trans=virtio,version=9p2000.L,msize=1048576,cache=none" out /root/mnt
+# Not on /tmp: the checkout may lie there, and the layer takes what is written.
+for folder in run dev/shm; do $b mkdir -p "/root/$folder"; $b mount -t tmpfs tmpfs "/root/$folder"; done
+$b mkdir -p /root/shared
+$b mount -t 9p -o "trans=virtio,version=9p2000.L,msize=1048576,cache=none" out /root/shared
 exec $b switch_root /root /bin/bash "$script"

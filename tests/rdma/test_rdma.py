@@ -19,7 +19,7 @@ STEPS = 4
 JOB = f"""
 name = "job"
 [data]
-file = "/mnt/data.h5"
+file = "/shared/data.h5"
 [task]
 kind = "classification"
 model = "mlp"
@@ -32,7 +32,7 @@ warmup_steps = 0
 [checkpoint]
 keep = 0
 [run]
-root = "/mnt/runs"
+root = "/shared/runs"
 """
 
 

@@ -140,7 +140,7 @@ def judge_convolutions(answers: Sequence[Answer]) -> Finding:
         return Finding("n/a", "ranks compute on GPUs")
     broken = [answer for answer in answers if answer.values["fault"]]
     if not broken:
-        return Finding("ok", "a channels_last 1x1 convolution of stride 2 over 8 channels, backward, sixty times")
+        return Finding("ok", "a channels_last 1x1 convolution of stride 2 over 8 channels, backward, twenty times")
     values = broken[0].values
     seen = (
         f"oneDNN's bug 6035 is in torch {values['torch']}: a process {values['fault']} in the backward pass of a 1x1 "
