@@ -75,7 +75,8 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
     """Train as CONFIG says; start it with mpirun or srun.
 
     SIGTERM, SIGUSR2 or Ctrl-C end it after the step at hand, with a checkpoint and exit code 75; the same command with
-    --resume auto goes on from there.
+    --resume auto goes on from there. To mpirun, send SIGUSR2: after Ctrl-C or SIGTERM it gives the ranks a second, then
+    kills them, and ends with 1.
 
     \b
     Example: mpirun -n 2 hpc-train train configs/mlp-mnist.toml --resume auto

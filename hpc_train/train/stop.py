@@ -1,5 +1,6 @@
 """Requests to stop: a signal only sets a flag, and the loop looks at it at the end of a step."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -64,7 +65,10 @@ class StopRequest:
     @property
     def cause(self) -> str:
         """The signal's name; another rank's request is known by its effect alone."""
-        return self._signal.name if self._signal else "a signal to another rank"
+        if self._signal is None:
+            return "a signal to another rank"
+        from_mpirun = self._signal == signal.SIGTERM and "OMPI_COMM_WORLD_RANK" in os.environ
+        return self._signal.name + " (which mpirun sends after Ctrl-C, too)" * from_mpirun
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
