@@ -19,6 +19,7 @@ from hpc_train.resume import Change, Rule
 from hpc_train.rundir import RunDir
 from hpc_train.train import checkpoint
 from hpc_train.train.context import Context
+from hpc_train.train.leftovers import remove_begun_runs
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def open_attempt(loaded: Loaded, context: Context, wanted: str) -> Iterator[Atte
             run, source, changes = _choose(loaded.config, context.world.size, wanted)
             lease = stack.enter_context(lock.held(run.lock, say))
             held.append(lease)
+            remove_begun_runs(run)
             rundir.make_folders(run)
             checkpoint.clean(run)
             meta = read_meta(run)

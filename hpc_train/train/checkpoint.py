@@ -261,6 +261,9 @@ def clean(run: RunDir) -> None:
     for pattern in (".step-*.partial", ".step-*.old"):
         for folder in run.checkpoints_dir.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
+    for final in (run.meta, run.metrics, run.summary):
+        for temporary in run.path.glob(f".{final.name}.*"):
+            temporary.unlink(missing_ok=True)
 
 
 def _mapped(fn: Callable[[Any], Any], value: Any) -> Any:

@@ -44,6 +44,7 @@ from hpc_train.train.guards import (
     refuse_test,
     refuse_update,
 )
+from hpc_train.train.leftovers import remove_dead_segments
 from hpc_train.train.metadata import RankPlace, crowding_warnings, place_ranks
 from hpc_train.train.onednn import compiled, layouts_watched
 from hpc_train.train.optimize import Optimizer, misfit, scale_misfit
@@ -80,6 +81,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
 
     resume: see `open_attempt`. The code is 0 at the end of the run, and `CONTINUE` after a stop on request.
     """
+    if context.world.local_rank == 0:
+        remove_dead_segments()
     config, job = loaded.config, _set_up(loaded.config, context)
     with open_attempt(loaded, context, resume) as attempt:
         recorder = Recorder(loaded, context, job.places, attempt, open_clock(config.train, job.device))
