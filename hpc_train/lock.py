@@ -95,7 +95,7 @@ def held(path: Path, say: Callable[[str], None], beat_s: float = BEAT_S) -> Iter
         if other is None:
             sleep(0.01)  # gone in between
             continue
-        if not _is_dead(path, other, mine, say, _PATIENCE_BEATS * beat_s):
+        if not _is_dead(path, other, say, _PATIENCE_BEATS * beat_s):
             raise UserError(
                 f"{path.parent} is in use by {_name(other)}",
                 "Wait until that job has ended, or begin another run: --resume never",
@@ -116,6 +116,22 @@ def held(path: Path, say: Callable[[str], None], beat_s: float = BEAT_S) -> Iter
         stop.set()
         thread.join()
         _remove(path, mine["token"])
+
+
+def is_of_dead_process(path: Path) -> bool:
+    """Whether the lock file's holder was a process of this machine that is gone."""
+    try:
+        other = _read(path)
+    except UserError:
+        return False
+    return other is not None and _is_gone(other) is True
+
+
+def _is_gone(other: dict[str, Any]) -> bool | None:
+    """Whether the holder's process is gone; None where it cannot be looked up from here."""
+    if other.get("system") != _system() or not isinstance(other.get("pid"), int):
+        return None
+    return _process(other["pid"]) != other.get("process")
 
 
 def _identity() -> dict[str, Any]:
@@ -195,15 +211,14 @@ def _read(path: Path) -> dict[str, Any] | None:
     raise UserError(f"{path} is no lock of hpc-train", remedy)
 
 
-def _is_dead(
-    path: Path, other: dict[str, Any], mine: dict[str, Any], say: Callable[[str], None], patience_s: float
-) -> bool:
+def _is_dead(path: Path, other: dict[str, Any], say: Callable[[str], None], patience_s: float) -> bool:
     """Whether the holder's process is gone or, where it cannot be looked up, its lock stands still for `patience_s`.
 
     That Slurm has started the same job again proves nothing: its old node may live behind a broken network.
     """
-    if other.get("system") == mine["system"] and isinstance(other.get("pid"), int):
-        return _process(other["pid"]) != other.get("process")
+    is_gone = _is_gone(other)
+    if is_gone is not None:
+        return is_gone
     say(f"{path.parent} is locked by {_name(other)}: looking for {patience_s:.0f} s whether that still runs")
     first = _read(path)
     seen_s = monotonic()  # once the first look is over: the file system may have kept it waiting

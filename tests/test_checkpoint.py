@@ -2,23 +2,29 @@
 
 import json
 import threading
+from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
 from hpc_train import config
+from hpc_train.config import load
 from hpc_train.errors import UserError
 from hpc_train.rundir import RunDir
-from hpc_train.train import checkpoint
+from hpc_train.train import checkpoint, trainer
 from hpc_train.train.checkpoint import Saver, Unusable
 from hpc_train.train.context import Context
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.shards import whole
 from hpc_train.world import World
+from tests import jobs
 
 FACTS = {"size": 1, "global_batch": 8, "num_samples": 100}
 
@@ -193,6 +199,16 @@ def test_a_models_extra_state_is_kept_and_what_cannot_be_saved_is_told(tmp_path:
     assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000001"]
 
 
+def reseal(folder: Path, content: object) -> None:
+    """Puts other content into a checkpoint, with a checksum that fits."""
+    state, path = folder / "state.pt", folder / "checkpoint.json"
+    state.write_bytes(content) if isinstance(content, bytes) else torch.save(content, state)
+    facts = json.loads(path.read_text())
+    del facts["sha256"]
+    facts["files"] = {"state.pt": {"bytes": state.stat().st_size, "sha256": sha256(state.read_bytes()).hexdigest()}}
+    path.write_text(json.dumps({**facts, "sha256": checkpoint._sum(facts)}))
+
+
 _OTHERS = {"optimizer": {}, "loss_scale": [1.0, 0], "task": {}}
 
 
@@ -205,16 +221,66 @@ def test_what_another_program_wrote_is_refused(tmp_path: Path, content: object) 
     with saver(tmp_path) as saves:
         saves.save_now(3, state_of(model, chosen))
     folder = RunDir(tmp_path).checkpoint(3)
-    state, path = folder / "state.pt", folder / "checkpoint.json"
-    state.write_bytes(content) if isinstance(content, bytes) else torch.save(content, state)
-    facts = json.loads(path.read_text())
-    del facts["sha256"]
-    facts["files"] = {"state.pt": {"bytes": state.stat().st_size, "sha256": sha256(state.read_bytes()).hexdigest()}}
-    path.write_text(json.dumps({**facts, "sha256": checkpoint._sum(facts)}))
+    reseal(folder, content)
     said: list[str] = []
     with pytest.raises(UserError, match="no checkpoint of"):
         checkpoint.read_newest(RunDir(tmp_path), model, said.append)
     assert "passed over" in said[0]
+
+
+def _like(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A whole state, changed in one place."""
+
+    def changed(state: dict[str, Any]) -> dict[str, Any]:
+        change(state)
+        return state
+
+    return changed
+
+
+RESEALED = {
+    "optimizer is no dict": _like(lambda s: s.update(optimizer=[1])),
+    "another parameter": _like(lambda s: s["optimizer"].update({"9.weight": {}})),
+    "no moments": _like(lambda s: s["optimizer"]["0.weight"].pop("exp_avg")),
+    "another optimizer's": _like(lambda s: s["optimizer"].update({"0.weight": {"momentum_buffer": torch.ones(8, 8)}})),
+    "another shape": _like(lambda s: s["optimizer"]["0.weight"].update(exp_avg=torch.ones(1))),
+    "another dtype": _like(lambda s: s["optimizer"]["0.bias"].update(exp_avg_sq=torch.ones(8, dtype=torch.float16))),
+    "a number": _like(lambda s: s["optimizer"]["0.bias"].update(step=3)),
+    "steps of every weight": _like(lambda s: s["optimizer"]["0.bias"].update(step=torch.ones(8))),
+    "no dict of a parameter": _like(lambda s: s["optimizer"].update({"0.bias": torch.ones(8)})),
+    "scale is None": _like(lambda s: s.update(loss_scale=None)),
+    "scale of one": _like(lambda s: s.update(loss_scale=[1.0])),
+    "scale 0": _like(lambda s: s.update(loss_scale=[0.0, 0])),
+    "scale NaN": _like(lambda s: s.update(loss_scale=[float("nan"), 0])),
+    "scale of tensors": _like(lambda s: s.update(loss_scale=[torch.ones(1), 0])),
+    "a task's state": _like(lambda s: s.update(task={"replay": torch.ones(3)})),
+    "task is a list": _like(lambda s: s.update(task=[])),
+    "sparse weights": _like(lambda s: s["model"].update({"0.weight": s["model"]["0.weight"].to_sparse()})),
+    "weights without memory": _like(lambda s: s["model"].update({"0.weight": torch.ones(8, 8, device="meta")})),
+    "weights to be trained": _like(lambda s: s["model"].update({"0.weight": nn.Parameter(torch.ones(8, 8))})),
+    "one number for many": _like(lambda s: s["task"].update(replay=torch.ones(1).expand(10**13))),
+}
+
+
+@pytest.mark.parametrize("name", RESEALED)
+def test_a_checkpoint_sealed_again_with_another_state_is_passed_over(tmp_path: Path, name: str) -> None:
+    """Its checksum is right; what it holds is not what this job wants, and the one before it is used."""
+    model, chosen = trained(optimizer="adamw")
+    with saver(tmp_path) as saves:
+        saves.save_now(3, state_of(model, chosen))
+    whole = torch.load(RunDir(tmp_path).checkpoint(3) / "state.pt", weights_only=True)
+    damaged = RESEALED[name](whole)
+    checkpoint.write(RunDir(tmp_path).checkpoint(4), state_of(model, chosen), {"step": 4, **FACTS})
+    reseal(RunDir(tmp_path).checkpoint(4), damaged)
+    config = load(jobs.CONFIGS / "softmax-mnist.toml", ("train.optimizer=adamw",)).config
+    job = cast(trainer.Job, SimpleNamespace(task=object(), model=model))
+    said: list[str] = []
+    state, facts = checkpoint.read_newest(RunDir(tmp_path), model, said.append, partial(trainer._misfit, job, config))
+    assert facts["step"] == 3 and "step-00000004: " in said[0], said
+    chosen.load(checkpoint.broadcast(state, Context(World()))["optimizer"])
+    RunDir(tmp_path).checkpoint(3).rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="no checkpoint of"):
+        checkpoint.read_newest(RunDir(tmp_path), model, said.append, partial(trainer._misfit, job, config))
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:

@@ -265,3 +265,28 @@ def test_without_gymnasium_the_user_is_told_what_to_install(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(UserError, match="pip install gymnasium"):
         open_task(job("reinforce"), Context(World()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"replay": {}},
+        {"replay": 3},
+        {"num_episodes": [1]},
+        {"num_episodes": ["1", "1"]},
+        {"actions": [3, 3]},
+        {"actions": [torch.tensor([99]), torch.tensor([0])]},
+        {"replay": {"num_added": -2}},
+        {"replay": {"num_added": True}},
+        {"replay": {"rewards": torch.ones(1)}},
+        {"replay": {"actions": torch.ones(4)}},
+    ],
+)
+def test_a_state_that_this_task_did_not_give_is_refused_whole(change: dict[str, Any]) -> None:
+    learner = Learner(job("dqn"))
+    learner.losses(range(3))
+    state = learner.task.state()  # type: ignore[attr-defined]
+    for key, value in change.items():
+        state[key] = {**state[key], **value} if isinstance(value, dict) and value else value
+    with pytest.raises((LookupError, TypeError, ValueError, AttributeError, RuntimeError)):
+        Learner(job("dqn")).task.load_state(state)  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from hpc_train.resume import Change, Rule
 from hpc_train.rundir import RunDir
 from hpc_train.train import checkpoint
 from hpc_train.train.context import Context
+from hpc_train.train.leftovers import remove_begun_runs
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,18 @@ def open_attempt(loaded: Loaded, context: Context, wanted: str) -> Iterator[Atte
             run, source, changes = _choose(loaded.config, context.world.size, wanted)
             lease = stack.enter_context(lock.held(run.lock, say))
             held.append(lease)
+            remove_begun_runs(run)
             rundir.make_folders(run)
             checkpoint.clean(run)
             meta = read_meta(run)
             earlier = meta.get("attempts", [])
-            if source == run and earlier and earlier[0]["continues"] and not checkpoint.found(run):
+            if source == run and earlier and earlier[0].get("continues") and not checkpoint.found(run):
                 source = RunDir(Path(earlier[0]["continues"]))  # stopped before it had a checkpoint of its own
+                if (first := earlier[0]["first_step"]) and not checkpoint.found(source):
+                    raise UserError(
+                        f"{run.path} goes on from step {first} of {source.path}, and no checkpoint is there",
+                        "Bring it back, or begin another run: --resume never",
+                    )
             return Attempt(run, len(earlier) + 1, meta, source, changes, lease)
 
         attempt = context.on_root(choose)
@@ -129,15 +136,45 @@ def _new(root: Path, config: Config, size: int) -> RunDir:
 
 
 def read_meta(run: RunDir) -> dict[str, Any]:
-    """meta.json, {} where no attempt has written it yet. Raises UserError where it is damaged."""
+    """meta.json, {} where no attempt has written it yet. Raises UserError where what a run goes on by is damaged."""
+    remedy = "Mend it if you know what stood there (text, JSON), or begin another run: --resume never"
     try:
         meta = json.loads(run.meta.read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run.meta} cannot be read: {error}", "Begin another run: --resume never") from None
-    assert isinstance(meta, dict), f"{run.meta} is no object"
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{run.meta} cannot be read: {error}", remedy) from None
+    if not isinstance(meta, dict):
+        raise UserError(f"{run.meta} holds {meta!r:.60}, and no object", remedy)
+    for entry, value in _wrong_entries(meta):
+        raise UserError(f"{run.meta}: {entry} is {value!r:.60}", remedy)
     return meta
+
+
+def _wrong_entries(meta: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Entries that a further attempt works with, and cannot."""
+    for entry, kind, default in (("size", int, 1), ("started", str, ""), ("attempts", list, []), ("energy", dict, {})):
+        if not isinstance(meta.get(entry, default), kind):
+            yield entry, meta[entry]
+            return
+    for number, attempt in enumerate(meta.get("attempts", [])):
+        first = attempt.get("first_step") if isinstance(attempt, dict) else None
+        if type(first) is not int or first < 0:
+            yield f"attempts[{number}]", attempt
+        elif not isinstance(attempt.get("continues"), str | None):
+            yield f"attempts[{number}].continues", attempt["continues"]
+    for entry in ("meters", "unreadable", "shared", "epoch_s", "idle_w", "foreign_cores"):
+        if not isinstance(meta.get("energy", {}).get(entry), dict | None):
+            yield f"energy.{entry}", meta["energy"][entry]
+
+
+def is_complete(run: RunDir) -> bool:
+    """Whether the run has a summary that names no fault; one that cannot be read is made again."""
+    try:
+        summary = json.loads(run.summary.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(summary, dict) and not summary.get("fault")
 
 
 def read_config(run: RunDir) -> Config | None:
@@ -173,7 +210,7 @@ def check_continues(stated: dict[str, Any], expected: dict[str, Any], attempt: A
             f"train.steps = {num_steps}, and {path} has taken {stated['step']} steps already",
             "Set train.steps to as many or more, or begin another run: --resume never",
         )
-    is_tested = attempt.source.summary.exists()
+    is_tested = is_complete(attempt.source)
     ignored = [
         change
         for change in resume.said(attempt.changes)

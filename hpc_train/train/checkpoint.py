@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -261,6 +261,9 @@ def clean(run: RunDir) -> None:
     for pattern in (".step-*.partial", ".step-*.old"):
         for folder in run.checkpoints_dir.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
+    for final in (run.meta, run.metrics, run.summary):
+        for temporary in run.path.glob(f".{final.name}.*"):
+            temporary.unlink(missing_ok=True)
 
 
 def _mapped(fn: Callable[[Any], Any], value: Any) -> Any:
@@ -320,13 +323,13 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """checkpoint.json of a checkpoint. Raises `Unusable`."""
     try:
         facts = json.loads((folder / FACTS).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Unusable(f"{FACTS} cannot be read: {error}") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise Unusable(f"{FACTS} is not of format {FORMAT}")
     if facts.pop("sha256", None) != _sum(facts):
         raise Unusable(f"{FACTS} is damaged: its checksum differs")
-    if facts.get("step") != _step_of(folder):
+    if type(facts.get("step")) is not int or facts["step"] != _step_of(folder):
         raise Unusable(f"{FACTS} is of step {facts.get('step')}")
     return facts
 
@@ -352,7 +355,25 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise Unusable(f"{STATE} holds no tensors: {state!r}")
     if not isinstance(state, dict) or set(state) != {"model", "optimizer", "loss_scale", "task"}:
         raise Unusable(f"{STATE} holds no model and optimizer")
+    for name, value in _leaves(state, ""):
+        if isinstance(value, torch.Tensor) and not _is_plain(value, expected["bytes"]):
+            raise Unusable(f"{STATE}: {name} is no plain tensor of the CPU")
     return state, facts
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Everything in a state that is neither a dict nor a list, with where it stands."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _is_plain(tensor: torch.Tensor, most_bytes: int) -> bool:
+    """Whether it is as `write` leaves them; others (sparse, of no device, larger than their file) need care or room."""
+    is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return is_dense and not tensor.requires_grad and tensor.numel() * tensor.element_size() <= most_bytes
 
 
 def _digest(path: Path) -> str:
@@ -360,17 +381,24 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_newest(run: RunDir, model: nn.Module, say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_newest(
+    run: RunDir,
+    model: nn.Module,
+    say: Callable[[str], None],
+    misfit: Callable[[dict[str, Any]], str | None] = lambda state: None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state, facts) of the newest good checkpoint that fits `model`; ({}, {}) where a run has none at all.
 
-    Those passed over are told to `say`. Raises UserError where there are some and none is good: beginning anew in
-    silence would throw work away.
+    misfit: why the rest of a state does not fit, None where it does. Those passed over are told to `say`. Raises
+    UserError where there are some and none is good: beginning anew in silence would throw work away.
     """
     refused = []
     for folder in found(run):
         try:
             state, facts = read(folder)
             _check_fits(state, model)
+            if why := misfit(state):
+                raise Unusable(f"{STATE}: {why}")
         except Unusable as error:
             refused.append(f"{folder}: {error}")
             say(f"warning: checkpoint passed over: {refused[-1]}")

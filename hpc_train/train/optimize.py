@@ -5,7 +5,7 @@ made, 3 s and 800 modules of a shared file system for each rank. Theirs run `fus
 of 10M parameters on a CPU, AdamW in a quarter and SGD in a third of the time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import ceil, cos, isfinite, log2, pi, sqrt
 from typing import Any, cast
 
@@ -264,4 +264,34 @@ def _lamb(
         parameter.sub_(layer_rate * update)
 
 
+def misfit(state: Any, train: config.Train, weights: Mapping[str, torch.Tensor]) -> str | None:
+    """Why `state` is none that this job's optimizer keeps of `weights`, by name; None where it is one."""
+    if not isinstance(state, dict):
+        return f"the optimizer's state is {type(state).__name__}"
+    wanted = {"sgd": {"momentum_buffer"}, "lars": {"momentum_buffer"}}.get(train.optimizer, _MOMENTS)
+    for name, kept in state.items():
+        if name not in weights or not isinstance(kept, dict):
+            return f"the optimizer's state has an entry {name!r}, and the model no such weights"
+        if kept and kept.keys() != wanted:
+            return f"the optimizer keeps {sorted(map(str, kept))} of {name} there and {sorted(wanted)} here"
+        for key, value in kept.items():
+            here = ((), torch.float32) if key == "step" else (tuple(weights[name].shape), weights[name].dtype)
+            there = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+            if there != here:
+                return f"the optimizer's {key} of {name} is {there} there and {here} here"
+    return None
+
+
+def scale_misfit(kept: Any) -> str | None:
+    """Why `kept` is no loss scale of a checkpoint; None where it is one."""
+    is_one = (
+        isinstance(kept, list)
+        and len(kept) in (2, 3)  # earlier versions kept two
+        and all(isinstance(each, int | float) and isfinite(each) for each in kept)
+        and kept[0] > 0
+    )
+    return None if is_one else f"its loss scale is {kept!r:.60}"
+
+
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 _UPDATES = {"sgd": _sgd, "adamw": _adamw, "lars": _lars, "lamb": _lamb}

@@ -1,6 +1,5 @@
 """Training, top to bottom: one loop, visible."""
 
-import json
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,9 @@ from hpc_train.config import Config, Loaded
 from hpc_train.errors import UserError
 from hpc_train.partition import Order, noise_seed, rank_batches
 from hpc_train.resume import said
-from hpc_train.rundir import RunDir
 from hpc_train.train import checkpoint
-from hpc_train.train.attempt import Attempt, check_continues, open_attempt, say
+from hpc_train.train.attempt import Attempt, check_continues, is_complete, open_attempt, say
+from hpc_train.train.buckets import trainable
 from hpc_train.train.checkpoint import Saver, read_newest
 from hpc_train.train.context import Context
 from hpc_train.train.device import (
@@ -44,9 +44,10 @@ from hpc_train.train.guards import (
     refuse_test,
     refuse_update,
 )
+from hpc_train.train.leftovers import remove_dead_segments
 from hpc_train.train.metadata import RankPlace, crowding_warnings, place_ranks
 from hpc_train.train.onednn import compiled, layouts_watched
-from hpc_train.train.optimize import Optimizer
+from hpc_train.train.optimize import Optimizer, misfit, scale_misfit
 from hpc_train.train.prefetch import Prefetch, announced
 from hpc_train.train.recorder import Recorder
 from hpc_train.train.reduce import Reducer, broadcast_model, check_strategy, open_reducer
@@ -80,6 +81,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
 
     resume: see `open_attempt`. The code is 0 at the end of the run, and `CONTINUE` after a stop on request.
     """
+    if context.world.local_rank == 0:
+        remove_dead_segments()
     config, job = loaded.config, _set_up(loaded.config, context)
     with open_attempt(loaded, context, resume) as attempt:
         recorder = Recorder(loaded, context, job.places, attempt, open_clock(config.train, job.device))
@@ -178,8 +181,8 @@ def _begin(
     context: Context,
 ) -> tuple[int | None, nn.Module, Generator[Any]]:
     """Collective. (the step to go on with, the model to train, the batches); no step where the run is complete."""
-    first = _restore(attempt, job, optimizer, reducer, config.train.steps, context)
-    if first >= config.train.steps and context.on_root(partial(_is_complete, attempt.run)):
+    first = _restore(attempt, job, optimizer, reducer, config, context)
+    if first >= config.train.steps and context.on_root(partial(is_complete, attempt.run)):
         context.on_root(lambda: say(f"{attempt.run.path} is complete: {first} steps"))
         return None, job.model, _again([], iter(()))
     model, batches, measured = _first_look(_batches(job, config, first), job, config, context)
@@ -188,15 +191,6 @@ def _begin(
     if reading:
         context.on_root(lambda: say(f"Data: {reading}"))
     return first, model, batches
-
-
-def _is_complete(run: RunDir) -> bool:
-    """Whether the run has a summary that names no fault; one that cannot be read is made again."""
-    try:
-        summary = json.loads(run.summary.read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(summary, dict) and not summary.get("fault")
 
 
 def _optimizer(config: Config, job: Job, reducer: Reducer, context: Context) -> Optimizer:
@@ -217,7 +211,7 @@ def _snapshot(job: Job, optimizer: Optimizer, reducer: Reducer, context: Context
 
 
 def _restore(
-    attempt: Attempt, job: Job, optimizer: Optimizer, reducer: Reducer, num_steps: int, context: Context
+    attempt: Attempt, job: Job, optimizer: Optimizer, reducer: Reducer, config: Config, context: Context
 ) -> int:
     """Collective. Loads the newest good checkpoint of the run that is continued, if any; the step to go on with."""
     state: dict[str, Any] = {}
@@ -226,9 +220,9 @@ def _restore(
     def find() -> int:
         if source is None:
             return 0
-        found, stated = read_newest(source, job.model, say)
+        found, stated = read_newest(source, job.model, say, partial(_misfit, job, config))
         if found:
-            check_continues(stated, job.facts, attempt, num_steps)
+            check_continues(stated, job.facts, attempt, config.train.steps)
             say(f"Continuing at step {stated['step']} of {source.path}")
             for change in said(attempt.changes):
                 say(f"  {change}")
@@ -238,13 +232,37 @@ def _restore(
     first = context.on_root(find)
     if first:
         state = checkpoint.broadcast(state, context)
+        folder = attempt.source.checkpoint(first) if attempt.source else None
+        context.on_all(lambda: _load(state, folder, attempt, job, optimizer, reducer))
+    return first
+
+
+def _misfit(job: Job, config: Config, state: dict[str, Any]) -> str | None:
+    """Why this job cannot go on from `state`, whose model fits; None where it can."""
+    own, keeps_own = state["task"], hasattr(job.task, "load_state")
+    if not isinstance(own, dict) or (own and not keeps_own):
+        return f"task.kind = '{config.task.kind}' keeps no such state as it holds"
+    if keeps_own and not own and job.task.state():  # type: ignore[attr-defined]
+        return f"it holds no state of task.kind = '{config.task.kind}'"
+    return scale_misfit(state["loss_scale"]) or misfit(state["optimizer"], config.train, trainable(job.model))
+
+
+def _load(
+    state: dict[str, Any], folder: Path | None, attempt: Attempt, job: Job, optimizer: Optimizer, reducer: Reducer
+) -> None:
+    """Puts a checkpoint's state in place. Raises UserError where model or task refuse theirs."""
+    try:
         job.model.load_state_dict(state["model"])
         optimizer.load(reducer.shards.scatter(state["optimizer"]) if reducer.shards else state["optimizer"])
         if all(change.key != "train.precision" for change in attempt.changes):
             optimizer.loss_scale = state["loss_scale"]  # another precision's says nothing of this one's
         if state["task"] and not job.is_server:
             job.task.load_state(state["task"])  # type: ignore[attr-defined]
-    return first
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{folder} does not fit this job: {type(error).__name__}: {error}",
+            "Move it away, and the run goes on from the one before it; or begin another run: --resume never",
+        ) from None
 
 
 def _first_look(

@@ -96,9 +96,16 @@ class Replay:
         return {"num_added": self.num_added, **kept}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.num_added = int(state["num_added"])
+        """Raises ValueError, LookupError or TypeError for what `state` did not give."""
+        num_added = state["num_added"]
+        if type(num_added) is not int or num_added < 0 or num_added % self._num_envs:
+            raise ValueError(f"replay.num_added is {num_added!r}")
+        self.num_added = num_added
         for field in fields(Transitions):
-            getattr(self._kept, field.name)[: len(self)] = state[field.name]
+            kept, theirs = getattr(self._kept, field.name)[: len(self)], state[field.name]
+            if (theirs.shape, theirs.dtype) != (kept.shape, kept.dtype):
+                raise ValueError(f"replay.{field.name} is {theirs.dtype} {tuple(theirs.shape)}")
+            kept.copy_(theirs)
 
 
 class Dqn:
@@ -217,10 +224,19 @@ class Dqn:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continues from `state`: environments are reset and play the actions of their episodes again."""
+        """Continues from `state`: environments are reset and play the actions of their episodes again.
+
+        Raises ValueError, LookupError or TypeError for what `state` did not give.
+        """
+        num_episodes, actions = state["num_episodes"], [each.tolist() for each in state["actions"]]
+        num_envs = len(self._actions)
+        if len(num_episodes) != num_envs or not all(type(each) is int and each > 0 for each in num_episodes):
+            raise ValueError(f"num_episodes is {num_episodes!r:.60}")
+        known = range(self._environments.num_actions)
+        if len(actions) != num_envs or any(action not in known for each in actions for action in each):
+            raise ValueError(f"actions are not those of {num_envs} environments")
         self._replay.load_state(state["replay"])
-        self._num_episodes = [int(count) for count in state["num_episodes"]]
-        self._actions = [actions.tolist() for actions in state["actions"]]
+        self._num_episodes, self._actions = list(num_episodes), actions
         for place, number in enumerate(self._mine):
             self._reset(number)
             environment = self._environments.take(len(self._mine))[place]
