@@ -15,7 +15,7 @@ from hpc_train.train.prepare.sources import Array, Options, Source, in_memory, s
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 # Not whatever Pillow finds in a file with such a name: of PostScript it would have a program made.
-_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _SIZE = 224  # pixels: what ImageNet's networks take
 _TEST_SHARE = 0.1
 _NAMED = 5  # damaged pictures in one message

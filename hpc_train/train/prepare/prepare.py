@@ -24,7 +24,6 @@ from hpc_train.train.prepare.layout import Layout
 from hpc_train.train.prepare.sources import PICTURES, Options, Source
 from hpc_train.train.prepare.writer import Work, create, num_bytes, opened_alone, reserve, sound, verify, write
 
-
 _NOT_KEPT = ("http", "https", "memory", "data")
 _MOST_DIMENSIONS = 32  # of HDF5
 

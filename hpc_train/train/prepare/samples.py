@@ -85,16 +85,15 @@ def _found(name: str) -> Any:
 def _shares(name: str, function: Any) -> bool:
     """Whether it shares out its samples. Raises `UserError` for what is no function of samples, before it is called:
     not even `sys:exit` is."""
-    if inspect.isbuiltin(function) or isinstance(function, type) and function.__module__ == "builtins":
+    if inspect.isbuiltin(function) or (isinstance(function, type) and function.__module__ == "builtins"):
         raise UserError(f"prepare {name}: {name.rpartition(':')[2]} is Python's own, and gives no samples", _NAME)
     try:
         signature = inspect.signature(function)
         shared = {"rank", "size"} <= set(signature.parameters)
         signature.bind(**dict.fromkeys(("rank", "size") if shared else ()))
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"prepare {name}: it cannot be called: {error}", f"It takes nothing, or rank and size. {_SHAPE}"
-        )
+        remedy = f"It takes nothing, or rank and size. {_SHAPE}"
+        raise UserError(f"prepare {name}: it cannot be called: {error}", remedy) from None
     return shared
 
 
