@@ -2,13 +2,12 @@
 
 import io
 import json
-import os
 import shlex
 import socket
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -19,7 +18,7 @@ from hpc_train.cli_options import MOST_RANKS, Finite, by_first_rank, sizes
 from hpc_train.cli_plan import plan
 from hpc_train.cli_prepare import prepare, stage
 from hpc_train.config import dumps, load
-from hpc_train.errors import JointFailure, UserError, require
+from hpc_train.errors import JointFailure, UserError, refused, require
 from hpc_train.paths import exists, expanded
 from hpc_train.shown import message, printable
 from hpc_train.world import launched_rank
@@ -377,28 +376,30 @@ def main() -> None:
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except UserError as error:
-        if speaks:
-            _end(f"hpc-train: {error}", 2)
-        _end("" if error.joint else f"hpc-train: rank {launched_rank()} on {socket.gethostname()}: {error}", 2)
+        _end_refused(error, speaks)
     except click.ClickException as error:
-        told = io.StringIO()
-        error.show(told)
-        _end(told.getvalue().rstrip() if speaks else "", 2)
+        usage = io.StringIO()
+        error.show(usage)
+        _end(usage.getvalue().rstrip("\n") if speaks else "", 2)
     except (click.Abort, KeyboardInterrupt):
         _end("hpc-train: interrupted" if speaks else "", 130)
     except JointFailure:  # the rank that met the fault says it
         _end("", 1)
     except OSError as error:
-        if error.filename is None:
-            _end(traceback.format_exc(), 1)
-        where = "" if speaks else f"rank {launched_rank()} on {socket.gethostname()}: "
-        remedy = "Check that it can be read and written by you: ls -ld, df."
-        _end(f"hpc-train: {where}{os.fsdecode(error.filename)}: {error.strerror}\n  {remedy}", 2)
+        if told := refused(error):
+            _end_refused(told, speaks)
+        _end(traceback.format_exc(), 1)
     except Exception:  # noqa: BLE001  our own bug: said whole
         _end(traceback.format_exc(), 1)
 
 
-def _end(text: str, code: int) -> None:
+def _end_refused(error: UserError, speaks: bool) -> NoReturn:
+    if speaks:
+        _end(f"hpc-train: {error}", 2)
+    _end("" if error.joint else f"hpc-train: rank {launched_rank()} on {socket.gethostname()}: {error}", 2)
+
+
+def _end(text: str, code: int) -> NoReturn:
     if text:
         print(message(text), file=sys.stderr, flush=True)
     sys.exit(code)

@@ -26,6 +26,14 @@ class UserError(Exception):
         return f"{self.what}\n  {self.remedy}"
 
 
+def refused(error: OSError) -> UserError | None:
+    """What the system says of a path that it does not let us use; None where the error names none."""
+    if error.filename is None:
+        return None
+    remedy = "`ls -ld` and `df` show what stands in the way."
+    return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}", remedy)
+
+
 def not_written(path: str | Path, error: OSError, num_bytes: int) -> UserError:
     """What to raise when the system refuses to write `num_bytes` to `path`: disk full, read-only, over quota."""
     return UserError(

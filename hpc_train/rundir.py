@@ -187,7 +187,8 @@ def write_atomic(path: Path, content: str | bytes, permissions: int = 0o666) -> 
 
     permissions: before the umask takes its part.
     """
-    data = content.encode() if isinstance(content, str) else content
+    # A path in it that is no UTF-8 stays readable.
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     name = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # a name that nobody can have put a link at
     try:
         # The umask belongs to the whole process: other threads make files, too, so it is never changed to be read.

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -309,3 +310,53 @@ def test_commands_of_one_process_act_once_under_mpirun(tmp_path: Path) -> None:
     only_one_message(jobs.run(2, "plan", cwd=tmp_path), ["plan needs run directories or --table"])
     nested = jobs.run(2, "scale", SOFTMAX, "--ranks", "1", cwd=tmp_path)
     assert nested.code == 2 and "Call it without mpirun" in nested.err
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Iterator[Path]:
+    """A folder that may not be looked into."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("no setpriv, which makes root ask for permission")
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "file.toml").write_text(Path(SOFTMAX).read_text())
+    for path in (tmp_path / "closed", tmp_path / "file.toml"):
+        path.chmod(0)
+    yield tmp_path
+    (tmp_path / "closed").chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "ranks, words",
+    [
+        (0, ["submit", SOFTMAX, "--nodes", "1", "--site", "file.toml"]),
+        (0, ["submit", SOFTMAX, "--nodes", "1", "--set", "run.root=closed"]),
+        (0, ["submit", SOFTMAX, "--nodes", "1", "--site", "closed/x.toml"]),
+        (0, ["scale", SOFTMAX, "--ranks", "1", "--set", "run.root=closed/x"]),
+        (0, ["train", SOFTMAX, "--set", "data.file=closed/x"]),
+        (2, ["train", SOFTMAX, "--set", "run.root=closed"]),
+        (2, ["train", SOFTMAX, "--set", "run.root=closed", "--resume", "auto"]),
+        (0, ["generate", "closed/x"]),
+        (0, ["report", "closed/x"]),
+        (0, ["plan", "closed/x"]),
+        (2, ["data", "check", "closed/x"]),
+        (0, ["prepare", "mnist-5k", "closed/x.h5"]),
+    ],
+)
+def test_places_without_permission(closed: Path, digits: Path, ranks: int, words: list[str]) -> None:
+    data = jobs.settings(data__file=digits) if words[0] == "train" and "data.file" not in words[-1] else []
+    line = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *jobs.command(ranks, *words, *data)]
+    done = subprocess.run(line, cwd=closed, env=jobs.environment(), capture_output=True, text=True, timeout=120)
+    only_one_message(jobs.Ended(done.returncode, done.stdout, done.stderr, 0.0), ["ermission denied"])
+
+
+@pytest.mark.parametrize(
+    "env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+@pytest.mark.parametrize("name", ["é", "\udcff"])
+def test_terminals_and_names_of_few_letters(tmp_path: Path, env: dict[str, str], name: str) -> None:
+    """What cannot be printed is written in ASCII, and ends nothing."""
+    shutil.copytree(jobs.ROOT / "tests/runs/mlp-mnist", tmp_path / name)
+    for words in (["report", name, "--currency", "€", "--price-per-kwh", "1"], ["report", name, "--format", "md"]):
+        done = jobs.run(0, *words, cwd=tmp_path, **env)
+        assert done.code == 0 and "Traceback" not in done.err, done.err
+    only_one_message(jobs.run(0, "config", "show", f"{name}.toml", cwd=tmp_path, **env), ["does not exist"])

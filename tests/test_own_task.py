@@ -63,9 +63,15 @@ MODULES = {
     "value.py": ("int('ten')\n", ["ValueError: invalid literal for int()", "value.py:1"]),
     "deeper.py": ("import json\njson.loads('{')\n", ["JSONDecodeError", "deeper.py:2"]),
     "lacks.py": (
-        "class Task:\n    def __init__(self, *args): pass\n    model = batch = loss = None\n",
-        ["it has no num_samples and no test_batches and no test"],
+        "class Task:\n    def __init__(self, *args): 1 / 0\n    model = batch = loss = None\n",
+        ["it has no test_batches and no test"],
     ),
+    "counts.py": (
+        "class Task:\n    def __init__(self, *args): pass\n    model = batch = loss = test_batches = test = None\n",
+        ["it has no num_samples"],
+    ),
+    "leaves.py": ("raise SystemExit(3)\n", ["leaves cannot be loaded: SystemExit: 3", "leaves.py:1"]),
+    "calls.py": ("def Task(config, context): 1 / 0\n", ["calls has no class Task"]),
     "other.py": ("class task: pass\n", ["other has no class Task", "after the colon"]),
 }
 
@@ -82,6 +88,17 @@ def test_a_module_that_does_not_load_is_told_with_its_own_error_and_place(
         open_task(load(tmp_path / "job.toml").config, Context(World()))
     for word in (f"task.kind = '{kind}'", *words):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["os:system", "os:_exit", "builtins:exit", "builtins:print", "shutil:rmtree", "subprocess:Popen", "os:environ"],
+)
+def test_what_is_no_task_is_never_called(kind: str) -> None:
+    config = load(TESTS / "own-task.toml", (f"task.kind={kind}",)).config
+    with pytest.raises(UserError, match=r"has no (class|model)") as caught:
+        open_task(config, Context(World()))
+    assert f"task.kind = '{kind}'" in caught.value.what
 
 
 def test_that_is_one_message_of_one_rank(tmp_path: Path) -> None:

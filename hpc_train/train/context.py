@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from hpc_train.errors import JointFailure, UserError
+from hpc_train.errors import JointFailure, UserError, refused
 from hpc_train.shown import message
 from hpc_train.train import messages
 from hpc_train.train.stop import ENDING, TERMINATED, Kept, ignore
@@ -173,6 +173,8 @@ class Context:
 def _attempt(fn: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return fn(), None
+    except OSError as error:
+        return None, refused(error) or error
     except Exception as error:  # noqa: BLE001  every rank must hear of it before it is raised again
         return None, error
 

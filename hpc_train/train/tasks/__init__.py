@@ -61,7 +61,7 @@ class Task(Protocol):
         """Of a test batch: how much it counts, and the SUM of each measure: {"loss": ..., "accuracy": ...}."""
 
 
-_ASKED_FOR = ("num_samples", "model", "batch", "loss", "test_batches", "test")
+_METHODS = ("model", "batch", "loss", "test_batches", "test")
 
 
 def open_task(config: Config, context: Context) -> Task:
@@ -69,20 +69,20 @@ def open_task(config: Config, context: Context) -> Task:
     kind = config.task.kind
     make = BUILT_IN.get(kind) or context.on_all(lambda: _load(kind))
     task = make(config, context)
-    lacking = [name for name in _ASKED_FOR if not hasattr(task, name)]
-
-    def check() -> None:
-        if lacking:
-            raise UserError(
-                f"task.kind = '{kind}': it has no {' and no '.join(lacking)}",
-                f"A task has {', '.join(_ASKED_FOR)}: see the class Task in {__file__}.",
-            )
-
-    context.on_all(check)
+    context.on_all(lambda: _require(kind, task, ("num_samples", *_METHODS)))
     return task
 
 
+def _require(kind: str, task: object, names: tuple[str, ...]) -> None:
+    if lacking := [name for name in names if not hasattr(task, name)]:
+        raise UserError(
+            f"task.kind = '{kind}': it has no {' and no '.join(lacking)}",
+            f"A task has num_samples, {', '.join(_METHODS)}: see the class Task in {__file__}.",
+        )
+
+
 def _load(kind: str) -> Callable[[Config, Context], Any]:
+    """The class of that name, which has what a task has: nothing else is called, as "os:system" would be."""
     module_name, colon, name = kind.partition(":")
     if kind == RECORDED:
         raise UserError(
@@ -99,7 +99,7 @@ def _load(kind: str) -> Callable[[Config, Context], Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # noqa: BLE001  whatever the user's module does when it is loaded
+    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the user's module does when it is loaded
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             what, remedy = f"no module {error.name}", f"Looked in {here} and in sys.path."
         else:
@@ -107,10 +107,11 @@ def _load(kind: str) -> Callable[[Config, Context], Any]:
             remedy = f"Mend it there; the whole traceback: python -c 'import {module_name}'"
         raise UserError(f"task.kind = '{kind}': {what}", remedy) from None
     make = getattr(module, name, None)
-    if not callable(make):
+    if not isinstance(make, type):
         raise UserError(
             f"task.kind = '{kind}': {module_name} has no class {name}", "Name the task class after the colon."
         )
+    _require(kind, make, _METHODS)
     return make
 
 
