@@ -109,8 +109,8 @@ def is_run(path: Path) -> bool:
 class Found:
     """What lies at or below some paths.
 
-    fragments: folders that hold a run's configuration or timings and are no run directories: runs that lost a part. unreadable:
-    folders that may not be looked into, each with the system's words.
+    fragments: folders with a run's configuration or timings that are no run directories: runs that lost a part.
+    unreadable: folders that may not be looked into, each with the system's words.
     """
 
     runs: list[RunDir]

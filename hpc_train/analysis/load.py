@@ -112,7 +112,12 @@ def load_known(paths: Sequence[Path], guard: Guard) -> tuple[list[Run], list[str
         more = f"\n  (and {len(errors) - 1} more runs that cannot be read)" if len(errors) > 1 else ""
         raise UserError(errors[0].what, errors[0].remedy + more)
     notes = [f"Left out, since it cannot be read: {error.what}." for error in errors]
-    notes += [f"Left out: {folder} cannot be looked into: {why}." for folder, why in found.unreadable.items()]
+    inside = {run.path for run in found.runs}  # of these `load` says it, where it matters
+    notes += [
+        f"Left out: {folder} cannot be looked into: {why}."
+        for folder, why in found.unreadable.items()
+        if inside.isdisjoint(folder.parents)
+    ]
     notes += [f"Passed over: {path} has no meta.json or no timings." for path in found.fragments]
     return runs, notes
 
