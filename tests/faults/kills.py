@@ -45,7 +45,7 @@ class Wrong(AssertionError):
 
 @dataclass(frozen=True)
 class Kill:
-    """`number` is sent at_s seconds after the start to a rank, or to mpirun (None). A stop lasts stop_s."""
+    """`number` is sent to a rank, or to mpirun (None), at_s seconds after that process began. A stop lasts stop_s."""
 
     at_s: float
     victim: int | None
@@ -113,10 +113,12 @@ def play(seed: int, folder: Path, digits: Path, reference: Job, most: int = _MOS
 
 def _disturb(job: Job, kill: Kill, mark: str) -> str:
     """Sends the signal when its moment has come; what was sent to whom."""
+    pid = job.process.pid if kill.victim is None else None
+    while pid is None and job.process.poll() is None:
+        pid = _rank(kill.victim, mark)
     sleep(kill.at_s)
-    pid = job.process.pid if kill.victim is None else _rank(kill.victim, mark)
     if pid is None or job.process.poll() is not None:
-        return f"{kill}: too early or too late"
+        return f"{kill}: too late"
     try:
         os.kill(pid, kill.number)
         if kill.number == signal.SIGSTOP:
