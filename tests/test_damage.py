@@ -2,14 +2,21 @@
 
 import json
 import math
+import re
 import shutil
+import struct
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 
+from hpc_train.train.context import Context
+from hpc_train.train.inspect.check import check
+from hpc_train.train.inspect.survey import survey
+from hpc_train.world import World
 from tests import damage
 
 CASES = 6  # of each file; of a thorough run 60
@@ -35,7 +42,6 @@ SMALL = "context = 16, width = 8, layers = 1, heads = 1"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    import hpc_train.train.inspect.check
     import hpc_train.train.inspect.info
     import hpc_train.train.trainer  # noqa: F401  loaded here, once for all children
 
@@ -85,3 +91,53 @@ def test_a_damaged_file_is_one_message_or_trains_as_the_whole_one(
             assert not each.fault, f"{what}: {command}: {each}"
         if "No fault found" in checked.out and not ended.code:
             assert found == [losses, test] and all(map(math.isfinite, test.values())), what
+
+
+def attribute_bits(path: Path) -> Iterator[bytes]:
+    """The file with one bit of scale_factor changed, that of the part to train on and then of the other."""
+    content, value = path.read_bytes(), struct.pack("<d", 1 / 255)
+    places = [found.start() for found in re.finditer(re.escape(value), content)]
+    assert len(places) == 2
+    for place in places:
+        for bit in range(0, 64, 3):
+            changed = bytearray(content)
+            changed[place + bit // 8] ^= 1 << bit % 8
+            yield bytes(changed)
+
+
+def test_prepared_files_have_checksums_of_what_numbers_mean(digits: Path, tmp_path: Path) -> None:
+    """HDF5's own, in the form of its version 1.8."""
+    for content in attribute_bits(digits):
+        (tmp_path / "data.h5").write_bytes(content)
+        (fault,) = survey(tmp_path / "data.h5").faults
+        assert "incorrect metadata checksum" in fault.what
+
+
+def test_without_checksums_parts_are_compared(whole: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(JOB.format(kind="classification", model="softmax", options=""))
+    for content in islice(attribute_bits(whole["plain"]), 0, None, 5):
+        (tmp_path / "data.h5").write_bytes(content)
+        faults = check([tmp_path / "data.h5"], Context(World()), quiet=True).faults
+        assert {fault.kind for fault in faults} & {"meaning", "disagree"}, faults
+        assert all("scale_factor" in fault.what for fault in faults)
+        ended = damage.hpc_train(tmp_path, "train", "job.toml")
+        assert ended.code == 2 and "scale_factor" in ended.err and not ended.fault
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, 4e227, 1e-40, "one", [1.0, 2.0]])
+@pytest.mark.parametrize("name", ["scale_factor", "add_offset"])
+def test_what_leaves_no_usable_values_is_refused(
+    whole: dict[str, Path], name: str, value: object, tmp_path: Path
+) -> None:
+    """Where both parts say so, and none tells of the other."""
+    if name == "add_offset" and value in (0.0, 1e-40):
+        return
+    (tmp_path / "job.toml").write_text(JOB.format(kind="classification", model="softmax", options=""))
+    shutil.copy(whole["plain"], tmp_path / "data.h5")
+    with h5py.File(tmp_path / "data.h5", "r+") as file:
+        for part in ("train", "test"):
+            file[f"{part}/inputs"].attrs[name] = value
+    faults = check([tmp_path / "data.h5"], Context(World()), quiet=True).faults
+    assert [fault.dataset for fault in faults if fault.kind == "meaning"] == ["test/inputs", "train/inputs"]
+    ended = damage.hpc_train(tmp_path, "train", "job.toml")
+    assert ended.code == 2 and f"attribute {name}" in ended.err and not ended.fault

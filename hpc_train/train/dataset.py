@@ -17,6 +17,7 @@ from hpc_train.train.files import Files, reading_memory
 from hpc_train.train.readers import Reader
 
 _SCAN_ROWS = 1 << 20
+MOST_CLASSES = 1 << 16  # where there are not as many samples: a label beyond is an id, or damaged
 _MOST_CHUNKS = 64  # mixed with each other: more make no better batches
 
 
@@ -139,6 +140,11 @@ def open_split(
     y, path = readers[targets], files.paths[0]
     for name in names:
         x = readers[name]
+        if y.dtype.kind == "f" and (found := first_outside(y, 0, MOST_CLASSES)):
+            raise UserError(
+                f"{path}: {found[1]:g} in {targets}, row {found[0]:,}, is no label",
+                "Labels are whole numbers from 0, stored as integers: mend the data.",
+            )
         if len(x.shape) < 2 or len(y.shape) != 1 or y.dtype.kind not in "iu" or not _is_number(x.dtype):
             raise UserError(
                 f"{path}: {name} is {x.dtype} {x.shape}, {targets} is {y.dtype} {y.shape}",
@@ -253,11 +259,25 @@ def _starts(files: Files, offsets: str, name: str, width: int) -> np.ndarray:
 
 
 def value_range(values: Reader, context: Context) -> tuple[int, int]:
-    """Collective. (lowest, highest) of all labels or tokens, every rank reading its share."""
+    """Collective. (lowest, highest) of all labels or tokens, each rank reading its share; within 63 bits and a sign."""
     start, stop = rank_span(len(values), context.world.rank, context.world.size)
-    low, high = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+    most = int(np.iinfo(np.int64).max)
+    low, high = most, -most
     for begin in range(start, stop, _SCAN_ROWS):
         part = values[begin : min(begin + _SCAN_ROWS, stop)]
-        low, high = min(low, int(part.min())), max(high, min(int(part.max()), np.iinfo(np.int64).max))
+        low, high = max(-most, min(low, int(part.min()))), max(high, min(int(part.max()), most))
     lowest, highest = context.max(np.array([-low, high], dtype=np.int64))
     return -int(lowest), int(highest)
+
+
+def first_outside(values: Reader, low: int, stop: int) -> tuple[int, Any] | None:
+    """(row, value) of the first of `values` that is not in [low, stop), or no whole number; None where all are."""
+    for begin in range(0, len(values), _SCAN_ROWS):
+        part = values[begin : begin + _SCAN_ROWS]
+        is_in = (part >= low) & (part < stop)
+        if part.dtype.kind == "f":
+            is_in &= part == np.trunc(part)
+        if not is_in.all():
+            row = int(np.argmin(is_in))
+            return begin + row, part[row].item()
+    return None

@@ -202,7 +202,7 @@ def find(file: h5py.File, name: str) -> h5py.Dataset | None:
                 f"{file.filename}: {name} is a link to another file, {link.filename}",
                 "Name that file in data.file, or copy the data set: a link says nothing of what it will find.",
             )
-        place = place.get(part) if link is not None else None
+        place = place[part] if link is not None else None
     return place if isinstance(place, h5py.Dataset) else None
 
 

@@ -19,7 +19,7 @@ from hpc_train.train.inspect.equal import Equal, equal_samples, keep_one_in
 from hpc_train.train.inspect.judge import Facts, judge, offset_faults, unequal_numbers
 from hpc_train.train.inspect.pieces import Piece, Pieces, num_pieces, shares
 from hpc_train.train.inspect.survey import Fault, Found, Surveyed, disagreements, parts_that_disagree, survey
-from hpc_train.train.inspect.tally import Tally, role
+from hpc_train.train.inspect.tally import MOST_LABELS, Tally, role
 from hpc_train.train.progress import StepProgress
 
 _PIECES_AHEAD = 2  # of each thread: read, and not yet counted
@@ -56,9 +56,10 @@ class _Plan:
     first_rows: dict[str, np.ndarray]
     keep_one_in: int
     vocabulary: int | None
+    most_classes: int
 
     def tally(self, name: str) -> Tally:
-        return Tally(self.roles[name], self.first_rows.get(name), self.keep_one_in, self.vocabulary)
+        return Tally(self.roles[name], self.first_rows.get(name), self.keep_one_in, self.vocabulary, self.most_classes)
 
 
 def check(
@@ -106,7 +107,9 @@ def _plan(paths: Sequence[Path], at: Callable[[Path], object]) -> _Plan:
                     first_rows[found.name] = row
     groups, first_samples = _numbered(readable, roles)
     num_samples = sum(found.num_rows for found in readable if roles[found.name] == "samples")
-    return _Plan(files, readable, roles, first_samples, groups, first_rows, keep_one_in(num_samples), vocabulary)
+    most_classes = max(num_samples, MOST_LABELS)
+    one_in = keep_one_in(num_samples)
+    return _Plan(files, readable, roles, first_samples, groups, first_rows, one_in, vocabulary, most_classes)
 
 
 def _first_row(found: Found) -> np.ndarray | None:

@@ -174,10 +174,13 @@ def _walk(group: h5py.Group, path: Path, datasets: list[Found], faults: list[Fau
             remedy = "Name that file, or copy the data set into this one: a link says nothing of what it will find."
             faults.append(Fault("external", str(path), full, what, remedy))
             continue
-        item = group.get(name)
-        if item is None:
-            faults.append(Fault("unreadable", str(path), full, "is a link to nothing", "Prepare the file again."))
-        elif isinstance(item, h5py.Group):
+        try:
+            item = group[name]
+        except HDF5_ERRORS as error:
+            what = "is a link to nothing" if isinstance(link, h5py.SoftLink) else f"cannot be read: {reason_of(error)}"
+            faults.append(Fault("unreadable", str(path), full, what, _RESTORE))
+            continue
+        if isinstance(item, h5py.Group):
             if full == CHECKSUMS:
                 continue
             _walk(item, path, datasets, faults, above | {address})

@@ -16,6 +16,7 @@ from hpc_train.train.inspect.survey import Fault, Found
 MOST_LABELS = 1 << 16  # more different values are no classes
 _MOST_FEATURE_BYTES = 16 << 20
 _SHOWN = 10
+_FLOAT32_MOST = float(np.finfo(np.float32).max)
 
 HASHED = np.dtype([("hash", np.uint64), ("sample", np.int64)])
 
@@ -41,11 +42,19 @@ class Tally:
     """Of one data set, over all its files.
 
     first: the first sample, which features are compared with; None if they are not. keep_one_in: of how many hashes one
-    is kept, so that memory is bounded. vocabulary: how many tokens there are.
+    is kept, so that memory is bounded. vocabulary: how many tokens there are. most_classes: a label beyond is an id, or
+    damaged.
     """
 
-    def __init__(self, role: str, first: np.ndarray | None, keep_one_in: int, vocabulary: int | None = None) -> None:
-        self.role, self._keep, self._vocabulary = role, keep_one_in, vocabulary
+    def __init__(
+        self,
+        role: str,
+        first: np.ndarray | None,
+        keep_one_in: int,
+        vocabulary: int | None = None,
+        most_classes: int = MOST_LABELS,
+    ) -> None:
+        self.role, self._keep, self._vocabulary, self._most_classes = role, keep_one_in, vocabulary, most_classes
         is_small = first is not None and first.nbytes <= _MOST_FEATURE_BYTES
         self._first = first if is_small and role == "samples" else None
         self.varies = None if self._first is None else np.zeros(self._first.shape, dtype=bool)
@@ -78,6 +87,11 @@ class Tally:
         if values.dtype.kind != "f":
             return values
         is_finite = np.isfinite(values)
+        is_large = np.abs(values) > _FLOAT32_MOST if values.itemsize > 4 else ~is_finite
+        if (is_large & is_finite).any():
+            bad = np.flatnonzero((is_large & is_finite).reshape(len(values), -1).any(axis=1))
+            what = f"{len(bad):,} sample{'s' * (len(bad) != 1)} with values that are infinite in float32"
+            self._fault("not finite", what, "Training is in float32: scale the values.", piece, found, bad)
         if is_finite.all():
             return values
         bad = np.flatnonzero(~is_finite.reshape(len(values), -1).all(axis=1))
@@ -97,6 +111,8 @@ class Tally:
             each, counts = np.unique(values, return_counts=True)
             self.labels.update(dict(zip(each.tolist(), counts.tolist(), strict=True)))
         self._out_of(None, "negative labels", values, piece, found)
+        if values.max() >= self._most_classes:
+            self._out_of(self._most_classes, "labels that are no classes", np.maximum(values, 0), piece, found)
 
     def _out_of(self, stop: int | None, words: str, values: np.ndarray, piece: Piece, found: Found) -> None:
         """A fault where a whole number is below 0, or `stop` or above."""

@@ -12,6 +12,9 @@ from hpc_train.train.prepare.sources import Array
 BLOCK_BYTES = 4 << 20  # what one checksum of a contiguous data set covers
 CHUNK_BYTES = 1 << 20  # small enough to keep many at hand for a shuffle, large enough to be worth a read
 _LEVELS = {"gzip": (1, 9, 4), "zstd": (1, 22, 3)}  # lowest, highest, default
+# The form of HDF5 1.8 and later: a checksum stands beside each object's type, shape, place and attributes, as beside
+# scale_factor. In the older form, which is h5py's default, a changed byte there is read as if it were right.
+FORM: dict[str, Any] = {"libver": ("v108", "v108")}
 _REMEDY = "Write gzip:LEVEL (1 to 9), lzf or zstd:LEVEL (1 to 22), or leave it out: that reads fastest."
 
 

@@ -22,7 +22,7 @@ from hpc_train.train.context import Context, known_to_all, parallel_file_options
 from hpc_train.train.files import selected, transfer
 from hpc_train.train.prepare.disk import Disk, no_room
 from hpc_train.train.prepare.journal import Blocks, Journal
-from hpc_train.train.prepare.layout import BLOCK_BYTES, Layout, row_bytes
+from hpc_train.train.prepare.layout import BLOCK_BYTES, FORM, Layout, row_bytes
 from hpc_train.train.prepare.sources import Array, Source
 from hpc_train.train.progress import StepProgress
 
@@ -263,7 +263,7 @@ def _file_of_all(work: Work, mode: str, context: Context) -> Iterator[Opened]:
         with opened_alone(work, mode) as opened:
             yield opened
         return
-    file = h5py.File(work.path, mode, **parallel_file_options(context))
+    file = h5py.File(work.path, mode, **FORM, **parallel_file_options(context))
     try:
         yield Opened(file)
     except BaseException as error:
@@ -282,7 +282,7 @@ def opened_alone(work: Work, mode: str) -> Iterator[Opened]:
     """
     disk = Disk(work.path, new=mode == "w")
     try:
-        with h5py.File(disk, mode) as file:
+        with h5py.File(disk, mode, **FORM) as file:
             yield Opened(file, disk)
     finally:
         disk.close()

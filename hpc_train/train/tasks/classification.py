@@ -12,8 +12,9 @@ from hpc_train.errors import UserError
 from hpc_train.partition import rank_span
 from hpc_train.train import models
 from hpc_train.train.context import Context
-from hpc_train.train.dataset import Batch, Split, open_order, open_split, value_range
+from hpc_train.train.dataset import MOST_CLASSES, Batch, Split, first_outside, open_order, open_split, value_range
 from hpc_train.train.files import Files, describe, open_files
+from hpc_train.train.readers import Reader
 from hpc_train.train.together import read_together, way_to_read
 from hpc_train.world import World
 
@@ -55,18 +56,21 @@ class Classification:
             self.train = read_together(self.train, way, files, str(data.inputs), config, context)
         self.reading = describe(files, str(data.inputs), self.train.inputs[0]) + f", {why}" * bool(why)
         self.order = open_order(self.train.inputs, self.num_samples, config)
-        parts = [(data.targets, *value_range(self.train.targets, context))]
+        parts = {data.targets: self.train.targets}
         if self.held_out is not None:
-            parts.append((data.test_targets, *value_range(self.held_out.targets, context)))
-        self.num_classes = int(config.task.num_classes or parts[0][2] + 1)
-        context.on_all(lambda: self._check_labels(parts))
+            parts[data.test_targets] = self.held_out.targets
+        ranges = {name: value_range(labels, context) for name, labels in parts.items()}
+        most = config.task.num_classes or max(self.num_samples, MOST_CLASSES)
+        self.num_classes = int(config.task.num_classes or min(ranges[data.targets][1] + 1, most))
+        context.on_all(lambda: self._check_labels(parts, ranges))
 
-    def _check_labels(self, parts: list[tuple[str, int, int]]) -> None:
-        for name, low, high in parts:
+    def _check_labels(self, parts: dict[str, Reader], ranges: dict[str, tuple[int, int]]) -> None:
+        for name, (low, high) in ranges.items():
             if low < 0 or high >= self.num_classes:
-                wrong = low if low < 0 else high
+                row, wrong = first_outside(parts[name], 0, self.num_classes) or (0, high)
                 raise UserError(
-                    f"{self.config.data.file}: label {wrong} in {name} is out of range for {self.num_classes} classes",
+                    f"{self.config.data.file}: label {wrong} in {name}, row {row:,}, is out of range for "
+                    f"{self.num_classes:,} classes",
                     "Labels are 0 to num_classes - 1: mend the data or set task.num_classes.",
                 )
 
