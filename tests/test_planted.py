@@ -28,6 +28,7 @@ def as_nobody(work: Callable[[], object]) -> str:
     """Does `work` in a child process of another user; what it raised, in words."""
     if os.geteuid():
         pytest.skip("only root can act as another user")
+    url_to_fs(__file__)  # loaded now: another user may not read this installation
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -43,9 +44,9 @@ def as_nobody(work: Callable[[], object]) -> str:
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as answer:
-        told = answer.read()
+        words = answer.read()
     os.waitpid(child, 0)
-    return told
+    return words
 
 
 @pytest.fixture

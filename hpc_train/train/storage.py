@@ -188,6 +188,10 @@ def _client(url: str) -> tuple[Any, str]:
             # Its own limit is 5 minutes a file. trust_env: compute nodes often reach the web through a proxy only.
             timeout = ClientTimeout(total=None, sock_connect=_CALL_TIMEOUT_S, sock_read=_CALL_TIMEOUT_S)
             options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
+        if scheme == "ftp":
+            from fsspec.implementations.ftp import FTPFileSystem
+
+            FTPFileSystem.ftp = SimpleNamespace(close=lambda: None)  # its destructor wants one where no server answered
         if scheme in ("hdfs", "viewfs"):
             import hdfs_native  # noqa: F401  without it fsspec takes a client that needs Java
 

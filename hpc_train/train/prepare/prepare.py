@@ -1,5 +1,6 @@
 """Making HDF5 data sets: every rank writes its own rows, collectively, and the file appears when it is whole."""
 
+import json
 import os
 import stat
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from hpc_train.train.prepare.sources import PICTURES, Options, Source
 from hpc_train.train.prepare.writer import Work, create, num_bytes, opened_alone, reserve, sound, verify, write
 
 _NOT_KEPT = ("http", "https", "memory", "data")
+_MOST_NAMES = 3000  # of 16 bytes each in an attribute
 _MOST_DIMENSIONS = 32  # of HDF5
 
 
@@ -139,9 +141,9 @@ def _make(source: Source, output: Path, asked: Layout, memory_bytes: int, overwr
     """
     work = Work(source, output, asked, memory_bytes)
     noted, began_ns = output.with_name(f".{output.name}.journal"), perf_counter_ns()
-    context.on_all(lambda: _require_shapes(work))
     context.on_root(lambda: owned.require(work.path, noted))  # left by a killed run, and not by somebody else
     try:
+        context.on_all(lambda: _require_shapes(work))
         done = _left_from_before(work, noted, overwrite, context)
         if not done:
             context.on_root(lambda: _make_room(work))
@@ -247,9 +249,23 @@ def _make_room(work: Work) -> None:
 
 
 def _holds(file: h5py.File, source: Source, asked: Layout) -> bool:
-    facts = {"complete": True, "title": source.title, **source.attributes}
+    facts = _attributes({"complete": True, "title": source.title, **source.attributes})
     same = all(name in file.attrs and np.array_equal(file.attrs[name], value) for name, value in facts.items())
     return same and file.attrs.get("layout", "contiguous") == asked.name
+
+
+def _attributes(facts: dict[str, Any]) -> dict[str, Any]:
+    """`facts` as HDF5 takes them: in UTF-8, and of many names one text in JSON, since an attribute has 64 KiB."""
+    return {name: _attribute(value) for name, value in facts.items()}
+
+
+def _attribute(value: Any) -> Any:
+    if isinstance(value, str):  # names of files may hold any bytes
+        return os.fsencode(value).decode(errors="backslashreplace")
+    if isinstance(value, list):
+        names = [_attribute(each) for each in value]
+        return names if len(names) <= _MOST_NAMES else json.dumps(names)
+    return value
 
 
 def _complete(work: Work, written: Blocks, noted: Path, output: Path) -> None:
@@ -269,7 +285,7 @@ def _complete(work: Work, written: Blocks, noted: Path, output: Path) -> None:
     with opened_alone(work, "r+") as opened:
         file = opened.file
         assert file is not None
-        file.attrs.update(facts)
+        file.attrs.update(_attributes(facts))
         for part in ("train", "test"):
             if part in file:
                 file[part].attrs["num_rows"] = source.rows_of(part)

@@ -47,17 +47,17 @@ def source(name: str, options: Options, output: Path | None, anew: bool, context
     state = context.on_root(lambda: _state_of(function))
     if isinstance(told, dict):
         arrays = context.on_all(lambda: {str(key): in_memory(_plain(name, key, told[key])) for key in told})
-        spools: tuple[Path, ...] = ()
-    else:
-        beside = context.on_all(lambda: _beside(name, output))
-        context.on_all(lambda: owned.require(*_files_of(_spool_of(beside, world.rank))))
-        try:
-            arrays, spools = _spooled(name, told, shared, beside, anew, state, context)
-        except Exception:
-            for path in _files_of(_spool_of(beside, world.rank)):
-                path.unlink(missing_ok=True)
-            raise
-    parts = context.on_all(lambda: divided(name, arrays, options.test_fraction))
+        parts = context.on_all(lambda: divided(name, arrays, options.test_fraction))
+        return replace(named(name), arrays=parts, state=state)
+    beside = context.on_all(lambda: _beside(name, output))
+    context.on_all(lambda: owned.require(*_files_of(_spool_of(beside, world.rank))))
+    try:
+        arrays, spools = _spooled(name, told, shared, beside, anew, state, context)
+        parts = context.on_all(lambda: divided(name, arrays, options.test_fraction))
+    except Exception:
+        for path in _files_of(_spool_of(beside, world.rank)):
+            path.unlink(missing_ok=True)
+        raise
     return replace(named(name), arrays=parts, state=state, spools=spools)
 
 
@@ -286,7 +286,7 @@ def _checked(name: str, told: Iterable[Any]) -> Iterator[tuple[int, np.ndarray, 
         if not isinstance(sample, (tuple, list)) or len(sample) != 2:
             raise UserError(f"prepare {name}: sample {index} is {type(sample).__name__}, no pair", _SHAPE)
         x, y = _as_array(sample[0]), _as_array(sample[1])
-        if x.dtype.kind not in "biuf" or x.ndim == 0 or y.size != 1 or y.dtype.kind not in "biu":
+        if x.dtype.kind not in "biuf" or x.ndim == 0 or not x.size or y.size != 1 or y.dtype.kind not in "biu":
             raise UserError(
                 f"prepare {name}: sample {index} is {x.dtype} {x.shape} with the target {y.dtype} {y.shape}", _SHAPE
             )
