@@ -235,7 +235,7 @@ def _on_ending(handler: Callable[[int, FrameType | None], None]) -> None:
 
 def _end_rank(number: int, frame: FrameType | None) -> None:
     """Raises, once: a second signal would break into what the first one has begun, and the rank might not abort."""
-    ignore()
+    _on_ending(lambda number, frame: None)  # ignored, Python would tell of one that is under way with a traceback
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)
 
 
