@@ -1,5 +1,7 @@
 """What tasks get of files: one or many, one input or several, documents; and what does not fit together."""
 
+import os
+import socket
 from pathlib import Path
 
 import h5py
@@ -14,6 +16,8 @@ from hpc_train.train import files, foreign
 from hpc_train.train.context import Context
 from hpc_train.train.dataset import Buffers, Split, open_order, open_split, open_tokens
 from hpc_train.train.files import Files, open_files
+from hpc_train.train.inspect.check import check
+from hpc_train.train.inspect.survey import expand
 from hpc_train.train.tasks.classification import Classification
 from hpc_train.world import World
 
@@ -155,3 +159,44 @@ def test_a_file_that_is_replaced_while_it_is_read_is_named(tmp_path: Path, monke
 def test_a_refused_lock_names_the_variable() -> None:
     what, remedy = foreign.cannot_open(OSError("Unable to synchronously open file (unable to lock file, errno = 11)"))
     assert "cannot be locked" in what and "HDF5_USE_FILE_LOCKING=FALSE" in remedy
+
+
+def test_what_is_no_file_is_said_at_once(tmp_path: Path) -> None:
+    """Nothing of it is opened: a FIFO would be waited for, and /dev/zero read until memory ends."""
+    os.mkfifo(tmp_path / "fifo.h5")
+    (tmp_path / "link.h5").symlink_to("nowhere.h5")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket.h5"))
+    (tmp_path / "empty.h5").touch()
+    kinds = {
+        tmp_path / "fifo.h5": "is a FIFO",
+        tmp_path / "link.h5": r"is a link to nowhere\.h5, which does not exist",
+        tmp_path / "socket.h5": "is a socket",
+        tmp_path: "is a folder",
+        Path("/dev/zero"): "is a device",
+        tmp_path / "none.h5": "does not exist",
+        tmp_path / "empty.h5": "cannot be opened|is truncated|is not an HDF5 file",
+        tmp_path / ("x" * 300): "cannot be looked at: File name too long",
+    }
+    for path, says in kinds.items():
+        with pytest.raises(UserError, match=says):
+            opened(path)
+        if path.name != "empty.h5":
+            with pytest.raises(UserError, match=says):
+                expand([str(path)])
+
+
+@pytest.mark.parametrize("where", ["train/inputs", "train/targets"])
+def test_a_shape_that_no_such_file_holds_is_refused(tmp_path: Path, where: str) -> None:
+    """Before memory is asked for, whether the values would lie in chunks, in one piece or in other files."""
+    for name, layout in (("chunked", {"chunks": (2, 3)}), ("plain", {}), ("of nobody", {"dtype": h5py.string_dtype()})):
+        path = write(tmp_path / f"{name}.h5")
+        with h5py.File(path, "r+") as file:
+            rest = file[where].shape[1:]
+            del file[where]
+            chunks = {"chunks": (2, *rest)} if "chunks" in layout else layout
+            file.create_dataset(where, (1 << 44, *rest), **{"dtype": "u1"} | chunks)
+        with pytest.raises(UserError, match=r"claims to be 17,592,186,044,416|was never written|and no numbers"):
+            Classification(job(path), ALONE)
+        (fault, *_) = check([path], ALONE, quiet=True).faults
+        assert fault.kind in ("absurd", "empty", "unequal")

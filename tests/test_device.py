@@ -1,6 +1,7 @@
 """What a step costs a device, how batches get there, and models whose blocks are computed again."""
 
-from typing import NamedTuple
+from collections import deque
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hpc_train import config
 from hpc_train.errors import UserError
 from hpc_train.train.dataset import Batch
-from hpc_train.train.device import moved, on_device, open_device, peak_flops, recompute_blocks, try_out
+from hpc_train.train.device import let_go, moved, on_device, open_device, peak_flops, recompute_blocks, try_out
 from hpc_train.train.reduce import check_gpus
 from hpc_train.world import World
 
@@ -127,3 +128,27 @@ def test_ranks_that_share_a_gpu_are_named_before_nccl_ends_the_job() -> None:
     check_gpus("horovod", [("a", "0"), ("a", "1"), ("b", "0"), ("b", "1")])
     with pytest.raises(UserError, match=r"reduce\.strategy = 'horovod': ranks 1, 3 share one GPU of b, and NCCL wants"):
         check_gpus("horovod", [("a", "0"), ("b", "0"), ("b", "1"), ("b", "0")])
+
+
+class Copy:
+    """An event behind a copy to a GPU, which has none here."""
+
+    def __init__(self) -> None:
+        self.has_ended = False
+
+    def query(self) -> bool:
+        return self.has_ended
+
+
+def test_a_batch_is_held_until_its_copy_has_ended() -> None:
+    """However many come after it: pinned memory that nobody holds is filled again."""
+    copies = [Copy() for _ in range(6)]
+    waiting: Any = deque(enumerate(copies))
+    let_go(waiting)
+    assert len(waiting) == 6
+    copies[1].has_ended = True
+    let_go(waiting)
+    assert len(waiting) == 6, "copies of a stream end in their order"
+    copies[0].has_ended = True
+    let_go(waiting)
+    assert [number for number, _ in waiting] == [2, 3, 4, 5]

@@ -7,6 +7,7 @@ from time import perf_counter, sleep
 import pytest
 
 from hpc_train.partition import Order, rank_batches
+from hpc_train.train import prefetch
 from hpc_train.train.prefetch import MOST, Prefetch, announced
 
 
@@ -44,15 +45,27 @@ def test_batches_that_take_no_time_need_no_thread() -> None:
             assert batches.depth == 0 and not threads()
 
 
-def test_a_thread_that_makes_steps_longer_goes_for_good() -> None:
+def test_a_thread_that_makes_steps_longer_rests_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here because steps become longer for another reason, the same in its effect."""
-    found = []
-    with Prefetch(slow(120, 0.001)) as batches:
+    monkeypatch.setattr(prefetch, "_FIRST_REST", 2)
+    found, depths = [], []
+    with Prefetch(slow(260, 0.002)) as batches:
         for number in batches:
             found.append(number)
-            sleep(0.001 if batches.depth == 0 and number < 40 else 0.006)
-        assert batches.depth == 0 and not threads()
-    assert found == list(range(120))
+            depths.append(batches.depth)
+            sleep(0.003 if batches.depth == 0 or number > 120 else 0.05)
+    assert found == list(range(260)) and not threads()
+    first = depths.index(0, depths.index(1))
+    assert first - depths.index(1) >= 3 * 15, "three windows in a row"
+    assert any(depths[first:]), "it came back"
+
+
+def test_one_window_of_long_steps_does_not_end_it() -> None:
+    with Prefetch(slow(120, 0.002)) as batches:
+        for number in batches:
+            sleep(0.05 if 33 < number < 50 else 0.003)  # other work on the node, for once
+            if 33 < number < 60:
+                assert batches.depth and threads()
 
 
 def test_an_error_comes_where_its_batch_would() -> None:

@@ -1,5 +1,10 @@
 """Every way to read HDF5 gives the rows that h5py gives; damage is named."""
 
+import subprocess
+import sys
+import threading
+import tracemalloc
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from hpc_train.train import filters
 from hpc_train.train.chunks import Chunked, ChunkFile
 from hpc_train.train.prefetch import announced
 from hpc_train.train.readers import Joined, Mapped, Reader, Slabs, join, open_reader
+from tests.jobs import CONFIGS
 
 PACKED = {"chunks": (16, 7, 5), "compression": "gzip", "shuffle": True, "fletcher32": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -237,3 +243,78 @@ def test_each_chunk_is_decoded_once_an_epoch(
     if 2 * window <= memory_chunks:
         assert sorted(decoded) == list(range(40))
     reader.close()
+
+
+@pytest.mark.parametrize("kind", ["gzip", "lzf"])
+def test_a_chunk_that_claims_to_be_larger_is_refused(tmp_path: Path, kind: str) -> None:
+    """25 KB that inflate to 26 MB: no more than a chunk is made of them, and nothing is read from it."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        bomb = file.create_dataset("x", (1 << 18, 100), np.uint8, chunks=(1 << 18, 100), compression=kind)
+        bomb[:] = 0
+        _, content = bomb.id.read_direct_chunk((0, 0))
+        small = file.create_dataset("small", (16, 800), np.uint8, chunks=(16, 800), compression=kind)
+        small.id.write_direct_chunk((0, 0), content)
+    reader = opened(tmp_path / "x.h5", "small")
+    tracemalloc.start()
+    with pytest.raises(
+        UserError, match=r"chunk \(0, 0\) of /small.*: it holds (more than|[0-9,]* bytes and not) 12,800"
+    ):
+        reader.take(np.array([3]))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    reader.close()
+
+
+def test_a_slot_stays_a_chunks_while_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while rows are waited for: what is read next is not written over by the thread that still decodes."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", data=np.arange(40).reshape(40, 1), chunks=(10, 1), compression="gzip")
+    reader = opened(tmp_path / "x.h5", memory_bytes=1)  # two slots
+    assert isinstance(reader, Chunked)
+    read, may_go = ChunkFile.read, threading.Event()
+
+    def slow(self: ChunkFile, block: int, there: np.ndarray) -> None:
+        if block == 0:
+            may_go.wait(30)
+        read(self, block, there)
+
+    monkeypatch.setattr(ChunkFile, "read", slow)
+    with monkeypatch.context() as interrupted:
+
+        def interrupt(future: Future[None], timeout: float | None = None) -> None:
+            raise KeyboardInterrupt
+
+        interrupted.setattr(Future, "result", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            reader.take(np.array([0]))
+    threading.Timer(0.3, may_go.set).start()
+    for rows in ([15, 25], [35, 19], [2, 12]):
+        assert reader.take(np.array(rows)).reshape(-1).tolist() == rows
+    reader.close()
+
+
+def test_more_files_than_the_soft_limit_of_open_ones(tmp_path: Path) -> None:
+    for number in range(300):
+        with h5py.File(tmp_path / f"part-{number:03}.h5", "w") as file:
+            for part, rows in (("train", 4), ("test", 2)):
+                inputs = np.full((rows, 3), number % 200, np.uint8)
+                file.create_dataset(f"{part}/inputs", data=inputs, chunks=(2, 3), maxshape=(None, 3))
+                file[f"{part}/targets"] = np.arange(rows) % 2
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from hpc_train.config import load
+from hpc_train.train.context import Context
+from hpc_train.train.tasks.classification import Classification
+from hpc_train.world import World
+import numpy as np
+from pathlib import Path
+job = load(Path({str(CONFIGS / "softmax-mnist.toml")!r}), ("data.file={tmp_path}/part-*.h5",)).config
+task = Classification(job, Context(World()))
+print(task.num_samples, int(task.batch(np.array([4 * 299]), 0).inputs[0, 0]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "1200 99\n", done.stderr
+    hard = code.replace("resource.getrlimit(resource.RLIMIT_NOFILE)[1]", "256")
+    refused = subprocess.run([sys.executable, "-c", hard], capture_output=True, text=True)
+    assert "Too many open files" in refused.stderr and "raise the limit (ulimit -n)" in refused.stderr, refused.stderr

@@ -36,19 +36,13 @@ class RawChunks:
     the process. Any thread may read.
     """
 
-    def __init__(self, path: Path, dataset: h5py.Dataset) -> None:
+    def __init__(self, dataset: h5py.Dataset) -> None:
         self.chunk_bytes = prod(dataset.chunks) * dataset.dtype.itemsize
         self._dataset, self._is_packed = dataset, dataset.id.get_create_plist().get_nfilters() > 0
-        self._shift, self._file = 0, os.open(path, os.O_RDONLY)
+        self._file: int = dataset.file.id.get_vfd_handle()  # HDF5's own: data sets of a file take one together
         self._num_file_bytes = os.fstat(self._file).st_size
-        try:
-            self._shift = self._base_address()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        os.close(self._file)
+        self._shift = 0
+        self._shift = self._base_address()
 
     def place(self, corner: tuple[int, ...]) -> Place:
         """Where the chunk at `corner` lies. Raises `Damaged` for one that the file cannot hold."""
@@ -93,16 +87,13 @@ class ChunkFile:
         self._path, self._dataset, self._chunk = path, dataset, tuple(dataset.chunks)
         self.num_rows = self._chunk[0]
         self._pipeline = open_pipeline(dataset)
-        self._raw = RawChunks(path, dataset)
+        self._raw = RawChunks(dataset)
         self._verified = np.zeros(-(-self.shape[0] // self.num_rows), dtype=bool)
 
     @property
     def filters(self) -> str:
         """Their names, for people."""
         return ", ".join(self._pipeline.names) or "not packed" if self._pipeline else "filters of HDF5's own"
-
-    def close(self) -> None:
-        self._raw.close()
 
     def read(self, block: int, target: np.ndarray) -> None:
         """Decodes a block into the first rows of `target`. Raises `UserError` where it is damaged.
@@ -216,8 +207,6 @@ class Chunked:
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
-        for file in self._files:
-            file.close()
 
     def _blocks(self, rows: np.ndarray) -> np.ndarray:
         require_rows(rows, len(self))
@@ -239,11 +228,13 @@ class Chunked:
             if block not in self._held:
                 self._start(block, keep=set(wanted))
         for block in wanted:
+            decoded = self._held[block]
             try:
-                self._held[block].result()
-            except BaseException:
-                del self._held[block]
-                self._free.append(int(self._slot_of[block]))
+                decoded.result()
+            except BaseException:  # Ctrl-C, too: while a thread still writes to the slot, it stays the block's
+                if decoded.cancel() or decoded.done():
+                    del self._held[block]
+                    self._free.append(int(self._slot_of[block]))
                 raise
 
     def _start(self, block: int, keep: Collection[int] = ()) -> None:

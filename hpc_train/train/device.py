@@ -97,7 +97,9 @@ def on_device(batches: Iterable[T], device: torch.device, ahead: bool) -> Iterat
 
     def sent(batch: T) -> T:
         with torch.cuda.stream(stream):
-            return _with_tensors(batch, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+            copy = _with_tensors(batch, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+            on_their_way.append((batch, stream.record_event()))
+        return copy
 
     def arrived(batch: T) -> T:
         current = torch.cuda.current_stream()
@@ -106,15 +108,21 @@ def on_device(batches: Iterable[T], device: torch.device, ahead: bool) -> Iterat
         return batch
 
     coming: list[T] = []
-    # Memory that is pinned already may be filled again once nobody holds it: not before its copy has certainly ended.
-    on_their_way: deque[T] = deque(maxlen=3)
+    # Memory that is pinned already may be filled again once nobody holds it: not before its copy has ended.
+    on_their_way: deque[tuple[T, torch.cuda.Event]] = deque()
     for batch in batches:
-        on_their_way.append(batch)
+        let_go(on_their_way)
         coming.append(sent(batch))
         if len(coming) > ahead:
             yield arrived(coming.pop(0))
     for batch in coming:
         yield arrived(batch)
+
+
+def let_go(on_their_way: deque[tuple[T, torch.cuda.Event]]) -> None:
+    """Forgets the batches whose copies have ended, as the events behind them tell; they end in their order."""
+    while on_their_way and on_their_way[0][1].query():
+        on_their_way.popleft()
 
 
 def _with_tensors(value: Any, fn: Callable[[torch.Tensor], Any]) -> Any:

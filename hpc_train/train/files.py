@@ -1,6 +1,7 @@
 """The HDF5 files of a data set: one, or those of a pattern, whose equally named data sets are read as one."""
 
 import os
+import resource
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from hpc_train.train.inspect.place import file_system
 from hpc_train.train.readers import Reader, join
 
 _LOOK_EVERY_S = 10.0
+_DESCRIPTORS_A_FILE = 6  # its own, and a map each of inputs and targets to train and to test on
+_OTHER_DESCRIPTORS = 128  # of MPI, logs, meters
 
 
 class Unchanged:
@@ -132,8 +135,18 @@ class Files:
 def open_files(config: Config, context: Context, example: str = "mnist-5k") -> Files:
     """Opens the job's data. example: what `hpc-train prepare` could make, for a message. Raises `UserError`."""
     paths = data_paths(config)
+    _have_room(len(paths))
     opened = [_open(path, example) for path in paths]
     return Files(paths, opened, reading_memory(config), reading_threads(context), Unchanged(paths))
+
+
+def _have_room(num_files: int) -> None:
+    """Raises the soft limit of open files, as far as the hard one lets it, for `num_files` and maps of their data."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS_A_FILE * num_files + _OTHER_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def reading_memory(config: Config) -> int:

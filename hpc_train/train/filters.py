@@ -26,6 +26,7 @@ _DEFLATE, _SHUFFLE, _FLETCHER32, _LZF = 1, 2, 3, 32000
 _NAMES = {4: "szip", 5: "nbit", 6: "scaleoffset", 307: "bzip2", 32001: "blosc", 32004: "lz4", 32008: "bitshuffle"}
 _NAMES |= {32013: "zfp", 32015: "zstd", 32026: "blosc2"}
 _WORDS_AT_ONCE = 4096
+_CHECKSUM_BYTES = 4
 
 Decode = Callable[[Any, int], Any]  # (bytes, how many they become at most) -> bytes
 
@@ -55,8 +56,10 @@ class Pipeline:
                 continue
             try:
                 data = step(data, num_bytes)
-            except (Damaged, MemoryError):
+            except Damaged:
                 raise
+            except MemoryError:
+                raise Damaged(f"filter {self.names[number]}: there is no memory for it") from None
             except Exception as error:  # noqa: BLE001  of damaged data a decompressor raises what it likes
                 raise Damaged(f"filter {self.names[number]}: {error or type(error).__name__}") from None
         if len(data) != num_bytes:
@@ -111,7 +114,16 @@ def _step(code: int, values: Sequence[int], itemsize: int) -> Decode | None:
 
 
 def _inflate(data: Any, num_bytes: int) -> Any:
-    return _zlib_decompress(data, num_bytes) if _zlib_decompress else zlib.decompress(data, bufsize=num_bytes)
+    """Never more than a chunk and a checksum that was packed with it: a few bytes may claim to be gigabytes."""
+    most = num_bytes + _CHECKSUM_BYTES
+    if _zlib_decompress:
+        return _zlib_decompress(data, most)
+    unpacking = zlib.decompressobj()
+    found = unpacking.decompress(data, most)
+    if not unpacking.eof:
+        longer = unpacking.unconsumed_tail or unpacking.decompress(b"", 1)
+        raise Damaged(f"it holds more than {num_bytes:,} bytes" if longer else "its end is missing")
+    return found
 
 
 def _unshuffle(itemsize: int, data: Any, num_bytes: int) -> Any:
@@ -234,6 +246,8 @@ def _call(function: Any, values: tuple[int, ...], data: Any, num_bytes: int) -> 
     """Decodes by a filter function, which frees the memory it is given and gives back its own."""
     libc, source = _libc(), bytes(data)
     pointer = ctypes.c_void_p(libc.malloc(max(1, len(source))))
+    if not pointer:
+        raise MemoryError
     ctypes.memmove(pointer, source, len(source))
     room = ctypes.c_size_t(len(source))
     try:
@@ -242,6 +256,8 @@ def _call(function: Any, values: tuple[int, ...], data: Any, num_bytes: int) -> 
         )
         if not found:
             raise Damaged("it does not decompress")
+        if found > num_bytes + _CHECKSUM_BYTES:
+            raise Damaged(f"it holds {found:,} bytes and not {num_bytes:,}")
         return ctypes.string_at(pointer, found)
     finally:
         libc.free(pointer)

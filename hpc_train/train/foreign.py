@@ -30,6 +30,8 @@ _KINDS = {
     stat.S_ISCHR: "a device",
     stat.S_ISBLK: "a device",
 }
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
+_FEWER = "A process may not have as many files open here: raise the limit (ulimit -n), or write fewer, larger files."
 _FEWEST_BYTES_A_CHUNK = 8  # in a file: its place in the index alone takes more
 _MOST_MEANING = 1e18  # of scale_factor and add_offset: the square of what they make is still a float32
 
@@ -68,10 +70,9 @@ def damage_told(path: str | Path, name: str = "") -> Iterator[None]:
         yield
     except HDF5_ERRORS as error:
         what = f"{path}: {name} cannot be read" if name else f"{path} cannot be read"
-        raise UserError(
-            f"{what}: {reason_of(error)}",
-            f"Restore the file, or prepare it again; hpc-train data check {path} says more.",
-        ) from None
+        is_limit = isinstance(error, OSError) and error.errno in _TOO_MANY
+        remedy = f"Restore the file, or prepare it again; hpc-train data check {path} says more."
+        raise UserError(f"{what}: {reason_of(error)}", _FEWER if is_limit else remedy) from None
 
 
 def reason_of(error: BaseException) -> str:
@@ -97,8 +98,8 @@ def cannot_open(error: Exception) -> tuple[str, str]:
             f"cannot be locked: {reason}",
             "Where the file system refuses locks, set HDF5_USE_FILE_LOCKING=FALSE, and let nobody write the file.",
         )
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        return f"cannot be opened: {os.strerror(error.errno)}", "Raise the limit (ulimit -n), or write fewer files."
+    if isinstance(error, OSError) and error.errno in _TOO_MANY:
+        return f"cannot be opened: {os.strerror(error.errno or 0)}", _FEWER
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
         return f"cannot be opened: {reason}", "Look at its permissions."
     return f"cannot be opened: {reason}", "Restore the file, or prepare it again: its first bytes are damaged."

@@ -16,6 +16,8 @@ _STEPS = 16  # between decisions
 _WAIT_SHARE = 0.01  # of a step: less is as good as nothing
 _WORK_SHARE = 0.1  # of a step: with less to do meanwhile, the loop would wait for the thread instead
 _LEAST_WORK_NS = 100_000  # in which a thread can hand a batch over
+_WINDOWS = 3  # of _STEPS: one alone may be long by chance
+_FIRST_REST = 16  # windows
 MOST = 8  # batches ahead
 
 
@@ -36,9 +38,9 @@ class Prefetch(Generic[T]):
     """`batches`, made by the loop itself as long as that takes it next to no time, else by a thread.
 
     Where the loop waits for more than a hundredth of its time, and has other work, batches are made ahead, each time
-    twice as many, up to `MOST`. Where steps take longer with the thread than they took without, as on a rank with one
-    core whose batches are small, the loop makes them itself again, for good. Whoever leaves the context has no thread
-    any more.
+    twice as many, up to `MOST`. Where steps take longer with the thread than they took without, several decisions in a
+    row, as on a rank with one core whose batches are small, the loop makes them itself again, and tries anew later. The
+    batches are the same, so ranks need not decide alike. Whoever leaves the context has no thread any more.
     """
 
     def __init__(self, batches: Iterator[T]) -> None:
@@ -50,6 +52,8 @@ class Prefetch(Generic[T]):
         self._is_settled = False
         self._last_ns, self._waits_ns, self._steps_ns = 0, deque[int](maxlen=_STEPS), deque[int](maxlen=_STEPS)
         self._alone_ns = 0.0
+        self._num_longer = 0  # windows in a row whose steps were longer than without the thread
+        self._num_resting, self._rest_windows = 0, _FIRST_REST
 
     def __enter__(self) -> Self:
         return self
@@ -93,24 +97,35 @@ class Prefetch(Generic[T]):
 
     def _decide(self) -> None:
         step_ns, wait_ns = median(self._steps_ns), median(self._waits_ns)
-        if self.depth == 0:
-            self._alone_ns = step_ns
-        elif step_ns > self._alone_ns:
-            self._stop = self._is_settled = True
-            self._room.release()
-            self.depth = 0
-            return
-        works = self.depth > 0 or step_ns - wait_ns > max(_WORK_SHARE * step_ns, _LEAST_WORK_NS)
-        if wait_ns > _WAIT_SHARE * step_ns and works and self.depth < MOST:
-            deeper = max(1, 2 * self.depth)
-            for _ in range(deeper - self.depth):
-                self._room.release()
-            self.depth = deeper
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._make, name="hpc-train-prefetch", daemon=True)
-                self._thread.start()
         self._waits_ns.clear()
         self._steps_ns.clear()
+        if self.depth == 0:
+            self._alone_ns = step_ns
+            self._num_resting -= self._num_resting > 0
+            works = step_ns - wait_ns > max(_WORK_SHARE * step_ns, _LEAST_WORK_NS)
+            if wait_ns > _WAIT_SHARE * step_ns and works and not self._num_resting and self._thread is None:
+                self._deepen(1)
+            return
+        self._num_longer = self._num_longer + 1 if step_ns > self._alone_ns else 0
+        if self._num_longer == _WINDOWS:
+            self._rest()
+        elif not self._num_longer and wait_ns > _WAIT_SHARE * step_ns and self.depth < MOST:
+            self._deepen(2 * self.depth)
+
+    def _deepen(self, depth: int) -> None:
+        if self._thread is None:
+            self._stop, self._room, self._num_longer = False, threading.Semaphore(0), 0
+            self._thread = threading.Thread(target=self._make, name="hpc-train-prefetch", daemon=True)
+            self._thread.start()
+        for _ in range(depth - self.depth):
+            self._room.release()
+        self.depth = depth
+
+    def _rest(self) -> None:
+        """No thread for some windows, each time for longer: other work on the node may have made the steps long."""
+        self._stop, self.depth = True, 0
+        self._room.release()
+        self._num_resting, self._rest_windows = self._rest_windows, 2 * self._rest_windows
 
     def _make(self) -> None:
         try:

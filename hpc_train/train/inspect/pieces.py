@@ -74,7 +74,7 @@ class Pieces:
             return  # strings and lists, whose bytes are elsewhere: through HDF5
         if found.layout == "chunked":
             self._pipeline = open_pipeline(self._dataset)
-            self._raw = RawChunks(found.path, self._dataset)
+            self._raw = RawChunks(self._dataset)
         elif found.layout == "contiguous":
             self._file = os.open(found.path, os.O_RDONLY)
             if found.block_rows:
@@ -83,8 +83,6 @@ class Pieces:
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
-        if self._raw:
-            self._raw.close()
 
     def read(self, number: int) -> Piece:
         found = self._found

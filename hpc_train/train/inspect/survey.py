@@ -126,7 +126,7 @@ def expand(names: Sequence[str]) -> list[Path]:
                 raise UserError(f"{name} matches no file", "* stands for any part of a name: data/part-*.h5")
             for each in found:
                 if why := not_a_file(each):
-                    example = f"{each}/*.h5" if each.is_dir() else "data/part-*.h5"
+                    example = f"{each}/*.h5" if "a folder" in why else "data/part-*.h5"
                     raise UserError(f"{each} {why}", f"Name HDF5 files, or a pattern such as {example}")
             paths += [each for each in found if each not in paths]
     if not paths:
