@@ -212,7 +212,7 @@ def test_amounts_that_are_none_are_refused(tmp_path: Path) -> None:
     for option, value, words in (
         ("--deadline", "soon", "write a time"),
         ("--energy", "40", "write an energy"),
-        ("--node-hours", "-1", "write a number above 0"),
+        ("--node-hours", "-1", "-1.0 is not in the range 0<x"),
         ("--predict", "a,b", "write numbers of ranks"),
     ):
         result = run_plan("--table", path, option, value)

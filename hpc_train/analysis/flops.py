@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from hpc_train.analysis.load import word
 from hpc_train.analysis.scaling import Group, Row, num_ranks
 
 GIVEN = "train.peak_tflops"  # meta.json's peak_source where the user gave the peak
@@ -28,7 +29,7 @@ def flops_of(row: Row) -> Flops:
     """What meta.json and the step times of a row's runs say."""
     per_sample, peak = row.stated("flops_per_sample"), row.stated("peak_flops")
     known = per_sample is not None and row.samples_per_s is not None
-    sources = {str(run.meta.get("peak_source") or "source not recorded") for run in row.runs}
+    sources = {word(run.meta, "peak_source") or "source not recorded" for run in row.runs}
     return Flops(
         per_sample,
         per_sample * row.samples_per_s / row.size if known else None,  # type: ignore[operator]
@@ -51,7 +52,7 @@ def flops_notes(group: Group) -> list[str]:
             " could not count this model, or the runs are not alike."
         )
     if lacking := _lacking(group, "peak_flops"):
-        devices = dict.fromkeys(str(run.meta.get("device", "unknown")) for row in lacking for run in row.runs)
+        devices = dict.fromkeys(word(run.meta, "device") or "unknown" for row in lacking for run in row.runs)
         notes.append(
             f"MFU missing for {_sizes(lacking)}: the peak of the device ({', '.join(devices)}) is not known."
             f" {GIVEN} gives it."

@@ -81,6 +81,12 @@ def section(tree: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def word(tree: dict[str, Any], key: str) -> str | None:
+    """A text of meta.json; None where the run did not write it, or something else stands there."""
+    value = tree.get(key)
+    return value if isinstance(value, str) and value else None
+
+
 def attempts(meta: dict[str, Any]) -> list[dict[str, Any]]:
     """What meta.json says of each time that the run was begun or continued."""
     value = meta.get("attempts")
@@ -192,7 +198,7 @@ def _load(run: RunDir) -> Run:
     metrics = read_metrics(run.metrics) if run.metrics.is_file() else ([], [])
     loss = _number((written or {}).get("loss"))
     summary = summarise(
-        name=str(meta.get("name", settings.name)),
+        name=word(meta, "name") or settings.name,
         size=meta["size"],
         num_hosts=len(meta["hosts"]),
         global_batch=settings.global_batch(meta["size"]),

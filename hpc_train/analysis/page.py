@@ -12,6 +12,7 @@ from hpc_train.analysis.figures.canvas import Drawing, inline
 from hpc_train.analysis.figures.gallery import drawings, painted
 from hpc_train.analysis.flops import counts_flops
 from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.load import word
 from hpc_train.analysis.parts import Part
 from hpc_train.analysis.words import plain
 
@@ -54,7 +55,7 @@ def render(report: "Report") -> str:
             (run.label, [fact for fact in some if fact not in common]) for run, some in zip(runs, facts, strict=True)
         ],
         names=list(dict.fromkeys(run.summary.name for run in runs)),
-        dates=sorted({str(run.meta.get("started", ""))[:10] for run in runs} - {""}),
+        dates=sorted({(word(run.meta, "started") or "")[:10] for run in runs} - {""}),
     )
 
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpc_train import config
-from hpc_train.analysis.load import Run, section
+from hpc_train.analysis.load import Run, section, word
 from hpc_train.config import flatten
 
+_MOST_COUNTED = 10**15  # a number beyond is damage
 Facts = dict[str, str]  # what a run did not write down is absent: unknown, and no difference
 _NO_MATTER = re.compile(  # variables that name a place or a launch, and no way to compute
     r"TMPDIR|(CUDA|ROCR|HIP)_VISIBLE_DEVICES|SRUN_.*|.*_(RANK|SIZE|HOSTNAME|ADDR|PORT)"
@@ -27,26 +28,29 @@ def facts_of(run: Run) -> Facts:
     """
     meta = run.meta
     git, ranks = section(meta, "git"), meta["ranks"] if isinstance(meta.get("ranks"), list) else []
-    threads = {str(rank["threads"]) for rank in ranks if isinstance(rank, dict) and "threads" in rank}
+    threads = {str(_count(rank.get("threads"))) for rank in ranks if isinstance(rank, dict)} - {"None"}
     facts = {
-        **{f"version of {name}": value for name, value in section(meta, "versions").items()},
-        "MPI": str(section(meta, "mpi").get("version") or "").partition("\n")[0],
-        "CPU": meta.get("cpu_model"),
-        "device": meta.get("device"),
+        **{f"version of {name}": word(section(meta, "versions"), name) for name in section(meta, "versions")},
+        "MPI": (word(section(meta, "mpi"), "version") or "").partition("\n")[0],
+        "CPU": word(meta, "cpu_model"),
+        "device": word(meta, "device"),
         "threads per rank": "/".join(sorted(threads)),
         "steps": run.config.train.steps,
-        "training samples": meta.get("num_samples", meta.get("num_train_samples")),
-        "parameters": meta.get("num_parameters"),
-        "hpc-train": meta.get("hpc_train"),
+        "training samples": _count(meta.get("num_samples", meta.get("num_train_samples"))),
+        "parameters": _count(meta.get("num_parameters")),
+        "hpc-train": word(meta, "hpc_train"),
         "git commit": _commit(git),
     }
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}
 
 
+def _count(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < _MOST_COUNTED else None
+
+
 def _commit(git: dict[str, Any]) -> str | None:
-    if "commit" not in git:
-        return None
-    return f"{str(git['commit'])[:12]}{' with uncommitted changes' if git.get('dirty') else ''}"
+    commit = word(git, "commit")
+    return f"{commit[:12]}{' with uncommitted changes' if git.get('dirty') else ''}" if commit else None
 
 
 def _more_facts(run: Run) -> Facts:
@@ -57,14 +61,14 @@ def _more_facts(run: Run) -> Facts:
     settings = flatten(config.as_dict(run.config))
     facts = {
         "hosts": run.summary.num_hosts,
-        "kernel": run.meta.get("kernel"),
-        "precision": run.meta.get("precision"),
+        "kernel": word(run.meta, "kernel"),
+        "precision": word(run.meta, "precision"),
         # Two dirty trees of one commit are the same only where their changes are.
-        "uncommitted changes": git.get("changes") if git.get("dirty") else None,
+        "uncommitted changes": word(git, "changes") if git.get("dirty") else None,
         **{key: settings[key] for key in settings if key.startswith(("checkpoint.", "energy.")) and key not in _TARIFF},
     }
     if isinstance(shown, dict):
-        facts |= {f"environment {name}": value for name, value in shown.items() if not _NO_MATTER.fullmatch(name)}
+        facts |= {f"environment {name}": word(shown, name) for name in shown if not _NO_MATTER.fullmatch(name)}
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 

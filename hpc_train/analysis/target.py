@@ -236,6 +236,8 @@ def reach_of(run: Run, target: float, energy: RunEnergy | None) -> Reach:
     row = course.of_first(step)
     if row is None:
         return Reach(run, f"step {step}, which reached it, has no time")
+    if not run.summary.num_steps:
+        return Reach(run, "its ranks recorded no step in common")
     num_samples = (step + 1) * run.summary.num_samples / run.summary.num_steps
     of_epoch = positive(run.meta.get("num_samples", run.meta.get("num_train_samples")))  # the latter before schema 3
     return Reach(

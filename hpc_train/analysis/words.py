@@ -1,5 +1,6 @@
 """Numbers and names in words: units, digits and intervals, the same in the terminal and on the page."""
 
+import re
 from collections.abc import Sequence
 from math import floor, isfinite, log10
 
@@ -9,7 +10,7 @@ from hpc_train.shown import printable
 
 def plain(text: str) -> str:
     """Text from a file, safe for a terminal and in one line: of control characters none is kept."""
-    return printable(text).replace("\n", "\N{REPLACEMENT CHARACTER}")
+    return re.sub(r"[\n\t]", "\N{REPLACEMENT CHARACTER}", printable(text))
 
 
 def listed(names: Sequence[str], most: int) -> str:
