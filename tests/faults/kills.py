@@ -62,7 +62,7 @@ def kills(seed: int, most: int) -> tuple[int, list[Kill]]:
     """(ranks, what happens to each attempt but the last) of this chain."""
     rng = random.Random(seed)
     ranks = rng.choice([2, 2, 3])
-    moments = [lambda: rng.uniform(0.001, 12.0), lambda: 10 ** rng.uniform(-3, 1)]
+    moments = [lambda: rng.uniform(0.001, 10.0), lambda: 10 ** rng.uniform(-3, 1)]
     told = [
         Kill(
             rng.choice(moments)(),
@@ -88,7 +88,7 @@ def play(seed: int, folder: Path, digits: Path, reference: Job, most: int = _MOS
         if newest < kept:
             raise Wrong(f"{'; '.join(told)}: the checkpoint of step {kept} is lost, the newest is {newest}")
         kept, before = newest, len(_attempts(folder))
-        marks = {_MARK: f"{os.getpid()}-{seed}", "TRACE_DELAY": "0.1"}
+        marks = {_MARK: f"{os.getpid()}-{seed}", "TRACE_DELAY": "0.2"}
         job = Job(ranks, folder, digits, "--resume", "auto", "--set", f"run.stall_s={_STALL_S}", **marks)
         try:
             told.append(_disturb(job, kill, marks[_MARK]) if kill else "nothing")

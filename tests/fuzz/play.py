@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
@@ -167,12 +166,10 @@ def play_all(
     for index, (what, act) in cases:
         folder = place / f"{kind}-{number}-{index}"
         folder.mkdir()
-        began_s = monotonic()
         try:
             act(Play(server, folder, materials))
         except Fault as fault:
             failed.append(Failed(kind, number, index, what, str(fault)))
-        assert monotonic() - began_s < 10 * HANG_S
         _remove(folder)
     return failed
 
