@@ -147,6 +147,16 @@ class Context:
         with self.waiting:
             return messages.exchange(self.comm, rows, counts)
 
+    @contextmanager
+    def duplicate(self) -> Iterator["Context"]:
+        """Collective. The same ranks with a communicator of their own: no message on it meets one of another's."""
+        if self.comm is None:
+            yield self
+            return
+        comm = self.comm.Dup()
+        yield replace(self, comm=comm)
+        comm.Free()  # collective: not where a rank failed alone
+
     def team(self, number: int) -> "Context":
         """Collective. The ranks that give the same `number`, in their order, as a context of their own."""
         if self.comm is None:
@@ -209,7 +219,8 @@ def open_context(use_mpi: bool) -> Iterator[Context]:
         _on_ending(_end_rank)
         for number in early.numbers:
             signal.raise_signal(number)
-        yield context
+        with context.duplicate() as ours:  # a task of the user's may talk on MPI_COMM_WORLD
+            yield ours
     except BaseException as error:  # a KeyboardInterrupt on one rank must end the others too
         if context.world.size == 1 or known_to_all(error):
             raise

@@ -79,16 +79,17 @@ def open_reducer(
         return
     if hvd is not None and not hvd.is_initialized():
         hvd.init()  # once: with both of its settings below fixed, a second time crashes. It ends with the process
-    if strategy == "parameter_server":
-        if context.world.rank < settings.num_workers(size):
-            yield Worker(settings, model, context, asked)
+    with context.duplicate() as own, team.duplicate() as of_servers:  # Horovod makes its own
+        if strategy == "parameter_server":
+            if context.world.rank < settings.num_workers(size):
+                yield Worker(settings, model, own, asked)
+            else:
+                yield Server(settings, model, own, of_servers, asked)
+        elif strategy == "sharded":
+            yield Sharded(InPieces(Horovod(hvd), size), model, own, asked)
         else:
-            yield Server(settings, model, context, team, asked)
-    elif strategy == "sharded":
-        yield Sharded(InPieces(Horovod(hvd), size), model, context, asked)
-    else:
-        transport = InPieces(Mpi(context) if hvd is None else Horovod(hvd), size)
-        yield AllReduce(transport, settings, model, size, asked)
+            transport = InPieces(Mpi(own) if hvd is None else Horovod(hvd), size)
+            yield AllReduce(transport, settings, model, size, asked)
 
 
 def check_strategy(settings: config.Reduce, size: int) -> None:

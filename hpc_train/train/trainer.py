@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
@@ -83,9 +83,13 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     """
     if context.world.local_rank == 0:
         remove_dead_segments()
-    config, job = loaded.config, _set_up(loaded.config, context)
-    with open_attempt(loaded, context, resume) as attempt:
-        recorder = Recorder(loaded, context, job.places, attempt, open_clock(config.train, job.device))
+    config = loaded.config
+    with (
+        _set_up(config, context) as job,
+        context.duplicate() as for_records,
+        open_attempt(loaded, context, resume) as attempt,
+    ):
+        recorder = Recorder(loaded, for_records, job.places, attempt, open_clock(config.train, job.device))
         is_root = context.world.is_root
         saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.say, recorder.secure)
         with (
@@ -144,7 +148,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             return _end(stop.cause if stopped else None, recorder, saver, snapshot, optimizer, job, context)
 
 
-def _set_up(config: Config, context: Context) -> Job:
+@contextmanager
+def _set_up(config: Config, context: Context) -> Iterator[Job]:
     """Collective. Who trains, on what device, which task and model; warns where ranks are crowded."""
     context.on_all(partial(check_strategy, config.reduce, context.world.size))
     places = place_ranks(context, config.train.threads)
@@ -156,19 +161,22 @@ def _set_up(config: Config, context: Context) -> Job:
     is_server = context.world.rank >= config.reduce.num_workers(context.world.size)
     has_servers = config.reduce.strategy == "parameter_server"
     team = context.team(is_server) if has_servers else context
-    # Of a fault that one team alone meets, the other must hear, too.
-    task = context.on_all(partial(open_task, config, team)) if has_servers else open_task(config, context)
-    batch_size = _batch_size(config, task, context)
-    torch.manual_seed(config.seed)
-    model = _model(task, context).to(device)
-    order = getattr(task, "order", None) or Order(task.num_samples)
-    facts = {
-        "size": context.world.size,
-        "global_batch": batch_size,
-        "num_samples": task.num_samples,
-        "order": str(order),
-    }
-    return Job(task, order, model, batch_size, facts, places, device, team, is_server, precision(config.train, device))
+    with team.duplicate() as for_task:
+        # Of a fault that one team alone meets, the other must hear, too.
+        task = context.on_all(partial(open_task, config, for_task)) if has_servers else open_task(config, for_task)
+        batch_size = _batch_size(config, task, context)
+        torch.manual_seed(config.seed)
+        model = _model(task, context).to(device)
+        order = getattr(task, "order", None) or Order(task.num_samples)
+        facts = {
+            "size": context.world.size,
+            "global_batch": batch_size,
+            "num_samples": task.num_samples,
+            "order": str(order),
+        }
+        yield Job(
+            task, order, model, batch_size, facts, places, device, team, is_server, precision(config.train, device)
+        )
 
 
 def _begin(

@@ -10,7 +10,7 @@ import torch
 
 from hpc_train.config import Reduce
 from hpc_train.train import messages
-from hpc_train.train.context import Context
+from hpc_train.train.context import Context, mpi
 from hpc_train.train.reduce import Horovod, InPieces, Mpi, _load_horovod
 from tests.parallel.test_train import losses, run
 
@@ -135,3 +135,29 @@ def test_messages_above_what_32_bits_count(context: Context) -> None:
     received, theirs = context.exchange(long, np.array([0, ABOVE_BYTES]) if context.world.is_root else np.array([0, 0]))
     if not context.world.is_root:
         assert theirs.tolist() == [ABOVE_BYTES, 0] and received[1 << 31] == 1 and received[-1] == 5
+
+
+@pytest.mark.parametrize("strategy", ["mpi", "parameter_server"])
+def test_messages_of_others_are_not_taken_for_a_trainings_own(
+    context: Context, shared_path: Path, digits: Path, strategy: str
+) -> None:
+    """Each part of the program has a communicator of its own: what else is under way, with any tag, does not matter."""
+    size, rank = context.world.size, context.world.rank
+    keys = {"train__steps": 3, "task__options": "{hidden=[16]}", "train__threads": 1, "data__read": "memory"}
+    if strategy == "parameter_server":
+        if size == 1:
+            pytest.skip("no worker")
+        keys.pop("data__read")
+    keys["reduce__strategy"] = strategy
+    usual = losses(run(context, shared_path / "usual", digits, "mlp-mnist.toml", **keys))
+    following, before = (rank + 1) % size, (rank - 1) % size
+    tags = [*range(8), 1 << 14, (1 << 14) + 1]
+    world = mpi().COMM_WORLD  # a task may talk on it
+    strangers = [world.isend("for nobody here", following, tag) for tag in tags]
+    with context.duplicate() as other:
+        assert not other.comm.iprobe() and np.array_equal(other.sum(np.ones(3)), np.full(3, size))
+    disturbed = losses(run(context, shared_path / "disturbed", digits, "mlp-mnist.toml", **keys))
+    assert np.allclose(disturbed, usual, rtol=1e-6)
+    assert {world.recv(source=before, tag=tag) for tag in tags} == {"for nobody here"}
+    for request in strangers:
+        request.wait()

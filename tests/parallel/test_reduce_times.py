@@ -7,7 +7,7 @@ import torch
 
 from hpc_train.errors import UserError
 from hpc_train.network import LIMITS, OURS, PEERS, Row, fits, teams
-from hpc_train.train import memory, reduce_times
+from hpc_train.train import memory, messages, reduce_times
 from hpc_train.train.context import Context
 from hpc_train.train.reduce import Mpi
 
@@ -54,7 +54,7 @@ def test_a_wrong_sum_is_found(context: Context) -> None:
     off_by_one = message.numel() - 1
 
     def wrong(update: bool) -> None:
-        context.comm.Allreduce(reduce_times.mpi().IN_PLACE, message.numpy())
+        messages.add_up_in_place(context.comm, message.numpy())
         message[off_by_one] += 1
 
     way = reduce_times.Way(wrong, lambda: message, context.world.size)

@@ -62,20 +62,21 @@ def _check_all(subject: Subject, line: Line, listens: str) -> None:
     context = subject.context
     port, _, token = listens.partition(":")
     line.tell(size=context.world.size, root=context.all((context.world.host, int(port), token))[0])
-    for number, check in enumerate(CHECKS):
-        line.tell(begins=check.name, limit_s=check.limit_s, mend=check.mend)
-        if not _make(check, number, subject, line):
-            os._exit(1)  # MPI cannot be ended without the ranks that are lost
+    with context.duplicate() as for_answers:
+        for number, check in enumerate(CHECKS):
+            line.tell(begins=check.name, limit_s=check.limit_s, mend=check.mend)
+            if not _make(check, number, subject, for_answers, line):
+                os._exit(1)  # MPI cannot be ended without the ranks that are lost
     line.tell(begins="MPI ends", limit_s=10.0, mend="")
 
 
-def _make(check: Check, number: int, subject: Subject, line: Line) -> bool:
+def _make(check: Check, number: int, subject: Subject, for_answers: Context, line: Line) -> bool:
     """Collective. One check; False where ranks did not answer in time, which the root says."""
     context, world = subject.context, subject.context.world
     lacking = [name for name in check.needs if find_spec(name) is None or (name == "mpi4py" and context.comm is None)]
     values: Values = {"lacking": lacking} if any(context.all(lacking)) else _looked(check, subject)
     mine = Answer(world.rank, world.host, world.local_rank, values)
-    answers, lost = _answers(mine, number, context, check.limit_s)
+    answers, lost = _answers(mine, number, for_answers, check.limit_s)
     if not world.is_root:
         return True
     if lost:
