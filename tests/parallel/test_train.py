@@ -109,7 +109,7 @@ def test_the_summary_is_the_reduction_of_all_ranks(context: Context, softmax_run
     summary = json.loads(softmax_run.summary.read_text())
     everyone = [step_times(read_timings(softmax_run.timings(rank))) for rank in range(context.world.size)]
     step_ns = np.mean([each.step_ns for each in everyone], axis=0)
-    assert summary["step_s"] == pytest.approx(np.median(step_ns) / 1e9)
+    assert summary["step_s"] == pytest.approx(np.mean(step_ns) / 1e9)
     assert summary["num_samples"] == 50 * 100 and summary["complete"]
     phases = np.sum([each.phases_ns for each in everyone], axis=0)
     assert summary["phase_share"]["reduce"] == pytest.approx(phases[PHASES.index("reduce")] / phases.sum())
