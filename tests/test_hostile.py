@@ -160,9 +160,9 @@ def test_outputs_that_may_not_be_written(pets: Path) -> None:
     for output in ("x.h5", "secret/x.h5", "x" * 300, "x" * 250, "pets/cat/0.txt/x.h5", "a/" * 2100 + "x"):
         (pets.parent / "secret").mkdir(mode=0o700, exist_ok=True)
         told = as_nobody(lambda: prepare("text", pets, pets.parent / output, ALONE))  # noqa: B023
-        assert told.startswith("UserError") and output[:40] in told, told
+        assert told.startswith("UserError") and output.partition("/")[0][:40] in told, told
         told = as_nobody(lambda: stage(str(pets / "cat/0.txt"), pets.parent / output, ALONE, 5))  # noqa: B023
-        assert told.startswith("UserError") and output[:40] in told, told
+        assert told.startswith("UserError") and output.partition("/")[0][:40] in told, told
 
 
 def test_names_of_any_bytes(pets: Path) -> None:
@@ -255,6 +255,7 @@ def test_an_archive_that_is_encrypted_or_damaged(tmp_path: Path) -> None:
     [
         ("a,b,a,k\n1,2,3,0\n4,5,6,1\n", "more than one column called a"),
         ("a, a ,k\n1,2,0\n4,5,1\n", "more than one column called a"),
+        ("a\0,k\n1,0\n1,1\n", "a zero byte in the name of a column"),
         ("a,k\n1,0\ninf,1\n", "row 2, column a: the value is infinite"),
         ("a,k\n1,0\n-1e39,1\n", "row 2, column a: -1e+39 is too large for 32 bits"),
         ("a,k\n1,0\n1,inf\n", "row 2, column k"),

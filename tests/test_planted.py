@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fsspec.core import url_to_fs
 
 from hpc_train import owned
 from hpc_train.errors import UserError

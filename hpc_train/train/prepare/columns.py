@@ -72,6 +72,8 @@ def _target(path: Path, names: list[str], num_rows: int, target: str | None) -> 
         raise UserError(
             f"{path} has more than one column called {', '.join(repeated[:20])}", "Name every column, each once."
         )
+    if bad := [name for name in names if "\0" in name]:
+        raise UserError(f"{path} has a zero byte in the name of a column: {bad[0]!r}", "Name every column in text.")
     if target is None or target not in names:
         shown = f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
         raise UserError(
