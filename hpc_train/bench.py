@@ -11,6 +11,7 @@ import click
 import numpy as np
 
 from hpc_train.bench_allreduce import allreduce
+from hpc_train.cli_options import Place
 from hpc_train.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ bench.add_command(allreduce)
 @click.option(
     "--dir",
     "folder",
-    type=click.Path(path_type=Path),
+    type=Place(),
     default=Path("."),
     show_default=True,
     help="Where files are written, one at a time, and removed.",

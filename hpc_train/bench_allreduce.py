@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from hpc_train import network
-from hpc_train.cli_options import Finite
+from hpc_train.cli_options import Finite, Place
 from hpc_train.errors import UserError, require
 from hpc_train.rundir import write_atomic
 
@@ -63,9 +63,7 @@ def _strategies_of(context: click.Context, option: click.Parameter, words: str) 
     help="Without --max: no size is begun that would take longer than that in all.",
 )
 @click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="The JSON, with figures beside it.  [default: runs/bench/allreduce-TIME-npN.json]",
+    "--output", type=Place(), help="The JSON, with figures beside it.  [default: runs/bench/allreduce-TIME-npN.json]"
 )
 def allreduce(
     least: int, most: int | None, repeat: int, strategies: tuple[str, ...], minutes: float, output: Path | None

@@ -14,7 +14,7 @@ import click
 from hpc_train import __version__
 from hpc_train.bench import bench
 from hpc_train.cli_data import data
-from hpc_train.cli_options import MOST_RANKS, Finite, by_first_rank, sizes
+from hpc_train.cli_options import MOST_RANKS, Finite, Place, by_first_rank, sizes
 from hpc_train.cli_plan import plan
 from hpc_train.cli_prepare import prepare, stage
 from hpc_train.config import dumps, load
@@ -240,10 +240,10 @@ def scale(
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for report.html, scaling.csv and summary.json.")
+@click.option("--output", type=Place(), help="Folder for report.html, scaling.csv and summary.json.")
 @click.option(
     "--figures",
-    type=click.Path(path_type=Path),
+    type=Place(),
     metavar="DIR",
     help="Write every figure there too, as PDF and SVG one column wide, for a proposal.",
 )

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from functools import wraps
 from math import isfinite
-from typing import Any, ParamSpec
+from pathlib import Path
+from typing import Any, ParamSpec, cast
 
 import click
 
+from hpc_train.paths import expanded
 from hpc_train.world import launched_rank
 
 P = ParamSpec("P")
@@ -23,6 +25,16 @@ class Finite(click.FloatRange):
         if not isfinite(number):
             self.fail(f"{value} is no finite number", param, ctx)
         return number
+
+
+class Place(click.Path):
+    """A path with ~ filled in, which shells leave alone in --output=~/x."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return expanded(cast(Path, super().convert(value, param, ctx)))
 
 
 def sizes(ctx: click.Context, param: click.Parameter, words: str | None) -> list[int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from hpc_train.cli_options import Finite, by_first_rank, sizes
+from hpc_train.cli_options import Finite, Place, by_first_rank, sizes
 from hpc_train.errors import UserError
 from hpc_train.shown import printable
 
@@ -74,7 +74,7 @@ _Amount = Finite(0, 1e18, min_open=True)
 
 @click.command()
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--table", type=click.Path(path_type=Path), help="Measurements made elsewhere, as CSV, in place of RUNS.")
+@click.option("--table", type=Place(), help="Measurements made elsewhere, as CSV, in place of RUNS.")
 @click.option("--deadline", callback=_duration, metavar="TIME", help="When it must be done: 6h, 90min, 1d12h.")
 @click.option("--energy", callback=_energy, metavar="ENERGY", help="What it may take: 40kWh, 3.6MJ.")
 @click.option("--node-hours", type=_Amount, metavar="HOURS", help="Node-hours that may be spent.")
@@ -83,7 +83,7 @@ _Amount = Finite(0, 1e18, min_open=True)
 @click.option("--samples", type=_Amount, help="Samples to train, in place of --steps.")
 @click.option("--target-loss", type=Finite(), help="Train to this training loss, which some run reached.")
 @click.option("--predict", callback=sizes, metavar="N,N,...", help="Look at these numbers of ranks alone.")
-@click.option("--network", type=click.Path(path_type=Path), help="What hpc-train bench allreduce wrote.")
+@click.option("--network", type=Place(), help="What hpc-train bench allreduce wrote.")
 @click.option("--ranks-per-node", type=click.IntRange(1, 100_000), help="Of the table, where it has no such column.")
 @click.option("--gradient-bytes", type=_Amount, help="Bytes of all gradients, for --network and --table.")
 @click.option(

@@ -288,10 +288,12 @@ def test_files_that_cannot_be_read(places: Path, name: str) -> None:
         ["doctor", SOFTMAX, "--set", "run.root=~nosuchuser/x"],
         ["data", "check", "~nosuchuser/x"],
         ["data", "info", "~nosuchuser/x"],
+        ["report", ".", "--output=~nosuchuser/data"],
+        ["plan", "--table=~nosuchuser/data"],
     ],
 )
 def test_homes_of_nobody(tmp_path: Path, digits: Path, words: list[str]) -> None:
-    data = [] if "data" in words[0] or "data.file" in words[-1] else jobs.settings(data__file=digits)
+    data = [] if "data" in words[0] + words[-1] else jobs.settings(data__file=digits)
     only_one_message(jobs.run(0, *words, *data, cwd=tmp_path), ["~nosuchuser"])
     assert not list(tmp_path.iterdir())
 
