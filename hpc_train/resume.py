@@ -7,6 +7,7 @@ from typing import Any
 
 from hpc_train.config import Config, as_dict, flatten
 from hpc_train.errors import UserError
+from hpc_train.rundir import RunDir
 
 
 class Rule(Enum):
@@ -121,6 +122,30 @@ def check(before: Config, now: Config, run: Path) -> list[Change]:
         if change.rule is Rule.REFUSED:
             raise UserError(f"{run}: {change}", _remedy(change, before))
     return found
+
+
+def why_not(run: RunDir, before: Config | None, now: Config, size_before: int | None, size: int) -> str | None:
+    """Why --resume auto does not continue `run` with the job `now` on `size` ranks; None if it does.
+
+    before: the run's own job; None if it cannot be read.
+    """
+    state = "complete" if run.summary.exists() else "unfinished"
+    if before is None:
+        return f"it is {state}, and its config.toml cannot be read. Look at it: hpc-train config show {run.config}"
+    differing = [change for change in changes(before, now) if change.rule is not Rule.FREE]
+    if differing:
+        is_possible = all(change.rule is not Rule.REFUSED for change in differing)
+        remedy = (
+            f"To continue it so: hpc-train train with --resume {run.path}"
+            if is_possible
+            else "It continues only with its own values"
+        )
+        return f"it is {state}, and {', '.join(change.values for change in differing)}. {remedy}"
+    if state == "complete":
+        return "it is complete"
+    if size_before != size:
+        return f"it is unfinished on {size_before} ranks. To continue it on {size}: hpc-train train with --resume {run.path}"
+    return None
 
 
 def _remedy(change: Change, before: Config) -> str:

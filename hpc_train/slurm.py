@@ -22,7 +22,7 @@ from hpc_train import rundir
 from hpc_train.config import Config, Loaded, Text, dumps, load, read_toml, shown
 from hpc_train.errors import UserError
 from hpc_train.paths import expanded
-from hpc_train.resume import same_job
+from hpc_train.resume import same_job, why_not
 from hpc_train.rundir import RunDir, write_atomic
 from hpc_train.shown import looks_secret
 
@@ -310,6 +310,8 @@ def submit(loaded: Loaded, site: Site, num_ranks: int, time: str | None = None, 
                 "Wait until that job has ended (squeue), or begin another run: --resume never",
             )
         return enqueue(loaded, site, left, num_ranks, time)
+    if resume == "auto" and (passed := _newest_passed_over(config, num_ranks)):
+        print(f"{passed} A new run begins.", file=sys.stderr)
     run = rundir.create(expanded(config.run.root), config.name, num_ranks, datetime.now(UTC))
     try:
         return enqueue(loaded, site, run, num_ranks, time)
@@ -327,12 +329,26 @@ def unfinished(config: Config, num_ranks: int) -> RunDir | None:
     return left[-1] if left else None
 
 
+def _newest_passed_over(config: Config, num_ranks: int) -> str | None:
+    """Why the newest unfinished run of this name is not continued; None if there is none."""
+    folder = expanded(config.run.root) / config.name
+    runs = sorted((RunDir(path.parent) for path in folder.glob("*/config.toml")), key=lambda run: run.path.name)
+    left = [run for run in runs if not run.summary.exists()]
+    why = why_not(left[-1], _job_of(left[-1]), config, left[-1].size, num_ranks) if left else None
+    return f"{left[-1].path} is not continued: {why}." if why else None
+
+
 def is_of(run: RunDir, config: Config) -> bool:
     """Whether the run was begun with this job."""
+    theirs = _job_of(run)
+    return theirs is not None and same_job(theirs, config)
+
+
+def _job_of(run: RunDir) -> Config | None:
     try:
-        return same_job(load(run.config).config, config)
+        return load(run.config).config
     except UserError:
-        return False
+        return None
 
 
 def enqueue(

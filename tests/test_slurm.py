@@ -374,7 +374,9 @@ def test_the_same_command_again_continues_what_ended_early(tmp_path: Path) -> No
     assert json.loads((tmp_path / other["run"] / "submitted.json").read_text())["job"] == "42"
     assert f"{other['run']}/config.toml" in submit(tmp_path, "--dry-run").out
     for words in (("--set", "train.lr=0.1"), ("--nodes", "3")):
-        assert json.loads(submit(tmp_path, "--json", *words).out)["run"] not in (first["run"], other["run"])
+        done = submit(tmp_path, "--json", *words)
+        assert json.loads(done.out)["run"] not in (first["run"], other["run"])
+        assert "is not continued: it is unfinished, and train.lr = " in done.err and "A new run begins." in done.err
     refused = submit(tmp_path, sbatch="#!/bin/sh\nexit 1\n")
     assert refused.code == 2 and (tmp_path / other["run"] / "config.toml").exists(), "what was there stays"
     for run in (first["run"], other["run"]):

@@ -98,7 +98,7 @@ def _newest_unfinished(folder: Path, config: Config, size: int) -> RunDir | None
     passed = []
     # In the order of their names, which is that of their beginning, the newest first.
     for run in sorted((RunDir(meta.parent) for meta in folder.glob("*/meta.json")), key=_name_of, reverse=True):
-        why = _passed_over(run, config, size)
+        why = resume.why_not(run, read_config(run), config, _size(run), size)
         if why is None:
             return run
         passed.append((run.summary.exists(), f"{run.path} is not continued: {why}"))
@@ -110,25 +110,6 @@ def _newest_unfinished(folder: Path, config: Config, size: int) -> RunDir | None
 
 def _name_of(run: RunDir) -> str:
     return run.path.name
-
-
-def _passed_over(run: RunDir, config: Config, size: int) -> str | None:
-    """Why --resume auto does not continue `run`; None where it does."""
-    theirs, state = read_config(run), "complete" if run.summary.exists() else "unfinished"
-    if theirs is None:
-        return f"it is {state}, and its config.toml cannot be read. Look at it: hpc-train config show {run.config}"
-    changes = [change for change in resume.changes(theirs, config) if change.rule is not Rule.FREE]
-    if changes:
-        possible = all(change.rule is not Rule.REFUSED for change in changes)
-        remedy = (
-            f"To continue it so: --resume {run.path}" if possible else "It can be continued with its own values alone"
-        )
-        return f"it is {state}, and {', '.join(change.values for change in changes)}. {remedy}"
-    if state == "complete":
-        return "it is complete"
-    if _size(run) != size:
-        return f"it is unfinished on {_size(run)} ranks. To continue it on {size}: --resume {run.path}"
-    return None
 
 
 def _new(root: Path, config: Config, size: int) -> RunDir:
