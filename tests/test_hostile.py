@@ -5,8 +5,9 @@ import os
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import h5py
 import numpy as np
@@ -23,6 +24,14 @@ from tests.test_planted import as_nobody
 
 ALONE = Context(World())
 X, Y = np.arange(60, dtype=np.float32).reshape(20, 3), np.arange(20) % 2
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Where another user can reach it: pytest closes its own folders to all others."""
+    with TemporaryDirectory(prefix="hpc-train-test-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 def refused(folder: Path, work: Callable[[], object], *words: str) -> None:
@@ -114,8 +123,6 @@ def test_what_is_no_file_is_not_staged(tmp_path: Path) -> None:
 def pets(tmp_path: Path) -> Path:
     image = pytest.importorskip("PIL.Image")
     image.init()  # another user may not read Pillow's own files here
-    for above in (tmp_path, *tmp_path.parents[:2]):
-        above.chmod(0o755)
     for name in ("cat", "dog", "dog/more"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for index in range(5):

@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from fsspec.core import url_to_fs
@@ -51,10 +52,16 @@ def as_nobody(work: Callable[[], object]) -> str:
 
 
 @pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Where another user can reach it: pytest closes its own folders to all others."""
+    with TemporaryDirectory(prefix="hpc-train-test-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
 def shared(tmp_path: Path) -> Path:
     """A folder as /tmp is, which another user can reach."""
-    for above in (tmp_path, *tmp_path.parents[:2]):
-        above.chmod(0o755)
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(0o1777)
