@@ -1,6 +1,7 @@
 """Paths: what the system has besides files and folders, names that cannot be, and where nobody would look."""
 
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -113,7 +114,7 @@ _LINES = [
 def _furnish(play: Play) -> None:
     for name, source in (("data.h5", "data-gzip.h5"), ("job.toml", "job.toml"), ("table.csv", "table.csv")):
         (play.folder / name).write_bytes((play.materials / source).read_bytes())
-    (play.folder / "measured").symlink_to((play.materials / "measured").resolve())
+    shutil.copytree(play.materials / "measured", play.folder / "measured")
     os.mkfifo(play.folder / "fifo")
     (play.folder / "loop").symlink_to("loop")
     (play.folder / "dangling").symlink_to("nowhere")

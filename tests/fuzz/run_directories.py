@@ -45,7 +45,7 @@ def _act_on(path: Path, how: str, damages: list[Damage]) -> None:
 
 def _case(size: int, changes: list[tuple[str, str, list[Damage]]], words: list[str], command: str) -> Case:
     def act(play: Play) -> None:
-        for run in (play.materials / "measured").resolve().iterdir():
+        for run in (play.materials / "measured").iterdir():
             shutil.copytree(run, play.folder / "runs" / run.name)
         (broken,) = (play.folder / "runs").glob(f"*-np{size}")
         for file, how, damages in changes:
