@@ -144,7 +144,8 @@ def why_not(run: RunDir, before: Config | None, now: Config, size_before: int | 
     if state == "complete":
         return "it is complete"
     if size_before != size:
-        return f"it is unfinished on {size_before} ranks. To continue it on {size}: hpc-train train with --resume {run.path}"
+        remedy = f"To continue it on {size}: hpc-train train with --resume {run.path}"
+        return f"it is unfinished on {size_before} ranks. {remedy}"
     return None
 
 
