@@ -61,7 +61,7 @@ cli.add_command(data)
 
 
 @cli.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=Place())
 @_overrides
 @click.option(
     "--resume",
@@ -103,7 +103,7 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=Place())
 @click.option("--prompt", default="", metavar="TEXT", help="What to go on from; a new document without it.")
 @click.option("--tokens", type=click.IntRange(1), default=200, show_default=True, help="How many to write, at most.")
 @click.option("--temperature", type=Finite(0), default=0.8, show_default=True, help="0: always the likeliest.")
@@ -139,7 +139,7 @@ _time = click.option("--time", metavar="TIME", help="Time limit, as sbatch takes
 
 
 @cli.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=Place())
 @click.option("--nodes", type=click.IntRange(1, MOST_RANKS), required=True, help="How many nodes to ask for.")
 @_site
 @_time
@@ -192,7 +192,7 @@ def submit(
 
 
 @cli.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=Place())
 @click.option("--ranks", callback=sizes, required=True, metavar="N,N,...", help="Numbers of ranks to compare.")
 @click.option("--weak", is_flag=True, help="Keep the batch of each rank, so that work grows with the ranks.")
 @click.option("--repeat", type=click.IntRange(1, 1000), default=1, show_default=True, help="Runs of each size.")
@@ -239,7 +239,7 @@ def scale(
 
 
 @cli.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=Place())
 @click.option("--output", type=Place(), help="Folder for report.html, scaling.csv and summary.json.")
 @click.option(
     "--figures",
@@ -318,7 +318,7 @@ cli.add_command(plan)
 
 
 @cli.command()
-@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.argument("config", required=False, type=Place())
 @_overrides
 @click.option("--json", "as_json", is_flag=True, help="Print what every rank saw as JSON instead of a table.")
 def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -348,7 +348,7 @@ def config() -> None:
 
 
 @config.command("show")
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=Place())
 @_overrides
 @by_first_rank
 def show(config: Path, overrides: tuple[str, ...]) -> None:

@@ -30,8 +30,8 @@ class Finite(click.FloatRange):
 class Place(click.Path):
     """A path with ~ filled in, which shells leave alone in --output=~/x."""
 
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
+    def __init__(self, file_okay: bool = True) -> None:
+        super().__init__(file_okay=file_okay, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         return expanded(cast(Path, super().convert(value, param, ctx)))

@@ -73,7 +73,7 @@ _Amount = Finite(0, 1e18, min_open=True)
 
 
 @click.command()
-@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, type=Place())
 @click.option("--table", type=Place(), help="Measurements made elsewhere, as CSV, in place of RUNS.")
 @click.option("--deadline", callback=_duration, metavar="TIME", help="When it must be done: 6h, 90min, 1d12h.")
 @click.option("--energy", callback=_energy, metavar="ENERGY", help="What it may take: 40kWh, 3.6MJ.")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from hpc_train.cli_options import Finite
+from hpc_train.cli_options import Finite, Place
 from hpc_train.errors import require
 from hpc_train.world import launched_rank
 
@@ -87,7 +87,7 @@ def prepare(
 
 @click.command()
 @click.argument("source", metavar="URL|FILE")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folder", metavar="DIR", type=Place(file_okay=False))
 @click.option(
     "--wait",
     "wait_s",

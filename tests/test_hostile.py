@@ -362,3 +362,9 @@ def test_urls_that_lead_nowhere(tmp_path: Path) -> None:
         refused(tmp_path, lambda: prepare("mnist-5k", None, url, ALONE))  # noqa: B023
     for url in ("memory://x.h5", "http://host/x.h5"):
         refused(tmp_path, lambda: prepare("mnist-5k", None, url, ALONE), "nothing can be kept there")  # noqa: B023
+
+
+def test_a_namenode_that_does_not_answer_is_one_message(tmp_path: Path) -> None:
+    """hdfs-native would retry for minutes. Port 1 of this machine refuses."""
+    url = "hdfs://127.0.0.1:1/x.h5"
+    refused(tmp_path, lambda: stage(url, tmp_path, ALONE, wait_s=60.0), "no NameNode answers at 127.0.0.1:1")

@@ -1,6 +1,7 @@
 """Files elsewhere: on a web server, HDFS, S3 or another disk, each through fsspec and its client."""
 
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from hpc_train.errors import UserError
 T = TypeVar("T")
 _PIECE_BYTES = 8 << 20
 _CALL_TIMEOUT_S = 30.0
+_NAMENODE_PORT = 8020
 _DATANODE_TIMEOUT_S = 20.0  # a third of what `stage --wait` waits: one that hangs leaves time to ask another
 # What tells that a source has changed; each kind of storage has some of them.
 _VERSION_KEYS = ("ETag", "Last-Modified", "LastModified", "mtime", "modificationTime", "modification_time")
@@ -61,25 +63,25 @@ def without_secrets(text: str) -> str:
 def find(url: str) -> Source:
     """What the storage tells of the file at `url`, a URL or a path. Raises `UserError`."""
     fs, path = _client(url)
-    shown = without_secrets(url) if is_url(url) else str(Path(url).absolute())
-    info = ask(shown, lambda: fs.info(path))
+    address = without_secrets(url) if is_url(url) else str(Path(url).absolute())
+    info = ask(address, lambda: fs.info(path))
     over_http = url.startswith(("http:", "https:"))
     name = PurePosixPath(unquote(urlsplit(url).path) if over_http else path).name
     if info.get("type") == "directory" or name in ("", ".", ".."):
-        raise UserError(f"{shown} is a folder", "Name one file: pack many into one HDF5 or tar file first.")
+        raise UserError(f"{address} is a folder", "Name one file: pack many into one HDF5 or tar file first.")
     if info.get("type") == "other":
         raise UserError(
-            f"{shown} is a FIFO, a device or a socket, and no file", "Name a file: of these no copy can be whole."
+            f"{address} is a FIFO, a device or a socket, and no file", "Name a file: of these no copy can be whole."
         )
     if info.get("size") is None:
         raise UserError(
-            f"{shown}: its server does not tell the size, so that a part cannot be told from the whole",
+            f"{address}: its server does not tell the size, so that a part cannot be told from the whole",
             "Serve it from a server that sends Content-Length.",
         )
     if _is_local(fs):
-        _require_told_size(shown, path, int(info["size"]))
+        _require_told_size(address, path, int(info["size"]))
     return Source(
-        url=shown,
+        url=address,
         fs=fs,
         path=path,
         name=name,
@@ -195,6 +197,7 @@ def _client(url: str) -> tuple[Any, str]:
         if scheme in ("hdfs", "viewfs"):
             import hdfs_native  # noqa: F401  without it fsspec takes a client that needs Java
 
+            _require_namenode(url)
             # Its own limit is 60 s; then it reads on from another DataNode.
             options["dfs.client.socket-timeout"] = str(round(1000 * _DATANODE_TIMEOUT_S))
         fs, path = url_to_fs(url, **options)
@@ -202,11 +205,32 @@ def _client(url: str) -> tuple[Any, str]:
         raise UserError(
             f"{scheme}:// needs {client}, which cannot be loaded ({error})", f"pip install {client}"
         ) from None
+    except UserError:
+        raise
     except Exception as error:  # noqa: BLE001  clients take a part of a URL that is missing in many ways
         raise UserError(f"{without_secrets(url)}: {in_words(error)}", "Check the URL.") from None
     if scheme == "webhdfs":
         _make_strict(fs.session)
     return fs, path
+
+
+def _require_namenode(url: str) -> None:
+    """Raises `UserError` if nothing answers at the NameNode's address: hdfs-native would retry for three minutes, and
+    no signal ends it meanwhile.
+    """
+    place = urlsplit(url)
+    try:
+        host, port = place.hostname or "", place.port or _NAMENODE_PORT
+        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, ValueError):
+        return  # the name of a service, which only the client's configuration resolves
+    try:
+        socket.create_connection((host, port), timeout=_CALL_TIMEOUT_S / 2).close()
+    except OSError as error:
+        raise UserError(
+            f"{without_secrets(url)}: no NameNode answers at {host}:{port}: {error}",
+            "Check the address, and that HDFS is up.",
+        ) from None
 
 
 def _make_strict(session: Any) -> None:
