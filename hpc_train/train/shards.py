@@ -62,6 +62,9 @@ class Shards:
                     key: value[begin : begin + parameter.numel()].view_as(parameter) if value.ndim else value
                     for key, value in joined.items()
                 }
+        # MPI lets a rank that sends nothing pass. An asynchronous worker would then push its next step, the server would
+        # count that for another worker's, and wait here while that one waits for its answer.
+        context.barrier()
         return gathered
 
     def scatter(self, state: State) -> State:

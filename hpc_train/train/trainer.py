@@ -348,7 +348,8 @@ def _end(
 ) -> int:
     """Collective. Saves the last state; then tests and sums up, unless the loop was stopped by `cause`."""
     recorder.flush()
-    if cause is None and optimizer.num_left_out >= recorder.num_steps_done:
+    # Asked of all ranks: those of an asynchronous parameter server each know of their own updates alone.
+    if min(context.all(optimizer.num_left_out)) >= recorder.num_steps_done and cause is None:
         refuse_a_run_without_updates(recorder.num_steps_done, context)
     state = snapshot()
     saved = context.on_root(lambda: saver.save_now(recorder.num_steps_done, state))

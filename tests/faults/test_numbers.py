@@ -104,3 +104,16 @@ def test_a_test_that_is_nan_is_no_success(tmp_path: Path, digits: Path) -> None:
     assert mended.end().code == 0
     summary = json.loads(job.run.summary.read_text())
     assert (summary["complete"], summary["fault"]) == (True, None) and summary["test"]["loss"] < 10
+
+
+def test_a_worker_of_an_asynchronous_server_whose_updates_are_all_left_out_ends_with_the_others(
+    tmp_path: Path, digits: Path
+) -> None:
+    """It alone knows of them, and what comes at the end of a run is collective."""
+    words = ("train.on_nonfinite=skip", "reduce.strategy=parameter_server", "reduce.asynchronous=true")
+    job = Job(
+        3, tmp_path, digits, *(part for word in words for part in ("--set", word)), ACCIDENT="inf-gradient:always:1"
+    )
+    ended = job.end()
+    assert ended.code == 0, ended
+    assert job.run.summary.exists() and all(torch.isfinite(each).all() for each in job.weights().values())
