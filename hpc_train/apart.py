@@ -42,17 +42,20 @@ class Child:
     """A child process at work. `wait` before this process ends."""
 
     def __init__(self, pid: int, notes: Notes) -> None:
-        self._pid, self._notes = pid, notes
+        self._pid, self._notes, self._has_ended = pid, notes, False
 
     def wait(self) -> int:
         """Its exit code. Raises `UserError` where a signal ended it."""
         code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        self._has_ended = True
         if code < 0:
             raise _crashed(self._notes.place, -code)
         return code
 
     def end(self) -> None:
-        """Whatever it does."""
+        """Kills it, unless it was waited for: its number may be another process's by now."""
+        if self._has_ended:
+            return
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
         with suppress(ChildProcessError):

@@ -104,3 +104,12 @@ def test_exit_codes_pass_through(digits: Path, tmp_path: Path) -> None:
         done = jobs.run(0, "data", "check", name, cwd=tmp_path, timeout_s=60)
         assert done.code == code, done
         assert done.err.count("hpc-train: ") == (code == 2) and ("Faults:" in done.out) == (code == 1)
+
+
+def test_nobody_is_killed_in_the_place_of_a_child_that_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = apart.begin(lambda notes: None)
+    assert child.wait() == 0
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+    child.end()
+    assert not killed, "its number may be another process's by now"
