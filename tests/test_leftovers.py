@@ -102,3 +102,15 @@ def test_a_run_that_was_killed_before_its_first_step_is_removed_and_no_other(tmp
     remove_begun_runs(mine)
     assert not any(run.path.exists() for run in [*gone, stale])
     assert {path: path.stat().st_ino for path in before} == before and (tmp_path / "queued" / "timings").is_dir()
+
+
+def test_without_proc_nobody_knows_what_is_in_use_and_all_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(path: str) -> str:
+        raise FileNotFoundError(path)
+
+    segment = tmp_path / "vader_segment.1"
+    segment.write_text("")
+    monkeypatch.setattr(os, "readlink", nothing)
+    assert remove_dead_segments(tmp_path, young_s=-1) == [] and segment.exists()

@@ -50,9 +50,11 @@ def remove_dead_segments(folder: Path = Path("/dev/shm"), young_s: float = _YOUN
 
     Nothing where this process cannot see every process of the machine, in a container say.
     """
-    with suppress(OSError):
+    try:
         if os.readlink("/proc/self/ns/pid") != _FIRST_PID_NAMESPACE:
             return []
+    except OSError:  # no /proc: nobody can tell which are in use
+        return []
     found = {}
     with suppress(OSError):
         for path in folder.iterdir():
@@ -62,10 +64,12 @@ def remove_dead_segments(folder: Path = Path("/dev/shm"), young_s: float = _YOUN
             if path.name.startswith(_SEGMENTS) and mine and old:
                 found[(status.st_dev, status.st_ino)] = path
     used = _in_use() if found else set()
-    dead = [path for key, path in found.items() if key not in used]
-    for path in dead:
-        path.unlink(missing_ok=True)
-    return sorted(path.name for path in dead)
+    removed = []
+    for path in (path for key, path in found.items() if key not in used):
+        with suppress(OSError):  # another start was quicker
+            path.unlink()
+            removed.append(path.name)
+    return sorted(removed)
 
 
 def _in_use() -> set[tuple[int, int]]:
