@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,25 +108,21 @@ def _cpu_model() -> str:
 def git_state(folder: Path) -> dict[str, Any]:
     """Commit and whether tracked files were changed, of the repository that `folder` lies in; {} outside one.
 
-    changes: what tells the changes from others: two runs of one dirty tree are repeats, of two they are not.
+    changes: a checksum of the changes, which tells whether two runs of a dirty tree are repeats; not there where git
+    takes too long to list them.
     """
 
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ("git", "-C", str(folder), *words),
-            capture_output=True,
-            text=True,
-            errors="surrogateescape",
-            timeout=10,
-            check=True,
-        )
-        return done.stdout.strip()
+    def git(*words: str) -> bytes:
+        return subprocess.run(("git", "-C", str(folder), *words), capture_output=True, timeout=10, check=True).stdout
 
     try:
-        state = {"commit": git("rev-parse", "HEAD")}
-        if not git("status", "--porcelain", "--untracked-files=no"):
-            return state | {"dirty": False}
-        changes = hashlib.sha256(git("diff", "HEAD", "--full-index").encode(errors="surrogateescape"))
-        return state | {"dirty": True, "changes": changes.hexdigest()[:16]}
+        commit = git("rev-parse", "HEAD").decode().strip()
+        state = {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
         return {}
+    with suppress(OSError, subprocess.SubprocessError):
+        if state["dirty"]:
+            # No program of the user's (diff.external): it could print anything, or nothing.
+            changes = git("diff", "HEAD", "--full-index", "--no-ext-diff", "--no-color")
+            state["changes"] = hashlib.sha256(changes).hexdigest()[:16]
+    return state
