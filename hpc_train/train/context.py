@@ -153,7 +153,8 @@ class Context:
         if self.comm is None:
             yield self
             return
-        comm = self.comm.Dup()
+        with self.waiting:
+            comm = self.comm.Dup()
         yield replace(self, comm=comm)
         comm.Free()  # collective: not where a rank failed alone
 
