@@ -62,8 +62,8 @@ class Shards:
                     key: value[begin : begin + parameter.numel()].view_as(parameter) if value.ndim else value
                     for key, value in joined.items()
                 }
-        # MPI lets a rank that sends nothing pass. An asynchronous worker would then push its next step, the server would
-        # count that for another worker's, and wait here while that one waits for its answer.
+        # Ranks that send nothing would not wait. An asynchronous worker would push its next step, the server would take
+        # that for another worker's push of this step and wait here, and that worker would wait for its answer.
         context.barrier()
         return gathered
 
