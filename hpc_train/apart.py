@@ -24,7 +24,7 @@ _FROM_OUTSIDE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Notes:
-    """Memory that a child shares with its parent: at which file it is, which is known when it has died, too."""
+    """Memory that a child shares with its parent: the file that it reads, which the parent knows after a crash, too."""
 
     def __init__(self) -> None:
         self._shared = mmap.mmap(-1, _MOST_BYTES)
@@ -63,9 +63,9 @@ class Child:
 
 
 def begin(work: Callable[[Notes], object]) -> Child:
-    """Has `work` done by a child, to see whether it crashes: its errors, and what it returns, are nobody's.
+    """Has `work` done by a child, to see whether it crashes. What it returns or raises is dropped.
 
-    Signals that a scheduler sends to all processes of a job are not for it.
+    The child ignores signals that a scheduler sends to all processes of a job.
     """
     notes = Notes()
     pid = _fork()
@@ -79,9 +79,9 @@ def begin(work: Callable[[Notes], object]) -> Child:
 
 
 def go_on_in_child() -> Notes:
-    """Returns in a child process, in which the program goes on; the parent waits, and ends as the child does.
+    """Forks. The child returns and runs the rest of the program; the parent waits and never returns.
 
-    In the parent: exits with the child's code, or raises `UserError` where a signal ended it. Ctrl-C and SIGTERM to the
+    The parent exits with the child's code, or raises `UserError` where a signal ended it. Ctrl-C and SIGTERM to the
     parent end both.
     """
     notes = Notes()
@@ -108,7 +108,7 @@ def _fork() -> int:
     parent = os.getpid()
     pid = os.fork()
     if not pid:
-        faulthandler.disable()  # what it prints of a crash is for those who mend HDF5, and so is Open MPI's:
+        faulthandler.disable()  # a traceback of HDF5 helps no user; Open MPI prints one, too:
         os.environ.update(OMPI_MCA_opal_signal="")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)

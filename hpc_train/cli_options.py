@@ -47,7 +47,7 @@ def sizes(ctx: click.Context, param: click.Parameter, words: str | None) -> list
 
 
 def by_first_rank(command: Callable[P, None]) -> Callable[P, None]:
-    """Of a command that is one process: under mpirun or srun the first rank acts, and the others have nothing to do."""
+    """Runs a command of one process on the first rank alone: under mpirun or srun the others return at once."""
 
     @wraps(command)
     def once(*words: P.args, **options: P.kwargs) -> None:

@@ -22,18 +22,18 @@ from typing import Any
 from hpc_train.errors import UserError, not_written
 
 BEAT_S = 5.0
-_VALID_BEATS = 2.0  # for so long after a beat nobody can have taken over, who waits for `_PATIENCE_BEATS`
+_VALID_BEATS = 2.0  # after a beat, the time in which nobody can have taken over: others wait for `_PATIENCE_BEATS`
 _PATIENCE_BEATS = 4.0
 _NUM_BYTES = 1024  # of the file, always: a beat overwrites it in place
-_TURNED_S = 1.0  # another that looked at the lock may have it aside for a moment
+_TURNED_S = 1.0  # another process may have moved the lock aside for a moment, to look at it
 
 
 class Lease:
-    """A held lock: `check` it at every step, `confirm` it before a write that counts. Both raise `UserError` where it
-    is another's; from then on nothing more may be written.
+    """A held lock: `check` it at every step, `confirm` it before a write that counts. Both raise `UserError` where
+    another job has taken it over; this job must write nothing more then.
 
-    Of the job's ranks one holds the lock, and beats. The others have a lease of the same token without beats: they
-    learn from each step that the holder goes on, and look at the file after one that took long.
+    One rank holds the lock and beats. The others have a lease with the same token and without beats: a step that ends
+    tells them that the holder still runs, and they read the file after a step that took long.
     """
 
     def __init__(self, path: Path, token: str, beat_s: float = BEAT_S, beats: bool = False) -> None:
@@ -49,7 +49,7 @@ class Lease:
             self._renewed_s = now_s
 
     def confirm(self) -> None:
-        """Reads the file anew."""
+        """Reads the file again."""
         began_s = monotonic()
         try:
             now = _read(self.path)
@@ -58,20 +58,20 @@ class Lease:
                 now = _read(self.path)
         except UserError:
             if not self.is_lost and began_s - self._renewed_s <= self._valid_s:
-                return  # the file system stumbles, and nobody can have taken over yet
+                return  # the file system failed once, and nobody can have taken over yet
             raise
         if now is None or now["token"] != self.token:
             self.is_lost = True
             who = f"{_name(now)} has taken it over" if now else "its lock was removed"
             raise UserError(
-                f"{self.path.parent} is this job's no more: {who} while this one showed no life",
-                "Nothing more is written there. The run goes on with the other job, or with --resume after it.",
+                f"this job has lost its lock on {self.path.parent}: {who} while this job did not respond",
+                "It writes nothing more there. The other job continues the run; after it, --resume does.",
             )
         if not self._beats:
-            self._renewed_s = began_s  # the holder's own is what others can see of it: a beat
+            self._renewed_s = began_s  # the holder renews with its beats alone, since others see only those
 
     def beat(self, content: dict[str, Any]) -> None:
-        """Shows life: rewrites the lock in place, so that the lock of another, a file of its own, is never touched."""
+        """Rewrites the lock in place: the lock of another job is another file, and is never touched."""
         began_s = monotonic()
         with self.path.open("r+b", buffering=0) as file:
             held = _parsed(file.read())
@@ -194,7 +194,7 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What the lock says, opened anew: a network file system shows what others wrote then. None where it is gone."""
+    """What the lock says; None where it is gone. Opened each time: a network file system shows others' writes then."""
     remedy = f"Look whether a job still writes in {path.parent}; if not, remove the file {path.name}."
     for _ in range(5):
         try:
@@ -253,8 +253,8 @@ def _remove(path: Path, token: str) -> bool:
 def _beat(lease: Lease, content: dict[str, Any], stop: threading.Event, beat_s: float) -> None:
     while not stop.wait(beat_s) and not lease.is_lost:
         content["beat"] += 1
-        with suppress(OSError, UserError):  # a file system that stumbles must not end the job; one that has lost it
-            lease.beat(content)  # learns so from the lease, at its next step
+        with suppress(OSError, UserError):  # one failed write must not end the job; a lost lock does, at the next step
+            lease.beat(content)
 
 
 def _name(owner: dict[str, Any]) -> str:

@@ -53,5 +53,5 @@ def read_small(path: Path, remedy: str, most_bytes: int = _MOST_BYTES) -> bytes:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """A pipe that nobody writes to would be waited for."""
+    """Opens without waiting: `open` of a pipe waits until somebody writes to it."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -103,7 +103,7 @@ def weak_batch(config: Config, sizes: list[int]) -> int:
 def run_here(study: Study, say: Say) -> list[str]:
     """Runs what is missing with mpirun, one size after the other; returns what failed, one line each."""
     if study.todo and "OMPI_COMM_WORLD_RANK" in os.environ:
-        raise UserError("scale starts mpirun itself, and runs under mpirun, which cannot be", "Call it without mpirun.")
+        raise UserError("hpc-train scale starts mpirun itself and cannot run under mpirun", "Call it without mpirun.")
     if study.todo and shutil.which("mpirun") is None:
         raise UserError("mpirun was not found", "Load your MPI module, or name a site to submit to Slurm: --site.")
     cores = num_cores()

@@ -375,7 +375,7 @@ def enqueue(
 def sbatch(script: Path, after: tuple[str, ...] = ()) -> str:
     """Hands a script to Slurm from its own folder and returns the job's id.
 
-    Raises `UserError`: with Slurm's words where it refused; where it may have taken the job all the same, that it may.
+    Raises `UserError`: with Slurm's words where it refused; where it may have accepted the job all the same, with that.
     """
     dependency = [f"--dependency=afterany:{':'.join(after)}"] if after else []
     try:
@@ -445,12 +445,12 @@ def _find_job(folder: Path) -> str | None:
 
 
 def _taken(job: str) -> str:
-    return f"Slurm has the job: {job} is in the queue (scancel {job} takes it out)"
+    return f"Slurm has the job: {job} is in the queue (scancel {job} removes it)"
 
 
 def _may_be_taken(folder: Path, fault: str) -> UserError:
     return UserError(
-        f"{fault}: Slurm may have taken the job all the same, so {folder} stays",
+        f"{fault}: Slurm may have accepted the job all the same, so {folder} is kept",
         'Look in a minute: squeue --me --format="%A %Z" shows each job and its folder. Where no job has this one, the '
         "same command again submits it.",
     )

@@ -60,7 +60,7 @@ def test_a_section_that_fails_says_why_in_its_place(
     done = said(runs, tmp_path, *["--figures", str(tmp_path / "figures")] * is_figure)
     assert done.exit_code == 1 and "the report is not whole" in done.stderr, done.output
     assert "Traceback" not in done.output and "\x1b" not in done.output
-    why = "by a fault of hpc-train (ZeroDivisionError: a"
+    why = "because of a bug in hpc-train (ZeroDivisionError: a"
     made = make_report([runs])
     words = [" ".join(text.split()) for text in (printed(made), made.text("md").replace("\\", ""))]
     page = Page((tmp_path / "report.html").read_text()).text

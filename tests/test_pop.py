@@ -80,7 +80,7 @@ def test_the_headline_and_pop_agree_where_few_steps_take_most_of_the_time(tmp_pa
         and part.sheets[0].columns[-1].title == "speedup efficiency"
     )
     assert [f"{100 * float(cell):.0f}" for cell in told[1:-1]] == [f"{float(row[-1][:-1]):.0f}" for row in speedup]
-    assert any("in the mean, which counts" in note for note in part.notes)
+    assert any("on average, which counts" in note for note in part.notes)
 
 
 def test_amdahl_s_serial_part_is_lost_computational_efficiency(study: tuple[Report, dict[int, Truth]]) -> None:

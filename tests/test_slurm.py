@@ -217,7 +217,7 @@ def test_a_wrong_site_lists_the_right_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_site("infinibandgpu")
     assert "did you mean infiniband-gpu?" in str(caught.value) and "cray-slingshot, generic" in str(caught.value)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="does not exist"):
         load_site(str(tmp_path / "none.toml"))
 
 
@@ -452,7 +452,7 @@ def test_what_slurm_may_have_taken_stays(impatient: Path, sbatch: str, said: str
     stand_in(impatient / "bin", "squeue", squeue)
     with pytest.raises(UserError) as caught:
         submit_here()
-    assert said in caught.value.what and "Slurm may have taken the job all the same" in caught.value.what
+    assert said in caught.value.what and "Slurm may have accepted the job all the same" in caught.value.what
     (config,) = impatient.glob("runs/softmax-mnist/*/config.toml")
     assert str(config.parent.relative_to(impatient)) in caught.value.what and "squeue --me" in caught.value.remedy
     stand_in(impatient / "bin", "squeue", f"#!/bin/sh\necho 7 /elsewhere\necho '41 {config.parent}'\n")
@@ -478,7 +478,7 @@ def test_ctrl_c_while_slurm_answers_keeps_the_job(tmp_path: Path) -> None:
         os.killpg(child.pid, signal.SIGINT)  # as a terminal does
         out, err = child.communicate(timeout=30)
     assert child.returncode == 130 and out == "" and "Traceback" not in err
-    assert "Slurm has the job: 41 is in the queue (scancel 41 takes it out)" in err
+    assert "Slurm has the job: 41 is in the queue (scancel 41 removes it)" in err
     assert len(list(tmp_path.glob("runs/softmax-mnist/*/config.toml"))) == 1
 
 

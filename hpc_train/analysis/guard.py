@@ -41,4 +41,4 @@ def _sentence(what: str, error: Exception) -> str:
         return plain(f"Not made: {what}: {error.what}")
     words = plain(" ".join(str(error).split())[:_LONGEST])
     kind = type(error).__name__ + (f": {words}" if words else "")
-    return f"Not made: {what}, by a fault of hpc-train ({kind}). {RAISE}=1 in the environment shows its traceback"
+    return f"Not made: {what}, because of a bug in hpc-train ({kind}). {RAISE}=1 in the environment shows the traceback"

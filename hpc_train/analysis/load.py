@@ -296,7 +296,7 @@ def _read_config(run: RunDir, size: int) -> config.Config:
         )
     for key, value in (("train.steps", settings.train.steps), ("the global batch", settings.global_batch(size))):
         if value > _MOST_COUNTED:
-            raise UserError(f"{run.config}: {key} = {value:.3g} cannot be", LEAVE_OUT)
+            raise UserError(f"{run.config}: {key} = {value:.3g} is too large", LEAVE_OUT)
     return settings
 
 

@@ -260,7 +260,7 @@ def _cells(path: Path, number: int, line: str) -> list[str]:
     try:
         return next(csv.reader([line]))
     except csv.Error as error:
-        raise UserError(f"{path}:{number}: no line of a CSV file: {error}", "Mend the line.") from None
+        raise UserError(f"{path}:{number} is not a line of CSV: {error}", "Correct the line.") from None
 
 
 def _row(path: Path, number: int, header: list[str], cells: list[str]) -> dict[str, str | float]:

@@ -325,7 +325,7 @@ def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> lis
     for row in rows:
         if row.step_s and row.step_median_s and abs(row.step_s / row.step_median_s - 1) > _UNEVEN:
             notes.append(
-                f"{num_ranks(row.size)}: steps take {ms_text(row.step_s)} ms in the mean, which counts, and"
+                f"{num_ranks(row.size)}: steps take {ms_text(row.step_s)} ms on average, which counts, and"
                 f" {ms_text(row.step_median_s)} ms in the median: few of them take most of the difference."
             )
         if row.efficiency and row.efficiency > SUPERLINEAR:

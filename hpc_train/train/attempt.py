@@ -61,8 +61,8 @@ def open_attempt(loaded: Loaded, context: Context, wanted: str) -> Iterator[Atte
                 source = RunDir(Path(earlier[0]["continues"]))  # stopped before it had a checkpoint of its own
                 if (first := earlier[0]["first_step"]) and not checkpoint.found(source):
                     raise UserError(
-                        f"{run.path} goes on from step {first} of {source.path}, and no checkpoint is there",
-                        "Bring it back, or begin another run: --resume never",
+                        f"{run.path} continues {source.path} from step {first}, and that holds no checkpoint any more",
+                        "Restore the checkpoint, or begin another run: --resume never",
                     )
             return Attempt(run, len(earlier) + 1, meta, source, changes, lease)
 
@@ -117,8 +117,8 @@ def _new(root: Path, config: Config, size: int) -> RunDir:
 
 
 def read_meta(run: RunDir) -> dict[str, Any]:
-    """meta.json, {} where no attempt has written it yet. Raises UserError where what a run goes on by is damaged."""
-    remedy = "Mend it if you know what stood there (text, JSON), or begin another run: --resume never"
+    """meta.json, {} where no attempt has written it yet. Raises UserError for a damaged entry that is needed."""
+    remedy = "Repair it if you know what it held (JSON), or begin another run: --resume never"
     try:
         meta = json.loads(run.meta.read_text())
     except FileNotFoundError:
@@ -200,5 +200,5 @@ def check_continues(stated: dict[str, Any], expected: dict[str, Any], attempt: A
     if stated["step"] == num_steps and ignored:
         raise UserError(
             f"{path} is complete: {num_steps} steps, and {ignored[0].values} would change nothing",
-            f"Set {ignored[0].key} back, raise train.steps to go on with it, or begin another run: --resume never",
+            f"Set {ignored[0].key} back, raise train.steps to continue with it, or begin another run: --resume never",
         )

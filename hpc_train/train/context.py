@@ -34,8 +34,9 @@ _ASLEEP_S = 0.002
 
 
 class Waiting:
-    """Whether this rank waits for others. `with context.waiting:` is around each call that ends when they make it, too:
-    of a rank that is late, the watch tells those that wait for it by this.
+    """Whether this rank waits for others. `with context.waiting:` surrounds each call that ends once they make it, too.
+
+    So the watch tells a late rank from those that wait for it.
     """
 
     def __init__(self) -> None:

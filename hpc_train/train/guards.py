@@ -51,7 +51,7 @@ def refuse_update(left_out: LeftOut, saved: str, context: Context) -> None:
             raise UserError(f"the loss of step {step} is {mine} on rank {world.rank} on {world.host}", remedy)
 
     if left_out.num_in_a_row >= MOST_LEFT_OUT:
-        what = f"{left_out.num_in_a_row} updates in a row were left out; at the last, of step {step}, {left_out.why}"
+        what = f"{left_out.num_in_a_row} updates in a row were left out; in the last, at step {step}, {left_out.why}"
         _refuse(what, f"{saved} {_STANDS_STILL}", context)
     if left_out.overflowed:
         _refuse(f"step {step}: {left_out.why}", remedy, context)
@@ -62,7 +62,7 @@ def refuse_update(left_out: LeftOut, saved: str, context: Context) -> None:
 def refuse_a_run_without_updates(num_steps: int, context: Context) -> NoReturn:
     """Collective. Raises UserError: no step of the run changed the weights."""
     what = f"none of the run's {num_steps} updates was made: in each step the loss or a gradient was not finite"
-    more = "With train.precision = 'fp16' the loss scale halves at each: more steps may do."
+    more = "With train.precision = 'fp16' each such step halves the loss scale: more steps may be enough."
     _refuse(what, f"{_STANDS_STILL} {more}", context)
 
 

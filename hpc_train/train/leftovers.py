@@ -20,8 +20,8 @@ _BEGUN = {"lock", "timings", "energy", "checkpoints"}  # with a config.toml it m
 def remove_begun_runs(run: RunDir) -> None:
     """Removes run directories beside `run` whose job was killed before its first step: a lock, and nothing else.
 
-    Their holder must be a process of this machine that is gone, or their lock as old as no living job's. By the time
-    of the file system, that of the directory just made.
+    Either the holder of the lock was a process of this machine that is gone, or the lock is older than a living job's
+    can be. The file system's clock decides: `run` was just made on it.
     """
     for other in run.path.parent.iterdir():
         with suppress(OSError):
@@ -37,7 +37,7 @@ def _is_begun_and_dead(folder: Path, now_s: float) -> bool:
 
 
 def _remove_empty(folder: Path) -> None:
-    """The lock last: a folder that is not empty after all ends it, and keeps the lock."""
+    """Removes the lock last: a folder that is not empty after all raises OSError, and keeps its lock."""
     for name in ("timings", "energy", "checkpoints"):
         with suppress(FileNotFoundError):
             (folder / name).rmdir()
@@ -48,7 +48,7 @@ def _remove_empty(folder: Path) -> None:
 def remove_dead_segments(folder: Path = Path("/dev/shm"), young_s: float = _YOUNG_S) -> list[str]:
     """Removes this user's segments of MPI that no process has mapped or open; their names.
 
-    Nothing where this process cannot see every process of the machine, in a container say.
+    Removes nothing where this process cannot see every process of the machine, in a container say.
     """
     try:
         if os.readlink("/proc/self/ns/pid") != _FIRST_PID_NAMESPACE:
@@ -76,7 +76,7 @@ def _in_use() -> set[tuple[int, int]]:
     """(device, inode) of every file that a process of this user has mapped or open."""
     used = set()
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended; or it is no rank but the like of sshd, which lets nobody look
+        with suppress(OSError):  # it has ended; or it may not be looked at, as sshd, and is no rank then
             for line in (process / "maps").read_bytes().splitlines():
                 device, inode = line.split(maxsplit=5)[3:5]
                 major, _, minor = device.partition(b":")

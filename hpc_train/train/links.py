@@ -18,8 +18,8 @@ from hpc_train.errors import UserError
 from hpc_train.train.context import Context
 
 _CONNECT_S = 20.0
-_TRY_S = 5.0  # of a rank that is not answered, before it calls again
-_HELLO_S = 5.0  # of a caller that has not said by then who it is, before the root hangs up
+_TRY_S = 5.0  # until a rank that gets no answer calls again
+_HELLO_S = 5.0  # until the root hangs up on a caller that has not said who it is
 _MOST_STRANGERS = 256  # callers that have not said it yet; for one more, the root hangs up on the oldest
 _LOOK_S = 0.02  # for the end, and for those to hang up on
 _MOST_WAITING = 1024  # to be answered, at least; the system may allow fewer
@@ -118,7 +118,7 @@ class _Stranger:
 
 
 class Door:
-    """The root's end while ranks connect. A thread lets in who brings the token, and nobody else costs anything.
+    """The root's end while ranks connect. A thread accepts who sends the token; other callers cost next to nothing.
 
     What a caller says is read up to the length of a token and a rank. It has some seconds for that, and is hung up on
     earlier where there are too many of its kind; a rank calls again then.
@@ -138,7 +138,7 @@ class Door:
             self._thread.start()
 
     def close(self) -> dict[int, socket.socket]:
-        """Lets nobody in from now on; the connections by rank."""
+        """Accepts nobody from now on. Returns the connections by rank."""
         self._closed.set()
         if self._server:
             self._thread.join()

@@ -19,7 +19,7 @@ from torch import nn
 
 FEWEST_CHANNELS = 16  # that are safe
 _TRIAL_S = 40.0
-# glibc's own check of what lies around each piece of memory; a C library that has none says so and goes on.
+# glibc's own check of what lies around each piece of memory; a C library without it prints that and runs on.
 MALLOC_CHECKED = {
     "LD_PRELOAD": "libc_malloc_debug.so.0",
     "GLIBC_TUNABLES": "glibc.malloc.check=3",

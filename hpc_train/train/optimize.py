@@ -271,7 +271,7 @@ def misfit(state: Any, train: config.Train, weights: Mapping[str, torch.Tensor])
     wanted = {"sgd": {"momentum_buffer"}, "lars": {"momentum_buffer"}}.get(train.optimizer, _MOMENTS)
     for name, kept in state.items():
         if name not in weights or not isinstance(kept, dict):
-            return f"the optimizer's state has an entry {name!r}, and the model no such weights"
+            return f"the optimizer's state has an entry {name!r}, and the model has no weights of that name"
         if kept and kept.keys() != wanted:
             return f"the optimizer keeps {sorted(map(str, kept))} of {name} there and {sorted(wanted)} here"
         for key, value in kept.items():

@@ -47,7 +47,7 @@ class Lasting:
         os.dup2(nowhere, 1 if self.name == "stdout" else 2)
         os.close(nowhere)
         if self.name == "stdout":
-            print(f"hpc-train: stdout cannot be written: {self.fault}. The job goes on without.", file=sys.stderr)
+            print(f"hpc-train: stdout cannot be written: {self.fault}. The job continues without it.", file=sys.stderr)
 
 
 def outlast() -> None:

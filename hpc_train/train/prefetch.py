@@ -39,8 +39,8 @@ class Prefetch(Generic[T]):
 
     Where the loop waits for more than a hundredth of its time, and has other work, batches are made ahead, each time
     twice as many, up to `MOST`. Where steps take longer with the thread than they took without, several decisions in a
-    row, as on a rank with one core whose batches are small, the loop makes them itself again, and tries anew later. The
-    batches are the same, so ranks need not decide alike. Whoever leaves the context has no thread any more.
+    row, as on a rank with one core whose batches are small, the loop makes them itself again, and tries the thread once
+    more later. The batches are the same, so ranks need not decide alike. Leaving the context ends the thread.
     """
 
     def __init__(self, batches: Iterator[T]) -> None:

@@ -12,7 +12,7 @@ _HANDLED = (*ENDING, signal.SIGUSR2)
 
 
 class Kept:
-    """A handler that keeps signals until somebody can act on them.
+    """A signal handler that remembers signals until the program can act on them.
 
     A mask would not: it is one thread's, and the kernel gives the signal to another, numpy's say.
     """

@@ -269,7 +269,7 @@ def _load(
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{folder} does not fit this job: {type(error).__name__}: {error}",
-            "Move it away, and the run goes on from the one before it; or begin another run: --resume never",
+            "Move it away to continue from the checkpoint before it, or begin another run: --resume never",
         ) from None
 
 

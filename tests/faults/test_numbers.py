@@ -89,7 +89,7 @@ def test_a_run_whose_updates_are_all_left_out_is_no_success(kind: str, tmp_path:
     again = Job(2, tmp_path / "short", digits, *words, "--resume", "auto", ACCIDENT=f"{kind}:always:1").end()
     assert again.code == 2 and f"none of the run's {STEPS} updates was made" in again.err, again
     long = Job(2, tmp_path / "long", digits, *words, "--set", "train.steps=60", ACCIDENT=f"{kind}:always:1").end()
-    assert long.code == 2 and "32 updates in a row were left out; at the last, of step 31" in long.err, long
+    assert long.code == 2 and "32 updates in a row were left out; in the last, at step 31" in long.err, long
 
 
 def test_a_test_that_is_nan_is_no_success(tmp_path: Path, digits: Path) -> None:

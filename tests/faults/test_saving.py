@@ -201,7 +201,7 @@ def test_a_job_that_was_stopped_so_long_that_another_took_over_writes_nothing_mo
     left = {path: path.read_bytes() for path in first.run.path.rglob("*") if path.is_file()}
     os.kill(root, signal.SIGCONT)
     ended = first.end()
-    assert ended.code == 2 and f"{first.run.path} is this job's no more" in ended.err, ended
+    assert ended.code == 2 and f"this job has lost its lock on {first.run.path}" in ended.err, ended
     assert "Traceback" not in ended.err
     assert {path: path.read_bytes() for path in first.run.path.rglob("*") if path.is_file()} == left
     assert_ends_as(first.run, reference(ranks))

@@ -94,7 +94,7 @@ def _below(root: Path, classes: list[str]) -> list[Picture]:
     for label, name in enumerate(classes):
         for path in files_below(root / name, hidden=True) if is_folder(root / name) else ():
             if path.suffix.lower() in _ENDINGS and not path.name.startswith("."):
-                require_file(path, "Mend or remove it, and try again.")
+                require_file(path, "Repair or remove it, and try again.")
                 pictures.append(Picture(path, label, path.relative_to(root).as_posix()))
     return sorted(pictures, key=lambda each: (each.hashed, each.name))
 

@@ -160,7 +160,7 @@ def _spool_of(output: Path, rank: int) -> Path:
 
 
 def _files_of(spool: Path) -> list[Path]:
-    """What was spooled is told in the first, which comes last."""
+    """The first describes the others, and is written last."""
     return [spool.with_name(spool.name + end) for end in ("", ".inputs", ".targets")]
 
 
