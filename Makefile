@@ -44,6 +44,7 @@ test:
 # Everything but test-rdma and test-kills; what is marked slow is in test-serial.
 test-all: test
 	python -m pytest -m thorough -n 2 --dist loadfile --ignore tests/fuzz --ignore tests/faults --ignore tests/test_hdfs.py tests
+	@$(MAKE) --no-print-directory test-parallel RANKS="1 4"
 	@$(MAKE) --no-print-directory test-faults test-fuzz
 	$(MPIRUN) -n 2 $(PYTEST_MPI) -m slow tests/parallel
 	python -m pytest -m thorough tests/cluster
@@ -52,13 +53,15 @@ test-all: test
 test-serial:
 	python -m pytest -m "not thorough" -n 2 --dist loadfile
 
+# 1 rank sends nothing and 4 share two cores: they are for make test-all.
+RANKS ?= 2 3
 # Under mpirun a failed assertion on one rank would hang the others: `python -m mpi4py` ends them all.
 # ALONE: in processes of their own. One starts Horovod again and again, the other before it was ever started.
 PYTEST_MPI = --oversubscribe --bind-to none python -m mpi4py -m pytest -x -q --color=no
 QUICK = -m "not slow"
 ALONE = tests/parallel/test_reduce_times.py tests/parallel/test_rest.py
 test-parallel:
-	@set -e; for ranks in 1 2 3 4; do echo "mpirun -n $$ranks pytest tests/parallel"; \
+	@set -e; for ranks in $(RANKS); do echo "mpirun -n $$ranks pytest tests/parallel"; \
 	$(MPIRUN) -n $$ranks $(PYTEST_MPI) $(QUICK) tests/parallel $(ALONE:%=--ignore=%); \
 	for file in $(ALONE); do $(MPIRUN) -n $$ranks $(PYTEST_MPI) $(QUICK) $$file; done; done
 

@@ -23,8 +23,7 @@ autodoc_typehints = "description"
 def draw_figures() -> None:
     """The figures that reference/figures.md shows, from runs that are part of the repository."""
     folder = HERE / "_figures"
-    program = "from hpc_train.cli import main; main()"
-    command = [sys.executable, "-c", program, "report", "tests/runs/mlp-mnist"]
+    command = [sys.executable, "-m", "hpc_train", "report", "tests/runs/mlp-mnist"]
     command += ["--output", str(folder / "report"), "--figures", str(folder)]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     subprocess.run(command, cwd=HERE.parent, env=environment, check=True, stdout=subprocess.DEVNULL)

@@ -34,7 +34,7 @@ GROUND = {
     "shown",
     "__init__",
 }
-TOP = {"cli", "bench"}
+TOP = {"cli", "bench", "__main__"}
 
 # A third-party or system module -> the only places that may import it.
 ALLOWED = {
