@@ -32,7 +32,10 @@ _BEGIN, _END = "# ---- settings", "# ---- end of settings\n"
 _ANSWER_S = 120.0  # longest wait for Slurm's controller
 _LOOK_S = 20.0  # for the queue, where a submission has had no answer already
 # sbatch's words where its way to the controller broke: what the controller did is not known then.
-_NO_ANSWER = re.compile(r"timed? ?out|contact|connect|communicat|transmi|receiv|send|unexpected message", re.IGNORECASE)
+# A site's own refusal may say "contact the help desk".
+_NO_ANSWER = re.compile(
+    r"timed? ?out|unable to contact|connect|communicat|transmi|receiv|send/|unexpected message", re.IGNORECASE
+)
 _JOB_ID = re.compile(r"[0-9]+(?:;\S*)?")  # a federation adds ;cluster
 _TIME = re.compile(
     r"(?:(?P<days>[0-9]{1,3})-)?(?P<first>[0-9]{1,6})(?::(?P<second>[0-9]{1,2}))?(?::(?P<third>[0-9]{1,2}))?"

@@ -436,6 +436,15 @@ def test_a_job_that_slurm_took_without_an_answer_is_found_in_the_queue(impatient
     assert (queued.run / "config.toml").exists()
 
 
+def test_a_refusal_in_a_sites_own_words_is_one(impatient: Path) -> None:
+    words = "no hours are left: contact support, or send a mail"
+    stand_in(impatient / "bin", "sbatch", f"#!/bin/sh\necho 'sbatch: error: {words}' >&2\nexit 1\n")
+    with pytest.raises(UserError, match=words) as caught:
+        submit_here()
+    assert "Slurm may have" not in caught.value.what
+    assert not list(impatient.glob("runs/softmax-mnist/*")), "nothing of it is left"
+
+
 @pytest.mark.parametrize("squeue", [SILENT, BROKEN])
 @pytest.mark.parametrize(
     "sbatch, said",
