@@ -49,7 +49,7 @@ def test_segments_of_dead_ranks_are_removed_and_those_of_living_ones_stay() -> N
     assert dead, "ranks killed by SIGKILL leave them"
     with ranks() as (_, living):
         assert not dead & set(remove_dead_segments()), "too young: their maker may be about to map them"
-        removed = set(remove_dead_segments(young_s=0.5))
+        removed = set(remove_dead_segments(young_s=0.0))
         assert dead <= removed and not living & removed
         assert all(Path("/dev/shm", name).exists() for name in living)
 

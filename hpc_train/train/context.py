@@ -257,12 +257,15 @@ def _abort(context: Context, error: BaseException) -> None:
     code = _exit_code(error)
     try:
         ignore()  # a second signal must not break into this: the rank would leave, and wait for the others
+        ending = Kept()
+        signal.signal(signal.SIGTERM, ending)
         if context.world.rank:
             # Where all ranks fail alike, the root speaks for them: it ends the others before they repeat it.
             sleep(_ROOT_SPEAKS_FIRST_S)
         sys.stdout.flush()
-        sys.stderr.write(_last_words(context.world, error))
-        sys.stderr.flush()
+        if not ending.numbers:  # else mpirun ends the job already: another rank has spoken
+            sys.stderr.write(_last_words(context.world, error))
+            sys.stderr.flush()
     finally:  # even where nothing can be written any more
         end_job(context, code)
 

@@ -17,9 +17,9 @@ class Disk:
     latest when Python ends. So it never hears of one, and whoever gave it this file asks `require`.
     """
 
-    def __init__(self, path: Path, new: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self.error: OSError | None = None
-        self._file: IO[bytes] = owned.created(path, buffering=0) if new else owned.opened(path, "r+b", buffering=0)
+        self._file: IO[bytes] = owned.opened(path, "r+b", buffering=0)
 
     def require(self) -> None:
         """Raises the `OSError` of the write that failed."""

@@ -1,5 +1,6 @@
 """How data sets lie in an HDF5 file: contiguous to be mapped, or in compressed chunks with a checksum each."""
 
+import io
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,27 @@ _LEVELS = {"gzip": (1, 9, 4), "zstd": (1, 22, 3)}  # lowest, highest, default
 # scale_factor. In the older form, which is h5py's default, a changed byte there is read as if it were right.
 FORM: dict[str, Any] = {"libver": ("v108", "v108")}
 _REMEDY = "Write gzip:LEVEL (1 to 9), lzf or zstd:LEVEL (1 to 22), or leave it out: that reads fastest."
+
+
+def empty_file() -> bytes:
+    """An HDF5 file of that form that holds nothing, without times: equal data make equal files."""
+    form, access = h5py.h5p.create(h5py.h5p.FILE_CREATE), h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    form.set_obj_track_times(False)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
+    memory = io.BytesIO()
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, memory)
+    h5py.h5f.create(b"empty", h5py.h5f.ACC_TRUNC, form, access).close()
+    return memory.getvalue()
+
+
+def make_groups(file: h5py.File, name: str) -> None:
+    """Collective where `file` is. The groups above the data set `name`; h5py's own would tell when they were made."""
+    form = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+    form.set_obj_track_times(False)
+    parts = name.split("/")[:-1]
+    for depth in range(1, len(parts) + 1):
+        if "/".join(parts[:depth]) not in file:
+            h5py.h5g.create(file.id, "/".join(parts[:depth]).encode(), gcpl=form)
 
 
 @dataclass(frozen=True)
@@ -45,6 +67,7 @@ class Layout:
 
         chunk_rows: other than those of an array of this length.
         """
+        make_groups(file, name)
         if self.chunked and array.shape[0]:
             chunks = (chunk_rows or self.chunk_rows(array), *array.shape[1:])
             shuffle = array.dtype.itemsize > 1

@@ -282,7 +282,7 @@ def _complete(work: Work, written: Blocks, noted: Path, output: Path) -> None:
     }
     with Journal(noted, {}, new=False) as lines:
         lines.flushing()  # what HDF5 writes by closing tears a file that was whole
-    with opened_alone(work, "r+") as opened:
+    with opened_alone(work) as opened:
         file = opened.file
         assert file is not None
         file.attrs.update(_attributes(facts))
@@ -292,6 +292,7 @@ def _complete(work: Work, written: Blocks, noted: Path, output: Path) -> None:
         if not work.layout.chunked:
             for name, array in source.arrays.items():
                 values = np.array([written[name][block] for block in range(len(written[name]))], np.uint32)
+                layout.make_groups(file, f"checksums/{name}")
                 sums = file.create_dataset(f"checksums/{name}", data=values)
                 sums.attrs.update({"block_rows": work.layout.block_rows(array), "algorithm": "crc32"})
         file.attrs["complete"] = True

@@ -22,7 +22,7 @@ from hpc_train.train.context import Context, known_to_all, parallel_file_options
 from hpc_train.train.files import selected, transfer
 from hpc_train.train.prepare.disk import Disk, no_room
 from hpc_train.train.prepare.journal import Blocks, Journal
-from hpc_train.train.prepare.layout import BLOCK_BYTES, FORM, Layout, row_bytes
+from hpc_train.train.prepare.layout import BLOCK_BYTES, FORM, Layout, empty_file, row_bytes
 from hpc_train.train.prepare.sources import Array, Source
 from hpc_train.train.progress import StepProgress
 
@@ -75,18 +75,28 @@ class Work:
 
 
 def create(work: Work, context: Context) -> None:
-    """Collective. The file with its data sets and none of their rows."""
-    context.on_root(lambda: owned.created(work.path).close())
-    with _file_of_all(work, "w", context) as opened:
-        if opened.file is not None:
-            opened.file.attrs["complete"] = False
-            for name, array in work.source.arrays.items():
-                dataset = work.layout.create(opened.file, name, array)
-                if name.endswith("inputs") and array.dtype == np.uint8 and len(array.shape) > 1:  # not tokens
-                    # CF conventions: 0 to 1
-                    dataset.attrs["scale_factor"], dataset.attrs["add_offset"] = (1 / 255, 0.0)
+    """Collective. The file with its data sets and none of their rows, made by the root: it is the same on any number
+    of ranks.
+    """
+    context.on_root(lambda: _create(work))
+
+
+def _create(work: Work) -> None:
+    try:
+        with owned.created(work.path) as empty:
+            empty.write(empty_file())
+    except OSError as error:
+        raise no_room(work.output, error.errno) from None
+    with opened_alone(work) as opened:
+        assert opened.file is not None
+        opened.file.attrs["complete"] = False
+        for name, array in work.source.arrays.items():
+            dataset = work.layout.create(opened.file, name, array)
+            if name.endswith("inputs") and array.dtype == np.uint8 and len(array.shape) > 1:  # not tokens
+                # CF conventions: 0 to 1
+                dataset.attrs["scale_factor"], dataset.attrs["add_offset"] = (1 / 255, 0.0)
     if not work.layout.chunked:
-        context.on_root(lambda: reserve(work, num_bytes(work)))
+        reserve(work, num_bytes(work))
 
 
 def num_bytes(work: Work) -> int:
@@ -117,7 +127,7 @@ def write(work: Work, done: Blocks, journal: Journal | None, context: Context) -
     shown = StepProgress(label, num_rows, "auto", context.world.is_root, unit=work.source.unit)
     shown.begin(before)
     rounds = count(1)
-    with closing(shown) as progress, _file_of_all(work, "r+", context) as opened:
+    with closing(shown) as progress, _file_of_all(work, context) as opened:
         if work.layout.chunked and opened.file:
             _hold_bookkeeping(opened.file)
         for name, array in arrays.items():
@@ -251,7 +261,7 @@ class Opened:
 
 
 @contextmanager
-def _file_of_all(work: Work, mode: str, context: Context) -> Iterator[Opened]:
+def _file_of_all(work: Work, context: Context) -> Iterator[Opened]:
     """Collective. A file that all ranks write together, closed by all of them; one of chunks is the root's alone.
 
     Closing is collective: a rank that fails alone must not wait for the others in there, but go and end the job.
@@ -260,10 +270,10 @@ def _file_of_all(work: Work, mode: str, context: Context) -> Iterator[Opened]:
         yield Opened(None)
         return
     if work.layout.chunked or context.comm is None:
-        with opened_alone(work, mode) as opened:
+        with opened_alone(work) as opened:
             yield opened
         return
-    file = h5py.File(work.path, mode, **FORM, **parallel_file_options(context))
+    file = h5py.File(work.path, "r+", **FORM, **parallel_file_options(context))
     try:
         yield Opened(file)
     except BaseException as error:
@@ -275,14 +285,14 @@ def _file_of_all(work: Work, mode: str, context: Context) -> Iterator[Opened]:
 
 
 @contextmanager
-def opened_alone(work: Work, mode: str) -> Iterator[Opened]:
+def opened_alone(work: Work) -> Iterator[Opened]:
     """The file, written by this rank alone. Raises `UserError` where the system did not write all, at the latest here.
 
     HDF5 then has closed a file of which a part is missing: it must not be used.
     """
-    disk = Disk(work.path, new=mode == "w")
+    disk = Disk(work.path)
     try:
-        with h5py.File(disk, mode, **FORM) as file:
+        with h5py.File(disk, "r+", **FORM) as file:
             yield Opened(file, disk)
     finally:
         disk.close()
