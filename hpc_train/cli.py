@@ -1,7 +1,9 @@
 """The command line. Each command imports its half inside, so that reports never touch MPI or torch."""
 
+import errno
 import io
 import json
+import os
 import shlex
 import socket
 import sys
@@ -388,6 +390,11 @@ def main() -> None:
     except OSError as error:
         if told := refused(error):
             _end_refused(told, speaks)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            # Python writes what is left once more when it ends, and would end with 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            remedy = "Make room where it goes, or send it elsewhere."
+            _end_refused(UserError(f"output cannot be written: {error.strerror}", remedy), speaks)
         _end(traceback.format_exc(), 1)
     except Exception:  # noqa: BLE001  our own bug: said whole
         _end(traceback.format_exc(), 1)

@@ -135,6 +135,7 @@ def why_not(run: RunDir, before: Config | None, now: Config, size_before: int | 
     differing = [change for change in changes(before, now) if change.rule is not Rule.FREE]
     if differing:
         is_possible = all(change.rule is not Rule.REFUSED for change in differing)
+        is_possible &= state == "unfinished" or now.train.steps >= before.train.steps
         remedy = (
             f"To continue it so: hpc-train train with --resume {run.path}"
             if is_possible

@@ -148,6 +148,14 @@ def search(paths: Sequence[Path]) -> Found:
     return Found(list(found.values()), sorted(fragments), unreadable)
 
 
+def require_files(run: RunDir) -> None:
+    """Raises `UserError` if a run directory holds anything but files and folders: opening a FIFO waits for ever."""
+    for folder, _, names in os.walk(run.path):
+        for path in (Path(folder) / name for name in names):
+            if not path.is_file():
+                raise UserError(f"{path} is not a file: a FIFO, a device or a broken link", "Remove it, or restore it.")
+
+
 def _must_exist(path: Path) -> None:
     remedy = "Name run directories, or a folder that holds some: runs/"
     try:

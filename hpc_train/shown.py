@@ -16,6 +16,8 @@ _SECRET = re.compile(
 _TOKEN = re.compile(r"[^\s'\"]+")
 _USER = re.compile(r"[^/:@]*:(?!\d{1,5}(?:[/?#]|$)).*@|[^/]*@")  # a password may hold anything; host:8080/a@b has none
 _QUERY = re.compile(r"\?(?=[\w.~%-]+=)[^)]+")  # of an address without its host, as clients' errors have it
+# Tokens that tell by their beginning whose they are: Hugging Face, GitHub, GitLab, Slack, AWS.
+_KNOWN = re.compile(r"\b(?:hf_|gh[opsu]_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}")
 _BEARER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE)
 _PAIR = re.compile(
     r"""(?<![\w.-])(?P<name>[\w.-]+)(?P<is>["']?\s*[=:]\s*)(?P<value>"[^"]*"|'[^']*'|[^\s,;&"'(){}\[\]]+)"""
@@ -48,7 +50,7 @@ def without_secrets(text: str, mark: str = REDACTED) -> str:
     mark: what stands in their place; "" leaves nothing of them.
     """
     text = _TOKEN.sub(lambda token: _token(token[0], mark), text)
-    return _BEARER.sub(rf"\1 {mark}", text)
+    return _KNOWN.sub(mark, _BEARER.sub(rf"\1 {mark}", text))
 
 
 def _token(token: str, mark: str) -> str:

@@ -116,10 +116,7 @@ def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
         (["prepare", "mnist", "x.h5"], "prepare mnist needs --from"),
         (["prepare", "mnist", "x.h5", "--from", "nowhere"], "nowhere/train-images-idx3-ubyte (or .gz) does not exist"),
         (["prepare", "fashion-mnist", "x.h5", "--from", "."], "train-images-idx3-ubyte (or .gz) does not exist"),
-        (
-            ["prepare", "mnist-5k", "x.h5", "--from", "notes.whl"],
-            "--from notes.whl does not exist",
-        ),
+        (["prepare", "mnist-5k", "x.h5", "--from", "notes.whl"], "--from notes.whl does not exist"),
     ],
 )
 def test_prepare(tmp_path: Path, words: list[str], message: str) -> None:

@@ -14,12 +14,14 @@ from hpc_train.config import Config, Loaded, load
 from hpc_train.errors import UserError
 from hpc_train.lock import Lease
 from hpc_train.partition import Order
-from hpc_train.paths import expanded
+from hpc_train.paths import expanded, read_text
 from hpc_train.resume import Change, Rule
 from hpc_train.rundir import RunDir
 from hpc_train.train import checkpoint
 from hpc_train.train.context import Context
 from hpc_train.train.leftovers import remove_begun_runs
+
+_MOST_META_BYTES = 1 << 30  # of thousands of ranks
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def open_attempt(loaded: Loaded, context: Context, wanted: str) -> Iterator[Atte
 
         def choose() -> Attempt:
             run, source, changes = _choose(loaded.config, context.world.size, wanted)
+            if source is not None:
+                rundir.require_files(source)
             lease = stack.enter_context(lock.held(run.lock, say))
             held.append(lease)
             remove_begun_runs(run)
@@ -119,11 +123,11 @@ def _new(root: Path, config: Config, size: int) -> RunDir:
 def read_meta(run: RunDir) -> dict[str, Any]:
     """meta.json, {} where no attempt has written it yet. Raises UserError for a damaged entry that is needed."""
     remedy = "Repair it if you know what it held (JSON), or begin another run: --resume never"
-    try:
-        meta = json.loads(run.meta.read_text())
-    except FileNotFoundError:
+    if not run.meta.exists():
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    try:
+        meta = json.loads(read_text(run.meta, remedy, _MOST_META_BYTES))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{run.meta} cannot be read: {error}", remedy) from None
     if not isinstance(meta, dict):
         raise UserError(f"{run.meta} holds {meta!r:.60}, and no object", remedy)
@@ -156,6 +160,16 @@ def is_complete(run: RunDir) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(summary, dict) and not summary.get("fault")
+
+
+def require_beginning(run: RunDir) -> None:
+    """Says that a run without a checkpoint starts at step 0. Raises UserError if it was complete: it had one."""
+    if is_complete(run):
+        raise UserError(
+            f"{run.path} is complete, and it holds no checkpoint to continue from",
+            "Restore its folder checkpoints/, or start another run: --resume never",
+        )
+    say(f"{run.path} holds no checkpoint: training starts at step 0")
 
 
 def read_config(run: RunDir) -> Config | None:

@@ -19,7 +19,7 @@ from hpc_train.errors import UserError
 from hpc_train.partition import Order, noise_seed, rank_batches
 from hpc_train.resume import said
 from hpc_train.train import checkpoint
-from hpc_train.train.attempt import Attempt, check_continues, is_complete, open_attempt, say
+from hpc_train.train.attempt import Attempt, check_continues, is_complete, open_attempt, require_beginning, say
 from hpc_train.train.buckets import trainable
 from hpc_train.train.checkpoint import Saver, read_newest
 from hpc_train.train.context import Context
@@ -229,7 +229,9 @@ def _restore(
         if source is None:
             return 0
         found, stated = read_newest(source, job.model, say, partial(_misfit, job, config))
-        if found:
+        if not found:
+            require_beginning(source)
+        else:
             check_continues(stated, job.facts, attempt, config.train.steps)
             say(f"Continuing at step {stated['step']} of {source.path}")
             for change in said(attempt.changes):
