@@ -13,9 +13,7 @@ from hpc_train.train.context import Context
 
 MOST_LEFT_OUT = 32  # updates in a row, then the run ends: see train.on_nonfinite in configs/README.md
 _REMEDY = "Lower train.lr or look at the data of that step; --set train.on_nonfinite=skip leaves it out."
-_STANDS_STILL = (
-    "Lower train.lr, look at the data, or use more bits: train.precision, reduce.compression."
-)
+_STANDS_STILL = "Lower train.lr, look at the data, or use more bits: train.precision, reduce.compression."
 
 
 class LeftOut(NamedTuple):

@@ -16,7 +16,7 @@ from hpc_train.train.inspect.survey import Fault, Found
 MOST_LABELS = 1 << 16  # more different values are no classes
 _MOST_FEATURE_BYTES = 16 << 20
 _SHOWN = 10
-_FLOAT32_MOST = float(np.finfo(np.float32).max)
+_MOST_VALUE = 1e18  # the square of more, which training makes, is infinite in float32
 
 HASHED = np.dtype([("hash", np.uint64), ("sample", np.int64)])
 
@@ -87,11 +87,18 @@ class Tally:
         if values.dtype.kind != "f":
             return values
         is_finite = np.isfinite(values)
-        is_large = np.abs(values) > _FLOAT32_MOST if values.itemsize > 4 else ~is_finite
+        is_large = np.abs(values) > _MOST_VALUE
         if (is_large & is_finite).any():
             bad = np.flatnonzero((is_large & is_finite).reshape(len(values), -1).any(axis=1))
-            what = f"{len(bad):,} sample{'s' * (len(bad) != 1)} with values that are infinite in float32"
-            self._fault("not finite", what, "Training is in float32: scale the values.", piece, found, bad)
+            what = f"{len(bad):,} sample{'s' * (len(bad) != 1)} with values beyond {_MOST_VALUE:g}"
+            self._fault(
+                "not finite",
+                what,
+                "Training is in float32, where their squares are infinite: scale the values.",
+                piece,
+                found,
+                bad,
+            )
         if is_finite.all():
             return values
         bad = np.flatnonzero(~is_finite.reshape(len(values), -1).all(axis=1))
