@@ -14,7 +14,7 @@ from tests import jobs
 from tests.rdma import guests
 from tests.rdma.capture import roce_bytes
 
-pytestmark = pytest.mark.timeout(1300)
+pytestmark = pytest.mark.timeout(900)
 STEPS = 4
 JOB = f"""
 name = "job"
@@ -60,7 +60,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (shared / "job.toml").write_text(JOB)
     (shared / "venv.txt").write_text(sys.prefix)
     shutil.copy(Path(__file__).with_name("plan.sh"), shared)
-    seconds = guests.run(boot, shared, timeout_s=1200)
+    seconds = guests.run(boot, shared, timeout_s=840)
     print(f"both guests were done in {seconds:.0f} s")
     return shared
 
