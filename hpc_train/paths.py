@@ -7,6 +7,18 @@ from pathlib import Path
 from hpc_train.errors import UserError
 
 _MOST_BYTES = 1 << 20  # of a file that people write by hand
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def other_kind(mode: int) -> str | None:
+    """What has the st_mode `mode`, in words; None for a regular file."""
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no regular file")
 
 
 def expanded(path: str | Path) -> Path:
@@ -39,7 +51,7 @@ def read_small(path: Path, remedy: str, most_bytes: int = _MOST_BYTES) -> bytes:
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             status = os.fstat(file.fileno())
-            if stat.S_ISREG(status.st_mode) and status.st_size <= most_bytes:
+            if other_kind(status.st_mode) is None and status.st_size <= most_bytes:
                 return file.read(most_bytes)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", remedy) from None
@@ -47,9 +59,9 @@ def read_small(path: Path, remedy: str, most_bytes: int = _MOST_BYTES) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror}", remedy) from None
     except ValueError as error:  # a name with a NUL
         raise UserError(f"{str(path)!r} cannot be read: {error}", remedy) from None
-    if stat.S_ISREG(status.st_mode):
+    if other_kind(status.st_mode) is None:
         raise UserError(f"{path} is too long: {status.st_size:,} bytes, and {most_bytes:,} at most are read", remedy)
-    raise UserError(f"{path} is a pipe or a device, and no file", remedy)
+    raise UserError(f"{path} is {other_kind(status.st_mode)}, and no file", remedy)
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -326,19 +326,21 @@ def submit(loaded: Loaded, site: Site, num_ranks: int, time: str | None = None, 
 
 def unfinished(config: Config, num_ranks: int) -> RunDir | None:
     """The newest run of this job on as many ranks that has no summary."""
-    folder = expanded(config.run.root) / config.name
-    runs = sorted((RunDir(path.parent) for path in folder.glob("*/config.toml")), key=lambda run: run.path.name)
-    left = [run for run in runs if run.size == num_ranks and not run.summary.exists() and is_of(run, config)]
+    left = [run for run in _without_summary(config) if run.size == num_ranks and is_of(run, config)]
     return left[-1] if left else None
 
 
 def _newest_passed_over(config: Config, num_ranks: int) -> str | None:
     """Why the newest unfinished run of this name is not continued; None if there is none."""
-    folder = expanded(config.run.root) / config.name
-    runs = sorted((RunDir(path.parent) for path in folder.glob("*/config.toml")), key=lambda run: run.path.name)
-    left = [run for run in runs if not run.summary.exists()]
+    left = _without_summary(config)
     why = why_not(left[-1], _job_of(left[-1]), config, left[-1].size, num_ranks) if left else None
     return f"{left[-1].path} is not continued: {why}." if why else None
+
+
+def _without_summary(config: Config) -> list[RunDir]:
+    """The unfinished runs of this name, oldest first."""
+    runs = (RunDir(path.parent) for path in (expanded(config.run.root) / config.name).glob("*/config.toml"))
+    return sorted((run for run in runs if not run.summary.exists()), key=lambda run: run.path.name)
 
 
 def is_of(run: RunDir, config: Config) -> bool:

@@ -5,7 +5,6 @@ Neither torch nor MPI is needed for it, so that a child process can look at a fi
 
 import errno
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import glob, has_magic
@@ -18,18 +17,11 @@ import numpy as np
 
 from hpc_train.config import Config
 from hpc_train.errors import UserError
-from hpc_train.paths import exists, expanded
+from hpc_train.paths import exists, expanded, other_kind
 
 # What h5py raises of a damaged file, depending on which byte is wrong; MemoryError where it claims to be huge.
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError, SystemError)
 
-_KINDS = {
-    stat.S_ISDIR: "a folder",
-    stat.S_ISFIFO: "a FIFO",
-    stat.S_ISSOCK: "a socket",
-    stat.S_ISCHR: "a device",
-    stat.S_ISBLK: "a device",
-}
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 _FEWER = "A process may not have as many files open here: raise the limit (ulimit -n), or write fewer, larger files."
 _FEWEST_BYTES_A_CHUNK = 8  # in a file: its place in the index alone takes more
@@ -60,7 +52,8 @@ def not_a_file(path: Path) -> str:
         return f"cannot be looked at: {error.strerror}"
     except ValueError as error:  # a null byte in its name
         return f"is no path: {error}"
-    return next((f"is {words}, and no file" for is_kind, words in _KINDS.items() if is_kind(mode)), "")
+    kind = other_kind(mode)
+    return f"is {kind}, and no file" if kind else ""
 
 
 @contextmanager

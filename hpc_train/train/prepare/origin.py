@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpc_train.errors import UserError
+from hpc_train.paths import other_kind
 
 _MAY_READ = "Make it readable (chmod, or ask its owner), or leave it out."
-_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 
 
 def require_file(path: Path, remedy: str) -> None:
@@ -18,14 +18,14 @@ def require_file(path: Path, remedy: str) -> None:
     """
     try:
         found = path.stat()
-        if stat.S_ISREG(found.st_mode):
+        kind = other_kind(found.st_mode)
+        if kind is None:
             path.open("rb").close()
             return
     except FileNotFoundError:
         raise UserError(f"--from {path} does not exist", remedy) from None
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
-    kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a folder")
     raise UserError(f"--from {path} is {kind}, and no file", remedy)
 
 
