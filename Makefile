@@ -43,11 +43,11 @@ test:
 
 # Everything but test-rdma and test-kills; what is marked slow is in test-serial.
 test-all: test
-	python -m pytest -m thorough -n 2 --dist loadfile --ignore tests/fuzz --ignore tests/faults --ignore tests/test_hdfs.py tests
+	python -m pytest -m thorough -n 2 --dist loadfile --ignore tests/fuzz --ignore tests/faults --ignore tests/datasets/test_hdfs.py tests
 	@$(MAKE) --no-print-directory test-parallel RANKS="1 4"
 	@$(MAKE) --no-print-directory test-faults test-fuzz
 	$(MPIRUN) -n 2 $(PYTEST_MPI) -m slow tests/parallel
-	python -m pytest -m thorough tests/cluster
+	python -m pytest -m thorough tests/slurm
 
 # Two files at a time: most of what they do is to start processes, on one core.
 test-serial:
@@ -67,7 +67,7 @@ test-parallel:
 
 # Every fault, by mpirun and on the cluster, and the table of what came of it.
 test-faults:
-	python -m pytest tests/faults tests/test_hdfs.py tests/cluster/test_faults.py tests/cluster/test_submit.py tests/cluster/test_gluster.py
+	python -m pytest tests/faults tests/datasets/test_hdfs.py tests/slurm/test_faults.py tests/slurm/test_submit.py tests/slurm/test_gluster.py
 
 # Ranks and mpirun killed at any moment by any signal, chain after chain: make test-kills MINUTES=30 SEED=0
 MINUTES ?= 30
@@ -81,7 +81,7 @@ test-fuzz:
 
 # Slurm on four nodes that are namespaces of this machine: for root; skipped elsewhere, with the reason.
 test-cluster:
-	python -m pytest -m "not thorough" tests/cluster
+	python -m pytest -m "not thorough" tests/slurm
 
 # Horovod and MPI over InfiniBand verbs (Soft-RoCE) between two emulated machines: for root, about 7 minutes.
 test-rdma:

@@ -10,10 +10,10 @@ def main() -> None:
     handler would raise in the middle of an import, and print a traceback.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from hpc_train import cli
+    from hpc_train.cli.main import main as run
 
     signal.signal(signal.SIGINT, before)
-    cli.main()
+    run()
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def _be_hpc_train(folder: Path, out: Path, err: Path, words: tuple[object, ...])
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         os.chdir(folder)
         sys.argv = ["hpc-train", *map(str, words)]
-        from hpc_train.cli import main
+        from hpc_train.cli.main import main
 
         main()
     except SystemExit as ended:

@@ -66,4 +66,4 @@ def install(folder: Path, *without: str) -> list[object]:
     for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
         if not path.name.lower().startswith(without):
             (site / path.name).symlink_to(path)
-    return [folder / "bin/python", "-c", "from hpc_train.cli import main; main()"]
+    return [folder / "bin/python", "-c", "from hpc_train.cli.main import main; main()"]

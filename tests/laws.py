@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from hpc_train import config, records
-from hpc_train.records import FloatArray
-from hpc_train.rundir import RunDir
+from hpc_train.core import config, records
+from hpc_train.core.records import FloatArray
+from hpc_train.core.rundir import RunDir
 
 PARTS = {"forward": 0.3, "backward": 0.6, "optimizer": 0.07, "other": 0.03}  # of the useful time
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from hpc_train import config, records
-from hpc_train.records import PHASES
-from hpc_train.rundir import RunDir
+from hpc_train.core import config, records
+from hpc_train.core.records import PHASES
+from hpc_train.core.rundir import RunDir
 
 SHARES = {"data": 0.1, "forward": 0.3, "backward": 0.4, "reduce": 0.1, "optimizer": 0.05, "other": 0.05}
 

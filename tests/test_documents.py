@@ -13,8 +13,8 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hpc_train.cli import cli
-from hpc_train.settings import Config
+from hpc_train.cli.main import cli
+from hpc_train.core.settings import Config
 from tests import jobs
 
 NAMES = ("README.md", "configs/README.md", "slurm/README.md", "CONTRIBUTING.md", "CHANGELOG.md")

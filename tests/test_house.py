@@ -10,48 +10,37 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from hpc_train.cli import cli
+from hpc_train.cli.main import cli
 from tests import jobs
 
 PACKAGE = Path(__file__).parents[1] / "hpc_train"
-GROUND = {
-    "config",
-    "settings",
-    "world",
-    "partition",
-    "records",
-    "resume",
-    "timings",
-    "rundir",
-    "clock",
-    "errors",
-    "environment",
-    "lock",
-    "apart",
-    "network",
-    "paths",
-    "owned",
-    "shown",
-    "__init__",
-}
-TOP = {"cli", "bench", "__main__"}
+# The rooms, lowest first: a room imports rooms above it in its list, and never one below. Training and analysis meet
+# only in the run directory; the command line imports a half inside each command.
+TRAINING = (
+    *("core", "train/comm", "train/data", "train/models", "train/energy", "train/run", "train/reduce", "train"),
+    *("train/tasks", "datasets", "bench", "doctor"),
+)
+ANALYSIS = (
+    *("core", "analysis", "analysis/runs", "analysis/efficiency", "analysis/scaling", "analysis/energy"),
+    *("analysis/convergence", "analysis/models", "analysis/planning", "analysis/report"),
+)
+# A file beside the rooms of train/: what it needs decides where it stands.
+LOOP = {"train/loop.py", "train/recording.py", "train/generate.py"}
 
 # A third-party or system module -> the only places that may import it.
 ALLOWED = {
-    "mpi4py": {"train/context.py", "train/messages.py"},
-    "horovod": {"train/reduce.py", "train/doctor/software.py"},
-    "h5py": {
-        f"train/{room}.py" for room in ("chunks", "files", "filters", "foreign", "io_times", "readers", "together")
-    }
-    | {f"train/prepare/{room}.py" for room in ("layout", "prepare", "writer")}
-    | {f"train/inspect/{room}.py" for room in ("check", "info", "judge", "pieces", "survey")}
-    | {"train/doctor/storage.py"},
-    "subprocess": {"train/metadata.py", "train/inspect/place.py", "train/sensors/slurm.py", "train/doctor/job.py"}
-    | {"train/io_times.py", "train/onednn.py"}
-    | {"slurm.py", "scale.py", "doctor.py"},
-    "pynvml": {"train/sensors/nvml.py"},
+    "mpi4py": {"train/comm/context.py", "train/comm/messages.py"},
+    "horovod": {"train/reduce/reducer.py", "doctor/software.py"},
+    "h5py": {f"train/data/{file}.py" for file in ("chunk_cache", "files", "filters", "foreign_files", "readers")}
+    | {"train/data/collective.py", "bench/io.py", "doctor/storage.py"}
+    | {f"datasets/prepare/{file}.py" for file in ("layout", "prepare", "writer")}
+    | {f"datasets/inspect/{file}.py" for file in ("check", "info", "judge", "pieces", "survey")},
+    "subprocess": {"core/filesystem.py", "train/run/metadata.py", "train/energy/sensors/slurm.py", "train/onednn.py"}
+    | {"cluster/slurm.py", "cluster/study.py", "bench/io.py", "doctor/supervisor.py", "doctor/job.py"},
+    "pynvml": {"train/energy/sensors/nvml.py"},
     "gymnasium": {"train/tasks/reinforcement.py"},
 }
+NEEDS_TORCH = {"train", "datasets", "bench", "doctor"}
 
 
 def sources() -> list[Path]:
@@ -69,29 +58,39 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def half(name: str) -> str:
-    """ground, train, analysis or top, of a module's dotted name below hpc_train."""
-    first = name.split(".")[0]
-    return first if first in ("train", "analysis") else "ground" if first in GROUND else "top"
+def room(where: str) -> str:
+    """The room of a file below hpc_train: "core", "train/comm", "analysis/report"; "" at the root."""
+    folders = where.split("/")[:-1]
+    return "/".join(folders[: 2 if folders[:1] in (["train"], ["analysis"]) else 1])
+
+
+def file_of(name: str) -> str | None:
+    """The file that a dotted name below hpc_train is or lies in; None where it is a name inside a module."""
+    path = PACKAGE.joinpath(*name.split(".")[1:])
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file():
+            return str(file.relative_to(PACKAGE))
+    return None
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_one_way(path: Path) -> None:
     where = str(path.relative_to(PACKAGE))
-    mine = half(where.removesuffix(".py").replace("/", "."))
-    may = {"ground": {"ground"}, "train": {"ground", "train"}, "analysis": {"ground", "analysis"}}
+    mine = room(where)
+    order = ANALYSIS if mine.startswith("analysis") else TRAINING
+    may = {"core", "cluster"} if mine == "cluster" else set(order[: order.index(mine) + 1]) if mine in order else None
     for name in imports(path):
-        package, _, rest = name.partition(".")
-        if package == "hpc_train" and rest and mine != "top":
-            theirs = "ground" if rest.startswith("__version__") else half(rest)
-            assert theirs in may[mine], f"{where} imports {name}: {mine} may import {sorted(may[mine])}"
+        package = name.partition(".")[0]
+        theirs = file_of(name) if package == "hpc_train" else None
+        if theirs and room(theirs) and may is not None and where not in LOOP:
+            assert room(theirs) in may, f"{where} imports {name}: {mine} may import {sorted(may)}"
         if package == "torch":
-            assert mine == "train", f"{where} imports {name}: torch is for hpc_train/train"
+            assert mine.split("/")[0] in NEEDS_TORCH, f"{where} imports {name}: torch is for {sorted(NEEDS_TORCH)}"
         if package in ALLOWED:
             assert where in ALLOWED[package], f"{where} imports {name}: only {sorted(ALLOWED[package])} may"
 
 
-# MPI counts in 32 bits: what may be long goes through train/messages.py, which cuts it.
+# MPI counts in 32 bits: what may be long goes through train/comm/messages.py, which cuts it.
 BUFFERS = {"Bcast", "Gather", "Gatherv", "Scatter", "Scatterv", "Allgather", "Allgatherv", "Alltoall", "Alltoallv"}
 BUFFERS |= {"Alltoallw", "Reduce", "Allreduce", "Reduce_scatter", "Reduce_scatter_block", "Scan", "Exscan"}
 BUFFERS |= {f"I{name.lower()}" for name in BUFFERS} | {f"{name}_init" for name in BUFFERS}
@@ -100,11 +99,11 @@ BUFFERS |= {"Send", "Ssend", "Bsend", "Rsend", "Recv", "Sendrecv", "Sendrecv_rep
 COMMON_WORDS = {"Reduce", "Get", "Put", "Scan"}  # of what is no communicator, too
 # What Python pickles: small things only. Where, and how it is known to be small.
 PICKLED = {
-    "train/context.py": "answers of functions, errors, facts of a rank: arrays go by broadcast_array and gather_arrays",
-    "train/messages.py": "numbers",
-    "train/doctor/__main__.py": "a rank's answers",
-    "train/prepare/writer.py": "the chunks of one block",
-    "train/process_group.py": "no MPI: torch.distributed cuts",
+    "train/comm/context.py": "answers of functions, errors, facts of a rank: arrays go by broadcast_array and gather_arrays",
+    "train/comm/messages.py": "numbers",
+    "doctor/__main__.py": "a rank's answers",
+    "datasets/prepare/writer.py": "the chunks of one block",
+    "train/comm/process_group.py": "no MPI: torch.distributed cuts",
 }
 
 
@@ -113,8 +112,10 @@ def test_messages_of_arrays_go_through_the_one_place_that_cuts_them(path: Path) 
     where = str(path.relative_to(PACKAGE))
     for used in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)):
         of_comm = ast.unparse(used.value).split(".")[-1] in ("comm", "_comm", "own", "COMM_WORLD")
-        if where != "train/messages.py" and (of_comm or used.attr not in COMMON_WORDS):
-            assert used.attr not in BUFFERS, f"{where}:{used.lineno}: {used.attr} is for train/messages.py, which cuts"
+        if where != "train/comm/messages.py" and (of_comm or used.attr not in COMMON_WORDS):
+            assert used.attr not in BUFFERS, (
+                f"{where}:{used.lineno}: {used.attr} is for train/comm/messages.py, which cuts"
+            )
         if of_comm and used.attr in {"bcast", "gather", "allgather", "scatter", "alltoall", "send", "recv", "sendrecv"}:
             assert where in PICKLED, f"{where}:{used.lineno}: {used.attr} pickles, and its counts are 32 bits"
 
@@ -124,8 +125,8 @@ def test_the_ground_and_the_command_line_load_without_the_training_half() -> Non
     code = (
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({blocked!r}))\n"  # None makes the import fail
-        "import hpc_train.cli, hpc_train.config, hpc_train.records, hpc_train.partition, hpc_train.rundir\n"
-        "import hpc_train.analysis.report\n"
+        "import hpc_train.cli.main, hpc_train.core.config, hpc_train.core.sampling, hpc_train.cluster.study\n"
+        "import hpc_train.analysis.report.report\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

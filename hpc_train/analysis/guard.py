@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from hpc_train.analysis.words import plain
-from hpc_train.errors import UserError
+from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import plain
 
 RAISE = "HPC_TRAIN_RAISE"  # in the environment, not empty: the first fault is raised with its traceback
 _LONGEST = 200  # letters of an error's own words

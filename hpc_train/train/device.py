@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from hpc_train import config
-from hpc_train.clock import Clock
-from hpc_train.errors import UserError
-from hpc_train.world import World
+from hpc_train.core import config
+from hpc_train.core.clock import Clock
+from hpc_train.core.errors import UserError
+from hpc_train.core.world import World
 
 T = TypeVar("T")
 

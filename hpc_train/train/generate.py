@@ -6,16 +6,16 @@ from typing import cast
 
 import torch
 
-from hpc_train import rundir
-from hpc_train.config import load
-from hpc_train.errors import UserError
-from hpc_train.train.checkpoint import read_newest
-from hpc_train.train.context import Context
-from hpc_train.train.files import open_files
+from hpc_train.core import rundir
+from hpc_train.core.config import load
+from hpc_train.core.errors import UserError
+from hpc_train.core.world import World
+from hpc_train.train.comm.context import Context
+from hpc_train.train.data.files import open_files
+from hpc_train.train.data.tokenizer import Tokenizer
 from hpc_train.train.models.gpt import Gpt
+from hpc_train.train.run.checkpoint import read_newest
 from hpc_train.train.tasks.language import Language
-from hpc_train.train.tokenizer import Tokenizer
-from hpc_train.world import World
 
 
 def generate(

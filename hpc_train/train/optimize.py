@@ -13,8 +13,8 @@ import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from hpc_train import config
-from hpc_train.train.shards import Owned, State
+from hpc_train.core import config
+from hpc_train.train.reduce.shards import Owned, State
 
 _TRUST = 0.001  # of LARS
 _FIRST_SCALE, _GROW_AFTER = 2.0**16, 2000  # of the loss in fp16, as in torch.amp.GradScaler

@@ -28,16 +28,16 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from hpc_train.config import RECORDED, UNKNOWN_STEPS, Loaded, from_values
-from hpc_train.errors import UserError
-from hpc_train.partition import rank_span
-from hpc_train.train.attempt import open_attempt
-from hpc_train.train.context import Context, join_mpi
+from hpc_train.core.config import RECORDED, UNKNOWN_STEPS, Loaded, from_values
+from hpc_train.core.errors import UserError
+from hpc_train.core.sampling import rank_span
+from hpc_train.core.world import World, launched_rank, launched_size
+from hpc_train.train.comm.context import Context, join_mpi
+from hpc_train.train.comm.placement import place_ranks
+from hpc_train.train.comm.process_group import join_process_group
 from hpc_train.train.device import open_clock
-from hpc_train.train.metadata import place_ranks
-from hpc_train.train.process_group import join_process_group
-from hpc_train.train.recorder import Recorder
-from hpc_train.world import World, launched_rank, launched_size
+from hpc_train.train.run.attempt import open_attempt
+from hpc_train.train.run.recorder import Recorder
 
 _STARTED_SIZES = ("WORLD_SIZE", "HOROVOD_SIZE")  # what launchers without MPI tell their processes
 

@@ -22,8 +22,8 @@ from typing import IO
 import click
 import numpy as np
 
-from hpc_train.rundir import find
-from hpc_train.timings import read_timings
+from hpc_train.core.rundir import find
+from hpc_train.core.timings import read_timings
 from tests import jobs
 from tests.benchmarks.io_peers import install, last_line
 from tests.benchmarks.io_readers import SHAPE, packed_budget_mb

@@ -32,13 +32,13 @@ Pass = Callable[[int], Iterable[Any]]  # the epoch's number -> its batches
 
 def ours(path: Path, memory_mb: int = _MEMORY_MB) -> Pass:
     """As a training's loop on one rank gets them: order, reading, and what is made ahead."""
-    from hpc_train.config import Config
-    from hpc_train.partition import rank_batches
-    from hpc_train.train.context import Context
-    from hpc_train.train.dataset import open_order, open_split
-    from hpc_train.train.files import open_files
-    from hpc_train.train.prefetch import Prefetch, announced
-    from hpc_train.world import World
+    from hpc_train.core.config import Config
+    from hpc_train.core.sampling import rank_batches
+    from hpc_train.core.world import World
+    from hpc_train.train.comm.context import Context
+    from hpc_train.train.data.dataset import open_order, open_split
+    from hpc_train.train.data.files import open_files
+    from hpc_train.train.data.prefetch import Prefetch, announced
 
     config = Config.model_validate(
         {"name": "x", "data": {"file": str(path), "memory_mb": memory_mb}, "train": {"steps": 1, "global_batch": BATCH}}
@@ -86,10 +86,10 @@ def take(path: Path, reuse: bool) -> Pass:
 
 def decompressor(path: Path) -> Callable[[], None]:
     """All chunks, packed and in memory, decompressed by as many threads as reading has, and thrown away."""
-    from hpc_train.train import filters
-    from hpc_train.train.context import Context
-    from hpc_train.train.files import reading_threads
-    from hpc_train.world import World
+    from hpc_train.core.world import World
+    from hpc_train.train.comm.context import Context
+    from hpc_train.train.data import filters
+    from hpc_train.train.data.files import reading_threads
 
     with h5py.File(path, "r") as file:
         inputs = file["train/inputs"].id

@@ -9,15 +9,15 @@ import json
 import sys
 from pathlib import Path
 
-from hpc_train.train import io_times
-from hpc_train.train.context import open_context
+from hpc_train.bench import io
+from hpc_train.train.comm.context import open_context
 
 
 def main(folder: Path, size_mb: int, repeat: int) -> None:
     wanted = {("contiguous", "collective"), ("raw MPI-IO", "independent"), ("raw MPI-IO", "collective")}
-    ways = tuple(way for way in io_times.WAYS if (way.layout, way.written) in wanted)
+    ways = tuple(way for way in io.WAYS if (way.layout, way.written) in wanted)
     with open_context(use_mpi=True) as context:
-        rows = io_times.measure(folder, size_mb, repeat, context, lambda words: None, ways, [context.world.size])
+        rows = io.measure(folder, size_mb, repeat, context, lambda words: None, ways, [context.world.size])
         if context.world.is_root:
             print(json.dumps({f"{row.layout}, {row.written}": row.write_s for row in rows if row.mode == row.written}))
 

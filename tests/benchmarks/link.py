@@ -21,13 +21,13 @@ import click
 import numpy as np
 from torch import nn
 
-from hpc_train.network import Fit
-from hpc_train.records import PHASES
-from hpc_train.rundir import find
-from hpc_train.timings import read_timings
-from hpc_train.train.buckets import NUM_NOTES, decays, make_buckets
+from hpc_train.core.allreduce_times import Fit
+from hpc_train.core.records import PHASES
+from hpc_train.core.rundir import find
+from hpc_train.core.timings import read_timings
+from hpc_train.train.reduce.buckets import NUM_NOTES, decays, make_buckets
 from tests import jobs
-from tests.cluster.slurm import NODES, Cluster, why_not
+from tests.slurm.slurm import NODES, Cluster, why_not
 
 LINKS = {"unlimited": None, "1gbit": "1gbit", "100mbit": "100mbit"}
 WAYS = [

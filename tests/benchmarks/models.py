@@ -17,11 +17,11 @@ from typing import Any
 
 import click
 
-from hpc_train import scale
-from hpc_train.config import Config, Loaded, load
-from hpc_train.resume import same_job
-from hpc_train.rundir import RunDir
-from hpc_train.timings import read_timings
+from hpc_train.cluster import study
+from hpc_train.core.config import Config, Loaded, load
+from hpc_train.core.resume_rules import same_job
+from hpc_train.core.rundir import RunDir
+from hpc_train.core.timings import read_timings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HEADER = ("config", "ranks", "model and parameters", "data", "result", "required", "met", "minutes")
@@ -77,13 +77,13 @@ def main(only: tuple[str, ...], work: Path) -> None:
 def train(row: Row, work: Path) -> list[str]:
     """Prepares the data and runs what is missing of a row; what failed, in words."""
     loaded = job(row, work)
-    study = scale.plan(loaded, list(row.ranks), repeats=1)
-    if not study.todo:
+    planned = study.plan(loaded, list(row.ranks), repeats=1)
+    if not planned.todo:
         return []
     say(f"{row.job}: {row} on {' and '.join(map(str, row.ranks))} rank(s)")
     if row.source is not None:
         prepare(row.source, Path(str(loaded.config.data.file)))
-    return [f"{row.job}: {words}" for words in scale.run_here(study, say)]
+    return [f"{row.job}: {words}" for words in study.run_here(planned, say)]
 
 
 def prepare(source: str, file: Path) -> None:

@@ -28,8 +28,8 @@ def main(how: str, seconds: float, folder: Path) -> None:
 
 
 def sampler(folder: Path) -> AbstractContextManager[None]:
-    from hpc_train.train.sensors.choose import choose
-    from hpc_train.train.sensors.sampler import Sampler
+    from hpc_train.train.energy.sensors.choose import choose
+    from hpc_train.train.energy.sensors.sampler import Sampler
     from tests.sensor_trees import rapl
 
     for package in range(2):

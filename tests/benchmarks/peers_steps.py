@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import tomli_w
 
-from hpc_train.rundir import RunDir, find
+from hpc_train.core.rundir import RunDir, find
 from tests import jobs
 from tests.benchmarks.peers_arms import NAMES
 from tests.benchmarks.peers_table import Line, Section

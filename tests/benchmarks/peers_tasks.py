@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.config import Config
-from hpc_train.train.context import Context
+from hpc_train.core.config import Config
+from hpc_train.core.world import World
+from hpc_train.train.comm.context import Context
 from hpc_train.train.tasks.classification import Classification
-from hpc_train.world import World
 from tests.benchmarks.peers_gate import Gate
 from tests.benchmarks.peers_work import WORKS, Data, loss
 

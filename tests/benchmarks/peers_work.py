@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.partition import Order, rank_batches
+from hpc_train.core.sampling import Order, rank_batches
 from hpc_train.train.models.gpt import Gpt
 from hpc_train.train.models.mlp import Mlp
 from hpc_train.train.models.resnet import ResNet

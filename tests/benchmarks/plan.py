@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hpc_train.analysis import predict as prediction
-from tests.test_predict import is_disturbed, log_law, points, published  # the same series, read alike
+from hpc_train.analysis.models import predict as prediction
+from tests.analysis.models.test_predict import is_disturbed, log_law, points, published  # the same series, read alike
 
 FOLDER = Path("runs/bench-plan")
 EXTRAP = "extrap==4.2.5"

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from hpc_train import partition
-from hpc_train.records import read_metrics
-from hpc_train.rundir import RunDir
+from hpc_train.core import sampling
+from hpc_train.core.records import read_metrics
+from hpc_train.core.rundir import RunDir
 from tests import jobs
 
 STEPS, BATCH, SAMPLES, SEED = 24, 400, 4000, 0
@@ -130,8 +130,8 @@ def assert_continuous(job: Job, reference: Job) -> None:
         for attempt, lines in zip(attempts, job.rows(rank), strict=True):
             given |= {attempt["first_step"] + index: line for index, line in enumerate(lines)}
         expected = [
-            partition.rank_samples(
-                partition.global_batch(step, SAMPLES, BATCH), partition.Order(SAMPLES), SEED, rank, size
+            sampling.rank_samples(
+                sampling.global_batch(step, SAMPLES, BATCH), sampling.Order(SAMPLES), SEED, rank, size
             )
             for step in range(STEPS)
         ]

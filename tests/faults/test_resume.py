@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_train import partition
+from hpc_train.core import sampling
 from tests import jobs
 from tests.conftest import FaultTable
 from tests.faults.conftest import Reference
@@ -95,7 +95,7 @@ def test_on_other_numbers_of_ranks_every_sample_is_seen_once_and_losses_agree(
         if row
     ]
     expected = [
-        partition.shuffled(np.arange(min(SAMPLES, STEPS * BATCH - epoch * SAMPLES)), SAMPLES, SEED, epoch)
+        sampling.shuffled(np.arange(min(SAMPLES, STEPS * BATCH - epoch * SAMPLES)), SAMPLES, SEED, epoch)
         for epoch in range(3)
     ]
     assert sorted(seen) == sorted(np.concatenate(expected).tolist())

@@ -16,8 +16,8 @@ from time import monotonic
 import pytest
 import torch
 
-from hpc_train.records import read_metrics
-from hpc_train.rundir import RunDir
+from hpc_train.core.records import read_metrics
+from hpc_train.core.rundir import RunDir
 from tests import jobs
 from tests.conftest import FaultTable
 from tests.faults.conftest import Reference

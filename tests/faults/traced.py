@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train import lock
-from hpc_train.config import Config
-from hpc_train.train.context import Context
-from hpc_train.train.dataset import Batch
+from hpc_train.core import lock
+from hpc_train.core.config import Config
+from hpc_train.core.world import World
+from hpc_train.train.comm.context import Context
+from hpc_train.train.data.dataset import Batch
 from hpc_train.train.tasks.classification import Classification
-from hpc_train.world import World
 
 
 class Traced(Classification):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from hpc_train.train.checkpoint import FACTS, STATE, write
+from hpc_train.train.run.checkpoint import FACTS, STATE, write
 from tests.fuzz.damage import Damage, byte_damages, text_damages
 from tests.fuzz.play import Case, Fault, Play, finite_losses
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import click
 from hypothesis import strategies as st
 
-from hpc_train.cli import cli
+from hpc_train.cli.main import cli
 from tests.fuzz.play import Case, Play
 
 # These start jobs or look at the whole machine; `submit` has --dry-run.

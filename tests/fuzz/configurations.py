@@ -5,7 +5,7 @@ from typing import Any
 import tomli_w
 from hypothesis import strategies as st
 
-from hpc_train.settings import Config
+from hpc_train.core.settings import Config
 from tests.fuzz.materials import JOB
 from tests.fuzz.play import Case, Play, finite_losses
 

@@ -34,15 +34,15 @@ def _preload() -> None:
     import scipy.stats
     import torch
 
-    import hpc_train.analysis.page
-    import hpc_train.analysis.report
-    import hpc_train.cli
+    import hpc_train.analysis.report.page
+    import hpc_train.analysis.report.report
+    import hpc_train.cli.main
+    import hpc_train.datasets.inspect.check
+    import hpc_train.datasets.inspect.info
+    import hpc_train.datasets.prepare.prepare
+    import hpc_train.datasets.stage
     import hpc_train.train.generate
-    import hpc_train.train.inspect.check
-    import hpc_train.train.inspect.info
-    import hpc_train.train.prepare.prepare
-    import hpc_train.train.stage
-    import hpc_train.train.trainer
+    import hpc_train.train.loop
 
     del h5py, hdf5plugin, jinja2, matplotlib, scipy, hpc_train
     torch.set_num_threads(1)
@@ -94,7 +94,7 @@ def _be(job: dict[str, Any]) -> None:
         faulthandler.register(signal.SIGUSR1)
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
         sys.argv = ["hpc-train", *job["words"]]
-        from hpc_train.cli import main as command
+        from hpc_train.cli.main import main as command
 
         command()
         code = 0

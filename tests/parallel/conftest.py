@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from _pytest.config import create_terminal_writer
 
-from hpc_train.train.context import Context, open_context
-from hpc_train.world import launched_rank
+from hpc_train.core.world import launched_rank
+from hpc_train.train.comm.context import Context, open_context
 
 RANK = launched_rank() or 0
 
@@ -45,7 +45,7 @@ def shared_path(context: Context, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def digits(context: Context, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """mnist-5k, prepared by all ranks together."""
-    from hpc_train.train.prepare.prepare import prepare
+    from hpc_train.datasets.prepare.prepare import prepare
 
     path = context.on_root(lambda: tmp_path_factory.mktemp("digits") / "mnist-5k.h5")
     prepare("mnist-5k", None, path, context)

@@ -3,8 +3,8 @@ import time
 import numpy as np
 import pytest
 
-from hpc_train.errors import JointFailure, UserError
-from hpc_train.train.context import Context, clock_offsets_ns
+from hpc_train.core.errors import JointFailure, UserError
+from hpc_train.train.comm.context import Context, clock_offsets_ns
 
 
 def test_on_root_gives_every_rank_the_roots_value(context: Context) -> None:

@@ -4,10 +4,10 @@ from time import time_ns
 
 import pytest
 
-from hpc_train.train.context import Context, compared_clocks
-from hpc_train.train.doctor import network
-from hpc_train.train.doctor.__main__ import _answers
-from hpc_train.train.doctor.check import Answer, Subject
+from hpc_train.doctor import network
+from hpc_train.doctor.__main__ import _answers
+from hpc_train.doctor.check import Answer, Subject
+from hpc_train.train.comm.context import Context, compared_clocks
 
 
 def test_ranks_that_do_not_answer_are_named(context: Context) -> None:

@@ -10,16 +10,16 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc_train import rundir
-from hpc_train.config import load
-from hpc_train.errors import UserError
-from hpc_train.records import read_metrics
-from hpc_train.train.context import Context
-from hpc_train.train.prepare import layout, writer
-from hpc_train.train.prepare.prepare import prepare
+from hpc_train.core import rundir
+from hpc_train.core.config import load
+from hpc_train.core.errors import UserError
+from hpc_train.core.records import read_metrics
+from hpc_train.core.world import World
+from hpc_train.datasets.prepare import layout, writer
+from hpc_train.datasets.prepare.prepare import prepare
+from hpc_train.train.comm.context import Context
+from hpc_train.train.loop import train
 from hpc_train.train.tasks.baselines import count_bigrams
-from hpc_train.train.trainer import train
-from hpc_train.world import World
 
 JOB = """
 name = "tiny"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_train.config import Reduce
-from hpc_train.train import messages
-from hpc_train.train.context import Context, mpi
-from hpc_train.train.reduce import Horovod, InPieces, Mpi, _load_horovod
+from hpc_train.core.config import Reduce
+from hpc_train.train.comm import messages
+from hpc_train.train.comm.context import Context, mpi
+from hpc_train.train.reduce.reducer import Horovod, InPieces, Mpi, _load_horovod
 from tests.parallel.test_train import losses, run
 
 ABOVE_BYTES = (1 << 31) + (1 << 20)  # more than 32 bits with a sign count

@@ -6,10 +6,10 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc_train.errors import UserError
-from hpc_train.train.context import Context
-from hpc_train.train.prepare import layout, writer
-from hpc_train.train.prepare.prepare import prepare
+from hpc_train.core.errors import UserError
+from hpc_train.datasets.prepare import layout, writer
+from hpc_train.datasets.prepare.prepare import prepare
+from hpc_train.train.comm.context import Context
 
 
 def write_idx(path: Path, values: np.ndarray, packed: bool) -> None:

@@ -9,15 +9,15 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc_train.config import load
-from hpc_train.errors import UserError
-from hpc_train.partition import Order, rank_batches
-from hpc_train.train import together
-from hpc_train.train.context import Context
-from hpc_train.train.readers import Mapped
+from hpc_train.core.config import load
+from hpc_train.core.errors import UserError
+from hpc_train.core.sampling import Order, rank_batches
+from hpc_train.core.world import World
+from hpc_train.train.comm.context import Context
+from hpc_train.train.data import collective
+from hpc_train.train.data.collective import Spread
+from hpc_train.train.data.readers import Mapped
 from hpc_train.train.tasks.classification import Classification
-from hpc_train.train.together import Spread
-from hpc_train.world import World
 from tests.parallel.test_train import CONFIGS, losses, run
 
 STEPS = 60  # at 133 samples each: two epochs of mnist-5k, whose last batch is of 10 samples
@@ -142,9 +142,9 @@ def test_what_no_node_holds_is_spread_over_all(
     """By itself, where it lies on a network and the nodes together hold it; else the line says what would help."""
     mb = 1e6
     nodes = replace(context, world=replace(context.world, host=f"n{context.world.rank}"))
-    monkeypatch.setattr(together, "file_system", lambda path: "lustre")
+    monkeypatch.setattr(collective, "file_system", lambda path: "lustre")
     for memory_mb, way in ((100.0, "auto"), (4.0, "memory"), (0.1, "auto")):
-        monkeypatch.setattr(together, "physical_memory", lambda: int(memory_mb * mb))  # noqa: B023
+        monkeypatch.setattr(collective, "physical_memory", lambda: int(memory_mb * mb))  # noqa: B023
         task = Classification(load(CONFIGS / "softmax-mnist.toml", (f"data.file={digits}",)).config, nodes)
         spread = way == "memory" and context.world.size > 1
         assert task.in_step == spread and ("spread over the memory" in task.reading) == spread

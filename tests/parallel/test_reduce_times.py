@@ -5,11 +5,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hpc_train.errors import UserError
-from hpc_train.network import LIMITS, OURS, PEERS, Row, fits, teams
-from hpc_train.train import memory, messages, reduce_times
-from hpc_train.train.context import Context
-from hpc_train.train.reduce import Mpi
+from hpc_train.bench import allreduce
+from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Row, fits, teams
+from hpc_train.core.errors import UserError
+from hpc_train.train.comm import messages
+from hpc_train.train.comm.context import Context
+from hpc_train.train.data import memory
+from hpc_train.train.reduce.reducer import Mpi
 
 SIZES = (4, 4096, 3 << 20)  # in a bucket with the notes, alone and in pieces
 
@@ -24,7 +26,7 @@ def rows(context: Context) -> Iterator[list[Row]]:
         asked.append(place)
         return place < 3
 
-    yield reduce_times.measure((*SIZES, 1 << 40), (*OURS, *PEERS), 2, context, go_on)
+    yield allreduce.measure((*SIZES, 1 << 40), (*OURS, *PEERS), 2, context, go_on)
     assert asked == ([0, 1, 2, 3] if context.world.is_root else []), "the root is asked before each size"
 
 
@@ -50,16 +52,16 @@ def test_the_ranks_of_a_row_agree(context: Context, rows: list[Row]) -> None:
 
 def test_a_wrong_sum_is_found(context: Context) -> None:
     message = torch.zeros(1 << 19)
-    team = reduce_times.Team(context, 1, context.world.size, context, None)
+    team = allreduce.Team(context, 1, context.world.size, context, None)
     off_by_one = message.numel() - 1
 
     def wrong(update: bool) -> None:
         messages.add_up_in_place(context.comm, message.numpy())
         message[off_by_one] += 1
 
-    way = reduce_times.Way(wrong, lambda: message, context.world.size)
+    way = allreduce.Way(wrong, lambda: message, context.world.size)
     with pytest.raises(UserError, match=f"{message.nbytes} bytes summed over {context.world.size} ranks are not"):
-        reduce_times._check("mpi", way, team, message)
+        allreduce._check("mpi", way, team, message)
 
 
 @pytest.mark.parametrize("length", [1, 3 << 18, (3 << 18) + 1])

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_train.config import Loaded, load
-from hpc_train.records import read_metrics
-from hpc_train.rundir import find
-from hpc_train.train.context import Context
+from hpc_train.core.config import Loaded, load
+from hpc_train.core.records import read_metrics
+from hpc_train.core.rundir import find
+from hpc_train.core.world import World
+from hpc_train.train.comm.context import Context
+from hpc_train.train.loop import train
 from hpc_train.train.tasks.dqn import Dqn
-from hpc_train.train.trainer import train
-from hpc_train.world import World
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KEYS = {

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_train.config import load
-from hpc_train.errors import UserError
-from hpc_train.rundir import RunDir
-from hpc_train.timings import read_timings
-from hpc_train.train.context import Context
-from hpc_train.train.stop import CONTINUE
+from hpc_train.core.config import load
+from hpc_train.core.errors import UserError
+from hpc_train.core.rundir import RunDir
+from hpc_train.core.signals import CONTINUE
+from hpc_train.core.timings import read_timings
+from hpc_train.train.comm.context import Context
+from hpc_train.train.loop import train
 from hpc_train.train.tasks.classification import Classification
-from hpc_train.train.trainer import train
 from tests.parallel.test_train import CONFIGS, losses, losses_alone, run
 
 SMALL = {"task__options": "{hidden=[64]}", "train__threads": 1}

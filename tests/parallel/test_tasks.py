@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_train.config import load
-from hpc_train.errors import UserError
-from hpc_train.train.context import Context
+from hpc_train.core.config import load
+from hpc_train.core.errors import UserError
+from hpc_train.train.comm.context import Context
 from hpc_train.train.tasks import checked_loss
 
 

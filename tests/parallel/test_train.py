@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from torch import nn
 
-from hpc_train.config import Config, load
-from hpc_train.errors import UserError
-from hpc_train.records import PHASES, TIMING_COLUMNS, read_metrics
-from hpc_train.rundir import RunDir, find
-from hpc_train.timings import read_timings, step_times
-from hpc_train.train.context import Context
-from hpc_train.train.dataset import Batch
+from hpc_train.core.config import Config, load
+from hpc_train.core.errors import UserError
+from hpc_train.core.records import PHASES, TIMING_COLUMNS, read_metrics
+from hpc_train.core.rundir import RunDir, find
+from hpc_train.core.timings import read_timings, step_times
+from hpc_train.core.world import World
+from hpc_train.train.comm.context import Context
+from hpc_train.train.data.dataset import Batch
+from hpc_train.train.loop import train
 from hpc_train.train.tasks.classification import Classification
-from hpc_train.train.trainer import train
-from hpc_train.world import World
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

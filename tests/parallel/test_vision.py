@@ -7,9 +7,9 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc_train.rundir import RunDir
-from hpc_train.train.context import Context
-from hpc_train.world import World
+from hpc_train.core.rundir import RunDir
+from hpc_train.core.world import World
+from hpc_train.train.comm.context import Context
 from tests.parallel.test_train import losses, run
 
 # 131 pictures in batches of 26: the sixth has one, for the first rank alone.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_train import rundir
-from hpc_train.records import read_metrics
+from hpc_train.core import rundir
+from hpc_train.core.records import read_metrics
 from tests import jobs
 from tests.rdma import guests
 from tests.rdma.capture import roce_bytes

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hpc_train.errors import UserError
+from hpc_train.core.errors import UserError
 from hpc_train.train.models.bert import Bert
 from hpc_train.train.models.gpt import Gpt
 from hpc_train.train.models.mlp import Mlp

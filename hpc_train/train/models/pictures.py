@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.errors import UserError
+from hpc_train.core.errors import UserError
 
 
 class Layout(NamedTuple):

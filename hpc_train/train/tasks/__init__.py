@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.config import RECORDED, Config
-from hpc_train.errors import UserError
-from hpc_train.train.context import Context
+from hpc_train.core.config import RECORDED, Config
+from hpc_train.core.errors import UserError
+from hpc_train.core.world import World
+from hpc_train.train.comm.context import Context
 from hpc_train.train.tasks.classification import Classification
 from hpc_train.train.tasks.dqn import Dqn
 from hpc_train.train.tasks.language import Language, MaskedLanguage
 from hpc_train.train.tasks.policy_gradient import PolicyGradient
-from hpc_train.world import World
 
 BUILT_IN: dict[str, Callable[[Config, Context], Any]] = {
     "classification": Classification,

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from hpc_train.partition import places, rank_span
-from hpc_train.train.context import Context
+from hpc_train.core.sampling import places, rank_span
+from hpc_train.train.comm.context import Context
 
 _BLOCK = 1 << 22  # tokens counted at once
 

@@ -7,16 +7,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.config import Config
-from hpc_train.errors import UserError
-from hpc_train.partition import rank_span
+from hpc_train.core.config import Config
+from hpc_train.core.errors import UserError
+from hpc_train.core.sampling import rank_span
+from hpc_train.core.world import World
 from hpc_train.train import models
-from hpc_train.train.context import Context
-from hpc_train.train.dataset import MOST_CLASSES, Batch, Split, first_outside, open_order, open_split, value_range
-from hpc_train.train.files import Files, describe, open_files
-from hpc_train.train.readers import Reader
-from hpc_train.train.together import read_together, way_to_read
-from hpc_train.world import World
+from hpc_train.train.comm.context import Context
+from hpc_train.train.data.collective import read_together, way_to_read
+from hpc_train.train.data.dataset import MOST_CLASSES, Batch, Split, first_outside, open_order, open_split, value_range
+from hpc_train.train.data.files import Files, describe, open_files
+from hpc_train.train.data.readers import Reader
 
 _TEST_BATCH = 1024
 

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.config import Config
-from hpc_train.errors import UserError
-from hpc_train.partition import Order, rank_span, row_noise
+from hpc_train.core.config import Config
+from hpc_train.core.errors import UserError
+from hpc_train.core.sampling import Order, rank_span, row_noise
+from hpc_train.core.world import World
 from hpc_train.train import models
-from hpc_train.train.context import Context
-from hpc_train.train.dataset import Tokens, open_order, open_tokens, value_range
-from hpc_train.train.files import Files, describe, open_files
+from hpc_train.train.comm.context import Context
+from hpc_train.train.data.dataset import Tokens, open_order, open_tokens, value_range
+from hpc_train.train.data.files import Files, describe, open_files
 from hpc_train.train.tasks.baselines import count_bigrams, count_tokens
-from hpc_train.world import World
 
 _MASKED = 0.15  # of a window's tokens, as in the BERT paper
 _TEST_STEP = -1  # masks of the test are none of a step's

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.config import Config
-from hpc_train.errors import UserError
-from hpc_train.partition import noise_seed
+from hpc_train.core.config import Config
+from hpc_train.core.errors import UserError
+from hpc_train.core.sampling import noise_seed
+from hpc_train.core.world import World
 from hpc_train.train import models
-from hpc_train.train.context import Context
+from hpc_train.train.comm.context import Context
 from hpc_train.train.models.policy import Policy
 from hpc_train.train.tasks.reinforcement import ENDLESS, Environments, Played, seeds_to_test
-from hpc_train.world import World
 
 
 @dataclass(frozen=True)

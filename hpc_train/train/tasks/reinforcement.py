@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpc_train import config
-from hpc_train.errors import UserError
-from hpc_train.partition import rank_span
-from hpc_train.world import World
+from hpc_train.core import config
+from hpc_train.core.errors import UserError
+from hpc_train.core.sampling import rank_span
+from hpc_train.core.world import World
 
 # There is no data set whose end an epoch could be: samples are numbers that never come again. A number of them that
 # does not depend on train.steps lets a run be continued for more steps.

@@ -1,0 +1,1 @@
+"""What was lost in one run: POP efficiencies and stragglers."""

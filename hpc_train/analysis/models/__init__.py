@@ -1,0 +1,1 @@
+"""Performance models: measurements, fits, predictions."""

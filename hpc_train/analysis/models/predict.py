@@ -1,0 +1,298 @@
+"""Prediction of step times beyond what was measured: the model is chosen on sizes that its fit has not seen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+
+from hpc_train.analysis.models.analytic_model import crosses_unseen_boundary, fit_mechanism
+from hpc_train.analysis.models.measurements import Points
+from hpc_train.analysis.models.models import (
+    Algorithm,
+    Fit,
+    ModelName,
+    TooFewSizes,
+    fit_contention,
+    fit_extra_p,
+    residual_scale,
+)
+from hpc_train.analysis.scaling.scaling import Interval, num_ranks
+from hpc_train.core.errors import UserError
+from hpc_train.core.records import FloatArray
+
+MODELS: tuple[ModelName, ...] = get_args(ModelName)  # in the order of preference among equals
+NUM_RESAMPLES = 200
+_NUM_FOLDS = 3  # how many of the largest sizes are held out, one after the other
+_CLEARLY = 0.5  # a model replaces one before it in the order when it misses by less than this share of its error
+_NOTICEABLE = 0.02  # and by this much less: what two runs of one job may differ by anyway
+# Relative standard deviation of a prediction per square root of a doubling beyond the data, at least: what the model
+# misses published series by (both of tests/scaling). More where no size could be held out from the points themselves.
+DRIFT, UNTESTED_DRIFT = 0.03, 0.04
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A measured size, and what a model fitted to the smaller sizes alone said of it."""
+
+    model: ModelName
+    ranks: int
+    measured_s: float
+    predicted_s: float
+
+    @property
+    def error(self) -> float:
+        """Relative; positive where the model was too slow."""
+        return self.predicted_s / self.measured_s - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One model on these points: its fit or the reason why there is none, and how it did on held-out sizes."""
+
+    model: ModelName
+    fit: Fit | None
+    held_out: tuple[HeldOut, ...]
+    reason: str | None = None  # why it could not be fitted, or not be tested
+    algorithm: Algorithm = "ring"
+
+    @property
+    def error(self) -> float | None:
+        """Mean absolute relative error over the held-out sizes; None where none could be held out."""
+        return float(np.mean([abs(each.error) for each in self.held_out])) if self.held_out else None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The time of a step at one number of ranks, with 95% intervals."""
+
+    ranks: int
+    nodes: int
+    step_s: float
+    step_interval_s: Interval
+    samples_per_s: float
+    samples_per_s_interval: Interval
+    efficiency: float  # samples/s per rank, relative to the smallest measured size as the model has it
+    measured_s: float | None  # where this size was measured
+    extrapolation: float  # ranks / largest measured; 1 within the data
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A chosen model with its intervals, what it was chosen from, and what must be known to read it."""
+
+    points: Points
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]  # in the order of `MODELS`
+    draws: FloatArray  # (NUM_RESAMPLES, parameters) bootstrap
+    drift: float  # relative standard deviation per square root of a doubling beyond the largest size
+    why: str  # why this model
+    notes: tuple[str, ...]
+
+    @property
+    def parameters(self) -> dict[str, tuple[float, float, float]]:
+        """Each parameter: (low, value, high), 95%."""
+        fit = self.chosen.fit
+        assert fit is not None
+        low, high = np.quantile(self.draws, [0.025, 0.975], axis=0)
+        return {
+            name: (min(float(low[i]), float(value)), float(value), max(float(high[i]), float(value)))
+            for i, (name, value) in enumerate(zip(fit.names, fit.values, strict=True))
+        }
+
+    def reachable(self, ranks: int) -> bool:
+        """Whether anything is known of what so many ranks cost."""
+        return self.chosen.model != "mechanistic" or not crosses_unseen_boundary(self.points, ranks)
+
+    def at(self, sizes: Sequence[int]) -> tuple[Forecast, ...]:
+        """The forecast at each number of ranks; `sizes` must be `reachable`. Raises `UserError` for a time below 0."""
+        fit, points = self.chosen.fit, self.points
+        assert fit is not None
+        ranks = np.asarray(sizes, dtype=int)
+        middle = fit(ranks)
+        if (middle <= 0).any():
+            nonsense = int(ranks[middle <= 0][0])
+            raise UserError(
+                f"{points.label}: the {fit.model} model has no time above 0 at {num_ranks(nonsense)}",
+                "Choose another --model, or measure larger sizes.",
+            )
+        draws = np.stack([fit.predict(values, ranks) for values in self.draws])
+        beyond = np.maximum(ranks / points.largest, 1.0)
+        low, high = np.log(np.maximum(np.quantile(draws, [0.025, 0.975], axis=0), 1e-300) / middle)
+        drift = 1.96 * self.drift * np.sqrt(np.log2(beyond))
+        low, high = (
+            middle * np.exp(-np.hypot(np.minimum(low, 0), drift)),
+            middle * np.exp(np.hypot(np.maximum(high, 0), drift)),
+        )
+        samples = points.samples(ranks)
+        base = points.samples(points.ranks[:1])[0] / fit(points.ranks[:1])[0] / points.ranks[0]
+        measured = dict(zip(points.ranks.tolist(), points.step_s.tolist(), strict=True))
+        found = []
+        for i, size in enumerate(ranks.tolist()):
+            span = (float(low[i]), float(high[i]))
+            found.append(
+                Forecast(
+                    size,
+                    int(points.nodes(ranks[i : i + 1])[0]),
+                    float(middle[i]),
+                    span,
+                    float(samples[i] / middle[i]),
+                    (float(samples[i] / span[1]), float(samples[i] / span[0])),
+                    float(samples[i] / middle[i] / size / base),
+                    measured.get(size),
+                    float(beyond[i]),
+                )
+            )
+        return tuple(found)
+
+
+def curve_sizes(prediction: Prediction, beyond: float = 4.0, num_sizes: int = 60) -> list[int]:
+    """Numbers of ranks to draw the model at: evenly in log2 from the smallest to `beyond` times the largest."""
+    ranks = np.geomspace(prediction.points.ranks[0], beyond * prediction.points.largest, num_sizes)
+    wanted = {int(size) for size in np.round(ranks)} | set(prediction.points.ranks.tolist())
+    return [size for size in sorted(wanted) if prediction.reachable(size)]
+
+
+def predict(points: Points, model: ModelName | None = None) -> Prediction:
+    """Chooses a model by leave-largest-out cross-validation, or takes `model`, and bootstraps its parameters.
+
+    Raises `UserError` with the reason when the sizes are too few for it.
+    """
+    candidates = tuple(_candidate(name, points) for name in MODELS)
+    if model is not None:
+        chosen = next(each for each in candidates if each.model == model)
+        why = "as --model asks"
+    else:
+        chosen, why = _choose(candidates)
+    if chosen.fit is None:
+        sizes = ", ".join(map(str, points.ranks))
+        raise UserError(
+            f"{points.label}: the {chosen.model} model cannot be fitted to {sizes} ranks: {chosen.reason}",
+            "Measure more sizes (hpc-train scale), or give what an all-reduce costs with --network.",
+        )
+    drift = max(DRIFT, _observed_drift(points, chosen)) if chosen.held_out else UNTESTED_DRIFT
+    draws = _bootstrap(points, chosen.fit)
+    return Prediction(points, chosen, candidates, draws, drift, why, tuple(_notes(points, chosen)))
+
+
+# ---------------------------------------------------------------------------------------------- choosing
+
+
+def _fit(model: ModelName, points: Points, algorithm: Algorithm = "ring") -> Fit:
+    if model == "mechanistic":
+        return fit_mechanism(points, algorithm)
+    return fit_extra_p(points) if model == "extra-p" else fit_contention(points, with_coherence=model == "usl")
+
+
+def _candidate(model: ModelName, points: Points) -> Candidate:
+    algorithms: tuple[Algorithm, ...] = ("ring", "tree") if model == "mechanistic" else ("ring",)
+    tried = []
+    for algorithm in algorithms:
+        try:
+            whole = _fit(model, points, algorithm)
+        except TooFewSizes as error:
+            return Candidate(model, None, (), str(error))
+        held_out, reason = _hold_out(model, points, algorithm)
+        tried.append(Candidate(model, whole, held_out, reason, algorithm))
+    # The ring, unless a tree is clearly closer to what was held out.
+    return tried[-1] if len(tried) > 1 and _is_clearly_better(tried[1].error, tried[0].error) else tried[0]
+
+
+def _hold_out(model: ModelName, points: Points, algorithm: Algorithm) -> tuple[tuple[HeldOut, ...], str | None]:
+    """The largest sizes, each predicted from all smaller ones.
+
+    A size on several nodes is held out only where smaller ones are on several nodes, too: what leaving a node costs
+    cannot be known before, and no model should be praised for guessing it.
+    """
+    found, reason = [], "fewer than 4 sizes: none can be held out"
+    for kept in range(len(points.ranks) - 1, max(2, len(points.ranks) - 1 - _NUM_FOLDS), -1):
+        training, ranks = points.first(kept), int(points.ranks[kept])
+        if points.ranks_per_node and crosses_unseen_boundary(training, ranks):
+            reason = "only one size is on several nodes: it cannot be held out"
+            break
+        try:
+            guess = _fit(model, training, algorithm)(np.array([ranks]))[0]
+        except TooFewSizes as error:
+            reason = f"without the largest size: {error}"
+            break
+        found.append(HeldOut(model, ranks, float(points.step_s[kept]), float(guess)))
+    return tuple(found), None if found else reason
+
+
+def _is_clearly_better(error: float | None, than: float | None) -> bool:
+    return error is not None and than is not None and error < _CLEARLY * than and error < than - _NOTICEABLE
+
+
+def _choose(candidates: tuple[Candidate, ...]) -> tuple[Candidate, str]:
+    """The first in the order of preference, unless a later one is clearly closer to the sizes that were held out.
+
+    One size is no evidence: a law that knows nothing of nodes comes near it by luck (of the published series with one
+    size to hold out, 3 of 46 would get such a law, and be predicted wrong by a factor of 1.6 to 2.2).
+    """
+    possible = [each for each in candidates if each.fit is not None]
+    if not possible:
+        return candidates[0], "the first choice"
+    tested = [each for each in possible if each.error is not None]
+    if not tested:
+        return possible[0], f"not tested ({possible[0].reason}); the first choice"
+    best = tested[0]
+    for other in tested[1:]:
+        sizes = {each.ranks for each in other.held_out} & {each.ranks for each in best.held_out}
+        if len(sizes) > 1 and _is_clearly_better(_error_at(other, sizes), _error_at(best, sizes)):
+            best = other
+    return best, "no other is clearly closer" if len(tested) > 1 else "the only one that could be tested"
+
+
+def _error_at(candidate: Candidate, sizes: set[int]) -> float:
+    return float(np.mean([abs(each.error) for each in candidate.held_out if each.ranks in sizes]))
+
+
+# ---------------------------------------------------------------------------------------------- uncertainty
+
+
+def _observed_drift(points: Points, candidate: Candidate) -> float:
+    """Relative standard deviation per square root of a doubling, from the sizes that were held out."""
+    squares = []
+    for each in candidate.held_out:
+        before = int(points.ranks[points.ranks < each.ranks].max())
+        squares.append(each.error**2 / np.log2(each.ranks / before))
+    return float(np.sqrt(np.mean(squares))) if squares else 0.0
+
+
+def _bootstrap(points: Points, fit: Fit) -> FloatArray:
+    """(NUM_RESAMPLES, parameters) fits to step times drawn around the fitted ones.
+
+    Parametric (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, chapter 6): each draw deviates by
+    what its measurement is uncertain by, and by what the fit misses the sizes by, whichever is more.
+    """
+    fitted = fit(points.ranks)
+    left_over = np.abs(points.step_s / fitted - 1)
+    spare = len(points.ranks) - len(fit.values)
+    missed = float(np.sqrt(np.sum(left_over**2) / spare)) if spare > 0 else 0.0
+    scale = np.maximum(residual_scale(points), min(missed, 0.5))
+    generator = np.random.default_rng(0)
+    draws = fitted * np.exp(scale * generator.standard_normal((NUM_RESAMPLES, len(fitted))))
+    return np.stack([fit.refit(each) for each in draws])
+
+
+def _notes(points: Points, chosen: Candidate) -> list[str]:
+    notes = list(points.notes)
+    rate = points.samples(points.ranks) / points.step_s / points.ranks
+    for before, after, size in zip(rate, rate[1:], points.ranks[1:].tolist(), strict=False):
+        if after > 1.1 * before:
+            notes.append(
+                f"{num_ranks(size)}: {100 * (after / before - 1):.0f}% more per rank than at the size before, which no"
+                " model explains: repeat the smaller sizes before trusting a prediction."
+            )
+    fit = chosen.fit
+    assert fit is not None
+    misses = fit(points.ranks) / points.step_s - 1
+    worst = int(np.argmax(np.abs(misses)))
+    if abs(misses[worst]) > 0.1:
+        size = num_ranks(int(points.ranks[worst]))
+        notes.append(f"{size}: the model misses the measured time by {100 * abs(misses[worst]):.0f}%.")
+    if points.network is not None and points.gradient_bytes is not None:
+        notes.append(f"What an all-reduce costs is taken from {points.network.source}.")
+    if points.network is not None and points.gradient_bytes is None:
+        notes.append("The network's costs are not used: the size of the gradients is unknown (--gradient-bytes).")
+    return notes

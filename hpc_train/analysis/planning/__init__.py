@@ -1,0 +1,1 @@
+"""How many nodes to ask for next time."""

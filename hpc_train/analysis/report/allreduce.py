@@ -1,0 +1,198 @@
+"""What `bench allreduce` found, as tables, sentences and a figure: bus bandwidth against size."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hpc_train.analysis.report.plots.canvas import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    saved,
+    styled,
+)
+from hpc_train.analysis.report.table import Column, Sheet
+from hpc_train.core import rundir
+from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Fit, Row, fits, pair_ratios, size_text
+from hpc_train.core.formatting import percent, significant
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Place = tuple[int, int, int]  # ranks, nodes, ranks per node
+JUDGED_BYTES = (64 << 10, 64 << 20)
+JUDGED = ("mpi", "horovod")
+GOAL = 0.9
+
+_NAMES = {"plain_mpi": "MPI_Allreduce", "ddp_gloo": "gloo", "memory": "memory copy", "link": "ping-pong"}
+_LINES: dict[str, tuple[str, str, str]] = {  # colour, dashes, marker
+    "horovod": (BLUE, "-", "o"),
+    "mpi": (VERMILLION, "-", "s"),
+    "parameter_server": (GREEN, "-", "^"),
+    "sharded": (PURPLE, "-", "D"),
+    "plain_mpi": (BLACK, "--", "x"),
+    "ddp_gloo": (ORANGE, "--", "+"),
+    "memory": (GREY, ":", ""),
+    "link": (SKY, ":", ""),
+}
+_TICKS = [4 << power for power in range(0, 32, 4)]  # 4 B, 64 B ... 1 GiB
+_PANEL_INCHES = (3.3, 3.4)
+
+
+def name_of(strategy: str) -> str:
+    return _NAMES.get(strategy, strategy.replace("_", " "))
+
+
+def place_text(place: Place) -> str:
+    ranks, nodes, per_node = place
+    if nodes == 1:
+        return f"{ranks} ranks on one node"
+    return f"{ranks} ranks on {nodes} nodes" + (", one on each" if per_node == 1 else "")
+
+
+def places(rows: Sequence[Row]) -> list[Place]:
+    return list(dict.fromkeys(row.place for row in rows))
+
+
+def limits(rows: Sequence[Row], place: Place) -> list[Row]:
+    """The rows to hold a place's all-reduces against: its memory copies, and messages of two ranks as far apart."""
+    between = place[1] > 1
+    return [
+        row
+        for row in rows
+        if (row.strategy == "memory" and row.place == place) or (row.strategy == "link" and (row.nodes > 1) == between)
+    ]
+
+
+def sheets(rows: Sequence[Row]) -> list[Sheet]:
+    """For each place times and bus bandwidths; then what was fitted."""
+    made = []
+    for place in places(rows):
+        here = {(row.strategy, row.message_bytes): row for row in rows if row.place == place}
+        beside = {(row.strategy, row.message_bytes): row for row in limits(rows, place)}
+        sizes = sorted({size for _, size in here})
+        summed = [name for name in (*OURS, *PEERS) if (name, sizes[0]) in here]
+        times = tuple(tuple([size_text(s), *(_time_text(here.get((name, s))) for name in summed)]) for s in sizes)
+        columns = (Column("size", True), *(Column(name_of(name)) for name in summed))
+        made.append(Sheet(f"{place_text(place)}: time in us, ± half the distance of the quartiles", columns, times))
+        shown = [*summed, *LIMITS]
+        speeds = tuple(
+            tuple([size_text(s), *(_speed_text((here | beside).get((name, s))) for name in shown)]) for s in sizes
+        )
+        columns = (*columns, *(Column(name_of(name)) for name in LIMITS))
+        made.append(Sheet(f"{place_text(place)}: bus bandwidth in GB/s beside its limits", columns, speeds))
+    found = fits(rows)
+    return [*made, _fit_sheet(found)] if found else made
+
+
+def _time_text(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    low, middle, high = row.quartiles_s
+    return f"{significant(middle * 1e6)} ±{percent((high - low) / 2 / middle, 0)}"
+
+
+def _speed_text(row: Row | None) -> str:
+    return "-" if row is None else significant(row.bytes_per_s / 1e9)
+
+
+def _fit_sheet(found: Sequence[Fit]) -> Sheet:
+    columns = ("ranks", "strategy", "latency (us)", "interval", "bandwidth (GB/s)", "interval", "error")
+    cells = tuple(
+        (
+            place_text((each.ranks, each.nodes, each.ranks_per_node)),
+            name_of(each.strategy),
+            significant(each.alpha_s * 1e6),
+            "-".join(significant(end * 1e6) for end in each.alpha_interval_s),
+            _inverse(each.beta_s_per_byte),
+            "-".join(_inverse(end) for end in reversed(each.beta_interval_s_per_byte)),
+            percent(each.error, 0),
+        )
+        for each in found
+    )
+    title = "T = 2 (N-1) latency + 2 (N-1)/N bytes / bandwidth, fitted; error: the median over sizes"
+    return Sheet(title, tuple(Column(name, is_text=place < 2) for place, name in enumerate(columns)), cells)
+
+
+def _inverse(beta_s_per_byte: float) -> str:
+    return significant(1 / beta_s_per_byte / 1e9) if beta_s_per_byte > 0 else "inf"
+
+
+def ratio_notes(rows: Sequence[Row]) -> list[str]:
+    """The speed of our all-reduces over that of one MPI_Allreduce, at the sizes that are judged."""
+    notes = []
+    for num_bytes in JUDGED_BYTES:
+        for strategy in JUDGED:
+            for place, ratios in pair_ratios(rows, strategy, num_bytes).items():
+                low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+                verdict = "" if middle >= GOAL else f", below {GOAL}"
+                notes.append(
+                    f"{size_text(num_bytes)}, {place_text(place)}: {strategy} runs at {middle:.2f} of plain "
+                    f"MPI_Allreduce (quartiles {low:.2f}-{high:.2f} of {len(ratios)} pairs{verdict})."
+                )
+    return notes
+
+
+# ------------------------------------------------------------------------------------------------- the figure
+
+
+def write_figure(rows: Sequence[Row], path: Path) -> list[Path]:
+    """Bus bandwidth against size, a panel for each place, as `path` with the endings .svg, .pdf and .png."""
+    chosen = _largest(places(rows))
+    width, height = _PANEL_INCHES
+    with styled((width * len(chosen) + 0.4, height), 8, {"svg.hashsalt": path.name}) as figure:
+        panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
+        for axes, place in zip(panels, chosen, strict=True):
+            paint(axes, rows, place)
+        panels[0].set_ylabel("bus bandwidth (GB/s)")
+        lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(lines.values(), lines, loc="outside upper center", ncols=4)
+        contents = {path.with_suffix(f".{ending}"): saved(figure, ending, dpi=200) for ending in ("svg", "pdf", "png")}
+    for file, content in contents.items():
+        rundir.write_atomic(file, content)
+    return list(contents)
+
+
+def _largest(found: list[Place]) -> list[Place]:
+    """The most ranks of one node, the most nodes with a rank on each, and all."""
+    kinds = ([p for p in found if p[1] == 1], [p for p in found if p[1] > 1 and p[2] == 1], found)
+    return list(dict.fromkeys(max(kind) for kind in kinds if kind))
+
+
+def paint(axes: "Axes", rows: Sequence[Row], place: Place) -> None:
+    """One place's bus bandwidths on log axes, medians with quartiles, and its limits, dotted."""
+    beside = limits(rows, place)
+    for name, (color, dashes, marker) in _LINES.items():
+        some = sorted(
+            (row for row in (beside if name in LIMITS else rows) if row.strategy == name),
+            key=lambda row: row.message_bytes,
+        )
+        if name not in LIMITS:
+            some = [row for row in some if row.place == place]
+        if not some:
+            continue
+        sizes, speeds = [row.message_bytes for row in some], np.array([row.bytes_per_s / 1e9 for row in some])
+        axes.plot(sizes, speeds, color=color, linestyle=dashes, marker=marker, markersize=3.5, label=name_of(name))
+        quartiles = np.array([row.quartiles_s for row in some])
+        axes.fill_between(
+            sizes,
+            speeds * quartiles[:, 1] / quartiles[:, 2],
+            speeds * quartiles[:, 1] / quartiles[:, 0],
+            color=color,
+            alpha=0.15,
+            linewidth=0,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    measured = [row.message_bytes for row in rows]
+    ticks = [size for size in _TICKS if min(measured) <= size <= max(measured)]
+    axes.set_xticks(ticks, [size_text(size) for size in ticks], rotation=45)
+    axes.minorticks_off()
+    axes.set(xlabel="size of the message", title=place_text(place))

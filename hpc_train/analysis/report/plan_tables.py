@@ -1,0 +1,170 @@
+"""A plan in words, tables and plain values: what the terminal, the page and programs are told alike."""
+
+from dataclasses import asdict
+from typing import Any
+
+from hpc_train.analysis.models.predict import Candidate, Forecast, Prediction
+from hpc_train.analysis.planning.plan import Option, Plan, nodes_text
+from hpc_train.analysis.report.table import Column, Sheet
+from hpc_train.analysis.scaling.scaling import num_ranks
+from hpc_train.core.formatting import duration_text, energy_amount, percent, significant, with_interval
+
+SCHEMA = 1
+
+
+def short_answer(plan: Plan) -> str | None:
+    """ "ask for 16 nodes", for a headline that says other things, too; None where nothing can be recommended."""
+    return f"ask for {nodes_text(plan.prediction.points, plan.chosen)}" if plan.chosen else None
+
+
+def answer(plan: Plan) -> list[str]:
+    """The answer in sentences, the recommendation first."""
+    points, chosen = plan.prediction.points, plan.chosen
+    if plan.is_forecast:
+        about = [f"For {plan.work.words}, in the training loop."] if plan.work else []
+        return [*(f"{_where(option, plan)}: {_takes(option, plan)}" for option in plan.options), *about]
+    if chosen is None:
+        broken = "; ".join(
+            f"{nodes_text(points, option)}: {' and '.join(option.broken)}" for option in plan.options[-1:]
+        )
+        return [f"Nothing to ask for: {plan.reason}. The largest looked at may break it, too: {broken}"]
+    lines = [f"Ask for {_where(chosen, plan)}: {_takes(chosen, plan)}", f"Why: {plan.reason}."]
+    if plan.why_not_smaller:
+        lines.append(f"Not fewer: {plan.why_not_smaller}.")
+    if plan.why_not_larger:
+        lines.append(f"Not more: {plan.why_not_larger}.")
+    if plan.work is not None:
+        lines.append(f"For {plan.work.words}, in the training loop: start-up, tests and saving come on top.")
+    if plan.power is not None and chosen.energy_j is not None:
+        kind = "estimated by the runs" if plan.power.quality == "estimated" else "of the meters that the runs had"
+        lines.append(f"Energy: {kind}; {plan.power.assumed}.")
+    return lines
+
+
+def _where(option: Option, plan: Plan) -> str:
+    """ "8 nodes (32 ranks)"."""
+    size = nodes_text(plan.prediction.points, option)
+    return f"{size} ({num_ranks(option.forecast.ranks)})" if "node" in size else size
+
+
+def _takes(option: Option, plan: Plan) -> str:
+    if option.time_s is None:
+        forecast = option.forecast
+        rate = with_interval(forecast.samples_per_s, forecast.samples_per_s_interval)
+        return f"{rate} samples/s, efficiency {percent(forecast.efficiency, 0)}"
+    estimate = "estimated " if plan.power is not None and plan.power.quality == "estimated" else ""
+    energy = energy_amount(option.energy_j, option.energy_interval_j) if option.energy_j is not None else "missing"
+    return ", ".join(
+        [
+            duration_text(option.time_s, option.time_interval_s),
+            f"{with_interval(option.node_hours, option.node_hours_interval)} node-hours",
+            f"energy {estimate}{energy}",
+        ]
+    )
+
+
+def sheets(plan: Plan) -> list[Sheet]:
+    return [_options_sheet(plan), models_sheet(plan.prediction), parameters_sheet(plan.prediction)]
+
+
+def _options_sheet(plan: Plan) -> Sheet:
+    points = plan.prediction.points
+    titles = ["nodes"] * bool(points.ranks_per_node) + ["ranks"]
+    titles += ["time", "energy", "node-hours"] if plan.work else ["step (ms)", "samples/s"]
+    rows = []
+    for option in plan.options:
+        forecast = option.forecast
+        low, high = forecast.step_interval_s
+        cells = [str(option.nodes)] * bool(points.ranks_per_node)
+        cells.append(f"{forecast.ranks}{' <-' * (option is plan.chosen)}")
+        if plan.work:
+            cells.append(duration_text(option.time_s, option.time_interval_s))
+            cells.append(energy_amount(option.energy_j, option.energy_interval_j))
+            cells.append(with_interval(option.node_hours, option.node_hours_interval))
+        else:
+            cells.append(with_interval(forecast.step_s * 1e3, (low * 1e3, high * 1e3)))
+            cells.append(significant(forecast.samples_per_s, 4))
+        rows.append((*cells, percent(forecast.efficiency, 0)))
+    title = (
+        "Predicted (95% intervals)" if plan.is_forecast else "What could be asked for (95% intervals; <- recommended)"
+    )
+    return Sheet(title, tuple(map(Column, [*titles, "efficiency"])), tuple(rows))
+
+
+def models_sheet(prediction: Prediction) -> Sheet:
+    """The models, and by how much each missed the sizes it had not seen."""
+    rows = []
+    for each in prediction.candidates:
+        sizes = ", ".join(str(one.ranks) for one in each.held_out)
+        form = each.fit.form if each.fit else f"not fitted: {each.reason}"
+        mark = " <-" if each.model == prediction.chosen.model else ""
+        rows.append((each.model + mark, percent(each.error), sizes or "none", form))
+    return Sheet(
+        f"Models, tested on the largest sizes held out (<- used: {prediction.why})",
+        (Column("model", True), Column("off by"), Column("held out"), Column("step time", True)),
+        tuple(rows),
+    )
+
+
+def parameters_sheet(prediction: Prediction) -> Sheet:
+    rows = tuple(
+        (name, *(significant(value) for value in (middle, low, high)))
+        for name, (low, middle, high) in prediction.parameters.items()
+    )
+    titles = (Column("parameter", True), Column("value"), Column("95% from"), Column("to"))
+    return Sheet(f"The {prediction.chosen.model} model's parameters", titles, rows)
+
+
+# ---------------------------------------------------------------------------------------------- for programs
+
+
+def record(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values for JSON; None is what is not known."""
+    return {
+        "schema": SCHEMA,
+        "answer": answer(plan),
+        "nodes": plan.chosen.nodes if plan.chosen else None,
+        "ranks": plan.chosen.forecast.ranks if plan.chosen else None,
+        "is_forecast": plan.is_forecast,
+        "reason": plan.reason,
+        "why_not_larger": plan.why_not_larger,
+        "why_not_smaller": plan.why_not_smaller,
+        "limits": asdict(plan.limits),
+        "work": asdict(plan.work) if plan.work else None,
+        "power": asdict(plan.power) if plan.power else None,
+        "options": [_option_record(option) for option in plan.options],
+        **prediction_record(plan.prediction),
+        "warnings": list(plan.warnings),
+    }
+
+
+def prediction_record(prediction: Prediction) -> dict[str, Any]:
+    """Model, parameters, and what was measured and held out."""
+    points = prediction.points
+    return {
+        "label": points.label,
+        "scaling": "weak" if points.weak else "strong",
+        "ranks_per_node": points.ranks_per_node,
+        "model": prediction.chosen.model,
+        "algorithm": prediction.chosen.algorithm if prediction.chosen.model == "mechanistic" else None,
+        "why_model": prediction.why,
+        "parameters": {
+            name: {"value": middle, "low": low, "high": high}
+            for name, (low, middle, high) in prediction.parameters.items()
+        },
+        "models": [_candidate_record(each) for each in prediction.candidates],
+        "measured": [
+            {"ranks": ranks, "step_s": step_s}
+            for ranks, step_s in zip(points.ranks.tolist(), points.step_s.tolist(), strict=True)
+        ],
+    }
+
+
+def _candidate_record(each: Candidate) -> dict[str, Any]:
+    held_out = [{**asdict(one), "error": one.error} for one in each.held_out]
+    return {"model": each.model, "error": each.error, "reason": each.reason, "held_out": held_out}
+
+
+def _option_record(option: Option) -> dict[str, Any]:
+    forecast: Forecast = option.forecast
+    return {**asdict(forecast), **{key: value for key, value in asdict(option).items() if key != "forecast"}}

@@ -1,0 +1,86 @@
+"""How a job scaled: speedup against the ideal and the law."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hpc_train.analysis.report.plots.canvas import BLUE, GREY, VERMILLION, WHITE, Drawing, thinned
+from hpc_train.analysis.scaling.laws import Law, fitted, law_words
+from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
+from hpc_train.core.formatting import percent, ratio_interval_text, times_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_WIDE = 8  # sizes that span this much are drawn on logarithmic axes
+
+
+def speedup_drawing(group: Group) -> Drawing | None:
+    """Speedup over the baseline with its interval, the ideal and the fitted law; None without a baseline."""
+    rows = [row for row in group.rows if row.speedup is not None]
+    if group.baseline is None:
+        return None
+    over, law = num_ranks(group.baseline.size), fitted(group)
+    told = ", ".join(f"{num_ranks(row.size)} {times_text(row.speedup or 0)}{_interval(row)}" for row in rows)
+    kind = "Samples per second" if group.weak else "Speed"
+    ideal = "twice the ranks, twice the samples per second" if group.weak else "N times the ranks, 1/N of the time"
+    return Drawing(
+        "speedup",
+        f"{kind} relative to {over}, with 95% intervals. Dashed, the ideal: {ideal}. {law_words(group)}".strip(),
+        f"Speedup over {over}: {told}. {law_words(group)}".strip(),
+        lambda axes: _paint(axes, group, rows, law),
+    )
+
+
+def _interval(row: Row) -> str:
+    return "" if row.speedup_interval is None else f" (95% interval {ratio_interval_text(row.speedup_interval)})"
+
+
+def _paint(axes: "Axes", group: Group, rows: list[Row], law: Law | None) -> None:
+    assert group.baseline is not None
+    base, sizes = group.baseline.size, sorted({row.size for row in rows})
+    ideal = "ideal: N x samples/s" if group.weak else "ideal: T/N"
+    axes.plot(sizes, [size / base for size in sizes], color=GREY, linestyle="--", linewidth=1.2, label=ideal)
+    if law:
+        between = np.geomspace(sizes[0], sizes[-1], 60)
+        label = f"{law.name}, {percent(law.serial)} serial"
+        curve = [law.speedup(float(size) / base) for size in between]
+        axes.plot(between, curve, color=VERMILLION, linestyle="-.", linewidth=1.2, label=label)
+    whole = [row for row in rows if not row.incomplete]
+    for name, some, fill in (
+        ("measured, 95% interval", whole, BLUE),
+        ("incomplete run", [row for row in rows if row.incomplete], WHITE),
+    ):
+        if some:
+            points = [row.size for row in some], [row.speedup or 0.0 for row in some]
+            line: dict[str, Any] = {
+                "markerfacecolor": fill,
+                "markersize": 5,
+                "capsize": 3,
+                "label": name,
+                "color": BLUE,
+            }
+            axes.errorbar(*points, yerr=_bars(some), fmt="o", **line)
+    _scale(axes, sizes)
+    axes.set(xlabel="ranks", ylabel=f"speedup over {num_ranks(base)}")
+    axes.legend(loc="upper left")
+
+
+def _scale(axes: "Axes", sizes: list[int]) -> None:
+    places = [float(size) for size in sizes]
+    if sizes[-1] >= _WIDE * sizes[0]:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        places = [float(np.log2(size)) for size in sizes]
+    else:
+        axes.set_ylim(bottom=0)
+    axes.minorticks_off()
+    shown = [sizes[index] for index in thinned(places, (places[-1] - places[0]) / 11)]
+    axes.set_xticks(shown, [str(size) for size in shown])
+
+
+def _bars(rows: list[Row]) -> list[list[float]]:
+    """Lengths of the error bars below and above, as `errorbar` wants them; 0 without an interval."""
+    spans = [(row.speedup or 0.0, row.speedup_interval or (row.speedup or 0.0,) * 2) for row in rows]
+    return [[middle - low for middle, (low, _) in spans], [high - middle for middle, (_, high) in spans]]

@@ -1,0 +1,1 @@
+"""Run directories read back, each rank's file once."""

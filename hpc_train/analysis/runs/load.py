@@ -1,0 +1,324 @@
+"""Run directories to values: what the comparison and the report start from, crashed runs too."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.runs.load_balance import Balance
+from hpc_train.analysis.runs.ranks import LEAVE_OUT, reduce_ranks
+from hpc_train.core import config, rundir
+from hpc_train.core.config import Config
+from hpc_train.core.errors import UserError
+from hpc_train.core.paths import read_text
+from hpc_train.core.records import (
+    JOB_WIDE,
+    OWN_CORES,
+    SCHEMA,
+    Energy,
+    FloatArray,
+    RunSummary,
+    Trace,
+    contained,
+    read_metrics,
+    read_traces,
+    summarise,
+    total_energy,
+)
+from hpc_train.core.rundir import RunDir
+
+# Numbers beyond are damage, and no run.
+_MOST_RANKS = 10_000_000
+_MOST_LACKING, _MOST_LACKING_SHARE = 10_000, 100  # ranks without records, and for each with some
+_MOST_COUNTED = 10**15  # steps, samples
+_MOST_JSON_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run as it was recorded. `incomplete` says in words why it is not whole, None when it is."""
+
+    dir: RunDir
+    config: Config
+    meta: dict[str, Any]
+    summary: RunSummary
+    step_s: FloatArray  # (steady steps,) the mean duration of each step over the ranks that train
+    phases_s: FloatArray  # (len(PHASES),) sums over the ranks that train and steady steps
+    servers_s: FloatArray  # (len(PHASES),) the same sums over the servers, zeros where there are none
+    metrics: tuple[list[int], list[float]]  # (steps, losses), empty where none were written
+    incomplete: str | None
+    balance: Balance | None = None  # how its ranks shared the work; None: no steady step
+    copies: tuple[Path, ...] = ()  # other folders that hold this very run
+
+    @property
+    def size(self) -> int:
+        return self.summary.size
+
+    @property
+    def num_servers(self) -> int:
+        """The last ranks of a parameter server's job, which hold weights and train on nothing."""
+        return self.size - self.config.reduce.num_workers(self.size)
+
+    @property
+    def label(self) -> str:
+        """The last two parts of the directory's path: the job's name and the stamp of the run."""
+        return "/".join(self.dir.path.resolve().parts[-2:])
+
+    @property
+    def assumption(self) -> str | None:
+        """What the energy estimate rests on, as the run wrote it down."""
+        text = section(self.meta, "energy").get("assumption")
+        return str(text) if text else None
+
+
+def section(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """A part of meta.json, or {} where the run did not write it."""
+    value = tree.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def word(tree: dict[str, Any], key: str) -> str | None:
+    """A text of meta.json; None where the run did not write it, or something else stands there."""
+    value = tree.get(key)
+    return value if isinstance(value, str) and value else None
+
+
+def attempts(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """What meta.json says of each time that the run was begun or continued."""
+    value = meta.get("attempts")
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def load_all(paths: Sequence[Path]) -> list[Run]:
+    """The runs at or below `paths`, each once. Raises `UserError` for a path with none and where one cannot be read."""
+    found = rundir.search(_without_reports(paths))
+    return [replace(load(run), copies=tuple(copy.path for copy in copies)) for run, *copies in _originals(found.runs)]
+
+
+def load_known(paths: Sequence[Path], guard: Guard) -> tuple[list[Run], list[str]]:
+    """(the runs at or below `paths` that can be read, what was left out and why, in sentences).
+
+    Raises `UserError` where none can be read.
+    """
+    found = rundir.search(_without_reports(paths))
+    runs: list[Run] = []
+    errors: list[UserError] = []
+    for candidates in _originals(found.runs):
+        run, copies = candidates[0], tuple(copy.path for copy in candidates[1:])
+        loaded = guard.made(f"the run {run.path}", lambda why: UserError(why, LEAVE_OUT), _tried, run)
+        if isinstance(loaded, UserError):
+            errors.append(loaded)
+        else:
+            runs.append(replace(loaded, copies=copies))
+    if not runs:
+        more = f"\n  (and {len(errors) - 1} more runs that cannot be read)" if len(errors) > 1 else ""
+        raise UserError(errors[0].what, errors[0].remedy + more)
+    notes = [f"Left out, since it cannot be read: {error.what}." for error in errors]
+    inside = {run.path for run in found.runs}  # of these `load` says it, where it matters
+    notes += [
+        f"Left out: {folder} cannot be looked into: {why}."
+        for folder, why in found.unreadable.items()
+        if inside.isdisjoint(folder.parents)
+    ]
+    notes += [f"Passed over: {path} has no meta.json or no timings." for path in found.fragments]
+    return runs, notes
+
+
+def _tried(run: RunDir) -> Run | UserError:
+    try:
+        return load(run)
+    except UserError as error:
+        return error
+
+
+def _without_reports(paths: Sequence[Path]) -> list[Path]:
+    """A folder that an earlier report was written to is passed over, so that `runs/*` may be given twice."""
+    return [path for path in paths if not _is_report(path)] or list(paths)
+
+
+def _originals(runs: Sequence[RunDir]) -> list[list[RunDir]]:
+    """Each run with its copies: of these one is read."""
+    same: dict[tuple[bytes, bytes], list[RunDir]] = defaultdict(list)
+    for run in runs:
+        same[_identity(run)].append(run)
+    return list(same.values())
+
+
+def _identity(run: RunDir) -> tuple[bytes, bytes]:
+    """What no two runs share: when it began and where, and the times of its first rank to the nanosecond."""
+    first = run.timings(0)
+    try:
+        return run.meta.read_bytes(), first.read_bytes() if first.is_file() else bytes(run.path)
+    except OSError:  # `load` says why
+        return b"", bytes(run.path)
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return (path / "report.html").is_file() and not rundir.is_run(path)
+    except (OSError, ValueError):  # `rundir.search` says why
+        return False
+
+
+def load(run: RunDir) -> Run:
+    """Reads one run directory, one rank's records at a time.
+
+    The summary is rebuilt from the timings as the ranks themselves make it: each step's mean over the ranks that train,
+    phases summed over them. A crashed run counts up to the last step that every rank recorded. Raises `UserError`
+    naming the file, `BadRecord` naming path:line.
+    """
+    try:
+        return _load(run)
+    except OSError as error:
+        raise UserError(f"{error.filename or run.path} cannot be read: {error.strerror}", LEAVE_OUT) from None
+
+
+def _load(run: RunDir) -> Run:
+    meta = _read_meta(run)
+    settings = _read_config(run, meta["size"])
+    written = _read_json(run.summary) if run.summary.is_file() else None
+    num_attempts = max(1, len(attempts(meta)))
+    ranks = reduce_ranks(run, meta, settings.reduce, num_attempts)
+    step_ns, total, faults = ranks.step_ns, ranks.total, ranks.faults
+    if written is None:
+        outcome = str(meta.get("outcome", ""))  # of an attempt that ended by itself
+        stopped = outcome if outcome.startswith("stopped") else "the run did not reach its end or is still running"
+        faults.insert(0, f"no summary.json, {stopped}")
+    elif not written.get("complete"):
+        fault = written.get("fault") or "the run did not reach its end"
+        faults.insert(0, f"summary.json says that {fault}")
+    num_steps = len(step_ns) + total.num_warmup - total.num_repeated
+    if faults:
+        planned = settings.train.steps
+        faults.append(f"{num_steps}{'' if planned == config.UNKNOWN_STEPS else f' of {planned}'} steps can be used")
+    metrics = read_metrics(run.metrics) if run.metrics.is_file() else ([], [])
+    loss = _number((written or {}).get("loss"))
+    summary = summarise(
+        name=word(meta, "name") or settings.name,
+        size=meta["size"],
+        num_hosts=len(meta["hosts"]),
+        global_batch=settings.global_batch(meta["size"]),
+        step_ns=step_ns,
+        phases_ns=total.phases_ns,
+        num_samples=total.num_samples,
+        num_warmup=total.num_warmup,
+        num_repeated=total.num_repeated,
+        num_attempts=num_attempts,
+        energy=_energy(run, meta),
+        loss=loss if loss is not None else next(iter(metrics[1][-1:]), None),
+        test=_test(written or {}),
+        complete=not faults,
+    )
+    return Run(
+        run,
+        settings,
+        meta,
+        summary,
+        step_ns / 1e9,
+        total.phases_ns / 1e9,
+        ranks.servers_ns / 1e9,
+        metrics,
+        "; ".join(faults) or None,
+        ranks.balance,
+    )
+
+
+def _test(written: dict[str, Any]) -> dict[str, float]:
+    """The test measures of a summary; before schema 3 there was one."""
+    measures = written.get("test", {"accuracy": written.get("test_accuracy")})
+    found = {str(name): _number(value) for name, value in measures.items()} if isinstance(measures, dict) else {}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def host_traces(run: RunDir, meta: dict[str, Any]) -> dict[str, list[Trace]]:
+    """The meters' traces of each host of any attempt; [] for a host without a file, or with a name that is none."""
+    others = [each.get("hosts") for each in attempts(meta)]
+    hosts = [*meta["hosts"], *(host for some in others if isinstance(some, list) for host in some)]
+    return {
+        host: read_traces(run.energy(host)) if Path(host).name == host and run.energy(host).is_file() else []
+        for host in dict.fromkeys(map(str, hosts))
+    }
+
+
+def disjoint(traces: dict[str, list[Trace]]) -> dict[str, list[Trace]]:
+    """The traces whose joules may be added up: none that another of its host, or one of all hosts, holds already."""
+    wide = {trace.domain for of_host in traces.values() for trace in of_host if trace.domain in JOB_WIDE}
+    beside = {host: wide | {trace.domain for trace in of_host} for host, of_host in traces.items()}
+    return {
+        host: [trace for trace in of_host if not contained(trace.domain, beside[host])]
+        for host, of_host in traces.items()
+    }
+
+
+def _energy(run: RunDir, meta: dict[str, Any]) -> Energy:
+    """The sum over hosts; a host of the last attempt without readings makes it missing, unless others' hold its own."""
+    traces = host_traces(run, meta)
+    known = [trace for of_host in disjoint(traces).values() for trace in of_host]
+    if not all(traces[host] for host in meta["hosts"]) and not any(trace.domain in JOB_WIDE for trace in known):
+        return Energy()
+    total = total_energy(trace.energy for trace in known)
+    shared = any(was is True for was in section(section(meta, "energy"), "shared").values())
+    is_shared = shared and any(trace.domain != OWN_CORES for trace in known)
+    return replace(total, source=f"{total.source} (node shared)") if is_shared and total.joules is not None else total
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    text = read_text(path, LEAVE_OUT, _MOST_JSON_BYTES)
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}", LEAVE_OUT) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no JSON object", LEAVE_OUT)
+    return tree
+
+
+def _read_config(run: RunDir, size: int) -> config.Config:
+    """config.toml, which leaves at least one of `size` ranks to train."""
+    try:
+        settings = config.load(run.config).config
+    except UserError as error:
+        raise UserError(f"{run.config}: {error.what}", LEAVE_OUT) from None
+    if settings.reduce.num_workers(size) < 1:
+        raise UserError(
+            f"{run.config}: reduce.servers = {settings.reduce.servers} leaves none of {size} ranks to train", LEAVE_OUT
+        )
+    for key, value in (("train.steps", settings.train.steps), ("the global batch", settings.global_batch(size))):
+        if value > _MOST_COUNTED:
+            raise UserError(f"{run.config}: {key} = {value:.3g} is too large", LEAVE_OUT)
+    return settings
+
+
+def _read_meta(run: RunDir) -> dict[str, Any]:
+    """meta.json with a usable `size` and `hosts`."""
+    meta = _read_json(run.meta)
+    schema, size, hosts = meta.get("schema"), meta.get("size"), meta.get("hosts")
+    if type(schema) is not int or not 0 < schema <= SCHEMA:
+        raise UserError(
+            f"{run.meta}: schema = {_short(schema)}, and this hpc-train reads up to {SCHEMA}",
+            "Make the report with a newer hpc-train.",
+        )
+    if type(size) is not int or not 1 <= size <= _MOST_RANKS:
+        raise UserError(f"{run.meta}: size = {_short(size)} is no number of ranks", LEAVE_OUT)
+    if not isinstance(hosts, list) or not hosts or not all(isinstance(host, str) for host in hosts):
+        raise UserError(f"{run.meta}: hosts = {_short(hosts)} is no list of names", LEAVE_OUT)
+    num_files = sum(1 for entry in os.scandir(run.timings_dir) if entry.name.startswith("rank-"))
+    if size > _MOST_LACKING + _MOST_LACKING_SHARE * num_files:
+        raise UserError(f"{run.meta}: size = {size}, and {run.timings_dir} holds records of {num_files}", LEAVE_OUT)
+    return meta
+
+
+def _short(value: object) -> str:
+    told = repr(value)
+    return told if len(told) < 80 else f"{told[:80]}..."

@@ -1,0 +1,163 @@
+"""Which runs repeat each other: alike in everything that their times, losses and joules hang on.
+
+Repeats are pooled in one row. What was recorded on other software, hardware or settings is no repeat, though the job
+file is the same: it stands in a group of its own, which says how it differs.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from hpc_train.analysis.runs.load import Run, section, word
+from hpc_train.core import config
+from hpc_train.core.config import flatten
+
+_MOST_COUNTED = 10**15  # a number beyond is damage
+Facts = dict[str, str]  # what a run did not write down is absent: unknown, and no difference
+_NO_MATTER = re.compile(  # variables that name a place or a launch, and no way to compute
+    r"TMPDIR|(CUDA|ROCR|HIP)_VISIBLE_DEVICES|SRUN_.*|.*_(RANK|SIZE|HOSTNAME|ADDR|PORT)"
+)
+_TARIFF = ("energy.pue", "energy.co2_g_per_kwh", "energy.price_per_kwh", "energy.currency")  # of no run, of a centre
+
+
+def facts_of(run: Run) -> Facts:
+    """What a step's duration hangs on besides the configuration and the number of ranks: runs of other sizes are
+    compared all the same, and the report says what differs.
+    """
+    meta = run.meta
+    git, ranks = section(meta, "git"), meta["ranks"] if isinstance(meta.get("ranks"), list) else []
+    threads = {str(_count(rank.get("threads"))) for rank in ranks if isinstance(rank, dict)} - {"None"}
+    facts = {
+        **{f"version of {name}": word(section(meta, "versions"), name) for name in section(meta, "versions")},
+        "MPI": (word(section(meta, "mpi"), "version") or "").partition("\n")[0],
+        "CPU": word(meta, "cpu_model"),
+        "device": word(meta, "device"),
+        "threads per rank": "/".join(sorted(threads)),
+        "steps": run.config.train.steps,
+        "training samples": _count(meta.get("num_samples", meta.get("num_train_samples"))),
+        "parameters": _count(meta.get("num_parameters")),
+        "hpc-train": word(meta, "hpc_train"),
+        "git commit": _commit(git),
+    }
+    return {name: str(value) for name, value in facts.items() if value not in (None, "")}
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < _MOST_COUNTED else None
+
+
+def _commit(git: dict[str, Any]) -> str | None:
+    commit = word(git, "commit")
+    return f"{commit[:12]}{' with uncommitted changes' if git.get('dirty') else ''}" if commit else None
+
+
+def _more_facts(run: Run) -> Facts:
+    """What repeats must have in common, too. Between sizes it may differ by nature (hosts, what a launcher sets), or
+    only costs joules and saves (settings that decide nothing about a step).
+    """
+    git, shown = section(run.meta, "git"), run.meta.get("environment")
+    settings = flatten(config.as_dict(run.config))
+    facts = {
+        "hosts": run.summary.num_hosts,
+        "kernel": word(run.meta, "kernel"),
+        "precision": word(run.meta, "precision"),
+        # Two dirty trees of one commit are the same only where their changes are.
+        "uncommitted changes": word(git, "changes") if git.get("dirty") else None,
+        **{key: settings[key] for key in settings if key.startswith(("checkpoint.", "energy.")) and key not in _TARIFF},
+    }
+    if isinstance(shown, dict):
+        facts |= {f"environment {name}": word(shown, name) for name in shown if not _NO_MATTER.fullmatch(name)}
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def all_facts(runs: Sequence[Run]) -> list[Facts]:
+    """Of each run all that decides whether it is a repeat. A variable that a run could have recorded was not set."""
+    facts = [facts_of(run) | _more_facts(run) for run in runs]
+    variables = {name for each in facts for name in each if name.startswith("environment ")}
+    for run, each in zip(runs, facts, strict=True):
+        if isinstance(run.meta.get("environment"), dict):
+            each |= {name: "not set" for name in variables if name not in each}
+    return facts
+
+
+def series_of(runs: Sequence[Run]) -> list[int]:
+    """The number of each run's series, 0 where nothing tells runs apart.
+
+    Runs of one job, one size and one series are repeats. Where a job was run twice on unequal terms, at any size, its
+    sizes are sorted into series by what they have in common; a job without such a conflict is in one series as a whole.
+    """
+    facts, usual = all_facts(runs), {name for run in runs for name in facts_of(run)}
+    jobs: dict[str, dict[tuple[int, bool], list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, run in enumerate(runs):
+        keys = {key: value for key, value in config.comparable(run.config).items() if key != "seed"}
+        jobs[json.dumps(keys, sort_keys=True)][run.size, run.incomplete is not None].append(index)
+    slots, wholes = [], []  # of jobs with a conflict: the kinds of each size; of the others: all of their runs
+    for by_size in jobs.values():
+        kinds = [_kinds(facts, members) for _, members in sorted(by_size.items())]
+        if any(len(each) > 1 for each in kinds):
+            slots += kinds
+        else:
+            wholes.append([index for (kind,) in kinds for index in kind])
+    numbers = [0] * len(runs)
+    seen: list[dict[str, set[str]]] = []  # of each series: the values of its facts
+    for group in [*slots, *([each] for each in wholes)]:
+        for number, kind in _matched(group, facts, usual, seen):
+            if number == len(seen):
+                seen.append(defaultdict(set))
+            for index in kind:
+                numbers[index] = number
+                for name, value in facts[index].items():
+                    seen[number][name].add(value)
+    return numbers
+
+
+def _kinds(facts: Sequence[Facts], members: Sequence[int]) -> list[list[int]]:
+    """Members that are alike; one of which less is known joins the most that it may be one of."""
+    kinds: list[list[int]] = []
+    for index in sorted(members, key=lambda index: -len(facts[index])):
+        fitting = [kind for kind in kinds if all(not _apart(facts[index], facts[other]) for other in kind)]
+        if fitting:
+            max(fitting, key=len).append(index)
+        else:
+            kinds.append([index])
+    return kinds
+
+
+def _apart(one: Facts, other: Facts) -> list[str]:
+    """The facts that are known of both and differ."""
+    return [name for name, value in one.items() if other.get(name, value) != value]
+
+
+def _matched(
+    kinds: list[list[int]], facts: Sequence[Facts], usual: set[str], seen: Sequence[dict[str, set[str]]]
+) -> list[tuple[int, list[int]]]:
+    """A series for each of the kinds of one size, no two the same; the closest first, new ones for the rest."""
+    free, left, found = list(range(len(seen))), list(kinds), []
+    while left and free:
+        places = [(place, number) for place in range(len(left)) for number in free]
+        place, number = min(places, key=lambda pair: _misfit(facts[left[pair[0]][0]], usual, seen[pair[1]]))
+        free.remove(number)
+        found.append((number, left.pop(place)))
+    return found + [(len(seen) + place, kind) for place, kind in enumerate(left)]
+
+
+def _misfit(facts: Facts, usual: set[str], seen: dict[str, set[str]]) -> tuple[int, int]:
+    """How many facts a series does not have: of those that all sizes should share, and of all."""
+    names = [name for name, value in facts.items() if seen.get(name) and value not in seen[name]]
+    return len(usual.intersection(names)), len(names)
+
+
+def apart(members: Sequence[Sequence[Run]]) -> list[Facts]:
+    """Of each of several series of one job: what it has that others have not."""
+    flat = iter(all_facts([run for runs in members for run in runs]))
+    facts = [[next(flat) for _ in runs] for runs in members]
+    names = dict.fromkeys(name for some in facts for each in some for name in each)
+    values = [{name: _values(some, name) for name in names} for some in facts]
+    differing = [name for name in names if len({each[name] for each in values}) > 1]
+    return [{name: each[name] for name in differing} for each in values]
+
+
+def _values(facts: Sequence[Facts], name: str) -> str:
+    return " or ".join(dict.fromkeys(each.get(name, "unknown") for each in facts))

@@ -1,0 +1,1 @@
+"""Runs that may be compared: speedup, efficiency, laws, strategies, model FLOPs."""

@@ -1,0 +1,1 @@
+"""Micro-benchmarks of storage and of all-reduce, under mpirun."""

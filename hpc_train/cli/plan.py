@@ -1,0 +1,205 @@
+"""`hpc-train plan`: how many nodes to ask for."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from hpc_train.cli.options import Finite, Place, by_first_rank, sizes
+from hpc_train.core.errors import UserError
+from hpc_train.core.redaction import printable
+
+if TYPE_CHECKING:
+    from hpc_train.analysis.models.measurements import Points
+    from hpc_train.analysis.planning.budget import Work
+    from hpc_train.analysis.planning.plan import Plan
+
+_SECONDS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_JOULES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def duration_s(text: str) -> float:
+    """ "6h", "1d12h", "90min", "2:30:00" (as sbatch takes it) in seconds. Raises ValueError."""
+    _short(text)
+    if clock := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text):
+        days, hours, minutes, seconds = (int(part or 0) for part in clock.groups())
+        return days * 86400.0 + hours * 3600 + minutes * 60 + seconds
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)", text)
+    if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)", "", text).strip():
+        raise ValueError(text)
+    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+def joules(text: str) -> float:
+    """ "40kWh", "3.6 MJ" in joules. Raises ValueError."""
+    _short(text)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(Wh|J)", text.strip())
+    if not found:
+        raise ValueError(text)
+    return float(found[1]) * _JOULES[found[2]] * (3600 if found[3] == "Wh" else 1)
+
+
+def _short(text: str) -> None:
+    """Raises ValueError for what no one writes: thousands of digits are slow to match, and no float."""
+    if len(text) > 40:
+        raise ValueError(text)
+
+
+def _duration(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    try:
+        return None if value is None else _positive(duration_s(value))
+    except ValueError:
+        raise click.BadParameter(f"{value}: write a time, such as 6h, 90min, 1d12h or 12:00:00") from None
+
+
+def _energy(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    try:
+        return None if value is None else _positive(joules(value))
+    except ValueError:
+        raise click.BadParameter(f"{value}: write an energy, such as 40kWh or 3.6MJ") from None
+
+
+def _positive(value: float) -> float:
+    if not 0 < value <= 1e18:
+        raise ValueError(value)
+    return value
+
+
+# Of work that can be done: beyond it products of two overflow.
+_Amount = Finite(0, 1e18, min_open=True)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, type=Place())
+@click.option("--table", type=Place(), help="Measurements made elsewhere, as CSV, in place of RUNS.")
+@click.option("--deadline", callback=_duration, metavar="TIME", help="When it must be done: 6h, 90min, 1d12h.")
+@click.option("--energy", callback=_energy, metavar="ENERGY", help="What it may take: 40kWh, 3.6MJ.")
+@click.option("--node-hours", type=_Amount, metavar="HOURS", help="Node-hours that may be spent.")
+@click.option("--max-nodes", type=click.IntRange(1, 10_000_000), metavar="N", help="Look at no more nodes than these.")
+@click.option("--steps", type=_Amount, help="Steps to train; else what the runs were set to.")
+@click.option("--samples", type=_Amount, help="Samples to train, in place of --steps.")
+@click.option("--target-loss", type=Finite(), help="Train to this training loss, which some run reached.")
+@click.option("--predict", callback=sizes, metavar="N,N,...", help="Look at these numbers of ranks alone.")
+@click.option("--network", type=Place(), help="What hpc-train bench allreduce wrote.")
+@click.option("--ranks-per-node", type=click.IntRange(1, 100_000), help="Of the table, where it has no such column.")
+@click.option("--gradient-bytes", type=_Amount, help="Bytes of all gradients, for --network and --table.")
+@click.option(
+    "--model",
+    type=click.Choice(["mechanistic", "extra-p", "amdahl", "usl"]),
+    help="Fit this model; by default the one that best predicts the largest sizes from the smaller ones.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@by_first_rank
+def plan(
+    runs: tuple[Path, ...],
+    table: Path | None,
+    deadline: float | None,
+    energy: float | None,
+    node_hours: float | None,
+    max_nodes: int | None,
+    steps: float | None,
+    samples: float | None,
+    target_loss: float | None,
+    predict: list[int],
+    network: Path | None,
+    ranks_per_node: int | None,
+    gradient_bytes: float | None,
+    model: Literal["mechanistic", "extra-p", "amdahl", "usl"] | None,
+    as_json: bool,
+) -> None:
+    """How many nodes to ask for, from RUNS of several sizes or a table: time, energy and node-hours with intervals.
+
+    The table has the columns ranks and step_s or samples_per_s, and may have ranks_per_node, scaling (weak or strong),
+    global_batch and joules (of one step, all nodes).
+
+    \b
+    Example: hpc-train plan runs/mlp-mnist --steps 1e6 --deadline 6h
+             hpc-train plan --table scaling.csv --predict 32,64
+    """
+    from hpc_train.analysis.models.predict import predict as foresee
+    from hpc_train.analysis.planning.plan import Limits, make_plan
+    from hpc_train.analysis.report.plan_tables import record
+
+    if bool(runs) == (table is not None):
+        raise UserError("plan needs run directories or --table, one of them", "hpc-train plan --help has examples.")
+    if sum(each is not None for each in (steps, samples, target_loss)) > 1:
+        raise UserError("--steps, --samples and --target-loss each say how much to train", "Keep one of them.")
+    if table is not None:
+        points, work = _from_table(table, network, ranks_per_node, gradient_bytes, steps, samples, target_loss)
+    else:
+        points, work = _from_runs(runs, network, steps, samples, target_loss)
+    limits = Limits(deadline, energy, node_hours, max_nodes)
+    made = make_plan(foresee(points, model), work, limits, predict)
+    if as_json:
+        click.echo(json.dumps(record(made), indent=2))
+    else:
+        _print(made)
+    if made.chosen is None and not made.is_forecast:
+        sys.exit(1)
+
+
+def _from_table(
+    table: Path,
+    network: Path | None,
+    ranks_per_node: int | None,
+    gradient_bytes: float | None,
+    steps: float | None,
+    samples: float | None,
+    target_loss: float | None,
+) -> "tuple[Points, Work | None]":
+    from dataclasses import replace
+
+    from hpc_train.analysis.models.measurements import read_table
+    from hpc_train.analysis.planning.budget import read_network, samples_work, steps_work
+
+    if target_loss is not None:
+        raise UserError("--target-loss needs runs with their losses; a table has none", "Give --steps or --samples.")
+    measured = read_network(network) if network else None
+    points = replace(read_table(table, ranks_per_node, measured), gradient_bytes=gradient_bytes)
+    if samples is not None:
+        return points, samples_work(samples)
+    return points, None if steps is None else steps_work(points, steps)
+
+
+def _from_runs(
+    runs: tuple[Path, ...], network: Path | None, steps: float | None, samples: float | None, target_loss: float | None
+) -> "tuple[Points, Work | None]":
+    from hpc_train.analysis.guard import Guard
+    from hpc_train.analysis.planning.budget import planned_work, points_of, samples_work, steps_work, target_work
+    from hpc_train.analysis.runs.load import load_known
+    from hpc_train.analysis.scaling.scaling import compare
+
+    known, left_out = load_known(runs, Guard())
+    for note in left_out:
+        click.echo(printable(note), err=True)
+    groups = [group for group in compare(known).groups if any(row.step_s for row in group.rows)]
+    if len(groups) != 1:
+        told = "; ".join(group.label for group in groups) or "none with steady steps"
+        raise UserError(
+            f"plan needs runs of one job that differ in size alone; these are {told}", "Name the runs of one."
+        )
+    group = groups[0]
+    points = points_of(group, network)
+    if target_loss is not None:
+        return points, target_work(group, target_loss)
+    if samples is not None:
+        return points, samples_work(samples)
+    return points, steps_work(points, steps) if steps is not None else planned_work(group, points)
+
+
+def _print(made: "Plan") -> None:
+    from rich.console import Console
+
+    from hpc_train.analysis.report.plan_tables import answer, sheets
+    from hpc_train.analysis.report.terminal import fitted, shown
+
+    console = Console()
+    first, *more = answer(made)
+    console.print(shown(first, "bold"), *map(shown, more), "", sep="\n")
+    for sheet in sheets(made):
+        console.print(shown(sheet.title), fitted(sheet, console.width), sep="\n")
+    for warning in made.warnings:
+        console.print(shown(f"- {warning}"))

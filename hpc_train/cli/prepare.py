@@ -1,0 +1,128 @@
+"""The commands that make data sets and bring them near, without their halves until they run."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from hpc_train.cli.options import Finite, Place
+from hpc_train.core.errors import require
+from hpc_train.core.world import launched_rank
+
+_DATASETS = (
+    "mnist-5k", "fashion-mnist", "mnist", "images", "table", "text", "python-source", "shakespeare",
+)  # fmt: skip
+
+
+def _dataset(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    module, _, function = value.partition(":")
+    if value not in _DATASETS and not all(part.isidentifier() for part in (*module.split("."), function)):
+        raise click.BadParameter(f"{value!r} is not one of {', '.join(_DATASETS)}, or package.module:function")
+    return value
+
+
+@click.command()
+@click.argument("dataset", metavar="DATASET", callback=_dataset)
+@click.argument("output", metavar="FILE|URL")
+@click.option(
+    "--from",
+    "origin",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=False),
+    help="Folder or file the data comes from (text: repeatable).",
+)
+@click.option(
+    "--tokenizer", metavar="bytes|bpe:N", help="Of text: bytes (the default), or N byte pairs learned from it."
+)
+@click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Of images: sides they are cut to (224).")
+@click.option("--target", metavar="COLUMN", help="Of a table: the column (.npz: the array) that is to be learned.")
+@click.option("--test-fraction", type=Finite(0, 0.5), help="Of rows that are kept to test on (0.1).")
+@click.option("--compress", metavar="gzip:LEVEL|lzf|zstd:LEVEL", help="Write compressed chunks, which read slower.")
+@click.option(
+    "--memory-mb",
+    type=click.IntRange(16),
+    default=512,
+    show_default=True,
+    help="Memory for the data, of the ranks of a node together.",
+)
+@click.option("--overwrite", is_flag=True, help="Make the output again if it exists, or was begun.")
+def prepare(
+    dataset: str,
+    output: str,
+    origin: tuple[Path, ...],
+    tokenizer: str | None,
+    size: int | None,
+    target: str | None,
+    test_fraction: float | None,
+    compress: str | None,
+    memory_mb: int,
+    overwrite: bool,
+) -> None:
+    """Write a data set to HDF5, on one rank or in parallel under mpirun.
+
+    DATASET: mnist-5k, fashion-mnist, mnist; images (a folder per class); table (.csv, .parquet, .npy, .npz); text,
+    python-source, shakespeare; or package.module:function, a function of yours that yields (input, target). Stopped
+    or killed, the same command goes on where it was.
+
+    A URL (webhdfs://, hdfs://, s3://) gets a file that is made in $TMPDIR first. Text becomes tokens: any files (text),
+    the standard library of this Python (python-source), or the works in the package of that name (shakespeare).
+
+    \b
+    Example: mpirun -n 2 hpc-train prepare fashion-mnist data/fashion-mnist.h5
+             hpc-train prepare mnist-5k webhdfs://namenode:9870/data/mnist-5k.h5
+             hpc-train prepare images data/pets.h5 --from pets --size 64
+             hpc-train prepare table data/wine.h5 --from wine.csv --target taste
+             hpc-train prepare text data/mine.h5 --from mine --tokenizer bpe:8192
+    """
+    require("h5py")
+    from hpc_train.train.comm.context import open_context
+
+    with open_context(use_mpi=launched_rank() is not None) as context:
+        from hpc_train.datasets.prepare.prepare import prepare as write
+        from hpc_train.datasets.prepare.sources import Options
+
+        options = Options(size, target, test_fraction)
+        write(dataset, origin, output, context, overwrite, tokenizer, options, compress, memory_mb)
+
+
+@click.command()
+@click.argument("source", metavar="URL|FILE")
+@click.argument("folder", metavar="DIR", type=Place(file_okay=False))
+@click.option(
+    "--wait",
+    "wait_s",
+    type=Finite(0, 1e6, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up when no byte comes for so long.",
+)
+@click.option("--check", "is_checked", is_flag=True, help="Then verify it as `data check` does, all ranks together.")
+def stage(source: str, folder: Path, wait_s: float, is_checked: bool) -> None:
+    """Copy a file to DIR on every node, once a node; reuse it where it is whole. Its path is the last line printed.
+
+    With --check, faults of its content are printed to stderr, and the exit code is 1.
+
+    \b
+    Example:
+      srun --ntasks-per-node=1 \\
+        hpc-train stage webhdfs://namenode:9870/data/mnist-5k.h5 "$TMPDIR"
+      srun hpc-train train configs/softmax-mnist.toml \\
+        --set data.file="$TMPDIR/mnist-5k.h5"
+    """
+    require("fsspec", *["h5py"] * is_checked)
+    from hpc_train.train.comm.context import open_context
+
+    with open_context(use_mpi=launched_rank() is not None) as context:
+        from hpc_train.datasets.stage import stage as copy
+
+        path = copy(source, folder, context, wait_s)
+        if is_checked:
+            from hpc_train.cli.data import report
+            from hpc_train.datasets.inspect.check import check
+
+            checked = check([path], context, quiet=True)
+            if checked.faults and context.world.is_root:
+                click.echo(report(checked), err=True)
+    if is_checked and checked.faults:
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""Jobs: the scheduler, the job script, the site profile, and scaling studies."""

@@ -1,0 +1,1 @@
+"""Pure values and maths: no MPI, torch, Horovod or h5py."""

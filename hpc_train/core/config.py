@@ -1,0 +1,232 @@
+"""Job files: TOML in, TOML out, every error names the key. What stands in them: `settings.py`."""
+
+import difflib
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from hpc_train.core.errors import UserError
+from hpc_train.core.paths import read_small
+from hpc_train.core.settings import RECORDED, UNKNOWN_STEPS, Checkpoint, Config, Reduce, Rl, Text, Train
+
+__all__ = ["RECORDED", "UNKNOWN_STEPS", "Checkpoint", "Config", "Loaded", "Reduce", "Rl", "Text", "Train"]
+_MOST_SHOWN = 300  # characters of a value in a message
+_ONE_OF = {"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration and, for each dotted key, where its value came from: "default", "file" or "--set".
+
+    Keys without an origin do not apply: a recorded loop has a learning rate of its own, if any.
+    """
+
+    config: Config
+    origin: dict[str, str]
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> Loaded:
+    """Defaults, then the TOML file, then `key=value` overrides. Raises `UserError` naming the key."""
+    try:
+        return _resolved(path, read_toml(path, "configs/softmax-mnist.toml"), overrides)
+    except RecursionError:
+        raise UserError(f"{path} and --set nest tables too deeply", "A job file has two levels.") from None
+
+
+def _resolved(path: Path, tree: dict[str, Any], overrides: tuple[str, ...]) -> Loaded:
+    origin = dict.fromkeys(flatten(tree), f"file {path.name}")
+    for override in overrides:
+        key, value = _parse_override(override)
+        if key in _ONE_OF:  # the file's choice between them is overridden, too
+            _section(tree, "train", key).pop(_ONE_OF[key], None)
+        _set(tree, key, value)
+        under = flatten(value, f"{key}.") if isinstance(value, dict) and key != "task.options" else {key: value}
+        origin.update(dict.fromkeys(under, "--set"))
+        if key.startswith("task.options."):
+            origin["task.options"] = "--set"
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(*_explain(error, path, origin)) from None
+    return Loaded(config, {key: origin.get(key, "default") for key in _known_keys()})
+
+
+def read_toml(path: Path, example: str) -> dict[str, Any]:
+    """The tables of a TOML file; `example` is a shipped one. Raises `UserError`."""
+    content = read_small(path, f"Name a TOML file such as {example}.")
+    try:
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except ValueError as error:  # also a number of more digits than Python reads
+        raise UserError(f"{path} is not TOML: {error}", f"See {example} for the form.") from None
+    except RecursionError:
+        raise UserError(f"{path} is not TOML of this program: it nests too deeply", f"See {example}.") from None
+
+
+def from_values(values: dict[str, Any], source: str) -> Loaded:
+    """The configuration that a program gives as nested values; `source` names it. Raises `UserError` naming the key."""
+    origin = dict.fromkeys(flatten(values), source)
+    try:
+        return Loaded(Config.model_validate(values), origin)
+    except ValidationError as error:
+        raise UserError(_explain(error, Path(source), origin)[0], f"See the docstring of {source}.") from None
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, unset keys left out (TOML has no null); of a recorded loop its own."""
+    return config.model_dump(exclude_none=True, exclude_unset=config.task.kind == RECORDED)
+
+
+def comparable(config: Config) -> dict[str, Any]:
+    """The dotted keys that decide how long a step takes and what it computes: runs are compared where these agree."""
+    told_apart = {"name", "train.log_every", "train.steps", "train.peak_tflops", "reduce.autotune_log_file"}
+    return {
+        key: value
+        for key, value in flatten(as_dict(config)).items()
+        if key not in told_apart and not key.startswith(("run.", "energy.", "checkpoint."))
+    }
+
+
+def dumps(loaded: Loaded) -> str:
+    """The resolved configuration as TOML that `load` reads back, each key with where its value came from."""
+    tree, origin = loaded.config.model_dump(), loaded.origin
+    lines = [_line(key, tree[key], origin[key]) for key in tree if not isinstance(tree[key], dict) and key in origin]
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            known = {key: origin[f"{section}.{key}"] for key in values if f"{section}.{key}" in origin}
+            lines += ["", f"[{section}]"] * bool(known)
+            lines += [_line(key, values[key], source) for key, source in known.items()]
+    return "\n".join(lines) + "\n"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 0.5}} -> {"train.lr": 0.5}. A model's options stay one value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and prefix + key != "task.options"
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
+    return flat
+
+
+def _line(key: str, value: Any, origin: str) -> str:
+    if value is None:
+        return f"# {key} =".ljust(40) + "  # not set"
+    return f"{key} = {_inline(value)}".ljust(40) + f"  # {origin}"
+
+
+def _inline(value: Any) -> str:
+    """A TOML value in one line; tomli_w breaks arrays into several."""
+    if isinstance(value, list):
+        return f"[{', '.join(_inline(item) for item in value)}]"
+    if isinstance(value, dict):
+        return (
+            f"{{{', '.join(tomli_w.dumps({k: 0}).partition(' =')[0] + ' = ' + _inline(v) for k, v in value.items())}}}"
+        )
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UserError(f"--set {override}: no key=value", "Write --set train.steps=200")
+    if _wants_text(key):
+        return key, text
+    try:
+        tree = tomllib.loads(f"set = {{ value = {text} }}")  # a second line or a comment is no part of a value
+    except (ValueError, RecursionError):
+        tree = {}
+    if tree.keys() == {"set"} and tree["set"].keys() == {"value"}:
+        return key, tree["set"]["value"]
+    try:
+        return key, float(text)  # .5 and 5. are no TOML, and no mystery on a command line either
+    except ValueError:
+        return key, text
+
+
+def _wants_text(key: str) -> bool:
+    """Whether the key's type is text, so that `--set name=123` is a name and not a number."""
+    model: Any = Config
+    for part in key.split("."):
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return False
+        model = field.annotation
+    # Annotated text too: pydantic keeps its constraints apart, but for those inside `Text | None`.
+    return model is str or model == Text | None
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = _section(tree, section, key)
+    tree[last] = value
+
+
+def _section(tree: dict[str, Any], name: str, key: str) -> dict[str, Any]:
+    section = tree.setdefault(name, {})
+    if not isinstance(section, dict):
+        raise UserError(f"--set {key}: {name} is a value, not a section", "See hpc-train config show CONFIG.")
+    return section
+
+
+def _explain(error: ValidationError, path: Path, origin: dict[str, str]) -> tuple[str, str]:
+    """(what, remedy): one line a wrong key."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        if fault["type"] == "extra_forbidden":
+            key = ".".join(str(part) for part in fault["loc"])
+            near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
+            lines.append(
+                f"{_source(key, path, origin)}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+            )
+            continue
+        key = _dotted(fault["loc"])
+        if fault["type"] == "missing":
+            lines.append(f"{path.name}: {key} is required and not set")
+        elif fault["type"] == "value_error":
+            lines.append(f"{path.name}: {fault['ctx']['error']}")
+        else:
+            words = f"should be a table [{key}]" if fault["type"] == "model_type" else _lower_first(fault["msg"])
+            lines.append(f"{_source(key, path, origin)}: {key} = {shown(fault['input'])}: {words}")
+    return "\n".join(dict.fromkeys(lines)), "hpc-train config show CONFIG prints every key that a job file has."
+
+
+def shown(value: Any) -> str:
+    """A value in a message: as Python writes it, of its beginning if it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no numbers of more than 4,300 digits
+        return "a value too long to be shown"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text):,} characters)"
+
+
+def _source(key: str, path: Path, origin: dict[str, str]) -> str:
+    return origin.get(key, f"file {path.name}")
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """The key of a fault; pydantic adds the branch of a union, which is no part of the key."""
+    known = _known_keys()
+    for end in range(len(location), 0, -1):
+        key = ".".join(str(part) for part in location[:end])
+        if key in known:
+            return key
+    return ".".join(str(part) for part in location)
+
+
+def _known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        keys.append(prefix + name)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += _known_keys(kind, f"{prefix}{name}.")
+    return keys

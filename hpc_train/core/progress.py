@@ -1,0 +1,109 @@
+"""Progress for people: a live bar on a terminal, plain lines in a log, nothing from other ranks."""
+
+import os
+import sys
+from time import perf_counter_ns
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from hpc_train.core.world import launched_rank
+
+_BAR_EVERY_NS = 200_000_000
+_LINE_EVERY_NS = 30_000_000_000
+
+
+def on_terminal() -> bool:
+    """Whether a person watches. mpirun and srun give ranks terminals of their own making: ask for the launcher's."""
+    if not sys.stdout.isatty():
+        return False
+    if launched_rank() is None:
+        return True
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:
+        return False
+
+
+class StepProgress:
+    """Steps done, samples/s and time left. On ranks other than the root it does nothing.
+
+    total: None where nobody knows it. mode: "bar", "plain" or "auto" (a bar where a person watches). `note` is shown in
+    the bar: the loss, say.
+    """
+
+    def __init__(
+        self, what: str, total: int | None, mode: Literal["auto", "bar", "plain"], is_root: bool, unit: str = "samples"
+    ) -> None:
+        self._total, self._unit, self._is_root = total, unit, is_root
+        self._began_ns = self._shown_ns = perf_counter_ns()
+        self._done_units = self._began = 0
+        self.note = ""
+        self._bar: Progress | None = None
+        if is_root and (mode == "bar" or (mode == "auto" and on_terminal())):
+            # auto_refresh off: a thread that draws would take time from the rank's own core.
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=Console(force_terminal=True, width=_width()),
+                auto_refresh=False,
+                transient=True,
+            )
+            self._task = self._bar.add_task(what, total=total, note="", rate="")
+            self._bar.start()
+
+    def begin(self, done: int) -> None:
+        """`done` of the total was done before: what comes is measured from now on."""
+        self._began = done
+        self._began_ns = self._shown_ns = perf_counter_ns()
+
+    def advance(self, done: int, num_units: int, now_ns: int) -> None:
+        """`done` of the total is done; `num_units` more samples were handled; `now_ns` is the monotonic clock."""
+        self._done_units += num_units
+        if not self._is_root or now_ns - self._shown_ns < (_BAR_EVERY_NS if self._bar else _LINE_EVERY_NS):
+            return
+        self._shown_ns = now_ns
+        spent_s = (now_ns - self._began_ns) / 1e9
+        rate = self._done_units / spent_s
+        if self._bar:
+            self._bar.update(self._task, completed=done, note=self.note, rate=f"{rate:,.0f} {self._unit}/s")
+            self._bar.refresh()
+        else:
+            part, left = f"{done} steps", ""
+            if self._total is not None:
+                left_s = spent_s / (done - self._began) * (self._total - done) if done > self._began else 0.0
+                part, left = f"{done} of {self._total} ({done / self._total:.0%})", f", {duration(left_s)} left"
+            self.say(f"  {part}, {rate:,.0f} {self._unit}/s{left}")
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar if there is one. The root only."""
+        if self._bar:
+            self._bar.console.print(line, markup=False, highlight=False)
+        elif self._is_root:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def duration(seconds: float) -> str:
+    """1:05 or 2:03:09."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _width() -> int:
+    """mpirun's terminals are 0 columns wide: then 80."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    except OSError:
+        return 80

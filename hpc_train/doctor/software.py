@@ -1,0 +1,186 @@
+"""Which MPI each compiled package calls, with which threads, and whether Horovod works with this torch."""
+
+import importlib
+import importlib.metadata
+import threading
+from collections.abc import Sequence
+from importlib.util import find_spec
+from time import monotonic
+
+import numpy as np
+
+from hpc_train.doctor.check import Answer, Finding, Status, Subject, Values, ranks_of
+from hpc_train.train.comm import messages
+from hpc_train.train.comm.context import library_of, mpi, mpi_version
+
+_INSTALL = "make install"
+_SLOW_LOAD_S = 60.0
+SLOW_FILES = "tar cf venv.tar .venv && sbcast -pf venv.tar /tmp/venv.tar   # packages on each node's own disk"
+# What calls MPI, and the compiled module of it that does.
+_CALLERS = {"mpi4py": "mpi4py.MPI", "Horovod": "horovod.torch.mpi_lib_v2", "h5py": "h5py.h5p"}
+_LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
+_BUILT = ("mpi", "nccl", "gloo", "cuda", "rocm", "ccl", "ddl")
+
+
+# ---------------------------------------------------------------------------------------- what is installed
+
+
+def look_installed(subject: Subject) -> Values:
+    """Versions of what training needs, None for what is not there; and how long torch took to load, in seconds."""
+    names = {"mpi4py": "mpi4py", "torch": "torch", "horovod": "horovod", "h5py": "h5py", "nvidia-ml-py": "pynvml"}
+    values = {name: importlib.metadata.version(name) if find_spec(module) else None for name, module in names.items()}
+    strategy = subject.config.reduce.strategy if subject.config else None
+    trains = strategy is not None or subject.context.world.size > 1
+    needed = {"torch", "h5py"} | ({"mpi4py"} if strategy != "local" else set())
+    needed |= {"horovod"} if strategy in ("horovod", "sharded", None) else set()
+    began_s = monotonic()
+    if values["torch"]:
+        importlib.import_module("torch")
+    return {"versions": values, "needed": sorted(needed) if trains else [], "load_s": monotonic() - began_s}
+
+
+def judge_installed(answers: Sequence[Answer]) -> Finding:
+    """Whether all that this job needs is there, in one version on all ranks."""
+    first = answers[0].values["versions"]
+    names = [name for name in first if name != "nvidia-ml-py"]
+    parted = [answer for answer in answers if answer.values["versions"] != first]
+    if parted:
+        theirs = parted[0].values["versions"]
+        told = ", ".join(f"{name} {theirs[name]} and {first[name]}" for name in names if theirs[name] != first[name])
+        return Finding("fail", f"versions differ between ranks: {told}", _INSTALL, ranks_of(parted))
+    there = ", ".join(f"{name} {first[name]}" for name in names if first[name])
+    absent = [name for name in names if not first[name]]
+    load_s = max(answer.values["load_s"] for answer in answers)
+    if not absent:
+        seen = f"{there}; torch loads in {load_s:.1f} s"
+        return Finding("warn", seen, SLOW_FILES) if load_s > _SLOW_LOAD_S else Finding("ok", seen)
+    seen = f"not installed: {', '.join(absent)}" + f" (there: {there})" * bool(there)
+    return Finding("fail" if set(absent) & set(answers[0].values["needed"]) else "warn", seen, _INSTALL)
+
+
+# ---------------------------------------------------------------------------------------- one MPI
+
+
+def look_mpi(subject: Subject) -> Values:
+    """The library that holds the MPI_Init each package calls; for h5py None where it was built without MPI."""
+    values: Values = {"libraries": {}, "without_mpi": [], "errors": {}, **mpi_version(subject.context)}
+    for name, module in _CALLERS.items():
+        package = module.partition(".")[0]
+        if find_spec(package) is None or (package == "horovod" and find_spec("torch") is None):
+            continue
+        try:
+            loaded = importlib.import_module(module)
+            values["libraries"][name] = library_of(str(loaded.__file__))
+        except AttributeError:
+            values["without_mpi"].append(name)
+        except (ImportError, OSError) as error:
+            if name != "Horovod":  # has a check of its own
+                values["errors"][name] = str(error)
+    return values
+
+
+def judge_mpi(answers: Sequence[Answer]) -> Finding:
+    """Whether all packages of all ranks call the same MPI."""
+    build = "rm -r .venv && make install MPICC=$(which mpicc)   # all against one MPI, and use its mpirun"
+    for answer in answers:
+        for name, error in answer.values["errors"].items():
+            return Finding("fail", f"{name} cannot be loaded: {error}", build, (answer.rank,))
+    two = [answer for answer in answers if len(set(answer.values["libraries"].values())) > 1]
+    if two:
+        words = ", ".join(f"{name} calls {path}" for name, path in two[0].values["libraries"].items())
+        return Finding("fail", f"two MPIs in one process: {words}", build, ranks_of(two))
+    first = answers[0].values
+    keys = ("version", "libraries")
+    parted = [answer for answer in answers if any(answer.values.get(key) != first.get(key) for key in keys)]
+    if parted:
+        theirs, ours = (values.get("library", values.get("version")) for values in (parted[0].values, first))
+        return Finding("fail", f"ranks load different MPIs: {theirs} and {ours}", build, ranks_of(parted))
+    callers, paths = first["libraries"], list(first["libraries"].values())
+    version = first.get("version", "MPI").partition(",")[0]
+    seen = f"{version} ({paths[0] if paths else 'unknown'}), called by {', '.join(callers)}"
+    if "h5py" in first["without_mpi"]:
+        mend = "HDF5_MPI=ON CC=mpicc pip install --no-build-isolation --no-binary=h5py h5py   # or make install"
+        return Finding("warn", f"{seen}; h5py was built without MPI: ranks cannot write one file together", mend)
+    return Finding("ok", seen)
+
+
+# ---------------------------------------------------------------------------------------- threads
+
+
+def look_threads(subject: Subject) -> Values:
+    """Collective. The level that MPI granted and, where it is MULTIPLE, a sum begun by another thread."""
+    comm, strategy = subject.context.comm, subject.config.reduce.strategy if subject.config else "horovod"
+    values: Values = {"level": _LEVELS[mpi().Query_thread()], "strategy": strategy, "sum": None}
+    if min(subject.context.all(_LEVELS.index(values["level"]))) < _LEVELS.index("MULTIPLE"):
+        return values
+    own, total = comm.Dup(), np.zeros(1)  # as Horovod does: its thread talks beside the one that trains
+    thread = threading.Thread(target=lambda: messages.add_up(own, np.ones(1), total))
+    thread.start()
+    comm.Barrier()
+    thread.join()
+    own.Free()
+    return {**values, "sum": float(total[0])}
+
+
+def judge_threads(answers: Sequence[Answer]) -> Finding:
+    """Whether Horovod's thread may call MPI beside ours."""
+    low = [answer for answer in answers if answer.values["level"] != "MULTIPLE"]
+    if low:
+        level, strategy = low[0].values["level"], low[0].values["strategy"]
+        seen = f"MPI_THREAD_{level}: Horovod's thread and ours may not both call MPI"
+        mend = "unset MPI4PY_RC_THREAD_LEVEL MPI4PY_RC_THREADS   # or an MPI built with MPI_THREAD_MULTIPLE"
+        return Finding("fail" if strategy in ("horovod", "sharded") else "warn", seen, mend, ranks_of(low))
+    wrong = [answer for answer in answers if answer.values["sum"] != len(answers)]
+    if wrong:
+        seen = f"a second thread's all-reduce of ones gave {wrong[0].values['sum']} on {len(answers)} ranks"
+        return Finding("fail", seen, "Use another MPI: its MPI_THREAD_MULTIPLE does not work.", ranks_of(wrong))
+    return Finding("ok", "MPI_THREAD_MULTIPLE; two threads called it at once")
+
+
+# ---------------------------------------------------------------------------------------- Horovod
+
+
+def look_horovod(subject: Subject) -> Values:
+    """Collective. What Horovod was built with, and a sum by it: the proof that it fits this torch."""
+    values: Values = {"error": None, "sum": None, "built": [], "torch": importlib.metadata.version("torch")}
+    values["needed"] = subject.config is None or subject.config.reduce.strategy in ("horovod", "sharded")
+    try:
+        import horovod.torch as hvd
+        import torch
+    except ImportError as error:  # built against another torch: a symbol is missing
+        values["error"] = str(error)
+    if any(subject.context.all(values["error"])):
+        return values
+    values["built"] = [name for name in _BUILT if getattr(hvd, f"{name}_built")()]
+    values["has_gpu"] = torch.cuda.is_available()
+    if not all(subject.context.all("mpi" in values["built"])):
+        return values
+    hvd.init()
+    ones = hvd.allreduce(torch.ones(1000), op=hvd.Sum, name="doctor")
+    return {**values, "size": hvd.size(), "sum": float(ones.mean())}
+
+
+def judge_horovod(answers: Sequence[Answer]) -> Finding:
+    """Whether Horovod works with this torch and this MPI."""
+    rebuild = f"pip uninstall -y horovod && {_INSTALL}"
+    bad: Status = "fail" if all(answer.values["needed"] for answer in answers) else "warn"
+    broken = [answer for answer in answers if answer.values["error"]]
+    if broken:
+        values = broken[0].values
+        seen = f"cannot be loaded with torch {values['torch']}: {values['error']}"
+        return Finding(bad, seen, f"{rebuild}   # builds it against this torch", ranks_of(broken))
+    without = [answer for answer in answers if "mpi" not in answer.values["built"]]
+    if without:
+        return Finding(bad, "built without MPI", f"HOROVOD_WITH_MPI=1 {rebuild}", ranks_of(without))
+    wrong = [answer for answer in answers if (answer.values["size"], answer.values["sum"]) != (len(answers),) * 2]
+    if wrong:
+        values = wrong[0].values
+        seen = f"of {len(answers)} ranks it sees {values['size']}, and ones add up to {values['sum']}"
+        return Finding(bad, seen, f"{rebuild}   # against the MPI of this mpirun", ranks_of(wrong))
+    values = answers[0].values
+    seen = f"built with {', '.join(values['built'])}, works with torch {values['torch']}"
+    slow = [answer for answer in answers if answer.values["has_gpu"] and "nccl" not in answer.values["built"]]
+    if slow:
+        mend = f"HOROVOD_GPU_OPERATIONS=NCCL {rebuild}"
+        return Finding("warn", f"{seen}; without NCCL, gradients leave GPUs by way of the host", mend, ranks_of(slow))
+    return Finding("ok", seen)

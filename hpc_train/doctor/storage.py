@@ -1,0 +1,233 @@
+"""The file systems of runs and data: written together and read back, and whether their locks hold."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from hpc_train.core.filesystem import file_system
+from hpc_train.doctor.check import Answer, Finding, Subject, Values, ranks_of
+from hpc_train.train.comm.context import Context, parallel_file_options
+
+_ROWS, _ROW_BYTES = 256, 1 << 13  # of a rank: 2 MiB
+
+# ---------------------------------------------------------------------------------------- written together
+
+
+def look_parallel_file(subject: Subject) -> Values:
+    """Collective. Every rank's rows written together through h5py and MPI-IO, then another rank's read back."""
+    context, folder = subject.context, subject.folder
+    place, error = context.on_root(lambda: _new_folder(folder))
+    values: Values = {"folder": str(folder), "file_system": file_system(folder), "error": error, "parallel": False}
+    if place is None:
+        return values
+    try:
+        sees = place.is_dir()
+        if not all(context.all(sees)):
+            return {**values, "unseen": not sees}
+        return {**values, **_write_and_read(place / "together.h5", context)}
+    finally:
+        context.barrier()
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _new_folder(folder: Path) -> tuple[Path | None, str | None]:
+    try:
+        return Path(tempfile.mkdtemp(prefix=".hpc-train-doctor-", dir=folder)), None
+    except OSError as error:
+        return None, error.strerror or str(error)
+
+
+def _write_and_read(path: Path, context: Context) -> Values:
+    import h5py
+
+    world, options = context.world, parallel_file_options(context)
+    if not h5py.get_config().mpi:
+        if world.size > 1:
+            return {"without_mpi": True}
+        options = {}
+    mine = _rows(world.rank)
+    began = perf_counter()
+    try:
+        with h5py.File(path, "w", **options) as file:
+            data = file.create_dataset("x", (world.size * _ROWS, _ROW_BYTES), "u1")
+            with _collective(data, options):
+                data[world.rank * _ROWS : (world.rank + 1) * _ROWS] = mine
+        written_s = perf_counter() - began
+        other = (world.rank + 1) % world.size
+        with h5py.File(path, "r", **options) as file, _collective(file["x"], options):
+            theirs = file["x"][other * _ROWS : (other + 1) * _ROWS]
+    except OSError as error:
+        return {"error": str(error), "parallel": bool(options)}
+    same = bool(np.array_equal(theirs, _rows(other)))
+    return {"parallel": bool(options), "same": same, "write_s": written_s, "bytes": mine.nbytes}
+
+
+def _collective(data: Any, options: dict[str, Any]) -> Any:
+    return data.collective if options else nullcontext()
+
+
+def _rows(rank: int) -> np.ndarray:
+    return np.random.default_rng(rank).integers(0, 256, (_ROWS, _ROW_BYTES), np.uint8)
+
+
+def judge_parallel_file(answers: Sequence[Answer]) -> Finding:
+    """Whether what ranks write together is what they read."""
+    values = answers[0].values
+    where = f"{values['folder']} ({values['file_system']})"
+    elsewhere = "--set run.root=FOLDER   # one that every node may write"
+    unseen = [answer for answer in answers if answer.values.get("unseen")]
+    if unseen:
+        return Finding(
+            "fail", f"{where}: what the root makes there is not seen by all nodes", elsewhere, ranks_of(unseen)
+        )
+    failed = [answer for answer in answers if answer.values["error"]]
+    if failed:
+        error = failed[0].values["error"]
+        mend = "export HDF5_USE_FILE_LOCKING=FALSE   # this file system refuses locks" if "lock" in error else elsewhere
+        return Finding("fail", f"{where}: {error}", mend, ranks_of(failed))
+    if values.get("without_mpi"):
+        mend = "HDF5_MPI=ON CC=mpicc pip install --no-build-isolation --no-binary=h5py h5py   # or make install"
+        return Finding("warn", "h5py was built without MPI: ranks cannot write one file together", mend)
+    wrong = [answer for answer in answers if not answer.values["same"]]
+    if wrong:
+        mend = "export OMPI_MCA_io=^ompio   # ROMIO instead; on Lustre mount with flock"
+        return Finding("fail", f"{where}: what was read back differs from what was written", mend, ranks_of(wrong))
+    rate = sum(answer.values["bytes"] for answer in answers) / max(answer.values["write_s"] for answer in answers)
+    how = "written by all ranks together" if values["parallel"] else "written"
+    return Finding("ok", f"{where}: {how} and read back; {rate / 1e6:,.0f} MB/s through the system's memory")
+
+
+# ---------------------------------------------------------------------------------------- locks
+
+
+def look_locks(subject: Subject) -> Values:
+    """Collective. Locks where runs are written, which others must be refused while the root holds them, and of data.
+
+    hdf5: what HDF5, which takes a flock of its own, says of a file there; None where it opened it.
+    """
+    context, folder, data = subject.context, subject.folder, subject.data_file
+    values: Values = {"setting": subject.environ.get("HDF5_USE_FILE_LOCKING", ""), "data": None}
+    values["runs"] = _exclusive(folder, context) | {"folder": str(folder), "file_system": file_system(folder)}
+    if data is not None and data.is_file():
+        values["data"] = _shared(data) | {"folder": str(data), "file_system": file_system(data)}
+    return values
+
+
+def _exclusive(folder: Path, context: Context) -> Values:
+    """Collective. Of flock and fcntl: "held", "not seen by others", or how the system refuses."""
+    place, error = context.on_root(lambda: _new_folder(folder))
+    if place is None:
+        return {"error": error}
+    told: Values = {"error": None}
+    for name, lock in (("flock", fcntl.flock), ("fcntl", fcntl.lockf)):
+        told[name] = _held(place / name, lock, context)
+    told["hdf5"] = _open_hdf5(place / f"{context.world.rank}.h5", "w")
+    context.barrier()
+    shutil.rmtree(place, ignore_errors=True)
+    return told
+
+
+def _held(path: Path, lock: Callable[[int, int], None], context: Context) -> str:
+    """Collective. What this rank found when the root held the lock on `path`."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        handle, mine = -1, str(error.strerror)
+    else:
+        mine = _take(handle, lock, fcntl.LOCK_EX) if context.world.is_root else ""
+    context.barrier()
+    everyone = context.all(mine or _take(handle, lock, fcntl.LOCK_EX))  # the root holds it until all have tried
+    if handle >= 0:
+        os.close(handle)
+    mine = everyone[context.world.rank]
+    if context.world.is_root or everyone[0] != "held":
+        return str(everyone[0])
+    return {"held": "not seen by others", "refused": "held"}.get(mine, str(mine))
+
+
+def _shared(path: Path) -> Values:
+    """Locks for reading on the file itself: its folder may not be ours to write."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        return {"error": error.strerror}
+    try:
+        told = {"flock": _take(handle, fcntl.flock, fcntl.LOCK_SH), "fcntl": _take(handle, fcntl.lockf, fcntl.LOCK_SH)}
+    finally:
+        os.close(handle)
+    return {"error": None, **told, "hdf5": _open_hdf5(path, "r")}
+
+
+def _take(handle: int, lock: Callable[[int, int], None], kind: int) -> str:
+    """ "held", "refused" as another has it, or why there are no locks here."""
+    try:
+        lock(handle, kind | fcntl.LOCK_NB)
+        return "held"
+    except (BlockingIOError, PermissionError):
+        return "refused"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _open_hdf5(path: Path, mode: str) -> str | None:
+    if find_spec("h5py") is None:
+        return None
+    import h5py
+
+    try:
+        h5py.File(path, mode).close()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def judge_locks(answers: Sequence[Answer]) -> Finding:
+    """Whether locks keep writers apart, and HDF5 opens files."""
+    worst = Finding("ok", "")
+    words = []
+    for what in ("runs", "data"):
+        some = [answer for answer in answers if answer.values[what] is not None]
+        if not some:
+            continue
+        finding = _judge_place(what, some)
+        words.append(finding.seen)
+        if ("ok", "warn", "fail").index(finding.status) > ("ok", "warn", "fail").index(worst.status):
+            worst = finding
+    return worst if worst.status == "fail" else Finding(worst.status, "; ".join(words), worst.mend, worst.ranks)
+
+
+def _judge_place(what: str, answers: Sequence[Answer]) -> Finding:
+    """Of the ranks that looked at this place."""
+    facts = answers[0].values[what]
+    where = f"{what} on {facts['folder']} ({facts['file_system']})"
+    for answer in answers:
+        if error := answer.values[what]["error"]:
+            return Finding(
+                "fail", f"{where}: {error}", f"ls -ld {facts['folder']}   # or name another place", (answer.rank,)
+            )
+    closed = [answer for answer in answers if answer.values[what]["hdf5"]]
+    if closed:
+        seen = f"{where}: HDF5 cannot open a file: {closed[0].values[what]['hdf5']}"
+        return Finding(
+            "fail", seen, "export HDF5_USE_FILE_LOCKING=FALSE   # and keep writers apart yourself", ranks_of(closed)
+        )
+    for how in ("flock", "fcntl"):
+        without = [answer for answer in answers if answer.values[what][how] != "held"]
+        if without:
+            seen = f"{where}: {how} locks: {without[0].values[what][how]}"
+            mend = (
+                "mount | grep "
+                + facts["file_system"]
+                + "   # Lustre: mounted with flock, not localflock; two writers of one file are not kept apart"
+            )
+            return Finding("warn", seen, mend, ranks_of(without))
+    return Finding("ok", f"{where}: locks hold")

@@ -1,0 +1,67 @@
+"""torch.distributed in MPI's words, for a loop that talks through it: by torchrun, say, on ranks that know no MPI."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+
+from hpc_train.core.world import World
+from hpc_train.train.comm.context import Context
+
+
+class ProcessGroup:
+    """What `Context` asks of an mpi4py communicator. Every method but `Send` and `Recv` is collective.
+
+    A gloo group of its own: NCCL moves no objects of Python and nothing that lies on the CPU, and no message of ours
+    meets one of the loop's.
+    """
+
+    def __init__(self) -> None:
+        self.group = distributed.new_group(backend="gloo")
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+
+    def bcast(self, value: Any, root: int) -> Any:
+        box = [value]
+        distributed.broadcast_object_list(box, src=root, group=self.group)
+        return box[0]
+
+    def gather(self, value: Any, root: int) -> list[Any] | None:
+        everyone = [None] * self.size if self.rank == root else None
+        distributed.gather_object(value, everyone, dst=root, group=self.group)
+        return everyone
+
+    def allgather(self, value: Any) -> list[Any]:
+        everyone = [None] * self.size
+        distributed.all_gather_object(everyone, value, group=self.group)
+        return everyone
+
+    def Allreduce(self, values: np.ndarray, total: np.ndarray) -> None:
+        total[...] = values
+        distributed.all_reduce(torch.from_numpy(total), group=self.group)
+
+    def Bcast(self, array: np.ndarray, root: int) -> None:
+        distributed.broadcast(torch.from_numpy(array), src=root, group=self.group)
+
+    def Barrier(self) -> None:
+        distributed.barrier(group=self.group)
+
+    def Send(self, array: np.ndarray, dest: int) -> None:
+        distributed.send(torch.from_numpy(array), dst=dest, group=self.group)
+
+    def Recv(self, array: np.ndarray, source: int) -> None:
+        distributed.recv(torch.from_numpy(array), src=source, group=self.group)
+
+
+@contextmanager
+def join_process_group() -> Iterator[Context]:
+    """Collective. The ranks of torch.distributed, which the program has initialised."""
+    comm = ProcessGroup()
+    hosts = comm.allgather(socket.gethostname())
+    rank, host = comm.rank, hosts[comm.rank]
+    yield Context(World(rank, comm.size, hosts[:rank].count(host), hosts.count(host), host), comm)
+    comm.Barrier()  # collective: not where a rank failed alone
+    distributed.destroy_process_group(comm.group)

@@ -1,0 +1,1 @@
+"""HDF5 as tasks see it: files, readers, order, batches made ahead."""

@@ -1,0 +1,1 @@
+"""How gradients are summed and weights kept alike, by strategy."""

@@ -1,0 +1,1 @@
+"""The run directory while a run writes it: attempts, checkpoints, records."""

@@ -1,0 +1,268 @@
+"""Writes a run down while it runs: the run directory, seen from the training half."""
+
+import json
+from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext, suppress
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from hpc_train.core.clock import Clock
+from hpc_train.core.config import UNKNOWN_STEPS, Loaded, dumps
+from hpc_train.core.errors import UserError, not_written
+from hpc_train.core.output import lost
+from hpc_train.core.progress import StepProgress
+from hpc_train.core.records import (
+    METRIC_COLUMNS,
+    Energy,
+    read_energy,
+    read_metrics,
+    read_whole_metrics,
+    summarise,
+    timing_log,
+    total_energy,
+)
+from hpc_train.core.resume_rules import said
+from hpc_train.core.rundir import sync, write_atomic
+from hpc_train.core.timings import read_timings, step_times
+from hpc_train.train.comm.context import Context, clock_offsets_ns
+from hpc_train.train.comm.placement import RankPlacement
+from hpc_train.train.energy.meters import NodeEnergy
+from hpc_train.train.run.attempt import Attempt
+from hpc_train.train.run.metadata import describe
+
+
+class Recorder:
+    """Times, losses and joules of one attempt at a run, on every rank. Use as a context manager around the loop:
+
+    `start`, then for each step phases of `clock` and `end_step`, after the last one `stop` and, at the run's end,
+    `finish`. `start`, `stop` and `finish` are collective.
+    """
+
+    def __init__(
+        self, loaded: Loaded, context: Context, places: list[RankPlacement], attempt: Attempt, clock: Clock
+    ) -> None:
+        """Collective. Takes `energy.idle_s` seconds."""
+        self._loaded, self._context, self._places, self._attempt = loaded, context, places, attempt
+        self._train, self._run = loaded.config.train, attempt.run
+        self._losses: list[tuple[int, float | torch.Tensor]] = []  # (step, loss)
+        self.num_steps_done = 0  # of the run, earlier attempts included
+        self._meta: dict[str, Any] = dict(attempt.meta)
+        self._stack = ExitStack()
+        total = None if self._train.steps == UNKNOWN_STEPS else self._train.steps
+        self._progress = StepProgress(loaded.config.name, total, loaded.config.run.progress, context.world.is_root)
+        self.say = self._progress.say
+        self._energy = NodeEnergy(loaded.config.energy, context, places, self.say)
+        self.clock = clock
+
+    def __enter__(self) -> Self:
+        self._stack.callback(self._progress.close)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(UserError) if error else nullcontext():  # a full disk, after what has ended the run
+            self._stack.close()
+
+    def start(self, first_step: int, model: nn.Module | None, facts: dict[str, Any]) -> None:
+        """Collective. Writes the configuration and meta.json, starts the meters and, on all ranks, the first step."""
+        self.num_steps_done = first_step
+        self._num_warmup = min(self._train.warmup_steps, (self._train.steps - first_step) // 2)
+        self._batch_size = facts["global_batch"]
+        self._context.on_root(self._open_logs)
+        self._write_meta(
+            "start",
+            name=self._loaded.config.name,
+            started=self._attempt.meta.get("started", _now()),
+            num_parameters=None if model is None else sum(p.numel() for p in model.parameters()),
+            **facts,
+        )
+        rank, host, number = self._context.world.rank, self._context.world.host, self._attempt.number
+        self._timings = timing_log(self._run.timings(rank), number)
+        self._stack.callback(self._close_timings)  # whatever happens, what was recorded is kept
+        # Another rank's lease is renewed by its steps, and not by what a thread beside them writes.
+        check = self._attempt.lease.check if rank == 0 else _nothing
+        self._stack.enter_context(self._energy.recorded(self._run.energy(host), number, check))
+        self._first_step = first_step
+        self._progress.begin(first_step)
+        self._context.barrier()
+        self.clock.restart()
+
+    def _close_timings(self) -> None:
+        if self._attempt.lease.is_lost:
+            self._timings.discard()
+        self._timings.close()
+
+    def end_step(self, step: int, loss: float | torch.Tensor | None, num_samples: int, num_global: int) -> None:
+        """Ends the step's timing and keeps its loss, the global mean; None: not known.
+
+        A tensor of one number is read when it is written: each reading makes a GPU's loop wait.
+        """
+        self._attempt.lease.check()
+        record = self.clock.lap(step, num_samples, warmup=step < self._first_step + self._num_warmup)
+        self._timings.write(record)
+        if loss is not None:
+            self._losses.append((step, loss))
+        self.num_steps_done = step + 1
+        if step % self._train.log_every == 0:
+            self.flush()
+            self._progress.say(f"Step {step}" if loss is None else f"Step {step}, Loss: {loss:.5f}")
+            self._progress.note = "" if loss is None else f"loss {loss:.5f}"
+        self._progress.advance(step + 1, num_global, record[1])
+
+    def flush(self) -> None:
+        """Writes the steps so far: before a checkpoint, so that the attempt that continues from it finds them all."""
+        self._attempt.lease.check()
+        self._timings.flush()
+        if self._context.world.is_root and self._losses:
+            self._attempt.lease.confirm()
+            text = "".join(f"{step},{loss:.9g}\n" for step, loss in self._losses)
+            try:
+                with self._run.metrics.open("a", encoding="ascii") as file:
+                    file.write(text)
+            except OSError as error:
+                raise not_written(self._run.metrics, error, len(text)) from None
+        self._losses.clear()
+
+    def secure(self) -> None:
+        """What was flushed is on the disk, once this returns. Called before a checkpoint comes to have its name, from
+        the thread that writes it: no checkpoint is newer than its records. Raises UserError where the run is another
+        job's, or the disk refuses.
+        """
+        self._attempt.lease.confirm()
+        for path in (self._run.metrics, self._run.timings(self._context.world.rank)):
+            if path.exists():
+                sync(path)
+
+    def stop(self, outcome: str, **facts: Any) -> None:
+        """Collective. Closes the logs and stops the meters, and notes how the attempt ended: what follows is not the
+        loop's time or energy.
+        """
+        self.flush()
+        self._stack.close()
+        dropped = {str(rank): streams for rank, streams in enumerate(self._context.gather(lost())) if streams}
+        facts |= {"output_lost": dropped} if dropped else {}
+        self._write_meta("end", outcome=outcome, last_step=self.num_steps_done - 1, ended=_now(), **facts)
+
+    def finish(self, test: dict[str, float], fault: str | None = None) -> None:
+        """Collective, after `stop`. Writes summary.json from sums over all ranks; fault: see `RunSummary`."""
+        context, config = self._context, self._loaded.config
+        timings = read_timings(self._run.timings(context.world.rank))
+        own = step_times(timings.first(-context.max(-timings.steps_of_attempts(self._attempt.number))))
+        num_workers = config.reduce.num_workers(context.world.size)
+        trains = context.world.rank < num_workers  # servers wait most of the time: a step is what it is to a worker
+        step_ns, phases_ns = context.sum(own.step_ns * trains) / num_workers, context.sum(own.phases_ns * trains)
+        num_samples = sum(context.gather(own.num_samples))
+        energies = context.gather(read_energy(self._run.energy(context.world.host)) if self._energy.meters else None)
+        if not context.world.is_root:
+            return
+        losses = read_metrics(self._run.metrics)[1]
+        summary = summarise(
+            name=config.name,
+            size=context.world.size,
+            num_hosts=len({place.host for place in self._places}),
+            global_batch=self._batch_size,
+            step_ns=step_ns,
+            phases_ns=phases_ns,
+            num_samples=num_samples,
+            num_warmup=own.num_warmup,
+            num_repeated=own.num_repeated,
+            num_attempts=self._attempt.number,
+            energy=total_energy(part for part in energies if part is not None),
+            loss=losses[-1] if losses else None,
+            test=test,
+            complete=fault is None,
+            fault=fault,
+        )
+        self._attempt.lease.confirm()
+        write_atomic(self._run.summary, summary.to_json() + "\n")
+        for measure, value in test.items():
+            print(f"Test {measure.replace('_', ' ')}: {value:.4f}")
+        if summary.step_s and summary.samples_per_s:
+            energy = Energy(summary.joules, summary.energy_quality, summary.energy_source)
+            print(f"Mean step {summary.step_s * 1e3:.3g} ms, {summary.samples_per_s:,.0f} samples/s, {energy}")
+        print(f"Run directory: {self._run.path}", flush=True)
+
+    def _open_logs(self) -> None:
+        """Writes config.toml, and makes metrics.csv end before this attempt's first step: one line a step, for ever."""
+        self._attempt.lease.confirm()
+        self._run.summary.unlink(missing_ok=True)  # of a run that is prolonged
+        self.rewrite(self._loaded, self._losses_so_far())
+
+    def _losses_so_far(self) -> list[tuple[int, float]]:
+        """(step, loss) of every step before this attempt's first, each once; says so where some were lost."""
+        attempts = self._meta.get("attempts", [])
+        steps = range(attempts[0]["first_step"] if attempts else self.num_steps_done, self.num_steps_done)
+        losses = read_whole_metrics(self._run.metrics)
+        missing = [step for step in steps if step not in losses]
+        if missing:
+            self.say(
+                f"warning: {self._run.metrics} was cut or damaged: the losses of {len(missing)} steps from "
+                f"{missing[0]} to {missing[-1]} are lost. The weights are not: the checkpoint is whole."
+            )
+        return [(step, losses[step]) for step in steps if step in losses]
+
+    def rewrite(self, loaded: Loaded, losses: Iterable[tuple[int, float]]) -> None:
+        """Writes config.toml and metrics.csv anew, whole. The root only."""
+        self._attempt.lease.confirm()
+        write_atomic(self._run.config, dumps(loaded))
+        lines = [",".join(METRIC_COLUMNS), *(f"{step},{loss:.9g}" for step, loss in losses)]
+        write_atomic(self._run.metrics, "\n".join(lines) + "\n")
+
+    def _write_meta(self, moment: str, **facts: Any) -> None:
+        """Collective. Adds facts to meta.json, and measures how the ranks' clocks differ now."""
+        offsets = clock_offsets_ns(self._context)
+        energy = self._energy.facts_at_start() if moment == "start" else self._energy.facts_at_end()
+
+        def write() -> None:
+            self._attempt.lease.confirm()
+            if moment == "start":
+                for key in ("outcome", "ended", "clock_offsets_ns", "output_lost"):  # of the attempt before
+                    self._meta.pop(key, None)
+                self._meta.update(describe(self._context, self._places))
+                self._meta["energy"] = _of_all_attempts(self._meta.get("energy", {}), energy)
+                self._meta.setdefault("attempts", []).append(
+                    {
+                        "attempt": self._attempt.number,
+                        "first_step": self.num_steps_done,
+                        "started": _now(),
+                        "hosts": self._meta["hosts"],
+                        "slurm": self._meta["slurm"],
+                        "continues": str(self._attempt.source.path.resolve()) if self._attempt.source else None,
+                        "changed": {each.key: [each.before, each.now] for each in said(self._attempt.changes)},
+                    }
+                )
+            self._meta.update(facts)
+            self._meta.setdefault("clock_offsets_ns", {})[moment] = offsets
+            if moment == "end":
+                self._meta["energy"] = _of_all_attempts(self._meta["energy"], energy)
+                self._meta["attempts"][-1].update(facts)
+            write_atomic(self._run.meta, json.dumps(self._meta, indent=1) + "\n")
+
+        self._context.on_root(write)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _of_all_attempts(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Facts of energy by host: those of hosts that only earlier attempts had stay; a host shared once is shared."""
+    facts = dict(earlier)
+    for key, value in now.items():
+        if not isinstance(value, dict):
+            facts[key] = value
+            continue
+        before = earlier.get(key) or {}
+        facts[key] = {**before, **value}
+        if key == "shared":
+            facts[key].update({host: True for host, was in before.items() if was is True})
+    return facts
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

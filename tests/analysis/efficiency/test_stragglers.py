@@ -1,0 +1,211 @@
+"""Who holds the others up is named, by arrival on aligned clocks; who does not, or may not, is not."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpc_train.analysis.efficiency.stragglers import Waiting, waiting
+from hpc_train.analysis.report.load_balance_tables import waiting_words
+from hpc_train.analysis.report.report import make_report
+from hpc_train.analysis.runs.load import Run, load, load_all
+from hpc_train.core.rundir import RunDir
+from tests import laws
+from tests.laws import Laws, Slow
+
+SKEWED = Laws(noise=0.03, clock_offset_s=3.0, clock_drift=2e-5, clock_error_s=2e-6)
+TWICE = tuple(Slow(rank, 1.3) for rank in (2, 5))
+
+
+def found(root: Path, law: Laws) -> tuple[Run, Waiting]:
+    run, _ = laws.write(root, law)
+    loaded = load(run)
+    return loaded, waiting(loaded)
+
+
+def edit_meta(run: RunDir, **changes: object) -> None:
+    run.meta.write_text(json.dumps({**json.loads(run.meta.read_text()), **changes}))
+
+
+def test_a_persistent_one_is_named_with_its_host_and_cost(tmp_path: Path) -> None:
+    law = replace(SKEWED, slow=(Slow(5, 1.3),))
+    run, told = found(tmp_path, law)
+    (one,) = told.stragglers
+    assert (one.ranks, one.host, one.persistent, one.whole_host) == ((5,), "c1", True, False)
+    assert one.share_last > 0.99
+    # 0.3 of the useful time, less the latest of 7 others above their mean: 1.35 standard deviations of a stretch
+    expected = law.useful_s * (0.3 - 1.35 * law.noise * (0.9**2 + 0.1**2) ** 0.5)
+    assert one.cost_s == pytest.approx(expected, rel=0.05)
+    assert one.share == pytest.approx(expected / run.step_s.mean(), rel=0.05)
+    assert told.share == one.share and told.share_interval == one.share_interval
+    assert (one.cause, one.excess) == ("computing", pytest.approx(1.3, abs=0.01))
+    assert told.clock_error_s is not None and told.clock_error_s < 5e-6
+
+
+def test_nineteen_of_twenty_intervals_hold_what_it_costs_in_the_long_run(tmp_path: Path) -> None:
+    law = replace(SKEWED, ranks=4, steps=130, slow=(Slow(2, 1.3),))
+    _, long = found(tmp_path, replace(law, steps=10_010, stamp="20261201T000000Z"))
+    held = 0
+    for seed in range(1, 31):
+        _, told = found(tmp_path, replace(law, seed=seed, stamp=f"20261101T0000{seed:02}Z"))
+        low, high = told.share_interval or (0.0, 0.0)
+        held += low < long.share < high
+        assert high - low < 0.03
+    assert held >= 25, held  # 28.5 expected
+
+
+def test_a_sporadic_one_is_told_as_such(tmp_path: Path) -> None:
+    _, told = found(tmp_path, replace(SKEWED, steps=1010, slow=(Slow(6, 3.0, 0.1),)))
+    (one,) = told.stragglers
+    assert (one.ranks, one.host, one.persistent) == ((6,), "c1", False)
+    assert one.cost_s == pytest.approx(0.1 * 2.0 * 0.01, rel=0.15)  # every tenth step takes 2 x 10 ms more
+    assert 0.1 < one.share_last < 0.35
+
+
+def test_a_rank_that_waits_for_input_is_told_as_such(tmp_path: Path) -> None:
+    _, told = found(tmp_path, replace(SKEWED, slow=(Slow(3, 1.4, input_stall=True),)))
+    (one,) = told.stragglers
+    assert (one.ranks, one.cause) == ((3,), "input")
+    assert one.excess == pytest.approx((0.4 * 10 + 0.5) / (1.4 * 10 + 0.5 + 0.728), rel=0.05)  # ms, of the step
+
+
+def test_two_slow_ranks_are_both_named_though_each_hides_the_other(tmp_path: Path) -> None:
+    run, told = found(tmp_path, replace(SKEWED, slow=TWICE))
+    assert {one.ranks for one in told.stragglers} == {(2,), (5,)}
+    assert told.share == pytest.approx(0.27 * SKEWED.useful_s / run.step_s.mean(), rel=0.1)
+    assert told.share == pytest.approx(sum(one.share for one in told.stragglers))
+
+
+def test_a_slow_host_is_named_rather_than_its_ranks(tmp_path: Path) -> None:
+    slow = tuple(Slow(rank, 1.25) for rank in range(8, 12))
+    _, told = found(tmp_path, replace(SKEWED, ranks=16, slow=slow))
+    (one,) = told.stragglers
+    assert one.whole_host and one.host == "c2" and one.ranks == (8, 9, 10, 11) and one.persistent
+    assert one.excess == pytest.approx(1.25, abs=0.02)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.2])
+@pytest.mark.parametrize("ranks", [2, 3, 8, 64])
+def test_a_balanced_job_names_nobody(tmp_path: Path, ranks: int, noise: float) -> None:
+    for seed in range(3):
+        law = replace(SKEWED, ranks=ranks, noise=noise, seed=seed, stamp=f"2026112{seed}T210000Z")
+        _, told = found(tmp_path, law)
+        assert not told.stragglers and told.told == "no rank costs the others 1% of their time by more than chance"
+
+
+def test_nobody_is_named_within_the_clocks_error(tmp_path: Path) -> None:
+    """Offsets that are wrong by 0.3 ms, 3% of the step, make a host look late on which nobody is."""
+    law = replace(SKEWED, noise=0.0, ranks_per_host=1, clock_error_s=3e-4)
+    run, told = found(tmp_path, law)
+    assert run.balance and run.balance.arrivals and run.balance.arrivals.basis == "arrival"
+    late_s = run.balance.arrivals.late_s
+    assert np.ptp(late_s) > 3e-4 and not told.stragglers
+    assert told.clock_error_s is not None and told.clock_error_s > 1e-4
+
+
+def test_clocks_that_jumped_are_found_out_and_waits_are_used_instead(tmp_path: Path) -> None:
+    directory, _ = laws.write(tmp_path, replace(SKEWED, slow=(Slow(5, 1.3),)))
+    offsets = json.loads(directory.meta.read_text())["clock_offsets_ns"]
+    offsets["end"][:4] = [offset + 50_000_000 for offset in offsets["end"][:4]]
+    edit_meta(directory, clock_offsets_ns=offsets)
+    run = load(directory)
+    told = waiting(run)
+    assert [one.ranks for one in told.stragglers] == [(5,)]
+    assert run.balance and run.balance.arrivals and run.balance.arrivals.basis == "wait"
+    assert "would leave reductions" in (told.unaligned or "") and told.clock_error_s is None
+    notes = make_report([tmp_path]).parts[0].notes
+    assert any(note.startswith("Clocks of 8 ranks cannot be compared (rank") for note in notes)
+
+
+@pytest.mark.parametrize("offsets", [None, {"start": [0, 1]}, {"start": "no"}, {"start": [0.5] * 8}])
+def test_without_offsets_waits_are_used_and_it_is_said(tmp_path: Path, offsets: object) -> None:
+    directory, _ = laws.write(tmp_path, replace(SKEWED, slow=(Slow(5, 1.3),)))
+    edit_meta(directory, clock_offsets_ns=offsets)
+    told = waiting(load(directory))
+    assert [one.ranks for one in told.stragglers] == [(5,)] and "did not record" in (told.unaligned or "")
+
+
+def test_an_attempt_that_was_killed_has_no_end_of_its_own(tmp_path: Path) -> None:
+    """The offsets at the end are those of an attempt before, on other hosts: they would set the clocks wrong."""
+    law = replace(SKEWED, clock_drift=0.0, slow=(Slow(5, 1.3),))
+    directory, _ = laws.write(tmp_path, law)
+    offsets = json.loads(directory.meta.read_text())["clock_offsets_ns"]
+    edit_meta(
+        directory, ended=None, outcome=None, clock_offsets_ns={**offsets, "end": [rank * 10**9 for rank in range(8)]}
+    )
+    told = waiting(load(directory))
+    assert [one.ranks for one in told.stragglers] == [(5,)] and told.clock_error_s is not None
+
+
+def test_records_of_another_run_are_found_out(tmp_path: Path) -> None:
+    run, _ = laws.write(tmp_path, SKEWED)
+    other, _ = laws.write(tmp_path, replace(SKEWED, seed=1, stamp="20261124T210000Z"))
+    shutil.copy(other.timings(6), run.timings(6))
+    shutil.copy(other.timings(6), run.timings(8))
+    loaded = load(run)
+    told = waiting(loaded)
+    assert "rank 6 on c1" in (told.unaligned or "") and "another run's" in (told.unaligned or "")
+    assert "holds 9 files of a run of 8 ranks" in (loaded.incomplete or "")
+    one_host, _ = laws.write(tmp_path / "one", replace(SKEWED, ranks_per_host=8))
+    header, *lines = one_host.timings(6).read_text().splitlines()
+    cells = [line.split(",") for line in lines]
+    moved = [
+        ",".join([step, str(int(start) + 10**9), str(int(came) + 10**9), *rest]) for step, start, came, *rest in cells
+    ]
+    one_host.timings(6).write_text("\n".join([header, *moved, ""]))
+    assert "others: its records are another run's" in (waiting(load(one_host)).unaligned or "")
+
+
+def test_a_run_given_twice_and_its_copy_count_once(tmp_path: Path) -> None:
+    run, _ = laws.write(tmp_path / "runs", SKEWED)
+    copy = tmp_path / "copies" / "laws" / "elsewhere"
+    shutil.copytree(run.path, copy)
+    (loaded,) = load_all([tmp_path / "runs", run.path, tmp_path / "copies"])
+    assert loaded.copies == (copy,)
+    notes = make_report([tmp_path / "runs", tmp_path / "copies"]).parts[0].notes
+    assert f"Counted once: {copy} is a copy of {loaded.dir.path}." in notes
+
+
+def test_one_rank_waits_for_nobody(tmp_path: Path) -> None:
+    run, told = found(tmp_path, replace(SKEWED, ranks=1))
+    assert told.told == "one rank waits for nobody" and run.balance and run.balance.noise is None
+    assert not any("Nobody" in note for note in make_report([tmp_path]).parts[0].notes)
+
+
+def test_a_crashed_run_still_names_its_slow_rank(tmp_path: Path) -> None:
+    run, _ = laws.write(tmp_path, replace(SKEWED, complete=False, slow=(Slow(5, 1.3),)))
+    for rank in range(8):
+        lines = run.timings(rank).read_text().splitlines(keepends=True)
+        run.timings(rank).write_text("".join(lines[: 120 + rank]) + lines[120 + rank][:17])
+    loaded = load(run)
+    assert "ranks recorded 119 to 126 steps" in (loaded.incomplete or "")
+    assert "the last line of ranks 0, 1, 2, 3, 4 and 3 more is cut short" in (loaded.incomplete or "")
+    assert [one.ranks for one in waiting(loaded).stragglers] == [(5,)]
+
+
+def test_the_report_says_it_in_words_tables_and_records(tmp_path: Path) -> None:
+    laws.study(tmp_path, replace(SKEWED, slow=(Slow(5, 1.3),)), (1, 4, 8))
+    report = make_report([tmp_path])
+    (line,) = report.headlines
+    assert "; 19% lost to waiting for rank 5 on c1" in line
+    (part,) = report.parts
+    sheet = next(sheet for sheet in part.sheets if sheet.title.startswith("Whom the others wait for"))
+    assert [row[:3] for row in sheet.rows] == [("8", "rank 5 on c1", "persistent")]
+    assert any("No rank" in note or "Nobody to be named for 4 ranks" in note for note in part.notes)
+    row = report.to_dict()["groups"][0]["rows"][-1]
+    assert row["stragglers"][0]["ranks"] == [5] and row["waiting_for"] == "rank 5 on c1"
+    assert row["waiting_share"] == pytest.approx(0.19, abs=0.01)
+    written = report.write(tmp_path / "out").parent / "scaling.csv"
+    assert "rank 5 on c1" in written.read_text() and "pop_load_balance_low" in written.read_text()
+    assert waiting_words(report.scaling.groups[0].rows[0]) == ""
+
+
+def test_the_map_is_bright_where_the_slow_rank_is(tmp_path: Path) -> None:
+    run, _ = found(tmp_path, replace(SKEWED, ranks=300, steps=510, work_s=3.0, slow=(Slow(150, 1.5),)))
+    assert run.balance and run.balance.arrivals
+    cells = run.balance.arrivals.map_s
+    assert cells.shape == (256, 167) and np.isfinite(cells).all()
+    assert set(np.argmax(cells, axis=0)) == {150 * 256 // 300}

@@ -1,0 +1,69 @@
+"""What a report says of the next run and whom all waited for: the answer in one sentence, and its figures."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hpc_train.analysis.report.plots.gallery import drawings
+from hpc_train.analysis.report.report import Report, make_report
+from tests.laws import Laws, Slow, write
+
+LAWS = Laws(
+    name="gpt",
+    steps=60,
+    noise=0.01,
+    serial=0.02,
+    ranks_per_host=2,
+    message_bytes=4e5,
+    idle_w={"package-0": 60.0, "dram": 8.0},
+)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """One job on 1 to 16 ranks, 2 a node, a little slower on rank 5 at the largest size."""
+    root = tmp_path_factory.mktemp("advice")
+    for size in (1, 2, 4, 8):
+        write(root, replace(LAWS, ranks=size))
+    write(root, replace(LAWS, ranks=16, slow=(Slow(5, 1.1),)))
+    return make_report([root])
+
+
+def test_the_headline_answers_all_three_questions(study: Report) -> None:
+    (line,) = study.headlines
+    assert re.fullmatch(
+        r"16 ranks: \d+\.\d+x over 1 rank \(\d+% efficiency\).*; \d+% lost to waiting for rank 5 on c2;"
+        r" ask for \d+ nodes?",
+        line,
+    ), line
+
+
+def test_advice_that_was_not_tested_leads_no_headline(tmp_path: Path) -> None:
+    for size in (1, 2):
+        write(tmp_path, replace(LAWS, ranks=size))
+    made = make_report([tmp_path])
+    assert "ask for" not in made.headlines[0]
+    assert any("rests on a model that was not tested" in note for note in made.parts[0].notes)
+    assert "forecast" not in [drawing.name for drawing in drawings(made.parts[0])], "any curve fits two sizes"
+
+
+def test_the_figures_say_what_they_show(study: Report) -> None:
+    made = {drawing.name: drawing for drawing in drawings(study.parts[0])}
+    tree, late, plan = made["pop-efficiencies"], made["late-ranks"], made["forecast"]
+    assert re.search(r"16 ranks: global \d+%, parallel \d+%, load balance \d+%", tree.told)
+    assert (
+        "latest on average over the median rank: rank 5 by" in late.told and "Waited for: rank 5 on c2" in late.caption
+    )
+    assert "ask for" in plan.caption and "before it had seen them" in plan.caption and "95% interval" in plan.told
+    assert "above idle" in made["energy-per-sample"].told
+    assert all("est." in part for part in made["energy-by-phase"].told.split(": ")[2].split(", ")[:5])
+    assert "16 ranks" in made["energy-against-speedup"].told
+
+
+def test_the_page_stays_small(study: Report, tmp_path: Path) -> None:
+    html = study.write(tmp_path).read_text()
+    assert len(html) < 400_000 and "<script" not in html
+    assert html.count("data:image/png;base64,") == 1
+    assert not re.search(r"""(src|href)=["'](?!#|data:image/png;base64,)""", html), "nothing is fetched"

@@ -1,0 +1,66 @@
+"""`hpc-train report --format`: the same answer as tables, Markdown, CSV and JSON."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from hpc_train.analysis.report.markdown import to_markdown
+from hpc_train.analysis.report.report import make_report
+from hpc_train.cli.main import cli
+from tests.synthetic import Recipe, write_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("formats")
+    write_run(root, Recipe(steps=40, source="a|b <i>*x*</i> `c` [d](e) _f_"))
+    write_run(root, Recipe(steps=40, size=2, step_s=0.006))
+    write_run(root, Recipe(steps=40, size=4, step_s=0.004, complete=False))
+    return root
+
+
+def said(runs: Path, *options: str) -> Result:
+    return CliRunner().invoke(cli, ["report", str(runs), "--output", str(runs / "report"), *options])
+
+
+def test_markdown_has_the_answer_the_tables_and_the_notes(runs: Path) -> None:
+    done = said(runs, "--format", "md")
+    assert done.exit_code == 0 and done.output == to_markdown(make_report([runs]))
+    lines = done.output.splitlines()
+    assert lines[0].startswith("**2 ranks: 1.") and lines[0].endswith("**")
+    tables = re.findall(r"((?:^\|.*\n)+)", done.output, re.MULTILINE)
+    assert len(tables) == sum(len(part.sheets) for part in make_report([runs]).parts)
+    for table in tables:
+        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()]
+        assert len({len(row) for row in rows}) == 1 and len({len(line) for line in table.splitlines()}) == 1
+        assert all(re.fullmatch(r" (:-+|-+:) ", cell) for cell in rows[1])
+    assert r"a\|b \<i>\*x\*\</i> \`c\` \[d\](e) \_f\_" in done.output
+    assert r"- \* incomplete" in done.output and re.search(r"\| +4\\\* \|", done.output)
+    assert "| \N{NO-BREAK SPACE}\N{NO-BREAK SPACE}= load balance" in done.output, "the tree of efficiencies"
+    assert "Report:" not in done.output and (runs / "report" / "report.html").is_file()
+
+
+def test_csv_and_json_are_the_files(runs: Path) -> None:
+    text = said(runs, "--format", "csv").output
+    assert [line["ranks"] for line in csv.DictReader(io.StringIO(text))] == ["1", "2", "4"]
+    assert text == (runs / "report" / "scaling.csv").read_text()
+    tree = said(runs, "--format", "json").output
+    assert tree == (runs / "report" / "summary.json").read_text() and json.loads(tree)["schema"]
+    assert said(runs, "--json").output == tree
+
+
+def test_two_formats_at_once_are_a_mistake(runs: Path) -> None:
+    done = said(runs, "--json", "--format", "csv")
+    assert done.exit_code == 2 and "--format csv is given too" in done.output
+
+
+def test_the_tables_say_where_the_page_and_the_figures_are(runs: Path, tmp_path: Path) -> None:
+    done = said(runs, "--figures", str(tmp_path / "proposal"))
+    assert f"Report: {runs / 'report' / 'report.html'}" in done.output
+    made = list((tmp_path / "proposal").glob("*.[ps][dv][fg]"))
+    assert f"Figures: {len(made)} files in {tmp_path / 'proposal'}" in done.output and len(made) == 14

@@ -1,0 +1,412 @@
+"""What a report says, in the terminal, on the page and in its files."""
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hpc_train.analysis.report.report import CSV_COLUMNS, Report, make_report
+from hpc_train.analysis.report.tables import sheets
+from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import plain
+from tests.synthetic import Recipe, write_run
+
+SLOW = {"data": 0.1, "forward": 0.1, "backward": 0.2, "reduce": 0.5, "optimizer": 0.05, "other": 0.05}
+ESTIMATE = {"quality": "estimated", "source": "estimate", "assumption": "10 W per busy core"}
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+
+
+class Page(HTMLParser):
+    """The elements, attributes and text of a page; `problems` is what does not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.styles: list[str] = []
+        self.open: list[str] = []
+        self.problems: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        (self.styles if self.open and self.open[-1] == "style" else self.words).append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def report(root: Path, *recipes: Recipe) -> Report:
+    for recipe in recipes:
+        write_run(root, recipe)
+    return make_report([root])
+
+
+def printed(made: Report, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    made.print(console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def page(made: Report, root: Path) -> str:
+    return made.write(root / "report").read_text()
+
+
+def pair(**second: object) -> tuple[Recipe, Recipe]:
+    """One rank at 10 ms and two at 6 ms a step, the two changed by `second`."""
+    return Recipe(size=1, step_s=0.010), replace(Recipe(size=2, step_s=0.006), **second)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------- headline
+
+
+def test_the_headline_answers_first(tmp_path: Path) -> None:
+    (line,) = report(tmp_path, *pair()).headlines
+    assert re.fullmatch(
+        r"2 ranks: 1\.6\dx over 1 rank \(8\d% efficiency\); 10% of the step is exposed communication", line
+    )
+
+
+def test_a_slowdown_is_called_slower_and_says_what_grew(tmp_path: Path) -> None:
+    (line,) = report(tmp_path, *pair(step_s=0.020, shares={**SLOW, "data": 0.2, "backward": 0.1})).headlines
+    assert line.startswith("2 ranks: slower than 1 rank, 0.50x its speed (25% efficiency)")
+    assert "50% of the step is exposed communication" in line
+    assert re.search(r"data grew from (1\.0|0\.99)\d* to (4\.0|3\.9)\d* ms", line)
+    assert "backward grew" not in line
+
+
+def test_no_difference_is_not_called_a_speedup(tmp_path: Path) -> None:
+    (line,) = report(tmp_path, *pair(step_s=0.010)).headlines
+    assert "no faster than 1 rank as far as can be told" in line and "95% interval" in line
+
+
+def test_weak_scaling_speaks_of_throughput(tmp_path: Path) -> None:
+    made = report(tmp_path, Recipe(batch_per_rank=32), Recipe(size=2, step_s=0.011, batch_per_rank=32))
+    assert "over 1 rank in samples/s" in made.headlines[0]
+    assert "weak scaling, batch per rank 32" in printed(made)
+
+
+def test_no_baseline_is_said_and_no_speedup_is_shown(tmp_path: Path) -> None:
+    made = report(tmp_path, Recipe(size=2))
+    whole = page(made, tmp_path)
+    apart = re.sub(r"<svg.*?</svg>", "", whole, flags=re.DOTALL)  # ranks may lose 0% to each other, without a baseline
+    assert "speedup over" not in whole.lower()
+    for said in (printed(made), Page(apart).text):
+        assert "no baseline" in said
+        assert not re.search(r"\b1(\.0+)?x|\b100(\.0+)?%", said)
+    (row,) = sheets(made.scaling.groups[0])[0].rows
+    assert row[-3:] == ("no baseline", "-", "-")
+    assert "no baseline, so no speedup" in made.headlines[0]
+
+
+# ---------------------------------------------------------------------------------------------- terminal
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+def test_no_cell_is_cut_short_at_any_width(tmp_path: Path, width: int) -> None:
+    source = "NVML total energy counter + RAPL package-0 + RAPL dram"
+    large = Recipe(size=256, step_s=0.0001234, complete=False, steps=30)
+    made = report(tmp_path, *pair(source=source), large)
+    text = printed(made, width)
+    assert "…" not in text and "..." not in text
+    assert max(len(line) for line in text.splitlines()) <= width
+    group = made.scaling.groups[0]
+    for sheet in sheets(group):
+        for row in sheet.rows:
+            for cell, column in zip(row, sheet.columns, strict=True):
+                words = cell.split() if column.is_text or width < 80 else [cell]
+                assert all(word in text for word in words), cell
+
+
+def test_the_numbers_of_a_row_stand_on_one_line(tmp_path: Path) -> None:
+    made = report(tmp_path, *pair())
+    lines = printed(made).splitlines()
+    for sheet in sheets(made.scaling.groups[0]):
+        for row in sheet.rows:
+            assert any(line.split() == " ".join(row).split() for line in lines), row
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    owned = {"cpu_model": "\x1b]0;owned\x07"}
+    made = report(tmp_path, *pair(source="\x1b[31mred\x07 [bold]x[/bold]", meta=owned))
+    text = printed(made)
+    assert "\x1b" not in text and "\x07" not in text
+    assert "[bold]x[/bold]" in text
+    assert plain("a\x1bb") == "a\N{REPLACEMENT CHARACTER}b"
+
+
+# ---------------------------------------------------------------------------------------------- energy
+
+
+def test_an_estimate_is_called_one_everywhere(tmp_path: Path) -> None:
+    recipes = [Recipe(size=size, step_s=0.01 / size, joules=77.0, **ESTIMATE) for size in (1, 2)]
+    made = report(tmp_path, *recipes)
+    parsed = Page(page(made, tmp_path))
+    for said in (printed(made), parsed.text):
+        figures = re.findall(r"(?<![\d.])(?!0 J)[\d.]+ m?J\b(?: s\b)?(?: est\.)?", said)
+        assert len(figures) >= 4
+        assert all(figure.endswith("est.") for figure in figures), figures
+        assert "10 W per busy core" in " ".join(said.split())
+    titles = [
+        value for _, name, value in parsed.attributes if name == "aria-label" and value.startswith("Energy per sample:")
+    ]
+    assert titles and all(value.count("est.") == 2 for value in titles)
+    assert "energy per sample (mJ), estimated" in parsed.text
+    lines = csv.DictReader((tmp_path / "report/scaling.csv").open())
+    assert {line["energy_quality"] for line in lines} == {"estimated"}
+
+
+def test_missing_energy_is_the_word_and_never_zero(tmp_path: Path) -> None:
+    made = report(tmp_path, *(Recipe(size=size, step_s=0.01 / size, joules=None) for size in (1, 2)))
+    html = page(made, tmp_path)
+    for said in (printed(made), Page(html).text):
+        assert said.count("missing") >= 4
+        assert not re.search(r"\b0(\.0+)? m?J\b", said)
+    assert "Energy per sample:" not in html  # no figure of nothing
+    for row in csv.DictReader((tmp_path / "report/scaling.csv").open()):
+        assert (row["joules"], row["joules_per_sample"], row["energy_quality"]) == ("", "", "missing")
+
+
+def test_a_meter_that_counted_0_joules_is_missing_and_costs_no_other_section(tmp_path: Path) -> None:
+    """Slurm's energy of a job of a second or two: less than the meter's resolution."""
+    slurm = {"joules": 0.0, "source": "Slurm"}
+    made = report(
+        tmp_path, Recipe(size=1, **slurm), Recipe(size=2, step_s=0.006, **slurm), Recipe(size=4, step_s=0.004)
+    )
+    html = page(made, tmp_path)
+    for said in (printed(made), Page(html).text, made.text("md")):
+        said = " ".join(said.split())
+        assert "Energy missing for 1 rank, 2 ranks: Slurm counted 0 J, less than it can tell" in said
+        assert "Efficiencies (POP" in said and "120 J" in said
+        assert not re.search(r"(?<![\d.])0(\.0+)? m?J\b(?!, less)", said)
+    for row in list(csv.DictReader((tmp_path / "report/scaling.csv").open()))[:2]:
+        assert (row["joules"], row["joules_measured"], row["joules_loop"], row["mean_w"]) == ("", "", "", "")
+    assert made.write_figures(tmp_path / "figures")
+
+
+def test_a_measurement_is_not_called_an_estimate(tmp_path: Path) -> None:
+    text = printed(report(tmp_path, *pair()))
+    assert "120 J" in text and "120 J est." not in text and "RAPL package-0" in text
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+def test_every_test_measure_is_shown(tmp_path: Path) -> None:
+    measures = {"loss": 1.23456, "bigram_loss": 2.5, "unigram_accuracy": 0.125}
+    made = report(tmp_path, Recipe(test=measures), Recipe(size=2, test={"loss": 1.5, "return": 487.25}))
+    sheet = sheets(made.scaling.groups[0])[-1]
+    assert [column.title for column in sheet.columns[4:]] == [
+        "loss",
+        "test loss",
+        "test bigram loss",
+        "test unigram accuracy",
+        "test return",
+    ]
+    assert sheet.rows[0][5:] == ("1.235", "2.500", "12.50%", "-")
+    assert sheet.rows[1][5:] == ("1.500", "-", "-", "487.2")
+    made.write(tmp_path / "out")
+    lines = list(csv.DictReader((tmp_path / "out/scaling.csv").open()))
+    added = ("test_loss", "test_bigram_loss", "test_unigram_accuracy", "test_return")
+    assert tuple(lines[0]) == (*CSV_COLUMNS, *added)
+    assert [lines[0][name] for name in added] == ["1.23456", "2.5", "0.125", ""]
+    row = json.loads((tmp_path / "out/summary.json").read_text())["groups"][0]["rows"][1]
+    assert (row["test_loss"], row["test_return"]) == (1.5, 487.25) and "test_accuracy" not in row
+
+
+def test_repeats_share_their_measures_and_odd_ones_are_left_out(tmp_path: Path) -> None:
+    twins = [Recipe(test={"accuracy": 0.9}), Recipe(test={"accuracy": 0.8}, stamp="20261123T220000Z")]
+    odd = Recipe(size=2, test={"accuracy": None, "loss": "low", "ok": True, "<b>\x1b": 0.5})  # type: ignore[dict-item]
+    made = report(tmp_path, *twins, odd)
+    one, two = made.scaling.groups[0].rows
+    assert one.test == {"accuracy": pytest.approx(0.85)} and two.test == {"<b>\x1b": 0.5}
+    assert "\x1b" not in printed(made)
+    parsed = Page(page(made, tmp_path))
+    assert "b" not in parsed.tags and "test <b>\N{REPLACEMENT CHARACTER}" in parsed.text
+
+
+# ---------------------------------------------------------------------------------------------- page
+
+
+def test_the_page_is_well_formed_and_asks_for_nothing(tmp_path: Path) -> None:
+    html = page(report(tmp_path, *pair(), Recipe(size=4, strategy="mpi")), tmp_path)
+    html, num_images = re.subn(
+        r'"data:image/png;base64,[A-Za-z0-9+/=\s]*"', '"#p0-0-figure_1"', html
+    )  # inside the page
+    assert num_images == 0  # nobody is late
+    parsed = Page(html)
+    assert not parsed.problems and not parsed.open
+    assert not {"script", "link", "iframe", "img", "object", "embed", "base", "form"} & set(parsed.tags)
+    fetching = ("href", "src", "xlink:href", "srcset", "action", "data", "poster", "background")
+    references = [value for _, name, value in parsed.attributes if name in fetching]
+    references += re.findall(r"url\(\s*['\"]?([^)'\"]*)", html)
+    assert references  # the figures refer to their own parts
+    ids = [value for _, name, value in parsed.attributes if name == "id"]
+    assert all(reference.startswith("#") and reference[1:] in ids for reference in references), references
+    assert "//" not in html.replace("///", "") and "@import" not in html
+    assert not [name for _, name, _ in parsed.attributes if name.startswith("on")]
+
+
+def test_ids_are_not_shared_between_figures(tmp_path: Path) -> None:
+    parsed = Page(page(report(tmp_path, *pair(), Recipe(size=4, strategy="mpi")), tmp_path))
+    ids = [value for _, name, value in parsed.attributes if name == "id"]
+    assert len(ids) > 50
+    assert len(ids) == len(set(ids))
+
+
+def test_every_figure_has_a_title_a_description_and_units(tmp_path: Path) -> None:
+    parsed = Page(page(report(tmp_path, *pair()), tmp_path))
+    labels = [value for tag, name, value in parsed.attributes if tag == "svg" and name == "aria-label"]
+    assert len(labels) == parsed.tags.count("svg") == parsed.tags.count("figcaption") == 7
+    assert parsed.tags.count("title") == 8
+    for axis in (
+        "speedup over 1 rank",
+        "ranks",
+        "time per step (ms)",
+        "step",
+        "training loss",
+        "energy per sample (mJ), measured",
+    ):
+        assert axis in parsed.words, axis
+
+
+def test_the_page_is_in_order(tmp_path: Path) -> None:
+    text = Page(page(report(tmp_path, *pair()), tmp_path)).text
+    places = [
+        text.index(words)
+        for words in ("1 rank (", "Figures", "Tables", "What to know", "How the figures were computed", "The runs")
+    ]
+    assert places == sorted(places)
+    for words in ("node01", "torch 2.10.0", "Open MPI v4.1.4", "b0f1e82c0ffe", "10 of them warm-up"):
+        assert words in text
+
+
+def test_hostile_names_are_text_on_the_page(tmp_path: Path) -> None:
+    evil = '"><script>alert(1)</script><img src=x onerror=y>'
+    recipes = pair(
+        source="<b>meter</b>",
+        quality="estimated",
+        assumption="<i>none</i> $\\frac{",
+        hosts=("<u>host<u>",),
+        meta={
+            "name": evil,
+            "cpu_model": evil,
+            "git": {"commit": "<s>a</s>", "dirty": False},
+            "versions": {"<q>": evil},
+            "mpi": {"version": evil},
+            "started": evil,
+            "slurm": {"job_id": evil},
+        },
+    )
+    parsed = Page(page(report(tmp_path, *recipes), tmp_path))
+    assert not {"script", "img", "b", "i", "u", "s", "q"} & set(parsed.tags)
+    assert not parsed.problems
+    for words in (evil, "<b>meter</b>", "<i>none</i> $\\frac{", "<u>host<u>", "<s>a</s>"):
+        assert words in parsed.text, words
+
+
+def test_mismatches_and_incomplete_runs_are_told_everywhere(tmp_path: Path) -> None:
+    made = report(tmp_path, *pair(meta={"versions": {"torch": "2.11.0"}}), Recipe(size=4, step_s=0.004, complete=False))
+    for said in (printed(made), Page(page(made, tmp_path)).text):
+        said = " ".join(said.split())
+        assert "version of torch: 2.10.0 (1 and 4 ranks); 2.11.0 (2 ranks)" in said
+        assert "4*" in said and "no summary.json" in said and "* incomplete" in said
+    assert made.headlines[0].startswith("2 ranks")  # not the incomplete 4 ranks
+
+
+def test_a_diverged_run_and_one_without_metrics_are_reported(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, recipe) for recipe in pair()]
+    runs[0].metrics.unlink()
+    runs[1].metrics.write_text("step,loss\n0,2.5\n10,nan\n20,inf\n")
+    runs[1].summary.write_text('{"complete": true, "loss": null}')
+    made = make_report([tmp_path])
+    assert "inf" in printed(made)
+    page(made, tmp_path)
+    rows = json.loads((tmp_path / "report/summary.json").read_text())["groups"][0]["rows"]
+    assert [row["loss"] for row in rows] == [0.31, None]
+    json.dumps(made.to_dict(), allow_nan=False)
+
+
+def test_runs_that_hold_no_step_are_reported(tmp_path: Path) -> None:
+    run = write_run(tmp_path, Recipe(size=2, complete=False))
+    for rank in range(2):
+        run.timings(rank).write_text("")
+    made = make_report([tmp_path])
+    assert "no steady step recorded" in made.headlines[0]
+    assert "0 of 210 steps" in " ".join(printed(made).split())
+    assert "no steady step recorded" in Page(page(made, tmp_path)).text
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_the_files_of_a_report(tmp_path: Path) -> None:
+    made = report(tmp_path, *pair())
+    written = made.write(tmp_path / "deep" / "report")
+    assert written == tmp_path / "deep" / "report" / "report.html"
+    names = sorted(path.name for path in written.parent.iterdir())
+    assert names == ["report.html", "scaling.csv", "summary.json"]
+    first = written.read_bytes()
+    assert made.write(written.parent).read_bytes() == first  # the same runs give the same page
+
+
+def test_the_csv_has_its_columns_and_base_units(tmp_path: Path) -> None:
+    report(tmp_path, *pair(), Recipe(size=4, step_s=0.004, complete=False)).write(tmp_path / "out")
+    lines = list(csv.DictReader((tmp_path / "out/scaling.csv").open()))
+    assert tuple(lines[0]) == (*CSV_COLUMNS, "test_accuracy")
+    for column in ("ranks", "step_s", "speedup", "efficiency", "share_reduce", "joules", "energy_quality"):
+        assert column in lines[0]
+    one, two, four = lines
+    assert [line["ranks"] for line in lines] == ["1", "2", "4"]
+    assert [line["incomplete"] for line in lines] == ["False", "False", "True"]
+    assert float(two["step_s"]) == pytest.approx(0.006, rel=0.02)
+    assert float(two["speedup_low"]) < 10 / 6 < float(two["speedup_high"])
+    assert float(two["efficiency"]) == pytest.approx(float(two["speedup"]) / 2)
+    assert (one["baseline_ranks"], one["scaling"], four["joules"]) == ("1", "strong", "120.0")
+    assert float(one["share_reduce"]) == pytest.approx(0.1, abs=1e-6)
+
+
+def test_the_csv_leaves_an_unknown_speedup_empty(tmp_path: Path) -> None:
+    report(tmp_path, Recipe(size=2)).write(tmp_path / "out")
+    (line,) = csv.DictReader((tmp_path / "out/scaling.csv").open())
+    assert (line["speedup"], line["efficiency"], line["baseline_ranks"]) == ("", "", "")
+
+
+def test_the_json_says_what_the_tables_say(tmp_path: Path) -> None:
+    made = report(tmp_path, *pair())
+    made.write(tmp_path / "out")
+    tree = json.loads((tmp_path / "out/summary.json").read_text())
+    assert tree == json.loads(json.dumps(made.to_dict()))
+    assert tree["headlines"] == made.headlines
+    row = tree["groups"][0]["rows"][1]
+    assert row["ranks"] == 2 and len(row["runs"]) == 1
+    assert row["speedup"] == made.scaling.groups[0].rows[1].speedup
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
+    made = report(tmp_path, Recipe())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as error:
+        made.write(tmp_path / "file" / "report")
+    assert str(tmp_path / "file" / "report") in error.value.what

@@ -1,0 +1,238 @@
+"""`hpc-train plan`: the essay's case, budgets and their reasons, tables of all kinds, and runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from hpc_train.analysis.models.measurements import read_table
+from hpc_train.analysis.models.predict import curve_sizes, predict
+from hpc_train.analysis.planning.budget import Work, power, read_network, samples_work, steps_work
+from hpc_train.analysis.planning.plan import Limits, make_plan
+from hpc_train.analysis.report.advice import advice_of
+from hpc_train.analysis.report.plan_tables import answer, short_answer
+from hpc_train.analysis.runs.load import load_all
+from hpc_train.analysis.scaling.scaling import compare
+from hpc_train.cli.main import cli
+from hpc_train.cli.plan import duration_s, joules
+from hpc_train.core.errors import UserError
+from tests.synthetic import Recipe, write_run
+
+WEAK = "ranks,samples_per_s,ranks_per_node\n1,100,4\n2,199,4\n4,392,4\n8,740,4\n16,1430,4\n32,2780,4\n"
+
+
+def table(folder: Path, text: str) -> Path:
+    path = folder / "scaling.csv"
+    path.write_text(text)
+    return path
+
+
+def run_plan(*words: str | Path) -> Any:
+    return CliRunner().invoke(cli, ["plan", *map(str, words)], catch_exceptions=True)
+
+
+def test_the_essays_case(tmp_path: Path) -> None:
+    """10^10 records at 1 s each are 10^10 s on one computer, 10^8 s on 100 that share them."""
+    path = table(tmp_path, "ranks,samples_per_s,ranks_per_node\n1,1,1\n2,2,1\n4,4,1\n8,8,1\n")
+    result = run_plan("--table", path, "--samples", "1e10", "--predict", "1,100", "--json")
+    assert result.exit_code == 0
+    one, hundred = json.loads(result.output)["options"]
+    assert one["time_s"] == pytest.approx(1e10, rel=1e-3)
+    assert hundred["time_s"] == pytest.approx(1e8, rel=0.02)
+    low, high = hundred["time_interval_s"]
+    assert low <= 1e8 <= high and hundred["extrapolation"] == 12.5
+    told = run_plan("--table", path, "--samples", "1e10", "--predict", "100").output
+    assert told.startswith("100 nodes (100 ranks): 3.17 years (")  # 10^8 s
+
+
+def test_limits_and_the_reasons_for_no_other_number(tmp_path: Path) -> None:
+    foreseen = predict(read_table(table(tmp_path, WEAK)))
+    work = samples_work(1e8)
+    freely = make_plan(foreseen, work)
+    assert freely.chosen is not None and freely.chosen.nodes == 32  # almost perfect scaling: as far as it looks
+    assert "4 times the largest measured" in freely.why_not_larger and "slower" in freely.why_not_smaller
+    in_time = make_plan(foreseen, work, Limits(deadline_s=14 * 3600.0))
+    assert in_time.chosen is not None and in_time.chosen.nodes == 6
+    assert in_time.why_not_smaller.startswith("4 nodes: may break the deadline of 14.0 h")
+    assert "faster for" in in_time.why_not_larger
+    assert in_time.chosen.time_s == pytest.approx(1e8 / 2110, rel=0.03)
+    assert in_time.chosen.node_hours == pytest.approx(6 * in_time.chosen.time_s / 3600)
+    cheap = make_plan(foreseen, work, Limits(node_hours=76.5))
+    assert cheap.chosen is not None and cheap.chosen.nodes < 8 and "budget of 76.5 node-hours" in cheap.why_not_larger
+    never = make_plan(foreseen, work, Limits(deadline_s=60.0))
+    assert never.chosen is None and short_answer(never) is None and answer(never)[0].startswith("Nothing to ask for")
+    with pytest.raises(UserError, match="a limit needs the amount of work"):
+        make_plan(foreseen, None, Limits(deadline_s=60.0))
+    with pytest.raises(UserError, match="no energy was measured"):
+        make_plan(foreseen, work, Limits(energy_j=1.0))
+
+
+def test_a_job_that_stops_scaling_is_given_its_knee(tmp_path: Path) -> None:
+    rows = [f"{n},{(8.0 / n + 0.05 * n):.6g},4,strong,512" for n in (1, 2, 4, 8, 16, 32)]
+    text = "\n".join(["ranks,step_s,ranks_per_node,scaling,global_batch", *rows, ""])
+    points = read_table(table(tmp_path, text))
+    made = make_plan(predict(points), steps_work(points, 1000), Limits(max_nodes=16))
+    assert made.chosen is not None and made.chosen.nodes <= 3
+    assert made.why_not_larger and made.why_not_smaller
+    assert short_answer(made) in (f"ask for {made.chosen.nodes} nodes", "ask for 1 node")
+
+
+def test_joules_are_split_into_nodes_and_samples(tmp_path: Path) -> None:
+    sizes = [(4, 0.10), (8, 0.12), (16, 0.15), (32, 0.16)]
+    rows = [f"{n},{t},4,{64 * n},{300 * n / 4 * t + 0.5 * 64 * n:.6f}" for n, t in sizes]
+    points = read_table(table(tmp_path, "\n".join(["ranks,step_s,ranks_per_node,global_batch,joules", *rows, ""])))
+    found = power(points)
+    assert found is not None and found.static_w == pytest.approx(300) and found.joules_per_sample == pytest.approx(0.5)
+    made = make_plan(predict(points), samples_work(1e7))
+    option = made.options[1]
+    assert option.nodes == 2 and option.energy_j == pytest.approx(300 * 2 * (option.time_s or 0) + 0.5e7, rel=1e-3)
+    low, high = option.energy_interval_j or (0, 0)
+    assert low < option.energy_j < high
+    budget = make_plan(predict(points), samples_work(1e7), Limits(energy_j=1.01 * (option.energy_j or 0)))
+    assert budget.chosen is None or budget.chosen.energy_j < option.energy_j
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("gpus,step_s\n1,2\n", "no column ranks among gpus, step_s"),
+        ("ranks,time\n1,2\n", "neither a column step_s nor samples_per_s"),
+        ("ranks,step_s\n", "no line of measurements"),
+        ("ranks,step_s\n1,0\n", r"scaling.csv:2: step_s = 0, which is not a number above 0"),
+        ("ranks,step_s\n1,1\n2,nan\n", r"scaling.csv:3: step_s = nan"),
+        ("ranks,step_s\n1,1\n2,-3\n", r"step_s = -3"),
+        ("ranks,step_s\n1,1\n2.5,3\n", r"ranks = 2.5, which is not a whole number above 0"),
+        ("ranks,step_s\n1,1\n2\n", "1 cells under 2 columns"),
+        ("ranks,step_s\n1,1\n2,\n", "an empty cell where a measurement is needed"),
+        ("ranks,step_s,scaling\n1,1,weak\n2,1,strong\n", "weak and strong scaling in one table"),
+        ("ranks,step_s,scaling\n1,1,up\n", "scaling = 'up'"),
+        ("ranks,step_s,ranks_per_node\n1,1,4\n2,1,8\n", "ranks_per_node differs"),
+        ("ranks,samples_per_s,joules\n1,1,4\n2,1,8\n", "joules are those of one step"),
+        ("ranks,step_s,ranks_per_node\n4,1,4\n", "cannot be fitted to 4 ranks: one size says nothing"),
+    ],
+)
+def test_bad_tables_are_named(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        predict(read_table(table(tmp_path, text)))
+
+
+def test_odd_tables_are_read_and_what_is_odd_is_said(tmp_path: Path) -> None:
+    lines = ("16,1.3,4,a", "4,1.0,4,", "", "4,1.1,4,b", "8,1.2,4,", "6,1.15,4,", "")
+    text = "\n".join(("# made elsewhere", "ranks, step_s, ranks_per_node, note", *lines))
+    points = read_table(table(tmp_path, text))
+    assert points.ranks.tolist() == [4, 6, 8, 16] and points.step_s[0] == pytest.approx(1.05)
+    assert points.nodes(points.ranks).tolist() == [1, 2, 2, 4]
+    told = " ".join(points.notes)
+    assert "4 ranks: 2 lines, of which the mean is taken" in told and "Taken as weak scaling" in told
+    assert "6 ranks do not fill whole nodes of 4" in told
+    assert "No ranks_per_node" in " ".join(read_table(table(tmp_path, "ranks,step_s\n1,1\n2,1\n")).notes)
+
+
+def test_the_network_file_is_read_for_the_runs_strategy(tmp_path: Path) -> None:
+    fits = [
+        {"strategy": "mpi", "ranks": 4, "nodes": 1, "alpha_s": 1e-6, "beta_s_per_byte": 1e-10},
+        {"strategy": "mpi", "ranks": 8, "nodes": 2, "alpha_s": 2e-6, "beta_s_per_byte": 5e-10},
+        {"strategy": "horovod", "ranks": 4, "nodes": 1, "alpha_s": 3e-6, "beta_s_per_byte": 2e-10},
+    ]
+    path = tmp_path / "allreduce.json"
+    path.write_text(json.dumps({"schema": 1, "kind": "allreduce", "fits": fits}))
+    network = read_network(path, "mpi")
+    assert (network.beta_inside_s_per_byte, network.beta_between_s_per_byte) == (1e-10, 5e-10)
+    assert read_network(path).alpha_between_s is None
+    one = table(tmp_path, "ranks,step_s,ranks_per_node\n4,0.1,4\n")
+    result = run_plan("--table", one, "--network", path, "--gradient-bytes", "1e8", "--predict", "4", "--json")
+    assert result.exit_code == 0 and json.loads(result.output)["model"] == "mechanistic"
+    path.write_text("{}")
+    with pytest.raises(UserError, match="no measurement of all-reduces"):
+        read_network(path)
+
+
+def test_runs_are_planned_from(tmp_path: Path) -> None:
+    hosts = {1: ("a",), 2: ("a",), 4: ("a", "b"), 8: ("a", "b", "c", "d")}
+    for size, names in hosts.items():
+        write_run(tmp_path, Recipe(size=size, step_s=0.08 / size + 0.004, hosts=names, joules=50.0))
+    result = run_plan(tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    tree = json.loads(result.output)
+    assert tree["ranks_per_node"] == 2 and tree["scaling"] == "strong" and tree["nodes"] >= 4
+    assert [each["ranks"] for each in tree["measured"]] == [1, 2, 4, 8]
+    assert tree["power"]["quality"] == "measured" and tree["options"][0]["energy_j"] is not None
+    assert tree["work"]["steps"] == 210
+    group = compare(load_all([tmp_path])).groups[0]
+    shown = advice_of(group).plan
+    assert shown is not None and shown.chosen is not None and shown.chosen.nodes == tree["nodes"]
+    drawn = shown.prediction.at(curve_sizes(shown.prediction))
+    assert drawn[0].ranks == 1 and drawn[-1].ranks == 32 and sum(each.measured_s is not None for each in drawn) == 4
+    to_loss = json.loads(run_plan(tmp_path, "--target-loss", "1.0", "--json").output)
+    assert to_loss["work"]["steps"] < 210 and "training loss of 1" in to_loss["work"]["words"]
+    text = run_plan(tmp_path, "--deadline", "1h").output
+    assert text.startswith("Ask for 1 node (2 ranks): ") and "Not more: " in text and "Models, tested on" in text
+    assert isinstance(run_plan(tmp_path, "--target-loss", "0.001").exception, UserError)
+
+
+def test_the_benchmark_beside_runs_of_one_node_says_what_a_second_costs(tmp_path: Path) -> None:
+    for size in (1, 2):
+        write_run(tmp_path, Recipe(size=size, step_s=0.08 / size + 0.004, joules=None))
+    alone = json.loads(run_plan(tmp_path, "--json").output)
+    assert alone["nodes"] == 1 and "what a second node costs was not measured" in alone["why_not_larger"]
+    refused = run_plan(tmp_path, "--predict", "8").exception
+    assert isinstance(refused, UserError) and "nothing is known of what a second one costs" in refused.what
+    fits = [
+        {"strategy": "horovod", "ranks": ranks, "nodes": nodes, "alpha_s": 1e-5, "beta_s_per_byte": 1e-9}
+        for ranks, nodes in ((2, 1), (4, 2))
+    ]
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "allreduce-a.json").write_text(json.dumps({"schema": 1, "kind": "allreduce", "fits": fits}))
+    with_bench = json.loads(run_plan(tmp_path, "--predict", "4,8", "--json").output)
+    assert [each["nodes"] for each in with_bench["options"]] == [2, 4]
+    assert any("allreduce-a.json, horovod" in warning for warning in with_bench["warnings"])
+    assert all(each["energy_j"] is None for each in with_bench["options"])
+
+
+def test_larger_batches_take_more_samples() -> None:
+    work = Work(samples=1e6, steps=1e3, words="")
+    assert work.at(64) == 1e6 + 64e3 and work.at(6400) == 1e6 + 6.4e6
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("6h", 21600), ("1d12h", 129600), ("90min", 5400), ("2:30:00", 9000), ("1-00:00:00", 86400)]
+)
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert duration_s(text) == seconds
+
+
+def test_amounts_that_are_none_are_refused(tmp_path: Path) -> None:
+    assert joules("40kWh") == 144e6 and joules("3.6 MJ") == 3.6e6
+    path = table(tmp_path, WEAK)
+    for option, value, words in (
+        ("--deadline", "soon", "write a time"),
+        ("--energy", "40", "write an energy"),
+        ("--node-hours", "-1", "-1.0 is not in the range 0<x"),
+        ("--predict", "a,b", "write numbers of ranks"),
+    ):
+        result = run_plan("--table", path, option, value)
+        assert result.exit_code == 2 and words in result.output
+    assert isinstance(run_plan().exception, UserError) and isinstance(
+        run_plan(path, "--table", path).exception, UserError
+    )
+
+
+def test_help_and_reports_do_not_load_scipy() -> None:
+    code = (
+        "import sys, click.testing, hpc_train.cli.main as c, hpc_train.analysis.report.report\n"
+        "assert click.testing.CliRunner().invoke(c.cli, ['plan', '--help']).exit_code == 0\n"
+        "import hpc_train.analysis.report.plan_tables\n"
+        "assert 'scipy' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_intervals_grow_beyond_the_data(tmp_path: Path) -> None:
+    ahead = predict(read_table(table(tmp_path, WEAK))).at([16, 32, 64, 256])
+    widths = [np.log(each.step_interval_s[1] / each.step_interval_s[0]) for each in ahead]
+    assert widths[1] < widths[2] < widths[3] and ahead[1].measured_s == pytest.approx(32 / 2780)

@@ -1,0 +1,198 @@
+"""What Slurm does to jobs, and that no job loses more than it may: every step once, and the weights of a quiet run."""
+
+import csv
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic, time
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from hpc_train.core.timings import read_timings
+from tests import jobs
+from tests.conftest import FaultTable
+from tests.slurm.slurm import Cluster, until
+
+STEPS = 400
+EVERY = 50  # steps between checkpoints
+RANK = "grep -lsxz 'trai[n]' /proc/[0-9]*/cmdline | cut -d/ -f3"  # its process; the brackets: not this grep itself
+SLOW = "6mbit"  # each step sends 42 KB over each of three links: some 60 ms a step, which leaves time for faults
+SLOWER = "2mbit"  # and some 180 ms: trains for longer than a minute
+
+
+def submit(cluster: Cluster, digits: Path, folder: Path, *words: object, **keys: object) -> int:
+    """A job of three ranks on three of the four nodes; the folder is its checkout."""
+    mine = {"data__file": digits, "train__steps": STEPS, "train__log_every": 1, "run__root": folder / "runs"}
+    sets = jobs.settings(**{**mine, "checkpoint__every_steps": EVERY, **keys})
+    script, config = jobs.ROOT / "slurm/train.sbatch", jobs.CONFIGS / "softmax-mnist.toml"
+    return cluster.sbatch("--nodes=3", "--output=%j.out", *words, script, config, *sets, cwd=folder)
+
+
+def losses(folder: Path) -> list[tuple[int, str]]:
+    """(step, loss as written) of the only run below a folder."""
+    (path,) = folder.glob("runs/*/*/metrics.csv")
+    with path.open() as file:
+        return [(int(row["step"]), row["loss"]) for row in csv.DictReader(file)]
+
+
+def attempts(folder: Path) -> list[dict[str, Any]]:
+    """What meta.json tells of the attempts of the only run below a folder."""
+    (path,) = folder.glob("runs/*/*/meta.json")
+    return json.loads(path.read_text())["attempts"]
+
+
+def in_the_middle(folder: Path) -> bool:
+    """Whether a checkpoint is there and steps after it."""
+    return bool(list(folder.glob("runs/*/*/checkpoints/step-*"))) and losses(folder)[-1][0] > EVERY + 10
+
+
+@pytest.fixture(scope="module")
+def quiet(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run to which nothing happened."""
+    folder = tmp_path_factory.mktemp("quiet")
+    job = submit(cluster, digits, folder)
+    cluster.ends(job, "COMPLETED", timeout_s=120)
+    return folder
+
+
+def run_slowly(cluster: Cluster, digits: Path, folder: Path, *words: object, rate: str = SLOW) -> int:
+    """A job in the middle of its training, whose links carry `rate`."""
+    cluster.shape(rate)
+    job = submit(cluster, digits, folder, *words)
+    until(lambda: in_the_middle(folder) or cluster.state(job) == "FAILED", "the middle of the training", 90)
+    assert cluster.state(job) != "FAILED", cluster.output(job)
+    return job
+
+
+class Recovery(NamedTuple):
+    """What a fault cost: seconds from it to the first step after it, and steps that were taken twice."""
+
+    seconds: float
+    steps_lost: int
+
+
+def ends_as_quiet(
+    cluster: Cluster, job: int, folder: Path, quiet: Path, fault_at_s: float, *accounted: str
+) -> Recovery:
+    """Lets the job end, and compares: states of its attempts, step numbers, losses, weights to the bit."""
+    cluster.shape(None)
+    cluster.ends(job, *accounted, "COMPLETED", timeout_s=120)
+    assert [step for step, _ in losses(quiet)] == list(range(STEPS))
+    assert losses(folder) == losses(quiet)
+    ours, theirs = (weights(each) for each in (folder, quiet))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    began_s = moment(attempts(folder)[-1]["started"])
+    (path,) = folder.glob("runs/*/*/timings/rank-00000.csv")
+    timings = read_timings(path)
+    last = timings["step"][timings["attempt"] == timings["attempt"][-1] - 1][-1]
+    return Recovery(began_s - fault_at_s, int(last) + 1 - int(attempts(folder)[-1]["first_step"]))
+
+
+def moment(written: str) -> float:
+    """Seconds since 1970 of a time in meta.json."""
+    return datetime.strptime(written, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = folder.glob(f"runs/*/*/checkpoints/step-{STEPS:08d}/state.pt")
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_time_limit(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable) -> None:
+    """A minute is not enough: the signal before its end leads to a checkpoint, and the job goes on in a second one."""
+    # The signal comes when the controller next looks, between 10 and 40 s after the job's start.
+    job = run_slowly(cluster, digits, tmp_path, "--time=1", "--signal=USR2@50", rate=SLOWER)
+    until(lambda: "goes back into the queue" in cluster.output(job), "the signal", 60)
+    until(lambda: int(cluster.show(job)["Restarts"]) >= 1, "back in the queue", 60)
+    stopped_at_s = moment(attempts(tmp_path)[0]["ended"])  # by its own record: a busy machine shows output late
+    cost = ends_as_quiet(cluster, job, tmp_path, quiet, stopped_at_s, "REQUEUED")
+    assert cost.steps_lost == 0
+    survived("Slurm: time limit with --signal=USR2", "checkpoint, requeued, continued: REQUEUED, COMPLETED", *cost)
+
+
+def test_preemption(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable) -> None:
+    """An urgent job takes all nodes; the job saves in its grace time, and goes on where it was."""
+    job = run_slowly(cluster, digits, tmp_path)
+    taken_at_s = time()
+    urgent = cluster.sbatch("-p", "urgent", "--nodes=4", "--exclusive", "--wrap=sleep 1", cwd=tmp_path)
+    cluster.wait(urgent, "COMPLETED", timeout_s=30)
+    assert cluster.show(job)["Restarts"] == "1"
+    cost = ends_as_quiet(cluster, job, tmp_path, quiet, taken_at_s, "REQUEUED")
+    assert cost.steps_lost == 0
+    survived("Slurm: pre-emption", "checkpoint in the grace time, requeued: REQUEUED, COMPLETED", *cost)
+
+
+def test_node_crash(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable) -> None:
+    """Slurm notices, and starts the job again with the spare node; it loses the steps since its last checkpoint."""
+    job = run_slowly(cluster, digits, tmp_path)
+    crashed_at_s = time()
+    cluster.crash("n2")
+    until(lambda: cluster.show(job)["Restarts"] == "1", "back in the queue", 60)
+    cost = ends_as_quiet(cluster, job, tmp_path, quiet, crashed_at_s, "NODE_FAIL")
+    assert "n2" not in json.dumps(attempts(tmp_path)[-1]) and cost.steps_lost <= EVERY + 50
+    survived("Slurm: a node crashes", "requeued on a spare node: NODE_FAIL, COMPLETED", *cost)
+
+
+@pytest.mark.thorough
+def test_lost_link(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable) -> None:
+    """A node that cannot be reached any more is one that has crashed, to the others."""
+    job = run_slowly(cluster, digits, tmp_path)
+    lost_at_s = time()
+    cluster.link("n2", up=False)
+    until(lambda: cluster.show(job)["Restarts"] == "1", "back in the queue", 60)
+    cost = ends_as_quiet(cluster, job, tmp_path, quiet, lost_at_s, "NODE_FAIL")
+    survived("Slurm: a node loses its link", "requeued on a spare node: NODE_FAIL, COMPLETED", *cost)
+
+
+def test_cancelled_stays_cancelled(
+    cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable
+) -> None:
+    """scancel ends a job for good, with a checkpoint; the same command goes on from there when it is wanted again."""
+    job = run_slowly(cluster, digits, tmp_path)
+    cluster.shape(None)  # or a step may last as long as Slurm's patience here, 3 s
+    cluster.cancel(job)
+    cluster.wait(job, "CANCELLED", timeout_s=30)
+    submitted_at_s = time()
+    again = submit(cluster, digits, tmp_path)
+    cost = ends_as_quiet(cluster, again, tmp_path, quiet, submitted_at_s)
+    assert cluster.state(job) == "CANCELLED" and cluster.accounted(job) == ["CANCELLED"] and cost.steps_lost == 0
+    survived("Slurm: scancel", "checkpoint, CANCELLED for good; the same command continues", *cost)
+
+
+def test_killed_rank(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable) -> None:
+    """The job fails within 10 s and names the host; submitted again, it goes on from the last checkpoint."""
+    job = run_slowly(cluster, digits, tmp_path)
+    cluster.on("n3", "sh", "-c", f"kill -KILL $({RANK})")
+    cluster.wait(job, "FAILED", timeout_s=10)
+    assert "n3" in cluster.output(job)
+    submitted_at_s = time()
+    again = submit(cluster, digits, tmp_path)
+    cost = ends_as_quiet(cluster, again, tmp_path, quiet, submitted_at_s)
+    survived("Slurm: a rank killed", "FAILED within 10 s, rank and host named; the same command continues", *cost)
+
+
+@pytest.mark.thorough
+def test_stopped_rank(cluster: Cluster, digits: Path, tmp_path: Path, survived: FaultTable) -> None:
+    """A rank that stands still is named, with its host, when run.stall_s have passed."""
+    cluster.shape(SLOW)
+    job = submit(cluster, digits, tmp_path, run__stall_s=6)
+    until(lambda: in_the_middle(tmp_path), "the middle of the training", 90)
+    cluster.on("n2", "sh", "-c", f"kill -STOP $({RANK})")
+    stopped_s = monotonic()
+    cluster.wait(job, "FAILED", timeout_s=30)
+    assert "on n2 is late: nothing heard of it for" in cluster.output(job) and "trainer.py" in cluster.output(job)
+    survived("Slurm: a rank stopped", f"FAILED, named with its stack, {monotonic() - stopped_s:.0f} s (stall_s = 6)")
+
+
+@pytest.mark.thorough
+def test_second_job(cluster: Cluster, digits: Path, tmp_path: Path, survived: FaultTable) -> None:
+    """The same job twice at once: the second is refused by a lock whose holder lives on another node."""
+    first = run_slowly(cluster, digits, tmp_path)
+    second = submit(cluster, digits, tmp_path)
+    cluster.wait(second, "FAILED", timeout_s=60)
+    assert f"is in use by Slurm job {first}, process" in cluster.output(second)
+    assert cluster.state(first) == "RUNNING" and len(attempts(tmp_path)) == 1
+    cluster.cancel(first)
+    survived("Slurm: the same job submitted twice", "the second FAILED, naming the first, which goes on")

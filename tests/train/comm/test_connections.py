@@ -1,0 +1,171 @@
+"""The root's port while ranks connect: whatever knocks, ranks get in, and nothing costs memory or time."""
+
+import resource
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from time import monotonic, sleep
+
+import pytest
+
+from hpc_train.core.errors import UserError
+from hpc_train.core.settings import Run
+from hpc_train.core.world import World
+from hpc_train.train.comm import connections, watchdog
+from hpc_train.train.comm.connections import Door, call
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.watchdog import Watch
+
+TOKEN = bytes(range(16))
+SIZE = 2001
+
+
+@pytest.fixture
+def door(request: pytest.FixtureRequest) -> Iterator[Door]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[1], 8192), before[1]))
+    server = connections._listen(["127.0.0.1"], SIZE)
+    assert server
+    server.listen(getattr(request, "param", SIZE))  # the system's queue of callers
+    door = Door(server, TOKEN, SIZE)
+    yield door
+    for link in door.close().values():
+        link.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def knock(door: Door, *words: bytes) -> socket.socket:
+    link = socket.create_connection(door.address, timeout=20)
+    for word in words:
+        link.sendall(word)
+    return link
+
+
+def assert_ranks_get_in(door: Door, *ranks: int) -> None:
+    began_s = monotonic()
+    for rank in ranks:
+        mine = call(door.address, TOKEN, rank)
+        assert mine is not None, f"rank {rank} is left out"
+        mine.close()
+    assert monotonic() - began_s < 5
+
+
+def test_ranks_get_in_beside_callers_that_are_none(door: Door) -> None:
+    with (
+        closing(knock(door)),  # says nothing, as a port scan does
+        closing(knock(door, TOKEN[:8])),
+        closing(knock(door, TOKEN, b"\0\0")),
+        closing(knock(door, b"GET / HTTP/1.1\r\n\r\n")),
+    ):
+        for wrong in (bytes(16) + (1).to_bytes(4), TOKEN + bytes(4), TOKEN + SIZE.to_bytes(4)):
+            with closing(knock(door, wrong)) as link, suppress(ConnectionError):
+                assert link.recv(1) == b"", "no token, the root's own rank, none of the ranks"
+        knock(door).close()
+        assert_ranks_get_in(door, 1, 2, SIZE - 1)
+    assert door.close().keys() == {1, 2, SIZE - 1}
+
+
+def test_a_caller_is_hung_up_on_after_some_seconds(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_HELLO_S", 0.2)
+    with closing(knock(door, TOKEN[:8])) as link:
+        assert link.recv(1) == b""
+
+
+def test_a_gigabyte_of_bytes_is_not_read(door: Door) -> None:
+    block, num_sent = bytes(1 << 20), 0
+    with closing(knock(door)) as link, suppress(ConnectionError):
+        for _ in range(1024):
+            link.sendall(block)
+            num_sent += len(block)
+    assert num_sent < 64 << 20, "what the system's buffers took"
+    assert_ranks_get_in(door, 1)
+
+
+def test_ten_thousand_connections_cost_nothing(door: Door) -> None:
+    held: list[socket.socket] = []
+    done = threading.Event()
+
+    def knock_on() -> None:
+        for _ in range(10_000):
+            held.append(knock(door))
+            if len(held) > 2000:  # of this process's descriptors
+                held.pop(0).close()
+        done.set()
+
+    thread = threading.Thread(target=knock_on)
+    thread.start()
+    while not done.is_set():
+        assert_ranks_get_in(door, 1, 2, 3)
+        assert len(door._strangers) <= connections._MOST_STRANGERS + 1
+    thread.join()
+    for link in held:
+        link.close()
+
+
+@pytest.mark.parametrize("door", [8], indirect=True)
+def test_two_thousand_ranks_at_once_are_let_in_through_a_short_queue(door: Door) -> None:
+    mine: dict[int, socket.socket | None] = {}
+    threads = [
+        threading.Thread(target=lambda rank=rank: mine.update({rank: call(door.address, TOKEN, rank)}))
+        for rank in range(1, SIZE)
+    ]
+    began_s = monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took_s = monotonic() - began_s
+    let_in = door.close()
+    assert all(mine.values()) and let_in.keys() == set(range(1, SIZE))
+    assert took_s < connections._CONNECT_S / 2, took_s
+    for rank, link in let_in.items():
+        watchdog._send(link, {"ends": True})
+        assert b"ends" in mine[rank].recv(100)
+        mine[rank].close()
+
+
+def test_a_rank_that_calls_again_takes_the_place_of_its_first_call(door: Door) -> None:
+    first, second = (call(door.address, TOKEN, 5) for _ in range(2))
+    assert first.recv(1) == b""
+    (link,) = door.close().values()
+    assert link.getpeername() == second.getsockname()
+    first.close(), second.close()
+
+
+def test_the_root_listens_on_one_interface_alone() -> None:
+    assert connections._address_of("lo") == "127.0.0.1"
+    with pytest.raises(UserError, match=r"run.interface = 'ib7' has no address"):
+        connections._address_of("ib7")
+    with closing(connections._listen(["192.0.2.1", "127.0.0.1"], 2)) as server:  # the first is no address of this host
+        assert server.getsockname()[0] == "127.0.0.1"
+    assert connections._listen(["192.0.2.1"], 2) is None
+    assert connections._resolved("no-such-host.invalid") is None
+
+
+def test_what_no_rank_would_say_is_passed_over() -> None:
+    """Of what comes over a connection no more is kept than the longest line."""
+    ours, theirs = socket.socketpair()
+    with Watch(Context(World(1, 2)), 600.0, {0: ours}) as watching:
+        peer = watching._peers[0]
+        for noise in (
+            b"\n\n\xff\xfe\n",
+            b"[" * 100_000 + b"\n",
+            b'{"step": "x", "waits": 1, "stack": []}\n{"ends": 3}\n7\n{"step": 1}\n',
+            b"x" * (1 << 20),
+        ):
+            theirs.sendall(noise)
+        assert peer.step is None
+        theirs.sendall(b'\n{"step": 3, "waits": true, "stack": "here"}\n')
+        end_s = monotonic() + 20
+        while peer.step is None and monotonic() < end_s:
+            sleep(0.01)
+        assert (peer.step, peer.waits, peer.stack) == (3, True, "here")
+        assert len(watching._received[0]) <= watchdog._MOST_LINE_BYTES
+    ours.close(), theirs.close()
+
+
+def test_a_stall_that_any_step_would_be_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"run.stall_s = 0.001: a healthy step may take longer; set 1 or more"):
+        Run(stall_s=0.001)
+    assert Run(stall_s=0).stall_s == 0 and Run(stall_s=1).stall_s == 1
