@@ -99,7 +99,7 @@ BUFFERS |= {"Send", "Ssend", "Bsend", "Rsend", "Recv", "Sendrecv", "Sendrecv_rep
 COMMON_WORDS = {"Reduce", "Get", "Put", "Scan"}  # of what is no communicator, too
 # What Python pickles: small things only. Where, and how it is known to be small.
 PICKLED = {
-    "train/comm/context.py": "answers of functions, errors, facts of a rank: arrays go by broadcast_array and gather_arrays",
+    "train/comm/context.py": "answers of functions, errors, facts: arrays go by broadcast_array and gather_arrays",
     "train/comm/messages.py": "numbers",
     "doctor/__main__.py": "a rank's answers",
     "datasets/prepare/writer.py": "the chunks of one block",

@@ -1,6 +1,7 @@
 """Work in which a library may crash, done by a child process: the parent waits, and says in one message how it died.
 
-Children are forked before MPI, torch and threads are there: nothing is loaded twice. (`doctor.py` waits beside
+Children are forked before MPI, torch and threads are there: nothing is loaded twice.
+(`doctor/supervisor.py` waits beside
 processes of their own, which may hang.)
 """
 

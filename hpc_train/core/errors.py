@@ -11,7 +11,7 @@ from hpc_train.core.redaction import printable
 class UserError(Exception):
     """A mistake the user can mend: what is wrong (the key or file, its value) and the remedy.
 
-    Only `cli.py` turns it into a message and exit code 2. `joint` says that every rank raises it, so that none
+    Only `cli/main.py` turns it into a message and exit code 2. `joint` says that every rank raises it, so that none
     need be aborted and one rank's message is enough.
     """
 

@@ -1,6 +1,6 @@
 """The process that makes the checks: python -m hpc_train.doctor PIPE PORT:TOKEN CONFIG KEY=VALUE...
 
-`hpc_train/doctor.py` starts it and hears, a JSON line at a time, what it is about to do and what came of it. So a check
+`supervisor.py` starts it and hears, a JSON line at a time, what it is about to do and what came of it. So a check
 that hangs or crashes is named by someone who does neither.
 """
 

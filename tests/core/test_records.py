@@ -1,4 +1,4 @@
-"""hpc_train/records.py: what is written is read, what is broken is named, what is missing stays missing."""
+"""hpc_train/core/records.py: what is written is read, what is broken is named, what is missing stays missing."""
 
 from pathlib import Path
 from time import perf_counter_ns

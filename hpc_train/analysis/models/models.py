@@ -1,7 +1,7 @@
 """Models of a step's time over the number of ranks: what they say, and how their parameters are fitted.
 
 share(N) is the samples of one rank in a step, relative to the smallest measured size: 1 in weak scaling, falling as 1/N
-in strong scaling. The mechanistic model has a room of its own, `mechanism.py`.
+in strong scaling. The mechanistic model has a room of its own, `analytic_model.py`.
 """
 
 from collections.abc import Callable

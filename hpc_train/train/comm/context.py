@@ -205,7 +205,7 @@ def _shared(error: Exception | None, rank: int) -> Exception | None:
 def open_context(use_mpi: bool) -> Iterator[Context]:
     """Collective. The ranks of this job; on a failure of this rank alone the whole job is ended.
 
-    A UserError or JointFailure raised on every rank passes through for `cli.py` to report.
+    A UserError or JointFailure raised on every rank passes through for `cli/main.py` to report.
     """
     if not use_mpi:
         signal.signal(signal.SIGTERM, _end_rank)
