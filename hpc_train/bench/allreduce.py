@@ -1,7 +1,8 @@
 """How long ranks take to sum the same bytes: by the program's own strategies, by plain MPI and by torch over gloo.
 
 A strategy is timed as a training uses it: its reducer is handed one gradient and gives back the sum over ranks, loss
-and notes included, from `share` to `wait` (and `spread`); backward is left out, so nothing overlaps. Beside it the
+and notes included, from `begin_step` to `reduce_gradients`
+(and `sync_weights`); backward is left out, so nothing overlaps. Beside it the
 limits: a copy of the bytes by all ranks at once, and a message between two ranks.
 
 Everything takes turns, sample by sample. Horovod lives in its turns alone: its thread calls on all ranks once a cycle,
@@ -83,8 +84,8 @@ def _all_reduce(hvd: Any, team: Team, message: torch.Tensor) -> Way:
 
     def exchange(update: bool) -> None:
         parameter.grad = message
-        reducer.share(loss)
-        reducer.wait()
+        reducer.begin_step(loss)
+        reducer.reduce_gradients()
 
     return Way(exchange, lambda: _gradient(parameter), team.size, hvd is not None)
 
@@ -96,11 +97,11 @@ def _sharded(hvd: Any, team: Team, message: torch.Tensor) -> Way:
 
     def exchange(update: bool) -> None:
         parameter.grad = message
-        reducer.share(loss)
-        reducer.wait()
+        reducer.begin_step(loss)
+        reducer.reduce_gradients()
         if update:
             _set_weights(reducer)
-        reducer.spread(True)
+        reducer.sync_weights(True)
 
     return Way(exchange, lambda: parameter.detach(), team.size, True)
 
@@ -113,18 +114,18 @@ def _parameter_server(team: Team, message: torch.Tensor) -> Way:
         server = Server(settings, model, team.context, team.servers, _not_asked)
 
         def serve(update: bool) -> None:
-            server.wait()
+            server.reduce_gradients()
             if update:
                 _set_weights(server)
-            server.spread(True)
+            server.sync_weights(True)
 
         return Way(serve, lambda: parameter.detach(), workers)
     worker = Worker(settings, model, team.context, _not_asked)
 
     def exchange(update: bool) -> None:
         parameter.grad = message
-        worker.share(loss)
-        worker.wait()
+        worker.begin_step(loss)
+        worker.reduce_gradients()
 
     return Way(exchange, lambda: parameter.detach(), workers)
 

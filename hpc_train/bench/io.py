@@ -163,7 +163,7 @@ def _our_read(share: Share, together: bool) -> None:
         reader = open_reader(share.path, file["x"], _READER_BYTES, reading_threads(share.context))
         blocks = [np.arange(first, first + num) for first, num in share.blocks()]
         for rows, coming in zip(blocks, [*blocks[1:], blocks[-1]], strict=True):
-            reader.expect(coming)
+            reader.prefetch(coming)
             reader.take(rows, share.buffer[: len(rows)])
         reader.close()
 

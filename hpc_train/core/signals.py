@@ -11,7 +11,7 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 _HANDLED = (*ENDING, signal.SIGUSR2)
 
 
-class Kept:
+class DeferredSignals:
     """A signal handler that remembers signals until the program can act on them.
 
     A mask would not: it is one thread's, and the kernel gives the signal to another, numpy's say.
@@ -26,7 +26,7 @@ class Kept:
 
 def hold_back() -> None:
     """Keeps SIGUSR2 until a `StopRequest` is there: before that it would end the process."""
-    signal.signal(signal.SIGUSR2, Kept())
+    signal.signal(signal.SIGUSR2, DeferredSignals())
 
 
 def ignore() -> None:
@@ -48,7 +48,7 @@ class StopRequest:
     def __enter__(self) -> Self:
         self._before: dict[int, Any] = {number: signal.signal(number, self._note) for number in _HANDLED}
         early = self._before[signal.SIGUSR2]
-        if isinstance(early, Kept) and early.numbers:
+        if isinstance(early, DeferredSignals) and early.numbers:
             self._note(signal.SIGUSR2, None)
         self._before[signal.SIGUSR2] = signal.SIG_IGN  # once the work is done there is nothing left to stop
         return self

@@ -21,7 +21,7 @@ from hpc_train.core.sampling import Order, noise_seed, rank_batches
 from hpc_train.core.signals import CONTINUE, TERMINATED, StopRequest
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement, crowding_warnings, place_ranks
-from hpc_train.train.comm.watchdog import open_watch
+from hpc_train.train.comm.watchdog import open_watchdog
 from hpc_train.train.data.prefetch import Prefetch, announced
 from hpc_train.train.device import (
     moved,
@@ -97,7 +97,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             saver,
             StopRequest() as stop,
             open_reducer(config.reduce, job.model, context, job.team, lambda: (bool(stop), saver.is_time)) as reducer,
-            open_watch(context, config.run, recorder.say) as watch,
+            open_watchdog(context, config.run, recorder.say) as watch,
         ):
             optimizer = _optimizer(config, job, reducer, context)
             snapshot = partial(_snapshot, job, optimizer, reducer, context)
@@ -118,17 +118,17 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                     with clock.backward:
                         total += loss.detach()
                         if number == len(parts):
-                            reducer.share(total)
+                            reducer.begin_step(total)
                         (loss * optimizer.scale).backward()  # in the last, the reducer overlaps its sends with this
                 overflowed = False
                 for _ in range(reducer.num_updates):
                     with clock.reduce, context.waiting:
-                        shared = reducer.wait()  # exposed communication only
+                        shared = reducer.reduce_gradients()  # exposed communication only
                     with clock.optimizer:
                         made = isfinite(shared.loss) and optimizer.step(step)
                         model.zero_grad()
                     with clock.spread, context.waiting:
-                        made = reducer.spread(made)
+                        made = reducer.sync_weights(made)
                     overflowed |= isfinite(shared.loss) and not made
                 optimizer.end_step(made, overflowed)
                 if overflowed or not made:
@@ -381,8 +381,8 @@ def _batches(job: Job, config: Config, first: int) -> Iterator[tuple[list[Any], 
 def _shares(job: Job, config: Config, first: int) -> Iterator[tuple[list[Any], int, int]]:
     steps, seed, world = range(first, config.train.steps), config.seed, job.team.world
     shares = rank_batches(steps, job.order, job.batch_size, seed, world.rank, world.size)
-    if job.order.edges is not None and hasattr(job.task, "expect") and not job.is_server:
-        shares = announced(shares, job.task.expect, job.order.steps_ahead(job.batch_size))
+    if job.order.edges is not None and hasattr(job.task, "prefetch") and not job.is_server:
+        shares = announced(shares, job.task.prefetch, job.order.steps_ahead(job.batch_size))
     for step, (rows, num_global) in zip(steps, shares, strict=True):
         if job.is_server:
             yield [], 0, num_global

@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from hpc_train.core import config
-from hpc_train.train.reduce.shards import Owned, State
+from hpc_train.train.reduce.shards import ParamShard, State
 
 _TRUST = 0.001  # of LARS
 _FIRST_SCALE, _GROW_AFTER = 2.0**16, 2000  # of the loss in fp16, as in torch.amp.GradScaler
@@ -47,7 +47,7 @@ class Optimizer:
     def __init__(
         self,
         train: config.Train,
-        owned: list[Owned],
+        owned: list[ParamShard],
         batch_size: int,
         sum_owned: Callable[[float], float],
         num_shares: int = 1,

@@ -52,7 +52,7 @@ def ours(path: Path, memory_mb: int = _MEMORY_MB) -> Pass:
     def go(epoch: int) -> Iterator[Any]:
         shares = rank_batches(range(epoch * per_epoch, (epoch + 1) * per_epoch), order, BATCH, 0, 0, 1)
         if order.edges is not None:
-            shares = announced(shares, split.expect, order.steps_ahead(BATCH))
+            shares = announced(shares, split.prefetch, order.steps_ahead(BATCH))
         with Prefetch(split.batch(rows) for rows, _ in shares) as made:
             for batch in made:
                 yield batch.inputs.numpy()

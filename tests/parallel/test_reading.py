@@ -16,7 +16,7 @@ from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data import collective
 from hpc_train.train.data.collective import Spread
-from hpc_train.train.data.readers import Mapped
+from hpc_train.train.data.readers import MmapReader
 from hpc_train.train.tasks.classification import Classification
 from tests.parallel.test_train import CONFIGS, losses, run
 
@@ -94,7 +94,7 @@ def test_ways_that_mix_alike_train_alike(context: Context, shared_path: Path, di
 @pytest.mark.parametrize("memory_bytes", [1, 3000, 1 << 20])
 def test_spread_rows_arrive(context: Context, memory_bytes: int) -> None:
     values, world = np.arange(101 * 6, dtype=np.int16).reshape(101, 2, 3), context.world
-    spread = Spread(Mapped(values), 10, 5, memory_bytes, context)
+    spread = Spread(MmapReader(values), 10, 5, memory_bytes, context)
     for step, (rows, _) in enumerate(rank_batches(range(50), Order(101), 10, 5, world.rank, world.size)):
         if step >= 7:  # as after a resume
             spread.begin(step)
@@ -105,7 +105,7 @@ def test_spread_rows_arrive(context: Context, memory_bytes: int) -> None:
 def test_a_row_that_a_rank_does_not_hold_is_refused(context: Context) -> None:
     """Another sample in its place would be trained on in silence."""
     values, world = np.arange(101 * 6, dtype=np.int16).reshape(101, 2, 3), context.world
-    spread = Spread(Mapped(values), 10, 5, 1, context)  # one step's rows at once
+    spread = Spread(MmapReader(values), 10, 5, 1, context)  # one step's rows at once
     batches = [rows for rows, _ in rank_batches(range(4), Order(101), 10, 5, world.rank, world.size)]
     spread.begin(0)
     elsewhere = np.setdiff1d(np.arange(101), batches[0])

@@ -9,7 +9,7 @@ from torch import nn
 
 from hpc_train.core import config
 from hpc_train.train.optimize import Optimizer, learning_rate
-from hpc_train.train.reduce.shards import Owned
+from hpc_train.train.reduce.shards import ParamShard
 
 
 def settings(**keys: object) -> config.Train:
@@ -17,7 +17,7 @@ def settings(**keys: object) -> config.Train:
 
 
 def optimizer(train: config.Train, *parameters: nn.Parameter, decays: bool = True) -> Optimizer:
-    owned = [Owned(str(index), parameter, decays) for index, parameter in enumerate(parameters)]
+    owned = [ParamShard(str(index), parameter, decays) for index, parameter in enumerate(parameters)]
     return Optimizer(train, owned, 8, lambda value: value)
 
 
@@ -57,7 +57,7 @@ def test_a_gradient_is_clipped_over_the_whole_model() -> None:
 def test_the_norm_is_that_of_all_parts() -> None:
     """Where ranks own parts, their squares are added up: here another rank owns 4 of a gradient of 5."""
     mine = parameter([[0.0]], [[3.0]])
-    Optimizer(settings(lr=1.0, clip_norm=1.0), [Owned("a", mine, True)], 8, lambda squares: squares + 16).step(0)
+    Optimizer(settings(lr=1.0, clip_norm=1.0), [ParamShard("a", mine, True)], 8, lambda squares: squares + 16).step(0)
     assert mine.item() == pytest.approx(-0.6, abs=1e-5)
 
 
@@ -91,7 +91,7 @@ def test_the_scale_of_fp16_falls_with_an_overflow_and_leaves_that_update_out() -
 @pytest.mark.parametrize("num_shares", [1, 3, 1024])
 def test_what_backward_computes_with_does_not_depend_on_the_number_of_ranks(num_shares: int) -> None:
     weight = parameter([[1.0]], [[0.0]])
-    owned = [Owned("weight", weight, True)]
+    owned = [ParamShard("weight", weight, True)]
     made = Optimizer(settings(lr=1.0, precision="fp16"), owned, 8, lambda value: value, num_shares)
     assert 1 <= made.scale / num_shares / 2.0**16 < 2, "a share of the loss is 1/N of it"
     weight.grad = torch.tensor([[0.5 * made.scale]])
@@ -187,7 +187,7 @@ def test_updates_are_those_of_torchs_optimizers(
     torch.manual_seed(0)
     first = [torch.randn(3, 4), torch.randn(4)]
     ours, others = ([nn.Parameter(each.clone()) for each in first] for _ in range(2))
-    owned = [Owned("matrix", ours[0], True), Owned("vector", ours[1], False)]
+    owned = [ParamShard("matrix", ours[0], True), ParamShard("vector", ours[1], False)]
     train = settings(weight_decay=decay, **keys)
     mine = Optimizer(train, owned, 8, lambda value: value)
     reference = theirs([{"params": others[0], "weight_decay": decay}, {"params": others[1], "weight_decay": 0.0}])

@@ -6,7 +6,7 @@ from hpc_train.analysis.models.predict import predict
 from hpc_train.analysis.planning.budget import planned_work, points_of
 from hpc_train.analysis.planning.plan import Plan, make_plan
 from hpc_train.analysis.report.plan_tables import answer, sheets, short_answer
-from hpc_train.analysis.report.table import Sheet
+from hpc_train.analysis.report.table import Table
 from hpc_train.analysis.scaling.scaling import Group
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import percent
@@ -20,7 +20,7 @@ class Advice:
 
     plan: Plan | None = None
     words: str = ""
-    sheets: tuple[Sheet, ...] = ()
+    sheets: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
 
 

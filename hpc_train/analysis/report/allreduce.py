@@ -18,7 +18,7 @@ from hpc_train.analysis.report.plots.canvas import (
     saved,
     styled,
 )
-from hpc_train.analysis.report.table import Column, Sheet
+from hpc_train.analysis.report.table import Column, Table
 from hpc_train.core import rundir
 from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Fit, Row, fits, pair_ratios, size_text
 from hpc_train.core.formatting import percent, significant
@@ -71,7 +71,7 @@ def limits(rows: Sequence[Row], place: Place) -> list[Row]:
     ]
 
 
-def sheets(rows: Sequence[Row]) -> list[Sheet]:
+def sheets(rows: Sequence[Row]) -> list[Table]:
     """For each place times and bus bandwidths; then what was fitted."""
     made = []
     for place in places(rows):
@@ -81,13 +81,13 @@ def sheets(rows: Sequence[Row]) -> list[Sheet]:
         summed = [name for name in (*OURS, *PEERS) if (name, sizes[0]) in here]
         times = tuple(tuple([size_text(s), *(_time_text(here.get((name, s))) for name in summed)]) for s in sizes)
         columns = (Column("size", True), *(Column(name_of(name)) for name in summed))
-        made.append(Sheet(f"{place_text(place)}: time in us, ± half the distance of the quartiles", columns, times))
+        made.append(Table(f"{place_text(place)}: time in us, ± half the distance of the quartiles", columns, times))
         shown = [*summed, *LIMITS]
         speeds = tuple(
             tuple([size_text(s), *(_speed_text((here | beside).get((name, s))) for name in shown)]) for s in sizes
         )
         columns = (*columns, *(Column(name_of(name)) for name in LIMITS))
-        made.append(Sheet(f"{place_text(place)}: bus bandwidth in GB/s beside its limits", columns, speeds))
+        made.append(Table(f"{place_text(place)}: bus bandwidth in GB/s beside its limits", columns, speeds))
     found = fits(rows)
     return [*made, _fit_sheet(found)] if found else made
 
@@ -103,7 +103,7 @@ def _speed_text(row: Row | None) -> str:
     return "-" if row is None else significant(row.bytes_per_s / 1e9)
 
 
-def _fit_sheet(found: Sequence[Fit]) -> Sheet:
+def _fit_sheet(found: Sequence[Fit]) -> Table:
     columns = ("ranks", "strategy", "latency (us)", "interval", "bandwidth (GB/s)", "interval", "error")
     cells = tuple(
         (
@@ -118,7 +118,7 @@ def _fit_sheet(found: Sequence[Fit]) -> Sheet:
         for each in found
     )
     title = "T = 2 (N-1) latency + 2 (N-1)/N bytes / bandwidth, fitted; error: the median over sizes"
-    return Sheet(title, tuple(Column(name, is_text=place < 2) for place, name in enumerate(columns)), cells)
+    return Table(title, tuple(Column(name, is_text=place < 2) for place, name in enumerate(columns)), cells)
 
 
 def _inverse(beta_s_per_byte: float) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.energy.energy_amount import Joules
 from hpc_train.analysis.guard import Guard
-from hpc_train.analysis.report.table import Column, Sheet, made_sheets, ranks_text
+from hpc_train.analysis.report.table import Column, Table, made_sheets, ranks_text
 from hpc_train.analysis.scaling.scaling import num_ranks
 from hpc_train.core.formatting import amount, listed, plain, significant, times_text
 from hpc_train.core.records import PHASES
@@ -33,7 +33,7 @@ COST_COLUMNS = (
 )
 
 
-def cost_sheets(energy: GroupEnergy, guard: Guard | None = None) -> list[Sheet]:
+def cost_sheets(energy: GroupEnergy, guard: Guard | None = None) -> list[Table]:
     """A group's tables of energy; none where no meter was read and nothing was estimated."""
     if not energy.known:
         return []
@@ -49,7 +49,7 @@ def cost_sheets(energy: GroupEnergy, guard: Guard | None = None) -> list[Sheet]:
     )
 
 
-def _parts_sheet(energy: GroupEnergy) -> Sheet:
+def _parts_sheet(energy: GroupEnergy) -> Table:
     with_idle = any(row.net.total is not None for row in energy.rows)
     titles = ["ranks", "gross", "loop", "outside steps", *["above idle", "above idle per sample"] * with_idle]
     rows = []
@@ -58,10 +58,10 @@ def _parts_sheet(energy: GroupEnergy) -> Sheet:
         cells += [_marked(row.outside.total, "J", row.gross.mark())]  # none of it would have no mark of its own
         rows.append((*cells, *[row.net.text(), row.net_per_sample.text()] * with_idle))
     idle = "; above idle: less the draw at rest" * with_idle
-    return Sheet(f"Energy of a run (gross: all of it; loop: the steps{idle})", tuple(map(Column, titles)), tuple(rows))
+    return Table(f"Energy of a run (gross: all of it; loop: the steps{idle})", tuple(map(Column, titles)), tuple(rows))
 
 
-def _power_sheet(energy: GroupEnergy) -> Sheet:
+def _power_sheet(energy: GroupEnergy) -> Table:
     with_marginal = any(row.pays is not None for row in energy.rows)
     titles = ["ranks", "mean power", "peak power", "energy x delay", *["per unit of speedup gained"] * with_marginal]
     rows = []
@@ -70,7 +70,7 @@ def _power_sheet(energy: GroupEnergy) -> Sheet:
         cells = [ranks_text(row.row), _marked(row.mean_w, "W", mark), _marked(row.peak_w, "W", mark)]
         cells += [_marked(row.edp_js, "Js", row.loop.mark()), *[_marginal(row)] * with_marginal]
         rows.append(tuple(cells))
-    return Sheet("Power, and what speed costs", tuple(map(Column, titles)), tuple(rows))
+    return Table("Power, and what speed costs", tuple(map(Column, titles)), tuple(rows))
 
 
 def _marked(value: float | None, unit: str, mark: str) -> str:
@@ -83,7 +83,7 @@ def _marginal(row: RowEnergy) -> str:
     return "-" if row.pays is None else "no faster"
 
 
-def _phase_sheet(energy: GroupEnergy) -> Sheet:
+def _phase_sheet(energy: GroupEnergy) -> Table:
     """In one unit, which the title says: that these are estimates is said there, too."""
     with_servers = any(row.servers for row in energy.rows)
     phases = [phase for phase in PHASES if any(phase in row.phases for row in energy.rows)]
@@ -95,7 +95,7 @@ def _phase_sheet(energy: GroupEnergy) -> Sheet:
         rows.append((ranks_text(row.row), *(_number_text(part, scale) for part in parts)))
     titles = ["ranks", *phases, *["servers"] * with_servers]
     title = f"Energy of the loop by phase, {unit} (estimates, attributed by time; reduce: exposed communication)"
-    return Sheet(title, tuple(map(Column, titles)), tuple(rows))
+    return Table(title, tuple(map(Column, titles)), tuple(rows))
 
 
 def _number_text(joules: Joules | None, scale: float) -> str:
@@ -104,7 +104,7 @@ def _number_text(joules: Joules | None, scale: float) -> str:
     return "missing" if joules.total is None else significant(joules.total / scale) + " shared" * joules.shared
 
 
-def _place_sheet(energy: GroupEnergy) -> Sheet:
+def _place_sheet(energy: GroupEnergy) -> Table:
     rows = []
     for row in energy.rows:
         nodes = [part for run in row.runs for part in run.nodes.items()]
@@ -115,7 +115,7 @@ def _place_sheet(energy: GroupEnergy) -> Sheet:
         f"; the rest of its node is divided {' or '.join(rules)} among ranks, which no meter confirms" if rules else ""
     )
     columns = (Column("ranks"), Column("of a node", is_text=True), Column("of a rank", is_text=True))
-    return Sheet(f"Energy by node and rank (a rank has its GPU's joules{rule})", columns, tuple(rows))
+    return Table(f"Energy by node and rank (a rank has its GPU's joules{rule})", columns, tuple(rows))
 
 
 def _spread(parts: list[tuple[str, Joules]], mark: str | None = None) -> str:
@@ -130,7 +130,7 @@ def _spread(parts: list[tuple[str, Joules]], mark: str | None = None) -> str:
     return f"{least} ({plain(low[0])}) to {most} ({plain(high[0])})"
 
 
-def _price_sheets(energy: GroupEnergy) -> list[Sheet]:
+def _price_sheets(energy: GroupEnergy) -> list[Table]:
     """CO2 and price, where a figure of the centre is known."""
     tariffs = [row.tariff for row in energy.rows]
     shown = {
@@ -149,7 +149,7 @@ def _price_sheets(energy: GroupEnergy) -> list[Sheet]:
             (ranks_text(row.row), *(cell for cell, is_shown in zip(cells, shown.values(), strict=True) if is_shown))
         )
     titles = [title for title, is_shown in shown.items() if is_shown]
-    return [Sheet("What a run's energy comes to", tuple(map(Column, ["ranks", *titles])), tuple(rows))]
+    return [Table("What a run's energy comes to", tuple(map(Column, ["ranks", *titles])), tuple(rows))]
 
 
 def _total(parts: dict[str, Joules]) -> Joules:

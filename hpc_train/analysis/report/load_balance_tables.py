@@ -5,7 +5,7 @@ from typing import Any
 
 from hpc_train.analysis.efficiency.pop import FACTORS
 from hpc_train.analysis.efficiency.stragglers import Straggler
-from hpc_train.analysis.report.table import Column, Sheet, ranks_text
+from hpc_train.analysis.report.table import Column, Table, ranks_text
 from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
 from hpc_train.core.formatting import ms_text, percent, plain, significant, times_text
 
@@ -26,12 +26,12 @@ _FORMULA = {  # how a factor stands in its product
 }
 
 
-def balance_sheets(group: Group) -> list[Sheet]:
+def balance_sheets(group: Group) -> list[Table]:
     """What is lost where, and to whom; nothing where nothing of it is known."""
     return [sheet for sheet in (_pop_sheet(group), _straggler_sheet(group)) if sheet is not None]
 
 
-def _pop_sheet(group: Group) -> Sheet | None:
+def _pop_sheet(group: Group) -> Table | None:
     rows = [row for row in group.rows if row.pop.factors]
     if not rows:
         return None
@@ -51,14 +51,14 @@ def _pop_sheet(group: Group) -> Sheet | None:
         and not any(row.num_servers for row in rows)
     ):
         lines.append(("speedup efficiency: global / the baseline's", *(_share(row.efficiency) for row in rows), "-"))
-    return Sheet("Efficiencies (POP; 1: nothing lost)", tuple(columns), tuple(lines))
+    return Table("Efficiencies (POP; 1: nothing lost)", tuple(columns), tuple(lines))
 
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _straggler_sheet(group: Group) -> Sheet | None:
+def _straggler_sheet(group: Group) -> Table | None:
     found = [(row, one) for row in group.rows for each in row.waiting for one in each.stragglers]
     if not found:
         return None
@@ -86,7 +86,7 @@ def _straggler_sheet(group: Group) -> Sheet | None:
         Column("more", is_text=True),
     )
     title = "Whom the others wait for (last in: share of the steps; costs: share of the job's time)"
-    return Sheet(title, columns, lines)
+    return Table(title, columns, lines)
 
 
 def name(one: Straggler) -> str:

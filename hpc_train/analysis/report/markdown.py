@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hpc_train.analysis.report.table import Sheet
+from hpc_train.analysis.report.table import Table
 from hpc_train.core.formatting import plain
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def to_markdown(report: "Report") -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _table(sheet: Sheet) -> str:
+def _table(sheet: Table) -> str:
     """A pipe table below its title; the pipes are in line, so that it can be read as it stands."""
     rows = [[_text(column.title) for column in sheet.columns], *([_text(cell) for cell in row] for row in sheet.rows)]
     widths = [max(3, *(len(row[index]) for row in rows)) for index in range(len(sheet.columns))]

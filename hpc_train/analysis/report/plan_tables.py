@@ -5,7 +5,7 @@ from typing import Any
 
 from hpc_train.analysis.models.predict import Candidate, Forecast, Prediction
 from hpc_train.analysis.planning.plan import Option, Plan, nodes_text
-from hpc_train.analysis.report.table import Column, Sheet
+from hpc_train.analysis.report.table import Column, Table
 from hpc_train.analysis.scaling.scaling import num_ranks
 from hpc_train.core.formatting import duration_text, energy_amount, percent, significant, with_interval
 
@@ -63,11 +63,11 @@ def _takes(option: Option, plan: Plan) -> str:
     )
 
 
-def sheets(plan: Plan) -> list[Sheet]:
+def sheets(plan: Plan) -> list[Table]:
     return [_options_sheet(plan), models_sheet(plan.prediction), parameters_sheet(plan.prediction)]
 
 
-def _options_sheet(plan: Plan) -> Sheet:
+def _options_sheet(plan: Plan) -> Table:
     points = plan.prediction.points
     titles = ["nodes"] * bool(points.ranks_per_node) + ["ranks"]
     titles += ["time", "energy", "node-hours"] if plan.work else ["step (ms)", "samples/s"]
@@ -88,10 +88,10 @@ def _options_sheet(plan: Plan) -> Sheet:
     title = (
         "Predicted (95% intervals)" if plan.is_forecast else "What could be asked for (95% intervals; <- recommended)"
     )
-    return Sheet(title, tuple(map(Column, [*titles, "efficiency"])), tuple(rows))
+    return Table(title, tuple(map(Column, [*titles, "efficiency"])), tuple(rows))
 
 
-def models_sheet(prediction: Prediction) -> Sheet:
+def models_sheet(prediction: Prediction) -> Table:
     """The models, and by how much each missed the sizes it had not seen."""
     rows = []
     for each in prediction.candidates:
@@ -99,20 +99,20 @@ def models_sheet(prediction: Prediction) -> Sheet:
         form = each.fit.form if each.fit else f"not fitted: {each.reason}"
         mark = " <-" if each.model == prediction.chosen.model else ""
         rows.append((each.model + mark, percent(each.error), sizes or "none", form))
-    return Sheet(
+    return Table(
         f"Models, tested on the largest sizes held out (<- used: {prediction.why})",
         (Column("model", True), Column("off by"), Column("held out"), Column("step time", True)),
         tuple(rows),
     )
 
 
-def parameters_sheet(prediction: Prediction) -> Sheet:
+def parameters_sheet(prediction: Prediction) -> Table:
     rows = tuple(
         (name, *(significant(value) for value in (middle, low, high)))
         for name, (low, middle, high) in prediction.parameters.items()
     )
     titles = (Column("parameter", True), Column("value"), Column("95% from"), Column("to"))
-    return Sheet(f"The {prediction.chosen.model} model's parameters", titles, rows)
+    return Table(f"The {prediction.chosen.model} model's parameters", titles, rows)
 
 
 # ---------------------------------------------------------------------------------------------- for programs

@@ -21,7 +21,7 @@ from hpc_train.analysis.report.cost_tables import COST_COLUMNS, cost_notes, cost
 from hpc_train.analysis.report.load_balance_tables import BALANCE_COLUMNS, balance_record, straggler_records
 from hpc_train.analysis.report.markdown import to_markdown
 from hpc_train.analysis.report.sections import Part, parts
-from hpc_train.analysis.report.table import Sheet
+from hpc_train.analysis.report.table import Table
 from hpc_train.analysis.report.tables import group_notes, measures_of, strategy_notes
 from hpc_train.analysis.report.target_tables import TARGET_COLUMNS, records_by_run, study_record
 from hpc_train.analysis.report.terminal import fitted, shown
@@ -105,7 +105,7 @@ class Report:
             for note in part.notes:
                 if note not in part.details:
                     console.print(shown(f"- {note}"))
-            if more := [each.title for each in part.details if isinstance(each, Sheet)]:
+            if more := [each.title for each in part.details if isinstance(each, Table)]:
                 titles = dict.fromkeys(title.partition(" (")[0].partition(", ")[0] for title in more)
                 console.print(shown(f"- On the page and by --format md: {'; '.join(titles)}."))
             console.print()

@@ -10,7 +10,7 @@ from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.report.advice import Advice, advice_of
 from hpc_train.analysis.report.cost_tables import cost_details, cost_notes, cost_sheets
 from hpc_train.analysis.report.headlines import headline, strategy_headline
-from hpc_train.analysis.report.table import Sheet, made_sheets
+from hpc_train.analysis.report.table import Table, made_sheets
 from hpc_train.analysis.report.tables import group_notes, sheets, strategy_notes, strategy_sheets
 from hpc_train.analysis.report.target_tables import target_headline, target_notes, target_sheets
 from hpc_train.analysis.scaling.scaling import Group, Scaling
@@ -26,12 +26,12 @@ class Part:
     of: Group | Comparison | TargetStudy
     label: str
     headline: str  # the answer in one sentence; "" where there is none
-    sheets: list[Sheet]
+    sheets: list[Table]
     notes: list[str]
     cost: GroupEnergy | None = None  # of a group
     study: TargetStudy | None = None  # of this group alone
     advice: Advice | None = None  # of a group
-    details: tuple[Sheet | str, ...] = ()  # of the sheets and notes: what the terminal leaves to the page
+    details: tuple[Table | str, ...] = ()  # of the sheets and notes: what the terminal leaves to the page
 
 
 def parts(
@@ -77,7 +77,7 @@ def _group_part(cost: GroupEnergy, study: TargetStudy | None, several: bool, gua
     group, label = cost.group, cost.group.label
     tables = sheets(group, guard)
     notes = [*_notes(guard, label, group_notes, group), *_notes(guard, f"{label}, energy", cost_notes, cost)]
-    details: list[Sheet | str] = [*cost_sheets(cost, guard)]
+    details: list[Table | str] = [*cost_sheets(cost, guard)]
     details += _notes(guard, f"{label}, tables of energy", cost_details, cost)
     if study is not None:
         answer = _sentence(guard, f"{label}, time to a loss", target_headline, study)
@@ -92,7 +92,7 @@ def _group_part(cost: GroupEnergy, study: TargetStudy | None, several: bool, gua
         group,
         group.label,
         _sentence(guard, label, headline, group, several, advice.words),
-        [*tables, *(each for each in details if isinstance(each, Sheet))],
+        [*tables, *(each for each in details if isinstance(each, Table))],
         [*notes, *advice.notes, *(each for each in details if isinstance(each, str))],
         cost,
         study,
@@ -109,5 +109,5 @@ def _notes(guard: Guard, label: str, make: Callable[P, list[str]], *args: P.args
     return guard.made(f"the notes on {label}", lambda why: [f"{why}."], make, *args, **more)
 
 
-def _target_sheets(guard: Guard, study: TargetStudy) -> list[Sheet]:
+def _target_sheets(guard: Guard, study: TargetStudy) -> list[Table]:
     return made_sheets(guard, {"To a training loss": lambda: target_sheets(study)})

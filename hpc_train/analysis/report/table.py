@@ -19,7 +19,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class Table:
     """One table in words, the same in the terminal and on the page."""
 
     title: str
@@ -27,7 +27,7 @@ class Sheet:
     rows: tuple[tuple[str, ...], ...]
 
 
-def made_sheets(guard: Guard | None, makers: Mapping[str, Callable[[], list[Sheet]]]) -> list[Sheet]:
+def made_sheets(guard: Guard | None, makers: Mapping[str, Callable[[], list[Table]]]) -> list[Table]:
     """The tables of all makers, by what they tell; in the place of one that fails a table that says why."""
     guard = guard or Guard()
     made = []
@@ -36,8 +36,8 @@ def made_sheets(guard: Guard | None, makers: Mapping[str, Callable[[], list[Shee
     return made
 
 
-def _unmade(title: str, why: str) -> list[Sheet]:
-    return [Sheet(title, (Column("missing", is_text=True),), ((why,),))]
+def _unmade(title: str, why: str) -> list[Table]:
+    return [Table(title, (Column("missing", is_text=True),), ((why,),))]
 
 
 def ranks_text(row: Row) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.report.load_balance_tables import balance_notes, balance_sheets
-from hpc_train.analysis.report.table import MARK, Column, Sheet, made_sheets, ranks_text
+from hpc_train.analysis.report.table import MARK, Column, Table, made_sheets, ranks_text
 from hpc_train.analysis.scaling.mfu import GIVEN, counts_flops, flops_notes, flops_of
 from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
 from hpc_train.analysis.scaling.strategies import Comparison, Entry, Traffic
@@ -23,7 +23,7 @@ from hpc_train.core.formatting import (
 from hpc_train.core.records import NO_METER, PHASES
 
 
-def sheets(group: Group, guard: Guard | None = None) -> list[Sheet]:
+def sheets(group: Group, guard: Guard | None = None) -> list[Table]:
     """A group's tables: how it scaled, where the time went and what was lost, what the device did, what it cost."""
     flops = {"Model FLOPs": lambda: [_flops_sheet(group)]} if counts_flops(group) else {}
     return made_sheets(
@@ -38,7 +38,7 @@ def sheets(group: Group, guard: Guard | None = None) -> list[Sheet]:
     )
 
 
-def _scaling_sheet(group: Group) -> Sheet:
+def _scaling_sheet(group: Group) -> Table:
     against = f"speedup vs {num_ranks(group.baseline.size)}" if group.baseline else "speedup"
     span = "95% interval"
     titles = ("ranks", "runs", "step (ms)", span, "samples/s", against, span, "speedup efficiency")
@@ -59,7 +59,7 @@ def _scaling_sheet(group: Group) -> Sheet:
         if group.weak
         else f"global batch {group.rows[0].global_batch}"
     )
-    return Sheet(f"Scaling ({kind}, {batch})", tuple(Column(title) for title in titles), rows)
+    return Table(f"Scaling ({kind}, {batch})", tuple(Column(title) for title in titles), rows)
 
 
 def _speedup_cells(row: Row) -> tuple[str, str, str]:
@@ -70,7 +70,7 @@ def _speedup_cells(row: Row) -> tuple[str, str, str]:
     return times_text(row.speedup), ratio_interval_text(row.speedup_interval), percent(row.efficiency)
 
 
-def _phase_sheet(group: Group) -> Sheet:
+def _phase_sheet(group: Group) -> Table:
     with_servers = any(row.num_servers for row in group.rows)
     columns = [Column("ranks"), *(Column(phase) for phase in PHASES), *[Column("servers busy")] * with_servers]
     rows = []
@@ -79,10 +79,10 @@ def _phase_sheet(group: Group) -> Sheet:
         rows.append((*cells, *[percent(row.servers_busy)] * with_servers))
     whose = "the workers' time; servers busy: not in communication" if with_servers else "all ranks' time"
     title = f"Where a step's time goes (share of {whose}; reduce: exposed communication)"
-    return Sheet(title, tuple(columns), tuple(rows))
+    return Table(title, tuple(columns), tuple(rows))
 
 
-def _flops_sheet(group: Group) -> Sheet:
+def _flops_sheet(group: Group) -> Table:
     titles = ("ranks", "FLOP per sample", "FLOP/s per rank", "peak per rank", "MFU")
     rows = []
     for row in group.rows:
@@ -91,10 +91,10 @@ def _flops_sheet(group: Group) -> Sheet:
         figures = (amount(flops.per_sample, "FLOP"), amount(flops.per_rank_s, "FLOP/s"), amount(flops.peak_s, "FLOP/s"))
         rows.append((ranks_text(row), *figures, mfu_text(flops.mfu), source))
     title = "Model FLOPs (counted, forward and backward) and MFU, their share of the peak"
-    return Sheet(title, (*(Column(each) for each in titles), Column("peak from", is_text=True)), tuple(rows))
+    return Table(title, (*(Column(each) for each in titles), Column("peak from", is_text=True)), tuple(rows))
 
 
-def _energy_sheet(group: Group) -> Sheet:
+def _energy_sheet(group: Group) -> Table:
     columns = [Column("ranks"), Column("energy per run"), Column("per sample"), Column("meter", is_text=True)]
     with_loss = any(row.loss is not None for row in group.rows)
     measures = measures_of(group.rows)
@@ -106,14 +106,14 @@ def _energy_sheet(group: Group) -> Sheet:
         cells += [significant(row.loss, 4)] * with_loss
         cells += [measure_text(measure, row.test.get(measure)) for measure in measures]
         rows.append(tuple(cells))
-    return Sheet("Energy and result", tuple(columns), tuple(rows))
+    return Table("Energy and result", tuple(columns), tuple(rows))
 
 
 def mfu_text(mfu: float | None) -> str:
     return "missing" if mfu is None else f"{significant(100 * mfu)}%"
 
 
-def strategy_sheets(comparison: Comparison, guard: Guard | None = None) -> list[Sheet]:
+def strategy_sheets(comparison: Comparison, guard: Guard | None = None) -> list[Table]:
     """Strategies on equal work: how fast each is, then what each must move and hold and comes to."""
     return made_sheets(
         guard,
@@ -124,7 +124,7 @@ def strategy_sheets(comparison: Comparison, guard: Guard | None = None) -> list[
     )
 
 
-def _strategy_speed_sheet(comparison: Comparison) -> Sheet:
+def _strategy_speed_sheet(comparison: Comparison) -> Table:
     span = "95% interval"
     titles = ("ranks", "step (ms)", span, "samples/s", f"speed vs {comparison.reference}", span, "exposed")
     rows = tuple(
@@ -141,7 +141,7 @@ def _strategy_speed_sheet(comparison: Comparison) -> Sheet:
         for entry in comparison.entries
     )
     columns = (Column("strategy", is_text=True), *(Column(title) for title in titles))
-    return Sheet(f"Strategies on equal work ({_work_text(comparison)})", columns, rows)
+    return Table(f"Strategies on equal work ({_work_text(comparison)})", columns, rows)
 
 
 def _work_text(comparison: Comparison) -> str:
@@ -159,7 +159,7 @@ def _ratio_text(entry: Entry) -> str:
     return "-" if entry.ratio is None else times_text(entry.ratio)
 
 
-def _strategy_work_sheet(comparison: Comparison) -> Sheet:
+def _strategy_work_sheet(comparison: Comparison) -> Table:
     measures = measures_of([entry.row for entry in comparison.entries])
     titles = ("ranks", "must move", "optimizer state", "loss", *(f"test {_words(measure)}" for measure in measures))
     rows = []
@@ -170,7 +170,7 @@ def _strategy_work_sheet(comparison: Comparison) -> Sheet:
         rows.append((*cells, *(measure_text(measure, entry.row.test.get(measure)) for measure in measures)))
     columns = (Column("strategy", is_text=True), *(Column(title) for title in titles))
     title = "What the busiest rank must move in a step, what the fullest holds, and what comes out"
-    return Sheet(title, columns, tuple(rows))
+    return Table(title, columns, tuple(rows))
 
 
 def _traffic_text(traffic: Traffic | None) -> str:

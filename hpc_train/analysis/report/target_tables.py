@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpc_train.analysis.convergence.target import NOT_REACHED, TargetRow, TargetStudy
-from hpc_train.analysis.report.table import MARK, Column, Sheet
+from hpc_train.analysis.report.table import MARK, Column, Table
 from hpc_train.analysis.scaling.scaling import num_ranks
 from hpc_train.core.formatting import percent, ratio_interval_text, significant, times_text
 
@@ -26,7 +26,7 @@ TARGET_COLUMNS = (
 )
 
 
-def target_sheets(study: TargetStudy) -> list[Sheet]:
+def target_sheets(study: TargetStudy) -> list[Table]:
     """What it took to reach the target, then the speedup by it beside that by samples per second."""
     titles = ["ranks", "batch", *_tuned_titles(study), "runs", "steps", "samples", "epochs", "seconds", "energy"]
     rows = []
@@ -37,10 +37,10 @@ def target_sheets(study: TargetStudy) -> list[Sheet]:
         rows.append(tuple(cells))
     title = f"To a training loss of {significant(study.target, 4)} (smoothed; warm-up included)"
     columns = tuple(Column(title) for title in titles)
-    return [Sheet(title, columns, tuple(rows)), *_speed_sheets(study)]
+    return [Table(title, columns, tuple(rows)), *_speed_sheets(study)]
 
 
-def _speed_sheets(study: TargetStudy) -> list[Sheet]:
+def _speed_sheets(study: TargetStudy) -> list[Table]:
     if study.reference is None:
         return []
     titles = ["ranks", "batch", *_tuned_titles(study), "by time to target", "95% interval", "efficiency"]
@@ -52,7 +52,7 @@ def _speed_sheets(study: TargetStudy) -> list[Sheet]:
         rows.append((*_names(study, row), *cells))
     against = f"{num_ranks(study.reference.size)}, batch {study.reference.global_batch}"
     title = f"Speedup vs {against} (statistical: samples taken there over samples taken here)"
-    return [Sheet(title, tuple(Column(title) for title in titles), tuple(rows))]
+    return [Table(title, tuple(Column(title) for title in titles), tuple(rows))]
 
 
 def _tuned(study: TargetStudy) -> list[str]:

@@ -4,10 +4,10 @@ from typing import Literal
 
 from rich import box
 from rich.console import RenderableType
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from hpc_train.analysis.report.table import Sheet
+from hpc_train.analysis.report.table import Table
 from hpc_train.core.formatting import plain
 
 
@@ -16,9 +16,9 @@ def shown(text: str, style: str = "") -> Text:
     return Text(plain(text), style)
 
 
-def fitted(sheet: Sheet, width: int) -> RenderableType:
+def fitted(sheet: Table, width: int) -> RenderableType:
     """The table in `width` letters; where it does not fit, a line a row. No number is broken or cut short."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="")
+    table = RichTable(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="")
     widths = []
     for index, column in enumerate(sheet.columns):
         cells = [len(plain(row[index])) for row in sheet.rows]

@@ -153,7 +153,7 @@ class _Slowest:
         return sqrt(max(0.0, float(variance.mean()))) / mean if mean else None
 
 
-class Tally:
+class RankAccumulator:
     """Takes the ranks one after the other, all of a host before the next host's; then tells their balance.
 
     clocks: None: they cannot be aligned. waits: whether a reduction makes ranks wait for each other at all.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hpc_train.analysis.runs.clocks import Clocks, Hosts, clocks_of, hosts_of
-from hpc_train.analysis.runs.load_balance import Balance, Tally
+from hpc_train.analysis.runs.load_balance import Balance, RankAccumulator
 from hpc_train.core.config import Reduce
 from hpc_train.core.formatting import amount, listed
 from hpc_train.core.records import PHASES, TIMING_COLUMNS, BadRecord, FloatArray, IntArray
@@ -39,7 +39,7 @@ class Ranks:
 class _Sums:
     """Over ranks, while they are read."""
 
-    def __init__(self, num_workers: int, tally: Tally) -> None:
+    def __init__(self, num_workers: int, tally: RankAccumulator) -> None:
         self.num_workers, self.tally = 0, tally
         self.truncated: list[int] = []
         self._most_workers = num_workers
@@ -93,7 +93,7 @@ def reduce_ranks(run: RunDir, meta: dict[str, Any], reduce: Reduce, num_attempts
     faults = _faults_of_files(size, present, len(found))
 
     def read(clocks: Clocks | None, common: IntArray | None = None) -> _Sums | None:
-        sums = _Sums(num_workers, Tally(hosts, clocks, waits(reduce, num_workers)))
+        sums = _Sums(num_workers, RankAccumulator(hosts, clocks, waits(reduce, num_workers)))
         return sums if _read(run, present, sums, common) else None
 
     clocks, common = clocks_of(meta, hosts), None

@@ -22,7 +22,7 @@ import numpy as np
 
 from hpc_train.core.errors import JointFailure, UserError, refused
 from hpc_train.core.redaction import message
-from hpc_train.core.signals import ENDING, TERMINATED, Kept, ignore
+from hpc_train.core.signals import ENDING, TERMINATED, DeferredSignals, ignore
 from hpc_train.core.world import World, launched_size
 from hpc_train.train.comm import messages
 
@@ -213,7 +213,7 @@ def open_context(use_mpi: bool) -> Iterator[Context]:
         yield Context(World(host=socket.gethostname()))
         return
     # Once MPI is there, a rank that leaves waits for all others in MPI_Finalize: signals are kept until it can abort.
-    early = Kept()
+    early = DeferredSignals()
     _on_ending(early)
     context = _start_mpi()
     try:
@@ -257,7 +257,7 @@ def _abort(context: Context, error: BaseException) -> None:
     code = _exit_code(error)
     try:
         ignore()  # a second signal must not break into this: the rank would leave, and wait for the others
-        ending = Kept()
+        ending = DeferredSignals()
         signal.signal(signal.SIGTERM, ending)
         if context.world.rank:
             # Where all ranks fail alike, the root speaks for them: it ends the others before they repeat it.

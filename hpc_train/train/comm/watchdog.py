@@ -43,7 +43,7 @@ class Peer:
     failing_s: float | None = None
 
 
-class Watch:
+class Watchdog:
     """This rank's end: `step` is what it is at, set by the loop; None outside it. Use as a context manager."""
 
     def __init__(self, context: Context, stall_s: float, links: dict[int, socket.socket]) -> None:
@@ -202,11 +202,11 @@ def _understood(line: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def open_watch(context: Context, run: settings.Run, say: Callable[[str], None]) -> Iterator[Watch]:
+def open_watchdog(context: Context, run: settings.Run, say: Callable[[str], None]) -> Iterator[Watchdog]:
     """Collective. Connects every rank with the root; ranks that cannot be are named and left unwatched."""
     links = connect(context, run.interface, say)
     try:
-        with Watch(context, run.stall_s, links) as watch:
+        with Watchdog(context, run.stall_s, links) as watch:
             yield watch
     finally:
         for link in links.values():

@@ -131,7 +131,7 @@ class ChunkFile:
         return bool(self._dataset.dtype.isnative)
 
 
-class Chunked:
+class ChunkCache:
     """Rows of chunked data sets in one or more files, one after the other: decoded ahead, as long as there is room.
 
     A block is decoded into one of a fixed number of slots. Of those that nobody has announced, the one used longest ago
@@ -191,7 +191,7 @@ class Chunked:
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self.take(np.arange(*rows.indices(len(self))))
 
-    def expect(self, rows: np.ndarray) -> None:
+    def prefetch(self, rows: np.ndarray) -> None:
         with self._lock:
             for block in dict.fromkeys(self._blocks(rows).tolist()):
                 self._announced[block] += 1

@@ -62,7 +62,7 @@ class Collective:
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self.take(np.arange(*rows.indices(len(self))))
 
-    def expect(self, rows: np.ndarray) -> None:
+    def prefetch(self, rows: np.ndarray) -> None:
         pass
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class Spread:
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self.take(np.arange(*rows.indices(len(self))))
 
-    def expect(self, rows: np.ndarray) -> None:
+    def prefetch(self, rows: np.ndarray) -> None:
         pass
 
     def close(self) -> None:

@@ -112,10 +112,10 @@ class Split:
             return Batch(inputs[0], targets, self.scale[0], self.offset[0])
         return Batch(inputs, targets, self.scale, self.offset)
 
-    def expect(self, rows: np.ndarray) -> None:
+    def prefetch(self, rows: np.ndarray) -> None:
         """A hint: these rows come soon."""
         for reader in (*self.inputs, self.targets):
-            reader.expect(rows)
+            reader.prefetch(rows)
 
     def _take(self, reader: Reader, rows: np.ndarray) -> np.ndarray:
         return reader.take(rows, self.buffers.empty((len(rows), *reader.shape[1:]), reader.dtype))
@@ -205,9 +205,9 @@ class Tokens:
         self.unchanged()
         return self.values.take(self._places(rows).reshape(-1)).reshape(len(rows), self.length + self.ahead)
 
-    def expect(self, rows: np.ndarray) -> None:
+    def prefetch(self, rows: np.ndarray) -> None:
         """A hint: these windows come soon."""
-        self.values.expect(self._places(rows)[:, [0, -1]].reshape(-1))
+        self.values.prefetch(self._places(rows)[:, [0, -1]].reshape(-1))
 
     def _places(self, rows: np.ndarray) -> np.ndarray:
         require_rows(rows, len(self))

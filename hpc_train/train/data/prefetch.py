@@ -22,12 +22,12 @@ MOST = 8  # batches ahead
 
 
 def announced(
-    shares: Iterator[tuple[Indices, int]], expect: Callable[[Indices], None], num_steps: int
+    shares: Iterator[tuple[Indices, int]], prefetch: Callable[[Indices], None], num_steps: int
 ) -> Iterator[tuple[Indices, int]]:
-    """`shares`, rows and what goes with them; `expect` hears of the rows `num_steps` shares before they come."""
+    """`shares`, rows and what goes with them; `prefetch` hears of the rows `num_steps` shares before they come."""
     coming: deque[tuple[Indices, int]] = deque()
     for share in shares:
-        expect(share[0])
+        prefetch(share[0])
         coming.append(share)
         if len(coming) > num_steps:
             yield coming.popleft()

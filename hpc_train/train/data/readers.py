@@ -20,7 +20,7 @@ import torch
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import Indices, require_rows
-from hpc_train.train.data.chunk_cache import Chunked, ChunkFile
+from hpc_train.train.data.chunk_cache import ChunkCache, ChunkFile
 from hpc_train.train.data.foreign_files import absurd_claim, damage_told
 
 _WORTH_THREADS = 1 << 18  # bytes of a batch: below, threads cost more than they spare
@@ -40,7 +40,7 @@ class Reader(Protocol):
 
     def __getitem__(self, rows: slice) -> np.ndarray: ...
 
-    def expect(self, rows: np.ndarray) -> None: ...
+    def prefetch(self, rows: np.ndarray) -> None: ...
 
     def close(self) -> None: ...
 
@@ -55,11 +55,11 @@ def open_reader(path: Path, dataset: h5py.Dataset, memory_bytes: int, num_thread
         if dataset.is_virtual:
             return _open_virtual(path, dataset, memory_bytes, num_threads)
         if dataset.chunks is not None and dataset.size:
-            return Chunked([ChunkFile(path, dataset)], memory_bytes, num_threads)
+            return ChunkCache([ChunkFile(path, dataset)], memory_bytes, num_threads)
         offset = dataset.id.get_offset()
         if offset is None:  # compact or empty: it is small or has no values
-            return Mapped(np.asarray(dataset[()]))
-        return Mapped(np.asarray(np.memmap(path, dataset.dtype, "r", offset=offset, shape=dataset.shape)))
+            return MmapReader(np.asarray(dataset[()]))
+        return MmapReader(np.asarray(np.memmap(path, dataset.dtype, "r", offset=offset, shape=dataset.shape)))
 
 
 def require_numbers(path: Path, dataset: h5py.Dataset) -> None:
@@ -85,7 +85,7 @@ def require_numbers(path: Path, dataset: h5py.Dataset) -> None:
         )
 
 
-class Mapped:
+class MmapReader:
     """Rows of a contiguous data set, gathered straight out of the page cache.
 
     Not through h5py: its lock lets one thread at a time in, and a slab costs 2 to 4 times a gather from the map.
@@ -120,7 +120,7 @@ class Mapped:
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self._values[rows].astype(self.dtype, copy=False)
 
-    def expect(self, rows: np.ndarray) -> None:
+    def prefetch(self, rows: np.ndarray) -> None:
         pass
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ def _into(out: np.ndarray | None, values: np.ndarray) -> np.ndarray:
     return out
 
 
-class Joined:
+class ConcatReader:
     """Readers of equal rows, one after the other."""
 
     def __init__(self, parts: Sequence[Reader]) -> None:
@@ -180,9 +180,9 @@ class Joined:
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self.take(np.arange(*rows.indices(len(self))))
 
-    def expect(self, rows: np.ndarray) -> None:
+    def prefetch(self, rows: np.ndarray) -> None:
         for part, _, inside in self._split(rows):
-            part.expect(inside)
+            part.prefetch(inside)
 
     def close(self) -> None:
         for part in self._parts:
@@ -200,7 +200,7 @@ class Joined:
         return found
 
 
-class Slabs:
+class H5pyReader:
     """Rows through h5py, one thread at a time: for virtual data sets whose pieces are not whole rows."""
 
     edges = None
@@ -224,7 +224,7 @@ class Slabs:
         with damage_told(self._dataset.file.filename, str(self._dataset.name)):
             return np.asarray(self._dataset[rows]).astype(self.dtype, copy=False)
 
-    def expect(self, rows: np.ndarray) -> None:
+    def prefetch(self, rows: np.ndarray) -> None:
         pass
 
     def close(self) -> None:
@@ -252,11 +252,11 @@ def _open_virtual(path: Path, dataset: h5py.Dataset, memory_bytes: int, num_thre
                 and found.dtype == dataset.dtype
             )
         if not (is_rows and is_whole):
-            return Slabs(dataset)
+            return H5pyReader(dataset)
         pieces.append((file, source.dset_name))
         row = last + 1
     if row != dataset.shape[0] or not pieces:
-        return Slabs(dataset)
+        return H5pyReader(dataset)
     return join([(file, h5py.File(file, "r")[name]) for file, name in pieces], memory_bytes, num_threads)
 
 
@@ -266,10 +266,10 @@ def join(parts: Sequence[tuple[Path, h5py.Dataset]], memory_bytes: int, num_thre
         with damage_told(path, str(data.name)):
             require_numbers(path, data)
     if len(parts) > 1 and all(_is_like(data, parts[0][1]) for _, data in parts):
-        return Chunked([ChunkFile(path, data) for path, data in parts], memory_bytes, num_threads)
+        return ChunkCache([ChunkFile(path, data) for path, data in parts], memory_bytes, num_threads)
     share = memory_bytes // len(parts)
     readers = [open_reader(path, data, share, num_threads) for path, data in parts]
-    return readers[0] if len(readers) == 1 else Joined(readers)
+    return readers[0] if len(readers) == 1 else ConcatReader(readers)
 
 
 def _is_like(data: h5py.Dataset, first: h5py.Dataset) -> bool:

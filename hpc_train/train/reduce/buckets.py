@@ -49,7 +49,7 @@ class Bucket:
         return self._flat
 
     def note(self, loss: torch.Tensor, stop: bool, save: bool) -> None:
-        """Writes this rank's part of `Shared` behind the gradients. Nothing waits for a GPU."""
+        """Writes this rank's part of `StepFlags` behind the gradients. Nothing waits for a GPU."""
         if self._array is not None:
             self._array[0], self._array[1], self._array[2] = loss.item(), stop, save
         else:
@@ -96,11 +96,11 @@ def make_buckets(
     return [*buckets, Bucket("gradients", last, device, num_notes)]
 
 
-class Departures:
+class BucketScheduler:
     """Hands each bucket to `send` as soon as backward has filled it, in the same order in every step and on all ranks.
 
-    Only in the backward that follows `share`: gradients of earlier parts of a batch are added up and stay. asked: what
-    this rank adds to `Shared`, whether it was asked to stop and whether it finds it time to save.
+    Only in the backward that follows `begin_step`: gradients of earlier parts of a batch are added up and stay.
+    asked: what this rank adds to `StepFlags`, whether it was asked to stop and whether it finds it time to save.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Departures:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(self._hook(index))
 
-    def share(self, loss: torch.Tensor) -> None:
+    def begin_step(self, loss: torch.Tensor) -> None:
         """See `reduce.Reducer`."""
         self._buckets[-1].note(loss, *self._asked())
         self._num_missing = [len(bucket.parameters) for bucket in self._buckets]
@@ -124,9 +124,9 @@ class Departures:
         while self._next < len(self._buckets):
             self._send_next()
 
-    def shared(self) -> "Shared":
+    def shared(self) -> "StepFlags":
         """What all ranks have noted, after it came back."""
-        return Shared(*self._buckets[-1].noted())
+        return StepFlags(*self._buckets[-1].noted())
 
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
         def ready(parameter: torch.Tensor) -> None:
@@ -143,7 +143,7 @@ class Departures:
         self._send(self._buckets[self._next - 1])
 
 
-class Shared(NamedTuple):
+class StepFlags(NamedTuple):
     """What travels with a step's gradients, summed over ranks: all ranks decide alike, and no message is added."""
 
     loss: float  # shares of the global mean
@@ -151,4 +151,4 @@ class Shared(NamedTuple):
     save: float  # whether the root finds it time for a checkpoint
 
 
-NUM_NOTES = len(Shared._fields)
+NUM_NOTES = len(StepFlags._fields)

@@ -21,7 +21,7 @@ from torch import nn
 from hpc_train.core import config
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context, mpi
-from hpc_train.train.reduce.buckets import NUM_NOTES, Bucket, Departures, Shared, decays, make_buckets
+from hpc_train.train.reduce.buckets import NUM_NOTES, Bucket, BucketScheduler, StepFlags, decays, make_buckets
 from hpc_train.train.reduce.shards import Shards
 
 Asked = Callable[[], tuple[bool, bool]]
@@ -29,7 +29,7 @@ _TO_WORKER = 1 << 14  # added to a bucket's number, which is the tag of what wor
 
 
 class Worker:
-    """A rank that trains and owns no weights: `wait` sends its gradients and comes back with the new weights."""
+    """A rank that trains and owns no weights: `reduce_gradients` sends its gradients, receives the new weights."""
 
     num_updates = 1
 
@@ -37,8 +37,8 @@ class Worker:
         self._comm, self._num_workers = context.comm, settings.num_workers(context.world.size)
         self._buckets = make_buckets(model, NUM_NOTES, settings.servers, apart=decays)
         self.shards = Shards(model, self._buckets[:-1], settings.servers, None)
-        self._departures = Departures(self._buckets, self._send, asked)
-        self.share = self._departures.share
+        self._scheduler = BucketScheduler(self._buckets, self._send, asked)
+        self.begin_step = self._scheduler.begin_step
         self._leaving: list[Any] = []
         self._made = True  # whether the servers made the latest update
 
@@ -49,8 +49,8 @@ class Worker:
         for server, part in enumerate(parts, self._num_workers):
             self._leaving += messages.begin_send(self._comm, part.numpy(), server, tag)
 
-    def wait(self) -> Shared:
-        self._departures.finish()
+    def reduce_gradients(self) -> StepFlags:
+        self._scheduler.finish()
         arriving: list[Any] = []
         received = []
         for tag, weights in enumerate(self.shards.weights, _TO_WORKER):
@@ -69,17 +69,17 @@ class Worker:
                 weights.copy_(host)
         *shared, made = notes.tolist()
         self._made = bool(made)
-        return Shared(*shared)
+        return StepFlags(*shared)
 
     def sum_owned(self, value: float) -> float:
         return value
 
-    def spread(self, made: bool) -> bool:
+    def sync_weights(self, made: bool) -> bool:
         return self._made
 
 
 class Server:
-    """A rank that trains on nothing: `wait` takes in gradients, `spread` sends the weights they made to the workers.
+    """A rank that trains on nothing: `reduce_gradients` receives gradients, `sync_weights` sends new weights to workers.
 
     team: the servers.
     """
@@ -96,32 +96,32 @@ class Server:
             owned.parameter.grad = torch.zeros_like(owned.parameter)
         self._pushes = _Pushes(self._num_workers) if settings.asynchronous else None
         self.num_updates = self._num_workers if settings.asynchronous else 1
-        self._answer = Shared(0.0, 0.0, 0.0)
-        self._answered = list(range(self._num_workers))  # whom `spread` sends it to, with the weights
+        self._answer = StepFlags(0.0, 0.0, 0.0)
+        self._answered = list(range(self._num_workers))  # whom `sync_weights` sends it to, with the weights
 
-    def share(self, loss: torch.Tensor) -> None:
+    def begin_step(self, loss: torch.Tensor) -> None:
         raise AssertionError("a server trains on nothing")
 
-    def wait(self) -> Shared:
+    def reduce_gradients(self) -> StepFlags:
         return self._any_worker(self._pushes) if self._pushes else self._all_workers()
 
-    def _all_workers(self) -> Shared:
+    def _all_workers(self) -> StepFlags:
         self._take_gradients(self._answered)
         loss, stop, save = np.sum([self._take_notes(worker) for worker in self._answered], axis=0).tolist()
-        self._answer = Shared(loss, stop + self.sum_owned(self._asked()[0]), save)
+        self._answer = StepFlags(loss, stop + self.sum_owned(self._asked()[0]), save)
         return self._answer
 
-    def _any_worker(self, pushes: "_Pushes") -> Shared:
+    def _any_worker(self, pushes: "_Pushes") -> StepFlags:
         status = mpi().Status()
-        notes = Shared(*self._take_notes(mpi().ANY_SOURCE, status).tolist())
+        notes = StepFlags(*self._take_notes(mpi().ANY_SOURCE, status).tolist())
         self._answered = [status.source]
         self._take_gradients(self._answered)
         self._answer = pushes.hear(status.source, notes)
         if not pushes.end_a_step:
-            return Shared(self._answer.loss, 0.0, 0.0)
+            return StepFlags(self._answer.loss, 0.0, 0.0)
         # The servers hear the workers in different orders: the first one says for all where to stop and to save.
         everyone = self._team.all((pushes.stop_at, pushes.save_at, self._asked()[0]))
-        return Shared(self._answer.loss, *pushes.follow(*everyone[0][:2], stop=any(asked for *_, asked in everyone)))
+        return StepFlags(self._answer.loss, *pushes.follow(*everyone[0][:2], stop=any(asked for *_, asked in everyone)))
 
     def _take_notes(self, worker: int, status: Any = None) -> np.ndarray:
         notes = np.empty(NUM_NOTES, dtype=np.float32)
@@ -145,7 +145,7 @@ class Server:
             return value
         return float(self._team.sum(np.array([value], dtype=np.float64))[0])
 
-    def spread(self, made: bool) -> bool:
+    def sync_weights(self, made: bool) -> bool:
         leaving: list[Any] = []
         parts = [owned.parameter.detach().cpu().numpy() for owned in self.shards.owned]
         notes = np.array([*self._answer, made], dtype=np.float32)
@@ -173,7 +173,7 @@ class _Pushes:
         """Whether so many were heard as all workers make in a step."""
         return sum(self._num) % len(self._num) == 0
 
-    def hear(self, worker: int, notes: Shared) -> Shared:
+    def hear(self, worker: int, notes: StepFlags) -> StepFlags:
         """The answer to a worker: the loss is the mean of all workers' latest, unless its own is no number."""
         step = self._num[worker]
         self._num[worker] += 1
@@ -181,7 +181,7 @@ class _Pushes:
         self._ask(bool(notes.stop), bool(notes.save))
         known = [loss for loss in self._losses if loss is not None]
         loss = sum(known) / len(known) * len(self._losses) if isfinite(notes.loss) else notes.loss
-        return Shared(loss, step == self.stop_at, step == self.save_at)
+        return StepFlags(loss, step == self.stop_at, step == self.save_at)
 
     def follow(self, stop_at: int | None, save_at: int | None, stop: bool) -> tuple[bool, bool]:
         """Whether all stop and save after the step that ends here, by what the first server says."""

@@ -16,7 +16,7 @@ from hpc_train.core import config
 from hpc_train.core.errors import UserError
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context, require_one_mpi
-from hpc_train.train.reduce.buckets import NUM_NOTES, Bucket, Departures, Shared, make_buckets
+from hpc_train.train.reduce.buckets import NUM_NOTES, Bucket, BucketScheduler, StepFlags, make_buckets
 from hpc_train.train.reduce.half_precision import packed, unpacked
 from hpc_train.train.reduce.parameter_server import Server, Worker
 from hpc_train.train.reduce.sharded import Sharded
@@ -28,7 +28,7 @@ _PART_BYTES, _MOST_UNDER_WAY = 1 << 19, 2  # of MPI's sums: a rank's part of a p
 
 
 class Reducer(Protocol):
-    """In each step: `share` before the last backward, then `wait`, the optimizer's update, `spread`."""
+    """In each step: `begin_step` before the last backward, `reduce_gradients`, the optimizer, `sync_weights`."""
 
     num_updates: int  # of a step: an asynchronous server makes one for each worker
 
@@ -36,10 +36,10 @@ class Reducer(Protocol):
     def shards(self) -> Shards | None:
         """Whose parts this rank updates; None: each rank makes the whole update."""
 
-    def share(self, loss: torch.Tensor) -> None:
+    def begin_step(self, loss: torch.Tensor) -> None:
         """What the backward to come makes is to be sent; `loss`, this rank's share, travels with it."""
 
-    def wait(self) -> Shared:
+    def reduce_gradients(self) -> StepFlags:
         """Collective. Returns when every gradient that this rank's optimizer uses is the sum over ranks.
 
         Its time is exposed communication.
@@ -48,7 +48,7 @@ class Reducer(Protocol):
     def sum_owned(self, value: float) -> float:
         """The sum over the ranks that own different parts, collectively by these; `value` where each owns all."""
 
-    def spread(self, made: bool) -> bool:
+    def sync_weights(self, made: bool) -> bool:
         """Collective. The updated parts to all ranks. made: whether this rank's optimizer made the update.
 
         Returns whether those that own the weights made it: alike on all ranks.
@@ -62,7 +62,7 @@ def open_reducer(
     """Collective. Sends the root's weights to all ranks, then reduces by `reduce.strategy` until the end.
 
     team: the servers, on each of them. asked: whether this rank was asked to stop, and whether it finds it time to
-    save a checkpoint; see `Shared`.
+    save a checkpoint; see `StepFlags`.
     """
     strategy, size = settings.strategy, context.world.size
     hvd = None
@@ -127,16 +127,16 @@ class Local:
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
 
-    def share(self, loss: torch.Tensor) -> None:
+    def begin_step(self, loss: torch.Tensor) -> None:
         self._loss = loss.detach()
 
-    def wait(self) -> Shared:
-        return Shared(self._loss.item(), *self._asked())
+    def reduce_gradients(self) -> StepFlags:
+        return StepFlags(self._loss.item(), *self._asked())
 
     def sum_owned(self, value: float) -> float:
         return value
 
-    def spread(self, made: bool) -> bool:
+    def sync_weights(self, made: bool) -> bool:
         return made
 
 
@@ -210,8 +210,8 @@ class AllReduce:
         # Adasum combines layer by layer; what it would make of the notes is no sum.
         apart = id if settings.adasum else None
         self._buckets = make_buckets(model, NUM_NOTES, size if self._wire else 1, apart)
-        self._departures = Departures(self._buckets, self._send, asked)
-        self.share = self._departures.share
+        self._scheduler = BucketScheduler(self._buckets, self._send, asked)
+        self.begin_step = self._scheduler.begin_step
         self._arriving: list[tuple[Bucket, torch.Tensor, Arrival]] = []
 
     def _send(self, bucket: Bucket) -> None:
@@ -227,15 +227,15 @@ class AllReduce:
             arrival = self._transport.sum(message.mul_(self._size), bucket.name, adasum=True)
         self._arriving.append((bucket, message, arrival))
 
-    def wait(self) -> Shared:
-        self._departures.finish()
+    def reduce_gradients(self) -> StepFlags:
+        self._scheduler.finish()
         summed = [(bucket, message, self._sum(bucket, arrival)) for bucket, message, arrival in self._arriving]
         for _, message, arrival in summed:
             result = arrival()
             if result.data_ptr() != message.data_ptr():
                 message.copy_(result)
         self._arriving.clear()
-        return self._departures.shared()
+        return self._scheduler.shared()
 
     def _sum(self, bucket: Bucket, arrival: Arrival) -> Arrival:
         if self._wire is None or not bucket.parameters:
@@ -247,7 +247,7 @@ class AllReduce:
     def sum_owned(self, value: float) -> float:
         return value
 
-    def spread(self, made: bool) -> bool:
+    def sync_weights(self, made: bool) -> bool:
         return made
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hpc_train.train.comm.context import Context
-from hpc_train.train.reduce.buckets import NUM_NOTES, Bucket, Departures, Shared, decays, make_buckets
+from hpc_train.train.reduce.buckets import NUM_NOTES, Bucket, BucketScheduler, StepFlags, decays, make_buckets
 from hpc_train.train.reduce.shards import Shards
 
 
@@ -29,8 +29,8 @@ class Sharded:
         rank, size = context.world.rank, context.world.size
         buckets = make_buckets(model, NUM_NOTES, size, apart=decays)
         self.shards = Shards(model, buckets[:-1], size, rank)
-        self._departures = Departures(buckets, self._send, asked)
-        self.share = self._departures.share
+        self._scheduler = BucketScheduler(buckets, self._send, asked)
+        self.begin_step = self._scheduler.begin_step
         self._arriving: list[Callable[[], torch.Tensor]] = []
 
     def _send(self, bucket: Bucket) -> None:
@@ -38,18 +38,18 @@ class Sharded:
         send = self._transport.reduce_scatter if bucket.parameters else self._transport.sum
         self._arriving.append(send(message, bucket.name))
 
-    def wait(self) -> Shared:
-        self._departures.finish()
+    def reduce_gradients(self) -> StepFlags:
+        self._scheduler.finish()
         summed = [arrival() for arrival in self._arriving]
         self._arriving.clear()
         for owned, gradient in zip(self.shards.owned, summed, strict=False):  # the last are the notes
             owned.parameter.grad = gradient
-        return self._departures.shared()
+        return self._scheduler.shared()
 
     def sum_owned(self, value: float) -> float:
         return float(self._context.sum(np.array([value]))[0])
 
-    def spread(self, made: bool) -> bool:
+    def sync_weights(self, made: bool) -> bool:
         arriving = [self._transport.all_gather(each.parameter.detach(), each.name) for each in self.shards.owned]
         for weights, arrival in zip(self.shards.weights, arriving, strict=True):
             weights.copy_(arrival())

@@ -12,7 +12,7 @@ from hpc_train.train.reduce.buckets import Bucket, decays, trainable
 State = dict[str, dict[str, Any]]  # of an optimizer: parameter's name -> what the optimizer keeps of it
 
 
-class Owned(NamedTuple):
+class ParamShard(NamedTuple):
     """A tensor that this rank's optimizer updates: a parameter, or this rank's part of a bucket of them."""
 
     name: str
@@ -20,9 +20,9 @@ class Owned(NamedTuple):
     decays: bool
 
 
-def whole(model: nn.Module) -> list[Owned]:
+def whole(model: nn.Module) -> list[ParamShard]:
     """All parameters: what a rank owns where every rank makes every update."""
-    return [Owned(name, parameter, decays(parameter)) for name, parameter in trainable(model).items()]
+    return [ParamShard(name, parameter, decays(parameter)) for name, parameter in trainable(model).items()]
 
 
 class Shards:
@@ -36,10 +36,12 @@ class Shards:
         self._names = {parameter: name for name, parameter in trainable(model).items()}
         self._buckets, self.num_parts, self.part = buckets, num_parts, part
         self.weights = [_moved(bucket, num_parts) for bucket in buckets]
-        self.owned: list[Owned] = []
+        self.owned: list[ParamShard] = []
         if part is not None:
             for bucket, flat in zip(buckets, self.weights, strict=True):
-                self.owned.append(Owned(bucket.name, nn.Parameter(self.cut(flat)[part]), decays(bucket.parameters[0])))
+                self.owned.append(
+                    ParamShard(bucket.name, nn.Parameter(self.cut(flat)[part]), decays(bucket.parameters[0]))
+                )
 
     def cut(self, message: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The parts of a bucket's message, as views."""

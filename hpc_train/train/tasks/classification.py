@@ -81,8 +81,8 @@ class Classification:
     def batch(self, rows: np.ndarray, step: int) -> Batch:
         return self.train.batch(rows, step)
 
-    def expect(self, rows: np.ndarray) -> None:
-        self.train.expect(rows)
+    def prefetch(self, rows: np.ndarray) -> None:
+        self.train.prefetch(rows)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return functional.cross_entropy(self._logits(model, batch), batch.targets, reduction="sum")

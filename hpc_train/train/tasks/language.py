@@ -150,8 +150,8 @@ class Language:
     def batch(self, rows: np.ndarray, step: int) -> Windows:
         return Windows(torch.from_numpy(self.text.train.windows(rows)))
 
-    def expect(self, rows: np.ndarray) -> None:
-        self.text.train.expect(rows)
+    def prefetch(self, rows: np.ndarray) -> None:
+        self.text.train.prefetch(rows)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:
         return self._sum(model, batch) / self.text.train.length
@@ -212,8 +212,8 @@ class MaskedLanguage:
     def batch(self, rows: np.ndarray, step: int) -> MaskedWindows:
         return self._masked(self.text.train, rows, step)
 
-    def expect(self, rows: np.ndarray) -> None:
-        self.text.train.expect(rows)
+    def prefetch(self, rows: np.ndarray) -> None:
+        self.text.train.prefetch(rows)
 
     def loss(self, model: nn.Module, batch: MaskedWindows) -> torch.Tensor:
         logits, targets = self._logits(model, batch)

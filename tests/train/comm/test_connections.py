@@ -15,7 +15,7 @@ from hpc_train.core.world import World
 from hpc_train.train.comm import connections, watchdog
 from hpc_train.train.comm.connections import Door, call
 from hpc_train.train.comm.context import Context
-from hpc_train.train.comm.watchdog import Watch
+from hpc_train.train.comm.watchdog import Watchdog
 
 TOKEN = bytes(range(16))
 SIZE = 2001
@@ -146,7 +146,7 @@ def test_the_root_listens_on_one_interface_alone() -> None:
 def test_what_no_rank_would_say_is_passed_over() -> None:
     """Of what comes over a connection no more is kept than the longest line."""
     ours, theirs = socket.socketpair()
-    with Watch(Context(World(1, 2)), 600.0, {0: ours}) as watching:
+    with Watchdog(Context(World(1, 2)), 600.0, {0: ours}) as watching:
         peer = watching._peers[0]
         for noise in (
             b"\n\n\xff\xfe\n",

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import Order, rank_batches
 from hpc_train.train.data import filters
-from hpc_train.train.data.chunk_cache import Chunked, ChunkFile
+from hpc_train.train.data.chunk_cache import ChunkCache, ChunkFile
 from hpc_train.train.data.prefetch import announced
-from hpc_train.train.data.readers import Joined, Mapped, Reader, Slabs, join, open_reader
+from hpc_train.train.data.readers import ConcatReader, H5pyReader, MmapReader, Reader, join, open_reader
 from tests.jobs import CONFIGS
 
 PACKED = {"chunks": (16, 7, 5), "compression": "gzip", "shuffle": True, "fletcher32": True}
@@ -56,11 +56,11 @@ def test_every_layout_reads_alike(tmp_path: Path, layout: str, userblock: int, m
         expected = file["x"][()].astype(np.float32)
     reader = opened(path, memory_bytes=memory_bytes)
     assert (reader.shape, reader.dtype) == ((203, 7, 5), np.dtype(np.float32))
-    assert isinstance(reader, Mapped if layout in ("contiguous", "big-endian") else Chunked)
+    assert isinstance(reader, MmapReader if layout in ("contiguous", "big-endian") else ChunkCache)
     out = np.empty((50, 7, 5), np.float32)
     for begin in range(0, 203, 50):
         rows = ROWS[begin : begin + 50]
-        reader.expect(rows)
+        reader.prefetch(rows)
         assert np.array_equal(reader.take(rows), expected[rows])
         assert reader.take(rows, out[: len(rows)]).base is not None
         assert np.array_equal(out[: len(rows)], expected[rows])
@@ -123,13 +123,14 @@ def split_in_files(folder: Path, **layout: Any) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    "layout, kind", [({}, Joined), ({"chunks": (16, 7, 5), "maxshape": (None, 7, 5), "compression": "gzip"}, Chunked)]
+    "layout, kind",
+    [({}, ConcatReader), ({"chunks": (16, 7, 5), "maxshape": (None, 7, 5), "compression": "gzip"}, ChunkCache)],
 )
 def test_files_read_as_one(tmp_path: Path, layout: dict[str, Any], kind: type) -> None:
     parts = [(path, h5py.File(path, "r")["x"]) for path in split_in_files(tmp_path, **layout)]
     reader = join(parts, 1 << 20, 2)
     assert isinstance(reader, kind) and reader.shape == (203, 7, 5)
-    reader.expect(ROWS[:40])
+    reader.prefetch(ROWS[:40])
     assert np.array_equal(reader.take(ROWS), values()[ROWS])
     assert np.array_equal(reader[39:43], values()[39:43])
     if layout:
@@ -156,9 +157,9 @@ def test_a_virtual_data_set_is_read_piece_by_piece(tmp_path: Path) -> None:
         file.create_virtual_dataset("x", layout)
         file.create_virtual_dataset("columns", columns)
     reader = opened(tmp_path / "all.h5")
-    assert isinstance(reader, Joined) and np.array_equal(reader.take(ROWS), values()[ROWS])
+    assert isinstance(reader, ConcatReader) and np.array_equal(reader.take(ROWS), values()[ROWS])
     aside = opened(tmp_path / "all.h5", "columns")
-    assert isinstance(aside, Slabs) and np.array_equal(aside.take(np.array([3, 1]))[:, :, 5:], values()[[3, 1]])
+    assert isinstance(aside, H5pyReader) and np.array_equal(aside.take(np.array([3, 1]))[:, :, 5:], values()[[3, 1]])
     (tmp_path / "part-1.h5").unlink()
     with pytest.raises(UserError, match=r"part-1\.h5, which does not exist"):
         opened(tmp_path / "all.h5")
@@ -238,7 +239,7 @@ def test_each_chunk_is_decoded_once_an_epoch(
     monkeypatch.setattr(ChunkFile, "read", lambda self, block, there: (decoded.append(block), read(self, block, there)))
     order, batch = Order(2000, reader.edges, window), 32
     shares = rank_batches(range(-(-2000 // batch)), order, batch, 0, 0, 1)
-    for rows, _ in announced(shares, reader.expect, order.steps_ahead(batch)):
+    for rows, _ in announced(shares, reader.prefetch, order.steps_ahead(batch)):
         assert np.array_equal(reader.take(rows), expected[rows])
     if 2 * window <= memory_chunks:
         assert sorted(decoded) == list(range(40))
@@ -270,7 +271,7 @@ def test_a_slot_stays_a_chunks_while_it_is_decoded(tmp_path: Path, monkeypatch: 
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file.create_dataset("x", data=np.arange(40).reshape(40, 1), chunks=(10, 1), compression="gzip")
     reader = opened(tmp_path / "x.h5", memory_bytes=1)  # two slots
-    assert isinstance(reader, Chunked)
+    assert isinstance(reader, ChunkCache)
     read, may_go = ChunkFile.read, threading.Event()
 
     def slow(self: ChunkFile, block: int, there: np.ndarray) -> None:
