@@ -1,9 +1,8 @@
 """How long ranks take to sum the same bytes: by the program's own strategies, by plain MPI and by torch over gloo.
 
 A strategy is timed as a training uses it: its reducer is handed one gradient and gives back the sum over ranks, loss
-and notes included, from `begin_step` to `reduce_gradients`
-(and `sync_weights`); backward is left out, so nothing overlaps. Beside it the
-limits: a copy of the bytes by all ranks at once, and a message between two ranks.
+and notes included, from `begin_step` to `reduce_gradients` (and `sync_weights`); backward is left out, so nothing
+overlaps. Beside it the limits: a copy of the bytes by all ranks at once, and a message between two ranks.
 
 Everything takes turns, sample by sample. Horovod lives in its turns alone: its thread calls on all ranks once a cycle,
 and with it alive an MPI_Allreduce of 64 KiB took 3.7 ms instead of 0.04 on two cores.

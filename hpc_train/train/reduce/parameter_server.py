@@ -79,7 +79,7 @@ class Worker:
 
 
 class Server:
-    """A rank that trains on nothing: `reduce_gradients` receives gradients, `sync_weights` sends new weights to workers.
+    """A rank that trains on nothing: `reduce_gradients` receives gradients, `sync_weights` sends weights to workers.
 
     team: the servers.
     """
