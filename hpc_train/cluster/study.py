@@ -19,6 +19,7 @@ from hpc_train.cluster.slurm import Site
 from hpc_train.core import rundir
 from hpc_train.core.config import Config, Loaded, dumps
 from hpc_train.core.errors import UserError
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.paths import expanded
 from hpc_train.core.progress import duration
 from hpc_train.core.rundir import RunDir, write_atomic
@@ -103,7 +104,7 @@ def weak_batch(config: Config, sizes: list[int]) -> int:
 
 def run_here(study: Study, say: Say) -> list[str]:
     """Runs what is missing with mpirun, one size after the other; returns what failed, one line each."""
-    if study.todo and "OMPI_COMM_WORLD_RANK" in os.environ:
+    if study.todo and JobEnvironment.current().launcher == "mpirun":
         raise UserError("hpc-train scale starts mpirun itself and cannot run under mpirun", "Call it without mpirun.")
     if study.todo and shutil.which("mpirun") is None:
         raise UserError("mpirun was not found", "Load your MPI module, or name a site to submit to Slurm: --site.")

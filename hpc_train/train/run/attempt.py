@@ -1,7 +1,6 @@
 """Where a job works: in a new run directory, or in the one that an earlier attempt left unfinished."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 from hpc_train.core import lock, resume_rules, rundir
 from hpc_train.core.config import Config, Loaded, load
 from hpc_train.core.errors import UserError
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.lock import Lease
 from hpc_train.core.paths import expanded, read_text
 from hpc_train.core.resume_rules import Change, Rule
@@ -117,7 +117,7 @@ def _name_of(run: RunDir) -> str:
 
 
 def _new(root: Path, config: Config, size: int) -> RunDir:
-    return rundir.create(root, config.name, size, datetime.now(UTC), os.environ.get("SLURM_JOB_ID"))
+    return rundir.create(root, config.name, size, datetime.now(UTC), JobEnvironment.current().job_id)
 
 
 def read_meta(run: RunDir) -> dict[str, Any]:
