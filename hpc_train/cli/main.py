@@ -87,10 +87,10 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
 
     signals.hold_back()
     output.outlast()
-    from hpc_train.datasets.inspect import first
+    from hpc_train.datasets.inspect import first_look
     from hpc_train.train.comm.context import open_context
 
-    looked = None if launched_rank() else first.begin(lambda: load(_job_file(config), overrides).config)
+    looked = None if launched_rank() else first_look.begin(lambda: load(_job_file(config), overrides).config)
     launched = launched_rank() is not None
     alone = None if launched else load(_job_file(config), overrides)
     with open_context(use_mpi=launched or (alone is not None and alone.config.reduce.strategy != "local")) as context:
