@@ -15,7 +15,7 @@ from hpc_train.core.job_environment import JobEnvironment
 
 if TYPE_CHECKING:
     from hpc_train.datasets.inspect.check import Checked
-    from hpc_train.datasets.inspect.survey import Fault
+    from hpc_train.datasets.inspect.structure import Fault
 
 _MOST_LINES = 10  # of one kind of a data set; --json has them all
 
@@ -53,7 +53,7 @@ def check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
 
     with open_context(use_mpi=JobEnvironment.current().is_launched) as context:
         from hpc_train.datasets.inspect.check import check as verify
-        from hpc_train.datasets.inspect.survey import expand
+        from hpc_train.datasets.inspect.structure import expand
 
         checked = verify(context.on_root(lambda: expand(files)), context, quiet=as_json, at=notes.at)
         if context.world.is_root:
@@ -79,7 +79,7 @@ def info(files: tuple[str, ...], no_speed: bool, as_json: bool) -> None:
 
     with open_context(use_mpi=False) as context:
         from hpc_train.datasets.inspect.info import inform
-        from hpc_train.datasets.inspect.survey import expand
+        from hpc_train.datasets.inspect.structure import expand
 
         facts = inform(expand(files), context, measure=not no_speed, at=notes.at)
     click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_told(facts)))
@@ -88,7 +88,7 @@ def info(files: tuple[str, ...], no_speed: bool, as_json: bool) -> None:
 
 
 def _told(facts: dict[str, Any]) -> Iterator[str]:
-    from hpc_train.datasets.inspect.survey import Fault
+    from hpc_train.datasets.inspect.structure import Fault
 
     for file in facts["files"]:
         stripes = f", {file['stripes']} stripes" if file["stripes"] is not None else ""

@@ -87,15 +87,14 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
 
     signals.hold_back()
     output.outlast()
-    from hpc_train.datasets.inspect import first
+    from hpc_train.datasets.inspect import first_look
     from hpc_train.train.comm.context import open_context
 
     job = JobEnvironment.current()
-    looked = first.begin(lambda: load(_job_file(config), overrides).config) if job.is_first_rank else None
+    looked = first_look.begin(lambda: load(_job_file(config), overrides).config) if job.is_first_rank else None
     alone = None if job.is_launched else load(_job_file(config), overrides)
-    with open_context(
-        use_mpi=job.is_launched or (alone is not None and alone.config.reduce.strategy != "local")
-    ) as context:
+    use_mpi = job.is_launched or (alone is not None and alone.config.reduce.strategy != "local")
+    with open_context(use_mpi) as context:
         loaded = alone or context.on_root(lambda: load(_job_file(config), overrides))
         from hpc_train.train.loop import train as run
 

@@ -72,7 +72,8 @@ def examine(job: Path | None, overrides: tuple[str, ...], as_json: bool) -> int:
 
     Raises `UserError` for a job file that is none.
     """
-    job, began_s = JobEnvironment.current(), monotonic()
+    launched, began_s = JobEnvironment.current(), monotonic()
+    rank = launched.rank or 0
     if job is None and overrides:
         raise _joint(UserError(f"--set {overrides[0]}, and no CONFIG", "Name the job file whose key it is."))
     try:
@@ -81,7 +82,7 @@ def examine(job: Path | None, overrides: tuple[str, ...], as_json: bool) -> int:
             expanded(config.run.root), expanded(config.data.file or "")  # the checks look at these
     except UserError as error:
         raise _joint(error) from None
-    examined = Examined(size=job.size or 1)
+    examined = Examined(size=launched.size or 1)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         fault = _follow(job, overrides, examined, rank)

@@ -204,9 +204,7 @@ def _ranks() -> AbstractContextManager[Context]:
     job = JobEnvironment.current()
     if job.is_launched:
         return join_mpi()
-    sizes = {name: os.environ.get(name, "1") for name in _STARTED_SIZES} | {
-        "srun's tasks": str(job.size or 1)
-    }
+    sizes = {name: os.environ.get(name, "1") for name in _STARTED_SIZES} | {"srun's tasks": str(job.size or 1)}
     for name, size in sizes.items():
         if size != "1":
             raise UserError(

@@ -17,7 +17,7 @@ from hpc_train.core.world import World
 from hpc_train.datasets.inspect.advice import Advice, of_dataset, of_file
 from hpc_train.datasets.inspect.check import check
 from hpc_train.datasets.inspect.info import inform
-from hpc_train.datasets.inspect.survey import Fault, survey
+from hpc_train.datasets.inspect.structure import Fault, survey
 from hpc_train.train.comm.context import Context
 from tests import jobs
 
@@ -119,7 +119,7 @@ def test_a_flipped_bit(tmp_path: Path, packed: dict[str, Any], words: list[str])
 
 
 def test_chunks_that_would_fill_the_memory_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpc_train.datasets.inspect.pieces._MOST_BYTES", 1000)
+    monkeypatch.setattr("hpc_train.datasets.inspect.chunk_ranges._MOST_BYTES", 1000)
     path = write(tmp_path / "data.h5", packed={"chunks": (40, 8, 16), "fletcher32": True})
     whole = check([path], ALONE, quiet=True)
     assert not whole.faults and not whole.datasets["train/inputs"]["compared"]
@@ -253,7 +253,7 @@ def test_copies_rare_and_empty_classes_and_constant_samples_are_warnings(tmp_pat
 
 
 def test_more_samples_than_memory_may_hold_are_counted_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpc_train.datasets.inspect.equal._MOST_HASHES", 200)
+    monkeypatch.setattr("hpc_train.datasets.inspect.duplicates._MOST_HASHES", 200)
     inputs = np.random.default_rng(0).random((300, 16, 16), np.float32)
     path = write(tmp_path / "data.h5", train__inputs=np.concatenate([inputs, inputs]))
     num = check([path], ALONE, quiet=True).datasets["train/inputs"]["equal_to"]["train/inputs"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpc_train.datasets.inspect.survey import CHECKSUMS, Found
+from hpc_train.datasets.inspect.structure import CHECKSUMS, Found
 
 _CHUNK_BYTES = 1 << 20
 _SMALL_CHUNK, _LARGE_CHUNK = 64 << 10, 8 << 20

@@ -14,11 +14,11 @@ import numpy as np
 
 from hpc_train.core.progress import StepProgress
 from hpc_train.core.sampling import rank_span
-from hpc_train.datasets.inspect.equal import Equal, equal_samples, keep_one_in
-from hpc_train.datasets.inspect.judge import Facts, judge, offset_faults, unequal_numbers
-from hpc_train.datasets.inspect.pieces import Piece, Pieces, num_pieces, shares
-from hpc_train.datasets.inspect.survey import Fault, Found, Surveyed, disagreements, parts_that_disagree, survey
-from hpc_train.datasets.inspect.tally import MOST_LABELS, Tally, role
+from hpc_train.datasets.inspect.checks import Facts, judge, offset_faults, unequal_numbers
+from hpc_train.datasets.inspect.chunk_ranges import Piece, Pieces, num_pieces, shares
+from hpc_train.datasets.inspect.duplicates import Equal, equal_samples, keep_one_in
+from hpc_train.datasets.inspect.statistics import MOST_LABELS, Tally, role
+from hpc_train.datasets.inspect.structure import Fault, Found, Surveyed, disagreements, parts_that_disagree, survey
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import reading_threads
 

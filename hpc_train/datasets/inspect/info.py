@@ -14,7 +14,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import drop_pages, file_system, resident, stripe_count
 from hpc_train.core.sampling import shuffled
 from hpc_train.datasets.inspect.advice import compression_ratio, of_dataset, of_file
-from hpc_train.datasets.inspect.survey import Found, Surveyed, disagreements, parts_that_disagree, survey
+from hpc_train.datasets.inspect.structure import Found, Surveyed, disagreements, parts_that_disagree, survey
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import reading_threads
 from hpc_train.train.data.foreign_files import HDF5_ERRORS

@@ -15,7 +15,7 @@ import torch
 
 from hpc_train.core.world import World
 from hpc_train.datasets.inspect.check import check
-from hpc_train.datasets.inspect.survey import survey
+from hpc_train.datasets.inspect.structure import survey
 from hpc_train.train.comm.context import Context
 from tests import damage
 

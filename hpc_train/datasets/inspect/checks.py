@@ -7,10 +7,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpc_train.datasets.inspect.equal import Equal
-from hpc_train.datasets.inspect.pieces import verified_by
-from hpc_train.datasets.inspect.survey import Fault, Found, Surveyed
-from hpc_train.datasets.inspect.tally import MOST_LABELS, Tally
+from hpc_train.datasets.inspect.chunk_ranges import verified_by
+from hpc_train.datasets.inspect.duplicates import Equal
+from hpc_train.datasets.inspect.statistics import MOST_LABELS, Tally
+from hpc_train.datasets.inspect.structure import Fault, Found, Surveyed
 
 _RARE = 0.05  # of the samples of the middle class
 _MOST_LEAKED = 0.01  # of a part: more of it in the part to train on spoils what it measures

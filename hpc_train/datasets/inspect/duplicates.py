@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpc_train.datasets.inspect.tally import HASHED
+from hpc_train.datasets.inspect.statistics import HASHED
 from hpc_train.train.comm.context import Context
 
 _MOST_HASHES = 1 << 24  # of all ranks together: 16 bytes each

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hpc_train.datasets.inspect.pieces import Piece
-from hpc_train.datasets.inspect.survey import Fault, Found
+from hpc_train.datasets.inspect.chunk_ranges import Piece
+from hpc_train.datasets.inspect.structure import Fault, Found
 
 MOST_LABELS = 1 << 16  # more different values are no classes
 _MOST_FEATURE_BYTES = 16 << 20

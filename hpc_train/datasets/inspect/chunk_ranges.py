@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpc_train.datasets.inspect.survey import CHECKSUMS, Fault, Found
+from hpc_train.datasets.inspect.structure import CHECKSUMS, Fault, Found
 from hpc_train.train.data.chunk_cache import RawChunks
 from hpc_train.train.data.filters import Damaged, open_pipeline
 from hpc_train.train.data.foreign_files import HDF5_ERRORS, reason_of
