@@ -50,7 +50,7 @@ def equal_samples(hashed: Sequence[np.ndarray], ends: Sequence[int], context: Co
         num = int(context.sum(np.array([counts[groups, b].sum() - same * len(groups)], np.int64))[0])
         pairs = np.stack([samples[first[groups, a]], samples[first[groups, b] + same]], axis=1)
         mine = pairs[np.argsort(pairs[:, 1])][:_EXAMPLES]
-        shown = sorted((two, one) for each in context.all(mine) for one, two in each.tolist())[:_EXAMPLES]
+        shown = sorted((two, one) for each in context.all_gather(mine) for one, two in each.tolist())[:_EXAMPLES]
         if num:
             found.append(Equal(int(a), int(b), num, tuple((one, two) for two, one in shown)))
     return found
