@@ -172,11 +172,6 @@ def read_together(split: Split, way: str, files: Files, name: str, config: Confi
                 f"data.read = 'collective' reads one file, and data.file = '{config.data.file}': {name} is in several",
                 "Write them into one file, or leave data.read out.",
             )
-        if config.train.accumulate > 1:
-            raise UserError(
-                f"train.accumulate = {config.train.accumulate} does not go with data.read = 'collective'",
-                "Ranks would differ in how often they read: leave one of them out.",
-            )
         if context.comm is not None:
             require_parallel_hdf5()
 

@@ -68,7 +68,6 @@ def open_reducer(
     hvd = None
     if strategy in ("horovod", "sharded"):
         hvd = context.on_all(partial(_load_horovod, settings))
-        context.on_all(partial(_check_horovod, settings, size))
         gpus = context.all(_gpu_for_nccl(hvd, model, context))
         context.on_all(partial(check_gpus, strategy, gpus))
     broadcast_model(model, context)
@@ -90,21 +89,6 @@ def open_reducer(
         else:
             transport = InPieces(Mpi(own) if hvd is None else Horovod(hvd), size)
             yield AllReduce(transport, settings, model, size, asked)
-
-
-def check_strategy(settings: Reduce, size: int) -> None:
-    """Raises UserError where `size` ranks are too few, or too many, for `reduce.strategy`."""
-    if settings.strategy == "local" and size > 1:
-        raise UserError(
-            f"reduce.strategy = 'local' is one process, and there are {size} ranks",
-            "Leave mpirun out, or set reduce.strategy to horovod or mpi.",
-        )
-    if settings.num_workers(size) < 1:
-        raise UserError(
-            f"reduce.strategy = 'parameter_server': {size} rank{'s' * (size != 1)}, of which reduce.servers = "
-            f"{settings.servers} would serve, and none train",
-            f"Start {settings.servers + 1} ranks or more, or set reduce.servers lower.",
-        )
 
 
 def broadcast_model(model: nn.Module, context: Context) -> None:
@@ -344,13 +328,6 @@ class Horovod:
 def _as_half(tensor: torch.Tensor) -> torch.Tensor:
     """Horovod knows no bfloat16; to move it, its 16 bits will do."""
     return tensor.view(torch.float16) if tensor.dtype == torch.bfloat16 else tensor
-
-
-def _check_horovod(settings: Reduce, size: int) -> None:
-    if settings.adasum and size & (size - 1):
-        raise UserError(
-            f"reduce.adasum = true, and {size} ranks are no power of two", "Start 2, 4, 8 ... ranks, or leave it out."
-        )
 
 
 def _gpu_for_nccl(hvd: Any, model: nn.Module, context: Context) -> tuple[str, str] | None:
