@@ -12,7 +12,7 @@ import click
 from hpc_train.cli.options import by_first_rank
 from hpc_train.core import child_process
 from hpc_train.core.errors import require
-from hpc_train.core.world import launched_rank
+from hpc_train.core.job_environment import JobEnvironment
 
 if TYPE_CHECKING:
     from hpc_train.datasets.inspect.check import Checked
@@ -52,7 +52,7 @@ def check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
     notes = child_process.go_on_in_child()  # HDF5 crashes on some damaged files
     from hpc_train.train.comm.context import open_context
 
-    with open_context(use_mpi=launched_rank() is not None) as context:
+    with open_context(use_mpi=JobEnvironment.current().is_launched) as context:
         from hpc_train.datasets.inspect.check import check as verify
         from hpc_train.datasets.inspect.structure import expand
 

@@ -11,9 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.paths import read_small
-from hpc_train.core.settings import RECORDED, UNKNOWN_STEPS, Checkpoint, Config, Reduce, Rl, Text, Train
+from hpc_train.core.settings import RECORDED, Config, Text
 
-__all__ = ["RECORDED", "UNKNOWN_STEPS", "Checkpoint", "Config", "Loaded", "Reduce", "Rl", "Text", "Train"]
 _MOST_SHOWN = 300  # characters of a value in a message
 _ONE_OF = {"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"}
 

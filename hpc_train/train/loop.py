@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.core.config import Config, Loaded
+from hpc_train.core.config import Loaded
 from hpc_train.core.errors import UserError
 from hpc_train.core.resume_rules import said
 from hpc_train.core.sampling import Order, noise_seed, rank_batches
+from hpc_train.core.settings import Config
 from hpc_train.core.signals import CONTINUE, TERMINATED, StopRequest
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement, crowding_warnings, place_ranks

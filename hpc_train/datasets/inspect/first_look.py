@@ -6,7 +6,7 @@ from pathlib import Path
 from time import monotonic
 
 from hpc_train.core import child_process
-from hpc_train.core.config import Config
+from hpc_train.core.settings import Config
 
 _MAX_S = 2.0  # about as long as torch takes to load: longer, and the job would wait for the child
 

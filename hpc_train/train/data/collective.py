@@ -12,10 +12,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system
 from hpc_train.core.sampling import Indices, Order, chunk_edges, places, rank_batches, rank_span, require_rows
+from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context, parallel_file_options
 from hpc_train.train.data.dataset import Split
 from hpc_train.train.data.files import Files, require_parallel_hdf5, selected, transfer

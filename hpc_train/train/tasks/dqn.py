@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import drawn, noise_seed, rank_span
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_train.core.config import Config, load
+from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import Order, drawn, rank_samples
 from hpc_train.core.sampling import global_batch as batch_of
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.models.policy import Policy
