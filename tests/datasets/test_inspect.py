@@ -217,6 +217,24 @@ def test_each_fault_has_one_message(tmp_path: Path) -> None:
         assert all(word in fault for word in [*words, str(path)]), (name, fault)
 
 
+def test_unreadable_targets_accuse_no_other_part(tmp_path: Path) -> None:
+    """The labels that only the unreadable part holds are not missing in the data to train on."""
+    path = write(tmp_path / "part-0.h5", train__targets=np.repeat([0, 1, 2], 200))
+    for row in (250, 350):  # the blocks of all samples of class 1
+        flip(path, "train/targets", row)
+    checked = check([path], ALONE, quiet=True)
+    assert [(fault.kind, fault.dataset, fault.number) for fault in checked.faults] == [
+        ("damaged", "train/targets", 2),
+        ("damaged", "train/targets", 3),
+    ]
+    assert not checked.warnings, "half of the labels say nothing about empty or rare classes"
+    write(path, train__targets=np.arange(600) % 2)
+    assert [fault.kind for fault in check([path], ALONE, quiet=True).faults] == ["out of range"]
+    cut = write(tmp_path / "part-1.h5", seed=1)
+    cut.write_bytes(cut.read_bytes()[:-50_000])
+    assert one(path, cut).kind == "unreadable"
+
+
 def test_files_that_disagree(tmp_path: Path) -> None:
     first = write(tmp_path / "part-0.h5")
     second = write(tmp_path / "part-1.h5", seed=1)
