@@ -118,11 +118,11 @@ def stage(source: str, folder: Path, wait_s: float, is_checked: bool) -> None:
 
         path = copy(source, folder, context, wait_s)
         if is_checked:
-            from hpc_train.cli.data import report
+            from hpc_train.cli.data import check_lines
             from hpc_train.datasets.inspect.check import check
 
             checked = check([path], context, quiet=True)
             if checked.faults and context.world.is_root:
-                click.echo(report(checked), err=True)
+                click.echo("\n".join(check_lines(checked)), err=True)
     if is_checked and checked.faults:
         sys.exit(1)

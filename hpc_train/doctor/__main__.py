@@ -15,9 +15,10 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from hpc_train.core.config import Config, load
+from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.job_environment import JobEnvironment
+from hpc_train.core.settings import Config
 from hpc_train.doctor.check import Answer, Check, Finding, Subject, Values, ranks_of
 from hpc_train.doctor.checks import CHECKS
 from hpc_train.train.comm.context import Context

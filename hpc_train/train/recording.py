@@ -28,10 +28,11 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from hpc_train.core.config import RECORDED, UNKNOWN_STEPS, Loaded, from_values
+from hpc_train.core.config import Loaded, from_values
 from hpc_train.core.errors import UserError
 from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.sampling import rank_span
+from hpc_train.core.settings import RECORDED, UNKNOWN_STEPS
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import place_ranks
