@@ -36,8 +36,8 @@ def ours(path: Path, memory_mb: int = _MEMORY_MB) -> Pass:
     """As a training's loop on one rank gets them: order, reading, and what is made ahead."""
     import torch
 
-    from hpc_train.core.config import Config
     from hpc_train.core.sampling import BatchSampler
+    from hpc_train.core.settings import Config
     from hpc_train.core.world import World
     from hpc_train.train.comm.context import Context
     from hpc_train.train.data.batches import Batches
