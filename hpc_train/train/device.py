@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +16,6 @@ from hpc_train.core.clock import Clock
 from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Train
 from hpc_train.core.world import World
-
-T = TypeVar("T")
 
 # Dense matrix products, 1e12 operations a second, by makers' data sheets: (fp32 as tf32 is off, bf16 and fp16).
 _PEAK_TFLOPS = {
@@ -85,26 +82,6 @@ def seed_noise(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def map_tensors(value: Any, fn: Callable[[torch.Tensor], Any]) -> Any:
-    """`value` with `fn` applied to its tensors: of a list, tuple, dict or dataclass."""
-    if isinstance(value, torch.Tensor):
-        return fn(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(item, fn) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(item, fn) for item in value)
-    if isinstance(value, dict):
-        return {key: map_tensors(item, fn) for key, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: map_tensors(getattr(value, f.name), fn) for f in fields(value) if f.init})
-    return value
-
-
-def moved(value: T, device: torch.device) -> T:
-    """`value` with its tensors on `device`."""
-    return map_tensors(value, lambda tensor: tensor.to(device))
 
 
 def try_out(loss: Callable[[], torch.Tensor], model: nn.Module) -> int:

@@ -25,16 +25,8 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement, crowding_warnings, place_ranks
 from hpc_train.train.comm.watchdog import open_watchdog
 from hpc_train.train.data.batches import Batches
-from hpc_train.train.device import (
-    moved,
-    open_clock,
-    open_device,
-    peak_flops,
-    precision,
-    recompute_blocks,
-    seed_noise,
-    try_out,
-)
+from hpc_train.train.data.device_queue import moved
+from hpc_train.train.device import open_clock, open_device, peak_flops, precision, recompute_blocks, seed_noise, try_out
 from hpc_train.train.onednn import compiled, layouts_watched
 from hpc_train.train.optimize import Optimizer, misfit, scale_misfit
 from hpc_train.train.reduce.buckets import trainable

@@ -13,7 +13,8 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Train
 from hpc_train.core.world import World
 from hpc_train.train.data.dataset import Batch
-from hpc_train.train.device import moved, open_device, peak_flops, recompute_blocks, try_out
+from hpc_train.train.data.device_queue import moved
+from hpc_train.train.device import open_device, peak_flops, recompute_blocks, try_out
 from hpc_train.train.reduce.reducer import check_gpus
 
 CPU = torch.device("cpu")

@@ -2,19 +2,24 @@
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 
 from hpc_train.core.sampling import BatchSampler, RankBatch
+from hpc_train.train.data.device_queue import DeviceQueue
 from hpc_train.train.data.prefetch import Prefetch
-from hpc_train.train.device import map_tensors
 
-if TYPE_CHECKING:
-    from hpc_train.train.tasks import Task
 
-T = TypeVar("T")
+class Source(Protocol):
+    """What a `Task` is to its batches."""
+
+    in_step: bool
+
+    def batch(self, rows: np.ndarray, step: int) -> Any: ...
+
+    def prefetch(self, rows: np.ndarray) -> None: ...
 
 
 class StepBatch(NamedTuple):
@@ -35,7 +40,7 @@ class Batches:
 
     _prefetch: Prefetch[StepBatch] | None = None
 
-    def __init__(self, task: "Task", sampler: BatchSampler, steps: range, num_parts: int, device: torch.device) -> None:
+    def __init__(self, task: Source, sampler: BatchSampler, steps: range, num_parts: int, device: torch.device) -> None:
         reader = ShareReader(task, sampler, steps, num_parts)
         if not task.in_step:
             self._prefetch = Prefetch(reader)
@@ -76,7 +81,7 @@ class Batches:
 class ShareReader:
     """Reads the share of a rank, step by step, and tells the task early which rows of chunks come."""
 
-    def __init__(self, task: "Task", sampler: BatchSampler, steps: range, num_parts: int) -> None:
+    def __init__(self, task: Source, sampler: BatchSampler, steps: range, num_parts: int) -> None:
         self._task, self._num_parts = task, num_parts
         self._steps, self._shares = iter(steps), sampler.batches(steps)
         has_chunks = sampler.order.edges is not None and num_parts > 0
@@ -102,44 +107,3 @@ class ShareReader:
         if not self._coming:
             raise StopIteration
         return self._coming.popleft()
-
-
-class DeviceQueue(Generic[T]):
-    """Batches on their way to a device: a GPU copies them by a stream of its own while it computes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)
-        self._sent: deque[T] = deque()
-        self._copied_from: deque[tuple[T, torch.cuda.Event]] = deque()
-
-    def __len__(self) -> int:
-        return len(self._sent)
-
-    def send(self, batch: T) -> None:
-        """Begins to copy `batch`."""
-        if self._stream is None:
-            self._sent.append(batch)
-            return
-        release_copied(self._copied_from)
-        with torch.cuda.stream(self._stream):
-            copy = map_tensors(batch, lambda tensor: tensor.pin_memory().to(self._device, non_blocking=True))
-            # Pinned memory that nobody holds is filled again (`Buffers`): not before the copy from it has ended.
-            self._copied_from.append((batch, self._stream.record_event()))
-        self._sent.append(copy)
-
-    def receive(self) -> T:
-        """The oldest batch that was sent; what the current stream does with it waits for its copy."""
-        batch = self._sent.popleft()
-        if self._stream is not None:
-            current = torch.cuda.current_stream()
-            current.wait_stream(self._stream)
-            # The allocator belongs to the copying stream: without this it would give the memory away too early.
-            map_tensors(batch, lambda tensor: tensor.record_stream(current))
-        return batch
-
-
-def release_copied(copied_from: deque[tuple[T, torch.cuda.Event]]) -> None:
-    """Forgets the batches whose copies have ended; those of one stream end in order."""
-    while copied_from and copied_from[0][1].query():
-        copied_from.popleft()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hpc_train.core.sampling import BatchSampler, Order, Shares, chunk_edges
-from hpc_train.train.data.batches import Batches, DeviceQueue, release_copied
+from hpc_train.train.data.batches import Batches
+from hpc_train.train.data.device_queue import DeviceQueue, release_copied
 
 CPU = torch.device("cpu")
 SAMPLER = BatchSampler(Order(101), 20, 5, Shares(3), 1)
