@@ -17,12 +17,13 @@ from types import FrameType
 from hpc_train.cluster import slurm
 from hpc_train.cluster.slurm import Site
 from hpc_train.core import rundir
-from hpc_train.core.config import Config, Loaded, dumps
+from hpc_train.core.config import Loaded, dumps
 from hpc_train.core.errors import UserError
 from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.paths import expanded
 from hpc_train.core.progress import duration
 from hpc_train.core.rundir import RunDir, write_atomic
+from hpc_train.core.settings import Config
 from hpc_train.core.signals import CONTINUE, TERMINATED
 
 _PATIENCE_S = 60.0  # for a checkpoint, after an interruption

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_train.core.config import Config
 from hpc_train.core.filesystem import stripe_count
-from hpc_train.core.settings import Data, Task, Train
+from hpc_train.core.settings import Config, Data, Task, Train
 from hpc_train.core.world import World
 from hpc_train.doctor import carriers, hardware, job, network, room, software, storage, supervisor
 from hpc_train.doctor.check import Answer, Finding, Subject, places, spans, time_text

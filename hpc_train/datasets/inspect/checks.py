@@ -1,6 +1,6 @@
-"""What the tallies of data sets mean: which are faults, that spoil a training, and which are worth a look."""
+"""What the statistics of data sets mean: faults, which spoil a training, and warnings, which are worth a look."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,195 +8,240 @@ import h5py
 import numpy as np
 
 from hpc_train.datasets.inspect.chunk_ranges import verified_by
-from hpc_train.datasets.inspect.duplicates import Equal
-from hpc_train.datasets.inspect.statistics import MOST_LABELS, Tally
-from hpc_train.datasets.inspect.structure import Fault, Found, Surveyed
+from hpc_train.datasets.inspect.duplicates import Duplicates
+from hpc_train.datasets.inspect.faults import PREPARE_AGAIN, Fault
+from hpc_train.datasets.inspect.statistics import MAX_CLASSES, Statistics
+from hpc_train.datasets.inspect.structure import DatasetInfo, FileStructure
 
-_RARE = 0.05  # of the samples of the middle class
-_MOST_LEAKED = 0.01  # of a part: more of it in the part to train on spoils what it measures
-_SHOWN = 10
+_RARE_SHARE = 0.05  # of the samples of the median class
+_MAX_LEAKED_SHARE = 0.01  # of a part: more of it among the samples to train on makes its scores worthless
+_MAX_LISTED = 10
 _ROWS_AT_ONCE = 1 << 20
-_PREPARE = "Prepare the file again."
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that was counted. readable: the data sets; first_samples: their first rows' numbers (see `Equal`).
+    """All that was counted.
 
-    equal: by the names of the data sets that were compared. num_varying: features that are not the same in all samples.
+    datasets: those that were read; first_numbers: the sample number of each one's first row (see `find_duplicates`).
+    duplicates: by the names of the data sets that were compared. num_varying: features that differ between samples.
+    unread: names of data sets of which some file could not be read; None if a whole file could not be read.
     """
 
-    readable: Sequence[Found]
-    first_samples: Sequence[int]
-    tallies: Mapping[str, Tally]
-    equal: Mapping[tuple[str, ...], Sequence[Equal]]
+    datasets: Sequence[DatasetInfo]
+    first_numbers: Sequence[int]
+    statistics: Mapping[str, Statistics]
+    duplicates: Mapping[tuple[str, ...], Sequence[Duplicates]]
     num_varying: Mapping[str, int | None]
     keep_one_in: int
+    unread: Collection[str] | None
 
-    def of(self, name: str) -> list[Found]:
-        return [found for found in self.readable if found.name == name]
+    def named(self, name: str) -> list[DatasetInfo]:
+        return [info for info in self.datasets if info.name == name]
 
     def num_rows(self, name: str) -> int:
-        return sum(found.num_rows for found in self.of(name))
+        return sum(info.num_rows for info in self.named(name))
 
-    def where(self, name: str) -> str:
+    def files(self, name: str) -> str:
         """The files that hold data set `name`, for a message."""
-        paths = [found.path for found in self.of(name)]
-        return str(paths[0]) + f" and {len(paths) - 1:,} more" * (len(paths) > 1)
+        paths = [info.path for info in self.named(name)]
+        return f"{paths[0]} and {len(paths) - 1:,} more" if len(paths) > 1 else str(paths[0])
 
     def sample(self, name: str, number: int) -> str:
-        """The sample of that number, for people: its row and, of several files, the file."""
-        parts = [pair for pair in zip(self.readable, self.first_samples, strict=True) if pair[0].name == name]
-        found, first = next((f, first) for f, first in parts if first <= number < first + f.num_rows)
-        return f"{number - first:,}" + f" of {found.path}" * (len(parts) > 1)
+        """Sample `number` for a message: its row and, if there are several files, the file."""
+        numbered = [pair for pair in zip(self.datasets, self.first_numbers, strict=True) if pair[0].name == name]
+        info, first = next((i, first) for i, first in numbered if first <= number < first + i.num_rows)
+        return f"{number - first:,} of {info.path}" if len(numbered) > 1 else f"{number - first:,}"
+
+    def is_fully_read(self, name: str) -> bool:
+        """Whether the statistics are those of all values: of half the labels nothing is missing for sure."""
+        is_damaged = any(fault.kind == "damaged" for fault in self.statistics[name].faults)
+        return self.unread is not None and name not in self.unread and not is_damaged
 
 
-def judge(facts: Facts) -> tuple[dict[str, dict[str, Any]], list[Fault], list[Fault]]:
-    """(what is known of each data set, by name; faults; warnings)."""
-    datasets: dict[str, dict[str, Any]] = {}
-    faults: list[Fault] = []
-    warnings: list[Fault] = []
-    for name, tally in facts.tallies.items():
-        found = facts.of(name)[0]
-        faults += tally.faults
-        datasets[name] = {
-            "role": tally.role,
+def describe(facts: Facts) -> dict[str, dict[str, Any]]:
+    """What is known about each data set, by name, ready for JSON."""
+    described: dict[str, dict[str, Any]] = {}
+    for name, statistics in facts.statistics.items():
+        info = facts.named(name)[0]
+        described[name] = {
+            "role": statistics.role,
             "samples": facts.num_rows(name),
-            "shape": list(found.shape[1:]),
-            "dtype": str(found.dtype),
-            "verified_by": verified_by(found) or None,
-            "low": tally.low,
-            "high": tally.high,
+            "shape": list(info.shape[1:]),
+            "dtype": str(info.dtype),
+            "verified_by": verified_by(info) or None,
+            "low": statistics.min,
+            "high": statistics.max,
         }
-        if tally.role == "samples":
-            datasets[name] |= _of_samples(tally, facts.num_varying[name], found)
-            faults += _constant(facts, name, tally)
-            warnings += _constant_samples(facts, name, tally)
-        if tally.role == "labels" and len(tally.labels) <= MOST_LABELS:
-            datasets[name]["classes"] = {str(label): tally.labels[label] for label in sorted(tally.labels)}
-            more = list(_classes(facts, name, tally))
-            faults += [fault for fault in more if fault.kind == "out of range"]
-            warnings += [fault for fault in more if fault.kind != "out of range"]
-    for names, pairs in facts.equal.items():
-        for pair in pairs:
-            fault, is_leak = _equal(facts, names, pair)
-            first, second = names[pair.first], names[pair.second]
-            datasets[second].setdefault("equal_to", {})[first] = pair.num * facts.keep_one_in
-            (faults if is_leak else warnings).append(fault)
-    return datasets, faults, warnings
+        if statistics.role == "samples":
+            num_features, num_varying = int(np.prod(info.shape[1:], dtype=np.int64)), facts.num_varying[name]
+            described[name] |= {
+                "constant_samples": statistics.num_constant_samples if statistics.is_compared else None,
+                "constant_features": None if num_varying is None else num_features - num_varying,
+                "features": num_features,
+                "compared": statistics.is_compared,
+            }
+        if _has_classes(statistics):
+            described[name]["classes"] = {str(label): num for label, num in sorted(statistics.labels.items())}
+    for names, found in facts.duplicates.items():
+        for each in found:
+            equal_to = described[names[each.copies]].setdefault("equal_to", {})
+            equal_to[names[each.originals]] = each.num * facts.keep_one_in
+    return described
 
 
-def _of_samples(tally: Tally, num_varying: int | None, found: Found) -> dict[str, Any]:
-    num_features = int(np.prod(found.shape[1:], dtype=np.int64))
-    return {
-        "constant_samples": tally.num_constant if tally.is_compared else None,
-        "constant_features": None if num_varying is None else num_features - num_varying,
-        "features": num_features,
-        "compared": tally.is_compared,
-    }
+def value_faults(facts: Facts) -> Iterator[Fault]:
+    """What the values of data sets show to be wrong."""
+    for name, statistics in facts.statistics.items():
+        yield from statistics.faults
+        if statistics.role == "samples":
+            yield from _constant_values(facts, name)
+        if _has_classes(statistics):
+            yield from _unknown_labels(facts, name)
+    yield from (fault for fault, is_leak in _copies(facts) if is_leak)
 
 
-def _constant(facts: Facts, name: str, tally: Tally) -> Iterator[Fault]:
-    if tally.num_rows > 1 and tally.low is not None and tally.low == tally.high:
-        what = f"every value is {tally.low}: nothing can be learned from it"
-        yield Fault("constant", facts.where(name), name, what, _PREPARE)
-    elif tally.num_rows > 1 and facts.num_varying[name] == 0:
+def value_warnings(facts: Facts) -> Iterator[Fault]:
+    """What is unusual about the values of data sets."""
+    for name, statistics in facts.statistics.items():
+        if statistics.role == "samples":
+            yield from _constant_samples(facts, name)
+        if _has_classes(statistics) and facts.is_fully_read(name):
+            yield from _class_balance(facts, name)
+    yield from (fault for fault, is_leak in _copies(facts) if not is_leak)
+
+
+# ---------------------------------------------------------------------------------------------- samples
+
+
+def _constant_values(facts: Facts, name: str) -> Iterator[Fault]:
+    statistics = facts.statistics[name]
+    if statistics.num_rows < 2:
+        return
+    if statistics.min is not None and statistics.min == statistics.max:
+        what = f"every value is {statistics.min}: nothing can be learned from it"
+        yield Fault("constant", facts.files(name), name, what, PREPARE_AGAIN)
+    elif facts.num_varying[name] == 0:
         what = "all samples are equal: nothing can be learned from them"
-        yield Fault("constant", facts.where(name), name, what, _PREPARE)
+        yield Fault("constant", facts.files(name), name, what, PREPARE_AGAIN)
 
 
-def _constant_samples(facts: Facts, name: str, tally: Tally) -> Iterator[Fault]:
-    if tally.num_constant and tally.low != tally.high:
-        what = (
-            f"{tally.num_constant:,} of {tally.num_rows:,} samples are of one value throughout, such as empty pictures"
-        )
-        yield Fault("constant", facts.where(name), name, what)
+def _constant_samples(facts: Facts, name: str) -> Iterator[Fault]:
+    statistics = facts.statistics[name]
+    if statistics.num_constant_samples and statistics.min != statistics.max:
+        num, total = statistics.num_constant_samples, statistics.num_rows
+        what = f"{num:,} of {total:,} samples are of one value throughout, such as empty pictures"
+        yield Fault("constant", facts.files(name), name, what)
 
 
-def _classes(facts: Facts, name: str, tally: Tally) -> Iterator[Fault]:
-    """Labels that no sample has, or few, or that the part to train on does not know."""
-    base = name.rpartition("/")[2]
-    others = [each for each in facts.tallies if each.rpartition("/")[2] == base and each != name]
-    train = next((each for each in others if each.startswith("train")), None)
-    if train is not None and tally.labels:
-        unknown = sorted(label for label in tally.labels if label >= 0 and label not in facts.tallies[train].labels)
-        if unknown and len(facts.tallies[train].labels) <= MOST_LABELS:
-            what = f"no sample of {train} has its label{'s' * (len(unknown) != 1)} {_few(unknown)}"
-            yield Fault("out of range", facts.where(name), name, what, "Split the data anew, every class in each part.")
-    high = max([facts.tallies[each].high or 0 for each in (name, *others)], default=0)
-    counts = {label: tally.labels.get(label, 0) for label in range(min(int(high), MOST_LABELS) + 1)}
-    absent = [label for label, count in counts.items() if not count]
+def _copies(facts: Facts) -> Iterator[tuple[Fault, bool]]:
+    """(equal samples, whether they are a leak that is a fault)."""
+    about = "about " if facts.keep_one_in > 1 else ""
+    for names, found in facts.duplicates.items():
+        for each in found:
+            originals, copies = names[each.originals], names[each.copies]
+            num, total = each.num * facts.keep_one_in, facts.num_rows(copies)
+            original, copy = facts.sample(originals, each.example[0]), facts.sample(copies, each.example[1])
+            example = f"the first is sample {copy}, equal to sample {original}"
+            if originals == copies:
+                what = f"{about}{num:,} of {total:,} samples are copies of another: {example}"
+                yield Fault("copies", facts.files(copies), copies, what), False
+                continue
+            what = f"{about}{num:,} of {total:,} samples are in {originals}, too (leakage): {example} there"
+            is_leak = originals.startswith("train") and num > _MAX_LEAKED_SHARE * total
+            yield Fault("leakage", facts.files(copies), copies, what, "Split the data again, without copies."), is_leak
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+
+def _has_classes(statistics: Statistics) -> bool:
+    return statistics.role == "labels" and len(statistics.labels) <= MAX_CLASSES
+
+
+def _same_kind(facts: Facts, name: str) -> list[str]:
+    """The data sets of other parts with the same name, such as train/targets for test/targets."""
+    base_name = name.rpartition("/")[2]
+    return [other for other in facts.statistics if other.rpartition("/")[2] == base_name and other != name]
+
+
+def _unknown_labels(facts: Facts, name: str) -> Iterator[Fault]:
+    """Labels that no sample to train on has."""
+    train = next((other for other in _same_kind(facts, name) if other.startswith("train")), None)
+    # A damaged part of the training labels may hold the labels that seem to be missing.
+    if train is None or not _has_classes(facts.statistics[train]) or not facts.is_fully_read(train):
+        return
+    known = facts.statistics[train].labels
+    unknown = sorted(label for label in facts.statistics[name].labels if label >= 0 and label not in known)
+    if unknown:
+        what = f"no sample of {train} has its label{'s' * (len(unknown) != 1)} {_listed(unknown)}"
+        remedy = "Split the data again, with every class in each part."
+        yield Fault("out of range", facts.files(name), name, what, remedy)
+
+
+def _class_balance(facts: Facts, name: str) -> Iterator[Fault]:
+    """Classes without samples, rare classes, and a single class."""
+    where, labels = facts.files(name), facts.statistics[name].labels
+    highest = max(facts.statistics[each].max or 0 for each in (name, *_same_kind(facts, name)))
+    counts = {label: labels.get(label, 0) for label in range(min(int(highest), MAX_CLASSES) + 1)}
     present = [count for count in counts.values() if count]
-    if absent and present:
-        what = f"{len(absent):,} of {len(counts):,} classes have no sample: {_few(absent)}"
-        yield Fault("empty class", facts.where(name), name, what)
-    rare = [label for label, count in counts.items() if 0 < count < _RARE * float(np.median(present))]
+    if not present:
+        return
+    absent = [label for label, count in counts.items() if not count]
+    if absent:
+        what = f"{len(absent):,} of {len(counts):,} classes have no sample: {_listed(absent)}"
+        yield Fault("empty class", where, name, what)
+    median = float(np.median(present))
+    rare = [f"{label} ({count:,})" for label, count in counts.items() if 0 < count < _RARE_SHARE * median]
     if rare:
-        each = ", ".join(f"{label} ({counts[label]:,})" for label in rare[:_SHOWN])
-        what = (
-            f"{len(rare):,} of {len(counts):,} classes are rare beside the middle one's {int(np.median(present)):,}: "
-        )
-        yield Fault("rare class", facts.where(name), name, what + each + ", ..." * (len(rare) > _SHOWN))
-    if len(present) == 1 and len(counts) > 0 and tally.labels.total() > 1:
-        yield Fault("one class", facts.where(name), name, "all samples have the same label")
+        what = f"{len(rare):,} of {len(counts):,} classes are rare (the median class has {int(median):,} samples)"
+        yield Fault("rare class", where, name, f"{what}: {_listed(rare)}")
+    if len(present) == 1 and labels.total() > 1:
+        yield Fault("one class", where, name, "all samples have the same label")
 
 
-def _equal(facts: Facts, names: tuple[str, ...], pair: Equal) -> tuple[Fault, bool]:
-    """(what is said of equal samples, whether it is a fault)."""
-    first, second = names[pair.first], names[pair.second]
-    num, total = pair.num * facts.keep_one_in, facts.num_rows(second)
-    about = "about " * (facts.keep_one_in > 1)
-    one, two = pair.examples[0]
-    example = f"the first is sample {facts.sample(second, two)}, equal to sample {facts.sample(first, one)}"
-    if first == second:
-        what = f"{about}{num:,} of {total:,} samples are copies of another: {example}"
-        return Fault("copies", facts.where(second), second, what), False
-    what = f"{about}{num:,} of {total:,} samples are in {first}, too (leakage): {example} there"
-    is_leak = first.startswith("train") and num > _MOST_LEAKED * total
-    return Fault("leakage", facts.where(second), second, what, "Split the data anew, without copies."), is_leak
-
-
-def _few(labels: Sequence[int]) -> str:
-    return ", ".join(map(str, labels[:_SHOWN])) + ", ..." * (len(labels) > _SHOWN)
+def _listed(labels: Sequence[Any]) -> str:
+    return ", ".join(map(str, labels[:_MAX_LISTED])) + ", ..." * (len(labels) > _MAX_LISTED)
 
 
 # ---------------------------------------------------------------------------------------------- numbers of rows
 
 
-def unequal_numbers(file: Surveyed, roles: Mapping[str, str]) -> Iterator[Fault]:
-    """Labels of which there are not as many as samples beside them."""
-    lengths = {found.name: found.num_rows for found in file.datasets}
-    for found in file.datasets:
-        if roles.get(found.name) != "labels" and found.name.rpartition("/")[2] != "targets":
+def unequal_lengths(file: FileStructure, roles: Mapping[str, str]) -> Iterator[Fault]:
+    """Targets that are not as many as the samples beside them."""
+    lengths = {info.name: info.num_rows for info in file.datasets}
+    for info in file.datasets:
+        if roles.get(info.name) != "labels" and info.base_name != "targets":
             continue
-        group = found.name.rpartition("/")[0]
-        beside = {
-            name: lengths.get(f"{name}_offsets", num + 1) - 1
-            for name, num in lengths.items()
-            if name.rpartition("/")[0] == group and name != found.name and not name.endswith("_offsets")
+        num_samples = {
+            # Of variable-length samples the offsets say how many there are: one more offset than samples.
+            other.name: lengths.get(f"{other.name}_offsets", other.num_rows + 1) - 1
+            for other in file.datasets
+            if other.group == info.group and other.name != info.name and not other.name.endswith("_offsets")
         }
-        if beside and found.num_rows not in beside.values():
-            name = f"{group}/inputs" if f"{group}/inputs" in beside else next(iter(beside))
-            what = f"has {found.num_rows:,} rows, and {name} has {beside[name]:,} samples"
-            yield Fault("unequal", str(file.path), found.name, what, f"Each input needs one target. {_PREPARE}")
+        if num_samples and info.num_rows not in num_samples.values():
+            inputs = f"{info.group}/inputs"
+            name = inputs if inputs in num_samples else next(iter(num_samples))
+            what = f"has {info.num_rows:,} rows, and {name} has {num_samples[name]:,} samples"
+            yield Fault("unequal", str(file.path), info.name, what, f"Each input needs one target. {PREPARE_AGAIN}")
 
 
-def offset_faults(found: Found, readable: Sequence[Found]) -> Iterator[Fault]:
-    """Beginnings of variable-length samples that do not rise from 0 to the length of what they divide."""
-    base = found.name.removesuffix("_offsets")
-    length = next((other.num_rows for other in readable if (other.path, other.name) == (found.path, base)), None)
-    before = 0
-    with h5py.File(found.path, "r") as file:
-        dataset = file[found.name]
-        for start in range(0, found.num_rows, _ROWS_AT_ONCE):
-            part = dataset[start : start + _ROWS_AT_ONCE].astype(np.int64)
-            falling = np.flatnonzero(np.diff(part, prepend=before) < 0)
-            wrong = 0 if start == 0 and part[0] != 0 else int(falling[0]) if len(falling) else None
-            if wrong is not None:
-                row, words = start + wrong, f"is {part[wrong]:,}: beginnings rise from 0"
-                yield Fault("out of range", str(found.path), found.name, words, _PREPARE, samples=(row, row))
+def offset_faults(info: DatasetInfo, datasets: Sequence[DatasetInfo]) -> Iterator[Fault]:
+    """Offsets of variable-length samples that do not rise from 0 to the number of rows that they divide."""
+    base = info.name.removesuffix("_offsets")
+    num_rows = next((other.num_rows for other in datasets if (other.path, other.name) == (info.path, base)), None)
+    last = 0
+    with h5py.File(info.path, "r") as file:
+        for start in range(0, info.num_rows, _ROWS_AT_ONCE):
+            offsets = file[info.name][start : start + _ROWS_AT_ONCE].astype(np.int64)
+            is_wrong = np.diff(offsets, prepend=last) < 0
+            is_wrong[0] |= start == 0 and offsets[0] != 0
+            if is_wrong.any():
+                row = start + int(np.argmax(is_wrong))
+                what = f"is {offsets[row - start]:,}: offsets rise from 0"
+                yield Fault("out of range", str(info.path), info.name, what, PREPARE_AGAIN, samples=(row, row))
                 return
-            before = int(part[-1])
-    if length is not None and before != length:
-        what = f"ends with {before:,}, and {base} has {length:,} rows"
-        yield Fault("unequal", str(found.path), found.name, what, _PREPARE)
+            last = int(offsets[-1])
+    if num_rows is not None and last != num_rows:
+        what = f"ends with {last:,}, and {base} has {num_rows:,} rows"
+        yield Fault("unequal", str(info.path), info.name, what, PREPARE_AGAIN)

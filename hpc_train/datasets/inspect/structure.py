@@ -1,4 +1,4 @@
-"""What HDF5 files hold and how it lies in them: plain facts, found without reading a value."""
+"""The structure of HDF5 files: data sets, layouts, filters and attributes, found without reading a value."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ import numpy as np
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.paths import exists, expanded
+from hpc_train.datasets.inspect.faults import PREPARE_AGAIN, RESTORE, Fault
 from hpc_train.train.data.filters import filter_names, open_pipeline
 from hpc_train.train.data.foreign_files import (
     HDF5_ERRORS,
@@ -23,41 +24,22 @@ from hpc_train.train.data.foreign_files import (
     reason_of,
 )
 
-CHECKSUMS = "checksums"
-_REMARKABLE = ("scale_factor", "add_offset", "block_rows", "algorithm")
-_LEVELS = {"gzip": 0, "zstd": 0, "blosc": 4, "blosc2": 4, "bzip2": 0}  # which of a filter's numbers is its level
-_LISTED = 20
-_RESTORE = "Restore the file, or prepare it again."
+CHECKSUMS = "checksums"  # the group that holds a data set of CRC-32 values for each contiguous data set
+_CF_ATTRIBUTES = ("scale_factor", "add_offset")
+_SHOWN_ATTRIBUTES = (*_CF_ATTRIBUTES, "block_rows", "algorithm")
+_LEVEL_PARAMETER = {"gzip": 0, "zstd": 0, "blosc": 4, "blosc2": 4, "bzip2": 0}  # index of a filter's level
+_MAX_LISTED = 20
+_NAME_FILES = "Name HDF5 files, or a pattern such as data/part-*.h5"
 
 
 @dataclass(frozen=True)
-class Fault:
-    """Something wrong in a file. dataset: "" of the file itself. samples: first and last. number: of a `unit`."""
+class DatasetInfo:
+    """A data set in a file.
 
-    kind: str
-    file: str
-    dataset: str
-    what: str
-    remedy: str = ""
-    unit: str = ""  # chunk, block or rows
-    number: int | None = None
-    samples: tuple[int, int] | None = None
-
-    def __str__(self) -> str:
-        where = [self.file, self.dataset] if self.dataset else [self.file]
-        if self.samples is not None:
-            first, last = self.samples
-            number = f"{self.unit} {self.number:,}, " if self.number is not None else ""
-            where.append(f"{number}sample{'s' * (first != last)} {first:,}" + f" to {last:,}" * (first != last))
-        return f"{': '.join(where)}: {self.what}" + f"\n  {self.remedy}" * bool(self.remedy)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A data set of a file. layout: contiguous, chunked, virtual, external, compact, or empty (nothing was written).
-
-    offset: in the file, of a contiguous one. filters: in the order in which they were applied, with their level.
-    stored_bytes: in the file. block_rows: of the checksums beside it; None without.
+    layout: contiguous, chunked, virtual, external, compact, or empty (never written). offset: where a contiguous one
+    begins in the file. filters: in the order in which they were applied, with their level. stored_bytes: in the file.
+    block_rows: rows of each block that has a checksum; None without checksums. sources: the other files that hold the
+    values of a virtual or external data set.
     """
 
     path: Path
@@ -70,8 +52,18 @@ class Found:
     chunk: tuple[int, ...] = ()
     filters: tuple[str, ...] = ()
     block_rows: int | None = None
-    sources: tuple[str, ...] = ()  # of a virtual or an external one: the files that hold its values
+    sources: tuple[str, ...] = ()
     attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def group(self) -> str:
+        """The part of the data: "train" of train/inputs."""
+        return self.name.rpartition("/")[0]
+
+    @property
+    def base_name(self) -> str:
+        """ "inputs" of train/inputs."""
+        return self.name.rpartition("/")[2]
 
     @property
     def num_rows(self) -> int:
@@ -87,60 +79,73 @@ class Found:
 
     @property
     def chunk_bytes(self) -> int:
-        return int(np.prod(self.chunk, dtype=np.int64)) * self.dtype.itemsize
+        return prod(map(int, self.chunk)) * self.dtype.itemsize
+
+    @property
+    def num_chunks(self) -> tuple[int, ...]:
+        """Along each dimension."""
+        return tuple(-(-size // chunk) for size, chunk in zip(self.shape, self.chunk, strict=True))
+
+    @property
+    def compression_ratio(self) -> float | None:
+        """Bytes of the values by bytes in the file; None where the file holds none of them."""
+        return self.num_bytes / self.stored_bytes if self.stored_bytes and self.layout != "virtual" else None
 
     @property
     def meaning(self) -> Any:
-        """(scale_factor, add_offset), as the file has them."""
+        """(scale_factor, add_offset) as the file has them (CF conventions)."""
         return self.attributes.get("scale_factor", 1.0), self.attributes.get("add_offset", 0.0)
 
     @property
     def is_numeric(self) -> bool:
-        """Whether statistics can be made of it."""
         return self.dtype.kind in "biuf" and self.dtype.itemsize <= 8 and bool(self.shape)
 
 
 @dataclass(frozen=True)
-class Surveyed:
-    """What a file holds: its data sets, what is wrong with it, and what it says of itself."""
+class FileStructure:
+    """The data sets and attributes of a file, and the faults that are visible without reading values."""
 
     path: Path
     num_bytes: int
-    datasets: tuple[Found, ...]
+    datasets: tuple[DatasetInfo, ...]
     faults: tuple[Fault, ...]
     attributes: dict[str, Any]
 
 
 def expand(names: Sequence[str]) -> list[Path]:
-    """The files that words of a command line name: patterns, and lists of them within one quoted word.
+    """The files that command-line words name. A quoted word may hold a pattern, or several of them.
 
-    Raises `UserError` for what is no file.
+    Raises `UserError` for anything that is not a file.
     """
     paths: list[Path] = []
     for word in names:
         for name in [word] if exists(expanded(word)) else word.split():
-            path = expanded(name)
-            is_pattern = has_magic(str(path)) and not exists(path)
-            found = sorted(map(Path, glob(str(path)))) if is_pattern else [path]
-            if not found:
-                raise UserError(f"{name} matches no file", "* stands for any part of a name: data/part-*.h5")
-            for each in found:
-                if why := not_a_file(each):
-                    example = f"{each}/*.h5" if "a folder" in why else "data/part-*.h5"
-                    raise UserError(f"{each} {why}", f"Name HDF5 files, or a pattern such as {example}")
-            paths += [each for each in found if each not in paths]
+            paths += [path for path in _matches(name) if path not in paths]
     if not paths:
-        raise UserError("no file is named", "Name HDF5 files, or a pattern such as data/part-*.h5")
+        raise UserError("no file is named", _NAME_FILES)
     return paths
 
 
-def survey(path: Path) -> Surveyed:
-    """What `path` holds. What is wrong with the file is in `faults`.
+def _matches(name: str) -> list[Path]:
+    path = expanded(name)
+    is_pattern = has_magic(str(path)) and not exists(path)
+    found = sorted(map(Path, glob(str(path)))) if is_pattern else [path]
+    if not found:
+        raise UserError(f"{name} matches no file", "* stands for any part of a name: data/part-*.h5")
+    for each in found:
+        if why := not_a_file(each):
+            remedy = f"Name HDF5 files, or a pattern such as {each}/*.h5" if "a folder" in why else _NAME_FILES
+            raise UserError(f"{each} {why}", remedy)
+    return found
 
-    Raises `UserError` where it may not be read, or is locked: that says nothing of the file.
+
+def read_structure(path: Path) -> FileStructure:
+    """The structure of the file `path`; its `faults` say what is wrong with it.
+
+    Raises `UserError` if the file may not be read or is locked: this says nothing about its content.
     """
     faults: list[Fault] = []
-    datasets: list[Found] = []
+    datasets: list[DatasetInfo] = []
     attributes: dict[str, Any] = {}
     try:
         with path.open("rb"), h5py.File(path, "r") as file:
@@ -156,13 +161,15 @@ def survey(path: Path) -> Surveyed:
         if "locked" in what:
             raise UserError(f"{path} {what}", remedy) from None
         if datasets or attributes or not isinstance(error, OSError):
-            what, remedy = f"its table of contents cannot be read: {reason_of(error)}", _RESTORE
+            what, remedy = f"its table of contents cannot be read: {reason_of(error)}", RESTORE
         faults.append(Fault("unreadable", str(path), "", what, remedy))
-    return Surveyed(path, path.stat().st_size, tuple(datasets), tuple(faults), attributes)
+    return FileStructure(path, path.stat().st_size, tuple(datasets), tuple(faults), attributes)
 
 
-def _walk(group: h5py.Group, path: Path, datasets: list[Found], faults: list[Fault], above: frozenset[int]) -> None:
-    """Goes through a group and those in it; a link back to one `above` it is not followed."""
+def _walk(
+    group: h5py.Group, path: Path, datasets: list[DatasetInfo], faults: list[Fault], above: frozenset[int]
+) -> None:
+    """Adds what `group` holds to `datasets` and `faults`. A link back to a group `above` it is not followed."""
     address = h5py.h5o.get_info(group.id).addr
     if address in above:
         return
@@ -171,41 +178,27 @@ def _walk(group: h5py.Group, path: Path, datasets: list[Found], faults: list[Fau
         link = group.get(name, getlink=True)
         if isinstance(link, h5py.ExternalLink):
             what = f"is a link to another file, {link.filename}, and is not followed"
-            remedy = "Name that file, or copy the data set into this one: a link says nothing of what it will find."
+            remedy = "Name that file, or copy the data set into this one: the file behind a link may change."
             faults.append(Fault("external", str(path), full, what, remedy))
             continue
         try:
             item = group[name]
         except HDF5_ERRORS as error:
             what = "is a link to nothing" if isinstance(link, h5py.SoftLink) else f"cannot be read: {reason_of(error)}"
-            faults.append(Fault("unreadable", str(path), full, what, _RESTORE))
+            faults.append(Fault("unreadable", str(path), full, what, RESTORE))
             continue
-        if isinstance(item, h5py.Group):
-            if full == CHECKSUMS:
-                continue
+        if isinstance(item, h5py.Dataset):
+            info = _dataset_info(item, path, full)
+            datasets.append(info)
+            faults += _structural_faults(item, info)
+        elif isinstance(item, h5py.Group) and full != CHECKSUMS:
             _walk(item, path, datasets, faults, above | {address})
-        elif isinstance(item, h5py.Dataset):
-            found = _found(item, path, full)
-            datasets.append(found)
-            faults += _faults_of(item, found)
 
 
-def _found(dataset: h5py.Dataset, path: Path, name: str) -> Found:
-    plist = dataset.id.get_create_plist()
-    sources: list[str] = []
-    if dataset.is_virtual:
-        layout = "virtual"
-        sources = sorted({source.file_name for source in dataset.virtual_sources()})
-    elif dataset.external:
-        layout, sources = "external", [str(entry[0]) for entry in dataset.external]
-    elif dataset.chunks is not None:
-        layout = "chunked"
-    elif plist.get_layout() == h5py.h5d.COMPACT:
-        layout = "compact"
-    else:
-        layout = "contiguous" if dataset.id.get_offset() is not None else "empty"
-    beside = dataset.file.get(f"{CHECKSUMS}/{name}")
-    return Found(
+def _dataset_info(dataset: h5py.Dataset, path: Path, name: str) -> DatasetInfo:
+    layout, sources = _layout(dataset)
+    checksums = dataset.file.get(f"{CHECKSUMS}/{name}")
+    return DatasetInfo(
         path=path,
         name=name,
         shape=dataset.shape if dataset.shape is not None else (0,),
@@ -214,66 +207,79 @@ def _found(dataset: h5py.Dataset, path: Path, name: str) -> Found:
         stored_bytes=dataset.id.get_storage_size(),
         offset=dataset.id.get_offset() if layout == "contiguous" else None,
         chunk=tuple(dataset.chunks or ()),
-        filters=tuple(_filter_words(dataset)),
-        block_rows=int(beside.attrs.get("block_rows", 0)) if isinstance(beside, h5py.Dataset) else None,
-        sources=tuple(sources),
-        attributes={key: _plain(dataset.attrs[key]) for key in _REMARKABLE if key in dataset.attrs},
+        filters=tuple(_filters_with_levels(dataset)),
+        block_rows=int(checksums.attrs.get("block_rows", 0)) if isinstance(checksums, h5py.Dataset) else None,
+        sources=sources,
+        attributes={key: _plain(dataset.attrs[key]) for key in _SHOWN_ATTRIBUTES if key in dataset.attrs},
     )
 
 
-def _filter_words(dataset: h5py.Dataset) -> Iterator[str]:
-    """gzip 4, shuffle, ...: the filters as people call them."""
+def _layout(dataset: h5py.Dataset) -> tuple[str, tuple[str, ...]]:
+    """(layout, other files that hold the values)."""
+    if dataset.is_virtual:
+        return "virtual", tuple(sorted({source.file_name for source in dataset.virtual_sources()}))
+    if dataset.external:
+        return "external", tuple(str(entry[0]) for entry in dataset.external)
+    if dataset.chunks is not None:
+        return "chunked", ()
+    if dataset.id.get_create_plist().get_layout() == h5py.h5d.COMPACT:
+        return "compact", ()
+    return ("contiguous" if dataset.id.get_offset() is not None else "empty"), ()
+
+
+def _filters_with_levels(dataset: h5py.Dataset) -> Iterator[str]:
+    """The filters by their usual names: "gzip 4", "shuffle"."""
     plist = dataset.id.get_create_plist()
-    numbers = [plist.get_filter(number)[2] for number in range(plist.get_nfilters())]
-    for name, values in zip(filter_names(plist), numbers, strict=True):
-        place = _LEVELS.get(name)
-        yield f"{name} {values[place]}" if place is not None and len(values) > place else name
+    for number, name in enumerate(filter_names(plist)):
+        parameters, level = plist.get_filter(number)[2], _LEVEL_PARAMETER.get(name)
+        yield f"{name} {parameters[level]}" if level is not None and len(parameters) > level else name
 
 
-def _faults_of(dataset: h5py.Dataset, found: Found) -> Iterator[Fault]:
-    """What can be seen without reading: values in other files, a missing filter, values never written."""
-    file, name = str(found.path), found.name
-    if found.layout == "external":
-        what = f"its values lie in other files ({found.sources[0]}), which are not read"
+def _structural_faults(dataset: h5py.Dataset, info: DatasetInfo) -> Iterator[Fault]:
+    """Faults that are visible without reading: values in other files, a missing filter, values never written."""
+    file, name = str(info.path), info.name
+    if info.layout == "external":
+        what = f"stores its values in other files ({info.sources[0]}), which are not read"
         yield Fault("external", file, name, what, "Copy them into one HDF5 file: h5repack, or h5py's Group.copy.")
-    for source in found.sources if found.layout == "virtual" else ():
-        if source != "." and "%b" not in source and not (found.path.parent / source).is_file():
+    for source in info.sources if info.layout == "virtual" else ():
+        # "." is this file; "%b" stands for a series of files, which may be incomplete.
+        if source != "." and "%b" not in source and not (info.path.parent / source).is_file():
             what = f"takes values from {source}, which does not exist: they would be read as fill values"
             yield Fault("missing", file, name, what, "Put that file where it was, or make the data set again.")
-    if why := absurd_claim(dataset, found.path.stat().st_size):
-        yield Fault("absurd", file, name, why, _RESTORE)
-    elif found.num_bytes and (found.layout == "empty" or (found.layout == "chunked" and not found.stored_bytes)):
-        yield Fault("empty", file, name, "was never written: it reads as its fill value", "Prepare the file again.")
-    if found.is_numeric:
+    if why := absurd_claim(dataset, info.path.stat().st_size):
+        yield Fault("absurd", file, name, why, RESTORE)
+    elif info.num_bytes and (info.layout == "empty" or (info.layout == "chunked" and not info.stored_bytes)):
+        yield Fault("empty", file, name, "was never written: it reads as its fill value", PREPARE_AGAIN)
+    if info.is_numeric:
         try:
             meaning_of(dataset)
         except UserError as error:
             yield Fault("meaning", file, name, error.what.partition(": ")[2], error.remedy)
-    if found.block_rows is not None and found.block_rows < 1:
-        what = f"its checksums have no attribute block_rows: {CHECKSUMS}/{name} is of no use"
-        yield Fault("checksums", file, name, what, "Prepare the file again.")
-    if found.layout == "chunked":
+    if info.block_rows is not None and info.block_rows < 1:
+        what = f"its checksums {CHECKSUMS}/{name} have no attribute block_rows, and cannot be used"
+        yield Fault("checksums", file, name, what, PREPARE_AGAIN)
+    if info.layout == "chunked":
         try:
             open_pipeline(dataset)
         except UserError as error:
             yield Fault("filter", file, name, error.what.partition(f"{dataset.name} ")[2], error.remedy)
 
 
-def disagreements(files: Sequence[Surveyed]) -> Iterator[Fault]:
-    """Where files that are one data set hold data sets of different names, shapes, types or meanings."""
-    whole = [file for file in files if file.datasets]
-    if len(whole) < 2:
+def differences_between_files(files: Sequence[FileStructure]) -> Iterator[Fault]:
+    """Files of one data set that hold data sets of different names, shapes, types or CF attributes."""
+    files = [file for file in files if file.datasets]
+    if not files:
         return
     remedy = "Files of one data set hold equal samples: prepare those that differ again, or name fewer files."
-    first = whole[0]
-    theirs = {found.name: found for found in first.datasets}
-    for file in whole[1:]:
-        mine = {found.name: found for found in file.datasets}
-        for name in sorted(theirs.keys() ^ mine.keys()):
-            there, here = (first.path, file.path) if name in theirs else (file.path, first.path)
+    first = files[0]
+    expected = {info.name: info for info in first.datasets}
+    for file in files[1:]:
+        present = {info.name: info for info in file.datasets}
+        for name in sorted(expected.keys() ^ present.keys()):
+            there, here = (first.path, file.path) if name in expected else (file.path, first.path)
             yield Fault("disagree", str(file.path), name, f"is in {there} and not in {here}", remedy)
-        for name in sorted(theirs.keys() & mine.keys()):
-            if (one := _kind_of(theirs[name])) != (other := _kind_of(mine[name])):
+        for name in sorted(expected.keys() & present.keys()):
+            if (one := _row_type(expected[name])) != (other := _row_type(present[name])):
                 yield Fault("disagree", str(file.path), name, f"is {other} here and {one} in {first.path}", remedy)
         for key in ("vocab_size", "tokenizer"):
             if first.attributes.get(key) != file.attributes.get(key):
@@ -281,29 +287,29 @@ def disagreements(files: Sequence[Surveyed]) -> Iterator[Fault]:
                 yield Fault("disagree", str(file.path), "", what, remedy)
 
 
-def parts_that_disagree(file: Surveyed) -> Iterator[Fault]:
-    """Where numbers stored in the part to test on mean something else than those in the part to train on."""
-    by_name = {found.name: found for found in file.datasets if found.is_numeric}
-    for name, found in by_name.items():
+def differences_from_train(file: FileStructure) -> Iterator[Fault]:
+    """Data sets of other parts whose stored numbers mean something else than those to train on."""
+    by_name = {info.name: info for info in file.datasets if info.is_numeric}
+    for name, info in by_name.items():
         part, _, rest = name.partition("/")
         train = by_name.get(f"train/{rest}")
-        if part == "train" or train is None or len(found.shape) < 2:
+        if part == "train" or train is None or len(info.shape) < 2:
             continue
-        if why := other_meaning(train.dtype, train.meaning, found.dtype, found.meaning):
+        if why := other_meaning(train.dtype, train.meaning, info.dtype, info.meaning):
             what = f"means something else than {train.name} does: {why}"
             yield Fault("disagree", str(file.path), name, what, "Set the attributes alike, or prepare the file again.")
 
 
-def _kind_of(found: Found) -> str:
-    shape = ", ".join(["n", *map(str, found.shape[1:])])
-    meaning = {key: value for key, value in found.attributes.items() if key in ("scale_factor", "add_offset")}
-    return f"{found.dtype} ({shape})" + (f" {meaning}" if meaning else "")
+def _row_type(info: DatasetInfo) -> str:
+    shape = ", ".join(["n", *map(str, info.shape[1:])])
+    meaning = {key: value for key, value in info.attributes.items() if key in _CF_ATTRIBUTES}
+    return f"{info.dtype} ({shape})" + (f" {meaning}" if meaning else "")
 
 
 def _plain(value: Any) -> Any:
-    """An attribute as JSON has it."""
+    """An attribute's value in types that JSON has."""
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist()) if value.size < _LISTED else f"{value.dtype} {value.shape}"
+        return _plain(value.tolist()) if value.size < _MAX_LISTED else f"{value.dtype} {value.shape}"
     return value if isinstance(value, str | int | float | bool | list | None) else str(value)

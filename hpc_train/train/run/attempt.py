@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_train.core import lock, resume_rules, rundir
-from hpc_train.core.config import Config, Loaded, load
+from hpc_train.core.config import Loaded, load
 from hpc_train.core.errors import UserError
 from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.lock import Lease
@@ -17,6 +17,7 @@ from hpc_train.core.paths import expanded, read_text
 from hpc_train.core.resume_rules import Change, Rule
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.sampling import Order
+from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.run import checkpoint
 from hpc_train.train.run.leftovers import remove_begun_runs

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hpc_train.core import config
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.datasets.inspect.check import check
 from hpc_train.datasets.inspect.structure import expand
