@@ -21,8 +21,8 @@ TRAINING = (
     *("train/tasks", "datasets", "bench", "doctor"),
 )
 ANALYSIS = (
-    *("core", "analysis", "analysis/runs", "analysis/efficiency", "analysis/scaling", "analysis/energy"),
-    *("analysis/convergence", "analysis/models", "analysis/planning", "analysis/report"),
+    *("core", "analysis", "analysis/stats", "analysis/runs", "analysis/efficiency", "analysis/scaling"),
+    *("analysis/energy", "analysis/convergence", "analysis/models", "analysis/planning", "analysis/report"),
 )
 # A file beside the rooms of train/: what it needs decides where it stands.
 LOOP = {"train/loop.py", "train/recording.py", "train/generate.py"}
