@@ -14,7 +14,7 @@ from types import FrameType
 from hpc_train.cluster import launch
 from hpc_train.cluster.study import Say, Study, is_complete
 from hpc_train.core.errors import UserError
-from hpc_train.core.formatting import counted
+from hpc_train.core.formatting import plural
 from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.progress import duration
 from hpc_train.core.rundir import RunDir
@@ -54,7 +54,7 @@ def run_here(study: Study, say: Say) -> list[str]:
         signal.signal(number, _terminate)
     progress = _Progress()
     for index, (size, repeat) in enumerate(study.todo):
-        what = f"[{index + 1}/{len(study.todo)}] {counted(size, 'rank')}, repeat {repeat + 1}"
+        what = f"[{index + 1}/{len(study.todo)}] {plural(size, 'rank')}, repeat {repeat + 1}"
         if size in progress.failed:
             say(f"{what}: skipped, because this size has failed")
             continue
@@ -74,8 +74,8 @@ def _warn_of_crowding(sizes: list[int], cores: int, say: Say) -> None:
     crowded = sorted({size for size in sizes if size > cores})
     if crowded:
         say(
-            f"Note: {', '.join(map(str, crowded))} ranks share {cores} cores here and wait for each other; that measures "
-            "this machine's limit, not how the job scales."
+            f"Note: {', '.join(map(str, crowded))} ranks share {cores} cores here and wait for each other: that "
+            "measures this machine's limit, not how the job scales."
         )
 
 
@@ -89,7 +89,7 @@ def _run_one(study: Study, size: int, cores: int, progress: _Progress, say: Say)
         say(f"  done in {duration(took_s)}: {run.path}")
         return
     reason = "stopped on request" if code == CONTINUE else f"exit code {code}"
-    progress.failed[size] = f"{counted(size, 'rank')}: {reason}, see {_log(run)}"
+    progress.failed[size] = f"{plural(size, 'rank')}: {reason}, see {_log(run)}"
     say(f"  failed after {duration(took_s)} ({reason}); the end of its log:\n{_tail(_log(run))}")
 
 

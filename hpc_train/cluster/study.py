@@ -12,7 +12,7 @@ from hpc_train.cluster.submission import Request, enqueue, is_run_of, queued_job
 from hpc_train.core import rundir
 from hpc_train.core.config import Loaded, dumps
 from hpc_train.core.errors import UserError
-from hpc_train.core.formatting import counted
+from hpc_train.core.formatting import plural
 from hpc_train.core.paths import expanded
 from hpc_train.core.rundir import RunDir, write_atomic
 from hpc_train.core.settings import Config
@@ -83,8 +83,8 @@ def weak_batch(config: Config, sizes: list[int]) -> int:
     global_batch, smallest = config.train.batch_size(1), min(sizes)
     if global_batch % smallest:
         raise UserError(
-            f"--weak: train.global_batch = {global_batch} cannot be divided evenly among {smallest} ranks, the smallest "
-            "size",
+            f"--weak: train.global_batch = {global_batch} cannot be divided evenly among {smallest} ranks, the "
+            "smallest size",
             "Set the batch of a rank: --set train.batch_per_rank=...",
         )
     return global_batch // smallest
@@ -99,8 +99,8 @@ def submit_all(study: Study, scheduler: Scheduler, site: SiteProfile, time_limit
     for size, repeat in study.todo:
         run = study.run_directory(size)
         job = enqueue(scheduler, Request(study.loaded, site, size, time_limit), run, after).job
-        nodes = counted(site.num_nodes(size), "node")
-        say(f"Job {job}: {counted(size, 'rank')} on {nodes}, repeat {repeat + 1}: {run.path}")
+        nodes = plural(site.num_nodes(size), "node")
+        say(f"Job {job}: {plural(size, 'rank')} on {nodes}, repeat {repeat + 1}: {run.path}")
         after = (job,)
     script, folder = study.folder / "report.sbatch", study.folder.absolute()
     report = Job("report", 1, ("report", str(folder)), Path.cwd(), folder, "00:10:00", has_launcher=False)

@@ -19,6 +19,11 @@ def listed(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def plural(count: int, noun: str) -> str:
+    """ "1 rank", "4 ranks"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def significant(value: float | None, digits: int = 3) -> str:
     """A number with `digits` significant digits; integers above that keep all theirs."""
     if value is None:
