@@ -32,6 +32,7 @@ class Worker:
     """A rank that trains and owns no weights: `reduce_gradients` sends its gradients, receives the new weights."""
 
     num_updates = 1
+    syncs_weights = False  # the new weights arrive in `reduce_gradients`
 
     def __init__(self, settings: config.Reduce, model: nn.Module, context: Context, asked: Asked) -> None:
         self._comm, self._num_workers = context.comm, settings.num_workers(context.world.size)
@@ -83,6 +84,8 @@ class Server:
 
     team: the servers.
     """
+
+    syncs_weights = True
 
     def __init__(
         self, settings: config.Reduce, model: nn.Module, context: Context, team: Context, asked: Asked

@@ -31,6 +31,7 @@ class Reducer(Protocol):
     """In each step: `begin_step` before the last backward, `reduce_gradients`, the optimizer, `sync_weights`."""
 
     num_updates: int  # of a step: an asynchronous server makes one for each worker
+    syncs_weights: bool  # whether `sync_weights` communicates
 
     @property
     def shards(self) -> Shards | None:
@@ -122,6 +123,7 @@ class Local:
     """One process: its own gradients are the sum."""
 
     num_updates = 1
+    syncs_weights = False
     shards: Shards | None = None
 
     def __init__(self, asked: Asked) -> None:
@@ -200,6 +202,7 @@ class AllReduce:
     """
 
     num_updates = 1
+    syncs_weights = False
     shards: Shards | None = None
 
     def __init__(
