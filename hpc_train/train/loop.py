@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.core.config import Config, Loaded
+from hpc_train.core.config import Loaded
 from hpc_train.core.errors import UserError
+from hpc_train.core.key_rules import check_ranks
 from hpc_train.core.resume_rules import said
 from hpc_train.core.sampling import Order, noise_seed, rank_batches
+from hpc_train.core.settings import Config
 from hpc_train.core.signals import CONTINUE, TERMINATED, StopRequest
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement, crowding_warnings, place_ranks
@@ -37,7 +39,7 @@ from hpc_train.train.device import (
 from hpc_train.train.onednn import compiled, layouts_watched
 from hpc_train.train.optimize import Optimizer, misfit, scale_misfit
 from hpc_train.train.reduce.buckets import trainable
-from hpc_train.train.reduce.reducer import Reducer, broadcast_model, check_strategy, open_reducer
+from hpc_train.train.reduce.reducer import Reducer, broadcast_model, open_reducer
 from hpc_train.train.reduce.shards import whole
 from hpc_train.train.run import checkpoint
 from hpc_train.train.run.attempt import Attempt, check_continues, is_complete, open_attempt, require_beginning, say
@@ -152,7 +154,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
 @contextmanager
 def _set_up(config: Config, context: Context) -> Iterator[Job]:
     """Collective. Who trains, on what device, which task and model; warns where ranks are crowded."""
-    context.on_all(partial(check_strategy, config.reduce, context.world.size))
+    context.on_all(partial(check_ranks, config, context.world.size))
     places = place_ranks(context, config.train.threads)
     torch.set_num_threads(places[context.world.rank].threads)
     if context.world.is_root:
@@ -161,8 +163,7 @@ def _set_up(config: Config, context: Context) -> Iterator[Job]:
     device = context.on_all(partial(open_device, config.train, context.world))
     is_server = context.world.rank >= config.reduce.num_workers(context.world.size)
     has_servers = config.reduce.strategy == "parameter_server"
-    team = context.team(is_server) if has_servers else context
-    with team.duplicate() as for_task:
+    with context.split(is_server) if has_servers else nullcontext(context) as team, team.duplicate() as for_task:
         # Of a fault that one team alone meets, the other must hear, too.
         task = context.on_all(partial(open_task, config, for_task)) if has_servers else open_task(config, for_task)
         batch_size = _batch_size(config, task, context)
@@ -352,12 +353,12 @@ def _end(
     """Collective. Saves the last state; then tests and sums up, unless the loop was stopped by `cause`."""
     recorder.flush()
     # Asked of all ranks: those of an asynchronous parameter server each know of their own updates alone.
-    if min(context.all(optimizer.num_left_out)) >= recorder.num_steps_done and cause is None:
+    if min(context.all_gather(optimizer.num_left_out)) >= recorder.num_steps_done and cause is None:
         refuse_a_run_without_updates(recorder.num_steps_done, context)
     state = snapshot()
     saved = context.on_root(lambda: saver.save_now(recorder.num_steps_done, state))
     outcome = "complete" if cause is None else f"stopped by {cause}"
-    recorder.stop(outcome, optimizer_bytes=context.all(optimizer.num_bytes))
+    recorder.stop(outcome, optimizer_bytes=context.all_gather(optimizer.num_bytes))
     if cause is None:
         test = _test(job, context)
         fault = fault_of_test(test)
@@ -395,7 +396,7 @@ def _shares(job: Job, config: Config, first: int) -> Iterator[tuple[list[Any], i
 def _batch_size(config: Config, task: Task, context: Context) -> int:
     """Collective. The global batch on this many ranks. Raises UserError where a rank or the data would run dry."""
     world, num_samples = context.world, task.num_samples
-    batch_size, num_workers = config.global_batch(world.size), config.reduce.num_workers(world.size)
+    batch_size = config.global_batch(world.size)
     most = int(context.max(np.array([num_samples]))[0])
 
     def check() -> None:
@@ -403,11 +404,6 @@ def _batch_size(config: Config, task: Task, context: Context) -> int:
             raise UserError(
                 f"task.kind = '{config.task.kind}': num_samples = {num_samples} on rank {world.rank}, {most} elsewhere",
                 "num_samples counts the whole data set and is alike on every rank; batch(rows) picks a rank's share.",
-            )
-        if batch_size < num_workers:
-            raise UserError(
-                f"train.global_batch = {batch_size} is smaller than the {num_workers} ranks: some would idle",
-                f"Set train.global_batch to {num_workers} or more, or start fewer ranks.",
             )
         if batch_size > num_samples:
             key = "global_batch" if config.train.global_batch else "batch_per_rank"
@@ -451,7 +447,7 @@ def _test(job: Job, context: Context) -> dict[str, float]:
             num_counted, measures = job.task.test(job.model, moved(batch, job.device))
             count += num_counted
             sums = {name: sums.get(name, 0.0) + value for name, value in measures.items()}
-    everyone = context.all((count, sums))
+    everyone = context.all_gather((count, sums))
     total = sum(count for count, _ in everyone)
     names = dict.fromkeys(name for _, sums in everyone for name in sums)
     return {name: sum(sums.get(name, 0.0) for _, sums in everyone) / total for name in names} if total else {}

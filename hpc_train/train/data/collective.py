@@ -12,11 +12,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system
 from hpc_train.core.sampling import Indices, Order, chunk_edges, places, rank_batches, rank_span, require_rows
-from hpc_train.train.comm.context import Context, parallel_file_options
+from hpc_train.core.settings import Config
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import parallel_file_options
 from hpc_train.train.data.dataset import Split
 from hpc_train.train.data.files import Files, require_parallel_hdf5, selected, transfer
 from hpc_train.train.data.readers import Reader
@@ -142,7 +143,7 @@ def way_to_read(reader: Reader, files: Files, config: Config, context: Context) 
     if config.data.read != "auto":
         return config.data.read, "as data.read says"
     num_bytes = int(np.prod(reader.shape, dtype=np.int64)) * reader.dtype.itemsize
-    hosts = context.all((context.world.host, physical_memory()))
+    hosts = context.all_gather((context.world.host, physical_memory()))
     node_bytes, num_nodes = min(num for _, num in hosts), len({host for host, _ in hosts})
     kind = context.on_root(lambda: file_system(files.paths[0]))
     fits = kind not in _OF_NETWORKS or num_bytes <= node_bytes // 2
@@ -171,11 +172,6 @@ def read_together(split: Split, way: str, files: Files, name: str, config: Confi
             raise UserError(
                 f"data.read = 'collective' reads one file, and data.file = '{config.data.file}': {name} is in several",
                 "Write them into one file, or leave data.read out.",
-            )
-        if config.train.accumulate > 1:
-            raise UserError(
-                f"train.accumulate = {config.train.accumulate} does not go with data.read = 'collective'",
-                "Ranks would differ in how often they read: leave one of them out.",
             )
         if context.comm is not None:
             require_parallel_hdf5()
