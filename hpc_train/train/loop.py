@@ -98,6 +98,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                 return 0  # the run was complete
             first, model, batches = begun
             task, clock, stopped = job.task, recorder.clock, False
+            sync = clock.sync if reducer.syncs_weights else nullcontext()  # 0 ns, not 200, where nothing travels
 
             for step in range(first, config.train.steps):
                 watch.step = step
@@ -120,7 +121,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                     with clock.optimizer:
                         made = isfinite(shared.loss) and optimizer.step(step)
                         model.zero_grad()
-                    with clock.spread, context.waiting:
+                    with sync, context.waiting:
                         made = reducer.sync_weights(made)
                     overflowed |= isfinite(shared.loss) and not made
                 optimizer.end_step(made, overflowed)

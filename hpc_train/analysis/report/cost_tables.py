@@ -93,7 +93,10 @@ def _phase_sheet(energy: GroupEnergy) -> Table:
         parts = [row.phases.get(phase) for phase in phases] + [_total(row.servers)] * with_servers
         rows.append((ranks_text(row.row), *(_number_text(part, scale) for part in parts)))
     titles = ["ranks", *phases, *["servers"] * with_servers]
-    title = f"Energy of the loop by phase, {unit} (estimates, attributed by time; reduce: exposed communication)"
+    communication = "reduce and sync" if "sync" in phases else "reduce"
+    title = (
+        f"Energy of the loop by phase, {unit} (estimates, attributed by time; {communication}: exposed communication)"
+    )
     return Table(title, tuple(map(Column, titles)), tuple(rows))
 
 

@@ -4,7 +4,7 @@ from hpc_train.analysis.report.load_balance_tables import waiting_words
 from hpc_train.analysis.scaling.compare import Group, Row
 from hpc_train.analysis.scaling.strategies import Comparison
 from hpc_train.core.formatting import ms_text, percent, plain, plural, ratio_interval_text, ratio_text, significant
-from hpc_train.core.records import PHASES
+from hpc_train.core.records import COMMUNICATION, PHASES
 
 
 def headline(group: Group, named: bool = False, advice: str = "") -> str:
@@ -60,7 +60,7 @@ def strategy_headline(comparison: Comparison, named: bool = False) -> str:
 
 def _lost(row: Row) -> str:
     """What keeps the row from the ideal: exposed communication, and who of all is waited for most of that time."""
-    share, words = row.phase_share.get("reduce"), waiting_words(row)
+    share, words = row.exposed_share, waiting_words(row)
     most = max((each.share for each in row.stragglers), default=0.0)
     if share is None or (words and most >= 0.5 * share):  # then little else is in it
         return words
@@ -74,6 +74,6 @@ def _grown(row: Row, baseline: Row) -> str:
     grown = [
         f", {phase} grew from {ms_text(before[phase])} to {ms_text(after[phase])} ms"
         for phase in PHASES
-        if phase != "reduce" and after[phase] - before[phase] > notable
+        if phase not in COMMUNICATION and after[phase] - before[phase] > notable
     ]
     return "".join(grown)

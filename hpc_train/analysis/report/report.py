@@ -36,7 +36,9 @@ from hpc_train.core.records import PHASES
 
 P = ParamSpec("P")
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
-REPORT_SCHEMA = 3  # 2: test_<measure> for every test measure; 3: step_s is the mean, step_median_s the median
+# 2: test_<measure> for every test measure; 3: step_s is the mean, step_median_s the median; 4: share_sync, joules_sync
+# (before, part of share_reduce and joules_reduce)
+REPORT_SCHEMA = 4
 FLOPS_COLUMNS = ("flops_per_sample", "flops_per_s_per_rank", "peak_flops", "peak_source", "mfu")
 CSV_COLUMNS = (
     "group",
@@ -364,6 +366,7 @@ def _entry_record(entry: Entry) -> dict[str, Any]:
         "ratio_low": ratio_low,
         "ratio_high": ratio_high,
         "share_reduce": entry.row.phase_share.get("reduce"),
+        "share_sync": entry.row.phase_share.get("sync"),
         "must_move_bytes": theory.must_move_bytes if theory else None,
         "each_way_bytes": theory.each_way_bytes if theory else None,
         "must_move_is_least": theory.is_least if theory else None,

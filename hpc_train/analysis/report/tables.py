@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.load_balance_tables import balance_notes, balance_sheets
 from hpc_train.analysis.report.table import MARK, Column, Table, made_sheets, ranks_text
-from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.analysis.scaling.compare import Group, Row, timed_phases
 from hpc_train.analysis.scaling.mfu import GIVEN, counts_flops, flops_notes, flops_of
 from hpc_train.analysis.scaling.strategies import Comparison, Entry, Traffic
 from hpc_train.core.formatting import (
@@ -73,13 +73,15 @@ def _speedup_cells(row: Row) -> tuple[str, str, str]:
 
 def _phase_sheet(group: Group) -> Table:
     with_servers = any(row.num_servers for row in group.rows)
-    columns = [Column("ranks"), *(Column(phase) for phase in PHASES), *[Column("servers busy")] * with_servers]
+    phases = timed_phases(group.rows)
+    columns = [Column("ranks"), *(Column(phase) for phase in phases), *[Column("servers busy")] * with_servers]
     rows = []
     for row in group.rows:
-        cells = [ranks_text(row), *(percent(row.phase_share.get(phase)) for phase in PHASES)]
+        cells = [ranks_text(row), *(percent(row.phase_share.get(phase)) for phase in phases)]
         rows.append((*cells, *[percent(row.servers_busy)] * with_servers))
     whose = "the workers' time; servers busy: not in communication" if with_servers else "all ranks' time"
-    title = f"Where a step's time goes (share of {whose}; reduce: exposed communication)"
+    communication = "reduce and sync" if "sync" in phases else "reduce"
+    title = f"Where a step's time goes (share of {whose}; {communication}: exposed communication)"
     return Table(title, tuple(columns), tuple(rows))
 
 
@@ -137,7 +139,7 @@ def _strategy_speed_sheet(comparison: Comparison) -> Table:
             significant(entry.row.samples_per_s, 4),
             _ratio_text(entry),
             ratio_interval_text(entry.ratio_interval),
-            percent(entry.row.phase_share.get("reduce")),
+            percent(entry.row.exposed_share),
         )
         for entry in comparison.entries
     )
@@ -220,7 +222,9 @@ def group_notes(group: Group) -> list[str]:
     if any(row.incomplete for row in group.rows):
         notes.insert(0, f"{MARK} incomplete: shown, never a baseline, never pooled with complete runs.")
     unmarked = [
-        phase for phase in PHASES if any(row.phase_share and phase not in row.phase_share for row in group.rows)
+        phase
+        for phase in PHASES
+        if phase != "sync" and any(row.phase_share and phase not in row.phase_share for row in group.rows)
     ]
     if unmarked:
         communication = "; exposed communication was not measured" * ("reduce" in unmarked)

@@ -19,7 +19,7 @@ from hpc_train.analysis.runs.repeats import Facts, assign_series, distinguishing
 from hpc_train.analysis.stats.bootstrap import bootstrap_means, pooled_mean_interval
 from hpc_train.core import config
 from hpc_train.core.formatting import listed, ms_text, plural
-from hpc_train.core.records import PHASES, Energy, total_energy
+from hpc_train.core.records import COMMUNICATION, PHASES, Energy, FloatArray, total_energy
 from hpc_train.core.settings import RECORDED
 from hpc_train.core.statistics import Interval, percentile_interval
 
@@ -40,7 +40,8 @@ class Row:
     step_interval_s: Interval | None  # 95%
     step_median_s: float | None  # what a typical step takes: a description, nothing is computed from it
     samples_per_s: float | None  # global batch / step_s
-    # Of the time in steady steps of all ranks that train; sums to 1. Without phases that a recorded loop did not mark.
+    # Of the time in steady steps of all ranks that train; sums to 1. Without phases that took no time: a recorded loop
+    # did not mark them, or no weights had to be synchronised.
     phase_share: dict[str, float]
     phase_s: dict[str, float]  # mean per step and rank that trains, warm-up excluded
     servers_busy: float | None  # share of the servers' time that is no waiting, receiving or sending
@@ -67,6 +68,17 @@ class Row:
         """The test measures, means over the runs that have them."""
         names = dict.fromkeys(name for run in self.runs for name in run.summary.test)
         return {name: fmean(run.summary.test[name] for run in self.runs if name in run.summary.test) for name in names}
+
+    @property
+    def exposed_share(self) -> float | None:
+        """The share of exposed communication in a step; None if it was not timed."""
+        timed = [self.phase_share[phase] for phase in COMMUNICATION if phase in self.phase_share]
+        return sum(timed) if timed else None
+
+    @property
+    def exposed_s(self) -> float:
+        """Exposed communication, mean per step and rank that trains."""
+        return sum(self.phase_s.get(phase, 0.0) for phase in COMMUNICATION)
 
     @property
     def num_servers(self) -> int:
@@ -224,10 +236,22 @@ def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
         samples_per_s=each[0].global_batch / middle if middle else None,
         phase_share={phase: float(spent) / total for phase, spent in zip(PHASES, phases, strict=True) if spent},
         phase_s=dict(zip(PHASES, (phases / num_timed).tolist(), strict=True)) if total else {},
-        servers_busy=float(1 - servers[PHASES.index("reduce")] / servers.sum()) if servers.any() else None,
+        servers_busy=_servers_busy(servers),
         energy=Energy(whole / len(runs) if whole is not None else None, energy.quality, energy.source),
         joules_per_sample=whole / num_samples if whole is not None and num_samples else None,
     )
+
+
+def timed_phases(rows: Sequence[Row]) -> list[str]:
+    """The phases to show: `sync` is shown only if some row spent time in it, since many strategies have none."""
+    synced = any("sync" in row.phase_share for row in rows)
+    return [phase for phase in PHASES if phase != "sync" or synced]
+
+
+def _servers_busy(spent_s: FloatArray) -> float | None:
+    """The share of the servers' time outside of communication. spent_s: (len(PHASES),)."""
+    waited_s = sum(spent_s[PHASES.index(phase)] for phase in COMMUNICATION)
+    return float(1 - waited_s / spent_s.sum()) if spent_s.any() else None
 
 
 def _compared(row: Row, baseline: Row) -> Row:

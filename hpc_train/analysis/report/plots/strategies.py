@@ -17,7 +17,7 @@ def strategy_drawings(comparison: Comparison) -> list[Drawing]:
     entries = [entry for entry in comparison.entries if entry.row.phase_s]
     if not entries:
         return []
-    exposed = [1e3 * entry.row.phase_s["reduce"] for entry in entries]
+    exposed = [1e3 * entry.row.exposed_s for entry in entries]
     computing = [1e3 * sum(entry.row.phase_s.values()) - wait for entry, wait in zip(entries, exposed, strict=True)]
     scale, unit = _byte_unit(max(entry.traffic.must_move_bytes if entry.traffic else 0.0 for entry in entries))
     times = "; ".join(
