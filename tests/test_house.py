@@ -21,8 +21,8 @@ TRAINING = (
     *("train/tasks", "datasets", "bench", "doctor"),
 )
 ANALYSIS = (
-    *("core", "analysis", "analysis/runs", "analysis/efficiency", "analysis/scaling", "analysis/energy"),
-    *("analysis/convergence", "analysis/models", "analysis/planning", "analysis/report"),
+    *("core", "analysis", "analysis/stats", "analysis/runs", "analysis/efficiency", "analysis/scaling"),
+    *("analysis/energy", "analysis/convergence", "analysis/models", "analysis/planning", "analysis/report"),
 )
 # A file beside the rooms of train/: what it needs decides where it stands.
 LOOP = {"train/loop.py", "train/recording.py", "train/generate.py"}
@@ -36,7 +36,7 @@ ALLOWED = {
     | {f"datasets/prepare/{file}.py" for file in ("layout", "prepare", "writer")}
     | {f"datasets/inspect/{file}.py" for file in ("check", "checks", "chunk_ranges", "info", "structure")},
     "subprocess": {"core/filesystem.py", "train/run/metadata.py", "train/energy/sensors/slurm.py", "train/onednn.py"}
-    | {"cluster/slurm.py", "cluster/study.py", "bench/io.py", "doctor/supervisor.py", "doctor/job.py"},
+    | {"cluster/scheduler.py", "cluster/local_study.py", "bench/io.py", "doctor/supervisor.py", "doctor/job.py"},
     "pynvml": {"train/energy/sensors/nvml.py"},
     "gymnasium": {"train/tasks/reinforcement.py"},
 }

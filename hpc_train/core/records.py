@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from hpc_train.core.errors import UserError, not_written
 from hpc_train.core.rundir import write_atomic
+from hpc_train.core.statistics import mean_interval
 
 # 2: the column `attempt`; 3: `test` in summary.json; 4: its step_s is the mean, not the median; 5: the phase `sync`
 SCHEMA = 5
@@ -437,27 +438,3 @@ def summarise(
         energy_source=energy.source,
         **rest,
     )
-
-
-def mean_interval(values: FloatArray, num_resamples: int = 1000) -> tuple[float | None, ...]:
-    """(low, mean, high): the mean and its 95% bootstrap interval; Nones for no values, no interval under 2.
-
-    Neighbouring steps resemble each other, so whole blocks of consecutive steps are drawn rather than single ones
-    (moving-block bootstrap, Künsch, Annals of Statistics 1989, here with disjoint blocks). Deterministic: the generator
-    is seeded.
-    """
-    if len(values) == 0:
-        return None, None, None
-    middle = float(values.mean())
-    if len(values) < 2:
-        return None, middle, None
-    sums, counts = block_sums(values)
-    draws = np.random.default_rng(0).integers(0, len(sums), (num_resamples, len(sums)))
-    low, high = np.quantile(sums[draws].sum(axis=1) / counts[draws].sum(axis=1), [0.025, 0.975])
-    return float(min(low, middle)), middle, float(max(high, middle))
-
-
-def block_sums(values: FloatArray, num_blocks: int = 50) -> tuple[FloatArray, FloatArray]:
-    """(sums, numbers of values) of at most `num_blocks` blocks of consecutive values, each of nearly equal length."""
-    blocks = np.array_split(values, min(num_blocks, len(values)))
-    return np.array([block.sum() for block in blocks]), np.array([float(len(block)) for block in blocks])

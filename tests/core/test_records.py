@@ -14,8 +14,6 @@ from hpc_train.core.records import (
     TIMING_COLUMNS,
     BadRecord,
     Energy,
-    block_sums,
-    mean_interval,
     read_energy,
     read_metrics,
     summarise,
@@ -217,36 +215,6 @@ def test_a_summary_of_no_steady_step_knows_no_speed() -> None:
     )
     assert (summary.step_s, summary.samples_per_s, summary.joules) == (None, None, None)
     assert summary.phase_share == {}
-
-
-def test_the_interval_of_a_mean() -> None:
-    assert mean_interval(np.array([])) == (None, None, None)
-    assert mean_interval(np.array([3.0])) == (None, 3.0, None)
-    assert mean_interval(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0, 2.0)
-    values = np.random.default_rng(1).normal(10.0, 1.0, 2000)
-    low, middle, high = mean_interval(values)
-    assert low is not None and middle is not None and high is not None
-    assert low < 10.0 < high and low < middle < high
-    assert 0.05 < high - low < 0.3  # about 4 / sqrt(2000) = 0.09
-    assert mean_interval(values) == (low, middle, high)
-
-
-def test_blocks_that_resemble_themselves_widen_the_interval() -> None:
-    draws = np.random.default_rng(2)
-    alike = np.repeat(draws.normal(10.0, 1.0, 50), 40)  # 50 independent values, each lasting 40 steps
-    independent = draws.normal(10.0, 1.0, 2000)
-    widths = []
-    for values in (alike, independent):
-        low, _, high = mean_interval(values)
-        assert low is not None and high is not None
-        widths.append(high - low)
-    assert widths[0] > 3 * widths[1]
-
-
-def test_blocks_are_consecutive() -> None:
-    sums, counts = block_sums(np.array([1.0, 2.0, 3.0, 10.0, 20.0]), 2)
-    assert (sums.tolist(), counts.tolist()) == ([6.0, 30.0], [3.0, 2.0])
-    assert len(block_sums(np.arange(7.0))[0]) == 7
 
 
 def test_a_sum_of_energies_is_no_better_than_its_worst_part() -> None:

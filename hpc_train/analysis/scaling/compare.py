@@ -16,17 +16,17 @@ from hpc_train.analysis.runs.clocks import hosts_of
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.meta_json import positive_number
 from hpc_train.analysis.runs.repeats import Facts, assign_series, distinguishing_facts, facts_of
+from hpc_train.analysis.stats.bootstrap import bootstrap_means, pooled_mean_interval
 from hpc_train.core import config
 from hpc_train.core.formatting import listed, ms_text, plural
-from hpc_train.core.records import COMMUNICATION, PHASES, Energy, FloatArray, block_sums, mean_interval, total_energy
+from hpc_train.core.records import COMMUNICATION, PHASES, Energy, FloatArray, total_energy
 from hpc_train.core.settings import RECORDED
+from hpc_train.core.statistics import Interval, percentile_interval
 
-NUM_RESAMPLES = 1000
 _MOST_FACTS = 3  # in a group's label
 _MOST = 1e30  # a number beyond is damage
 _UNEVEN = 0.1  # the mean step beyond the median one, relative, above which the reader is told both
 SUPERLINEAR = 1.05  # an efficiency above which the reader is told what may be behind it
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +217,7 @@ def _explained(row: Row, baseline: Sequence[Run] | None, label: str, guard: Sect
 
 
 def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
-    low, middle, high = _pooled_mean(runs)
+    low, middle, high = pooled_mean_interval([run.step_s for run in runs])
     phases = np.sum([run.phases_s for run in runs], axis=0)
     num_timed = sum(len(run.step_s) * (size - run.num_servers) for run in runs)  # steps of single ranks
     total = float(phases.sum())
@@ -254,34 +254,6 @@ def _servers_busy(spent_s: FloatArray) -> float | None:
     return float(1 - waited_s / spent_s.sum()) if spent_s.any() else None
 
 
-def _pooled_mean(runs: tuple[Run, ...]) -> tuple[float | None, float | None, float | None]:
-    """(low, mean, high) of the step times of all runs; one run's are its own summary's."""
-    pooled = np.concatenate([run.step_s for run in runs])
-    low, middle, high = mean_interval(pooled)
-    if len(runs) > 1 and middle is not None and len(pooled) > 1:
-        low, high = _quantiles(resampled_means(runs, seed=0), middle)
-    return low, middle, high
-
-
-def resampled_means(runs: Sequence[Run], seed: int) -> FloatArray:
-    """(NUM_RESAMPLES,) bootstrap means of the step time in seconds, from a seeded generator.
-
-    Blocks of consecutive steps are drawn with replacement, as in `records.mean_interval`. Of several runs, whole runs
-    are drawn first, so that differences between runs widen the interval as they should (two-stage bootstrap, Davison
-    and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8).
-    """
-    blocks = [block_sums(run.step_s) for run in runs if len(run.step_s)]
-    generator = np.random.default_rng(seed)
-    chosen = generator.integers(0, len(blocks), (NUM_RESAMPLES, len(blocks)))
-    total = np.zeros((2, NUM_RESAMPLES))  # seconds, steps
-    for place in range(len(blocks)):
-        for index, parts in enumerate(blocks):
-            is_chosen = chosen[:, place] == index
-            drawn = generator.integers(0, len(parts[0]), (int(is_chosen.sum()), len(parts[0])))
-            total[:, is_chosen] += np.stack([part[drawn].sum(axis=1) for part in parts])
-    return np.asarray(total[0] / total[1])
-
-
 def _compared(row: Row, baseline: Row) -> Row:
     """The row with its speedup S and speedup efficiency E against the baseline of s ranks.
 
@@ -291,7 +263,7 @@ def _compared(row: Row, baseline: Row) -> Row:
     (Communications of the ACM 31(5), 1988); E is then T_s / T_p. Both are the ratio of throughputs: so S is
     computed here. T is the mean step, as in `pop`: E is POP's global efficiency over the baseline's own.
 
-    The 95% interval is the bootstrap's: means of both are drawn independently (see `resampled_means`).
+    The 95% interval is the bootstrap's: means of both are drawn independently (`bootstrap_means`).
     """
     if row is baseline:
         return replace(row, speedup=1.0, efficiency=1.0, is_baseline=True)
@@ -309,13 +281,9 @@ def relative_speed(row: Row, to: Row) -> tuple[float | None, Interval | None]:
     if row.step_interval_s is None or to.step_interval_s is None:
         return ratio, None
     # Seeds by size: equal ones would draw the same blocks of both and hide part of the noise.
-    before = resampled_means(to.runs, seed=2 * to.size)
-    return ratio, _quantiles(more * before / resampled_means(row.runs, seed=2 * row.size + 1), ratio)
-
-
-def _quantiles(draws: FloatArray, middle: float) -> Interval:
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return min(float(low), middle), max(float(high), middle)
+    before = bootstrap_means([run.step_s for run in to.runs], seed=2 * to.size)
+    after = bootstrap_means([run.step_s for run in row.runs], seed=2 * row.size + 1)
+    return ratio, percentile_interval(more * before / after, ratio)
 
 
 def _mean(values: list[float | None]) -> float | None:
