@@ -34,7 +34,7 @@ ALLOWED = {
     "h5py": {f"train/data/{file}.py" for file in ("chunk_cache", "files", "filters", "foreign_files", "readers")}
     | {"train/data/collective.py", "bench/io.py", "doctor/storage.py"}
     | {f"datasets/prepare/{file}.py" for file in ("layout", "prepare", "writer")}
-    | {f"datasets/inspect/{file}.py" for file in ("check", "info", "judge", "pieces", "survey")},
+    | {f"datasets/inspect/{file}.py" for file in ("check", "checks", "chunk_ranges", "info", "structure")},
     "subprocess": {"core/filesystem.py", "train/run/metadata.py", "train/energy/sensors/slurm.py", "train/onednn.py"}
     | {"cluster/slurm.py", "cluster/study.py", "bench/io.py", "doctor/supervisor.py", "doctor/job.py"},
     "pynvml": {"train/energy/sensors/nvml.py"},

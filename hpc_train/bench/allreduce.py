@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from hpc_train.core.allreduce_times import Row, teams
-from hpc_train.core.config import Reduce
 from hpc_train.core.errors import UserError
+from hpc_train.core.settings import Reduce
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
 from hpc_train.train.reduce.parameter_server import Server, Worker

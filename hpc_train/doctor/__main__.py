@@ -15,9 +15,10 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from hpc_train.core.config import Config, load
+from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
-from hpc_train.core.world import launched_rank
+from hpc_train.core.job_environment import JobEnvironment
+from hpc_train.core.settings import Config
 from hpc_train.doctor.check import Answer, Check, Finding, Subject, Values, ranks_of
 from hpc_train.doctor.checks import CHECKS
 from hpc_train.train.comm.context import Context, mpi, open_context
@@ -53,7 +54,7 @@ def run(config: Config | None, line: Line, listens: str) -> None:
             return
     except UserError as error:  # MPI does not start, or sees other ranks than the launcher
         line.tell(finding=Finding("fail", error.what, error.remedy).to_dict("MPI starts", []))
-    if launched_rank(environ) is None:  # the rest can be looked at without
+    if not JobEnvironment.from_variables(environ).is_launched:  # the rest can be looked at without
         with open_context(use_mpi=False) as context:
             _check_all(Subject(context, config, environ), line, listens)
 

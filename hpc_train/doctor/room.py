@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpc_train.core.allreduce_times import size_text
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system, stripe_count
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.doctor.check import Answer, Finding, Subject, Values
 from hpc_train.train.comm.context import Context

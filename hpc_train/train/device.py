@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from hpc_train.core import config
 from hpc_train.core.clock import Clock
 from hpc_train.core.errors import UserError
+from hpc_train.core.settings import Train
 from hpc_train.core.world import World
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ _PEAK_TFLOPS = {
 }
 
 
-def open_device(train: config.Train, world: World) -> torch.device:
+def open_device(train: Train, world: World) -> torch.device:
     """The device of this rank, made the current one. Raises `UserError` where a GPU is asked for and there is none."""
     if train.device == "cpu" or (train.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -50,7 +50,7 @@ def open_device(train: config.Train, world: World) -> torch.device:
     return device
 
 
-def peak_flops(train: config.Train, device: torch.device) -> tuple[float | None, str | None]:
+def peak_flops(train: Train, device: torch.device) -> tuple[float | None, str | None]:
     """(operations a second that this rank's device can do at `train.precision`, who says so); Nones if unknown."""
     if train.peak_tflops:
         return train.peak_tflops * 1e12, "train.peak_tflops"
@@ -63,14 +63,14 @@ def peak_flops(train: config.Train, device: torch.device) -> tuple[float | None,
     return None, None
 
 
-def open_clock(train: config.Train, device: torch.device) -> Clock:
+def open_clock(train: Train, device: torch.device) -> Clock:
     """The timer of this rank's steps; whether it tells phases of a GPU is `train.timing`'s to say."""
     if device.type == "cpu":
         return Clock()
     return Clock(torch.cuda.synchronize) if train.timing == "phases" else Clock(tells_phases=False)
 
 
-def precision(train: config.Train, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def precision(train: Train, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """A context for forward passes: matrix products in `train.precision`, by autocast."""
     if train.precision == "fp32":
         return nullcontext

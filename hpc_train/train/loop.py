@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.core.config import Config, Loaded
+from hpc_train.core.config import Loaded
 from hpc_train.core.errors import UserError
+from hpc_train.core.key_rules import check_ranks
 from hpc_train.core.resume_rules import said
 from hpc_train.core.sampling import Order, noise_seed, rank_batches
+from hpc_train.core.settings import Config
 from hpc_train.core.signals import CONTINUE, TERMINATED, StopRequest
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement, crowding_warnings, place_ranks
@@ -37,7 +39,7 @@ from hpc_train.train.device import (
 from hpc_train.train.onednn import compiled, layouts_watched
 from hpc_train.train.optimize import Optimizer, misfit, scale_misfit
 from hpc_train.train.reduce.buckets import trainable
-from hpc_train.train.reduce.reducer import Reducer, broadcast_model, check_strategy, open_reducer
+from hpc_train.train.reduce.reducer import Reducer, broadcast_model, open_reducer
 from hpc_train.train.reduce.shards import whole
 from hpc_train.train.run import checkpoint
 from hpc_train.train.run.attempt import Attempt, check_continues, is_complete, open_attempt, require_beginning, say
@@ -151,7 +153,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
 @contextmanager
 def _set_up(config: Config, context: Context) -> Iterator[Job]:
     """Collective. Who trains, on what device, which task and model; warns where ranks are crowded."""
-    context.on_all(partial(check_strategy, config.reduce, context.world.size))
+    context.on_all(partial(check_ranks, config, context.world.size))
     places = place_ranks(context, config.train.threads)
     torch.set_num_threads(places[context.world.rank].threads)
     if context.world.is_root:
@@ -394,7 +396,7 @@ def _shares(job: Job, config: Config, first: int) -> Iterator[tuple[list[Any], i
 def _batch_size(config: Config, task: Task, context: Context) -> int:
     """Collective. The global batch on this many ranks. Raises UserError where a rank or the data would run dry."""
     world, num_samples = context.world, task.num_samples
-    batch_size, num_workers = config.global_batch(world.size), config.reduce.num_workers(world.size)
+    batch_size = config.global_batch(world.size)
     most = int(context.max(np.array([num_samples]))[0])
 
     def check() -> None:
@@ -402,11 +404,6 @@ def _batch_size(config: Config, task: Task, context: Context) -> int:
             raise UserError(
                 f"task.kind = '{config.task.kind}': num_samples = {num_samples} on rank {world.rank}, {most} elsewhere",
                 "num_samples counts the whole data set and is alike on every rank; batch(rows) picks a rank's share.",
-            )
-        if batch_size < num_workers:
-            raise UserError(
-                f"train.global_batch = {batch_size} is smaller than the {num_workers} ranks: some would idle",
-                f"Set train.global_batch to {num_workers} or more, or start fewer ranks.",
             )
         if batch_size > num_samples:
             key = "global_batch" if config.train.global_batch else "batch_per_rank"

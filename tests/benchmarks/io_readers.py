@@ -32,8 +32,8 @@ Pass = Callable[[int], Iterable[Any]]  # the epoch's number -> its batches
 
 def ours(path: Path, memory_mb: int = _MEMORY_MB) -> Pass:
     """As a training's loop on one rank gets them: order, reading, and what is made ahead."""
-    from hpc_train.core.config import Config
     from hpc_train.core.sampling import rank_batches
+    from hpc_train.core.settings import Config
     from hpc_train.core.world import World
     from hpc_train.train.comm.context import Context
     from hpc_train.train.data.dataset import open_order, open_split

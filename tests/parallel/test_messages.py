@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_train.core.config import Reduce
+from hpc_train.core.settings import Reduce
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context, mpi
 from hpc_train.train.reduce.reducer import Horovod, InPieces, Mpi, _load_horovod

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpc_train.core import config
 from hpc_train.core.errors import UserError
+from hpc_train.core.settings import Train
 from hpc_train.core.world import World
 from hpc_train.train.data.dataset import Batch
 from hpc_train.train.device import let_go, moved, on_device, open_device, peak_flops, recompute_blocks, try_out
@@ -20,8 +20,8 @@ from hpc_train.train.reduce.reducer import check_gpus
 CPU = torch.device("cpu")
 
 
-def settings(**keys: object) -> config.Train:
-    return config.Train.model_validate({"steps": 1, "global_batch": 1, **keys})
+def settings(**keys: object) -> Train:
+    return Train.model_validate({"steps": 1, "global_batch": 1, **keys})
 
 
 class Block(nn.Module):

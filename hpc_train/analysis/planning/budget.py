@@ -12,11 +12,11 @@ from hpc_train.analysis.models.measurements import Network, Points, from_group
 from hpc_train.analysis.models.models import nonnegative
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.scaling.scaling import Group, positive
-from hpc_train.core.config import UNKNOWN_STEPS
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import significant
 from hpc_train.core.paths import exists, read_text
 from hpc_train.core.records import FloatArray
+from hpc_train.core.settings import UNKNOWN_STEPS
 
 _MOST_BENCH_BYTES = 1 << 28
 _MOST_COST_S = 1e6  # of one message, of one byte: a number beyond is damage

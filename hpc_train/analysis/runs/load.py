@@ -12,7 +12,6 @@ from hpc_train.analysis.guard import Guard
 from hpc_train.analysis.runs.load_balance import Balance
 from hpc_train.analysis.runs.ranks import LEAVE_OUT, reduce_ranks
 from hpc_train.core import config, rundir
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.paths import read_text
 from hpc_train.core.records import (
@@ -30,6 +29,7 @@ from hpc_train.core.records import (
     total_energy,
 )
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.settings import UNKNOWN_STEPS, Config
 
 # Numbers beyond are damage, and no run.
 _MOST_RANKS = 10_000_000
@@ -194,7 +194,7 @@ def _load(run: RunDir) -> Run:
     num_steps = len(step_ns) + total.num_warmup - total.num_repeated
     if faults:
         planned = settings.train.steps
-        faults.append(f"{num_steps}{'' if planned == config.UNKNOWN_STEPS else f' of {planned}'} steps can be used")
+        faults.append(f"{num_steps}{'' if planned == UNKNOWN_STEPS else f' of {planned}'} steps can be used")
     metrics = read_metrics(run.metrics) if run.metrics.is_file() else ([], [])
     loss = _number((written or {}).get("loss"))
     summary = summarise(
@@ -284,7 +284,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _read_config(run: RunDir, size: int) -> config.Config:
+def _read_config(run: RunDir, size: int) -> Config:
     """config.toml, which leaves at least one of `size` ranks to train."""
     try:
         settings = config.load(run.config).config

@@ -11,10 +11,10 @@ import numpy as np
 
 from hpc_train.analysis.runs.clocks import Clocks, Hosts, clocks_of, hosts_of
 from hpc_train.analysis.runs.load_balance import Balance, RankAccumulator
-from hpc_train.core.config import Reduce
 from hpc_train.core.formatting import amount, listed
 from hpc_train.core.records import PHASES, TIMING_COLUMNS, BadRecord, FloatArray, IntArray
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.settings import Reduce
 from hpc_train.core.timings import StepTimes, Timings, read_timings, step_times
 
 LEAVE_OUT = "Move this run's folder out of the report's folder, or name the other runs one by one."

@@ -18,6 +18,7 @@ from hpc_train.analysis.runs.repeats import Facts, apart, facts_of, series_of
 from hpc_train.core import config
 from hpc_train.core.formatting import listed, ms_text
 from hpc_train.core.records import PHASES, Energy, FloatArray, block_sums, mean_interval, total_energy
+from hpc_train.core.settings import RECORDED
 
 NUM_RESAMPLES = 1000
 _MOST_FACTS = 3  # in a group's label
@@ -414,7 +415,7 @@ def _between_groups(groups: list[Group]) -> list[str]:
     """
     notes = []
     works = [work(group.keys) for group in groups]
-    recorded = [keys for keys in works if keys["task.kind"] == config.RECORDED]  # these lack what the others have
+    recorded = [keys for keys in works if keys["task.kind"] == RECORDED]  # these lack what the others have
     for key in _differing(works):
         if recorded and not any(key in keys for keys in recorded):
             continue

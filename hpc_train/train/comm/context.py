@@ -21,9 +21,10 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from hpc_train.core.errors import JointFailure, UserError, refused
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.redaction import message
 from hpc_train.core.signals import ENDING, TERMINATED, DeferredSignals, ignore
-from hpc_train.core.world import World, launched_size
+from hpc_train.core.world import World
 from hpc_train.train.comm import messages
 
 T = TypeVar("T")
@@ -325,7 +326,7 @@ def _start_mpi() -> Context:
             "Run `make install`, load the MPI it was built with, or use one process: --set reduce.strategy=local",
         ) from None
     comm = MPI.COMM_WORLD
-    expected = launched_size()
+    expected = JobEnvironment.current().size
     if expected is not None and expected != comm.size:
         # Each rank is alone in its own MPI and finds this by itself: all of them, so one message is enough.
         raise _joint(

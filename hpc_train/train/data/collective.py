@@ -12,10 +12,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system
 from hpc_train.core.sampling import Indices, Order, chunk_edges, places, rank_batches, rank_span, require_rows
+from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context, parallel_file_options
 from hpc_train.train.data.dataset import Split
 from hpc_train.train.data.files import Files, require_parallel_hdf5, selected, transfer
@@ -171,11 +171,6 @@ def read_together(split: Split, way: str, files: Files, name: str, config: Confi
             raise UserError(
                 f"data.read = 'collective' reads one file, and data.file = '{config.data.file}': {name} is in several",
                 "Write them into one file, or leave data.read out.",
-            )
-        if config.train.accumulate > 1:
-            raise UserError(
-                f"train.accumulate = {config.train.accumulate} does not go with data.read = 'collective'",
-                "Ranks would differ in how often they read: leave one of them out.",
             )
         if context.comm is not None:
             require_parallel_hdf5()

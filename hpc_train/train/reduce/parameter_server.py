@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.core import config
+from hpc_train.core.settings import Reduce
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context, mpi
 from hpc_train.train.reduce.buckets import NUM_NOTES, Bucket, BucketScheduler, StepFlags, decays, make_buckets
@@ -33,7 +33,7 @@ class Worker:
 
     num_updates = 1
 
-    def __init__(self, settings: config.Reduce, model: nn.Module, context: Context, asked: Asked) -> None:
+    def __init__(self, settings: Reduce, model: nn.Module, context: Context, asked: Asked) -> None:
         self._comm, self._num_workers = context.comm, settings.num_workers(context.world.size)
         self._buckets = make_buckets(model, NUM_NOTES, settings.servers, apart=decays)
         self.shards = Shards(model, self._buckets[:-1], settings.servers, None)
@@ -84,9 +84,7 @@ class Server:
     team: the servers.
     """
 
-    def __init__(
-        self, settings: config.Reduce, model: nn.Module, context: Context, team: Context, asked: Asked
-    ) -> None:
+    def __init__(self, settings: Reduce, model: nn.Module, context: Context, team: Context, asked: Asked) -> None:
         self._comm, self._team, self._asked = context.comm, team, asked
         self._num_workers = settings.num_workers(context.world.size)
         buckets = make_buckets(model, NUM_NOTES, settings.servers, apart=decays)

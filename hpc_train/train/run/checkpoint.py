@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from hpc_train import __version__
-from hpc_train.core import config
 from hpc_train.core.errors import UserError, room
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.settings import Checkpoint
 from hpc_train.train.comm.context import Context, known_to_all
 
 FORMAT = 2  # 2: the optimizer by names of parameters, the loss scale, a task's own state
@@ -49,7 +49,7 @@ class Saver:
     def __init__(
         self,
         run: RunDir,
-        settings: config.Checkpoint,
+        settings: Checkpoint,
         facts: dict[str, Any],
         is_root: bool,
         say: Callable[[str], None],

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.core.config import RECORDED, Config
 from hpc_train.core.errors import UserError
+from hpc_train.core.settings import RECORDED, Config
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.tasks.classification import Classification

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_train.core.config import Config, load
+from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import Order, drawn, rank_samples
 from hpc_train.core.sampling import global_batch as batch_of
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.models.policy import Policy
@@ -238,10 +239,7 @@ gymnasium.register("Pictures-v0", Endless, kwargs={"shape": (8, 8, 3)})
         ("rl.environment=FrozenLake-v1", 1, ["its observations are Discrete(16)", "vector"]),
         ("rl.environment=Pictures-v0", 1, ["its observations are Box", "vector"]),
         ("rl.environment=Endless-v0", 1, ["Set rl.max_episode_steps"]),
-        ("train.global_batch=61", 1, ["rl.replay_size = 60", "global batch of 61"]),
-        ("train.batch_per_rank=31", 2, ["rl.replay_size = 60", "global batch of 62"]),
         ("rl.replay_start=61", 1, ["rl.replay_start = 61", "rl.replay_size = 60"]),
-        ("rl.num_envs=2", 3, ["rl.num_envs = 2", "3 ranks"]),
     ],
 )
 def test_a_users_mistake(override: str, size: int, words: list[str]) -> None:
