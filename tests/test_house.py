@@ -29,7 +29,7 @@ LOOP = {"train/loop.py", "train/recording.py", "train/generate.py"}
 
 # A third-party or system module -> the only places that may import it.
 ALLOWED = {
-    "mpi4py": {"train/comm/context.py", "train/comm/messages.py"},
+    "mpi4py": {f"train/comm/{file}.py" for file in ("startup", "mpi_library", "messages")},
     "horovod": {"train/reduce/reducer.py", "doctor/software.py"},
     "h5py": {f"train/data/{file}.py" for file in ("chunk_cache", "files", "filters", "foreign_files", "readers")}
     | {"train/data/collective.py", "bench/io.py", "doctor/storage.py"}

@@ -77,7 +77,8 @@ def allreduce(
     Example: mpirun -n 4 hpc-train bench allreduce --max 64M
     """
     require("torch", "mpi4py")
-    from hpc_train.train.comm.context import mpi_version, open_context
+    from hpc_train.train.comm.mpi_library import mpi_version
+    from hpc_train.train.comm.startup import open_context
     from hpc_train.train.data.memory import free_bytes_per_rank
 
     with open_context(use_mpi=True) as context:

@@ -50,7 +50,7 @@ def check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
     """
     require("h5py")
     notes = child_process.go_on_in_child()  # HDF5 crashes on some damaged files
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.train.comm.startup import open_context
 
     with open_context(use_mpi=JobEnvironment.current().is_launched) as context:
         from hpc_train.datasets.inspect.check import check as verify
@@ -76,7 +76,7 @@ def info(files: tuple[str, ...], no_speed: bool, as_json: bool) -> None:
     """
     require("h5py")
     notes = child_process.go_on_in_child()
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.train.comm.startup import open_context
 
     with open_context(use_mpi=False) as context:
         from hpc_train.datasets.inspect.info import inform

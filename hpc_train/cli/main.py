@@ -88,7 +88,7 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
     signals.hold_back()
     output.outlast()
     from hpc_train.datasets.inspect import first_look
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.train.comm.startup import open_context
 
     job = JobEnvironment.current()
     looked = first_look.begin(lambda: load(_job_file(config), overrides).config) if job.is_first_rank else None
@@ -129,7 +129,7 @@ def generate(
     Example: hpc-train generate runs/gpt-text --prompt "def main(" --tokens 300
     """
     require("torch", "h5py")
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.train.comm.startup import open_context
 
     with open_context(use_mpi=False):
         from hpc_train.train.generate import generate as write

@@ -75,7 +75,7 @@ def prepare(
              hpc-train prepare text data/mine.h5 --from mine --tokenizer bpe:8192
     """
     require("h5py")
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.train.comm.startup import open_context
 
     with open_context(use_mpi=JobEnvironment.current().is_launched) as context:
         from hpc_train.datasets.prepare.prepare import prepare as write
@@ -111,7 +111,7 @@ def stage(source: str, folder: Path, wait_s: float, is_checked: bool) -> None:
         --set data.file="$TMPDIR/mnist-5k.h5"
     """
     require("fsspec", *["h5py"] * is_checked)
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.train.comm.startup import open_context
 
     with open_context(use_mpi=JobEnvironment.current().is_launched) as context:
         from hpc_train.datasets.stage import stage as copy

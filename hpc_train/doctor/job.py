@@ -13,7 +13,8 @@ import numpy as np
 from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.doctor import carriers
 from hpc_train.doctor.check import Answer, Finding, Status, Subject, Values, by_host, counted, ranks_of, time_text
-from hpc_train.train.comm.context import Context, compared_clocks
+from hpc_train.train.comm.clocks import compare_clocks
+from hpc_train.train.comm.context import Context
 
 _OFF_WARN_S, _OFF_FAIL_S = 0.1, 10.0
 _STALE_VARIABLES = "unset ${!SLURM_*}   # left over from another job: submit with sbatch"
@@ -92,7 +93,7 @@ def _use_of_allocation(job: JobEnvironment, answers: Sequence[Answer]) -> Findin
 
 def look_clocks(subject: Subject) -> Values:
     """Collective. This rank's wall clock minus the root's, and by how much that may be wrong, in seconds."""
-    found = subject.context.all(compared_clocks(subject.context, time_ns))[0]
+    found = subject.context.all_gather(compare_clocks(subject.context, time_ns))[0]
     offset_ns, error_ns = found[subject.context.world.rank]
     return {"offset_s": offset_ns / 1e9, "error_s": error_ns / 1e9}
 

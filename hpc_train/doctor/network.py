@@ -48,7 +48,7 @@ def _all_reduce(context: Context, num_bytes: int) -> tuple[float, int]:
     mine = index * (world.rank % 8 + 1)
     context.barrier()
     began = perf_counter()
-    messages.add_up(context.comm, mine, total)
+    messages.all_reduce(context.comm, mine, total)
     spent_s = perf_counter() - began
     factor = sum(rank % 8 + 1 for rank in range(world.size))
     return spent_s, int(np.count_nonzero(np.abs(total - index * factor) > 1e-6 * factor * 1000))

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
@@ -162,8 +162,7 @@ def _set_up(config: Config, context: Context) -> Iterator[Job]:
     device = context.on_all(partial(open_device, config.train, context.world))
     is_server = context.world.rank >= config.reduce.num_workers(context.world.size)
     has_servers = config.reduce.strategy == "parameter_server"
-    team = context.team(is_server) if has_servers else context
-    with team.duplicate() as for_task:
+    with context.split(is_server) if has_servers else nullcontext(context) as team, team.duplicate() as for_task:
         # Of a fault that one team alone meets, the other must hear, too.
         task = context.on_all(partial(open_task, config, for_task)) if has_servers else open_task(config, for_task)
         batch_size = _batch_size(config, task, context)
@@ -353,12 +352,12 @@ def _end(
     """Collective. Saves the last state; then tests and sums up, unless the loop was stopped by `cause`."""
     recorder.flush()
     # Asked of all ranks: those of an asynchronous parameter server each know of their own updates alone.
-    if min(context.all(optimizer.num_left_out)) >= recorder.num_steps_done and cause is None:
+    if min(context.all_gather(optimizer.num_left_out)) >= recorder.num_steps_done and cause is None:
         refuse_a_run_without_updates(recorder.num_steps_done, context)
     state = snapshot()
     saved = context.on_root(lambda: saver.save_now(recorder.num_steps_done, state))
     outcome = "complete" if cause is None else f"stopped by {cause}"
-    recorder.stop(outcome, optimizer_bytes=context.all(optimizer.num_bytes))
+    recorder.stop(outcome, optimizer_bytes=context.all_gather(optimizer.num_bytes))
     if cause is None:
         test = _test(job, context)
         fault = fault_of_test(test)
@@ -447,7 +446,7 @@ def _test(job: Job, context: Context) -> dict[str, float]:
             num_counted, measures = job.task.test(job.model, moved(batch, job.device))
             count += num_counted
             sums = {name: sums.get(name, 0.0) + value for name, value in measures.items()}
-    everyone = context.all((count, sums))
+    everyone = context.all_gather((count, sums))
     total = sum(count for count, _ in everyone)
     names = dict.fromkeys(name for _, sums in everyone for name in sums)
     return {name: sum(sums.get(name, 0.0) for _, sums in everyone) / total for name in names} if total else {}

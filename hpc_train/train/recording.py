@@ -34,9 +34,10 @@ from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.sampling import rank_span
 from hpc_train.core.settings import RECORDED, UNKNOWN_STEPS
 from hpc_train.core.world import World
-from hpc_train.train.comm.context import Context, join_mpi
+from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import place_ranks
 from hpc_train.train.comm.process_group import join_process_group
+from hpc_train.train.comm.startup import join_mpi
 from hpc_train.train.device import open_clock
 from hpc_train.train.run.attempt import open_attempt
 from hpc_train.train.run.recorder import Recorder

@@ -9,7 +9,8 @@ import pytest
 from _pytest.config import create_terminal_writer
 
 from hpc_train.core.job_environment import JobEnvironment
-from hpc_train.train.comm.context import Context, open_context
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.startup import open_context
 
 RANK = JobEnvironment.current().rank or 0
 

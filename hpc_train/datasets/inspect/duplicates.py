@@ -38,7 +38,7 @@ def find_duplicates(hashes: Sequence[np.ndarray], ends: Sequence[int], context: 
     mine = np.concatenate([np.empty(0, SAMPLE_HASH), *hashes])
     rows = _repeated(_exchange_by_hash(mine, context))
     part_pairs = list(combinations_with_replacement(range(len(ends)), 2))
-    counted = context.all([_count_copies(rows, ends, originals, copies) for originals, copies in part_pairs])
+    counted = context.all_gather([_count_copies(rows, ends, originals, copies) for originals, copies in part_pairs])
     found = []
     for index, (originals, copies) in enumerate(part_pairs):
         num = sum(of_rank[index][0] for of_rank in counted)

@@ -16,7 +16,8 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system
 from hpc_train.core.sampling import Indices, Order, chunk_edges, places, rank_batches, rank_span, require_rows
 from hpc_train.core.settings import Config
-from hpc_train.train.comm.context import Context, parallel_file_options
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import parallel_file_options
 from hpc_train.train.data.dataset import Split
 from hpc_train.train.data.files import Files, require_parallel_hdf5, selected, transfer
 from hpc_train.train.data.readers import Reader
@@ -142,7 +143,7 @@ def way_to_read(reader: Reader, files: Files, config: Config, context: Context) 
     if config.data.read != "auto":
         return config.data.read, "as data.read says"
     num_bytes = int(np.prod(reader.shape, dtype=np.int64)) * reader.dtype.itemsize
-    hosts = context.all((context.world.host, physical_memory()))
+    hosts = context.all_gather((context.world.host, physical_memory()))
     node_bytes, num_nodes = min(num for _, num in hosts), len({host for host, _ in hosts})
     kind = context.on_root(lambda: file_system(files.paths[0]))
     fits = kind not in _OF_NETWORKS or num_bytes <= node_bytes // 2

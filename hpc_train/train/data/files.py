@@ -15,7 +15,8 @@ import numpy as np
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system
 from hpc_train.core.settings import Config
-from hpc_train.train.comm.context import Context, require_one_mpi
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import require_one_mpi
 from hpc_train.train.data.foreign_files import (
     HDF5_ERRORS,
     absurd_claim,

@@ -128,7 +128,7 @@ class NodeEnergy:
         whole step stands for all nodes, if there is one; else an estimate, since GPUs alone leave out the cores.
         """
         choice = choose() if self._reads else None
-        lacks = any(self._context.all(choice is not None and not choice.has_processors))
+        lacks = any(self._context.all_gather(choice is not None and not choice.has_processors))
         num_hosts = self._num_hosts
         step = self._context.on_root(lambda: find_step(num_hosts, JobEnvironment.current())) if lacks else None
         if choice is None:

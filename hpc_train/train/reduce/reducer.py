@@ -15,7 +15,8 @@ from torch import nn
 from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Reduce
 from hpc_train.train.comm import messages
-from hpc_train.train.comm.context import Context, require_one_mpi
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import require_one_mpi
 from hpc_train.train.reduce.buckets import NUM_NOTES, Bucket, BucketScheduler, StepFlags, make_buckets
 from hpc_train.train.reduce.half_precision import packed, unpacked
 from hpc_train.train.reduce.parameter_server import Server, Worker
@@ -68,7 +69,7 @@ def open_reducer(
     hvd = None
     if strategy in ("horovod", "sharded"):
         hvd = context.on_all(partial(_load_horovod, settings))
-        gpus = context.all(_gpu_for_nccl(hvd, model, context))
+        gpus = context.all_gather(_gpu_for_nccl(hvd, model, context))
         context.on_all(partial(check_gpus, strategy, gpus))
     broadcast_model(model, context)
     if size == 1:
@@ -253,9 +254,9 @@ class Mpi:
         array = host.numpy()
         num_pieces = -(-message.nbytes // (_PART_BYTES * self._comm.size))
         pieces = np.array_split(array, num_pieces) if num_pieces > 1 else [array]  # it takes as long as 64 KiB to sum
-        if last or len(array) < self._comm.size:  # Rabenseifner's algorithm needs an element a rank: see context.py
+        if last or len(array) < self._comm.size:  # Rabenseifner's algorithm needs an element a rank: see startup.py
             return partial(self._sum_now, pieces, host)
-        return self._queued([partial(messages.begin_sum, self._comm, piece) for piece in pieces], host)
+        return self._queued([partial(messages.begin_all_reduce, self._comm, piece) for piece in pieces], host)
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Arrival:
         host = message.cpu()
@@ -295,7 +296,7 @@ class Mpi:
     def _sum_now(self, pieces: list[Any], result: torch.Tensor) -> torch.Tensor:
         self._arrived(self._num_asked, result)  # in the order of all ranks: what left before is there
         for piece in pieces:
-            messages.add_up_in_place(self._comm, piece)
+            messages.all_reduce_in_place(self._comm, piece)
         return result
 
 

@@ -29,7 +29,8 @@ from hpc_train.core.resume_rules import said
 from hpc_train.core.rundir import sync, write_atomic
 from hpc_train.core.settings import UNKNOWN_STEPS
 from hpc_train.core.timings import read_timings, step_times
-from hpc_train.train.comm.context import Context, clock_offsets_ns
+from hpc_train.train.comm.clocks import clock_offsets_ns
+from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement
 from hpc_train.train.energy.meters import NodeEnergy
 from hpc_train.train.run.attempt import Attempt

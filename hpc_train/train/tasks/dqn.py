@@ -168,7 +168,7 @@ class Dqn:
         ]
         after, rewards, terminated, over = (np.array(column) for column in zip(*seen, strict=True))
         mine_of_all = (self._now, actions, rewards.astype(np.float32), after, terminated, over)
-        columns = zip(*self.context.all(mine_of_all), strict=True)
+        columns = zip(*self.context.all_gather(mine_of_all), strict=True)
         everyone = Transitions(*(torch.from_numpy(np.concatenate(column)) for column in columns))
         self._replay.add(everyone)
         for done, action in zip(self._actions, everyone.actions.tolist(), strict=True):
