@@ -24,7 +24,7 @@ def print_short(report: Report, console: Console) -> None:
         console.print(f"and {len(report.sections) - _MOST_HEADLINES} more")
     if first.overview is not None:
         console.print("", safe_text(first.overview.title), fit_table(first.overview, console.width), sep="\n")
-    notes = [*first.notes, *report.notes]
+    notes = [*report.notes, *first.notes]  # a run that could not be read is news of the first rank
     cautions, findings = ([note for note in notes if note.kind == kind] for kind in ("caution", "finding"))
     _print_notes([*cautions[:_MOST_CAUTIONS], *findings[:_MOST_FINDINGS]], console)
     num_tables = sum(len(section.tables) for section in report.sections)
