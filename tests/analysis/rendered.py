@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hpc_train.analysis.energy.cost import GroupEnergy, cost_of
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.facts import Facts, gather
 from hpc_train.analysis.report.model import Report, Section, Table
 from hpc_train.analysis.report.renderers.files import write_report
@@ -16,7 +16,7 @@ from hpc_train.analysis.report.report import build_report, make_report
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.energy import add_energy
 from hpc_train.analysis.report.sections.group import group_section
-from hpc_train.analysis.scaling.scaling import Group
+from hpc_train.analysis.scaling.compare import Group
 from tests.synthetic import Recipe, write_run
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
@@ -71,11 +71,11 @@ def report_and_facts(root: Path, *recipes: Recipe) -> tuple[Report, Facts]:
 
 
 def section_of(group: Group) -> Section:
-    return group_section(cost_of(group), None, False, Guard())
+    return group_section(cost_of(group), None, False, SectionGuard())
 
 
 def energy_section(energy: GroupEnergy) -> Section:
-    section = SectionBuilder("group", energy.group.label, Guard())
+    section = SectionBuilder("group", energy.group.label, SectionGuard())
     add_energy(section, energy)
     return section.build()
 

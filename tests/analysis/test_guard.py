@@ -18,7 +18,7 @@ from tests.synthetic import Recipe, write_run
 HERE = "hpc_train.analysis."
 # What fails -> where the report must say so, besides summary.json and scaling.csv: "text" is the terminal and Markdown.
 PARTS = {
-    "scaling.scaling.efficiencies": "text",
+    "scaling.compare.efficiencies": "text",
     "energy.cost.energy_of": "text",
     "report.facts.studies_of": "text",
     "report.sections.group.headline": "text",
@@ -87,7 +87,7 @@ def test_a_section_that_fails_says_why_in_its_place(
 
 @pytest.mark.parametrize(
     "broken",
-    ["scaling.scaling.efficiencies", "report.sections.step_time.phase_table", "report.plots.speedup._paint"],
+    ["scaling.compare.efficiencies", "report.sections.step_time.phase_table", "report.plots.speedup._paint"],
     indirect=True,
 )
 def test_the_traceback_is_there_for_those_who_ask(runs: Path, broken: str, tmp_path: Path) -> None:

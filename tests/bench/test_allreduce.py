@@ -49,7 +49,7 @@ def test_what_plan_reads_is_saved(saved: dict[str, Any]) -> None:
 
 def test_the_terminal_has_tables_ratios_and_progress(done: tuple[jobs.Ended, Path], saved: dict[str, Any]) -> None:
     out, err = done[0].out, done[0].err
-    assert "2 ranks on one node: bus bandwidth in GB/s beside its limits" in out
+    assert "2 ranks on one node: bus bandwidth in GB/s" in out
     for strategy in ("mpi", "horovod"):
         assert f"64 KiB, 2 ranks on one node: {strategy} runs at " in out
     assert "4 KiB (1 of 3 sizes)" in err and "64 KiB (3 of 3 sizes, about 0:" in err

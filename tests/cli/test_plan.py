@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.models.measurements import read_table
 from hpc_train.analysis.models.predict import curve_sizes, predict
 from hpc_train.analysis.planning.budget import Work, power, read_network, samples_work, steps_work
@@ -18,7 +18,7 @@ from hpc_train.analysis.planning.plan import Limits, make_plan
 from hpc_train.analysis.report.sections.next_run import next_run
 from hpc_train.analysis.report.sections.plan import answer, short_answer
 from hpc_train.analysis.runs.load import load_all
-from hpc_train.analysis.scaling.scaling import compare
+from hpc_train.analysis.scaling.compare import compare
 from hpc_train.cli.main import cli
 from hpc_train.cli.plan import duration_s, joules
 from hpc_train.core.errors import UserError
@@ -76,8 +76,8 @@ def test_limits_and_the_reasons_for_no_other_number(tmp_path: Path) -> None:
 def test_a_job_that_stops_scaling_is_given_its_knee(tmp_path: Path) -> None:
     rows = [f"{n},{(8.0 / n + 0.05 * n):.6g},4,strong,512" for n in (1, 2, 4, 8, 16, 32)]
     text = "\n".join(["ranks,step_s,ranks_per_node,scaling,global_batch", *rows, ""])
-    points = read_table(table(tmp_path, text))
-    made = make_plan(predict(points), steps_work(points, 1000), Limits(max_nodes=16))
+    measurements = read_table(table(tmp_path, text))
+    made = make_plan(predict(measurements), steps_work(measurements, 1000), Limits(max_nodes=16))
     assert made.chosen is not None and made.chosen.nodes <= 3
     assert made.why_not_larger and made.why_not_smaller
     assert short_answer(made) in (f"ask for {made.chosen.nodes} nodes", "ask for 1 node")
@@ -86,15 +86,17 @@ def test_a_job_that_stops_scaling_is_given_its_knee(tmp_path: Path) -> None:
 def test_joules_are_split_into_nodes_and_samples(tmp_path: Path) -> None:
     sizes = [(4, 0.10), (8, 0.12), (16, 0.15), (32, 0.16)]
     rows = [f"{n},{t},4,{64 * n},{300 * n / 4 * t + 0.5 * 64 * n:.6f}" for n, t in sizes]
-    points = read_table(table(tmp_path, "\n".join(["ranks,step_s,ranks_per_node,global_batch,joules", *rows, ""])))
-    found = power(points)
+    measurements = read_table(
+        table(tmp_path, "\n".join(["ranks,step_s,ranks_per_node,global_batch,joules", *rows, ""]))
+    )
+    found = power(measurements)
     assert found is not None and found.static_w == pytest.approx(300) and found.joules_per_sample == pytest.approx(0.5)
-    made = make_plan(predict(points), samples_work(1e7))
+    made = make_plan(predict(measurements), samples_work(1e7))
     option = made.options[1]
     assert option.nodes == 2 and option.energy_j == pytest.approx(300 * 2 * (option.time_s or 0) + 0.5e7, rel=1e-3)
     low, high = option.energy_interval_j or (0, 0)
     assert low < option.energy_j < high
-    budget = make_plan(predict(points), samples_work(1e7), Limits(energy_j=1.01 * (option.energy_j or 0)))
+    budget = make_plan(predict(measurements), samples_work(1e7), Limits(energy_j=1.01 * (option.energy_j or 0)))
     assert budget.chosen is None or budget.chosen.energy_j < option.energy_j
 
 
@@ -125,10 +127,10 @@ def test_bad_tables_are_named(tmp_path: Path, text: str, words: str) -> None:
 def test_odd_tables_are_read_and_what_is_odd_is_said(tmp_path: Path) -> None:
     lines = ("16,1.3,4,a", "4,1.0,4,", "", "4,1.1,4,b", "8,1.2,4,", "6,1.15,4,", "")
     text = "\n".join(("# made elsewhere", "ranks, step_s, ranks_per_node, note", *lines))
-    points = read_table(table(tmp_path, text))
-    assert points.ranks.tolist() == [4, 6, 8, 16] and points.step_s[0] == pytest.approx(1.05)
-    assert points.nodes(points.ranks).tolist() == [1, 2, 2, 4]
-    told = " ".join(points.notes)
+    measurements = read_table(table(tmp_path, text))
+    assert measurements.ranks.tolist() == [4, 6, 8, 16] and measurements.step_s[0] == pytest.approx(1.05)
+    assert measurements.nodes(measurements.ranks).tolist() == [1, 2, 2, 4]
+    told = " ".join(measurements.notes)
     assert "4 ranks: 2 lines, of which the mean is taken" in told and "Taken as weak scaling" in told
     assert "6 ranks do not fill whole nodes of 4" in told
     assert "No ranks_per_node" in " ".join(read_table(table(tmp_path, "ranks,step_s\n1,1\n2,1\n")).notes)
@@ -165,7 +167,7 @@ def test_runs_are_planned_from(tmp_path: Path) -> None:
     assert tree["power"]["quality"] == "measured" and tree["options"][0]["energy_j"] is not None
     assert tree["work"]["steps"] == 210
     group = compare(load_all([tmp_path])).groups[0]
-    shown = next_run(group, Guard()).plan
+    shown = next_run(group, SectionGuard()).plan
     assert shown is not None and shown.chosen is not None and shown.chosen.nodes == tree["nodes"]
     drawn = shown.prediction.at(curve_sizes(shown.prediction))
     assert drawn[0].ranks == 1 and drawn[-1].ranks == 32 and sum(each.measured_s is not None for each in drawn) == 4

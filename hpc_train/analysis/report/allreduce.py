@@ -20,8 +20,8 @@ from hpc_train.analysis.report.plots.canvas import (
     styled,
 )
 from hpc_train.core import rundir
-from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Fit, Row, fits, pair_ratios, size_text
-from hpc_train.core.formatting import percent, significant
+from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Fit, Row, fits, pair_ratios
+from hpc_train.core.formatting import binary_size, percent, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +90,9 @@ def _sizes_and_strategies(rows: dict[tuple[str, int], Row]) -> tuple[list[int], 
 def _time_table(place: Place, rows: dict[tuple[str, int], Row]) -> Table:
     sizes, strategies = _sizes_and_strategies(rows)
     columns = (Column("size", True), *number_columns(*map(name_of, strategies)))
-    lines = [(size_text(size), *(_time_text(rows.get((name, size))) for name in strategies)) for size in sizes]
+    lines = []
+    for size in sizes:
+        lines.append((binary_size(size), *(_time_text(rows.get((name, size))) for name in strategies)))
     title = f"{place_text(place)}: time in us, ± half the interquartile range"
     return Table("allreduce-time", title, columns, tuple(lines))
 
@@ -99,7 +101,9 @@ def _bandwidth_table(place: Place, rows: dict[tuple[str, int], Row], with_limits
     sizes, strategies = _sizes_and_strategies(rows)
     strategies += LIMITS
     columns = (Column("size", True), *number_columns(*map(name_of, strategies)))
-    lines = [(size_text(size), *(_speed_text(with_limits.get((name, size))) for name in strategies)) for size in sizes]
+    lines = [
+        (binary_size(size), *(_speed_text(with_limits.get((name, size))) for name in strategies)) for size in sizes
+    ]
     title = f"{place_text(place)}: bus bandwidth in GB/s, with its limits"
     return Table("allreduce-bandwidth", title, columns, tuple(lines))
 
@@ -142,7 +146,7 @@ def ratio_notes(rows: Sequence[Row]) -> list[str]:
                 low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
                 verdict = "" if middle >= GOAL else f", below {GOAL}"
                 notes.append(
-                    f"{size_text(num_bytes)}, {place_text(place)}: {strategy} runs at {middle:.2f} of plain "
+                    f"{binary_size(num_bytes)}, {place_text(place)}: {strategy} runs at {middle:.2f} of plain "
                     f"MPI_Allreduce (quartiles {low:.2f}-{high:.2f} of {len(ratios)} pairs{verdict})."
                 )
     return notes
@@ -201,6 +205,6 @@ def paint(axes: "Axes", rows: Sequence[Row], place: Place) -> None:
     axes.set_yscale("log")
     measured = [row.message_bytes for row in rows]
     ticks = [size for size in _TICKS if min(measured) <= size <= max(measured)]
-    axes.set_xticks(ticks, [size_text(size) for size in ticks], rotation=45)
+    axes.set_xticks(ticks, [binary_size(size) for size in ticks], rotation=45)
     axes.minorticks_off()
     axes.set(xlabel="size of the message", title=place_text(place))

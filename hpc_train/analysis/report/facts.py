@@ -7,9 +7,9 @@ from typing import Any
 
 from hpc_train.analysis.convergence.target import TargetStudy, studies_of
 from hpc_train.analysis.energy.cost import UNKNOWN, GroupEnergy, Tariff, cost_of
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.runs.load import Run, load_known
-from hpc_train.analysis.scaling.scaling import Scaling, compare
+from hpc_train.analysis.scaling.compare import Scaling, compare
 from hpc_train.analysis.scaling.strategies import Comparison, compare_strategies
 
 
@@ -23,7 +23,7 @@ class Facts:
 
 
 def gather(
-    paths: Sequence[Path], tariff: Tariff = UNKNOWN, target_loss: float | None = None, guard: Guard | None = None
+    paths: Sequence[Path], tariff: Tariff = UNKNOWN, target_loss: float | None = None, guard: SectionGuard | None = None
 ) -> Facts:
     """Reads and compares the runs at or below `paths`; a note names those that cannot be read.
 
@@ -32,7 +32,7 @@ def gather(
     tariff: overrides what the runs' configurations say. target_loss: to which times are compared; None: one that all
     complete runs of a job reached.
     """
-    guard = guard or Guard()
+    guard = guard or SectionGuard()
     runs, skipped = load_known(paths, guard)
     scaling = compare(runs, guard)
     energies = tuple(cost_of(group, tariff, guard) for group in scaling.groups)
@@ -43,7 +43,7 @@ def gather(
         not_made.append(f"{why}.")
         return []
 
-    targets = guard.made("times to a loss", nothing, studies_of, scaling.groups, energy_by_run, target_loss)
-    strategies = guard.made("strategies on equal work", nothing, compare_strategies, scaling.groups)
+    targets = guard.call("times to a loss", nothing, studies_of, scaling.groups, energy_by_run, target_loss)
+    strategies = guard.call("strategies on equal work", nothing, compare_strategies, scaling.groups)
     scaling = replace(scaling, notes=(*scaling.notes, *skipped, *not_made))
     return Facts(tuple(runs), scaling, energies, tuple(strategies), tuple(targets))

@@ -1,7 +1,7 @@
 """Names of rows and ranks, the same in tables, sentences and plots."""
 
 from hpc_train.analysis.efficiency.stragglers import Straggler
-from hpc_train.analysis.scaling.scaling import Row
+from hpc_train.analysis.scaling.compare import Row
 from hpc_train.core.formatting import plain
 
 MARK = "*"  # on the number of ranks of an incomplete row

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.core.formatting import plain
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Report:
     csv_columns: tuple[str, ...]
     rows: tuple[dict[str, Any], ...]  # for scaling.csv, in base units; None is unknown
     summary: Mapping[str, Any]  # for summary.json
-    guard: Guard = field(default_factory=Guard)
+    guard: SectionGuard = field(default_factory=SectionGuard)
 
     @property
     def headlines(self) -> list[str]:

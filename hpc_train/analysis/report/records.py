@@ -5,7 +5,7 @@ from typing import Any, ParamSpec
 
 import hpc_train
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.facts import Facts
 from hpc_train.analysis.report.model import Section
 from hpc_train.analysis.report.sections.efficiency import EFFICIENCY_COLUMNS, efficiency_record, straggler_records
@@ -14,7 +14,8 @@ from hpc_train.analysis.report.sections.flops import FLOPS_COLUMNS, flops_record
 from hpc_train.analysis.report.sections.result import measures_of
 from hpc_train.analysis.report.sections.strategies import comparison_record
 from hpc_train.analysis.report.sections.target import TARGET_COLUMNS, records_by_run, study_record
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
+from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.core.formatting import plural
 from hpc_train.core.records import PHASES
 
 P = ParamSpec("P")
@@ -59,9 +60,9 @@ CSV_COLUMNS = (  # and test_<measure> for every measure of any run
 class Records:
     """Makes the plain values of one report; the values of what fails are None."""
 
-    def __init__(self, facts: Facts, guard: Guard) -> None:
+    def __init__(self, facts: Facts, guard: SectionGuard) -> None:
         self._facts, self._guard = facts, guard
-        self._target_by_run = guard.made("the numbers of times to a loss", _nothing, records_by_run, facts.targets)
+        self._target_by_run = guard.call("the numbers of times to a loss", _nothing, records_by_run, facts.targets)
 
     def csv_columns(self) -> tuple[str, ...]:
         rows = [row for group in self._facts.scaling.groups for row in group.rows]
@@ -127,12 +128,12 @@ class Records:
         **kwargs: P.kwargs,
     ) -> dict[str, Any]:
         """What `make` returns; None under each column if it fails."""
-        what = f"the numbers of {num_ranks(row.size)}, {what}"
-        return self._guard.made(what, lambda why: dict.fromkeys(columns), make, *args, **kwargs)
+        what = f"the numbers of {plural(row.size, 'rank')}, {what}"
+        return self._guard.call(what, lambda why: dict.fromkeys(columns), make, *args, **kwargs)
 
     def _made(self, label: str, make: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> Any:
         """What `make` returns, or the sentence about its failure."""
-        return self._guard.made(f"the numbers of {label}", str, make, *args, **kwargs)
+        return self._guard.call(f"the numbers of {label}", str, make, *args, **kwargs)
 
 
 def _nothing(why: str) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_train.analysis.energy.cost import UNKNOWN, Tariff
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.facts import Facts, gather
 from hpc_train.analysis.report.model import Note, Report, Section
 from hpc_train.analysis.report.records import Records
@@ -12,17 +12,17 @@ from hpc_train.analysis.report.sections.group import group_section
 from hpc_train.analysis.report.sections.run_metadata import runs_metadata
 from hpc_train.analysis.report.sections.strategies import strategy_section
 from hpc_train.analysis.report.sections.target import target_section
-from hpc_train.analysis.runs.load import word
+from hpc_train.analysis.runs.meta_json import text_at
 
 
 def make_report(paths: Sequence[Path], tariff: Tariff = UNKNOWN, target_loss: float | None = None) -> Report:
     """The report of the runs at or below `paths`. Raises `UserError` if there is none. The options: see `gather`."""
-    guard = Guard()
+    guard = SectionGuard()
     return build_report(gather(paths, tariff, target_loss, guard), guard)
 
 
-def build_report(facts: Facts, guard: Guard | None = None) -> Report:
-    guard = guard or Guard()
+def build_report(facts: Facts, guard: SectionGuard | None = None) -> Report:
+    guard = guard or SectionGuard()
     runs = facts.runs
     sections = _sections(facts, guard)
     records = Records(facts, guard)
@@ -31,7 +31,7 @@ def build_report(facts: Facts, guard: Guard | None = None) -> Report:
     assumptions = {run.assumption for run in runs if run.summary.energy_quality == "estimated"}
     return Report(
         job_names=tuple(dict.fromkeys(run.summary.name for run in runs)),
-        dates=tuple(sorted({(word(run.meta, "started") or "")[:10] for run in runs} - {""})),
+        dates=tuple(sorted({(text_at(run.meta, "started") or "")[:10] for run in runs} - {""})),
         sections=tuple(sections),
         notes=tuple(Note("all-runs", "caution", text) for text in facts.scaling.notes),
         assumptions=tuple(sorted(filter(None, assumptions))),
@@ -44,7 +44,7 @@ def build_report(facts: Facts, guard: Guard | None = None) -> Report:
     )
 
 
-def _sections(facts: Facts, guard: Guard) -> list[Section]:
+def _sections(facts: Facts, guard: SectionGuard) -> list[Section]:
     """Strategies with an answer, the groups, other strategies, times to a loss of several groups.
 
     A study of one group alone is a part of that group's section.

@@ -10,7 +10,7 @@ import pytest
 
 from hpc_train.analysis.convergence.target import NOT_REACHED, TargetStudy, reach_of, smoothed, studies_of, window
 from hpc_train.analysis.energy.cost import cost_of
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.facts import gather
 from hpc_train.analysis.report.records import CSV_COLUMNS
 from hpc_train.analysis.report.renderers.files import summary_tree, to_csv, write_report
@@ -25,7 +25,7 @@ from hpc_train.analysis.report.sections.target import (
     target_table,
 )
 from hpc_train.analysis.runs.load import Run, load, load_all
-from hpc_train.analysis.scaling.scaling import compare
+from hpc_train.analysis.scaling.compare import compare
 from hpc_train.core.records import FloatArray
 from hpc_train.core.rundir import RunDir
 from tests.analysis.rendered import table
@@ -205,7 +205,7 @@ def test_the_report_has_it_in_words_csv_and_json(tmp_path: Path) -> None:
     written(tmp_path, replace(SMALL, name="other", strategy="mpi"), FALLING)  # other groups are not in it
     facts = gather([tmp_path], target_loss=1.0)
     (of_both,) = [each for each in facts.targets if len(each.rows) == 2]
-    made, section = build_report(facts), target_section(of_both, Guard())
+    made, section = build_report(facts), target_section(of_both, SectionGuard())
     assert section.headline in made.headlines
     assert any("lr" in column.title for column in table(section, "target").columns)
     record = summary_tree(made)["targets"][0]

@@ -14,8 +14,8 @@ from hpc_train.analysis.report.plots.canvas import COLUMN_WIDTH, figure_files, t
 from hpc_train.analysis.report.renderers.figures import unique_prefixes, write_figures
 from hpc_train.analysis.report.renderers.files import write_report
 from hpc_train.analysis.report.report import make_report
+from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.laws import fitted, law_words
-from hpc_train.analysis.scaling.scaling import Group
 from hpc_train.core.errors import UserError
 from tests.analysis.rendered import report, report_and_facts
 from tests.synthetic import Recipe, write_run

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.facts import gather
 from hpc_train.analysis.report.renderers.files import to_csv, to_json, write_report
 from hpc_train.analysis.report.renderers.markdown import to_markdown
@@ -235,7 +235,7 @@ def test_a_damaged_run_is_left_out_and_named(tmp_path: Path) -> None:
     for size in (1, 2, 4):
         last = write_run(tmp_path, Recipe(size=size, step_s=0.01 / size))
     last.meta.write_text("{")
-    guard = Guard()
+    guard = SectionGuard()
     facts = gather([tmp_path], guard=guard)
     assert [run.size for run in facts.runs] == [1, 2] and not guard.faults
     assert any(f"{last.meta} is not JSON" in note for note in facts.scaling.notes)

@@ -10,8 +10,8 @@ import pytest
 
 from hpc_train.analysis.report.renderers.files import to_csv, write_report
 from hpc_train.analysis.runs.load import load
+from hpc_train.analysis.scaling.compare import compare
 from hpc_train.analysis.scaling.mfu import flops_notes, flops_of
-from hpc_train.analysis.scaling.scaling import compare
 from tests.analysis.rendered import Page, notes, printed, report_and_facts, section_of, table
 from tests.synthetic import Recipe, write_run
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.facts import Facts
 from hpc_train.analysis.report.model import Section
 from hpc_train.analysis.report.renderers.files import summary_tree
 from hpc_train.analysis.report.sections.strategies import strategy_section
 from hpc_train.analysis.runs.load import load, load_all
-from hpc_train.analysis.scaling.scaling import compare
+from hpc_train.analysis.scaling.compare import compare
 from hpc_train.analysis.scaling.strategies import Comparison, compare_strategies, traffic
 from hpc_train.core.errors import UserError
 from tests.analysis.rendered import Page, notes, page, printed, report_and_facts, section_of, table
@@ -32,7 +32,7 @@ def side_by_side(root: Path, *recipes: Recipe) -> Comparison:
 
 
 def section(made: Comparison) -> Section:
-    return strategy_section(made, False, Guard())
+    return strategy_section(made, False, SectionGuard())
 
 
 def cells(made: Comparison, id: str, strategy: str) -> dict[str, str]:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpc_train.analysis.efficiency.stragglers import Waiting
+from hpc_train.analysis.efficiency.stragglers import StragglerAnalysis
 from hpc_train.analysis.report.labels import straggler_text
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.canvas import BLACK, BLUE, GREY, VERMILLION, WHITE
 from hpc_train.analysis.runs.load_balance import Arrivals
-from hpc_train.analysis.scaling.scaling import Group, num_ranks
-from hpc_train.core.formatting import significant
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.core.formatting import plural, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ class _Map:
 
     size: int
     ranks: list[int]
-    waiting: Waiting
+    waiting: StragglerAnalysis
     arrivals: Arrivals
 
     @property
@@ -62,8 +62,8 @@ def arrivals_plot(group: Group) -> Plot | None:
     lines = "" if len(ranks) == num_lines else f" A line is {len(ranks) / num_lines:.3g} ranks."
     return Plot(
         "late-ranks",
-        f"Late arrivals at the reductions of {num_ranks(found.size)}, {how}: the job waits for orange ranks; blue ones"
-        f" wait.{named}{arrows}{lines}",
+        f"Late arrivals at the reductions of {plural(found.size, 'rank')}, {how}: the job waits for orange ranks;"
+        f" blue ones wait.{named}{arrows}{lines}",
         f"Lateness of {len(ranks)} ranks over {arrivals.num_steps} steady steps, latest on average over the median"
         f" rank: {lateness}.{named}",
         partial(_paint, found=found, scale=scale, unit=unit),
@@ -75,8 +75,8 @@ def _find(group: Group) -> _Map | None:
     rows = [row for row in group.rows if not row.incomplete] or list(group.rows)
     for row in reversed(rows):
         maps = []
-        for run, waiting in zip(row.runs, row.waiting, strict=True):
-            balance = run.balance
+        for run, waiting in zip(row.runs, row.stragglers, strict=True):
+            balance = run.load_balance
             if balance is not None and balance.arrivals is not None and balance.arrivals.map_s.any():
                 maps.append(_Map(run.size, balance.ranks.tolist(), waiting, balance.arrivals))
         if maps:

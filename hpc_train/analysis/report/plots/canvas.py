@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from markupsafe import Markup
 
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.model import Plot
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ _STYLE: dict[str, Any] = {
 _NO_DATE: Any = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # so that equal runs give equal bytes
 
 
-def paint_or_explain(plot: Plot, label: str, guard: Guard, paint: Callable[[Plot], T]) -> T:
+def paint_or_explain(plot: Plot, label: str, guard: SectionGuard, paint: Callable[[Plot], T]) -> T:
     """`paint(plot)`; if that fails, paints the sentence about the failure. label: of the plot's section."""
     what = f"the figure '{plot.id}' of {label}"
-    return guard.made(what, lambda why: paint(unmade_plot(plot.id, why)), paint, plot)
+    return guard.call(what, lambda why: paint(unmade_plot(plot.id, why)), paint, plot)
 
 
 def unmade_plot(id: str, why: str) -> Plot:

@@ -7,8 +7,8 @@ from hpc_train.analysis.efficiency.pop import FACTORS
 from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.canvas import BLACK, GREY, VERMILLION, WHITE, thinned
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
-from hpc_train.core.formatting import percent
+from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.core.formatting import percent, plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ def efficiency_plot(group: Group) -> Plot | None:
     indices = thinned([float(index) for index in range(len(rows))], (len(rows) - 1) / (_MOST_COLUMNS - 1))
     rows = [rows[index] for index in indices]
     factors = [factor for factor in FACTORS if any(factor in row.pop.factors for row in rows)]
-    values = "; ".join(f"{num_ranks(row.size)}: {_values_text(row, factors)}" for row in rows)
+    values = "; ".join(f"{plural(row.size, 'rank')}: {_values_text(row, factors)}" for row in rows)
     return Plot(
         "pop-efficiencies",
         "POP efficiencies: each is the product of those below it in the tree; darker means more loss.",

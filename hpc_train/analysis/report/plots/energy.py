@@ -6,12 +6,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
-from hpc_train.analysis.energy.energy_amount import Joules
+from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.canvas import BLUE, GREEN, GREY, SKY, VERMILLION, WHITE, label_bar, legend_above
 from hpc_train.analysis.report.plots.step_time import PHASE_COLORS, bars_by_size
-from hpc_train.analysis.scaling.scaling import num_ranks
-from hpc_train.core.formatting import significant, times_text
+from hpc_train.core.formatting import plural, ratio_text, significant
 from hpc_train.core.records import PHASES
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def _unit(most_j: float) -> tuple[float, str]:
     return 1 / size, unit
 
 
-def _qualities(parts: Sequence[Joules]) -> str:
+def _qualities(parts: Sequence[EnergyAmount]) -> str:
     """ "measured", "estimated / measured": of what is known."""
     known = {"mixed": "part estimated"}
     return " / ".join(sorted({known.get(part.quality, part.quality) for part in parts if part.known > 0} - {"missing"}))
@@ -45,7 +44,7 @@ def energy_by_size_plot(cost: GroupEnergy) -> Plot:
     is_hatched = any(_is_estimate(amount) for row in rows for _, amount in _pieces(row))
     split = " Green is above idle, light blue the idle draw of the nodes." if with_idle else ""
     hatched = " Hatched is estimated, not read from a meter." if is_hatched else ""
-    amounts = ", ".join(f"{num_ranks(row.row.size)} {_amount_text(row)}" for row in rows)
+    amounts = ", ".join(f"{plural(row.row.size, 'rank')} {_amount_text(row)}" for row in rows)
     return Plot(
         "energy-per-sample",
         f"Energy per sample trained on, whole run, {qualities}.{split}{hatched}",
@@ -60,18 +59,21 @@ def _amount_text(row: RowEnergy) -> str:
     return row.per_sample.text() + net
 
 
-def _pieces(row: RowEnergy) -> list[tuple[str, Joules]]:
+def _pieces(row: RowEnergy) -> list[tuple[str, EnergyAmount]]:
     """The pieces of a bar, bottom first: by idle draw if that is known, else by quality."""
     whole = row.per_sample
     if row.net.total is None or whole.total is None:
-        return [("measured", Joules(measured=whole.measured)), ("estimated", Joules(estimated=whole.estimated))]
+        return [
+            ("measured", EnergyAmount(measured=whole.measured)),
+            ("estimated", EnergyAmount(estimated=whole.estimated)),
+        ]
     net = row.net_per_sample
     idle_j = whole.known - net.known
-    idle = Joules(estimated=idle_j) if _is_estimate(net) else Joules(measured=idle_j)
+    idle = EnergyAmount(estimated=idle_j) if _is_estimate(net) else EnergyAmount(measured=idle_j)
     return [("above idle", net), ("idle", idle)]
 
 
-def _is_estimate(amount: Joules) -> bool:
+def _is_estimate(amount: EnergyAmount) -> bool:
     return (amount.estimated or 0.0) > 0
 
 
@@ -92,7 +94,7 @@ def _paint_sizes(axes: "Axes", rows: Sequence[RowEnergy], qualities: str) -> Non
     bars_by_size(axes, [row.row for row in rows], f"energy per sample ({unit}), {qualities}")
 
 
-def _style(name: str, amount: Joules) -> dict[str, Any]:
+def _style(name: str, amount: EnergyAmount) -> dict[str, Any]:
     """An estimate is hatched, with no fill."""
     color = _COLORS[name]
     if _is_estimate(amount):
@@ -100,7 +102,7 @@ def _style(name: str, amount: Joules) -> dict[str, Any]:
     return {"color": color, "edgecolor": color}
 
 
-def _bar_text(amount: Joules, scale: float) -> str:
+def _bar_text(amount: EnergyAmount, scale: float) -> str:
     if not amount.known > 0:
         return "missing"
     return f"{'at least ' if amount.lacking else ''}{significant(scale * amount.known)}{amount.mark()}"
@@ -113,7 +115,7 @@ def energy_by_phase_plot(cost: GroupEnergy) -> Plot | None:
     rows = [row for row in cost.rows if row.phases and not row.loop.lacking]
     if not rows:
         return None
-    amounts = "; ".join(f"{num_ranks(row.row.size)}: {_phases_text(row)}" for row in rows)
+    amounts = "; ".join(f"{plural(row.row.size, 'rank')}: {_phases_text(row)}" for row in rows)
     return Plot(
         "energy-by-phase",
         "Energy per sample by phase, divided by the time of each phase: no meter is fast enough to separate them."
@@ -125,7 +127,7 @@ def energy_by_phase_plot(cost: GroupEnergy) -> Plot | None:
 
 
 def _phases_text(row: RowEnergy) -> str:
-    return ", ".join(f"{name} {Joules(estimated=joules).text()}" for name, joules in _phases(row))
+    return ", ".join(f"{name} {EnergyAmount(estimated=joules).text()}" for name, joules in _phases(row))
 
 
 def _phases(row: RowEnergy) -> list[tuple[str, float]]:
@@ -163,9 +165,10 @@ def energy_by_speedup_plot(cost: GroupEnergy) -> Plot | None:
     rows = [row for row in rows if row.per_sample.total is not None]
     if len(rows) < 2 or cost.group.baseline is None:
         return None
-    over = num_ranks(cost.group.baseline.size)
+    over = plural(cost.group.baseline.size, "rank")
     prices = ", ".join(
-        f"{num_ranks(row.row.size)} {times_text(row.row.speedup or 0.0)} for {row.per_sample.text()}" for row in rows
+        f"{plural(row.row.size, 'rank')} {ratio_text(row.row.speedup or 0.0)} for {row.per_sample.text()}"
+        for row in rows
     )
     return Plot(
         "energy-against-speedup",
@@ -174,6 +177,11 @@ def energy_by_speedup_plot(cost: GroupEnergy) -> Plot | None:
         f"Speedup over {over} and energy per sample: {prices}.",
         partial(_paint_speedup, rows=rows, over=over),
     )
+
+
+def _price_text(row: RowEnergy) -> str:
+    speedup = ratio_text(row.row.speedup or 0.0)
+    return f"{plural(row.row.size, 'rank')} {speedup} for {row.per_sample.text()}"
 
 
 def _paint_speedup(axes: "Axes", rows: Sequence[RowEnergy], over: str) -> None:

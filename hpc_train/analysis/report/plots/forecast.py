@@ -9,8 +9,7 @@ from hpc_train.analysis.models.predict import Prediction, curve_sizes
 from hpc_train.analysis.planning.plan import Plan
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.canvas import BLACK, BLUE, GREY, SKY, VERMILLION, WHITE, thinned
-from hpc_train.analysis.scaling.scaling import num_ranks
-from hpc_train.core.formatting import percent, significant
+from hpc_train.core.formatting import percent, plural, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,18 +24,19 @@ def forecast_plot(plan: Plan, advice: str) -> Plot | None:
     advice: "ask for 16 nodes", "" if the model is not trusted with that. None from fewer than three sizes.
     """
     prediction = plan.prediction
-    chosen, points = prediction.chosen, prediction.points
-    if len(points.ranks) < _LEAST_SIZES:
+    chosen, measurements = prediction.chosen, prediction.measurements
+    if len(measurements.ranks) < _LEAST_SIZES:
         return None
-    rates = points.samples(points.ranks) / points.step_s
+    rates = measurements.samples(measurements.ranks) / measurements.step_s
     measured = ", ".join(
-        f"{num_ranks(size)} {significant(rate)}" for size, rate in zip(points.ranks.tolist(), rates, strict=True)
+        f"{plural(size, 'rank')} {significant(rate)}"
+        for size, rate in zip(measurements.ranks.tolist(), rates, strict=True)
     )
     dotted = f" Dotted: {advice}." if advice else ""
     return Plot(
         "forecast",
-        f"Samples per second by the {chosen.model} model, fitted to {len(points.ranks)} sizes, with its 95% interval;"
-        f" dashed beyond the measurements. {_test_text(prediction)}{dotted}",
+        f"Samples per second by the {chosen.model} model, fitted to {len(measurements.ranks)} sizes, with its 95%"
+        f" interval; dashed beyond the measurements. {_test_text(prediction)}{dotted}",
         f"Samples per second measured: {measured}. A {chosen.model} model was fitted to these."
         f" {_test_text(prediction)}{_forecast_text(plan) if advice else ''}{dotted}",
         partial(_paint, plan=plan, advice=advice),
@@ -56,35 +56,37 @@ def _forecast_text(plan: Plan) -> str:
     forecast = plan.chosen.forecast
     interval = " to ".join(significant(end) for end in forecast.samples_per_s_interval)
     rate = significant(forecast.samples_per_s)
-    return f" At {num_ranks(forecast.ranks)} {rate} are predicted (95% interval {interval})."
+    return f" At {plural(forecast.ranks, 'rank')} {rate} are predicted (95% interval {interval})."
 
 
 def _paint(axes: "Axes", plan: Plan, advice: str) -> None:
     prediction = plan.prediction
-    points = prediction.points
-    most = max([points.largest, *(option.forecast.ranks for option in plan.options)])
-    sizes = curve_sizes(prediction, most / points.largest, _NUM_POINTS)
+    measurements = prediction.measurements
+    most = max([measurements.largest, *(option.forecast.ranks for option in plan.options)])
+    sizes = curve_sizes(prediction, most / measurements.largest, _NUM_POINTS)
     curve = prediction.at(sizes)
     low, high = zip(*(each.samples_per_s_interval for each in curve), strict=True)
-    rates = points.samples(points.ranks) / points.step_s
-    ideal = [rates[0] * size / points.ranks[0] for size in (points.ranks[0], most)]
-    axes.plot([points.ranks[0], most], ideal, color=GREY, linestyle="--", linewidth=1, label="ideal")
+    rates = measurements.samples(measurements.ranks) / measurements.step_s
+    ideal = [rates[0] * size / measurements.ranks[0] for size in (measurements.ranks[0], most)]
+    axes.plot([measurements.ranks[0], most], ideal, color=GREY, linestyle="--", linewidth=1, label="ideal")
     axes.fill_between(sizes, low, high, color=SKY, alpha=0.45, linewidth=0, label="95% interval")
-    seen = [each for each in curve if each.ranks <= points.largest]
-    beyond = [each for each in curve if each.ranks >= points.largest]
+    seen = [each for each in curve if each.ranks <= measurements.largest]
+    beyond = [each for each in curve if each.ranks >= measurements.largest]
     for part, style, label in ((seen, "-", f"{prediction.chosen.model} model"), (beyond, "--", None)):
         rate = [each.samples_per_s for each in part]
         axes.plot([each.ranks for each in part], rate, color=BLUE, linestyle=style, linewidth=1.4, label=label)
-    axes.plot(points.ranks, rates, "o", color=BLUE, markersize=5, label="measured")
+    axes.plot(measurements.ranks, rates, "o", color=BLUE, markersize=5, label="measured")
     held_out = prediction.chosen.held_out
     if held_out:
         at = np.array([each.ranks for each in held_out])
-        guessed = points.samples(at) / np.array([each.predicted_s for each in held_out])
+        guessed = measurements.samples(at) / np.array([each.predicted_s for each in held_out])
         how = {"color": VERMILLION, "markerfacecolor": WHITE, "markersize": 7, "markeredgewidth": 1.3}
         axes.plot(at, guessed, "s", label="predicted unseen", zorder=1.9, **how)  # type: ignore[arg-type]
     if plan.chosen and advice:
         axes.axvline(plan.chosen.forecast.ranks, color=BLACK, linestyle=":", linewidth=1.2, label=advice)
-    _scale(axes, [*points.ranks.tolist(), most, *([plan.chosen.forecast.ranks] if plan.chosen and advice else [])])
+    _scale(
+        axes, [*measurements.ranks.tolist(), most, *([plan.chosen.forecast.ranks] if plan.chosen and advice else [])]
+    )
 
 
 def _scale(axes: "Axes", sizes: list[int]) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.canvas import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILLION
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.scaling.scaling import Group, num_ranks
-from hpc_train.core.formatting import significant
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.core.formatting import plural, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ def loss_plot(group: Group) -> Plot | None:
     if not runs:
         return None
     drawn = _in_turns(runs)[:_MOST_LINES]
-    last = ", ".join(f"{num_ranks(run.size)} {significant(run.metrics[1][-1])}" for run in drawn)
+    last = ", ".join(f"{plural(run.size, 'rank')} {significant(run.metrics[1][-1])}" for run in drawn)
     agreement = "" if group.weak else ": runs of one job should agree at any number of ranks"
     some = "" if len(drawn) == len(runs) else f" {len(drawn)} of {len(runs)} runs are drawn, every size in turn."
     return Plot(
@@ -59,7 +59,7 @@ def _paint(axes: "Axes", runs: Sequence[Run]) -> None:
             linestyle=style,
             linewidth=min(1.3 + 0.9 * sizes[::-1].index(run.size), 5),
             alpha=0.85,
-            label=None if run.size in named else num_ranks(run.size),
+            label=None if run.size in named else plural(run.size, "rank"),
         )
         named.add(run.size)
     axes.set(xlabel="step", ylabel="training loss")

@@ -17,8 +17,8 @@ from hpc_train.analysis.report.plots.canvas import (
     legend_above,
     thinned,
 )
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
-from hpc_train.core.formatting import percent, significant
+from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.core.formatting import percent, plural, significant
 from hpc_train.core.records import PHASES
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def step_time_plot(group: Group) -> Plot | None:
     rows = [row for row in group.rows if row.phase_s]
     if not rows:
         return None
-    times = "; ".join(f"{num_ranks(row.size)}: {_times_text(row)}" for row in rows)
+    times = "; ".join(f"{plural(row.size, 'rank')}: {_ratio_text(row)}" for row in rows)
     return Plot(
         "time-per-step",
         "Step time by phase: mean over ranks that train and over steady steps. Hatched: exposed communication.",
@@ -49,7 +49,7 @@ def step_share_plot(group: Group) -> Plot | None:
     totals_s = [sum(row.phase_s.values()) for row in rows]
     if not rows or max(totals_s) <= _READABLE * min(totals_s):
         return None
-    shares = "; ".join(f"{num_ranks(row.size)}: {_shares_text(row)}" for row in rows)
+    shares = "; ".join(f"{plural(row.size, 'rank')}: {_shares_text(row)}" for row in rows)
     return Plot(
         "share-of-step",
         "The same as shares of a step. Hatched: exposed communication.",
@@ -58,7 +58,7 @@ def step_share_plot(group: Group) -> Plot | None:
     )
 
 
-def _times_text(row: Row) -> str:
+def _ratio_text(row: Row) -> str:
     return ", ".join(f"{phase} {significant(1e3 * row.phase_s[phase])}" for phase in PHASES)
 
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.canvas import BLUE, SKY, VERMILLION, legend_above
-from hpc_train.analysis.scaling.scaling import num_ranks
 from hpc_train.analysis.scaling.strategies import Comparison, Entry
-from hpc_train.core.formatting import significant
+from hpc_train.core.formatting import plural, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +55,7 @@ def _timed(comparison: Comparison) -> list[Entry]:
 
 
 def _where(entry: Entry) -> str:
-    return f"{entry.where} on {num_ranks(entry.row.size)}"
+    return f"{entry.where} on {plural(entry.row.size, 'rank')}"
 
 
 def _exposed_ms(entry: Entry) -> float:

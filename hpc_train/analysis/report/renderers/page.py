@@ -6,7 +6,7 @@ import jinja2
 from markupsafe import Markup
 
 import hpc_train
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.model import Plot, Report, Section
 from hpc_train.analysis.report.plots.canvas import inline_svg, paint_or_explain
 from hpc_train.core.formatting import plain
@@ -37,7 +37,7 @@ def render_page(report: Report) -> str:
     )
 
 
-def _figures(section: Section, ident: str, most: int | None, guard: Guard) -> list[tuple[str, Markup]]:
+def _figures(section: Section, ident: str, most: int | None, guard: SectionGuard) -> list[tuple[str, Markup]]:
     """(caption, SVG) of a section's plots, at most so many."""
     return [
         paint_or_explain(plot, section.label, guard, partial(_captioned, f"{ident}-{number}"))

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpc_train.analysis.efficiency.pop import FACTORS
-from hpc_train.analysis.efficiency.stragglers import Straggler, Waiting
+from hpc_train.analysis.efficiency.stragglers import Straggler, StragglerAnalysis
 from hpc_train.analysis.report.labels import ranks_text, straggler_text
 from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.plots.arrivals import arrivals_plot
 from hpc_train.analysis.report.plots.efficiency import efficiency_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
-from hpc_train.core.formatting import ms_text, percent, plain, significant, times_text
+from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.core.formatting import ms_text, percent, plain, plural, ratio_text, significant
 
 EFFICIENCY_COLUMNS = (
     *(f"pop_{factor}{end}" for factor in FACTORS for end in ("", "_low", "_high")),
@@ -67,7 +67,7 @@ def _factor_text(value: float | None) -> str:
 
 
 def straggler_table(group: Group) -> Table | None:
-    found = [(row, straggler) for row in group.rows for run in row.waiting for straggler in run.stragglers]
+    found = [(row, straggler) for row in group.rows for run in row.stragglers for straggler in run.stragglers]
     if not found:
         return None
     found.sort(key=lambda pair: -pair[1].share)
@@ -103,13 +103,13 @@ def _cause_text(straggler: Straggler) -> str:
     if straggler.cause is None or straggler.excess is None:
         return "-"
     if straggler.cause == "computing":
-        return f"computing {times_text(straggler.excess)}"
+        return f"computing {ratio_text(straggler.excess)}"
     return f"input {percent(straggler.excess)}"
 
 
-def _worst(row: Row) -> Waiting | None:
+def _worst(row: Row) -> StragglerAnalysis | None:
     """Of the row's runs the one that lost most to stragglers."""
-    return max(row.waiting, key=lambda run: run.share, default=None)
+    return max(row.stragglers, key=lambda run: run.share, default=None)
 
 
 def waiting_text(row: Row) -> str:
@@ -129,7 +129,7 @@ def _pop_missing_notes(group: Group) -> list[str]:
     sizes_by_reason: dict[str, list[str]] = defaultdict(list)
     for row in group.rows:
         if row.pop.missing:
-            sizes_by_reason[row.pop.missing].append(num_ranks(row.size))
+            sizes_by_reason[row.pop.missing].append(plural(row.size, "rank"))
     return [f"POP efficiencies missing for {_joined(sizes)}: {why}." for why, sizes in sizes_by_reason.items()]
 
 
@@ -145,8 +145,8 @@ class _Arrivals:
 def _straggler_notes(group: Group) -> list[str]:
     found = _Arrivals()
     for row in group.rows:
-        size = num_ranks(row.size)
-        for run in row.waiting:
+        size = plural(row.size, "rank")
+        for run in row.stragglers:
             if run.told and not row.pop.missing and row.size > 1:
                 found.nobody[run.told].append(size)
             if run.unaligned:
@@ -184,7 +184,7 @@ def efficiency_record(row: Row) -> dict[str, Any]:
     worst = _worst(row)
     is_known = worst is not None and (worst.stragglers or worst.clock_error_s is not None or worst.unaligned)
     low, high = (worst.share_interval if worst else None) or (None, None)
-    noises = [run.balance.noise for run in row.runs if run.balance and run.balance.noise is not None]
+    noises = [run.load_balance.noise for run in row.runs if run.load_balance and run.load_balance.noise is not None]
     return {
         **record,
         "waiting_for": " + ".join(map(straggler_text, worst.stragglers)) if worst and worst.stragglers else None,
@@ -212,6 +212,6 @@ def straggler_records(row: Row) -> list[dict[str, Any]]:
             "cause": straggler.cause,
             "excess": straggler.excess,
         }
-        for run, waiting in zip(row.runs, row.waiting, strict=True)
+        for run, waiting in zip(row.runs, row.stragglers, strict=True)
         for straggler in waiting.stragglers
     ]

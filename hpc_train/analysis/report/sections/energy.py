@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy, Tariff
-from hpc_train.analysis.energy.energy_amount import Joules
+from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.plots.energy import energy_by_phase_plot, energy_by_size_plot, energy_by_speedup_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.scaling.scaling import num_ranks
-from hpc_train.core.formatting import amount, listed, plain, significant, times_text
+from hpc_train.core.formatting import amount, listed, plain, plural, ratio_text, significant
 from hpc_train.core.records import PHASES
 
 _MOST_LACKING = 4  # meters of a run that a note names
@@ -118,7 +117,7 @@ def phase_table(energy: GroupEnergy) -> Table:
     return Table("energy-by-phase", title, tuple(number_columns(*titles)), tuple(rows))
 
 
-def _number_text(joules: Joules | None, scale: float) -> str:
+def _number_text(joules: EnergyAmount | None, scale: float) -> str:
     if joules is None:
         return "-"
     return "missing" if joules.total is None else significant(joules.total / scale) + " shared" * joules.shared
@@ -137,7 +136,7 @@ def node_table(energy: GroupEnergy) -> Table:
     return Table("energy-by-node", title, columns, tuple(rows))
 
 
-def _range_text(amounts: Sequence[tuple[str, Joules]], mark: str | None = None) -> str:
+def _range_text(amounts: Sequence[tuple[str, EnergyAmount]], mark: str | None = None) -> str:
     """ "20.0 J (c0) to 22.0 J (c3)", "20.0 J each", "missing", or "-" for none. mark: replaces each amount's own."""
     known = [(name, joules) for name, joules in amounts if joules.total is not None]
     if not known:
@@ -173,8 +172,8 @@ def cost_table(energy: GroupEnergy) -> Table | None:
     return Table("cost", "Facility energy, CO2 and price of a run", tuple(number_columns(*titles)), tuple(rows))
 
 
-def _total(amounts: dict[str, Joules]) -> Joules:
-    return sum(amounts.values(), Joules())
+def _total(amounts: dict[str, EnergyAmount]) -> EnergyAmount:
+    return sum(amounts.values(), EnergyAmount())
 
 
 # ---------------------------------------------------------------------------------------------- notes
@@ -189,14 +188,14 @@ def verdict(energy: GroupEnergy) -> str:
     worse = next((row for row in judged if not row.pays), None)
     row = worse or judged[-1]
     last = complete[complete.index(row) - 1]
-    price = f"from {last.row.size} to {num_ranks(row.row.size)} {_price_text(row)}"
+    price = f"from {last.row.size} to {plural(row.row.size, 'rank')} {_price_text(row)}"
     if worse is None:
-        speed = times_text(row.row.speedup or 1.0)
-        return f"More hardware still pays at {num_ranks(row.row.size)}, the largest size ({speed}): {price}"
+        speed = ratio_text(row.row.speedup or 1.0)
+        return f"More hardware still pays at {plural(row.row.size, 'rank')}, the largest size ({speed}): {price}"
     earlier = judged[judged.index(row) - 1] if judged.index(row) else None
     if earlier and earlier.marginal is not None and earlier.marginal.known > 0:
         price += f"; before that a unit cost {earlier.marginal.text()}"
-    return f"More hardware stops paying beyond {num_ranks(last.row.size)} (joules times seconds grow): {price}"
+    return f"More hardware stops paying beyond {plural(last.row.size, 'rank')} (joules times seconds grow): {price}"
 
 
 def _price_text(row: RowEnergy) -> str:
@@ -218,14 +217,14 @@ def _run_notes(energy: GroupEnergy) -> list[str]:
     for row in energy.rows:
         for run in row.runs:
             for note in run.notes:
-                sizes_by_note.setdefault(note, {})[num_ranks(row.row.size)] = None
+                sizes_by_note.setdefault(note, {})[plural(row.row.size, "rank")] = None
     return [f"{note} ({', '.join(sizes)})." for note, sizes in sizes_by_note.items()]
 
 
 def _lacking_notes(energy: GroupEnergy) -> list[str]:
     notes = []
     for row in energy.rows:
-        size, lacking = num_ranks(row.row.size), row.gross.lacking
+        size, lacking = plural(row.row.size, "rank"), row.gross.lacking
         if lacking:
             meters = listed(lacking, _MOST_LACKING)
             notes.append(f"{size}: energy missing of {meters}. Missing is not zero: the known part is a lower bound.")
@@ -247,9 +246,9 @@ def _mixed_notes(energy: GroupEnergy) -> list[str]:
 
 def _method_notes(energy: GroupEnergy) -> list[str]:
     notes = [
-        "Joules of a phase are the loop's, attributed by the phase's share of the ranks' time in steady steps: phases"
-        " last milliseconds and meter samples seconds, so no meter separates them. This assumes equal power in all"
-        " phases.",
+        "Joules of a phase are the loop's, attributed by the phase's share of the ranks' time in steady steps:"
+        " phases last milliseconds and meter samples seconds, so no meter separates them. This assumes equal power in"
+        " all phases.",
         _peak_note(energy),
     ]
     if len({run.summary.num_samples for row in energy.rows for run in row.row.runs}) > 1:
@@ -318,7 +317,7 @@ def cost_record(row: RowEnergy) -> dict[str, Any]:
 
 
 def node_record(row: RowEnergy) -> dict[str, Any]:
-    """Joules by node and by rank of each run, None if missing: for JSON alone."""
+    """EnergyAmount by node and by rank of each run, None if missing: for JSON alone."""
     return {
         "joules_by_node": [{node: joules.total for node, joules in run.nodes.items()} for run in row.runs],
         "joules_by_rank": [{str(rank): joules.total for rank, joules in run.ranks.items()} for run in row.runs],

@@ -5,8 +5,8 @@ from typing import Any
 from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.sections.builder import SectionBuilder
+from hpc_train.analysis.scaling.compare import Group, Row
 from hpc_train.analysis.scaling.mfu import GIVEN, counts_flops, flops_notes, flops_of
-from hpc_train.analysis.scaling.scaling import Group, Row
 from hpc_train.core.formatting import amount, plain, significant
 
 FLOPS_COLUMNS = ("flops_per_sample", "flops_per_s_per_rank", "peak_flops", "peak_source", "mfu")

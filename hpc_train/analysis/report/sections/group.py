@@ -2,7 +2,7 @@
 
 from hpc_train.analysis.convergence.target import TargetStudy
 from hpc_train.analysis.energy.cost import GroupEnergy
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.model import Section
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.efficiency import add_efficiency
@@ -15,7 +15,7 @@ from hpc_train.analysis.report.sections.step_time import add_step_time
 from hpc_train.analysis.report.sections.target import add_target
 
 
-def group_section(energy: GroupEnergy, study: TargetStudy | None, named: bool, guard: Guard) -> Section:
+def group_section(energy: GroupEnergy, study: TargetStudy | None, named: bool, guard: SectionGuard) -> Section:
     """study: times to a loss of this group alone. named: with the group's label, since there are several."""
     group = energy.group
     advice = next_run(group, guard)

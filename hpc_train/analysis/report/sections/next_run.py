@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.models.predict import predict
-from hpc_train.analysis.planning.budget import planned_work, points_of
+from hpc_train.analysis.planning.budget import measurements_of, planned_work
 from hpc_train.analysis.planning.plan import Plan, make_plan
 from hpc_train.analysis.report.plots.forecast import forecast_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.plan import answer, models_table, options_table, short_answer
-from hpc_train.analysis.scaling.scaling import Group
+from hpc_train.analysis.scaling.compare import Group
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import percent
 
@@ -30,9 +30,9 @@ class NextRun:
         return (short_answer(self.plan) or "") if self.plan and self.trusted else ""
 
 
-def next_run(group: Group, guard: Guard) -> NextRun:
+def next_run(group: Group, guard: SectionGuard) -> NextRun:
     """What `hpc-train plan` answers for the same runs; empty if there are no sizes to compare."""
-    return guard.made(f"the plan for the next run of {group.label}", _not_made, _next_run, group)
+    return guard.call(f"the plan for the next run of {group.label}", _not_made, _next_run, group)
 
 
 def _not_made(why: str) -> NextRun:
@@ -43,8 +43,8 @@ def _next_run(group: Group) -> NextRun:
     if group.baseline is None or group.largest is None:
         return NextRun()
     try:
-        points = points_of(group)
-        plan = make_plan(predict(points), planned_work(group, points))
+        measurements = measurements_of(group)
+        plan = make_plan(predict(measurements), planned_work(group, measurements))
     except UserError as error:
         return NextRun(reason=f"No plan for the next run: {error.what}.")
     missed = plan.prediction.chosen.error

@@ -7,8 +7,8 @@ from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.plots.loss import loss_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
-from hpc_train.core.formatting import energy_text, percent, plain, significant
+from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.core.formatting import energy_text, percent, plain, plural, significant
 from hpc_train.core.records import NO_METER
 
 
@@ -58,7 +58,7 @@ def _missing_notes(group: Group) -> list[str]:
         if row.energy.quality == "missing":
             is_unread = row.energy.source == NO_METER
             reason = "not every host's meter was read" if is_unread else row.energy.source
-            sizes_by_reason[reason][num_ranks(row.size)] = None
+            sizes_by_reason[reason][plural(row.size, "rank")] = None
     return [
         f"Energy missing for {', '.join(sizes)}: {why}. Missing is not zero." for why, sizes in sizes_by_reason.items()
     ]

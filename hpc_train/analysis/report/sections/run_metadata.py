@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.model import Metadata
-from hpc_train.analysis.runs.load import Run, section, word
+from hpc_train.analysis.runs.load import Run
+from hpc_train.analysis.runs.meta_json import dict_at, text_at
 from hpc_train.core.formatting import listed
 
 
-def runs_metadata(runs: Sequence[Run], guard: Guard) -> tuple[Metadata, tuple[tuple[str, Metadata], ...]]:
+def runs_metadata(runs: Sequence[Run], guard: SectionGuard) -> tuple[Metadata, tuple[tuple[str, Metadata], ...]]:
     """What all runs share, then each run's label and what differs."""
-    every = [guard.made(f"the metadata of {run.label}", _missing, run_metadata, run) for run in runs]
+    every = [guard.call(f"the metadata of {run.label}", _missing, run_metadata, run) for run in runs]
     common = set(every[0]).intersection(*every)
     shared = [pair for pair in every[0] if pair in common]
     own = [[pair for pair in metadata if pair not in common] for metadata in every]
@@ -23,24 +24,24 @@ def _missing(why: str) -> Metadata:
 
 def run_metadata(run: Run) -> Metadata:
     meta = run.meta
-    slurm, git, versions = (section(meta, name) for name in ("slurm", "git", "versions"))
+    slurm, git, versions = (dict_at(meta, name) for name in ("slurm", "git", "versions"))
     modified = " with uncommitted changes" if git.get("dirty") else ""
     values = {
         "name": run.summary.name,
-        "started": word(meta, "started") or "unknown",
-        "ended": word(meta, "ended") or "not recorded",
+        "started": text_at(meta, "started") or "unknown",
+        "ended": text_at(meta, "ended") or "not recorded",
         "ranks": run.size,
         "hosts": listed(meta["hosts"], 8),
-        "CPU": word(meta, "cpu_model") or "unknown",
+        "CPU": text_at(meta, "cpu_model") or "unknown",
         "steps": f"{run.summary.num_steps}, {run.summary.num_warmup} of them warm-up" + _attempts_text(run),
         "global batch": run.summary.global_batch,
         "reduction": run.config.reduce.strategy + _servers_text(run),
-        "device": word(meta, "device"),
-        "precision": word(meta, "precision"),
-        "versions": ", ".join(f"{name} {version}" for name in versions if (version := word(versions, name))),
-        "MPI": word(section(meta, "mpi"), "version") or "unknown",
-        "git commit": (word(git, "commit") or "unknown")[:12] + modified,
-        "Slurm job": word(slurm, "SLURM_JOB_ID") or word(slurm, "job_id"),
+        "device": text_at(meta, "device"),
+        "precision": text_at(meta, "precision"),
+        "versions": ", ".join(f"{name} {version}" for name in versions if (version := text_at(versions, name))),
+        "MPI": text_at(dict_at(meta, "mpi"), "version") or "unknown",
+        "git commit": (text_at(git, "commit") or "unknown")[:12] + modified,
+        "Slurm job": text_at(slurm, "SLURM_JOB_ID") or text_at(slurm, "job_id"),
         "incomplete": run.incomplete,
     }
     return [(name, str(value)) for name, value in values.items() if value not in (None, "")]

@@ -7,16 +7,17 @@ from hpc_train.analysis.report.model import Table, number_columns
 from hpc_train.analysis.report.plots.speedup import speedup_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.efficiency import waiting_text
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
+from hpc_train.analysis.scaling.compare import Group, Row
 from hpc_train.core.formatting import (
     energy_text,
     interval_text,
     ms_text,
     percent,
     plain,
+    plural,
     ratio_interval_text,
+    ratio_text,
     significant,
-    times_text,
 )
 from hpc_train.core.records import PHASES
 
@@ -66,7 +67,7 @@ def _title(group: Group) -> str:
 
 
 def _speedup_title(group: Group) -> str:
-    return f"speedup vs {num_ranks(group.baseline.size)}" if group.baseline else "speedup"
+    return f"speedup vs {plural(group.baseline.size, 'rank')}" if group.baseline else "speedup"
 
 
 def _speedup_cells(row: Row) -> tuple[str, str, str]:
@@ -74,7 +75,7 @@ def _speedup_cells(row: Row) -> tuple[str, str, str]:
         return "baseline", "-", percent(row.efficiency)
     if row.speedup is None:
         return "no baseline", "-", "-"
-    return times_text(row.speedup), ratio_interval_text(row.speedup_interval), percent(row.efficiency)
+    return ratio_text(row.speedup), ratio_interval_text(row.speedup_interval), percent(row.efficiency)
 
 
 def _incomplete_notes(group: Group) -> list[str]:
@@ -103,8 +104,8 @@ def _answer(group: Group) -> str:
     if row is None or baseline is None:
         return _answer_without_baseline(group)
     assert row.speedup is not None
-    ranks, over = num_ranks(row.size), num_ranks(baseline.size)
-    efficiency, times = f"{percent(row.efficiency, 0)} efficiency", times_text(row.speedup)
+    ranks, over = plural(row.size, "rank"), plural(baseline.size, "rank")
+    efficiency, times = f"{percent(row.efficiency, 0)} efficiency", ratio_text(row.speedup)
     low, high = row.speedup_interval or (row.speedup, row.speedup)
     if low <= 1 <= high:
         interval = f"95% interval {ratio_interval_text(row.speedup_interval)}"
@@ -122,13 +123,13 @@ def _answer_without_baseline(group: Group) -> str:
     speed = "no steady step recorded"
     if row.step_s:
         speed = f"{ms_text(row.step_s)} ms a step, {significant(row.samples_per_s, 4)} samples/s"
-    return f"{num_ranks(row.size)}: {speed}; no baseline, so no speedup{_lost(row)}"
+    return f"{plural(row.size, 'rank')}: {speed}; no baseline, so no speedup{_lost(row)}"
 
 
 def _lost(row: Row) -> str:
     """What keeps the row from the ideal: exposed communication, and the stragglers that cause most of it."""
     share, waiting = row.phase_share.get("reduce"), waiting_text(row)
-    most = max((each.share for each in row.waiting), default=0.0)
+    most = max((each.share for each in row.stragglers), default=0.0)
     if share is None or (waiting and most >= 0.5 * share):  # exposed communication is then mostly that wait
         return waiting
     return f"; {percent(share, 0)} of the step is exposed communication{waiting}"

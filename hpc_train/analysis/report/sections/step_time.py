@@ -4,7 +4,7 @@ from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Table, number_columns
 from hpc_train.analysis.report.plots.step_time import step_share_plot, step_time_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.scaling.scaling import Group
+from hpc_train.analysis.scaling.compare import Group
 from hpc_train.core.formatting import percent
 from hpc_train.core.records import PHASES
 

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.labels import MARK, ranks_text
 from hpc_train.analysis.report.model import Column, Section, Table, number_columns
 from hpc_train.analysis.report.plots.strategies import strategy_bytes_plot, strategy_times_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.result import measure_text, measure_title, measures_of
-from hpc_train.analysis.scaling.scaling import num_ranks
 from hpc_train.analysis.scaling.strategies import Comparison, Entry, Traffic
 from hpc_train.core.formatting import (
     amount,
@@ -16,13 +15,14 @@ from hpc_train.core.formatting import (
     ms_text,
     percent,
     plain,
+    plural,
     ratio_interval_text,
+    ratio_text,
     significant,
-    times_text,
 )
 
 
-def strategy_section(comparison: Comparison, named: bool, guard: Guard) -> Section:
+def strategy_section(comparison: Comparison, named: bool, guard: SectionGuard) -> Section:
     """named: with the comparison's label, since there are several."""
     label = f"Strategies on equal work: {comparison.label}" if named else "Strategies on equal work"
     section = SectionBuilder("strategies", label, guard)
@@ -45,11 +45,11 @@ def strategy_headline(comparison: Comparison, named: bool = False) -> str:
     entries.sort(key=lambda entry: -(entry.ratio or 0))
     speeds = ", ".join(f"{entry.where} {_speed_text(entry)}" for entry in entries)
     name = f"{plain(comparison.label)}: " if named else ""
-    return f"{name}{num_ranks(size)} on equal work, speed against {comparison.reference}: {speeds}"
+    return f"{name}{plural(size, 'rank')} on equal work, speed against {comparison.reference}: {speeds}"
 
 
 def _speed_text(entry: Entry) -> str:
-    speed = f"{ms_text(entry.row.step_s)} ms a step" if entry.is_reference else times_text(entry.ratio or 0.0)
+    speed = f"{ms_text(entry.row.step_s)} ms a step" if entry.is_reference else ratio_text(entry.ratio or 0.0)
     low, high = entry.ratio_interval or (0.0, 0.0)
     return f"{speed} (no measurable difference)" if low <= 1 <= high else speed
 
@@ -78,7 +78,7 @@ def _work_text(comparison: Comparison) -> str:
 def _ratio_text(entry: Entry) -> str:
     if entry.is_reference and entry.ratio is not None:
         return "reference"
-    return "-" if entry.ratio is None else times_text(entry.ratio)
+    return "-" if entry.ratio is None else ratio_text(entry.ratio)
 
 
 def strategy_traffic_table(comparison: Comparison) -> Table:

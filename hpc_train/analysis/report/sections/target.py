@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpc_train.analysis.convergence.target import NOT_REACHED, TargetRow, TargetStudy
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.labels import MARK
 from hpc_train.analysis.report.model import Section, Table, number_columns
 from hpc_train.analysis.report.plots.target import target_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.scaling.scaling import num_ranks
-from hpc_train.core.formatting import percent, ratio_interval_text, significant, times_text
+from hpc_train.core.formatting import percent, plural, ratio_interval_text, ratio_text, significant
 
 TARGET_COLUMNS = (
     "target_loss",
@@ -30,7 +29,7 @@ TARGET_COLUMNS = (
 )
 
 
-def target_section(study: TargetStudy, guard: Guard) -> Section:
+def target_section(study: TargetStudy, guard: SectionGuard) -> Section:
     """A comparison of several groups by their time to one loss."""
     section = SectionBuilder("target", f"Time to a loss: {study.label}", guard)
     section.headline(target_headline, study)
@@ -75,7 +74,7 @@ def target_speedup_table(study: TargetStudy) -> Table | None:
         cells = [_times(row.speedup), ratio_interval_text(row.speedup_interval), percent(row.efficiency)]
         cells += [_times(row.throughput), percent(row.throughput_efficiency), percent(row.statistical)]
         rows.append((*_names(study, row), *cells))
-    reference = f"{num_ranks(study.reference.size)}, batch {study.reference.global_batch}"
+    reference = f"{plural(study.reference.size, 'rank')}, batch {study.reference.global_batch}"
     title = f"Speedup vs {reference} (statistical: samples that the reference took / samples taken)"
     return Table("target-speedup", title, tuple(number_columns(*titles)), tuple(rows))
 
@@ -114,7 +113,7 @@ def _count(mean: float | None) -> str:
 
 
 def _times(speedup: float | None) -> str:
-    return "-" if speedup is None else times_text(speedup)
+    return "-" if speedup is None else ratio_text(speedup)
 
 
 # ---------------------------------------------------------------------------------------------- the answer
@@ -125,8 +124,8 @@ def target_headline(study: TargetStudy) -> str:
     row, reference = study.largest, study.reference
     if row is None or reference is None or row.speedup is None:
         return ""
-    sizes = num_ranks(row.size) + _batch(study, row), num_ranks(reference.size) + _batch(study, reference)
-    speed = f"{sizes[0]}: {times_text(row.speedup)} over {sizes[1]} in time to a loss of {significant(study.target)}"
+    sizes = plural(row.size, "rank") + _batch(study, row), plural(reference.size, "rank") + _batch(study, reference)
+    speed = f"{sizes[0]}: {ratio_text(row.speedup)} over {sizes[1]} in time to a loss of {significant(study.target)}"
     efficiencies = f"{percent(row.efficiency, 0)} efficiency"
     if row.throughput_efficiency is not None:
         efficiencies += f", {percent(row.throughput_efficiency, 0)} by samples/s"
@@ -151,7 +150,7 @@ def _headline_notes(study: TargetStudy) -> list[str]:
 def target_notes(study: TargetStudy) -> list[str]:
     notes = []
     if study.set_by is not None:
-        whose = f"{num_ranks(study.set_by.size)}, batch {study.set_by.global_batch}"
+        whose = f"{plural(study.set_by.size, 'rank')}, batch {study.set_by.global_batch}"
         notes.append(
             f"The target {significant(study.target, 4)} was not given: it is the worst of the runs' best smoothed"
             f" losses, that of {whose}, so every complete run reached it. --target-loss sets another."
@@ -174,14 +173,16 @@ def target_notes(study: TargetStudy) -> list[str]:
 def _why_notes(study: TargetStudy) -> list[str]:
     reaches = [(row, reach) for row in study.rows for reach in row.reaches]
     notes = [
-        f"{reach.run.label} ({num_ranks(row.size)}): {reach.why}."
+        f"{reach.run.label} ({plural(row.size, 'rank')}): {reach.why}."
         for row, reach in reaches
         if reach.why and reach.why != NOT_REACHED
     ]
-    short = [f"{num_ranks(row.size)}, batch {row.global_batch}" for row, reach in reaches if reach.why == NOT_REACHED]
+    short = [
+        f"{plural(row.size, 'rank')}, batch {row.global_batch}" for row, reach in reaches if reach.why == NOT_REACHED
+    ]
     if short:
         notes.append(f"Not reached within the recorded steps: {'; '.join(dict.fromkeys(short))}.")
-    at_once = [num_ranks(row.size) for row, reach in reaches if reach.at_once]
+    at_once = [plural(row.size, "rank") for row, reach in reaches if reach.at_once]
     if at_once:
         sizes = ", ".join(dict.fromkeys(at_once))
         notes.append(f"Reached by the first losses of {sizes}: the target is too easy to compare sizes.")
