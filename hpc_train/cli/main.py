@@ -174,16 +174,19 @@ def submit(
     \b
     Example: hpc-train submit configs/mlp-mnist.toml --nodes 4 --time 2:00:00
     """
-    from hpc_train.cluster import slurm
+    from hpc_train.cluster import submission
+    from hpc_train.cluster.site_profile import load_site
+    from hpc_train.cluster.slurm import Slurm
 
-    loaded, profile = load(_job_file(config), overrides), slurm.load_site(site or "generic")
-    num_ranks = nodes * profile.ranks_per_node
+    scheduler, profile = Slurm(), load_site(site or "generic")
+    loaded, num_ranks = load(_job_file(config), overrides), nodes * profile.ranks_per_node
+    request = submission.Request(loaded, profile, num_ranks, time)
     if dry_run:
-        left = slurm.unfinished(loaded.config, num_ranks) if resume == "auto" else None
+        left = submission.unfinished(loaded.config, num_ranks) if resume == "auto" else None
         new = expanded(loaded.config.run.root) / loaded.config.name / f"TIME-np{num_ranks}"
-        click.echo(slurm.script_for(loaded, profile, left.path if left else new, num_ranks, time), nl=False)
+        click.echo(request.script(scheduler, left.path if left else new), nl=False)
         return
-    queued = slurm.submit(loaded, profile, num_ranks, time, resume)
+    queued = submission.submit(scheduler, request, resume)
     if as_json:
         click.echo(json.dumps({"job": queued.job, "run": str(queued.run), "script": str(queued.script)}))
         return
@@ -219,7 +222,9 @@ def scale(
     \b
     Example: hpc-train scale configs/mlp-mnist.toml --ranks 1,2 --repeat 2
     """
-    from hpc_train.cluster import slurm, study
+    from hpc_train.cluster import local_study, study
+    from hpc_train.cluster.site_profile import load_site
+    from hpc_train.cluster.slurm import Slurm
 
     ranks = sorted(set(ranks))
     loaded = load(_job_file(config), overrides)
@@ -227,14 +232,14 @@ def scale(
         batch = study.weak_batch(loaded.config, ranks)
         loaded = load(_job_file(config), (*overrides, f"train.batch_per_rank={batch}"))
         click.echo(f"Weak scaling: {batch} samples a rank in each step (train.batch_per_rank)")
-    profile = slurm.load_site(site) if site else None
-    planned = study.plan(loaded, ranks, repeat, slurm.waiting_jobs() if profile else None)
+    profile, scheduler = load_site(site) if site else None, Slurm()
+    planned = study.plan(loaded, ranks, repeat, scheduler.waiting_jobs() if profile else None)
     click.echo(f"Study: {planned.folder}: {planned.num_complete} runs complete, {len(planned.todo)} to do")
     if profile:
-        job = study.submit_all(planned, profile, time, click.echo)
+        job = study.submit_all(planned, scheduler, profile, time, click.echo)
         click.echo(f"Job {job} reports at the end: {planned.folder / f'job-{job}.out'}")
         return
-    failed = study.run_here(planned, click.echo)
+    failed = local_study.run_here(planned, click.echo)
     _report((planned.folder,), None, None, "table")
     if failed:
         click.echo("\n".join(["Failed:", *failed, "The same command again runs what is missing."]), err=True)

@@ -1,5 +1,7 @@
 """Names of rows and ranks, the same in tables, sentences and plots."""
 
+from collections.abc import Iterable
+
 from hpc_train.analysis.efficiency.stragglers import Straggler
 from hpc_train.analysis.scaling.compare import Row
 from hpc_train.core.formatting import plain
@@ -11,6 +13,11 @@ def ranks_text(row: Row) -> str:
     """ "4", a parameter server's "3+1" (workers + servers), marked if the runs are incomplete."""
     ranks = f"{row.size - row.num_servers}+{row.num_servers}" if row.num_servers else str(row.size)
     return ranks + MARK * row.incomplete
+
+
+def communication_text(phases: Iterable[str]) -> str:
+    """The phases that are exposed communication: "reduce", "reduce and sync"."""
+    return "reduce and sync" if "sync" in phases else "reduce"
 
 
 def straggler_text(straggler: Straggler) -> str:

@@ -19,7 +19,9 @@ from hpc_train.core.formatting import plural
 from hpc_train.core.records import PHASES
 
 P = ParamSpec("P")
-REPORT_SCHEMA = 3  # 2: test_<measure> for every test measure; 3: step_s is the mean, step_median_s the median
+# 2: test_<measure> for every test measure; 3: step_s is the mean, step_median_s the median; 4: share_sync, joules_sync
+# (before, part of share_reduce and joules_reduce)
+REPORT_SCHEMA = 4
 SCALING_COLUMNS = (
     "group",
     "scaling",

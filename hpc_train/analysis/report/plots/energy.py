@@ -11,7 +11,7 @@ from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.canvas import BLUE, GREEN, GREY, SKY, VERMILLION, WHITE, label_bar, legend_above
 from hpc_train.analysis.report.plots.step_time import PHASE_COLORS, bars_by_size
 from hpc_train.core.formatting import plural, ratio_text, significant
-from hpc_train.core.records import PHASES
+from hpc_train.core.records import COMMUNICATION, PHASES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,7 +150,7 @@ def _paint_phases(axes: "Axes", rows: Sequence[RowEnergy]) -> None:
         if not any(heights):
             continue
         how: dict[str, Any] = {"color": PHASE_COLORS.get(name, WHITE), "linewidth": 0.5, "label": name}
-        edge, hatch = GREY if name == _OUTSIDE else WHITE, "///" if name == "reduce" else None
+        edge, hatch = GREY if name == _OUTSIDE else WHITE, "///" if name in COMMUNICATION else None
         axes.bar(range(len(rows)), heights, 0.62, below, edgecolor=edge, hatch=hatch, **how)
         below = [base + height for base, height in zip(below, heights, strict=True)]
     legend_above(axes, 3)

@@ -11,20 +11,21 @@ from hpc_train.analysis.report.plots.canvas import (
     GREEN,
     GREY,
     ORANGE,
+    PURPLE,
     SKY,
     VERMILLION,
     label_bar,
     legend_above,
     thinned,
 )
-from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.analysis.scaling.compare import Group, Row, timed_phases
 from hpc_train.core.formatting import percent, plural, significant
-from hpc_train.core.records import PHASES
+from hpc_train.core.records import COMMUNICATION, PHASES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PHASE_COLORS = dict(zip(PHASES, (ORANGE, SKY, BLUE, VERMILLION, GREEN, GREY), strict=True))
+PHASE_COLORS = dict(zip(PHASES, (ORANGE, SKY, BLUE, VERMILLION, GREEN, PURPLE, GREY), strict=True))
 _READABLE = 6  # bars whose heights differ by more than this factor are shown as shares, too
 _ROOM_FOR_WORDS, _ROOM_FOR_NUMBERS = 6, 9  # bars
 
@@ -69,9 +70,9 @@ def _shares_text(row: Row) -> str:
 def _paint_times(axes: "Axes", rows: Sequence[Row]) -> None:
     heights = _stack(axes, rows, [{phase: 1e3 * spent for phase, spent in row.phase_s.items()} for row in rows])
     for place, row in enumerate(rows):
-        if "reduce" in row.phase_share and len(rows) <= _ROOM_FOR_NUMBERS:
-            name = " reduce" if len(rows) <= _ROOM_FOR_WORDS else ""
-            label_bar(axes, place, heights[place], percent(row.phase_share["reduce"], 0) + name)
+        if row.exposed_share is not None and len(rows) <= _ROOM_FOR_NUMBERS:
+            name = " exposed" if len(rows) <= _ROOM_FOR_WORDS else ""
+            label_bar(axes, place, heights[place], percent(row.exposed_share, 0) + name)
     bars_by_size(axes, rows, "time per step (ms)")
 
 
@@ -83,10 +84,10 @@ def _paint_shares(axes: "Axes", rows: Sequence[Row]) -> None:
 def _stack(axes: "Axes", rows: Sequence[Row], heights_by_phase: list[dict[str, float]]) -> list[float]:
     """One bar a row, its phases stacked; returns the heights."""
     below = [0.0] * len(rows)
-    for phase in PHASES:
+    for phase in timed_phases(rows):
         heights = [bar.get(phase, 0.0) for bar in heights_by_phase]
         how: dict[str, Any] = {"color": PHASE_COLORS[phase], "edgecolor": "white", "linewidth": 0.5, "label": phase}
-        axes.bar(range(len(rows)), heights, 0.62, below, hatch="///" if phase == "reduce" else None, **how)
+        axes.bar(range(len(rows)), heights, 0.62, below, hatch="///" if phase in COMMUNICATION else None, **how)
         below = [base + height for base, height in zip(below, heights, strict=True)]
     legend_above(axes, 3)
     return below

@@ -59,7 +59,7 @@ def _where(entry: Entry) -> str:
 
 
 def _exposed_ms(entry: Entry) -> float:
-    return 1e3 * entry.row.phase_s["reduce"]
+    return 1e3 * entry.row.exposed_s
 
 
 def _computing_ms(entry: Entry) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy, Tariff
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
-from hpc_train.analysis.report.labels import ranks_text
+from hpc_train.analysis.report.labels import communication_text, ranks_text
 from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.plots.energy import energy_by_phase_plot, energy_by_size_plot, energy_by_speedup_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
@@ -113,7 +113,8 @@ def phase_table(energy: GroupEnergy) -> Table:
         if with_servers:
             amounts.append(_total(row.servers))
         rows.append((ranks_text(row.row), *(_number_text(joules, scale) for joules in amounts)))
-    title = f"Energy of the loop by phase, {unit} (estimates, attributed by time; reduce: exposed communication)"
+    explained = f"estimates, attributed by time; {communication_text(phases)}: exposed communication"
+    title = f"Energy of the loop by phase, {unit} ({explained})"
     return Table("energy-by-phase", title, tuple(number_columns(*titles)), tuple(rows))
 
 

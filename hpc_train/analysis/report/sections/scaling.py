@@ -19,7 +19,7 @@ from hpc_train.core.formatting import (
     ratio_text,
     significant,
 )
-from hpc_train.core.records import PHASES
+from hpc_train.core.records import COMMUNICATION, PHASES
 
 _GROWN = 0.05  # of the baseline's step: a phase that grew by less is not worth a clause in the headline
 
@@ -40,7 +40,7 @@ def overview_table(group: Group) -> Table:
     rows = []
     for row in group.rows:
         cells = [ranks_text(row), ms_text(row.step_s), significant(row.samples_per_s, 4), *_speedup_cells(row)]
-        cells.append(percent(row.phase_share.get("reduce")))
+        cells.append(percent(row.exposed_share))
         if with_energy:
             cells.append(energy_text(row.joules_per_sample, row.energy))
         rows.append(tuple(cells))
@@ -128,7 +128,7 @@ def _answer_without_baseline(group: Group) -> str:
 
 def _lost(row: Row) -> str:
     """What keeps the row from the ideal: exposed communication, and the stragglers that cause most of it."""
-    share, waiting = row.phase_share.get("reduce"), waiting_text(row)
+    share, waiting = row.exposed_share, waiting_text(row)
     most = max((each.share for each in row.stragglers), default=0.0)
     if share is None or (waiting and most >= 0.5 * share):  # exposed communication is then mostly that wait
         return waiting
@@ -140,5 +140,5 @@ def _growths(row: Row, baseline: Row) -> Iterator[str]:
     before, after = baseline.phase_s, row.phase_s
     notable = _GROWN * sum(before.values())
     for phase in PHASES:
-        if phase != "reduce" and after[phase] - before[phase] > notable:
+        if phase not in COMMUNICATION and after[phase] - before[phase] > notable:
             yield f"{phase} grew from {ms_text(before[phase])} to {ms_text(after[phase])} ms"

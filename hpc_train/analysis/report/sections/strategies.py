@@ -62,7 +62,7 @@ def strategy_table(comparison: Comparison) -> Table:
         row = entry.row
         cells = [entry.strategy, ranks_text(row), ms_text(row.step_s), interval_text(row.step_interval_s, 1e3)]
         cells += [significant(row.samples_per_s, 4), _ratio_text(entry), ratio_interval_text(entry.ratio_interval)]
-        rows.append((*cells, percent(row.phase_share.get("reduce"))))
+        rows.append((*cells, percent(row.exposed_share)))
     return Table("strategies", f"Strategies on equal work ({_work_text(comparison)})", tuple(columns), tuple(rows))
 
 
@@ -152,6 +152,7 @@ def _entry_record(entry: Entry) -> dict[str, Any]:
         "ratio_low": ratio_low,
         "ratio_high": ratio_high,
         "share_reduce": row.phase_share.get("reduce"),
+        "share_sync": row.phase_share.get("sync"),
         "must_move_bytes": traffic.must_move_bytes if traffic else None,
         "each_way_bytes": traffic.each_way_bytes if traffic else None,
         "must_move_is_least": traffic.is_least if traffic else None,
