@@ -19,6 +19,9 @@ export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
 export PATH := $(abspath $(VENV))/bin:$(PATH):/usr/sbin:/sbin
 
+# Containers switch byte code off, and each start would compile a hundred modules.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Open MPI refuses root unless told twice; containers and CI machines are root.
 ifeq ($(shell id -u),0)
 export OMPI_ALLOW_RUN_AS_ROOT := 1

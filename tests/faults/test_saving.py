@@ -125,7 +125,7 @@ def alter_facts(folder: Path) -> None:
 def put_another_models(folder: Path) -> None:
     """A whole checkpoint of another model, with a checksum that fits."""
     script = (
-        "import sys, json, pathlib, torch\nfrom hpc_train.train import checkpoint\n"
+        "import sys, json, pathlib, torch\nfrom hpc_train.train.run import checkpoint\n"
         "folder = pathlib.Path(sys.argv[1])\nfacts = json.loads((folder / 'checkpoint.json').read_text())\n"
         "facts = {key: facts[key] for key in ('step', 'size', 'global_batch', 'num_samples')}\n"
         "state = {'model': {'other': torch.zeros(3)}, 'optimizer': {}, 'loss_scale': [1.0, 0], 'task': {}}\n"
@@ -354,7 +354,7 @@ def test_over_quota_the_training_goes_on_and_the_old_checkpoint_stays(
 ) -> None:
     """The limit on a file's size stands for a quota: it refuses checkpoints and lets logs grow."""
     job = Job(0, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(7)
-    resource.prlimit(job.process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    resource.prlimit(job.pid(0), resource.RLIMIT_FSIZE, (100_000, 100_000))
     ended = job.end()
     assert ended.code == 2, ended
     assert "warning: the checkpoint of step 10 could not be written" in ended.out and "File too large" in ended.out
