@@ -10,6 +10,7 @@ import numpy as np
 from hpc_train.core import config, records
 from hpc_train.core.records import PHASES
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.settings import Config
 
 SHARES = {"data": 0.1, "forward": 0.3, "backward": 0.4, "reduce": 0.1, "optimizer": 0.05, "other": 0.05}
 
@@ -72,7 +73,7 @@ def write_run(root: Path, recipe: Recipe) -> RunDir:
     return run
 
 
-def _meta(recipe: Recipe, settings: config.Config) -> dict[str, Any]:
+def _meta(recipe: Recipe, settings: Config) -> dict[str, Any]:
     ranks = [
         {
             "rank": rank,

@@ -21,9 +21,9 @@ from hpc_train.cli.plan import plan
 from hpc_train.cli.prepare import prepare, stage
 from hpc_train.core.config import dumps, load
 from hpc_train.core.errors import JointFailure, UserError, refused, require
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.paths import exists, expanded
 from hpc_train.core.redaction import message, printable
-from hpc_train.core.world import launched_rank
 
 # configs/ inside an installed wheel, or of the checkout
 _JOB_FILES = (Path(__file__).parents[1] / "shipped" / "configs", Path(__file__).parents[2] / "configs")
@@ -87,13 +87,14 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
 
     signals.hold_back()
     output.outlast()
-    from hpc_train.datasets.inspect import first
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.datasets.inspect import first_look
+    from hpc_train.train.comm.startup import open_context
 
-    looked = None if launched_rank() else first.begin(lambda: load(_job_file(config), overrides).config)
-    launched = launched_rank() is not None
-    alone = None if launched else load(_job_file(config), overrides)
-    with open_context(use_mpi=launched or (alone is not None and alone.config.reduce.strategy != "local")) as context:
+    job = JobEnvironment.current()
+    looked = first_look.begin(lambda: load(_job_file(config), overrides).config) if job.is_first_rank else None
+    alone = None if job.is_launched else load(_job_file(config), overrides)
+    use_mpi = job.is_launched or (alone is not None and alone.config.reduce.strategy != "local")
+    with open_context(use_mpi) as context:
         loaded = alone or context.on_root(lambda: load(_job_file(config), overrides))
         from hpc_train.train.loop import train as run
 
@@ -128,7 +129,7 @@ def generate(
     Example: hpc-train generate runs/gpt-text --prompt "def main(" --tokens 300
     """
     require("torch", "h5py")
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.train.comm.startup import open_context
 
     with open_context(use_mpi=False):
         from hpc_train.train.generate import generate as write
@@ -374,36 +375,36 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal of LANG=C, a path that is not UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    speaks = (launched_rank() or 0) == 0
+    job = JobEnvironment.current()
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except UserError as error:
-        _end_refused(error, speaks)
+        _end_refused(error, job)
     except click.ClickException as error:
         usage = io.StringIO()
         error.show(usage)
-        _end(usage.getvalue().rstrip("\n") if speaks else "", 2)
+        _end(usage.getvalue().rstrip("\n") if job.is_first_rank else "", 2)
     except (click.Abort, KeyboardInterrupt):
-        _end("hpc-train: interrupted" if speaks else "", 130)
+        _end("hpc-train: interrupted" if job.is_first_rank else "", 130)
     except JointFailure:  # the rank that met the fault says it
         _end("", 1)
     except OSError as error:
         if told := refused(error):
-            _end_refused(told, speaks)
+            _end_refused(told, job)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             # Python writes what is left once more when it ends, and would end with 120.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             remedy = "Make room where it goes, or send it elsewhere."
-            _end_refused(UserError(f"output cannot be written: {error.strerror}", remedy), speaks)
+            _end_refused(UserError(f"output cannot be written: {error.strerror}", remedy), job)
         _end(traceback.format_exc(), 1)
     except Exception:  # noqa: BLE001  our own bug: said whole
         _end(traceback.format_exc(), 1)
 
 
-def _end_refused(error: UserError, speaks: bool) -> NoReturn:
-    if speaks:
+def _end_refused(error: UserError, job: JobEnvironment) -> NoReturn:
+    if job.is_first_rank:
         _end(f"hpc-train: {error}", 2)
-    _end("" if error.joint else f"hpc-train: rank {launched_rank()} on {socket.gethostname()}: {error}", 2)
+    _end("" if error.joint else f"hpc-train: rank {job.rank} on {socket.gethostname()}: {error}", 2)
 
 
 def _end(text: str, code: int) -> NoReturn:

@@ -19,12 +19,13 @@ from typing import IO, Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hpc_train.core import rundir
-from hpc_train.core.config import Config, Loaded, Text, dumps, load, read_toml, shown
+from hpc_train.core.config import Loaded, dumps, load, read_toml, shown
 from hpc_train.core.errors import UserError
 from hpc_train.core.paths import expanded
 from hpc_train.core.redaction import looks_secret
 from hpc_train.core.resume_rules import same_job, why_not
 from hpc_train.core.rundir import RunDir, write_atomic
+from hpc_train.core.settings import Config, Text
 
 # slurm/ inside an installed wheel, or of the checkout
 _FOLDERS = (Path(__file__).parents[1] / "shipped" / "slurm", Path(__file__).parents[2] / "slurm")

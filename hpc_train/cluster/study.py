@@ -17,11 +17,13 @@ from types import FrameType
 from hpc_train.cluster import slurm
 from hpc_train.cluster.slurm import Site
 from hpc_train.core import rundir
-from hpc_train.core.config import Config, Loaded, dumps
+from hpc_train.core.config import Loaded, dumps
 from hpc_train.core.errors import UserError
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.paths import expanded
 from hpc_train.core.progress import duration
 from hpc_train.core.rundir import RunDir, write_atomic
+from hpc_train.core.settings import Config
 from hpc_train.core.signals import CONTINUE, TERMINATED
 
 _PATIENCE_S = 60.0  # for a checkpoint, after an interruption
@@ -103,7 +105,7 @@ def weak_batch(config: Config, sizes: list[int]) -> int:
 
 def run_here(study: Study, say: Say) -> list[str]:
     """Runs what is missing with mpirun, one size after the other; returns what failed, one line each."""
-    if study.todo and "OMPI_COMM_WORLD_RANK" in os.environ:
+    if study.todo and JobEnvironment.current().launcher == "mpirun":
         raise UserError("hpc-train scale starts mpirun itself and cannot run under mpirun", "Call it without mpirun.")
     if study.todo and shutil.which("mpirun") is None:
         raise UserError("mpirun was not found", "Load your MPI module, or name a site to submit to Slurm: --site.")

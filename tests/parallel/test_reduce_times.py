@@ -31,7 +31,7 @@ def rows(context: Context) -> Iterator[list[Row]]:
 
 
 def test_all_strategies_and_limits_are_measured_in_all_places(context: Context, rows: list[Row]) -> None:
-    hosts = context.all(context.world.host)
+    hosts = context.all_gather(context.world.host)
     counts = [len(team) for team in teams(hosts) if context.world.rank in team]
     found = {(row.strategy, row.ranks, row.message_bytes) for row in rows}
     names = {*OURS, *PEERS, "memory"}
@@ -45,8 +45,8 @@ def test_all_strategies_and_limits_are_measured_in_all_places(context: Context, 
 
 
 def test_the_ranks_of_a_row_agree(context: Context, rows: list[Row]) -> None:
-    for team in teams(context.all(context.world.host)):
-        found = context.all([row.samples_s for row in rows if row.ranks == len(team)])
+    for team in teams(context.all_gather(context.world.host)):
+        found = context.all_gather([row.samples_s for row in rows if row.ranks == len(team)])
         assert found[0] and all(found[rank] == found[0] for rank in team)
 
 
@@ -56,7 +56,7 @@ def test_a_wrong_sum_is_found(context: Context) -> None:
     off_by_one = message.numel() - 1
 
     def wrong(update: bool) -> None:
-        messages.add_up_in_place(context.comm, message.numpy())
+        messages.all_reduce_in_place(context.comm, message.numpy())
         message[off_by_one] += 1
 
     way = allreduce.Way(wrong, lambda: message, context.world.size)

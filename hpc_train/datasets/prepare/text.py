@@ -182,7 +182,7 @@ def _stream(documents: list[Document], tokens: Tokenizer, context: Context) -> t
     """
     begin, end = rank_span(len(documents), context.world.rank, context.world.size)
     counted = context.on_all(lambda: [tokens.count(each.path, text_of(each)) for each in documents[begin:end]])
-    counts = np.array([count for share in context.all(counted) for count in share], dtype=np.int64) + 1
+    counts = np.array([count for share in context.all_gather(counted) for count in share], dtype=np.int64) + 1
     ends = np.cumsum(counts)
 
     @lru_cache(maxsize=1)  # a long document is written in several blocks

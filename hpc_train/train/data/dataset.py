@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import Order, rank_span, require_rows
+from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import Files, reading_memory
 from hpc_train.train.data.readers import Reader

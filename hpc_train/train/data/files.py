@@ -12,10 +12,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system
-from hpc_train.train.comm.context import Context, require_one_mpi
+from hpc_train.core.settings import Config
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import require_one_mpi
 from hpc_train.train.data.foreign_files import (
     HDF5_ERRORS,
     absurd_claim,

@@ -15,9 +15,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.paths import exists, expanded, other_kind
+from hpc_train.core.settings import Config
 
 # What h5py raises of a damaged file, depending on which byte is wrong; MemoryError where it claims to be huge.
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError, SystemError)

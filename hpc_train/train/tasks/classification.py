@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import rank_span
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
@@ -29,11 +29,7 @@ class Classification:
         data = config.data
 
         def open_both() -> tuple[Files, Split, Split | None]:
-            if isinstance(data.inputs, list) or isinstance(data.test_inputs, list):
-                raise UserError(
-                    f"data.inputs = {data.inputs}: the models of task.kind = 'classification' take one data set",
-                    "Name one, or write a task of your own: it gets all of them.",
-                )
+            assert isinstance(data.inputs, str) and isinstance(data.test_inputs, str)  # see core/key_rules.py
             files = open_files(config, context)
             train = open_split(files, data.inputs, data.targets, ("data.inputs", "data.targets"))
             test_keys = ("data.test_inputs", "data.test_targets")

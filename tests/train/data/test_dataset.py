@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from hpc_train.core import config
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.datasets.inspect.check import check
-from hpc_train.datasets.inspect.survey import expand
+from hpc_train.datasets.inspect.structure import expand
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data import files, foreign_files
 from hpc_train.train.data.dataset import Buffers, Split, open_order, open_split, open_tokens
