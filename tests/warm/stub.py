@@ -5,6 +5,7 @@ import resource
 import signal
 import socket
 import sys
+from contextlib import suppress
 from types import FrameType
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
@@ -30,10 +31,8 @@ def main() -> None:
     child = int(answers.readline())
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(child, number)
-        except ProcessLookupError:
-            pass
 
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
