@@ -51,6 +51,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "mnist-5k.h5"
 
 
+@pytest.fixture(scope="session")
+def mpich(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prefix of an MPICH, as `pip` fetches it."""
+    prefix = tmp_path_factory.mktemp("mpich")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--prefix", prefix, "mpich>=4"]
+    subprocess.run(pip, check=True, timeout=200)
+    return prefix
+
+
 @pytest.fixture
 def disk_of(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """disk_of("8m"): a new file system of that size, for root only."""

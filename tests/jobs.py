@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,15 @@ def command(ranks: int, *words: object, bind: str = "none", warm: bool = False) 
     launcher = ["mpirun", "--quiet", "-n", str(ranks), "--oversubscribe", "--bind-to", bind] if ranks else []
     program = warm_server().stub if warm and not COLD else [str(HPC_TRAIN)]
     return [*launcher, *program, *map(str, words)]
+
+
+def program(folder: Path) -> Path:
+    """An `hpc-train` in a new folder, to be put on PATH: a warm one where warm starts are allowed."""
+    folder.mkdir()
+    path = folder / "hpc-train"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(command(0, warm=True))} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 @functools.cache
