@@ -174,7 +174,7 @@ def _overlap(rows: Sequence[Row]) -> float:
     for row in rows:
         forward, backward = row.phase_share.get("forward"), row.phase_share.get("backward")
         if forward and backward:
-            return backward / (1 - row.phase_share.get("reduce", 0.0) - row.phase_share.get("data", 0.0))
+            return backward / (1 - (row.exposed_share or 0.0) - row.phase_share.get("data", 0.0))
     return BACKWARD_SHARE
 
 

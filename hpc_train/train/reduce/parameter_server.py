@@ -33,6 +33,7 @@ class Worker:
     """A rank that trains and owns no weights: `reduce_gradients` sends its gradients, receives the new weights."""
 
     num_updates = 1
+    syncs_weights = False  # the new weights arrive in `reduce_gradients`
 
     def __init__(self, settings: Reduce, model: nn.Module, context: Context, asked: Asked) -> None:
         self._comm, self._num_workers = context.comm, settings.num_workers(context.world.size)
@@ -84,6 +85,8 @@ class Server:
 
     team: the servers.
     """
+
+    syncs_weights = True
 
     def __init__(self, settings: Reduce, model: nn.Module, context: Context, team: Context, asked: Asked) -> None:
         self._comm, self._team, self._asked = context.comm, team, asked

@@ -32,6 +32,7 @@ class Reducer(Protocol):
     """In each step: `begin_step` before the last backward, `reduce_gradients`, the optimizer, `sync_weights`."""
 
     num_updates: int  # of a step: an asynchronous server makes one for each worker
+    syncs_weights: bool  # whether `sync_weights` communicates
 
     @property
     def shards(self) -> Shards | None:
@@ -107,6 +108,7 @@ class Local:
     """One process: its own gradients are the sum."""
 
     num_updates = 1
+    syncs_weights = False
     shards: Shards | None = None
 
     def __init__(self, asked: Asked) -> None:
@@ -185,6 +187,7 @@ class AllReduce:
     """
 
     num_updates = 1
+    syncs_weights = False
     shards: Shards | None = None
 
     def __init__(self, transport: Transport, settings: Reduce, model: nn.Module, size: int, asked: Asked) -> None:
