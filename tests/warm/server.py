@@ -35,6 +35,7 @@ def main() -> None:
 
 def _preload() -> None:
     import horovod.torch
+    import hpc_train.analysis.report.page
     import jinja2
     import matplotlib.backends.backend_svg
     import matplotlib.figure
@@ -42,7 +43,6 @@ def _preload() -> None:
     import scipy.stats
     import torch
 
-    import hpc_train.analysis.report.page
     import hpc_train.analysis.report.report
     import hpc_train.cli.main
 
