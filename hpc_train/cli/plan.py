@@ -152,7 +152,7 @@ def _from_table(
 ) -> "tuple[Measurements, Work | None]":
     from dataclasses import replace
 
-    from hpc_train.analysis.models.measurements import read_table
+    from hpc_train.analysis.models.measurement_table import read_table
     from hpc_train.analysis.planning.budget import read_network, samples_work, steps_work
 
     if target_loss is not None:

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from hpc_train.analysis.guard import SectionGuard
-from hpc_train.analysis.models.measurements import read_table
+from hpc_train.analysis.models.measurement_table import read_table
 from hpc_train.analysis.models.predict import curve_sizes, predict
 from hpc_train.analysis.planning.budget import Work, power, read_network, samples_work, steps_work
 from hpc_train.analysis.planning.plan import Limits, make_plan
@@ -116,6 +116,10 @@ def test_joules_are_split_into_nodes_and_samples(tmp_path: Path) -> None:
         ("ranks,step_s,scaling\n1,1,up\n", "scaling = 'up'"),
         ("ranks,step_s,ranks_per_node\n1,1,4\n2,1,8\n", "ranks_per_node differs"),
         ("ranks,samples_per_s,joules\n1,1,4\n2,1,8\n", "joules are those of one step"),
+        (
+            "ranks,step_s,samples_per_s,global_batch\n1,0.5,128,64\n2,0.5,200,128\n",
+            r"scaling.csv:3: samples_per_s = 200.0, but global_batch / step_s = 128 / 0.5 = 256.0",
+        ),
         ("ranks,step_s,ranks_per_node\n4,1,4\n", "cannot be fitted to 4 ranks: one size says nothing"),
     ],
 )
@@ -134,6 +138,12 @@ def test_odd_tables_are_read_and_what_is_odd_is_said(tmp_path: Path) -> None:
     assert "4 ranks: 2 lines, of which the mean is taken" in told and "Taken as weak scaling" in told
     assert "6 ranks do not fill whole nodes of 4" in told
     assert "No ranks_per_node" in " ".join(read_table(table(tmp_path, "ranks,step_s\n1,1\n2,1\n")).notes)
+
+
+def test_a_rate_that_was_rounded_or_averaged_otherwise_is_no_contradiction(tmp_path: Path) -> None:
+    text = "ranks,step_s,samples_per_s,global_batch\n1,0.5,130,64\n2,0.503,255,128\n4,0.51,,256\n"
+    measured = read_table(table(tmp_path, text))
+    assert measured.step_s.tolist() == [0.5, 0.503, 0.51] and measured.batch == 64
 
 
 def test_the_network_file_is_read_for_the_runs_strategy(tmp_path: Path) -> None:
