@@ -17,6 +17,7 @@ import click
 from hpc_train.cli.options import Finite, Place
 from hpc_train.core import allreduce_times
 from hpc_train.core.errors import UserError, require
+from hpc_train.core.formatting import binary_size
 from hpc_train.core.rundir import write_atomic
 
 _LATENCY_BYTES = 64 << 10  # messages up to here take about as long as an empty one
@@ -141,11 +142,11 @@ class Pace:
         coming = list(accumulate(growth, mul, initial=now - self._last))[1:]
         self._last = now
         if place and self._budget_s is not None and now - self._began + coming[0] > self._budget_s:
-            self.stopped = f"stopped before {allreduce_times.size_text(size)}: --minutes {self._budget_s / 60:g}"
+            self.stopped = f"stopped before {binary_size(size)}: --minutes {self._budget_s / 60:g}"
             self._say(self.stopped)
             return False
         left = f", about {timedelta(seconds=round(sum(coming)))} left" if place else ""
-        self._say(f"{allreduce_times.size_text(size)} ({place + 1} of {len(self._sizes)} sizes{left})")
+        self._say(f"{binary_size(size)} ({place + 1} of {len(self._sizes)} sizes{left})")
         return True
 
 

@@ -144,14 +144,6 @@ def sizes(least_bytes: int, most_bytes: int) -> list[int]:
     return found
 
 
-def size_text(num_bytes: float) -> str:
-    """ "64 KiB": powers of two, as memory and messages have them."""
-    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if num_bytes >= 1 << power:
-            return f"{num_bytes / (1 << power):.4g} {unit}"
-    return f"{num_bytes:g} B"
-
-
 def pair_ratios(rows: Sequence[Row], strategy: str, message_bytes: int) -> dict[tuple[int, int, int], list[float]]:
     """By place, the speed of `strategy` over that of one MPI_Allreduce of the same bytes, sample by sample."""
     found = {(row.place, row.strategy): row for row in rows if row.message_bytes == message_bytes}

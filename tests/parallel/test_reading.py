@@ -11,7 +11,7 @@ import pytest
 
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import Order, rank_batches
+from hpc_train.core.sampling import BatchSampler, Order, Shares
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data import collective
@@ -94,8 +94,9 @@ def test_ways_that_mix_alike_train_alike(context: Context, shared_path: Path, di
 @pytest.mark.parametrize("memory_bytes", [1, 3000, 1 << 20])
 def test_spread_rows_arrive(context: Context, memory_bytes: int) -> None:
     values, world = np.arange(101 * 6, dtype=np.int16).reshape(101, 2, 3), context.world
-    spread = Spread(MmapReader(values), 10, 5, memory_bytes, context)
-    for step, (rows, _) in enumerate(rank_batches(range(50), Order(101), 10, 5, world.rank, world.size)):
+    sampler = BatchSampler(Order(101), 10, 5, Shares(world.size), world.rank)
+    spread = Spread(MmapReader(values), sampler, memory_bytes, context)
+    for step, (rows, _) in enumerate(sampler.batches(range(50))):
         if step >= 7:  # as after a resume
             spread.begin(step)
             assert np.array_equal(spread.take(rows), values[rows])
@@ -105,8 +106,9 @@ def test_spread_rows_arrive(context: Context, memory_bytes: int) -> None:
 def test_a_row_that_a_rank_does_not_hold_is_refused(context: Context) -> None:
     """Another sample in its place would be trained on in silence."""
     values, world = np.arange(101 * 6, dtype=np.int16).reshape(101, 2, 3), context.world
-    spread = Spread(MmapReader(values), 10, 5, 1, context)  # one step's rows at once
-    batches = [rows for rows, _ in rank_batches(range(4), Order(101), 10, 5, world.rank, world.size)]
+    sampler = BatchSampler(Order(101), 10, 5, Shares(world.size), world.rank)
+    spread = Spread(MmapReader(values), sampler, 1, context)  # one step's rows at once
+    batches = [rows for rows, _ in sampler.batches(range(4))]
     spread.begin(0)
     elsewhere = np.setdiff1d(np.arange(101), batches[0])
     for rows in (batches[3], batches[0] - 101, batches[0] + 101, elsewhere, np.append(batches[0], elsewhere[-1])):

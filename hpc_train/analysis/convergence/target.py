@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from hpc_train.analysis.energy.energy import RunEnergy
-from hpc_train.analysis.energy.energy_amount import NONE, Joules
-from hpc_train.analysis.runs.load import Run, attempts
-from hpc_train.analysis.runs.step_timeline import course_of
-from hpc_train.analysis.scaling.scaling import Group, Interval, labels, mismatches, positive
+from hpc_train.analysis.energy.energy_amount import NONE, EnergyAmount
+from hpc_train.analysis.runs.load import Run
+from hpc_train.analysis.runs.meta_json import attempts, positive_number
+from hpc_train.analysis.runs.step_timeline import timeline_of
+from hpc_train.analysis.scaling.compare import Group, Interval, labels, mismatches
 from hpc_train.core.records import FloatArray, IntArray
 
 # Keys that change how fast the loss falls and not what it means: runs that differ in these alone have the same target.
@@ -40,7 +41,7 @@ class Reach:
     num_samples: float | None = None
     epochs: float | None = None
     seconds: float | None = None  # of the attempts' loops; the time between attempts is in none
-    joules: Joules = NONE
+    joules: EnergyAmount = NONE
     at_once: bool = False  # by the first loss that is judged
 
 
@@ -93,7 +94,7 @@ class TargetRow:
         return exp(fmean(map(log, known))) if len(known) == len(self.reaches) else None
 
     @property
-    def joules(self) -> Joules | None:
+    def joules(self) -> EnergyAmount | None:
         """The mean; None where the target was not reached."""
         parts = [reach.joules for reach in self.reaches]
         return sum(parts, NONE) * (1 / len(parts)) if self.reached else None
@@ -232,21 +233,23 @@ def reach_of(run: Run, target: float, energy: RunEnergy | None) -> Reach:
     if not len(below):
         return Reach(run, NOT_REACHED)
     step = int(steps[below[0]])
-    course = energy.course if energy else course_of(run)
+    course = energy.timeline if energy else timeline_of(run)
     row = course.of_first(step)
     if row is None:
         return Reach(run, f"step {step}, which reached it, has no time")
     if not run.summary.num_steps:
         return Reach(run, "its ranks recorded no step in common")
     num_samples = (step + 1) * run.summary.num_samples / run.summary.num_steps
-    of_epoch = positive(run.meta.get("num_samples", run.meta.get("num_train_samples")))  # the latter before schema 3
+    of_epoch = positive_number(
+        run.meta.get("num_samples", run.meta.get("num_train_samples"))
+    )  # the latter before schema 3
     return Reach(
         run,
         num_steps=step + 1,
         num_samples=num_samples,
         epochs=num_samples / of_epoch if of_epoch else None,
         seconds=float(course.end_s[row]),
-        joules=energy.until(row) if energy else Joules(lacking=("no meter",)),
+        joules=energy.until(row) if energy else EnergyAmount(lacking=("no meter",)),
         at_once=bool(below[0] == 0),
     )
 

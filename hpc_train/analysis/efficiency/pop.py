@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.load_balance import Balance
+from hpc_train.analysis.runs.load_balance import LoadBalance
 from hpc_train.analysis.runs.ranks import waits
 from hpc_train.core.records import FloatArray
 
@@ -107,7 +107,7 @@ def _span(name: str, draws: FloatArray, value: float) -> tuple[float, float]:
 
 
 def _missing(runs: Sequence[Run]) -> str | None:
-    balances = [run.balance for run in runs]
+    balances = [run.load_balance for run in runs]
     if any(balance is None for balance in balances):
         return "no steady step"
     if not all(balance.phases_told for balance in balances if balance):
@@ -136,9 +136,9 @@ def _factors(sums: _Sums, in_step: bool) -> dict[str, FloatArray]:
     return factors
 
 
-def _balance(run: Run) -> Balance:
-    assert run.balance is not None
-    return run.balance
+def _balance(run: Run) -> LoadBalance:
+    assert run.load_balance is not None
+    return run.load_balance
 
 
 def _sums(runs: Sequence[Run], seed: int | None) -> _Sums:

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.load_balance import NUM_BLOCKS, Arrivals, Balance, Latest
+from hpc_train.analysis.runs.load_balance import NUM_BLOCKS, Arrivals, Latest, LoadBalance
 from hpc_train.analysis.runs.ranks import waits
 from hpc_train.core.records import FloatArray, IntArray
 
@@ -40,7 +40,7 @@ class Straggler:
 
 
 @dataclass(frozen=True)
-class Waiting:
+class StragglerAnalysis:
     """Whom a run's ranks wait for. `told` says in words why there is nobody to be named; None where there is."""
 
     stragglers: tuple[Straggler, ...] = ()
@@ -51,7 +51,7 @@ class Waiting:
     unaligned: str | None = None  # why waits are compared instead
 
 
-def waiting(run: Run) -> Waiting:
+def find_stragglers(run: Run) -> StragglerAnalysis:
     """Names those who cost the job 1% of its time or more, by more than chance and clocks' errors explain.
 
     In each step the last rank to arrive is blamed for what the others would save were it as early as the next. Alike
@@ -60,18 +60,18 @@ def waiting(run: Run) -> Waiting:
     on, so that several slow ranks are found, though each alone hides behind the others. A host is named instead of a
     rank where more than half of its ranks are late by half of what its latest is.
     """
-    balance = run.balance
+    balance = run.load_balance
     if balance is None:
-        return Waiting(told="no steady step")
+        return StragglerAnalysis(told="no steady step")
     if len(balance.ranks) == 1:
-        return Waiting(told="one rank waits for nobody")
+        return StragglerAnalysis(told="one rank waits for nobody")
     if not waits(run.config.reduce, len(balance.ranks)):
         served = run.config.reduce.strategy == "parameter_server"
         how = "each worker is answered by itself (reduce.asynchronous)" if served else "gradients are not reduced"
-        return Waiting(told=f"no rank waits for another in a step, {how}")
+        return StragglerAnalysis(told=f"no rank waits for another in a step, {how}")
     arrivals = balance.arrivals
     if arrivals is None:
-        return Waiting(told="when ranks came to the reductions was not recorded")
+        return StragglerAnalysis(told="when ranks came to the reductions was not recorded")
     errors_s = arrivals.clock_error_s * (len(arrivals.hosts) > 1)  # one host has one clock
     hosts = _found(arrivals, arrivals.latest_hosts, len(arrivals.hosts), _host_error(arrivals, errors_s))
     if not any(_is_whole(arrivals, host) for host in hosts):
@@ -82,14 +82,14 @@ def waiting(run: Run) -> Waiting:
     saved_s = _saved_s(latest, blamed)
     share = float(saved_s.sum()) / arrivals.whole_s
     if not blamed or share < LEAST_SHARE:
-        return Waiting(
+        return StragglerAnalysis(
             told=f"no rank costs the others {LEAST_SHARE:.0%} of their time by more than chance",
             clock_error_s=_typical_error(arrivals),
             unaligned=arrivals.unaligned,
         )
     named = tuple(_straggler(balance, arrivals, latest, blamed, place, bool(hosts)) for place in range(len(blamed)))
     span = _interval(saved_s, arrivals.step_s)
-    return Waiting(named, share, span, None, _typical_error(arrivals), arrivals.unaligned)
+    return StragglerAnalysis(named, share, span, None, _typical_error(arrivals), arrivals.unaligned)
 
 
 def _typical_error(arrivals: Arrivals) -> float | None:
@@ -179,7 +179,7 @@ def _by_chance(late_s: FloatArray, num: int) -> float:
 
 
 def _straggler(
-    balance: Balance, arrivals: Arrivals, latest: Latest, blamed: Sequence[int], place: int, by_host: bool
+    balance: LoadBalance, arrivals: Arrivals, latest: Latest, blamed: Sequence[int], place: int, by_host: bool
 ) -> Straggler:
     """The one at `place` of those blamed, its cost on top of theirs who stand before it."""
     one = blamed[place]
@@ -207,7 +207,7 @@ def _straggler(
     )
 
 
-def _cause(balance: Balance, members: IntArray) -> tuple[Cause | None, float | None]:
+def _cause(balance: LoadBalance, members: IntArray) -> tuple[Cause | None, float | None]:
     """What those at `members` have more of than the median of the others."""
     others = np.setdiff1d(np.arange(len(balance.ranks)), members)
     useful, stall = balance.useful_s, balance.input_s

@@ -14,7 +14,7 @@ import numpy as np
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system
-from hpc_train.core.sampling import Indices, Order, chunk_edges, places, rank_batches, rank_span, require_rows
+from hpc_train.core.sampling import BatchSampler, Indices, Order, Shares, chunk_edges, places, rank_span, require_rows
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mpi_library import parallel_file_options
@@ -79,17 +79,17 @@ class Spread:
 
     edges = None
 
-    def __init__(self, reader: Reader, batch_size: int, seed: int, memory_bytes: int, context: Context) -> None:
+    def __init__(self, reader: Reader, sampler: BatchSampler, memory_bytes: int, context: Context) -> None:
         """Every rank reads its part."""
         self.shape, self.dtype = reader.shape, reader.dtype
         size, num_rows = context.world.size, self.shape[0]
-        self._context, self._seed, self._batch_size = context, seed, batch_size
+        self._context, self._sampler = context, sampler
         self._starts = np.array([rank_span(num_rows, rank, size)[0] for rank in range(size)])
         start, stop = rank_span(num_rows, context.world.rank, size)
         self._mine = np.array(reader[start:stop])
         row_bytes = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
-        share_bytes = -(-batch_size // size) * row_bytes
-        self.steps_at_once = max(1, min(memory_bytes // 2 // share_bytes, -(-num_rows // batch_size)))
+        share_bytes = -(-sampler.batch_size // size) * row_bytes
+        self.steps_at_once = max(1, min(memory_bytes // 2 // share_bytes, -(-num_rows // sampler.batch_size)))
         self.words = f"spread over the memory of {size} ranks, {self.steps_at_once} steps' samples exchanged at once"
         self._round: int | None = None
         self._rows, self._held = np.zeros(0, np.int64), self._mine[:0]
@@ -100,9 +100,8 @@ class Spread:
             return
         self._round, context = step // self.steps_at_once, self._context
         steps = range(self._round * self.steps_at_once, (self._round + 1) * self.steps_at_once)
-        order, world = Order(self.shape[0]), context.world
-        batches = rank_batches(steps, order, self._batch_size, self._seed, world.rank, world.size)
-        wanted = np.sort(np.concatenate([rows for rows, _ in batches]))
+        world = context.world
+        wanted = np.sort(np.concatenate([batch.rows for batch in self._sampler.batches(steps)]))
         holders = np.searchsorted(self._starts, wanted, "right") - 1
         self._held = self._mine[:0]  # before its successor comes
         asked, counts = context.exchange(wanted, np.bincount(holders, minlength=world.size))
@@ -162,9 +161,11 @@ def physical_memory() -> int:
 
 def read_together(split: Split, way: str, files: Files, name: str, config: Config, context: Context) -> Split:
     """Collective. `split` with its inputs, data set `name`, read in one `way`, "collective" or "memory"."""
-    batch_size = config.train.batch_size(context.world.size)
+    world = context.world
+    batch_size = config.train.batch_size(world.size)
     if way == "memory":
-        spread = Spread(split.inputs[0], batch_size, config.seed, files.memory_bytes, context)
+        sampler = BatchSampler(Order(len(split)), batch_size, config.seed, Shares(world.size), world.rank)
+        spread = Spread(split.inputs[0], sampler, files.memory_bytes, context)
         return replace(split, inputs=(spread,), begin=spread.begin)
 
     def check() -> None:

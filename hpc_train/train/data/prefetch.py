@@ -2,14 +2,12 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from queue import SimpleQueue
 from statistics import median
 from time import perf_counter_ns
 from types import TracebackType
 from typing import Generic, Self, TypeVar
-
-from hpc_train.core.sampling import Indices
 
 T = TypeVar("T")
 _STEPS = 16  # between decisions
@@ -19,19 +17,6 @@ _LEAST_WORK_NS = 100_000  # in which a thread can hand a batch over
 _WINDOWS = 3  # of _STEPS: one alone may be long by chance
 _FIRST_REST = 16  # windows
 MOST = 8  # batches ahead
-
-
-def announced(
-    shares: Iterator[tuple[Indices, int]], prefetch: Callable[[Indices], None], num_steps: int
-) -> Iterator[tuple[Indices, int]]:
-    """`shares`, rows and what goes with them; `prefetch` hears of the rows `num_steps` shares before they come."""
-    coming: deque[tuple[Indices, int]] = deque()
-    for share in shares:
-        prefetch(share[0])
-        coming.append(share)
-        if len(coming) > num_steps:
-            yield coming.popleft()
-    yield from coming
 
 
 class Prefetch(Generic[T]):
@@ -61,6 +46,10 @@ class Prefetch(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread, once it has made the batch that it is at."""
         self._stop = True
         self._room.release()
         if self._thread is not None:

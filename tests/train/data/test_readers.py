@@ -6,6 +6,7 @@ import threading
 import tracemalloc
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -16,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import Order, rank_batches
+from hpc_train.core.sampling import BatchSampler, Order
 from hpc_train.train.data import filters
+from hpc_train.train.data.batches import Batches
 from hpc_train.train.data.chunk_cache import ChunkCache, ChunkFile
-from hpc_train.train.data.prefetch import announced
 from hpc_train.train.data.readers import ConcatReader, H5pyReader, MmapReader, Reader, join, open_reader
 from tests.jobs import CONFIGS
 
@@ -238,9 +239,12 @@ def test_each_chunk_is_decoded_once_an_epoch(
     read = ChunkFile.read
     monkeypatch.setattr(ChunkFile, "read", lambda self, block, there: (decoded.append(block), read(self, block, there)))
     order, batch = Order(2000, reader.edges, window), 32
-    shares = rank_batches(range(-(-2000 // batch)), order, batch, 0, 0, 1)
-    for rows, _ in announced(shares, reader.prefetch, order.steps_ahead(batch)):
-        assert np.array_equal(reader.take(rows), expected[rows])
+    task: Any = SimpleNamespace(
+        batch=lambda rows, step: (rows, reader.take(rows)), prefetch=reader.prefetch, in_step=True
+    )
+    steps = range(-(-2000 // batch))
+    for ((rows, values),), _, _ in Batches(task, BatchSampler(order, batch, 0), steps, 1, torch.device("cpu")):
+        assert np.array_equal(values, expected[rows])
     if 2 * window <= memory_chunks:
         assert sorted(decoded) == list(range(40))
     reader.close()
@@ -310,6 +314,7 @@ from hpc_train.train.tasks.classification import Classification
 from hpc_train.core.world import World
 import numpy as np
 from pathlib import Path
+from types import SimpleNamespace
 job = load(Path({str(CONFIGS / "softmax-mnist.toml")!r}), ("data.file={tmp_path}/part-*.h5",)).config
 task = Classification(job, Context(World()))
 print(task.num_samples, int(task.batch(np.array([4 * 299]), 0).inputs[0, 0]))

@@ -12,8 +12,7 @@ import torch
 
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import Order, drawn, rank_samples
-from hpc_train.core.sampling import global_batch as batch_of
+from hpc_train.core.sampling import BatchSampler, drawn
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
@@ -52,7 +51,7 @@ class Learner:
 
     def _step(self, step: int) -> float:
         size = self.config.train.batch_size(1)
-        rows = rank_samples(batch_of(step, self.task.num_samples, size), Order(self.task.num_samples), 0, 0, 1)
+        rows, _ = BatchSampler(self.task.order, size, 0).batch(step)
         loss = self.task.loss(self.model, self.task.batch(rows, step)) / size
         loss.backward()
         self.optimizer.step()
@@ -60,14 +59,12 @@ class Learner:
         return loss.item()
 
     def state(self) -> dict[str, Any]:
-        own = {"task": self.task.state()} if hasattr(self.task, "state") else {}
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **own}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "task": self.task.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if "task" in state:
-            self.task.load_state(state["task"])  # type: ignore[attr-defined]
+        self.task.load_state(state["task"])
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -287,4 +284,4 @@ def test_a_state_that_this_task_did_not_give_is_refused_whole(change: dict[str, 
     for key, value in change.items():
         state[key] = {**state[key], **value} if isinstance(value, dict) and value else value
     with pytest.raises((LookupError, TypeError, ValueError, AttributeError, RuntimeError)):
-        Learner(job("dqn")).task.load_state(state)  # type: ignore[attr-defined]
+        Learner(job("dqn")).task.load_state(state)

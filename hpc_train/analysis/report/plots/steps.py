@@ -19,8 +19,8 @@ from hpc_train.analysis.report.plots.canvas import (
 )
 from hpc_train.analysis.report.table import ranks_text
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
-from hpc_train.core.formatting import percent, significant
+from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.core.formatting import percent, plural, significant
 from hpc_train.core.records import PHASES
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def time_drawings(group: Group) -> list[Drawing]:
     if not rows:
         return []
     told = "; ".join(
-        f"{num_ranks(row.size)}: " + ", ".join(f"{phase} {significant(1e3 * row.phase_s[phase])}" for phase in PHASES)
+        f"{plural(row.size, 'rank')}: "
+        + ", ".join(f"{phase} {significant(1e3 * row.phase_s[phase])}" for phase in PHASES)
         for row in rows
     )
     caption = "Where a step's time goes: mean over ranks that train and steady steps. Hatched: exposed communication."
@@ -52,7 +53,7 @@ def time_drawings(group: Group) -> list[Drawing]:
     whole = [sum(row.phase_s.values()) for row in rows]
     if max(whole) > _READABLE * min(whole):
         told = "; ".join(
-            f"{num_ranks(row.size)}: "
+            f"{plural(row.size, 'rank')}: "
             + ", ".join(f"{phase} {percent(share, 0)}" for phase, share in row.phase_share.items())
             for row in rows
         )
@@ -109,7 +110,7 @@ def loss_drawing(group: Group) -> Drawing | None:
     if not runs:
         return None
     shown = _one_by_one(runs)[:_MOST_LINES]
-    told = ", ".join(f"{num_ranks(run.size)} {significant(run.metrics[1][-1])}" for run in shown)
+    told = ", ".join(f"{plural(run.size, 'rank')} {significant(run.metrics[1][-1])}" for run in shown)
     together = "" if group.weak else ": runs of one job should fall together at any number of ranks"
     some = "" if len(shown) == len(runs) else f" {len(shown)} of {len(runs)} runs are drawn, every size in turn."
     return Drawing(
@@ -144,7 +145,7 @@ def _paint_losses(axes: "Axes", runs: Sequence[Run]) -> None:
             linestyle=style,
             linewidth=min(1.3 + 0.9 * sizes[::-1].index(run.size), 5),
             alpha=0.85,
-            label=None if run.size in named else num_ranks(run.size),
+            label=None if run.size in named else plural(run.size, "rank"),
         )
         named.add(run.size)
     axes.set(xlabel="step", ylabel="training loss")

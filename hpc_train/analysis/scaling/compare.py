@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from hpc_train.analysis.efficiency.pop import Efficiencies, efficiencies
-from hpc_train.analysis.efficiency.stragglers import Waiting, waiting
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.efficiency.stragglers import StragglerAnalysis, find_stragglers
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.runs.clocks import hosts_of
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.repeats import Facts, apart, facts_of, series_of
+from hpc_train.analysis.runs.meta_json import positive_number
+from hpc_train.analysis.runs.repeats import Facts, assign_series, distinguishing_facts, facts_of
 from hpc_train.core import config
-from hpc_train.core.formatting import listed, ms_text
+from hpc_train.core.formatting import listed, ms_text, plural
 from hpc_train.core.records import PHASES, Energy, FloatArray, block_sums, mean_interval, total_energy
 from hpc_train.core.settings import RECORDED
 
@@ -50,7 +51,7 @@ class Row:
     efficiency: float | None = None  # speedup efficiency: speedup * baseline size / size
     is_baseline: bool = False
     pop: Efficiencies = field(default_factory=Efficiencies)
-    waiting: tuple[Waiting, ...] = ()  # of each run: whom its ranks wait for
+    stragglers: tuple[StragglerAnalysis, ...] = ()  # of each run: whom its ranks wait for
 
     @property
     def global_batch(self) -> int:
@@ -74,7 +75,7 @@ class Row:
 
     def stated(self, key: str) -> float | None:
         """A positive number of meta.json, where all runs state the same."""
-        values = {positive(run.meta.get(key)) for run in self.runs}
+        values = {positive_number(run.meta.get(key)) for run in self.runs}
         return values.pop() if len(values) == 1 else None
 
 
@@ -105,19 +106,19 @@ class Scaling:
     notes: tuple[str, ...]
 
 
-def compare(runs: Sequence[Run], guard: Guard | None = None) -> Scaling:
+def compare(runs: Sequence[Run], guard: SectionGuard | None = None) -> Scaling:
     """Groups runs whose configurations agree (`config.comparable`) and compares the sizes within a group.
 
     Runs of one size that differ in software, hardware or settings are no repeats: each kind is in a group of its own.
     """
-    guard = guard or Guard()
+    guard = guard or SectionGuard()
     notes: list[str] = []
 
     def unsorted(why: str) -> list[int]:
         notes.append(f"{why}.")
         return [0] * len(runs)
 
-    series = guard.made("which runs are repeats", unsorted, series_of, runs)
+    series = guard.call("which runs are repeats", unsorted, assign_series, runs)
     by_key: dict[tuple[str, int], list[Run]] = defaultdict(list)
     for run, number in zip(runs, series, strict=True):
         by_key[json.dumps(config.comparable(run.config), sort_keys=True), number].append(run)
@@ -127,7 +128,7 @@ def compare(runs: Sequence[Run], guard: Guard | None = None) -> Scaling:
     named = [_with_facts(*each) for each in zip(labels(members, keys), apart_by, strict=True)]
     groups = []
     for label, key, some, (_, number) in zip(named, keys, members, by_key, strict=True):
-        group = guard.made(f"the comparison of {label}", notes.append, _group, label, key, number, some, guard)
+        group = guard.call(f"the comparison of {label}", notes.append, _group, label, key, number, some, guard)
         groups += [group] if group is not None else []
     groups.sort(key=lambda group: (-sum(row.speedup is not None for row in group.rows), group.label))
     return Scaling(tuple(groups), (*notes, *_not_pooled(apart_by), *_between_groups(groups)))
@@ -139,7 +140,7 @@ def _apart(by_key: dict[tuple[str, int], list[Run]]) -> list[Facts]:
     for key, number in by_key:
         series[key].append(number)
     facts = {
-        key: dict(zip(numbers, apart([by_key[key, n] for n in numbers]), strict=True))
+        key: dict(zip(numbers, distinguishing_facts([by_key[key, n] for n in numbers]), strict=True))
         for key, numbers in series.items()
     }
     return [facts[key][number] for key, number in by_key]
@@ -172,17 +173,7 @@ def work(keys: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if not key.startswith("reduce.")}
 
 
-def positive(value: object) -> float | None:
-    """A number from a file, where it is one that can count something."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST
-    return float(value) if known else None  # type: ignore[arg-type]
-
-
-def num_ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count} ranks"
-
-
-def _group(label: str, keys: dict[str, Any], series: int, runs: list[Run], guard: Guard) -> Group | None:
+def _group(label: str, keys: dict[str, Any], series: int, runs: list[Run], guard: SectionGuard) -> Group | None:
     by_size: dict[tuple[int, bool], list[Run]] = defaultdict(list)
     for run in runs:
         by_size[run.size, run.incomplete is not None].append(run)
@@ -200,14 +191,17 @@ def _group(label: str, keys: dict[str, Any], series: int, runs: list[Run], guard
     return Group(label, keys, weak, tuple(rows), baseline, tuple(_within_group(rows, baseline, runs)), series)
 
 
-def _explained(row: Row, baseline: Sequence[Run] | None, label: str, guard: Guard) -> Row:
+def _explained(row: Row, baseline: Sequence[Run] | None, label: str, guard: SectionGuard) -> Row:
     """The row with what keeps it from the ideal."""
-    where = f"of {num_ranks(row.size)} ({label})"
-    pop = guard.made(
+    where = f"of {plural(row.size, 'rank')} ({label})"
+    pop = guard.call(
         f"the POP efficiencies {where}", lambda why: Efficiencies(missing=why), efficiencies, row.runs, baseline
     )
-    waits = [guard.made(f"who is waited for {where}", lambda why: Waiting(told=why), waiting, run) for run in row.runs]
-    return replace(row, pop=pop, waiting=tuple(waits))
+    waits = [
+        guard.call(f"who is waited for {where}", lambda why: StragglerAnalysis(told=why), find_stragglers, run)
+        for run in row.runs
+    ]
+    return replace(row, pop=pop, stragglers=tuple(waits))
 
 
 def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
@@ -311,13 +305,15 @@ def _mean(values: list[float | None]) -> float | None:
 def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> list[str]:
     notes = []
     if baseline is None:
-        sizes = " and ".join(num_ranks(size) for size in sorted({row.size for row in rows}))
+        sizes = " and ".join(plural(size, "rank") for size in sorted({row.size for row in rows}))
         kind = "complete runs" if any(not row.incomplete for row in rows) else "no complete run"
         notes.append(f"No baseline: {kind} of {sizes} only. A speedup needs steady steps of two sizes.")
     elif baseline.size != 1:
-        notes.append(f"The baseline is {num_ranks(baseline.size)}, not 1 rank: all speedups are relative to that.")
+        notes.append(f"The baseline is {plural(baseline.size, 'rank')}, not 1 rank: all speedups are relative to that.")
     notes += [f"Counted once: {copy} is a copy of {run.dir.path}." for run in runs for copy in run.copies]
-    notes += [f"Incomplete: {run.label} ({num_ranks(run.size)}): {run.incomplete}." for run in runs if run.incomplete]
+    notes += [
+        f"Incomplete: {run.label} ({plural(run.size, 'rank')}): {run.incomplete}." for run in runs if run.incomplete
+    ]
     notes += [
         f"{run.label}: no steady step, all of its {run.summary.num_steps} steps are warm-up."
         for run in runs
@@ -326,13 +322,13 @@ def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> lis
     for row in rows:
         if row.step_s and row.step_median_s and abs(row.step_s / row.step_median_s - 1) > _UNEVEN:
             notes.append(
-                f"{num_ranks(row.size)}: steps take {ms_text(row.step_s)} ms on average, which counts, and"
+                f"{plural(row.size, 'rank')}: steps take {ms_text(row.step_s)} ms on average, which counts, and"
                 f" {ms_text(row.step_median_s)} ms in the median: few of them take most of the difference."
             )
         if row.efficiency and row.efficiency > SUPERLINEAR:
             notes.append(
-                f"{num_ranks(row.size)}: a speedup efficiency above 100% does not come from sharing the work: smaller"
-                " shares may fit the caches, or the baseline was disturbed. Repeat the baseline to tell."
+                f"{plural(row.size, 'rank')}: a speedup efficiency above 100% does not come from sharing the work:"
+                " smaller shares may fit the caches, or the baseline was disturbed. Repeat the baseline to tell."
             )
     return notes + mismatches(runs) + _ranks_per_host(runs)
 
@@ -377,7 +373,7 @@ def differing_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def _sizes(sizes: set[int]) -> str:
     *most, last = sorted(sizes)
-    return f"{', '.join(map(str, most))} and {num_ranks(last)}" if most else num_ranks(last)
+    return f"{', '.join(map(str, most))} and {plural(last, 'rank')}" if most else plural(last, "rank")
 
 
 # ---------------------------------------------------------------------------------------------- groups
