@@ -64,7 +64,7 @@ def _tagged(tag: int) -> dict[str, int]:
 
 
 def send_and_receive(comm: Any, array: np.ndarray, dest: int, received: np.ndarray, source: int) -> None:
-    """Both at once, so that ranks may do so in a ring. For what fits one piece; `received` may be longer than needed."""
+    """Both at once, as in a ring of ranks. For what fits one piece; `received` may be longer than needed."""
     ((mine,), (theirs,)) = pieces(array), pieces(received)
     comm.Sendrecv(mine, dest, recvbuf=theirs, source=source)
 

@@ -128,8 +128,7 @@ class BucketScheduler:
             self._send_next()
 
     def send_rest(self) -> None:
-        """Sends the buckets that backward did not fill: the other ranks wait for parameters that this one left unused.
-        """
+        """Sends the buckets that backward did not fill: other ranks wait for parameters that this one did not use."""
         while self._next < len(self._buckets):
             self._send_next()
 

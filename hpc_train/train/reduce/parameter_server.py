@@ -7,7 +7,7 @@ where a rank of a ring all-reduce moves 2 (N-1)/N * bytes.
 
 Synchronous: a server sums what all workers send, in their order, and updates once: the losses are those of an
 all-reduce. Asynchronous (`reduce.asynchronous`): it updates for each worker as its gradients arrive, and answers
-that worker alone. No worker waits for the slowest, gradients are of weights some updates old, and no two runs are alike.
+that worker alone. No worker waits for the slowest, gradients are some updates old, and no two runs are alike.
 """
 
 from math import isfinite
@@ -161,7 +161,7 @@ class Server:
 
 
 class _WorkerSteps:
-    """How far an asynchronous server's workers are. They are at different steps, and must all stop after the same one."""
+    """How far an asynchronous server's workers are: at different steps, and all must stop after the same one."""
 
     def __init__(self, num_workers: int) -> None:
         self._num_steps = [0] * num_workers  # received from each worker
@@ -175,7 +175,7 @@ class _WorkerSteps:
         return sum(self._num_steps) % len(self._num_steps) == 0
 
     def add(self, worker: int, flags: StepFlags) -> StepFlags:
-        """The answer to a worker's step. Its loss is the mean of all workers' latest, or its own if that is not finite."""
+        """The answer to a worker's step. Its loss is the mean of all workers' latest, or its own if not finite."""
         step = self._num_steps[worker]
         self._num_steps[worker] += 1
         self._losses[worker] = flags.loss if isfinite(flags.loss) else None

@@ -77,7 +77,7 @@ class ShardedWeights:
         return state
 
     def scatter(self, state: State) -> State:
-        """The inverse of `gather`, on every rank alone: the state of this rank's parts, from the state by parameters."""
+        """The inverse of `gather`, on every rank alone: the state of this rank's parts."""
         if self.shard is None:
             return {}
         return {

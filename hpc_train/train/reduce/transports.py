@@ -86,16 +86,12 @@ class MpiTransport:
     def all_gather(self, part: torch.Tensor, name: str) -> Pending:
         host = part.cpu()
         received = torch.empty(len(host) * self.size, dtype=host.dtype)
-        return self._queue(
-            [partial(messages.begin_all_gather, self._comm, _bytes(host), _bytes(received))], received
-        )
+        return self._queue([partial(messages.begin_all_gather, self._comm, _bytes(host), _bytes(received))], received)
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Pending:
         host = message.cpu()
         received = torch.empty_like(host)
-        return self._queue(
-            [partial(messages.begin_all_to_all, self._comm, _bytes(host), _bytes(received))], received
-        )
+        return self._queue([partial(messages.begin_all_to_all, self._comm, _bytes(host), _bytes(received))], received)
 
     def _queue(self, begins: list[Callable[[], Any]], result: torch.Tensor) -> Pending:
         self._to_begin.extend(begins)
