@@ -246,7 +246,8 @@ def _rows(laws: Laws, rank: int, leave_s: FloatArray, clocks: _Clocks, num_sampl
     began = np.concatenate([[0.0], leave_s[:-1] + after[:-1]])
     forward = useful * PARTS["forward"]
     moments = [began, began + stall, began + stall + forward, began + stall + before]  # data, forward, backward end
-    moments += [leave_s, leave_s + useful * PARTS["optimizer"], leave_s + after]
+    updated = leave_s + useful * PARTS["optimizer"]
+    moments += [leave_s, updated, updated, leave_s + after]  # reduce, optimizer, sync (none), other
     shown = clocks.shown_ns(rank // laws.ranks_per_host, np.stack(moments))
     shown[-1, :-1] = shown[0, 1:]  # steps follow each other without a gap
     steps = np.arange(laws.steps)

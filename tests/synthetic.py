@@ -121,7 +121,7 @@ def _write_timings(run: RunDir, recipe: Recipe, batch: int) -> None:
         begin = 1_000_000
         share = batch // num_workers + (rank < batch % num_workers) if rank < num_workers else 0
         for step, whole in enumerate(steps_ns.tolist()):
-            spent = [int(whole * shares[phase]) for phase in PHASES[:-1]]
+            spent = [int(whole * shares.get(phase, 0.0)) for phase in PHASES[:-1]]
             arrived = begin + sum(spent[: PHASES.index("reduce")])
             log.write((step, begin, arrived, *spent, whole - sum(spent), share, int(step < recipe.warmup)))
             begin += whole

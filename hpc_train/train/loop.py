@@ -4,6 +4,7 @@
 what each rank spends in them is what the reports are about.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -18,9 +19,8 @@ from hpc_train.train.comm.watchdog import open_watchdog
 from hpc_train.train.device import open_clock, seed_noise
 from hpc_train.train.evaluate import evaluate
 from hpc_train.train.reduce.reducer import open_reducer
-from hpc_train.train.restore import TrainingState, restore
 from hpc_train.train.run.attempt import is_complete, open_attempt, say
-from hpc_train.train.run.checkpoint import Saver
+from hpc_train.train.run.checkpoint.saver import Saver
 from hpc_train.train.run.leftovers import remove_dead_segments
 from hpc_train.train.run.recorder import Recorder
 from hpc_train.train.run.sanity_checks import (
@@ -34,6 +34,7 @@ from hpc_train.train.run.sanity_checks import (
     refuse_update,
 )
 from hpc_train.train.setup import make_optimizer, open_batches, open_job, prepare_model
+from hpc_train.train.training_state import TrainingState, restore
 
 
 def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
@@ -51,7 +52,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     ):
         recorder = Recorder(loaded, for_records, job.placements, attempt, open_clock(config.train, job.device))
         is_root = context.world.is_root
-        saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.say, recorder.secure)
+        saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.say, recorder.sync_records)
         with (
             recorder,
             saver,
@@ -71,6 +72,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             batches = open_batches(job, first_step)
             model, facts = prepare_model(job, batches)
             task, clock, stopped = job.task, recorder.clock, False
+            # Most strategies send nothing after the update: then its time is 0 and not the timer's own 200 ns.
+            sync = clock.sync if reducer.syncs_weights else nullcontext()
             recorder.start(first_step, model, job.facts | facts | {"reading": task.reading})
             if task.reading:
                 context.on_root(partial(say, f"Data: {task.reading}"))
@@ -104,7 +107,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                     with clock.optimizer:
                         made = isfinite(flags.loss) and optimizer.step(step)
                         model.zero_grad()
-                    with clock.spread, context.waiting:
+                    with sync, context.waiting:
                         made = reducer.sync_weights(made)
                     overflowed |= isfinite(flags.loss) and not made
                 optimizer.end_step(made, overflowed)
@@ -116,7 +119,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                 recorder.end_step(step, flags.loss, num_samples, num_global)
                 if config.train.check_weights_every and (step + 1) % config.train.check_weights_every == 0:
                     compare_weights(step + 1, model, context)
-                if flags.save or saver.is_step(step + 1):
+                if flags.save or saver.is_due_after(step + 1):
                     recorder.flush()
                     saver.save(step + 1, training.gather())
                 # The flags are sums over ranks: all ranks stop after the same step.
@@ -141,7 +144,7 @@ class Control:
 
     @property
     def save(self) -> bool:
-        return self.saver.is_time
+        return self.saver.is_due_by_time
 
 
 def _skip_update(skipped: LeftOut, training: TrainingState, saver: Saver) -> None:
@@ -154,12 +157,12 @@ def _skip_update(skipped: LeftOut, training: TrainingState, saver: Saver) -> Non
     continues = is_scaled or config.train.on_nonfinite == "skip"
     if continues and skipped.num_in_a_row < MOST_LEFT_OUT:
         if context.world.is_root:
-            saver.say(f"Step {skipped.step}: {skipped.why}, its update is left out")
+            saver.log(f"Step {skipped.step}: {skipped.why}, its update is left out")
     elif config.reduce.asynchronous:
         refuse_alone(skipped, context)
     else:
         state = training.gather()
-        saved = context.on_root(partial(saver.try_now, skipped.step, state))
+        saved = context.on_root(partial(saver.save_now_or_explain, skipped.step, state))
         refuse_update(skipped, saved, context)
 
 
@@ -176,7 +179,7 @@ def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder,
     recorder.stop(outcome, optimizer_bytes=context.all_gather(optimizer.num_bytes))
     if stopped_by is not None:
         context.on_root(partial(recorder.say, f"Stopped by {stopped_by} after step {num_steps - 1}. {saved}"))
-        return CONTINUE if saver.keeps else TERMINATED
+        return CONTINUE if saver.is_enabled else TERMINATED
     measures = evaluate(training.job)
     fault = fault_of_test(measures)
     recorder.finish(measures, fault)

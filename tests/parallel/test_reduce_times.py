@@ -10,7 +10,7 @@ from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Row, fits, teams
 from hpc_train.core.errors import UserError
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data import memory
+from hpc_train.train.data import node_memory
 from hpc_train.train.reduce.transports import MpiTransport
 
 SIZES = (4, 4096, 3 << 20)  # in a bucket with the notes, alone and in pieces
@@ -80,7 +80,7 @@ def test_mpi_sums_in_pieces_what_one_message_would(context: Context, length: int
 
 
 def test_memory_is_that_of_the_fullest_node(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_available_bytes", lambda: (1 + context.world.rank) << 30)
-    assert memory.free_bytes_per_rank(context) == (1 << 30) // context.world.local_size
+    monkeypatch.setattr(node_memory, "_available_bytes", lambda: (1 + context.world.rank) << 30)
+    assert node_memory.available_bytes_per_rank(context) == (1 << 30) // context.world.local_size
     monkeypatch.undo()
-    assert 0 < memory._available_bytes() < 1 << 50
+    assert 0 < node_memory._available_bytes() < 1 << 50

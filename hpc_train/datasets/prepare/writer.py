@@ -25,7 +25,7 @@ from hpc_train.datasets.prepare.layout import BLOCK_BYTES, FORM, Layout, empty_f
 from hpc_train.datasets.prepare.sources import Array, Source
 from hpc_train.train.comm.context import Context, raised_on_all_ranks
 from hpc_train.train.comm.mpi_library import parallel_file_options
-from hpc_train.train.data.files import selected, transfer
+from hpc_train.train.data.files import select_rows, transfer_properties
 
 _WRITE_BYTES = 32 << 20  # at once by a rank, where memory allows
 _SHARE_OF_MEMORY = 8  # what is written may be there as read, as rows, as sent between ranks and as compressed
@@ -226,9 +226,9 @@ def _write_chunks(dataset: h5py.Dataset | None, begin: int, chunks: list[tuple[i
 
 def write_rows(dataset: h5py.Dataset, begin: int, rows: np.ndarray, context: Context) -> None:
     """Collective. A rank with no rows takes part, too."""
-    space, memory = selected(dataset, [(begin, len(rows))] if len(rows) else [])
+    space, memory = select_rows(dataset, [(begin, len(rows))] if len(rows) else [])
     together = context.comm is not None and dataset.chunks is None
-    dataset.id.write(memory, space, rows, dxpl=transfer(together))
+    dataset.id.write(memory, space, rows, dxpl=transfer_properties(together))
 
 
 def _flush(opened: "Opened", journal: Journal | None) -> None:

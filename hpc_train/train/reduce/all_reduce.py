@@ -22,6 +22,7 @@ class AllReduce:
     """
 
     num_updates = 1
+    syncs_weights = False
     shards = None
 
     def __init__(self, transport: Transport, settings: Reduce, model: nn.Module, control: ControlFlags) -> None:

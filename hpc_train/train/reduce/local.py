@@ -9,6 +9,7 @@ class Local:
     """See `reducer.Reducer`."""
 
     num_updates = 1
+    syncs_weights = False
     shards = None
 
     def __init__(self, control: ControlFlags) -> None:

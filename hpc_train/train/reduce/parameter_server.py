@@ -31,6 +31,7 @@ class Worker:
     """See `reducer.Reducer`. A rank that trains and owns no weights: `reduce_gradients` receives the new weights."""
 
     num_updates = 1
+    syncs_weights = False  # the new weights arrive in `reduce_gradients`
 
     def __init__(self, settings: Reduce, model: nn.Module, mesh: Mesh, control: ControlFlags) -> None:
         self._comm, self._num_workers = mesh.ranks.comm, mesh.data.size
@@ -83,6 +84,8 @@ class Server:
     """See `reducer.Reducer`. A rank that trains on nothing: `reduce_gradients` receives gradients, `sync_weights` sends
     the weights to the workers.
     """
+
+    syncs_weights = True
 
     def __init__(self, settings: Reduce, model: nn.Module, mesh: Mesh, control: ControlFlags) -> None:
         assert mesh.shard.context is not None

@@ -24,6 +24,7 @@ class Reducer(Protocol):
     """In each step: `begin_step` before the last backward, `reduce_gradients`, the optimizer, `sync_weights`."""
 
     num_updates: int  # of a step: an asynchronous server makes one for each worker
+    syncs_weights: bool  # whether `sync_weights` communicates
 
     @property
     def shards(self) -> ShardedWeights | None:
