@@ -9,6 +9,7 @@ from hpc_train.analysis.report.table import MARK, Column, Table, made_sheets, ra
 from hpc_train.analysis.scaling.compare import Group, Row, timed_phases
 from hpc_train.analysis.scaling.mfu import GIVEN, counts_flops, flops_notes, flops_of
 from hpc_train.analysis.scaling.strategies import Comparison, Entry, Traffic
+from hpc_train.core.energy_records import NO_METER
 from hpc_train.core.formatting import (
     amount,
     energy_text,
@@ -21,7 +22,7 @@ from hpc_train.core.formatting import (
     ratio_text,
     significant,
 )
-from hpc_train.core.records import NO_METER, PHASES
+from hpc_train.core.records import PHASES
 
 
 def sheets(group: Group, guard: SectionGuard | None = None) -> list[Table]:
