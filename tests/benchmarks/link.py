@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.link [--links unlimited,1gbit,100mbit] [--steps N] [--work DIR]
 
-Four nodes with one rank each, namespaces of this machine (tests/cluster), so it is for root. On each link, `bench
+Four nodes with one rank each, namespaces of this machine (tests/slurm), so it is for root. On each link, `bench
 allreduce` fits latency and bandwidth of each strategy; then a perceptron of 5.3 MB of gradients is trained with each,
 with and without 16-bit compression. Predicted: the sum over the step's messages of 2 (N-1) latency + 2 (N-1)/N bytes /
 bandwidth. Measured: exposed communication, the median over steps of the mean over ranks that train (with quartiles).

@@ -354,7 +354,7 @@ def test_over_quota_the_training_goes_on_and_the_old_checkpoint_stays(
 ) -> None:
     """The limit on a file's size stands for a quota: it refuses checkpoints and lets logs grow."""
     job = Job(0, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(7)
-    resource.prlimit(job.process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    resource.prlimit(job.pid(0), resource.RLIMIT_FSIZE, (100_000, 100_000))
     ended = job.end()
     assert ended.code == 2, ended
     assert "warning: the checkpoint of step 10 could not be written" in ended.out and "File too large" in ended.out
