@@ -35,7 +35,7 @@ def main() -> None:
 
 def _preload() -> None:
     import horovod.torch
-    import hpc_train.analysis.report.page
+    import hpc_train.analysis.report.renderers.page
     import jinja2
     import matplotlib.backends.backend_svg
     import matplotlib.figure
