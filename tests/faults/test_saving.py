@@ -55,7 +55,7 @@ def test_killed_at_a_stage_of_a_save(
     done = again.end()
     assert done.code == 0, done
     assert "took over from" in done.out, "the lock of the dead"
-    assert "skipped" not in done.out, "whatever stands under a final name is whole"
+    assert "checkpoint skipped" not in done.out, "whatever stands under a final name is whole"
     assert_continuous(again, reference(0))
     hidden = [path.name for path in again.run.checkpoints_dir.iterdir() if path.name.startswith(".")]
     assert not hidden and len(list(again.run.checkpoints_dir.iterdir())) == 2
