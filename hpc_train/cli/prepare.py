@@ -81,8 +81,8 @@ def prepare(
         from hpc_train.datasets.prepare.prepare import prepare as write
         from hpc_train.datasets.prepare.sources import Options
 
-        options = Options(size, target, test_fraction)
-        write(dataset, origin, output, context, overwrite, tokenizer, options, compress, memory_mb)
+        options = Options(size, target, test_fraction, tokenizer)
+        write(dataset, origin, output, context, overwrite, options, compress, memory_mb)
 
 
 @click.command()

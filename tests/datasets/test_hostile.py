@@ -44,14 +44,13 @@ def refused(folder: Path, work: Callable[[], object], *words: str) -> None:
 
 def made(folder: Path, kind: str, origin: str, **options: object) -> Callable[[], None]:
     """prepare KIND x.h5 --from ORIGIN"""
-    compress, tokenizer = options.pop("compress", None), options.pop("tokenizer", None)
+    compress = options.pop("compress", None)
     return lambda: prepare(
         kind,
         folder / origin,
         folder / "x.h5",
         ALONE,
         False,
-        tokenizer,
         Options(**options),
         compress,  # type: ignore[arg-type]
     )
