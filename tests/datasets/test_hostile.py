@@ -360,7 +360,7 @@ def test_urls_that_lead_nowhere(tmp_path: Path) -> None:
         refused(tmp_path, lambda: stage(url, tmp_path / "to", ALONE, 2), url.partition(":")[0])  # noqa: B023
         refused(tmp_path, lambda: prepare("mnist-5k", None, url, ALONE))  # noqa: B023
     for url in ("memory://x.h5", "http://host/x.h5"):
-        refused(tmp_path, lambda: prepare("mnist-5k", None, url, ALONE), "nothing can be kept there")  # noqa: B023
+        refused(tmp_path, lambda: prepare("mnist-5k", None, url, ALONE), "nothing can be stored there")  # noqa: B023
 
 
 def test_a_namenode_that_does_not_answer_is_one_message(tmp_path: Path) -> None:
