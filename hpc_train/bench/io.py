@@ -30,7 +30,7 @@ from hpc_train.core.sampling import rank_span
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mpi_library import mpi, parallel_file_options
-from hpc_train.train.data.files import reading_threads, require_parallel_hdf5, selected, transfer
+from hpc_train.train.data.files import num_decode_threads, require_parallel_hdf5, select_rows, transfer_properties
 from hpc_train.train.data.readers import open_reader
 
 _ROW_BYTES, _CHUNK_ROWS, _BLOCK_CHUNKS = 1 << 16, 16, 8
@@ -146,22 +146,22 @@ def _hdf5_write(layout: str, share: Share, together: bool) -> None:
     with h5py.File(share.path, "w", **parallel_file_options(share.context)) as file:
         dataset = file.create_dataset("x", shape, np.uint8, chunks=chunks, **_LAYOUTS[layout])
         for first, num in share.blocks():
-            space, memory = selected(dataset, [(first, num)] if num else [])
-            dataset.id.write(memory, space, share.data, dxpl=transfer(together))
+            space, memory = select_rows(dataset, [(first, num)] if num else [])
+            dataset.id.write(memory, space, share.data, dxpl=transfer_properties(together))
 
 
 def _hdf5_read(share: Share, together: bool) -> None:
     with h5py.File(share.path, "r", **parallel_file_options(share.context)) as file:
         dataset = file["x"]
         for first, num in share.blocks():
-            space, memory = selected(dataset, [(first, num)] if num else [])
-            dataset.id.read(memory, space, share.buffer, dxpl=transfer(together))
+            space, memory = select_rows(dataset, [(first, num)] if num else [])
+            dataset.id.read(memory, space, share.buffer, dxpl=transfer_properties(together))
 
 
 def _our_read(share: Share, together: bool) -> None:
     """As training reads: from a memory map, or chunks decoded by threads."""
     with h5py.File(share.path, "r") as file:
-        reader = open_reader(share.path, file["x"], _READER_BYTES, reading_threads(share.context))
+        reader = open_reader(share.path, file["x"], _READER_BYTES, num_decode_threads(share.context))
         blocks = [np.arange(first, first + num) for first, num in share.blocks()]
         for rows, coming in zip(blocks, [*blocks[1:], blocks[-1]], strict=True):
             reader.prefetch(coming)

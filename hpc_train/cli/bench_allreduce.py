@@ -80,11 +80,11 @@ def allreduce(
     require("torch", "mpi4py")
     from hpc_train.train.comm.mpi_library import mpi_version
     from hpc_train.train.comm.startup import open_context
-    from hpc_train.train.data.memory import free_bytes_per_rank
+    from hpc_train.train.data.node_memory import available_bytes_per_rank
 
     with open_context(use_mpi=True) as context:
         share = 0.5 if most is None else 1.0  # what was not asked for leaves room to others
-        room = int(free_bytes_per_rank(context) * share / _COPIES)
+        room = int(available_bytes_per_rank(context) * share / _COPIES)
         context.on_root(partial(_require_room, least, most, room, context.world.size))
         path = context.on_root(partial(_place_for, output, context.world.size))
         from hpc_train.bench import allreduce  # torch, which takes seconds: after all that can be refused
@@ -154,12 +154,12 @@ def _report(rows: Sequence[allreduce_times.Row], facts: dict[str, Any], path: Pa
     from rich.console import Console
 
     from hpc_train.analysis.report import allreduce as report
-    from hpc_train.analysis.report.terminal import fitted
+    from hpc_train.analysis.report.renderers.terminal import fit_table
 
     console = Console(width=max(Console().width, _WIDTH), highlight=False)
-    for sheet in report.sheets(rows):
-        click.echo(sheet.title)
-        console.print(fitted(sheet, console.width))
+    for table in report.tables(rows):
+        click.echo(table.title)
+        console.print(fit_table(table, console.width))
     for words in report.ratio_notes(rows):
         click.echo(words)
     write_atomic(path, json.dumps(allreduce_times.record(rows, facts), indent=1))

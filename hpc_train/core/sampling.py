@@ -104,34 +104,34 @@ class Order:
     """
 
     num_samples: int
-    edges: Indices | None = None
+    chunk_edges: Indices | None = None
     window: int = 1
 
     def __str__(self) -> str:
-        if self.edges is None:
+        if self.chunk_edges is None:
             return "all samples mixed"
-        return f"{len(self.edges) - 1} chunks, samples mixed within {self.window}"
+        return f"{len(self.chunk_edges) - 1} chunks, samples mixed within {self.window}"
 
     @cached_property
     def _epochs(self) -> dict[tuple[int, int], tuple[Indices, Indices]]:
         return {}
 
     @property
-    def window_samples(self) -> int:
+    def num_window_samples(self) -> int:
         """About as many samples are mixed with each other."""
-        if self.edges is None:
+        if self.chunk_edges is None:
             return self.num_samples
-        return min(self.num_samples, -(-self.num_samples * self.window // (len(self.edges) - 1)))
+        return min(self.num_samples, -(-self.num_samples * self.window // (len(self.chunk_edges) - 1)))
 
     def steps_ahead(self, batch_size: int) -> int:
         """How many batches ahead reading is told what comes: of the next window, before it has all of this one."""
-        return self.window_samples // batch_size + 2
+        return self.num_window_samples // batch_size + 2
 
     def rows(self, positions: npt.NDArray[np.integer], seed: int, epoch: int) -> Indices:
         """The rows of the data set standing at `positions` of epoch `epoch`'s order."""
-        if self.edges is None:
+        if self.chunk_edges is None:
             return shuffled(positions, self.num_samples, seed, epoch)
-        chunks, ends = self._chunks_of(self.edges, seed, epoch)
+        chunks, ends = self._chunks_of(self.chunk_edges, seed, epoch)
         window_ends = ends[self.window - 1 :: self.window]
         windows = np.searchsorted(window_ends, positions, "right")
         firsts = windows * self.window
@@ -141,7 +141,7 @@ class Order:
         keys = mix64(_round_keys(seed, epoch)[:, None] ^ names)
         mixed = begins + _permuted(positions - begins, counts.astype(np.uint64), keys)
         slots = np.searchsorted(ends, mixed, "right")
-        return self.edges[chunks[slots] + 1] - (ends[slots] - mixed)
+        return self.chunk_edges[chunks[slots] + 1] - (ends[slots] - mixed)
 
     def _chunks_of(self, edges: Indices, seed: int, epoch: int) -> tuple[Indices, Indices]:
         """(the chunks in the epoch's order, the position at which each ends)."""
@@ -156,7 +156,7 @@ class Order:
         return found
 
 
-def chunk_edges(num_samples: int, chunk: int) -> Indices:
+def regular_chunk_edges(num_samples: int, chunk: int) -> Indices:
     """Of `num_samples` rows in chunks of `chunk`, the last of which may be short."""
     return np.append(np.arange(0, num_samples, chunk), num_samples)
 
@@ -184,7 +184,7 @@ class BatchSampler:
 
     def batches(self, steps: range) -> Iterator[RankBatch]:
         """`batch` of each of `steps`, computed for many at once: a few positions cost as much as hundreds."""
-        num_ranks = 1 if self.order.edges is not None else self.shares.size
+        num_ranks = 1 if self.order.chunk_edges is not None else self.shares.size
         num_steps = max(1, _POSITIONS_AT_ONCE * num_ranks // self.batch_size)
         for first in range(0, len(steps), num_steps):
             some = steps[first : first + num_steps]
@@ -194,7 +194,7 @@ class BatchSampler:
 
     def _batches_of(self, epoch: int, batches: Sequence[GlobalBatch]) -> Iterator[RankBatch]:
         """This rank's part of each of these global batches of one epoch."""
-        by_chunks = self.order.edges is not None
+        by_chunks = self.order.chunk_edges is not None
         spans = [self.shares.span(batch.step, batch.num_samples, self.rank) for batch in batches]
         # A rank's part of a batch in chunk order is a part of the batch's sorted rows, so it needs all of them.
         needed = [(0, batch.num_samples) for batch in batches] if by_chunks else spans
@@ -242,7 +242,7 @@ def row_noise(seed: int, step: int, rows: npt.NDArray[np.integer], num: int) -> 
     return mix64(states[:, None] + np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
-def places(values: Indices, wanted: Indices) -> Indices:
+def positions_in(values: Indices, wanted: Indices) -> Indices:
     """Where each of `wanted` stands among the rising `values`. Raises `LookupError` for one that is not among them."""
     found = np.searchsorted(values, wanted)
     is_there = found < len(values)
@@ -259,7 +259,7 @@ def require_rows(rows: Indices, num_rows: int) -> None:
         raise IndexError(f"row {wrong} of {num_rows}")
 
 
-def drawn(rows: Indices, bound: int, seed: int) -> Indices:
+def random_below(rows: Indices, bound: int, seed: int) -> Indices:
     """For each row a number of [0, bound): what that sample draws, whichever rank holds it."""
     return (row_noise(seed, 0, rows, 1)[:, 0] % np.uint64(bound)).astype(np.int64)
 

@@ -92,14 +92,14 @@ def decompressor(path: Path) -> Callable[[], None]:
     from hpc_train.core.world import World
     from hpc_train.train.comm.context import Context
     from hpc_train.train.data import filters
-    from hpc_train.train.data.files import reading_threads
+    from hpc_train.train.data.files import num_decode_threads
 
     with h5py.File(path, "r") as file:
         inputs = file["train/inputs"].id
         corners = [inputs.get_chunk_info(number).chunk_offset for number in range(inputs.get_num_chunks())]
         packed = [memoryview(inputs.read_direct_chunk(corner)[1])[:-4] for corner in corners]  # less their checksums
         num_bytes = int(np.prod(file["train/inputs"].chunks))
-    threads = ThreadPoolExecutor(reading_threads(Context(World())))
+    threads = ThreadPoolExecutor(num_decode_threads(Context(World())))
 
     def go() -> None:
         for data in threads.map(lambda data: filters._inflate(data, num_bytes), packed):

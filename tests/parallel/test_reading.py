@@ -15,7 +15,7 @@ from hpc_train.core.sampling import BatchSampler, Order, Shares
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data import collective
-from hpc_train.train.data.collective import Spread
+from hpc_train.train.data.collective import DistributedReader
 from hpc_train.train.data.readers import MmapReader
 from hpc_train.train.tasks.classification import Classification
 from tests.parallel.test_train import CONFIGS, losses, run
@@ -80,7 +80,7 @@ def test_losses_are_those_of_one_process(
     together, expected = losses(done), context.on_root(lambda: alone(shared_path, digits, packed, way))
     assert len(together) == STEPS and np.abs(together / expected - 1).max() < 1e-5
     says = json.loads(done.meta.read_text())["reading"]
-    assert ("memory of" in says) == ("memory" in way) and ("all ranks together" in says) == ("collective" in way)
+    assert ("memory of" in says) == ("memory" in way) and ("collective reads" in says) == ("collective" in way)
 
 
 def test_ways_that_mix_alike_train_alike(context: Context, shared_path: Path, digits: Path, packed: Path) -> None:
@@ -95,7 +95,7 @@ def test_ways_that_mix_alike_train_alike(context: Context, shared_path: Path, di
 def test_spread_rows_arrive(context: Context, memory_bytes: int) -> None:
     values, world = np.arange(101 * 6, dtype=np.int16).reshape(101, 2, 3), context.world
     sampler = BatchSampler(Order(101), 10, 5, Shares(world.size), world.rank)
-    spread = Spread(MmapReader(values), sampler, memory_bytes, context)
+    spread = DistributedReader(MmapReader(values), sampler, memory_bytes, context)
     for step, (rows, _) in enumerate(sampler.batches(range(50))):
         if step >= 7:  # as after a resume
             spread.begin(step)
@@ -107,7 +107,7 @@ def test_a_row_that_a_rank_does_not_hold_is_refused(context: Context) -> None:
     """Another sample in its place would be trained on in silence."""
     values, world = np.arange(101 * 6, dtype=np.int16).reshape(101, 2, 3), context.world
     sampler = BatchSampler(Order(101), 10, 5, Shares(world.size), world.rank)
-    spread = Spread(MmapReader(values), sampler, 1, context)  # one step's rows at once
+    spread = DistributedReader(MmapReader(values), sampler, 1, context)  # one step's rows at once
     batches = [rows for rows, _ in sampler.batches(range(4))]
     spread.begin(0)
     elsewhere = np.setdiff1d(np.arange(101), batches[0])
@@ -146,8 +146,8 @@ def test_what_no_node_holds_is_spread_over_all(
     nodes = replace(context, world=replace(context.world, host=f"n{context.world.rank}"))
     monkeypatch.setattr(collective, "file_system", lambda path: "lustre")
     for memory_mb, way in ((100.0, "auto"), (4.0, "memory"), (0.1, "auto")):
-        monkeypatch.setattr(collective, "physical_memory", lambda: int(memory_mb * mb))  # noqa: B023
+        monkeypatch.setattr(collective, "physical_bytes", lambda: int(memory_mb * mb))  # noqa: B023
         task = Classification(load(CONFIGS / "softmax-mnist.toml", (f"data.file={digits}",)).config, nodes)
         spread = way == "memory" and context.world.size > 1
-        assert task.in_step == spread and ("spread over the memory" in task.reading) == spread
+        assert task.in_step == spread and ("distributed over the memory" in task.reading) == spread
         assert ("on lustre, more than half of a node's" in task.reading) == (memory_mb < 100)

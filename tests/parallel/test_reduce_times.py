@@ -10,8 +10,8 @@ from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Row, fits, teams
 from hpc_train.core.errors import UserError
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data import memory
-from hpc_train.train.reduce.reducer import Mpi
+from hpc_train.train.data import node_memory
+from hpc_train.train.reduce.transports import MpiTransport
 
 SIZES = (4, 4096, 3 << 20)  # in a bucket with the notes, alone and in pieces
 
@@ -67,20 +67,20 @@ def test_a_wrong_sum_is_found(context: Context) -> None:
 @pytest.mark.parametrize("length", [1, 3 << 18, (3 << 18) + 1])
 def test_mpi_sums_in_pieces_what_one_message_would(context: Context, length: int) -> None:
     """Long and short sums, the last one blocking, exchanges in between: all in one order on all ranks."""
-    transport, size = Mpi(context), context.world.size
+    transport, size = MpiTransport(context), context.world.size
     messages = [torch.arange(length, dtype=torch.float32) + context.world.rank for _ in range(3)]
     sent = torch.full((size,), context.world.rank, dtype=torch.uint8)
-    arrivals = [transport.sum(messages[0], "0"), transport.all_to_all(sent, "x"), transport.sum(messages[1], "1")]
-    arrivals.append(transport.all_gather(sent[:1], "y"))
-    arrivals.append(transport.sum(messages[2], "2", last=True))
+    pending = [transport.sum(messages[0], "0"), transport.all_to_all(sent, "x"), transport.sum(messages[1], "1")]
+    pending.append(transport.all_gather(sent[:1], "y"))
+    pending.append(transport.sum(messages[2], "2", is_last=True))
     summed = torch.arange(length, dtype=torch.float32) * size + size * (size - 1) / 2
     ranks = torch.arange(size, dtype=torch.uint8)
-    for arrival, expected in zip(arrivals, (summed, ranks, summed, ranks, summed), strict=True):
-        assert torch.equal(arrival(), expected)
+    for each, expected in zip(pending, (summed, ranks, summed, ranks, summed), strict=True):
+        assert torch.equal(each.wait(), expected)
 
 
 def test_memory_is_that_of_the_fullest_node(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_available_bytes", lambda: (1 + context.world.rank) << 30)
-    assert memory.free_bytes_per_rank(context) == (1 << 30) // context.world.local_size
+    monkeypatch.setattr(node_memory, "_available_bytes", lambda: (1 + context.world.rank) << 30)
+    assert node_memory.available_bytes_per_rank(context) == (1 << 30) // context.world.local_size
     monkeypatch.undo()
-    assert 0 < memory._available_bytes() < 1 << 50
+    assert 0 < node_memory._available_bytes() < 1 << 50

@@ -9,7 +9,6 @@ import numpy as np
 
 from hpc_train.analysis.convergence.target import smoothed
 from hpc_train.analysis.models.measurements import Measurements, Network, from_group
-from hpc_train.analysis.models.scaling_models import nonnegative
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.meta_json import positive_number
 from hpc_train.analysis.scaling.compare import Group
@@ -18,6 +17,7 @@ from hpc_train.core.formatting import significant
 from hpc_train.core.paths import exists, read_text
 from hpc_train.core.records import FloatArray
 from hpc_train.core.settings import UNKNOWN_STEPS
+from hpc_train.core.statistics import nonnegative_least_squares
 
 _MOST_BENCH_BYTES = 1 << 28
 _MOST_COST_S = 1e6  # of one message, of one byte: a number beyond is damage
@@ -88,7 +88,7 @@ def target_work(group: Group, loss: float) -> Work:
     if len(set(batches.tolist())) == 1:
         return Work(0.0, float(np.mean(steps)), f"{np.mean(steps):,.0f} steps {words}", spread)
     columns = np.stack([1 / batches, np.ones_like(batches)], axis=1) / steps[:, None]
-    samples, least = nonnegative(columns, np.ones_like(steps))
+    samples, least = nonnegative_least_squares(columns, np.ones_like(steps))
     missed = float(np.sqrt(np.mean((columns @ (samples, least) - 1) ** 2)))
     told = f"{samples:,.0f} samples and {least:,.0f} steps {words}: larger batches take more samples"
     return Work(float(samples), float(least), told, max(missed, 0.05))
@@ -133,7 +133,7 @@ def _split(
         )
     if len(joules) > 1 and np.ptp(node_s / samples) > 0.05 * float(np.mean(node_s / samples)):
         columns = np.stack([node_s, samples], axis=1) / joules[:, None]
-        static, dynamic = nonnegative(columns, np.ones(len(joules)))
+        static, dynamic = nonnegative_least_squares(columns, np.ones(len(joules)))
         told = f"{significant(float(static))} W of a node and {significant(float(dynamic))} J a sample, fitted"
         return float(static), float(dynamic), f"{told} to {len(joules)} sizes"
     static = float(np.mean(per_node_s))
@@ -149,7 +149,7 @@ def measurements_of(group: Group, network: Path | None = None) -> Measurements:
     nothing of it, by the newest one beside the runs. Raises `UserError`.
     """
     measurements = from_group(group)
-    if network is None and measurements.tells_no_network:
+    if network is None and measurements.has_no_network:
         network = benchmark_beside(group)
     if network is None:
         return measurements

@@ -8,9 +8,9 @@ import numpy as np
 from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.analysis.models.predict import Forecast, Prediction
 from hpc_train.analysis.planning.budget import Power, Work, node_steps, power
-from hpc_train.analysis.scaling.compare import Interval
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import duration_text, percent, significant, watt_hours_text
+from hpc_train.core.statistics import Interval
 
 _UNSEEN = "all measured sizes are on one node, and nothing is known of what a second one costs"
 _SEE = "Run on 2 nodes, or measure the network: hpc-train bench allreduce, and --network FILE."

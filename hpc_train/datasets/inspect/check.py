@@ -27,7 +27,7 @@ from hpc_train.datasets.inspect.structure import (
     read_structure,
 )
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.files import reading_threads
+from hpc_train.train.data.files import num_decode_threads
 
 _RANGES_AHEAD = 2  # of each thread: read, and not yet added to the statistics
 _NOT_READ = {"external", "empty", "missing", "filter", "absurd", "unreadable"}  # faults of data sets that are skipped
@@ -185,7 +185,7 @@ def _read_my_ranges(
     plan: _Plan, statistics: dict[str, Statistics], context: Context, quiet: bool, on_file: Callable[[Path], object]
 ) -> None:
     """Adds this rank's share of all ranges to the statistics."""
-    world, num_threads = context.world, reading_threads(context)
+    world, num_threads = context.world, num_decode_threads(context)
     start, stop = rank_span(sum(map(num_ranges, plan.datasets)), world.rank, world.size)
     first_numbers = {(info.path, info.name): n for info, n in zip(plan.datasets, plan.first_numbers, strict=True)}
     shown = StepProgress("checking", stop - start, "auto", world.is_root and not quiet, unit="MB")

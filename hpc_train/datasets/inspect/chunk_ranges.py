@@ -17,8 +17,8 @@ import numpy as np
 from hpc_train.datasets.inspect.faults import RESTORE, Fault
 from hpc_train.datasets.inspect.structure import CHECKSUMS, DatasetInfo
 from hpc_train.train.data.chunk_cache import RawChunks
-from hpc_train.train.data.filters import Damaged, open_pipeline
-from hpc_train.train.data.foreign_files import HDF5_ERRORS, reason_of
+from hpc_train.train.data.filters import DamagedChunk, open_pipeline
+from hpc_train.train.data.hdf5_faults import HDF5_ERRORS, error_text
 
 _RANGE_BYTES = 4 << 20
 _MAX_CHUNK_ROW_BYTES = 128 << 20  # of the chunks that are put together to whole rows
@@ -147,7 +147,7 @@ class RangeReader:
         try:
             values = np.asarray(self._dataset[start:stop] if self._info.shape else self._dataset[()])
         except HDF5_ERRORS as error:
-            fault = self._damage("rows", number, start, stop, f"HDF5 cannot read it: {reason_of(error)}")
+            fault = self._damage("rows", number, start, stop, f"HDF5 cannot read it: {error_text(error)}")
             return RangeValues(self._info, "rows", number, *self._no_rows(), [fault])
         return RangeValues(self._info, "rows", number, values, np.arange(start, stop))
 
@@ -184,9 +184,9 @@ class RangeReader:
         info, box = self._info, self._box(corner)
         try:
             if self._raw is not None:
-                location = self._raw.place(corner)
+                location = self._raw.locate(corner)
                 if not location.size:
-                    raise Damaged("it was never written: its samples read as the fill value")
+                    raise DamagedChunk("it was never written: its samples read as the fill value")
                 if self._pipeline is not None:
                     data = self._pipeline.decode(self._raw.read(location), location.mask, info.chunk_bytes)
                     inside = tuple(slice(part.stop - part.start) for part in box)
@@ -194,7 +194,7 @@ class RangeReader:
             return np.asarray(self._dataset[box])
         except HDF5_ERRORS as error:
             number = int(np.ravel_multi_index(np.floor_divide(corner, info.chunk).tolist(), info.num_chunks))
-            faults.append(self._damage("chunk", number, box[0].start, box[0].stop, reason_of(error)))
+            faults.append(self._damage("chunk", number, box[0].start, box[0].stop, error_text(error)))
             return None
 
     def _box(self, corner: tuple[int, ...]) -> tuple[slice, ...]:

@@ -19,7 +19,7 @@ def begin(config: Callable[[], Config]) -> child_process.Child:
 def _look(config: Config, notes: child_process.Notes) -> None:
     os.environ["MPI4PY_RC_INITIALIZE"] = "0"  # an h5py built with MPI imports mpi4py, which would start MPI
     from hpc_train.datasets.inspect.structure import read_structure
-    from hpc_train.train.data.foreign_files import data_paths, not_a_file
+    from hpc_train.train.data.hdf5_faults import data_paths, not_a_file
 
     deadline_s = monotonic() + _MAX_S
     for path in data_paths(config):

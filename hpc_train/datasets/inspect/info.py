@@ -22,8 +22,8 @@ from hpc_train.datasets.inspect.structure import (
     read_structure,
 )
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.files import reading_threads
-from hpc_train.train.data.foreign_files import HDF5_ERRORS
+from hpc_train.train.data.files import num_decode_threads
+from hpc_train.train.data.hdf5_faults import HDF5_ERRORS
 from hpc_train.train.data.readers import Reader, open_reader
 
 _NUM_SAMPLES, _BATCH_SIZE = 256, 32
@@ -137,7 +137,7 @@ def _time(
         drop_pages(info.path)
         in_memory = resident(info.path, info.offset or 0, info.num_bytes if info.offset is not None else None)
         is_cold = None if in_memory is None else in_memory < _MAX_COLD_SHARE
-    num_threads = reading_threads(context)
+    num_threads = num_decode_threads(context)
     with (
         h5py.File(info.path, "r") as file,
         closing(open_reader(info.path, file[info.name], _MEMORY_BYTES, num_threads)) as reader,

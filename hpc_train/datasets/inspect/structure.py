@@ -14,14 +14,14 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.paths import exists, expanded
 from hpc_train.datasets.inspect.faults import PREPARE_AGAIN, RESTORE, Fault
 from hpc_train.train.data.filters import filter_names, open_pipeline
-from hpc_train.train.data.foreign_files import (
+from hpc_train.train.data.hdf5_faults import (
     HDF5_ERRORS,
-    absurd_claim,
-    cannot_open,
-    meaning_of,
+    error_text,
+    explain_open_failure,
+    impossible_size,
     not_a_file,
-    other_meaning,
-    reason_of,
+    scale_and_offset,
+    scale_mismatch,
 )
 
 CHECKSUMS = "checksums"  # the group that holds a data set of CRC-32 values for each contiguous data set
@@ -157,11 +157,11 @@ def read_structure(path: Path) -> FileStructure:
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "Look at its permissions.") from None
     except HDF5_ERRORS as error:
-        what, remedy = cannot_open(error)
+        what, remedy = explain_open_failure(error)
         if "locked" in what:
             raise UserError(f"{path} {what}", remedy) from None
         if datasets or attributes or not isinstance(error, OSError):
-            what, remedy = f"its table of contents cannot be read: {reason_of(error)}", RESTORE
+            what, remedy = f"its table of contents cannot be read: {error_text(error)}", RESTORE
         faults.append(Fault("unreadable", str(path), "", what, remedy))
     return FileStructure(path, path.stat().st_size, tuple(datasets), tuple(faults), attributes)
 
@@ -184,7 +184,7 @@ def _walk(
         try:
             item = group[name]
         except HDF5_ERRORS as error:
-            what = "is a link to nothing" if isinstance(link, h5py.SoftLink) else f"cannot be read: {reason_of(error)}"
+            what = "is a link to nothing" if isinstance(link, h5py.SoftLink) else f"cannot be read: {error_text(error)}"
             faults.append(Fault("unreadable", str(path), full, what, RESTORE))
             continue
         if isinstance(item, h5py.Dataset):
@@ -246,13 +246,13 @@ def _structural_faults(dataset: h5py.Dataset, info: DatasetInfo) -> Iterator[Fau
         if source != "." and "%b" not in source and not (info.path.parent / source).is_file():
             what = f"takes values from {source}, which does not exist: they would be read as fill values"
             yield Fault("missing", file, name, what, "Put that file where it was, or make the data set again.")
-    if why := absurd_claim(dataset, info.path.stat().st_size):
+    if why := impossible_size(dataset, info.path.stat().st_size):
         yield Fault("absurd", file, name, why, RESTORE)
     elif info.num_bytes and (info.layout == "empty" or (info.layout == "chunked" and not info.stored_bytes)):
         yield Fault("empty", file, name, "was never written: it reads as its fill value", PREPARE_AGAIN)
     if info.is_numeric:
         try:
-            meaning_of(dataset)
+            scale_and_offset(dataset)
         except UserError as error:
             yield Fault("meaning", file, name, error.what.partition(": ")[2], error.remedy)
     if info.block_rows is not None and info.block_rows < 1:
@@ -295,7 +295,7 @@ def differences_from_train(file: FileStructure) -> Iterator[Fault]:
         train = by_name.get(f"train/{rest}")
         if part == "train" or train is None or len(info.shape) < 2:
             continue
-        if why := other_meaning(train.dtype, train.meaning, info.dtype, info.meaning):
+        if why := scale_mismatch(train.dtype, train.meaning, info.dtype, info.meaning):
             what = f"means something else than {train.name} does: {why}"
             yield Fault("disagree", str(file.path), name, what, "Set the attributes alike, or prepare the file again.")
 

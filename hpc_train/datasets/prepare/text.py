@@ -60,8 +60,8 @@ def source(name: str, origins: list[Path], tokenizer_name: str, context: Context
     kind = TEXTS[name]
     documents = context.on_root(lambda: _in_order(kind.find(origins)))
     train, test = context.on_all(lambda: split(documents))
-    texts = (tokenizer.decoded(each.path, each.read()) for each in train)
-    tokens = context.on_root(lambda: tokenizer.trained(tokenizer_name, texts))
+    texts = (tokenizer.decode_utf8(each.path, each.read()) for each in train)
+    tokens = context.on_root(lambda: tokenizer.train_tokenizer(tokenizer_name, texts))
     arrays = {}
     for part, of_part in (("train", train), ("test", test)):
         stream = _TokenStream.count(of_part, tokens, context)

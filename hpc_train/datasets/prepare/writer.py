@@ -25,7 +25,7 @@ from hpc_train.datasets.prepare.layout import BLOCK_BYTES, FORMAT_1_8, Layout, e
 from hpc_train.datasets.prepare.sources import Array, Source
 from hpc_train.train.comm.context import Context, raised_on_all_ranks
 from hpc_train.train.comm.mpi_library import parallel_file_options
-from hpc_train.train.data.files import selected, transfer
+from hpc_train.train.data.files import select_rows, transfer_properties
 
 _WRITE_BYTES = 32 << 20  # of a rank at once, if memory allows
 _MEMORY_PER_WRITE = 8  # written bytes may be in memory as read, as rows, as sent between ranks and as compressed
@@ -297,9 +297,9 @@ class _BlockWriter:
 
 def write_rows(dataset: h5py.Dataset, begin: int, rows: np.ndarray, context: Context) -> None:
     """Collective. A rank with no rows takes part, too."""
-    space, memory = selected(dataset, [(begin, len(rows))] if len(rows) else [])
+    space, memory = select_rows(dataset, [(begin, len(rows))] if len(rows) else [])
     is_collective = context.comm is not None and dataset.chunks is None
-    dataset.id.write(memory, space, rows, dxpl=transfer(is_collective))
+    dataset.id.write(memory, space, rows, dxpl=transfer_properties(is_collective))
 
 
 def _compress(plan: WritePlan, name: str, array: Array, rows: np.ndarray) -> list[tuple[int, bytes]]:

@@ -84,7 +84,7 @@ class ShareReader:
     def __init__(self, task: Source, sampler: BatchSampler, steps: range, num_parts: int) -> None:
         self._task, self._num_parts = task, num_parts
         self._steps, self._shares = iter(steps), sampler.batches(steps)
-        has_chunks = sampler.order.edges is not None and num_parts > 0
+        has_chunks = sampler.order.chunk_edges is not None and num_parts > 0
         self._num_ahead = sampler.order.steps_ahead(sampler.batch_size) if has_chunks else 0
         self._coming: deque[RankBatch] = deque()
 

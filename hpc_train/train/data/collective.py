@@ -14,18 +14,27 @@ import numpy as np
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system
-from hpc_train.core.sampling import BatchSampler, Indices, Order, Shares, chunk_edges, places, rank_span, require_rows
+from hpc_train.core.sampling import (
+    BatchSampler,
+    Indices,
+    Order,
+    Shares,
+    positions_in,
+    rank_span,
+    regular_chunk_edges,
+    require_rows,
+)
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mpi_library import parallel_file_options
 from hpc_train.train.data.dataset import Split
-from hpc_train.train.data.files import Files, require_parallel_hdf5, selected, transfer
+from hpc_train.train.data.files import Files, require_parallel_hdf5, select_rows, transfer_properties
 from hpc_train.train.data.readers import Reader
 
 _OF_NETWORKS = ("lustre", "gpfs", "nfs", "nfs4", "ceph", "beegfs", "wekafs", "panfs", "fuse.glusterfs", "daos", "cifs")
 
 
-class Collective:
+class CollectiveReader:
     """Rows that lie together, read by all ranks at once through MPI-IO; a rank without rows takes part, too.
 
     Its chunks, of which the order consists, are global batches: which samples are in a batch never changes, and batches
@@ -41,9 +50,9 @@ class Collective:
         self._dataset = self._file[name]
         self.shape: tuple[int, ...] = self._dataset.shape
         self.dtype = self._dataset.dtype.newbyteorder("=")
-        self.edges: Indices = chunk_edges(len(self), batch_size)
-        self.words = "read by all ranks together, batch by batch"
-        self._transfer = transfer(together=context.comm is not None)
+        self.chunk_edges: Indices = regular_chunk_edges(len(self), batch_size)
+        self.description = "collective reads of whole global batches"
+        self._transfer = transfer_properties(collective=context.comm is not None)
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Collective. `rows` rise, as those of a global batch do: they are one run, or two where an epoch's short chunk
@@ -52,7 +61,7 @@ class Collective:
         require_rows(rows, len(self))
         out = np.empty((len(rows), *self.shape[1:]), self.dtype) if out is None else out
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-        space, memory = selected(self._dataset, [(int(run[0]), len(run)) for run in runs if len(run)])
+        space, memory = select_rows(self._dataset, [(int(run[0]), len(run)) for run in runs if len(run)])
         with self._waiting:
             self._dataset.id.read(memory, space, out, dxpl=self._transfer)
         return out
@@ -71,13 +80,13 @@ class Collective:
         self._file.close()
 
 
-class Spread:
+class DistributedReader:
     """Rows that lie in the memory of all ranks, each of which holds its part and is sent what its next steps need.
 
     As many steps at once as `memory_bytes` has room for, an epoch at most.
     """
 
-    edges = None
+    chunk_edges = None
 
     def __init__(self, reader: Reader, sampler: BatchSampler, memory_bytes: int, context: Context) -> None:
         """Every rank reads its part."""
@@ -90,7 +99,9 @@ class Spread:
         row_bytes = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
         share_bytes = -(-sampler.batch_size // size) * row_bytes
         self.steps_at_once = max(1, min(memory_bytes // 2 // share_bytes, -(-num_rows // sampler.batch_size)))
-        self.words = f"spread over the memory of {size} ranks, {self.steps_at_once} steps' samples exchanged at once"
+        self.description = (
+            f"distributed over the memory of {size} ranks, {self.steps_at_once} steps' samples exchanged at once"
+        )
         self._round: int | None = None
         self._rows, self._held = np.zeros(0, np.int64), self._mine[:0]
 
@@ -111,7 +122,7 @@ class Spread:
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Raises `UserError` for a row that was not sent to this rank for the steps at hand."""
         try:
-            found = places(self._rows, rows)
+            found = positions_in(self._rows, rows)
         except LookupError as error:
             raise UserError(
                 f"data.read = 'memory': sample {error} is not on rank {self._context.world.rank} at this step",
@@ -133,7 +144,7 @@ class Spread:
         pass
 
 
-def way_to_read(reader: Reader, files: Files, config: Config, context: Context) -> tuple[str, str]:
+def choose_read_mode(reader: Reader, files: Files, config: Config, context: Context) -> tuple[str, str]:
     """Collective. (how to read: data.read, or what suits it; why, where that is not plain).
 
     What fits no node's memory and lies on a file system of a network would be fetched again for each sample: then it is
@@ -142,11 +153,11 @@ def way_to_read(reader: Reader, files: Files, config: Config, context: Context) 
     if config.data.read != "auto":
         return config.data.read, "as data.read says"
     num_bytes = int(np.prod(reader.shape, dtype=np.int64)) * reader.dtype.itemsize
-    hosts = context.all_gather((context.world.host, physical_memory()))
+    hosts = context.all_gather((context.world.host, physical_bytes()))
     node_bytes, num_nodes = min(num for _, num in hosts), len({host for host, _ in hosts})
     kind = context.on_root(lambda: file_system(files.paths[0]))
     fits = kind not in _OF_NETWORKS or num_bytes <= node_bytes // 2
-    if fits or reader.edges is not None or config.reduce.strategy == "parameter_server":  # servers read nothing
+    if fits or reader.chunk_edges is not None or config.reduce.strategy == "parameter_server":  # servers read nothing
         return "auto", ""
     why = f"{num_bytes / 1e9:,.1f} GB on {kind}, more than half of a node's {node_bytes / 1e9:,.1f} GB of memory"
     if num_bytes <= num_nodes * node_bytes // 2:
@@ -154,22 +165,22 @@ def way_to_read(reader: Reader, files: Files, config: Config, context: Context) 
     return "auto", f"although it is {why}: data.read = 'collective' reads whole batches, or pack it in chunks"
 
 
-def physical_memory() -> int:
+def physical_bytes() -> int:
     """Bytes of this node."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def read_together(split: Split, way: str, files: Files, name: str, config: Config, context: Context) -> Split:
+def with_shared_reader(split: Split, way: str, files: Files, name: str, config: Config, context: Context) -> Split:
     """Collective. `split` with its inputs, data set `name`, read in one `way`, "collective" or "memory"."""
     world = context.world
     batch_size = config.train.batch_size(world.size)
     if way == "memory":
         sampler = BatchSampler(Order(len(split)), batch_size, config.seed, Shares(world.size), world.rank)
-        spread = Spread(split.inputs[0], sampler, files.memory_bytes, context)
+        spread = DistributedReader(split.inputs[0], sampler, files.memory_bytes, context)
         return replace(split, inputs=(spread,), begin=spread.begin)
 
     def check() -> None:
-        if len(files.paths) > 1 or files.all(name, "data.inputs")[0].is_virtual:
+        if len(files.paths) > 1 or files.datasets(name, "data.inputs")[0].is_virtual:
             raise UserError(
                 f"data.read = 'collective' reads one file, and data.file = '{config.data.file}': {name} is in several",
                 "Write them into one file, or leave data.read out.",
@@ -178,4 +189,4 @@ def read_together(split: Split, way: str, files: Files, name: str, config: Confi
             require_parallel_hdf5()
 
     context.on_all(check)
-    return replace(split, inputs=(Collective(files.paths[0], name, batch_size, context),))
+    return replace(split, inputs=(CollectiveReader(files.paths[0], name, batch_size, context),))

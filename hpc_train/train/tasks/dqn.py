@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.core.sampling import drawn, noise_seed, rank_span
+from hpc_train.core.sampling import noise_seed, random_below, rank_span
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
@@ -150,7 +150,7 @@ class Dqn:
             epsilon = max(rl.epsilon_end, 1 - (1 - rl.epsilon_end) * step / rl.epsilon_steps)
             for repeat in range(rl.actions_per_step):
                 self._play((1 + step, repeat), epsilon)
-        places = drawn(rows, len(self._replay), self.config.seed)
+        places = random_below(rows, len(self._replay), self.config.seed)
         return self._replay.take(places, rl.multi_step, rl.gamma)
 
     def _play(self, when: tuple[int, int], epsilon: float) -> None:

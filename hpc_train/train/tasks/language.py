@@ -84,7 +84,7 @@ def _one(names: str | list[str], key: str) -> str:
 
 def _vocabulary(config: Config, files: Files, stated: Any, masked: bool) -> int:
     """How many different tokens the file has, by itself or by task.options.vocab_size."""
-    found, file = files.text_facts.get("vocab_size"), config.data.file
+    found, file = files.tokenizer_attributes.get("vocab_size"), config.data.file
     if stated is not None and (not isinstance(stated, int) or stated < 1):
         raise UserError(f"task.options.vocab_size = {stated}", "It is a positive whole number.")
     if found is None and stated is None:

@@ -13,7 +13,7 @@ from hpc_train.analysis.models import predict as prediction
 from hpc_train.analysis.models.analytic_model import fit_analytic_model
 from hpc_train.analysis.models.measurements import Measurements, Network
 from hpc_train.analysis.models.predict import predict
-from hpc_train.analysis.models.scaling_models import expected_maximum
+from hpc_train.analysis.stats.order_statistics import expected_maximum
 from hpc_train.core.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "scaling"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_train.core.sampling import BatchSampler, Order, Shares, chunk_edges
+from hpc_train.core.sampling import BatchSampler, Order, Shares, regular_chunk_edges
 from hpc_train.train.data.batches import Batches
 from hpc_train.train.data.device_queue import DeviceQueue, release_copied
 
@@ -64,7 +64,7 @@ def test_an_empty_share_is_one_empty_part() -> None:
 
 
 def test_a_server_reads_nothing_and_counts_on() -> None:
-    by_chunks = BatchSampler(Order(101, chunk_edges(101, 10), 2), 20, 5, Shares(3), 1)
+    by_chunks = BatchSampler(Order(101, regular_chunk_edges(101, 10), 2), 20, 5, Shares(3), 1)
     server = task()
     server.batch = None
     assert list(Batches(server, by_chunks, range(6), 0, CPU)) == [([], 0, 20)] * 5 + [([], 0, 1)]
@@ -72,7 +72,7 @@ def test_a_server_reads_nothing_and_counts_on() -> None:
 
 
 def test_rows_of_chunks_are_hinted_at_before_they_are_read() -> None:
-    sampler = BatchSampler(Order(101, chunk_edges(101, 10), 2), 8, 5, Shares(2), 1)
+    sampler = BatchSampler(Order(101, regular_chunk_edges(101, 10), 2), 8, 5, Shares(2), 1)
     steps, one = range(3, 20), task(in_step=True)
     expected = [rows.tolist() for rows, _ in sampler.batches(steps)]
     num_ahead = sampler.order.steps_ahead(8)

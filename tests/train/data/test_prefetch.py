@@ -7,7 +7,7 @@ from time import perf_counter, sleep
 import pytest
 
 from hpc_train.train.data import prefetch
-from hpc_train.train.data.prefetch import MOST, Prefetch
+from hpc_train.train.data.prefetch import MAX_DEPTH, Prefetch
 
 
 def slow(count: int, seconds: float) -> Iterator[int]:
@@ -27,7 +27,7 @@ def test_the_loop_stops_waiting() -> None:
             found.append(number)
             sleep(0.004)
             if number == 150:
-                assert threads() and 1 <= batches.depth <= MOST
+                assert threads() and 1 <= batches.depth <= MAX_DEPTH
             if number > 150:
                 began = perf_counter()
                 found.append(next(batches))

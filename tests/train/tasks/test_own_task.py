@@ -19,7 +19,7 @@ from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.records import read_metrics
 from hpc_train.core.rundir import RunDir
-from hpc_train.core.sampling import Order, chunk_edges
+from hpc_train.core.sampling import Order, regular_chunk_edges
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.tasks import checked_loss, complete, open_task
@@ -215,7 +215,7 @@ class Replaying(Least):
 
     def __init__(self) -> None:
         self.kept: dict[str, Any] = {}
-        self.inner = SimpleNamespace(order=Order(7, chunk_edges(7, 2)), prefetch=print, reading=None)
+        self.inner = SimpleNamespace(order=Order(7, regular_chunk_edges(7, 2)), prefetch=print, reading=None)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["inner"], name)
@@ -230,7 +230,7 @@ class Replaying(Least):
 @pytest.mark.parametrize("make", [Least, Frozen])
 def test_a_task_gets_the_defaults_of_the_members_it_lacks(make: type) -> None:
     task = complete(make())
-    assert task.order.edges is None and task.order.num_samples == 7 and task.reading is None
+    assert task.order.chunk_edges is None and task.order.num_samples == 7 and task.reading is None
     assert not task.in_step and not task.keeps_state and task.state() == {}
     task.prefetch(np.arange(3))
     task.load_state({})

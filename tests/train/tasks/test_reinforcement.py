@@ -12,7 +12,7 @@ import torch
 
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import BatchSampler, drawn
+from hpc_train.core.sampling import BatchSampler, random_below
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
@@ -180,8 +180,8 @@ def test_a_policy_begins_undecided() -> None:
 
 def test_draws_belong_to_the_sample_and_are_even() -> None:
     rows = np.arange(10**6, 10**6 + 60_000)
-    draws = drawn(rows, 60, seed=3)
-    assert np.array_equal(drawn(rows[7:9], 60, seed=3), draws[7:9])
+    draws = random_below(rows, 60, seed=3)
+    assert np.array_equal(random_below(rows[7:9], 60, seed=3), draws[7:9])
     counts = np.bincount(draws, minlength=60)
     assert len(counts) == 60 and abs(counts - 1000).max() < 160, "5 deviations"
 
