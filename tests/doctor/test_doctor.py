@@ -66,7 +66,7 @@ def test_a_machine_that_works(digits: Path) -> None:
     assert done.code == 0 and told["ranks"] == 2 and told["schema"] == 1, done.out + done.err
     assert tuple(found) == CHECKS
     assert not [finding for finding in told["checks"] if finding["status"] == "fail"]
-    assert all(finding["mend"] for finding in told["checks"] if finding["status"] == "warn")
+    assert all(finding["remedy"] for finding in told["checks"] if finding["status"] == "warn")
     assert set(found["one MPI"]["values"]) == {"0", "1"}, "what every rank saw"
     libraries = found["one MPI"]["values"]["1"]["libraries"]
     assert set(libraries) == {"mpi4py", "Horovod", "h5py"} and len(set(libraries.values())) == 1
@@ -158,7 +158,7 @@ def test_what_is_wrong_is_found(wrong: tuple[int, Found], check: str, status: st
     code, found = wrong
     finding = found[check]
     assert code == 1 and finding["status"] == status, finding
-    text = f"{finding['seen']} {finding['mend']} {finding['where']}"
+    text = f"{finding['seen']} {finding['remedy']} {finding['where']}"
     for word in words:
         assert word in text, finding
 
@@ -193,7 +193,7 @@ def test_a_laptop_whose_mpi_is_gone(without_torch: list[object], tmp_path: Path)
 def test_a_launcher_of_another_mpi(without_torch: list[object], tmp_path: Path) -> None:
     done = run([*without_torch, "doctor", "--json"], tmp_path, PMI_RANK="0", PMI_SIZE="2")
     finding = report_of(done.stdout)[1]["MPI starts"]
-    assert done.returncode == 1 and "the launcher started 2 ranks" in finding["seen"] and "srun" in finding["mend"]
+    assert done.returncode == 1 and "the launcher started 2 ranks" in finding["seen"] and "srun" in finding["remedy"]
 
 
 def test_a_rank_that_dies_is_named_at_once(without_torch: list[object], shim: Path, tmp_path: Path) -> None:
@@ -221,9 +221,9 @@ def test_nodes_that_share_no_folder_and_leave_their_fabric_unused(without_torch:
     ]
     done = run(mpirun(*apart), tmp_path, OMPI_MCA_btl="self,tcp")
     found = report_of(done.stdout)[1]
-    assert found["transport"]["status"] == "warn" and "mlx5_0:1 (100 Gb/sec) is there" in found["transport"]["seen"]
-    assert "OMPI_MCA_pml=ucx UCX_NET_DEVICES=mlx5_0:1" in found["transport"]["mend"]
-    assert found["parallel file"]["status"] == "fail" and "not seen by all nodes" in found["parallel file"]["seen"]
+    assert found["transport"]["status"] == "warn" and "mlx5_0:1 (100 Gb/sec) is available" in found["transport"]["seen"]
+    assert "OMPI_MCA_pml=ucx UCX_NET_DEVICES=mlx5_0:1" in found["transport"]["remedy"]
+    assert found["parallel file"]["status"] == "fail" and "not visible on all nodes" in found["parallel file"]["seen"]
     assert found["file locks"]["status"] == "fail" and "rank 1 on " in found["file locks"]["where"]
 
 
