@@ -90,6 +90,29 @@ def test_imports_go_one_way(path: Path) -> None:
             assert where in ALLOWED[package], f"{where} imports {name}: only {sorted(ALLOWED[package])} may"
 
 
+# Inside analysis/report: a folder -> what of the package its files may import.
+REPORT = {
+    "renderers": (
+        "core",
+        "analysis.guard",
+        *(f"analysis.report.{each}" for each in ("model", "renderers", "plots.canvas")),
+    ),
+    "model": ("core", "analysis.guard"),
+}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "analysis/report").rglob("*.py")), ids=lambda path: path.stem)
+def test_renderers_see_the_model_alone_and_sections_no_renderer(path: Path) -> None:
+    where = path.relative_to(PACKAGE / "analysis/report")
+    inside = [name for name in imports(path) if name.startswith("hpc_train.")]
+    if (may := REPORT.get(where.parts[0].removesuffix(".py"))) is not None:
+        allowed = tuple(f"hpc_train.{each}" for each in may)
+        assert all(name.startswith(allowed) for name in inside), f"{where} imports {inside}"
+    elif where.parts[0] in ("sections", "plots"):
+        assert not [name for name in inside if "report.renderers" in name], where
+        assert where.parts[0] == "sections" or not [name for name in inside if "report.sections" in name], where
+
+
 # MPI counts in 32 bits: what may be long goes through train/comm/messages.py, which cuts it.
 BUFFERS = {"Bcast", "Gather", "Gatherv", "Scatter", "Scatterv", "Allgather", "Allgatherv", "Alltoall", "Alltoallv"}
 BUFFERS |= {"Alltoallw", "Reduce", "Allreduce", "Reduce_scatter", "Reduce_scatter_block", "Scan", "Exscan"}

@@ -32,9 +32,9 @@ from hpc_train.train.optimize import Optimizer, misfit, scale_misfit
 from hpc_train.train.reduce.buckets import trainable
 from hpc_train.train.reduce.reducer import Reducer, broadcast_model, open_reducer
 from hpc_train.train.reduce.shards import whole
-from hpc_train.train.run import checkpoint
 from hpc_train.train.run.attempt import Attempt, check_continues, is_complete, open_attempt, require_beginning, say
-from hpc_train.train.run.checkpoint import Saver, read_newest
+from hpc_train.train.run.checkpoint.restore import broadcast, read_newest
+from hpc_train.train.run.checkpoint.saver import Saver
 from hpc_train.train.run.leftovers import remove_dead_segments
 from hpc_train.train.run.recorder import Recorder
 from hpc_train.train.run.sanity_checks import (
@@ -83,12 +83,14 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     ):
         recorder = Recorder(loaded, for_records, job.places, attempt, open_clock(config.train, job.device))
         is_root = context.world.is_root
-        saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.say, recorder.secure)
+        saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.say, recorder.sync_records)
         with (
             recorder,
             saver,
             StopRequest() as stop,
-            open_reducer(config.reduce, job.model, context, job.team, lambda: (bool(stop), saver.is_time)) as reducer,
+            open_reducer(
+                config.reduce, job.model, context, job.team, lambda: (bool(stop), saver.is_due_by_time)
+            ) as reducer,
             open_watchdog(context, config.run, recorder.say) as watch,
         ):
             optimizer = _optimizer(config, job, reducer, context)
@@ -132,7 +134,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                 recorder.end_step(step, shared.loss, num_samples, num_global)
                 if config.train.check_weights_every and (step + 1) % config.train.check_weights_every == 0:
                     compare_weights(step + 1, model, context)
-                if shared.save or saver.is_step(step + 1):
+                if shared.save or saver.is_due_after(step + 1):
                     recorder.flush()
                     saver.save(step + 1, snapshot())
                 if stopped := shared.stop > 0 and step + 1 < config.train.steps:
@@ -239,7 +241,7 @@ def _restore(
 
     first = context.on_root(find)
     if first:
-        state = checkpoint.broadcast(state, context)
+        state = broadcast(state, context)
         folder = attempt.source.checkpoint(first) if attempt.source else None
         context.on_all(lambda: _load(state, folder, attempt, job, optimizer, reducer))
     return first
@@ -320,12 +322,12 @@ def _answer_left_out(
     goes_on = is_scaled or config.train.on_nonfinite == "skip"
     if goes_on and left_out.num_in_a_row < MOST_LEFT_OUT:
         if context.world.is_root:
-            saver.say(f"Step {left_out.step}: {left_out.why}, its update is left out")
+            saver.log(f"Step {left_out.step}: {left_out.why}, its update is left out")
     elif config.reduce.asynchronous:
         refuse_alone(left_out, context)
     else:
         state = snapshot()
-        saved = context.on_root(lambda: saver.try_now(left_out.step, state))
+        saved = context.on_root(lambda: saver.save_now_or_explain(left_out.step, state))
         refuse_update(left_out, saved, context)
 
 
@@ -355,7 +357,7 @@ def _end(
             refuse_test(fault, saved, context)
         return 0
     context.on_root(lambda: recorder.say(f"Stopped by {cause} after step {recorder.num_steps_done - 1}. {saved}"))
-    return CONTINUE if saver.keeps else TERMINATED
+    return CONTINUE if saver.is_enabled else TERMINATED
 
 
 def _batch_size(config: Config, task: Task, context: Context) -> int:

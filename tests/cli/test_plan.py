@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.models.measurements import read_table
 from hpc_train.analysis.models.predict import curve_sizes, predict
 from hpc_train.analysis.planning.budget import Work, power, read_network, samples_work, steps_work
 from hpc_train.analysis.planning.plan import Limits, make_plan
-from hpc_train.analysis.report.advice import advice_of
-from hpc_train.analysis.report.plan_tables import answer, short_answer
+from hpc_train.analysis.report.sections.next_run import next_run
+from hpc_train.analysis.report.sections.plan import answer, short_answer
 from hpc_train.analysis.runs.load import load_all
 from hpc_train.analysis.scaling.compare import compare
 from hpc_train.cli.main import cli
@@ -166,7 +167,7 @@ def test_runs_are_planned_from(tmp_path: Path) -> None:
     assert tree["power"]["quality"] == "measured" and tree["options"][0]["energy_j"] is not None
     assert tree["work"]["steps"] == 210
     group = compare(load_all([tmp_path])).groups[0]
-    shown = advice_of(group).plan
+    shown = next_run(group, SectionGuard()).plan
     assert shown is not None and shown.chosen is not None and shown.chosen.nodes == tree["nodes"]
     drawn = shown.prediction.at(curve_sizes(shown.prediction))
     assert drawn[0].ranks == 1 and drawn[-1].ranks == 32 and sum(each.measured_s is not None for each in drawn) == 4
@@ -228,7 +229,7 @@ def test_help_and_reports_do_not_load_scipy() -> None:
     code = (
         "import sys, click.testing, hpc_train.cli.main as c, hpc_train.analysis.report.report\n"
         "assert click.testing.CliRunner().invoke(c.cli, ['plan', '--help']).exit_code == 0\n"
-        "import hpc_train.analysis.report.plan_tables\n"
+        "import hpc_train.analysis.report.sections.plan\n"
         "assert 'scipy' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -130,7 +130,7 @@ class Recorder:
                 raise not_written(self._run.metrics, error, len(text)) from None
         self._losses.clear()
 
-    def secure(self) -> None:
+    def sync_records(self) -> None:
         """What was flushed is on the disk, once this returns. Called before a checkpoint comes to have its name, from
         the thread that writes it: no checkpoint is newer than its records. Raises UserError where the run is another
         job's, or the disk refuses.

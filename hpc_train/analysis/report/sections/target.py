@@ -1,10 +1,14 @@
-"""Time to a target loss in words and numbers: tables, notes, the answer in one sentence."""
+"""Time to a target loss: the answer in one sentence, tables, notes."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from hpc_train.analysis.convergence.target import NOT_REACHED, TargetRow, TargetStudy
-from hpc_train.analysis.report.table import MARK, Column, Table
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.report.labels import MARK
+from hpc_train.analysis.report.model import Section, Table, number_columns
+from hpc_train.analysis.report.plots.target import target_plot
+from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.core.formatting import percent, plural, ratio_interval_text, ratio_text, significant
 
 TARGET_COLUMNS = (
@@ -25,23 +29,44 @@ TARGET_COLUMNS = (
 )
 
 
-def target_sheets(study: TargetStudy) -> list[Table]:
-    """What it took to reach the target, then the speedup by it beside that by samples per second."""
+def target_section(study: TargetStudy, guard: SectionGuard) -> Section:
+    """A comparison of several groups by their time to one loss."""
+    section = SectionBuilder("target", f"Time to a loss: {study.label}", guard)
+    section.headline(target_headline, study)
+    section.overview(_overview_table, study)
+    _add_tables(section, study)
+    return section.build()
+
+
+def add_target(section: SectionBuilder, study: TargetStudy) -> None:
+    """A study of one group alone, as a part of that group's section."""
+    section.notes("time-to-loss", "finding", _headline_notes, study)
+    _add_tables(section, study)
+
+
+def _add_tables(section: SectionBuilder, study: TargetStudy) -> None:
+    section.table("target", target_table, study)
+    section.table("target-speedup", target_speedup_table, study)
+    section.notes("target", "method", target_notes, study)
+    section.plot("time-to-loss", target_plot, study)
+
+
+def target_table(study: TargetStudy) -> Table:
+    """What it took to reach the target."""
     titles = ["ranks", "batch", *_tuned_titles(study), "runs", "steps", "samples", "epochs", "seconds", "energy"]
     rows = []
     for row in study.rows:
-        cells = [*_names(study, row), str(len(row.reaches)), _count(row.num_steps)]
-        joules = "-" if row.joules is None else row.joules.text()
-        cells += [_count(row.num_samples), significant(row.epochs), _seconds(row), joules]
+        cells = [*_names(study, row), str(len(row.reaches)), _count(row.num_steps), _count(row.num_samples)]
+        cells += [significant(row.epochs), _seconds(row), "-" if row.joules is None else row.joules.text()]
         rows.append(tuple(cells))
-    title = f"To a training loss of {significant(study.target, 4)} (smoothed; warm-up included)"
-    columns = tuple(Column(title) for title in titles)
-    return [Table(title, columns, tuple(rows)), *_speed_sheets(study)]
+    title = f"Time to a training loss of {significant(study.target, 4)} (smoothed; warm-up included)"
+    return Table("target", title, tuple(number_columns(*titles)), tuple(rows))
 
 
-def _speed_sheets(study: TargetStudy) -> list[Table]:
+def target_speedup_table(study: TargetStudy) -> Table | None:
+    """The speedup by time to the target beside that by samples per second; None without a reference."""
     if study.reference is None:
-        return []
+        return None
     titles = ["ranks", "batch", *_tuned_titles(study), "by time to target", "95% interval", "efficiency"]
     titles += ["by samples/s", "efficiency", "statistical"]
     rows = []
@@ -49,9 +74,13 @@ def _speed_sheets(study: TargetStudy) -> list[Table]:
         cells = [_times(row.speedup), ratio_interval_text(row.speedup_interval), percent(row.efficiency)]
         cells += [_times(row.throughput), percent(row.throughput_efficiency), percent(row.statistical)]
         rows.append((*_names(study, row), *cells))
-    against = f"{plural(study.reference.size, 'rank')}, batch {study.reference.global_batch}"
-    title = f"Speedup vs {against} (statistical: samples taken there over samples taken here)"
-    return [Table(title, tuple(Column(title) for title in titles), tuple(rows))]
+    reference = f"{plural(study.reference.size, 'rank')}, batch {study.reference.global_batch}"
+    title = f"Speedup vs {reference} (statistical: samples that the reference took / samples taken)"
+    return Table("target-speedup", title, tuple(number_columns(*titles)), tuple(rows))
+
+
+def _overview_table(study: TargetStudy) -> Table:
+    return target_speedup_table(study) or target_table(study)
 
 
 def _tuned(study: TargetStudy) -> list[str]:
@@ -65,8 +94,8 @@ def _tuned_titles(study: TargetStudy) -> list[str]:
 
 
 def _names(study: TargetStudy, row: TargetRow) -> list[str]:
-    servers = row.runs[0].num_servers
-    ranks = f"{row.size - servers}+{servers}" if servers else str(row.size)
+    num_servers = row.runs[0].num_servers
+    ranks = f"{row.size - num_servers}+{num_servers}" if num_servers else str(row.size)
     return [ranks + MARK * row.incomplete, str(row.global_batch), *(str(row.tuning[key]) for key in _tuned(study))]
 
 
@@ -79,7 +108,7 @@ def _seconds(row: TargetRow) -> str:
 
 
 def _count(mean: float | None) -> str:
-    """A mean of counts, whole where it is."""
+    """A mean of counts, as an integer if it is one."""
     return significant(mean, 4) if mean is None or mean % 1 else f"{mean:.0f}"
 
 
@@ -87,22 +116,22 @@ def _times(speedup: float | None) -> str:
     return "-" if speedup is None else ratio_text(speedup)
 
 
+# ---------------------------------------------------------------------------------------------- the answer
+
+
 def target_headline(study: TargetStudy) -> str:
-    """The answer of the largest size in one sentence; "" where there is none."""
+    """The answer of the largest size in one sentence; "" if there is none."""
     row, reference = study.largest, study.reference
     if row is None or reference is None or row.speedup is None:
         return ""
-    goal = f"to a loss of {significant(study.target)}"
-    speed = (
-        f"{plural(row.size, 'rank')}{_batch(study, row)}: {ratio_text(row.speedup)} over"
-        f" {plural(reference.size, 'rank')}{_batch(study, reference)} in time {goal}"
-    )
-    both = f"{percent(row.efficiency, 0)} efficiency"
+    sizes = plural(row.size, "rank") + _batch(study, row), plural(reference.size, "rank") + _batch(study, reference)
+    speed = f"{sizes[0]}: {ratio_text(row.speedup)} over {sizes[1]} in time to a loss of {significant(study.target)}"
+    efficiencies = f"{percent(row.efficiency, 0)} efficiency"
     if row.throughput_efficiency is not None:
-        both += f", {percent(row.throughput_efficiency, 0)} by samples/s"
+        efficiencies += f", {percent(row.throughput_efficiency, 0)} by samples/s"
     more = 1 / row.statistical if row.statistical else 1.0
     samples = f"; it takes {significant(more)} times the samples" if abs(more - 1) > 0.01 else ""
-    return f"{speed} ({both}){samples}"
+    return f"{speed} ({efficiencies}){samples}"
 
 
 def _batch(study: TargetStudy, row: TargetRow) -> str:
@@ -110,8 +139,15 @@ def _batch(study: TargetStudy, row: TargetRow) -> str:
     return f" (batch {row.global_batch})" if len(batches) > 1 else ""
 
 
+def _headline_notes(study: TargetStudy) -> list[str]:
+    answer = target_headline(study)
+    return [f"{answer}."] if answer else []
+
+
+# ---------------------------------------------------------------------------------------------- notes
+
+
 def target_notes(study: TargetStudy) -> list[str]:
-    """What must be known to read the tables of `target_sheets`."""
     notes = []
     if study.set_by is not None:
         whose = f"{plural(study.set_by.size, 'rank')}, batch {study.set_by.global_batch}"
@@ -121,22 +157,17 @@ def target_notes(study: TargetStudy) -> list[str]:
         )
     notes.append(
         "A run reaches the target at the first logged step at which the median of the logged losses around it (9 of"
-        " them, or 1/50 of all where that is more; a third of all where these are few) is at or below the target."
-        " Seconds are of the loops until that step's end, warm-up and steps taken twice included, time between"
-        " attempts not."
+        " them, or 1/50 of all if that is more; a third of all if these are few) is at or below the target. Seconds"
+        " are of the loops until that step's end; warm-up and repeated steps count, time between attempts does not."
     )
     notes += _why_notes(study)
     if any(len(row.reaches) > 1 for row in study.rows):
         notes.append("Intervals are from how repeats differ; seconds of repeats are their geometric mean.")
     if any(row.incomplete for row in study.rows):
         notes.append(f"{MARK} incomplete: shown, never the reference.")
-    if any(len(_seeds(row)) > 1 for row in study.rows):
+    if any(len({run.config.seed for run in row.runs}) > 1 for row in study.rows):
         notes.append("Runs that differ in seed alone are repeats here.")
     return [*notes, *study.notes]
-
-
-def _seeds(row: TargetRow) -> set[int]:
-    return {run.config.seed for run in row.runs}
 
 
 def _why_notes(study: TargetStudy) -> list[str]:
@@ -153,11 +184,12 @@ def _why_notes(study: TargetStudy) -> list[str]:
         notes.append(f"Not reached within the recorded steps: {'; '.join(dict.fromkeys(short))}.")
     at_once = [plural(row.size, "rank") for row, reach in reaches if reach.at_once]
     if at_once:
-        notes.append(
-            f"Reached by the first losses that could be judged: {', '.join(dict.fromkeys(at_once))}. The target is too"
-            " easy to tell sizes apart."
-        )
+        sizes = ", ".join(dict.fromkeys(at_once))
+        notes.append(f"Reached by the first losses of {sizes}: the target is too easy to compare sizes.")
     return notes
+
+
+# ---------------------------------------------------------------------------------------------- for programs
 
 
 def target_record(study: TargetStudy, row: TargetRow) -> dict[str, Any]:
@@ -182,37 +214,35 @@ def target_record(study: TargetStudy, row: TargetRow) -> dict[str, Any]:
 
 
 def study_record(study: TargetStudy) -> dict[str, Any]:
-    """A study as plain values."""
     return {
         "label": study.label,
         "target_loss": study.target,
         "target_given": study.set_by is None,
         "headline": target_headline(study),
         "notes": target_notes(study),
-        "rows": [
-            {
-                "ranks": row.size,
-                "global_batch": row.global_batch,
-                "tuning": row.tuning,
-                "incomplete": row.incomplete,
-                **target_record(study, row),
-                "throughput_speedup": row.throughput,
-                "throughput_efficiency": row.throughput_efficiency,
-                "runs": [_run_record(row, index) for index in range(len(row.reaches))],
-            }
-            for row in study.rows
-        ],
+        "rows": [_row_record(study, row) for row in study.rows],
     }
 
 
-def _run_record(row: TargetRow, index: int) -> dict[str, Any]:
-    reach = row.reaches[index]
+def _row_record(study: TargetStudy, row: TargetRow) -> dict[str, Any]:
     return {
-        "run": str(reach.run.dir.path),
-        "why_not": reach.why or None,
-        "steps": reach.num_steps,
-        "seconds": reach.seconds,
-        "joules": reach.joules.total if reach.seconds is not None else None,
+        "ranks": row.size,
+        "global_batch": row.global_batch,
+        "tuning": row.tuning,
+        "incomplete": row.incomplete,
+        **target_record(study, row),
+        "throughput_speedup": row.throughput,
+        "throughput_efficiency": row.throughput_efficiency,
+        "runs": [
+            {
+                "run": str(reach.run.dir.path),
+                "why_not": reach.why or None,
+                "steps": reach.num_steps,
+                "seconds": reach.seconds,
+                "joules": reach.joules.total if reach.seconds is not None else None,
+            }
+            for reach in row.reaches
+        ],
     }
 
 

@@ -1,18 +1,18 @@
-"""A plan in words, tables and plain values: what the terminal, the page and programs are told alike."""
+"""A plan as sentences, tables and plain values, for `hpc-train plan` and for reports."""
 
 from dataclasses import asdict
 from typing import Any
 
 from hpc_train.analysis.models.predict import Candidate, Forecast, Prediction
 from hpc_train.analysis.planning.plan import Option, Plan, nodes_text
-from hpc_train.analysis.report.table import Column, Table
+from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.core.formatting import duration_text, percent, plural, significant, watt_hours_text, with_interval
 
 SCHEMA = 1
 
 
 def short_answer(plan: Plan) -> str | None:
-    """ "ask for 16 nodes", for a headline that says other things, too; None where nothing can be recommended."""
+    """ "ask for 16 nodes", for a headline; None without a recommendation."""
     return f"ask for {nodes_text(plan.prediction.measurements, plan.chosen)}" if plan.chosen else None
 
 
@@ -62,56 +62,52 @@ def _takes(option: Option, plan: Plan) -> str:
     )
 
 
-def sheets(plan: Plan) -> list[Table]:
-    return [_options_sheet(plan), models_sheet(plan.prediction), parameters_sheet(plan.prediction)]
+def plan_tables(plan: Plan) -> list[Table]:
+    return [options_table(plan), models_table(plan.prediction), parameters_table(plan.prediction)]
 
 
-def _options_sheet(plan: Plan) -> Table:
-    measurements = plan.prediction.measurements
-    titles = ["nodes"] * bool(measurements.ranks_per_node) + ["ranks"]
+def options_table(plan: Plan) -> Table:
+    with_nodes = bool(plan.prediction.measurements.ranks_per_node)
+    titles = ["nodes", "ranks"] if with_nodes else ["ranks"]
     titles += ["time", "energy", "node-hours"] if plan.work else ["step (ms)", "samples/s"]
     rows = []
     for option in plan.options:
         forecast = option.forecast
-        low, high = forecast.step_interval_s
-        cells = [str(option.nodes)] * bool(measurements.ranks_per_node)
-        cells.append(f"{forecast.ranks}{' <-' * (option is plan.chosen)}")
+        ranks = f"{forecast.ranks} <-" if option is plan.chosen else str(forecast.ranks)
+        cells = [str(option.nodes), ranks] if with_nodes else [ranks]
         if plan.work:
             cells.append(duration_text(option.time_s, option.time_interval_s))
             cells.append(watt_hours_text(option.energy_j, option.energy_interval_j))
             cells.append(with_interval(option.node_hours, option.node_hours_interval))
         else:
+            low, high = forecast.step_interval_s
             cells.append(with_interval(forecast.step_s * 1e3, (low * 1e3, high * 1e3)))
             cells.append(significant(forecast.samples_per_s, 4))
         rows.append((*cells, percent(forecast.efficiency, 0)))
-    title = (
-        "Predicted (95% intervals)" if plan.is_forecast else "What could be asked for (95% intervals; <- recommended)"
-    )
-    return Table(title, tuple(map(Column, [*titles, "efficiency"])), tuple(rows))
+    title = "Predicted (95% intervals)" if plan.is_forecast else "Options (95% intervals; <- recommended)"
+    return Table("plan-options", title, tuple(number_columns(*titles, "efficiency")), tuple(rows))
 
 
-def models_sheet(prediction: Prediction) -> Table:
-    """The models, and by how much each missed the sizes it had not seen."""
+def models_table(prediction: Prediction) -> Table:
+    """The models, and by how much each missed the sizes that it had not seen."""
     rows = []
-    for each in prediction.candidates:
-        sizes = ", ".join(str(one.ranks) for one in each.held_out)
-        form = each.fit.form if each.fit else f"not fitted: {each.reason}"
-        mark = " <-" if each.model == prediction.chosen.model else ""
-        rows.append((each.model + mark, percent(each.error), sizes or "none", form))
-    return Table(
-        f"Models, tested on the largest sizes held out (<- used: {prediction.why})",
-        (Column("model", True), Column("off by"), Column("held out"), Column("step time", True)),
-        tuple(rows),
-    )
+    for candidate in prediction.candidates:
+        sizes = ", ".join(str(held_out.ranks) for held_out in candidate.held_out)
+        form = candidate.fit.form if candidate.fit else f"not fitted: {candidate.reason}"
+        mark = " <-" if candidate.model == prediction.chosen.model else ""
+        rows.append((candidate.model + mark, percent(candidate.error), sizes or "none", form))
+    title = f"Models, tested on the largest sizes held out (<- used: {prediction.why})"
+    columns = (Column("model", True), Column("error"), Column("held out"), Column("step time", True))
+    return Table("plan-models", title, columns, tuple(rows))
 
 
-def parameters_sheet(prediction: Prediction) -> Table:
+def parameters_table(prediction: Prediction) -> Table:
     rows = tuple(
         (name, *(significant(value) for value in (middle, low, high)))
         for name, (low, middle, high) in prediction.parameters.items()
     )
-    titles = (Column("parameter", True), Column("value"), Column("95% from"), Column("to"))
-    return Table(f"The {prediction.chosen.model} model's parameters", titles, rows)
+    columns = (Column("parameter", True), *number_columns("value", "95% from", "to"))
+    return Table("plan-parameters", f"Parameters of the {prediction.chosen.model} model", columns, rows)
 
 
 # ---------------------------------------------------------------------------------------------- for programs

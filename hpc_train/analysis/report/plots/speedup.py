@@ -1,10 +1,12 @@
-"""How a job scaled: speedup against the ideal and the law."""
+"""Speedup against the ideal and a fitted law."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpc_train.analysis.report.plots.canvas import BLUE, GREY, VERMILLION, WHITE, Drawing, thinned
+from hpc_train.analysis.report.model import Plot
+from hpc_train.analysis.report.plots.canvas import BLUE, GREY, VERMILLION, WHITE, thinned
 from hpc_train.analysis.scaling.compare import Group, Row
 from hpc_train.analysis.scaling.laws import Law, fitted, law_words
 from hpc_train.core.formatting import percent, plural, ratio_interval_text, ratio_text
@@ -15,20 +17,20 @@ if TYPE_CHECKING:
 _WIDE = 8  # sizes that span this much are drawn on logarithmic axes
 
 
-def speedup_drawing(group: Group) -> Drawing | None:
+def speedup_plot(group: Group) -> Plot | None:
     """Speedup over the baseline with its interval, the ideal and the fitted law; None without a baseline."""
-    rows = [row for row in group.rows if row.speedup is not None]
     if group.baseline is None:
         return None
-    over, law = plural(group.baseline.size, "rank"), fitted(group)
-    told = ", ".join(f"{plural(row.size, 'rank')} {ratio_text(row.speedup or 0)}{_interval(row)}" for row in rows)
+    rows = [row for row in group.rows if row.speedup is not None]
+    over, law = plural(group.baseline.size, "rank"), law_words(group)
+    speedups = ", ".join(f"{plural(row.size, 'rank')} {ratio_text(row.speedup or 0)}{_interval(row)}" for row in rows)
     kind = "Samples per second" if group.weak else "Speed"
     ideal = "twice the ranks, twice the samples per second" if group.weak else "N times the ranks, 1/N of the time"
-    return Drawing(
+    return Plot(
         "speedup",
-        f"{kind} relative to {over}, with 95% intervals. Dashed, the ideal: {ideal}. {law_words(group)}".strip(),
-        f"Speedup over {over}: {told}. {law_words(group)}".strip(),
-        lambda axes: _paint(axes, group, rows, law),
+        f"{kind} relative to {over}, with 95% intervals. Dashed, the ideal: {ideal}. {law}".strip(),
+        f"Speedup over {over}: {speedups}. {law}".strip(),
+        partial(_paint, group=group, rows=rows, law=fitted(group)),
     )
 
 
@@ -46,24 +48,19 @@ def _paint(axes: "Axes", group: Group, rows: list[Row], law: Law | None) -> None
         label = f"{law.name}, {percent(law.serial)} serial"
         curve = [law.speedup(float(size) / base) for size in between]
         axes.plot(between, curve, color=VERMILLION, linestyle="-.", linewidth=1.2, label=label)
-    whole = [row for row in rows if not row.incomplete]
-    for name, some, fill in (
-        ("measured, 95% interval", whole, BLUE),
-        ("incomplete run", [row for row in rows if row.incomplete], WHITE),
-    ):
-        if some:
-            points = [row.size for row in some], [row.speedup or 0.0 for row in some]
-            line: dict[str, Any] = {
-                "markerfacecolor": fill,
-                "markersize": 5,
-                "capsize": 3,
-                "label": name,
-                "color": BLUE,
-            }
-            axes.errorbar(*points, yerr=_bars(some), fmt="o", **line)
+    _paint_points(axes, [row for row in rows if not row.incomplete], "measured, 95% interval", BLUE)
+    _paint_points(axes, [row for row in rows if row.incomplete], "incomplete run", WHITE)
     _scale(axes, sizes)
     axes.set(xlabel="ranks", ylabel=f"speedup over {plural(base, 'rank')}")
     axes.legend(loc="upper left")
+
+
+def _paint_points(axes: "Axes", rows: list[Row], label: str, fill: str) -> None:
+    if not rows:
+        return
+    sizes, speedups = [row.size for row in rows], [row.speedup or 0.0 for row in rows]
+    style: dict[str, Any] = {"color": BLUE, "markerfacecolor": fill, "markersize": 5, "capsize": 3}
+    axes.errorbar(sizes, speedups, yerr=_bars(rows), fmt="o", label=label, **style)
 
 
 def _scale(axes: "Axes", sizes: list[int]) -> None:
@@ -81,6 +78,6 @@ def _scale(axes: "Axes", sizes: list[int]) -> None:
 
 
 def _bars(rows: list[Row]) -> list[list[float]]:
-    """Lengths of the error bars below and above, as `errorbar` wants them; 0 without an interval."""
+    """Lengths of the error bars below and above, as `errorbar` expects them; 0 without an interval."""
     spans = [(row.speedup or 0.0, row.speedup_interval or (row.speedup or 0.0,) * 2) for row in rows]
     return [[middle - low for middle, (low, _) in spans], [high - middle for middle, (_, high) in spans]]
