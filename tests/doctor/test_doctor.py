@@ -77,6 +77,12 @@ def test_a_machine_that_works(digits: Path) -> None:
     assert sorted(digits.parent.iterdir()) == [digits], "nothing is left behind"
 
 
+def test_no_colours_into_a_file_under_mpirun(without_torch: list[object], tmp_path: Path) -> None:
+    """mpirun gives its ranks a terminal, whatever its own output is."""
+    done = run(mpirun(*[[*without_torch, "doctor"]] * 2), tmp_path, TERM="xterm-256color")
+    assert "ok    all-reduce" in done.stdout and "\x1b" not in done.stdout, done.stdout + done.stderr
+
+
 def test_a_plain_install(tmp_path: Path) -> None:
     """What is not there is said, and what can be checked is: the exit code is that of a machine that reports."""
     words = jobs.install(tmp_path / "plain", "torch", "horovod", "h5py", "mpi4py")
@@ -143,14 +149,14 @@ def soname(library: Path) -> str:
         ("one MPI", "fail", ["ranks load different MPIs", "lib/libmpi.so", "rank 1 on "]),
         ("threads of MPI", "fail", ["MPI_THREAD_FUNNELED", "MPI4PY_RC_THREAD_LEVEL"]),
         ("all-reduce", "fail", ["the sum is wrong in "]),
-        ("transport", "warn", ["TCP (", "btl tcp", "memory is shared", "OMPI_MCA_btl"]),
-        ("cores", "fail", ["2 ranks on ", " ask for 4 threads on 1 core", "% of a core", "--bind-to none"]),
+        ("transport", "warn", ["TCP (", "btl tcp", "instead of shared memory", "OMPI_MCA_btl"]),
+        ("cores", "fail", ["2 ranks on ", " have 4 threads on 1 core", "% of a core", "--bind-to none"]),
         ("GPU", "fail", ["train.device = 'cuda'", "finds no GPU", "train.device=auto"]),
         ("Horovod", "fail", ["undefined symbol", "make install", "rank 1 on "]),
         ("file locks", "fail", ["Operation not supported", "HDF5_USE_FILE_LOCKING=FALSE"]),
-        ("disk space", "fail", ["2 checkpoints of ", "and one being written", "run.root="]),
-        ("Slurm", "fail", ["ranks say different jobs: 7, 8"]),
-        ("clocks", "fail", ["differ by 20 s", "chronyc", "rank 1 on "]),
+        ("disk space", "fail", ["2 checkpoints of ", "and one in progress", "run.root="]),
+        ("Slurm", "fail", ["ranks are in different jobs: 7, 8"]),
+        ("clocks", "fail", ["differ by at most 20 s", "chronyc", "rank 1 on "]),
         ("fork", "fail", ["no process can be started: Resource temporarily unavailable", "ulimit -u"]),
     ],
 )
@@ -179,7 +185,7 @@ def test_a_mistake_is_told_once_before_any_check(tmp_path: Path) -> None:
     done = jobs.run(2, "doctor", "nothing.toml", cwd=tmp_path)
     assert done.code == 2 and done.out == "" and done.err.count("nothing.toml does not exist") == 1
     done = jobs.run(0, "doctor", "--set", "train.steps=1", cwd=tmp_path)
-    assert done.code == 2 and "no CONFIG" in done.err
+    assert done.code == 2 and "without CONFIG" in done.err
 
 
 def test_a_laptop_whose_mpi_is_gone(without_torch: list[object], tmp_path: Path) -> None:
