@@ -23,7 +23,7 @@ from hpc_train.datasets.prepare.layout import Layout
 from hpc_train.datasets.prepare.sources import PICTURES, Options, Source
 from hpc_train.datasets.prepare.writer import Work, create, num_bytes, opened_alone, reserve, sound, verify, write
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.files import require_parallel_hdf5
+from hpc_train.train.data.parallel_hdf5 import require_parallel_hdf5
 
 _NOT_KEPT = ("http", "https", "memory", "data")
 _MOST_NAMES = 3000  # of 16 bytes each in an attribute
