@@ -308,7 +308,7 @@ def _copy(copy: _Copy, wait_s: float, progress: StepProgress) -> dict[int, int]:
                 trouble = f" ({storage.in_words(news.error)})"
                 if monotonic() - said_s > _SAY_EVERY_S:
                     said_s = monotonic()
-                    progress.say(f"  trying again in {news.pause_s:.1f} s{trouble}")
+                    progress.log(f"  trying again in {news.pause_s:.1f} s{trouble}")
             elif news[0] not in checksums:  # a stream without ranges begins again at its start
                 heard_s, trouble = monotonic(), ""
                 done = len(checksums) * _RANGE_BYTES // 10**6
