@@ -5,7 +5,8 @@ from typing import Any
 
 from hpc_train.analysis.models.predict import Candidate, Forecast, Prediction
 from hpc_train.analysis.planning.plan import Option, Plan, nodes_text
-from hpc_train.analysis.report.model import Column, Table, number_columns
+from hpc_train.analysis.report.model import Table
+from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.core.formatting import duration_text, percent, plural, significant, watt_hours_text, with_interval
 
 SCHEMA = 1
@@ -67,47 +68,53 @@ def plan_tables(plan: Plan) -> list[Table]:
 
 
 def options_table(plan: Plan) -> Table:
-    with_nodes = bool(plan.prediction.measurements.ranks_per_node)
-    titles = ["nodes", "ranks"] if with_nodes else ["ranks"]
-    titles += ["time", "energy", "node-hours"] if plan.work else ["step (ms)", "samples/s"]
-    rows = []
-    for option in plan.options:
-        forecast = option.forecast
-        ranks = f"{forecast.ranks} <-" if option is plan.chosen else str(forecast.ranks)
-        cells = [str(option.nodes), ranks] if with_nodes else [ranks]
-        if plan.work:
-            cells.append(duration_text(option.time_s, option.time_interval_s))
-            cells.append(watt_hours_text(option.energy_j, option.energy_interval_j))
-            cells.append(with_interval(option.node_hours, option.node_hours_interval))
-        else:
-            low, high = forecast.step_interval_s
-            cells.append(with_interval(forecast.step_s * 1e3, (low * 1e3, high * 1e3)))
-            cells.append(significant(forecast.samples_per_s, 4))
-        rows.append((*cells, percent(forecast.efficiency, 0)))
+    columns: list[CellColumn[Option]] = []
+    if plan.prediction.measurements.ranks_per_node:
+        columns.append(number("nodes", lambda option: str(option.nodes)))
+    columns.append(number("ranks", lambda option: f"{option.forecast.ranks}{' <-' * (option is plan.chosen)}"))
+    if plan.work:
+        columns += [
+            number("time", lambda option: duration_text(option.time_s, option.time_interval_s)),
+            number("energy", lambda option: watt_hours_text(option.energy_j, option.energy_interval_j)),
+            number("node-hours", lambda option: with_interval(option.node_hours, option.node_hours_interval)),
+        ]
+    else:
+        columns += [
+            number("step (ms)", lambda option: _step_text(option.forecast)),
+            number("samples/s", lambda option: significant(option.forecast.samples_per_s, 4)),
+        ]
+    columns.append(number("efficiency", lambda option: percent(option.forecast.efficiency, 0)))
     title = "Predicted (95% intervals)" if plan.is_forecast else "Options (95% intervals; <- recommended)"
-    return Table("plan-options", title, tuple(number_columns(*titles, "efficiency")), tuple(rows))
+    return make_table("plan-options", title, plan.options, columns)
+
+
+def _step_text(forecast: Forecast) -> str:
+    low, high = forecast.step_interval_s
+    return with_interval(forecast.step_s * 1e3, (low * 1e3, high * 1e3))
 
 
 def models_table(prediction: Prediction) -> Table:
     """The models, and by how much each missed the sizes that it had not seen."""
-    rows = []
-    for candidate in prediction.candidates:
-        sizes = ", ".join(str(held_out.ranks) for held_out in candidate.held_out)
-        form = candidate.fit.form if candidate.fit else f"not fitted: {candidate.reason}"
-        mark = " <-" if candidate.model == prediction.chosen.model else ""
-        rows.append((candidate.model + mark, percent(candidate.error), sizes or "none", form))
+    used = prediction.chosen.model
+    columns: list[CellColumn[Candidate]] = [
+        text("model", lambda candidate: candidate.model + " <-" * (candidate.model == used)),
+        number("error", lambda candidate: percent(candidate.error)),
+        number("held out", lambda candidate: ", ".join(str(each.ranks) for each in candidate.held_out) or "none"),
+        text("step time", lambda each: each.fit.form if each.fit else f"not fitted: {each.reason}"),
+    ]
     title = f"Models, tested on the largest sizes held out (<- used: {prediction.why})"
-    columns = (Column("model", True), Column("error"), Column("held out"), Column("step time", True))
-    return Table("plan-models", title, columns, tuple(rows))
+    return make_table("plan-models", title, prediction.candidates, columns)
 
 
 def parameters_table(prediction: Prediction) -> Table:
-    rows = tuple(
-        (name, *(significant(value) for value in (middle, low, high)))
-        for name, (low, middle, high) in prediction.parameters.items()
-    )
-    columns = (Column("parameter", True), *number_columns("value", "95% from", "to"))
-    return Table("plan-parameters", f"Parameters of the {prediction.chosen.model} model", columns, rows)
+    columns: list[CellColumn[tuple[str, tuple[float, float, float]]]] = [
+        text("parameter", lambda pair: pair[0]),
+        number("value", lambda pair: significant(pair[1][1])),
+        number("95% from", lambda pair: significant(pair[1][0])),
+        number("to", lambda pair: significant(pair[1][2])),
+    ]
+    title = f"Parameters of the {prediction.chosen.model} model"
+    return make_table("plan-parameters", title, list(prediction.parameters.items()), columns)
 
 
 # ---------------------------------------------------------------------------------------------- for programs
