@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hpc_train.core import config, records
+from hpc_train.core.energy_records import ENERGY_COLUMNS
 from hpc_train.core.records import FloatArray
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Config
@@ -246,7 +247,8 @@ def _rows(laws: Laws, rank: int, leave_s: FloatArray, clocks: _Clocks, num_sampl
     began = np.concatenate([[0.0], leave_s[:-1] + after[:-1]])
     forward = useful * PARTS["forward"]
     moments = [began, began + stall, began + stall + forward, began + stall + before]  # data, forward, backward end
-    moments += [leave_s, leave_s + useful * PARTS["optimizer"], leave_s + after]
+    updated = leave_s + useful * PARTS["optimizer"]
+    moments += [leave_s, updated, updated, leave_s + after]  # reduce, optimizer, sync (none), other
     shown = clocks.shown_ns(rank // laws.ranks_per_host, np.stack(moments))
     shown[-1, :-1] = shown[0, 1:]  # steps follow each other without a gap
     steps = np.arange(laws.steps)
@@ -310,7 +312,7 @@ def _write_energy(run: RunDir, laws: Laws, end_s: float) -> None:
     """A constant draw of `watts`, sampled until the loop ends."""
     if not laws.watts:
         return
-    text = "\n".join([",".join(records.ENERGY_COLUMNS), *_samples(laws, end_s), ""])
+    text = "\n".join([",".join(ENERGY_COLUMNS), *_samples(laws, end_s), ""])
     for host in laws.hosts:
         run.energy(host).write_text(text)
 

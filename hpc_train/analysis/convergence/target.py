@@ -4,9 +4,9 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp, fsum, isfinite, log
+from math import isfinite
 from pathlib import Path
-from statistics import fmean, variance
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from hpc_train.analysis.energy.energy_amount import NONE, EnergyAmount
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.meta_json import attempts, positive_number
 from hpc_train.analysis.runs.step_timeline import timeline_of
-from hpc_train.analysis.scaling.compare import Group, Interval, labels, mismatches
+from hpc_train.analysis.scaling.compare import Group, labels, mismatches
+from hpc_train.analysis.stats.repeats import ratio_of_geometric_means_interval
 from hpc_train.core.records import FloatArray, IntArray
+from hpc_train.core.statistics import Interval
 
 # Keys that change how fast the loss falls and not what it means: runs that differ in these alone have the same target.
 TUNING = (
@@ -91,7 +93,7 @@ class TargetRow:
     def seconds(self) -> float | None:
         """The geometric mean, as suits what ratios are made of."""
         known = [reach.seconds for reach in self.reaches if reach.seconds]
-        return exp(fmean(map(log, known))) if len(known) == len(self.reaches) else None
+        return geometric_mean(known) if len(known) == len(self.reaches) else None
 
     @property
     def joules(self) -> EnergyAmount | None:
@@ -275,18 +277,8 @@ def _compared(row: TargetRow, reference: TargetRow) -> TargetRow:
 
 
 def _interval(row: TargetRow, reference: TargetRow) -> Interval | None:
-    """95% of the ratio of times to target, from how repeats differ: Welch's t interval of the difference of logarithms
-    (Biometrika 34, 1947). None where either has fewer than two runs, or one that did not reach the target.
-    """
-    from scipy.special import stdtrit  # takes its time to load, and only repeats need it
-
-    if not row.reached or min(len(row.reaches), len(reference.reaches)) < 2:
+    """95% of the ratio of times to target, from how repeats differ; None if a run did not reach it."""
+    if not row.reached:
         return None
-    ours, theirs = ([log(reach.seconds or 0.0) for reach in one.reaches] for one in (row, reference))
-    parts = [variance(logs) / len(logs) for logs in (ours, theirs)]
-    middle, spread = fmean(theirs) - fmean(ours), fsum(parts)
-    if not spread:
-        return exp(middle), exp(middle)
-    freedom = spread**2 / fsum(part**2 / (len(logs) - 1) for part, logs in zip(parts, (ours, theirs), strict=True))
-    reach = float(stdtrit(freedom, 0.975)) * spread**0.5
-    return exp(middle - reach), exp(middle + reach)
+    ours, theirs = ([reach.seconds or 0.0 for reach in each.reaches] for each in (row, reference))
+    return ratio_of_geometric_means_interval(theirs, ours)

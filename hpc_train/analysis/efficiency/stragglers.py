@@ -10,16 +10,16 @@ from typing import Literal
 import numpy as np
 
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.load_balance import NUM_BLOCKS, Arrivals, Latest, LoadBalance
+from hpc_train.analysis.runs.load_balance import Arrivals, Latest, LoadBalance
 from hpc_train.analysis.runs.ranks import waits
+from hpc_train.analysis.stats.bootstrap import ratio_of_sums_interval
+from hpc_train.analysis.stats.permutation import largest_total_threshold
 from hpc_train.core.records import FloatArray, IntArray
+from hpc_train.core.statistics import Interval
 
 LEAST_SHARE = 0.01  # of the job's time: what costs less is not told
-_NUM_RESAMPLES = 1000
-_NUM_CHANCES = 1000  # draws of what chance alone would blame a rank for
 _CLOCK_FACTOR = 3.0  # how many times the clocks' error a rank must be late by, in the steps in which it is last
 Cause = Literal["computing", "input"]
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def find_stragglers(run: Run) -> StragglerAnalysis:
             unaligned=arrivals.unaligned,
         )
     named = tuple(_straggler(balance, arrivals, latest, blamed, place, bool(hosts)) for place in range(len(blamed)))
-    span = _interval(saved_s, arrivals.step_s)
+    span = ratio_of_sums_interval(saved_s, arrivals.step_s)
     return StragglerAnalysis(named, share, span, None, _typical_error(arrivals), arrivals.unaligned)
 
 
@@ -134,19 +134,6 @@ def _saved_s(latest: Latest, aside: Sequence[int]) -> FloatArray:
     return np.asarray(latest.late_s[0] - np.where(np.isfinite(others), others, least))
 
 
-def _interval(saved_s: FloatArray, step_s: FloatArray) -> Interval | None:
-    """95% interval of the share of time saved, by bootstrap over blocks of consecutive steps; None under 2 steps."""
-    num_blocks = min(NUM_BLOCKS, len(step_s))
-    if num_blocks < 2:
-        return None
-    begins = np.arange(num_blocks) * len(step_s) // num_blocks
-    saved, whole = (np.add.reduceat(values, begins) for values in (saved_s, step_s))
-    drawn = np.random.default_rng(0).integers(0, num_blocks, (_NUM_RESAMPLES, num_blocks))
-    low, high = np.quantile(saved[drawn].sum(axis=1) / whole[drawn].sum(axis=1), [0.025, 0.975])
-    share = float(saved_s.sum() / step_s.sum())
-    return min(float(low), share), max(float(high), share)
-
-
 def _found(arrivals: Arrivals, latest: Latest, num: int, error_s: FloatArray) -> list[int]:
     """Positions of those who bear more blame than chance gives, the worst first; at most as many as can be told."""
     found: list[int] = []
@@ -158,7 +145,7 @@ def _found(arrivals: Arrivals, latest: Latest, num: int, error_s: FloatArray) ->
         times = np.bincount(who[known], minlength=num)
         worst = int(np.argmax(blame))
         num_others = num - len(found)
-        if blame[worst] <= _by_chance(late_s[known], num_others):
+        if blame[worst] <= largest_total_threshold(late_s[known], num_others):
             break
         if blame[worst] < _CLOCK_FACTOR * error_s[worst] * times[worst]:
             break
@@ -167,15 +154,6 @@ def _found(arrivals: Arrivals, latest: Latest, num: int, error_s: FloatArray) ->
     # Those at the end who add next to nothing stay unnamed.
     enough = [place for place, share in enumerate(shares) if share >= 0.9 * shares[-1]]
     return found[: enough[0] + 1] if enough else []
-
-
-def _by_chance(late_s: FloatArray, num: int) -> float:
-    """What the most blamed of `num` alike ranks bears in 99% of all cases, in seconds."""
-    generator = np.random.default_rng(0)
-    most = np.empty(_NUM_CHANCES)
-    for draw in range(_NUM_CHANCES):
-        most[draw] = np.bincount(generator.integers(0, num, len(late_s)), late_s).max()
-    return float(np.quantile(most, 0.99))
 
 
 def _straggler(
@@ -201,7 +179,7 @@ def _straggler(
         late_s=float(late_s[mine].mean()) if mine.any() else 0.0,
         cost_s=cost_s / arrivals.num_steps,
         share=cost_s / arrivals.whole_s,
-        share_interval=_interval(saved_s, arrivals.step_s),
+        share_interval=ratio_of_sums_interval(saved_s, arrivals.step_s),
         cause=cause,
         excess=excess,
     )

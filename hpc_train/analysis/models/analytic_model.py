@@ -6,16 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_train.analysis.models.measurements import Measurements
-from hpc_train.analysis.models.scaling_models import (
-    LAST_MESSAGE_SHARE,
-    Algorithm,
-    Fit,
-    TooFewSizes,
-    expected_maximum,
-    nonnegative,
-    residual_scale,
-)
+from hpc_train.analysis.models.scaling_models import LAST_MESSAGE_SHARE, Algorithm, Fit, TooFewSizes, residual_scale
+from hpc_train.analysis.stats.order_statistics import expected_maximum
 from hpc_train.core.records import FloatArray, IntArray
+from hpc_train.core.statistics import nonnegative_least_squares
 
 _OUTLIER = 2.0  # standard errors beyond which a size pulls no harder
 _MOST_ITERATIONS = 40
@@ -160,7 +154,7 @@ def _input(measurements: Measurements, ranks: IntArray) -> FloatArray:
         share = measurements.share(sizes)
         return np.stack([share, share * sizes / measurements.largest], axis=1)
 
-    return np.asarray(columns(ranks) @ nonnegative(columns(measurements.ranks), measurements.input_s))
+    return np.asarray(columns(ranks) @ nonnegative_least_squares(columns(measurements.ranks), measurements.input_s))
 
 
 def _starts(names: tuple[str, ...], whole_s: float, overlap: float) -> list[FloatArray]:
@@ -192,7 +186,7 @@ def _solve(parts: _Parts, step_s: FloatArray, scale: FloatArray, start: FloatArr
         pull = weights * (1 + ((predicted - step_s) * weights / _OUTLIER) ** 2) ** -0.25
         columns = np.concatenate([slope * pull[:, None], prior])
         wanted = np.concatenate([(step_s - predicted + slope @ values) * pull, np.zeros(len(values))])
-        towards = nonnegative(columns, wanted) - values
+        towards = nonnegative_least_squares(columns, wanted) - values
         tried = ((cost_of(values + part * towards), part) for part in _PARTS_OF_A_STEP)
         lower, part = next(((each, part) for each, part in tried if each < cost * (1 - 1e-6)), (cost, 0.0))
         if not part:

@@ -17,10 +17,11 @@ from hpc_train.analysis.models.scaling_models import (
     fit_extra_p,
     residual_scale,
 )
-from hpc_train.analysis.scaling.compare import Interval
+from hpc_train.analysis.stats.bootstrap import refit_draws
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
 from hpc_train.core.records import FloatArray
+from hpc_train.core.statistics import LEVELS, Interval
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)  # in the order of preference among equals
 NUM_RESAMPLES = 200
@@ -88,14 +89,13 @@ class Prediction:
     draws: FloatArray  # (NUM_RESAMPLES, parameters) bootstrap
     drift: float  # relative standard deviation per square root of a doubling beyond the largest size
     why: str  # why this model
-    notes: tuple[str, ...]
 
     @property
     def parameters(self) -> dict[str, tuple[float, float, float]]:
         """Each parameter: (low, value, high), 95%."""
         fit = self.chosen.fit
         assert fit is not None
-        low, high = np.quantile(self.draws, [0.025, 0.975], axis=0)
+        low, high = np.quantile(self.draws, LEVELS, axis=0)
         return {
             name: (min(float(low[i]), float(value)), float(value), max(float(high[i]), float(value)))
             for i, (name, value) in enumerate(zip(fit.names, fit.values, strict=True))
@@ -119,7 +119,7 @@ class Prediction:
             )
         draws = np.stack([fit.predict(values, ranks) for values in self.draws])
         beyond = np.maximum(ranks / measurements.largest, 1.0)
-        low, high = np.log(np.maximum(np.quantile(draws, [0.025, 0.975], axis=0), 1e-300) / middle)
+        low, high = np.log(np.maximum(np.quantile(draws, LEVELS, axis=0), 1e-300) / middle)
         drift = 1.96 * self.drift * np.sqrt(np.log2(beyond))
         low, high = (
             middle * np.exp(-np.hypot(np.minimum(low, 0), drift)),
@@ -173,7 +173,7 @@ def predict(measurements: Measurements, model: ModelName | None = None) -> Predi
         )
     drift = max(DRIFT, _observed_drift(measurements, chosen)) if chosen.held_out else UNTESTED_DRIFT
     draws = _bootstrap(measurements, chosen.fit)
-    return Prediction(measurements, chosen, candidates, draws, drift, why, tuple(_notes(measurements, chosen)))
+    return Prediction(measurements, chosen, candidates, draws, drift, why)
 
 
 # ---------------------------------------------------------------------------------------------- choosing
@@ -211,7 +211,7 @@ def _hold_out(
     """
     found, reason = [], "fewer than 4 sizes: none can be held out"
     for kept in range(len(measurements.ranks) - 1, max(2, len(measurements.ranks) - 1 - _NUM_FOLDS), -1):
-        training, ranks = measurements.first(kept), int(measurements.ranks[kept])
+        training, ranks = measurements.smallest(kept), int(measurements.ranks[kept])
         if measurements.ranks_per_node and crosses_unseen_boundary(training, ranks):
             reason = "only one size is on several nodes: it cannot be held out"
             break
@@ -267,37 +267,11 @@ def _observed_drift(measurements: Measurements, candidate: Candidate) -> float:
 def _bootstrap(measurements: Measurements, fit: Fit) -> FloatArray:
     """(NUM_RESAMPLES, parameters) fits to step times drawn around the fitted ones.
 
-    Parametric (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, chapter 6): each draw deviates by
-    what its measurement is uncertain by, and by what the fit misses the sizes by, whichever is more.
+    Each deviates by the uncertainty of its measurement or by the residual of the fit, whichever is larger.
     """
     fitted = fit(measurements.ranks)
     left_over = np.abs(measurements.step_s / fitted - 1)
     spare = len(measurements.ranks) - len(fit.values)
     missed = float(np.sqrt(np.sum(left_over**2) / spare)) if spare > 0 else 0.0
     scale = np.maximum(residual_scale(measurements), min(missed, 0.5))
-    generator = np.random.default_rng(0)
-    draws = fitted * np.exp(scale * generator.standard_normal((NUM_RESAMPLES, len(fitted))))
-    return np.stack([fit.refit(each) for each in draws])
-
-
-def _notes(measurements: Measurements, chosen: Candidate) -> list[str]:
-    notes = list(measurements.notes)
-    rate = measurements.samples(measurements.ranks) / measurements.step_s / measurements.ranks
-    for before, after, size in zip(rate, rate[1:], measurements.ranks[1:].tolist(), strict=False):
-        if after > 1.1 * before:
-            notes.append(
-                f"{plural(size, 'rank')}: {100 * (after / before - 1):.0f}% more per rank than at the size before,"
-                " which no model explains: repeat the smaller sizes before trusting a prediction."
-            )
-    fit = chosen.fit
-    assert fit is not None
-    misses = fit(measurements.ranks) / measurements.step_s - 1
-    worst = int(np.argmax(np.abs(misses)))
-    if abs(misses[worst]) > 0.1:
-        size = plural(int(measurements.ranks[worst]), "rank")
-        notes.append(f"{size}: the model misses the measured time by {100 * abs(misses[worst]):.0f}%.")
-    if measurements.network is not None and measurements.gradient_bytes is not None:
-        notes.append(f"What an all-reduce costs is taken from {measurements.network.source}.")
-    if measurements.network is not None and measurements.gradient_bytes is None:
-        notes.append("The network's costs are not used: the size of the gradients is unknown (--gradient-bytes).")
-    return notes
+    return refit_draws(fitted, scale, fit.refit, NUM_RESAMPLES)

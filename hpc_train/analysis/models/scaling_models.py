@@ -12,6 +12,7 @@ import numpy as np
 
 from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.core.records import FloatArray, IntArray
+from hpc_train.core.statistics import nonnegative_least_squares
 
 # Repeated runs of one job differ by about this much: no measured size counts as more certain.
 REPEATABILITY = 0.01
@@ -38,19 +39,6 @@ class Fit:
 
     def __call__(self, ranks: IntArray) -> FloatArray:
         return self.predict(self.values, np.asarray(ranks))
-
-
-def expected_maximum(ranks: FloatArray | IntArray) -> FloatArray:
-    """E[max of N standard normal draws]: 0 for 1, 0.56 for 2, 1.42 for 8, 3.04 for 512.
-
-    What N ranks with steps of relative deviation sigma wait for each other is sigma E[max] of the mean step
-    (David and Nagaraja, "Order Statistics", 2003, section 3.1: E = int (1 - Phi^N) over z > 0 - int Phi^N over z < 0).
-    """
-    from scipy.special import log_ndtr
-
-    z = np.linspace(-9.0, 9.0, 1801)
-    power = np.exp(np.multiply.outer(np.asarray(ranks, dtype=float), log_ndtr(z)))
-    return np.asarray(z[-1] - np.trapezoid(power, z, axis=-1))  # both integrals in one, without the step at 0
 
 
 def residual_scale(measurements: Measurements) -> FloatArray:
@@ -81,20 +69,12 @@ def fit_contention(measurements: Measurements, with_coherence: bool) -> Fit:
 
     def refit(step_s: FloatArray) -> FloatArray:
         weights = 1 / (step_s * residual_scale(measurements))
-        solved = nonnegative(columns(measurements.ranks) * weights[:, None], step_s * weights)
+        solved = nonnegative_least_squares(columns(measurements.ranks) * weights[:, None], step_s * weights)
         return np.concatenate([solved[:1], solved[1:] / max(solved[0], 1e-300)])
 
     names = ("T1_s", "sigma", "kappa")[: 2 + start]
     form = "T1 share (1 + sigma (N-1)" + (" + kappa N (N-1))" if with_coherence else ")")
     return Fit("usl" if with_coherence else "amdahl", names, refit(measurements.step_s), predict, refit, form)
-
-
-def nonnegative(columns: FloatArray, wanted: FloatArray) -> FloatArray:
-    """Least squares of `columns @ x` to `wanted` with x >= 0; columns may differ in size by powers of ten."""
-    from scipy.optimize import nnls
-
-    size = np.maximum(np.abs(columns).max(axis=0), np.finfo(float).tiny)
-    return np.asarray(nnls(columns / size, wanted)[0] / size)
 
 
 def _need(measurements: Measurements, sizes: int) -> None:

@@ -1,4 +1,4 @@
-"""What `bench allreduce` found, as tables, sentences and a figure: bus bandwidth against size."""
+"""The results of `bench allreduce` as tables, sentences and a figure: bus bandwidth against message size."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.plots.canvas import (
     BLACK,
     BLUE,
@@ -18,7 +19,6 @@ from hpc_train.analysis.report.plots.canvas import (
     saved,
     styled,
 )
-from hpc_train.analysis.report.table import Column, Table
 from hpc_train.core import rundir
 from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Fit, Row, fits, pair_ratios
 from hpc_train.core.formatting import binary_size, percent, significant
@@ -62,7 +62,7 @@ def places(rows: Sequence[Row]) -> list[Place]:
 
 
 def limits(rows: Sequence[Row], place: Place) -> list[Row]:
-    """The rows to hold a place's all-reduces against: its memory copies, and messages of two ranks as far apart."""
+    """The limits of a placement's all-reduces: memory copies there, and messages between two ranks as far apart."""
     between = place[1] > 1
     return [
         row
@@ -71,25 +71,41 @@ def limits(rows: Sequence[Row], place: Place) -> list[Row]:
     ]
 
 
-def sheets(rows: Sequence[Row]) -> list[Table]:
-    """For each place times and bus bandwidths; then what was fitted."""
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """For each placement times and bus bandwidths; then what was fitted."""
     made = []
     for place in places(rows):
         here = {(row.strategy, row.message_bytes): row for row in rows if row.place == place}
         beside = {(row.strategy, row.message_bytes): row for row in limits(rows, place)}
-        sizes = sorted({size for _, size in here})
-        summed = [name for name in (*OURS, *PEERS) if (name, sizes[0]) in here]
-        times = tuple(tuple([binary_size(s), *(_time_text(here.get((name, s))) for name in summed)]) for s in sizes)
-        columns = (Column("size", True), *(Column(name_of(name)) for name in summed))
-        made.append(Table(f"{place_text(place)}: time in us, ± half the distance of the quartiles", columns, times))
-        shown = [*summed, *LIMITS]
-        speeds = tuple(
-            tuple([binary_size(s), *(_speed_text((here | beside).get((name, s))) for name in shown)]) for s in sizes
-        )
-        columns = (*columns, *(Column(name_of(name)) for name in LIMITS))
-        made.append(Table(f"{place_text(place)}: bus bandwidth in GB/s beside its limits", columns, speeds))
+        made += [_time_table(place, here), _bandwidth_table(place, here, here | beside)]
     found = fits(rows)
-    return [*made, _fit_sheet(found)] if found else made
+    return [*made, _fit_table(found)] if found else made
+
+
+def _sizes_and_strategies(rows: dict[tuple[str, int], Row]) -> tuple[list[int], list[str]]:
+    sizes = sorted({size for _, size in rows})
+    return sizes, [name for name in (*OURS, *PEERS) if (name, sizes[0]) in rows]
+
+
+def _time_table(place: Place, rows: dict[tuple[str, int], Row]) -> Table:
+    sizes, strategies = _sizes_and_strategies(rows)
+    columns = (Column("size", True), *number_columns(*map(name_of, strategies)))
+    lines = []
+    for size in sizes:
+        lines.append((binary_size(size), *(_time_text(rows.get((name, size))) for name in strategies)))
+    title = f"{place_text(place)}: time in us, ± half the interquartile range"
+    return Table("allreduce-time", title, columns, tuple(lines))
+
+
+def _bandwidth_table(place: Place, rows: dict[tuple[str, int], Row], with_limits: dict[tuple[str, int], Row]) -> Table:
+    sizes, strategies = _sizes_and_strategies(rows)
+    strategies += LIMITS
+    columns = (Column("size", True), *number_columns(*map(name_of, strategies)))
+    lines = [
+        (binary_size(size), *(_speed_text(with_limits.get((name, size))) for name in strategies)) for size in sizes
+    ]
+    title = f"{place_text(place)}: bus bandwidth in GB/s, with its limits"
+    return Table("allreduce-bandwidth", title, columns, tuple(lines))
 
 
 def _time_text(row: Row | None) -> str:
@@ -103,22 +119,18 @@ def _speed_text(row: Row | None) -> str:
     return "-" if row is None else significant(row.bytes_per_s / 1e9)
 
 
-def _fit_sheet(found: Sequence[Fit]) -> Table:
-    columns = ("ranks", "strategy", "latency (us)", "interval", "bandwidth (GB/s)", "interval", "error")
-    cells = tuple(
-        (
-            place_text((each.ranks, each.nodes, each.ranks_per_node)),
-            name_of(each.strategy),
-            significant(each.alpha_s * 1e6),
-            "-".join(significant(end * 1e6) for end in each.alpha_interval_s),
-            _inverse(each.beta_s_per_byte),
-            "-".join(_inverse(end) for end in reversed(each.beta_interval_s_per_byte)),
-            percent(each.error, 0),
-        )
-        for each in found
-    )
+def _fit_table(found: Sequence[Fit]) -> Table:
+    titles = ("latency (us)", "interval", "bandwidth (GB/s)", "interval", "error")
+    columns = (Column("ranks", True), Column("strategy", True), *number_columns(*titles))
+    rows = []
+    for fit in found:
+        cells = [place_text((fit.ranks, fit.nodes, fit.ranks_per_node)), name_of(fit.strategy)]
+        cells += [significant(fit.alpha_s * 1e6), "-".join(significant(end * 1e6) for end in fit.alpha_interval_s)]
+        cells.append(_inverse(fit.beta_s_per_byte))
+        cells.append("-".join(_inverse(end) for end in reversed(fit.beta_interval_s_per_byte)))
+        rows.append((*cells, percent(fit.error, 0)))
     title = "T = 2 (N-1) latency + 2 (N-1)/N bytes / bandwidth, fitted; error: the median over sizes"
-    return Table(title, tuple(Column(name, is_text=place < 2) for place, name in enumerate(columns)), cells)
+    return Table("allreduce-fit", title, columns, tuple(rows))
 
 
 def _inverse(beta_s_per_byte: float) -> str:
@@ -126,7 +138,7 @@ def _inverse(beta_s_per_byte: float) -> str:
 
 
 def ratio_notes(rows: Sequence[Row]) -> list[str]:
-    """The speed of our all-reduces over that of one MPI_Allreduce, at the sizes that are judged."""
+    """The speed of our all-reduces over that of one MPI_Allreduce, at the sizes in `JUDGED_BYTES`."""
     notes = []
     for num_bytes in JUDGED_BYTES:
         for strategy in JUDGED:
@@ -144,7 +156,7 @@ def ratio_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def write_figure(rows: Sequence[Row], path: Path) -> list[Path]:
-    """Bus bandwidth against size, a panel for each place, as `path` with the endings .svg, .pdf and .png."""
+    """Bus bandwidth against message size, one panel a placement, as `path` with the endings .svg, .pdf and .png."""
     chosen = _largest(places(rows))
     width, height = _PANEL_INCHES
     with styled((width * len(chosen) + 0.4, height), 8, {"svg.hashsalt": path.name}) as figure:
@@ -161,38 +173,32 @@ def write_figure(rows: Sequence[Row], path: Path) -> list[Path]:
 
 
 def _largest(found: list[Place]) -> list[Place]:
-    """The most ranks of one node, the most nodes with a rank on each, and all."""
+    """The largest placement on one node, the largest with one rank a node, and the largest of all."""
     kinds = ([p for p in found if p[1] == 1], [p for p in found if p[1] > 1 and p[2] == 1], found)
     return list(dict.fromkeys(max(kind) for kind in kinds if kind))
 
 
 def paint(axes: "Axes", rows: Sequence[Row], place: Place) -> None:
-    """One place's bus bandwidths on log axes, medians with quartiles, and its limits, dotted."""
-    beside = limits(rows, place)
-    for name, (color, dashes, marker) in _LINES.items():
-        some = sorted(
-            (row for row in (beside if name in LIMITS else rows) if row.strategy == name),
-            key=lambda row: row.message_bytes,
-        )
-        if name not in LIMITS:
-            some = [row for row in some if row.place == place]
-        if not some:
-            continue
-        sizes, speeds = [row.message_bytes for row in some], np.array([row.bytes_per_s / 1e9 for row in some])
-        axes.plot(sizes, speeds, color=color, linestyle=dashes, marker=marker, markersize=3.5, label=name_of(name))
-        quartiles = np.array([row.quartiles_s for row in some])
-        axes.fill_between(
-            sizes,
-            speeds * quartiles[:, 1] / quartiles[:, 2],
-            speeds * quartiles[:, 1] / quartiles[:, 0],
-            color=color,
-            alpha=0.15,
-            linewidth=0,
-        )
+    """One placement's bus bandwidths on log axes, medians with quartiles; its limits are dotted."""
+    limits_here = limits(rows, place)
+    for name, style in _LINES.items():
+        candidates = limits_here if name in LIMITS else [row for row in rows if row.place == place]
+        line = sorted((row for row in candidates if row.strategy == name), key=lambda row: row.message_bytes)
+        if line:
+            _paint_line(axes, line, name_of(name), style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     measured = [row.message_bytes for row in rows]
     ticks = [size for size in _TICKS if min(measured) <= size <= max(measured)]
     axes.set_xticks(ticks, [binary_size(size) for size in ticks], rotation=45)
     axes.minorticks_off()
-    axes.set(xlabel="size of the message", title=place_text(place))
+    axes.set(xlabel="message size", title=place_text(place))
+
+
+def _paint_line(axes: "Axes", rows: Sequence[Row], label: str, style: tuple[str, str, str]) -> None:
+    color, dashes, marker = style
+    sizes, speeds = [row.message_bytes for row in rows], np.array([row.bytes_per_s / 1e9 for row in rows])
+    axes.plot(sizes, speeds, color=color, linestyle=dashes, marker=marker, markersize=3.5, label=label)
+    fastest_s, median_s, slowest_s = np.array([row.quartiles_s for row in rows]).T
+    low, high = speeds * median_s / slowest_s, speeds * median_s / fastest_s
+    axes.fill_between(sizes, low, high, color=color, alpha=0.15, linewidth=0)

@@ -179,7 +179,7 @@ class RankAccumulator:
         if self._slowest is None or self._whole is None:
             self._slowest, self._whole = _Slowest(rows["attempt"]), np.zeros(len(rows.values))
             self._coming = _Coming(rows["attempt"], self._hosts, self._clocks) if self._waits else None
-        stall, exposed = phases["data"], phases["reduce"]
+        stall, exposed = phases["data"], phases["reduce"] + phases["sync"]
         whole = rows.phases_ns.sum(axis=1)
         useful = whole - stall - exposed
         before = rows["arrived_ns"] - rows["start_ns"]

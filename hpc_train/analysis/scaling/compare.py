@@ -16,17 +16,18 @@ from hpc_train.analysis.runs.clocks import hosts_of
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.meta_json import positive_number
 from hpc_train.analysis.runs.repeats import Facts, assign_series, distinguishing_facts, facts_of
+from hpc_train.analysis.stats.bootstrap import bootstrap_means, pooled_mean_interval
 from hpc_train.core import config
+from hpc_train.core.energy_records import Energy, total_energy
 from hpc_train.core.formatting import listed, ms_text, plural
-from hpc_train.core.records import PHASES, Energy, FloatArray, block_sums, mean_interval, total_energy
+from hpc_train.core.records import COMMUNICATION, PHASES, FloatArray
 from hpc_train.core.settings import RECORDED
+from hpc_train.core.statistics import Interval, percentile_interval
 
-NUM_RESAMPLES = 1000
 _MOST_FACTS = 3  # in a group's label
 _MOST = 1e30  # a number beyond is damage
 _UNEVEN = 0.1  # the mean step beyond the median one, relative, above which the reader is told both
 SUPERLINEAR = 1.05  # an efficiency above which the reader is told what may be behind it
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class Row:
     step_interval_s: Interval | None  # 95%
     step_median_s: float | None  # what a typical step takes: a description, nothing is computed from it
     samples_per_s: float | None  # global batch / step_s
-    # Of the time in steady steps of all ranks that train; sums to 1. Without phases that a recorded loop did not mark.
+    # Of the time in steady steps of all ranks that train; sums to 1. Without phases that took no time: a recorded loop
+    # did not mark them, or no weights had to be synchronised.
     phase_share: dict[str, float]
     phase_s: dict[str, float]  # mean per step and rank that trains, warm-up excluded
     servers_busy: float | None  # share of the servers' time that is no waiting, receiving or sending
@@ -67,6 +69,17 @@ class Row:
         """The test measures, means over the runs that have them."""
         names = dict.fromkeys(name for run in self.runs for name in run.summary.test)
         return {name: fmean(run.summary.test[name] for run in self.runs if name in run.summary.test) for name in names}
+
+    @property
+    def exposed_share(self) -> float | None:
+        """The share of exposed communication in a step; None if it was not timed."""
+        timed = [self.phase_share[phase] for phase in COMMUNICATION if phase in self.phase_share]
+        return sum(timed) if timed else None
+
+    @property
+    def exposed_s(self) -> float:
+        """Exposed communication, mean per step and rank that trains."""
+        return sum(self.phase_s.get(phase, 0.0) for phase in COMMUNICATION)
 
     @property
     def num_servers(self) -> int:
@@ -205,7 +218,7 @@ def _explained(row: Row, baseline: Sequence[Run] | None, label: str, guard: Sect
 
 
 def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
-    low, middle, high = _pooled_mean(runs)
+    low, middle, high = pooled_mean_interval([run.step_s for run in runs])
     phases = np.sum([run.phases_s for run in runs], axis=0)
     num_timed = sum(len(run.step_s) * (size - run.num_servers) for run in runs)  # steps of single ranks
     total = float(phases.sum())
@@ -224,38 +237,22 @@ def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
         samples_per_s=each[0].global_batch / middle if middle else None,
         phase_share={phase: float(spent) / total for phase, spent in zip(PHASES, phases, strict=True) if spent},
         phase_s=dict(zip(PHASES, (phases / num_timed).tolist(), strict=True)) if total else {},
-        servers_busy=float(1 - servers[PHASES.index("reduce")] / servers.sum()) if servers.any() else None,
+        servers_busy=_servers_busy(servers),
         energy=Energy(whole / len(runs) if whole is not None else None, energy.quality, energy.source),
         joules_per_sample=whole / num_samples if whole is not None and num_samples else None,
     )
 
 
-def _pooled_mean(runs: tuple[Run, ...]) -> tuple[float | None, float | None, float | None]:
-    """(low, mean, high) of the step times of all runs; one run's are its own summary's."""
-    pooled = np.concatenate([run.step_s for run in runs])
-    low, middle, high = mean_interval(pooled)
-    if len(runs) > 1 and middle is not None and len(pooled) > 1:
-        low, high = _quantiles(resampled_means(runs, seed=0), middle)
-    return low, middle, high
+def timed_phases(rows: Sequence[Row]) -> list[str]:
+    """The phases to show: `sync` is shown only if some row spent time in it, since many strategies have none."""
+    synced = any("sync" in row.phase_share for row in rows)
+    return [phase for phase in PHASES if phase != "sync" or synced]
 
 
-def resampled_means(runs: Sequence[Run], seed: int) -> FloatArray:
-    """(NUM_RESAMPLES,) bootstrap means of the step time in seconds, from a seeded generator.
-
-    Blocks of consecutive steps are drawn with replacement, as in `records.mean_interval`. Of several runs, whole runs
-    are drawn first, so that differences between runs widen the interval as they should (two-stage bootstrap, Davison
-    and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8).
-    """
-    blocks = [block_sums(run.step_s) for run in runs if len(run.step_s)]
-    generator = np.random.default_rng(seed)
-    chosen = generator.integers(0, len(blocks), (NUM_RESAMPLES, len(blocks)))
-    total = np.zeros((2, NUM_RESAMPLES))  # seconds, steps
-    for place in range(len(blocks)):
-        for index, parts in enumerate(blocks):
-            is_chosen = chosen[:, place] == index
-            drawn = generator.integers(0, len(parts[0]), (int(is_chosen.sum()), len(parts[0])))
-            total[:, is_chosen] += np.stack([part[drawn].sum(axis=1) for part in parts])
-    return np.asarray(total[0] / total[1])
+def _servers_busy(spent_s: FloatArray) -> float | None:
+    """The share of the servers' time outside of communication. spent_s: (len(PHASES),)."""
+    waited_s = sum(spent_s[PHASES.index(phase)] for phase in COMMUNICATION)
+    return float(1 - waited_s / spent_s.sum()) if spent_s.any() else None
 
 
 def _compared(row: Row, baseline: Row) -> Row:
@@ -267,7 +264,7 @@ def _compared(row: Row, baseline: Row) -> Row:
     (Communications of the ACM 31(5), 1988); E is then T_s / T_p. Both are the ratio of throughputs: so S is
     computed here. T is the mean step, as in `pop`: E is POP's global efficiency over the baseline's own.
 
-    The 95% interval is the bootstrap's: means of both are drawn independently (see `resampled_means`).
+    The 95% interval is the bootstrap's: means of both are drawn independently (`bootstrap_means`).
     """
     if row is baseline:
         return replace(row, speedup=1.0, efficiency=1.0, is_baseline=True)
@@ -285,13 +282,9 @@ def relative_speed(row: Row, to: Row) -> tuple[float | None, Interval | None]:
     if row.step_interval_s is None or to.step_interval_s is None:
         return ratio, None
     # Seeds by size: equal ones would draw the same blocks of both and hide part of the noise.
-    before = resampled_means(to.runs, seed=2 * to.size)
-    return ratio, _quantiles(more * before / resampled_means(row.runs, seed=2 * row.size + 1), ratio)
-
-
-def _quantiles(draws: FloatArray, middle: float) -> Interval:
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return min(float(low), middle), max(float(high), middle)
+    before = bootstrap_means([run.step_s for run in to.runs], seed=2 * to.size)
+    after = bootstrap_means([run.step_s for run in row.runs], seed=2 * row.size + 1)
+    return ratio, percentile_interval(more * before / after, ratio)
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -8,17 +8,9 @@ from typing import Any
 
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.meta_json import positive_number
-from hpc_train.analysis.scaling.compare import (
-    Group,
-    Interval,
-    Row,
-    differing_facts,
-    equal_work,
-    labels,
-    relative_speed,
-    work,
-)
+from hpc_train.analysis.scaling.compare import Group, Row, differing_facts, equal_work, labels, relative_speed, work
 from hpc_train.core.formatting import plural
+from hpc_train.core.statistics import Interval
 
 LOSS_TOLERANCE = 1e-5  # relative: what the order of sums may do to a loss
 _REFERENCES = ("horovod", "mpi", "sharded", "parameter_server", "local")  # the first that was run is the reference

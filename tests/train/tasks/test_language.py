@@ -22,6 +22,7 @@ from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.datasets.prepare.prepare import prepare
+from hpc_train.datasets.prepare.sources import Options
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import open_files
 from hpc_train.train.data.tokenizer import Tokenizer
@@ -133,7 +134,7 @@ def test_the_order_of_sources_changes_nothing(texts: Path, as_bytes: Path, tmp_p
 
 
 def test_byte_pairs_are_learned_and_give_the_text_back(texts: Path, as_bytes: Path, tmp_path: Path) -> None:
-    prepare("text", texts, tmp_path / "pairs.h5", ALONE, tokenizer="bpe:600")
+    prepare("text", texts, tmp_path / "pairs.h5", ALONE, options=Options(tokenizer="bpe:600"))
     with h5py.File(tmp_path / "pairs.h5") as file:
         assert file.attrs["tokenizer"] == "bpe:600" and file.attrs["vocab_size"] == 600
         tokenizer = Tokenizer("bpe:600", 600, bytes(file["tokenizer"][:]).decode())
@@ -143,7 +144,7 @@ def test_byte_pairs_are_learned_and_give_the_text_back(texts: Path, as_bytes: Pa
         documents = np.split(tokens, np.flatnonzero(tokens == 0))
         text = "\0".join(tokenizer.decode(document[document != 0].tolist()) for document in documents)
         assert text.encode() == plain[name].tobytes(), "even where a document spells the end of a text"
-    prepare("text", texts, tmp_path / "again.h5", ALONE, tokenizer="bpe:600")
+    prepare("text", texts, tmp_path / "again.h5", ALONE, options=Options(tokenizer="bpe:600"))
     assert (tmp_path / "again.h5").read_bytes() == (tmp_path / "pairs.h5").read_bytes()
 
 
@@ -185,14 +186,16 @@ def test_what_cannot_be_prepared(
     for file, data in (files or {}).items():
         (folder / file).write_bytes(data)
     with pytest.raises(UserError, match=words):
-        prepare(name, None if files is None else folder, tmp_path / "out.h5", ALONE, tokenizer=tokenizer)
+        prepare(
+            name, None if files is None else folder, tmp_path / "out.h5", ALONE, options=Options(tokenizer=tokenizer)
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["in"], "nothing is half-written"
 
 
 def test_other_text_of_the_same_kind_is_not_taken_for_this(texts: Path, as_bytes: Path) -> None:
     prepare("text", texts, as_bytes, ALONE)
     with pytest.raises(UserError, match="is not a complete Text"):
-        prepare("text", texts, as_bytes, ALONE, tokenizer="bpe:300")
+        prepare("text", texts, as_bytes, ALONE, options=Options(tokenizer="bpe:300"))
 
 
 # ---------------------------------------------------------------------------------------------- windows, masks, tasks

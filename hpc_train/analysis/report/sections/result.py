@@ -1,0 +1,67 @@
+"""What each size cost and reached: energy of a run, last training loss, test measures."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from hpc_train.analysis.report.labels import ranks_text
+from hpc_train.analysis.report.model import Table
+from hpc_train.analysis.report.plots.loss import loss_plot
+from hpc_train.analysis.report.sections.builder import SectionBuilder
+from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
+from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.core.energy_records import NO_METER
+from hpc_train.core.formatting import energy_text, percent, plain, plural, significant
+
+
+def add_result(section: SectionBuilder, group: Group) -> None:
+    section.table("result", result_table, group)
+    section.notes("energy-missing", "caution", _missing_notes, group)
+    section.notes("energy-estimated", "method", _estimate_notes, group)
+    section.plot("training-loss", loss_plot, group)
+
+
+def result_table(group: Group) -> Table:
+    columns: list[CellColumn[Row]] = [
+        number("ranks", ranks_text),
+        number("energy per run", lambda row: energy_text(row.energy.joules, row.energy)),
+        number("per sample", lambda row: energy_text(row.joules_per_sample, row.energy)),
+        text("meter", lambda row: plain(row.energy.source)),
+    ]
+    if any(row.loss is not None for row in group.rows):
+        columns.append(number("loss", lambda row: significant(row.loss, 4)))
+    columns += map(measure_column, measures_of(group.rows))
+    return make_table("result", "Energy and result", group.rows, columns)
+
+
+def measures_of(rows: Sequence[Row]) -> list[str]:
+    """Every test measure of the rows, in the order in which runs state them."""
+    return list(dict.fromkeys(measure for row in rows for measure in row.test))
+
+
+def measure_column(measure: str) -> CellColumn[Row]:
+    return number(f"test {plain(measure.replace('_', ' '))}", lambda row: _measure_text(measure, row.test.get(measure)))
+
+
+def _measure_text(measure: str, value: float | None) -> str:
+    """An accuracy in percent, any other measure as a number."""
+    return percent(value, 2) if measure.split("_")[-1] == "accuracy" else significant(value, 4)
+
+
+def _missing_notes(group: Group) -> list[str]:
+    sizes_by_reason: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in group.rows:
+        if row.energy.quality == "missing":
+            is_unread = row.energy.source == NO_METER
+            reason = "not every host's meter was read" if is_unread else row.energy.source
+            sizes_by_reason[reason][plural(row.size, "rank")] = None
+    return [
+        f"Energy missing for {', '.join(sizes)}: {why}. Missing is not zero." for why, sizes in sizes_by_reason.items()
+    ]
+
+
+def _estimate_notes(group: Group) -> list[str]:
+    if not any(row.energy.quality == "estimated" for row in group.rows):
+        return []
+    runs = [run for row in group.rows for run in row.runs if run.summary.energy_quality == "estimated"]
+    assumptions = dict.fromkeys((run.assumption or "the run does not state its assumption").rstrip(".") for run in runs)
+    return [f"Energy marked est. is estimated, not measured: {assumption}." for assumption in assumptions]
