@@ -152,7 +152,7 @@ def _from_table(
 ) -> "tuple[Measurements, Work | None]":
     from dataclasses import replace
 
-    from hpc_train.analysis.models.measurements import read_table
+    from hpc_train.analysis.models.measurement_table import read_table
     from hpc_train.analysis.planning.budget import read_network, samples_work, steps_work
 
     if target_loss is not None:
@@ -191,6 +191,7 @@ def _from_runs(
 
 
 def _print(made: "Plan") -> None:
+    from hpc_train.analysis.report.notes.plan import plan_warnings
     from hpc_train.analysis.report.renderers.terminal import fit_table, safe_text
     from hpc_train.analysis.report.sections.plan import answer, plan_tables
     from hpc_train.core.terminal import open_console
@@ -200,5 +201,5 @@ def _print(made: "Plan") -> None:
     console.print(safe_text(first, "bold"), *map(safe_text, more), "", sep="\n")
     for table in plan_tables(made):
         console.print(safe_text(table.title), fit_table(table, console.width), sep="\n")
-    for warning in made.warnings:
+    for warning in plan_warnings(made):
         console.print(safe_text(f"- {warning}"))

@@ -13,7 +13,7 @@ from typing import Any
 
 from hpc_train.core.formatting import plural
 from hpc_train.doctor.check import Answer, Finding, Subject, Values, by_host, fail, not_applicable, ok, warn
-from hpc_train.train.energy.sensors.choose import choose
+from hpc_train.train.energy.sensors.choose import choose_meters
 
 _ALONE_S, _TOGETHER_S = 0.1, 0.3
 _ENOUGH = 0.6  # of a core per thread: two hyper-threads of one core compute at 0.6 to 0.7 of its speed each
@@ -233,7 +233,7 @@ def probe_meters(subject: Subject) -> Values:
     """The energy meters that this user can read, and whether they count. One rank of each host."""
     if subject.context.world.local_rank:
         return {}
-    choice = choose(subject.root)
+    choice = choose_meters(subject.root)
     meters = choice.meters
     try:
         still = [(meter, meter.read()) for meter in meters]

@@ -11,10 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from hpc_train.analysis.guard import SectionGuard
-from hpc_train.analysis.models.measurements import read_table
+from hpc_train.analysis.models.measurement_table import read_table
 from hpc_train.analysis.models.predict import curve_sizes, predict
 from hpc_train.analysis.planning.budget import Work, power, read_network, samples_work, steps_work
 from hpc_train.analysis.planning.plan import Limits, make_plan
+from hpc_train.analysis.report.notes.plan import why_not_larger, why_not_smaller
 from hpc_train.analysis.report.sections.next_run import next_run
 from hpc_train.analysis.report.sections.plan import answer, short_answer
 from hpc_train.analysis.runs.load import load_all
@@ -56,15 +57,15 @@ def test_limits_and_the_reasons_for_no_other_number(tmp_path: Path) -> None:
     work = samples_work(1e8)
     freely = make_plan(foreseen, work)
     assert freely.chosen is not None and freely.chosen.nodes == 32  # almost perfect scaling: as far as it looks
-    assert "4 times the largest measured" in freely.why_not_larger and "slower" in freely.why_not_smaller
+    assert "4 times the largest measured" in why_not_larger(freely) and "slower" in why_not_smaller(freely)
     in_time = make_plan(foreseen, work, Limits(deadline_s=14 * 3600.0))
     assert in_time.chosen is not None and in_time.chosen.nodes == 6
-    assert in_time.why_not_smaller.startswith("4 nodes: may break the deadline of 14.0 h")
-    assert "faster for" in in_time.why_not_larger
+    assert why_not_smaller(in_time).startswith("4 nodes: may break the deadline of 14.0 h")
+    assert "faster for" in why_not_larger(in_time)
     assert in_time.chosen.time_s == pytest.approx(1e8 / 2110, rel=0.03)
     assert in_time.chosen.node_hours == pytest.approx(6 * in_time.chosen.time_s / 3600)
     cheap = make_plan(foreseen, work, Limits(node_hours=76.5))
-    assert cheap.chosen is not None and cheap.chosen.nodes < 8 and "budget of 76.5 node-hours" in cheap.why_not_larger
+    assert cheap.chosen is not None and cheap.chosen.nodes < 8 and "budget of 76.5 node-hours" in why_not_larger(cheap)
     never = make_plan(foreseen, work, Limits(deadline_s=60.0))
     assert never.chosen is None and short_answer(never) is None and answer(never)[0].startswith("Nothing to ask for")
     with pytest.raises(UserError, match="a limit needs the amount of work"):
@@ -79,7 +80,7 @@ def test_a_job_that_stops_scaling_is_given_its_knee(tmp_path: Path) -> None:
     measurements = read_table(table(tmp_path, text))
     made = make_plan(predict(measurements), steps_work(measurements, 1000), Limits(max_nodes=16))
     assert made.chosen is not None and made.chosen.nodes <= 3
-    assert made.why_not_larger and made.why_not_smaller
+    assert why_not_larger(made) and why_not_smaller(made)
     assert short_answer(made) in (f"ask for {made.chosen.nodes} nodes", "ask for 1 node")
 
 
@@ -116,6 +117,10 @@ def test_joules_are_split_into_nodes_and_samples(tmp_path: Path) -> None:
         ("ranks,step_s,scaling\n1,1,up\n", "scaling = 'up'"),
         ("ranks,step_s,ranks_per_node\n1,1,4\n2,1,8\n", "ranks_per_node differs"),
         ("ranks,samples_per_s,joules\n1,1,4\n2,1,8\n", "joules are those of one step"),
+        (
+            "ranks,step_s,samples_per_s,global_batch\n1,0.5,128,64\n2,0.5,200,128\n",
+            r"scaling.csv:3: samples_per_s = 200.0, but global_batch / step_s = 128 / 0.5 = 256.0",
+        ),
         ("ranks,step_s,ranks_per_node\n4,1,4\n", "cannot be fitted to 4 ranks: one size says nothing"),
     ],
 )
@@ -134,6 +139,12 @@ def test_odd_tables_are_read_and_what_is_odd_is_said(tmp_path: Path) -> None:
     assert "4 ranks: 2 lines, of which the mean is taken" in told and "Taken as weak scaling" in told
     assert "6 ranks do not fill whole nodes of 4" in told
     assert "No ranks_per_node" in " ".join(read_table(table(tmp_path, "ranks,step_s\n1,1\n2,1\n")).notes)
+
+
+def test_a_rate_that_was_rounded_or_averaged_otherwise_is_no_contradiction(tmp_path: Path) -> None:
+    text = "ranks,step_s,samples_per_s,global_batch\n1,0.5,130,64\n2,0.503,255,128\n4,0.51,,256\n"
+    measured = read_table(table(tmp_path, text))
+    assert measured.step_s.tolist() == [0.5, 0.503, 0.51] and measured.batch == 64
 
 
 def test_the_network_file_is_read_for_the_runs_strategy(tmp_path: Path) -> None:
@@ -184,7 +195,7 @@ def test_the_benchmark_beside_runs_of_one_node_says_what_a_second_costs(tmp_path
     alone = json.loads(run_plan(tmp_path, "--json").output)
     assert alone["nodes"] == 1 and "what a second node costs was not measured" in alone["why_not_larger"]
     refused = run_plan(tmp_path, "--predict", "8").exception
-    assert isinstance(refused, UserError) and "nothing is known of what a second one costs" in refused.what
+    assert isinstance(refused, UserError) and "nothing is known of the cost of a second one" in refused.what
     fits = [
         {"strategy": "horovod", "ranks": ranks, "nodes": nodes, "alpha_s": 1e-5, "beta_s_per_byte": 1e-9}
         for ranks, nodes in ((2, 1), (4, 2))

@@ -1,4 +1,4 @@
-"""A signal to one rank while MPI starts: all end at once, whatever the moment, and no rank waits for another."""
+"""A signal to one rank while MPI starts ends all ranks at once, whatever the moment."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ import pytest
 
 from tests.faults.harness import Job
 
-# What a rank has mapped into its memory when it is signalled, in the order in which it comes to that. Between the first
-# and the third the ranks meet in MPI_Init.
+# What a rank has mapped into memory when it is signalled, in order. The ranks meet in MPI_Init between the first and
+# the third.
 MOMENTS = {
     "MPI's library is loaded": "/libmpi.so",
     "MPI looks for its parts": "/mca_",
@@ -32,7 +32,7 @@ def rank_of(pid: int) -> str | None:
 
 
 def signal_at(job: Job, rank: int, mapped: str, number: signal.Signals) -> None:
-    """Signals `rank` as soon as it has mapped a file of that name."""
+    """Signals `rank` as soon as it has mapped a file whose path contains `mapped`."""
     end = monotonic() + 60
     victim = None
     while job.process.poll() is None:
@@ -60,7 +60,7 @@ def signal_at(job: Job, rank: int, mapped: str, number: signal.Signals) -> None:
 def test_a_signal_to_one_rank_at_start_ends_all(
     moment: str, victim: int, number: signal.Signals, tmp_path: Path, digits: Path
 ) -> None:
-    job = Job(2, tmp_path, digits)
+    job = Job(2, tmp_path, digits, cold=True)
     signal_at(job, victim, MOMENTS[moment], number)
     signalled_s = monotonic()
     ended = job.end(timeout_s=60)
@@ -71,7 +71,7 @@ def test_a_signal_to_one_rank_at_start_ends_all(
 
 
 def test_a_request_to_stop_that_comes_at_start_is_answered_after_the_first_step(tmp_path: Path, digits: Path) -> None:
-    job = Job(2, tmp_path, digits)
+    job = Job(2, tmp_path, digits, cold=True)
     signal_at(job, 1, MOMENTS["MPI's library is loaded"], signal.SIGUSR2)
     ended = job.end()
     assert ended.code == 75 and "after step 0. Saved" in ended.out, ended

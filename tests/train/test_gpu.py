@@ -13,9 +13,9 @@ from torch import nn
 from hpc_train.core.rundir import RunDir, find
 from hpc_train.core.settings import Checkpoint, Train
 from hpc_train.train.device import peak_flops
-from hpc_train.train.energy.sensors.choose import choose
+from hpc_train.train.energy.sensors.choose import choose_meters
 from hpc_train.train.optimize import Optimizer
-from hpc_train.train.reduce.shards import whole
+from hpc_train.train.reduce.sharded_weights import whole_parameters
 from hpc_train.train.run.checkpoint import format
 from hpc_train.train.run.checkpoint.saver import Saver
 from tests import jobs
@@ -91,7 +91,7 @@ def test_an_update_with_clipping_makes_the_loop_wait_for_nothing(keys: dict[str,
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)).to(device)
         train = Train.model_validate({"steps": 9, "global_batch": 8, "lr": 0.1, "clip_norm": 0.1, **keys})
-        return model, Optimizer(train, whole(model), 8, lambda value: value)
+        return model, Optimizer(train, whole_parameters(model), 8, lambda value: value)
 
     (on_gpu, one), (on_cpu, other) = trainee("cuda"), trainee("cpu")
     for step in range(5):
@@ -125,7 +125,7 @@ def test_a_checkpoint_leaves_a_gpu_through_memory_that_is_kept(tmp_path: Path) -
 def test_the_meter_counts_what_the_driver_says_it_draws() -> None:
     import pynvml
 
-    meter = next(meter for meter in choose(Path("/")).meters if meter.domain == "gpu-0")
+    meter = next(meter for meter in choose_meters(Path("/")).meters if meter.domain == "gpu-0")
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)
     watts: list[float] = []

@@ -221,7 +221,7 @@ START = {
 LEAVES_FIRST = """
 import os, time, torch
 from pathlib import Path
-from hpc_train.train import recorder as recorder_module
+from hpc_train.train.run import recorder as recorder_module
 from hpc_train.train.recording import recording
 if rank != first:  # the others are slow to come out: in the gather of what they recorded, and in what follows
     finish = recorder_module.Recorder.finish

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,29 +14,22 @@ from torch import nn
 
 from hpc_train.core.clock import Clock
 from hpc_train.core.config import Loaded, dumps
+from hpc_train.core.energy_records import DomainEnergy, energy_of_run, read_traces
 from hpc_train.core.errors import UserError, not_written
-from hpc_train.core.output import lost
+from hpc_train.core.output import lost_streams
 from hpc_train.core.progress import StepProgress
-from hpc_train.core.records import (
-    METRIC_COLUMNS,
-    Energy,
-    read_energy,
-    read_metrics,
-    read_whole_metrics,
-    summarise,
-    timing_log,
-    total_energy,
-)
+from hpc_train.core.records import METRIC_COLUMNS, read_intact_metrics, read_metrics, timing_log
 from hpc_train.core.resume_rules import said
+from hpc_train.core.run_summary import RunResult, RunShape, summarise
 from hpc_train.core.rundir import sync, write_atomic
 from hpc_train.core.settings import UNKNOWN_STEPS
-from hpc_train.core.timings import read_timings, step_times
+from hpc_train.core.timings import StepTimes, read_timings, step_times
 from hpc_train.train.comm.clocks import clock_offsets_ns
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement
 from hpc_train.train.energy.meters import NodeEnergy
 from hpc_train.train.run.attempt import Attempt
-from hpc_train.train.run.metadata import describe
+from hpc_train.train.run.metadata import run_metadata
 
 
 class Recorder:
@@ -56,8 +51,8 @@ class Recorder:
         self._stack = ExitStack()
         total = None if self._train.steps == UNKNOWN_STEPS else self._train.steps
         self._progress = StepProgress(loaded.config.name, total, loaded.config.run.progress, context.world.is_root)
-        self.say = self._progress.say
-        self._energy = NodeEnergy(loaded.config.energy, context, places, self.say)
+        self.log = self._progress.log
+        self._energy = NodeEnergy(loaded.config.energy, context, places, self.log)
         self.clock = clock
 
     def __enter__(self) -> Self:
@@ -105,14 +100,14 @@ class Recorder:
         A tensor of one number is read when it is written: each reading makes a GPU's loop wait.
         """
         self._attempt.lease.check()
-        record = self.clock.lap(step, num_samples, warmup=step < self._first_step + self._num_warmup)
+        record = self.clock.end_step(step, num_samples, warmup=step < self._first_step + self._num_warmup)
         self._timings.write(record)
         if loss is not None:
             self._losses.append((step, loss))
         self.num_steps_done = step + 1
         if step % self._train.log_every == 0:
             self.flush()
-            self._progress.say(f"Step {step}" if loss is None else f"Step {step}, Loss: {loss:.5f}")
+            self._progress.log(f"Step {step}" if loss is None else f"Step {step}, Loss: {loss:.5f}")
             self._progress.note = "" if loss is None else f"loss {loss:.5f}"
         self._progress.advance(step + 1, num_global, record[1])
 
@@ -146,48 +141,63 @@ class Recorder:
         """
         self.flush()
         self._stack.close()
-        dropped = {str(rank): streams for rank, streams in enumerate(self._context.gather(lost())) if streams}
+        dropped = {str(rank): streams for rank, streams in enumerate(self._context.gather(lost_streams())) if streams}
         facts |= {"output_lost": dropped} if dropped else {}
         self._write_meta("end", outcome=outcome, last_step=self.num_steps_done - 1, ended=_now(), **facts)
 
     def finish(self, test: dict[str, float], fault: str | None = None) -> None:
-        """Collective, after `stop`. Writes summary.json from sums over all ranks; fault: see `RunSummary`."""
-        context, config = self._context, self._loaded.config
-        timings = read_timings(self._run.timings(context.world.rank))
-        own = step_times(timings.first(-context.max(-timings.steps_of_attempts(self._attempt.number))))
-        num_workers = config.reduce.num_workers(context.world.size)
-        trains = context.world.rank < num_workers  # servers wait most of the time: a step is what it is to a worker
-        step_ns, phases_ns = context.sum(own.step_ns * trains) / num_workers, context.sum(own.phases_ns * trains)
-        num_samples = sum(context.gather(own.num_samples))
-        energies = context.gather(read_energy(self._run.energy(context.world.host)) if self._energy.meters else None)
-        if not context.world.is_root:
+        """Collective, after `stop`. Writes summary.json; fault: why a run that reached its end did not succeed."""
+        times = self._times_of_all_ranks()
+        by_host = self._energy_of_all_hosts()
+        if not self._context.world.is_root:
             return
         losses = read_metrics(self._run.metrics)[1]
-        summary = summarise(
-            name=config.name,
-            size=context.world.size,
-            num_hosts=len({place.host for place in self._places}),
+        shape = RunShape(
+            name=self._loaded.config.name,
+            size=self._context.world.size,
+            num_hosts=len(self._meta["hosts"]),
             global_batch=self._batch_size,
-            step_ns=step_ns,
-            phases_ns=phases_ns,
-            num_samples=num_samples,
-            num_warmup=own.num_warmup,
-            num_repeated=own.num_repeated,
             num_attempts=self._attempt.number,
-            energy=total_energy(part for part in energies if part is not None),
-            loss=losses[-1] if losses else None,
-            test=test,
-            complete=fault is None,
-            fault=fault,
         )
+        energy = energy_of_run(by_host, self._meta["hosts"], True in self._meta["energy"]["shared"].values())
+        result = RunResult(losses[-1] if losses else None, test, complete=fault is None, fault=fault)
+        summary = summarise(shape, times, energy, result)
         self._attempt.lease.confirm()
         write_atomic(self._run.summary, summary.to_json() + "\n")
         for measure, value in test.items():
             print(f"Test {measure.replace('_', ' ')}: {value:.4f}")
         if summary.step_s and summary.samples_per_s:
-            energy = Energy(summary.joules, summary.energy_quality, summary.energy_source)
-            print(f"Mean step {summary.step_s * 1e3:.3g} ms, {summary.samples_per_s:,.0f} samples/s, {energy}")
+            speed = f"{summary.samples_per_s:,.0f} samples/s"
+            print(f"Mean step {summary.step_s * 1e3:.3g} ms, {speed}, {summary.energy}")
         print(f"Run directory: {self._run.path}", flush=True)
+
+    def _times_of_all_ranks(self) -> StepTimes:
+        """Collective. The sum over the ranks that train: servers wait most of the time, a step is a worker's step."""
+        context = self._context
+        timings = read_timings(self._run.timings(context.world.rank))
+        common = -context.max(-timings.steps_of_attempts(self._attempt.number))  # killed ranks recorded unequal numbers
+        own = step_times(timings.first(common))
+        num_workers = self._loaded.config.reduce.num_workers(context.world.size)
+        trains = context.world.rank < num_workers
+        return replace(
+            own,
+            step_ns=context.sum(own.step_ns * trains),
+            phases_ns=context.sum(own.phases_ns * trains),
+            num_samples=sum(context.gather(own.num_samples)),
+            num_ranks=num_workers,
+        )
+
+    def _energy_of_all_hosts(self) -> dict[str, list[DomainEnergy]]:
+        """Collective. On the root: what each host's file holds, read on that host; on the root, those of hosts that
+        only earlier attempts used.
+        """
+        host = self._context.world.host
+        mine = _domain_energies(self._run.energy(host)) if self._energy.meters else None
+        found = {host: parts for host, parts in self._context.gather((host, mine)) if parts is not None}
+        if self._context.world.is_root:
+            earlier = {host for attempt in self._meta["attempts"] for host in attempt.get("hosts") or []}
+            found |= {host: _domain_energies(self._run.energy(host)) for host in earlier - set(found)}
+        return found
 
     def _open_logs(self) -> None:
         """Writes config.toml, and makes metrics.csv end before this attempt's first step: one line a step, for ever."""
@@ -199,10 +209,10 @@ class Recorder:
         """(step, loss) of every step before this attempt's first, each once; says so where some were lost."""
         attempts = self._meta.get("attempts", [])
         steps = range(attempts[0]["first_step"] if attempts else self.num_steps_done, self.num_steps_done)
-        losses = read_whole_metrics(self._run.metrics)
+        losses = read_intact_metrics(self._run.metrics)
         missing = [step for step in steps if step not in losses]
         if missing:
-            self.say(
+            self.log(
                 f"warning: {self._run.metrics} was cut or damaged: the losses of {len(missing)} steps from "
                 f"{missing[0]} to {missing[-1]} are lost. The weights are not: the checkpoint is whole."
             )
@@ -218,14 +228,14 @@ class Recorder:
     def _write_meta(self, moment: str, **facts: Any) -> None:
         """Collective. Adds facts to meta.json, and measures how the ranks' clocks differ now."""
         offsets = clock_offsets_ns(self._context)
-        energy = self._energy.facts_at_start() if moment == "start" else self._energy.facts_at_end()
+        energy = self._energy.metadata_at_start() if moment == "start" else self._energy.metadata_at_end()
 
         def write() -> None:
             self._attempt.lease.confirm()
             if moment == "start":
                 for key in ("outcome", "ended", "clock_offsets_ns", "output_lost"):  # of the attempt before
                     self._meta.pop(key, None)
-                self._meta.update(describe(self._context, self._places))
+                self._meta.update(run_metadata(self._context, self._places))
                 self._meta["energy"] = _of_all_attempts(self._meta.get("energy", {}), energy)
                 self._meta.setdefault("attempts", []).append(
                     {
@@ -246,6 +256,10 @@ class Recorder:
             write_atomic(self._run.meta, json.dumps(self._meta, indent=1) + "\n")
 
         self._context.on_root(write)
+
+
+def _domain_energies(path: Path) -> list[DomainEnergy]:
+    return [DomainEnergy(trace.domain, trace.energy) for trace in read_traces(path)] if path.is_file() else []
 
 
 def _nothing() -> None:

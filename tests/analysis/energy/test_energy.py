@@ -13,7 +13,7 @@ from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.report.sections.energy import COST_COLUMNS, cost_record, verdict
 from hpc_train.analysis.runs.load import load, load_all
 from hpc_train.analysis.scaling.compare import compare
-from hpc_train.core.records import ENERGY_COLUMNS, contained
+from hpc_train.core.energy_records import ENERGY_COLUMNS, container
 from hpc_train.core.rundir import RunDir
 from tests import laws
 from tests.analysis.rendered import energy_section, notes, table
@@ -161,8 +161,8 @@ def test_a_domain_that_holds_another_is_added_alone(tmp_path: Path) -> None:
     found = energy(run)
     assert found.gross.total == 1250 and found.run.summary.joules == 1250
     assert "Not added" in found.notes[0] and "gpu-0, package-0" in found.notes[0]
-    assert contained("package-0", ["packages"]) == "packages" and contained("gpu-0", ["packages"]) is None
-    assert contained("nodes", ["node", "nodes"]) is None and contained("node", ["nodes"]) == "nodes"
+    assert container("package-0", ["packages"]) == "packages" and container("gpu-0", ["packages"]) is None
+    assert container("nodes", ["node", "nodes"]) is None and container("node", ["nodes"]) == "nodes"
 
 
 @pytest.mark.parametrize("cores", [[[0], [1]], [[0, 1, 2], [3]]])

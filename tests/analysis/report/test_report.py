@@ -145,7 +145,7 @@ def test_a_meter_that_counted_0_joules_is_missing_and_costs_no_other_section(tmp
     html = page(made, tmp_path)
     for said in (printed(made), Page(html).text, to_markdown(made)):
         said = " ".join(said.split())
-        assert "Energy missing for 1 rank, 2 ranks: Slurm counted 0 J, less than it can tell" in said
+        assert "Energy missing for 1 rank, 2 ranks: Slurm counted 0 J, less than it can resolve" in said
         assert "POP efficiencies (" in said and "120 J" in said
         assert not re.search(r"(?<![\d.])0(\.0+)? m?J\b(?!, less)", said)
     for row in list(csv.DictReader((tmp_path / "report/scaling.csv").open()))[:2]:

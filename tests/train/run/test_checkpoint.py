@@ -22,7 +22,7 @@ from hpc_train.core.world import World
 from hpc_train.train import loop
 from hpc_train.train.comm.context import Context
 from hpc_train.train.optimize import Optimizer
-from hpc_train.train.reduce.shards import whole
+from hpc_train.train.reduce.sharded_weights import whole_parameters
 from hpc_train.train.run.checkpoint import format
 from hpc_train.train.run.checkpoint.copy import HostCopy
 from hpc_train.train.run.checkpoint.format import UnusableCheckpoint
@@ -45,7 +45,7 @@ def saver(path: Path, said: list[str] | None = None, **settings: object) -> Save
 def trained(width: int = 8, **keys: object) -> tuple[nn.Module, Optimizer]:
     model = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
     settings = Train.model_validate({"steps": 10, "global_batch": 4, "lr": 0.1, **keys})
-    chosen = Optimizer(settings, whole(model), 4, lambda value: value)
+    chosen = Optimizer(settings, whole_parameters(model), 4, lambda value: value)
     for step in range(3):
         model(torch.randn(4, width)).square().sum().backward()
         chosen.step(step)

@@ -35,7 +35,8 @@ def step_time_plot(group: Group) -> Plot | None:
     rows = [row for row in group.rows if row.phase_s]
     if not rows:
         return None
-    times = "; ".join(f"{plural(row.size, 'rank')}: {_ratio_text(row)}" for row in rows)
+    phases = timed_phases(rows)
+    times = "; ".join(f"{plural(row.size, 'rank')}: {_times_text(row, phases)}" for row in rows)
     return Plot(
         "time-per-step",
         "Step time by phase: mean over ranks that train and over steady steps. Hatched: exposed communication.",
@@ -59,8 +60,8 @@ def step_share_plot(group: Group) -> Plot | None:
     )
 
 
-def _ratio_text(row: Row) -> str:
-    return ", ".join(f"{phase} {significant(1e3 * row.phase_s[phase])}" for phase in PHASES)
+def _times_text(row: Row, phases: Sequence[str]) -> str:
+    return ", ".join(f"{phase} {significant(1e3 * row.phase_s[phase])}" for phase in phases)
 
 
 def _shares_text(row: Row) -> str:

@@ -1,10 +1,19 @@
-"""Intervals from a few repeats, by Student's t distribution."""
+"""Errors and intervals from a few repeats of one measurement."""
 
 from collections.abc import Sequence
-from math import exp, fsum, log
-from statistics import fmean, variance
+from math import exp, fsum, log, sqrt
+from statistics import fmean, stdev, variance
 
 from hpc_train.core.statistics import LEVELS, Interval
+
+NORMAL_95 = 1.96  # half the width of a 95% interval of a normal distribution, in standard deviations
+
+
+def relative_standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean over the mean; 0 for one value, whose error is unknown."""
+    if len(values) < 2:
+        return 0.0
+    return stdev(values) / fmean(values) / sqrt(len(values))
 
 
 def ratio_of_geometric_means_interval(numerator: Sequence[float], denominator: Sequence[float]) -> Interval | None:
