@@ -19,6 +19,7 @@ import numpy as np
 from hpc_train.core import config, records
 from hpc_train.core.records import FloatArray
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.settings import Config
 
 PARTS = {"forward": 0.3, "backward": 0.6, "optimizer": 0.07, "other": 0.03}  # of the useful time
 
@@ -245,7 +246,8 @@ def _rows(laws: Laws, rank: int, leave_s: FloatArray, clocks: _Clocks, num_sampl
     began = np.concatenate([[0.0], leave_s[:-1] + after[:-1]])
     forward = useful * PARTS["forward"]
     moments = [began, began + stall, began + stall + forward, began + stall + before]  # data, forward, backward end
-    moments += [leave_s, leave_s + useful * PARTS["optimizer"], leave_s + after]
+    updated = leave_s + useful * PARTS["optimizer"]
+    moments += [leave_s, updated, updated, leave_s + after]  # reduce, optimizer, sync (none), other
     shown = clocks.shown_ns(rank // laws.ranks_per_host, np.stack(moments))
     shown[-1, :-1] = shown[0, 1:]  # steps follow each other without a gap
     steps = np.arange(laws.steps)
@@ -257,7 +259,7 @@ def _shares(batch: int, ranks: int) -> list[int]:
     return [batch // ranks + (rank < batch % ranks) for rank in range(ranks)]
 
 
-def _write_config(root: Path, run: RunDir, laws: Laws) -> config.Config:
+def _write_config(root: Path, run: RunDir, laws: Laws) -> Config:
     job = root / f"{laws.name}.toml"
     reduce = {"strategy": "horovod", **laws.reduce}
     job.write_text(
@@ -271,7 +273,7 @@ def _write_config(root: Path, run: RunDir, laws: Laws) -> config.Config:
     return loaded.config
 
 
-def _meta(laws: Laws, clocks: _Clocks, settings: config.Config) -> dict[str, Any]:
+def _meta(laws: Laws, clocks: _Clocks, settings: Config) -> dict[str, Any]:
     places = [
         {"rank": rank, "host": laws.host_of(rank), "local_rank": rank % laws.ranks_per_host, "pid": 1 + rank}
         | {"cores": [rank % laws.ranks_per_host], "threads": 1}

@@ -10,6 +10,7 @@ import numpy as np
 from hpc_train.core import config, records
 from hpc_train.core.records import PHASES
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.settings import Config
 
 SHARES = {"data": 0.1, "forward": 0.3, "backward": 0.4, "reduce": 0.1, "optimizer": 0.05, "other": 0.05}
 
@@ -72,7 +73,7 @@ def write_run(root: Path, recipe: Recipe) -> RunDir:
     return run
 
 
-def _meta(recipe: Recipe, settings: config.Config) -> dict[str, Any]:
+def _meta(recipe: Recipe, settings: Config) -> dict[str, Any]:
     ranks = [
         {
             "rank": rank,
@@ -120,7 +121,7 @@ def _write_timings(run: RunDir, recipe: Recipe, batch: int) -> None:
         begin = 1_000_000
         share = batch // num_workers + (rank < batch % num_workers) if rank < num_workers else 0
         for step, whole in enumerate(steps_ns.tolist()):
-            spent = [int(whole * shares[phase]) for phase in PHASES[:-1]]
+            spent = [int(whole * shares.get(phase, 0.0)) for phase in PHASES[:-1]]
             arrived = begin + sum(spent[: PHASES.index("reduce")])
             log.write((step, begin, arrived, *spent, whole - sum(spent), share, int(step < recipe.warmup)))
             begin += whole

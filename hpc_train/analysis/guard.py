@@ -14,7 +14,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Guard:
+class SectionGuard:
     """Makes the sections of one report and remembers those that could not be made: a report with such is not whole.
 
     The tests run with `RAISE` set, so that no fault hides behind a sentence.
@@ -23,7 +23,7 @@ class Guard:
     def __init__(self) -> None:
         self.faults: list[str] = []  # a sentence each, none twice
 
-    def made(self, what: str, instead: Callable[[str], T], make: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
+    def call(self, what: str, instead: Callable[[str], T], make: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
         """What `make` gives; where it fails what `instead` makes of the sentence that says so; what: "the plan"."""
         try:
             return make(*args, **more)

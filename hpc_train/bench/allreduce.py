@@ -9,7 +9,7 @@ and with it alive an MPI_Allreduce of 64 KiB took 3.7 ms instead of 0.04 on two 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from time import perf_counter
@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from hpc_train.core.allreduce_times import Row, teams
-from hpc_train.core.config import Reduce
 from hpc_train.core.errors import UserError
+from hpc_train.core.settings import Reduce
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
 from hpc_train.train.reduce.parameter_server import Server, Worker
@@ -144,7 +144,7 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
 
 def _plain_mpi(team: Team, message: torch.Tensor) -> Way:
     comm, array = team.context.comm, message.numpy()
-    return Way(lambda update: messages.add_up_in_place(comm, array), lambda: message, team.size)
+    return Way(lambda update: messages.all_reduce_in_place(comm, array), lambda: message, team.size)
 
 
 def _ddp_gloo(team: Team, message: torch.Tensor) -> Way:
@@ -198,8 +198,8 @@ def measure(
     }
     chosen = {name: makes[name] for name in strategies} | {"memory": _memory}
     rows: list[Row] = []
-    with _gloo(context) if "ddp_gloo" in strategies else nullcontext() as world_group:
-        every = _teams(context, world_group is not None)
+    with _gloo(context) if "ddp_gloo" in strategies else nullcontext() as world_group, ExitStack() as stack:
+        every = _teams(context, world_group is not None, stack)
         for place, num_bytes in enumerate(sizes):
             if not context.on_root(partial(go_on, place)):
                 break
@@ -207,19 +207,20 @@ def measure(
                 if team is not None:
                     limits = {"link": _link} if team.size == 2 else {}
                     rows += _measure_size(chosen | limits, team, num_bytes, repeat, hvd)
-                context.wait_asleep()
+                context.idle_barrier()
     return rows
 
 
-def _teams(context: Context, with_gloo: bool) -> list[Team | None]:
-    """Collective. This rank's teams, and None for those it is not in."""
+def _teams(context: Context, with_gloo: bool, stack: ExitStack) -> list[Team | None]:
+    """Collective. This rank's teams, and None for those it is not in; `stack` frees their communicators."""
     from torch import distributed
 
-    hosts, found = context.all(context.world.host), []
+    hosts, found = context.all_gather(context.world.host), []
     for ranks in teams(hosts):
         is_in = context.world.rank in ranks
-        team = context.team(int(not is_in))
-        servers = team.team(int(team.world.rank >= Reduce(strategy="parameter_server").num_workers(team.world.size)))
+        team = stack.enter_context(context.split(int(not is_in)))
+        num_workers = Reduce(strategy="parameter_server").num_workers(team.world.size)
+        servers = stack.enter_context(team.split(int(team.world.rank >= num_workers)))
         wait = timedelta(seconds=_GLOO_SUMS_S)
         group = distributed.new_group(list(ranks), timeout=wait, backend="gloo") if with_gloo else None
         of_hosts = [hosts[rank] for rank in ranks]

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,9 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import drop_pages, file_system, resident
 from hpc_train.core.sampling import rank_span
 from hpc_train.train.comm import messages
-from hpc_train.train.comm.context import Context, mpi, parallel_file_options
-from hpc_train.train.data.files import reading_threads, require_parallel_hdf5, selected, transfer
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import mpi, parallel_file_options
+from hpc_train.train.data.files import num_decode_threads, require_parallel_hdf5, select_rows, transfer_properties
 from hpc_train.train.data.readers import open_reader
 
 _ROW_BYTES, _CHUNK_ROWS, _BLOCK_CHUNKS = 1 << 16, 16, 8
@@ -145,22 +146,22 @@ def _hdf5_write(layout: str, share: Share, together: bool) -> None:
     with h5py.File(share.path, "w", **parallel_file_options(share.context)) as file:
         dataset = file.create_dataset("x", shape, np.uint8, chunks=chunks, **_LAYOUTS[layout])
         for first, num in share.blocks():
-            space, memory = selected(dataset, [(first, num)] if num else [])
-            dataset.id.write(memory, space, share.data, dxpl=transfer(together))
+            space, memory = select_rows(dataset, [(first, num)] if num else [])
+            dataset.id.write(memory, space, share.data, dxpl=transfer_properties(together))
 
 
 def _hdf5_read(share: Share, together: bool) -> None:
     with h5py.File(share.path, "r", **parallel_file_options(share.context)) as file:
         dataset = file["x"]
         for first, num in share.blocks():
-            space, memory = selected(dataset, [(first, num)] if num else [])
-            dataset.id.read(memory, space, share.buffer, dxpl=transfer(together))
+            space, memory = select_rows(dataset, [(first, num)] if num else [])
+            dataset.id.read(memory, space, share.buffer, dxpl=transfer_properties(together))
 
 
 def _our_read(share: Share, together: bool) -> None:
     """As training reads: from a memory map, or chunks decoded by threads."""
     with h5py.File(share.path, "r") as file:
-        reader = open_reader(share.path, file["x"], _READER_BYTES, reading_threads(share.context))
+        reader = open_reader(share.path, file["x"], _READER_BYTES, num_decode_threads(share.context))
         blocks = [np.arange(first, first + num) for first, num in share.blocks()]
         for rows, coming in zip(blocks, [*blocks[1:], blocks[-1]], strict=True):
             reader.prefetch(coming)
@@ -211,8 +212,8 @@ def measure(
     context.on_all(require_parallel_hdf5)
     rows: dict[tuple[str, str, int], Row] = {}
     counts = counts or sorted({1 << bit for bit in range(context.world.size.bit_length())} | {context.world.size})
-    teams = {count: _team(count, context) for count in counts}
-    with _scratch(folder, size_mb, context) as place:
+    with ExitStack() as stack, _scratch(folder, size_mb, context) as place:
+        teams = {count: stack.enter_context(_team(count, context)) for count in counts}
         block = _block()
         for number in range(repeat + 1):
             context.on_root(partial(say, _progress(number, repeat)))
@@ -221,7 +222,7 @@ def measure(
                     start, stop = rank_span(size_mb, team.world.rank, count)
                     share = Share(place / f"{number}-{count}", team, start, stop, size_mb, block, np.empty_like(block))
                     _round(share, rows, ways[:: -1 if number % 2 else 1], is_counted=number > 0)
-                context.wait_asleep()
+                context.idle_barrier()
     order = [(way.layout, mode) for way in ways for mode, _ in way.reads]
     return sorted(rows.values(), key=lambda row: (row.ranks, order.index((row.layout, row.mode))))
 
@@ -230,10 +231,11 @@ def _progress(number: int, repeat: int) -> str:
     return f"repetition {number} of {repeat}" if number else "trying every way once"
 
 
-def _team(count: int, context: Context) -> Context:
+@contextmanager
+def _team(count: int, context: Context) -> Iterator[Context]:
     """Collective. The first `count` ranks as a context; of the others, the rest."""
-    team = context.team(int(context.world.rank >= count))
-    return replace(team, world=replace(team.world, local_size=min(count, context.world.local_size)))
+    with context.split(int(context.world.rank >= count)) as team:
+        yield replace(team, world=replace(team.world, local_size=min(count, context.world.local_size)))
 
 
 @contextmanager

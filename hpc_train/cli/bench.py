@@ -66,7 +66,7 @@ def io(size_mb: int, folder: Path, repeat: int, as_json: bool) -> None:
     Example: mpirun -n 2 hpc-train bench io --dir /scratch
     """
     require("h5py", "mpi4py")
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.train.comm.startup import open_context
 
     with open_context(use_mpi=True) as context:
         from hpc_train.bench import io

@@ -17,6 +17,7 @@ import click
 from hpc_train.cli.options import Finite, Place
 from hpc_train.core import allreduce_times
 from hpc_train.core.errors import UserError, require
+from hpc_train.core.formatting import binary_size
 from hpc_train.core.rundir import write_atomic
 
 _LATENCY_BYTES = 64 << 10  # messages up to here take about as long as an empty one
@@ -77,12 +78,13 @@ def allreduce(
     Example: mpirun -n 4 hpc-train bench allreduce --max 64M
     """
     require("torch", "mpi4py")
-    from hpc_train.train.comm.context import mpi_version, open_context
-    from hpc_train.train.data.memory import free_bytes_per_rank
+    from hpc_train.train.comm.mpi_library import mpi_version
+    from hpc_train.train.comm.startup import open_context
+    from hpc_train.train.data.node_memory import available_bytes_per_rank
 
     with open_context(use_mpi=True) as context:
         share = 0.5 if most is None else 1.0  # what was not asked for leaves room to others
-        room = int(free_bytes_per_rank(context) * share / _COPIES)
+        room = int(available_bytes_per_rank(context) * share / _COPIES)
         context.on_root(partial(_require_room, least, most, room, context.world.size))
         path = context.on_root(partial(_place_for, output, context.world.size))
         from hpc_train.bench import allreduce  # torch, which takes seconds: after all that can be refused
@@ -140,11 +142,11 @@ class Pace:
         coming = list(accumulate(growth, mul, initial=now - self._last))[1:]
         self._last = now
         if place and self._budget_s is not None and now - self._began + coming[0] > self._budget_s:
-            self.stopped = f"stopped before {allreduce_times.size_text(size)}: --minutes {self._budget_s / 60:g}"
+            self.stopped = f"stopped before {binary_size(size)}: --minutes {self._budget_s / 60:g}"
             self._say(self.stopped)
             return False
         left = f", about {timedelta(seconds=round(sum(coming)))} left" if place else ""
-        self._say(f"{allreduce_times.size_text(size)} ({place + 1} of {len(self._sizes)} sizes{left})")
+        self._say(f"{binary_size(size)} ({place + 1} of {len(self._sizes)} sizes{left})")
         return True
 
 

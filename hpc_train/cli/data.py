@@ -1,9 +1,10 @@
-"""`hpc-train data`: what HDF5 files hold, whether they are whole, and how fast they can be read."""
+"""`hpc-train data`: what HDF5 files hold, whether they are intact, and how fast they can be read."""
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,21 +12,21 @@ import click
 from hpc_train.cli.options import by_first_rank
 from hpc_train.core import child_process
 from hpc_train.core.errors import require
-from hpc_train.core.world import launched_rank
+from hpc_train.core.job_environment import JobEnvironment
 
 if TYPE_CHECKING:
     from hpc_train.datasets.inspect.check import Checked
-    from hpc_train.datasets.inspect.survey import Fault
+    from hpc_train.datasets.inspect.faults import Fault
 
-_MOST_LINES = 10  # of one kind of a data set; --json has them all
+_MAX_LINES = 10  # for each kind of fault of a data set; --json has them all
 
 _files = click.argument("files", nargs=-1, required=True, metavar="FILE...")
-_json = click.option("--json", "as_json", is_flag=True, help="Print all that was found as JSON.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 
 
 @click.group()
 def data() -> None:
-    """Look at HDF5 files, and verify them.
+    """Inspect and verify HDF5 files.
 
     \b
     Example: hpc-train data info data/mnist-5k.h5
@@ -39,64 +40,66 @@ def data() -> None:
 def check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
     """Verify every chunk or block of FILES, which are one data set, and their values; under mpirun in parallel.
 
-    Exit code 0: fine. 1: faults, each named: bytes that were changed or are missing, NaN and infinite values, labels
-    and tokens out of range, unequal numbers of inputs and targets, files that disagree, data to train on in the test
-    data. 2: no such file. Warnings: empty and rare classes, copies, constant samples.
+    Exit code 0: no fault. 1: faults, each named: changed or missing bytes, NaN and infinite values, labels and tokens
+    out of range, unequal numbers of inputs and targets, files that differ, training samples in the test data.
+    2: no such file. Warnings: empty and rare classes, copies, constant samples.
 
     \b
     Example: hpc-train data check data/mnist-5k.h5
              mpirun -n 2 hpc-train data check "data/part-*.h5"
     """
     require("h5py")
-    notes = child_process.go_on_in_child()  # damaged files make HDF5 crash
-    from hpc_train.train.comm.context import open_context
+    notes = child_process.go_on_in_child()  # HDF5 crashes on some damaged files
+    from hpc_train.train.comm.startup import open_context
 
-    with open_context(use_mpi=launched_rank() is not None) as context:
+    with open_context(use_mpi=JobEnvironment.current().is_launched) as context:
         from hpc_train.datasets.inspect.check import check as verify
-        from hpc_train.datasets.inspect.survey import expand
+        from hpc_train.datasets.inspect.structure import expand
 
-        checked = verify(context.on_root(lambda: expand(files)), context, quiet=as_json, at=notes.at)
+        checked = verify(context.on_root(lambda: expand(files)), context, quiet=as_json, on_file=notes.at)
         if context.world.is_root:
-            click.echo(json.dumps(asdict(checked), indent=2) if as_json else report(checked))
+            click.echo(json.dumps(asdict(checked), indent=2) if as_json else "\n".join(check_lines(checked)))
     if checked.faults or (strict and checked.warnings):
         sys.exit(1)
 
 
 @data.command()
 @_files
-@click.option("--no-speed", is_flag=True, help="Read nothing, and measure nothing.")
+@click.option("--no-speed", is_flag=True, help="Do not measure how fast the files are read.")
 @_json
 @by_first_rank
 def info(files: tuple[str, ...], no_speed: bool, as_json: bool) -> None:
-    """Say what FILES hold and how it lies in them, how fast it is read here, and what would make that faster.
+    """Show what FILES hold, their layout, how fast this machine reads them, and what would make reading faster.
 
-    
+    \b
     Example: hpc-train data info data/mnist-5k.h5
     """
     require("h5py")
     notes = child_process.go_on_in_child()
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.train.comm.startup import open_context
 
     with open_context(use_mpi=False) as context:
         from hpc_train.datasets.inspect.info import inform
-        from hpc_train.datasets.inspect.survey import expand
+        from hpc_train.datasets.inspect.structure import expand
 
-        facts = inform(expand(files), context, measure=not no_speed, at=notes.at)
-    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_told(facts)))
+        facts = inform(expand(files), context, measure=not no_speed, on_file=notes.at)
+    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_info_lines(facts)))
     if facts["faults"]:
         sys.exit(1)
 
 
-def _told(facts: dict[str, Any]) -> Iterator[str]:
-    from hpc_train.datasets.inspect.survey import Fault
+def _info_lines(facts: dict[str, Any]) -> Iterator[str]:
+    from hpc_train.datasets.inspect.faults import Fault
 
     for file in facts["files"]:
         stripes = f", {file['stripes']} stripes" if file["stripes"] is not None else ""
         yield f"{file['path']}: {file['bytes'] / 1e6:,.1f} MB on {file['file_system']}{stripes}"
-        for key, value in file["attributes"].items():
-            yield f"  {key}: {value}"
+        yield from (f"  {key}: {value}" for key, value in file["attributes"].items())
         for name, data in file["datasets"].items():
-            yield from _told_dataset(name, data)
+            yield f"  {name}: {_shape(data['shape']) or 'one value'} {data['dtype']}, {_layout(data)}"
+            if data["attributes"]:
+                yield "    " + ", ".join(f"{key} = {value}" for key, value in data["attributes"].items())
+            yield from _speed_lines(data)
         if file["advice"]:
             yield "  Advice:"
         for advice in file["advice"]:
@@ -104,78 +107,81 @@ def _told(facts: dict[str, Any]) -> Iterator[str]:
             yield f"      {advice['command']}"
     if facts["faults"]:
         yield "Faults:"
-        yield from _lines(tuple(Fault(**fault) for fault in facts["faults"]))
+        yield from _fault_lines([Fault(**fault) for fault in facts["faults"]])
 
 
-def _told_dataset(name: str, data: dict[str, Any]) -> Iterator[str]:
-    shape = "x".join(map(str, data["shape"])) or "one value"
-    lies = data["layout"]
+def _shape(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
+def _layout(data: dict[str, Any]) -> str:
+    parts = [f"{data['bytes'] / 1e6:,.1f} MB", data["layout"]]
     if data["chunk"]:
-        lies += f" {'x'.join(map(str, data['chunk']))}, {data['chunk_bytes'] / (1 << 20):,.3f} MiB each"
-    lies += f", from {', '.join(data['sources'])}" if data["sources"] else ""
-    lies += f", {', '.join(data['filters'])}" if data["filters"] else ""
+        parts[-1] += f" {_shape(data['chunk'])}"
+        parts.append(f"{data['chunk_bytes'] / (1 << 20):,.3f} MiB each")
+    if data["sources"]:
+        parts.append(f"from {', '.join(data['sources'])}")
+    parts += data["filters"]
     if data["chunk"] and data["compression_ratio"]:
-        lies += f", {data['compression_ratio']:.2f} times smaller"
-    lies += f", checksums {data['checksums']}" if data["checksums"] else ", no checksums"
-    yield f"  {name}: {shape} {data['dtype']}, {data['bytes'] / 1e6:,.1f} MB, {lies}"
-    if data["attributes"]:
-        yield "    " + ", ".join(f"{key} = {value}" for key, value in data["attributes"].items())
+        parts.append(f"{data['compression_ratio']:.2f} times smaller")
+    parts.append(f"checksums {data['checksums']}" if data["checksums"] else "no checksums")
+    return ", ".join(parts)
+
+
+def _speed_lines(data: dict[str, Any]) -> Iterator[str]:
     speed = data.get("speed", {})
     if "error" in speed:
         yield f"    not read: {speed['error']}"
     elif speed:
-        words = {"shuffled": "shuffled", "shuffled_again": "again", "sequential": "in order"}
+        labels = {"shuffled": "shuffled", "shuffled_again": "again", "sequential": "in order"}
         yield "    read here: " + "; ".join(
-            f"{words[way]} {each['samples_per_s']:,.0f} samples/s, {each['bytes_per_s'] / 1e6:,.0f} MB/s"
+            f"{labels[order]} {each['samples_per_s']:,.0f} samples/s, {each['bytes_per_s'] / 1e6:,.0f} MB/s"
             f" ({each['page_cache']} page cache)"
-            for way, each in speed.items()
+            for order, each in speed.items()
         )
         if data["chunk"]:
-            yield "    training takes chunks in a shuffled order and mixes their samples: near the speed in order"
+            yield "    training shuffles chunks and mixes their samples: its speed is near that in order"
 
 
-def report(checked: "Checked") -> str:
-    """What `check` found, in lines."""
+def check_lines(checked: "Checked") -> Iterator[str]:
+    """The result of `data check`, for people."""
     num_files = len(checked.files)
-    ranks = f" by {checked.num_ranks} ranks" * (checked.num_ranks > 1)
-    head = checked.files[0] if num_files == 1 else f"{num_files:,} files, {checked.files[0]} the first"
-    lines = [f"{head}: {checked.num_bytes / 1e6:,.1f} MB, read in {checked.seconds:.1f} s{ranks}"]
+    ranks = f" by {checked.num_ranks} ranks" if checked.num_ranks > 1 else ""
+    files = checked.files[0] if num_files == 1 else f"{num_files:,} files, {checked.files[0]} the first"
+    yield f"{files}: {checked.num_bytes / 1e6:,.1f} MB, read in {checked.seconds:.1f} s{ranks}"
     for name, facts in checked.datasets.items():
-        shape = "x".join(map(str, facts["shape"]))
-        what = f"  {name}: {facts['samples']:,} {shape + ' ' if shape else ''}{facts['dtype']}"
-        if facts["low"] is not None:
-            what += f", {facts['low']:.6g} to {facts['high']:.6g}"
-        if "classes" in facts:
-            counts = facts["classes"].values()
-            what += f", {len(counts):,} classes of {min(counts, default=0):,} to {max(counts, default=0):,} samples"
-        if facts.get("constant_features"):
-            what += f", {facts['constant_features']:,} of {facts['features']:,} features never change"
-        if facts.get("compared") is False:
-            what += ", samples not compared: its chunks cut them"
-        lines.append(f"{what}; {facts['verified_by'] or 'no checksums: only readable'}")
+        yield f"  {name}: {', '.join(_dataset_facts(facts))}; {facts['verified_by'] or 'no checksums: only readable'}"
     if checked.warnings:
-        lines += ["Warnings:", *_lines(checked.warnings)]
+        yield "Warnings:"
+        yield from _fault_lines(checked.warnings)
     if checked.faults:
-        lines += ["Faults:", *_lines(checked.faults)]
+        yield "Faults:"
+        yield from _fault_lines(checked.faults)
     else:
-        lines.append("No fault found")
-    return "\n".join(lines)
+        yield "No fault found"
 
 
-def _lines(faults: "tuple[Fault, ...]") -> list[str]:
-    """One line each; of many of one kind the first ones, and a remedy once."""
-    lines: list[str] = []
-    seen: dict[tuple[str, str, str], int] = {}
-    for index, fault in enumerate(faults):
-        key = (fault.kind, fault.file, fault.dataset)
-        seen[key] = seen.get(key, 0) + 1
-        text, _, remedy = str(fault).partition("\n")
-        if seen[key] <= _MOST_LINES:
-            lines.append(f"  {text}")
-        following = faults[index + 1] if index + 1 < len(faults) else None
-        if following is None or (following.kind, following.file, following.dataset) != key:
-            if seen[key] > _MOST_LINES:
-                lines.append(f"  ... and {seen[key] - _MOST_LINES:,} more (--json has all)")
-            if remedy:
-                lines.append(f"  {remedy}")
-    return lines
+def _dataset_facts(facts: dict[str, Any]) -> Iterator[str]:
+    shape = _shape(facts["shape"])
+    yield f"{facts['samples']:,} {shape + ' ' if shape else ''}{facts['dtype']}"
+    if facts["low"] is not None:
+        yield f"{facts['low']:.6g} to {facts['high']:.6g}"
+    if "classes" in facts:
+        counts = facts["classes"].values()
+        yield f"{len(counts):,} classes of {min(counts, default=0):,} to {max(counts, default=0):,} samples"
+    if facts.get("constant_features"):
+        yield f"{facts['constant_features']:,} of {facts['features']:,} features never change"
+    if facts.get("compared") is False:
+        yield "samples not compared: its chunks cut them"
+
+
+def _fault_lines(faults: "Sequence[Fault]") -> Iterator[str]:
+    """One line for each fault, the first ones of each kind, and their remedy once."""
+    for _, group in groupby(faults, key=lambda fault: (fault.kind, fault.file, fault.dataset)):
+        same_kind = list(group)
+        texts = [str(fault).partition("\n") for fault in same_kind]
+        yield from (f"  {text}" for text, _, _ in texts[:_MAX_LINES])
+        if len(texts) > _MAX_LINES:
+            yield f"  ... and {len(texts) - _MAX_LINES:,} more (--json has all)"
+        if remedy := texts[-1][2]:
+            yield f"  {remedy}"

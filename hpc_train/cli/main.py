@@ -21,9 +21,9 @@ from hpc_train.cli.plan import plan
 from hpc_train.cli.prepare import prepare, stage
 from hpc_train.core.config import dumps, load
 from hpc_train.core.errors import JointFailure, UserError, refused, require
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.paths import exists, expanded
 from hpc_train.core.redaction import message, printable
-from hpc_train.core.world import launched_rank
 
 # configs/ inside an installed wheel, or of the checkout
 _JOB_FILES = (Path(__file__).parents[1] / "shipped" / "configs", Path(__file__).parents[2] / "configs")
@@ -87,13 +87,14 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
 
     signals.hold_back()
     output.outlast()
-    from hpc_train.datasets.inspect import first
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.datasets.inspect import first_look
+    from hpc_train.train.comm.startup import open_context
 
-    looked = None if launched_rank() else first.begin(lambda: load(_job_file(config), overrides).config)
-    launched = launched_rank() is not None
-    alone = None if launched else load(_job_file(config), overrides)
-    with open_context(use_mpi=launched or (alone is not None and alone.config.reduce.strategy != "local")) as context:
+    job = JobEnvironment.current()
+    looked = first_look.begin(lambda: load(_job_file(config), overrides).config) if job.is_first_rank else None
+    alone = None if job.is_launched else load(_job_file(config), overrides)
+    use_mpi = job.is_launched or (alone is not None and alone.config.reduce.strategy != "local")
+    with open_context(use_mpi) as context:
         loaded = alone or context.on_root(lambda: load(_job_file(config), overrides))
         from hpc_train.train.loop import train as run
 
@@ -128,7 +129,7 @@ def generate(
     Example: hpc-train generate runs/gpt-text --prompt "def main(" --tokens 300
     """
     require("torch", "h5py")
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.train.comm.startup import open_context
 
     with open_context(use_mpi=False):
         from hpc_train.train.generate import generate as write
@@ -173,16 +174,19 @@ def submit(
     \b
     Example: hpc-train submit configs/mlp-mnist.toml --nodes 4 --time 2:00:00
     """
-    from hpc_train.cluster import slurm
+    from hpc_train.cluster import submission
+    from hpc_train.cluster.site_profile import load_site
+    from hpc_train.cluster.slurm import Slurm
 
-    loaded, profile = load(_job_file(config), overrides), slurm.load_site(site or "generic")
-    num_ranks = nodes * profile.ranks_per_node
+    scheduler, profile = Slurm(), load_site(site or "generic")
+    loaded, num_ranks = load(_job_file(config), overrides), nodes * profile.ranks_per_node
+    request = submission.Request(loaded, profile, num_ranks, time)
     if dry_run:
-        left = slurm.unfinished(loaded.config, num_ranks) if resume == "auto" else None
+        left = submission.unfinished(loaded.config, num_ranks) if resume == "auto" else None
         new = expanded(loaded.config.run.root) / loaded.config.name / f"TIME-np{num_ranks}"
-        click.echo(slurm.script_for(loaded, profile, left.path if left else new, num_ranks, time), nl=False)
+        click.echo(request.script(scheduler, left.path if left else new), nl=False)
         return
-    queued = slurm.submit(loaded, profile, num_ranks, time, resume)
+    queued = submission.submit(scheduler, request, resume)
     if as_json:
         click.echo(json.dumps({"job": queued.job, "run": str(queued.run), "script": str(queued.script)}))
         return
@@ -218,7 +222,9 @@ def scale(
     \b
     Example: hpc-train scale configs/mlp-mnist.toml --ranks 1,2 --repeat 2
     """
-    from hpc_train.cluster import slurm, study
+    from hpc_train.cluster import local_study, study
+    from hpc_train.cluster.site_profile import load_site
+    from hpc_train.cluster.slurm import Slurm
 
     ranks = sorted(set(ranks))
     loaded = load(_job_file(config), overrides)
@@ -226,14 +232,14 @@ def scale(
         batch = study.weak_batch(loaded.config, ranks)
         loaded = load(_job_file(config), (*overrides, f"train.batch_per_rank={batch}"))
         click.echo(f"Weak scaling: {batch} samples a rank in each step (train.batch_per_rank)")
-    profile = slurm.load_site(site) if site else None
-    planned = study.plan(loaded, ranks, repeat, slurm.waiting_jobs() if profile else None)
+    profile, scheduler = load_site(site) if site else None, Slurm()
+    planned = study.plan(loaded, ranks, repeat, scheduler.waiting_jobs() if profile else None)
     click.echo(f"Study: {planned.folder}: {planned.num_complete} runs complete, {len(planned.todo)} to do")
     if profile:
-        job = study.submit_all(planned, profile, time, click.echo)
+        job = study.submit_all(planned, scheduler, profile, time, click.echo)
         click.echo(f"Job {job} reports at the end: {planned.folder / f'job-{job}.out'}")
         return
-    failed = study.run_here(planned, click.echo)
+    failed = local_study.run_here(planned, click.echo)
     _report((planned.folder,), None, None, "table")
     if failed:
         click.echo("\n".join(["Failed:", *failed, "The same command again runs what is missing."]), err=True)
@@ -374,36 +380,36 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal of LANG=C, a path that is not UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    speaks = (launched_rank() or 0) == 0
+    job = JobEnvironment.current()
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except UserError as error:
-        _end_refused(error, speaks)
+        _end_refused(error, job)
     except click.ClickException as error:
         usage = io.StringIO()
         error.show(usage)
-        _end(usage.getvalue().rstrip("\n") if speaks else "", 2)
+        _end(usage.getvalue().rstrip("\n") if job.is_first_rank else "", 2)
     except (click.Abort, KeyboardInterrupt):
-        _end("hpc-train: interrupted" if speaks else "", 130)
+        _end("hpc-train: interrupted" if job.is_first_rank else "", 130)
     except JointFailure:  # the rank that met the fault says it
         _end("", 1)
     except OSError as error:
         if told := refused(error):
-            _end_refused(told, speaks)
+            _end_refused(told, job)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             # Python writes what is left once more when it ends, and would end with 120.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             remedy = "Make room where it goes, or send it elsewhere."
-            _end_refused(UserError(f"output cannot be written: {error.strerror}", remedy), speaks)
+            _end_refused(UserError(f"output cannot be written: {error.strerror}", remedy), job)
         _end(traceback.format_exc(), 1)
     except Exception:  # noqa: BLE001  our own bug: said whole
         _end(traceback.format_exc(), 1)
 
 
-def _end_refused(error: UserError, speaks: bool) -> NoReturn:
-    if speaks:
+def _end_refused(error: UserError, job: JobEnvironment) -> NoReturn:
+    if job.is_first_rank:
         _end(f"hpc-train: {error}", 2)
-    _end("" if error.joint else f"hpc-train: rank {launched_rank()} on {socket.gethostname()}: {error}", 2)
+    _end("" if error.joint else f"hpc-train: rank {job.rank} on {socket.gethostname()}: {error}", 2)
 
 
 def _end(text: str, code: int) -> NoReturn:

@@ -8,8 +8,8 @@ from typing import Any, ParamSpec, cast
 
 import click
 
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.paths import expanded
-from hpc_train.core.world import launched_rank
 
 P = ParamSpec("P")
 MOST_RANKS = 10_000_000
@@ -51,7 +51,7 @@ def by_first_rank(command: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(command)
     def once(*words: P.args, **options: P.kwargs) -> None:
-        if not launched_rank():
+        if JobEnvironment.current().is_first_rank:
             command(*words, **options)
 
     return once

@@ -13,7 +13,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.redaction import printable
 
 if TYPE_CHECKING:
-    from hpc_train.analysis.models.measurements import Points
+    from hpc_train.analysis.models.measurements import Measurements
     from hpc_train.analysis.planning.budget import Work
     from hpc_train.analysis.planning.plan import Plan
 
@@ -128,11 +128,11 @@ def plan(
     if sum(each is not None for each in (steps, samples, target_loss)) > 1:
         raise UserError("--steps, --samples and --target-loss each say how much to train", "Keep one of them.")
     if table is not None:
-        points, work = _from_table(table, network, ranks_per_node, gradient_bytes, steps, samples, target_loss)
+        measurements, work = _from_table(table, network, ranks_per_node, gradient_bytes, steps, samples, target_loss)
     else:
-        points, work = _from_runs(runs, network, steps, samples, target_loss)
+        measurements, work = _from_runs(runs, network, steps, samples, target_loss)
     limits = Limits(deadline, energy, node_hours, max_nodes)
-    made = make_plan(foresee(points, model), work, limits, predict)
+    made = make_plan(foresee(measurements, model), work, limits, predict)
     if as_json:
         click.echo(json.dumps(record(made), indent=2))
     else:
@@ -149,7 +149,7 @@ def _from_table(
     steps: float | None,
     samples: float | None,
     target_loss: float | None,
-) -> "tuple[Points, Work | None]":
+) -> "tuple[Measurements, Work | None]":
     from dataclasses import replace
 
     from hpc_train.analysis.models.measurements import read_table
@@ -158,21 +158,21 @@ def _from_table(
     if target_loss is not None:
         raise UserError("--target-loss needs runs with their losses; a table has none", "Give --steps or --samples.")
     measured = read_network(network) if network else None
-    points = replace(read_table(table, ranks_per_node, measured), gradient_bytes=gradient_bytes)
+    measurements = replace(read_table(table, ranks_per_node, measured), gradient_bytes=gradient_bytes)
     if samples is not None:
-        return points, samples_work(samples)
-    return points, None if steps is None else steps_work(points, steps)
+        return measurements, samples_work(samples)
+    return measurements, None if steps is None else steps_work(measurements, steps)
 
 
 def _from_runs(
     runs: tuple[Path, ...], network: Path | None, steps: float | None, samples: float | None, target_loss: float | None
-) -> "tuple[Points, Work | None]":
-    from hpc_train.analysis.guard import Guard
-    from hpc_train.analysis.planning.budget import planned_work, points_of, samples_work, steps_work, target_work
+) -> "tuple[Measurements, Work | None]":
+    from hpc_train.analysis.guard import SectionGuard
+    from hpc_train.analysis.planning.budget import measurements_of, planned_work, samples_work, steps_work, target_work
     from hpc_train.analysis.runs.load import load_known
-    from hpc_train.analysis.scaling.scaling import compare
+    from hpc_train.analysis.scaling.compare import compare
 
-    known, left_out = load_known(runs, Guard())
+    known, left_out = load_known(runs, SectionGuard())
     for note in left_out:
         click.echo(printable(note), err=True)
     groups = [group for group in compare(known).groups if any(row.step_s for row in group.rows)]
@@ -182,12 +182,12 @@ def _from_runs(
             f"plan needs runs of one job that differ in size alone; these are {told}", "Name the runs of one."
         )
     group = groups[0]
-    points = points_of(group, network)
+    measurements = measurements_of(group, network)
     if target_loss is not None:
-        return points, target_work(group, target_loss)
+        return measurements, target_work(group, target_loss)
     if samples is not None:
-        return points, samples_work(samples)
-    return points, steps_work(points, steps) if steps is not None else planned_work(group, points)
+        return measurements, samples_work(samples)
+    return measurements, steps_work(measurements, steps) if steps is not None else planned_work(group, measurements)
 
 
 def _print(made: "Plan") -> None:

@@ -7,7 +7,7 @@ import click
 
 from hpc_train.cli.options import Finite, Place
 from hpc_train.core.errors import require
-from hpc_train.core.world import launched_rank
+from hpc_train.core.job_environment import JobEnvironment
 
 _DATASETS = (
     "mnist-5k", "fashion-mnist", "mnist", "images", "table", "text", "python-source", "shakespeare",
@@ -75,9 +75,9 @@ def prepare(
              hpc-train prepare text data/mine.h5 --from mine --tokenizer bpe:8192
     """
     require("h5py")
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.train.comm.startup import open_context
 
-    with open_context(use_mpi=launched_rank() is not None) as context:
+    with open_context(use_mpi=JobEnvironment.current().is_launched) as context:
         from hpc_train.datasets.prepare.prepare import prepare as write
         from hpc_train.datasets.prepare.sources import Options
 
@@ -111,18 +111,18 @@ def stage(source: str, folder: Path, wait_s: float, is_checked: bool) -> None:
         --set data.file="$TMPDIR/mnist-5k.h5"
     """
     require("fsspec", *["h5py"] * is_checked)
-    from hpc_train.train.comm.context import open_context
+    from hpc_train.train.comm.startup import open_context
 
-    with open_context(use_mpi=launched_rank() is not None) as context:
+    with open_context(use_mpi=JobEnvironment.current().is_launched) as context:
         from hpc_train.datasets.stage import stage as copy
 
         path = copy(source, folder, context, wait_s)
         if is_checked:
-            from hpc_train.cli.data import report
+            from hpc_train.cli.data import check_lines
             from hpc_train.datasets.inspect.check import check
 
             checked = check([path], context, quiet=True)
             if checked.faults and context.world.is_root:
-                click.echo(report(checked), err=True)
+                click.echo("\n".join(check_lines(checked)), err=True)
     if is_checked and checked.faults:
         sys.exit(1)

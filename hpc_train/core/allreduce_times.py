@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from hpc_train.core.statistics import LEVELS, NUM_RESAMPLES, Interval, nonnegative_least_squares
+
 SCHEMA = 1
 OURS = ("horovod", "mpi", "parameter_server", "sharded")  # reduce.strategy
 PEERS = ("plain_mpi", "ddp_gloo")  # one blocking MPI_Allreduce; torch.distributed's all_reduce over gloo
 LIMITS = ("memory", "link")  # a copy by all ranks at once; one way between two ranks
-_RESAMPLES, _INSIDE = 1000, (0.025, 0.975)
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Fit:
     alpha_s: float
     beta_s_per_byte: float
     error: float
-    alpha_interval_s: tuple[float, float]
-    beta_interval_s_per_byte: tuple[float, float]
+    alpha_interval_s: Interval
+    beta_interval_s_per_byte: Interval
 
     def seconds(self, message_bytes: float) -> float:
         return float(_shape(self.ranks, np.array([message_bytes]))[0] @ (self.alpha_s, self.beta_s_per_byte))
@@ -90,10 +91,11 @@ def fit(rows: Sequence[Row]) -> Fit:
     """
     times_s = np.array([row.time_s for row in rows])
     scaled = _shape(rows[0].ranks, np.array([row.message_bytes for row in rows], float)) / times_s[:, None]
-    alpha_s, beta = _solve(scaled)
-    draw = np.random.default_rng(0)
-    refits = np.array([_solve(scaled[draw.integers(0, len(rows), len(rows))]) for _ in range(_RESAMPLES)])
-    intervals = np.quantile(refits, _INSIDE, axis=0)
+    ones = np.ones(len(rows))
+    alpha_s, beta = nonnegative_least_squares(scaled, ones)
+    drawn = np.random.default_rng(0).integers(0, len(rows), (NUM_RESAMPLES, len(rows)))
+    refits = np.array([nonnegative_least_squares(scaled[sizes], ones) for sizes in drawn])
+    intervals = np.quantile(refits, LEVELS, axis=0)
     first = rows[0]
     return Fit(
         *(first.strategy, first.ranks, first.nodes, first.ranks_per_node, float(alpha_s), float(beta)),
@@ -101,15 +103,6 @@ def fit(rows: Sequence[Row]) -> Fit:
         alpha_interval_s=(float(intervals[0, 0]), float(intervals[1, 0])),
         beta_interval_s_per_byte=(float(intervals[0, 1]), float(intervals[1, 1])),
     )
-
-
-def _solve(scaled: np.ndarray) -> np.ndarray:
-    from scipy.optimize import nnls
-
-    # Columns of like size: alpha's and beta's coefficients are nine powers of ten apart.
-    scales = np.maximum(np.abs(scaled).max(axis=0), np.finfo(float).tiny)
-    solved, _ = nnls(scaled / scales, np.ones(len(scaled)))
-    return np.asarray(solved / scales)
 
 
 def fits(rows: Sequence[Row]) -> list[Fit]:
@@ -142,14 +135,6 @@ def sizes(least_bytes: int, most_bytes: int) -> list[int]:
     while found[-1] * 4 <= most_bytes:
         found.append(found[-1] * 4)
     return found
-
-
-def size_text(num_bytes: float) -> str:
-    """ "64 KiB": powers of two, as memory and messages have them."""
-    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if num_bytes >= 1 << power:
-            return f"{num_bytes / (1 << power):.4g} {unit}"
-    return f"{num_bytes:g} B"
 
 
 def pair_ratios(rows: Sequence[Row], strategy: str, message_bytes: int) -> dict[tuple[int, int, int], list[float]]:

@@ -1,7 +1,11 @@
-"""Job files: TOML in, TOML out, every error names the key. What stands in them: `settings.py`."""
+"""Job files: TOML in, TOML out; every error names the key.
+
+`settings.py` has the keys with their types and defaults, `key_rules.py` says which of them go together.
+"""
 
 import difflib
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +14,19 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from hpc_train.core.errors import UserError
+from hpc_train.core.key_rules import broken_rules
 from hpc_train.core.paths import read_small
-from hpc_train.core.settings import RECORDED, UNKNOWN_STEPS, Checkpoint, Config, Reduce, Rl, Text, Train
+from hpc_train.core.settings import RECORDED, Config, Text
 
-__all__ = ["RECORDED", "UNKNOWN_STEPS", "Checkpoint", "Config", "Loaded", "Reduce", "Rl", "Text", "Train"]
 _MOST_SHOWN = 300  # characters of a value in a message
 _ONE_OF = {"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration and, for each dotted key, where its value came from: "default", "file" or "--set".
+    """A configuration and, by dotted key, where its value came from: "default", "file NAME" or "--set".
 
-    Keys without an origin do not apply: a recorded loop has a learning rate of its own, if any.
+    Keys without an origin do not apply, such as the learning rate of a recorded loop.
     """
 
     config: Config
@@ -41,52 +45,60 @@ def _resolved(path: Path, tree: dict[str, Any], overrides: tuple[str, ...]) -> L
     origin = dict.fromkeys(flatten(tree), f"file {path.name}")
     for override in overrides:
         key, value = _parse_override(override)
-        if key in _ONE_OF:  # the file's choice between them is overridden, too
+        if key in _ONE_OF:  # --set train.batch_per_rank replaces the file's train.global_batch
             _section(tree, "train", key).pop(_ONE_OF[key], None)
         _set(tree, key, value)
         under = flatten(value, f"{key}.") if isinstance(value, dict) and key != "task.options" else {key: value}
         origin.update(dict.fromkeys(under, "--set"))
         if key.startswith("task.options."):
             origin["task.options"] = "--set"
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(*_explain(error, path, origin)) from None
+    remedy = "hpc-train config show CONFIG prints every key that a job file has."
+    config = _validated(tree, path.name, origin, remedy)
     return Loaded(config, {key: origin.get(key, "default") for key in _known_keys()})
 
 
+def _validated(tree: dict[str, Any], file: str, origin: dict[str, str], remedy: str) -> Config:
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, file, origin), remedy) from None
+    if faults := broken_rules(config):
+        raise UserError("\n".join(f"{file}: {fault}" for fault in faults), remedy)
+    return config
+
+
 def read_toml(path: Path, example: str) -> dict[str, Any]:
-    """The tables of a TOML file; `example` is a shipped one. Raises `UserError`."""
+    """The tables of a TOML file. `example` names a shipped file of that kind for messages. Raises `UserError`."""
     content = read_small(path, f"Name a TOML file such as {example}.")
     try:
         return tomllib.loads(content.decode("utf-8-sig"))
-    except ValueError as error:  # also a number of more digits than Python reads
+    except ValueError as error:  # also for a number of more than 4,300 digits
         raise UserError(f"{path} is not TOML: {error}", f"See {example} for the form.") from None
     except RecursionError:
-        raise UserError(f"{path} is not TOML of this program: it nests too deeply", f"See {example}.") from None
+        raise UserError(f"{path} nests tables too deeply", f"See {example}.") from None
 
 
 def from_values(values: dict[str, Any], source: str) -> Loaded:
-    """The configuration that a program gives as nested values; `source` names it. Raises `UserError` naming the key."""
+    """The configuration that a program gives as nested values; `source` names that program. Raises `UserError`."""
     origin = dict.fromkeys(flatten(values), source)
-    try:
-        return Loaded(Config.model_validate(values), origin)
-    except ValidationError as error:
-        raise UserError(_explain(error, Path(source), origin)[0], f"See the docstring of {source}.") from None
+    return Loaded(_validated(values, source, origin, f"See the docstring of {source}."), origin)
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain values, unset keys left out (TOML has no null); of a recorded loop its own."""
+    """The configuration as nested plain values without keys that are not set (TOML has no null).
+
+    A recorded loop has only the keys that it gave: defaults of this program's loop say nothing about it.
+    """
     return config.model_dump(exclude_none=True, exclude_unset=config.task.kind == RECORDED)
 
 
 def comparable(config: Config) -> dict[str, Any]:
-    """The dotted keys that decide how long a step takes and what it computes: runs are compared where these agree."""
-    told_apart = {"name", "train.log_every", "train.steps", "train.peak_tflops", "reduce.autotune_log_file"}
+    """The dotted keys that decide how long a step takes and what it computes. Runs are compared only if these agree."""
+    ignored = {"name", "train.log_every", "train.steps", "train.peak_tflops", "reduce.autotune_log_file"}
     return {
         key: value
         for key, value in flatten(as_dict(config)).items()
-        if key not in told_apart and not key.startswith(("run.", "energy.", "checkpoint."))
+        if key not in ignored and not key.startswith(("run.", "energy.", "checkpoint."))
     }
 
 
@@ -103,7 +115,7 @@ def dumps(loaded: Loaded) -> str:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 0.5}} -> {"train.lr": 0.5}. A model's options stay one value."""
+    """{"train": {"lr": 0.5}} -> {"train.lr": 0.5}. `task.options` stays one value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         nested = isinstance(value, dict) and prefix + key != "task.options"
@@ -118,7 +130,7 @@ def _line(key: str, value: Any, origin: str) -> str:
 
 
 def _inline(value: Any) -> str:
-    """A TOML value in one line; tomli_w breaks arrays into several."""
+    """A TOML value in one line; tomli_w writes arrays over several."""
     if isinstance(value, list):
         return f"[{', '.join(_inline(item) for item in value)}]"
     if isinstance(value, dict):
@@ -133,29 +145,37 @@ def _parse_override(override: str) -> tuple[str, Any]:
     key = key.strip()
     if not equals or not key:
         raise UserError(f"--set {override}: no key=value", "Write --set train.steps=200")
-    if _wants_text(key):
-        return key, text
+    value = _toml_value(text)
+    if _is_text_key(key):  # --set name=123 is the name "123", and --set name='"x"' the name x
+        return key, value if isinstance(value, str) else text
+    if value is not None:
+        return key, value
     try:
-        tree = tomllib.loads(f"set = {{ value = {text} }}")  # a second line or a comment is no part of a value
-    except (ValueError, RecursionError):
-        tree = {}
-    if tree.keys() == {"set"} and tree["set"].keys() == {"value"}:
-        return key, tree["set"]["value"]
-    try:
-        return key, float(text)  # .5 and 5. are no TOML, and no mystery on a command line either
+        return key, float(text)  # .5 and 5. are no TOML, but people write them
     except ValueError:
         return key, text
 
 
-def _wants_text(key: str) -> bool:
-    """Whether the key's type is text, so that `--set name=123` is a name and not a number."""
+def _toml_value(text: str) -> Any:
+    """The value that `text` is in TOML; None if it is none."""
+    try:
+        # In a table of its own: a second line, a comment or another key is no part of a value.
+        tree = tomllib.loads(f"set = {{ value = {text} }}")
+    except (ValueError, RecursionError):
+        return None
+    is_one_value = tree.keys() == {"set"} and tree["set"].keys() == {"value"}
+    return tree["set"]["value"] if is_one_value else None
+
+
+def _is_text_key(key: str) -> bool:
+    """Whether the type of the key is text."""
     model: Any = Config
     for part in key.split("."):
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
             return False
         model = field.annotation
-    # Annotated text too: pydantic keeps its constraints apart, but for those inside `Text | None`.
+    # `model is str` for annotated text, too: pydantic keeps constraints apart, except those inside `Text | None`.
     return model is str or model == Text | None
 
 
@@ -173,30 +193,33 @@ def _section(tree: dict[str, Any], name: str, key: str) -> dict[str, Any]:
     return section
 
 
-def _explain(error: ValidationError, path: Path, origin: dict[str, str]) -> tuple[str, str]:
-    """(what, remedy): one line a wrong key."""
+def _explain(error: ValidationError, file: str, origin: dict[str, str]) -> str:
+    """One line for each wrong key."""
     lines = []
     for fault in error.errors(include_url=False):
         if fault["type"] == "extra_forbidden":
             key = ".".join(str(part) for part in fault["loc"])
-            near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
-            lines.append(
-                f"{_source(key, path, origin)}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
-            )
+            lines.append(f"{origin.get(key, f'file {file}')}: {unknown_key(key, _known_keys())}")
             continue
         key = _dotted(fault["loc"])
         if fault["type"] == "missing":
-            lines.append(f"{path.name}: {key} is required and not set")
+            lines.append(f"{file}: {key} is required and not set")
         elif fault["type"] == "value_error":
-            lines.append(f"{path.name}: {fault['ctx']['error']}")
+            lines.append(f"{file}: {fault['ctx']['error']}")
         else:
-            words = f"should be a table [{key}]" if fault["type"] == "model_type" else _lower_first(fault["msg"])
-            lines.append(f"{_source(key, path, origin)}: {key} = {shown(fault['input'])}: {words}")
-    return "\n".join(dict.fromkeys(lines)), "hpc-train config show CONFIG prints every key that a job file has."
+            why = f"should be a table [{key}]" if fault["type"] == "model_type" else _lower_first(fault["msg"])
+            lines.append(f"{origin.get(key, f'file {file}')}: {key} = {shown(fault['input'])}: {why}")
+    return "\n".join(dict.fromkeys(lines))  # a union reports the same key once for each of its types
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """What to say about a key that nobody knows."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def shown(value: Any) -> str:
-    """A value in a message: as Python writes it, of its beginning if it is long."""
+    """A value in a message, as Python writes it; the beginning of a long one."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # Python writes no numbers of more than 4,300 digits
@@ -204,16 +227,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text):,} characters)"
 
 
-def _source(key: str, path: Path, origin: dict[str, str]) -> str:
-    return origin.get(key, f"file {path.name}")
-
-
 def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
-    """The key of a fault; pydantic adds the branch of a union, which is no part of the key."""
+    """The key of a fault. pydantic appends the branch of a union to the location."""
     known = _known_keys()
     for end in range(len(location), 0, -1):
         key = ".".join(str(part) for part in location[:end])

@@ -19,6 +19,11 @@ def listed(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def plural(count: int, noun: str) -> str:
+    """ "1 rank", "4 ranks"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def significant(value: float | None, digits: int = 3) -> str:
     """A number with `digits` significant digits; integers above that keep all theirs."""
     if value is None:
@@ -38,12 +43,12 @@ def ms_text(seconds: float | None) -> str:
     return "-" if seconds is None else significant(seconds * 1e3, 4)
 
 
-def times_text(speedup: float) -> str:
+def ratio_text(speedup: float) -> str:
     return f"{speedup:.2f}x" if speedup >= 0.1 else f"{significant(speedup, 2)}x"
 
 
 def ratio_interval_text(interval: tuple[float, float] | None) -> str:
-    return "-" if interval is None else "-".join(times_text(end).removesuffix("x") for end in interval)
+    return "-" if interval is None else "-".join(ratio_text(end).removesuffix("x") for end in interval)
 
 
 def interval_text(interval: tuple[float, float] | None, scale: float) -> str:
@@ -71,6 +76,14 @@ def amount(value: float | None, unit: str) -> str:
     return f"{significant(value / power)} {prefix}{unit}"
 
 
+def binary_size(num_bytes: float) -> str:
+    """ "64 KiB": powers of two, the unit of memory, messages and chunks."""
+    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if num_bytes >= 1 << power:
+            return f"{num_bytes / (1 << power):.4g} {unit}"
+    return f"{num_bytes:g} B"
+
+
 def duration_text(seconds: float | None, interval: tuple[float, float] | None = None) -> str:
     """ "5.20 h", or "5.20 h (4.9-5.6)": three digits in the unit that people plan in."""
     if seconds is None:
@@ -80,7 +93,7 @@ def duration_text(seconds: float | None, interval: tuple[float, float] | None = 
     return f"{significant(seconds / length)} {unit}{_between(interval, length)}"
 
 
-def energy_amount(joules: float | None, interval: tuple[float, float] | None = None) -> str:
+def watt_hours_text(joules: float | None, interval: tuple[float, float] | None = None) -> str:
     """ "12.3 kWh", or "12.3 kWh (11.0-13.8)"; joules below a watt-hour."""
     if joules is None:
         return "missing"

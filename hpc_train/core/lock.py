@@ -20,6 +20,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from hpc_train.core.errors import UserError, not_written
+from hpc_train.core.job_environment import JobEnvironment
 
 BEAT_S = 5.0
 _VALID_BEATS = 2.0  # after a beat, the time in which nobody can have taken over: others wait for `_PATIENCE_BEATS`
@@ -140,7 +141,7 @@ def _identity() -> dict[str, Any]:
         "pid": os.getpid(),
         "process": _process(os.getpid()),
         "system": _system(),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        "job": JobEnvironment.current().job_id,
         "token": secrets.token_hex(8),
         "beat": 0,
     }

@@ -8,7 +8,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from hpc_train.core.world import launched_rank
+from hpc_train.core.job_environment import JobEnvironment
 
 _BAR_EVERY_NS = 200_000_000
 _LINE_EVERY_NS = 30_000_000_000
@@ -18,7 +18,7 @@ def on_terminal() -> bool:
     """Whether a person watches. mpirun and srun give ranks terminals of their own making: ask for the launcher's."""
     if not sys.stdout.isatty():
         return False
-    if launched_rank() is None:
+    if not JobEnvironment.current().is_launched:
         return True
     try:
         return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))

@@ -18,9 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hpc_train.core.errors import UserError, not_written
+from hpc_train.core.rundir import write_atomic
+from hpc_train.core.statistics import mean_interval
 
-SCHEMA = 4  # 2: the column `attempt`; 3: `test` in summary.json; 4: its step_s is the mean, and no more the median
-PHASES = ("data", "forward", "backward", "reduce", "optimizer", "other")
+# 2: the column `attempt`; 3: `test` in summary.json; 4: its step_s is the mean, not the median; 5: the phase `sync`
+SCHEMA = 5
+PHASES = ("data", "forward", "backward", "reduce", "optimizer", "sync", "other")
+COMMUNICATION = ("reduce", "sync")  # the phases in which a rank only sends, receives and waits
 TIMING_COLUMNS = (
     *("step", "start_ns", "arrived_ns"),
     *(f"{phase}_ns" for phase in PHASES),
@@ -100,7 +104,24 @@ def close_log(file: IO[str]) -> None:
 
 def timing_log(path: Path, attempt: int = 1) -> RecordFile:
     """The log of one rank's steps. A step that began half a second ago is already on its way to the file."""
+    _add_sync_column(path)
     return RecordFile(path, TIMING_COLUMNS, TIMING_COLUMNS.index("start_ns"), attempt)
+
+
+def _add_sync_column(path: Path) -> None:
+    """Upgrades the log that an attempt of an earlier version left behind: its new column holds 0, as it is read."""
+    if not path.exists():
+        return
+    lines = [line.split(",") for line in path.read_text(encoding="utf-8", errors="replace").split("\n")]
+    header = lines[0]
+    if "sync_ns" in header or "other_ns" not in header:
+        return
+    place = header.index("other_ns")
+    for cells in lines:
+        if len(cells) > place:
+            cells.insert(place, "0")
+    header[place] = "sync_ns"
+    write_atomic(path, "\n".join(map(",".join, lines)))
 
 
 def open_log(path: Path, columns: Sequence[str]) -> IO[str]:
@@ -417,27 +438,3 @@ def summarise(
         energy_source=energy.source,
         **rest,
     )
-
-
-def mean_interval(values: FloatArray, num_resamples: int = 1000) -> tuple[float | None, ...]:
-    """(low, mean, high): the mean and its 95% bootstrap interval; Nones for no values, no interval under 2.
-
-    Neighbouring steps resemble each other, so whole blocks of consecutive steps are drawn rather than single ones
-    (moving-block bootstrap, Künsch, Annals of Statistics 1989, here with disjoint blocks). Deterministic: the generator
-    is seeded.
-    """
-    if len(values) == 0:
-        return None, None, None
-    middle = float(values.mean())
-    if len(values) < 2:
-        return None, middle, None
-    sums, counts = block_sums(values)
-    draws = np.random.default_rng(0).integers(0, len(sums), (num_resamples, len(sums)))
-    low, high = np.quantile(sums[draws].sum(axis=1) / counts[draws].sum(axis=1), [0.025, 0.975])
-    return float(min(low, middle)), middle, float(max(high, middle))
-
-
-def block_sums(values: FloatArray, num_blocks: int = 50) -> tuple[FloatArray, FloatArray]:
-    """(sums, numbers of values) of at most `num_blocks` blocks of consecutive values, each of nearly equal length."""
-    blocks = np.array_split(values, min(num_blocks, len(values)))
-    return np.array([block.sum() for block in blocks]), np.array([float(len(block)) for block in blocks])

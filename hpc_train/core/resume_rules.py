@@ -5,9 +5,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from hpc_train.core.config import Config, as_dict, flatten
+from hpc_train.core.config import as_dict, flatten
 from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.settings import Config
 
 
 class Rule(Enum):

@@ -6,11 +6,13 @@ data set holds a thousand samples or a trillion. Resuming needs no generator sta
 the chunks' number in memory, and each step the whole global batch.)
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from hashlib import blake2b
-from itertools import groupby
+from itertools import accumulate, groupby
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +25,9 @@ _POSITIONS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """Positions [start, stop) of epoch `epoch`'s order: what all ranks together train on in one step."""
+    """Positions [start, stop) of epoch `epoch`'s order: what all ranks together train on in `step`."""
 
+    step: int
     epoch: int
     start: int
     stop: int
@@ -38,7 +41,7 @@ def global_batch(step: int, num_samples: int, batch_size: int) -> GlobalBatch:
     """The global batch of `step`. An epoch's last batch is short when `batch_size` does not divide the data."""
     steps_per_epoch = -(-num_samples // batch_size)
     epoch, index = divmod(step, steps_per_epoch)
-    return GlobalBatch(epoch, index * batch_size, min((index + 1) * batch_size, num_samples))
+    return GlobalBatch(step, epoch, index * batch_size, min((index + 1) * batch_size, num_samples))
 
 
 def rank_span(count: int, rank: int, size: int) -> tuple[int, int]:
@@ -46,6 +49,49 @@ def rank_span(count: int, rank: int, size: int) -> tuple[int, int]:
     small, num_larger = divmod(count, size)
     start = rank * small + min(rank, num_larger)
     return start, start + small + (rank < num_larger)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How a global batch is divided over the ranks: a weight for each, from a step on.
+
+    size: the number of ranks. changes: (the first step, a weight for each rank), in the order of steps. Before the
+    first change, and if there is none, the shares are equal: their sizes differ by at most one.
+    """
+
+    size: int
+    changes: tuple[tuple[int, tuple[float, ...]], ...] = ()
+
+    def change(self, step: int, weights: Sequence[float]) -> "Shares":
+        """These shares before `step`; from `step` on, shares in proportion to `weights`, which are not negative."""
+        assert len(weights) == self.size and min(weights) >= 0 < sum(weights), weights
+        before = [change for change in self.changes if change[0] < step]
+        return replace(self, changes=(*before, (step, tuple(weights))))
+
+    def span(self, step: int, count: int, rank: int) -> tuple[int, int]:
+        """[start, stop) of rank's share of the `count` samples of `step`: contiguous, in rank order; may be empty."""
+        weights = next((weights for first, weights in reversed(self.changes) if first <= step), None)
+        if weights is None:
+            return rank_span(count, rank, self.size)
+        ends = _largest_remainders(count, weights)
+        return ends[rank], ends[rank + 1]
+
+
+@lru_cache(maxsize=64)
+def _largest_remainders(count: int, weights: tuple[float, ...]) -> tuple[int, ...]:
+    """0 and where each share of `count` ends, in proportion to `weights`.
+
+    What rounding down leaves goes to the largest remainders, of equal ones to the lower rank (Hamilton's method).
+    """
+    # Exact arithmetic: if ranks rounded differently, a sample would be trained on twice or not at all.
+    exact = [Fraction(weight) for weight in weights]
+    total = sum(exact)
+    quotas = [count * weight / total for weight in exact]
+    counts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(counts)), key=lambda rank: counts[rank] - quotas[rank])
+    for rank in by_remainder[: count - sum(counts)]:
+        counts[rank] += 1
+    return tuple(accumulate(counts, initial=0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,34 +104,34 @@ class Order:
     """
 
     num_samples: int
-    edges: Indices | None = None
+    chunk_edges: Indices | None = None
     window: int = 1
 
     def __str__(self) -> str:
-        if self.edges is None:
+        if self.chunk_edges is None:
             return "all samples mixed"
-        return f"{len(self.edges) - 1} chunks, samples mixed within {self.window}"
+        return f"{len(self.chunk_edges) - 1} chunks, samples mixed within {self.window}"
 
     @cached_property
     def _epochs(self) -> dict[tuple[int, int], tuple[Indices, Indices]]:
         return {}
 
     @property
-    def window_samples(self) -> int:
+    def num_window_samples(self) -> int:
         """About as many samples are mixed with each other."""
-        if self.edges is None:
+        if self.chunk_edges is None:
             return self.num_samples
-        return min(self.num_samples, -(-self.num_samples * self.window // (len(self.edges) - 1)))
+        return min(self.num_samples, -(-self.num_samples * self.window // (len(self.chunk_edges) - 1)))
 
     def steps_ahead(self, batch_size: int) -> int:
         """How many batches ahead reading is told what comes: of the next window, before it has all of this one."""
-        return self.window_samples // batch_size + 2
+        return self.num_window_samples // batch_size + 2
 
     def rows(self, positions: npt.NDArray[np.integer], seed: int, epoch: int) -> Indices:
         """The rows of the data set standing at `positions` of epoch `epoch`'s order."""
-        if self.edges is None:
+        if self.chunk_edges is None:
             return shuffled(positions, self.num_samples, seed, epoch)
-        chunks, ends = self._chunks_of(self.edges, seed, epoch)
+        chunks, ends = self._chunks_of(self.chunk_edges, seed, epoch)
         window_ends = ends[self.window - 1 :: self.window]
         windows = np.searchsorted(window_ends, positions, "right")
         firsts = windows * self.window
@@ -95,7 +141,7 @@ class Order:
         keys = _mix(_round_keys(seed, epoch)[:, None] ^ names)
         mixed = begins + _permuted(positions - begins, counts.astype(np.uint64), keys)
         slots = np.searchsorted(ends, mixed, "right")
-        return self.edges[chunks[slots] + 1] - (ends[slots] - mixed)
+        return self.chunk_edges[chunks[slots] + 1] - (ends[slots] - mixed)
 
     def _chunks_of(self, edges: Indices, seed: int, epoch: int) -> tuple[Indices, Indices]:
         """(the chunks in the epoch's order, the position at which each ends)."""
@@ -110,47 +156,54 @@ class Order:
         return found
 
 
-def chunk_edges(num_samples: int, chunk: int) -> Indices:
+def regular_chunk_edges(num_samples: int, chunk: int) -> Indices:
     """Of `num_samples` rows in chunks of `chunk`, the last of which may be short."""
     return np.append(np.arange(0, num_samples, chunk), num_samples)
 
 
-def rank_batches(
-    steps: range, order: Order, batch_size: int, seed: int, rank: int, size: int
-) -> Iterator[tuple[Indices, int]]:
-    """For each of `steps`: the rows of `rank_samples`, and the samples of the whole global batch.
+class RankBatch(NamedTuple):
+    """The rows of the data set that a rank trains on in a step, and the number of samples on all ranks."""
 
-    Several steps are computed at once: a call on few positions costs as much as one on hundreds.
-    """
-    by_chunks = order.edges is not None
-    at_once = max(1, _POSITIONS_AT_ONCE * (1 if by_chunks else size) // batch_size)
-    for first in range(0, len(steps), at_once):
-        batches = [global_batch(step, order.num_samples, batch_size) for step in steps[first : first + at_once]]
-        for epoch, same in groupby(batches, key=lambda batch: batch.epoch):
-            group = list(same)
-            shares = [(b.start, b.stop) if by_chunks else _share(b, rank, size) for b in group]
-            rows = order.rows(np.concatenate([np.arange(*share) for share in shares]), seed, epoch)
-            ends = np.cumsum([stop - start for start, stop in shares])
-            for found, batch in zip(np.split(rows, ends[:-1]), group, strict=True):
-                yield _part(found, rank, size) if by_chunks else found, batch.num_samples
+    rows: Indices
+    num_global: int
 
 
-def _share(batch: GlobalBatch, rank: int, size: int) -> tuple[int, int]:
-    """[start, stop) of rank's positions in the epoch's order."""
-    start, stop = rank_span(batch.num_samples, rank, size)
-    return batch.start + start, batch.start + stop
+@dataclass(frozen=True, eq=False)
+class BatchSampler:
+    """Which rows `rank` trains on at each step: a pure function of these values. Without shares, one rank has all."""
 
+    order: Order
+    batch_size: int  # of all ranks together
+    seed: int
+    shares: Shares = Shares(1)
+    rank: int = 0
 
-def _part(rows: Indices, rank: int, size: int) -> Indices:
-    """A rank's part of a global batch, by rows: so it stays with its own chunks as long as a window lasts."""
-    return np.sort(rows)[slice(*rank_span(len(rows), rank, size))]
+    def batch(self, step: int) -> RankBatch:
+        """What this rank trains on in `step`; its rows may be none, as in an epoch's short last batch."""
+        return next(self.batches(range(step, step + 1)))
 
+    def batches(self, steps: range) -> Iterator[RankBatch]:
+        """`batch` of each of `steps`, computed for many at once: a few positions cost as much as hundreds."""
+        num_ranks = 1 if self.order.chunk_edges is not None else self.shares.size
+        num_steps = max(1, _POSITIONS_AT_ONCE * num_ranks // self.batch_size)
+        for first in range(0, len(steps), num_steps):
+            some = steps[first : first + num_steps]
+            batches = [global_batch(step, self.order.num_samples, self.batch_size) for step in some]
+            for epoch, same in groupby(batches, key=lambda batch: batch.epoch):
+                yield from self._batches_of(epoch, list(same))
 
-def rank_samples(batch: GlobalBatch, order: Order, seed: int, rank: int, size: int) -> Indices:
-    """The rows of the data set that `rank` of `size` trains on in `batch`; may be empty in an epoch's last batch."""
-    if order.edges is not None:
-        return _part(order.rows(np.arange(batch.start, batch.stop), seed, batch.epoch), rank, size)
-    return order.rows(np.arange(*_share(batch, rank, size)), seed, batch.epoch)
+    def _batches_of(self, epoch: int, batches: Sequence[GlobalBatch]) -> Iterator[RankBatch]:
+        """This rank's part of each of these global batches of one epoch."""
+        by_chunks = self.order.chunk_edges is not None
+        spans = [self.shares.span(batch.step, batch.num_samples, self.rank) for batch in batches]
+        # A rank's part of a batch in chunk order is a part of the batch's sorted rows, so it needs all of them.
+        needed = [(0, batch.num_samples) for batch in batches] if by_chunks else spans
+        positions = [batch.start + np.arange(*span) for batch, span in zip(batches, needed, strict=True)]
+        ends = np.cumsum([len(each) for each in positions])
+        rows = np.split(self.order.rows(np.concatenate(positions), self.seed, epoch), ends[:-1])
+        for batch, span, found in zip(batches, spans, rows, strict=True):
+            # Sorted, a rank stays with the same chunks as long as a window of the order lasts.
+            yield RankBatch(np.sort(found)[slice(*span)] if by_chunks else found, batch.num_samples)
 
 
 def shuffled(positions: npt.NDArray[np.integer], num_samples: int, seed: int, epoch: int) -> Indices:
@@ -189,7 +242,7 @@ def row_noise(seed: int, step: int, rows: npt.NDArray[np.integer], num: int) -> 
     return _mix(states[:, None] + np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
-def places(values: Indices, wanted: Indices) -> Indices:
+def positions_in(values: Indices, wanted: Indices) -> Indices:
     """Where each of `wanted` stands among the rising `values`. Raises `LookupError` for one that is not among them."""
     found = np.searchsorted(values, wanted)
     is_there = found < len(values)
@@ -206,7 +259,7 @@ def require_rows(rows: Indices, num_rows: int) -> None:
         raise IndexError(f"row {wrong} of {num_rows}")
 
 
-def drawn(rows: Indices, bound: int, seed: int) -> Indices:
+def random_below(rows: Indices, bound: int, seed: int) -> Indices:
     """For each row a number of [0, bound): what that sample draws, whichever rank holds it."""
     return (row_noise(seed, 0, rows, 1)[:, 0] % np.uint64(bound)).astype(np.int64)
 

@@ -1,8 +1,8 @@
 """What a job file may say: typed values with their defaults, one class a section."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
@@ -13,9 +13,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
 Option = bool | int | float | str | list[int] | list[float] | list[str]
 
-RECORDED = "recorded"  # task.kind of a run whose loop is another program's: see train/recording.py
+RECORDED = "recorded"  # task.kind of a run whose training loop is another program: see train/recording.py
 UNKNOWN_STEPS = 10**12  # train.steps of such a run until its loop has ended
-_READ_DATA = ("classification", "language", "masked_language")
 
 
 class _Section(BaseModel):
@@ -57,7 +56,7 @@ class Train(_Section):
     lr_milestones: list[Fraction] = [1 / 3, 2 / 3, 8 / 9]  # parts of all steps after which "step" lowers lr
     lr_decay: Fraction = 0.1  # by this factor
     momentum: Fraction = 0.0  # of sgd and lars
-    betas: list[Fraction] = [0.9, 0.999]  # of adamw and lamb
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]  # of adamw and lamb
     weight_decay: Amount = 0.0  # of matrices and kernels; biases, norms and other vectors have none
     clip_norm: Amount = 0.0  # the longest gradient of the whole model; 0: any
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products (autocast); weights stay fp32
@@ -71,12 +70,6 @@ class Train(_Section):
     threads: Annotated[int, Field(ge=0, le=4096)] = 0  # of torch, per rank; 0: the cores this rank may use
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient of NaN or infinity: stop, or leave it out
     check_weights_every: Whole = 0  # steps between comparisons of all ranks' weights; 0: never
-
-    @model_validator(mode="after")
-    def _one_batch_key(self) -> Self:
-        if (self.global_batch is None) == (self.batch_per_rank is None):
-            raise ValueError("set exactly one of train.global_batch (strong scaling) and train.batch_per_rank (weak)")
-        return self
 
     def batch_size(self, size: int) -> int:
         """The global batch on `size` ranks that train."""
@@ -143,14 +136,6 @@ class Energy(_Section):
     price_per_kwh: Amount | None = None
     currency: Text | None = None  # of the price
 
-    @model_validator(mode="after")
-    def _said_once_and_whole(self) -> Self:
-        if self.idle_s and self.idle_w is not None:
-            raise ValueError("set one of energy.idle_s (measure) and energy.idle_w (given), not both")
-        if self.price_per_kwh is not None and self.currency is None:
-            raise ValueError('energy.price_per_kwh needs energy.currency, "EUR" say')
-        return self
-
 
 def _stall(stall_s: float) -> float:
     if 0 < stall_s < 1:
@@ -185,58 +170,3 @@ class Config(_Section):
     def global_batch(self, size: int) -> int:
         """Samples of a step in a job of `size` ranks, servers included."""
         return self.train.batch_size(self.reduce.num_workers(size))
-
-    @model_validator(mode="after")
-    def _data_where_it_is_read(self) -> Self:
-        if self.data.file is None and self.task.kind in _READ_DATA:
-            raise ValueError("data.file is required and not set")
-        if "://" in (self.data.file or ""):
-            raise ValueError(
-                f"data.file = '{self.data.file}' is a URL, and training reads files: hpc-train stage copies it here"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _a_recorded_loop_reduces_by_itself(self) -> Self:
-        if (self.task.kind == RECORDED) != (self.reduce.strategy == "own"):
-            raise ValueError(f"task.kind = '{RECORDED}' and reduce.strategy = 'own' stand together, or not at all")
-        return self
-
-    @model_validator(mode="after")
-    def _keys_that_exclude_each_other(self) -> Self:
-        train, reduce = self.train, self.reduce
-        is_server, in_parts = reduce.strategy == "parameter_server", reduce.strategy in ("parameter_server", "sharded")
-        strategy = f"reduce.strategy = '{reduce.strategy}'"
-        faults = [
-            (
-                in_parts and train.optimizer in ("lars", "lamb"),
-                f"train.optimizer = '{train.optimizer}' needs whole layers, which {strategy} cuts",
-            ),
-            (
-                is_server and train.precision == "fp16",
-                f"train.precision = 'fp16' does not go with {strategy}: use bf16",
-            ),
-            (
-                is_server and train.check_weights_every,
-                f"train.check_weights_every does not go with {strategy}: only servers hold weights",
-            ),
-            (
-                is_server and reduce.asynchronous and train.clip_norm,
-                "train.clip_norm does not go with reduce.asynchronous: no gradient is whole",
-            ),
-            (
-                is_server and self.data.read != "auto",
-                f"data.read = '{self.data.read}' does not go with {strategy}: servers read nothing",
-            ),
-            (in_parts and reduce.compression != "none", f"reduce.compression does not go with {strategy}"),
-            (
-                reduce.adasum and reduce.strategy != "horovod",
-                f"reduce.adasum does not go with {strategy}: it is Horovod's",
-            ),
-            (reduce.adasum and reduce.compression != "none", "reduce.adasum does not go with reduce.compression"),
-            (len(train.betas) != 2, "train.betas takes two numbers"),
-        ]
-        for is_so, words in faults:
-            if is_so:
-                raise ValueError(words)
-        return self

@@ -1,9 +1,10 @@
 """Requests to stop: a signal only sets a flag, and the loop looks at it at the end of a step."""
 
-import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+from hpc_train.core.job_environment import JobEnvironment
 
 CONTINUE = 75  # exit code of a process that stopped on request and left a checkpoint: sysexits' EX_TEMPFAIL
 TERMINATED = 128 + signal.SIGTERM
@@ -67,7 +68,7 @@ class StopRequest:
         """The signal's name; another rank's request is known by its effect alone."""
         if self._signal is None:
             return "a signal to another rank"
-        from_mpirun = self._signal == signal.SIGTERM and "OMPI_COMM_WORLD_RANK" in os.environ
+        from_mpirun = self._signal == signal.SIGTERM and JobEnvironment.current().launcher == "mpirun"
         return self._signal.name + " (which mpirun sends after Ctrl-C, too)" * from_mpirun
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -15,12 +15,15 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from hpc_train.core.config import Config, load
+from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
-from hpc_train.core.world import launched_rank
+from hpc_train.core.job_environment import JobEnvironment
+from hpc_train.core.settings import Config
 from hpc_train.doctor.check import Answer, Check, Finding, Subject, Values, ranks_of
 from hpc_train.doctor.checks import CHECKS
-from hpc_train.train.comm.context import Context, mpi, open_context
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import mpi
+from hpc_train.train.comm.startup import open_context
 
 START_S = 120.0  # MPI_Init on many nodes
 _PR_SET_PDEATHSIG = 1
@@ -53,7 +56,7 @@ def run(config: Config | None, line: Line, listens: str) -> None:
             return
     except UserError as error:  # MPI does not start, or sees other ranks than the launcher
         line.tell(finding=Finding("fail", error.what, error.remedy).to_dict("MPI starts", []))
-    if launched_rank(environ) is None:  # the rest can be looked at without
+    if not JobEnvironment.from_variables(environ).is_launched:  # the rest can be looked at without
         with open_context(use_mpi=False) as context:
             _check_all(Subject(context, config, environ), line, listens)
 
@@ -61,7 +64,7 @@ def run(config: Config | None, line: Line, listens: str) -> None:
 def _check_all(subject: Subject, line: Line, listens: str) -> None:
     context = subject.context
     port, _, token = listens.partition(":")
-    line.tell(size=context.world.size, root=context.all((context.world.host, int(port), token))[0])
+    line.tell(size=context.world.size, root=context.all_gather((context.world.host, int(port), token))[0])
     with context.duplicate() as for_answers:
         for number, check in enumerate(CHECKS):
             line.tell(begins=check.name, limit_s=check.limit_s, mend=check.mend)
@@ -74,7 +77,7 @@ def _make(check: Check, number: int, subject: Subject, for_answers: Context, lin
     """Collective. One check; False where ranks did not answer in time, which the root says."""
     context, world = subject.context, subject.context.world
     lacking = [name for name in check.needs if find_spec(name) is None or (name == "mpi4py" and context.comm is None)]
-    values: Values = {"lacking": lacking} if any(context.all(lacking)) else _looked(check, subject)
+    values: Values = {"lacking": lacking} if any(context.all_gather(lacking)) else _looked(check, subject)
     mine = Answer(world.rank, world.host, world.local_rank, values)
     answers, lost = _answers(mine, number, for_answers, check.limit_s)
     if not world.is_root:

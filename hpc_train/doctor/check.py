@@ -6,7 +6,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc_train.core.config import Config
+from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 
 Status = Literal["ok", "warn", "fail", "n/a"]  # n/a: there is nothing here to check, and why

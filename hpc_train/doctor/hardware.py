@@ -33,10 +33,10 @@ def look_cores(subject: Subject) -> Values:
     context, cores = subject.context, sorted(os.sched_getaffinity(0))
     threads = _threads(subject, len(cores))
     alone = _compute(1, _ALONE_S) if context.world.local_rank == 0 else None
-    context.wait_asleep()
+    context.idle_barrier()
     together = _compute(threads, _TOGETHER_S)
-    context.wait_asleep()
-    rates = {host: work.rate for host, work in context.all((context.world.host, alone)) if work is not None}
+    context.idle_barrier()
+    rates = {host: work.rate for host, work in context.all_gather((context.world.host, alone)) if work is not None}
     return {
         "cores": cores,
         "threads": threads,

@@ -4,26 +4,20 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from time import time_ns
 
 import numpy as np
 
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.doctor import carriers
 from hpc_train.doctor.check import Answer, Finding, Status, Subject, Values, by_host, counted, ranks_of, time_text
-from hpc_train.train.comm.context import Context, compared_clocks
+from hpc_train.train.comm.clocks import compare_clocks
+from hpc_train.train.comm.context import Context
 
-_SLURM = (
-    "SLURM_JOB_ID",
-    "SLURM_PROCID",
-    "SLURM_LOCALID",
-    "SLURM_STEP_ID",
-    "SLURM_STEP_NUM_TASKS",
-    "SLURM_NTASKS",
-    "SLURM_JOB_NUM_NODES",
-    "SLURM_CPUS_PER_TASK",
-)
 _OFF_WARN_S, _OFF_FAIL_S = 0.1, 10.0
+_STALE_VARIABLES = "unset ${!SLURM_*}   # left over from another job: submit with sbatch"
 _FORK_SAFE = ("RDMAV_FORK_SAFE", "IBV_FORK_SAFE")
 _COPIES_PINNED_PAGES = (5, 12)  # since then a fork copies the pages that an adapter writes to, and needs no variable
 
@@ -34,8 +28,7 @@ def look_slurm(subject: Subject) -> Values:
     """What Slurm says of this rank, and what MPI and the system say."""
     world = subject.context.world
     return {
-        "slurm": {name: subject.environ[name] for name in _SLURM if name in subject.environ},
-        "by_srun": launched_by_srun(subject.environ),
+        "job": asdict(JobEnvironment.from_variables(subject.environ)),
         "rank": world.rank,
         "size": world.size,
         "local_rank": world.local_rank,
@@ -43,65 +36,55 @@ def look_slurm(subject: Subject) -> Values:
     }
 
 
-def launched_by_srun(environ: Mapping[str, str]) -> bool:
-    """mpirun starts its daemons by srun: their task numbers are inherited by ranks, and are not theirs."""
-    is_step = environ.get("SLURM_STEP_ID", "").isdecimal() and "SLURM_PROCID" in environ
-    return is_step and "OMPI_COMM_WORLD_RANK" not in environ
-
-
 def judge_slurm(answers: Sequence[Answer]) -> Finding:
     """Whether Slurm counts ranks as MPI does, and the job uses what it was given."""
-    inside = [answer for answer in answers if "SLURM_JOB_ID" in answer.values["slurm"]]
-    if not inside:
+    jobs = [JobEnvironment(**answer.values["job"]) for answer in answers]
+    if all(job.job_id is None for job in jobs):
         return Finding("n/a", "not in a Slurm job")
-    jobs = {answer.values["slurm"].get("SLURM_JOB_ID") for answer in answers}
-    if len(jobs) > 1:
-        mend = "unset ${!SLURM_*}   # left over from another job: start anew with sbatch"
-        return Finding("fail", f"ranks say different jobs: {', '.join(sorted(map(str, jobs)))}", mend)
-    for words, told, known in (
-        ("SLURM_PROCID", "SLURM_PROCID", "rank"),
-        ("SLURM_LOCALID", "SLURM_LOCALID", "local_rank"),
-        ("tasks of the step", "SLURM_STEP_NUM_TASKS", "size"),
-    ):
-        wrong = [
-            answer
-            for answer in inside
-            if answer.values["by_srun"]
-            and int(answer.values["slurm"].get(told, answer.values[known])) != answer.values[known]
-        ]
-        if wrong:
-            values = wrong[0].values
-            seen = f"{words} is {values['slurm'][told]}, and MPI's {known.replace('_', ' ')} {values[known]}"
-            return Finding("fail", seen, "srun --mpi=pmix ...   # srun --mpi=list shows what there is", ranks_of(wrong))
-    return _amounts(inside, answers)
+    if len({job.job_id for job in jobs}) > 1:
+        ids = ", ".join(sorted({str(job.job_id) for job in jobs}))
+        return Finding("fail", f"ranks are in different jobs: {ids}", _STALE_VARIABLES)
+    for answer, job in zip(answers, jobs, strict=True):
+        if job.launcher == "srun" and (seen := _disagreement(job, answer.values)):
+            mend = "srun --mpi=pmix ...   # srun --mpi=list prints the choices"
+            return Finding("fail", seen, mend, (answer.rank,))
+    return _use_of_allocation(jobs[0], answers)
 
 
-def _amounts(inside: Sequence[Answer], answers: Sequence[Answer]) -> Finding:
-    """Whether the job uses what it was given."""
-    values, hosts = inside[0].values, by_host(answers)
-    slurm = values["slurm"]
-    nodes, per_task = (int(slurm.get(name, 0)) for name in ("SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK"))
-    tasks = 0 if values["by_srun"] else int(slurm.get("SLURM_NTASKS", 0))
-    seen = f"job {slurm['SLURM_JOB_ID']}: {counted(len(answers), 'rank')} on {counted(len(hosts), 'node')}"
-    if len(hosts) > nodes > 0:
-        mend = "unset ${!SLURM_*}   # left over from another job"
-        return Finding("fail", f"{seen}, and Slurm gave it {nodes}", mend)
-    short = [answer for answer in inside if answer.values["num_cores"] < per_task]
+def _disagreement(job: JobEnvironment, values: Values) -> str | None:
+    """Where srun and MPI number the same rank differently."""
+    counted_by_both = (
+        ("SLURM_PROCID", job.step_rank, "rank"),
+        ("SLURM_LOCALID", job.local_rank, "local_rank"),
+        ("SLURM_STEP_NUM_TASKS", job.step_num_tasks, "size"),
+    )
+    for variable, by_srun, key in counted_by_both:
+        if by_srun is not None and by_srun != values[key]:
+            return f"{variable} = {by_srun}, but MPI's {key.replace('_', ' ')} is {values[key]}"
+    return None
+
+
+def _use_of_allocation(job: JobEnvironment, answers: Sequence[Answer]) -> Finding:
+    """Whether the ranks use the nodes and cores that Slurm allocated."""
+    num_ranks, num_hosts = len(answers), len(by_host(answers))
+    num_nodes, cpus_per_task = job.num_nodes or 0, job.cpus_per_task or 0
+    seen = f"job {job.job_id}: {counted(num_ranks, 'rank')} on {counted(num_hosts, 'node')}"
+    if num_hosts > num_nodes > 0:
+        return Finding("fail", f"{seen}, but Slurm allocated {num_nodes}", _STALE_VARIABLES)
+    short = [answer for answer in answers if answer.values["num_cores"] < cpus_per_task]
     if short:
-        told = f"SLURM_CPUS_PER_TASK = {per_task}, and a rank may use {short[0].values['num_cores']}"
         return Finding(
-            "fail", told, "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # mpirun: --bind-to none", ranks_of(short)
+            "fail",
+            f"SLURM_CPUS_PER_TASK = {cpus_per_task}, but a rank may use {short[0].values['num_cores']}",
+            "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # mpirun: --bind-to none",
+            ranks_of(short),
         )
-    if len(answers) > 1 and len(hosts) < nodes:
-        return Finding(
-            "warn", f"{seen}, of {nodes} that are paid for", f"srun -N {nodes} ...   # mpirun: --map-by node"
-        )
-    if len(answers) > 1 and tasks not in (0, len(answers)):
-        return Finding(
-            "warn",
-            f"{seen}, and SLURM_NTASKS = {tasks}",
-            f"mpirun -n {tasks} ...   # or #SBATCH --ntasks={len(answers)}",
-        )
+    if num_ranks > 1 and num_hosts < num_nodes:
+        return Finding("warn", f"{seen} of {num_nodes} allocated", f"srun -N {num_nodes} ...   # mpirun: --map-by node")
+    # A step may have fewer tasks than the job on purpose: only mpirun's number of ranks is compared.
+    if job.launcher == "mpirun" and num_ranks > 1 and job.num_tasks not in (None, num_ranks):
+        mend = f"mpirun -n {job.num_tasks} ...   # or #SBATCH --ntasks={num_ranks}"
+        return Finding("warn", f"{seen}, but SLURM_NTASKS = {job.num_tasks}", mend)
     return Finding("ok", seen)
 
 
@@ -110,7 +93,7 @@ def _amounts(inside: Sequence[Answer], answers: Sequence[Answer]) -> Finding:
 
 def look_clocks(subject: Subject) -> Values:
     """Collective. This rank's wall clock minus the root's, and by how much that may be wrong, in seconds."""
-    found = subject.context.all(compared_clocks(subject.context, time_ns))[0]
+    found = subject.context.all_gather(compare_clocks(subject.context, time_ns))[0]
     offset_ns, error_ns = found[subject.context.world.rank]
     return {"offset_s": offset_ns / 1e9, "error_s": error_ns / 1e9}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_train.core.allreduce_times import size_text
+from hpc_train.core.formatting import binary_size
 from hpc_train.doctor import carriers
 from hpc_train.doctor.check import Answer, Finding, Subject, Values, by_host, ranks_of, time_text
 from hpc_train.train.comm import messages
@@ -48,7 +48,7 @@ def _all_reduce(context: Context, num_bytes: int) -> tuple[float, int]:
     mine = index * (world.rank % 8 + 1)
     context.barrier()
     began = perf_counter()
-    messages.add_up(context.comm, mine, total)
+    messages.all_reduce(context.comm, mine, total)
     spent_s = perf_counter() - began
     factor = sum(rank % 8 + 1 for rank in range(world.size))
     return spent_s, int(np.count_nonzero(np.abs(total - index * factor) > 1e-6 * factor * 1000))
@@ -59,7 +59,7 @@ def judge_all_reduce(answers: Sequence[Answer]) -> Finding:
     wrong = [answer for answer in answers if answer.values["num_wrong"]]
     if wrong:
         values = wrong[0].values
-        seen = f"the sum is wrong in {values['num_wrong']:,} elements, of {size_text(values['bytes'])} at most"
+        seen = f"the sum is wrong in {values['num_wrong']:,} elements, of {binary_size(values['bytes'])} at most"
         return Finding(
             "fail", seen, "export OMPI_MCA_coll=^tuned,han   # and report it: no result can be trusted", ranks_of(wrong)
         )
@@ -68,7 +68,7 @@ def judge_all_reduce(answers: Sequence[Answer]) -> Finding:
     values = answers[0].values
     rate = values["bus_bytes_per_s"]
     latency_s = max(answer.values["latency_s"] for answer in answers)
-    large = f"{size_text(values['bytes'])} in {time_text(values['time_s'])}, {rate / 1e9:.3g} GB/s of the bus"
+    large = f"{binary_size(values['bytes'])} in {time_text(values['time_s'])}, {rate / 1e9:.3g} GB/s of the bus"
     seen = f"the sum is right; {large}; 8 bytes in {time_text(latency_s)}"
     if rate < _SLOW_BYTES_PER_S:
         mend = "hpc-train doctor   # look at transport and cores, then at the link: ethtool INTERFACE"
@@ -139,7 +139,7 @@ def _carried(answers: Sequence[Answer], over_tcp: Sequence[Answer], least: float
     if over_tcp:
         names = sorted({name for answer in over_tcp for name in answer.values["tcp"]})
         num_bytes = max(sum(answer.values["tcp"].values()) for answer in over_tcp)
-        words.append(f"TCP ({', '.join(names)}: {size_text(num_bytes)} received by a rank)")
+        words.append(f"TCP ({', '.join(names)}: {binary_size(num_bytes)} received by a rank)")
     if rdma:
         words.append(f"RDMA ({', '.join(rdma)})")
     elif held and not over_tcp and len(hosts) > 1:

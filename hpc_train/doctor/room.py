@@ -5,10 +5,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from hpc_train.core.allreduce_times import size_text
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system, stripe_count
+from hpc_train.core.formatting import binary_size
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.doctor.check import Answer, Finding, Subject, Values
 from hpc_train.train.comm.context import Context
@@ -59,7 +59,7 @@ def judge_stripes(answers: Sequence[Answer]) -> Finding:
         )
     return Finding(
         "warn",
-        f"{seen}, and {len(answers)} ranks read its {size_text(values['bytes'])}",
+        f"{seen}, and {len(answers)} ranks read its {binary_size(values['bytes'])}",
         f"lfs migrate -c 8 {values['place']}",
     )
 
@@ -137,7 +137,7 @@ def judge_room(answers: Sequence[Answer]) -> Finding:
     if not values["keep"]:
         return Finding("n/a", "checkpoint.keep = 0: none is written")
     needed = values["bytes"] * (values["keep"] + 1)
-    one, total, free = (size_text(num_bytes) for num_bytes in (values["bytes"], needed, values["free"]))
+    one, total, free = (binary_size(num_bytes) for num_bytes in (values["bytes"], needed, values["free"]))
     seen = f"{values['keep']} checkpoints of {one} and one being written: {total}; {free} free on {values['folder']}"
     if needed > values["free"]:
         return Finding("fail", seen, "--set run.root=FOLDER   # with more room, or --set checkpoint.keep=1")

@@ -11,7 +11,7 @@ import numpy as np
 
 from hpc_train.doctor.check import Answer, Finding, Status, Subject, Values, ranks_of
 from hpc_train.train.comm import messages
-from hpc_train.train.comm.context import library_of, mpi, mpi_version
+from hpc_train.train.comm.mpi_library import library_of, mpi, mpi_version
 
 _INSTALL = "make install"
 _SLOW_LOAD_S = 60.0
@@ -111,10 +111,10 @@ def look_threads(subject: Subject) -> Values:
     """Collective. The level that MPI granted and, where it is MULTIPLE, a sum begun by another thread."""
     comm, strategy = subject.context.comm, subject.config.reduce.strategy if subject.config else "horovod"
     values: Values = {"level": _LEVELS[mpi().Query_thread()], "strategy": strategy, "sum": None}
-    if min(subject.context.all(_LEVELS.index(values["level"]))) < _LEVELS.index("MULTIPLE"):
+    if min(subject.context.all_gather(_LEVELS.index(values["level"]))) < _LEVELS.index("MULTIPLE"):
         return values
     own, total = comm.Dup(), np.zeros(1)  # as Horovod does: its thread talks beside the one that trains
-    thread = threading.Thread(target=lambda: messages.add_up(own, np.ones(1), total))
+    thread = threading.Thread(target=lambda: messages.all_reduce(own, np.ones(1), total))
     thread.start()
     comm.Barrier()
     thread.join()
@@ -149,11 +149,11 @@ def look_horovod(subject: Subject) -> Values:
         import torch
     except ImportError as error:  # built against another torch: a symbol is missing
         values["error"] = str(error)
-    if any(subject.context.all(values["error"])):
+    if any(subject.context.all_gather(values["error"])):
         return values
     values["built"] = [name for name in _BUILT if getattr(hvd, f"{name}_built")()]
     values["has_gpu"] = torch.cuda.is_available()
-    if not all(subject.context.all("mpi" in values["built"])):
+    if not all(subject.context.all_gather("mpi" in values["built"])):
         return values
     hvd.init()
     ones = hvd.allreduce(torch.ones(1000), op=hvd.Sum, name="doctor")

@@ -15,7 +15,8 @@ import numpy as np
 
 from hpc_train.core.filesystem import file_system
 from hpc_train.doctor.check import Answer, Finding, Subject, Values, ranks_of
-from hpc_train.train.comm.context import Context, parallel_file_options
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import parallel_file_options
 
 _ROWS, _ROW_BYTES = 256, 1 << 13  # of a rank: 2 MiB
 
@@ -31,7 +32,7 @@ def look_parallel_file(subject: Subject) -> Values:
         return values
     try:
         sees = place.is_dir()
-        if not all(context.all(sees)):
+        if not all(context.all_gather(sees)):
             return {**values, "unseen": not sees}
         return {**values, **_write_and_read(place / "together.h5", context)}
     finally:
@@ -145,7 +146,7 @@ def _held(path: Path, lock: Callable[[int, int], None], context: Context) -> str
     else:
         mine = _take(handle, lock, fcntl.LOCK_EX) if context.world.is_root else ""
     context.barrier()
-    everyone = context.all(mine or _take(handle, lock, fcntl.LOCK_EX))  # the root holds it until all have tried
+    everyone = context.all_gather(mine or _take(handle, lock, fcntl.LOCK_EX))  # the root holds it until all have tried
     if handle >= 0:
         os.close(handle)
     mine = everyone[context.world.rank]

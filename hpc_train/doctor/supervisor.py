@@ -24,8 +24,8 @@ import click
 from hpc_train.core.child_process import died_of
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.paths import expanded
-from hpc_train.core.world import launched_rank, launched_size
 
 SCHEMA = 1
 _START_S = 600.0  # Python's own start: a thousand ranks on one file server take minutes
@@ -72,7 +72,8 @@ def examine(job: Path | None, overrides: tuple[str, ...], as_json: bool) -> int:
 
     Raises `UserError` for a job file that is none.
     """
-    rank, began_s = launched_rank() or 0, monotonic()
+    launched, began_s = JobEnvironment.current(), monotonic()
+    rank = launched.rank or 0
     if job is None and overrides:
         raise _joint(UserError(f"--set {overrides[0]}, and no CONFIG", "Name the job file whose key it is."))
     try:
@@ -81,7 +82,7 @@ def examine(job: Path | None, overrides: tuple[str, ...], as_json: bool) -> int:
             expanded(config.run.root), expanded(config.data.file or "")  # the checks look at these
     except UserError as error:
         raise _joint(error) from None
-    examined = Examined(size=launched_size() or 1)
+    examined = Examined(size=launched.size or 1)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         fault = _follow(job, overrides, examined, rank)

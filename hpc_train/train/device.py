@@ -1,11 +1,9 @@
 """The device a rank computes on: which one, how fast it could be, how batches get there, what they cost it."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,12 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from hpc_train.core import config
 from hpc_train.core.clock import Clock
 from hpc_train.core.errors import UserError
+from hpc_train.core.settings import Train
 from hpc_train.core.world import World
-
-T = TypeVar("T")
 
 # Dense matrix products, 1e12 operations a second, by makers' data sheets: (fp32 as tf32 is off, bf16 and fp16).
 _PEAK_TFLOPS = {
@@ -36,7 +32,7 @@ _PEAK_TFLOPS = {
 }
 
 
-def open_device(train: config.Train, world: World) -> torch.device:
+def open_device(train: Train, world: World) -> torch.device:
     """The device of this rank, made the current one. Raises `UserError` where a GPU is asked for and there is none."""
     if train.device == "cpu" or (train.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -50,7 +46,7 @@ def open_device(train: config.Train, world: World) -> torch.device:
     return device
 
 
-def peak_flops(train: config.Train, device: torch.device) -> tuple[float | None, str | None]:
+def peak_flops(train: Train, device: torch.device) -> tuple[float | None, str | None]:
     """(operations a second that this rank's device can do at `train.precision`, who says so); Nones if unknown."""
     if train.peak_tflops:
         return train.peak_tflops * 1e12, "train.peak_tflops"
@@ -63,14 +59,14 @@ def peak_flops(train: config.Train, device: torch.device) -> tuple[float | None,
     return None, None
 
 
-def open_clock(train: config.Train, device: torch.device) -> Clock:
+def open_clock(train: Train, device: torch.device) -> Clock:
     """The timer of this rank's steps; whether it tells phases of a GPU is `train.timing`'s to say."""
     if device.type == "cpu":
         return Clock()
     return Clock(torch.cuda.synchronize) if train.timing == "phases" else Clock(tells_phases=False)
 
 
-def precision(train: config.Train, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def precision(train: Train, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """A context for forward passes: matrix products in `train.precision`, by autocast."""
     if train.precision == "fp32":
         return nullcontext
@@ -86,63 +82,6 @@ def seed_noise(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def on_device(batches: Iterable[T], device: torch.device, ahead: bool) -> Iterator[T]:
-    """Batches on `device`. ahead: each is on its way to a GPU while the step before it computes."""
-    if device.type == "cpu":
-        yield from batches
-        return
-    stream = torch.cuda.Stream(device)
-
-    def sent(batch: T) -> T:
-        with torch.cuda.stream(stream):
-            copy = _with_tensors(batch, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
-            on_their_way.append((batch, stream.record_event()))
-        return copy
-
-    def arrived(batch: T) -> T:
-        current = torch.cuda.current_stream()
-        current.wait_stream(stream)
-        _with_tensors(batch, lambda tensor: tensor.record_stream(current))  # its memory is in use until then
-        return batch
-
-    coming: list[T] = []
-    # Memory that is pinned already may be filled again once nobody holds it: not before its copy has ended.
-    on_their_way: deque[tuple[T, torch.cuda.Event]] = deque()
-    for batch in batches:
-        let_go(on_their_way)
-        coming.append(sent(batch))
-        if len(coming) > ahead:
-            yield arrived(coming.pop(0))
-    for batch in coming:
-        yield arrived(batch)
-
-
-def let_go(on_their_way: deque[tuple[T, torch.cuda.Event]]) -> None:
-    """Forgets the batches whose copies have ended, as the events behind them tell; they end in their order."""
-    while on_their_way and on_their_way[0][1].query():
-        on_their_way.popleft()
-
-
-def _with_tensors(value: Any, fn: Callable[[torch.Tensor], Any]) -> Any:
-    """`value` with `fn` applied to its tensors: of a list, tuple, dict or dataclass."""
-    if isinstance(value, torch.Tensor):
-        return fn(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_with_tensors(item, fn) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_with_tensors(item, fn) for item in value)
-    if isinstance(value, dict):
-        return {key: _with_tensors(item, fn) for key, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _with_tensors(getattr(value, f.name), fn) for f in fields(value) if f.init})
-    return value
-
-
-def moved(value: T, device: torch.device) -> T:
-    """`value` with its tensors on `device`."""
-    return _with_tensors(value, lambda tensor: tensor.to(device))
 
 
 def try_out(loss: Callable[[], torch.Tensor], model: nn.Module) -> int:

@@ -39,7 +39,7 @@ def generate(
             f"{run.path} is a run of task.kind = '{config.task.kind}', which writes no text",
             "Name a run of task.kind = 'language', such as those of configs/gpt-text.toml.",
         )
-    facts = open_files(config, Context(World()), "python-source").text_facts
+    facts = open_files(config, Context(World()), "python-source").tokenizer_attributes
     if "tokenizer" not in facts:
         raise UserError(
             f"data.file = '{config.data.file}' does not say what its tokens mean",

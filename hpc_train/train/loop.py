@@ -1,11 +1,11 @@
 """Training, top to bottom: one loop, visible."""
 
 import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -14,30 +14,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.core.config import Config, Loaded
+from hpc_train.core.config import Loaded
 from hpc_train.core.errors import UserError
+from hpc_train.core.key_rules import check_ranks
 from hpc_train.core.resume_rules import said
-from hpc_train.core.sampling import Order, noise_seed, rank_batches
+from hpc_train.core.sampling import BatchSampler, Shares, noise_seed
+from hpc_train.core.settings import Config
 from hpc_train.core.signals import CONTINUE, TERMINATED, StopRequest
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement, crowding_warnings, place_ranks
 from hpc_train.train.comm.watchdog import open_watchdog
-from hpc_train.train.data.prefetch import Prefetch, announced
-from hpc_train.train.device import (
-    moved,
-    on_device,
-    open_clock,
-    open_device,
-    peak_flops,
-    precision,
-    recompute_blocks,
-    seed_noise,
-    try_out,
-)
+from hpc_train.train.data.batches import Batches
+from hpc_train.train.data.device_queue import moved
+from hpc_train.train.device import open_clock, open_device, peak_flops, precision, recompute_blocks, seed_noise, try_out
 from hpc_train.train.onednn import compiled, layouts_watched
 from hpc_train.train.optimize import Optimizer, misfit, scale_misfit
 from hpc_train.train.reduce.buckets import trainable
-from hpc_train.train.reduce.reducer import Reducer, broadcast_model, check_strategy, open_reducer
+from hpc_train.train.reduce.reducer import Reducer, broadcast_model, open_reducer
 from hpc_train.train.reduce.shards import whole
 from hpc_train.train.run import checkpoint
 from hpc_train.train.run.attempt import Attempt, check_continues, is_complete, open_attempt, require_beginning, say
@@ -65,7 +58,6 @@ class Job:
     """
 
     task: Task
-    order: Order  # of the samples in an epoch
     model: nn.Module
     batch_size: int  # of all ranks together
     facts: dict[str, Any]  # that each checkpoint states
@@ -101,10 +93,12 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
         ):
             optimizer = _optimizer(config, job, reducer, context)
             snapshot = partial(_snapshot, job, optimizer, reducer, context)
-            first, model, batches = _begin(attempt, recorder, job, optimizer, reducer, config, context)
-            if first is None:
-                return 0  # it was complete
+            begun = _begin(attempt, recorder, job, optimizer, reducer, config, context)
+            if begun is None:
+                return 0  # the run was complete
+            first, model, batches = begun
             task, clock, stopped = job.task, recorder.clock, False
+            sync = clock.sync if reducer.syncs_weights else nullcontext()  # 0 ns, not 200, where nothing travels
 
             for step in range(first, config.train.steps):
                 watch.step = step
@@ -127,7 +121,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                     with clock.optimizer:
                         made = isfinite(shared.loss) and optimizer.step(step)
                         model.zero_grad()
-                    with clock.spread, context.waiting:
+                    with sync, context.waiting:
                         made = reducer.sync_weights(made)
                     overflowed |= isfinite(shared.loss) and not made
                 optimizer.end_step(made, overflowed)
@@ -144,14 +138,14 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                 if stopped := shared.stop > 0 and step + 1 < config.train.steps:
                     break
             watch.step = None
-            batches.close()  # and the thread that makes them ahead
+            batches.close()
             return _end(stop.cause if stopped else None, recorder, saver, snapshot, optimizer, job, context)
 
 
 @contextmanager
 def _set_up(config: Config, context: Context) -> Iterator[Job]:
     """Collective. Who trains, on what device, which task and model; warns where ranks are crowded."""
-    context.on_all(partial(check_strategy, config.reduce, context.world.size))
+    context.on_all(partial(check_ranks, config, context.world.size))
     places = place_ranks(context, config.train.threads)
     torch.set_num_threads(places[context.world.rank].threads)
     if context.world.is_root:
@@ -160,23 +154,19 @@ def _set_up(config: Config, context: Context) -> Iterator[Job]:
     device = context.on_all(partial(open_device, config.train, context.world))
     is_server = context.world.rank >= config.reduce.num_workers(context.world.size)
     has_servers = config.reduce.strategy == "parameter_server"
-    team = context.team(is_server) if has_servers else context
-    with team.duplicate() as for_task:
+    with context.split(is_server) if has_servers else nullcontext(context) as team, team.duplicate() as for_task:
         # Of a fault that one team alone meets, the other must hear, too.
         task = context.on_all(partial(open_task, config, for_task)) if has_servers else open_task(config, for_task)
         batch_size = _batch_size(config, task, context)
         torch.manual_seed(config.seed)
         model = _model(task, context).to(device)
-        order = getattr(task, "order", None) or Order(task.num_samples)
         facts = {
             "size": context.world.size,
             "global_batch": batch_size,
             "num_samples": task.num_samples,
-            "order": str(order),
+            "order": str(task.order),
         }
-        yield Job(
-            task, order, model, batch_size, facts, places, device, team, is_server, precision(config.train, device)
-        )
+        yield Job(task, model, batch_size, facts, places, device, team, is_server, precision(config.train, device))
 
 
 def _begin(
@@ -187,18 +177,26 @@ def _begin(
     reducer: Reducer,
     config: Config,
     context: Context,
-) -> tuple[int | None, nn.Module, Generator[Any]]:
-    """Collective. (the step to go on with, the model to train, the batches); no step where the run is complete."""
+) -> tuple[int, nn.Module, Batches] | None:
+    """Collective. (the step to resume at, the model to train, the batches from it on); None if complete."""
     first = _restore(attempt, job, optimizer, reducer, config, context)
     if first >= config.train.steps and context.on_root(partial(is_complete, attempt.run)):
         context.on_root(lambda: say(f"{attempt.run.path} is complete: {first} steps"))
-        return None, job.model, _again([], iter(()))
-    model, batches, measured = _first_look(_batches(job, config, first), job, config, context)
-    reading = getattr(job.task, "reading", None)
-    recorder.start(first, model, job.facts | measured | {"reading": reading})
-    if reading:
-        context.on_root(lambda: say(f"Data: {reading}"))
+        return None
+    batches = _open_batches(job, config, first)
+    model, measured = _first_look(batches, job, config, context)
+    recorder.start(first, model, job.facts | measured | {"reading": job.task.reading})
+    if job.task.reading:
+        context.on_root(lambda: say(f"Data: {job.task.reading}"))
     return first, model, batches
+
+
+def _open_batches(job: Job, config: Config, first: int) -> Batches:
+    """This rank's batches of step `first` and those after it; a parameter server's are empty."""
+    world = job.team.world
+    sampler = BatchSampler(job.task.order, job.batch_size, config.seed, Shares(world.size), world.rank)
+    num_parts = 0 if job.is_server else config.train.accumulate
+    return Batches(job.task, sampler, range(first, config.train.steps), num_parts, job.device)
 
 
 def _optimizer(config: Config, job: Job, reducer: Reducer, context: Context) -> Optimizer:
@@ -214,7 +212,7 @@ def _snapshot(job: Job, optimizer: Optimizer, reducer: Reducer, context: Context
         state = reducer.shards.gather(
             state, context
         )  # before the weights are looked at: it brings the root's up to date
-    own = job.task.state() if hasattr(job.task, "state") and not job.is_server else {}
+    own = {} if job.is_server else job.task.state()
     return {"model": job.model.state_dict(), "optimizer": state, "loss_scale": optimizer.loss_scale, "task": own}
 
 
@@ -249,10 +247,10 @@ def _restore(
 
 def _misfit(job: Job, config: Config, state: dict[str, Any]) -> str | None:
     """Why this job cannot go on from `state`, whose model fits; None where it can."""
-    own, keeps_own = state["task"], hasattr(job.task, "load_state")
+    own, keeps_own = state["task"], job.task.keeps_state
     if not isinstance(own, dict) or (own and not keeps_own):
         return f"task.kind = '{config.task.kind}' keeps no such state as it holds"
-    if keeps_own and not own and job.task.state():  # type: ignore[attr-defined]
+    if keeps_own and not own and job.task.state():
         return f"it holds no state of task.kind = '{config.task.kind}'"
     return scale_misfit(state["loss_scale"]) or misfit(state["optimizer"], config.train, trainable(job.model))
 
@@ -267,7 +265,7 @@ def _load(
         if all(change.key != "train.precision" for change in attempt.changes):
             optimizer.loss_scale = state["loss_scale"]  # another precision's says nothing of this one's
         if state["task"] and not job.is_server:
-            job.task.load_state(state["task"])  # type: ignore[attr-defined]
+            job.task.load_state(state["task"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{folder} does not fit this job: {type(error).__name__}: {error}",
@@ -275,31 +273,28 @@ def _load(
         ) from None
 
 
-def _first_look(
-    batches: Iterator[Any], job: Job, config: Config, context: Context
-) -> tuple[nn.Module, Generator[Any], dict[str, Any]]:
-    """Collective. Tries the first batch out before the loop: (the model to train, the batches, facts for meta.json).
+def _first_look(batches: Batches, job: Job, config: Config, context: Context) -> tuple[nn.Module, dict[str, Any]]:
+    """Collective. Tries the first batch out before the loop: (the model to train, facts for meta.json).
 
     A task whose model and batches do not fit is told so here, on one rank; and a step's operations are counted.
     """
-    coming = list(islice(batches, 1))
+    coming = batches.peek()
 
     def warn(words: str) -> None:
         if context.world.is_root:
             print(words, file=sys.stderr, flush=True)
 
     def look() -> int:
-        parts = coming[0][0] if coming else []
-        if not parts:
+        if coming is None or not coming.parts:
             return 0
         with job.autocast(), layouts_watched(job.model, warn):
-            return try_out(lambda: checked_loss(config, job.task, job.model, parts[0]), job.model)
+            return try_out(lambda: checked_loss(config, job.task, job.model, coming.parts[0]), job.model)
 
     flops = context.on_all(look)
     if config.train.activation_checkpointing:
         context.on_all(partial(recompute_blocks, job.model))
     model = compiled(job.model, job.device) if config.train.compile else job.model
-    num_first = -(-coming[0][1] // len(coming[0][0])) if coming and coming[0][0] else 0
+    num_first = -(-coming.num_samples // len(coming.parts)) if coming and coming.parts else 0
     peak, source = peak_flops(config.train, job.device)
     strategy = config.reduce.strategy
     facts = {
@@ -311,12 +306,7 @@ def _first_look(
         "peak_flops": peak,
         "peak_source": source,
     }
-    return model, _again(coming, batches), facts
-
-
-def _again(coming: list[Any], batches: Iterator[Any]) -> Generator[Any]:
-    yield from coming
-    yield from batches
+    return model, facts
 
 
 def _answer_left_out(
@@ -351,12 +341,12 @@ def _end(
     """Collective. Saves the last state; then tests and sums up, unless the loop was stopped by `cause`."""
     recorder.flush()
     # Asked of all ranks: those of an asynchronous parameter server each know of their own updates alone.
-    if min(context.all(optimizer.num_left_out)) >= recorder.num_steps_done and cause is None:
+    if min(context.all_gather(optimizer.num_left_out)) >= recorder.num_steps_done and cause is None:
         refuse_a_run_without_updates(recorder.num_steps_done, context)
     state = snapshot()
     saved = context.on_root(lambda: saver.save_now(recorder.num_steps_done, state))
     outcome = "complete" if cause is None else f"stopped by {cause}"
-    recorder.stop(outcome, optimizer_bytes=context.all(optimizer.num_bytes))
+    recorder.stop(outcome, optimizer_bytes=context.all_gather(optimizer.num_bytes))
     if cause is None:
         test = _test(job, context)
         fault = fault_of_test(test)
@@ -368,33 +358,10 @@ def _end(
     return CONTINUE if saver.keeps else TERMINATED
 
 
-def _batches(job: Job, config: Config, first: int) -> Iterator[tuple[list[Any], int, int]]:
-    """(this rank's share in parts, its samples, the global batch's samples) of step `first` and those after it."""
-    shares, in_step = _shares(job, config, first), getattr(job.task, "in_step", False)
-    if in_step:
-        yield from on_device(shares, job.device, ahead=False)
-        return
-    with Prefetch(shares) as made:
-        yield from on_device(made, job.device, ahead=True)
-
-
-def _shares(job: Job, config: Config, first: int) -> Iterator[tuple[list[Any], int, int]]:
-    steps, seed, world = range(first, config.train.steps), config.seed, job.team.world
-    shares = rank_batches(steps, job.order, job.batch_size, seed, world.rank, world.size)
-    if job.order.edges is not None and hasattr(job.task, "prefetch") and not job.is_server:
-        shares = announced(shares, job.task.prefetch, job.order.steps_ahead(job.batch_size))
-    for step, (rows, num_global) in zip(steps, shares, strict=True):
-        if job.is_server:
-            yield [], 0, num_global
-            continue
-        parts = np.array_split(rows, min(config.train.accumulate, max(1, len(rows))))
-        yield [job.task.batch(part, step) for part in parts], len(rows), num_global
-
-
 def _batch_size(config: Config, task: Task, context: Context) -> int:
     """Collective. The global batch on this many ranks. Raises UserError where a rank or the data would run dry."""
     world, num_samples = context.world, task.num_samples
-    batch_size, num_workers = config.global_batch(world.size), config.reduce.num_workers(world.size)
+    batch_size = config.global_batch(world.size)
     most = int(context.max(np.array([num_samples]))[0])
 
     def check() -> None:
@@ -402,11 +369,6 @@ def _batch_size(config: Config, task: Task, context: Context) -> int:
             raise UserError(
                 f"task.kind = '{config.task.kind}': num_samples = {num_samples} on rank {world.rank}, {most} elsewhere",
                 "num_samples counts the whole data set and is alike on every rank; batch(rows) picks a rank's share.",
-            )
-        if batch_size < num_workers:
-            raise UserError(
-                f"train.global_batch = {batch_size} is smaller than the {num_workers} ranks: some would idle",
-                f"Set train.global_batch to {num_workers} or more, or start fewer ranks.",
             )
         if batch_size > num_samples:
             key = "global_batch" if config.train.global_batch else "batch_per_rank"
@@ -450,7 +412,7 @@ def _test(job: Job, context: Context) -> dict[str, float]:
             num_counted, measures = job.task.test(job.model, moved(batch, job.device))
             count += num_counted
             sums = {name: sums.get(name, 0.0) + value for name, value in measures.items()}
-    everyone = context.all((count, sums))
+    everyone = context.all_gather((count, sums))
     total = sum(count for count, _ in everyone)
     names = dict.fromkeys(name for _, sums in everyone for name in sums)
     return {name: sum(sums.get(name, 0.0) for _, sums in everyone) / total for name in names} if total else {}

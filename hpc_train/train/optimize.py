@@ -13,14 +13,14 @@ import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from hpc_train.core import config
+from hpc_train.core.settings import Train
 from hpc_train.train.reduce.shards import ParamShard, State
 
 _TRUST = 0.001  # of LARS
 _FIRST_SCALE, _GROW_AFTER = 2.0**16, 2000  # of the loss in fp16, as in torch.amp.GradScaler
 
 
-def learning_rate(train: config.Train, step: int, batch_size: int) -> float:
+def learning_rate(train: Train, step: int, batch_size: int) -> float:
     """The learning rate of `step`.
 
     Linear scaling and gradual warm-up are those of Goyal et al., "Accurate, Large Minibatch SGD" (2017): a batch that
@@ -46,7 +46,7 @@ class Optimizer:
 
     def __init__(
         self,
-        train: config.Train,
+        train: Train,
         owned: list[ParamShard],
         batch_size: int,
         sum_owned: Callable[[float], float],
@@ -168,7 +168,7 @@ def _fusible(parameters: list[torch.Tensor]) -> bool:
 
 
 def _sgd(
-    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: config.Train
+    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: Train
 ) -> None:
     buffers = [each.get("momentum_buffer") for each in kept]
     are_alike = len({buffer is None for buffer in buffers}) == 1  # some parameters may be used for the first time
@@ -190,7 +190,7 @@ def _sgd(
 
 
 def _adamw(
-    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: config.Train
+    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: Train
 ) -> None:
     _begin_moments(parameters, kept)
     for parameter, each in zip(parameters, kept, strict=True):
@@ -221,7 +221,7 @@ def _begin_moments(parameters: list[torch.Tensor], kept: list[dict[str, torch.Te
 
 
 def _lars(
-    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: config.Train
+    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: Train
 ) -> None:
     """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg, "Large Batch Training of ConvNets", 2017).
 
@@ -241,7 +241,7 @@ def _lars(
 
 
 def _lamb(
-    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: config.Train
+    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: Train
 ) -> None:
     """Layer-wise Adam (You et al., "Large Batch Optimization for Deep Learning", ICLR 2020).
 
@@ -264,7 +264,7 @@ def _lamb(
         parameter.sub_(layer_rate * update)
 
 
-def misfit(state: Any, train: config.Train, weights: Mapping[str, torch.Tensor]) -> str | None:
+def misfit(state: Any, train: Train, weights: Mapping[str, torch.Tensor]) -> str | None:
     """Why `state` is none that this job's optimizer keeps of `weights`, by name; None where it is one."""
     if not isinstance(state, dict):
         return f"the optimizer's state is {type(state).__name__}"

@@ -28,13 +28,16 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from hpc_train.core.config import RECORDED, UNKNOWN_STEPS, Loaded, from_values
+from hpc_train.core.config import Loaded, from_values
 from hpc_train.core.errors import UserError
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.sampling import rank_span
-from hpc_train.core.world import World, launched_rank, launched_size
-from hpc_train.train.comm.context import Context, join_mpi
+from hpc_train.core.settings import RECORDED, UNKNOWN_STEPS
+from hpc_train.core.world import World
+from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import place_ranks
 from hpc_train.train.comm.process_group import join_process_group
+from hpc_train.train.comm.startup import join_mpi
 from hpc_train.train.device import open_clock
 from hpc_train.train.run.attempt import open_attempt
 from hpc_train.train.run.recorder import Recorder
@@ -200,9 +203,10 @@ def _ranks() -> AbstractContextManager[Context]:
     """The ranks that the program's loop runs on. Raises UserError where they cannot be told."""
     if distributed.is_available() and distributed.is_initialized():
         return join_process_group()
-    if launched_rank() is not None:
+    job = JobEnvironment.current()
+    if job.is_launched:
         return join_mpi()
-    sizes = {name: os.environ.get(name, "1") for name in _STARTED_SIZES} | {"srun's tasks": str(launched_size() or 1)}
+    sizes = {name: os.environ.get(name, "1") for name in _STARTED_SIZES} | {"srun's tasks": str(job.size or 1)}
     for name, size in sizes.items():
         if size != "1":
             raise UserError(

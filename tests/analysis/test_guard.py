@@ -17,7 +17,7 @@ from tests.synthetic import Recipe, write_run
 HERE = "hpc_train.analysis."
 # What fails -> where it must be told, besides in summary.json and scaling.csv: "words" are the terminal and Markdown.
 PARTS = {
-    "scaling.scaling.efficiencies": "words",
+    "scaling.compare.efficiencies": "words",
     "energy.cost.energy_of": "words",
     "report.report.studies_of": "words",
     "report.sections.headline": "words",
@@ -84,7 +84,7 @@ def test_a_section_that_fails_says_why_in_its_place(
 
 
 @pytest.mark.parametrize(
-    "broken", ["scaling.scaling.efficiencies", "report.tables._phase_sheet", "report.plots.speed._paint"], indirect=True
+    "broken", ["scaling.compare.efficiencies", "report.tables._phase_sheet", "report.plots.speed._paint"], indirect=True
 )
 def test_the_traceback_is_there_for_those_who_ask(runs: Path, broken: str, tmp_path: Path) -> None:
     """As the whole test suite does (conftest.py)."""

@@ -11,8 +11,10 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -32,13 +34,15 @@ Pass = Callable[[int], Iterable[Any]]  # the epoch's number -> its batches
 
 def ours(path: Path, memory_mb: int = _MEMORY_MB) -> Pass:
     """As a training's loop on one rank gets them: order, reading, and what is made ahead."""
-    from hpc_train.core.config import Config
-    from hpc_train.core.sampling import rank_batches
+    import torch
+
+    from hpc_train.core.sampling import BatchSampler
+    from hpc_train.core.settings import Config
     from hpc_train.core.world import World
     from hpc_train.train.comm.context import Context
+    from hpc_train.train.data.batches import Batches
     from hpc_train.train.data.dataset import open_order, open_split
     from hpc_train.train.data.files import open_files
-    from hpc_train.train.data.prefetch import Prefetch, announced
 
     config = Config.model_validate(
         {"name": "x", "data": {"file": str(path), "memory_mb": memory_mb}, "train": {"steps": 1, "global_batch": BATCH}}
@@ -46,15 +50,14 @@ def ours(path: Path, memory_mb: int = _MEMORY_MB) -> Pass:
     files = open_files(config, Context(World()))
     split = open_split(files, "train/inputs", "train/targets", ("data.inputs", "data.targets"))
     assert split is not None
-    order = open_order(split.inputs, len(split), config)
+    sampler = BatchSampler(open_order(split.inputs, len(split), config), BATCH, seed=0)
+    task: Any = SimpleNamespace(batch=split.batch, prefetch=split.prefetch, in_step=False)
     per_epoch = -(-len(split) // BATCH)
 
     def go(epoch: int) -> Iterator[Any]:
-        shares = rank_batches(range(epoch * per_epoch, (epoch + 1) * per_epoch), order, BATCH, 0, 0, 1)
-        if order.edges is not None:
-            shares = announced(shares, split.prefetch, order.steps_ahead(BATCH))
-        with Prefetch(split.batch(rows) for rows, _ in shares) as made:
-            for batch in made:
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        with closing(Batches(task, sampler, steps, 1, torch.device("cpu"))) as batches:
+            for (batch,), _, _ in batches:
                 yield batch.inputs.numpy()
 
     return go
@@ -89,14 +92,14 @@ def decompressor(path: Path) -> Callable[[], None]:
     from hpc_train.core.world import World
     from hpc_train.train.comm.context import Context
     from hpc_train.train.data import filters
-    from hpc_train.train.data.files import reading_threads
+    from hpc_train.train.data.files import num_decode_threads
 
     with h5py.File(path, "r") as file:
         inputs = file["train/inputs"].id
         corners = [inputs.get_chunk_info(number).chunk_offset for number in range(inputs.get_num_chunks())]
         packed = [memoryview(inputs.read_direct_chunk(corner)[1])[:-4] for corner in corners]  # less their checksums
         num_bytes = int(np.prod(file["train/inputs"].chunks))
-    threads = ThreadPoolExecutor(reading_threads(Context(World())))
+    threads = ThreadPoolExecutor(num_decode_threads(Context(World())))
 
     def go() -> None:
         for data in threads.map(lambda data: filters._inflate(data, num_bytes), packed):

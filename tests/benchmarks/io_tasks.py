@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_train.core.config import Config
+from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.tasks.classification import Classification
 from hpc_train.train.tasks.language import Language

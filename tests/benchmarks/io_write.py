@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from hpc_train.bench import io
-from hpc_train.train.comm.context import open_context
+from hpc_train.train.comm.startup import open_context
 
 
 def main(folder: Path, size_mb: int, repeat: int) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from torch import nn
 
 from hpc_train.core.allreduce_times import Fit
-from hpc_train.core.records import PHASES
+from hpc_train.core.records import COMMUNICATION, PHASES
 from hpc_train.core.rundir import find
 from hpc_train.core.timings import read_timings
 from hpc_train.train.reduce.buckets import NUM_NOTES, decays, make_buckets
@@ -153,8 +153,8 @@ def exposed_s(
     cluster.on("head", *LAUNCH, *words, cwd=folder, timeout_s=_MOST_S)
     (run,) = find([folder / "runs" / name])
     workers = len(NODES) - (strategy == "parameter_server")
-    reduce = PHASES.index("reduce")
-    spent = [read_timings(run.timings(rank)).phases_ns[WARMUP:, reduce] for rank in range(workers)]
+    exposed = [PHASES.index(phase) for phase in COMMUNICATION]
+    spent = [read_timings(run.timings(rank)).phases_ns[WARMUP:, exposed].sum(axis=1) for rank in range(workers)]
     return np.asarray(np.mean(spent, axis=0) / 1e9)
 
 

@@ -18,9 +18,10 @@ from typing import Any
 import click
 
 from hpc_train.cluster import study
-from hpc_train.core.config import Config, Loaded, load
+from hpc_train.core.config import Loaded, load
 from hpc_train.core.resume_rules import same_job
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.settings import Config
 from hpc_train.core.timings import read_timings
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.core.config import Config
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.tasks.classification import Classification

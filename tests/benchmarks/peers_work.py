@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.core.sampling import Order, rank_batches
+from hpc_train.core.sampling import BatchSampler, Order, Shares
 from hpc_train.train.models.gpt import Gpt
 from hpc_train.train.models.mlp import Mlp
 from hpc_train.train.models.resnet import ResNet
@@ -50,8 +50,8 @@ class Work:
 
     def rows(self, rank: int, size: int, steps: int) -> Iterator[np.ndarray]:
         """This rank's samples of each step: those that `hpc-train train` takes."""
-        shares = rank_batches(range(steps), Order(self.num_samples), self.global_batch, SEED, rank, size)
-        return (rows for rows, _ in shares)
+        sampler = BatchSampler(Order(self.num_samples), self.global_batch, SEED, Shares(size), rank)
+        return (rows for rows, _ in sampler.batches(range(steps)))
 
     def new_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """torch's own optimizer, as peers use it."""

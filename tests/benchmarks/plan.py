@@ -13,7 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hpc_train.analysis.models import predict as prediction
-from tests.analysis.models.test_predict import is_disturbed, log_law, points, published  # the same series, read alike
+from tests.analysis.models.test_predict import (  # the same series, read alike
+    is_disturbed,
+    log_law,
+    measurements,
+    published,
+)
 
 FOLDER = Path("runs/bench-plan")
 EXTRAP = "extrap==4.2.5"
@@ -62,7 +67,7 @@ def errors(name: str, most: int, per_node: int) -> dict[str, np.ndarray]:
     truth, series, guesses = [], [], []
     for measured in published(name).values():
         sizes = [size for size in sorted(measured) if size <= most]
-        known = points(sizes, [64 * size / measured[size] for size in sizes], ranks_per_node=per_node)
+        known = measurements(sizes, [64 * size / measured[size] for size in sizes], ranks_per_node=per_node)
         made = prediction.predict(known)
         fits = [made.chosen, *made.candidates]
         there = [float(each.fit(np.array([32]))[0]) if each.fit else float("nan") for each in fits]

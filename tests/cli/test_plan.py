@@ -17,7 +17,7 @@ from hpc_train.analysis.planning.plan import Limits, make_plan
 from hpc_train.analysis.report.advice import advice_of
 from hpc_train.analysis.report.plan_tables import answer, short_answer
 from hpc_train.analysis.runs.load import load_all
-from hpc_train.analysis.scaling.scaling import compare
+from hpc_train.analysis.scaling.compare import compare
 from hpc_train.cli.main import cli
 from hpc_train.cli.plan import duration_s, joules
 from hpc_train.core.errors import UserError
@@ -75,8 +75,8 @@ def test_limits_and_the_reasons_for_no_other_number(tmp_path: Path) -> None:
 def test_a_job_that_stops_scaling_is_given_its_knee(tmp_path: Path) -> None:
     rows = [f"{n},{(8.0 / n + 0.05 * n):.6g},4,strong,512" for n in (1, 2, 4, 8, 16, 32)]
     text = "\n".join(["ranks,step_s,ranks_per_node,scaling,global_batch", *rows, ""])
-    points = read_table(table(tmp_path, text))
-    made = make_plan(predict(points), steps_work(points, 1000), Limits(max_nodes=16))
+    measurements = read_table(table(tmp_path, text))
+    made = make_plan(predict(measurements), steps_work(measurements, 1000), Limits(max_nodes=16))
     assert made.chosen is not None and made.chosen.nodes <= 3
     assert made.why_not_larger and made.why_not_smaller
     assert short_answer(made) in (f"ask for {made.chosen.nodes} nodes", "ask for 1 node")
@@ -85,15 +85,17 @@ def test_a_job_that_stops_scaling_is_given_its_knee(tmp_path: Path) -> None:
 def test_joules_are_split_into_nodes_and_samples(tmp_path: Path) -> None:
     sizes = [(4, 0.10), (8, 0.12), (16, 0.15), (32, 0.16)]
     rows = [f"{n},{t},4,{64 * n},{300 * n / 4 * t + 0.5 * 64 * n:.6f}" for n, t in sizes]
-    points = read_table(table(tmp_path, "\n".join(["ranks,step_s,ranks_per_node,global_batch,joules", *rows, ""])))
-    found = power(points)
+    measurements = read_table(
+        table(tmp_path, "\n".join(["ranks,step_s,ranks_per_node,global_batch,joules", *rows, ""]))
+    )
+    found = power(measurements)
     assert found is not None and found.static_w == pytest.approx(300) and found.joules_per_sample == pytest.approx(0.5)
-    made = make_plan(predict(points), samples_work(1e7))
+    made = make_plan(predict(measurements), samples_work(1e7))
     option = made.options[1]
     assert option.nodes == 2 and option.energy_j == pytest.approx(300 * 2 * (option.time_s or 0) + 0.5e7, rel=1e-3)
     low, high = option.energy_interval_j or (0, 0)
     assert low < option.energy_j < high
-    budget = make_plan(predict(points), samples_work(1e7), Limits(energy_j=1.01 * (option.energy_j or 0)))
+    budget = make_plan(predict(measurements), samples_work(1e7), Limits(energy_j=1.01 * (option.energy_j or 0)))
     assert budget.chosen is None or budget.chosen.energy_j < option.energy_j
 
 
@@ -124,10 +126,10 @@ def test_bad_tables_are_named(tmp_path: Path, text: str, words: str) -> None:
 def test_odd_tables_are_read_and_what_is_odd_is_said(tmp_path: Path) -> None:
     lines = ("16,1.3,4,a", "4,1.0,4,", "", "4,1.1,4,b", "8,1.2,4,", "6,1.15,4,", "")
     text = "\n".join(("# made elsewhere", "ranks, step_s, ranks_per_node, note", *lines))
-    points = read_table(table(tmp_path, text))
-    assert points.ranks.tolist() == [4, 6, 8, 16] and points.step_s[0] == pytest.approx(1.05)
-    assert points.nodes(points.ranks).tolist() == [1, 2, 2, 4]
-    told = " ".join(points.notes)
+    measurements = read_table(table(tmp_path, text))
+    assert measurements.ranks.tolist() == [4, 6, 8, 16] and measurements.step_s[0] == pytest.approx(1.05)
+    assert measurements.nodes(measurements.ranks).tolist() == [1, 2, 2, 4]
+    told = " ".join(measurements.notes)
     assert "4 ranks: 2 lines, of which the mean is taken" in told and "Taken as weak scaling" in told
     assert "6 ranks do not fill whole nodes of 4" in told
     assert "No ranks_per_node" in " ".join(read_table(table(tmp_path, "ranks,step_s\n1,1\n2,1\n")).notes)

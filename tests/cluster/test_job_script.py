@@ -18,8 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hpc_train.cluster import slurm
-from hpc_train.cluster.slurm import Job, Site, load_site, render, template, time_limit_s
+from hpc_train.cluster import submission
+from hpc_train.cluster.job_script import render, template
+from hpc_train.cluster.scheduler import Job
+from hpc_train.cluster.site_profile import SiteProfile, load_site, time_limit_s
+from hpc_train.cluster.slurm import Slurm
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from tests import jobs
@@ -102,14 +105,15 @@ def test_no_value_reaches_a_shell_unquoted(
         stand_in(folder / "bin", "module")
         stand_in(folder / "venv/bin", "hpc-train")
         variables = {"UCX_TLS": values[0], "NCCL_IB_HCA": values[1]}
-        site = Site(bind=bind, modules=modules, environment=variables, venv=str(folder / "venv"), ranks_per_node=2)
+        venv = str(folder / "venv")
+        site = SiteProfile(bind=bind, modules=modules, environment=variables, venv=venv, ranks_per_node=2)
         words = ("train", f"/runs/{run}/config.toml", "--resume", f"/runs/{run}")
-        job = Job("job", 4, words, folder / work, "10")
+        job = Job("job", 4, words, folder / work, folder / "run", "10")
         if not (work + run).isprintable():
             with pytest.raises(UserError, match="control character"):
-                render(template(), site, job)
+                render(job, site)
             return
-        script = render(template(), site, job)
+        script = render(job, site)
         assert subprocess.run(["bash", "-n"], input=script, text=True, timeout=20).returncode == 0
         done = run_script(folder, script)
         assert done.returncode == 0, done.stderr
@@ -130,26 +134,25 @@ def header(script: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in lines[:first] if line.startswith("#SBATCH")]
 
 
-def rendered(site: Site, **more: object) -> str:
-    job = Job("job", 4, ("train", "/run/config.toml", "--resume", "/run"), Path("/work"), "10", **more)  # type: ignore[arg-type]
-    return render(template(), site.model_copy(update={"venv": "/venv"}), job)
+def rendered(site: SiteProfile, **more: object) -> str:
+    job = Job("job", 4, ("train", "/run/config.toml", "--resume", "/run"), Path("/work"), Path("/run"), "10", **more)  # type: ignore[arg-type]
+    return render(job, site.model_copy(update={"venv": "/venv"}))
 
 
 def test_the_rendered_script_is_the_plain_one_with_other_settings() -> None:
     """One source for both: sbatch slurm/train.sbatch runs what `hpc-train submit` renders."""
-    parts = [
-        re.split(r"# ---- settings.*?\n|# ---- end of settings\n", text) for text in (template(), rendered(Site()))
-    ]
+    texts = template(), rendered(SiteProfile())
+    parts = [re.split(r"# ---- settings.*?\n|# ---- end of settings\n", text) for text in texts]
     assert [len(part) for part in parts] == [3, 3]
     assert parts[0][0] == parts[1][0] and parts[0][2] == parts[1][2]
     plain, ours = (dict(option.lstrip("-").partition("=")[::2] for option in header(text)) for text in
-                   (template(), rendered(Site())))  # fmt: skip
+                   (template(), rendered(SiteProfile())))  # fmt: skip
     assert {"signal", "open-mode", "requeue", "job-name", "time", "output"} <= plain.keys() <= ours.keys()
     assert plain["signal"] == ours["signal"] and plain["open-mode"] == ours["open-mode"]
 
 
 def test_the_allocation_follows_the_profile() -> None:
-    site = Site(
+    site = SiteProfile(
         ranks_per_node=3, cores_per_rank=8, gpus_per_node=3, partition="p", account="a", qos="q", constraint="[x|y]"
     )
     assert header(rendered(site)) == [
@@ -157,12 +160,12 @@ def test_the_allocation_follows_the_profile() -> None:
         *("--partition=p", "--account=a", "--qos=q", "--constraint=[x|y]", "--time=10", "--signal=USR2@120"),
         *("--output=job-%j.out", "--open-mode=append", "--requeue"),
     ]
-    mpirun = rendered(Site(launcher="mpirun", bind=["--bind-to", "none"]))
+    mpirun = rendered(SiteProfile(launcher="mpirun", bind=["--bind-to", "none"]))
     assert "--signal=B:USR2@120" in header(mpirun), "mpirun's ranks hear of it through the shell alone"
     assert "launcher=(mpirun -n 4 --bind-to none)" in mpirun
-    assert "--acctg-freq=energy=1" in header(rendered(Site(energy="slurm")))
-    assert "launcher=(env)\n" in rendered(Site(gpus_per_node=4), has_launcher=False)
-    assert not any("gpus" in option for option in header(rendered(Site(gpus_per_node=4), has_launcher=False)))
+    assert "--acctg-freq=energy=1" in header(rendered(SiteProfile(energy="slurm")))
+    assert "launcher=(env)\n" in rendered(SiteProfile(gpus_per_node=4), has_launcher=False)
+    assert not any("gpus" in option for option in header(rendered(SiteProfile(gpus_per_node=4), has_launcher=False)))
 
 
 # ---------------------------------------------------------------------------------------------- site profiles
@@ -176,7 +179,7 @@ def test_shipped_profiles_load_and_render(path: Path) -> None:
 
 def test_every_key_is_explained() -> None:
     text = (jobs.ROOT / "slurm/README.md").read_text()
-    assert [key for key in Site.model_fields if f"| `{key}` |" not in text] == []
+    assert [key for key in SiteProfile.model_fields if f"| `{key}` |" not in text] == []
     for path in SITES:
         assert f"`{path.name}`" in text
 
@@ -195,13 +198,13 @@ def test_every_key_is_explained() -> None:
         ("time = '0'", "time: should be more than nothing"),
         ("sbatch = ['--comment=a b']", "sbatch.0 = "),
         ("sbatch = ['exclusive']", "sbatch.0 = "),
-        ("venv = 'here'", "venv = 'here' is no whole path"),
-        ("venv = '$NO_SUCH_NAME/x'", "venv = '$NO_SUCH_NAME/x' is no whole path"),
+        ("venv = 'here'", "venv = 'here' is not an absolute path"),
+        ("venv = '$NO_SUCH_NAME/x'", "venv = '$NO_SUCH_NAME/x' is not an absolute path"),
         ('modules = ["a\\nb"]', "modules.0 = "),
         ("environment = { 'A B' = 'x' }", "environment.A B"),
         ("environment = { HF_TOKEN = 'x' }", "environment.HF_TOKEN looks like a secret"),
         ("environment = { A = 'https://me:pw@host' }", "environment.A looks like a secret"),
-        ("environment = { OMP_NUM_THREADS = '4' }", "threads are cores_per_rank"),
+        ("environment = { OMP_NUM_THREADS = '4' }", "set cores_per_rank here"),
         ("time = ", "is not TOML"),
     ],
 )
@@ -240,7 +243,7 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int) -> N
 @pytest.mark.parametrize("text", ["", "1h", "1:2:3:4", "-5", "1-", "٣", "5 "])
 def test_other_time_limits_are_refused(text: str) -> None:
     with pytest.raises(ValidationError):
-        Site(time=text)
+        SiteProfile(time=text)
 
 
 # ---------------------------------------------------------------------------------------------- what a script does
@@ -389,7 +392,7 @@ def test_the_same_command_again_continues_what_ended_early(tmp_path: Path) -> No
     [
         (["--site", "nowhere"], SBATCH, "Shipped profiles: cray-slingshot, generic, infiniband-gpu"),
         (["--time", "soon"], SBATCH, "--time soon: should be a time limit"),
-        (["--time", "2"], SBATCH, "no longer than the 120 s before its end"),
+        (["--time", "2"], SBATCH, "not longer than the 120 s before its end"),
         (["--set", "run.root=a%b"], SBATCH, "cannot have \\ or % in its path"),
         (["--set", "name=a b"], SBATCH, "name = 'a b'"),
         ([], None, "sbatch was not found"),
@@ -414,16 +417,16 @@ BROKEN = "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm contro
 @pytest.fixture
 def impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Slurm's commands are those of the folder's bin/, and are waited for two seconds."""
-    monkeypatch.setattr(slurm, "_ANSWER_S", 2.0)
-    monkeypatch.setattr(slurm, "_LOOK_S", 2.0)
+    monkeypatch.setattr(submission, "_QUEUE_ANSWER_S", 2.0)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("RECORD", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def submit_here() -> slurm.Submitted:
-    return slurm.submit(load(CONFIG, ("run.root=runs",)), load_site("generic"), 2)
+def submit_here() -> submission.Submitted:
+    request = submission.Request(load(CONFIG, ("run.root=runs",)), load_site("generic"), 2)
+    return submission.submit(Slurm(answer_s=2.0), request)
 
 
 def test_a_job_that_slurm_took_without_an_answer_is_found_in_the_queue(impatient: Path) -> None:
@@ -451,8 +454,8 @@ def test_a_refusal_in_a_sites_own_words_is_one(impatient: Path) -> None:
     [
         (ACCEPTS_AND_HANGS, "sbatch did not answer for 2 s"),
         ("#!/bin/sh\necho 'sbatch: error: Socket timed out on send/recv operation' >&2\nexit 1\n", "Socket timed out"),
-        ("#!/bin/sh\nkill -9 $$\n", "ended by signal 9"),
-        ("#!/bin/sh\necho 'see the news of 12 May'\n", "sbatch told no job: 'see the news of 12 May'"),
+        ("#!/bin/sh\nkill -9 $$\n", "killed by signal 9"),
+        ("#!/bin/sh\necho 'see the news of 12 May'\n", "sbatch printed no job id: 'see the news of 12 May'"),
     ],
 )
 def test_what_slurm_may_have_taken_stays(impatient: Path, sbatch: str, said: str, squeue: str) -> None:

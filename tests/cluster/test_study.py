@@ -9,7 +9,7 @@ from time import monotonic, sleep
 
 import pytest
 
-from hpc_train.cluster import study
+from hpc_train.cluster import launch, study
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from tests import jobs
@@ -49,7 +49,7 @@ def test_progress_tells_which_size_and_how_long(ended_study: tuple[Path, jobs.En
     assert "Study: runs/scale-softmax-mnist: 0 runs complete, 3 to do" in out
     assert "[1/3] 1 rank, repeat 1 (0:00 so far)" in out, "no estimate before anything was measured"
     assert "[2/3] 2 ranks, repeat 1 (" in out and " left)" in out
-    assert ("4 ranks share" in out) == (study.num_cores() < 4)
+    assert ("4 ranks share" in out) == (launch.num_cores() < 4)
 
 
 def test_again_runs_only_what_is_missing(ended_study: tuple[Path, jobs.Ended], digits: Path) -> None:
@@ -86,7 +86,7 @@ def test_jobs_in_the_queue_are_not_submitted_twice(tmp_path: Path) -> None:
 def test_weak_scaling_keeps_the_batch_of_a_rank() -> None:
     assert study.weak_batch(load(CONFIG, ("train.global_batch=100",)).config, [2, 4]) == 50
     assert study.weak_batch(load(CONFIG, ("train.batch_per_rank=7",)).config, [2, 4]) == 7
-    with pytest.raises(UserError, match=r"train\.global_batch = 100 cannot be shared evenly by 3 ranks"):
+    with pytest.raises(UserError, match=r"train\.global_batch = 100 cannot be divided evenly among 3 ranks"):
         study.weak_batch(load(CONFIG, ("train.global_batch=100",)).config, [3, 4])
 
 
@@ -98,8 +98,8 @@ def test_weak_scaling_is_asked_for_by_one_word(tmp_path: Path, digits: Path) -> 
 
 
 def test_every_rank_gets_the_same_at_every_size() -> None:
-    assert study.mpirun_words(2, 2, 4)[4:] == ["--map-by", "slot:PE=2", "--bind-to", "core"]
-    assert study.mpirun_words(4, 2, 4)[4:] == ["--oversubscribe", "--bind-to", "none"]
+    assert launch.on_this_machine(2, 2, 4)[4:] == ["--map-by", "slot:PE=2", "--bind-to", "core"]
+    assert launch.on_this_machine(4, 2, 4)[4:] == ["--oversubscribe", "--bind-to", "none"]
 
 
 @pytest.mark.parametrize("ranks", ["", "1,x", "0,1", "1;2", "-1"])

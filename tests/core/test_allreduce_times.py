@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from hpc_train.core.allreduce_times import Row, fit, fits, pair_ratios, record, size_text, sizes, teams
+from hpc_train.core.allreduce_times import Row, fit, fits, pair_ratios, record, sizes, teams
+from hpc_train.core.formatting import binary_size
 
 ALPHA_S, BETA = 3e-6, 1 / 5e9
 ALL = sizes(4, 1 << 30)
@@ -76,7 +77,7 @@ def test_sizes_include_those_that_are_judged() -> None:
     assert sizes(4, 1 << 30)[0] == 4 and sizes(4, 1 << 30)[-1] == 1 << 30
     assert {64 << 10, 64 << 20} <= set(sizes(4, 1 << 30))
     assert sizes(64, 63 * 4) == [64]
-    assert [size_text(size) for size in (4, 1 << 10, 3 << 19, 1 << 30, 2e12)] == [
+    assert [binary_size(size) for size in (4, 1 << 10, 3 << 19, 1 << 30, 2e12)] == [
         *("4 B", "1 KiB", "1.5 MiB", "1 GiB", "1.819 TiB")
     ]
 

@@ -35,7 +35,7 @@ def test_what_does_not_crash_is_nobodys() -> None:
 
 def test_the_first_look_loads_neither_torch_nor_mpi() -> None:
     """It costs a training's start nothing: all that time the job loads torch."""
-    code = "import sys, hpc_train.datasets.inspect.survey as s; print({'torch', 'horovod'} & set(sys.modules))"
+    code = "import sys, hpc_train.datasets.inspect.structure as s; print({'torch', 'horovod'} & set(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout == "set()\n"
 

@@ -106,17 +106,18 @@ def test_a_ranks_log_costs_under_two_microseconds_a_step(tmp_path: Path) -> None
 
 def test_without_phases_all_of_a_step_is_other() -> None:
     clock = Clock(tells_phases=False)
-    with clock.forward, clock.spread:
+    with clock.forward, clock.sync:
         time.sleep(0.001)
     record = dict(zip(TIMING_COLUMNS[:-1], clock.lap(0, 1), strict=True))
     assert record["other_ns"] >= 1e6 and record["forward_ns"] == record["reduce_ns"] == 0
 
 
-def test_communication_after_the_update_is_time_of_reduce_and_leaves_its_begin() -> None:
+def test_sync_is_a_phase_of_its_own() -> None:
     clock = Clock()
     with clock.reduce:
         began_ns = time.perf_counter_ns()
-    with clock.spread:
+    with clock.sync:
         time.sleep(0.001)
     record = dict(zip(TIMING_COLUMNS[:-1], clock.lap(0, 1), strict=True))
-    assert record["reduce_ns"] >= 1e6 and record["arrived_ns"] <= began_ns
+    assert record["sync_ns"] >= 1e6 > record["reduce_ns"] and record["arrived_ns"] <= began_ns
+    assert dict(zip(TIMING_COLUMNS[:-1], clock.lap(1, 1), strict=True))["sync_ns"] == 0

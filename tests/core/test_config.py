@@ -105,6 +105,17 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, words: str) -> 
     assert words in str(caught.value) and "job.toml" in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["x", '"x"', "'x'"])
+def test_text_may_be_quoted_as_in_toml(job: Path, text: str) -> None:
+    assert load(job, (f"name={text}",)).config.name == "x"
+    assert load(job, (f"run.interface={text}",)).config.run.interface == "x"
+
+
+@pytest.mark.parametrize("text", ["123", "true", "1e5", "2026-01-01"])
+def test_text_that_looks_like_another_type_stays_text(job: Path, text: str) -> None:
+    assert load(job, (f"name={text}",)).config.name == text
+
+
 def test_either_batch_key_can_be_asked_for_on_the_command_line(job: Path) -> None:
     weak = load(job, ("train.batch_per_rank=5",)).config.train
     assert (weak.global_batch, weak.batch_per_rank, weak.batch_size(3)) == (None, 5, 15)
@@ -162,7 +173,7 @@ def test_runs_are_compared_by_what_decides_a_steps_cost(job: Path) -> None:
         (("energy.co2_g_per_kwh=-1",), "energy.co2_g_per_kwh = -1"),
         (("energy.idle_w=0",), "energy.idle_w = 0"),
         (("energy.idle_s=5", "energy.idle_w=90"), "set one of energy.idle_s (measure) and energy.idle_w (given)"),
-        (("energy.price_per_kwh=0.3",), 'energy.price_per_kwh needs energy.currency, "EUR" say'),
+        (("energy.price_per_kwh=0.3",), 'energy.price_per_kwh needs energy.currency, such as "EUR"'),
     ],
 )
 def test_what_is_said_of_energy_must_be_possible(job: Path, overrides: tuple[str, ...], words: str) -> None:

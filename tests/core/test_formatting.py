@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc_train.core.formatting import amount, energy_text, interval_text, significant, times_text
+from hpc_train.core.formatting import amount, energy_text, interval_text, ratio_text, significant
 from hpc_train.core.records import Energy
 
 
@@ -39,4 +39,4 @@ def test_numbers_in_words() -> None:
         "200 uB",
         "missing",
     ]
-    assert [times_text(value) for value in (1.617, 0.5, 0.0123)] == ["1.62x", "0.50x", "0.012x"]
+    assert [ratio_text(value) for value in (1.617, 0.5, 0.0123)] == ["1.62x", "0.50x", "0.012x"]

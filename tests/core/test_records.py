@@ -8,15 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpc_train.core import timings
 from hpc_train.core.records import (
     ENERGY_COLUMNS,
     PHASES,
     TIMING_COLUMNS,
     BadRecord,
     Energy,
-    block_sums,
-    mean_interval,
     read_energy,
     read_metrics,
     summarise,
@@ -30,7 +27,7 @@ DAMAGE = [*"0-,\n\0 .x+#\u00e9", "", ",,", "\n\n", "9" * 19]
 
 
 def row(step: int, start_ns: int, warmup: int = 0) -> tuple[int, ...]:
-    return (step, start_ns, start_ns + 7, 1, 2, 3, 4, 5, 6, 32, warmup)
+    return (step, start_ns, start_ns + 7, 1, 2, 3, 4, 5, 6, 7, 32, warmup)
 
 
 def num_lines(path: Path) -> int:
@@ -63,17 +60,17 @@ def test_opening_a_log_again_appends_and_repeats_no_header(tmp_path: Path) -> No
 
 def test_columns_are_found_by_name(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_text(HEADER + "3,1000,1007,1,2,3,4,5,6,32,1,1\n")
+    path.write_text(HEADER + "3,1000,1007,1,2,3,4,5,6,7,32,1,1\n")
     timings = read_timings(path)
     assert not timings.truncated
-    assert timings.phases_ns.tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert timings.phases_ns.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     assert (timings["num_samples"][0], timings["warmup"][0], timings["arrived_ns"][0]) == (32, 1, 1007)
 
 
-@pytest.mark.parametrize("tail", ["1,2000,20", "1,2000,2007,1,2,3,4,5,6,32,0,1", "\0\0\0\0"])
+@pytest.mark.parametrize("tail", ["1,2000,20", "1,2000,2007,1,2,3,4,5,6,7,32,0,1", "\0\0\0\0"])
 def test_a_last_line_without_its_end_is_skipped_and_said(tmp_path: Path, tail: str) -> None:
     path = tmp_path / "t.csv"
-    path.write_text(HEADER + "0,1000,1007,1,2,3,4,5,6,32,0,1\n" + tail)
+    path.write_text(HEADER + "0,1000,1007,1,2,3,4,5,6,7,32,0,1\n" + tail)
     timings = read_timings(path)
     assert timings.truncated
     assert timings["step"].tolist() == [0]
@@ -91,18 +88,18 @@ def test_a_file_cut_within_its_header_holds_no_steps(tmp_path: Path) -> None:
     "line",
     [
         "1,2000",
-        "1,2000,2007,1,2,3,4,5,6,32,0,1,9",
-        "1,2000,2007,1,2,3,4,5,6,32,0,0",
-        "1,2000,2007,x,2,3,4,5,6,32,0,1",
-        "1,2000,2007,1.5,2,3,4,5,6,32,0,1",
-        "--1,2000,2007,1,2,3,4,5,6,32,0,1",
-        "99999999999999999999,0,0,1,2,3,4,5,6,32,0,1",
+        "1,2000,2007,1,2,3,4,5,6,7,32,0,1,9",
+        "1,2000,2007,1,2,3,4,5,6,7,32,0,0",
+        "1,2000,2007,x,2,3,4,5,6,7,32,0,1",
+        "1,2000,2007,1.5,2,3,4,5,6,7,32,0,1",
+        "--1,2000,2007,1,2,3,4,5,6,7,32,0,1",
+        "99999999999999999999,0,0,1,2,3,4,5,6,7,32,0,1",
         "",
     ],
 )
 def test_any_other_bad_line_is_an_error_that_names_it(tmp_path: Path, line: str) -> None:
     path = tmp_path / "t.csv"
-    good = "0,1000,1007,1,2,3,4,5,6,32,0,1\n"
+    good = "0,1000,1007,1,2,3,4,5,6,7,32,0,1\n"
     path.write_text(HEADER + good + good + line + "\n" + good)
     with pytest.raises(BadRecord) as error:
         read_timings(path)
@@ -111,23 +108,69 @@ def test_any_other_bad_line_is_an_error_that_names_it(tmp_path: Path, line: str)
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.integers(0, 200), put=st.sampled_from(DAMAGE), cut=st.booleans())
-def test_records_read_at_once_are_those_read_cell_by_cell(tmp_path: Path, where: int, put: str, cut: bool) -> None:
-    """Whatever befalls a file: the same values or the same line named."""
-    lines = ["0,1000,1007,1,2,3,4,5,6,32,1,1", "1,2000,2007,1,2,3,4,5,6,32,0,1", "1,3000,3007,10,2,3,4,5,0,32,0,2"]
+def test_whatever_befalls_a_file_its_values_are_read_or_its_wrong_line_is_named(
+    tmp_path: Path, where: int, put: str, cut: bool
+) -> None:
+    lines = [
+        "0,1000,1007,1,2,3,4,5,6,7,32,1,1",
+        "1,2000,2007,1,2,3,4,5,6,7,32,0,1",
+        "1,3000,3007,10,2,3,4,5,6,0,32,0,2",
+    ]
     text = HEADER + "\n".join([*lines, ""])
     where += len(HEADER) - 20
     path = tmp_path / "t.csv"
     path.write_bytes((text[:where] + put + text[where + cut :]).encode())
-    told = []
-    for parse in (timings._parsed, lambda _: None):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(timings, "_parsed", parse)
-            try:
-                read = read_timings(path)
-                told.append((read.values.tolist(), read.truncated))
-            except BadRecord as error:
-                told.append(error.what)
-    assert told[0] == told[1]
+    try:
+        read = read_timings(path)
+        told: object = (read.values.tolist(), read.truncated)
+    except BadRecord as error:
+        told = error.what.split(": ")[0]
+    assert told == read_cell_by_cell(path)
+
+
+def read_cell_by_cell(path: Path) -> object:
+    """(values, truncated), or path:line of the first line that is wrong."""
+    lines = path.read_bytes().decode(errors="replace").split("\n")
+    columns = lines[0].split(",")
+    if not set(TIMING_COLUMNS) <= set(columns):
+        return f"{path}:1"
+    rows = []
+    for number, line in enumerate(lines[1:-1], 2):
+        try:
+            rows.append([int(cell) for cell in line.split(",")])
+            assert len(rows[-1]) == len(columns) and max(map(abs, rows[-1])) < 2**63
+        except (ValueError, AssertionError):
+            return f"{path}:{number}"
+    most = [10**12, 2**62, 2**62, *[10**15] * len(PHASES), 10**12, 1, 10**6]
+    before = 1
+    for number, row in enumerate(rows, 2):
+        if row[-1] < before or any(not 0 <= value <= end for value, end in zip(row, most, strict=True)):
+            return f"{path}:{number}"
+        before = row[-1]
+    return rows, lines[-1] != ""
+
+
+OLD_HEADER = HEADER.strip().replace(",sync_ns", "")
+OLD_LINE = "0,1000,1007,1,2,3,4,5,6,32,0,1"
+
+
+def test_a_log_of_an_earlier_version_reads_with_no_time_in_sync(tmp_path: Path) -> None:
+    path = tmp_path / "rank-00000.csv"
+    path.write_text(f"{OLD_HEADER}\n{OLD_LINE}\n")
+    assert read_timings(path).phases_ns.tolist() == [[1, 2, 3, 4, 5, 0, 6]]
+
+
+@pytest.mark.parametrize("cut", ["", "1,2000,2007,1,2,3,4"])
+def test_an_attempt_appends_to_a_log_of_an_earlier_version(tmp_path: Path, cut: str) -> None:
+    path = tmp_path / "rank-00000.csv"
+    path.write_text(f"{OLD_HEADER}\n{OLD_LINE}\n{cut}")
+    log = timing_log(path, attempt=2)
+    log.write(row(1, 2000))
+    log.close()
+    timings = read_timings(path)
+    assert path.read_text().startswith(HEADER) and not timings.truncated
+    assert timings.phases_ns.tolist() == [[1, 2, 3, 4, 5, 0, 6], [1, 2, 3, 4, 5, 6, 7]]
+    assert timings["attempt"].tolist() == [1, 2] and timings["num_samples"].tolist() == [32, 32]
 
 
 def test_a_wrong_header_is_line_1(tmp_path: Path) -> None:
@@ -152,8 +195,8 @@ def test_metrics_may_have_more_columns_and_a_loss_that_is_no_number_is_named(tmp
 def test_steps_and_phases_leave_warm_up_out_but_samples_do_not() -> None:
     values = np.array([(*row(0, 0, warmup=1), 1), (*row(1, 100), 1), (*row(2, 200), 1)], dtype=np.int64)
     times = step_times(Timings(values, truncated=False))
-    assert times.step_ns.tolist() == [21, 21]
-    assert times.phases_ns.tolist() == [2, 4, 6, 8, 10, 12]
+    assert times.step_ns.tolist() == [28, 28]
+    assert times.phases_ns.tolist() == [2, 4, 6, 8, 10, 12, 14]
     assert (times.num_samples, times.num_warmup) == (96, 1)
 
 
@@ -172,36 +215,6 @@ def test_a_summary_of_no_steady_step_knows_no_speed() -> None:
     )
     assert (summary.step_s, summary.samples_per_s, summary.joules) == (None, None, None)
     assert summary.phase_share == {}
-
-
-def test_the_interval_of_a_mean() -> None:
-    assert mean_interval(np.array([])) == (None, None, None)
-    assert mean_interval(np.array([3.0])) == (None, 3.0, None)
-    assert mean_interval(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0, 2.0)
-    values = np.random.default_rng(1).normal(10.0, 1.0, 2000)
-    low, middle, high = mean_interval(values)
-    assert low is not None and middle is not None and high is not None
-    assert low < 10.0 < high and low < middle < high
-    assert 0.05 < high - low < 0.3  # about 4 / sqrt(2000) = 0.09
-    assert mean_interval(values) == (low, middle, high)
-
-
-def test_blocks_that_resemble_themselves_widen_the_interval() -> None:
-    draws = np.random.default_rng(2)
-    alike = np.repeat(draws.normal(10.0, 1.0, 50), 40)  # 50 independent values, each lasting 40 steps
-    independent = draws.normal(10.0, 1.0, 2000)
-    widths = []
-    for values in (alike, independent):
-        low, _, high = mean_interval(values)
-        assert low is not None and high is not None
-        widths.append(high - low)
-    assert widths[0] > 3 * widths[1]
-
-
-def test_blocks_are_consecutive() -> None:
-    sums, counts = block_sums(np.array([1.0, 2.0, 3.0, 10.0, 20.0]), 2)
-    assert (sums.tolist(), counts.tolist()) == ([6.0, 30.0], [3.0, 2.0])
-    assert len(block_sums(np.arange(7.0))[0]) == 7
 
 
 def test_a_sum_of_energies_is_no_better_than_its_worst_part() -> None:
@@ -266,7 +279,7 @@ def test_attempts_are_told_apart_and_their_common_steps_found(tmp_path: Path) ->
 
 def test_a_line_cut_short_by_a_crash_is_dropped_before_the_next_attempt_appends(tmp_path: Path) -> None:
     path = tmp_path / "rank-00000.csv"
-    for text in ("", "step,st", HEADER, HEADER + "0,1,2,3,4,5,6,7,8,9,0,1\n1,2"):
+    for text in ("", "step,st", HEADER, HEADER + "0,1,2,3,4,5,6,7,8,9,10,0,1\n1,2"):
         path.write_text(text)
         log = timing_log(path, attempt=2)
         log.write(row(7, 100))

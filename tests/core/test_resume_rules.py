@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from hpc_train.core import resume_rules
-from hpc_train.core.config import Config, flatten
+from hpc_train.core.config import flatten
 from hpc_train.core.errors import UserError
 from hpc_train.core.resume_rules import Rule
+from hpc_train.core.settings import Config
 
 RUN = Path("runs/job/20260101T000000Z-np2")
 

@@ -16,8 +16,9 @@ from hpc_train.core.filesystem import stripe_count
 from hpc_train.core.world import World
 from hpc_train.datasets.inspect.advice import Advice, of_dataset, of_file
 from hpc_train.datasets.inspect.check import check
+from hpc_train.datasets.inspect.faults import Fault
 from hpc_train.datasets.inspect.info import inform
-from hpc_train.datasets.inspect.survey import Fault, survey
+from hpc_train.datasets.inspect.structure import read_structure
 from hpc_train.train.comm.context import Context
 from tests import jobs
 
@@ -119,7 +120,7 @@ def test_a_flipped_bit(tmp_path: Path, packed: dict[str, Any], words: list[str])
 
 
 def test_chunks_that_would_fill_the_memory_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpc_train.datasets.inspect.pieces._MOST_BYTES", 1000)
+    monkeypatch.setattr("hpc_train.datasets.inspect.chunk_ranges._MAX_CHUNK_ROW_BYTES", 1000)
     path = write(tmp_path / "data.h5", packed={"chunks": (40, 8, 16), "fletcher32": True})
     whole = check([path], ALONE, quiet=True)
     assert not whole.faults and not whole.datasets["train/inputs"]["compared"]
@@ -197,7 +198,7 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
     path = add("offsets", ["train/inputs_offsets", "ends with 6, and train/inputs has 7 rows"])
     with h5py.File(path, "w") as file:
         file["train/inputs"], file["train/inputs_offsets"] = np.arange(7), np.array([0, 3, 6])
-    path = add("falling-offsets", ["train/inputs_offsets: sample 2: is 2: beginnings rise"])
+    path = add("falling-offsets", ["train/inputs_offsets: sample 2: is 2: offsets rise"])
     with h5py.File(path, "w") as file:
         file["train/inputs"], file["train/inputs_offsets"] = np.arange(7), np.array([0, 3, 2, 7])
     path = add(
@@ -214,6 +215,24 @@ def test_each_fault_has_one_message(tmp_path: Path) -> None:
     for name, (path, words) in damaged_files(tmp_path).items():
         fault = str(one(path))
         assert all(word in fault for word in [*words, str(path)]), (name, fault)
+
+
+def test_unreadable_targets_accuse_no_other_part(tmp_path: Path) -> None:
+    """The labels that only the unreadable part holds are not missing in the data to train on."""
+    path = write(tmp_path / "part-0.h5", train__targets=np.repeat([0, 1, 2], 200))
+    for row in (250, 350):  # the blocks of all samples of class 1
+        flip(path, "train/targets", row)
+    checked = check([path], ALONE, quiet=True)
+    assert [(fault.kind, fault.dataset, fault.number) for fault in checked.faults] == [
+        ("damaged", "train/targets", 2),
+        ("damaged", "train/targets", 3),
+    ]
+    assert not checked.warnings, "half of the labels say nothing about empty or rare classes"
+    write(path, train__targets=np.arange(600) % 2)
+    assert [fault.kind for fault in check([path], ALONE, quiet=True).faults] == ["out of range"]
+    cut = write(tmp_path / "part-1.h5", seed=1)
+    cut.write_bytes(cut.read_bytes()[:-50_000])
+    assert one(path, cut).kind == "unreadable"
 
 
 def test_files_that_disagree(tmp_path: Path) -> None:
@@ -246,14 +265,14 @@ def test_copies_rare_and_empty_classes_and_constant_samples_are_warnings(tmp_pat
     assert "2 of 600 samples are copies of another: the first is sample 7, equal to sample 3" in said
     assert "1 of 600 samples are of one value throughout" in said
     assert "train/targets: 1 of 6 classes have no sample: 4" in said
-    assert "2 of 6 classes are rare beside the middle one's 198: 2 (1), 5 (1)" in said
+    assert "2 of 6 classes are rare (the median class has 198 samples): 2 (1), 5 (1)" in said
     assert checked.datasets["train/inputs"]["equal_to"] == {"train/inputs": 2}
     assert jobs.run(0, "data", "check", path, cwd=tmp_path).code == 0
     assert jobs.run(0, "data", "check", "--strict", path, cwd=tmp_path).code == 1
 
 
 def test_more_samples_than_memory_may_hold_are_counted_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpc_train.datasets.inspect.equal._MOST_HASHES", 200)
+    monkeypatch.setattr("hpc_train.datasets.inspect.duplicates._MAX_HASHES", 200)
     inputs = np.random.default_rng(0).random((300, 16, 16), np.float32)
     path = write(tmp_path / "data.h5", train__inputs=np.concatenate([inputs, inputs]))
     num = check([path], ALONE, quiet=True).datasets["train/inputs"]["equal_to"]["train/inputs"]
@@ -380,7 +399,7 @@ def test_on_a_file_system_in_memory_nothing_is_called_cold(tmp_path: Path) -> No
 def advised(path: Path, name: str, values: np.ndarray, **packed: Any) -> list[Advice]:
     with h5py.File(path, "w") as file:
         file.create_dataset(name, data=values, **packed)
-    return list(of_dataset(survey(path).datasets[0]))
+    return list(of_dataset(read_structure(path).datasets[0]))
 
 
 def test_advice(tmp_path: Path) -> None:
@@ -409,19 +428,6 @@ def test_advice(tmp_path: Path) -> None:
     assert "byte order" in one_advice(rng.random((8, 4)).astype(">f4")).what
 
 
-@pytest.mark.parametrize("dtype, to", [("<f8", "<f4"), (">i4", "<i4"), (">f8", "<f4")])
-def test_the_command_that_converts(tmp_path: Path, dtype: str, to: str) -> None:
-    path = write(tmp_path / "my data.h5", train__inputs=(np.random.default_rng(0).random((600, 5)) * 9).astype(dtype))
-    before = h5py.File(path)["train/inputs"][:]
-    found = next(found for found in survey(path).datasets if found.name == "train/inputs")
-    advice = next(iter(of_dataset(found)))
-    subprocess.run(["sh", "-c", advice.command], check=True, timeout=60)
-    with h5py.File(path) as file:
-        assert file["train/inputs"].dtype == np.dtype(to)
-        assert np.array_equal(file["train/inputs"][:], before.astype(to))
-    assert not check([path], ALONE, quiet=True).faults
-
-
 @pytest.mark.skipif(shutil.which("h5repack") is None, reason="no h5repack: it comes with hdf5-tools")
 @pytest.mark.parametrize("packed", [{"chunks": (1, 64, 64), "compression": "gzip"}, {"chunks": (600, 64, 64)}])
 def test_the_command_that_repacks(tmp_path: Path, packed: dict[str, Any]) -> None:
@@ -431,7 +437,7 @@ def test_the_command_that_repacks(tmp_path: Path, packed: dict[str, Any]) -> Non
     new = path.with_name("my data.new.h5")
     with h5py.File(new) as file:
         assert np.array_equal(file["train/inputs"][:], values)
-    assert not list(of_dataset(survey(new).datasets[0]))
+    assert not list(of_dataset(read_structure(new).datasets[0]))
 
 
 def test_advice_on_lustre(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,7 +448,7 @@ def test_advice_on_lustre(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     path = write(tmp_path / "data.h5")
     assert stripe_count(path) == 1
-    advice = list(of_file(survey(path).datasets, 2 << 30, stripe_count(path)))
+    advice = list(of_file(read_structure(path).datasets, 2 << 30, stripe_count(path)))
     assert [each.command for each in advice] == [f"lfs migrate -c -1 {path}"] and "1 Lustre server:" in advice[0].what
     lfs.write_text("#!/bin/sh\nexit 1\n")
     assert stripe_count(path) is None

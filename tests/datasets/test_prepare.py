@@ -17,9 +17,9 @@ import pytest
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.world import World
-from hpc_train.datasets.prepare.held_out import held_out
 from hpc_train.datasets.prepare.prepare import prepare
 from hpc_train.datasets.prepare.sources import Options, in_memory
+from hpc_train.datasets.prepare.train_test_split import held_out
 from hpc_train.train.comm.context import Context
 from tests import jobs
 

@@ -128,9 +128,7 @@ def wrong(digits: Path, shim: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def software_library() -> str:
-    code = (
-        "from mpi4py import MPI; from hpc_train.train.comm.context import library_of; print(library_of(MPI.__file__))"
-    )
+    code = "from hpc_train.train.comm.mpi_library import library_of, mpi; print(library_of(mpi().__file__))"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout.strip()
 
 

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_train.core.config import Config
 from hpc_train.core.filesystem import stripe_count
-from hpc_train.core.settings import Data, Task, Train
+from hpc_train.core.settings import Config, Data, Task, Train
 from hpc_train.core.world import World
 from hpc_train.doctor import carriers, hardware, job, network, room, software, storage, supervisor
 from hpc_train.doctor.check import Answer, Finding, Subject, places, spans, time_text
@@ -331,10 +330,10 @@ STEP = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_J
     "more, second, status, seen",
     [
         ({}, {"SLURM_PROCID": "1"}, "ok", "job 7: 2 ranks on 1 node"),
-        ({}, {}, "fail", "SLURM_PROCID is 0, and MPI's rank 1"),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, {"SLURM_PROCID": "1"}, "fail", "tasks of the step is 4, and MPI's size 2"),
-        ({"SLURM_CPUS_PER_TASK": "8"}, {"SLURM_PROCID": "1"}, "fail", "SLURM_CPUS_PER_TASK = 8, and a rank may use 1"),
-        ({"SLURM_JOB_NUM_NODES": "4"}, {"SLURM_PROCID": "1"}, "warn", "of 4 that are paid for"),
+        ({}, {}, "fail", "SLURM_PROCID = 0, but MPI's rank is 1"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, {"SLURM_PROCID": "1"}, "fail", "SLURM_STEP_NUM_TASKS = 4, but MPI's size is 2"),
+        ({"SLURM_CPUS_PER_TASK": "8"}, {"SLURM_PROCID": "1"}, "fail", "SLURM_CPUS_PER_TASK = 8, but a rank may use 1"),
+        ({"SLURM_JOB_NUM_NODES": "4"}, {"SLURM_PROCID": "1"}, "warn", "of 4 allocated"),
         ({"OMPI_COMM_WORLD_RANK": "0", "SLURM_NTASKS": "8"}, {}, "warn", "SLURM_NTASKS = 8"),
         ({"OMPI_COMM_WORLD_RANK": "0"}, {"SLURM_JOB_ID": "8"}, "fail", "different jobs: 7, 8"),
     ],

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from hpc_train.core import sampling
 from hpc_train.core.records import read_metrics
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.sampling import BatchSampler, Order, Shares
 from tests import jobs
 
 STEPS, BATCH, SAMPLES, SEED = 24, 400, 4000, 0
@@ -129,13 +129,8 @@ def assert_continuous(job: Job, reference: Job) -> None:
         given: dict[int, str] = {}
         for attempt, lines in zip(attempts, job.rows(rank), strict=True):
             given |= {attempt["first_step"] + index: line for index, line in enumerate(lines)}
-        expected = [
-            sampling.rank_samples(
-                sampling.global_batch(step, SAMPLES, BATCH), sampling.Order(SAMPLES), SEED, rank, size
-            )
-            for step in range(STEPS)
-        ]
-        assert given == {step: ",".join(map(str, rows)) for step, rows in enumerate(expected)}
+        expected = BatchSampler(Order(SAMPLES), BATCH, SEED, Shares(size), rank).batches(range(STEPS))
+        assert given == {step: ",".join(map(str, rows)) for step, (rows, _) in enumerate(expected)}
     assert list(job.losses()) == list(range(STEPS))
     assert job.losses() == reference.losses()
     ours, theirs = job.weights(), reference.weights()

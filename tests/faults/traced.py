@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from hpc_train.core import lock
-from hpc_train.core.config import Config
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.dataset import Batch

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from _pytest.config import create_terminal_writer
 
-from hpc_train.core.world import launched_rank
-from hpc_train.train.comm.context import Context, open_context
+from hpc_train.core.job_environment import JobEnvironment
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.startup import open_context
 
-RANK = launched_rank() or 0
+RANK = JobEnvironment.current().rank or 0
 
 
 @pytest.hookimpl(trylast=True)  # after the terminal reporter is there

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from hpc_train.core.errors import JointFailure, UserError
-from hpc_train.train.comm.context import Context, clock_offsets_ns
+from hpc_train.train.comm.clocks import clock_offsets_ns
+from hpc_train.train.comm.context import Context
 
 
 def test_on_root_gives_every_rank_the_roots_value(context: Context) -> None:

@@ -7,7 +7,8 @@ import pytest
 from hpc_train.doctor import network
 from hpc_train.doctor.__main__ import _answers
 from hpc_train.doctor.check import Answer, Subject
-from hpc_train.train.comm.context import Context, compared_clocks
+from hpc_train.train.comm.clocks import compare_clocks
+from hpc_train.train.comm.context import Context
 
 
 def test_ranks_that_do_not_answer_are_named(context: Context) -> None:
@@ -28,7 +29,7 @@ def test_ranks_that_do_not_answer_are_named(context: Context) -> None:
 
 def test_a_clock_that_is_ahead_is_told(context: Context) -> None:
     ahead_ns = context.world.rank * 5 * 10**9
-    found = context.all(compared_clocks(context, lambda: time_ns() + ahead_ns))[0]
+    found = context.all_gather(compare_clocks(context, lambda: time_ns() + ahead_ns))[0]
     for rank, (offset_ns, error_ns) in enumerate(found):
         assert offset_ns == pytest.approx(rank * 5 * 10**9, abs=max(error_ns, 10**6))
 

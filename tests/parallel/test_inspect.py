@@ -34,7 +34,9 @@ def made(path: Path) -> Path:
 
 
 def test_all_ranks_find_what_one_finds(context: Context, shared_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpc_train.datasets.inspect.pieces._PIECE_BYTES", 50_000)  # many pieces, and data sets of one
+    monkeypatch.setattr(
+        "hpc_train.datasets.inspect.chunk_ranges._RANGE_BYTES", 50_000
+    )  # many pieces, and data sets of one
     path = context.on_root(lambda: made(shared_path / "data.h5"))
     together = check([path], context, quiet=True)
     alone = check([path], Context(World()), quiet=True)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_train.core.config import Reduce
+from hpc_train.core.settings import Reduce
 from hpc_train.train.comm import messages
-from hpc_train.train.comm.context import Context, mpi
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import mpi
 from hpc_train.train.reduce.reducer import Horovod, InPieces, Mpi, _load_horovod
 from tests.parallel.test_train import losses, run
 

@@ -11,11 +11,11 @@ import pytest
 
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import Order, rank_batches
+from hpc_train.core.sampling import BatchSampler, Order, Shares
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data import collective
-from hpc_train.train.data.collective import Spread
+from hpc_train.train.data.collective import DistributedReader
 from hpc_train.train.data.readers import MmapReader
 from hpc_train.train.tasks.classification import Classification
 from tests.parallel.test_train import CONFIGS, losses, run
@@ -80,7 +80,7 @@ def test_losses_are_those_of_one_process(
     together, expected = losses(done), context.on_root(lambda: alone(shared_path, digits, packed, way))
     assert len(together) == STEPS and np.abs(together / expected - 1).max() < 1e-5
     says = json.loads(done.meta.read_text())["reading"]
-    assert ("memory of" in says) == ("memory" in way) and ("all ranks together" in says) == ("collective" in way)
+    assert ("memory of" in says) == ("memory" in way) and ("collective reads" in says) == ("collective" in way)
 
 
 def test_ways_that_mix_alike_train_alike(context: Context, shared_path: Path, digits: Path, packed: Path) -> None:
@@ -94,8 +94,9 @@ def test_ways_that_mix_alike_train_alike(context: Context, shared_path: Path, di
 @pytest.mark.parametrize("memory_bytes", [1, 3000, 1 << 20])
 def test_spread_rows_arrive(context: Context, memory_bytes: int) -> None:
     values, world = np.arange(101 * 6, dtype=np.int16).reshape(101, 2, 3), context.world
-    spread = Spread(MmapReader(values), 10, 5, memory_bytes, context)
-    for step, (rows, _) in enumerate(rank_batches(range(50), Order(101), 10, 5, world.rank, world.size)):
+    sampler = BatchSampler(Order(101), 10, 5, Shares(world.size), world.rank)
+    spread = DistributedReader(MmapReader(values), sampler, memory_bytes, context)
+    for step, (rows, _) in enumerate(sampler.batches(range(50))):
         if step >= 7:  # as after a resume
             spread.begin(step)
             assert np.array_equal(spread.take(rows), values[rows])
@@ -105,8 +106,9 @@ def test_spread_rows_arrive(context: Context, memory_bytes: int) -> None:
 def test_a_row_that_a_rank_does_not_hold_is_refused(context: Context) -> None:
     """Another sample in its place would be trained on in silence."""
     values, world = np.arange(101 * 6, dtype=np.int16).reshape(101, 2, 3), context.world
-    spread = Spread(MmapReader(values), 10, 5, 1, context)  # one step's rows at once
-    batches = [rows for rows, _ in rank_batches(range(4), Order(101), 10, 5, world.rank, world.size)]
+    sampler = BatchSampler(Order(101), 10, 5, Shares(world.size), world.rank)
+    spread = DistributedReader(MmapReader(values), sampler, 1, context)  # one step's rows at once
+    batches = [rows for rows, _ in sampler.batches(range(4))]
     spread.begin(0)
     elsewhere = np.setdiff1d(np.arange(101), batches[0])
     for rows in (batches[3], batches[0] - 101, batches[0] + 101, elsewhere, np.append(batches[0], elsewhere[-1])):
@@ -144,8 +146,8 @@ def test_what_no_node_holds_is_spread_over_all(
     nodes = replace(context, world=replace(context.world, host=f"n{context.world.rank}"))
     monkeypatch.setattr(collective, "file_system", lambda path: "lustre")
     for memory_mb, way in ((100.0, "auto"), (4.0, "memory"), (0.1, "auto")):
-        monkeypatch.setattr(collective, "physical_memory", lambda: int(memory_mb * mb))  # noqa: B023
+        monkeypatch.setattr(collective, "physical_bytes", lambda: int(memory_mb * mb))  # noqa: B023
         task = Classification(load(CONFIGS / "softmax-mnist.toml", (f"data.file={digits}",)).config, nodes)
         spread = way == "memory" and context.world.size > 1
-        assert task.in_step == spread and ("spread over the memory" in task.reading) == spread
+        assert task.in_step == spread and ("distributed over the memory" in task.reading) == spread
         assert ("on lustre, more than half of a node's" in task.reading) == (memory_mb < 100)

@@ -10,7 +10,7 @@ from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Row, fits, teams
 from hpc_train.core.errors import UserError
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data import memory
+from hpc_train.train.data import node_memory
 from hpc_train.train.reduce.reducer import Mpi
 
 SIZES = (4, 4096, 3 << 20)  # in a bucket with the notes, alone and in pieces
@@ -31,7 +31,7 @@ def rows(context: Context) -> Iterator[list[Row]]:
 
 
 def test_all_strategies_and_limits_are_measured_in_all_places(context: Context, rows: list[Row]) -> None:
-    hosts = context.all(context.world.host)
+    hosts = context.all_gather(context.world.host)
     counts = [len(team) for team in teams(hosts) if context.world.rank in team]
     found = {(row.strategy, row.ranks, row.message_bytes) for row in rows}
     names = {*OURS, *PEERS, "memory"}
@@ -45,8 +45,8 @@ def test_all_strategies_and_limits_are_measured_in_all_places(context: Context, 
 
 
 def test_the_ranks_of_a_row_agree(context: Context, rows: list[Row]) -> None:
-    for team in teams(context.all(context.world.host)):
-        found = context.all([row.samples_s for row in rows if row.ranks == len(team)])
+    for team in teams(context.all_gather(context.world.host)):
+        found = context.all_gather([row.samples_s for row in rows if row.ranks == len(team)])
         assert found[0] and all(found[rank] == found[0] for rank in team)
 
 
@@ -56,7 +56,7 @@ def test_a_wrong_sum_is_found(context: Context) -> None:
     off_by_one = message.numel() - 1
 
     def wrong(update: bool) -> None:
-        messages.add_up_in_place(context.comm, message.numpy())
+        messages.all_reduce_in_place(context.comm, message.numpy())
         message[off_by_one] += 1
 
     way = allreduce.Way(wrong, lambda: message, context.world.size)
@@ -80,7 +80,7 @@ def test_mpi_sums_in_pieces_what_one_message_would(context: Context, length: int
 
 
 def test_memory_is_that_of_the_fullest_node(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_available_bytes", lambda: (1 + context.world.rank) << 30)
-    assert memory.free_bytes_per_rank(context) == (1 << 30) // context.world.local_size
+    monkeypatch.setattr(node_memory, "_available_bytes", lambda: (1 + context.world.rank) << 30)
+    assert node_memory.available_bytes_per_rank(context) == (1 << 30) // context.world.local_size
     monkeypatch.undo()
-    assert 0 < memory._available_bytes() < 1 << 50
+    assert 0 < node_memory._available_bytes() < 1 << 50

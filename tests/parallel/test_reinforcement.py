@@ -60,5 +60,5 @@ def test_all_ranks_hold_the_replay_memory_of_one_process(context: Context, share
     together = played(context)
     torch.manual_seed(0)
     alone = played(Context(World()))
-    for state in (alone, *context.all(together)):
+    for state in (alone, *context.all_gather(together)):
         torch.testing.assert_close(together, state, rtol=0, atol=0)

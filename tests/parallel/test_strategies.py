@@ -106,7 +106,7 @@ def test_asynchronous_workers_train_and_all_stop_after_the_same_step(
     settings = tuple(f"{key.replace('__', '.')}={value}" for key, value in keys.items())
     assert train(load(CONFIGS / "mlp-mnist.toml", settings), context, "never") == CONTINUE
     made = RunDir(context.on_root(lambda: next(shared_path.glob("mlp-mnist/*"))))
-    steps = context.all(read_timings(made.timings(context.world.rank))["step"].tolist())
+    steps = context.all_gather(read_timings(made.timings(context.world.rank))["step"].tolist())
     assert len({tuple(each) for each in steps}) == 1 and 5 <= len(steps[0]) < 30, "workers and servers alike"
     assert made.checkpoint(len(steps[0])).exists()
     assert train(load(CONFIGS / "mlp-mnist.toml", settings), context, str(made.path)) in (0, CONTINUE)

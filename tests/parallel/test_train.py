@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from torch import nn
 
-from hpc_train.core.config import Config, load
+from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.records import PHASES, TIMING_COLUMNS, read_metrics
 from hpc_train.core.rundir import RunDir, find
+from hpc_train.core.settings import Config
 from hpc_train.core.timings import read_timings, step_times
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context

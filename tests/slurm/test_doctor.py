@@ -35,4 +35,4 @@ def test_variables_of_slurm_that_are_not_of_this_step(
     cluster: Cluster, without_torch: list[object], tmp_path: Path
 ) -> None:
     checks = found(cluster, tmp_path, "env", "SLURM_PROCID=0", *without_torch)
-    assert checks["Slurm"]["status"] == "fail" and "SLURM_PROCID is 0, and MPI's rank " in checks["Slurm"]["seen"]
+    assert checks["Slurm"]["status"] == "fail" and "SLURM_PROCID = 0, but MPI's rank is " in checks["Slurm"]["seen"]

@@ -1,7 +1,6 @@
 """What a step costs a device, how batches get there, and models whose blocks are computed again."""
 
-from collections import deque
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,18 +9,19 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpc_train.core import config
 from hpc_train.core.errors import UserError
+from hpc_train.core.settings import Train
 from hpc_train.core.world import World
 from hpc_train.train.data.dataset import Batch
-from hpc_train.train.device import let_go, moved, on_device, open_device, peak_flops, recompute_blocks, try_out
+from hpc_train.train.data.device_queue import moved
+from hpc_train.train.device import open_device, peak_flops, recompute_blocks, try_out
 from hpc_train.train.reduce.reducer import check_gpus
 
 CPU = torch.device("cpu")
 
 
-def settings(**keys: object) -> config.Train:
-    return config.Train.model_validate({"steps": 1, "global_batch": 1, **keys})
+def settings(**keys: object) -> Train:
+    return Train.model_validate({"steps": 1, "global_batch": 1, **keys})
 
 
 class Block(nn.Module):
@@ -100,7 +100,6 @@ def test_batches_of_any_form_are_moved() -> None:
     there = moved([batch, (torch.ones(1), {"a": Pair(torch.ones(2), "x")}), 3, np.float64(1)], torch.device("meta"))
     assert there[0].inputs.is_meta and there[0].targets.is_meta and there[0].scale == 0.5
     assert there[1][0].is_meta and there[1][1]["a"].x.is_meta and there[1][1]["a"].name == "x" and there[2:] == [3, 1]
-    assert list(on_device([batch], CPU, ahead=True)) == [batch]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -115,40 +114,8 @@ def test_the_peak_is_given_or_unknown() -> None:
     assert peak_flops(settings(peak_tflops=1.5), CPU) == (1.5e12, "train.peak_tflops")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_batches_reach_a_gpu_while_the_one_before_is_computed_with() -> None:
-    batches = [torch.full((1 << 20,), float(number)) for number in range(5)]
-    for ahead in (False, True):
-        for number, batch in enumerate(on_device(iter(batches), torch.device("cuda"), ahead)):
-            assert batch.is_cuda and (batch * 2).sum().item() == 2 * number * (1 << 20)
-
-
 def test_ranks_that_share_a_gpu_are_named_before_nccl_ends_the_job() -> None:
     check_gpus("horovod", [None, None])  # CPUs, or a Horovod that reduces through these
     check_gpus("horovod", [("a", "0"), ("a", "1"), ("b", "0"), ("b", "1")])
     with pytest.raises(UserError, match=r"reduce\.strategy = 'horovod': ranks 1, 3 share one GPU of b, and NCCL wants"):
         check_gpus("horovod", [("a", "0"), ("b", "0"), ("b", "1"), ("b", "0")])
-
-
-class Copy:
-    """An event behind a copy to a GPU, which has none here."""
-
-    def __init__(self) -> None:
-        self.has_ended = False
-
-    def query(self) -> bool:
-        return self.has_ended
-
-
-def test_a_batch_is_held_until_its_copy_has_ended() -> None:
-    """However many come after it: pinned memory that nobody holds is filled again."""
-    copies = [Copy() for _ in range(6)]
-    waiting: Any = deque(enumerate(copies))
-    let_go(waiting)
-    assert len(waiting) == 6
-    copies[1].has_ended = True
-    let_go(waiting)
-    assert len(waiting) == 6, "copies of a stream end in their order"
-    copies[0].has_ended = True
-    let_go(waiting)
-    assert [number for number, _ in waiting] == [2, 3, 4, 5]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_train.core import config
 from hpc_train.core.rundir import RunDir, find
+from hpc_train.core.settings import Checkpoint, Train
 from hpc_train.train.device import peak_flops
 from hpc_train.train.energy.sensors.choose import choose
 from hpc_train.train.optimize import Optimizer
@@ -89,7 +89,7 @@ def test_an_update_with_clipping_makes_the_loop_wait_for_nothing(keys: dict[str,
     def trainee(device: str) -> tuple[nn.Module, Optimizer]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)).to(device)
-        train = config.Train.model_validate({"steps": 9, "global_batch": 8, "lr": 0.1, "clip_norm": 0.1, **keys})
+        train = Train.model_validate({"steps": 9, "global_batch": 8, "lr": 0.1, "clip_norm": 0.1, **keys})
         return model, Optimizer(train, whole(model), 8, lambda value: value)
 
     (on_gpu, one), (on_cpu, other) = trainee("cuda"), trainee("cpu")
@@ -108,7 +108,7 @@ def test_an_update_with_clipping_makes_the_loop_wait_for_nothing(keys: dict[str,
 
 
 def test_a_checkpoint_leaves_a_gpu_through_memory_that_is_kept(tmp_path: Path) -> None:
-    settings = config.Checkpoint.model_validate({"keep": 2})
+    settings = Checkpoint.model_validate({"keep": 2})
     with checkpoint.Saver(RunDir(tmp_path), settings, {}, True, print) as saver:
         for step in (1, 2):
             weights = torch.full((1 << 20,), float(step), device=CUDA)
@@ -152,7 +152,7 @@ def test_the_meter_counts_what_the_driver_says_it_draws() -> None:
 
 
 def test_the_peak_is_that_of_the_data_sheet() -> None:
-    train = config.Train.model_validate({"steps": 1, "global_batch": 1, "precision": "bf16"})
+    train = Train.model_validate({"steps": 1, "global_batch": 1, "precision": "bf16"})
     peak, source = peak_flops(train, CUDA)
     if peak is None:
         pytest.skip(f"no data sheet known of {torch.cuda.get_device_name()}")

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_train.core import config
+from hpc_train.core.settings import Train
 from hpc_train.train.optimize import Optimizer, learning_rate
 from hpc_train.train.reduce.shards import ParamShard
 
 
-def settings(**keys: object) -> config.Train:
-    return config.Train.model_validate({"steps": 100, "global_batch": 8, **keys})
+def settings(**keys: object) -> Train:
+    return Train.model_validate({"steps": 100, "global_batch": 8, **keys})
 
 
-def optimizer(train: config.Train, *parameters: nn.Parameter, decays: bool = True) -> Optimizer:
+def optimizer(train: Train, *parameters: nn.Parameter, decays: bool = True) -> Optimizer:
     owned = [ParamShard(str(index), parameter, decays) for index, parameter in enumerate(parameters)]
     return Optimizer(train, owned, 8, lambda value: value)
 

@@ -12,9 +12,10 @@ import torch
 
 from hpc_train.analysis.report.report import make_report
 from hpc_train.analysis.runs.load import Run, load_all
-from hpc_train.core.config import UNKNOWN_STEPS, load
+from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.records import read_metrics
+from hpc_train.core.settings import UNKNOWN_STEPS
 from hpc_train.core.timings import read_timings
 from hpc_train.train.recording import recording
 from tests import jobs

@@ -101,12 +101,12 @@ WRITE_FAILS = """
 import sys
 from hpc_train import cli
 from hpc_train.datasets.prepare import writer
-from hpc_train.core.world import launched_rank
+from hpc_train.core.job_environment import JobEnvironment
 
 def fail(*args):
     raise OSError(5, "Input/output error")
 
-if launched_rank() == 1:
+if JobEnvironment.current().rank == 1:
     writer.write_rows = fail
 sys.argv = ["hpc-train", "prepare", "mnist-5k", "x.h5"]
 cli.main()

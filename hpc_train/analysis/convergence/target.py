@@ -4,19 +4,22 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp, fsum, isfinite, log
+from math import isfinite
 from pathlib import Path
-from statistics import fmean, variance
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import numpy as np
 
 from hpc_train.analysis.energy.energy import RunEnergy
-from hpc_train.analysis.energy.energy_amount import NONE, Joules
-from hpc_train.analysis.runs.load import Run, attempts
-from hpc_train.analysis.runs.step_timeline import course_of
-from hpc_train.analysis.scaling.scaling import Group, Interval, labels, mismatches, positive
+from hpc_train.analysis.energy.energy_amount import NONE, EnergyAmount
+from hpc_train.analysis.runs.load import Run
+from hpc_train.analysis.runs.meta_json import attempts, positive_number
+from hpc_train.analysis.runs.step_timeline import timeline_of
+from hpc_train.analysis.scaling.compare import Group, labels, mismatches
+from hpc_train.analysis.stats.welch import ratio_of_geometric_means_interval
 from hpc_train.core.records import FloatArray, IntArray
+from hpc_train.core.statistics import Interval
 
 # Keys that change how fast the loss falls and not what it means: runs that differ in these alone have the same target.
 TUNING = (
@@ -40,7 +43,7 @@ class Reach:
     num_samples: float | None = None
     epochs: float | None = None
     seconds: float | None = None  # of the attempts' loops; the time between attempts is in none
-    joules: Joules = NONE
+    joules: EnergyAmount = NONE
     at_once: bool = False  # by the first loss that is judged
 
 
@@ -90,10 +93,10 @@ class TargetRow:
     def seconds(self) -> float | None:
         """The geometric mean, as suits what ratios are made of."""
         known = [reach.seconds for reach in self.reaches if reach.seconds]
-        return exp(fmean(map(log, known))) if len(known) == len(self.reaches) else None
+        return geometric_mean(known) if len(known) == len(self.reaches) else None
 
     @property
-    def joules(self) -> Joules | None:
+    def joules(self) -> EnergyAmount | None:
         """The mean; None where the target was not reached."""
         parts = [reach.joules for reach in self.reaches]
         return sum(parts, NONE) * (1 / len(parts)) if self.reached else None
@@ -232,21 +235,23 @@ def reach_of(run: Run, target: float, energy: RunEnergy | None) -> Reach:
     if not len(below):
         return Reach(run, NOT_REACHED)
     step = int(steps[below[0]])
-    course = energy.course if energy else course_of(run)
+    course = energy.timeline if energy else timeline_of(run)
     row = course.of_first(step)
     if row is None:
         return Reach(run, f"step {step}, which reached it, has no time")
     if not run.summary.num_steps:
         return Reach(run, "its ranks recorded no step in common")
     num_samples = (step + 1) * run.summary.num_samples / run.summary.num_steps
-    of_epoch = positive(run.meta.get("num_samples", run.meta.get("num_train_samples")))  # the latter before schema 3
+    of_epoch = positive_number(
+        run.meta.get("num_samples", run.meta.get("num_train_samples"))
+    )  # the latter before schema 3
     return Reach(
         run,
         num_steps=step + 1,
         num_samples=num_samples,
         epochs=num_samples / of_epoch if of_epoch else None,
         seconds=float(course.end_s[row]),
-        joules=energy.until(row) if energy else Joules(lacking=("no meter",)),
+        joules=energy.until(row) if energy else EnergyAmount(lacking=("no meter",)),
         at_once=bool(below[0] == 0),
     )
 
@@ -272,18 +277,8 @@ def _compared(row: TargetRow, reference: TargetRow) -> TargetRow:
 
 
 def _interval(row: TargetRow, reference: TargetRow) -> Interval | None:
-    """95% of the ratio of times to target, from how repeats differ: Welch's t interval of the difference of logarithms
-    (Biometrika 34, 1947). None where either has fewer than two runs, or one that did not reach the target.
-    """
-    from scipy.special import stdtrit  # takes its time to load, and only repeats need it
-
-    if not row.reached or min(len(row.reaches), len(reference.reaches)) < 2:
+    """95% of the ratio of times to target, from how repeats differ; None if a run did not reach it."""
+    if not row.reached:
         return None
-    ours, theirs = ([log(reach.seconds or 0.0) for reach in one.reaches] for one in (row, reference))
-    parts = [variance(logs) / len(logs) for logs in (ours, theirs)]
-    middle, spread = fmean(theirs) - fmean(ours), fsum(parts)
-    if not spread:
-        return exp(middle), exp(middle)
-    freedom = spread**2 / fsum(part**2 / (len(logs) - 1) for part, logs in zip(parts, (ours, theirs), strict=True))
-    reach = float(stdtrit(freedom, 0.975)) * spread**0.5
-    return exp(middle - reach), exp(middle + reach)
+    ours, theirs = ([reach.seconds or 0.0 for reach in each.reaches] for each in (row, reference))
+    return ratio_of_geometric_means_interval(theirs, ours)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.load_balance import Balance
+from hpc_train.analysis.runs.load_balance import LoadBalance
 from hpc_train.analysis.runs.ranks import waits
+from hpc_train.analysis.stats.bootstrap import block_counts
 from hpc_train.core.records import FloatArray
+from hpc_train.core.statistics import LEVELS
 
-NUM_RESAMPLES = 1000
 # In the order of the tree: global = parallel x computational, parallel = load balance x input x communication,
 # communication = serialisation x transfer. The number is a factor's depth.
 FACTORS = {
@@ -101,13 +102,13 @@ def _span(name: str, draws: FloatArray, value: float) -> tuple[float, float]:
 
     The busiest of many ranks is busier still in a sample that is drawn from a sample.
     """
-    low, middle, high = (float(end) for end in np.quantile(draws, [0.025, 0.5, 0.975]))
+    low, middle, high = (float(end) for end in np.quantile(draws, (LEVELS[0], 0.5, LEVELS[1])))
     most = np.inf if name in ("global", "computational") else 1.0
     return value + low - middle, max(value, min(value + high - middle, most))
 
 
 def _missing(runs: Sequence[Run]) -> str | None:
-    balances = [run.balance for run in runs]
+    balances = [run.load_balance for run in runs]
     if any(balance is None for balance in balances):
         return "no steady step"
     if not all(balance.phases_told for balance in balances if balance):
@@ -136,17 +137,18 @@ def _factors(sums: _Sums, in_step: bool) -> dict[str, FloatArray]:
     return factors
 
 
-def _balance(run: Run) -> Balance:
-    assert run.balance is not None
-    return run.balance
+def _balance(run: Run) -> LoadBalance:
+    assert run.load_balance is not None
+    return run.load_balance
 
 
 def _sums(runs: Sequence[Run], seed: int | None) -> _Sums:
     """Over all steps of all runs, (1,); or over NUM_RESAMPLES bootstrap samples of runs and of their blocks of steps.
 
-    Whole runs are drawn first, as in `scaling.resampled_means`. Of several runs each has a slowest rank of its own.
+    Each run has its own slowest rank.
     """
-    draws = [np.ones((1, len(_balance(run).whole_s))) for run in runs] if seed is None else _drawn(runs, seed)
+    num_blocks = [len(_balance(run).whole_s) for run in runs]
+    draws = [np.ones((1, blocks)) for blocks in num_blocks] if seed is None else block_counts(num_blocks, seed)
     total = np.zeros((5, len(draws[0])))
     useful, samples = np.zeros(len(draws[0])), np.zeros(len(draws[0]))
     for run, counts in zip(runs, draws, strict=True):
@@ -167,18 +169,3 @@ def _largest(counts: FloatArray, useful: FloatArray) -> FloatArray:
     part = max(1, _MOST_CELLS // len(useful))
     parts = [(counts[at : at + part] @ useful.T).max(axis=1) for at in range(0, len(counts), part)]
     return np.concatenate(parts)
-
-
-def _drawn(runs: Sequence[Run], seed: int) -> list[FloatArray]:
-    """For each run (NUM_RESAMPLES, B): how often each of its blocks is drawn."""
-    generator = np.random.default_rng(seed)
-    chosen = generator.integers(0, len(runs), (NUM_RESAMPLES, len(runs)))
-    draws = []
-    for index, run in enumerate(runs):
-        num_blocks = len(_balance(run).whole_s)
-        counts = np.zeros((NUM_RESAMPLES, num_blocks))
-        for place in range(len(runs)):
-            drawn = generator.multinomial(num_blocks, np.full(num_blocks, 1 / num_blocks), NUM_RESAMPLES)
-            counts += drawn * (chosen[:, place] == index)[:, None]
-        draws.append(counts)
-    return draws

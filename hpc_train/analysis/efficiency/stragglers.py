@@ -10,16 +10,16 @@ from typing import Literal
 import numpy as np
 
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.load_balance import NUM_BLOCKS, Arrivals, Balance, Latest
+from hpc_train.analysis.runs.load_balance import Arrivals, Latest, LoadBalance
 from hpc_train.analysis.runs.ranks import waits
+from hpc_train.analysis.stats.bootstrap import ratio_of_sums_interval
+from hpc_train.analysis.stats.permutation import largest_total_threshold
 from hpc_train.core.records import FloatArray, IntArray
+from hpc_train.core.statistics import Interval
 
 LEAST_SHARE = 0.01  # of the job's time: what costs less is not told
-_NUM_RESAMPLES = 1000
-_NUM_CHANCES = 1000  # draws of what chance alone would blame a rank for
 _CLOCK_FACTOR = 3.0  # how many times the clocks' error a rank must be late by, in the steps in which it is last
 Cause = Literal["computing", "input"]
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Straggler:
 
 
 @dataclass(frozen=True)
-class Waiting:
+class StragglerAnalysis:
     """Whom a run's ranks wait for. `told` says in words why there is nobody to be named; None where there is."""
 
     stragglers: tuple[Straggler, ...] = ()
@@ -51,7 +51,7 @@ class Waiting:
     unaligned: str | None = None  # why waits are compared instead
 
 
-def waiting(run: Run) -> Waiting:
+def find_stragglers(run: Run) -> StragglerAnalysis:
     """Names those who cost the job 1% of its time or more, by more than chance and clocks' errors explain.
 
     In each step the last rank to arrive is blamed for what the others would save were it as early as the next. Alike
@@ -60,18 +60,18 @@ def waiting(run: Run) -> Waiting:
     on, so that several slow ranks are found, though each alone hides behind the others. A host is named instead of a
     rank where more than half of its ranks are late by half of what its latest is.
     """
-    balance = run.balance
+    balance = run.load_balance
     if balance is None:
-        return Waiting(told="no steady step")
+        return StragglerAnalysis(told="no steady step")
     if len(balance.ranks) == 1:
-        return Waiting(told="one rank waits for nobody")
+        return StragglerAnalysis(told="one rank waits for nobody")
     if not waits(run.config.reduce, len(balance.ranks)):
         served = run.config.reduce.strategy == "parameter_server"
         how = "each worker is answered by itself (reduce.asynchronous)" if served else "gradients are not reduced"
-        return Waiting(told=f"no rank waits for another in a step, {how}")
+        return StragglerAnalysis(told=f"no rank waits for another in a step, {how}")
     arrivals = balance.arrivals
     if arrivals is None:
-        return Waiting(told="when ranks came to the reductions was not recorded")
+        return StragglerAnalysis(told="when ranks came to the reductions was not recorded")
     errors_s = arrivals.clock_error_s * (len(arrivals.hosts) > 1)  # one host has one clock
     hosts = _found(arrivals, arrivals.latest_hosts, len(arrivals.hosts), _host_error(arrivals, errors_s))
     if not any(_is_whole(arrivals, host) for host in hosts):
@@ -82,14 +82,14 @@ def waiting(run: Run) -> Waiting:
     saved_s = _saved_s(latest, blamed)
     share = float(saved_s.sum()) / arrivals.whole_s
     if not blamed or share < LEAST_SHARE:
-        return Waiting(
+        return StragglerAnalysis(
             told=f"no rank costs the others {LEAST_SHARE:.0%} of their time by more than chance",
             clock_error_s=_typical_error(arrivals),
             unaligned=arrivals.unaligned,
         )
     named = tuple(_straggler(balance, arrivals, latest, blamed, place, bool(hosts)) for place in range(len(blamed)))
-    span = _interval(saved_s, arrivals.step_s)
-    return Waiting(named, share, span, None, _typical_error(arrivals), arrivals.unaligned)
+    span = ratio_of_sums_interval(saved_s, arrivals.step_s)
+    return StragglerAnalysis(named, share, span, None, _typical_error(arrivals), arrivals.unaligned)
 
 
 def _typical_error(arrivals: Arrivals) -> float | None:
@@ -134,19 +134,6 @@ def _saved_s(latest: Latest, aside: Sequence[int]) -> FloatArray:
     return np.asarray(latest.late_s[0] - np.where(np.isfinite(others), others, least))
 
 
-def _interval(saved_s: FloatArray, step_s: FloatArray) -> Interval | None:
-    """95% interval of the share of time saved, by bootstrap over blocks of consecutive steps; None under 2 steps."""
-    num_blocks = min(NUM_BLOCKS, len(step_s))
-    if num_blocks < 2:
-        return None
-    begins = np.arange(num_blocks) * len(step_s) // num_blocks
-    saved, whole = (np.add.reduceat(values, begins) for values in (saved_s, step_s))
-    drawn = np.random.default_rng(0).integers(0, num_blocks, (_NUM_RESAMPLES, num_blocks))
-    low, high = np.quantile(saved[drawn].sum(axis=1) / whole[drawn].sum(axis=1), [0.025, 0.975])
-    share = float(saved_s.sum() / step_s.sum())
-    return min(float(low), share), max(float(high), share)
-
-
 def _found(arrivals: Arrivals, latest: Latest, num: int, error_s: FloatArray) -> list[int]:
     """Positions of those who bear more blame than chance gives, the worst first; at most as many as can be told."""
     found: list[int] = []
@@ -158,7 +145,7 @@ def _found(arrivals: Arrivals, latest: Latest, num: int, error_s: FloatArray) ->
         times = np.bincount(who[known], minlength=num)
         worst = int(np.argmax(blame))
         num_others = num - len(found)
-        if blame[worst] <= _by_chance(late_s[known], num_others):
+        if blame[worst] <= largest_total_threshold(late_s[known], num_others):
             break
         if blame[worst] < _CLOCK_FACTOR * error_s[worst] * times[worst]:
             break
@@ -169,17 +156,8 @@ def _found(arrivals: Arrivals, latest: Latest, num: int, error_s: FloatArray) ->
     return found[: enough[0] + 1] if enough else []
 
 
-def _by_chance(late_s: FloatArray, num: int) -> float:
-    """What the most blamed of `num` alike ranks bears in 99% of all cases, in seconds."""
-    generator = np.random.default_rng(0)
-    most = np.empty(_NUM_CHANCES)
-    for draw in range(_NUM_CHANCES):
-        most[draw] = np.bincount(generator.integers(0, num, len(late_s)), late_s).max()
-    return float(np.quantile(most, 0.99))
-
-
 def _straggler(
-    balance: Balance, arrivals: Arrivals, latest: Latest, blamed: Sequence[int], place: int, by_host: bool
+    balance: LoadBalance, arrivals: Arrivals, latest: Latest, blamed: Sequence[int], place: int, by_host: bool
 ) -> Straggler:
     """The one at `place` of those blamed, its cost on top of theirs who stand before it."""
     one = blamed[place]
@@ -201,13 +179,13 @@ def _straggler(
         late_s=float(late_s[mine].mean()) if mine.any() else 0.0,
         cost_s=cost_s / arrivals.num_steps,
         share=cost_s / arrivals.whole_s,
-        share_interval=_interval(saved_s, arrivals.step_s),
+        share_interval=ratio_of_sums_interval(saved_s, arrivals.step_s),
         cause=cause,
         excess=excess,
     )
 
 
-def _cause(balance: Balance, members: IntArray) -> tuple[Cause | None, float | None]:
+def _cause(balance: LoadBalance, members: IntArray) -> tuple[Cause | None, float | None]:
     """What those at `members` have more of than the median of the others."""
     others = np.setdiff1d(np.arange(len(balance.ranks)), members)
     useful, stall = balance.useful_s, balance.input_s

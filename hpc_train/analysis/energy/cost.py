@@ -6,10 +6,11 @@ from functools import partial
 from statistics import fmean
 
 from hpc_train.analysis.energy.energy import RunEnergy, energy_of, unknown_energy
-from hpc_train.analysis.energy.energy_amount import NONE, Joules
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.energy.energy_amount import NONE, EnergyAmount
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
+from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.core.formatting import plural
 from hpc_train.core.records import PHASES
 
 J_PER_KWH = 3.6e6
@@ -46,39 +47,39 @@ class RowEnergy:
     runs: tuple[RunEnergy, ...]
     tariff: Tariff
     # Joules for each unit that the speedup grows by from the row before, for the same number of samples.
-    marginal: Joules | None = None
+    marginal: EnergyAmount | None = None
     pays: bool | None = None  # whether the joules times the seconds for a sample are fewer than at the row before
 
     @property
-    def gross(self) -> Joules:
+    def gross(self) -> EnergyAmount:
         return self._mean([run.gross for run in self.runs])
 
     @property
-    def net(self) -> Joules:
+    def net(self) -> EnergyAmount:
         return self._mean([run.net for run in self.runs])
 
     @property
-    def loop(self) -> Joules:
+    def loop(self) -> EnergyAmount:
         return self._mean([run.loop for run in self.runs])
 
     @property
-    def outside(self) -> Joules:
+    def outside(self) -> EnergyAmount:
         return self._mean([run.outside for run in self.runs])
 
     @property
-    def per_sample(self) -> Joules:
+    def per_sample(self) -> EnergyAmount:
         return self._per_sample(self.gross)
 
     @property
-    def net_per_sample(self) -> Joules:
+    def net_per_sample(self) -> EnergyAmount:
         return self._per_sample(self.net)
 
     @property
-    def phases(self) -> dict[str, Joules]:
+    def phases(self) -> dict[str, EnergyAmount]:
         return self._by_phase([run.phases for run in self.runs])
 
     @property
-    def servers(self) -> dict[str, Joules]:
+    def servers(self) -> dict[str, EnergyAmount]:
         return self._by_phase([run.servers for run in self.runs])
 
     @property
@@ -96,7 +97,7 @@ class RowEnergy:
         """Energy-delay product: joules of the loop times its seconds (Gonzalez and Horowitz, "Energy dissipation in
         general purpose microprocessors", IEEE Journal of Solid-State Circuits 31(9), 1996).
         """
-        return _mean([None if r.loop.total is None else r.loop.total * r.course.loop_s for r in self.runs])
+        return _mean([None if r.loop.total is None else r.loop.total * r.timeline.loop_s for r in self.runs])
 
     @property
     def facility_j(self) -> float | None:
@@ -118,14 +119,14 @@ class RowEnergy:
     def price(self) -> float | None:
         return _product(self._paid_kwh, self.tariff.price_per_kwh)
 
-    def _mean(self, parts: list[Joules]) -> Joules:
+    def _mean(self, parts: list[EnergyAmount]) -> EnergyAmount:
         return sum(parts, NONE) * (1 / len(parts))
 
-    def _per_sample(self, joules: Joules) -> Joules:
+    def _per_sample(self, joules: EnergyAmount) -> EnergyAmount:
         num_samples = fmean(run.summary.num_samples for run in self.row.runs)
-        return joules * (1 / num_samples) if num_samples else Joules(lacking=("no sample",))
+        return joules * (1 / num_samples) if num_samples else EnergyAmount(lacking=("no sample",))
 
-    def _by_phase(self, of_runs: list[dict[str, Joules]]) -> dict[str, Joules]:
+    def _by_phase(self, of_runs: list[dict[str, EnergyAmount]]) -> dict[str, EnergyAmount]:
         known = [phase for phase in PHASES if any(phase in one for one in of_runs)]
         return {phase: self._mean([one.get(phase, NONE) for one in of_runs]) for phase in known}
 
@@ -143,12 +144,12 @@ class GroupEnergy:
         return any(row.gross.known > 0 for row in self.rows)
 
 
-def cost_of(group: Group, given: Tariff = UNKNOWN, guard: Guard | None = None) -> GroupEnergy:
+def cost_of(group: Group, given: Tariff = UNKNOWN, guard: SectionGuard | None = None) -> GroupEnergy:
     """Reads the energy files of a group's runs. Raises `BadRecord` naming path:line."""
-    guard = guard or Guard()
+    guard = guard or SectionGuard()
 
     def energy(run: Run) -> RunEnergy:
-        return guard.made(f"the energy of {run.label}", partial(unknown_energy, run), energy_of, run)
+        return guard.call(f"the energy of {run.label}", partial(unknown_energy, run), energy_of, run)
 
     rows = [RowEnergy(row, tuple(map(energy, row.runs)), tariff_of(row.runs, given)) for row in group.rows]
     before: RowEnergy | None = None
@@ -156,8 +157,8 @@ def cost_of(group: Group, given: Tariff = UNKNOWN, guard: Guard | None = None) -
         if row.row.incomplete or row.row.speedup is None:
             continue
         if before is not None:
-            what = f"what speed costs at {num_ranks(row.row.size)} ({group.label})"
-            rows[index] = guard.made(what, partial(_as_it_is, row), _against, row, before, group)
+            what = f"what speed costs at {plural(row.row.size, 'rank')} ({group.label})"
+            rows[index] = guard.call(what, partial(_as_it_is, row), _against, row, before, group)
         before = row
     return GroupEnergy(group, tuple(rows))
 

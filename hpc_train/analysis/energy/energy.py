@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from hpc_train.analysis.energy.energy_amount import NONE, Joules, between, peak_w, whole
-from hpc_train.analysis.runs.load import Run, attempts, disjoint, host_traces, section
-from hpc_train.analysis.runs.step_timeline import NO_COURSE, Course, course_of
-from hpc_train.analysis.scaling.scaling import positive
+from hpc_train.analysis.energy.energy_amount import NONE, EnergyAmount, between, peak_w, whole
+from hpc_train.analysis.runs.load import Run, disjoint, host_traces
+from hpc_train.analysis.runs.meta_json import attempts, dict_at, positive_number
+from hpc_train.analysis.runs.step_timeline import EMPTY_TIMELINE, StepTimeline, timeline_of
 from hpc_train.core.formatting import listed
 from hpc_train.core.records import JOB_WIDE, OWN_CORES, PHASES, Trace
 
@@ -38,10 +38,10 @@ class _Reading:
     shared: bool
 
     @cached_property
-    def gross(self) -> Joules:
+    def gross(self) -> EnergyAmount:
         return whole(self.trace, self.host, self.shared, self.lead_s + self.loop_s if self.loop_s else 0.0)
 
-    def of_loop(self, seconds: float) -> Joules:
+    def of_loop(self, seconds: float) -> EnergyAmount:
         """Of the first `seconds` of the loop."""
         return between(self.trace, self.lead_s, self.lead_s + seconds, self.host, self.shared)
 
@@ -61,43 +61,43 @@ class RunEnergy:
     """
 
     run: Run
-    course: Course
+    timeline: StepTimeline
     readings: tuple[_Reading, ...]
     unread: tuple[str, ...]  # hosts without any reading in an attempt that took steps
     places: tuple[Place, ...]
     notes: tuple[str, ...]
 
     @cached_property
-    def gross(self) -> Joules:
+    def gross(self) -> EnergyAmount:
         return self._whole(reading.gross for reading in self.readings)
 
     @cached_property
-    def loop(self) -> Joules:
+    def loop(self) -> EnergyAmount:
         return self._whole(reading.of_loop(reading.loop_s) for reading in self.readings if reading.loop_s)
 
-    def until(self, row: int) -> Joules:
+    def until(self, row: int) -> EnergyAmount:
         """Of the loops until the end of the step in a row of the course."""
-        ended = int(self.course.attempt[row])
-        lasted = {loop.attempt: loop.lasted_s for loop in self.course.loops if loop.attempt < ended}
+        ended = int(self.timeline.attempt[row])
+        lasted = {loop.attempt: loop.lasted_s for loop in self.timeline.loops if loop.attempt < ended}
         before_s = sum(lasted.values())
-        lasted[ended] = float(self.course.end_s[row]) - before_s
+        lasted[ended] = float(self.timeline.end_s[row]) - before_s
         taken = [reading for reading in self.readings if reading.trace.attempt in lasted]
         return self._whole(reading.of_loop(lasted[reading.trace.attempt]) for reading in taken)
 
-    def _whole(self, parts: Iterable[Joules]) -> Joules:
+    def _whole(self, parts: Iterable[EnergyAmount]) -> EnergyAmount:
         lacking = self.unread or (() if self.readings else ("no meter",))
-        total = sum(parts, Joules(lacking=lacking))
-        return total if total.known > 0 or total.lacking else total + Joules(lacking=("all meters (0 J)",))
+        total = sum(parts, EnergyAmount(lacking=lacking))
+        return total if total.known > 0 or total.lacking else total + EnergyAmount(lacking=("all meters (0 J)",))
 
     @cached_property
-    def net(self) -> Joules:
+    def net(self) -> EnergyAmount:
         """gross less what the domains draw at rest (meta.json energy.idle_w) for as long. An idle draw that was given
         and not measured makes it an estimate, an unknown one makes it missing.
         """
-        facts = section(self.run.meta, "energy")
-        idle = {host: part for host, part in section(facts, "idle_w").items() if isinstance(part, dict)}
+        facts = dict_at(self.run.meta, "energy")
+        idle = {host: part for host, part in dict_at(facts, "idle_w").items() if isinstance(part, dict)}
         given = facts.get("idle_quality") != "measured"
-        total = Joules(lacking=self.gross.lacking)
+        total = EnergyAmount(lacking=self.gross.lacking)
         by_host: dict[tuple[str, int], list[_Reading]] = defaultdict(list)
         for reading in self.readings:
             by_host[reading.host, reading.trace.attempt].append(reading)
@@ -127,21 +127,21 @@ class RunEnergy:
         return max(known) if known and not self.gross.lacking else None
 
     @cached_property
-    def nodes(self) -> dict[str, Joules]:
+    def nodes(self) -> dict[str, EnergyAmount]:
         """gross by host; a host without readings is missing."""
-        found: dict[str, Joules] = {}
+        found: dict[str, EnergyAmount] = {}
         for reading in self.readings:
             found[reading.host] = found.get(reading.host, NONE) + reading.gross
         for host in self.unread:
-            found[host] = found.get(host, NONE) + Joules(lacking=(host,))
+            found[host] = found.get(host, NONE) + EnergyAmount(lacking=(host,))
         return found
 
     @cached_property
-    def ranks(self) -> dict[int, Joules]:
+    def ranks(self) -> dict[int, EnergyAmount]:
         """gross by rank; {} where it is not known where ranks ran. A GPU's joules are those of the ranks that use it,
         the rest of a node is divided among its ranks (`shares_rest`), which makes a share an estimate.
         """
-        found: dict[int, Joules] = defaultdict(Joules)
+        found: dict[int, EnergyAmount] = defaultdict(EnergyAmount)
         for reading in self.readings:
             here = self._places_on[reading.host]
             owners = _owners(reading, here, self._num_gpus[reading.host]) or here
@@ -150,7 +150,7 @@ class RunEnergy:
                 found[place.rank] += part if len(owners) == 1 else part.attributed()
         for host in self.unread:
             for place in self._places_on[host]:
-                found[place.rank] += Joules(lacking=(host,))
+                found[place.rank] += EnergyAmount(lacking=(host,))
         return dict(sorted(found.items()))
 
     @cached_property
@@ -174,7 +174,7 @@ class RunEnergy:
         return "by the number of their cores" if by_cores else "equally"
 
     @cached_property
-    def phases(self) -> dict[str, Joules]:
+    def phases(self) -> dict[str, EnergyAmount]:
         """loop of the ranks that train, attributed to phases by their share of the time in steady steps: phases last
         milliseconds and samples seconds, so no meter tells them apart. Assumes equal power in all phases.
         """
@@ -182,7 +182,7 @@ class RunEnergy:
         return {phase: (self.loop * self._workers_part * share).attributed() for phase, share in shares.items()}
 
     @cached_property
-    def servers(self) -> dict[str, Joules]:
+    def servers(self) -> dict[str, EnergyAmount]:
         """The same of the servers' part; {} where there are none."""
         spent_s, total_s = self.run.servers_s, float(self.run.servers_s.sum())
         part = (self.loop * (1 - self._workers_part)).attributed()
@@ -201,7 +201,7 @@ class RunEnergy:
         return workers / total if total else num_workers / self.run.size
 
     @property
-    def outside(self) -> Joules:
+    def outside(self) -> EnergyAmount:
         """gross before and after the steps."""
         rest = self.gross - self.loop
         return (
@@ -211,11 +211,11 @@ class RunEnergy:
 
 def energy_of(run: Run) -> RunEnergy:
     """Reads the run's energy files. Raises `BadRecord` naming path:line."""
-    course, places = course_of(run), places_of(run)
+    course, places = timeline_of(run), places_of(run)
     every = host_traces(run.dir, run.meta)
     added = disjoint(every)
     lead_s = _lead_s(run, course, added, places)
-    shared = section(section(run.meta, "energy"), "shared")
+    shared = dict_at(dict_at(run.meta, "energy"), "shared")
     loops = {loop.attempt: loop for loop in course.loops}
     readings = []
     for host, traces in added.items():
@@ -244,7 +244,7 @@ def energy_of(run: Run) -> RunEnergy:
 
 def unknown_energy(run: Run, why: str) -> RunEnergy:
     """That of a run of which it could not be found out."""
-    return RunEnergy(run, NO_COURSE, (), ("all meters",), (), (why,))
+    return RunEnergy(run, EMPTY_TIMELINE, (), ("all meters",), (), (why,))
 
 
 def places_of(run: Run) -> tuple[Place, ...]:
@@ -290,14 +290,16 @@ def _hosts_of(meta: dict[str, Any], attempt: int) -> list[str]:
     return list(meta["hosts"])
 
 
-def _lead_s(run: Run, course: Course, traces: dict[str, list[Trace]], places: tuple[Place, ...]) -> dict[int, float]:
+def _lead_s(
+    run: Run, course: StepTimeline, traces: dict[str, list[Trace]], places: tuple[Place, ...]
+) -> dict[int, float]:
     """Seconds from a trace's first line to the begin of its attempt's loop; an attempt without an entry: none known.
 
     meta.json energy.epoch_s turns the timings' clock into the traces', of the last attempt. It is taken on the host of
     the rank that the course is of, for all: samplers begin right before a barrier, so hosts' clocks need not agree.
     """
     host = next((place.host for place in places if place.rank == course.rank), run.meta["hosts"][0])
-    epoch_s = positive(section(section(run.meta, "energy"), "epoch_s").get(host))
+    epoch_s = positive_number(dict_at(dict_at(run.meta, "energy"), "epoch_s").get(host))
     if epoch_s is None or not course.loops:
         return {}
     loop = course.loops[-1]
@@ -310,28 +312,28 @@ def _lead_s(run: Run, course: Course, traces: dict[str, list[Trace]], places: tu
 
 def _of_all(idle: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The idle draw of all nodes together, where each node's is known."""
-    watts = [positive(draws.get("node")) for draws in idle.values()]
+    watts = [positive_number(draws.get("node")) for draws in idle.values()]
     return {"node": sum(w for w in watts if w is not None)} if watts and None not in watts else {}
 
 
-def _above_idle(readings: list[_Reading], draws: dict[str, Any], given: bool) -> Joules:
+def _above_idle(readings: list[_Reading], draws: dict[str, Any], given: bool) -> EnergyAmount:
     """What one host's domains drew above idle during one attempt."""
-    everything, node_w = positive(draws.get("node")), None
+    everything, node_w = positive_number(draws.get("node")), None
     if everything is not None and not any(reading.trace.domain == "node" for reading in readings):
         node_w = everything  # given for all of a node's meters together
     if node_w is not None:
         total = sum((reading.gross for reading in readings), NONE).attributed()
-        return total - Joules(estimated=node_w * max(reading.known_s for reading in readings))
+        return total - EnergyAmount(estimated=node_w * max(reading.known_s for reading in readings))
     above = NONE
     for reading in readings:
-        gross, watts = reading.gross, positive(draws.get(reading.trace.domain))
+        gross, watts = reading.gross, positive_number(draws.get(reading.trace.domain))
         if watts is None:
-            above += Joules(lacking=(f"{reading.host} {reading.trace.domain} at rest",), shared=gross.shared)
+            above += EnergyAmount(lacking=(f"{reading.host} {reading.trace.domain} at rest",), shared=gross.shared)
             continue
         idle_j = watts * reading.known_s
         is_estimate = given or gross.estimated is not None
         gross = gross.attributed() if is_estimate else gross
-        above += gross - (Joules(estimated=idle_j) if is_estimate else Joules(measured=idle_j))
+        above += gross - (EnergyAmount(estimated=idle_j) if is_estimate else EnergyAmount(measured=idle_j))
     return above
 
 

@@ -10,7 +10,7 @@ from hpc_train.core.records import Trace
 
 
 @dataclass(frozen=True)
-class Joules:
+class EnergyAmount:
     """Measured and estimated parts side by side, None where there is no such part, and in words what is missing: then
     there is no total.
 
@@ -40,22 +40,22 @@ class Joules:
             return "estimated" if self.measured is None else "mixed"
         return "measured"
 
-    def __add__(self, other: "Joules") -> "Joules":
+    def __add__(self, other: "EnergyAmount") -> "EnergyAmount":
         lacking = tuple(dict.fromkeys(self.lacking + other.lacking))
         measured, estimated = _sum(self.measured, other.measured), _sum(self.estimated, other.estimated)
-        return Joules(measured, estimated, lacking, self.shared or other.shared)
+        return EnergyAmount(measured, estimated, lacking, self.shared or other.shared)
 
-    def __mul__(self, factor: float) -> "Joules":
+    def __mul__(self, factor: float) -> "EnergyAmount":
         measured, estimated = (None if part is None else part * factor for part in (self.measured, self.estimated))
-        return Joules(measured, estimated, self.lacking, self.shared)
+        return EnergyAmount(measured, estimated, self.lacking, self.shared)
 
-    def __sub__(self, other: "Joules") -> "Joules":
+    def __sub__(self, other: "EnergyAmount") -> "EnergyAmount":
         """Without a part of itself, or set against another."""
         return self + other * -1.0
 
-    def attributed(self) -> "Joules":
+    def attributed(self) -> "EnergyAmount":
         """The same as an estimate: divided by a rule, which no meter has confirmed."""
-        return Joules(None, self.known, self.lacking, self.shared)
+        return EnergyAmount(None, self.known, self.lacking, self.shared)
 
     def mark(self) -> str:
         """What must stand beside every number that is made of it."""
@@ -68,30 +68,30 @@ class Joules:
             return amount(self.known * factor, unit) + self.mark()
         if not self.known > 0:
             return "missing"
-        known = Joules(self.measured, self.estimated, (), self.shared)
+        known = EnergyAmount(self.measured, self.estimated, (), self.shared)
         return f"at least {amount(self.known * factor, unit)}{known.mark()}"
 
 
-NONE = Joules()
+NONE = EnergyAmount()
 
 
 def _sum(one: float | None, other: float | None) -> float | None:
     return one if other is None else other if one is None else one + other
 
 
-def _of(trace: Trace, joules: float, lacking: tuple[str, ...], shared: bool) -> Joules:
+def _of(trace: Trace, joules: float, lacking: tuple[str, ...], shared: bool) -> EnergyAmount:
     estimated = trace.quality == "estimated"
-    return Joules(None if estimated else joules, joules if estimated else None, lacking, shared)
+    return EnergyAmount(None if estimated else joules, joules if estimated else None, lacking, shared)
 
 
-def between(trace: Trace, begin_s: float, end_s: float, host: str, shared: bool) -> Joules:
+def between(trace: Trace, begin_s: float, end_s: float, host: str, shared: bool) -> EnergyAmount:
     """What a domain drew from `begin_s` to `end_s` after the trace's first line, interpolated between readings.
 
     It is missing, but for the part known, where the readings end before: at once where the meter stopped to answer,
     else two sampling periods later, since what ends a run ends its last sample, too.
     """
     if not len(trace.time_s):
-        return Joules(lacking=(f"{host} {trace.domain}",), shared=shared)
+        return EnergyAmount(lacking=(f"{host} {trace.domain}",), shared=shared)
     begin_s, end_s = trace.begin_s + begin_s, trace.begin_s + end_s
     first_j, last_j = np.interp([begin_s, end_s], trace.time_s, trace.joules)
     drawn_j = float(last_j - first_j)
@@ -104,7 +104,7 @@ def between(trace: Trace, begin_s: float, end_s: float, host: str, shared: bool)
     return _of(trace, drawn_j, lacking, shared)
 
 
-def whole(trace: Trace, host: str, shared: bool, least_s: float) -> Joules:
+def whole(trace: Trace, host: str, shared: bool, least_s: float) -> EnergyAmount:
     """All that a trace has counted, which must have gone on for `least_s`, the end of the loop."""
     seen = between(trace, 0.0, max(least_s, trace.end_s - trace.begin_s), host, shared)
     if not len(trace.time_s):

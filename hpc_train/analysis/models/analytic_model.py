@@ -5,17 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_train.analysis.models.measurements import Points
-from hpc_train.analysis.models.models import (
-    LAST_MESSAGE_SHARE,
-    Algorithm,
-    Fit,
-    TooFewSizes,
-    expected_maximum,
-    nonnegative,
-    residual_scale,
-)
+from hpc_train.analysis.models.measurements import Measurements
+from hpc_train.analysis.models.scaling_models import LAST_MESSAGE_SHARE, Algorithm, Fit, TooFewSizes, residual_scale
+from hpc_train.analysis.stats.order_statistics import expected_maximum
 from hpc_train.core.records import FloatArray, IntArray
+from hpc_train.core.statistics import nonnegative_least_squares
 
 _OUTLIER = 2.0  # standard errors beyond which a size pulls no harder
 _MOST_ITERATIONS = 40
@@ -46,7 +40,7 @@ class _Parts:
         return np.asarray(self.computing @ values + exposed + self.input_s), slope
 
 
-def fit_mechanism(points: Points, algorithm: Algorithm) -> Fit:
+def fit_analytic_model(measurements: Measurements, algorithm: Algorithm) -> Fit:
     """T(N) = fixed + compute share + noise E[max of N] share + input + exposed(N), seconds.
 
     share: samples of a rank relative to the smallest size (1 in weak scaling, where fixed and compute are one).
@@ -56,45 +50,47 @@ def fit_mechanism(points: Points, algorithm: Algorithm) -> Fit:
     transfer: seconds to move one gradient over the slowest link of the ring, which is one within a node while all ranks
     share one, and the network's, slower, as soon as they do not: hence two. Raises `TooFewSizes`.
     """
-    names = _free(points)
-    parts = _parts(points, points.ranks, names, algorithm)
-    scale = residual_scale(points)
+    names = _free(measurements)
+    parts = _parts(measurements, measurements.ranks, names, algorithm)
+    scale = residual_scale(measurements)
 
     def predict(values: FloatArray, ranks: IntArray) -> FloatArray:
-        return _parts(points, ranks, names, algorithm).step_s(values)[0]
+        return _parts(measurements, ranks, names, algorithm).step_s(values)[0]
 
     def refit(step_s: FloatArray, near: FloatArray | None = None) -> FloatArray:
-        starts = _starts(names, step_s[0], points.overlap) if near is None else [near]
+        starts = _starts(names, step_s[0], measurements.overlap) if near is None else [near]
         return min((_solve(parts, step_s, scale, start) for start in starts), key=lambda found: found[0])[1]
 
-    best = refit(points.step_s)
+    best = refit(measurements.step_s)
     form = f"fixed + compute + noise E[max of N] + input + communication ({algorithm}) beyond the overlap"
     return Fit("mechanistic", names, best, predict, lambda step_s: refit(step_s, best), form)
 
 
-def crosses_unseen_boundary(points: Points, ranks: int) -> bool:
+def crosses_unseen_boundary(measurements: Measurements, ranks: int) -> bool:
     """Whether `ranks` need several nodes, and neither a run nor a benchmark says what going between nodes costs."""
-    network = points.network
-    known = bool((points.nodes(points.ranks) > 1).any()) or (network and network.beta_between_s_per_byte is not None)
-    return bool(points.nodes(np.array([ranks]))[0] > 1 and not known)
+    network = measurements.network
+    known = bool((measurements.nodes(measurements.ranks) > 1).any()) or (
+        network and network.beta_between_s_per_byte is not None
+    )
+    return bool(measurements.nodes(np.array([ranks]))[0] > 1 and not known)
 
 
-def _pinned(points: Points) -> tuple[bool, bool]:
+def _pinned(measurements: Measurements) -> tuple[bool, bool]:
     """Whether the network's cost is known within a node, and between nodes."""
-    network, size = points.network, points.gradient_bytes
+    network, size = measurements.network, measurements.gradient_bytes
     if network is None or size is None:
         return False, False
     return network.beta_inside_s_per_byte is not None, network.beta_between_s_per_byte is not None
 
 
-def _free(points: Points) -> tuple[str, ...]:
+def _free(measurements: Measurements) -> tuple[str, ...]:
     """The parts that these sizes can tell anything of, no more than there are sizes."""
-    ranks, nodes = points.ranks, points.nodes(points.ranks)
-    inside, between = _pinned(points)
+    ranks, nodes = measurements.ranks, measurements.nodes(measurements.ranks)
+    inside, between = _pinned(measurements)
     wanted = {
         "compute_s": True,
-        "fixed_s": not points.weak and len(ranks) > 1,
-        "noise_s": points.noise is None and len(ranks) > 1,
+        "fixed_s": not measurements.weak and len(ranks) > 1,
+        "noise_s": measurements.noise is None and len(ranks) > 1,
         "transfer_inside_s": not inside and bool(((ranks > 1) & (nodes == 1)).any()),
         "transfer_between_s": not between and bool((nodes > 1).any()),
         "latency_between_s": not between and len(set(nodes[nodes > 1].tolist())) >= 3,
@@ -110,31 +106,35 @@ def _free(points: Points) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _parts(points: Points, ranks: IntArray, names: tuple[str, ...], algorithm: Algorithm) -> _Parts:
+def _parts(measurements: Measurements, ranks: IntArray, names: tuple[str, ...], algorithm: Algorithm) -> _Parts:
     n = np.asarray(ranks, dtype=float)
-    share, is_between = points.share(ranks), points.nodes(ranks) > 1
+    share, is_between = measurements.share(ranks), measurements.nodes(ranks) > 1
     messages = 2 * (n - 1) if algorithm == "ring" else 2 * np.log2(n)
     moved = 2 * (n - 1) / n
     waits = expected_maximum(n) * share
     zero = np.zeros_like(n)
-    computing = {"fixed_s": zero + 1, "compute_s": share + (points.noise or 0.0) * waits, "noise_s": waits}
+    computing = {"fixed_s": zero + 1, "compute_s": share + (measurements.noise or 0.0) * waits, "noise_s": waits}
     # What goes between nodes passes the links within them, too: it costs what they cost, and more.
     sending = {
-        "transfer_inside_s": np.where(is_between & _pinned(points)[1], 0.0, moved),
+        "transfer_inside_s": np.where(is_between & _pinned(measurements)[1], 0.0, moved),
         "transfer_between_s": np.where(is_between, moved, 0.0),
         "latency_between_s": np.where(is_between, messages, 0.0),
     }
-    hides = {"compute_s": points.overlap * share}
+    hides = {"compute_s": measurements.overlap * share}
     computed, sent, hidden = (
         np.stack([columns.get(name, zero) for name in names], axis=1) for columns in (computing, sending, hides)
     )
-    return _Parts(names, computed, sent, _known(points, messages, moved, is_between), hidden, _input(points, ranks))
+    return _Parts(
+        names, computed, sent, _known(measurements, messages, moved, is_between), hidden, _input(measurements, ranks)
+    )
 
 
-def _known(points: Points, messages: FloatArray, moved: FloatArray, is_between: NDArray[np.bool_]) -> FloatArray:
+def _known(
+    measurements: Measurements, messages: FloatArray, moved: FloatArray, is_between: NDArray[np.bool_]
+) -> FloatArray:
     """Communication that a benchmark measured, at each of the sizes."""
-    network, size = points.network, points.gradient_bytes or 0.0
-    inside, between = _pinned(points)
+    network, size = measurements.network, measurements.gradient_bytes or 0.0
+    inside, between = _pinned(measurements)
     known = np.zeros_like(moved)
     if network and inside:
         cost = messages * (network.alpha_inside_s or 0.0) + moved * size * (network.beta_inside_s_per_byte or 0.0)
@@ -145,16 +145,16 @@ def _known(points: Points, messages: FloatArray, moved: FloatArray, is_between: 
     return known
 
 
-def _input(points: Points, ranks: IntArray) -> FloatArray:
+def _input(measurements: Measurements, ranks: IntArray) -> FloatArray:
     """Waiting for input: per sample of a rank, and growing with the ranks that share the file system's bandwidth."""
-    if points.input_s is None or not points.input_s.any():
+    if measurements.input_s is None or not measurements.input_s.any():
         return np.zeros(len(ranks))
 
     def columns(sizes: IntArray) -> FloatArray:
-        share = points.share(sizes)
-        return np.stack([share, share * sizes / points.largest], axis=1)
+        share = measurements.share(sizes)
+        return np.stack([share, share * sizes / measurements.largest], axis=1)
 
-    return np.asarray(columns(ranks) @ nonnegative(columns(points.ranks), points.input_s))
+    return np.asarray(columns(ranks) @ nonnegative_least_squares(columns(measurements.ranks), measurements.input_s))
 
 
 def _starts(names: tuple[str, ...], whole_s: float, overlap: float) -> list[FloatArray]:
@@ -186,7 +186,7 @@ def _solve(parts: _Parts, step_s: FloatArray, scale: FloatArray, start: FloatArr
         pull = weights * (1 + ((predicted - step_s) * weights / _OUTLIER) ** 2) ** -0.25
         columns = np.concatenate([slope * pull[:, None], prior])
         wanted = np.concatenate([(step_s - predicted + slope @ values) * pull, np.zeros(len(values))])
-        towards = nonnegative(columns, wanted) - values
+        towards = nonnegative_least_squares(columns, wanted) - values
         tried = ((cost_of(values + part * towards), part) for part in _PARTS_OF_A_STEP)
         lower, part = next(((each, part) for each, part in tried if each < cost * (1 - 1e-6)), (cost, 0.0))
         if not part:

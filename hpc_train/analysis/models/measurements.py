@@ -11,9 +11,10 @@ from statistics import fmean
 import numpy as np
 
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks, positive
+from hpc_train.analysis.runs.meta_json import positive_number
+from hpc_train.analysis.scaling.compare import Group, Row
 from hpc_train.core.errors import UserError
-from hpc_train.core.formatting import listed
+from hpc_train.core.formatting import listed, plural
 from hpc_train.core.paths import read_text
 from hpc_train.core.records import FloatArray, IntArray
 
@@ -49,7 +50,7 @@ class Network:
 
 
 @dataclass(frozen=True, eq=False)
-class Points:
+class Measurements:
     """Measured step times of one job, by growing number of ranks. None is unknown."""
 
     label: str
@@ -91,7 +92,7 @@ class Points:
         """Nodes that so many ranks fill; every rank is one where ranks_per_node is unknown."""
         return np.asarray(-(-np.asarray(ranks, dtype=int) // (self.ranks_per_node or 1)))
 
-    def first(self, count: int) -> "Points":
+    def first(self, count: int) -> "Measurements":
         """The `count` smallest sizes alone: what the largest are held out from."""
         inputs = None if self.input_s is None else self.input_s[:count]
         return replace(
@@ -107,7 +108,7 @@ class Points:
 # ---------------------------------------------------------------------------------------------- from runs
 
 
-def from_group(group: Group) -> Points:
+def from_group(group: Group) -> Measurements:
     """The complete rows of a group with steady steps. Raises `UserError` where there are none."""
     rows = [row for row in group.rows if row.step_s and not row.incomplete]
     if not rows:
@@ -119,7 +120,7 @@ def from_group(group: Group) -> Points:
     parameters = {row.stated("num_parameters") for row in rows}
     num_parameters = parameters.pop() if len(parameters) == 1 else None
     waits = [row.phase_s.get("data") for row in rows]
-    return Points(
+    return Measurements(
         label=group.label,
         ranks=np.array([row.size for row in rows]),
         step_s=np.array(timed),
@@ -163,7 +164,7 @@ def _joules_per_step(row: Row) -> float:
 
 def _noise(runs: Sequence[Run]) -> float | None:
     """The mean over runs on several ranks of what the balance of their ranks says, where it was computed."""
-    known = [positive(run.balance.noise) for run in runs if run.size > 1 and run.balance is not None]
+    known = [positive_number(run.load_balance.noise) for run in runs if run.size > 1 and run.load_balance is not None]
     values = [value for value in known if value is not None]
     return fmean(values) if values else None
 
@@ -173,7 +174,7 @@ def _overlap(rows: Sequence[Row]) -> float:
     for row in rows:
         forward, backward = row.phase_share.get("forward"), row.phase_share.get("backward")
         if forward and backward:
-            return backward / (1 - row.phase_share.get("reduce", 0.0) - row.phase_share.get("data", 0.0))
+            return backward / (1 - (row.exposed_share or 0.0) - row.phase_share.get("data", 0.0))
     return BACKWARD_SHARE
 
 
@@ -188,7 +189,7 @@ def _idle_w(runs: Sequence[Run]) -> float | None:
         energy = run.meta.get("energy")
         by_host = energy.get("idle_w") if isinstance(energy, dict) else None
         for domains in by_host.values() if isinstance(by_host, dict) else ():
-            values = [positive(value) for value in domains.values()] if isinstance(domains, dict) else []
+            values = [positive_number(value) for value in domains.values()] if isinstance(domains, dict) else []
             if values and None not in values:
                 watts.append(sum(value or 0.0 for value in values))
     return fmean(watts) if watts else None
@@ -197,7 +198,7 @@ def _idle_w(runs: Sequence[Run]) -> float | None:
 # ---------------------------------------------------------------------------------------------- from a table
 
 
-def read_table(path: Path, ranks_per_node: int | None = None, network: Network | None = None) -> Points:
+def read_table(path: Path, ranks_per_node: int | None = None, network: Network | None = None) -> Measurements:
     """Measurements made elsewhere, as CSV with `COLUMNS`. Lines of one size are averaged, which a note says.
 
     `ranks_per_node`, where given, stands for the column. Raises `UserError` naming the line and the column.
@@ -227,7 +228,7 @@ def read_table(path: Path, ranks_per_node: int | None = None, network: Network |
     total = [batch * size if weak else batch for size in sizes]
     steps = [[_step_s(row, whole) for row in same] for same, whole in zip(by_size, total, strict=True)]
     joules = [[float(row.get("joules", "nan")) for row in same] for same in by_size]
-    return Points(
+    return Measurements(
         label=path.name,
         ranks=np.array(sizes),
         step_s=np.array([fmean(each) for each in steps]),
@@ -324,7 +325,7 @@ def _table_notes(rows: list[dict[str, str | float]], layout: int | None, says_sc
     sizes = Counter(int(row["ranks"]) for row in rows)
     for size, num_lines in sorted(sizes.items()):
         if num_lines > 1:
-            notes.append(f"{num_ranks(size)}: {num_lines} lines, of which the mean is taken.")
+            notes.append(f"{plural(size, 'rank')}: {num_lines} lines, of which the mean is taken.")
     if not says_scaling:
         notes.append("Taken as weak scaling (no column scaling): the batch of each rank stays as ranks are added.")
     if layout is None:

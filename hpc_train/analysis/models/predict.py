@@ -6,9 +6,9 @@ from typing import get_args
 
 import numpy as np
 
-from hpc_train.analysis.models.analytic_model import crosses_unseen_boundary, fit_mechanism
-from hpc_train.analysis.models.measurements import Points
-from hpc_train.analysis.models.models import (
+from hpc_train.analysis.models.analytic_model import crosses_unseen_boundary, fit_analytic_model
+from hpc_train.analysis.models.measurements import Measurements
+from hpc_train.analysis.models.scaling_models import (
     Algorithm,
     Fit,
     ModelName,
@@ -17,9 +17,11 @@ from hpc_train.analysis.models.models import (
     fit_extra_p,
     residual_scale,
 )
-from hpc_train.analysis.scaling.scaling import Interval, num_ranks
+from hpc_train.analysis.stats.bootstrap import refit_draws
 from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import plural
 from hpc_train.core.records import FloatArray
+from hpc_train.core.statistics import LEVELS, Interval
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)  # in the order of preference among equals
 NUM_RESAMPLES = 200
@@ -81,7 +83,7 @@ class Forecast:
 class Prediction:
     """A chosen model with its intervals, what it was chosen from, and what must be known to read it."""
 
-    points: Points
+    measurements: Measurements
     chosen: Candidate
     candidates: tuple[Candidate, ...]  # in the order of `MODELS`
     draws: FloatArray  # (NUM_RESAMPLES, parameters) bootstrap
@@ -94,7 +96,7 @@ class Prediction:
         """Each parameter: (low, value, high), 95%."""
         fit = self.chosen.fit
         assert fit is not None
-        low, high = np.quantile(self.draws, [0.025, 0.975], axis=0)
+        low, high = np.quantile(self.draws, LEVELS, axis=0)
         return {
             name: (min(float(low[i]), float(value)), float(value), max(float(high[i]), float(value)))
             for i, (name, value) in enumerate(zip(fit.names, fit.values, strict=True))
@@ -102,38 +104,38 @@ class Prediction:
 
     def reachable(self, ranks: int) -> bool:
         """Whether anything is known of what so many ranks cost."""
-        return self.chosen.model != "mechanistic" or not crosses_unseen_boundary(self.points, ranks)
+        return self.chosen.model != "mechanistic" or not crosses_unseen_boundary(self.measurements, ranks)
 
     def at(self, sizes: Sequence[int]) -> tuple[Forecast, ...]:
         """The forecast at each number of ranks; `sizes` must be `reachable`. Raises `UserError` for a time below 0."""
-        fit, points = self.chosen.fit, self.points
+        fit, measurements = self.chosen.fit, self.measurements
         assert fit is not None
         ranks = np.asarray(sizes, dtype=int)
         middle = fit(ranks)
         if (middle <= 0).any():
             nonsense = int(ranks[middle <= 0][0])
             raise UserError(
-                f"{points.label}: the {fit.model} model has no time above 0 at {num_ranks(nonsense)}",
+                f"{measurements.label}: the {fit.model} model has no time above 0 at {plural(nonsense, 'rank')}",
                 "Choose another --model, or measure larger sizes.",
             )
         draws = np.stack([fit.predict(values, ranks) for values in self.draws])
-        beyond = np.maximum(ranks / points.largest, 1.0)
-        low, high = np.log(np.maximum(np.quantile(draws, [0.025, 0.975], axis=0), 1e-300) / middle)
+        beyond = np.maximum(ranks / measurements.largest, 1.0)
+        low, high = np.log(np.maximum(np.quantile(draws, LEVELS, axis=0), 1e-300) / middle)
         drift = 1.96 * self.drift * np.sqrt(np.log2(beyond))
         low, high = (
             middle * np.exp(-np.hypot(np.minimum(low, 0), drift)),
             middle * np.exp(np.hypot(np.maximum(high, 0), drift)),
         )
-        samples = points.samples(ranks)
-        base = points.samples(points.ranks[:1])[0] / fit(points.ranks[:1])[0] / points.ranks[0]
-        measured = dict(zip(points.ranks.tolist(), points.step_s.tolist(), strict=True))
+        samples = measurements.samples(ranks)
+        base = measurements.samples(measurements.ranks[:1])[0] / fit(measurements.ranks[:1])[0] / measurements.ranks[0]
+        measured = dict(zip(measurements.ranks.tolist(), measurements.step_s.tolist(), strict=True))
         found = []
         for i, size in enumerate(ranks.tolist()):
             span = (float(low[i]), float(high[i]))
             found.append(
                 Forecast(
                     size,
-                    int(points.nodes(ranks[i : i + 1])[0]),
+                    int(measurements.nodes(ranks[i : i + 1])[0]),
                     float(middle[i]),
                     span,
                     float(samples[i] / middle[i]),
@@ -148,66 +150,70 @@ class Prediction:
 
 def curve_sizes(prediction: Prediction, beyond: float = 4.0, num_sizes: int = 60) -> list[int]:
     """Numbers of ranks to draw the model at: evenly in log2 from the smallest to `beyond` times the largest."""
-    ranks = np.geomspace(prediction.points.ranks[0], beyond * prediction.points.largest, num_sizes)
-    wanted = {int(size) for size in np.round(ranks)} | set(prediction.points.ranks.tolist())
+    ranks = np.geomspace(prediction.measurements.ranks[0], beyond * prediction.measurements.largest, num_sizes)
+    wanted = {int(size) for size in np.round(ranks)} | set(prediction.measurements.ranks.tolist())
     return [size for size in sorted(wanted) if prediction.reachable(size)]
 
 
-def predict(points: Points, model: ModelName | None = None) -> Prediction:
+def predict(measurements: Measurements, model: ModelName | None = None) -> Prediction:
     """Chooses a model by leave-largest-out cross-validation, or takes `model`, and bootstraps its parameters.
 
     Raises `UserError` with the reason when the sizes are too few for it.
     """
-    candidates = tuple(_candidate(name, points) for name in MODELS)
+    candidates = tuple(_candidate(name, measurements) for name in MODELS)
     if model is not None:
         chosen = next(each for each in candidates if each.model == model)
         why = "as --model asks"
     else:
         chosen, why = _choose(candidates)
     if chosen.fit is None:
-        sizes = ", ".join(map(str, points.ranks))
+        sizes = ", ".join(map(str, measurements.ranks))
         raise UserError(
-            f"{points.label}: the {chosen.model} model cannot be fitted to {sizes} ranks: {chosen.reason}",
+            f"{measurements.label}: the {chosen.model} model cannot be fitted to {sizes} ranks: {chosen.reason}",
             "Measure more sizes (hpc-train scale), or give what an all-reduce costs with --network.",
         )
-    drift = max(DRIFT, _observed_drift(points, chosen)) if chosen.held_out else UNTESTED_DRIFT
-    draws = _bootstrap(points, chosen.fit)
-    return Prediction(points, chosen, candidates, draws, drift, why, tuple(_notes(points, chosen)))
+    drift = max(DRIFT, _observed_drift(measurements, chosen)) if chosen.held_out else UNTESTED_DRIFT
+    draws = _bootstrap(measurements, chosen.fit)
+    return Prediction(measurements, chosen, candidates, draws, drift, why, tuple(_notes(measurements, chosen)))
 
 
 # ---------------------------------------------------------------------------------------------- choosing
 
 
-def _fit(model: ModelName, points: Points, algorithm: Algorithm = "ring") -> Fit:
+def _fit(model: ModelName, measurements: Measurements, algorithm: Algorithm = "ring") -> Fit:
     if model == "mechanistic":
-        return fit_mechanism(points, algorithm)
-    return fit_extra_p(points) if model == "extra-p" else fit_contention(points, with_coherence=model == "usl")
+        return fit_analytic_model(measurements, algorithm)
+    return (
+        fit_extra_p(measurements) if model == "extra-p" else fit_contention(measurements, with_coherence=model == "usl")
+    )
 
 
-def _candidate(model: ModelName, points: Points) -> Candidate:
+def _candidate(model: ModelName, measurements: Measurements) -> Candidate:
     algorithms: tuple[Algorithm, ...] = ("ring", "tree") if model == "mechanistic" else ("ring",)
     tried = []
     for algorithm in algorithms:
         try:
-            whole = _fit(model, points, algorithm)
+            whole = _fit(model, measurements, algorithm)
         except TooFewSizes as error:
             return Candidate(model, None, (), str(error))
-        held_out, reason = _hold_out(model, points, algorithm)
+        held_out, reason = _hold_out(model, measurements, algorithm)
         tried.append(Candidate(model, whole, held_out, reason, algorithm))
     # The ring, unless a tree is clearly closer to what was held out.
     return tried[-1] if len(tried) > 1 and _is_clearly_better(tried[1].error, tried[0].error) else tried[0]
 
 
-def _hold_out(model: ModelName, points: Points, algorithm: Algorithm) -> tuple[tuple[HeldOut, ...], str | None]:
+def _hold_out(
+    model: ModelName, measurements: Measurements, algorithm: Algorithm
+) -> tuple[tuple[HeldOut, ...], str | None]:
     """The largest sizes, each predicted from all smaller ones.
 
     A size on several nodes is held out only where smaller ones are on several nodes, too: what leaving a node costs
     cannot be known before, and no model should be praised for guessing it.
     """
     found, reason = [], "fewer than 4 sizes: none can be held out"
-    for kept in range(len(points.ranks) - 1, max(2, len(points.ranks) - 1 - _NUM_FOLDS), -1):
-        training, ranks = points.first(kept), int(points.ranks[kept])
-        if points.ranks_per_node and crosses_unseen_boundary(training, ranks):
+    for kept in range(len(measurements.ranks) - 1, max(2, len(measurements.ranks) - 1 - _NUM_FOLDS), -1):
+        training, ranks = measurements.first(kept), int(measurements.ranks[kept])
+        if measurements.ranks_per_node and crosses_unseen_boundary(training, ranks):
             reason = "only one size is on several nodes: it cannot be held out"
             break
         try:
@@ -215,7 +221,7 @@ def _hold_out(model: ModelName, points: Points, algorithm: Algorithm) -> tuple[t
         except TooFewSizes as error:
             reason = f"without the largest size: {error}"
             break
-        found.append(HeldOut(model, ranks, float(points.step_s[kept]), float(guess)))
+        found.append(HeldOut(model, ranks, float(measurements.step_s[kept]), float(guess)))
     return tuple(found), None if found else reason
 
 
@@ -250,49 +256,46 @@ def _error_at(candidate: Candidate, sizes: set[int]) -> float:
 # ---------------------------------------------------------------------------------------------- uncertainty
 
 
-def _observed_drift(points: Points, candidate: Candidate) -> float:
+def _observed_drift(measurements: Measurements, candidate: Candidate) -> float:
     """Relative standard deviation per square root of a doubling, from the sizes that were held out."""
     squares = []
     for each in candidate.held_out:
-        before = int(points.ranks[points.ranks < each.ranks].max())
+        before = int(measurements.ranks[measurements.ranks < each.ranks].max())
         squares.append(each.error**2 / np.log2(each.ranks / before))
     return float(np.sqrt(np.mean(squares))) if squares else 0.0
 
 
-def _bootstrap(points: Points, fit: Fit) -> FloatArray:
+def _bootstrap(measurements: Measurements, fit: Fit) -> FloatArray:
     """(NUM_RESAMPLES, parameters) fits to step times drawn around the fitted ones.
 
-    Parametric (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, chapter 6): each draw deviates by
-    what its measurement is uncertain by, and by what the fit misses the sizes by, whichever is more.
+    Each deviates by the uncertainty of its measurement or by the residual of the fit, whichever is larger.
     """
-    fitted = fit(points.ranks)
-    left_over = np.abs(points.step_s / fitted - 1)
-    spare = len(points.ranks) - len(fit.values)
+    fitted = fit(measurements.ranks)
+    left_over = np.abs(measurements.step_s / fitted - 1)
+    spare = len(measurements.ranks) - len(fit.values)
     missed = float(np.sqrt(np.sum(left_over**2) / spare)) if spare > 0 else 0.0
-    scale = np.maximum(residual_scale(points), min(missed, 0.5))
-    generator = np.random.default_rng(0)
-    draws = fitted * np.exp(scale * generator.standard_normal((NUM_RESAMPLES, len(fitted))))
-    return np.stack([fit.refit(each) for each in draws])
+    scale = np.maximum(residual_scale(measurements), min(missed, 0.5))
+    return refit_draws(fitted, scale, fit.refit, NUM_RESAMPLES)
 
 
-def _notes(points: Points, chosen: Candidate) -> list[str]:
-    notes = list(points.notes)
-    rate = points.samples(points.ranks) / points.step_s / points.ranks
-    for before, after, size in zip(rate, rate[1:], points.ranks[1:].tolist(), strict=False):
+def _notes(measurements: Measurements, chosen: Candidate) -> list[str]:
+    notes = list(measurements.notes)
+    rate = measurements.samples(measurements.ranks) / measurements.step_s / measurements.ranks
+    for before, after, size in zip(rate, rate[1:], measurements.ranks[1:].tolist(), strict=False):
         if after > 1.1 * before:
             notes.append(
-                f"{num_ranks(size)}: {100 * (after / before - 1):.0f}% more per rank than at the size before, which no"
-                " model explains: repeat the smaller sizes before trusting a prediction."
+                f"{plural(size, 'rank')}: {100 * (after / before - 1):.0f}% more per rank than at the size before,"
+                " which no model explains: repeat the smaller sizes before trusting a prediction."
             )
     fit = chosen.fit
     assert fit is not None
-    misses = fit(points.ranks) / points.step_s - 1
+    misses = fit(measurements.ranks) / measurements.step_s - 1
     worst = int(np.argmax(np.abs(misses)))
     if abs(misses[worst]) > 0.1:
-        size = num_ranks(int(points.ranks[worst]))
+        size = plural(int(measurements.ranks[worst]), "rank")
         notes.append(f"{size}: the model misses the measured time by {100 * abs(misses[worst]):.0f}%.")
-    if points.network is not None and points.gradient_bytes is not None:
-        notes.append(f"What an all-reduce costs is taken from {points.network.source}.")
-    if points.network is not None and points.gradient_bytes is None:
+    if measurements.network is not None and measurements.gradient_bytes is not None:
+        notes.append(f"What an all-reduce costs is taken from {measurements.network.source}.")
+    if measurements.network is not None and measurements.gradient_bytes is None:
         notes.append("The network's costs are not used: the size of the gradients is unknown (--gradient-bytes).")
     return notes

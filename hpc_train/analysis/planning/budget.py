@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 
 from hpc_train.analysis.convergence.target import smoothed
-from hpc_train.analysis.models.measurements import Network, Points, from_group
-from hpc_train.analysis.models.models import nonnegative
+from hpc_train.analysis.models.measurements import Measurements, Network, from_group
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.scaling.scaling import Group, positive
-from hpc_train.core.config import UNKNOWN_STEPS
+from hpc_train.analysis.runs.meta_json import positive_number
+from hpc_train.analysis.scaling.compare import Group
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import significant
 from hpc_train.core.paths import exists, read_text
 from hpc_train.core.records import FloatArray
+from hpc_train.core.settings import UNKNOWN_STEPS
+from hpc_train.core.statistics import nonnegative_least_squares
 
 _MOST_BENCH_BYTES = 1 << 28
 _MOST_COST_S = 1e6  # of one message, of one byte: a number beyond is damage
@@ -54,11 +55,11 @@ class Power:
         return np.asarray(self.static_w * nodes * time_s + self.joules_per_sample * samples)
 
 
-def steps_work(points: Points, steps: float) -> Work:
+def steps_work(measurements: Measurements, steps: float) -> Work:
     """So many steps of the global batch; in weak scaling their samples at the smallest size, shared by more ranks."""
-    if not points.weak:
-        return Work(0.0, steps, f"{steps:,.0f} steps of {significant(points.batch)} samples")
-    samples = steps * float(points.samples(points.ranks[:1])[0])
+    if not measurements.weak:
+        return Work(0.0, steps, f"{steps:,.0f} steps of {significant(measurements.batch)} samples")
+    samples = steps * float(measurements.samples(measurements.ranks[:1])[0])
     return Work(samples, 0.0, f"{samples:,.0f} samples ({steps:,.0f} steps of the smallest size)")
 
 
@@ -66,11 +67,11 @@ def samples_work(samples: float) -> Work:
     return Work(samples, 0.0, f"{samples:,.0f} samples")
 
 
-def planned_work(group: Group, points: Points) -> Work | None:
+def planned_work(group: Group, measurements: Measurements) -> Work | None:
     """The steps that the runs were set to take; None where they differ, or where a recorded loop did not know."""
     steps = {run.config.train.steps for row in group.rows for run in row.runs}
     known = len(steps) == 1 and UNKNOWN_STEPS not in steps
-    return steps_work(points, steps.pop()) if known else None
+    return steps_work(measurements, steps.pop()) if known else None
 
 
 def target_work(group: Group, loss: float) -> Work:
@@ -87,7 +88,7 @@ def target_work(group: Group, loss: float) -> Work:
     if len(set(batches.tolist())) == 1:
         return Work(0.0, float(np.mean(steps)), f"{np.mean(steps):,.0f} steps {words}", spread)
     columns = np.stack([1 / batches, np.ones_like(batches)], axis=1) / steps[:, None]
-    samples, least = nonnegative(columns, np.ones_like(steps))
+    samples, least = nonnegative_least_squares(columns, np.ones_like(steps))
     missed = float(np.sqrt(np.mean((columns @ (samples, least) - 1) ** 2)))
     told = f"{samples:,.0f} samples and {least:,.0f} steps {words}: larger batches take more samples"
     return Work(float(samples), float(least), told, max(missed, 0.05))
@@ -103,25 +104,27 @@ def _steps_to(run: Run, loss: float) -> int | None:
 # ---------------------------------------------------------------------------------------------- energy
 
 
-def power(points: Points) -> Power | None:
+def power(measurements: Measurements) -> Power | None:
     """The measured joules as a draw of each node and a cost of each sample; None where they are missing."""
-    is_known = points.joules_per_step > 0  # nan: missing
+    is_known = measurements.joules_per_step > 0  # nan: missing
     if not is_known.any():
         return None
-    joules = points.joules_per_step[is_known]
-    node_seconds = (points.nodes(points.ranks) * points.step_s)[is_known]
-    samples = points.samples(points.ranks)[is_known]
-    static, dynamic, assumed = _split(points, joules, node_seconds, samples)
+    joules = measurements.joules_per_step[is_known]
+    node_seconds = (measurements.nodes(measurements.ranks) * measurements.step_s)[is_known]
+    samples = measurements.samples(measurements.ranks)[is_known]
+    static, dynamic, assumed = _split(measurements, joules, node_seconds, samples)
     guess = static * node_seconds + dynamic * samples
     missed = float(np.sqrt(np.mean((guess / joules - 1) ** 2)))
-    return Power(static, dynamic, max(missed, 0.02), points.energy_quality, assumed)
+    return Power(static, dynamic, max(missed, 0.02), measurements.energy_quality, assumed)
 
 
-def _split(points: Points, joules: FloatArray, node_s: FloatArray, samples: FloatArray) -> tuple[float, float, str]:
+def _split(
+    measurements: Measurements, joules: FloatArray, node_s: FloatArray, samples: FloatArray
+) -> tuple[float, float, str]:
     """(watts of a node, joules of a sample, what was assumed)."""
     per_node_s = joules / node_s
-    if points.idle_w is not None:
-        static = min(points.idle_w, float(per_node_s.min()))
+    if measurements.idle_w is not None:
+        static = min(measurements.idle_w, float(per_node_s.min()))
         dynamic = float(np.mean((joules - static * node_s) / samples))
         return (
             static,
@@ -130,7 +133,7 @@ def _split(points: Points, joules: FloatArray, node_s: FloatArray, samples: Floa
         )
     if len(joules) > 1 and np.ptp(node_s / samples) > 0.05 * float(np.mean(node_s / samples)):
         columns = np.stack([node_s, samples], axis=1) / joules[:, None]
-        static, dynamic = nonnegative(columns, np.ones(len(joules)))
+        static, dynamic = nonnegative_least_squares(columns, np.ones(len(joules)))
         told = f"{significant(float(static))} W of a node and {significant(float(dynamic))} J a sample, fitted"
         return float(static), float(dynamic), f"{told} to {len(joules)} sizes"
     static = float(np.mean(per_node_s))
@@ -141,16 +144,16 @@ def _split(points: Points, joules: FloatArray, node_s: FloatArray, samples: Floa
 # ---------------------------------------------------------------------------------------------- network
 
 
-def points_of(group: Group, network: Path | None = None) -> Points:
+def measurements_of(group: Group, network: Path | None = None) -> Measurements:
     """A group's step times, and what an all-reduce costs: by the benchmark `network`; else, where these sizes say
     nothing of it, by the newest one beside the runs. Raises `UserError`.
     """
-    points = from_group(group)
-    if network is None and points.tells_no_network:
+    measurements = from_group(group)
+    if network is None and measurements.tells_no_network:
         network = benchmark_beside(group)
     if network is None:
-        return points
-    return replace(points, network=read_network(network, str(group.keys.get("reduce.strategy"))))
+        return measurements
+    return replace(measurements, network=read_network(network, str(group.keys.get("reduce.strategy"))))
 
 
 def benchmark_beside(group: Group) -> Path | None:
@@ -189,7 +192,7 @@ def _alpha_beta(each: dict[str, Any] | None) -> tuple[float | None, float | None
 def _is_fit(each: dict[str, Any]) -> bool:
     counts = [each.get("ranks"), each.get("nodes")]
     costs = [each.get("alpha_s"), each.get("beta_s_per_byte")]
-    return all(positive(value) for value in counts) and all(
+    return all(positive_number(value) for value in counts) and all(
         isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST_COST_S for value in costs
     )
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hpc_train.analysis.models.measurements import Points
+from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.analysis.models.predict import Forecast, Prediction
 from hpc_train.analysis.planning.budget import Power, Work, node_steps, power
-from hpc_train.analysis.scaling.scaling import Interval
 from hpc_train.core.errors import UserError
-from hpc_train.core.formatting import duration_text, energy_amount, percent, significant
+from hpc_train.core.formatting import duration_text, percent, significant, watt_hours_text
+from hpc_train.core.statistics import Interval
 
 _UNSEEN = "all measured sizes are on one node, and nothing is known of what a second one costs"
 _SEE = "Run on 2 nodes, or measure the network: hpc-train bench allreduce, and --network FILE."
@@ -78,10 +78,10 @@ def make_plan(
     not known.
     """
     limits = limits or Limits()
-    joules = power(prediction.points)
+    joules = power(prediction.measurements)
     _check(limits, work, joules)
     ranks = _sizes(prediction, limits, sizes)
-    options = tuple(_option(each, prediction.points, work, joules, limits) for each in prediction.at(ranks))
+    options = tuple(_option(each, prediction.measurements, work, joules, limits) for each in prediction.at(ranks))
     is_forecast = bool(sizes) and not limits.any_budget
     chosen, reason = (None, "these sizes were asked about") if is_forecast else _choose(options, limits)
     larger, smaller = _why_not(options, chosen, prediction, limits)
@@ -106,9 +106,9 @@ def _check(limits: Limits, work: Work | None, joules: Power | None) -> None:
 
 def _sizes(prediction: Prediction, limits: Limits, sizes: Sequence[int]) -> list[int]:
     """Numbers of ranks to look at."""
-    points = prediction.points
-    per_node = points.ranks_per_node or 1
-    batch = int(points.batch) if not points.weak and points.batch > 1 else None
+    measurements = prediction.measurements
+    per_node = measurements.ranks_per_node or 1
+    batch = int(measurements.batch) if not measurements.weak and measurements.batch > 1 else None
     if sizes:
         for size in sizes:
             if not prediction.reachable(size):
@@ -117,17 +117,19 @@ def _sizes(prediction: Prediction, limits: Limits, sizes: Sequence[int]) -> list
                 raise UserError(f"--predict {size}: the global batch is {batch}", "Give no more ranks than samples.")
         return sorted(set(sizes))
     if prediction.reachable(2 * per_node):
-        most = limits.max_nodes or int(FAR * points.nodes(points.ranks)[-1])
+        most = limits.max_nodes or int(FAR * measurements.nodes(measurements.ranks)[-1])
         ranks = [nodes * per_node for nodes in node_steps(most)]
     else:  # one node is all that is known: look at parts of it
-        ranks = [size for size in node_steps(per_node) if size >= points.ranks[0]]
-    return [size for size in ranks if batch is None or size <= batch] or [points.largest]
+        ranks = [size for size in node_steps(per_node) if size >= measurements.ranks[0]]
+    return [size for size in ranks if batch is None or size <= batch] or [measurements.largest]
 
 
-def _option(forecast: Forecast, points: Points, work: Work | None, joules: Power | None, limits: Limits) -> Option:
+def _option(
+    forecast: Forecast, measurements: Measurements, work: Work | None, joules: Power | None, limits: Limits
+) -> Option:
     if work is None:
         return Option(forecast)
-    samples = work.at(float(points.samples(np.array([forecast.ranks]))[0]))
+    samples = work.at(float(measurements.samples(np.array([forecast.ranks]))[0]))
     low, high = forecast.samples_per_s_interval
     time_s = samples / forecast.samples_per_s
     more = 1.96 * work.relative_error
@@ -151,7 +153,7 @@ def _broken(option: Option, limits: Limits) -> list[str]:
     broken = []
     for span, limit, name, told in (
         (option.time_interval_s, limits.deadline_s, "the deadline", duration_text),
-        (option.energy_interval_j, limits.energy_j, "the energy budget", energy_amount),
+        (option.energy_interval_j, limits.energy_j, "the energy budget", watt_hours_text),
         (option.node_hours_interval, limits.node_hours, "the budget", _node_hours),
     ):
         if limit is not None and span is not None and span[1] > limit:
@@ -192,21 +194,21 @@ def _why_not(
     if place == 0:
         return larger, "it is the smallest that was looked at"
     before = options[place - 1]
-    return larger, f"{nodes_text(prediction.points, before)}: {_fewer(before, chosen, limits)}"
+    return larger, f"{nodes_text(prediction.measurements, before)}: {_fewer(before, chosen, limits)}"
 
 
 def _why_not_larger(chosen: Option, after: Option | None, prediction: Prediction, limits: Limits) -> str:
-    points = prediction.points
+    measurements = prediction.measurements
     if after is None:
-        if not prediction.reachable(chosen.forecast.ranks + (points.ranks_per_node or 1)):
+        if not prediction.reachable(chosen.forecast.ranks + (measurements.ranks_per_node or 1)):
             return "what a second node costs was not measured: run on 2, or give --network"
-        if not points.weak and points.batch > 1 and 2 * chosen.forecast.ranks > points.batch:
-            return f"the global batch of {significant(points.batch)} gives more ranks nothing to do"
+        if not measurements.weak and measurements.batch > 1 and 2 * chosen.forecast.ranks > measurements.batch:
+            return f"the global batch of {significant(measurements.batch)} gives more ranks nothing to do"
         bound = "--max-nodes" if limits.max_nodes else f"{FAR:g} times the largest measured: --max-nodes looks further"
         return f"it is the largest that was looked at ({bound})"
     if after.broken:
-        return f"{nodes_text(points, after)} may break {' and '.join(after.broken)}"
-    return f"{nodes_text(points, after)}: {_more(chosen, after)}"
+        return f"{nodes_text(measurements, after)} may break {' and '.join(after.broken)}"
+    return f"{nodes_text(measurements, after)}: {_more(chosen, after)}"
 
 
 def _more(chosen: Option, after: Option) -> str:
@@ -227,27 +229,27 @@ def _fewer(before: Option, chosen: Option, limits: Limits) -> str:
     return f"{words}, and no cheaper" if cheaper < 0.005 else f"{words} for {percent(cheaper, 0)} fewer node-hours"
 
 
-def nodes_text(points: Points, option: Option) -> str:
+def nodes_text(measurements: Measurements, option: Option) -> str:
     """ "16 nodes", or ranks where nodes are not known."""
-    if points.ranks_per_node is None or option.forecast.ranks < points.ranks_per_node:
+    if measurements.ranks_per_node is None or option.forecast.ranks < measurements.ranks_per_node:
         return f"{option.forecast.ranks} rank{'s' * (option.forecast.ranks != 1)}"
     return f"{option.nodes} node{'s' * (option.nodes != 1)}"
 
 
 def _warnings(prediction: Prediction, chosen: Option, limits: Limits) -> list[str]:
-    warnings, points = list(prediction.notes), prediction.points
+    warnings, measurements = list(prediction.notes), prediction.measurements
     beyond = chosen.forecast.extrapolation
     if beyond > 1:
         far = " Run a larger size before you rely on it." if beyond > FAR else ""
         warnings.insert(
             0,
             f"Extrapolated: {chosen.forecast.ranks} ranks are {beyond:.3g} times the largest measured"
-            f" ({points.largest}).{far}",
+            f" ({measurements.largest}).{far}",
         )
     if prediction.chosen.model == "mechanistic" and chosen.forecast.step_interval_s[1] > 1.5 * chosen.forecast.step_s:
         warnings.append(
-            f"Up to {points.largest} ranks communication may hide behind the backward pass, and these sizes do not tell"
-            " where it no longer can: a larger size, or --network, narrows the interval."
+            f"Up to {measurements.largest} ranks communication may hide behind the backward pass, and these sizes do"
+            " not tell where it no longer can: a larger size, or --network, narrows the interval."
         )
     if prediction.chosen.error is None:
         warnings.append(f"The model could not be tested on sizes it had not seen: {prediction.chosen.reason}.")
@@ -256,7 +258,7 @@ def _warnings(prediction: Prediction, chosen: Option, limits: Limits) -> list[st
             f"On the sizes held out the model was off by {percent(prediction.chosen.error, 0)}: the intervals are wide."
         )
     asked = limits.max_nodes or 0
-    if asked and not prediction.reachable(asked * (points.ranks_per_node or 1)):
+    if asked and not prediction.reachable(asked * (measurements.ranks_per_node or 1)):
         warnings.append(
             "Only one node is looked at: what a second costs was not measured. Run on 2, or give --network."
         )

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from hpc_train.analysis.models.predict import predict
-from hpc_train.analysis.planning.budget import planned_work, points_of
+from hpc_train.analysis.planning.budget import measurements_of, planned_work
 from hpc_train.analysis.planning.plan import Plan, make_plan
 from hpc_train.analysis.report.plan_tables import answer, sheets, short_answer
 from hpc_train.analysis.report.table import Table
-from hpc_train.analysis.scaling.scaling import Group
+from hpc_train.analysis.scaling.compare import Group
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import percent
 
@@ -32,8 +32,8 @@ def advice_of(group: Group) -> Advice:
     if group.baseline is None or group.largest is None:
         return Advice()
     try:
-        points = points_of(group)
-        plan = make_plan(predict(points), planned_work(group, points))
+        measurements = measurements_of(group)
+        plan = make_plan(predict(measurements), planned_work(group, measurements))
     except UserError as error:
         return Advice(notes=(f"No plan for the next run: {error.what}.",))
     missed, words = plan.prediction.chosen.error, short_answer(plan) or ""

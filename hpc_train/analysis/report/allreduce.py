@@ -20,8 +20,8 @@ from hpc_train.analysis.report.plots.canvas import (
 )
 from hpc_train.analysis.report.table import Column, Table
 from hpc_train.core import rundir
-from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Fit, Row, fits, pair_ratios, size_text
-from hpc_train.core.formatting import percent, significant
+from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Fit, Row, fits, pair_ratios
+from hpc_train.core.formatting import binary_size, percent, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,12 +79,12 @@ def sheets(rows: Sequence[Row]) -> list[Table]:
         beside = {(row.strategy, row.message_bytes): row for row in limits(rows, place)}
         sizes = sorted({size for _, size in here})
         summed = [name for name in (*OURS, *PEERS) if (name, sizes[0]) in here]
-        times = tuple(tuple([size_text(s), *(_time_text(here.get((name, s))) for name in summed)]) for s in sizes)
+        times = tuple(tuple([binary_size(s), *(_time_text(here.get((name, s))) for name in summed)]) for s in sizes)
         columns = (Column("size", True), *(Column(name_of(name)) for name in summed))
         made.append(Table(f"{place_text(place)}: time in us, ± half the distance of the quartiles", columns, times))
         shown = [*summed, *LIMITS]
         speeds = tuple(
-            tuple([size_text(s), *(_speed_text((here | beside).get((name, s))) for name in shown)]) for s in sizes
+            tuple([binary_size(s), *(_speed_text((here | beside).get((name, s))) for name in shown)]) for s in sizes
         )
         columns = (*columns, *(Column(name_of(name)) for name in LIMITS))
         made.append(Table(f"{place_text(place)}: bus bandwidth in GB/s beside its limits", columns, speeds))
@@ -134,7 +134,7 @@ def ratio_notes(rows: Sequence[Row]) -> list[str]:
                 low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
                 verdict = "" if middle >= GOAL else f", below {GOAL}"
                 notes.append(
-                    f"{size_text(num_bytes)}, {place_text(place)}: {strategy} runs at {middle:.2f} of plain "
+                    f"{binary_size(num_bytes)}, {place_text(place)}: {strategy} runs at {middle:.2f} of plain "
                     f"MPI_Allreduce (quartiles {low:.2f}-{high:.2f} of {len(ratios)} pairs{verdict})."
                 )
     return notes
@@ -193,6 +193,6 @@ def paint(axes: "Axes", rows: Sequence[Row], place: Place) -> None:
     axes.set_yscale("log")
     measured = [row.message_bytes for row in rows]
     ticks = [size for size in _TICKS if min(measured) <= size <= max(measured)]
-    axes.set_xticks(ticks, [size_text(size) for size in ticks], rotation=45)
+    axes.set_xticks(ticks, [binary_size(size) for size in ticks], rotation=45)
     axes.minorticks_off()
     axes.set(xlabel="size of the message", title=place_text(place))

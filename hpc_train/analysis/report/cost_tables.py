@@ -3,11 +3,10 @@
 from typing import Any
 
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
-from hpc_train.analysis.energy.energy_amount import Joules
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.energy.energy_amount import EnergyAmount
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.table import Column, Table, made_sheets, ranks_text
-from hpc_train.analysis.scaling.scaling import num_ranks
-from hpc_train.core.formatting import amount, listed, plain, significant, times_text
+from hpc_train.core.formatting import amount, listed, plain, plural, ratio_text, significant
 from hpc_train.core.records import PHASES
 
 _MOST_LACKING = 4  # of a run, named one by one
@@ -33,7 +32,7 @@ COST_COLUMNS = (
 )
 
 
-def cost_sheets(energy: GroupEnergy, guard: Guard | None = None) -> list[Table]:
+def cost_sheets(energy: GroupEnergy, guard: SectionGuard | None = None) -> list[Table]:
     """A group's tables of energy; none where no meter was read and nothing was estimated."""
     if not energy.known:
         return []
@@ -94,11 +93,14 @@ def _phase_sheet(energy: GroupEnergy) -> Table:
         parts = [row.phases.get(phase) for phase in phases] + [_total(row.servers)] * with_servers
         rows.append((ranks_text(row.row), *(_number_text(part, scale) for part in parts)))
     titles = ["ranks", *phases, *["servers"] * with_servers]
-    title = f"Energy of the loop by phase, {unit} (estimates, attributed by time; reduce: exposed communication)"
+    communication = "reduce and sync" if "sync" in phases else "reduce"
+    title = (
+        f"Energy of the loop by phase, {unit} (estimates, attributed by time; {communication}: exposed communication)"
+    )
     return Table(title, tuple(map(Column, titles)), tuple(rows))
 
 
-def _number_text(joules: Joules | None, scale: float) -> str:
+def _number_text(joules: EnergyAmount | None, scale: float) -> str:
     if joules is None:
         return "-"
     return "missing" if joules.total is None else significant(joules.total / scale) + " shared" * joules.shared
@@ -118,7 +120,7 @@ def _place_sheet(energy: GroupEnergy) -> Table:
     return Table(f"Energy by node and rank (a rank has its GPU's joules{rule})", columns, tuple(rows))
 
 
-def _spread(parts: list[tuple[str, Joules]], mark: str | None = None) -> str:
+def _spread(parts: list[tuple[str, EnergyAmount]], mark: str | None = None) -> str:
     """ "20.0 J (c0) to 22.0 J (c3)", "20.0 J each", "missing", or "-" for none. mark: in the place of their own."""
     known = [(name, joules) for name, joules in parts if joules.total is not None]
     if not known:
@@ -152,8 +154,8 @@ def _price_sheets(energy: GroupEnergy) -> list[Table]:
     return [Table("What a run's energy comes to", tuple(map(Column, ["ranks", *titles])), tuple(rows))]
 
 
-def _total(parts: dict[str, Joules]) -> Joules:
-    return sum(parts.values(), Joules())
+def _total(parts: dict[str, EnergyAmount]) -> EnergyAmount:
+    return sum(parts.values(), EnergyAmount())
 
 
 def cost_notes(energy: GroupEnergy) -> list[str]:
@@ -162,7 +164,7 @@ def cost_notes(energy: GroupEnergy) -> list[str]:
     told: dict[str, dict[str, None]] = {}
     for row in energy.rows:
         for note in (note for run in row.runs for note in run.notes):
-            told.setdefault(note, {})[num_ranks(row.row.size)] = None
+            told.setdefault(note, {})[plural(row.row.size, "rank")] = None
     notes += [f"{note} ({', '.join(sizes)})." for note, sizes in told.items()]
     if not energy.known:
         return notes
@@ -181,8 +183,8 @@ def cost_details(energy: GroupEnergy) -> list[str]:
     if not energy.known:
         return []
     notes = [
-        "Joules of a phase are the loop's, attributed by the phase's share of the ranks' time in steady steps: phases"
-        " last milliseconds and samples seconds, so no meter tells them apart; equal power in all is assumed.",
+        "Joules of a phase are the loop's, attributed by the phase's share of the ranks' time in steady steps:"
+        " phases last milliseconds and samples seconds, so no meter tells them apart; equal power in all is assumed.",
         _peak_note(energy),
     ]
     if len({run.summary.num_samples for row in energy.rows for run in row.row.runs}) > 1:
@@ -194,7 +196,7 @@ def cost_details(energy: GroupEnergy) -> list[str]:
 
 
 def _lacking_notes(row: RowEnergy) -> list[str]:
-    who, gross = num_ranks(row.row.size), row.gross.lacking
+    who, gross = plural(row.row.size, "rank"), row.gross.lacking
     notes = []
     if gross:
         of = listed(gross, _MOST_LACKING)
@@ -239,7 +241,7 @@ def verdict(energy: GroupEnergy) -> str:
     worse = next((row for row in judged if not row.pays), None)
     row = worse or judged[-1]
     last = complete[complete.index(row) - 1]
-    step = f"from {last.row.size} to {num_ranks(row.row.size)}"
+    step = f"from {last.row.size} to {plural(row.row.size, 'rank')}"
     if row.marginal is None:
         price = f"{step} nothing is gained"
     elif row.marginal.known < 0:
@@ -250,9 +252,9 @@ def verdict(energy: GroupEnergy) -> str:
     if worse and earlier and earlier.marginal is not None and earlier.marginal.known > 0:
         price += f"; before that a unit cost {earlier.marginal.text()}"
     if worse:
-        return f"More hardware stops paying beyond {num_ranks(last.row.size)} (joules times seconds grow): {price}"
-    speed = times_text(row.row.speedup or 1.0)
-    return f"More hardware still pays at {num_ranks(row.row.size)}, the largest size ({speed}): {price}"
+        return f"More hardware stops paying beyond {plural(last.row.size, 'rank')} (joules times seconds grow): {price}"
+    speed = ratio_text(row.row.speedup or 1.0)
+    return f"More hardware still pays at {plural(row.row.size, 'rank')}, the largest size ({speed}): {price}"
 
 
 def cost_record(row: RowEnergy) -> dict[str, Any]:

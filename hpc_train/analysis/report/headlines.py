@@ -1,10 +1,10 @@
 """The answer in one sentence: what stands first in the terminal and on the page."""
 
 from hpc_train.analysis.report.load_balance_tables import waiting_words
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
+from hpc_train.analysis.scaling.compare import Group, Row
 from hpc_train.analysis.scaling.strategies import Comparison
-from hpc_train.core.formatting import ms_text, percent, plain, ratio_interval_text, significant, times_text
-from hpc_train.core.records import PHASES
+from hpc_train.core.formatting import ms_text, percent, plain, plural, ratio_interval_text, ratio_text, significant
+from hpc_train.core.records import COMMUNICATION, PHASES
 
 
 def headline(group: Group, named: bool = False, advice: str = "") -> str:
@@ -24,23 +24,23 @@ def _answer(group: Group) -> str:
             if shown.step_s
             else "no steady step recorded"
         )
-        return f"{num_ranks(shown.size)}: {speed}; no baseline, so no speedup{_lost(shown)}"
+        return f"{plural(shown.size, 'rank')}: {speed}; no baseline, so no speedup{_lost(shown)}"
     assert row.speedup is not None
     low, high = row.speedup_interval or (row.speedup, row.speedup)
-    over, efficiency = num_ranks(baseline.size), f"{percent(row.efficiency, 0)} efficiency"
-    times = times_text(row.speedup)
+    over, efficiency = plural(baseline.size, "rank"), f"{percent(row.efficiency, 0)} efficiency"
+    times = ratio_text(row.speedup)
     if low <= 1 <= high:
         return (
-            f"{num_ranks(row.size)}: no faster than {over} as far as can be told ({times}, 95% interval"
+            f"{plural(row.size, 'rank')}: no faster than {over} as far as can be told ({times}, 95% interval"
             f" {ratio_interval_text(row.speedup_interval)}, {efficiency}){_lost(row)}{_grown(row, baseline)}"
         )
     if row.speedup < 1:
         return (
-            f"{num_ranks(row.size)}: slower than {over}, {times} its speed ({efficiency})"
+            f"{plural(row.size, 'rank')}: slower than {over}, {times} its speed ({efficiency})"
             f"{_lost(row)}{_grown(row, baseline)}"
         )
     work = " in samples/s" if group.weak else ""
-    return f"{num_ranks(row.size)}: {times} over {over}{work} ({efficiency}){_lost(row)}"
+    return f"{plural(row.size, 'rank')}: {times} over {over}{work} ({efficiency}){_lost(row)}"
 
 
 def strategy_headline(comparison: Comparison, named: bool = False) -> str:
@@ -52,16 +52,16 @@ def strategy_headline(comparison: Comparison, named: bool = False) -> str:
     words = []
     for entry in sorted(entries, key=lambda entry: -(entry.ratio or 0)):
         low, high = entry.ratio_interval or (0.0, 0.0)
-        speed = f"{ms_text(entry.row.step_s)} ms a step" if entry.is_reference else times_text(entry.ratio or 0.0)
+        speed = f"{ms_text(entry.row.step_s)} ms a step" if entry.is_reference else ratio_text(entry.ratio or 0.0)
         words.append(f"{entry.where} {speed}{' (no difference can be told)' if low <= 1 <= high else ''}")
     name = f"{plain(comparison.label)}: " if named else ""
-    return f"{name}{num_ranks(size)} on equal work, speed against {comparison.reference}: {', '.join(words)}"
+    return f"{name}{plural(size, 'rank')} on equal work, speed against {comparison.reference}: {', '.join(words)}"
 
 
 def _lost(row: Row) -> str:
     """What keeps the row from the ideal: exposed communication, and who of all is waited for most of that time."""
-    share, words = row.phase_share.get("reduce"), waiting_words(row)
-    most = max((each.share for each in row.waiting), default=0.0)
+    share, words = row.exposed_share, waiting_words(row)
+    most = max((each.share for each in row.stragglers), default=0.0)
     if share is None or (words and most >= 0.5 * share):  # then little else is in it
         return words
     return f"; {percent(share, 0)} of the step is exposed communication{words}"
@@ -74,6 +74,6 @@ def _grown(row: Row, baseline: Row) -> str:
     grown = [
         f", {phase} grew from {ms_text(before[phase])} to {ms_text(after[phase])} ms"
         for phase in PHASES
-        if phase != "reduce" and after[phase] - before[phase] > notable
+        if phase not in COMMUNICATION and after[phase] - before[phase] > notable
     ]
     return "".join(grown)

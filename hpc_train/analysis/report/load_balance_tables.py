@@ -6,8 +6,8 @@ from typing import Any
 from hpc_train.analysis.efficiency.pop import FACTORS
 from hpc_train.analysis.efficiency.stragglers import Straggler
 from hpc_train.analysis.report.table import Column, Table, ranks_text
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
-from hpc_train.core.formatting import ms_text, percent, plain, significant, times_text
+from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.core.formatting import ms_text, percent, plain, plural, ratio_text, significant
 
 BALANCE_COLUMNS = (
     *(f"pop_{factor}{end}" for factor in FACTORS for end in ("", "_low", "_high")),
@@ -59,7 +59,7 @@ def _share(value: float | None) -> str:
 
 
 def _straggler_sheet(group: Group) -> Table | None:
-    found = [(row, one) for row in group.rows for each in row.waiting for one in each.stragglers]
+    found = [(row, one) for row in group.rows for each in row.stragglers for one in each.stragglers]
     if not found:
         return None
     lines = tuple(
@@ -102,12 +102,12 @@ def name(one: Straggler) -> str:
 def _cause(one: Straggler) -> str:
     if one.cause is None or one.excess is None:
         return "-"
-    return f"computing {times_text(one.excess)}" if one.cause == "computing" else f"input {percent(one.excess)}"
+    return f"computing {ratio_text(one.excess)}" if one.cause == "computing" else f"input {percent(one.excess)}"
 
 
 def waiting_words(row: Row) -> str:
     """ "; 14% lost to waiting for rank 5 on c3": of the run that lost most to it; "" where nobody is to be named."""
-    worst = max(row.waiting, key=lambda each: each.share, default=None)
+    worst = max(row.stragglers, key=lambda each: each.share, default=None)
     if worst is None or not worst.stragglers:
         return ""
     names = [name(one) for one in worst.stragglers[:3]]
@@ -127,10 +127,10 @@ def balance_notes(group: Group) -> list[str]:
     unaligned: dict[str, list[str]] = defaultdict(list)
     errors = []
     for row in group.rows:
-        size = num_ranks(row.size)
+        size = plural(row.size, "rank")
         if row.pop.missing:
             missing[row.pop.missing].append(size)
-        for each in row.waiting:
+        for each in row.stragglers:
             if each.told and not row.pop.missing and row.size > 1:
                 nobody[each.told].append(size)
             if each.unaligned:
@@ -161,8 +161,8 @@ def balance_record(row: Row) -> dict[str, Any]:
     for factor in FACTORS:
         low, high = row.pop.intervals.get(factor, (None, None))
         factors |= {f"pop_{factor}": row.pop.factors.get(factor), f"pop_{factor}_low": low, f"pop_{factor}_high": high}
-    worst = max(row.waiting, key=lambda each: each.share, default=None)
-    noises = [run.balance.noise for run in row.runs if run.balance and run.balance.noise is not None]
+    worst = max(row.stragglers, key=lambda each: each.share, default=None)
+    noises = [run.load_balance.noise for run in row.runs if run.load_balance and run.load_balance.noise is not None]
     low, high = (worst.share_interval if worst else None) or (None, None)
     known = worst is not None and (worst.stragglers or worst.clock_error_s is not None or worst.unaligned)
     return {
@@ -192,6 +192,6 @@ def straggler_records(row: Row) -> list[dict[str, Any]]:
             "cause": one.cause,
             "excess": one.excess,
         }
-        for run, each in zip(row.runs, row.waiting, strict=True)
+        for run, each in zip(row.runs, row.stragglers, strict=True)
         for one in each.stragglers
     ]

@@ -7,12 +7,12 @@ import jinja2
 from markupsafe import Markup
 
 import hpc_train
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.plots.canvas import Drawing, inline
 from hpc_train.analysis.report.plots.gallery import drawings, painted
 from hpc_train.analysis.report.run_metadata import run_facts
 from hpc_train.analysis.report.sections import Part
-from hpc_train.analysis.runs.load import word
+from hpc_train.analysis.runs.meta_json import text_at
 from hpc_train.analysis.scaling.mfu import counts_flops
 from hpc_train.core.formatting import plain
 
@@ -33,7 +33,7 @@ def render(report: "Report") -> str:
         lstrip_blocks=True,
     )
     runs, groups, guard = report.runs, report.scaling.groups, report.guard
-    facts = [guard.made(f"the facts of {run.label}", lambda why: [("missing", why)], run_facts, run) for run in runs]
+    facts = [guard.call(f"the facts of {run.label}", lambda why: [("missing", why)], run_facts, run) for run in runs]
     common = set(facts[0]).intersection(*facts)
     assumptions = {run.assumption for run in runs if run.summary.energy_quality == "estimated"}
     parts = report.parts
@@ -55,11 +55,11 @@ def render(report: "Report") -> str:
             (run.label, [fact for fact in some if fact not in common]) for run, some in zip(runs, facts, strict=True)
         ],
         names=list(dict.fromkeys(run.summary.name for run in runs)),
-        dates=sorted({(word(run.meta, "started") or "")[:10] for run in runs} - {""}),
+        dates=sorted({(text_at(run.meta, "started") or "")[:10] for run in runs} - {""}),
     )
 
 
-def _figures(part: Part, ident: str, brief: bool, guard: Guard) -> list[tuple[str, Markup]]:
+def _figures(part: Part, ident: str, brief: bool, guard: SectionGuard) -> list[tuple[str, Markup]]:
     """(caption, SVG) of a part's figures; brief: the first few of them."""
     made = drawings(part, guard)[: _FEW if brief else None]
     return [

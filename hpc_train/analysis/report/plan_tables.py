@@ -6,26 +6,25 @@ from typing import Any
 from hpc_train.analysis.models.predict import Candidate, Forecast, Prediction
 from hpc_train.analysis.planning.plan import Option, Plan, nodes_text
 from hpc_train.analysis.report.table import Column, Table
-from hpc_train.analysis.scaling.scaling import num_ranks
-from hpc_train.core.formatting import duration_text, energy_amount, percent, significant, with_interval
+from hpc_train.core.formatting import duration_text, percent, plural, significant, watt_hours_text, with_interval
 
 SCHEMA = 1
 
 
 def short_answer(plan: Plan) -> str | None:
     """ "ask for 16 nodes", for a headline that says other things, too; None where nothing can be recommended."""
-    return f"ask for {nodes_text(plan.prediction.points, plan.chosen)}" if plan.chosen else None
+    return f"ask for {nodes_text(plan.prediction.measurements, plan.chosen)}" if plan.chosen else None
 
 
 def answer(plan: Plan) -> list[str]:
     """The answer in sentences, the recommendation first."""
-    points, chosen = plan.prediction.points, plan.chosen
+    measurements, chosen = plan.prediction.measurements, plan.chosen
     if plan.is_forecast:
         about = [f"For {plan.work.words}, in the training loop."] if plan.work else []
         return [*(f"{_where(option, plan)}: {_takes(option, plan)}" for option in plan.options), *about]
     if chosen is None:
         broken = "; ".join(
-            f"{nodes_text(points, option)}: {' and '.join(option.broken)}" for option in plan.options[-1:]
+            f"{nodes_text(measurements, option)}: {' and '.join(option.broken)}" for option in plan.options[-1:]
         )
         return [f"Nothing to ask for: {plan.reason}. The largest looked at may break it, too: {broken}"]
     lines = [f"Ask for {_where(chosen, plan)}: {_takes(chosen, plan)}", f"Why: {plan.reason}."]
@@ -43,8 +42,8 @@ def answer(plan: Plan) -> list[str]:
 
 def _where(option: Option, plan: Plan) -> str:
     """ "8 nodes (32 ranks)"."""
-    size = nodes_text(plan.prediction.points, option)
-    return f"{size} ({num_ranks(option.forecast.ranks)})" if "node" in size else size
+    size = nodes_text(plan.prediction.measurements, option)
+    return f"{size} ({plural(option.forecast.ranks, 'rank')})" if "node" in size else size
 
 
 def _takes(option: Option, plan: Plan) -> str:
@@ -53,7 +52,7 @@ def _takes(option: Option, plan: Plan) -> str:
         rate = with_interval(forecast.samples_per_s, forecast.samples_per_s_interval)
         return f"{rate} samples/s, efficiency {percent(forecast.efficiency, 0)}"
     estimate = "estimated " if plan.power is not None and plan.power.quality == "estimated" else ""
-    energy = energy_amount(option.energy_j, option.energy_interval_j) if option.energy_j is not None else "missing"
+    energy = watt_hours_text(option.energy_j, option.energy_interval_j) if option.energy_j is not None else "missing"
     return ", ".join(
         [
             duration_text(option.time_s, option.time_interval_s),
@@ -68,18 +67,18 @@ def sheets(plan: Plan) -> list[Table]:
 
 
 def _options_sheet(plan: Plan) -> Table:
-    points = plan.prediction.points
-    titles = ["nodes"] * bool(points.ranks_per_node) + ["ranks"]
+    measurements = plan.prediction.measurements
+    titles = ["nodes"] * bool(measurements.ranks_per_node) + ["ranks"]
     titles += ["time", "energy", "node-hours"] if plan.work else ["step (ms)", "samples/s"]
     rows = []
     for option in plan.options:
         forecast = option.forecast
         low, high = forecast.step_interval_s
-        cells = [str(option.nodes)] * bool(points.ranks_per_node)
+        cells = [str(option.nodes)] * bool(measurements.ranks_per_node)
         cells.append(f"{forecast.ranks}{' <-' * (option is plan.chosen)}")
         if plan.work:
             cells.append(duration_text(option.time_s, option.time_interval_s))
-            cells.append(energy_amount(option.energy_j, option.energy_interval_j))
+            cells.append(watt_hours_text(option.energy_j, option.energy_interval_j))
             cells.append(with_interval(option.node_hours, option.node_hours_interval))
         else:
             cells.append(with_interval(forecast.step_s * 1e3, (low * 1e3, high * 1e3)))
@@ -140,11 +139,11 @@ def record(plan: Plan) -> dict[str, Any]:
 
 def prediction_record(prediction: Prediction) -> dict[str, Any]:
     """Model, parameters, and what was measured and held out."""
-    points = prediction.points
+    measurements = prediction.measurements
     return {
-        "label": points.label,
-        "scaling": "weak" if points.weak else "strong",
-        "ranks_per_node": points.ranks_per_node,
+        "label": measurements.label,
+        "scaling": "weak" if measurements.weak else "strong",
+        "ranks_per_node": measurements.ranks_per_node,
         "model": prediction.chosen.model,
         "algorithm": prediction.chosen.algorithm if prediction.chosen.model == "mechanistic" else None,
         "why_model": prediction.why,
@@ -155,7 +154,7 @@ def prediction_record(prediction: Prediction) -> dict[str, Any]:
         "models": [_candidate_record(each) for each in prediction.candidates],
         "measured": [
             {"ranks": ranks, "step_s": step_s}
-            for ranks, step_s in zip(points.ranks.tolist(), points.step_s.tolist(), strict=True)
+            for ranks, step_s in zip(measurements.ranks.tolist(), measurements.step_s.tolist(), strict=True)
         ],
     }
 

@@ -16,7 +16,7 @@ from rich.console import Console
 import hpc_train
 from hpc_train.analysis.convergence.target import TargetStudy, studies_of
 from hpc_train.analysis.energy.cost import UNKNOWN, GroupEnergy, RowEnergy, Tariff, cost_of
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.cost_tables import COST_COLUMNS, cost_notes, cost_record, places_record, verdict
 from hpc_train.analysis.report.load_balance_tables import BALANCE_COLUMNS, balance_record, straggler_records
 from hpc_train.analysis.report.markdown import to_markdown
@@ -26,17 +26,19 @@ from hpc_train.analysis.report.tables import group_notes, measures_of, strategy_
 from hpc_train.analysis.report.target_tables import TARGET_COLUMNS, records_by_run, study_record
 from hpc_train.analysis.report.terminal import fitted, shown
 from hpc_train.analysis.runs.load import Run, load_known
+from hpc_train.analysis.scaling.compare import Group, Row, Scaling, compare
 from hpc_train.analysis.scaling.mfu import flops_of
-from hpc_train.analysis.scaling.scaling import Group, Row, Scaling, compare, num_ranks
 from hpc_train.analysis.scaling.strategies import Comparison, Entry, compare_strategies
 from hpc_train.core import rundir
 from hpc_train.core.errors import UserError
-from hpc_train.core.formatting import plain
+from hpc_train.core.formatting import plain, plural
 from hpc_train.core.records import PHASES
 
 P = ParamSpec("P")
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
-REPORT_SCHEMA = 3  # 2: test_<measure> for every test measure; 3: step_s is the mean, step_median_s the median
+# 2: test_<measure> for every test measure; 3: step_s is the mean, step_median_s the median; 4: share_sync, joules_sync
+# (before, part of share_reduce and joules_reduce)
+REPORT_SCHEMA = 4
 FLOPS_COLUMNS = ("flops_per_sample", "flops_per_s_per_rank", "peak_flops", "peak_source", "mfu")
 CSV_COLUMNS = (
     "group",
@@ -83,7 +85,7 @@ class Report:
     strategies: tuple[Comparison, ...]
     costs: tuple[GroupEnergy, ...]  # of the groups, in their order
     targets: tuple[TargetStudy, ...]
-    guard: Guard = field(default_factory=Guard)  # of what could not be made
+    guard: SectionGuard = field(default_factory=SectionGuard)  # of what could not be made
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -153,8 +155,8 @@ class Report:
         **more: P.kwargs,
     ) -> dict[str, Any]:
         """What `make` gives; None under each of its columns where it fails."""
-        what = f"the numbers of {num_ranks(row.size)}, {what}"
-        return self.guard.made(what, lambda why: dict.fromkeys(columns), make, *args, **more)
+        what = f"the numbers of {plural(row.size, 'rank')}, {what}"
+        return self.guard.call(what, lambda why: dict.fromkeys(columns), make, *args, **more)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values for JSON; None is what is not known or no finite number."""
@@ -192,7 +194,7 @@ class Report:
 
     def _told(self, what: str, make: Callable[P, Any], *args: P.args, **more: P.kwargs) -> Any:
         """What `make` gives, or the sentence that says why it is missing."""
-        return self.guard.made(what, lambda why: why, make, *args, **more)
+        return self.guard.call(what, lambda why: why, make, *args, **more)
 
 
 def _group_notes(group: Group, cost: GroupEnergy) -> list[str]:
@@ -216,7 +218,7 @@ def make_report(paths: Sequence[Path], tariff: Tariff = UNKNOWN, target_loss: fl
     tariff: put over what the runs' configurations say. target_loss: to which times are compared; None: one that all
     complete runs of a job reached.
     """
-    guard = Guard()
+    guard = SectionGuard()
     runs, left_out = load_known(paths, guard)
     scaling = compare(runs, guard)
     scaling = replace(scaling, notes=(*scaling.notes, *left_out))
@@ -228,8 +230,8 @@ def make_report(paths: Sequence[Path], tariff: Tariff = UNKNOWN, target_loss: fl
         unmade.append(f"{why}.")
         return []
 
-    targets = guard.made("times to a loss", nothing, studies_of, scaling.groups, energies, target_loss)
-    strategies = guard.made("strategies on equal work", nothing, compare_strategies, scaling.groups)
+    targets = guard.call("times to a loss", nothing, studies_of, scaling.groups, energies, target_loss)
+    strategies = guard.call("strategies on equal work", nothing, compare_strategies, scaling.groups)
     scaling = replace(scaling, notes=(*scaling.notes, *unmade))
     return Report(tuple(runs), scaling, tuple(strategies), costs, tuple(targets), guard)
 
@@ -364,6 +366,7 @@ def _entry_record(entry: Entry) -> dict[str, Any]:
         "ratio_low": ratio_low,
         "ratio_high": ratio_high,
         "share_reduce": entry.row.phase_share.get("reduce"),
+        "share_sync": entry.row.phase_share.get("sync"),
         "must_move_bytes": theory.must_move_bytes if theory else None,
         "each_way_bytes": theory.each_way_bytes if theory else None,
         "must_move_is_least": theory.is_least if theory else None,

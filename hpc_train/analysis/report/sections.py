@@ -6,14 +6,14 @@ from typing import ParamSpec
 
 from hpc_train.analysis.convergence.target import TargetStudy
 from hpc_train.analysis.energy.cost import GroupEnergy
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.advice import Advice, advice_of
 from hpc_train.analysis.report.cost_tables import cost_details, cost_notes, cost_sheets
 from hpc_train.analysis.report.headlines import headline, strategy_headline
 from hpc_train.analysis.report.table import Table, made_sheets
 from hpc_train.analysis.report.tables import group_notes, sheets, strategy_notes, strategy_sheets
 from hpc_train.analysis.report.target_tables import target_headline, target_notes, target_sheets
-from hpc_train.analysis.scaling.scaling import Group, Scaling
+from hpc_train.analysis.scaling.compare import Group, Scaling
 from hpc_train.analysis.scaling.strategies import Comparison
 
 P = ParamSpec("P")
@@ -39,7 +39,7 @@ def parts(
     strategies: Sequence[Comparison],
     costs: Sequence[GroupEnergy],
     targets: Sequence[TargetStudy],
-    guard: Guard,
+    guard: SectionGuard,
 ) -> list[Part]:
     """Everything in its order: strategies that several ranks tell apart, the groups, other strategies, times to a loss.
 
@@ -73,7 +73,7 @@ def parts(
     return [*first, *groups, *(part for part in compared if not part.headline), *reached]
 
 
-def _group_part(cost: GroupEnergy, study: TargetStudy | None, several: bool, guard: Guard) -> Part:
+def _group_part(cost: GroupEnergy, study: TargetStudy | None, several: bool, guard: SectionGuard) -> Part:
     group, label = cost.group, cost.group.label
     tables = sheets(group, guard)
     notes = [*_notes(guard, label, group_notes, group), *_notes(guard, f"{label}, energy", cost_notes, cost)]
@@ -84,7 +84,7 @@ def _group_part(cost: GroupEnergy, study: TargetStudy | None, several: bool, gua
         notes += [f"{answer}."] * bool(answer)
         details += _target_sheets(guard, study)
         details += _notes(guard, f"{label}, time to a loss", target_notes, study)
-    advice = guard.made(
+    advice = guard.call(
         f"the plan for the next run of {label}", lambda why: Advice(notes=(f"{why}.",)), advice_of, group
     )
     details += advice.sheets
@@ -101,13 +101,13 @@ def _group_part(cost: GroupEnergy, study: TargetStudy | None, several: bool, gua
     )
 
 
-def _sentence(guard: Guard, label: str, make: Callable[P, str], *args: P.args, **more: P.kwargs) -> str:
-    return guard.made(f"the answer for {label}", lambda why: why, make, *args, **more)
+def _sentence(guard: SectionGuard, label: str, make: Callable[P, str], *args: P.args, **more: P.kwargs) -> str:
+    return guard.call(f"the answer for {label}", lambda why: why, make, *args, **more)
 
 
-def _notes(guard: Guard, label: str, make: Callable[P, list[str]], *args: P.args, **more: P.kwargs) -> list[str]:
-    return guard.made(f"the notes on {label}", lambda why: [f"{why}."], make, *args, **more)
+def _notes(guard: SectionGuard, label: str, make: Callable[P, list[str]], *args: P.args, **more: P.kwargs) -> list[str]:
+    return guard.call(f"the notes on {label}", lambda why: [f"{why}."], make, *args, **more)
 
 
-def _target_sheets(guard: Guard, study: TargetStudy) -> list[Table]:
+def _target_sheets(guard: SectionGuard, study: TargetStudy) -> list[Table]:
     return made_sheets(guard, {"To a training loss": lambda: target_sheets(study)})

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from hpc_train.analysis.guard import Guard
-from hpc_train.analysis.scaling.scaling import Row
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.scaling.compare import Row
 
 MARK = "*"  # on the number of ranks of an incomplete row
 
@@ -27,12 +27,12 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def made_sheets(guard: Guard | None, makers: Mapping[str, Callable[[], list[Table]]]) -> list[Table]:
+def made_sheets(guard: SectionGuard | None, makers: Mapping[str, Callable[[], list[Table]]]) -> list[Table]:
     """The tables of all makers, by what they tell; in the place of one that fails a table that says why."""
-    guard = guard or Guard()
+    guard = guard or SectionGuard()
     made = []
     for title, make in makers.items():
-        made += guard.made(f"the table '{title}'", partial(_unmade, title), make)
+        made += guard.call(f"the table '{title}'", partial(_unmade, title), make)
     return made
 
 

@@ -3,11 +3,11 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.load_balance_tables import balance_notes, balance_sheets
 from hpc_train.analysis.report.table import MARK, Column, Table, made_sheets, ranks_text
+from hpc_train.analysis.scaling.compare import Group, Row, timed_phases
 from hpc_train.analysis.scaling.mfu import GIVEN, counts_flops, flops_notes, flops_of
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
 from hpc_train.analysis.scaling.strategies import Comparison, Entry, Traffic
 from hpc_train.core.formatting import (
     amount,
@@ -16,14 +16,15 @@ from hpc_train.core.formatting import (
     ms_text,
     percent,
     plain,
+    plural,
     ratio_interval_text,
+    ratio_text,
     significant,
-    times_text,
 )
 from hpc_train.core.records import NO_METER, PHASES
 
 
-def sheets(group: Group, guard: Guard | None = None) -> list[Table]:
+def sheets(group: Group, guard: SectionGuard | None = None) -> list[Table]:
     """A group's tables: how it scaled, where the time went and what was lost, what the device did, what it cost."""
     flops = {"Model FLOPs": lambda: [_flops_sheet(group)]} if counts_flops(group) else {}
     return made_sheets(
@@ -39,7 +40,7 @@ def sheets(group: Group, guard: Guard | None = None) -> list[Table]:
 
 
 def _scaling_sheet(group: Group) -> Table:
-    against = f"speedup vs {num_ranks(group.baseline.size)}" if group.baseline else "speedup"
+    against = f"speedup vs {plural(group.baseline.size, 'rank')}" if group.baseline else "speedup"
     span = "95% interval"
     titles = ("ranks", "runs", "step (ms)", span, "samples/s", against, span, "speedup efficiency")
     rows = tuple(
@@ -67,18 +68,20 @@ def _speedup_cells(row: Row) -> tuple[str, str, str]:
         return "baseline", "-", percent(row.efficiency)
     if row.speedup is None:
         return "no baseline", "-", "-"
-    return times_text(row.speedup), ratio_interval_text(row.speedup_interval), percent(row.efficiency)
+    return ratio_text(row.speedup), ratio_interval_text(row.speedup_interval), percent(row.efficiency)
 
 
 def _phase_sheet(group: Group) -> Table:
     with_servers = any(row.num_servers for row in group.rows)
-    columns = [Column("ranks"), *(Column(phase) for phase in PHASES), *[Column("servers busy")] * with_servers]
+    phases = timed_phases(group.rows)
+    columns = [Column("ranks"), *(Column(phase) for phase in phases), *[Column("servers busy")] * with_servers]
     rows = []
     for row in group.rows:
-        cells = [ranks_text(row), *(percent(row.phase_share.get(phase)) for phase in PHASES)]
+        cells = [ranks_text(row), *(percent(row.phase_share.get(phase)) for phase in phases)]
         rows.append((*cells, *[percent(row.servers_busy)] * with_servers))
     whose = "the workers' time; servers busy: not in communication" if with_servers else "all ranks' time"
-    title = f"Where a step's time goes (share of {whose}; reduce: exposed communication)"
+    communication = "reduce and sync" if "sync" in phases else "reduce"
+    title = f"Where a step's time goes (share of {whose}; {communication}: exposed communication)"
     return Table(title, tuple(columns), tuple(rows))
 
 
@@ -113,7 +116,7 @@ def mfu_text(mfu: float | None) -> str:
     return "missing" if mfu is None else f"{significant(100 * mfu)}%"
 
 
-def strategy_sheets(comparison: Comparison, guard: Guard | None = None) -> list[Table]:
+def strategy_sheets(comparison: Comparison, guard: SectionGuard | None = None) -> list[Table]:
     """Strategies on equal work: how fast each is, then what each must move and hold and comes to."""
     return made_sheets(
         guard,
@@ -136,7 +139,7 @@ def _strategy_speed_sheet(comparison: Comparison) -> Table:
             significant(entry.row.samples_per_s, 4),
             _ratio_text(entry),
             ratio_interval_text(entry.ratio_interval),
-            percent(entry.row.phase_share.get("reduce")),
+            percent(entry.row.exposed_share),
         )
         for entry in comparison.entries
     )
@@ -156,7 +159,7 @@ def _work_text(comparison: Comparison) -> str:
 def _ratio_text(entry: Entry) -> str:
     if entry.is_reference and entry.ratio is not None:
         return "reference"
-    return "-" if entry.ratio is None else times_text(entry.ratio)
+    return "-" if entry.ratio is None else ratio_text(entry.ratio)
 
 
 def _strategy_work_sheet(comparison: Comparison) -> Table:
@@ -219,7 +222,9 @@ def group_notes(group: Group) -> list[str]:
     if any(row.incomplete for row in group.rows):
         notes.insert(0, f"{MARK} incomplete: shown, never a baseline, never pooled with complete runs.")
     unmarked = [
-        phase for phase in PHASES if any(row.phase_share and phase not in row.phase_share for row in group.rows)
+        phase
+        for phase in PHASES
+        if phase != "sync" and any(row.phase_share and phase not in row.phase_share for row in group.rows)
     ]
     if unmarked:
         communication = "; exposed communication was not measured" * ("reduce" in unmarked)
@@ -239,7 +244,7 @@ def group_notes(group: Group) -> list[str]:
     for row in group.rows:
         if row.energy.quality == "missing":
             unread = row.energy.source == NO_METER
-            lacking["not every host's meter was read" if unread else row.energy.source].append(num_ranks(row.size))
+            lacking["not every host's meter was read" if unread else row.energy.source].append(plural(row.size, "rank"))
     for why, sizes in lacking.items():
         notes.append(f"Energy missing for {', '.join(dict.fromkeys(sizes))}: {why}. Missing is not zero.")
     if any(row.num_servers for row in group.rows):

@@ -5,8 +5,7 @@ from typing import Any
 
 from hpc_train.analysis.convergence.target import NOT_REACHED, TargetRow, TargetStudy
 from hpc_train.analysis.report.table import MARK, Column, Table
-from hpc_train.analysis.scaling.scaling import num_ranks
-from hpc_train.core.formatting import percent, ratio_interval_text, significant, times_text
+from hpc_train.core.formatting import percent, plural, ratio_interval_text, ratio_text, significant
 
 TARGET_COLUMNS = (
     "target_loss",
@@ -50,7 +49,7 @@ def _speed_sheets(study: TargetStudy) -> list[Table]:
         cells = [_times(row.speedup), ratio_interval_text(row.speedup_interval), percent(row.efficiency)]
         cells += [_times(row.throughput), percent(row.throughput_efficiency), percent(row.statistical)]
         rows.append((*_names(study, row), *cells))
-    against = f"{num_ranks(study.reference.size)}, batch {study.reference.global_batch}"
+    against = f"{plural(study.reference.size, 'rank')}, batch {study.reference.global_batch}"
     title = f"Speedup vs {against} (statistical: samples taken there over samples taken here)"
     return [Table(title, tuple(Column(title) for title in titles), tuple(rows))]
 
@@ -85,7 +84,7 @@ def _count(mean: float | None) -> str:
 
 
 def _times(speedup: float | None) -> str:
-    return "-" if speedup is None else times_text(speedup)
+    return "-" if speedup is None else ratio_text(speedup)
 
 
 def target_headline(study: TargetStudy) -> str:
@@ -95,8 +94,8 @@ def target_headline(study: TargetStudy) -> str:
         return ""
     goal = f"to a loss of {significant(study.target)}"
     speed = (
-        f"{num_ranks(row.size)}{_batch(study, row)}: {times_text(row.speedup)} over"
-        f" {num_ranks(reference.size)}{_batch(study, reference)} in time {goal}"
+        f"{plural(row.size, 'rank')}{_batch(study, row)}: {ratio_text(row.speedup)} over"
+        f" {plural(reference.size, 'rank')}{_batch(study, reference)} in time {goal}"
     )
     both = f"{percent(row.efficiency, 0)} efficiency"
     if row.throughput_efficiency is not None:
@@ -115,7 +114,7 @@ def target_notes(study: TargetStudy) -> list[str]:
     """What must be known to read the tables of `target_sheets`."""
     notes = []
     if study.set_by is not None:
-        whose = f"{num_ranks(study.set_by.size)}, batch {study.set_by.global_batch}"
+        whose = f"{plural(study.set_by.size, 'rank')}, batch {study.set_by.global_batch}"
         notes.append(
             f"The target {significant(study.target, 4)} was not given: it is the worst of the runs' best smoothed"
             f" losses, that of {whose}, so every complete run reached it. --target-loss sets another."
@@ -143,14 +142,16 @@ def _seeds(row: TargetRow) -> set[int]:
 def _why_notes(study: TargetStudy) -> list[str]:
     reaches = [(row, reach) for row in study.rows for reach in row.reaches]
     notes = [
-        f"{reach.run.label} ({num_ranks(row.size)}): {reach.why}."
+        f"{reach.run.label} ({plural(row.size, 'rank')}): {reach.why}."
         for row, reach in reaches
         if reach.why and reach.why != NOT_REACHED
     ]
-    short = [f"{num_ranks(row.size)}, batch {row.global_batch}" for row, reach in reaches if reach.why == NOT_REACHED]
+    short = [
+        f"{plural(row.size, 'rank')}, batch {row.global_batch}" for row, reach in reaches if reach.why == NOT_REACHED
+    ]
     if short:
         notes.append(f"Not reached within the recorded steps: {'; '.join(dict.fromkeys(short))}.")
-    at_once = [num_ranks(row.size) for row, reach in reaches if reach.at_once]
+    at_once = [plural(row.size, "rank") for row, reach in reaches if reach.at_once]
     if at_once:
         notes.append(
             f"Reached by the first losses that could be judged: {', '.join(dict.fromkeys(at_once))}. The target is too"

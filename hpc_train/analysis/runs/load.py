@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hpc_train.analysis.guard import Guard
-from hpc_train.analysis.runs.load_balance import Balance
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.runs.load_balance import LoadBalance
+from hpc_train.analysis.runs.meta_json import attempts, dict_at, text_at
 from hpc_train.analysis.runs.ranks import LEAVE_OUT, reduce_ranks
 from hpc_train.core import config, rundir
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.paths import read_text
 from hpc_train.core.records import (
@@ -30,6 +30,7 @@ from hpc_train.core.records import (
     total_energy,
 )
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.settings import UNKNOWN_STEPS, Config
 
 # Numbers beyond are damage, and no run.
 _MOST_RANKS = 10_000_000
@@ -51,7 +52,7 @@ class Run:
     servers_s: FloatArray  # (len(PHASES),) the same sums over the servers, zeros where there are none
     metrics: tuple[list[int], list[float]]  # (steps, losses), empty where none were written
     incomplete: str | None
-    balance: Balance | None = None  # how its ranks shared the work; None: no steady step
+    load_balance: LoadBalance | None = None  # how its ranks shared the work; None: no steady step
     copies: tuple[Path, ...] = ()  # other folders that hold this very run
 
     @property
@@ -71,26 +72,8 @@ class Run:
     @property
     def assumption(self) -> str | None:
         """What the energy estimate rests on, as the run wrote it down."""
-        text = section(self.meta, "energy").get("assumption")
+        text = dict_at(self.meta, "energy").get("assumption")
         return str(text) if text else None
-
-
-def section(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    """A part of meta.json, or {} where the run did not write it."""
-    value = tree.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def word(tree: dict[str, Any], key: str) -> str | None:
-    """A text of meta.json; None where the run did not write it, or something else stands there."""
-    value = tree.get(key)
-    return value if isinstance(value, str) and value else None
-
-
-def attempts(meta: dict[str, Any]) -> list[dict[str, Any]]:
-    """What meta.json says of each time that the run was begun or continued."""
-    value = meta.get("attempts")
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def load_all(paths: Sequence[Path]) -> list[Run]:
@@ -99,7 +82,7 @@ def load_all(paths: Sequence[Path]) -> list[Run]:
     return [replace(load(run), copies=tuple(copy.path for copy in copies)) for run, *copies in _originals(found.runs)]
 
 
-def load_known(paths: Sequence[Path], guard: Guard) -> tuple[list[Run], list[str]]:
+def load_known(paths: Sequence[Path], guard: SectionGuard) -> tuple[list[Run], list[str]]:
     """(the runs at or below `paths` that can be read, what was left out and why, in sentences).
 
     Raises `UserError` where none can be read.
@@ -109,7 +92,7 @@ def load_known(paths: Sequence[Path], guard: Guard) -> tuple[list[Run], list[str
     errors: list[UserError] = []
     for candidates in _originals(found.runs):
         run, copies = candidates[0], tuple(copy.path for copy in candidates[1:])
-        loaded = guard.made(f"the run {run.path}", lambda why: UserError(why, LEAVE_OUT), _tried, run)
+        loaded = guard.call(f"the run {run.path}", lambda why: UserError(why, LEAVE_OUT), _tried, run)
         if isinstance(loaded, UserError):
             errors.append(loaded)
         else:
@@ -194,11 +177,11 @@ def _load(run: RunDir) -> Run:
     num_steps = len(step_ns) + total.num_warmup - total.num_repeated
     if faults:
         planned = settings.train.steps
-        faults.append(f"{num_steps}{'' if planned == config.UNKNOWN_STEPS else f' of {planned}'} steps can be used")
+        faults.append(f"{num_steps}{'' if planned == UNKNOWN_STEPS else f' of {planned}'} steps can be used")
     metrics = read_metrics(run.metrics) if run.metrics.is_file() else ([], [])
     loss = _number((written or {}).get("loss"))
     summary = summarise(
-        name=word(meta, "name") or settings.name,
+        name=text_at(meta, "name") or settings.name,
         size=meta["size"],
         num_hosts=len(meta["hosts"]),
         global_batch=settings.global_batch(meta["size"]),
@@ -261,7 +244,7 @@ def _energy(run: RunDir, meta: dict[str, Any]) -> Energy:
     if not all(traces[host] for host in meta["hosts"]) and not any(trace.domain in JOB_WIDE for trace in known):
         return Energy()
     total = total_energy(trace.energy for trace in known)
-    shared = any(was is True for was in section(section(meta, "energy"), "shared").values())
+    shared = any(was is True for was in dict_at(dict_at(meta, "energy"), "shared").values())
     is_shared = shared and any(trace.domain != OWN_CORES for trace in known)
     return replace(total, source=f"{total.source} (node shared)") if is_shared and total.joules is not None else total
 
@@ -284,7 +267,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _read_config(run: RunDir, size: int) -> config.Config:
+def _read_config(run: RunDir, size: int) -> Config:
     """config.toml, which leaves at least one of `size` ranks to train."""
     try:
         settings = config.load(run.config).config

@@ -27,7 +27,7 @@ class Latest:
     """Who arrived last at each step's reduction. Row 0 is the last to come, row 1 the one before, and so on.
 
     late_s: (at most 6, steps) later than a rank that is the same for the whole run, -inf where there are no more.
-    who: (the same) positions in `Balance.ranks`, or in `Arrivals.hosts`; -1 where there are no more.
+    who: (the same) positions in `LoadBalance.ranks`, or in `Arrivals.hosts`; -1 where there are no more.
     """
 
     late_s: FloatArray
@@ -65,7 +65,7 @@ class Arrivals:
 
 
 @dataclass(frozen=True, eq=False)
-class Balance:
+class LoadBalance:
     """What the ranks that train did in the steady steps. R ranks, B at most 50 blocks of consecutive steps.
 
     Useful time is forward, backward, optimizer and other; input is the wait for data; exposed is the time in the
@@ -179,7 +179,7 @@ class RankAccumulator:
         if self._slowest is None or self._whole is None:
             self._slowest, self._whole = _Slowest(rows["attempt"]), np.zeros(len(rows.values))
             self._coming = _Coming(rows["attempt"], self._hosts, self._clocks) if self._waits else None
-        stall, exposed = phases["data"], phases["reduce"]
+        stall, exposed = phases["data"], phases["reduce"] + phases["sync"]
         whole = rows.phases_ns.sum(axis=1)
         useful = whole - stall - exposed
         before = rows["arrived_ns"] - rows["start_ns"]
@@ -198,7 +198,7 @@ class RankAccumulator:
         if self._coming:
             self._coming.add(rank, timings, rows)
 
-    def balance(self) -> Balance | None:
+    def balance(self) -> LoadBalance | None:
         """None where there was no steady step."""
         if self._slowest is None or self._whole is None:
             return None
@@ -212,7 +212,7 @@ class RankAccumulator:
             self._coming.arrivals(order, self._whole) if self._coming and phases_told and len(ranks) > 1 else None
         )
         sums = useful.sum(axis=1)
-        return Balance(
+        return LoadBalance(
             ranks,
             tuple(self._hosts[rank] for rank in ranks),
             useful,

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from hpc_train.analysis.runs.clocks import Clocks, Hosts, clocks_of, hosts_of
-from hpc_train.analysis.runs.load_balance import Balance, RankAccumulator
-from hpc_train.core.config import Reduce
+from hpc_train.analysis.runs.load_balance import LoadBalance, RankAccumulator
 from hpc_train.core.formatting import amount, listed
 from hpc_train.core.records import PHASES, TIMING_COLUMNS, BadRecord, FloatArray, IntArray
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.settings import Reduce
 from hpc_train.core.timings import StepTimes, Timings, read_timings, step_times
 
 LEAVE_OUT = "Move this run's folder out of the report's folder, or name the other runs one by one."
@@ -32,7 +32,7 @@ class Ranks:
     step_ns: FloatArray  # (steady steps,) mean over the ranks that train
     total: StepTimes  # sums over the ranks that train
     servers_ns: FloatArray  # (len(PHASES),) sums over the servers
-    balance: Balance | None  # None: no steady step
+    balance: LoadBalance | None  # None: no steady step
     faults: list[str]
 
 
@@ -68,7 +68,7 @@ class _Sums:
         self.num_workers += 1
         self.tally.add(rank, timings)
 
-    def ranks(self, balance: Balance | None, faults: list[str]) -> Ranks:
+    def ranks(self, balance: LoadBalance | None, faults: list[str]) -> Ranks:
         cut = [f"the last line of {ranks_text(sorted(self.truncated))} is cut short"] if self.truncated else []
         return Ranks(
             self._total.step_ns / max(1, self.num_workers), self._total, self._servers_ns, balance, faults + cut
@@ -159,7 +159,7 @@ def _common_steps(run: RunDir, present: list[int], num_attempts: int) -> tuple[I
     return padded.min(axis=0), set(padded[:, -1].tolist())
 
 
-def _unaligned(balance: Balance | None, clocks: Clocks | None, hosts: Hosts) -> str | None:
+def _unaligned(balance: LoadBalance | None, clocks: Clocks | None, hosts: Hosts) -> str | None:
     """Which rank's clock is plainly wrong, in words: by when it leaves reductions, which end for all at once."""
     if balance is None or balance.arrivals is None or clocks is None:
         return None

@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from hpc_train.analysis.runs.load import Run, section, word
+from hpc_train.analysis.runs.load import Run
+from hpc_train.analysis.runs.meta_json import dict_at, text_at
 from hpc_train.core import config
 from hpc_train.core.config import flatten
 
@@ -27,18 +28,18 @@ def facts_of(run: Run) -> Facts:
     compared all the same, and the report says what differs.
     """
     meta = run.meta
-    git, ranks = section(meta, "git"), meta["ranks"] if isinstance(meta.get("ranks"), list) else []
+    git, ranks = dict_at(meta, "git"), meta["ranks"] if isinstance(meta.get("ranks"), list) else []
     threads = {str(_count(rank.get("threads"))) for rank in ranks if isinstance(rank, dict)} - {"None"}
     facts = {
-        **{f"version of {name}": word(section(meta, "versions"), name) for name in section(meta, "versions")},
-        "MPI": (word(section(meta, "mpi"), "version") or "").partition("\n")[0],
-        "CPU": word(meta, "cpu_model"),
-        "device": word(meta, "device"),
+        **{f"version of {name}": text_at(dict_at(meta, "versions"), name) for name in dict_at(meta, "versions")},
+        "MPI": (text_at(dict_at(meta, "mpi"), "version") or "").partition("\n")[0],
+        "CPU": text_at(meta, "cpu_model"),
+        "device": text_at(meta, "device"),
         "threads per rank": "/".join(sorted(threads)),
         "steps": run.config.train.steps,
         "training samples": _count(meta.get("num_samples", meta.get("num_train_samples"))),
         "parameters": _count(meta.get("num_parameters")),
-        "hpc-train": word(meta, "hpc_train"),
+        "hpc-train": text_at(meta, "hpc_train"),
         "git commit": _commit(git),
     }
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}
@@ -49,7 +50,7 @@ def _count(value: object) -> int | None:
 
 
 def _commit(git: dict[str, Any]) -> str | None:
-    commit = word(git, "commit")
+    commit = text_at(git, "commit")
     return f"{commit[:12]}{' with uncommitted changes' if git.get('dirty') else ''}" if commit else None
 
 
@@ -57,18 +58,18 @@ def _more_facts(run: Run) -> Facts:
     """What repeats must have in common, too. Between sizes it may differ by nature (hosts, what a launcher sets), or
     only costs joules and saves (settings that decide nothing about a step).
     """
-    git, shown = section(run.meta, "git"), run.meta.get("environment")
+    git, shown = dict_at(run.meta, "git"), run.meta.get("environment")
     settings = flatten(config.as_dict(run.config))
     facts = {
         "hosts": run.summary.num_hosts,
-        "kernel": word(run.meta, "kernel"),
-        "precision": word(run.meta, "precision"),
+        "kernel": text_at(run.meta, "kernel"),
+        "precision": text_at(run.meta, "precision"),
         # Two dirty trees of one commit are the same only where their changes are.
-        "uncommitted changes": word(git, "changes") if git.get("dirty") else None,
+        "uncommitted changes": text_at(git, "changes") if git.get("dirty") else None,
         **{key: settings[key] for key in settings if key.startswith(("checkpoint.", "energy.")) and key not in _TARIFF},
     }
     if isinstance(shown, dict):
-        facts |= {f"environment {name}": word(shown, name) for name in shown if not _NO_MATTER.fullmatch(name)}
+        facts |= {f"environment {name}": text_at(shown, name) for name in shown if not _NO_MATTER.fullmatch(name)}
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
@@ -82,7 +83,7 @@ def all_facts(runs: Sequence[Run]) -> list[Facts]:
     return facts
 
 
-def series_of(runs: Sequence[Run]) -> list[int]:
+def assign_series(runs: Sequence[Run]) -> list[int]:
     """The number of each run's series, 0 where nothing tells runs apart.
 
     Runs of one job, one size and one series are repeats. Where a job was run twice on unequal terms, at any size, its
@@ -149,7 +150,7 @@ def _misfit(facts: Facts, usual: set[str], seen: dict[str, set[str]]) -> tuple[i
     return len(usual.intersection(names)), len(names)
 
 
-def apart(members: Sequence[Sequence[Run]]) -> list[Facts]:
+def distinguishing_facts(members: Sequence[Sequence[Run]]) -> list[Facts]:
     """Of each of several series of one job: what it has that others have not."""
     flat = iter(all_facts([run for runs in members for run in runs]))
     facts = [[next(flat) for _ in runs] for runs in members]

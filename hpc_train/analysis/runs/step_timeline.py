@@ -20,7 +20,7 @@ class Loop:
 
 
 @dataclass(frozen=True, eq=False)
-class Course:
+class StepTimeline:
     """One row a recorded step, those taken twice included. Time between attempts is in none."""
 
     step: IntArray  # (rows,)
@@ -40,15 +40,15 @@ class Course:
         return int(rows[0]) if len(rows) else None
 
 
-NO_COURSE = Course(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), (), 0)
+EMPTY_TIMELINE = StepTimeline(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), (), 0)
 
 
-def course_of(run: Run) -> Course:
+def timeline_of(run: Run) -> StepTimeline:
     """The course of the first rank that left timings: all ranks begin a loop together, and end each step together."""
     num_workers = run.size - run.num_servers
     rank = next((rank for rank in range(num_workers) if run.dir.timings(rank).is_file()), None)
     if rank is None:
-        return NO_COURSE
+        return EMPTY_TIMELINE
     timings = read_timings(run.dir.timings(rank))
     attempt, begin_ns = timings["attempt"], timings["start_ns"]
     end_ns = begin_ns + timings.phases_ns.sum(axis=1)
@@ -60,4 +60,4 @@ def course_of(run: Run) -> Course:
         loops.append(Loop(number, first_ns, before_s, float(passed_s[-1])))
         end_s[rows] = before_s + passed_s
         before_s += float(passed_s[-1])
-    return Course(timings["step"], attempt, end_s, tuple(loops), rank)
+    return StepTimeline(timings["step"], attempt, end_s, tuple(loops), rank)

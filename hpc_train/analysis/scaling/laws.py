@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpc_train.analysis.scaling.scaling import Group, num_ranks
-from hpc_train.core.formatting import percent
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.core.formatting import percent, plural
 
 _CLOSE = 0.01  # of the ideal speedup: a law that stays nearer to it says no more than the ideal does
 
@@ -85,7 +85,7 @@ def law_words(group: Group) -> str:
     if law:
         return f"{law.words}."
     name = "Gustafson" if group.weak else "Amdahl"
-    over = num_ranks(group.baseline.size)
+    over = plural(group.baseline.size, "rank")
     largest = group.largest
     if largest is None:
         return f"{name}'s law is not drawn: only one size is complete."

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from hpc_train.analysis.runs.load import word
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
+from hpc_train.analysis.runs.meta_json import text_at
+from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.core.formatting import plural
 
 GIVEN = "train.peak_tflops"  # meta.json's peak_source where the user gave the peak
 
@@ -29,7 +30,7 @@ def flops_of(row: Row) -> Flops:
     """What meta.json and the step times of a row's runs say."""
     per_sample, peak = row.stated("flops_per_sample"), row.stated("peak_flops")
     known = per_sample is not None and row.samples_per_s is not None
-    sources = {word(run.meta, "peak_source") or "source not recorded" for run in row.runs}
+    sources = {text_at(run.meta, "peak_source") or "source not recorded" for run in row.runs}
     return Flops(
         per_sample,
         per_sample * row.samples_per_s / row.size if known else None,  # type: ignore[operator]
@@ -52,13 +53,13 @@ def flops_notes(group: Group) -> list[str]:
             " could not count this model, or the runs are not alike."
         )
     if lacking := _lacking(group, "peak_flops"):
-        devices = dict.fromkeys(word(run.meta, "device") or "unknown" for row in lacking for run in row.runs)
+        devices = dict.fromkeys(text_at(run.meta, "device") or "unknown" for row in lacking for run in row.runs)
         notes.append(
             f"MFU missing for {_sizes(lacking)}: the peak of the device ({', '.join(devices)}) is not known."
             f" {GIVEN} gives it."
         )
     notes += [
-        f"{num_ranks(row.size)}: an MFU above 100% cannot be: the peak is too low for this device and precision."
+        f"{plural(row.size, 'rank')}: an MFU above 100% cannot be: the peak is too low for this device and precision."
         for row in group.rows
         if (flops_of(row).mfu or 0) > 1
     ]
@@ -70,4 +71,4 @@ def _lacking(group: Group, key: str) -> list[Row]:
 
 
 def _sizes(rows: list[Row]) -> str:
-    return ", ".join(dict.fromkeys(num_ranks(row.size) for row in rows))
+    return ", ".join(dict.fromkeys(plural(row.size, "rank") for row in rows))

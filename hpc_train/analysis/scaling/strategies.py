@@ -7,18 +7,10 @@ from itertools import pairwise
 from typing import Any
 
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.scaling.scaling import (
-    Group,
-    Interval,
-    Row,
-    differing_facts,
-    equal_work,
-    labels,
-    num_ranks,
-    positive,
-    relative_speed,
-    work,
-)
+from hpc_train.analysis.runs.meta_json import positive_number
+from hpc_train.analysis.scaling.compare import Group, Row, differing_facts, equal_work, labels, relative_speed, work
+from hpc_train.core.formatting import plural
+from hpc_train.core.statistics import Interval
 
 LOSS_TOLERANCE = 1e-5  # relative: what the order of sums may do to a loss
 _REFERENCES = ("horovod", "mpi", "sharded", "parameter_server", "local")  # the first that was run is the reference
@@ -107,7 +99,7 @@ def _sizes_in_bytes(run: Run) -> list[float] | None:
     sizes = run.meta.get("optimizer_bytes")
     if not isinstance(sizes, list) or len(sizes) != run.size:
         return None
-    return [float(size) for size in sizes] if all(size == 0 or positive(size) for size in sizes) else None
+    return [float(size) for size in sizes] if all(size == 0 or positive_number(size) for size in sizes) else None
 
 
 def _comparison(label: str, keys: dict[str, Any], family: list[Group]) -> Comparison:
@@ -167,7 +159,7 @@ def _notes(entries: list[Entry], reference: str) -> list[str]:
         batches = {entry.where: entry.row.global_batch for entry in some}
         if len(set(batches.values())) > 1:
             told = ", ".join(f"{where} {batch}" for where, batch in batches.items())
-            notes.append(f"{num_ranks(size)}: global batches differ ({told}): compare samples/s, not step times.")
+            notes.append(f"{plural(size, 'rank')}: global batches differ ({told}): compare samples/s, not step times.")
     lacking = dict.fromkeys(entry.where for entry in entries if entry.traffic is None)
     if lacking:
         notes.append(f"Bytes to move missing for {', '.join(lacking)}: meta.json states no num_parameters.")
@@ -192,12 +184,12 @@ def _loss_notes(entries: list[Entry], reference: str) -> list[str]:
             continue
         told = ", ".join(f"{entry.where} {entry.row.loss:.7g}{_by_design(entry)}" for entry in apart)
         notes.append(
-            f"{num_ranks(size)}: final losses differ by more than {LOSS_TOLERANCE:g} relative from {known[0].where}'s"
-            f" {first:.7g}: {told}{'; the others agree' * (len(apart) < len(known) - 1)}."
+            f"{plural(size, 'rank')}: final losses differ by more than {LOSS_TOLERANCE:g} relative from"
+            f" {known[0].where}'s {first:.7g}: {told}{'; the others agree' * (len(apart) < len(known) - 1)}."
         )
     if alike:
         *most, last = map(str, alike)
-        sizes = f"{', '.join(most)} and {last} ranks" if most else num_ranks(alike[0])
+        sizes = f"{', '.join(most)} and {last} ranks" if most else plural(alike[0], "rank")
         notes.append(f"Final losses agree within {LOSS_TOLERANCE:g} relative at {sizes}.")
     return notes
 

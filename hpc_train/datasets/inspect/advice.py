@@ -1,22 +1,21 @@
-"""What to change about a data set so that it reads faster, and the command that does it. Pure functions of facts."""
+"""What to change about a data set so that it reads faster. Pure functions of its structure."""
 
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
-import numpy as np
-
-from hpc_train.datasets.inspect.survey import CHECKSUMS, Found
+from hpc_train.datasets.inspect.structure import DatasetInfo
 
 _CHUNK_BYTES = 1 << 20
-_SMALL_CHUNK, _LARGE_CHUNK = 64 << 10, 8 << 20
-_WORTH_IT = 1.2  # compression ratio below which decompressing costs more than reading
-_STRIPED_BYTES = 1 << 30
+_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 64 << 10, 8 << 20
+_MIN_COMPRESSION_RATIO = 1.2  # below it, decompressing costs more than the bytes that it saves
+_MIN_STRIPED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What could be better about a data set (of the file where `dataset` is ""), and a command that does it."""
+    """A possible improvement of a data set (of the file if `dataset` is ""), and how to make it."""
 
     kind: str
     dataset: str
@@ -24,100 +23,79 @@ class Advice:
     command: str
 
 
-def of_dataset(found: Found) -> Iterator[Advice]:
-    """What to change about one data set; small ones are well as they are."""
-    if found.dtype.kind == "f" and found.dtype.itemsize > 4 and len(found.shape) > 1:
+def of_dataset(info: DatasetInfo) -> Iterator[Advice]:
+    """What to change about one data set. Small ones need no change."""
+    if info.dtype.kind == "f" and info.dtype.itemsize > 4 and len(info.shape) > 1:
         what = "8-byte floats: twice the bytes of float32, in which models train"
-        yield Advice("floats", found.name, what, _converted(found, "f4"))
-    elif not found.dtype.isnative and found.is_numeric:
-        what = f"byte order: {found.dtype} is not this machine's, and is swapped at each reading"
-        yield Advice("byte order", found.name, what, _converted(found, found.dtype.newbyteorder("=").str[1:]))
-    if found.layout == "external":
-        yield Advice("external", found.name, "its values lie in other files, and are not read", _repacked(found, None))
-    if found.layout != "chunked" or found.num_bytes < _CHUNK_BYTES:
-        return
-    ratio = compression_ratio(found)
-    packers = [name for name in found.filters if name not in ("shuffle", "fletcher32")]
-    if packers and ratio is not None and ratio < _WORTH_IT:
-        what = (
-            f"{packers[0]} saves {max(0.0, 1 - 1 / ratio):.0%} of the bytes: decompressing costs more than reading them"
-        )
-        yield Advice("compression", found.name, what, _repacked(found, None))
-    elif not packers:
+        yield Advice("floats", info.name, what, "Write it as float32: values.astype('f4').")
+    elif not info.dtype.isnative and info.is_numeric:
+        what = f"byte order: {info.dtype} is not this machine's, and each read swaps the bytes"
+        native = info.dtype.newbyteorder("=").str[1:]
+        yield Advice("byte order", info.name, what, f"Write it in this machine's order: values.astype('{native}').")
+    if info.layout == "external":
+        yield Advice("external", info.name, "stores its values in other files, which are not read", _contiguous(info))
+    if info.layout == "chunked" and info.num_bytes >= _CHUNK_BYTES:
+        yield from _of_chunks(info)
+
+
+def _of_chunks(info: DatasetInfo) -> Iterator[Advice]:
+    compressors = [name for name in info.filters if name not in ("shuffle", "fletcher32")]
+    ratio, chunk_size = info.compression_ratio, _size(info.chunk_bytes)
+    if not compressors:
         what = "chunked and not compressed: a contiguous data set is read through a memory map, sample by sample"
-        yield Advice("layout", found.name, what, _repacked(found, None))
-    elif any(chunk < size for chunk, size in zip(found.chunk[1:], found.shape[1:], strict=True)):
-        count = int(np.prod([-(-size // chunk) for size, chunk in zip(found.shape[1:], found.chunk[1:], strict=True)]))
-        yield Advice(
-            "chunks", found.name, f"chunks cut samples: each is in {count} of them", _repacked(found, packers[0])
-        )
-    elif found.chunk[0] == 1 and found.row_bytes < _CHUNK_BYTES // 2:
-        what = f"one sample a chunk ({_size(found.chunk_bytes)}): each costs a look-up and a read of its own"
-        yield Advice("chunks", found.name, what, _repacked(found, packers[0]))
-    elif found.chunk_bytes > _LARGE_CHUNK and found.chunk[0] > 1:
-        what = (
-            f"chunks of {_size(found.chunk_bytes)}: a shuffled order holds many of them in memory; about 1 MiB is best"
-        )
-        yield Advice("chunks", found.name, what, _repacked(found, packers[0]))
-    elif found.chunk_bytes < _SMALL_CHUNK and found.chunk[0] < found.num_rows:
-        what = f"chunks of {_size(found.chunk_bytes)}: more look-ups than reading; about 1 MiB is best"
-        yield Advice("chunks", found.name, what, _repacked(found, packers[0]))
-    if packers and "fletcher32" not in found.filters:
+        yield Advice("layout", info.name, what, _contiguous(info))
+        return
+    if ratio is not None and ratio < _MIN_COMPRESSION_RATIO:
+        saved = max(0.0, 1 - 1 / ratio)
+        what = f"{compressors[0]} saves {saved:.0%} of the bytes: decompressing costs more than reading them"
+        yield Advice("compression", info.name, what, _contiguous(info))
+    elif (num_parts := prod(info.num_chunks[1:])) > 1:
+        yield Advice("chunks", info.name, f"chunks cut samples: each is in {num_parts} of them", _rechunked(info))
+    elif info.chunk[0] == 1 and info.row_bytes < _CHUNK_BYTES // 2:
+        what = f"one sample a chunk ({chunk_size}): each costs a look-up and a read of its own"
+        yield Advice("chunks", info.name, what, _rechunked(info))
+    elif info.chunk_bytes > _MAX_CHUNK_BYTES and info.chunk[0] > 1:
+        what = f"chunks of {chunk_size}: a shuffled order holds many of them in memory; about 1 MiB is best"
+        yield Advice("chunks", info.name, what, _rechunked(info))
+    elif info.chunk_bytes < _MIN_CHUNK_BYTES and info.chunk[0] < info.num_rows:
+        what = f"chunks of {chunk_size}: more look-ups than reading; about 1 MiB is best"
+        yield Advice("chunks", info.name, what, _rechunked(info))
+    if "fletcher32" not in info.filters:
         what = "no checksums: a changed byte may be read as if it were right"
-        yield Advice("checksums", found.name, what, _repacked(found, packers[0]))
+        yield Advice("checksums", info.name, what, _rechunked(info))
 
 
-def of_file(datasets: Sequence[Found], num_bytes: int, stripes: int | None, num_ranks: int = 4) -> Iterator[Advice]:
-    """What to change about the file as a whole. stripes: of a Lustre file system; None elsewhere."""
-    if stripes is not None and num_bytes >= _STRIPED_BYTES and stripes < num_ranks:
+def of_file(
+    datasets: Sequence[DatasetInfo], num_bytes: int, num_stripes: int | None, num_ranks: int = 4
+) -> Iterator[Advice]:
+    """What to change about the file as a whole. num_stripes: on a Lustre file system; None elsewhere."""
+    if num_stripes is not None and num_bytes >= _MIN_STRIPED_BYTES and num_stripes < num_ranks:
         path = shlex.quote(str(datasets[0].path)) if datasets else "FILE"
-        what = (
-            f"on {stripes} Lustre server{'s' * (stripes != 1)}: all ranks read from {'it' if stripes == 1 else 'these'}"
-        )
-        yield Advice("stripes", "", what, f"lfs migrate -c -1 {path}")
-    plain = [
-        found
-        for found in datasets
-        if found.layout == "contiguous" and found.block_rows is None and found.num_bytes >= _CHUNK_BYTES
-    ]
-    if plain:
-        what = f"{plain[0].name} has no checksums: `data check` cannot tell whether its bytes changed"
-        yield Advice("checksums", plain[0].name, what, "hpc-train prepare --help")
+        servers = "1 Lustre server" if num_stripes == 1 else f"{num_stripes} Lustre servers"
+        yield Advice("stripes", "", f"on {servers}: all ranks read from there", f"lfs migrate -c -1 {path}")
+    for info in datasets:
+        if info.layout == "contiguous" and info.block_rows is None and info.num_bytes >= _CHUNK_BYTES:
+            what = f"{info.name} has no checksums: `data check` cannot find changed bytes"
+            yield Advice("checksums", info.name, what, "hpc-train prepare --help")
+            return
 
 
-def compression_ratio(found: Found) -> float | None:
-    """Bytes of the values by bytes in the file; None of what holds none."""
-    return found.num_bytes / found.stored_bytes if found.stored_bytes and found.layout != "virtual" else None
+def _contiguous(info: DatasetInfo) -> str:
+    name = shlex.quote(info.name)
+    return f"h5repack -f {name}:NONE -l {name}:CONTI {_old_and_new(info)}"
 
 
-def _repacked(found: Found, packer: str | None) -> str:
-    """A command that writes the file anew with this data set contiguous, or in chunks of whole samples of 1 MiB."""
-    old, new = shlex.quote(str(found.path)), shlex.quote(str(found.path.with_suffix(f".new{found.path.suffix}")))
-    name = shlex.quote(found.name)
-    if packer is None:
-        return f"h5repack -f {name}:NONE -l {name}:CONTI {old} {new}"
-    rows = min(found.num_rows, max(1, _CHUNK_BYTES // max(1, found.row_bytes)))
-    shape = "x".join(map(str, (rows, *found.shape[1:])))
-    shuffle = f"-f {name}:SHUF " * (found.dtype.itemsize > 1)
-    level = packer.partition(" ")[2]
-    packed = f"GZIP={level}" if packer.startswith("gzip") and level else "GZIP=4"
-    return f"h5repack {shuffle}-f {name}:{packed} -f {name}:FLET -l {name}:CHUNK={shape} {old} {new}"
+def _rechunked(info: DatasetInfo) -> str:
+    """A command that writes whole samples in chunks of 1 MiB, with checksums."""
+    rows = min(info.num_rows, max(1, _CHUNK_BYTES // max(1, info.row_bytes)))
+    name, chunk = shlex.quote(info.name), "x".join(map(str, (rows, *info.shape[1:])))
+    filters = f"-f {name}:SHUF -f {name}:GZIP=4 -f {name}:FLET"
+    return f"h5repack {filters} -l {name}:CHUNK={chunk} {_old_and_new(info)}"
 
 
-def _converted(found: Found, dtype: str) -> str:
-    """A command that replaces a data set by the same numbers of another type, some rows at a time."""
-    rows = max(1, (4 << 20) // max(1, found.row_bytes))
-    name, new, sums = found.name, f"{found.name}.new", f"{CHECKSUMS}/{found.name}"
-    code = (
-        f"import h5py; f = h5py.File({str(found.path)!r}, 'r+'); a = f[{name!r}]; "
-        f"b = f.create_dataset({new!r}, a.shape, {dtype!r}, chunks=a.chunks, compression=a.compression); "
-        f"b.attrs.update(a.attrs); "
-        f"[b.write_direct(a[i:i + {rows}].astype({dtype!r}), None, slice(i, i + {rows})) "
-        f"for i in range(0, len(a), {rows})]; del f[{name!r}]; f.move({new!r}, {name!r})"
-    )
-    if found.block_rows:
-        code += f"; del f[{sums!r}]"  # of the bytes as they were
-    return f"python -c {shlex.quote(code)}"
+def _old_and_new(info: DatasetInfo) -> str:
+    new = info.path.with_suffix(f".new{info.path.suffix}")
+    return f"{shlex.quote(str(info.path))} {shlex.quote(str(new))}"
 
 
 def _size(num_bytes: int) -> str:

@@ -1,6 +1,6 @@
-"""`hpc-train data check`: every chunk or block of HDF5 files verified, and what their values tell, by all ranks."""
+"""`hpc-train data check`: all ranks verify every chunk or block of HDF5 files, and collect statistics of the values."""
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -14,21 +14,28 @@ import numpy as np
 
 from hpc_train.core.progress import StepProgress
 from hpc_train.core.sampling import rank_span
-from hpc_train.datasets.inspect.equal import Equal, equal_samples, keep_one_in
-from hpc_train.datasets.inspect.judge import Facts, judge, offset_faults, unequal_numbers
-from hpc_train.datasets.inspect.pieces import Piece, Pieces, num_pieces, shares
-from hpc_train.datasets.inspect.survey import Fault, Found, Surveyed, disagreements, parts_that_disagree, survey
-from hpc_train.datasets.inspect.tally import MOST_LABELS, Tally, role
+from hpc_train.datasets.inspect import checks
+from hpc_train.datasets.inspect.chunk_ranges import RangeReader, RangeValues, num_ranges, ranges_between
+from hpc_train.datasets.inspect.duplicates import Duplicates, find_duplicates, keep_one_in
+from hpc_train.datasets.inspect.faults import Fault
+from hpc_train.datasets.inspect.statistics import MAX_CLASSES, Limits, Statistics, role_of
+from hpc_train.datasets.inspect.structure import (
+    DatasetInfo,
+    FileStructure,
+    differences_between_files,
+    differences_from_train,
+    read_structure,
+)
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.files import reading_threads
+from hpc_train.train.data.files import num_decode_threads
 
-_PIECES_AHEAD = 2  # of each thread: read, and not yet counted
-_NOT_READ = ("external", "empty", "missing", "filter", "absurd")  # faults of data sets that are not read then
+_RANGES_AHEAD = 2  # of each thread: read, and not yet added to the statistics
+_NOT_READ = {"external", "empty", "missing", "filter", "absurd", "unreadable"}  # faults of data sets that are skipped
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` found. datasets: by name, what the values of all files tell. seconds: of this rank."""
+    """The result of `check`. datasets: by name, over all files. seconds: on this rank."""
 
     files: tuple[str, ...]
     num_bytes: int
@@ -41,133 +48,167 @@ class Checked:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be read, as the root sees it.
+    """What to read, decided by the root.
 
-    first_samples: the number of the first row of each of `readable`, among all samples it may be equal to; -1 where it
-    is compared with none. groups: the
-    names of the data sets whose samples may be equal, with where each ends in these numbers. first_rows: by name.
+    datasets: those that can be read, with the sample number of each one's first row; -1 if it is not compared.
+    groups: data sets whose samples are compared with each other, with the sample number at which each ends.
     """
 
-    files: list[Surveyed]
-    readable: list[Found]
+    files: list[FileStructure]
+    datasets: list[DatasetInfo]
     roles: dict[str, str]
-    first_samples: list[int]
+    first_numbers: list[int]
     groups: list[dict[str, int]]
-    first_rows: dict[str, np.ndarray]
-    keep_one_in: int
-    vocabulary: int | None
-    most_classes: int
+    first_samples: dict[str, np.ndarray]
+    limits: Limits
 
-    def tally(self, name: str) -> Tally:
-        return Tally(self.roles[name], self.first_rows.get(name), self.keep_one_in, self.vocabulary, self.most_classes)
+    @property
+    def unread(self) -> set[str] | None:
+        """Names of data sets of which some file is not read; None if a whole file cannot be read."""
+        faults = [fault for file in self.files for fault in file.faults if fault.kind in _NOT_READ]
+        return None if any(fault.kind == "unreadable" for fault in faults) else {fault.dataset for fault in faults}
 
 
 def check(
-    paths: Sequence[Path], context: Context, quiet: bool = False, at: Callable[[Path], object] = lambda path: None
+    paths: Sequence[Path], context: Context, quiet: bool = False, on_file: Callable[[Path], object] = lambda path: None
 ) -> Checked:
-    """Collective. Verifies the HDF5 files `paths`, which are one data set. at: is told which file comes next.
+    """Collective. Verifies the HDF5 files `paths`, which are one data set; calls `on_file` before it opens one.
 
-    Every rank returns the same, which is the same at any number of ranks but for the time. Raises `UserError` for a
-    file that may not be read.
+    Every rank returns the same result, which depends on the number of ranks only in its times. Raises `UserError` for
+    a file that may not be read.
     """
     began_ns = perf_counter_ns()
-    plan = context.on_root(lambda: _plan(paths, at))
-    tallies = {name: plan.tally(name) for name in plan.roles}
-    context.on_all(lambda: _count(plan, tallies, context, quiet, at))
-    equal: dict[tuple[str, ...], list[Equal]] = {}
+    plan = context.on_root(lambda: _make_plan(paths, on_file))
+    statistics = {
+        name: Statistics(role, plan.first_samples.get(name), plan.limits) for name, role in plan.roles.items()
+    }
+    context.on_all(lambda: _read_my_ranges(plan, statistics, context, quiet, on_file))
+    duplicates: dict[tuple[str, ...], list[Duplicates]] = {}
     for group in plan.groups:
-        hashed = [array for name in group for array in tallies[name].hashes]
-        equal[tuple(group)] = equal_samples(hashed, list(group.values()), context)
-    num_varying: dict[str, int | None] = dict.fromkeys(tallies)
-    for name, tally in tallies.items():
-        tally.hashes = []
-        if tally.varies is not None:
-            num_varying[name] = int(np.count_nonzero(context.sum(tally.varies.astype(np.int32))))
-            tally.varies = None
-    gathered = context.gather(tallies)
-    return context.on_root(lambda: _summary(plan, gathered, equal, num_varying, began_ns, context.world.size))
+        hashes = [array for name in group for array in statistics[name].hashes]
+        duplicates[tuple(group)] = find_duplicates(hashes, list(group.values()), context)
+    num_varying = {name: _num_varying(each, context) for name, each in statistics.items()}
+    for each in statistics.values():  # large, and no longer needed: not gathered
+        each.hashes, each.feature_varies = [], None
+    gathered = context.gather(statistics)
+    return context.on_root(
+        lambda: _summary(
+            plan,
+            _merge(plan, gathered, duplicates, num_varying),
+            (perf_counter_ns() - began_ns) / 1e9,
+            context.world.size,
+        )
+    )
 
 
-def _plan(paths: Sequence[Path], at: Callable[[Path], object]) -> _Plan:
+def _merge(
+    plan: _Plan,
+    of_ranks: list[dict[str, Statistics]],
+    duplicates: dict[tuple[str, ...], list[Duplicates]],
+    num_varying: dict[str, int | None],
+) -> checks.Facts:
+    """On the root: what all ranks counted together."""
+    root, *others = of_ranks
+    return checks.Facts(
+        datasets=plan.datasets,
+        first_numbers=plan.first_numbers,
+        statistics={name: root[name].merge([other[name] for other in others]) for name in plan.roles},
+        duplicates=duplicates,
+        num_varying=num_varying,
+        keep_one_in=plan.limits.keep_one_in,
+        unread=plan.unread,
+    )
+
+
+def _num_varying(statistics: Statistics, context: Context) -> int | None:
+    """Collective. The number of features that differ between samples; None if they are not compared."""
+    if statistics.feature_varies is None:
+        return None
+    return int(np.count_nonzero(context.sum(statistics.feature_varies.astype(np.int32))))
+
+
+def _make_plan(paths: Sequence[Path], on_file: Callable[[Path], object]) -> _Plan:
     files = []
     for path in paths:
-        at(path)
-        files.append(survey(path))
-    readable, roles, first_rows = [], dict[str, str](), dict[str, np.ndarray]()
-    vocabulary = next((size for file in files if isinstance(size := file.attributes.get("vocab_size"), int)), None)
+        on_file(path)
+        files.append(read_structure(path))
+    vocab_sizes = [file.attributes.get("vocab_size") for file in files]
+    vocab_size = next((size for size in vocab_sizes if isinstance(size, int)), None)
+    datasets, roles, first_samples = [], dict[str, str](), dict[str, np.ndarray]()
     for file in files:
-        not_read = {fault.dataset for fault in file.faults if fault.kind in _NOT_READ}
-        for found in file.datasets:
-            if found.name in not_read:
+        skipped = {fault.dataset for fault in file.faults if fault.kind in _NOT_READ}
+        for info in file.datasets:
+            if info.name in skipped:
                 continue
-            readable.append(found)
-            if found.name not in roles:
-                roles[found.name] = role(found, file.datasets, vocabulary is not None)
-                if roles[found.name] == "samples" and (row := _first_row(found)) is not None:
-                    first_rows[found.name] = row
-    groups, first_samples = _numbered(readable, roles)
-    num_samples = sum(found.num_rows for found in readable if roles[found.name] == "samples")
-    most_classes = max(num_samples, MOST_LABELS)
-    one_in = keep_one_in(num_samples)
-    return _Plan(files, readable, roles, first_samples, groups, first_rows, one_in, vocabulary, most_classes)
+            datasets.append(info)
+            if info.name in roles:
+                continue
+            roles[info.name] = role_of(info, file.datasets, vocab_size is not None)
+            if roles[info.name] == "samples" and (sample := _first_sample(info)) is not None:
+                first_samples[info.name] = sample
+    groups, first_numbers = _number_samples(datasets, roles)
+    num_samples = sum(info.num_rows for info in datasets if roles[info.name] == "samples")
+    limits = Limits(vocab_size, max(num_samples, MAX_CLASSES), keep_one_in(num_samples))
+    return _Plan(files, datasets, roles, first_numbers, groups, first_samples, limits)
 
 
-def _first_row(found: Found) -> np.ndarray | None:
-    """What features are compared with; None where it is damaged, or only a part of a row can be read at once."""
-    if not num_pieces(found):
+def _first_sample(info: DatasetInfo) -> np.ndarray | None:
+    """None if it is damaged, or if only a part of a row can be read at once."""
+    if not num_ranges(info):
         return None
-    with h5py.File(found.path, "r") as file, closing(Pieces(file, found)) as pieces:
-        piece = pieces.read(0)
-    return piece.values[0].copy() if piece.is_whole and len(piece.values) else None
+    with h5py.File(info.path, "r") as file, closing(RangeReader(file, info)) as reader:
+        part = reader.read(0)
+    return part.values[0].copy() if part.is_whole_rows and len(part.values) else None
 
 
-def _numbered(readable: list[Found], roles: dict[str, str]) -> tuple[list[dict[str, int]], list[int]]:
-    """(groups, first_samples) of `_Plan`. Data sets to train on come first: samples of others are leaks."""
-    groups: dict[Any, list[int]] = {}
+def _number_samples(datasets: list[DatasetInfo], roles: dict[str, str]) -> tuple[list[dict[str, int]], list[int]]:
+    """(groups, first_numbers) of `_Plan`. Training data come first: their samples in other parts are leaks."""
+    groups: dict[Any, list[int]] = defaultdict(list)
     kinds: dict[str, Any] = {}
-    for index, found in enumerate(readable):
-        kind = found.name.rpartition("/")[2], found.shape[1:], found.dtype.str
-        if roles[found.name] == "samples" and kinds.setdefault(found.name, kind) == kind:  # else its files disagree
-            groups.setdefault(kind, []).append(index)
+    for index, info in enumerate(datasets):
+        kind = info.base_name, info.shape[1:], info.dtype.str
+        if roles[info.name] == "samples" and kinds.setdefault(info.name, kind) == kind:  # else its files differ
+            groups[kind].append(index)
     ends: list[dict[str, int]] = []
-    first_samples = [-1] * len(readable)
+    first_numbers = [-1] * len(datasets)
     for group in groups.values():
-        number, ends_of = 0, dict[str, int]()
-        for index in sorted(group, key=lambda i: (not readable[i].name.startswith("train"), readable[i].name, i)):
-            first_samples[index] = number
-            number += readable[index].num_rows
-            ends_of[readable[index].name] = number
-        ends.append(ends_of)
-    return ends, first_samples
+        number, end_of = 0, dict[str, int]()
+        for index in sorted(group, key=lambda i: (not datasets[i].name.startswith("train"), datasets[i].name, i)):
+            first_numbers[index] = number
+            number += datasets[index].num_rows
+            end_of[datasets[index].name] = number
+        ends.append(end_of)
+    return ends, first_numbers
 
 
-def _count(plan: _Plan, tallies: dict[str, Tally], context: Context, quiet: bool, at: Callable[[Path], object]) -> None:
-    """Reads this rank's share of all pieces, and counts what is in them."""
-    world, num_threads = context.world, reading_threads(context)
-    start, stop = rank_span(sum(map(num_pieces, plan.readable)), world.rank, world.size)
-    first_samples = {(found.path, found.name): n for found, n in zip(plan.readable, plan.first_samples, strict=True)}
+def _read_my_ranges(
+    plan: _Plan, statistics: dict[str, Statistics], context: Context, quiet: bool, on_file: Callable[[Path], object]
+) -> None:
+    """Adds this rank's share of all ranges to the statistics."""
+    world, num_threads = context.world, num_decode_threads(context)
+    start, stop = rank_span(sum(map(num_ranges, plan.datasets)), world.rank, world.size)
+    first_numbers = {(info.path, info.name): n for info, n in zip(plan.datasets, plan.first_numbers, strict=True)}
     shown = StepProgress("checking", stop - start, "auto", world.is_root and not quiet, unit="MB")
-    done = num_bytes = 0
+    num_done = num_bytes = 0
     with closing(shown) as progress, ThreadPoolExecutor(num_threads, "hpc-train-check") as pool:
-        for found, numbers in shares(plan.readable, start, stop):
-            at(found.path)
-            tally, first = tallies[found.name], first_samples[found.path, found.name]
-            with h5py.File(found.path, "r") as file, closing(Pieces(file, found)) as pieces:
-                for piece in _ahead(pool, pieces.read, numbers, num_threads * _PIECES_AHEAD):
-                    tally.add(piece, found, first)
-                    before, num_bytes = num_bytes, num_bytes + piece.values.nbytes * world.size
-                    done += 1
-                    progress.advance(done, num_bytes // 1_000_000 - before // 1_000_000, perf_counter_ns())
+        for info, numbers in ranges_between(plan.datasets, start, stop):
+            on_file(info.path)
+            with h5py.File(info.path, "r") as file, closing(RangeReader(file, info)) as reader:
+                for part in _read_ahead(pool, reader.read, numbers, num_threads * _RANGES_AHEAD):
+                    statistics[info.name].add(part, first_numbers[info.path, info.name])
+                    num_done += 1
+                    before, num_bytes = num_bytes, num_bytes + part.values.nbytes * world.size
+                    progress.advance(num_done, num_bytes // 1_000_000 - before // 1_000_000, perf_counter_ns())
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, read: Callable[[int], Piece], numbers: Sequence[int], most: int
-) -> Iterator[Piece]:
-    """read(number) of each of `numbers` in order, at most `most` of them at once in memory."""
-    waiting: deque[Future[Piece]] = deque()
+def _read_ahead(
+    pool: ThreadPoolExecutor, read: Callable[[int], RangeValues], numbers: Sequence[int], max_in_memory: int
+) -> Iterator[RangeValues]:
+    """read(number) for each of `numbers`, in order."""
+    waiting: deque[Future[RangeValues]] = deque()
     try:
         for number in numbers:
-            if len(waiting) == most:
+            if len(waiting) == max_in_memory:
                 yield waiting.popleft().result()
             waiting.append(pool.submit(read, number))
         while waiting:
@@ -175,37 +216,26 @@ def _ahead(
     finally:
         for future in waiting:
             if not future.cancel():
-                future.exception()  # until then it may be reading the file that is closed next
+                future.exception()  # wait: it may be reading the file that the caller closes next
 
 
-def _summary(
-    plan: _Plan,
-    gathered: list[dict[str, Tally]],
-    equal: dict[tuple[str, ...], list[Equal]],
-    num_varying: dict[str, int | None],
-    began_ns: int,
-    num_ranks: int,
-) -> Checked:
-    """On the root: what all ranks counted, judged."""
-    merged = {name: tally.joined([each[name] for each in gathered[1:]]) for name, tally in gathered[0].items()}
-    facts = Facts(plan.readable, plan.first_samples, merged, equal, num_varying, plan.keep_one_in)
-    datasets, faults, warnings = judge(facts)
+def _summary(plan: _Plan, facts: checks.Facts, seconds: float, num_ranks: int) -> Checked:
+    faults = list(checks.value_faults(facts))
     for file in plan.files:
         faults += file.faults
-        faults += unequal_numbers(file, plan.roles)
-        faults += parts_that_disagree(file)
-    faults += disagreements(plan.files)
+        faults += checks.unequal_lengths(file, plan.roles)
+        faults += differences_from_train(file)
+    faults += differences_between_files(plan.files)
     damaged = {(fault.file, fault.dataset) for fault in faults if fault.kind == "damaged"}
-    for found in plan.readable:
-        if plan.roles[found.name] == "offsets" and (str(found.path), found.name) not in damaged:
-            faults += offset_faults(found, plan.readable)
-    in_order = sorted(faults, key=lambda fault: (fault.file, fault.dataset, fault.kind, fault.number or 0))
+    for info in plan.datasets:
+        if plan.roles[info.name] == "offsets" and (str(info.path), info.name) not in damaged:
+            faults += checks.offset_faults(info, plan.datasets)
     return Checked(
         files=tuple(str(file.path) for file in plan.files),
         num_bytes=sum(file.num_bytes for file in plan.files),
         num_ranks=num_ranks,
-        seconds=(perf_counter_ns() - began_ns) / 1e9,
-        datasets=datasets,
-        faults=tuple(in_order),
-        warnings=tuple(warnings),
+        seconds=seconds,
+        datasets=checks.describe(facts),
+        faults=tuple(sorted(faults, key=lambda each: (each.file, each.dataset, each.kind, each.number or 0))),
+        warnings=tuple(checks.value_warnings(facts)),
     )

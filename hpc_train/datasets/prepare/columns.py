@@ -135,7 +135,7 @@ def _csv(path: Path, context: Context) -> tuple[list[str], int, Read]:
     bounds = context.on_root(lambda: _bounds(path, begin, num_bytes, context.world.size))
     mine = context.on_all(lambda: _lines(path, *bounds[context.world.rank]))
     places, num_rows = [], 0
-    for rank_places, num in context.all(mine):
+    for rank_places, num in context.all_gather(mine):
         places += [(num_rows + row, place) for row, place in rank_places]
         num_rows += num
     first_rows, offsets = np.array(places or [(0, begin)], np.int64).T

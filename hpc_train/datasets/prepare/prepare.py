@@ -16,7 +16,7 @@ import numpy as np
 from hpc_train.core import owned_files
 from hpc_train.core.errors import UserError
 from hpc_train.datasets import storage
-from hpc_train.datasets.prepare import images, journal, layout, samples, tables, text
+from hpc_train.datasets.prepare import images, journal, layout, tables, text, user_function
 from hpc_train.datasets.prepare.disk import no_room
 from hpc_train.datasets.prepare.journal import Blocks, Journal
 from hpc_train.datasets.prepare.layout import Layout
@@ -56,7 +56,7 @@ def prepare(
     options = options or Options()
     context.on_all(lambda: options.require_use(name, origins, tokenizer))
     # A user's function is not called where its samples are there.
-    source = samples.named(name) if ":" in name else _source(name, origins, tokenizer, options, context)
+    source = user_function.named(name) if ":" in name else _source(name, origins, tokenizer, options, context)
     if context.on_root(
         lambda: (
             _already_at(source, url, overwrite, asked)
@@ -70,7 +70,7 @@ def prepare(
             print(f"{shown} is complete: {source.title}{_size(source)} (--overwrite makes it again{theirs})")
         return
     if ":" in name:
-        source = samples.source(name, options, None if url else Path(output), overwrite, context)
+        source = user_function.source(name, options, None if url else Path(output), overwrite, context)
     if url:
         _make_and_upload(source, url, asked, memory_bytes, context)
     else:

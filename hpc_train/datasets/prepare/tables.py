@@ -15,10 +15,10 @@ import numpy as np
 
 from hpc_train.core.errors import UserError
 from hpc_train.datasets.prepare import columns
-from hpc_train.datasets.prepare.held_out import held_out
 from hpc_train.datasets.prepare.layout import row_bytes
 from hpc_train.datasets.prepare.origin import require_file
 from hpc_train.datasets.prepare.sources import Array, Options, Source, state_of
+from hpc_train.datasets.prepare.train_test_split import held_out
 from hpc_train.train.comm.context import Context
 
 READ_BYTES = 4 << 20  # of a table that are read at once

@@ -43,8 +43,8 @@ def source(name: str, origins: list[Path], chosen: str, context: Context) -> Sou
     kind = TEXTS[name]
     documents = context.on_root(lambda: _in_order(kind.find(origins)))
     train, test = context.on_all(lambda: split(documents))
-    learned_from = (tokenizer.decoded(each.path, text_of(each)) for each in train)
-    tokens = context.on_root(lambda: tokenizer.trained(chosen, learned_from))
+    learned_from = (tokenizer.decode_utf8(each.path, text_of(each)) for each in train)
+    tokens = context.on_root(lambda: tokenizer.train_tokenizer(chosen, learned_from))
     fingerprint = blake2b(digest_size=16)
     for document in documents:
         fingerprint.update(f"{document.name}\0{document.num_bytes}\0".encode(errors="surrogateescape"))
@@ -182,7 +182,7 @@ def _stream(documents: list[Document], tokens: Tokenizer, context: Context) -> t
     """
     begin, end = rank_span(len(documents), context.world.rank, context.world.size)
     counted = context.on_all(lambda: [tokens.count(each.path, text_of(each)) for each in documents[begin:end]])
-    counts = np.array([count for share in context.all(counted) for count in share], dtype=np.int64) + 1
+    counts = np.array([count for share in context.all_gather(counted) for count in share], dtype=np.int64) + 1
     ends = np.cumsum(counts)
 
     @lru_cache(maxsize=1)  # a long document is written in several blocks

@@ -23,8 +23,9 @@ from hpc_train.datasets.prepare.disk import Disk, no_room
 from hpc_train.datasets.prepare.journal import Blocks, Journal
 from hpc_train.datasets.prepare.layout import BLOCK_BYTES, FORM, Layout, empty_file, row_bytes
 from hpc_train.datasets.prepare.sources import Array, Source
-from hpc_train.train.comm.context import Context, known_to_all, parallel_file_options
-from hpc_train.train.data.files import selected, transfer
+from hpc_train.train.comm.context import Context, raised_on_all_ranks
+from hpc_train.train.comm.mpi_library import parallel_file_options
+from hpc_train.train.data.files import select_rows, transfer_properties
 
 _WRITE_BYTES = 32 << 20  # at once by a rank, where memory allows
 _SHARE_OF_MEMORY = 8  # what is written may be there as read, as rows, as sent between ranks and as compressed
@@ -189,7 +190,7 @@ def _round(
         if number not in _NO_ROOM:
             raise
         raise no_room(work.output, number) from None
-    return context.all((mine[0], work.checksums(array, rows)))
+    return context.all_gather((mine[0], work.checksums(array, rows)))
 
 
 def _compressed(work: Work, name: str, array: Array, rows: np.ndarray) -> list[tuple[int, bytes]]:
@@ -225,9 +226,9 @@ def _write_chunks(dataset: h5py.Dataset | None, begin: int, chunks: list[tuple[i
 
 def write_rows(dataset: h5py.Dataset, begin: int, rows: np.ndarray, context: Context) -> None:
     """Collective. A rank with no rows takes part, too."""
-    space, memory = selected(dataset, [(begin, len(rows))] if len(rows) else [])
+    space, memory = select_rows(dataset, [(begin, len(rows))] if len(rows) else [])
     together = context.comm is not None and dataset.chunks is None
-    dataset.id.write(memory, space, rows, dxpl=transfer(together))
+    dataset.id.write(memory, space, rows, dxpl=transfer_properties(together))
 
 
 def _flush(opened: "Opened", journal: Journal | None) -> None:
@@ -277,7 +278,7 @@ def _file_of_all(work: Work, context: Context) -> Iterator[Opened]:
     try:
         yield Opened(file)
     except BaseException as error:
-        if known_to_all(error):
+        if raised_on_all_ranks(error):
             with suppress(OSError, RuntimeError):  # on a full disk closing fails, too: the first error tells why
                 file.close()
         raise
@@ -311,7 +312,7 @@ def sound(work: Work, told: Blocks, context: Context) -> tuple[Blocks, int]:
         blocks = sorted(block for block in told.get(name, {}) if block < work.num_blocks(array))
         share = blocks[slice(*rank_span(len(blocks), context.world.rank, context.world.size))]
         right = context.on_all(partial(_right_blocks, work, name, array, told, share))
-        good[name] = {block: told[name][block] for each in context.all(right) for block in each}
+        good[name] = {block: told[name][block] for each in context.all_gather(right) for block in each}
         num_bad += len(blocks) - len(good[name])
     return good, num_bad
 

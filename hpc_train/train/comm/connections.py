@@ -43,7 +43,7 @@ def connect(context: Context, interface: str | None, say: Callable[[str], None])
     door = Door(_listen(addresses, world.size), token, world.size) if world.is_root else None
     address = context.on_root(lambda: door.address if door else None)
     mine = call(address, token, world.rank) if address and not world.is_root else None
-    reached = context.all(world.is_root or mine is not None)
+    reached = context.all_gather(world.is_root or mine is not None)
     if door is None:
         return {} if mine is None else {0: mine}
     links = door.close()
@@ -63,13 +63,13 @@ def connect(context: Context, interface: str | None, say: Callable[[str], None])
 def _addresses(context: Context, interface: str | None) -> list[str]:
     """Collective. Where the root may listen, the best first."""
     world = context.world
-    hosts = context.all(world.host)
+    hosts = context.all_gather(world.host)
     if len(set(hosts)) == 1:
         return [_LOOPBACK]
     if interface is not None:
         return context.on_root(lambda: [_address_of(interface)])
     asks = world.host != hosts[0] and world.local_rank == 0
-    seen = context.all(_resolved(hosts[0]) if asks else None)
+    seen = context.all_gather(_resolved(hosts[0]) if asks else None)
     return [address for address, _ in Counter(filter(None, seen)).most_common()]
 
 

@@ -26,13 +26,13 @@ def broadcast(comm: Any, array: np.ndarray) -> None:
         comm.Bcast(piece, root=0)
 
 
-def add_up(comm: Any, array: np.ndarray, total: np.ndarray) -> None:
+def all_reduce(comm: Any, array: np.ndarray, total: np.ndarray) -> None:
     """Collective. `total` becomes the sum over ranks."""
     for mine, sums in zip(pieces(array), pieces(total), strict=True):
         comm.Allreduce(mine, sums)
 
 
-def add_up_in_place(comm: Any, array: np.ndarray) -> None:
+def all_reduce_in_place(comm: Any, array: np.ndarray) -> None:
     """Collective. `array` becomes the sum over ranks."""
     from mpi4py import MPI
 
@@ -107,7 +107,7 @@ def _exchange_once(comm: Any, rows: np.ndarray, counts: np.ndarray, received: np
 # For what was cut before (`reduce.InPieces`): each returns a request.
 
 
-def begin_sum(comm: Any, array: np.ndarray) -> Any:
+def begin_all_reduce(comm: Any, array: np.ndarray) -> Any:
     """Collective. `array` becomes the sum over ranks."""
     from mpi4py import MPI
 

@@ -22,7 +22,7 @@ def place_ranks(context: Context, threads: int) -> list[RankPlacement]:
     """Collective. Every rank's place, on every rank. `threads` of 0: the rank's cores, shared fairly."""
     world = context.world
     cores = sorted(os.sched_getaffinity(0))
-    everyone = context.all((world.rank, world.host, world.local_rank, os.getpid(), cores, threads))
+    everyone = context.all_gather((world.rank, world.host, world.local_rank, os.getpid(), cores, threads))
     of_host: dict[str, list[list[int]]] = {}
     for _, host, _, _, mine, _ in everyone:
         of_host.setdefault(host, []).append(mine)

@@ -20,7 +20,8 @@ from typing import Any, Self
 
 from hpc_train.core import settings
 from hpc_train.train.comm.connections import connect
-from hpc_train.train.comm.context import Context, end_job
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.startup import end_job
 
 _MOST_BEAT_S = 15.0
 _FAILING_S = 10.0  # a rank that said it fails ends the job by itself within this time
@@ -52,7 +53,9 @@ class Watchdog:
         self._beat_s = min(_MOST_BEAT_S, stall_s / 4) if stall_s else _MOST_BEAT_S
         self._is_root = context.world.is_root
         self._main = threading.get_ident()
-        self._peers = {rank: Peer(host) for rank, host in enumerate(context.all(context.world.host)) if rank in links}
+        self._peers = {
+            rank: Peer(host) for rank, host in enumerate(context.all_gather(context.world.host)) if rank in links
+        }
         self._received = dict.fromkeys(links, b"")
         self._ended, self._wake = threading.Event(), socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)

@@ -13,15 +13,15 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from hpc_train.core.sampling import Indices, chunk_edges, require_rows
-from hpc_train.train.data.filters import Damaged, Pipeline, open_pipeline
-from hpc_train.train.data.foreign_files import damage_told
+from hpc_train.core.sampling import Indices, regular_chunk_edges, require_rows
+from hpc_train.train.data.filters import DamagedChunk, Pipeline, open_pipeline
+from hpc_train.train.data.hdf5_faults import damage_as_user_error
 
 _MOST_THREADS = 8  # of a rank; more wait for each other's memory
 _FEWEST_SLOTS = 2
 
 
-class Place(NamedTuple):
+class ChunkLocation(NamedTuple):
     """Where a chunk lies in its file: bytes. size: 0 of one never written. mask: bits of the filters left out."""
 
     address: int
@@ -44,38 +44,38 @@ class RawChunks:
         self._shift = 0
         self._shift = self._base_address()
 
-    def place(self, corner: tuple[int, ...]) -> Place:
-        """Where the chunk at `corner` lies. Raises `Damaged` for one that the file cannot hold."""
+    def locate(self, corner: tuple[int, ...]) -> ChunkLocation:
+        """Where the chunk at `corner` lies. Raises `DamagedChunk` for one that the file cannot hold."""
         info = self._dataset.id.get_chunk_info_by_coord(corner)
         if not info.size:
-            return Place(0, 0, 0)
-        place = Place(info.byte_offset + self._shift, info.size, info.filter_mask)
-        if place.address + place.size > self._num_file_bytes:
-            raise Damaged("the file ends within it")
-        if not self._is_packed and place.size != self.chunk_bytes:
-            raise Damaged(f"it holds {place.size:,} bytes and not {self.chunk_bytes:,}")
-        return place
+            return ChunkLocation(0, 0, 0)
+        location = ChunkLocation(info.byte_offset + self._shift, info.size, info.filter_mask)
+        if location.address + location.size > self._num_file_bytes:
+            raise DamagedChunk("the file ends within it")
+        if not self._is_packed and location.size != self.chunk_bytes:
+            raise DamagedChunk(f"it holds {location.size:,} bytes and not {self.chunk_bytes:,}")
+        return location
 
-    def read(self, place: Place) -> bytes:
-        """The bytes at `place`. Raises `Damaged` where the file has become shorter."""
-        data = os.pread(self._file, place.size, place.address)
-        if len(data) != place.size:
-            raise Damaged("the file ends within it")
+    def read(self, location: ChunkLocation) -> bytes:
+        """The bytes at `place`. Raises `DamagedChunk` where the file has become shorter."""
+        data = os.pread(self._file, location.size, location.address)
+        if len(data) != location.size:
+            raise DamagedChunk("the file ends within it")
         return data
 
-    def read_into(self, target: np.ndarray, place: Place) -> None:
-        """Fills `target`, which is as long, with the bytes at `place`. Raises `Damaged`, as `read` does."""
-        if os.preadv(self._file, [target.data.cast("B")], place.address) != target.nbytes:
-            raise Damaged("the file ends within it")
+    def read_into(self, target: np.ndarray, location: ChunkLocation) -> None:
+        """Fills `target`, which is as long, with the bytes at `place`. Raises `DamagedChunk`, as `read` does."""
+        if os.preadv(self._file, [target.data.cast("B")], location.address) != target.nbytes:
+            raise DamagedChunk("the file ends within it")
 
     def _base_address(self) -> int:
         """What chunk addresses lack: in HDF5 1.10.8 (seen), the user block that the file begins with."""
         corner, block = (0,) * self._dataset.ndim, self._dataset.file.userblock_size
-        place = self.place(corner) if block else Place(0, 0, 0)
-        if not place.size:
+        location = self.locate(corner) if block else ChunkLocation(0, 0, 0)
+        if not location.size:
             return 0
         _, content = self._dataset.id.read_direct_chunk(corner)
-        return 0 if self.read(place) == content else int(block)
+        return 0 if self.read(location) == content else int(block)
 
 
 class ChunkFile:
@@ -104,25 +104,25 @@ class ChunkFile:
         there = target[: min(self.num_rows, self.shape[0] - first)]
         where = f"of {self._dataset.name}, samples {first} to {first + len(there) - 1},"
         if self._pipeline is None:  # only HDF5 itself can
-            with damage_told(self._path, f"block {block} {where}"):
+            with damage_as_user_error(self._path, f"block {block} {where}"):
                 self._dataset.read_direct(there, np.s_[first : first + len(there)])
             return
         for inner in product(*map(range, [0] * (len(self.shape) - 1), self.shape[1:], self._chunk[1:])):
             corner = (first, *inner)
-            with damage_told(self._path, f"chunk {corner} {where}"):
+            with damage_as_user_error(self._path, f"chunk {corner} {where}"):
                 self._read_chunk(corner, there, self._pipeline, bool(self._verified[block]))
         self._verified[block] = True
 
     def _read_chunk(self, corner: tuple[int, ...], there: np.ndarray, pipeline: Pipeline, verified: bool) -> None:
         """Decodes the chunk at `corner` into its place in the rows `there`."""
         target = there[(slice(None), *map(slice, corner[1:], np.add(corner[1:], self._chunk[1:]).tolist()))]
-        place = self._raw.place(corner)
-        if not place.size:
+        location = self._raw.locate(corner)
+        if not location.size:
             target[...] = self._dataset.fillvalue
         elif not pipeline.steps and target.shape == self._chunk and target.flags.c_contiguous and self._is_native:
-            self._raw.read_into(target, place)
+            self._raw.read_into(target, location)
         else:
-            data = pipeline.decode(self._raw.read(place), place.mask, self._raw.chunk_bytes, verified)
+            data = pipeline.decode(self._raw.read(location), location.mask, self._raw.chunk_bytes, verified)
             values = data.view(self._dataset.dtype).reshape(self._chunk)
             target[...] = values[tuple(map(slice, target.shape))]
 
@@ -144,22 +144,24 @@ class ChunkCache:
         self.shape: tuple[int, ...] = (int(lengths.sum()), *first.shape[1:])
         self.dtype = first.dtype
         starts = np.cumsum(lengths) - lengths
-        edges = [start + chunk_edges(num, first.num_rows)[:-1] for start, num in zip(starts, lengths, strict=True)]
+        edges = [
+            start + regular_chunk_edges(num, first.num_rows)[:-1] for start, num in zip(starts, lengths, strict=True)
+        ]
         self._first_blocks = np.cumsum([0, *map(len, edges)])
-        self.edges: Indices = np.append(np.concatenate(edges), self.shape[0])
+        self.chunk_edges: Indices = np.append(np.concatenate(edges), self.shape[0])
         self._num_rows = first.num_rows
         block_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize * self._num_rows
-        num_slots = min(len(self.edges) - 1, max(_FEWEST_SLOTS, memory_bytes // block_bytes))
+        num_slots = min(len(self.chunk_edges) - 1, max(_FEWEST_SLOTS, memory_bytes // block_bytes))
         self._slots = np.empty((num_slots, self._num_rows, *self.shape[1:]), self.dtype)
         self._free = list(range(num_slots))
-        self._slot_of = np.zeros(len(self.edges) - 1, dtype=np.int64)  # of the blocks that are held
+        self._slot_of = np.zeros(len(self.chunk_edges) - 1, dtype=np.int64)  # of the blocks that are held
         self._held: OrderedDict[int, Future[None]] = OrderedDict()  # block -> when it is there
         self._announced: Counter[int] = Counter()  # block -> how many times it will be taken from
         self._waiting: deque[int] = deque()  # announced, without a slot
         num_threads = min(_MOST_THREADS, max(1, num_threads))
         self._threads = ThreadPoolExecutor(num_threads, "hpc-train-read")
-        self.words = (
-            f"{len(self.edges) - 1:,} chunks of {block_bytes / 1e6:,.2f} MB ({first.filters}): decoded by "
+        self.description = (
+            f"{len(self.chunk_edges) - 1:,} chunks of {block_bytes / 1e6:,.2f} MB ({first.filters}): decoded by "
             f"{num_threads} thread{'s' * (num_threads != 1)} into {self._slots.nbytes / 1e6:,.0f} MB"
         )
         self._lock = Lock()
@@ -168,7 +170,7 @@ class ChunkCache:
         if out is None:
             out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         blocks = self._blocks(rows)
-        inside = rows - self.edges[blocks]
+        inside = rows - self.chunk_edges[blocks]
         needed = list(dict.fromkeys(blocks.tolist()))
         flat = self._slots.reshape(-1, *self.shape[1:])
         with self._lock:
@@ -210,7 +212,7 @@ class ChunkCache:
 
     def _blocks(self, rows: np.ndarray) -> np.ndarray:
         require_rows(rows, len(self))
-        return rows // self._num_rows if len(self._files) == 1 else np.searchsorted(self.edges, rows, "right") - 1
+        return rows // self._num_rows if len(self._files) == 1 else np.searchsorted(self.chunk_edges, rows, "right") - 1
 
     def _parts(self, needed: list[int]) -> list[list[int]]:
         """`needed`, as many at once as there are slots; before all that is waited for, what is there and gives room."""

@@ -12,19 +12,29 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system
-from hpc_train.core.sampling import Indices, Order, chunk_edges, places, rank_batches, rank_span, require_rows
-from hpc_train.train.comm.context import Context, parallel_file_options
+from hpc_train.core.sampling import (
+    BatchSampler,
+    Indices,
+    Order,
+    Shares,
+    positions_in,
+    rank_span,
+    regular_chunk_edges,
+    require_rows,
+)
+from hpc_train.core.settings import Config
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import parallel_file_options
 from hpc_train.train.data.dataset import Split
-from hpc_train.train.data.files import Files, require_parallel_hdf5, selected, transfer
+from hpc_train.train.data.files import Files, require_parallel_hdf5, select_rows, transfer_properties
 from hpc_train.train.data.readers import Reader
 
 _OF_NETWORKS = ("lustre", "gpfs", "nfs", "nfs4", "ceph", "beegfs", "wekafs", "panfs", "fuse.glusterfs", "daos", "cifs")
 
 
-class Collective:
+class CollectiveReader:
     """Rows that lie together, read by all ranks at once through MPI-IO; a rank without rows takes part, too.
 
     Its chunks, of which the order consists, are global batches: which samples are in a batch never changes, and batches
@@ -40,9 +50,9 @@ class Collective:
         self._dataset = self._file[name]
         self.shape: tuple[int, ...] = self._dataset.shape
         self.dtype = self._dataset.dtype.newbyteorder("=")
-        self.edges: Indices = chunk_edges(len(self), batch_size)
-        self.words = "read by all ranks together, batch by batch"
-        self._transfer = transfer(together=context.comm is not None)
+        self.chunk_edges: Indices = regular_chunk_edges(len(self), batch_size)
+        self.description = "collective reads of whole global batches"
+        self._transfer = transfer_properties(collective=context.comm is not None)
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Collective. `rows` rise, as those of a global batch do: they are one run, or two where an epoch's short chunk
@@ -51,7 +61,7 @@ class Collective:
         require_rows(rows, len(self))
         out = np.empty((len(rows), *self.shape[1:]), self.dtype) if out is None else out
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-        space, memory = selected(self._dataset, [(int(run[0]), len(run)) for run in runs if len(run)])
+        space, memory = select_rows(self._dataset, [(int(run[0]), len(run)) for run in runs if len(run)])
         with self._waiting:
             self._dataset.id.read(memory, space, out, dxpl=self._transfer)
         return out
@@ -70,26 +80,28 @@ class Collective:
         self._file.close()
 
 
-class Spread:
+class DistributedReader:
     """Rows that lie in the memory of all ranks, each of which holds its part and is sent what its next steps need.
 
     As many steps at once as `memory_bytes` has room for, an epoch at most.
     """
 
-    edges = None
+    chunk_edges = None
 
-    def __init__(self, reader: Reader, batch_size: int, seed: int, memory_bytes: int, context: Context) -> None:
+    def __init__(self, reader: Reader, sampler: BatchSampler, memory_bytes: int, context: Context) -> None:
         """Every rank reads its part."""
         self.shape, self.dtype = reader.shape, reader.dtype
         size, num_rows = context.world.size, self.shape[0]
-        self._context, self._seed, self._batch_size = context, seed, batch_size
+        self._context, self._sampler = context, sampler
         self._starts = np.array([rank_span(num_rows, rank, size)[0] for rank in range(size)])
         start, stop = rank_span(num_rows, context.world.rank, size)
         self._mine = np.array(reader[start:stop])
         row_bytes = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
-        share_bytes = -(-batch_size // size) * row_bytes
-        self.steps_at_once = max(1, min(memory_bytes // 2 // share_bytes, -(-num_rows // batch_size)))
-        self.words = f"spread over the memory of {size} ranks, {self.steps_at_once} steps' samples exchanged at once"
+        share_bytes = -(-sampler.batch_size // size) * row_bytes
+        self.steps_at_once = max(1, min(memory_bytes // 2 // share_bytes, -(-num_rows // sampler.batch_size)))
+        self.description = (
+            f"distributed over the memory of {size} ranks, {self.steps_at_once} steps' samples exchanged at once"
+        )
         self._round: int | None = None
         self._rows, self._held = np.zeros(0, np.int64), self._mine[:0]
 
@@ -99,9 +111,8 @@ class Spread:
             return
         self._round, context = step // self.steps_at_once, self._context
         steps = range(self._round * self.steps_at_once, (self._round + 1) * self.steps_at_once)
-        order, world = Order(self.shape[0]), context.world
-        batches = rank_batches(steps, order, self._batch_size, self._seed, world.rank, world.size)
-        wanted = np.sort(np.concatenate([rows for rows, _ in batches]))
+        world = context.world
+        wanted = np.sort(np.concatenate([batch.rows for batch in self._sampler.batches(steps)]))
         holders = np.searchsorted(self._starts, wanted, "right") - 1
         self._held = self._mine[:0]  # before its successor comes
         asked, counts = context.exchange(wanted, np.bincount(holders, minlength=world.size))
@@ -111,7 +122,7 @@ class Spread:
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Raises `UserError` for a row that was not sent to this rank for the steps at hand."""
         try:
-            found = places(self._rows, rows)
+            found = positions_in(self._rows, rows)
         except LookupError as error:
             raise UserError(
                 f"data.read = 'memory': sample {error} is not on rank {self._context.world.rank} at this step",
@@ -133,7 +144,7 @@ class Spread:
         pass
 
 
-def way_to_read(reader: Reader, files: Files, config: Config, context: Context) -> tuple[str, str]:
+def choose_read_mode(reader: Reader, files: Files, config: Config, context: Context) -> tuple[str, str]:
     """Collective. (how to read: data.read, or what suits it; why, where that is not plain).
 
     What fits no node's memory and lies on a file system of a network would be fetched again for each sample: then it is
@@ -142,11 +153,11 @@ def way_to_read(reader: Reader, files: Files, config: Config, context: Context) 
     if config.data.read != "auto":
         return config.data.read, "as data.read says"
     num_bytes = int(np.prod(reader.shape, dtype=np.int64)) * reader.dtype.itemsize
-    hosts = context.all((context.world.host, physical_memory()))
+    hosts = context.all_gather((context.world.host, physical_bytes()))
     node_bytes, num_nodes = min(num for _, num in hosts), len({host for host, _ in hosts})
     kind = context.on_root(lambda: file_system(files.paths[0]))
     fits = kind not in _OF_NETWORKS or num_bytes <= node_bytes // 2
-    if fits or reader.edges is not None or config.reduce.strategy == "parameter_server":  # servers read nothing
+    if fits or reader.chunk_edges is not None or config.reduce.strategy == "parameter_server":  # servers read nothing
         return "auto", ""
     why = f"{num_bytes / 1e9:,.1f} GB on {kind}, more than half of a node's {node_bytes / 1e9:,.1f} GB of memory"
     if num_bytes <= num_nodes * node_bytes // 2:
@@ -154,31 +165,28 @@ def way_to_read(reader: Reader, files: Files, config: Config, context: Context) 
     return "auto", f"although it is {why}: data.read = 'collective' reads whole batches, or pack it in chunks"
 
 
-def physical_memory() -> int:
+def physical_bytes() -> int:
     """Bytes of this node."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def read_together(split: Split, way: str, files: Files, name: str, config: Config, context: Context) -> Split:
+def with_shared_reader(split: Split, way: str, files: Files, name: str, config: Config, context: Context) -> Split:
     """Collective. `split` with its inputs, data set `name`, read in one `way`, "collective" or "memory"."""
-    batch_size = config.train.batch_size(context.world.size)
+    world = context.world
+    batch_size = config.train.batch_size(world.size)
     if way == "memory":
-        spread = Spread(split.inputs[0], batch_size, config.seed, files.memory_bytes, context)
+        sampler = BatchSampler(Order(len(split)), batch_size, config.seed, Shares(world.size), world.rank)
+        spread = DistributedReader(split.inputs[0], sampler, files.memory_bytes, context)
         return replace(split, inputs=(spread,), begin=spread.begin)
 
     def check() -> None:
-        if len(files.paths) > 1 or files.all(name, "data.inputs")[0].is_virtual:
+        if len(files.paths) > 1 or files.datasets(name, "data.inputs")[0].is_virtual:
             raise UserError(
                 f"data.read = 'collective' reads one file, and data.file = '{config.data.file}': {name} is in several",
                 "Write them into one file, or leave data.read out.",
-            )
-        if config.train.accumulate > 1:
-            raise UserError(
-                f"train.accumulate = {config.train.accumulate} does not go with data.read = 'collective'",
-                "Ranks would differ in how often they read: leave one of them out.",
             )
         if context.comm is not None:
             require_parallel_hdf5()
 
     context.on_all(check)
-    return replace(split, inputs=(Collective(files.paths[0], name, batch_size, context),))
+    return replace(split, inputs=(CollectiveReader(files.paths[0], name, batch_size, context),))

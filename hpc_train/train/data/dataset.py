@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import Order, rank_span, require_rows
+from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.files import Files, reading_memory
+from hpc_train.train.data.files import Files, chunk_cache_bytes
 from hpc_train.train.data.readers import Reader
 
 _SCAN_ROWS = 1 << 20
-MOST_CLASSES = 1 << 16  # where there are not as many samples: a label beyond is an id, or damaged
+MAX_CLASSES = 1 << 16  # where there are not as many samples: a label beyond is an id, or damaged
 _MOST_CHUNKS = 64  # mixed with each other: more make no better batches
 
 
@@ -86,7 +86,7 @@ class Split:
     targets: Reader
     scale: tuple[float, ...]
     offset: tuple[float, ...]
-    unchanged: Callable[[], None]
+    check_unchanged: Callable[[], None]
     buffers: Buffers = field(default_factory=Buffers)
     begin: Callable[[int], None] | None = None  # to be told each step's number: data that ranks exchange
 
@@ -103,7 +103,7 @@ class Split:
 
         Collective where ranks read together (data.read).
         """
-        self.unchanged()
+        self.check_unchanged()
         if self.begin is not None:
             self.begin(step)
         targets = torch.from_numpy(self.targets.take(rows).astype(np.int64, copy=False))
@@ -140,7 +140,7 @@ def open_split(
     y, path = readers[targets], files.paths[0]
     for name in names:
         x = readers[name]
-        if y.dtype.kind == "f" and (found := first_outside(y, 0, MOST_CLASSES)):
+        if y.dtype.kind == "f" and (found := first_outside(y, 0, MAX_CLASSES)):
             raise UserError(
                 f"{path}: {found[1]:g} in {targets}, row {found[0]:,}, is no label",
                 "Labels are whole numbers from 0, stored as integers: mend the data.",
@@ -156,7 +156,7 @@ def open_split(
                 "Each input needs one target: prepare the file again.",
             )
     scales, offsets = zip(*(files.scale(name) for name in names), strict=True)
-    return Split(tuple(readers[name] for name in names), y, scales, offsets, files.unchanged)
+    return Split(tuple(readers[name] for name in names), y, scales, offsets, files.check_unchanged)
 
 
 def _is_number(dtype: np.dtype) -> bool:
@@ -168,16 +168,16 @@ def open_order(readers: Sequence[Reader], num_samples: int, config: Config, rows
 
     rows_of: how many rows of the first reader make a sample. A function of the files and the configuration alone.
     """
-    first = next((reader for reader in readers if reader.edges is not None), None)
-    if first is None or first.edges is None:
+    first = next((reader for reader in readers if reader.chunk_edges is not None), None)
+    if first is None or first.chunk_edges is None:
         return Order(num_samples)
-    edges = np.unique(np.minimum(first.edges // rows_of, num_samples))
+    edges = np.unique(np.minimum(first.chunk_edges // rows_of, num_samples))
     edges[-1] = num_samples
     if config.data.read == "collective":  # its chunks are global batches
         return Order(num_samples, edges)
     row_bytes = int(np.prod(first.shape[1:], dtype=np.int64)) * first.dtype.itemsize * rows_of
     chunk_bytes = max(1, int(np.diff(edges).max()) * row_bytes)
-    window = config.data.shuffle_chunks or min(_MOST_CHUNKS, reading_memory(config) // 2 // chunk_bytes)
+    window = config.data.shuffle_chunks or min(_MOST_CHUNKS, chunk_cache_bytes(config) // 2 // chunk_bytes)
     return Order(num_samples, edges, max(1, window))
 
 
@@ -194,7 +194,7 @@ class Tokens:
     values: Reader
     length: int
     ahead: int
-    unchanged: Callable[[], None]
+    check_unchanged: Callable[[], None]
     starts: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -202,7 +202,7 @@ class Tokens:
 
     def windows(self, rows: np.ndarray) -> np.ndarray:
         """(n, length + ahead) ids of the file's type: the windows at `rows`, which do not overlap."""
-        self.unchanged()
+        self.check_unchanged()
         return self.values.take(self._places(rows).reshape(-1)).reshape(len(rows), self.length + self.ahead)
 
     def prefetch(self, rows: np.ndarray) -> None:
@@ -232,7 +232,7 @@ def open_tokens(
             f"Tokens are whole numbers of shape (tokens,): make them with hpc-train prepare text {path} --from DIR",
         )
     starts = None if offsets is None else _starts(files, offsets, name, length + ahead)
-    tokens = Tokens(stream, length, ahead, files.unchanged, starts)
+    tokens = Tokens(stream, length, ahead, files.check_unchanged, starts)
     if len(tokens) == 0:
         raise UserError(
             f"{path}: {name} has {stream.shape[0]:,} tokens, too few for a window of task.options.context = {length}",
@@ -244,7 +244,9 @@ def open_tokens(
 def _starts(files: Files, offsets: str, name: str, width: int) -> np.ndarray:
     """Where windows of `width` tokens begin, none of which leaves its document."""
     found, before = [], 0
-    for path, bounds, stream in zip(files.paths, files.all(offsets, "data.offsets"), files.all(name, ""), strict=True):
+    for path, bounds, stream in zip(
+        files.paths, files.datasets(offsets, "data.offsets"), files.datasets(name, ""), strict=True
+    ):
         ends = np.asarray(bounds[()]).astype(np.int64) if bounds.dtype.kind in "iu" else np.zeros(0, np.int64)
         if ends.ndim != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != len(stream) or (np.diff(ends) < 0).any():
             raise UserError(

@@ -12,19 +12,20 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system
-from hpc_train.train.comm.context import Context, require_one_mpi
-from hpc_train.train.data.foreign_files import (
+from hpc_train.core.settings import Config
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import require_one_mpi
+from hpc_train.train.data.hdf5_faults import (
     HDF5_ERRORS,
-    absurd_claim,
-    cannot_open,
-    damage_told,
+    damage_as_user_error,
     data_paths,
-    meaning_of,
+    explain_open_failure,
+    impossible_size,
     not_a_file,
-    other_meaning,
+    scale_and_offset,
+    scale_mismatch,
 )
 from hpc_train.train.data.readers import Reader, join
 
@@ -33,7 +34,7 @@ _DESCRIPTORS_A_FILE = 6  # its own, and a map each of inputs and targets to trai
 _OTHER_DESCRIPTORS = 128  # of MPI, logs, meters
 
 
-class Unchanged:
+class ChangeCheck:
     """Called now and then while files are read: raises `UserError` where one is not what it was."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -68,18 +69,18 @@ class Files:
     opened: Sequence[h5py.File]
     memory_bytes: int
     num_threads: int
-    unchanged: Unchanged
+    check_unchanged: ChangeCheck
 
     def has(self, name: str) -> bool:
         """Whether the first file has a data set of that name."""
-        with damage_told(self.paths[0], name):
+        with damage_as_user_error(self.paths[0], name):
             return find(self.opened[0], name) is not None
 
-    def all(self, name: str, key: str) -> list[h5py.Dataset]:
+    def datasets(self, name: str, key: str) -> list[h5py.Dataset]:
         """Data set `name` of each file. Raises `UserError` where one has none, or one of another kind."""
         found: list[h5py.Dataset] = []
         for path, file in zip(self.paths, self.opened, strict=True):
-            with damage_told(path, name):
+            with damage_as_user_error(path, name):
                 dataset = find(file, name)
                 if dataset is None:
                     raise UserError(
@@ -96,12 +97,12 @@ class Files:
 
     def reader(self, name: str, key: str, memory_bytes: int | None = None) -> Reader:
         """Data set `name` of all files as one; memory_bytes: its part, where it is not all. Raises `UserError`."""
-        parts = list(zip(self.paths, self.all(name, key), strict=True))
+        parts = list(zip(self.paths, self.datasets(name, key), strict=True))
         return join(parts, self.memory_bytes if memory_bytes is None else memory_bytes, self.num_threads)
 
     def scale(self, name: str) -> tuple[float, float]:
         """What stored values of data set `name` mean (see `Batch`), alike in all files. Raises `UserError`."""
-        found = [meaning_of(dataset) for dataset in self.all(name, "data")]
+        found = [scale_and_offset(dataset) for dataset in self.datasets(name, "data")]
         for path, each in zip(self.paths, found, strict=True):
             if each != found[0]:
                 raise UserError(
@@ -111,23 +112,23 @@ class Files:
                 )
         return found[0]
 
-    def require_same_meaning(self, name: str, other: str) -> None:
+    def require_same_scale(self, name: str, other: str) -> None:
         """Raises `UserError` where stored numbers of data set `other` mean something else than those of `name`."""
-        one, two = self.all(name, "data.inputs")[0], self.all(other, "data.test_inputs")[0]
-        if why := other_meaning(one.dtype, meaning_of(one), two.dtype, meaning_of(two)):
+        one, two = self.datasets(name, "data.inputs")[0], self.datasets(other, "data.test_inputs")[0]
+        if why := scale_mismatch(one.dtype, scale_and_offset(one), two.dtype, scale_and_offset(two)):
             raise UserError(
                 f"{self.paths[0]}: {name} and {other} disagree, so that a model would be tested on other values: {why}",
                 "Stored numbers must mean the same in both: set the attributes alike, or prepare the file again.",
             )
 
     @property
-    def text_facts(self) -> dict[str, Any]:
+    def tokenizer_attributes(self) -> dict[str, Any]:
         """What a prepared text says of its tokens: tokenizer, vocab_size and, of one that was learned, its json."""
         file = self.opened[0]
-        with damage_told(self.paths[0], "what it says of its tokens"):
+        with damage_as_user_error(self.paths[0], "what it says of its tokens"):
             facts = {name: file.attrs[name] for name in ("tokenizer", "vocab_size") if name in file.attrs}
             json = find(file, "tokenizer")
-            if json is not None and (why := absurd_claim(json, self.paths[0].stat().st_size)):
+            if json is not None and (why := impossible_size(json, self.paths[0].stat().st_size)):
                 raise ValueError(f"tokenizer {why}")
             return facts | ({"json": bytes(json[:]).decode()} if json is not None else {})
 
@@ -137,7 +138,7 @@ def open_files(config: Config, context: Context, example: str = "mnist-5k") -> F
     paths = data_paths(config)
     _have_room(len(paths))
     opened = [_open(path, example) for path in paths]
-    return Files(paths, opened, reading_memory(config), reading_threads(context), Unchanged(paths))
+    return Files(paths, opened, chunk_cache_bytes(config), num_decode_threads(context), ChangeCheck(paths))
 
 
 def _have_room(num_files: int) -> None:
@@ -149,12 +150,12 @@ def _have_room(num_files: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
-def reading_memory(config: Config) -> int:
+def chunk_cache_bytes(config: Config) -> int:
     """Bytes for decoded chunks: two thirds of data.memory_mb, as batches on their way and decoders take some, too."""
     return (config.data.memory_mb << 20) * 2 // 3
 
 
-def reading_threads(context: Context) -> int:
+def num_decode_threads(context: Context) -> int:
     """How many threads this rank may decode chunks with: the cores that are its own."""
     cores = len(os.sched_getaffinity(0))
     return max(1, min(cores, (os.cpu_count() or 1) // context.world.local_size))
@@ -170,7 +171,7 @@ def require_parallel_hdf5() -> None:
     require_one_mpi("h5py", h5py.defs.__file__)
 
 
-def selected(dataset: h5py.Dataset, runs: Sequence[tuple[int, int]]) -> tuple[Any, Any]:
+def select_rows(dataset: h5py.Dataset, runs: Sequence[tuple[int, int]]) -> tuple[Any, Any]:
     """(what of the file, what of memory) a transfer of `runs` of rows, (first, number) each, is about; maybe of none.
 
     For collective transfers: h5py's own indexing leaves out a rank with no rows, and the others would wait for ever.
@@ -186,10 +187,10 @@ def selected(dataset: h5py.Dataset, runs: Sequence[tuple[int, int]]) -> tuple[An
     return space, memory
 
 
-def transfer(together: bool) -> Any:
+def transfer_properties(collective: bool) -> Any:
     """How rows travel: by all ranks together, or by each alone."""
     found = h5py.h5p.create(h5py.h5p.DATASET_XFER)
-    if together:
+    if collective:
         found.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
     return found
 
@@ -201,7 +202,7 @@ def describe(files: Files, name: str, reader: Reader) -> str:
     shape = "x".join(map(str, reader.shape[1:])) or "numbers"
     return (
         f"{name} of {where} ({file_system(files.paths[0])}): {len(reader):,} x {shape} {reader.dtype}, "
-        f"{num_bytes / 1e6:,.1f} MB, {reader.words}"
+        f"{num_bytes / 1e6:,.1f} MB, {reader.description}"
     )
 
 
@@ -226,9 +227,9 @@ def _open(path: Path, example: str) -> h5py.File:
     try:
         file = h5py.File(path, "r")
     except HDF5_ERRORS as error:
-        what, remedy = cannot_open(error)
+        what, remedy = explain_open_failure(error)
         raise UserError(f"data.file = '{path}' {what}", remedy) from None
-    with damage_told(path, "attribute complete"):
+    with damage_as_user_error(path, "attribute complete"):
         is_complete = bool(np.all(file.attrs.get("complete", True)))
     if not is_complete:
         raise UserError(f"data.file = '{path}' was never completed: its writer was stopped", "Prepare it again.")

@@ -31,7 +31,7 @@ _CHECKSUM_BYTES = 4
 Decode = Callable[[Any, int], Any]  # (bytes, how many they become at most) -> bytes
 
 
-class Damaged(ValueError):
+class DamagedChunk(ValueError):
     """A chunk that does not decode, or whose checksum differs; the words say why."""
 
 
@@ -43,7 +43,7 @@ class Pipeline:
     names: tuple[str, ...]
 
     def decode(self, data: Any, mask: int, num_bytes: int, verified: bool = False) -> np.ndarray:
-        """The `num_bytes` bytes of a chunk, from what the file holds. Raises `Damaged`.
+        """The `num_bytes` bytes of a chunk, from what the file holds. Raises `DamagedChunk`.
 
         mask: bits of the filters that its writer left out. verified: this chunk was decoded before, and its checksum
         need not be looked at again.
@@ -56,14 +56,14 @@ class Pipeline:
                 continue
             try:
                 data = step(data, num_bytes)
-            except Damaged:
+            except DamagedChunk:
                 raise
             except MemoryError:
-                raise Damaged(f"filter {self.names[number]}: there is no memory for it") from None
+                raise DamagedChunk(f"filter {self.names[number]}: there is no memory for it") from None
             except Exception as error:  # noqa: BLE001  of damaged data a decompressor raises what it likes
-                raise Damaged(f"filter {self.names[number]}: {error or type(error).__name__}") from None
+                raise DamagedChunk(f"filter {self.names[number]}: {error or type(error).__name__}") from None
         if len(data) != num_bytes:
-            raise Damaged(f"it holds {len(data):,} bytes and not {num_bytes:,}")
+            raise DamagedChunk(f"it holds {len(data):,} bytes and not {num_bytes:,}")
         return np.frombuffer(data, np.uint8)
 
 
@@ -122,7 +122,7 @@ def _inflate(data: Any, num_bytes: int) -> Any:
     found = unpacking.decompress(data, most)
     if not unpacking.eof:
         longer = unpacking.unconsumed_tail or unpacking.decompress(b"", 1)
-        raise Damaged(f"it holds more than {num_bytes:,} bytes" if longer else "its end is missing")
+        raise DamagedChunk(f"it holds more than {num_bytes:,} bytes" if longer else "its end is missing")
     return found
 
 
@@ -139,11 +139,11 @@ def _unshuffle(itemsize: int, data: Any, num_bytes: int) -> Any:
 
 
 def _check(data: Any, num_bytes: int) -> Any:
-    """The bytes before the checksum. Raises `Damaged` where it differs."""
+    """The bytes before the checksum. Raises `DamagedChunk` where it differs."""
     content, stored = memoryview(data)[:-4], bytes(memoryview(data)[-4:])
     found = fletcher32(content).to_bytes(4, "little")
     if stored not in (found, bytes((found[1], found[0], found[3], found[2]))):  # the latter: HDF5 before 1.6.3
-        raise Damaged("its checksum (fletcher32) differs: bytes were changed after they were written")
+        raise DamagedChunk("its checksum (fletcher32) differs: bytes were changed after they were written")
     return content
 
 
@@ -255,9 +255,9 @@ def _call(function: Any, values: tuple[int, ...], data: Any, num_bytes: int) -> 
             _REVERSE, len(values), (ctypes.c_uint * len(values))(*values), len(source), ctypes.byref(room), pointer
         )
         if not found:
-            raise Damaged("it does not decompress")
+            raise DamagedChunk("it does not decompress")
         if found > num_bytes + _CHECKSUM_BYTES:
-            raise Damaged(f"it holds {found:,} bytes and not {num_bytes:,}")
+            raise DamagedChunk(f"it holds {found:,} bytes and not {num_bytes:,}")
         return ctypes.string_at(pointer, found)
     finally:
         libc.free(pointer)

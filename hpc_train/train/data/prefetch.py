@@ -2,14 +2,12 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from queue import SimpleQueue
 from statistics import median
 from time import perf_counter_ns
 from types import TracebackType
 from typing import Generic, Self, TypeVar
-
-from hpc_train.core.sampling import Indices
 
 T = TypeVar("T")
 _STEPS = 16  # between decisions
@@ -18,29 +16,16 @@ _WORK_SHARE = 0.1  # of a step: with less to do meanwhile, the loop would wait f
 _LEAST_WORK_NS = 100_000  # in which a thread can hand a batch over
 _WINDOWS = 3  # of _STEPS: one alone may be long by chance
 _FIRST_REST = 16  # windows
-MOST = 8  # batches ahead
-
-
-def announced(
-    shares: Iterator[tuple[Indices, int]], prefetch: Callable[[Indices], None], num_steps: int
-) -> Iterator[tuple[Indices, int]]:
-    """`shares`, rows and what goes with them; `prefetch` hears of the rows `num_steps` shares before they come."""
-    coming: deque[tuple[Indices, int]] = deque()
-    for share in shares:
-        prefetch(share[0])
-        coming.append(share)
-        if len(coming) > num_steps:
-            yield coming.popleft()
-    yield from coming
+MAX_DEPTH = 8  # batches ahead
 
 
 class Prefetch(Generic[T]):
     """`batches`, made by the loop itself as long as that takes it next to no time, else by a thread.
 
     Where the loop waits for more than a hundredth of its time, and has other work, batches are made ahead, each time
-    twice as many, up to `MOST`. Where steps take longer with the thread than they took without, several decisions in a
-    row, as on a rank with one core whose batches are small, the loop makes them itself again, and tries the thread once
-    more later. The batches are the same, so ranks need not decide alike. Leaving the context ends the thread.
+    twice as many, up to `MAX_DEPTH`. Where steps take longer with the thread than they took without, several decisions
+    in a row, as on a rank with one core whose batches are small, the loop makes them itself again, and tries the thread
+    once more later. The batches are the same, so ranks need not decide alike. Leaving the context ends the thread.
     """
 
     def __init__(self, batches: Iterator[T]) -> None:
@@ -61,6 +46,10 @@ class Prefetch(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread, once it has made the batch that it is at."""
         self._stop = True
         self._room.release()
         if self._thread is not None:
@@ -109,7 +98,7 @@ class Prefetch(Generic[T]):
         self._num_longer = self._num_longer + 1 if step_ns > self._alone_ns else 0
         if self._num_longer == _WINDOWS:
             self._rest()
-        elif not self._num_longer and wait_ns > _WAIT_SHARE * step_ns and self.depth < MOST:
+        elif not self._num_longer and wait_ns > _WAIT_SHARE * step_ns and self.depth < MAX_DEPTH:
             self._deepen(2 * self.depth)
 
     def _deepen(self, depth: int) -> None:

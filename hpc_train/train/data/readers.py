@@ -21,7 +21,7 @@ import torch
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import Indices, require_rows
 from hpc_train.train.data.chunk_cache import ChunkCache, ChunkFile
-from hpc_train.train.data.foreign_files import absurd_claim, damage_told
+from hpc_train.train.data.hdf5_faults import damage_as_user_error, impossible_size
 
 _WORTH_THREADS = 1 << 18  # bytes of a batch: below, threads cost more than they spare
 
@@ -29,10 +29,10 @@ _WORTH_THREADS = 1 << 18  # bytes of a batch: below, threads cost more than they
 class Reader(Protocol):
     shape: tuple[int, ...]
     dtype: np.dtype
-    words: str  # how it is read, and why
+    description: str  # how it is read, and why
 
     @property
-    def edges(self) -> Indices | None: ...
+    def chunk_edges(self) -> Indices | None: ...
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray: ...
 
@@ -50,7 +50,7 @@ def open_reader(path: Path, dataset: h5py.Dataset, memory_bytes: int, num_thread
 
     memory_bytes: of decoded chunks. num_threads: that decode.
     """
-    with damage_told(path, str(dataset.name)):
+    with damage_as_user_error(path, str(dataset.name)):
         require_numbers(path, dataset)
         if dataset.is_virtual:
             return _open_virtual(path, dataset, memory_bytes, num_threads)
@@ -74,7 +74,7 @@ def require_numbers(path: Path, dataset: h5py.Dataset) -> None:
             f"{path}: the values of {dataset.name} lie in other files ({dataset.external[0][0]})",
             "Copy them into one HDF5 file: h5repack, or h5py's Group.copy.",
         )
-    if why := absurd_claim(dataset, path.stat().st_size):
+    if why := impossible_size(dataset, path.stat().st_size):
         raise UserError(f"{path}: {dataset.name} {why}", "Restore the file, or prepare it again.")
     if not dataset.shape:
         raise UserError(f"{path}: {dataset.name} is one value, and no rows", "Name a data set of samples.")
@@ -91,8 +91,8 @@ class MmapReader:
     Not through h5py: its lock lets one thread at a time in, and a slab costs 2 to 4 times a gather from the map.
     """
 
-    edges = None
-    words = "contiguous: gathered from a memory map"
+    chunk_edges = None
+    description = "contiguous: gathered from a memory map"
 
     def __init__(self, values: np.ndarray) -> None:
         self._values = values
@@ -154,18 +154,18 @@ class ConcatReader:
 
     def __init__(self, parts: Sequence[Reader]) -> None:
         self._parts = parts
-        self.words = f"{len(parts)} parts: {parts[0].words}"
+        self.description = f"{len(parts)} parts: {parts[0].description}"
         self._ends = np.cumsum([part.shape[0] for part in parts])
         self.shape: tuple[int, ...] = (int(self._ends[-1]), *parts[0].shape[1:])
         self.dtype = parts[0].dtype
-        self.edges: Indices | None = None
-        if any(part.edges is not None for part in parts):
+        self.chunk_edges: Indices | None = None
+        if any(part.chunk_edges is not None for part in parts):
             starts = self._ends - [part.shape[0] for part in parts]
             edges = [
-                start + (np.arange(part.shape[0]) if part.edges is None else part.edges[:-1])
+                start + (np.arange(part.shape[0]) if part.chunk_edges is None else part.chunk_edges[:-1])
                 for start, part in zip(starts, parts, strict=True)
             ]
-            self.edges = np.append(np.concatenate(edges), self._ends[-1])
+            self.chunk_edges = np.append(np.concatenate(edges), self._ends[-1])
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         if out is None:
@@ -203,8 +203,8 @@ class ConcatReader:
 class H5pyReader:
     """Rows through h5py, one thread at a time: for virtual data sets whose pieces are not whole rows."""
 
-    edges = None
-    words = "virtual, of pieces that are no whole rows: through h5py, one thread at a time"
+    chunk_edges = None
+    description = "virtual, of pieces that are no whole rows: through h5py, one thread at a time"
 
     def __init__(self, dataset: h5py.Dataset) -> None:
         self._dataset = dataset
@@ -214,14 +214,14 @@ class H5pyReader:
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         require_rows(rows, len(self))
         distinct, back = np.unique(rows, return_inverse=True)  # h5py wants rising indices
-        with damage_told(self._dataset.file.filename, str(self._dataset.name)):
+        with damage_as_user_error(self._dataset.file.filename, str(self._dataset.name)):
             return _into(out, np.asarray(self._dataset[distinct])[back].astype(self.dtype, copy=False))
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        with damage_told(self._dataset.file.filename, str(self._dataset.name)):
+        with damage_as_user_error(self._dataset.file.filename, str(self._dataset.name)):
             return np.asarray(self._dataset[rows]).astype(self.dtype, copy=False)
 
     def prefetch(self, rows: np.ndarray) -> None:
@@ -263,7 +263,7 @@ def _open_virtual(path: Path, dataset: h5py.Dataset, memory_bytes: int, num_thre
 def join(parts: Sequence[tuple[Path, h5py.Dataset]], memory_bytes: int, num_threads: int) -> Reader:
     """Data sets of equal rows, one after the other, as one; those in equal chunks share their memory."""
     for path, data in parts:
-        with damage_told(path, str(data.name)):
+        with damage_as_user_error(path, str(data.name)):
             require_numbers(path, data)
     if len(parts) > 1 and all(_is_like(data, parts[0][1]) for _, data in parts):
         return ChunkCache([ChunkFile(path, data) for path, data in parts], memory_bytes, num_threads)

@@ -40,7 +40,7 @@ class Tokenizer:
         """The tokens of a text, as `dtype`. Raises `UserError`, naming `where` it is from."""
         if not self.json:
             return np.frombuffer(data, np.uint8)
-        return np.array(self._library.encode(decoded(where, data)).ids, dtype=self.dtype)
+        return np.array(self._library.encode(decode_utf8(where, data)).ids, dtype=self.dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens; bytes that are no UTF-8 become replacement characters."""
@@ -54,7 +54,7 @@ class Tokenizer:
         return made
 
 
-def vocabulary(name: str) -> int:
+def vocab_size_of(name: str) -> int:
     """How many different tokens "bytes" or "bpe:N" has. Raises `UserError` for other names."""
     kind, _, size = name.partition(":")
     if name == "bytes":
@@ -67,12 +67,12 @@ def vocabulary(name: str) -> int:
     )
 
 
-def trained(name: str, texts: Iterable[str]) -> Tokenizer:
+def train_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer `name`; byte pairs are learned from `texts`. Raises `UserError`.
 
     Byte-pair encoding over bytes, as in GPT-2: Sennrich et al., 2016; Radford et al., 2019.
     """
-    vocab_size = vocabulary(name)
+    vocab_size = vocab_size_of(name)
     if name == "bytes":
         return Tokenizer(name, vocab_size)
     library = _tokenizers()
@@ -94,7 +94,7 @@ def trained(name: str, texts: Iterable[str]) -> Tokenizer:
     return Tokenizer(name, vocab_size, made.to_str())
 
 
-def decoded(where: object, data: bytes) -> str:
+def decode_utf8(where: object, data: bytes) -> str:
     """`data` as text. Raises `UserError`, naming `where` it is from, where it is no UTF-8."""
     try:
         return data.decode()

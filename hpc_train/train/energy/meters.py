@@ -8,6 +8,7 @@ from pathlib import Path
 from time import monotonic, perf_counter, sleep, time
 from typing import Any
 
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.settings import Energy
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement
@@ -36,7 +37,7 @@ class NodeEnergy:
         self._num_hosts = len({place.host for place in places})
         self._reads = world.local_rank == 0
         self.meters, self._faults = self._find()
-        self._part = sharing.holds_part(os.environ) if self._reads else None
+        self._part = sharing.holds_part(JobEnvironment.current()) if self._reads else None
         self._idle_w = self._rest(say)
         self._epoch_s = time() - perf_counter()  # what makes the timings' clock the energy files' time
         self._worked: dict[str, Any] = {}
@@ -127,9 +128,9 @@ class NodeEnergy:
         whole step stands for all nodes, if there is one; else an estimate, since GPUs alone leave out the cores.
         """
         choice = choose() if self._reads else None
-        lacks = any(self._context.all(choice is not None and not choice.has_processors))
+        lacks = any(self._context.all_gather(choice is not None and not choice.has_processors))
         num_hosts = self._num_hosts
-        step = self._context.on_root(lambda: find_step(num_hosts, os.environ)) if lacks else None
+        step = self._context.on_root(lambda: find_step(num_hosts, JobEnvironment.current())) if lacks else None
         if choice is None:
             return [], []
         meters = choice.meters

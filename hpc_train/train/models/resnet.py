@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.train.models.pictures import BatchNorm, initialise, layout
+from hpc_train.train.models.images import BatchNorm, image_layout, initialise_convolutions
 
 
 class ResNet(nn.Module):
@@ -38,7 +38,7 @@ class ResNet(nn.Module):
             raise ValueError(f"width = {width!r}: a positive whole number")
         if stem not in ("imagenet", "small"):
             raise ValueError(f"stem = {stem!r}: 'imagenet' or 'small'")
-        self.layout = layout(input_shape, "resnet")
+        self.layout = image_layout(input_shape, "resnet")
         block, stages = _STAGES[depth]
         self.stem = _stem(self.layout.num_channels, width, stem)
         self.blocks = nn.ModuleList()
@@ -49,7 +49,7 @@ class ResNet(nn.Module):
                 self.blocks.append(block(num_in, width * 2**stage, stride))
                 num_in = width * 2**stage * block.expansion
         self.head = nn.Linear(num_in, num_classes)
-        initialise(self)
+        initialise_convolutions(self)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(n, *input_shape) float -> logits (n, num_classes)."""

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from hpc_train.train.models.pictures import BatchNorm, initialise, layout
+from hpc_train.train.models.images import BatchNorm, image_layout, initialise_convolutions
 
 _STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
@@ -50,7 +50,7 @@ class Vgg(nn.Module):
             raise ValueError(f"hidden = {hidden!r}: a list of positive whole numbers")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout = {dropout}: at least 0 and below 1")
-        self.layout = layout(input_shape, "vgg")
+        self.layout = image_layout(input_shape, "vgg")
         widths = [self.layout.num_channels, *(width * min(2**stage, 8) for stage in range(len(_STAGES[depth])))]
         self.blocks = nn.ModuleList(
             _stage(num_in, num_out, num_layers, batch_norm)
@@ -60,7 +60,7 @@ class Vgg(nn.Module):
         for _ in self.blocks:
             height, length = -(-height // 2), -(-length // 2)
         self.head = _head([widths[-1] * height * length, *hidden, num_classes], dropout)
-        initialise(self)
+        initialise_convolutions(self)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(n, *input_shape) float -> logits (n, num_classes)."""

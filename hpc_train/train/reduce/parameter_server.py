@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.core import config
+from hpc_train.core.settings import Reduce
 from hpc_train.train.comm import messages
-from hpc_train.train.comm.context import Context, mpi
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import mpi
 from hpc_train.train.reduce.buckets import NUM_NOTES, Bucket, BucketScheduler, StepFlags, decays, make_buckets
 from hpc_train.train.reduce.shards import Shards
 
@@ -32,8 +33,9 @@ class Worker:
     """A rank that trains and owns no weights: `reduce_gradients` sends its gradients, receives the new weights."""
 
     num_updates = 1
+    syncs_weights = False  # the new weights arrive in `reduce_gradients`
 
-    def __init__(self, settings: config.Reduce, model: nn.Module, context: Context, asked: Asked) -> None:
+    def __init__(self, settings: Reduce, model: nn.Module, context: Context, asked: Asked) -> None:
         self._comm, self._num_workers = context.comm, settings.num_workers(context.world.size)
         self._buckets = make_buckets(model, NUM_NOTES, settings.servers, apart=decays)
         self.shards = Shards(model, self._buckets[:-1], settings.servers, None)
@@ -84,9 +86,9 @@ class Server:
     team: the servers.
     """
 
-    def __init__(
-        self, settings: config.Reduce, model: nn.Module, context: Context, team: Context, asked: Asked
-    ) -> None:
+    syncs_weights = True
+
+    def __init__(self, settings: Reduce, model: nn.Module, context: Context, team: Context, asked: Asked) -> None:
         self._comm, self._team, self._asked = context.comm, team, asked
         self._num_workers = settings.num_workers(context.world.size)
         buckets = make_buckets(model, NUM_NOTES, settings.servers, apart=decays)
@@ -120,7 +122,7 @@ class Server:
         if not pushes.end_a_step:
             return StepFlags(self._answer.loss, 0.0, 0.0)
         # The servers hear the workers in different orders: the first one says for all where to stop and to save.
-        everyone = self._team.all((pushes.stop_at, pushes.save_at, self._asked()[0]))
+        everyone = self._team.all_gather((pushes.stop_at, pushes.save_at, self._asked()[0]))
         return StepFlags(self._answer.loss, *pushes.follow(*everyone[0][:2], stop=any(asked for *_, asked in everyone)))
 
     def _take_notes(self, worker: int, status: Any = None) -> np.ndarray:

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.core import config
 from hpc_train.core.errors import UserError
+from hpc_train.core.settings import Reduce
 from hpc_train.train.comm import messages
-from hpc_train.train.comm.context import Context, require_one_mpi
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import require_one_mpi
 from hpc_train.train.reduce.buckets import NUM_NOTES, Bucket, BucketScheduler, StepFlags, make_buckets
 from hpc_train.train.reduce.half_precision import packed, unpacked
 from hpc_train.train.reduce.parameter_server import Server, Worker
@@ -31,6 +32,7 @@ class Reducer(Protocol):
     """In each step: `begin_step` before the last backward, `reduce_gradients`, the optimizer, `sync_weights`."""
 
     num_updates: int  # of a step: an asynchronous server makes one for each worker
+    syncs_weights: bool  # whether `sync_weights` communicates
 
     @property
     def shards(self) -> Shards | None:
@@ -57,7 +59,7 @@ class Reducer(Protocol):
 
 @contextmanager
 def open_reducer(
-    settings: config.Reduce, model: nn.Module, context: Context, team: Context, asked: Asked
+    settings: Reduce, model: nn.Module, context: Context, team: Context, asked: Asked
 ) -> Iterator[Reducer]:
     """Collective. Sends the root's weights to all ranks, then reduces by `reduce.strategy` until the end.
 
@@ -68,8 +70,7 @@ def open_reducer(
     hvd = None
     if strategy in ("horovod", "sharded"):
         hvd = context.on_all(partial(_load_horovod, settings))
-        context.on_all(partial(_check_horovod, settings, size))
-        gpus = context.all(_gpu_for_nccl(hvd, model, context))
+        gpus = context.all_gather(_gpu_for_nccl(hvd, model, context))
         context.on_all(partial(check_gpus, strategy, gpus))
     broadcast_model(model, context)
     if size == 1:
@@ -92,21 +93,6 @@ def open_reducer(
             yield AllReduce(transport, settings, model, size, asked)
 
 
-def check_strategy(settings: config.Reduce, size: int) -> None:
-    """Raises UserError where `size` ranks are too few, or too many, for `reduce.strategy`."""
-    if settings.strategy == "local" and size > 1:
-        raise UserError(
-            f"reduce.strategy = 'local' is one process, and there are {size} ranks",
-            "Leave mpirun out, or set reduce.strategy to horovod or mpi.",
-        )
-    if settings.num_workers(size) < 1:
-        raise UserError(
-            f"reduce.strategy = 'parameter_server': {size} rank{'s' * (size != 1)}, of which reduce.servers = "
-            f"{settings.servers} would serve, and none train",
-            f"Start {settings.servers + 1} ranks or more, or set reduce.servers lower.",
-        )
-
-
 def broadcast_model(model: nn.Module, context: Context) -> None:
     """Collective. The root's parameters and buffers on every rank."""
     if context.world.size == 1:
@@ -122,6 +108,7 @@ class Local:
     """One process: its own gradients are the sum."""
 
     num_updates = 1
+    syncs_weights = False
     shards: Shards | None = None
 
     def __init__(self, asked: Asked) -> None:
@@ -200,11 +187,10 @@ class AllReduce:
     """
 
     num_updates = 1
+    syncs_weights = False
     shards: Shards | None = None
 
-    def __init__(
-        self, transport: Transport, settings: config.Reduce, model: nn.Module, size: int, asked: Asked
-    ) -> None:
+    def __init__(self, transport: Transport, settings: Reduce, model: nn.Module, size: int, asked: Asked) -> None:
         self._transport, self._size, self._adasum = transport, size, settings.adasum
         self._wire = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.compression]
         # Adasum combines layer by layer; what it would make of the notes is no sum.
@@ -271,9 +257,9 @@ class Mpi:
         array = host.numpy()
         num_pieces = -(-message.nbytes // (_PART_BYTES * self._comm.size))
         pieces = np.array_split(array, num_pieces) if num_pieces > 1 else [array]  # it takes as long as 64 KiB to sum
-        if last or len(array) < self._comm.size:  # Rabenseifner's algorithm needs an element a rank: see context.py
+        if last or len(array) < self._comm.size:  # Rabenseifner's algorithm needs an element a rank: see startup.py
             return partial(self._sum_now, pieces, host)
-        return self._queued([partial(messages.begin_sum, self._comm, piece) for piece in pieces], host)
+        return self._queued([partial(messages.begin_all_reduce, self._comm, piece) for piece in pieces], host)
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Arrival:
         host = message.cpu()
@@ -313,7 +299,7 @@ class Mpi:
     def _sum_now(self, pieces: list[Any], result: torch.Tensor) -> torch.Tensor:
         self._arrived(self._num_asked, result)  # in the order of all ranks: what left before is there
         for piece in pieces:
-            messages.add_up_in_place(self._comm, piece)
+            messages.all_reduce_in_place(self._comm, piece)
         return result
 
 
@@ -348,13 +334,6 @@ def _as_half(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.float16) if tensor.dtype == torch.bfloat16 else tensor
 
 
-def _check_horovod(settings: config.Reduce, size: int) -> None:
-    if settings.adasum and size & (size - 1):
-        raise UserError(
-            f"reduce.adasum = true, and {size} ranks are no power of two", "Start 2, 4, 8 ... ranks, or leave it out."
-        )
-
-
 def _gpu_for_nccl(hvd: Any, model: nn.Module, context: Context) -> tuple[str, str] | None:
     """(host, GPU) of this rank's model, where Horovod would reduce it by NCCL."""
     device = next(model.parameters()).device
@@ -375,7 +354,7 @@ def check_gpus(strategy: str, gpus: Sequence[tuple[str, str] | None]) -> None:
         )
 
 
-def restartable_horovod(settings: config.Reduce) -> Any:
+def restartable_horovod(settings: Reduce) -> Any:
     """Horovod's module, for `horovod_on`. Raises UserError.
 
     The fusion threshold is left open: with it and the cycle both fixed, Horovod 0.28.1 crashes when it starts again.
@@ -393,7 +372,7 @@ def horovod_on(hvd: Any, context: Context) -> Iterator[None]:
     hvd.shutdown()  # collective: not where a rank failed alone
 
 
-def _load_horovod(settings: config.Reduce) -> Any:
+def _load_horovod(settings: Reduce) -> Any:
     """Horovod's module, on the MPI that mpi4py started. Raises UserError; two MPIs are refused, both named."""
     # Its background thread looks for work once a cycle: at its own default of 1 ms it paces every small model.
     os.environ.setdefault("HOROVOD_CYCLE_TIME", str(settings.cycle_time_ms))

@@ -21,6 +21,7 @@ class Sharded:
     """transport: `reduce.Transport` of Horovod."""
 
     num_updates = 1
+    syncs_weights = True
 
     def __init__(
         self, transport: Any, model: nn.Module, context: Context, asked: Callable[[], tuple[bool, bool]]

@@ -1,7 +1,6 @@
 """Where a job works: in a new run directory, or in the one that an earlier attempt left unfinished."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -10,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from hpc_train.core import lock, resume_rules, rundir
-from hpc_train.core.config import Config, Loaded, load
+from hpc_train.core.config import Loaded, load
 from hpc_train.core.errors import UserError
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.lock import Lease
 from hpc_train.core.paths import expanded, read_text
 from hpc_train.core.resume_rules import Change, Rule
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.sampling import Order
+from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.run import checkpoint
 from hpc_train.train.run.leftovers import remove_begun_runs
@@ -117,7 +118,7 @@ def _name_of(run: RunDir) -> str:
 
 
 def _new(root: Path, config: Config, size: int) -> RunDir:
-    return rundir.create(root, config.name, size, datetime.now(UTC), os.environ.get("SLURM_JOB_ID"))
+    return rundir.create(root, config.name, size, datetime.now(UTC), JobEnvironment.current().job_id)
 
 
 def read_meta(run: RunDir) -> dict[str, Any]:

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from hpc_train import __version__
-from hpc_train.core import config
 from hpc_train.core.errors import UserError, room
 from hpc_train.core.rundir import RunDir
-from hpc_train.train.comm.context import Context, known_to_all
+from hpc_train.core.settings import Checkpoint
+from hpc_train.train.comm.context import Context, raised_on_all_ranks
 
 FORMAT = 2  # 2: the optimizer by names of parameters, the loss scale, a task's own state
 STATE, FACTS = "state.pt", "checkpoint.json"
@@ -49,7 +49,7 @@ class Saver:
     def __init__(
         self,
         run: RunDir,
-        settings: config.Checkpoint,
+        settings: Checkpoint,
         facts: dict[str, Any],
         is_root: bool,
         say: Callable[[str], None],
@@ -72,7 +72,7 @@ class Saver:
         """Finishes a write under way where the ranks end together. One that fails alone ends the job at once: the
         newest whole checkpoint counts then.
         """
-        if error is not None and not known_to_all(error) and self._facts.get("size", 1) > 1:
+        if error is not None and not raised_on_all_ranks(error) and self._facts.get("size", 1) > 1:
             return
         self._wait()
         self._report()

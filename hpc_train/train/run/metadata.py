@@ -16,7 +16,8 @@ import torch
 from hpc_train import __version__
 from hpc_train.core import environment, redaction
 from hpc_train.core.records import SCHEMA
-from hpc_train.train.comm.context import Context, mpi_version
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import mpi_version
 from hpc_train.train.comm.placement import RankPlacement
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hpc_train.core.clock import Clock
-from hpc_train.core.config import UNKNOWN_STEPS, Loaded, dumps
+from hpc_train.core.config import Loaded, dumps
 from hpc_train.core.errors import UserError, not_written
 from hpc_train.core.output import lost
 from hpc_train.core.progress import StepProgress
@@ -27,8 +27,10 @@ from hpc_train.core.records import (
 )
 from hpc_train.core.resume_rules import said
 from hpc_train.core.rundir import sync, write_atomic
+from hpc_train.core.settings import UNKNOWN_STEPS
 from hpc_train.core.timings import read_timings, step_times
-from hpc_train.train.comm.context import Context, clock_offsets_ns
+from hpc_train.train.comm.clocks import clock_offsets_ns
+from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement
 from hpc_train.train.energy.meters import NodeEnergy
 from hpc_train.train.run.attempt import Attempt

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.core.config import RECORDED, Config
 from hpc_train.core.errors import UserError
+from hpc_train.core.sampling import Order
+from hpc_train.core.settings import RECORDED, Config
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.tasks.classification import Classification
@@ -34,31 +36,47 @@ BUILT_IN: dict[str, Callable[[Config, Context], Any]] = {
 class Task(Protocol):
     """What the trainer asks of a task; made as `Task(config, context)` on every rank.
 
-    One that has a state of its own besides the model, as a replay memory, also has `state()`, a dict of tensors,
-    numbers and lists, the same on every rank, and `load_state(dict)`: checkpoints keep it.
-
-    Batches may be asked for ahead, by a thread of their own: what `batch` draws, it draws from (step, rows), as
-    `partition.row_noise` does. One whose batches depend on the weights, or need all ranks, says `in_step = True`: then
-    the loop itself asks, at each step. One whose data lie in chunks has an `order` (`dataset.open_order`), and
-    `expect(rows)`, which hears what will be asked for.
+    A class need not inherit from this one: `open_task` gives a task the defaults of the optional members it lacks.
     """
 
-    num_samples: int  # of the whole training set, alike on every rank
+    num_samples: int  # of the whole training set, the same on every rank
 
     def model(self) -> nn.Module:
-        """A new model, alike on every rank (the generator is seeded; the root's weights are sent to all)."""
+        """A new model, the same on every rank: the generator is seeded, and the root's weights are sent to all."""
 
     def batch(self, rows: np.ndarray, step: int) -> Any:
-        """The samples at `rows`: this rank's share of the global batch of `step`; may be empty."""
+        """The samples at `rows`: this rank's share of the global batch of `step`, or a part of it; may be empty.
+
+        A thread may ask for batches ahead, unless the task is `in_step`. Draw random numbers from (step, rows), as
+        `sampling.row_noise` does: then a batch depends neither on the thread nor on the number of ranks.
+        """
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """The SUM of the samples' losses (not their mean: shares differ in size)."""
 
     def test_batches(self, world: World) -> Iterator[Any]:
-        """This rank's share of the test samples; nothing where there are none."""
+        """This rank's share of the test samples; empty if there are none."""
 
     def test(self, model: nn.Module, batch: Any) -> tuple[int, dict[str, float]]:
-        """Of a test batch: how much it counts, and the SUM of each measure: {"loss": ..., "accuracy": ...}."""
+        """(how much a test batch counts, the SUM of each measure: {"loss": ..., "accuracy": ...})."""
+
+    # Optional, with these defaults:
+
+    order: Order  # of the samples in an epoch: `dataset.open_order` for data in chunks. Default: Order(num_samples)
+    reading: str | None = None  # a line for the log: which data are read, and how
+    in_step: bool = False  # batches depend on the weights, or need all ranks: the loop itself asks, at each step
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """A hint, only if `order` is by chunks: these rows are asked for soon."""
+
+    keeps_state: bool  # whether checkpoints keep a state of this task, such as a replay memory. Default: if load_state
+
+    def state(self) -> dict[str, Any]:
+        """Tensors, numbers and lists, the same on every rank."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continues from what `state` returned. Raises ValueError, LookupError or TypeError for anything else."""
 
 
 _METHODS = ("model", "batch", "loss", "test_batches", "test")
@@ -70,6 +88,23 @@ def open_task(config: Config, context: Context) -> Task:
     make = BUILT_IN.get(kind) or context.on_all(lambda: _load(kind))
     task = make(config, context)
     context.on_all(lambda: _require(kind, task, ("num_samples", *_METHODS)))
+    return complete(task)
+
+
+def complete(task: Any) -> Task:
+    """`task` with the defaults of `Task` for the optional members it lacks. Nobody else asks what a task has."""
+    defaults = {
+        "order": Order(task.num_samples),
+        "reading": None,
+        "in_step": False,
+        "prefetch": partial(Task.prefetch, task),
+        "keeps_state": hasattr(task, "load_state"),
+        "state": partial(Task.state, task),
+        "load_state": partial(Task.load_state, task),
+    }
+    for name, default in defaults.items():
+        if getattr(task, name, None) is None:
+            object.__setattr__(task, name, default)  # a frozen dataclass is a task, too
     return task
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_train.core.sampling import places, rank_span
+from hpc_train.core.sampling import positions_in, rank_span
 from hpc_train.train.comm.context import Context
 
 _BLOCK = 1 << 22  # tokens counted at once
@@ -23,7 +23,7 @@ class Bigrams:
     def loss(self, windows: np.ndarray) -> float:
         """The sum of the losses of all tokens of (n, length + 1) windows, but for each one's first."""
         codes = _codes(windows[:, :-1], windows[:, 1:], self.vocab_size)
-        return float(self.losses[places(self.codes, codes.reshape(-1))].sum())
+        return float(self.losses[positions_in(self.codes, codes.reshape(-1))].sum())
 
 
 def count_bigrams(train: Any, test: Any, vocab_size: int, context: Context) -> Bigrams:
@@ -51,7 +51,7 @@ def count_bigrams(train: Any, test: Any, vocab_size: int, context: Context) -> B
         np.add.at(num_after, firsts, times)
         np.add.at(num_different, firsts, 1)
         found = np.isin(wanted, these, assume_unique=True)
-        num_pairs[found] = times[places(these, wanted[found])]
+        num_pairs[found] = times[positions_in(these, wanted[found])]
 
     def losses() -> Bigrams:
         num_types = np.count_nonzero(singles)

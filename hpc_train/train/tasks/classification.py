@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import rank_span
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.collective import read_together, way_to_read
-from hpc_train.train.data.dataset import MOST_CLASSES, Batch, Split, first_outside, open_order, open_split, value_range
+from hpc_train.train.data.collective import choose_read_mode, with_shared_reader
+from hpc_train.train.data.dataset import MAX_CLASSES, Batch, Split, first_outside, open_order, open_split, value_range
 from hpc_train.train.data.files import Files, describe, open_files
 from hpc_train.train.data.readers import Reader
 
@@ -29,11 +29,7 @@ class Classification:
         data = config.data
 
         def open_both() -> tuple[Files, Split, Split | None]:
-            if isinstance(data.inputs, list) or isinstance(data.test_inputs, list):
-                raise UserError(
-                    f"data.inputs = {data.inputs}: the models of task.kind = 'classification' take one data set",
-                    "Name one, or write a task of your own: it gets all of them.",
-                )
+            assert isinstance(data.inputs, str) and isinstance(data.test_inputs, str)  # see core/key_rules.py
             files = open_files(config, context)
             train = open_split(files, data.inputs, data.targets, ("data.inputs", "data.targets"))
             test_keys = ("data.test_inputs", "data.test_targets")
@@ -45,22 +41,22 @@ class Classification:
                     f"Samples of {data.test_inputs} must have the same shape.",
                 )
             if test is not None:
-                files.require_same_meaning(data.inputs, data.test_inputs)
+                files.require_same_scale(data.inputs, data.test_inputs)
             return files, train, test
 
         files, self.train, self.held_out = context.on_all(open_both)
         self.num_samples = len(self.train)
-        way, why = way_to_read(self.train.inputs[0], files, config, context)
+        way, why = choose_read_mode(self.train.inputs[0], files, config, context)
         self.in_step = way != "auto"
         if self.in_step:
-            self.train = read_together(self.train, way, files, str(data.inputs), config, context)
+            self.train = with_shared_reader(self.train, way, files, str(data.inputs), config, context)
         self.reading = describe(files, str(data.inputs), self.train.inputs[0]) + f", {why}" * bool(why)
         self.order = open_order(self.train.inputs, self.num_samples, config)
         parts = {data.targets: self.train.targets}
         if self.held_out is not None:
             parts[data.test_targets] = self.held_out.targets
         ranges = {name: value_range(labels, context) for name, labels in parts.items()}
-        most = config.task.num_classes or max(self.num_samples, MOST_CLASSES)
+        most = config.task.num_classes or max(self.num_samples, MAX_CLASSES)
         self.num_classes = int(config.task.num_classes or min(ranges[data.targets][1] + 1, most))
         context.on_all(lambda: self._check_labels(parts, ranges))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -9,9 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.core.config import Config
-from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import drawn, noise_seed, rank_span
+from hpc_train.core.sampling import noise_seed, random_below, rank_span
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
@@ -121,7 +121,7 @@ class Dqn:
         self.config, self.context = config, context
         self.num_samples = ENDLESS
         rl, world = config.rl, context.world
-        self._environments = context.on_all(lambda: self._open(world))
+        self._environments = context.on_all(partial(Environments, config.rl))
         self._replay = Replay(rl.replay_size, rl.num_envs, self._environments.num_observed)
         self._mine = range(*rank_span(rl.num_envs, world.rank, world.size))
         # Of all ranks' environments, so that any rank can tell where they stand: how many episodes each has begun, and
@@ -131,25 +131,6 @@ class Dqn:
         self._now = np.zeros((len(self._mine), self._environments.num_observed), np.float32)  # what mine show
         self._played_step = -1
         self._begin(range(rl.num_envs))
-
-    def _open(self, world: World) -> Environments:
-        rl, batch = self.config.rl, self.config.train.batch_size(world.size)
-        if rl.num_envs < world.size:
-            raise UserError(
-                f"rl.num_envs = {rl.num_envs} is smaller than the {world.size} ranks: some would have none to play",
-                f"Set rl.num_envs to {world.size} or more, or start fewer ranks.",
-            )
-        if batch > rl.replay_size:
-            raise UserError(
-                f"rl.replay_size = {rl.replay_size} is smaller than a global batch of {batch}",
-                f"Set rl.replay_size to {batch} or more, or train.global_batch to less.",
-            )
-        if rl.replay_start > rl.replay_size:
-            raise UserError(
-                f"rl.replay_start = {rl.replay_start} is more than rl.replay_size = {rl.replay_size}",
-                "Training would never begin: set rl.replay_start to less.",
-            )
-        return Environments(rl)
 
     def model(self) -> nn.Module:
         task, environments = self.config.task, self._environments
@@ -169,7 +150,7 @@ class Dqn:
             epsilon = max(rl.epsilon_end, 1 - (1 - rl.epsilon_end) * step / rl.epsilon_steps)
             for repeat in range(rl.actions_per_step):
                 self._play((1 + step, repeat), epsilon)
-        places = drawn(rows, len(self._replay), self.config.seed)
+        places = random_below(rows, len(self._replay), self.config.seed)
         return self._replay.take(places, rl.multi_step, rl.gamma)
 
     def _play(self, when: tuple[int, int], epsilon: float) -> None:
@@ -187,7 +168,7 @@ class Dqn:
         ]
         after, rewards, terminated, over = (np.array(column) for column in zip(*seen, strict=True))
         mine_of_all = (self._now, actions, rewards.astype(np.float32), after, terminated, over)
-        columns = zip(*self.context.all(mine_of_all), strict=True)
+        columns = zip(*self.context.all_gather(mine_of_all), strict=True)
         everyone = Transitions(*(torch.from_numpy(np.concatenate(column)) for column in columns))
         self._replay.add(everyone)
         for done, action in zip(self._actions, everyone.actions.tolist(), strict=True):

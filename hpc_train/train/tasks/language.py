@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import Order, rank_span, row_noise
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
@@ -61,11 +61,6 @@ def open_text(config: Config, context: Context, known: dict[str, Callable[..., n
         length = options.get("context", models.default(known, task.model, "context"))
         if not isinstance(length, int) or length < 1:
             raise UserError(f"task.options.context = {length}", "It is a positive whole number.")
-        if data.read != "auto":
-            raise UserError(
-                f"data.read = '{data.read}' does not go with task.kind = '{task.kind}'",
-                "Tokens are read through a memory map or by chunks: leave data.read out.",
-            )
         ahead = 0 if masked else 1
         train = open_tokens(files, names[0], "data.inputs", length, ahead, data.offsets)
         test = open_tokens(files, names[1], "data.test_inputs", length, ahead, data.test_offsets, optional=True)
@@ -89,7 +84,7 @@ def _one(names: str | list[str], key: str) -> str:
 
 def _vocabulary(config: Config, files: Files, stated: Any, masked: bool) -> int:
     """How many different tokens the file has, by itself or by task.options.vocab_size."""
-    found, file = files.text_facts.get("vocab_size"), config.data.file
+    found, file = files.tokenizer_attributes.get("vocab_size"), config.data.file
     if stated is not None and (not isinstance(stated, int) or stated < 1):
         raise UserError(f"task.options.vocab_size = {stated}", "It is a positive whole number.")
     if found is None and stated is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -9,9 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.core.config import Config
-from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import noise_seed
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
@@ -41,15 +41,7 @@ class PolicyGradient:
     def __init__(self, config: Config, context: Context) -> None:
         self.config, self.context = config, context
         self.num_samples = ENDLESS
-        self._environments = context.on_all(self._open)
-
-    def _open(self) -> Environments:
-        if self.config.train.accumulate > 1:
-            raise UserError(
-                f"train.accumulate = {self.config.train.accumulate}: advantages are normalised over a whole step",
-                "Leave train.accumulate at 1 for policy_gradient; fewer episodes a step need less memory.",
-            )
-        return Environments(self.config.rl)
+        self._environments = context.on_all(partial(Environments, config.rl))
 
     def model(self) -> nn.Module:
         task, environments = self.config.task, self._environments

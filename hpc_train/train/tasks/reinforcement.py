@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpc_train.core import config
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import rank_span
+from hpc_train.core.settings import Rl
 from hpc_train.core.world import World
 
 # There is no data set whose end an epoch could be: samples are numbers that never come again. A number of them that
@@ -36,7 +36,7 @@ class Played:
 class Environments:
     """A rank's own set of the environment `rl.environment`, made as they are needed. Raises UserError."""
 
-    def __init__(self, settings: config.Rl) -> None:
+    def __init__(self, settings: Rl) -> None:
         self._settings = settings
         self._made: list[Any] = [_make(settings)]
         actions, observed = self._made[0].action_space, self._made[0].observation_space
@@ -115,7 +115,7 @@ def seeds_to_test(num_episodes: int, world: World) -> Iterator[list[int]]:
         yield list(range(begin, min(begin + _TEST_BATCH, stop)))
 
 
-def _make(settings: config.Rl) -> Any:
+def _make(settings: Rl) -> Any:
     try:
         import gymnasium
     except ImportError as error:

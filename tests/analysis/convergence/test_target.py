@@ -20,7 +20,7 @@ from hpc_train.analysis.report.target_tables import (
     target_sheets,
 )
 from hpc_train.analysis.runs.load import Run, load, load_all
-from hpc_train.analysis.scaling.scaling import compare
+from hpc_train.analysis.scaling.compare import compare
 from hpc_train.core.records import FloatArray
 from hpc_train.core.rundir import RunDir
 from tests.synthetic import Recipe, write_run

@@ -9,7 +9,7 @@ import pytest
 from hpc_train.analysis.efficiency.pop import FACTORS, Efficiencies, efficiencies
 from hpc_train.analysis.report.report import Report, make_report
 from hpc_train.analysis.runs.load import load, load_all
-from hpc_train.analysis.scaling.scaling import Group, compare
+from hpc_train.analysis.scaling.compare import Group, compare
 from tests import laws
 from tests.laws import Laws, Slow, Truth
 from tests.synthetic import Recipe, write_run
@@ -153,7 +153,7 @@ def test_exposed_messages_are_transfer(tmp_path: Path) -> None:
 
 def test_noise_is_that_of_the_ranks(tmp_path: Path) -> None:
     run, _ = laws.write(tmp_path, Laws(ranks=32, noise=0.07, steps=310))
-    balance = load(run).balance
+    balance = load(run).load_balance
     assert balance is not None and balance.noise is not None and balance.imbalance is not None
     stretch = 0.9**2 + 0.1**2  # two draws make a stretch: 90% of this step's, 10% of the last's
     assert balance.noise == pytest.approx(0.07 * stretch**0.5, rel=0.03)
@@ -190,7 +190,7 @@ def test_phases_that_were_not_timed_leave_pop_missing_and_say_so(tmp_path: Path)
     report = make_report([tmp_path])
     for row in report.scaling.groups[0].rows:
         assert not row.pop.factors and "was not timed" in (row.pop.missing or "")
-        assert not any(each.stragglers for each in row.waiting)
+        assert not any(each.stragglers for each in row.stragglers)
     (part,) = report.parts
     assert any(note.startswith("POP efficiencies missing for 1 rank, 2 ranks: exposed") for note in part.notes)
     assert not any("POP" in sheet.title for sheet in part.sheets)
@@ -202,15 +202,15 @@ def test_servers_are_left_out_and_nobody_waits_for_an_asynchronous_one(tmp_path:
     for index, reduce in enumerate(both):
         write_run(tmp_path / str(index), Recipe(**servers, reduce=reduce))  # type: ignore[arg-type]
     alone, together = (compare(load_all([tmp_path / str(index)])).groups[0].rows[0] for index in range(2))
-    assert [run.balance.ranks.tolist() for run in alone.runs if run.balance] == [[0, 1, 2]]
+    assert [run.load_balance.ranks.tolist() for run in alone.runs if run.load_balance] == [[0, 1, 2]]
     assert {"serialisation", "transfer", "input"} & set(alone.pop.factors) == set()
     assert {"serialisation", "transfer", "input"} <= set(together.pop.factors)
-    assert "no rank waits for another" in (alone.waiting[0].told or "")
+    assert "no rank waits for another" in (alone.stragglers[0].told or "")
 
 
 def test_a_run_without_a_steady_step_has_none(tmp_path: Path) -> None:
     group = group_of(tmp_path, Recipe(size=2, steps=10, warmup=10))
-    assert group.rows[0].pop.missing == "no steady step" and group.rows[0].runs[0].balance is None
+    assert group.rows[0].pop.missing == "no steady step" and group.rows[0].runs[0].load_balance is None
 
 
 # ---------------------------------------------------------------------------------------------- recorded runs

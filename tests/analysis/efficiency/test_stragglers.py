@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_train.analysis.efficiency.stragglers import Waiting, waiting
+from hpc_train.analysis.efficiency.stragglers import StragglerAnalysis, find_stragglers
 from hpc_train.analysis.report.load_balance_tables import waiting_words
 from hpc_train.analysis.report.report import make_report
 from hpc_train.analysis.runs.load import Run, load, load_all
@@ -20,10 +20,10 @@ SKEWED = Laws(noise=0.03, clock_offset_s=3.0, clock_drift=2e-5, clock_error_s=2e
 TWICE = tuple(Slow(rank, 1.3) for rank in (2, 5))
 
 
-def found(root: Path, law: Laws) -> tuple[Run, Waiting]:
+def found(root: Path, law: Laws) -> tuple[Run, StragglerAnalysis]:
     run, _ = laws.write(root, law)
     loaded = load(run)
-    return loaded, waiting(loaded)
+    return loaded, find_stragglers(loaded)
 
 
 def edit_meta(run: RunDir, **changes: object) -> None:
@@ -100,8 +100,8 @@ def test_nobody_is_named_within_the_clocks_error(tmp_path: Path) -> None:
     """Offsets that are wrong by 0.3 ms, 3% of the step, make a host look late on which nobody is."""
     law = replace(SKEWED, noise=0.0, ranks_per_host=1, clock_error_s=3e-4)
     run, told = found(tmp_path, law)
-    assert run.balance and run.balance.arrivals and run.balance.arrivals.basis == "arrival"
-    late_s = run.balance.arrivals.late_s
+    assert run.load_balance and run.load_balance.arrivals and run.load_balance.arrivals.basis == "arrival"
+    late_s = run.load_balance.arrivals.late_s
     assert np.ptp(late_s) > 3e-4 and not told.stragglers
     assert told.clock_error_s is not None and told.clock_error_s > 1e-4
 
@@ -112,9 +112,9 @@ def test_clocks_that_jumped_are_found_out_and_waits_are_used_instead(tmp_path: P
     offsets["end"][:4] = [offset + 50_000_000 for offset in offsets["end"][:4]]
     edit_meta(directory, clock_offsets_ns=offsets)
     run = load(directory)
-    told = waiting(run)
+    told = find_stragglers(run)
     assert [one.ranks for one in told.stragglers] == [(5,)]
-    assert run.balance and run.balance.arrivals and run.balance.arrivals.basis == "wait"
+    assert run.load_balance and run.load_balance.arrivals and run.load_balance.arrivals.basis == "wait"
     assert "would leave reductions" in (told.unaligned or "") and told.clock_error_s is None
     notes = make_report([tmp_path]).parts[0].notes
     assert any(note.startswith("Clocks of 8 ranks cannot be compared (rank") for note in notes)
@@ -124,7 +124,7 @@ def test_clocks_that_jumped_are_found_out_and_waits_are_used_instead(tmp_path: P
 def test_without_offsets_waits_are_used_and_it_is_said(tmp_path: Path, offsets: object) -> None:
     directory, _ = laws.write(tmp_path, replace(SKEWED, slow=(Slow(5, 1.3),)))
     edit_meta(directory, clock_offsets_ns=offsets)
-    told = waiting(load(directory))
+    told = find_stragglers(load(directory))
     assert [one.ranks for one in told.stragglers] == [(5,)] and "did not record" in (told.unaligned or "")
 
 
@@ -136,7 +136,7 @@ def test_an_attempt_that_was_killed_has_no_end_of_its_own(tmp_path: Path) -> Non
     edit_meta(
         directory, ended=None, outcome=None, clock_offsets_ns={**offsets, "end": [rank * 10**9 for rank in range(8)]}
     )
-    told = waiting(load(directory))
+    told = find_stragglers(load(directory))
     assert [one.ranks for one in told.stragglers] == [(5,)] and told.clock_error_s is not None
 
 
@@ -146,7 +146,7 @@ def test_records_of_another_run_are_found_out(tmp_path: Path) -> None:
     shutil.copy(other.timings(6), run.timings(6))
     shutil.copy(other.timings(6), run.timings(8))
     loaded = load(run)
-    told = waiting(loaded)
+    told = find_stragglers(loaded)
     assert "rank 6 on c1" in (told.unaligned or "") and "another run's" in (told.unaligned or "")
     assert "holds 9 files of a run of 8 ranks" in (loaded.incomplete or "")
     one_host, _ = laws.write(tmp_path / "one", replace(SKEWED, ranks_per_host=8))
@@ -156,7 +156,7 @@ def test_records_of_another_run_are_found_out(tmp_path: Path) -> None:
         ",".join([step, str(int(start) + 10**9), str(int(came) + 10**9), *rest]) for step, start, came, *rest in cells
     ]
     one_host.timings(6).write_text("\n".join([header, *moved, ""]))
-    assert "others: its records are another run's" in (waiting(load(one_host)).unaligned or "")
+    assert "others: its records are another run's" in (find_stragglers(load(one_host)).unaligned or "")
 
 
 def test_a_run_given_twice_and_its_copy_count_once(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_run_given_twice_and_its_copy_count_once(tmp_path: Path) -> None:
 
 def test_one_rank_waits_for_nobody(tmp_path: Path) -> None:
     run, told = found(tmp_path, replace(SKEWED, ranks=1))
-    assert told.told == "one rank waits for nobody" and run.balance and run.balance.noise is None
+    assert told.told == "one rank waits for nobody" and run.load_balance and run.load_balance.noise is None
     assert not any("Nobody" in note for note in make_report([tmp_path]).parts[0].notes)
 
 
@@ -183,7 +183,7 @@ def test_a_crashed_run_still_names_its_slow_rank(tmp_path: Path) -> None:
     loaded = load(run)
     assert "ranks recorded 119 to 126 steps" in (loaded.incomplete or "")
     assert "the last line of ranks 0, 1, 2, 3, 4 and 3 more is cut short" in (loaded.incomplete or "")
-    assert [one.ranks for one in waiting(loaded).stragglers] == [(5,)]
+    assert [one.ranks for one in find_stragglers(loaded).stragglers] == [(5,)]
 
 
 def test_the_report_says_it_in_words_tables_and_records(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_the_report_says_it_in_words_tables_and_records(tmp_path: Path) -> None:
 
 def test_the_map_is_bright_where_the_slow_rank_is(tmp_path: Path) -> None:
     run, _ = found(tmp_path, replace(SKEWED, ranks=300, steps=510, work_s=3.0, slow=(Slow(150, 1.5),)))
-    assert run.balance and run.balance.arrivals
-    cells = run.balance.arrivals.map_s
+    assert run.load_balance and run.load_balance.arrivals
+    cells = run.load_balance.arrivals.map_s
     assert cells.shape == (256, 167) and np.isfinite(cells).all()
     assert set(np.argmax(cells, axis=0)) == {150 * 256 // 300}

@@ -9,7 +9,7 @@ import pytest
 
 from hpc_train.analysis.energy.cost import UNKNOWN, GroupEnergy, Tariff, cost_of
 from hpc_train.analysis.energy.energy import RunEnergy, energy_of
-from hpc_train.analysis.energy.energy_amount import Joules
+from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.report.cost_tables import (
     COST_COLUMNS,
     cost_details,
@@ -19,7 +19,7 @@ from hpc_train.analysis.report.cost_tables import (
     verdict,
 )
 from hpc_train.analysis.runs.load import load, load_all
-from hpc_train.analysis.scaling.scaling import compare
+from hpc_train.analysis.scaling.compare import compare
 from hpc_train.core.records import ENERGY_COLUMNS, contained
 from hpc_train.core.rundir import RunDir
 from tests import laws
@@ -67,7 +67,7 @@ def energy(run: RunDir) -> RunEnergy:
     return energy_of(load(run))
 
 
-def joules(parts: dict[Any, Joules]) -> dict[Any, float | None]:
+def joules(parts: dict[Any, EnergyAmount]) -> dict[Any, float | None]:
     return {name: part.total for name, part in parts.items()}
 
 
@@ -77,9 +77,9 @@ def joules(parts: dict[Any, Joules]) -> dict[Any, float | None]:
 def test_two_nodes_by_hand(tmp_path: Path) -> None:
     idle = {"a": {"package-0": 40.0, "dram": 10.0}, "b": {"package-0": 30.0}}
     found = energy(two_nodes(tmp_path, energy={"idle_w": idle, "idle_quality": "measured"}))
-    assert found.gross == Joules(measured=350 + 50 + 125)
-    assert found.net == Joules(measured=525 - 2.5 * 80)
-    assert found.loop.total == pytest.approx(525) and found.course.loop_s == pytest.approx(2.5)
+    assert found.gross == EnergyAmount(measured=350 + 50 + 125)
+    assert found.net == EnergyAmount(measured=525 - 2.5 * 80)
+    assert found.loop.total == pytest.approx(525) and found.timeline.loop_s == pytest.approx(2.5)
     assert found.outside.known == pytest.approx(0.0, abs=1e-6)
     assert found.mean_w == pytest.approx(525 / 2.5) and found.peak == pytest.approx((270.0, 1.0))
     assert joules(found.nodes) == {"a": 400.0, "b": 125.0}
@@ -92,14 +92,14 @@ def test_two_nodes_by_hand(tmp_path: Path) -> None:
 
 def test_joules_until_a_step_are_interpolated(tmp_path: Path) -> None:
     found = energy(two_nodes(tmp_path))
-    row = found.course.of_first(109)  # 0.5 s of warm-up and 100 steps of 10 ms
-    assert row is not None and found.course.end_s[row] == pytest.approx(1.5)
+    row = found.timeline.of_first(109)  # 0.5 s of warm-up and 100 steps of 10 ms
+    assert row is not None and found.timeline.end_s[row] == pytest.approx(1.5)
     assert found.until(row).total == pytest.approx(200 + 30 + 75)
 
 
 def test_idle_that_was_given_makes_an_estimate_and_an_unknown_one_makes_missing(tmp_path: Path) -> None:
     run = two_nodes(tmp_path, energy={"idle_w": {"a": {"node": 60.0}, "b": {"node": 30.0}}, "idle_quality": "given"})
-    assert energy(run).net == Joules(estimated=525 - 2.5 * 90)
+    assert energy(run).net == EnergyAmount(estimated=525 - 2.5 * 90)
     tell(run, energy={"idle_w": {"a": {"package-0": 40.0, "dram": 10.0}}, "idle_quality": "measured"})
     net = energy(run).net
     assert net.total is None and net.lacking == ("b package-0 at rest",) and net.known == 400 - 2.5 * 50
@@ -113,7 +113,7 @@ def test_a_meter_that_stops_leaves_the_part_known(tmp_path: Path) -> None:
     assert found.gross.total is None and found.gross.quality == "missing" and found.gross.known == 100 + 50 + 125
     assert found.gross.lacking == ("a package-0 after 40% of the time",)
     assert found.gross.text() == "at least 275 J"
-    early, late = found.course.of_first(50), found.course.of_first(200)
+    early, late = found.timeline.of_first(50), found.timeline.of_first(200)
     assert early is not None and found.until(early).total == pytest.approx(0.91 * 170)
     assert late is not None and found.until(late).total is None
     assert found.peak is None and found.mean_w is None and found.nodes["b"].total == 125
@@ -122,7 +122,7 @@ def test_a_meter_that_stops_leaves_the_part_known(tmp_path: Path) -> None:
 def test_a_meter_that_skips_a_reading_misses_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path, replace(TWO_NODES, hosts=("a",)))
     traces(run, "a", package_0=(0, None, 300, 350))
-    assert energy(run).gross == Joules(measured=350)
+    assert energy(run).gross == EnergyAmount(measured=350)
 
 
 def test_a_sampler_that_ended_long_before_the_loop_is_missing(tmp_path: Path) -> None:
@@ -138,9 +138,9 @@ def test_measured_and_estimated_stay_apart_in_a_sum(tmp_path: Path) -> None:
     traces(run, "b", cores=constant(20))
     tell(run, energy={"shared": {"a": True, "b": True}})
     found = energy(run)
-    assert found.gross == Joules(250.0, 50.0, shared=True) and found.gross.quality == "mixed"
+    assert found.gross == EnergyAmount(250.0, 50.0, shared=True) and found.gross.quality == "mixed"
     assert found.gross.text() == "300 J part est. shared"
-    assert found.nodes["b"] == Joules(None, 50.0)  # this job's own cores: others' do not count in it
+    assert found.nodes["b"] == EnergyAmount(None, 50.0)  # this job's own cores: others' do not count in it
     assert "others may have used a meanwhile" in found.notes[0]
 
 
@@ -154,10 +154,10 @@ def test_a_host_without_readings_is_missing_unless_slurm_counts_for_all(tmp_path
     traces(run, "a", nodes=constant(300), gpu_0=constant(90))
     tell(run, energy={"idle_w": {"a": {"node": 60.0}, "b": {"node": 30.0}}, "idle_quality": "given"})
     found = energy(run)
-    assert found.gross == Joules(measured=750) and found.run.summary.joules == 750
+    assert found.gross == EnergyAmount(measured=750) and found.run.summary.joules == 750
     assert joules(found.nodes) == {"all nodes together": 750.0}
     assert joules(found.ranks) == dict.fromkeys(range(4), 187.5)
-    assert found.net == Joules(estimated=750 - 2.5 * 90)
+    assert found.net == EnergyAmount(estimated=750 - 2.5 * 90)
     assert "gpu-0" in found.notes[0]
 
 
@@ -179,7 +179,7 @@ def test_a_gpu_belongs_to_its_rank_and_the_rest_is_shared(tmp_path: Path, cores:
     tell(run, device="NVIDIA H100", ranks=places)
     found = energy(run)
     first = 2.5 * 80 * len(cores[0]) / sum(map(len, cores))
-    assert found.ranks == {0: Joules(750.0, first), 1: Joules(500.0, 200 - first)}
+    assert found.ranks == {0: EnergyAmount(750.0, first), 1: EnergyAmount(500.0, 200 - first)}
     assert found.rest_rule == ("equally" if first == 100 else "by the number of their cores")
     tell(run, device="cpu")  # these GPUs are nobody's
     assert sum(part.known for part in energy(run).ranks.values()) == pytest.approx(1450)
@@ -221,12 +221,12 @@ def two_attempts(root: Path) -> RunDir:
 
 def test_attempts_on_other_hosts_and_meters_add_up(tmp_path: Path) -> None:
     found = energy(two_attempts(tmp_path))
-    assert found.gross == Joules(250.0, 50.0) and found.run.summary.joules == 300
-    assert [loop.lasted_s for loop in found.course.loops] == pytest.approx([1.0, 1.7])
+    assert found.gross == EnergyAmount(250.0, 50.0) and found.run.summary.joules == 300
+    assert [loop.lasted_s for loop in found.timeline.loops] == pytest.approx([1.0, 1.7])
     # Metered on for longer than the loops: 1.0 s at 100 W, 1.7 s at 20 W.
     assert found.loop.measured == pytest.approx(100) and found.loop.estimated == pytest.approx(34)
-    twice = found.course.of_first(50)
-    assert twice is not None and found.course.attempt[twice] == 1
+    twice = found.timeline.of_first(50)
+    assert twice is not None and found.timeline.attempt[twice] == 1
     assert found.ranks == {} and found.metered_s == 5.0
 
 
@@ -235,7 +235,7 @@ def test_runs_of_known_laws_give_their_watts_back(tmp_path: Path) -> None:
     run, _ = laws.write(tmp_path, drawn)
     found = energy(run)
     span_s = found.metered_s
-    assert found.course.loop_s == pytest.approx(span_s, rel=0.01)
+    assert found.timeline.loop_s == pytest.approx(span_s, rel=0.01)
     assert found.gross.total == pytest.approx(2 * 170 * span_s, rel=0.005)
     assert found.net.total == pytest.approx(2 * 100 * span_s, rel=0.005)
     assert found.mean_w == pytest.approx(340, rel=0.005) and found.peak is not None

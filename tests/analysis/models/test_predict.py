@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 
 from hpc_train.analysis.models import predict as prediction
-from hpc_train.analysis.models.analytic_model import fit_mechanism
-from hpc_train.analysis.models.measurements import Network, Points
-from hpc_train.analysis.models.models import expected_maximum
+from hpc_train.analysis.models.analytic_model import fit_analytic_model
+from hpc_train.analysis.models.measurements import Measurements, Network
 from hpc_train.analysis.models.predict import predict
+from hpc_train.analysis.stats.order_statistics import expected_maximum
 from hpc_train.core.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "scaling"
 
 
-def points(ranks: list[int], step_s: Any, **facts: Any) -> Points:
+def measurements(ranks: list[int], step_s: Any, **facts: Any) -> Measurements:
     known = {"label": "synthetic", "weak": True, "batch": 64.0, "ranks_per_node": 4, **facts}
     blank = np.full(len(ranks), np.nan)
     steps = np.asarray(step_s, dtype=float)
-    return Points(ranks=np.array(ranks), step_s=steps, error=np.zeros(len(ranks)), joules_per_step=blank, **known)
+    return Measurements(ranks=np.array(ranks), step_s=steps, error=np.zeros(len(ranks)), joules_per_step=blank, **known)
 
 
 def noisy(step_s: Any, seed: int, relative: float = 0.005) -> Any:
@@ -36,7 +36,7 @@ def noisy(step_s: Any, seed: int, relative: float = 0.005) -> Any:
 @pytest.mark.parametrize("seed", range(3))
 def test_an_amdahl_fraction_comes_back(seed: int) -> None:
     n = np.array([1, 2, 4, 8, 16, 32])
-    strong = points(n.tolist(), noisy(8.0 * (0.03 + 0.97 / n), seed), weak=False, batch=512.0)
+    strong = measurements(n.tolist(), noisy(8.0 * (0.03 + 0.97 / n), seed), weak=False, batch=512.0)
     low, value, high = predict(strong, "amdahl").parameters["sigma"]
     assert low <= 0.03 <= high and value == pytest.approx(0.03, rel=0.2)
 
@@ -44,7 +44,9 @@ def test_an_amdahl_fraction_comes_back(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_usl_comes_back(seed: int) -> None:
     n = np.array([1, 2, 4, 8, 16, 32])
-    found = predict(points(n.tolist(), noisy(0.1 * (1 + 0.02 * (n - 1) + 0.001 * n * (n - 1)), seed)), "usl").parameters
+    found = predict(
+        measurements(n.tolist(), noisy(0.1 * (1 + 0.02 * (n - 1) + 0.001 * n * (n - 1)), seed)), "usl"
+    ).parameters
     assert found["sigma"][0] <= 0.02 <= found["sigma"][2]
     assert found["kappa"][0] <= 0.001 <= found["kappa"][2]
 
@@ -71,7 +73,7 @@ def mechanism(n: Any, per_node: int = 4, **truth: float) -> Any:
 @pytest.mark.parametrize("seed", range(3))
 def test_alpha_beta_and_sigma_come_back(seed: int) -> None:
     n = np.array([1, 2, 3, 4, 8, 16, 32, 64])
-    made = predict(points(n.tolist(), noisy(mechanism(n, **TRUTH), seed)))
+    made = predict(measurements(n.tolist(), noisy(mechanism(n, **TRUTH), seed)))
     assert made.chosen.model == "mechanistic" and made.chosen.error is not None and made.chosen.error < 0.05
     for name, truth in TRUTH.items():
         low, _, high = made.parameters[name]
@@ -84,7 +86,7 @@ def test_alpha_beta_and_sigma_come_back(seed: int) -> None:
 def test_a_benchmark_pins_the_network_so_that_one_size_is_enough() -> None:
     network = Network(1e-5, 0.06 / 1e8, 2e-4, 0.11 / 1e8, "bench")
     truth = {**TRUTH, "noise_s": 0.0}
-    one = points([4], mechanism(np.array([4]), **truth), gradient_bytes=1e8, network=network)
+    one = measurements([4], mechanism(np.array([4]), **truth), gradient_bytes=1e8, network=network)
     made = predict(one)
     ahead = made.at([8, 16])
     assert [each.step_s for each in ahead] == pytest.approx(mechanism(np.array([8, 16]), **truth), rel=0.02)
@@ -95,13 +97,13 @@ def test_a_benchmark_pins_the_network_so_that_one_size_is_enough() -> None:
 
 
 def test_several_nodes_are_out_of_reach_without_a_run_or_a_benchmark_of_them() -> None:
-    made = predict(points([1, 2, 4], [0.1, 0.102, 0.104]))
+    made = predict(measurements([1, 2, 4], [0.1, 0.102, 0.104]))
     assert made.chosen.model == "mechanistic" and made.reachable(4) and not made.reachable(8)
     assert "none can be held out" in made.why
 
 
 def test_too_few_sizes_for_a_model_are_refused_with_the_reason() -> None:
-    two = points([4, 8], [0.1, 0.11])
+    two = measurements([4, 8], [0.1, 0.11])
     assert predict(two, "amdahl").chosen.model == "amdahl"
     with pytest.raises(UserError, match="usl model cannot be fitted to 4, 8 ranks: 3 parameters need 3 sizes, and 2"):
         predict(two, "usl")
@@ -110,7 +112,7 @@ def test_too_few_sizes_for_a_model_are_refused_with_the_reason() -> None:
 
 
 def test_a_size_that_fits_no_model_is_said() -> None:
-    made = predict(points([1, 2, 4, 8, 16], [0.1, 0.1, 0.1, 0.2, 0.1]))
+    made = predict(measurements([1, 2, 4, 8, 16], [0.1, 0.1, 0.1, 0.2, 0.1]))
     assert any("16 ranks: 100% more per rank than at the size before" in note for note in made.notes)
 
 
@@ -133,7 +135,7 @@ def published(name: str = "horovod-azure") -> dict[tuple[str, ...], dict[int, fl
     return dict(found)
 
 
-def log_law(known: Points, ranks: int) -> float:
+def log_law(known: Measurements, ranks: int) -> float:
     """The step time a + b log2 N, by least squares: what a mechanism must be better than."""
     columns = np.stack([np.ones(len(known.ranks)), np.log2(known.ranks)], axis=1)
     return float(np.linalg.lstsq(columns, known.step_s, rcond=None)[0] @ [1, np.log2(ranks)])
@@ -144,7 +146,7 @@ def series_errors(name: str, most: int, per_node: int) -> dict[str, Any]:
     errors: dict[str, list[float]] = defaultdict(list)
     for series in published(name).values():
         sizes = [size for size in sorted(series) if size <= most]
-        known = points(sizes, [64 * size / series[size] for size in sizes], ranks_per_node=per_node)
+        known = measurements(sizes, [64 * size / series[size] for size in sizes], ranks_per_node=per_node)
         truth = 64 * 32 / series[32]
         (ahead,) = predict(known).at([32])
         errors["chosen"].append(abs(ahead.step_s / truth - 1))
@@ -188,8 +190,8 @@ def test_so_are_series_that_no_choice_was_made_by(monkeypatch: pytest.MonkeyPatc
 def test_a_model_that_knows_no_node_boundary_misses_it() -> None:
     series = published()["p100", "resnet50", "Open MPI + NCCL"]
     sizes = [1, 2, 3, 4, 8]
-    known = points(sizes, [64 * size / series[size] for size in sizes])
+    known = measurements(sizes, [64 * size / series[size] for size in sizes])
     truth = 64 * 32 / series[32]
-    fit = fit_mechanism(known, "ring")
+    fit = fit_analytic_model(known, "ring")
     assert abs(fit(np.array([32]))[0] / truth - 1) < 0.05
     assert abs(predict(known, "amdahl").at([32])[0].step_s / truth - 1) > 0.3

@@ -11,8 +11,8 @@ import pytest
 from hpc_train.analysis.report.plots.canvas import COLUMN_WIDTH, files, thinned
 from hpc_train.analysis.report.plots.gallery import drawings, prefixes
 from hpc_train.analysis.report.report import Report, make_report
+from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.laws import fitted, law_words
-from hpc_train.analysis.scaling.scaling import Group
 from hpc_train.core.errors import UserError
 from tests.synthetic import Recipe, write_run
 

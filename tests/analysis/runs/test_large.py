@@ -14,7 +14,7 @@ _REPORT = """
 import resource, sys, time
 from rich.console import Console
 from pathlib import Path
-from hpc_train.analysis.report import make_report
+from hpc_train.analysis.report.report import make_report
 report = make_report([Path(sys.argv[1])])
 with open(sys.argv[2] + ".txt", "w") as file:
     report.print(Console(file=file))

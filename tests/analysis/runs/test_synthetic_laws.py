@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hpc_train.analysis.runs.load import load, load_all
-from hpc_train.analysis.scaling.scaling import compare
+from hpc_train.analysis.scaling.compare import compare
 from tests import laws
 from tests.laws import Laws, Slow
 

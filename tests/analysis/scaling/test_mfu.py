@@ -11,8 +11,8 @@ import pytest
 from hpc_train.analysis.report.report import scaling_csv
 from hpc_train.analysis.report.tables import group_notes, sheets
 from hpc_train.analysis.runs.load import load
+from hpc_train.analysis.scaling.compare import compare
 from hpc_train.analysis.scaling.mfu import flops_notes, flops_of
-from hpc_train.analysis.scaling.scaling import compare
 from tests.analysis.report.test_report import Page, printed, report
 from tests.synthetic import Recipe, write_run
 

@@ -10,7 +10,7 @@ import pytest
 from hpc_train.analysis.report.report import Report
 from hpc_train.analysis.report.tables import group_notes, sheets, strategy_notes, strategy_sheets
 from hpc_train.analysis.runs.load import load, load_all
-from hpc_train.analysis.scaling.scaling import compare
+from hpc_train.analysis.scaling.compare import compare
 from hpc_train.analysis.scaling.strategies import Comparison, compare_strategies, traffic
 from hpc_train.core.errors import UserError
 from tests.analysis.report.test_report import Page, page, printed, report

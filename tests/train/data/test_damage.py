@@ -15,7 +15,7 @@ import torch
 
 from hpc_train.core.world import World
 from hpc_train.datasets.inspect.check import check
-from hpc_train.datasets.inspect.survey import survey
+from hpc_train.datasets.inspect.structure import read_structure
 from hpc_train.train.comm.context import Context
 from tests import damage
 
@@ -109,7 +109,7 @@ def test_prepared_files_have_checksums_of_what_numbers_mean(digits: Path, tmp_pa
     """HDF5's own, in the form of its version 1.8."""
     for content in attribute_bits(digits):
         (tmp_path / "data.h5").write_bytes(content)
-        (fault,) = survey(tmp_path / "data.h5").faults
+        (fault,) = read_structure(tmp_path / "data.h5").faults
         assert "incorrect metadata checksum" in fault.what
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from hpc_train.core import config
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.datasets.inspect.check import check
-from hpc_train.datasets.inspect.survey import expand
+from hpc_train.datasets.inspect.structure import expand
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data import files, foreign_files
+from hpc_train.train.data import files, hdf5_faults
 from hpc_train.train.data.dataset import Buffers, Split, open_order, open_split, open_tokens
 from hpc_train.train.data.files import Files, open_files
 from hpc_train.train.tasks.classification import Classification
@@ -157,7 +157,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_named(tmp_path: Path, monke
 
 
 def test_a_refused_lock_names_the_variable() -> None:
-    what, remedy = foreign_files.cannot_open(
+    what, remedy = hdf5_faults.explain_open_failure(
         OSError("Unable to synchronously open file (unable to lock file, errno = 11)")
     )
     assert "cannot be locked" in what and "HDF5_USE_FILE_LOCKING=FALSE" in remedy

@@ -6,9 +6,8 @@ from time import perf_counter, sleep
 
 import pytest
 
-from hpc_train.core.sampling import Order, rank_batches
 from hpc_train.train.data import prefetch
-from hpc_train.train.data.prefetch import MOST, Prefetch, announced
+from hpc_train.train.data.prefetch import MAX_DEPTH, Prefetch
 
 
 def slow(count: int, seconds: float) -> Iterator[int]:
@@ -28,7 +27,7 @@ def test_the_loop_stops_waiting() -> None:
             found.append(number)
             sleep(0.004)
             if number == 150:
-                assert threads() and 1 <= batches.depth <= MOST
+                assert threads() and 1 <= batches.depth <= MAX_DEPTH
             if number > 150:
                 began = perf_counter()
                 found.append(next(batches))
@@ -89,12 +88,3 @@ def test_leaving_early_leaves_no_thread() -> None:
                 break
         assert threads()
     assert not threads()
-
-
-def test_rows_are_announced_before_they_come() -> None:
-    heard: list[list[int]] = []
-    shares = rank_batches(range(10), Order(40), 8, 0, 0, 2)
-    expected = [rows.tolist() for rows, _ in rank_batches(range(10), Order(40), 8, 0, 0, 2)]
-    for number, (rows, _) in enumerate(announced(shares, lambda rows: heard.append(rows.tolist()), 3)):
-        assert rows.tolist() == expected[number] and len(heard) == min(10, number + 4)
-    assert heard == expected

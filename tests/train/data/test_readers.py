@@ -6,6 +6,7 @@ import threading
 import tracemalloc
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -16,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import Order, rank_batches
+from hpc_train.core.sampling import BatchSampler, Order
 from hpc_train.train.data import filters
+from hpc_train.train.data.batches import Batches
 from hpc_train.train.data.chunk_cache import ChunkCache, ChunkFile
-from hpc_train.train.data.prefetch import announced
 from hpc_train.train.data.readers import ConcatReader, H5pyReader, MmapReader, Reader, join, open_reader
 from tests.jobs import CONFIGS
 
@@ -66,8 +67,8 @@ def test_every_layout_reads_alike(tmp_path: Path, layout: str, userblock: int, m
         assert np.array_equal(out[: len(rows)], expected[rows])
     assert np.array_equal(reader[3:190], expected[3:190])
     assert len(reader.take(ROWS[:0])) == 0
-    if reader.edges is not None:
-        assert np.array_equal(reader.edges, [*range(0, 203, h5py.File(path)["x"].chunks[0]), 203])
+    if reader.chunk_edges is not None:
+        assert np.array_equal(reader.chunk_edges, [*range(0, 203, h5py.File(path)["x"].chunks[0]), 203])
     reader.close()
 
 
@@ -134,7 +135,7 @@ def test_files_read_as_one(tmp_path: Path, layout: dict[str, Any], kind: type) -
     assert np.array_equal(reader.take(ROWS), values()[ROWS])
     assert np.array_equal(reader[39:43], values()[39:43])
     if layout:
-        assert reader.edges is not None and reader.edges[:7].tolist() == [0, 16, 32, 40, 41, 57, 73]
+        assert reader.chunk_edges is not None and reader.chunk_edges[:7].tolist() == [0, 16, 32, 40, 41, 57, 73]
     reader.close()
 
 
@@ -144,7 +145,7 @@ def test_files_of_different_layouts_read_as_one(tmp_path: Path) -> None:
             file.create_dataset("x", data=values(), **layout)
     reader = join([(tmp_path / f"{n}.h5", h5py.File(tmp_path / f"{n}.h5")["x"]) for n in "ab"], 1 << 20, 1)
     assert np.array_equal(reader.take(np.array([405, 0, 203, 202])), np.concatenate([values()] * 2)[[405, 0, 203, 202]])
-    assert reader.edges is not None and len(reader.edges) == 203 + 13 + 1
+    assert reader.chunk_edges is not None and len(reader.chunk_edges) == 203 + 13 + 1
 
 
 def test_a_virtual_data_set_is_read_piece_by_piece(tmp_path: Path) -> None:
@@ -237,10 +238,13 @@ def test_each_chunk_is_decoded_once_an_epoch(
     decoded: list[int] = []
     read = ChunkFile.read
     monkeypatch.setattr(ChunkFile, "read", lambda self, block, there: (decoded.append(block), read(self, block, there)))
-    order, batch = Order(2000, reader.edges, window), 32
-    shares = rank_batches(range(-(-2000 // batch)), order, batch, 0, 0, 1)
-    for rows, _ in announced(shares, reader.prefetch, order.steps_ahead(batch)):
-        assert np.array_equal(reader.take(rows), expected[rows])
+    order, batch = Order(2000, reader.chunk_edges, window), 32
+    task: Any = SimpleNamespace(
+        batch=lambda rows, step: (rows, reader.take(rows)), prefetch=reader.prefetch, in_step=True
+    )
+    steps = range(-(-2000 // batch))
+    for ((rows, values),), _, _ in Batches(task, BatchSampler(order, batch, 0), steps, 1, torch.device("cpu")):
+        assert np.array_equal(values, expected[rows])
     if 2 * window <= memory_chunks:
         assert sorted(decoded) == list(range(40))
     reader.close()
@@ -310,6 +314,7 @@ from hpc_train.train.tasks.classification import Classification
 from hpc_train.core.world import World
 import numpy as np
 from pathlib import Path
+from types import SimpleNamespace
 job = load(Path({str(CONFIGS / "softmax-mnist.toml")!r}), ("data.file={tmp_path}/part-*.h5",)).config
 task = Classification(job, Context(World()))
 print(task.num_samples, int(task.batch(np.array([4 * 299]), 0).inputs[0, 0]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.records import read_energy
 from hpc_train.core.rundir import find
 from hpc_train.train.energy import meters
@@ -23,6 +24,7 @@ AccountingStorageTRES   = cpu,mem,energy,node,billing
 AcctGatherEnergyType    = acct_gather_energy/{}
 AcctGatherNodeFreq      = 30 sec
 """
+job = JobEnvironment.from_variables
 STEP = {"SLURM_JOB_ID": "812", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2"}
 
 
@@ -39,17 +41,17 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_slurms_count_is_taken_where_its_plugin_measures_nodes(answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for plugin, whole in (("ipmi", True), ("pm_counters", True), ("rapl", False)):
         put(answers / "scontrol", CONFIG.format(plugin))
-        assert slurm.find_step(2, STEP) == slurm.Step("812.0", plugin, whole)
-    assert slurm.find_step(3, STEP) is None, "a host outside the step would have no joules"
-    assert slurm.find_step(2, STEP | {"SLURM_STEP_ID": "4294967291"}) is not None
-    assert slurm.find_step(2, {"SLURM_JOB_ID": "812"}) is None, "the batch script, under mpirun"
+        assert slurm.find_step(2, job(STEP)) == slurm.Step("812.0", plugin, whole)
+    assert slurm.find_step(3, job(STEP)) is None, "a host outside the step would have no joules"
+    assert slurm.find_step(2, job(STEP | {"SLURM_STEP_ID": "4294967291"})) is not None
+    assert slurm.find_step(2, job({"SLURM_JOB_ID": "812"})) is None, "the batch script, under mpirun"
     for plugin in ("none", "gpu"):
         put(answers / "scontrol", CONFIG.format(plugin))
-        assert slurm.find_step(2, STEP) is None
+        assert slurm.find_step(2, job(STEP)) is None
     put(answers / "scontrol", CONFIG.format("gpu,acct_gather_energy/xcc"))
-    assert slurm.find_step(2, STEP) == slurm.Step("812.0", "xcc", True)
+    assert slurm.find_step(2, job(STEP)) == slurm.Step("812.0", "xcc", True)
     monkeypatch.setenv("PATH", "/nowhere")
-    assert slurm.find_step(2, STEP) is None
+    assert slurm.find_step(2, job(STEP)) is None
 
 
 def test_slurms_zero_is_missing(answers: Path) -> None:
@@ -97,7 +99,7 @@ def test_a_job_that_holds_part_of_a_node_may_share_it(tmp_path: Path) -> None:
     one, two = machine(tmp_path / "one", 8, 1), machine(tmp_path / "two", 8, 2)
 
     def part(root: Path, cpus: str, **environ: str) -> bool | None:
-        return sharing.holds_part({"SLURM_JOB_ID": "1", "SLURM_JOB_CPUS_PER_NODE": cpus, **environ}, root)
+        return sharing.holds_part(job({"SLURM_JOB_ID": "1", "SLURM_JOB_CPUS_PER_NODE": cpus, **environ}), root)
 
     assert part(one, "8(x2)") is False and part(one, "4(x2)") is True
     assert part(two, "16") is False and part(two, "2") is True
@@ -105,17 +107,17 @@ def test_a_job_that_holds_part_of_a_node_may_share_it(tmp_path: Path) -> None:
     of_step = {"SLURM_STEP_NUM_NODES": "3", "SLURM_JOB_NUM_NODES": "3"}
     assert [part(one, "8(x2),4", SLURM_NODEID=str(node), **of_step) for node in range(3)] == [False, False, True]
     assert part(one, "8(x2),4", SLURM_NODEID="0") is None and part(one, "all") is None
-    assert sharing.holds_part({"SLURM_JOB_ID": "1"}, one) is None
-    assert sharing.holds_part({"SLURM_JOB_ID": "1", "SLURM_JOB_CPUS_PER_NODE": "8"}, tmp_path / "none") is None
+    assert sharing.holds_part(job({"SLURM_JOB_ID": "1"}), one) is None
+    assert sharing.holds_part(job({"SLURM_JOB_ID": "1", "SLURM_JOB_CPUS_PER_NODE": "8"}), tmp_path / "none") is None
 
-    assert sharing.holds_part({}, one) is None, "nobody gave anything"
+    assert sharing.holds_part(job({}), one) is None, "nobody gave anything"
     put(one / "proc/self/cgroup", "0::/kubepods/pod1")
-    assert sharing.holds_part({}, one) is None
+    assert sharing.holds_part(job({}), one) is None
     put(one / "sys/fs/cgroup/kubepods/pod1/cpuset.cpus.effective", "0-2,5")
-    assert sharing.holds_part({}, one) is True, "a container with 4 of 8 cores"
+    assert sharing.holds_part(job({}), one) is True, "a container with 4 of 8 cores"
     put(two / "proc/self/cgroup", "12:cpu,cpuacct:/job\n5:cpuset:/job")
     put(two / "sys/fs/cgroup/cpuset/job/cpuset.effective_cpus", "0-15")
-    assert sharing.holds_part({}, two) is None, "all of it, but not alone, perhaps"
+    assert sharing.holds_part(job({}), two) is None, "all of it, but not alone, perhaps"
 
 
 def test_foreign_load_is_what_the_node_did_without_us(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional
 from hpc_train.core.errors import UserError
 from hpc_train.train.device import recompute_blocks
 from hpc_train.train.models import classifier
-from hpc_train.train.models.pictures import BatchNorm, layout
+from hpc_train.train.models.images import BatchNorm, image_layout
 from hpc_train.train.models.resnet import ResNet
 from hpc_train.train.models.vgg import Vgg
 
@@ -167,12 +167,12 @@ def test_on_a_cpu_each_channel_is_a_plane_of_its_own() -> None:
     """Whatever the file has: oneDNN's bug 6035 is in channels_last. What is stored so already is not copied."""
     for shape in ((3, 8, 6), (8, 6, 3), (1, 8, 6), (8, 6, 1), (8, 6)):
         stored = torch.rand(5, *shape)
-        pictures = layout(shape, "resnet").channels_first(stored)
+        pictures = image_layout(shape, "resnet").channels_first(stored)
         num_channels = 3 if 3 in shape else 1
         assert pictures.shape == (5, num_channels, 8, 6) and pictures.stride() == (num_channels * 48, 48, 6, 1)
         assert (pictures.data_ptr() == stored.data_ptr()) == (shape != (8, 6, 3))
 
 
 def test_on_a_gpu_channels_lie_side_by_side() -> None:
-    pictures = layout((8, 6, 3), "resnet").channels_first(torch.empty(5, 8, 6, 3, device="meta"))
+    pictures = image_layout((8, 6, 3), "resnet").channels_first(torch.empty(5, 8, 6, 3, device="meta"))
     assert pictures.is_contiguous(memory_format=torch.channels_last)

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_train.core import config
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.settings import Checkpoint, Train
 from hpc_train.core.world import World
 from hpc_train.train import loop
 from hpc_train.train.comm.context import Context
@@ -33,13 +33,13 @@ FACTS = {"size": 1, "global_batch": 8, "num_samples": 100}
 def saver(path: Path, said: list[str] | None = None, **settings: object) -> Saver:
     run = RunDir(path)
     run.checkpoints_dir.mkdir(exist_ok=True)
-    chosen = config.Checkpoint.model_validate(settings)
+    chosen = Checkpoint.model_validate(settings)
     return Saver(run, chosen, FACTS, is_root=True, say=(said if said is not None else []).append)
 
 
 def trained(width: int = 8, **keys: object) -> tuple[nn.Module, Optimizer]:
     model = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
-    settings = config.Train.model_validate({"steps": 10, "global_batch": 4, "lr": 0.1, **keys})
+    settings = Train.model_validate({"steps": 10, "global_batch": 4, "lr": 0.1, **keys})
     chosen = Optimizer(settings, whole(model), 4, lambda value: value)
     for step in range(3):
         model(torch.randn(4, width)).square().sum().backward()

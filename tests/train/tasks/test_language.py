@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from hpc_train.core import rundir
-from hpc_train.core.config import Config, load
+from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.datasets.prepare.prepare import prepare
 from hpc_train.train.comm.context import Context

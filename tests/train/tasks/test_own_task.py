@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import h5py
 import numpy as np
@@ -18,9 +19,10 @@ from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.records import read_metrics
 from hpc_train.core.rundir import RunDir
+from hpc_train.core.sampling import Order, regular_chunk_edges
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
-from hpc_train.train.tasks import checked_loss, open_task
+from hpc_train.train.tasks import checked_loss, complete, open_task
 from tests import jobs
 
 TESTS = Path(__file__).parents[2]
@@ -194,3 +196,49 @@ def test_other_faults_of_a_task_keep_their_own_type() -> None:
 
     with pytest.raises(KeyError):
         tried(nn.Linear(784, 10), torch.zeros(2, 784), faulty)
+
+
+class Least:
+    """Only what a task must have."""
+
+    num_samples = 7
+    model = batch = loss = test_batches = test = None
+
+
+@dataclass(frozen=True)
+class Frozen:
+    num_samples: int = 7
+
+
+class Replaying(Least):
+    """What it lacks it hands on to another object, as a wrapper of a shipped task may."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+        self.inner = SimpleNamespace(order=Order(7, regular_chunk_edges(7, 2)), prefetch=print, reading=None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def state(self) -> dict[str, Any]:
+        return self.kept
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.kept = state
+
+
+@pytest.mark.parametrize("make", [Least, Frozen])
+def test_a_task_gets_the_defaults_of_the_members_it_lacks(make: type) -> None:
+    task = complete(make())
+    assert task.order.chunk_edges is None and task.order.num_samples == 7 and task.reading is None
+    assert not task.in_step and not task.keeps_state and task.state() == {}
+    task.prefetch(np.arange(3))
+    task.load_state({})
+    assert complete(task) is task
+
+
+def test_a_task_keeps_the_members_it_has() -> None:
+    task: Any = complete(Replaying())
+    assert task.order is task.inner.order and task.prefetch is print and task.keeps_state and task.reading is None
+    task.load_state({"x": 1})
+    assert task.state() == {"x": 1}

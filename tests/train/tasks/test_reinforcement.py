@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_train.core.config import Config, load
+from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import Order, drawn, rank_samples
-from hpc_train.core.sampling import global_batch as batch_of
+from hpc_train.core.sampling import BatchSampler, random_below
+from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.models.policy import Policy
@@ -51,7 +51,7 @@ class Learner:
 
     def _step(self, step: int) -> float:
         size = self.config.train.batch_size(1)
-        rows = rank_samples(batch_of(step, self.task.num_samples, size), Order(self.task.num_samples), 0, 0, 1)
+        rows, _ = BatchSampler(self.task.order, size, 0).batch(step)
         loss = self.task.loss(self.model, self.task.batch(rows, step)) / size
         loss.backward()
         self.optimizer.step()
@@ -59,14 +59,12 @@ class Learner:
         return loss.item()
 
     def state(self) -> dict[str, Any]:
-        own = {"task": self.task.state()} if hasattr(self.task, "state") else {}
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **own}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "task": self.task.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if "task" in state:
-            self.task.load_state(state["task"])  # type: ignore[attr-defined]
+        self.task.load_state(state["task"])
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -182,8 +180,8 @@ def test_a_policy_begins_undecided() -> None:
 
 def test_draws_belong_to_the_sample_and_are_even() -> None:
     rows = np.arange(10**6, 10**6 + 60_000)
-    draws = drawn(rows, 60, seed=3)
-    assert np.array_equal(drawn(rows[7:9], 60, seed=3), draws[7:9])
+    draws = random_below(rows, 60, seed=3)
+    assert np.array_equal(random_below(rows[7:9], 60, seed=3), draws[7:9])
     counts = np.bincount(draws, minlength=60)
     assert len(counts) == 60 and abs(counts - 1000).max() < 160, "5 deviations"
 
@@ -238,10 +236,7 @@ gymnasium.register("Pictures-v0", Endless, kwargs={"shape": (8, 8, 3)})
         ("rl.environment=FrozenLake-v1", 1, ["its observations are Discrete(16)", "vector"]),
         ("rl.environment=Pictures-v0", 1, ["its observations are Box", "vector"]),
         ("rl.environment=Endless-v0", 1, ["Set rl.max_episode_steps"]),
-        ("train.global_batch=61", 1, ["rl.replay_size = 60", "global batch of 61"]),
-        ("train.batch_per_rank=31", 2, ["rl.replay_size = 60", "global batch of 62"]),
         ("rl.replay_start=61", 1, ["rl.replay_start = 61", "rl.replay_size = 60"]),
-        ("rl.num_envs=2", 3, ["rl.num_envs = 2", "3 ranks"]),
     ],
 )
 def test_a_users_mistake(override: str, size: int, words: list[str]) -> None:
@@ -289,4 +284,4 @@ def test_a_state_that_this_task_did_not_give_is_refused_whole(change: dict[str, 
     for key, value in change.items():
         state[key] = {**state[key], **value} if isinstance(value, dict) and value else value
     with pytest.raises((LookupError, TypeError, ValueError, AttributeError, RuntimeError)):
-        Learner(job("dqn")).task.load_state(state)  # type: ignore[attr-defined]
+        Learner(job("dqn")).task.load_state(state)

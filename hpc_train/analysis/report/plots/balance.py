@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpc_train.analysis.efficiency.pop import FACTORS
-from hpc_train.analysis.efficiency.stragglers import Waiting
+from hpc_train.analysis.efficiency.stragglers import StragglerAnalysis
 from hpc_train.analysis.report.load_balance_tables import name
 from hpc_train.analysis.report.plots.canvas import BLACK, BLUE, GREY, VERMILLION, WHITE, Drawing, thinned
 from hpc_train.analysis.report.table import ranks_text
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.load_balance import Arrivals
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
-from hpc_train.core.formatting import percent, significant
+from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.core.formatting import percent, plural, significant
 from hpc_train.core.records import FloatArray
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def tree_drawing(group: Group) -> Drawing | None:
     rows = [rows[place] for place in shown]
     factors = [factor for factor in FACTORS if any(factor in row.pop.factors for row in rows)]
     told = "; ".join(
-        f"{num_ranks(row.size)}: "
+        f"{plural(row.size, 'rank')}: "
         + ", ".join(f"{_words(factor)} {percent(row.pop.factors.get(factor), 0)}" for factor in factors)
         for row in rows
     )
@@ -106,7 +106,7 @@ def map_drawing(group: Group) -> Drawing | None:
     run, waiting, arrivals = found
     scale, unit = _time_unit(float(np.abs(arrivals.map_s).max()))
     latest = np.argsort(-arrivals.late_s)[:3]
-    ranks = run.balance.ranks if run.balance else latest
+    ranks = run.load_balance.ranks if run.load_balance else latest
     told = ", ".join(f"rank {ranks[at]} by {significant(scale * arrivals.late_s[at])} {unit}" for at in latest)
     whom = " and ".join(name(one) for one in waiting.stragglers[:3])
     named = f" Waited for: {whom}." if whom else ""
@@ -115,7 +115,7 @@ def map_drawing(group: Group) -> Drawing | None:
     rows = "" if len(ranks) == len(arrivals.map_s) else f" A row is {len(ranks) / len(arrivals.map_s):.3g} ranks."
     return Drawing(
         "late-ranks",
-        f"Who comes late to the reductions of {num_ranks(run.size)}, {how}: orange ranks are waited for, blue ones"
+        f"Who comes late to the reductions of {plural(run.size, 'rank')}, {how}: orange ranks are waited for, blue ones"
         f" wait.{named}{rows}",
         f"Lateness of {len(ranks)} ranks over {arrivals.num_steps} steady steps, latest on average over the median"
         f" rank: {told}.{named}",
@@ -124,20 +124,22 @@ def map_drawing(group: Group) -> Drawing | None:
     )
 
 
-def _shown(group: Group) -> tuple[Run, Waiting, Arrivals] | None:
+def _shown(group: Group) -> tuple[Run, StragglerAnalysis, Arrivals] | None:
     whole = [row for row in group.rows if not row.incomplete] or list(group.rows)
     for row in reversed(whole):
         known = [
-            (run, waiting, run.balance.arrivals)
-            for run, waiting in zip(row.runs, row.waiting, strict=True)
-            if run.balance is not None and run.balance.arrivals is not None and run.balance.arrivals.map_s.any()
+            (run, waiting, run.load_balance.arrivals)
+            for run, waiting in zip(row.runs, row.stragglers, strict=True)
+            if run.load_balance is not None
+            and run.load_balance.arrivals is not None
+            and run.load_balance.arrivals.map_s.any()
         ]
         if known:
             return max(known, key=lambda each: each[1].share)
     return None
 
 
-def _places(waiting: Waiting, ranks: list[int]) -> list[float]:
+def _places(waiting: StragglerAnalysis, ranks: list[int]) -> list[float]:
     """Where those who are waited for stand among the ranks: a host in the middle of its own."""
     own = [[ranks.index(rank) for rank in one.ranks] for one in waiting.stragglers[:3]]
     return [float(np.mean(places)) for places in own]

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
-from hpc_train.analysis.energy.energy_amount import Joules
+from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.report.plots.canvas import (
     BLUE,
     GREEN,
@@ -18,9 +18,8 @@ from hpc_train.analysis.report.plots.canvas import (
     legend_above,
 )
 from hpc_train.analysis.report.plots.steps import PHASE_COLORS, bars_by_size
-from hpc_train.analysis.scaling.scaling import num_ranks
-from hpc_train.core.formatting import significant, times_text
-from hpc_train.core.records import PHASES
+from hpc_train.core.formatting import plural, ratio_text, significant
+from hpc_train.core.records import COMMUNICATION, PHASES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +42,7 @@ def _unit(most_j: float) -> tuple[float, str]:
     return 1 / size, unit
 
 
-def _qualities(parts: Sequence[Joules]) -> str:
+def _qualities(parts: Sequence[EnergyAmount]) -> str:
     """ "measured", "estimated / measured": of what is known."""
     known = {"mixed": "part estimated"}
     return " / ".join(sorted({known.get(part.quality, part.quality) for part in parts if part.known > 0} - {"missing"}))
@@ -57,7 +56,7 @@ def _size_drawing(cost: GroupEnergy) -> Drawing:
     qualities = _qualities([row.per_sample for row in rows]) or "in part missing"
     with_idle = any(row.net.total is not None for row in rows)
     told = ", ".join(
-        f"{num_ranks(row.row.size)} {row.per_sample.text()}"
+        f"{plural(row.row.size, 'rank')} {row.per_sample.text()}"
         + (f" of which above idle {row.net_per_sample.text()}" if row.net.total is not None else "")
         for row in rows
     )
@@ -73,7 +72,7 @@ def _size_drawing(cost: GroupEnergy) -> Drawing:
     )
 
 
-def _parts(row: RowEnergy) -> list[tuple[str, Joules]]:
+def _parts(row: RowEnergy) -> list[tuple[str, EnergyAmount]]:
     """What a bar is made of, from below: idle apart where it is known, else by how it came to be known."""
     whole = row.per_sample
     if row.net.total is not None and whole.total is not None:
@@ -82,15 +81,15 @@ def _parts(row: RowEnergy) -> list[tuple[str, Joules]]:
             ("above idle", net),
             (
                 "at rest",
-                Joules(estimated=whole.known - net.known)
+                EnergyAmount(estimated=whole.known - net.known)
                 if _is_estimate(net)
-                else Joules(measured=whole.known - net.known),
+                else EnergyAmount(measured=whole.known - net.known),
             ),
         ]
-    return [("measured", Joules(measured=whole.measured)), ("estimated", Joules(estimated=whole.estimated))]
+    return [("measured", EnergyAmount(measured=whole.measured)), ("estimated", EnergyAmount(estimated=whole.estimated))]
 
 
-def _is_estimate(part: Joules) -> bool:
+def _is_estimate(part: EnergyAmount) -> bool:
     return (part.estimated or 0.0) > 0
 
 
@@ -129,8 +128,8 @@ def _phase_drawing(cost: GroupEnergy) -> list[Drawing]:
     if not rows:
         return []
     told = "; ".join(
-        f"{num_ranks(row.row.size)}: "
-        + ", ".join(f"{name} {Joules(estimated=part).text()}" for name, part in _phases(row))
+        f"{plural(row.row.size, 'rank')}: "
+        + ", ".join(f"{name} {EnergyAmount(estimated=part).text()}" for name, part in _phases(row))
         for row in rows
     )
     return [
@@ -164,7 +163,7 @@ def _paint_phases(axes: "Axes", rows: Sequence[RowEnergy]) -> None:
         if not any(heights):
             continue
         how: dict[str, Any] = {"color": PHASE_COLORS.get(name, WHITE), "linewidth": 0.5, "label": name}
-        edge, hatch = GREY if name == _OUTSIDE else WHITE, "///" if name == "reduce" else None
+        edge, hatch = GREY if name == _OUTSIDE else WHITE, "///" if name in COMMUNICATION else None
         axes.bar(range(len(rows)), heights, 0.62, below, edgecolor=edge, hatch=hatch, **how)
         below = [base + height for base, height in zip(below, heights, strict=True)]
     legend_above(axes, 3)
@@ -182,9 +181,10 @@ def _speedup_drawing(cost: GroupEnergy) -> list[Drawing]:
     ]
     if len(rows) < 2 or cost.group.baseline is None:
         return []
-    over = num_ranks(cost.group.baseline.size)
+    over = plural(cost.group.baseline.size, "rank")
     told = ", ".join(
-        f"{num_ranks(row.row.size)} {times_text(row.row.speedup or 0.0)} for {row.per_sample.text()}" for row in rows
+        f"{plural(row.row.size, 'rank')} {ratio_text(row.row.speedup or 0.0)} for {row.per_sample.text()}"
+        for row in rows
     )
     return [
         Drawing(

@@ -7,8 +7,7 @@ import numpy as np
 from hpc_train.analysis.models.predict import curve_sizes
 from hpc_train.analysis.planning.plan import Plan
 from hpc_train.analysis.report.plots.canvas import BLACK, BLUE, GREY, SKY, VERMILLION, WHITE, Drawing, thinned
-from hpc_train.analysis.scaling.scaling import num_ranks
-from hpc_train.core.formatting import percent, significant
+from hpc_train.core.formatting import percent, plural, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,13 +22,13 @@ def forecast_drawing(plan: Plan, asked: str) -> Drawing | None:
     asked: "ask for 16 nodes", "" where the model is not to be trusted with that. None from fewer than three sizes,
     which any curve fits.
     """
-    if len(plan.prediction.points.ranks) < _LEAST_SIZES:
+    if len(plan.prediction.measurements.ranks) < _LEAST_SIZES:
         return None
     prediction = plan.prediction
-    chosen, points = prediction.chosen, prediction.points
-    rates = points.samples(points.ranks) / points.step_s
+    chosen, measurements = prediction.chosen, prediction.measurements
+    rates = measurements.samples(measurements.ranks) / measurements.step_s
     measured = ", ".join(
-        f"{num_ranks(n)} {significant(rate)}" for n, rate in zip(points.ranks.tolist(), rates, strict=True)
+        f"{plural(n, 'rank')} {significant(rate)}" for n, rate in zip(measurements.ranks.tolist(), rates, strict=True)
     )
     tested = (
         f"White squares are what it said of sizes before it had seen them, off by {percent(chosen.error)} in the mean."
@@ -39,15 +38,15 @@ def forecast_drawing(plan: Plan, asked: str) -> Drawing | None:
     advice = f" Dotted: {asked}." if asked else ""
     forecast = plan.chosen.forecast if plan.chosen and asked else None
     told = (
-        f" At {num_ranks(forecast.ranks)} {significant(forecast.samples_per_s)} are predicted (95% interval"
+        f" At {plural(forecast.ranks, 'rank')} {significant(forecast.samples_per_s)} are predicted (95% interval"
         f" {' to '.join(significant(end) for end in forecast.samples_per_s_interval)})."
         if forecast
         else ""
     )
     return Drawing(
         "forecast",
-        f"Samples per second by the {chosen.model} model, fitted to {len(points.ranks)} sizes, with its 95% interval;"
-        f" dashed beyond what was measured. {tested}{advice}",
+        f"Samples per second by the {chosen.model} model, fitted to {len(measurements.ranks)} sizes, with its 95%"
+        f" interval; dashed beyond what was measured. {tested}{advice}",
         f"Samples per second measured: {measured}. A {chosen.model} model was fitted to these. {tested}{told}{advice}",
         lambda axes: _paint(axes, plan, asked),
     )
@@ -55,30 +54,30 @@ def forecast_drawing(plan: Plan, asked: str) -> Drawing | None:
 
 def _paint(axes: "Axes", plan: Plan, asked: str) -> None:
     prediction = plan.prediction
-    points = prediction.points
-    most = max([points.largest, *(option.forecast.ranks for option in plan.options)])
-    sizes = curve_sizes(prediction, most / points.largest, _NUM_POINTS)
+    measurements = prediction.measurements
+    most = max([measurements.largest, *(option.forecast.ranks for option in plan.options)])
+    sizes = curve_sizes(prediction, most / measurements.largest, _NUM_POINTS)
     curve = prediction.at(sizes)
     low, high = zip(*(each.samples_per_s_interval for each in curve), strict=True)
-    rates = points.samples(points.ranks) / points.step_s
-    ideal = [rates[0] * size / points.ranks[0] for size in (points.ranks[0], most)]
-    axes.plot([points.ranks[0], most], ideal, color=GREY, linestyle="--", linewidth=1, label="ideal")
+    rates = measurements.samples(measurements.ranks) / measurements.step_s
+    ideal = [rates[0] * size / measurements.ranks[0] for size in (measurements.ranks[0], most)]
+    axes.plot([measurements.ranks[0], most], ideal, color=GREY, linestyle="--", linewidth=1, label="ideal")
     axes.fill_between(sizes, low, high, color=SKY, alpha=0.45, linewidth=0, label="95% interval")
-    seen = [each for each in curve if each.ranks <= points.largest]
-    beyond = [each for each in curve if each.ranks >= points.largest]
+    seen = [each for each in curve if each.ranks <= measurements.largest]
+    beyond = [each for each in curve if each.ranks >= measurements.largest]
     for part, style, label in ((seen, "-", f"{prediction.chosen.model} model"), (beyond, "--", None)):
         rate = [each.samples_per_s for each in part]
         axes.plot([each.ranks for each in part], rate, color=BLUE, linestyle=style, linewidth=1.4, label=label)
-    axes.plot(points.ranks, rates, "o", color=BLUE, markersize=5, label="measured")
+    axes.plot(measurements.ranks, rates, "o", color=BLUE, markersize=5, label="measured")
     held_out = prediction.chosen.held_out
     if held_out:
         at = np.array([each.ranks for each in held_out])
-        guessed = points.samples(at) / np.array([each.predicted_s for each in held_out])
+        guessed = measurements.samples(at) / np.array([each.predicted_s for each in held_out])
         how = {"color": VERMILLION, "markerfacecolor": WHITE, "markersize": 7, "markeredgewidth": 1.3}
         axes.plot(at, guessed, "s", label="said before seen", zorder=1.9, **how)  # type: ignore[arg-type]
     if plan.chosen and asked:
         axes.axvline(plan.chosen.forecast.ranks, color=BLACK, linestyle=":", linewidth=1.2, label=asked)
-    _scale(axes, [*points.ranks.tolist(), most, *([plan.chosen.forecast.ranks] if plan.chosen and asked else [])])
+    _scale(axes, [*measurements.ranks.tolist(), most, *([plan.chosen.forecast.ranks] if plan.chosen and asked else [])])
 
 
 def _scale(axes: "Axes", sizes: list[int]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hpc_train.analysis.convergence.target import TargetStudy
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.plots.balance import map_drawing, tree_drawing
 from hpc_train.analysis.report.plots.canvas import Drawing, files, unmade
 from hpc_train.analysis.report.plots.energy import energy_drawings
@@ -28,19 +28,19 @@ T = TypeVar("T")
 _LONGEST = 60  # letters of a group's label in a file's name
 
 
-def drawings(part: Part, guard: Guard | None = None) -> list[Drawing]:
+def drawings(part: Part, guard: SectionGuard | None = None) -> list[Drawing]:
     """A part's figures; one that would show nothing is left out, one that cannot be made says so in its place."""
-    found, guard = [], guard or Guard()
+    found, guard = [], guard or SectionGuard()
     for name, make in _makers(part).items():
         what = f"the figure '{name}' of {part.label}"
-        found += guard.made(what, partial(_unmade, name), make)
+        found += guard.call(what, partial(_unmade, name), make)
     return found
 
 
-def painted(drawing: Drawing, part: Part, guard: Guard, paint: Callable[[Drawing], T]) -> T:
+def painted(drawing: Drawing, part: Part, guard: SectionGuard, paint: Callable[[Drawing], T]) -> T:
     """`paint` of the drawing; where that fails, of the sentence that says so."""
     what = f"the figure '{drawing.name}' of {part.label}"
-    return guard.made(what, lambda why: paint(unmade(drawing.name, why)), paint, drawing)
+    return guard.call(what, lambda why: paint(unmade(drawing.name, why)), paint, drawing)
 
 
 def _unmade(name: str, why: str) -> list[Drawing]:

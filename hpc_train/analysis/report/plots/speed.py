@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpc_train.analysis.report.plots.canvas import BLUE, GREY, VERMILLION, WHITE, Drawing, thinned
+from hpc_train.analysis.scaling.compare import Group, Row
 from hpc_train.analysis.scaling.laws import Law, fitted, law_words
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
-from hpc_train.core.formatting import percent, ratio_interval_text, times_text
+from hpc_train.core.formatting import percent, plural, ratio_interval_text, ratio_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +20,8 @@ def speedup_drawing(group: Group) -> Drawing | None:
     rows = [row for row in group.rows if row.speedup is not None]
     if group.baseline is None:
         return None
-    over, law = num_ranks(group.baseline.size), fitted(group)
-    told = ", ".join(f"{num_ranks(row.size)} {times_text(row.speedup or 0)}{_interval(row)}" for row in rows)
+    over, law = plural(group.baseline.size, "rank"), fitted(group)
+    told = ", ".join(f"{plural(row.size, 'rank')} {ratio_text(row.speedup or 0)}{_interval(row)}" for row in rows)
     kind = "Samples per second" if group.weak else "Speed"
     ideal = "twice the ranks, twice the samples per second" if group.weak else "N times the ranks, 1/N of the time"
     return Drawing(
@@ -62,7 +62,7 @@ def _paint(axes: "Axes", group: Group, rows: list[Row], law: Law | None) -> None
             }
             axes.errorbar(*points, yerr=_bars(some), fmt="o", **line)
     _scale(axes, sizes)
-    axes.set(xlabel="ranks", ylabel=f"speedup over {num_ranks(base)}")
+    axes.set(xlabel="ranks", ylabel=f"speedup over {plural(base, 'rank')}")
     axes.legend(loc="upper left")
 
 

@@ -19,14 +19,14 @@ from hpc_train.analysis.report.plots.canvas import (
 )
 from hpc_train.analysis.report.table import ranks_text
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.scaling.scaling import Group, Row, num_ranks
-from hpc_train.core.formatting import percent, significant
-from hpc_train.core.records import PHASES
+from hpc_train.analysis.scaling.compare import Group, Row, timed_phases
+from hpc_train.core.formatting import percent, plural, significant
+from hpc_train.core.records import COMMUNICATION, PHASES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PHASE_COLORS = dict(zip(PHASES, (ORANGE, SKY, BLUE, VERMILLION, GREEN, GREY), strict=True))
+PHASE_COLORS = dict(zip(PHASES, (ORANGE, SKY, BLUE, VERMILLION, GREEN, PURPLE, GREY), strict=True))
 _LINE_STYLES = [(BLUE, "-"), (VERMILLION, "--"), (GREEN, "-."), (PURPLE, ":"), (ORANGE, "-"), (BLACK, "--")]
 _MOST_POINTS = 2400  # of all loss curves together: more cannot be seen, and each is a few bytes of the page
 _MOST_LINES = 12
@@ -39,8 +39,10 @@ def time_drawings(group: Group) -> list[Drawing]:
     rows = [row for row in group.rows if row.phase_s]
     if not rows:
         return []
+    phases = timed_phases(rows)
     told = "; ".join(
-        f"{num_ranks(row.size)}: " + ", ".join(f"{phase} {significant(1e3 * row.phase_s[phase])}" for phase in PHASES)
+        f"{plural(row.size, 'rank')}: "
+        + ", ".join(f"{phase} {significant(1e3 * row.phase_s[phase])}" for phase in phases)
         for row in rows
     )
     caption = "Where a step's time goes: mean over ranks that train and steady steps. Hatched: exposed communication."
@@ -52,7 +54,7 @@ def time_drawings(group: Group) -> list[Drawing]:
     whole = [sum(row.phase_s.values()) for row in rows]
     if max(whole) > _READABLE * min(whole):
         told = "; ".join(
-            f"{num_ranks(row.size)}: "
+            f"{plural(row.size, 'rank')}: "
             + ", ".join(f"{phase} {percent(share, 0)}" for phase, share in row.phase_share.items())
             for row in rows
         )
@@ -70,9 +72,9 @@ def time_drawings(group: Group) -> list[Drawing]:
 def _paint_times(axes: "Axes", rows: Sequence[Row]) -> None:
     heights = _stack(axes, rows, [{phase: 1e3 * spent for phase, spent in row.phase_s.items()} for row in rows])
     for place, row in enumerate(rows):
-        if "reduce" in row.phase_share and len(rows) <= _ROOM_FOR_NUMBERS:
-            words = " reduce" if len(rows) <= _ROOM_FOR_WORDS else ""
-            label_bar(axes, place, heights[place], percent(row.phase_share["reduce"], 0) + words)
+        if row.exposed_share is not None and len(rows) <= _ROOM_FOR_NUMBERS:
+            words = " exposed" if len(rows) <= _ROOM_FOR_WORDS else ""
+            label_bar(axes, place, heights[place], percent(row.exposed_share, 0) + words)
     bars_by_size(axes, rows, "time per step (ms)")
 
 
@@ -84,10 +86,10 @@ def _paint_shares(axes: "Axes", rows: Sequence[Row]) -> None:
 def _stack(axes: "Axes", rows: Sequence[Row], parts: list[dict[str, float]]) -> list[float]:
     """One bar a row, its phases on top of each other; the heights."""
     below = [0.0] * len(rows)
-    for phase in PHASES:
+    for phase in timed_phases(rows):
         heights = [part.get(phase, 0.0) for part in parts]
         how: dict[str, Any] = {"color": PHASE_COLORS[phase], "edgecolor": "white", "linewidth": 0.5, "label": phase}
-        axes.bar(range(len(rows)), heights, 0.62, below, hatch="///" if phase == "reduce" else None, **how)
+        axes.bar(range(len(rows)), heights, 0.62, below, hatch="///" if phase in COMMUNICATION else None, **how)
         below = [base + height for base, height in zip(below, heights, strict=True)]
     legend_above(axes, 3)
     return below
@@ -109,7 +111,7 @@ def loss_drawing(group: Group) -> Drawing | None:
     if not runs:
         return None
     shown = _one_by_one(runs)[:_MOST_LINES]
-    told = ", ".join(f"{num_ranks(run.size)} {significant(run.metrics[1][-1])}" for run in shown)
+    told = ", ".join(f"{plural(run.size, 'rank')} {significant(run.metrics[1][-1])}" for run in shown)
     together = "" if group.weak else ": runs of one job should fall together at any number of ranks"
     some = "" if len(shown) == len(runs) else f" {len(shown)} of {len(runs)} runs are drawn, every size in turn."
     return Drawing(
@@ -144,7 +146,7 @@ def _paint_losses(axes: "Axes", runs: Sequence[Run]) -> None:
             linestyle=style,
             linewidth=min(1.3 + 0.9 * sizes[::-1].index(run.size), 5),
             alpha=0.85,
-            label=None if run.size in named else num_ranks(run.size),
+            label=None if run.size in named else plural(run.size, "rank"),
         )
         named.add(run.size)
     axes.set(xlabel="step", ylabel="training loss")

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 
 from hpc_train.analysis.report.plots.canvas import BLUE, SKY, VERMILLION, Drawing, legend_above
 from hpc_train.analysis.report.table import ranks_text
-from hpc_train.analysis.scaling.scaling import num_ranks
 from hpc_train.analysis.scaling.strategies import Comparison, Entry
-from hpc_train.core.formatting import significant
+from hpc_train.core.formatting import plural, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,16 +17,16 @@ def strategy_drawings(comparison: Comparison) -> list[Drawing]:
     entries = [entry for entry in comparison.entries if entry.row.phase_s]
     if not entries:
         return []
-    exposed = [1e3 * entry.row.phase_s["reduce"] for entry in entries]
+    exposed = [1e3 * entry.row.exposed_s for entry in entries]
     computing = [1e3 * sum(entry.row.phase_s.values()) - wait for entry, wait in zip(entries, exposed, strict=True)]
     scale, unit = _byte_unit(max(entry.traffic.must_move_bytes if entry.traffic else 0.0 for entry in entries))
     times = "; ".join(
-        f"{entry.where} on {num_ranks(entry.row.size)}: computing {significant(compute)} ms, exposed communication"
+        f"{entry.where} on {plural(entry.row.size, 'rank')}: computing {significant(compute)} ms, exposed communication"
         f" {significant(wait)} ms"
         for entry, compute, wait in zip(entries, computing, exposed, strict=True)
     )
     moved = "; ".join(
-        f"{entry.where} on {num_ranks(entry.row.size)}: must move {_moved_text(entry, scale)} {unit}"
+        f"{entry.where} on {plural(entry.row.size, 'rank')}: must move {_moved_text(entry, scale)} {unit}"
         for entry in entries
     )
     height = 0.25 + 0.052 * len(entries)

@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING
 
 from hpc_train.analysis.convergence.target import TargetRow, TargetStudy
 from hpc_train.analysis.report.plots.canvas import BLUE, SKY, Drawing
-from hpc_train.analysis.scaling.scaling import num_ranks
-from hpc_train.core.formatting import significant, times_text
+from hpc_train.core.formatting import plural, ratio_text, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +18,8 @@ def target_drawing(study: TargetStudy) -> Drawing | None:
     rows = [row for row in study.rows if row.speedup or row.throughput][-_MOST_ROWS:]
     if study.reference is None or not any(_differ(row) for row in rows):
         return None
-    goal, over = significant(study.target), num_ranks(study.reference.size)
-    told = ", ".join(f"{num_ranks(row.size)} (batch {row.global_batch}) {_words(row)}" for row in rows)
+    goal, over = significant(study.target), plural(study.reference.size, "rank")
+    told = ", ".join(f"{plural(row.size, 'rank')} (batch {row.global_batch}) {_words(row)}" for row in rows)
     return Drawing(
         "time-to-loss",
         f"Speedup over {over} in time to a training loss of {goal}, dark, with 95% intervals where runs were repeated,"
@@ -35,8 +34,8 @@ def _differ(row: TargetRow) -> bool:
 
 
 def _words(row: TargetRow) -> str:
-    reached = "not reached" if row.speedup is None else times_text(row.speedup)
-    return reached + (f" and {times_text(row.throughput)}" if row.throughput else "")
+    reached = "not reached" if row.speedup is None else ratio_text(row.speedup)
+    return reached + (f" and {ratio_text(row.throughput)}" if row.throughput else "")
 
 
 def _paint(axes: "Axes", study: TargetStudy, rows: list[TargetRow], over: str) -> None:

@@ -1,24 +1,24 @@
 """Whether others may have used this node meanwhile: a node's meters do not tell whose joules they count."""
 
 import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
+
+from hpc_train.core.job_environment import JobEnvironment
 
 _LEAST_S = 2.0  # /proc/stat counts in hundredths of a second, on every core
 _OF_OURS = 0.05  # others' processor time beside ours, from which on they are said to have shared the node
 _OF_NODE = 0.01  # and beside all the node can do: daemons take that much
 
 
-def holds_part(environ: Mapping[str, str], root: Path = Path("/")) -> bool | None:
+def holds_part(job: JobEnvironment, root: Path = Path("/")) -> bool | None:
     """Whether this job was given only a part of the node, by what Slurm and the kernel's cgroups say; None: unknown.
 
     A partition that oversubscribes gives the same cores to others; only `foreign_cores` shows those. Slurm may count
     cores or their threads as CPUs: as many CPUs as the node has cores, but fewer than it has threads, decide nothing.
     """
     num_threads, num_cores = _num_cpus(root)
-    if "SLURM_JOB_ID" in environ:
-        held = _slurm_cpus(environ)
+    if job.job_id is not None:
+        held = job.cpus_on_this_node
         if held is None or num_threads is None:
             return None
         return None if held == num_cores and held < num_threads else held < num_threads
@@ -62,21 +62,6 @@ def _num_cpus(root: Path) -> tuple[int | None, int | None]:
     except (OSError, ValueError):
         return None, None
     return num_threads, len(siblings) or None
-
-
-def _slurm_cpus(environ: Mapping[str, str]) -> int | None:
-    """The job's CPUs on this node, out of 72(x2),36: two nodes with 72 and one with 36."""
-    counts: list[int] = []
-    for word in environ.get("SLURM_JOB_CPUS_PER_NODE", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", word)
-        if not match:
-            return None
-        counts += [int(match[1])] * int(match[2] or 1)
-    if len(set(counts)) == 1:
-        return counts[0]
-    number = environ.get("SLURM_NODEID", "")  # within the step, which may have fewer nodes than the job
-    all_nodes = environ.get("SLURM_STEP_NUM_NODES") == environ.get("SLURM_JOB_NUM_NODES") == str(len(counts))
-    return counts[int(number)] if all_nodes and number.isdecimal() and int(number) < len(counts) else None
 
 
 def _cgroup_cpus(root: Path) -> int | None:

@@ -5,9 +5,9 @@ minute, and by the root alone.
 """
 
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.train.energy.sensors.meter import Meter
 
 _ASK_S = 5.0  # no longer, since it is asked at the end too, when a job that was told to stop has seconds
@@ -25,13 +25,12 @@ class Step:
     whole_nodes: bool
 
 
-def find_step(num_hosts: int, environ: Mapping[str, str]) -> Step | None:
+def find_step(num_hosts: int, job: JobEnvironment) -> Step | None:
     """The step that started these ranks on all `num_hosts` hosts, where Slurm has an energy plugin for it.
 
     Under mpirun there is none: the ranks of the first node then belong to the batch script, the others to another step.
     """
-    job, step = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_STEP_ID", "")
-    if not job.isdecimal() or not step.isdecimal() or environ.get("SLURM_STEP_NUM_NODES") != str(num_hosts):
+    if job.job_id is None or job.step_id is None or job.step_num_nodes != num_hosts:
         return None
     try:
         plugins = plugins_in(_ask("scontrol", "show", "config"))
@@ -39,7 +38,7 @@ def find_step(num_hosts: int, environ: Mapping[str, str]) -> Step | None:
         return None
     for plugin in plugins:  # the one of GPUs is left out: their own counters are as good
         if plugin in _OF_NODES + _OF_PROCESSORS:
-            return Step(f"{job}.{step}", plugin, plugin in _OF_NODES)
+            return Step(f"{job.job_id}.{job.step_id}", plugin, plugin in _OF_NODES)
     return None
 
 

@@ -31,7 +31,7 @@ class Layout(NamedTuple):
         return pictures.flatten(1).view(pictures.shape)
 
 
-def layout(input_shape: tuple[int, ...], model: str) -> Layout:
+def image_layout(input_shape: tuple[int, ...], model: str) -> Layout:
     """The layout of pictures stored as (h, w), (h, w, c) or (c, h, w): c, 1 or 3, tells where the channels are.
 
     Raises UserError for another shape, and where both ends could be the channels.
@@ -66,7 +66,7 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(inputs)
 
 
-def initialise(model: nn.Module) -> None:
+def initialise_convolutions(model: nn.Module) -> None:
     """He initialisation (2015) of every convolution, for the ReLU behind it, and no bias at the start."""
     for part in model.modules():
         if isinstance(part, nn.Conv2d):

@@ -7,7 +7,7 @@ import numpy as np
 from hpc_train.train.comm.context import Context
 
 
-def free_bytes_per_rank(context: Context) -> int:
+def available_bytes_per_rank(context: Context) -> int:
     """Collective. What each rank may take if all do, on the node that has least for each."""
     mine = _available_bytes() // context.world.local_size
     return int(-context.max(np.array([-mine]))[0])

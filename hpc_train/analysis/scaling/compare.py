@@ -10,21 +10,23 @@ from typing import Any
 import numpy as np
 
 from hpc_train.analysis.efficiency.pop import Efficiencies, efficiencies
-from hpc_train.analysis.efficiency.stragglers import Waiting, waiting
-from hpc_train.analysis.guard import Guard
+from hpc_train.analysis.efficiency.stragglers import StragglerAnalysis, find_stragglers
+from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.runs.clocks import hosts_of
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.repeats import Facts, apart, facts_of, series_of
+from hpc_train.analysis.runs.meta_json import positive_number
+from hpc_train.analysis.runs.repeats import Facts, assign_series, distinguishing_facts, facts_of
+from hpc_train.analysis.stats.bootstrap import bootstrap_means, pooled_mean_interval
 from hpc_train.core import config
-from hpc_train.core.formatting import listed, ms_text
-from hpc_train.core.records import PHASES, Energy, FloatArray, block_sums, mean_interval, total_energy
+from hpc_train.core.formatting import listed, ms_text, plural
+from hpc_train.core.records import COMMUNICATION, PHASES, Energy, FloatArray, total_energy
+from hpc_train.core.settings import RECORDED
+from hpc_train.core.statistics import Interval, percentile_interval
 
-NUM_RESAMPLES = 1000
 _MOST_FACTS = 3  # in a group's label
 _MOST = 1e30  # a number beyond is damage
 _UNEVEN = 0.1  # the mean step beyond the median one, relative, above which the reader is told both
 SUPERLINEAR = 1.05  # an efficiency above which the reader is told what may be behind it
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +40,8 @@ class Row:
     step_interval_s: Interval | None  # 95%
     step_median_s: float | None  # what a typical step takes: a description, nothing is computed from it
     samples_per_s: float | None  # global batch / step_s
-    # Of the time in steady steps of all ranks that train; sums to 1. Without phases that a recorded loop did not mark.
+    # Of the time in steady steps of all ranks that train; sums to 1. Without phases that took no time: a recorded loop
+    # did not mark them, or no weights had to be synchronised.
     phase_share: dict[str, float]
     phase_s: dict[str, float]  # mean per step and rank that trains, warm-up excluded
     servers_busy: float | None  # share of the servers' time that is no waiting, receiving or sending
@@ -49,7 +52,7 @@ class Row:
     efficiency: float | None = None  # speedup efficiency: speedup * baseline size / size
     is_baseline: bool = False
     pop: Efficiencies = field(default_factory=Efficiencies)
-    waiting: tuple[Waiting, ...] = ()  # of each run: whom its ranks wait for
+    stragglers: tuple[StragglerAnalysis, ...] = ()  # of each run: whom its ranks wait for
 
     @property
     def global_batch(self) -> int:
@@ -67,13 +70,24 @@ class Row:
         return {name: fmean(run.summary.test[name] for run in self.runs if name in run.summary.test) for name in names}
 
     @property
+    def exposed_share(self) -> float | None:
+        """The share of exposed communication in a step; None if it was not timed."""
+        timed = [self.phase_share[phase] for phase in COMMUNICATION if phase in self.phase_share]
+        return sum(timed) if timed else None
+
+    @property
+    def exposed_s(self) -> float:
+        """Exposed communication, mean per step and rank that trains."""
+        return sum(self.phase_s.get(phase, 0.0) for phase in COMMUNICATION)
+
+    @property
     def num_servers(self) -> int:
         """How many of its ranks hold weights and do not train."""
         return self.runs[0].num_servers
 
     def stated(self, key: str) -> float | None:
         """A positive number of meta.json, where all runs state the same."""
-        values = {positive(run.meta.get(key)) for run in self.runs}
+        values = {positive_number(run.meta.get(key)) for run in self.runs}
         return values.pop() if len(values) == 1 else None
 
 
@@ -104,19 +118,19 @@ class Scaling:
     notes: tuple[str, ...]
 
 
-def compare(runs: Sequence[Run], guard: Guard | None = None) -> Scaling:
+def compare(runs: Sequence[Run], guard: SectionGuard | None = None) -> Scaling:
     """Groups runs whose configurations agree (`config.comparable`) and compares the sizes within a group.
 
     Runs of one size that differ in software, hardware or settings are no repeats: each kind is in a group of its own.
     """
-    guard = guard or Guard()
+    guard = guard or SectionGuard()
     notes: list[str] = []
 
     def unsorted(why: str) -> list[int]:
         notes.append(f"{why}.")
         return [0] * len(runs)
 
-    series = guard.made("which runs are repeats", unsorted, series_of, runs)
+    series = guard.call("which runs are repeats", unsorted, assign_series, runs)
     by_key: dict[tuple[str, int], list[Run]] = defaultdict(list)
     for run, number in zip(runs, series, strict=True):
         by_key[json.dumps(config.comparable(run.config), sort_keys=True), number].append(run)
@@ -126,7 +140,7 @@ def compare(runs: Sequence[Run], guard: Guard | None = None) -> Scaling:
     named = [_with_facts(*each) for each in zip(labels(members, keys), apart_by, strict=True)]
     groups = []
     for label, key, some, (_, number) in zip(named, keys, members, by_key, strict=True):
-        group = guard.made(f"the comparison of {label}", notes.append, _group, label, key, number, some, guard)
+        group = guard.call(f"the comparison of {label}", notes.append, _group, label, key, number, some, guard)
         groups += [group] if group is not None else []
     groups.sort(key=lambda group: (-sum(row.speedup is not None for row in group.rows), group.label))
     return Scaling(tuple(groups), (*notes, *_not_pooled(apart_by), *_between_groups(groups)))
@@ -138,7 +152,7 @@ def _apart(by_key: dict[tuple[str, int], list[Run]]) -> list[Facts]:
     for key, number in by_key:
         series[key].append(number)
     facts = {
-        key: dict(zip(numbers, apart([by_key[key, n] for n in numbers]), strict=True))
+        key: dict(zip(numbers, distinguishing_facts([by_key[key, n] for n in numbers]), strict=True))
         for key, numbers in series.items()
     }
     return [facts[key][number] for key, number in by_key]
@@ -171,17 +185,7 @@ def work(keys: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if not key.startswith("reduce.")}
 
 
-def positive(value: object) -> float | None:
-    """A number from a file, where it is one that can count something."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST
-    return float(value) if known else None  # type: ignore[arg-type]
-
-
-def num_ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count} ranks"
-
-
-def _group(label: str, keys: dict[str, Any], series: int, runs: list[Run], guard: Guard) -> Group | None:
+def _group(label: str, keys: dict[str, Any], series: int, runs: list[Run], guard: SectionGuard) -> Group | None:
     by_size: dict[tuple[int, bool], list[Run]] = defaultdict(list)
     for run in runs:
         by_size[run.size, run.incomplete is not None].append(run)
@@ -199,18 +203,21 @@ def _group(label: str, keys: dict[str, Any], series: int, runs: list[Run], guard
     return Group(label, keys, weak, tuple(rows), baseline, tuple(_within_group(rows, baseline, runs)), series)
 
 
-def _explained(row: Row, baseline: Sequence[Run] | None, label: str, guard: Guard) -> Row:
+def _explained(row: Row, baseline: Sequence[Run] | None, label: str, guard: SectionGuard) -> Row:
     """The row with what keeps it from the ideal."""
-    where = f"of {num_ranks(row.size)} ({label})"
-    pop = guard.made(
+    where = f"of {plural(row.size, 'rank')} ({label})"
+    pop = guard.call(
         f"the POP efficiencies {where}", lambda why: Efficiencies(missing=why), efficiencies, row.runs, baseline
     )
-    waits = [guard.made(f"who is waited for {where}", lambda why: Waiting(told=why), waiting, run) for run in row.runs]
-    return replace(row, pop=pop, waiting=tuple(waits))
+    waits = [
+        guard.call(f"who is waited for {where}", lambda why: StragglerAnalysis(told=why), find_stragglers, run)
+        for run in row.runs
+    ]
+    return replace(row, pop=pop, stragglers=tuple(waits))
 
 
 def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
-    low, middle, high = _pooled_mean(runs)
+    low, middle, high = pooled_mean_interval([run.step_s for run in runs])
     phases = np.sum([run.phases_s for run in runs], axis=0)
     num_timed = sum(len(run.step_s) * (size - run.num_servers) for run in runs)  # steps of single ranks
     total = float(phases.sum())
@@ -229,38 +236,22 @@ def _row(size: int, runs: tuple[Run, ...], incomplete: bool) -> Row:
         samples_per_s=each[0].global_batch / middle if middle else None,
         phase_share={phase: float(spent) / total for phase, spent in zip(PHASES, phases, strict=True) if spent},
         phase_s=dict(zip(PHASES, (phases / num_timed).tolist(), strict=True)) if total else {},
-        servers_busy=float(1 - servers[PHASES.index("reduce")] / servers.sum()) if servers.any() else None,
+        servers_busy=_servers_busy(servers),
         energy=Energy(whole / len(runs) if whole is not None else None, energy.quality, energy.source),
         joules_per_sample=whole / num_samples if whole is not None and num_samples else None,
     )
 
 
-def _pooled_mean(runs: tuple[Run, ...]) -> tuple[float | None, float | None, float | None]:
-    """(low, mean, high) of the step times of all runs; one run's are its own summary's."""
-    pooled = np.concatenate([run.step_s for run in runs])
-    low, middle, high = mean_interval(pooled)
-    if len(runs) > 1 and middle is not None and len(pooled) > 1:
-        low, high = _quantiles(resampled_means(runs, seed=0), middle)
-    return low, middle, high
+def timed_phases(rows: Sequence[Row]) -> list[str]:
+    """The phases to show: `sync` is shown only if some row spent time in it, since many strategies have none."""
+    synced = any("sync" in row.phase_share for row in rows)
+    return [phase for phase in PHASES if phase != "sync" or synced]
 
 
-def resampled_means(runs: Sequence[Run], seed: int) -> FloatArray:
-    """(NUM_RESAMPLES,) bootstrap means of the step time in seconds, from a seeded generator.
-
-    Blocks of consecutive steps are drawn with replacement, as in `records.mean_interval`. Of several runs, whole runs
-    are drawn first, so that differences between runs widen the interval as they should (two-stage bootstrap, Davison
-    and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8).
-    """
-    blocks = [block_sums(run.step_s) for run in runs if len(run.step_s)]
-    generator = np.random.default_rng(seed)
-    chosen = generator.integers(0, len(blocks), (NUM_RESAMPLES, len(blocks)))
-    total = np.zeros((2, NUM_RESAMPLES))  # seconds, steps
-    for place in range(len(blocks)):
-        for index, parts in enumerate(blocks):
-            is_chosen = chosen[:, place] == index
-            drawn = generator.integers(0, len(parts[0]), (int(is_chosen.sum()), len(parts[0])))
-            total[:, is_chosen] += np.stack([part[drawn].sum(axis=1) for part in parts])
-    return np.asarray(total[0] / total[1])
+def _servers_busy(spent_s: FloatArray) -> float | None:
+    """The share of the servers' time outside of communication. spent_s: (len(PHASES),)."""
+    waited_s = sum(spent_s[PHASES.index(phase)] for phase in COMMUNICATION)
+    return float(1 - waited_s / spent_s.sum()) if spent_s.any() else None
 
 
 def _compared(row: Row, baseline: Row) -> Row:
@@ -272,7 +263,7 @@ def _compared(row: Row, baseline: Row) -> Row:
     (Communications of the ACM 31(5), 1988); E is then T_s / T_p. Both are the ratio of throughputs: so S is
     computed here. T is the mean step, as in `pop`: E is POP's global efficiency over the baseline's own.
 
-    The 95% interval is the bootstrap's: means of both are drawn independently (see `resampled_means`).
+    The 95% interval is the bootstrap's: means of both are drawn independently (`bootstrap_means`).
     """
     if row is baseline:
         return replace(row, speedup=1.0, efficiency=1.0, is_baseline=True)
@@ -290,13 +281,9 @@ def relative_speed(row: Row, to: Row) -> tuple[float | None, Interval | None]:
     if row.step_interval_s is None or to.step_interval_s is None:
         return ratio, None
     # Seeds by size: equal ones would draw the same blocks of both and hide part of the noise.
-    before = resampled_means(to.runs, seed=2 * to.size)
-    return ratio, _quantiles(more * before / resampled_means(row.runs, seed=2 * row.size + 1), ratio)
-
-
-def _quantiles(draws: FloatArray, middle: float) -> Interval:
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return min(float(low), middle), max(float(high), middle)
+    before = bootstrap_means([run.step_s for run in to.runs], seed=2 * to.size)
+    after = bootstrap_means([run.step_s for run in row.runs], seed=2 * row.size + 1)
+    return ratio, percentile_interval(more * before / after, ratio)
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -310,13 +297,15 @@ def _mean(values: list[float | None]) -> float | None:
 def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> list[str]:
     notes = []
     if baseline is None:
-        sizes = " and ".join(num_ranks(size) for size in sorted({row.size for row in rows}))
+        sizes = " and ".join(plural(size, "rank") for size in sorted({row.size for row in rows}))
         kind = "complete runs" if any(not row.incomplete for row in rows) else "no complete run"
         notes.append(f"No baseline: {kind} of {sizes} only. A speedup needs steady steps of two sizes.")
     elif baseline.size != 1:
-        notes.append(f"The baseline is {num_ranks(baseline.size)}, not 1 rank: all speedups are relative to that.")
+        notes.append(f"The baseline is {plural(baseline.size, 'rank')}, not 1 rank: all speedups are relative to that.")
     notes += [f"Counted once: {copy} is a copy of {run.dir.path}." for run in runs for copy in run.copies]
-    notes += [f"Incomplete: {run.label} ({num_ranks(run.size)}): {run.incomplete}." for run in runs if run.incomplete]
+    notes += [
+        f"Incomplete: {run.label} ({plural(run.size, 'rank')}): {run.incomplete}." for run in runs if run.incomplete
+    ]
     notes += [
         f"{run.label}: no steady step, all of its {run.summary.num_steps} steps are warm-up."
         for run in runs
@@ -325,13 +314,13 @@ def _within_group(rows: list[Row], baseline: Row | None, runs: list[Run]) -> lis
     for row in rows:
         if row.step_s and row.step_median_s and abs(row.step_s / row.step_median_s - 1) > _UNEVEN:
             notes.append(
-                f"{num_ranks(row.size)}: steps take {ms_text(row.step_s)} ms on average, which counts, and"
+                f"{plural(row.size, 'rank')}: steps take {ms_text(row.step_s)} ms on average, which counts, and"
                 f" {ms_text(row.step_median_s)} ms in the median: few of them take most of the difference."
             )
         if row.efficiency and row.efficiency > SUPERLINEAR:
             notes.append(
-                f"{num_ranks(row.size)}: a speedup efficiency above 100% does not come from sharing the work: smaller"
-                " shares may fit the caches, or the baseline was disturbed. Repeat the baseline to tell."
+                f"{plural(row.size, 'rank')}: a speedup efficiency above 100% does not come from sharing the work:"
+                " smaller shares may fit the caches, or the baseline was disturbed. Repeat the baseline to tell."
             )
     return notes + mismatches(runs) + _ranks_per_host(runs)
 
@@ -376,7 +365,7 @@ def differing_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def _sizes(sizes: set[int]) -> str:
     *most, last = sorted(sizes)
-    return f"{', '.join(map(str, most))} and {num_ranks(last)}" if most else num_ranks(last)
+    return f"{', '.join(map(str, most))} and {plural(last, 'rank')}" if most else plural(last, "rank")
 
 
 # ---------------------------------------------------------------------------------------------- groups
@@ -414,7 +403,7 @@ def _between_groups(groups: list[Group]) -> list[str]:
     """
     notes = []
     works = [work(group.keys) for group in groups]
-    recorded = [keys for keys in works if keys["task.kind"] == config.RECORDED]  # these lack what the others have
+    recorded = [keys for keys in works if keys["task.kind"] == RECORDED]  # these lack what the others have
     for key in _differing(works):
         if recorded and not any(key in keys for keys in recorded):
             continue

@@ -10,8 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from hpc_train.analysis.models.measurements import Points
+from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.core.records import FloatArray, IntArray
+from hpc_train.core.statistics import nonnegative_least_squares
 
 # Repeated runs of one job differ by about this much: no measured size counts as more certain.
 REPEATABILITY = 0.01
@@ -40,66 +41,45 @@ class Fit:
         return self.predict(self.values, np.asarray(ranks))
 
 
-def expected_maximum(ranks: FloatArray | IntArray) -> FloatArray:
-    """E[max of N standard normal draws]: 0 for 1, 0.56 for 2, 1.42 for 8, 3.04 for 512.
-
-    What N ranks with steps of relative deviation sigma wait for each other is sigma E[max] of the mean step
-    (David and Nagaraja, "Order Statistics", 2003, section 3.1: E = int (1 - Phi^N) over z > 0 - int Phi^N over z < 0).
-    """
-    from scipy.special import log_ndtr
-
-    z = np.linspace(-9.0, 9.0, 1801)
-    power = np.exp(np.multiply.outer(np.asarray(ranks, dtype=float), log_ndtr(z)))
-    return np.asarray(z[-1] - np.trapezoid(power, z, axis=-1))  # both integrals in one, without the step at 0
-
-
-def residual_scale(points: Points) -> FloatArray:
+def residual_scale(measurements: Measurements) -> FloatArray:
     """(n,) relative deviation that each measured step time is trusted to."""
-    return np.hypot(points.error, REPEATABILITY)
+    return np.hypot(measurements.error, REPEATABILITY)
 
 
 # ---------------------------------------------------------------------------------------------- Amdahl, USL
 
 
-def fit_contention(points: Points, with_coherence: bool) -> Fit:
+def fit_contention(measurements: Measurements, with_coherence: bool) -> Fit:
     """T(N) = T1 share(N) (1 + sigma (N - 1) + kappa N (N - 1)), with kappa = 0 for Amdahl's law.
 
     Amdahl, AFIPS 1967, written as the loss against ideal sharing; kappa, what keeping N ranks coherent costs, is
     Gunther's ("A general theory of computational scalability based on rational functions", arXiv:0808.1431, 2008).
     """
     needed = 3 if with_coherence else 2
-    _need(points, needed)
+    _need(measurements, needed)
     start = 1 if with_coherence else 0
 
     def columns(ranks: IntArray) -> FloatArray:
         n = np.asarray(ranks, dtype=float)
         each = [np.ones_like(n), n - 1, n * (n - 1)][: 2 + start]
-        return np.stack(each, axis=1) * points.share(ranks)[:, None]
+        return np.stack(each, axis=1) * measurements.share(ranks)[:, None]
 
     def predict(values: FloatArray, ranks: IntArray) -> FloatArray:
         return np.asarray(columns(ranks) @ np.concatenate([values[:1], values[0] * values[1:]]))
 
     def refit(step_s: FloatArray) -> FloatArray:
-        weights = 1 / (step_s * residual_scale(points))
-        solved = nonnegative(columns(points.ranks) * weights[:, None], step_s * weights)
+        weights = 1 / (step_s * residual_scale(measurements))
+        solved = nonnegative_least_squares(columns(measurements.ranks) * weights[:, None], step_s * weights)
         return np.concatenate([solved[:1], solved[1:] / max(solved[0], 1e-300)])
 
     names = ("T1_s", "sigma", "kappa")[: 2 + start]
     form = "T1 share (1 + sigma (N-1)" + (" + kappa N (N-1))" if with_coherence else ")")
-    return Fit("usl" if with_coherence else "amdahl", names, refit(points.step_s), predict, refit, form)
+    return Fit("usl" if with_coherence else "amdahl", names, refit(measurements.step_s), predict, refit, form)
 
 
-def nonnegative(columns: FloatArray, wanted: FloatArray) -> FloatArray:
-    """Least squares of `columns @ x` to `wanted` with x >= 0; columns may differ in size by powers of ten."""
-    from scipy.optimize import nnls
-
-    size = np.maximum(np.abs(columns).max(axis=0), np.finfo(float).tiny)
-    return np.asarray(nnls(columns / size, wanted)[0] / size)
-
-
-def _need(points: Points, sizes: int) -> None:
-    if len(points.ranks) < sizes:
-        have = len(points.ranks)
+def _need(measurements: Measurements, sizes: int) -> None:
+    if len(measurements.ranks) < sizes:
+        have = len(measurements.ranks)
         raise TooFewSizes(
             f"{sizes} parameters need {sizes} sizes, and {have} {'was' if have == 1 else 'were'} measured"
         )
@@ -111,45 +91,45 @@ _POWERS = (0, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 1, 5 / 4, 4 / 3, 3 / 2, 5 / 3, 
 _LOGS = (0, 1, 2)
 
 
-def fit_extra_p(points: Points) -> Fit:
+def fit_extra_p(measurements: Measurements) -> Fit:
     """T(N) = share(N) (c0 + c1 N^i log2(N)^j): Extra-P's normal form with one term, i and j from its search space.
 
     Calotoiu et al., "Using automated performance modeling to find scalability bugs in complex codes", SC 2013. As
     there, the term is the one with the least error over leave-one-out fits.
     """
-    if len(points.ranks) < 3:
-        raise TooFewSizes(f"3 parameters (c0, c1 and a term) need 3 sizes, and {len(points.ranks)} are there")
+    if len(measurements.ranks) < 3:
+        raise TooFewSizes(f"3 parameters (c0, c1 and a term) need 3 sizes, and {len(measurements.ranks)} are there")
     terms = [(i, j) for i in _POWERS for j in _LOGS if (i, j) != (0, 0)]
-    share = points.share(points.ranks)
+    share = measurements.share(measurements.ranks)
 
     def column(term: tuple[float, int], ranks: IntArray) -> FloatArray:
         n = np.asarray(ranks, dtype=float)
         return np.asarray(n ** term[0] * np.log2(n) ** term[1])
 
     def solve(term: tuple[float, int], step_s: FloatArray, kept: FloatArray) -> FloatArray:
-        weights = np.sqrt(kept) / (step_s * residual_scale(points))
-        columns = np.stack([share, share * column(term, points.ranks)], axis=1) * weights[:, None]
+        weights = np.sqrt(kept) / (step_s * residual_scale(measurements))
+        columns = np.stack([share, share * column(term, measurements.ranks)], axis=1) * weights[:, None]
         return np.asarray(np.linalg.lstsq(columns, step_s * weights, rcond=None)[0])
 
     def loss(term: tuple[float, int]) -> float:
         errors = []
-        for left_out in range(len(points.ranks)):
-            kept = np.ones(len(points.ranks))
+        for left_out in range(len(measurements.ranks)):
+            kept = np.ones(len(measurements.ranks))
             kept[left_out] = 0
-            c0, c1 = solve(term, points.step_s, kept)
-            guess = share[left_out] * (c0 + c1 * column(term, points.ranks)[left_out])
-            errors.append(abs(guess / points.step_s[left_out] - 1))
+            c0, c1 = solve(term, measurements.step_s, kept)
+            guess = share[left_out] * (c0 + c1 * column(term, measurements.ranks)[left_out])
+            errors.append(abs(guess / measurements.step_s[left_out] - 1))
         return float(np.mean(errors))
 
     best = min(terms, key=loss)
-    everything = np.ones(len(points.ranks))
+    everything = np.ones(len(measurements.ranks))
 
     def predict(values: FloatArray, ranks: IntArray) -> FloatArray:
-        return np.asarray(points.share(ranks) * (values[0] + values[1] * column(best, ranks)))
+        return np.asarray(measurements.share(ranks) * (values[0] + values[1] * column(best, ranks)))
 
     def refit(step_s: FloatArray) -> FloatArray:
         return solve(best, step_s, everything)
 
     power = f" N^{best[0]:.3g}" if best[0] else ""
     log = f" log2(N)^{best[1]}" if best[1] else ""
-    return Fit("extra-p", ("c0_s", "c1_s"), refit(points.step_s), predict, refit, f"share (c0 + c1{power}{log})")
+    return Fit("extra-p", ("c0_s", "c1_s"), refit(measurements.step_s), predict, refit, f"share (c0 + c1{power}{log})")

@@ -15,9 +15,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpc_train.core.config import Config
 from hpc_train.core.errors import UserError
 from hpc_train.core.paths import exists, expanded, other_kind
+from hpc_train.core.settings import Config
 
 # What h5py raises of a damaged file, depending on which byte is wrong; MemoryError where it claims to be huge.
 HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError, SystemError)
@@ -57,7 +57,7 @@ def not_a_file(path: Path) -> str:
 
 
 @contextmanager
-def damage_told(path: str | Path, name: str = "") -> Iterator[None]:
+def damage_as_user_error(path: str | Path, name: str = "") -> Iterator[None]:
     """Turns what HDF5 and h5py raise of a damaged file into a `UserError` that names `path` and data set `name`."""
     try:
         yield
@@ -65,18 +65,18 @@ def damage_told(path: str | Path, name: str = "") -> Iterator[None]:
         what = f"{path}: {name} cannot be read" if name else f"{path} cannot be read"
         is_limit = isinstance(error, OSError) and error.errno in _TOO_MANY
         remedy = f"Restore the file, or prepare it again; hpc-train data check {path} says more."
-        raise UserError(f"{what}: {reason_of(error)}", _FEWER if is_limit else remedy) from None
+        raise UserError(f"{what}: {error_text(error)}", _FEWER if is_limit else remedy) from None
 
 
-def reason_of(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """The words of an exception of h5py, in one line; a KeyError's are in quotes."""
     words = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(words).split()) or type(error).__name__
 
 
-def cannot_open(error: Exception) -> tuple[str, str]:
+def explain_open_failure(error: Exception) -> tuple[str, str]:
     """(what is the matter with a file that HDF5 refuses, remedy)."""
-    reason = reason_of(error)
+    reason = error_text(error)
     if "truncated" in reason:
         return "is truncated: its end is missing", "Copy or prepare it again."
     if "signature" in reason:
@@ -98,7 +98,7 @@ def cannot_open(error: Exception) -> tuple[str, str]:
     return f"cannot be opened: {reason}", "Restore the file, or prepare it again: its first bytes are damaged."
 
 
-def absurd_claim(dataset: h5py.Dataset, num_file_bytes: int) -> str:
+def impossible_size(dataset: h5py.Dataset, num_file_bytes: int) -> str:
     """Why a data set cannot be as large as it says, of a file of so many bytes; "" where it can."""
     shape = dataset.shape
     if shape is None:
@@ -121,7 +121,7 @@ def absurd_claim(dataset: h5py.Dataset, num_file_bytes: int) -> str:
     return ""
 
 
-def meaning_of(dataset: h5py.Dataset) -> tuple[float, float]:
+def scale_and_offset(dataset: h5py.Dataset) -> tuple[float, float]:
     """(scale_factor, add_offset) of the CF conventions: what a stored number means. Raises `UserError`.
 
     One that is no number, or so large or small that nothing in float32 is left, is refused.
@@ -137,7 +137,7 @@ def meaning_of(dataset: h5py.Dataset) -> tuple[float, float]:
 
 
 def _number(dataset: h5py.Dataset, attribute: str, default: float) -> float:
-    with damage_told(dataset.file.filename, f"attribute {attribute} of {dataset.name}"):
+    with damage_as_user_error(dataset.file.filename, f"attribute {attribute} of {dataset.name}"):
         value: Any = np.asarray(dataset.attrs.get(attribute, default))
     if value.size != 1 or value.dtype.kind not in "iuf":
         raise UserError(
@@ -147,7 +147,7 @@ def _number(dataset: h5py.Dataset, attribute: str, default: float) -> float:
     return float(value.reshape(()))
 
 
-def other_meaning(one: np.dtype, first: tuple[float, float], other: np.dtype, second: tuple[float, float]) -> str:
+def scale_mismatch(one: np.dtype, first: tuple[float, float], other: np.dtype, second: tuple[float, float]) -> str:
     """How stored numbers of two parts of a data set differ in what they mean; "" where they do not, or none can say.
 
     Whole numbers beside floats may well be scaled in one and not in the other.

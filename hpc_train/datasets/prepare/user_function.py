@@ -132,12 +132,12 @@ def _spooled(
     """
     world = context.world
     spool = _spool_of(output, world.rank)
-    kept = context.all(None if anew else _kept(spool, name, state, world.size))
+    kept = context.all_gather(None if anew else _kept(spool, name, state, world.size))
     mine = kept[world.rank]
     if mine is None or not all(kept):
         mine = context.on_all(lambda: _spool(spool, name, told, shared, context))
     context.on_all(lambda: _note(spool, name, state, world.size, mine))
-    ranks = context.all((str(spool), mine))
+    ranks = context.all_gather((str(spool), mine))
     spools = tuple(Path(path) for path, _ in ranks)
     files = [path for spool in spools for path in _files_of(spool)]
     kinds = {(tuple(each["shape"]), each["dtype"]) for _, each in ranks if each["num"]}

@@ -1,0 +1,1 @@
+"""Statistics without units: functions of arrays, each with its formula and its source."""

@@ -1,0 +1,120 @@
+"""Which keys of a job file go together: every rule that needs no data, no MPI and no GPU to decide.
+
+`broken_rules` runs when a job file is loaded, `check_ranks` when the number of ranks is known. Rules that need the data
+(labels, tokens, shapes) are where the data are opened.
+"""
+
+from collections.abc import Iterator
+
+from hpc_train.core.errors import UserError
+from hpc_train.core.settings import RECORDED, Config, Rl
+
+_KINDS_WITH_DATA = ("classification", "language", "masked_language")
+_KINDS_WITH_TOKENS = ("language", "masked_language")
+
+
+def broken_rules(config: Config) -> list[str]:
+    """What does not go together, one line each with its keys and values."""
+    return [*_required_keys(config), *_task_keys(config), *_strategy_keys(config), *_energy_keys(config)]
+
+
+def _required_keys(config: Config) -> Iterator[str]:
+    train, data, is_recorded = config.train, config.data, config.task.kind == RECORDED
+    if (train.global_batch is None) == (train.batch_per_rank is None):
+        yield "set exactly one of train.global_batch (strong scaling) and train.batch_per_rank (weak)"
+    if data.file is None and config.task.kind in _KINDS_WITH_DATA:
+        yield "data.file is required and not set"
+    if "://" in (data.file or ""):
+        yield f"data.file = '{data.file}' is a URL, but training reads files: copy it with hpc-train stage first"
+    if is_recorded != (config.reduce.strategy == "own"):
+        yield f"task.kind = '{RECORDED}' and reduce.strategy = 'own' need each other"
+
+
+def _task_keys(config: Config) -> Iterator[str]:
+    train, data, rl, kind = config.train, config.data, config.rl, config.task.kind
+    if kind == "classification" and (isinstance(data.inputs, list) or isinstance(data.test_inputs, list)):
+        yield f"data.inputs = {data.inputs}: the models of task.kind = 'classification' take one data set"
+    if kind in _KINDS_WITH_TOKENS and data.read != "auto":
+        yield f"data.read = '{data.read}' does not go with task.kind = '{kind}': leave data.read out"
+    # Ranks with shares of unlike length would read a different number of times, and collective reads would hang.
+    if data.read == "collective" and train.accumulate > 1:
+        yield f"train.accumulate = {train.accumulate} does not go with data.read = 'collective'"
+    if kind == "policy_gradient" and train.accumulate > 1:
+        yield f"train.accumulate = {train.accumulate}: policy_gradient normalises advantages over a whole step"
+    if kind == "dqn" and rl.replay_start > rl.replay_size:
+        yield f"rl.replay_start = {rl.replay_start} is more than rl.replay_size = {rl.replay_size}: no step would begin"
+
+
+def _strategy_keys(config: Config) -> Iterator[str]:
+    train, reduce = config.train, config.reduce
+    strategy = f"reduce.strategy = '{reduce.strategy}'"
+    if reduce.strategy in ("parameter_server", "sharded"):
+        if train.optimizer in ("lars", "lamb"):
+            yield f"train.optimizer = '{train.optimizer}' needs whole layers, which {strategy} cuts"
+        if reduce.compression != "none":
+            yield f"reduce.compression does not go with {strategy}"
+    if reduce.strategy == "parameter_server":
+        if train.precision == "fp16":
+            yield f"train.precision = 'fp16' does not go with {strategy}: use bf16"
+        if train.check_weights_every:
+            yield f"train.check_weights_every does not go with {strategy}: only servers hold weights"
+        if reduce.asynchronous and train.clip_norm:
+            yield "train.clip_norm does not go with reduce.asynchronous: no rank has a whole gradient"
+        if config.data.read != "auto":
+            yield f"data.read = '{config.data.read}' does not go with {strategy}: servers read no data"
+    if reduce.adasum and reduce.strategy != "horovod":
+        yield f"reduce.adasum does not go with {strategy}: only Horovod has it"
+    if reduce.adasum and reduce.compression != "none":
+        yield "reduce.adasum does not go with reduce.compression"
+
+
+def _energy_keys(config: Config) -> Iterator[str]:
+    energy = config.energy
+    if energy.idle_s and energy.idle_w is not None:
+        yield "set one of energy.idle_s (measure) and energy.idle_w (given), not both"
+    if energy.price_per_kwh is not None and energy.currency is None:
+        yield 'energy.price_per_kwh needs energy.currency, such as "EUR"'
+
+
+def check_ranks(config: Config, num_ranks: int) -> None:
+    """Raises `UserError` if the job cannot train on `num_ranks` ranks."""
+    train, reduce = config.train, config.reduce
+    ranks = f"{num_ranks} rank{'s' * (num_ranks != 1)}"
+    if reduce.strategy == "local" and num_ranks > 1:
+        raise UserError(
+            f"reduce.strategy = 'local' is one process, and there are {ranks}",
+            "Start one process without mpirun, or set reduce.strategy to horovod or mpi.",
+        )
+    num_workers = reduce.num_workers(num_ranks)
+    if num_workers < 1:
+        raise UserError(
+            f"reduce.strategy = 'parameter_server': {ranks}, of which reduce.servers = {reduce.servers} would serve, "
+            "and none train",
+            f"Start {reduce.servers + 1} ranks or more, or set reduce.servers lower.",
+        )
+    if reduce.adasum and num_ranks & (num_ranks - 1):
+        raise UserError(
+            f"reduce.adasum = true, and {num_ranks} ranks are no power of two",
+            "Start 2, 4, 8 ... ranks, or leave it out.",
+        )
+    batch_size = train.batch_size(num_workers)
+    if batch_size < num_workers:
+        raise UserError(
+            f"train.global_batch = {batch_size} is smaller than the {num_workers} ranks: some would idle",
+            f"Set train.global_batch to {num_workers} or more, or start fewer ranks.",
+        )
+    if config.task.kind == "dqn":
+        _check_dqn(config.rl, batch_size, num_workers)
+
+
+def _check_dqn(rl: Rl, batch_size: int, num_workers: int) -> None:
+    if rl.num_envs < num_workers:
+        raise UserError(
+            f"rl.num_envs = {rl.num_envs} is smaller than the {num_workers} ranks: some would have none to play",
+            f"Set rl.num_envs to {num_workers} or more, or start fewer ranks.",
+        )
+    if batch_size > rl.replay_size:
+        raise UserError(
+            f"rl.replay_size = {rl.replay_size} is smaller than a global batch of {batch_size}",
+            f"Set rl.replay_size to {batch_size} or more, or train.global_batch lower.",
+        )

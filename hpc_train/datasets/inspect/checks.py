@@ -1,0 +1,247 @@
+"""What the statistics of data sets mean: faults, which spoil a training, and warnings, which are worth a look."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hpc_train.datasets.inspect.chunk_ranges import verified_by
+from hpc_train.datasets.inspect.duplicates import Duplicates
+from hpc_train.datasets.inspect.faults import PREPARE_AGAIN, Fault
+from hpc_train.datasets.inspect.statistics import MAX_CLASSES, Statistics
+from hpc_train.datasets.inspect.structure import DatasetInfo, FileStructure
+
+_RARE_SHARE = 0.05  # of the samples of the median class
+_MAX_LEAKED_SHARE = 0.01  # of a part: more of it among the samples to train on makes its scores worthless
+_MAX_LISTED = 10
+_ROWS_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that was counted.
+
+    datasets: those that were read; first_numbers: the sample number of each one's first row (see `find_duplicates`).
+    duplicates: by the names of the data sets that were compared. num_varying: features that differ between samples.
+    unread: names of data sets of which some file could not be read; None if a whole file could not be read.
+    """
+
+    datasets: Sequence[DatasetInfo]
+    first_numbers: Sequence[int]
+    statistics: Mapping[str, Statistics]
+    duplicates: Mapping[tuple[str, ...], Sequence[Duplicates]]
+    num_varying: Mapping[str, int | None]
+    keep_one_in: int
+    unread: Collection[str] | None
+
+    def named(self, name: str) -> list[DatasetInfo]:
+        return [info for info in self.datasets if info.name == name]
+
+    def num_rows(self, name: str) -> int:
+        return sum(info.num_rows for info in self.named(name))
+
+    def files(self, name: str) -> str:
+        """The files that hold data set `name`, for a message."""
+        paths = [info.path for info in self.named(name)]
+        return f"{paths[0]} and {len(paths) - 1:,} more" if len(paths) > 1 else str(paths[0])
+
+    def sample(self, name: str, number: int) -> str:
+        """Sample `number` for a message: its row and, if there are several files, the file."""
+        numbered = [pair for pair in zip(self.datasets, self.first_numbers, strict=True) if pair[0].name == name]
+        info, first = next((i, first) for i, first in numbered if first <= number < first + i.num_rows)
+        return f"{number - first:,} of {info.path}" if len(numbered) > 1 else f"{number - first:,}"
+
+    def is_fully_read(self, name: str) -> bool:
+        """Whether the statistics are those of all values: of half the labels nothing is missing for sure."""
+        is_damaged = any(fault.kind == "damaged" for fault in self.statistics[name].faults)
+        return self.unread is not None and name not in self.unread and not is_damaged
+
+
+def describe(facts: Facts) -> dict[str, dict[str, Any]]:
+    """What is known about each data set, by name, ready for JSON."""
+    described: dict[str, dict[str, Any]] = {}
+    for name, statistics in facts.statistics.items():
+        info = facts.named(name)[0]
+        described[name] = {
+            "role": statistics.role,
+            "samples": facts.num_rows(name),
+            "shape": list(info.shape[1:]),
+            "dtype": str(info.dtype),
+            "verified_by": verified_by(info) or None,
+            "low": statistics.min,
+            "high": statistics.max,
+        }
+        if statistics.role == "samples":
+            num_features, num_varying = int(np.prod(info.shape[1:], dtype=np.int64)), facts.num_varying[name]
+            described[name] |= {
+                "constant_samples": statistics.num_constant_samples if statistics.is_compared else None,
+                "constant_features": None if num_varying is None else num_features - num_varying,
+                "features": num_features,
+                "compared": statistics.is_compared,
+            }
+        if _has_classes(statistics):
+            described[name]["classes"] = {str(label): num for label, num in sorted(statistics.labels.items())}
+    for names, found in facts.duplicates.items():
+        for each in found:
+            equal_to = described[names[each.copies]].setdefault("equal_to", {})
+            equal_to[names[each.originals]] = each.num * facts.keep_one_in
+    return described
+
+
+def value_faults(facts: Facts) -> Iterator[Fault]:
+    """What the values of data sets show to be wrong."""
+    for name, statistics in facts.statistics.items():
+        yield from statistics.faults
+        if statistics.role == "samples":
+            yield from _constant_values(facts, name)
+        if _has_classes(statistics):
+            yield from _unknown_labels(facts, name)
+    yield from (fault for fault, is_leak in _copies(facts) if is_leak)
+
+
+def value_warnings(facts: Facts) -> Iterator[Fault]:
+    """What is unusual about the values of data sets."""
+    for name, statistics in facts.statistics.items():
+        if statistics.role == "samples":
+            yield from _constant_samples(facts, name)
+        if _has_classes(statistics) and facts.is_fully_read(name):
+            yield from _class_balance(facts, name)
+    yield from (fault for fault, is_leak in _copies(facts) if not is_leak)
+
+
+# ---------------------------------------------------------------------------------------------- samples
+
+
+def _constant_values(facts: Facts, name: str) -> Iterator[Fault]:
+    statistics = facts.statistics[name]
+    if statistics.num_rows < 2:
+        return
+    if statistics.min is not None and statistics.min == statistics.max:
+        what = f"every value is {statistics.min}: nothing can be learned from it"
+        yield Fault("constant", facts.files(name), name, what, PREPARE_AGAIN)
+    elif facts.num_varying[name] == 0:
+        what = "all samples are equal: nothing can be learned from them"
+        yield Fault("constant", facts.files(name), name, what, PREPARE_AGAIN)
+
+
+def _constant_samples(facts: Facts, name: str) -> Iterator[Fault]:
+    statistics = facts.statistics[name]
+    if statistics.num_constant_samples and statistics.min != statistics.max:
+        num, total = statistics.num_constant_samples, statistics.num_rows
+        what = f"{num:,} of {total:,} samples are of one value throughout, such as empty pictures"
+        yield Fault("constant", facts.files(name), name, what)
+
+
+def _copies(facts: Facts) -> Iterator[tuple[Fault, bool]]:
+    """(equal samples, whether they are a leak that is a fault)."""
+    about = "about " if facts.keep_one_in > 1 else ""
+    for names, found in facts.duplicates.items():
+        for each in found:
+            originals, copies = names[each.originals], names[each.copies]
+            num, total = each.num * facts.keep_one_in, facts.num_rows(copies)
+            original, copy = facts.sample(originals, each.example[0]), facts.sample(copies, each.example[1])
+            example = f"the first is sample {copy}, equal to sample {original}"
+            if originals == copies:
+                what = f"{about}{num:,} of {total:,} samples are copies of another: {example}"
+                yield Fault("copies", facts.files(copies), copies, what), False
+                continue
+            what = f"{about}{num:,} of {total:,} samples are in {originals}, too (leakage): {example} there"
+            is_leak = originals.startswith("train") and num > _MAX_LEAKED_SHARE * total
+            yield Fault("leakage", facts.files(copies), copies, what, "Split the data again, without copies."), is_leak
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+
+def _has_classes(statistics: Statistics) -> bool:
+    return statistics.role == "labels" and len(statistics.labels) <= MAX_CLASSES
+
+
+def _same_kind(facts: Facts, name: str) -> list[str]:
+    """The data sets of other parts with the same name, such as train/targets for test/targets."""
+    base_name = name.rpartition("/")[2]
+    return [other for other in facts.statistics if other.rpartition("/")[2] == base_name and other != name]
+
+
+def _unknown_labels(facts: Facts, name: str) -> Iterator[Fault]:
+    """Labels that no sample to train on has."""
+    train = next((other for other in _same_kind(facts, name) if other.startswith("train")), None)
+    # A damaged part of the training labels may hold the labels that seem to be missing.
+    if train is None or not _has_classes(facts.statistics[train]) or not facts.is_fully_read(train):
+        return
+    known = facts.statistics[train].labels
+    unknown = sorted(label for label in facts.statistics[name].labels if label >= 0 and label not in known)
+    if unknown:
+        what = f"no sample of {train} has its label{'s' * (len(unknown) != 1)} {_listed(unknown)}"
+        remedy = "Split the data again, with every class in each part."
+        yield Fault("out of range", facts.files(name), name, what, remedy)
+
+
+def _class_balance(facts: Facts, name: str) -> Iterator[Fault]:
+    """Classes without samples, rare classes, and a single class."""
+    where, labels = facts.files(name), facts.statistics[name].labels
+    highest = max(facts.statistics[each].max or 0 for each in (name, *_same_kind(facts, name)))
+    counts = {label: labels.get(label, 0) for label in range(min(int(highest), MAX_CLASSES) + 1)}
+    present = [count for count in counts.values() if count]
+    if not present:
+        return
+    absent = [label for label, count in counts.items() if not count]
+    if absent:
+        what = f"{len(absent):,} of {len(counts):,} classes have no sample: {_listed(absent)}"
+        yield Fault("empty class", where, name, what)
+    median = float(np.median(present))
+    rare = [f"{label} ({count:,})" for label, count in counts.items() if 0 < count < _RARE_SHARE * median]
+    if rare:
+        what = f"{len(rare):,} of {len(counts):,} classes are rare (the median class has {int(median):,} samples)"
+        yield Fault("rare class", where, name, f"{what}: {_listed(rare)}")
+    if len(present) == 1 and labels.total() > 1:
+        yield Fault("one class", where, name, "all samples have the same label")
+
+
+def _listed(labels: Sequence[Any]) -> str:
+    return ", ".join(map(str, labels[:_MAX_LISTED])) + ", ..." * (len(labels) > _MAX_LISTED)
+
+
+# ---------------------------------------------------------------------------------------------- numbers of rows
+
+
+def unequal_lengths(file: FileStructure, roles: Mapping[str, str]) -> Iterator[Fault]:
+    """Targets that are not as many as the samples beside them."""
+    lengths = {info.name: info.num_rows for info in file.datasets}
+    for info in file.datasets:
+        if roles.get(info.name) != "labels" and info.base_name != "targets":
+            continue
+        num_samples = {
+            # Of variable-length samples the offsets say how many there are: one more offset than samples.
+            other.name: lengths.get(f"{other.name}_offsets", other.num_rows + 1) - 1
+            for other in file.datasets
+            if other.group == info.group and other.name != info.name and not other.name.endswith("_offsets")
+        }
+        if num_samples and info.num_rows not in num_samples.values():
+            inputs = f"{info.group}/inputs"
+            name = inputs if inputs in num_samples else next(iter(num_samples))
+            what = f"has {info.num_rows:,} rows, and {name} has {num_samples[name]:,} samples"
+            yield Fault("unequal", str(file.path), info.name, what, f"Each input needs one target. {PREPARE_AGAIN}")
+
+
+def offset_faults(info: DatasetInfo, datasets: Sequence[DatasetInfo]) -> Iterator[Fault]:
+    """Offsets of variable-length samples that do not rise from 0 to the number of rows that they divide."""
+    base = info.name.removesuffix("_offsets")
+    num_rows = next((other.num_rows for other in datasets if (other.path, other.name) == (info.path, base)), None)
+    last = 0
+    with h5py.File(info.path, "r") as file:
+        for start in range(0, info.num_rows, _ROWS_AT_ONCE):
+            offsets = file[info.name][start : start + _ROWS_AT_ONCE].astype(np.int64)
+            is_wrong = np.diff(offsets, prepend=last) < 0
+            is_wrong[0] |= start == 0 and offsets[0] != 0
+            if is_wrong.any():
+                row = start + int(np.argmax(is_wrong))
+                what = f"is {offsets[row - start]:,}: offsets rise from 0"
+                yield Fault("out of range", str(info.path), info.name, what, PREPARE_AGAIN, samples=(row, row))
+                return
+            last = int(offsets[-1])
+    if num_rows is not None and last != num_rows:
+        what = f"ends with {last:,}, and {base} has {num_rows:,} rows"
+        yield Fault("unequal", str(info.path), info.name, what, PREPARE_AGAIN)
