@@ -6,7 +6,7 @@
 # make bench-plan  predict published scaling series from their small sizes, Extra-P beside (it gets an environment of its own)
 # make bench-link  train over limited links against what bench allreduce predicts (root, a quiet machine)
 # make test-rdma  train over InfiniBand verbs between two emulated guests (root, 8 minutes)
-# make test-all  make test, what it leaves out for its length, every fault, and 5,000 inputs that nobody would write
+# make test-all  every test, each command started as a process of its own, every fault, and 5,000 inputs that nobody would write
 # make test-fuzz  those inputs alone (15 minutes)
 # make test-kills  ranks and mpirun killed at any moment, for MINUTES (30)
 # make test-faults  every fault, and the table of what came of it (root for those on the cluster)
@@ -18,6 +18,9 @@ VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
 export PATH := $(abspath $(VENV))/bin:$(PATH):/usr/sbin:/sbin
+
+# Containers switch byte code off, and each start would compile a hundred modules.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Open MPI refuses root unless told twice; containers and CI machines are root.
 ifeq ($(shell id -u),0)
@@ -41,17 +44,19 @@ test:
 	@./install.sh test
 	@$(MAKE) --no-print-directory test-serial test-parallel test-cluster
 
-# Everything but test-rdma and test-kills; what is marked slow is in test-serial.
-test-all: test
-	python -m pytest -m thorough -n 2 --dist loadfile --ignore tests/fuzz --ignore tests/faults --ignore tests/datasets/test_hdfs.py tests
-	@$(MAKE) --no-print-directory test-parallel RANKS="1 4"
+# Everything but test-rdma and test-kills. Each command is started as a process of its own: see tests/warm.
+test-all: export HPC_TRAIN_COLD := 1
+test-all:
+	@./install.sh test
+	python -m pytest -n 2 --dist worksteal $(FAULTS:%=--ignore=%) --ignore tests/fuzz
+	@$(MAKE) --no-print-directory test-parallel RANKS="1 2 3 4" QUICK=
+	python -m pytest tests/slurm $(FAULTS:%=--ignore=%)
 	@$(MAKE) --no-print-directory test-faults test-fuzz
-	$(MPIRUN) -n 2 $(PYTEST_MPI) -m slow tests/parallel
-	python -m pytest -m thorough tests/slurm
+	python -m tests.benchmarks.io --quick --no-peers
 
-# Two files at a time: most of what they do is to start processes, on one core.
+# On two cores. What is left over at the end of one process, the other takes.
 test-serial:
-	python -m pytest -m "not thorough" -n 2 --dist loadfile
+	python -m pytest -m "not thorough and not slow" -n 2 --dist worksteal
 
 # 1 rank sends nothing and 4 share two cores: they are for make test-all.
 RANKS ?= 2 3
@@ -66,10 +71,12 @@ test-parallel:
 	for file in $(ALONE); do $(MPIRUN) -n $$ranks $(PYTEST_MPI) $(QUICK) $$file; done; done
 
 # Every fault, by mpirun and on the cluster, and the table of what came of it.
+FAULTS := tests/faults tests/datasets/test_hdfs.py tests/slurm/test_faults.py tests/slurm/test_submit.py \
+	tests/slurm/test_gluster.py
 test-faults:
-	python -m pytest tests/faults tests/datasets/test_hdfs.py tests/slurm/test_faults.py tests/slurm/test_submit.py tests/slurm/test_gluster.py
+	python -m pytest $(FAULTS)
 
-# Ranks and mpirun killed at any moment by any signal, chain after chain: make test-kills MINUTES=30 SEED=0
+# Kills ranks and mpirun at any moment by any signal, chain after chain: make test-kills MINUTES=30 SEED=0
 MINUTES ?= 30
 SEED ?= 0
 test-kills:
@@ -77,7 +84,7 @@ test-kills:
 
 # 5,000 inputs that nobody would write: below 15 minutes on two cores.
 test-fuzz:
-	python -m pytest -m thorough -n 2 -q tests/fuzz
+	python -m pytest -n 2 -q tests/fuzz
 
 # Slurm on four nodes that are namespaces of this machine: for root; skipped elsewhere, with the reason.
 test-cluster:

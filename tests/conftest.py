@@ -1,6 +1,9 @@
 import os
+import resource
 import signal
 import subprocess
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,10 +17,21 @@ _FAULTS = pytest.StashKey[list[tuple[str, str, str, str]]]()
 FaultTable = Callable[..., None]
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cpu", action="store_true", help="print the CPU seconds of each file of tests, children included"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
     # A shell starts what it puts in the background with Ctrl-C switched off, and all that is started from there.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ[RAISE] = "1"  # also of what tests start: no fault of a report's section may hide behind a sentence
+    # Containers switch byte code off, and each start would compile a hundred modules: 0.2 s of CPU.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+    if config.getoption("--cpu"):
+        config.pluginmanager.register(CpuSeconds(), "cpu-seconds")
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +49,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = jobs.run(2, "prepare", "mnist-5k", folder / "mnist-5k.h5", cwd=folder)
     assert done.code == 0, done.err
     return folder / "mnist-5k.h5"
+
+
+@pytest.fixture(scope="session")
+def mpich(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prefix of an MPICH, as `pip` fetches it."""
+    prefix = tmp_path_factory.mktemp("mpich")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--prefix", prefix, "mpich>=4"]
+    subprocess.run(pip, check=True, timeout=200)
+    return prefix
 
 
 @pytest.fixture
@@ -66,6 +89,36 @@ def survived(request: pytest.FixtureRequest) -> FaultTable:
         rows.append((fault, what, seconds, "" if steps_lost is None else str(steps_lost)))
 
     return add
+
+
+class CpuSeconds:
+    """CPU seconds of each file of tests: unlike wall time, much the same on a busy machine."""
+
+    def __init__(self) -> None:
+        self._last_s = _cpu_s()
+        self._of_files: dict[str, float] = defaultdict(float)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Iterator[None]:
+        report = yield
+        before_s, self._last_s = self._last_s, _cpu_s()
+        report.cpu_s = self._last_s - before_s  # xdist carries it to the process that prints
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._of_files[report.nodeid.partition("::")[0]] += report.cpu_s  # type: ignore[attr-defined]
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section(f"{sum(self._of_files.values()):.0f} CPU seconds")
+        for name, seconds in sorted(self._of_files.items(), key=lambda each: -each[1]):
+            terminalreporter.write_line(f"{seconds:8.1f}  {name}")
+
+
+def _cpu_s() -> float:
+    """CPU seconds of this process, of its children that have ended, and of warm starts."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    warm_s = jobs.warm_server().cpu_s() if jobs.warm_server.cache_info().currsize else 0.0
+    return warm_s + sum(each.ru_utime + each.ru_stime for each in usage)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,6 +1,8 @@
 """Starts real jobs, with mpirun or without, for the tests."""
 
+import functools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,9 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
+from tests.warm.start import Server
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 HPC_TRAIN = Path(sys.executable).with_name("hpc-train")
+COLD = bool(os.environ.get("HPC_TRAIN_COLD"))
+# Variables that are read while Python, torch or a library loads: too late in a process that has loaded them.
+_READ_WHILE_LOADING = ("PYTHONIO", "PYTHONUTF8", "LC_", "LANG", "LD_", "OMP_", "MKL_", "DNNL_", "MPI4PY_", "MPLCONFIG")
 
 
 @dataclass(frozen=True)
@@ -31,19 +38,42 @@ def environment(**more: str) -> dict[str, str]:
     return clean | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} | more
 
 
-def command(ranks: int, *words: object, bind: str = "none") -> list[str]:
-    """The command line of `hpc-train words...` on `ranks` ranks; 0 ranks: without mpirun."""
+def command(ranks: int, *words: object, bind: str = "none", warm: bool = False) -> list[str]:
+    """The command line of `hpc-train words...` on `ranks` ranks; 0 ranks: without mpirun.
+
+    warm: as children of a process that has loaded torch (see tests/warm), and not with HPC_TRAIN_COLD=1.
+    """
     assert shutil.which("mpirun"), "no mpirun on PATH: run the tests with `make test`"
     # By name: mpirun takes an absolute path for a --prefix, and /bin/mpirun for a prefix of nothing.
     launcher = ["mpirun", "--quiet", "-n", str(ranks), "--oversubscribe", "--bind-to", bind] if ranks else []
-    return [*launcher, str(HPC_TRAIN), *map(str, words)]
+    program = warm_server().stub if warm and not COLD else [str(HPC_TRAIN)]
+    return [*launcher, *program, *map(str, words)]
 
 
-def run(ranks: int, *words: object, cwd: Path, timeout_s: float = 120, bind: str = "none", **env: str) -> Ended:
-    """Runs `hpc-train words...` to its end; a job that hangs fails the test."""
+def program(folder: Path) -> Path:
+    """An `hpc-train` in a new folder, to be put on PATH: a warm one where warm starts are allowed."""
+    folder.mkdir()
+    path = folder / "hpc-train"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(command(0, warm=True))} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+@functools.cache
+def warm_server() -> Server:
+    """The one of this process, which ends with it."""
+    return Server(ROOT, environment())
+
+
+def run(
+    ranks: int, *words: object, cwd: Path, timeout_s: float = 120, bind: str = "none", cold: bool = False, **env: str
+) -> Ended:
+    """Runs `hpc-train words...` to its end; a job that hangs fails the test. cold: where the start itself is tested."""
+    warm = not cold and bind == "none" and not any(key.startswith(_READ_WHILE_LOADING) for key in env)
+    line = command(ranks, *words, bind=bind, warm=warm)
     began = monotonic()
     done = subprocess.run(
-        command(ranks, *words, bind=bind),
+        line,
         cwd=cwd,
         env=environment(**env),
         capture_output=True,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hpc_train.core import config, records
+from hpc_train.core.energy_records import ENERGY_COLUMNS
 from hpc_train.core.records import FloatArray
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Config
@@ -311,7 +312,7 @@ def _write_energy(run: RunDir, laws: Laws, end_s: float) -> None:
     """A constant draw of `watts`, sampled until the loop ends."""
     if not laws.watts:
         return
-    text = "\n".join([",".join(records.ENERGY_COLUMNS), *_samples(laws, end_s), ""])
+    text = "\n".join([",".join(ENERGY_COLUMNS), *_samples(laws, end_s), ""])
     for host in laws.hosts:
         run.energy(host).write_text(text)
 

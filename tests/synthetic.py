@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hpc_train.core import config, records
+from hpc_train.core.energy_records import ENERGY_COLUMNS, Energy, read_traces, total_energy
 from hpc_train.core.records import PHASES
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Config
@@ -134,4 +135,9 @@ def _write_energy(run: RunDir, recipe: Recipe) -> None:
     for host in recipe.hosts:
         end = f"{recipe.quality},{recipe.source}"
         lines = [f"{time},package-0,{recipe.joules * time / 2},{end},1" for time in (0, 1, 2)]
-        run.energy(host).write_text("\n".join([",".join(records.ENERGY_COLUMNS), *lines, ""]))
+        run.energy(host).write_text("\n".join([",".join(ENERGY_COLUMNS), *lines, ""]))
+
+
+def energy_of(path: Path) -> Energy:
+    """The sum over the domains and attempts of one host's file."""
+    return total_energy(trace.energy for trace in read_traces(path))

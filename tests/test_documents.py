@@ -1,5 +1,6 @@
 """The commands of the documents work as they are printed; what their tables promise exists."""
 
+import os
 import re
 import shlex
 import shutil
@@ -32,22 +33,28 @@ def commands(document: str = README) -> list[str]:
     return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
-def session() -> list[str]:
-    """The commands of a first session: README, jobs, tutorials, how-to guides. Each command once."""
-    pages = [page.read_text() for folder in ("tutorials", "how-to") for page in PAGES if page.parent.name == folder]
-    return list(dict.fromkeys(line for document in (README, JOBS, *pages) for line in commands(document)))
+def session(*documents: str) -> list[str]:
+    """The commands of a reader's session, each once."""
+    return list(dict.fromkeys(line for document in documents for line in commands(document)))
+
+
+# What a first session is made of: README, jobs, tutorials, how-to guides.
+GUIDES = [page.read_text() for folder in ("tutorials", "how-to") for page in PAGES if page.parent.name == folder]
+SESSIONS = {"README": [README], "all": [README, JOBS, *GUIDES]}
 
 
 @pytest.mark.timeout(600)  # three minutes on two quiet cores
-def test_commands_run_as_they_stand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["README", pytest.param("all", marks=pytest.mark.thorough)])
+def test_commands_run_as_they_stand(name: str, tmp_path: Path) -> None:
     """In an empty folder with the shipped jobs."""
     (tmp_path / "configs").symlink_to(jobs.CONFIGS)
     (tmp_path / "tests").symlink_to(jobs.ROOT / "tests")
-    for name in SHOWN:
-        shutil.copy(jobs.ROOT / "tests" / name, tmp_path)
-    env = jobs.environment(PATH=f"{jobs.HPC_TRAIN.parent}:{jobs.environment()['PATH']}")
+    for file in SHOWN:
+        shutil.copy(jobs.ROOT / "tests" / file, tmp_path)
+    programs = (jobs.program(tmp_path / "bin").parent, jobs.HPC_TRAIN.parent)
+    env = jobs.environment(PATH=":".join((*map(str, programs), os.environ["PATH"])))
     ran = 0
-    for line in session():
+    for line in session(*SESSIONS[name]):
         words = shlex.split(line)
         if words[0] not in ("hpc-train", "mpirun", "torchrun"):
             continue
@@ -69,7 +76,7 @@ def test_the_code_that_is_shown_is_the_code_that_is_tested() -> None:
 
 def test_make_targets_and_scripts_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (jobs.ROOT / "Makefile").read_text(), re.MULTILINE))
-    for line in session():
+    for line in session(*SESSIONS["all"]):
         words = shlex.split(line)
         if words[0] == "make":
             assert words[1] in targets, line

@@ -25,12 +25,12 @@ ANALYSIS = (
     *("analysis/energy", "analysis/convergence", "analysis/models", "analysis/planning", "analysis/report"),
 )
 # A file beside the rooms of train/: what it needs decides where it stands.
-LOOP = {"train/loop.py", "train/recording.py", "train/generate.py"}
+LOOP = {"train/loop.py", "train/setup.py", "train/recording.py", "train/generate.py"}
 
 # A third-party or system module -> the only places that may import it.
 ALLOWED = {
     "mpi4py": {f"train/comm/{file}.py" for file in ("startup", "mpi_library", "messages")},
-    "horovod": {"train/reduce/reducer.py", "doctor/software.py"},
+    "horovod": {"train/reduce/horovod_library.py", "doctor/software.py"},
     "h5py": {f"train/data/{file}.py" for file in ("chunk_cache", "files", "filters", "hdf5_faults", "readers")}
     | {"train/data/collective.py", "bench/io.py", "doctor/storage.py"}
     | {f"datasets/prepare/{file}.py" for file in ("layout", "prepare", "writer")}
@@ -88,6 +88,29 @@ def test_imports_go_one_way(path: Path) -> None:
             assert mine.split("/")[0] in NEEDS_TORCH, f"{where} imports {name}: torch is for {sorted(NEEDS_TORCH)}"
         if package in ALLOWED:
             assert where in ALLOWED[package], f"{where} imports {name}: only {sorted(ALLOWED[package])} may"
+
+
+# Inside analysis/report: a folder -> what of the package its files may import.
+REPORT = {
+    "renderers": (
+        "core",
+        "analysis.guard",
+        *(f"analysis.report.{each}" for each in ("model", "renderers", "plots.canvas")),
+    ),
+    "model": ("core", "analysis.guard"),
+}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "analysis/report").rglob("*.py")), ids=lambda path: path.stem)
+def test_renderers_see_the_model_alone_and_sections_no_renderer(path: Path) -> None:
+    where = path.relative_to(PACKAGE / "analysis/report")
+    inside = [name for name in imports(path) if name.startswith("hpc_train.")]
+    if (may := REPORT.get(where.parts[0].removesuffix(".py"))) is not None:
+        allowed = tuple(f"hpc_train.{each}" for each in may)
+        assert all(name.startswith(allowed) for name in inside), f"{where} imports {inside}"
+    elif where.parts[0] in ("sections", "plots"):
+        assert not [name for name in inside if "report.renderers" in name], where
+        assert where.parts[0] == "sections" or not [name for name in inside if "report.sections" in name], where
 
 
 # MPI counts in 32 bits: what may be long goes through train/comm/messages.py, which cuts it.

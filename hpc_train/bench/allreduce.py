@@ -24,10 +24,14 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Reduce
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mesh import Mesh, open_mesh
+from hpc_train.train.reduce.all_reduce import AllReduce
+from hpc_train.train.reduce.horovod_library import horovod_on, restartable_horovod
 from hpc_train.train.reduce.parameter_server import Server, Worker
-from hpc_train.train.reduce.reducer import AllReduce, Horovod, InPieces, Mpi, horovod_on, restartable_horovod
 from hpc_train.train.reduce.sharded import Sharded
+from hpc_train.train.reduce.transports import HorovodTransport, InPieces, MpiTransport
 
+_SERVERS = Reduce(strategy="parameter_server")
 _SAMPLE_S, _MOST_CALLS = 5e-3, 200  # calls are timed in rows of about so long
 _GLOO_MEETS_S, _GLOO_SUMS_S = 60, 3600  # until its ranks have met; and a sum over the slowest link
 _PATTERN = (np.arange(1 << 18) % 251).astype(np.float32)  # what a rank adds, times 1 to 4: sums are exact
@@ -46,12 +50,12 @@ class Way(NamedTuple):
 
 
 class Team(NamedTuple):
-    """Ranks that measure together. servers: those of its parameter server, on them; gloo: its process group."""
+    """Ranks that measure together. servers: the mesh of its parameter server; gloo: its process group."""
 
     context: Context
     nodes: int
     ranks_per_node: int
-    servers: Context
+    servers: Mesh
     gloo: Any
 
     @property
@@ -62,8 +66,10 @@ class Team(NamedTuple):
 Make = Callable[[Team, torch.Tensor], Way]
 
 
-def _not_asked() -> tuple[bool, bool]:
-    return False, False
+class NoFlags:
+    """The control flags of ranks that neither stop nor save."""
+
+    stop = save = False
 
 
 def _model(message: torch.Tensor) -> nn.Module:
@@ -77,8 +83,8 @@ def _model(message: torch.Tensor) -> nn.Module:
 def _all_reduce(hvd: Any, team: Team, message: torch.Tensor) -> Way:
     """hvd: None for MPI."""
     model, loss = _model(message), torch.zeros(())
-    transport = InPieces(Mpi(team.context) if hvd is None else Horovod(hvd), team.size)
-    reducer = AllReduce(transport, Reduce(), model, team.size, _not_asked)
+    transport = InPieces(MpiTransport(team.context) if hvd is None else HorovodTransport(hvd, team.size))
+    reducer = AllReduce(transport, Reduce(), model, NoFlags())
     (parameter,) = model.parameters()
 
     def exchange(update: bool) -> None:
@@ -92,7 +98,7 @@ def _all_reduce(hvd: Any, team: Team, message: torch.Tensor) -> Way:
 def _sharded(hvd: Any, team: Team, message: torch.Tensor) -> Way:
     model, loss = _model(message), torch.zeros(())
     (parameter,) = model.parameters()
-    reducer = Sharded(InPieces(Horovod(hvd), team.size), model, team.context, _not_asked)
+    reducer = Sharded(InPieces(HorovodTransport(hvd, team.size)), model, team.context, NoFlags())
 
     def exchange(update: bool) -> None:
         parameter.grad = message
@@ -106,11 +112,10 @@ def _sharded(hvd: Any, team: Team, message: torch.Tensor) -> Way:
 
 
 def _parameter_server(team: Team, message: torch.Tensor) -> Way:
-    settings = Reduce(strategy="parameter_server")
-    model, loss, workers = _model(message), torch.zeros(()), settings.num_workers(team.size)
+    model, loss, workers = _model(message), torch.zeros(()), team.servers.data.size
     (parameter,) = model.parameters()
-    if team.context.world.rank >= workers:
-        server = Server(settings, model, team.context, team.servers, _not_asked)
+    if not team.servers.trains:
+        server = Server(_SERVERS, model, team.servers, NoFlags())
 
         def serve(update: bool) -> None:
             server.reduce_gradients()
@@ -119,7 +124,7 @@ def _parameter_server(team: Team, message: torch.Tensor) -> Way:
             server.sync_weights(True)
 
         return Way(serve, lambda: parameter.detach(), workers)
-    worker = Worker(settings, model, team.context, _not_asked)
+    worker = Worker(_SERVERS, model, team.servers, NoFlags())
 
     def exchange(update: bool) -> None:
         parameter.grad = message
@@ -219,8 +224,7 @@ def _teams(context: Context, with_gloo: bool, stack: ExitStack) -> list[Team | N
     for ranks in teams(hosts):
         is_in = context.world.rank in ranks
         team = stack.enter_context(context.split(int(not is_in)))
-        num_workers = Reduce(strategy="parameter_server").num_workers(team.world.size)
-        servers = stack.enter_context(team.split(int(team.world.rank >= num_workers)))
+        servers = stack.enter_context(open_mesh(_SERVERS, team))
         wait = timedelta(seconds=_GLOO_SUMS_S)
         group = distributed.new_group(list(ranks), timeout=wait, backend="gloo") if with_gloo else None
         of_hosts = [hosts[rank] for rank in ranks]

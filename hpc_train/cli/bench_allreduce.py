@@ -154,12 +154,12 @@ def _report(rows: Sequence[allreduce_times.Row], facts: dict[str, Any], path: Pa
     from rich.console import Console
 
     from hpc_train.analysis.report import allreduce as report
-    from hpc_train.analysis.report.terminal import fitted
+    from hpc_train.analysis.report.renderers.terminal import fit_table
 
     console = Console(width=max(Console().width, _WIDTH), highlight=False)
-    for sheet in report.sheets(rows):
-        click.echo(sheet.title)
-        console.print(fitted(sheet, console.width))
+    for table in report.tables(rows):
+        click.echo(table.title)
+        console.print(fit_table(table, console.width))
     for words in report.ratio_notes(rows):
         click.echo(words)
     write_atomic(path, json.dumps(allreduce_times.record(rows, facts), indent=1))

@@ -261,6 +261,7 @@ def scale(
     type=click.Choice(["table", "md", "csv", "json"]),
     help="What is printed: tables for the terminal (table, the default), Markdown to paste, numbers for programs.",
 )
+@click.option("--full", is_flag=True, help="Print every table and note instead of one screen.")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @click.option(
     "--target-loss",
@@ -278,13 +279,15 @@ def report(
     output: Path | None,
     figures: Path | None,
     kind: str | None,
+    full: bool,
     as_json: bool,
     **options: float | str | None,
 ) -> None:
     """Speedup, efficiency and energy of RUNS (run directories, or folders of them).
 
-    A run that cannot be read is left out and named. The exit code is 1 where a section could not be made, which says
-    so in its place, and 2 where there is nothing to report.
+    Prints the answer and one table, and writes a page with every table and figure. A run that cannot be read is
+    skipped and named. The exit code is 1 if a section could not be made, which says so in its place, and 2 if there
+    is nothing to report.
 
     \b
     Example: hpc-train report runs/softmax-mnist --figures proposal/
@@ -293,32 +296,46 @@ def report(
         raise click.UsageError("--price-per-kwh needs --currency, EUR say")
     if as_json and kind not in (None, "json"):
         raise click.UsageError(f"--json is --format json, and --format {kind} is given too: leave one of them out.")
-    _report(runs, output, figures, "json" if as_json else kind or "table", **options)
+    kind = "json" if as_json else kind or "table"
+    if full and kind != "table":
+        raise click.UsageError(f"--full is for the terminal's tables; --format {kind} always has everything.")
+    _report(runs, output, figures, kind, full, **options)
 
 
 def _report(
-    runs: tuple[Path, ...], output: Path | None, figures: Path | None, kind: str, target_loss: Any = None, **tariff: Any
+    runs: tuple[Path, ...],
+    output: Path | None,
+    figures: Path | None,
+    kind: str,
+    full: bool = False,
+    target_loss: Any = None,
+    **tariff: Any,
 ) -> None:
-    """Prints the report as `kind` and writes its files. Where they are is said in the terminal's tables alone."""
+    """Prints the report as `kind` and writes its files, whose paths the terminal's tables end with."""
     from rich.console import Console
 
     from hpc_train.analysis.energy.cost import Tariff
-    from hpc_train.analysis.report.report import default_output, make_report
+    from hpc_train.analysis.report.renderers.figures import write_figures
+    from hpc_train.analysis.report.renderers.files import default_output, to_csv, to_json, write_report
+    from hpc_train.analysis.report.renderers.markdown import to_markdown
+    from hpc_train.analysis.report.renderers.terminal import print_full, print_short
+    from hpc_train.analysis.report.report import make_report
 
-    made = make_report(list(runs), Tariff(**tariff), target_loss)
+    report = make_report(list(runs), Tariff(**tariff), target_loss)
     if kind == "table":
-        made.print(Console())
+        (print_full if full else print_short)(report, Console())
     else:
-        click.echo(made.text(kind), nl=False)
-    drawn = None if figures is None else made.write_figures(figures)
-    page = made.write(output or default_output(list(runs)))
+        render = {"md": to_markdown, "csv": to_csv, "json": to_json}[kind]
+        click.echo(render(report), nl=False)
+    drawn = None if figures is None else write_figures(report, figures)
+    page = write_report(report, output or default_output(list(runs)))
     if kind == "table":
         click.echo(printable(f"Report: {page}"))
         if drawn is not None:
-            told = f"{len(drawn)} files in {figures}" if drawn else "none, no step was timed."
-            click.echo(printable(f"Figures: {told}"))
-    if made.guard.faults:
-        click.echo("\n".join(["hpc-train: the report is not whole.", *made.guard.faults]), err=True)
+            found = f"{len(drawn)} files in {figures}" if drawn else "none, no step was timed."
+            click.echo(printable(f"Figures: {found}"))
+    if report.guard.faults:
+        click.echo("\n".join(["hpc-train: the report is not complete.", *report.guard.faults]), err=True)
         sys.exit(1)
 
 

@@ -121,7 +121,7 @@ def plan(
     """
     from hpc_train.analysis.models.predict import predict as foresee
     from hpc_train.analysis.planning.plan import Limits, make_plan
-    from hpc_train.analysis.report.plan_tables import record
+    from hpc_train.analysis.report.sections.plan import record
 
     if bool(runs) == (table is not None):
         raise UserError("plan needs run directories or --table, one of them", "hpc-train plan --help has examples.")
@@ -152,7 +152,7 @@ def _from_table(
 ) -> "tuple[Measurements, Work | None]":
     from dataclasses import replace
 
-    from hpc_train.analysis.models.measurements import read_table
+    from hpc_train.analysis.models.measurement_table import read_table
     from hpc_train.analysis.planning.budget import read_network, samples_work, steps_work
 
     if target_loss is not None:
@@ -193,13 +193,13 @@ def _from_runs(
 def _print(made: "Plan") -> None:
     from rich.console import Console
 
-    from hpc_train.analysis.report.plan_tables import answer, sheets
-    from hpc_train.analysis.report.terminal import fitted, shown
+    from hpc_train.analysis.report.renderers.terminal import fit_table, safe_text
+    from hpc_train.analysis.report.sections.plan import answer, plan_tables
 
     console = Console()
     first, *more = answer(made)
-    console.print(shown(first, "bold"), *map(shown, more), "", sep="\n")
-    for sheet in sheets(made):
-        console.print(shown(sheet.title), fitted(sheet, console.width), sep="\n")
+    console.print(safe_text(first, "bold"), *map(safe_text, more), "", sep="\n")
+    for table in plan_tables(made):
+        console.print(safe_text(table.title), fit_table(table, console.width), sep="\n")
     for warning in made.warnings:
-        console.print(shown(f"- {warning}"))
+        console.print(safe_text(f"- {warning}"))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from math import floor, isfinite, log10
 
-from hpc_train.core.records import Energy
+from hpc_train.core.energy_records import Energy
 from hpc_train.core.redaction import printable
 
 

@@ -2,7 +2,7 @@
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -116,13 +116,36 @@ def _first_wrong_row(values: IntArray) -> int | None:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What one rank adds to a summary: per-step durations and its phase totals over steady (not warm-up) steps."""
+    """What ranks add to a summary: sums over `num_ranks` of them, of the same steps. Steady steps are no warm-up."""
 
-    step_ns: IntArray  # (steps,) whole duration of every steady step
-    phases_ns: FloatArray  # (len(PHASES),) totals over the steady steps; months of thousands of ranks are no int64
-    num_samples: int  # trained by this rank, warm-up included; of steps taken twice, once
-    num_warmup: int
+    step_ns: IntArray | FloatArray  # (steady steps,) duration of each
+    phases_ns: FloatArray  # (len(PHASES),) over all steady steps; months of thousands of ranks exceed int64
+    num_samples: int  # warm-up included; of steps taken twice, once
+    num_warmup: int  # of one rank, as the next
     num_repeated: int  # steps taken again, after an attempt that ended beyond its newest checkpoint
+    num_ranks: int = 1
+
+    def __add__(self, other: "StepTimes") -> "StepTimes":
+        return replace(
+            self,
+            step_ns=self.step_ns + other.step_ns,
+            phases_ns=self.phases_ns + other.phases_ns,
+            num_samples=self.num_samples + other.num_samples,
+            num_ranks=self.num_ranks + other.num_ranks,
+        )
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps the run has made."""
+        return len(self.step_ns) + self.num_warmup - self.num_repeated
+
+    @property
+    def mean_step_s(self) -> FloatArray:
+        """(steady steps,) the mean over ranks of each step's duration."""
+        return self.step_ns / max(1, self.num_ranks) / 1e9
+
+
+NO_STEP_TIMES = StepTimes(np.zeros(0, np.int64), np.zeros(len(PHASES)), 0, 0, 0, num_ranks=0)
 
 
 def step_times(timings: Timings) -> StepTimes:

@@ -1,4 +1,4 @@
-"""The device a rank computes on: which one, how fast it could be, how batches get there, what they cost it."""
+"""The device a rank computes on: which one, its peak rate, its precision, and the operations of a training step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +17,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Train
 from hpc_train.core.world import World
 
-# Dense matrix products, 1e12 operations a second, by makers' data sheets: (fp32 as tf32 is off, bf16 and fp16).
+# Dense matrix products, 1e12 operations a second, from the makers' data sheets: (fp32 without tf32, bf16 and fp16).
 _PEAK_TFLOPS = {
     "H200": (67.0, 989.5),
     "H100 NVL": (60.0, 835.5),
@@ -33,7 +33,7 @@ _PEAK_TFLOPS = {
 
 
 def open_device(train: Train, world: World) -> torch.device:
-    """The device of this rank, made the current one. Raises `UserError` where a GPU is asked for and there is none."""
+    """The device of this rank, made the current one. Raises `UserError` if a GPU is asked for and none found."""
     if train.device == "cpu" or (train.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -47,7 +47,7 @@ def open_device(train: Train, world: World) -> torch.device:
 
 
 def peak_flops(train: Train, device: torch.device) -> tuple[float | None, str | None]:
-    """(operations a second that this rank's device can do at `train.precision`, who says so); Nones if unknown."""
+    """(peak operations a second of this rank's device at `train.precision`, its source); (None, None) if unknown."""
     if train.peak_tflops:
         return train.peak_tflops * 1e12, "train.peak_tflops"
     if device.type == "cuda":
@@ -60,35 +60,33 @@ def peak_flops(train: Train, device: torch.device) -> tuple[float | None, str | 
 
 
 def open_clock(train: Train, device: torch.device) -> Clock:
-    """The timer of this rank's steps; whether it tells phases of a GPU is `train.timing`'s to say."""
+    """The timer of this rank's steps. On a GPU it measures phases only with `train.timing = "phases"`, by waiting."""
     if device.type == "cpu":
         return Clock()
     return Clock(torch.cuda.synchronize) if train.timing == "phases" else Clock(tells_phases=False)
 
 
-def precision(train: Train, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A context for forward passes: matrix products in `train.precision`, by autocast."""
+def autocast(train: Train, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes contexts for forward passes, whose matrix products are in `train.precision`."""
     if train.precision == "fp32":
         return nullcontext
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float16
-    return lambda: torch.autocast(device.type, dtype)
+    return partial(torch.autocast, device.type, dtype)
 
 
 def seed_noise(device: torch.device, seed: int) -> None:
-    """Dropout draws from here alike whether a run was interrupted or not.
-
-    torch.manual_seed would seed every device there may be: 74 us a step, and the CPU's generator alone 1 us.
-    """
+    """Seeds what dropout draws from: the CPU's generator and that of `device`."""
+    # torch.manual_seed seeds every device there may be, which takes 74 us a step; the CPU's generator alone takes 1 us.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
-def try_out(loss: Callable[[], torch.Tensor], model: nn.Module) -> int:
-    """The operations of a forward and backward pass; leaves the model as it was.
+def count_flops(loss: Callable[[], torch.Tensor], model: nn.Module) -> int:
+    """The operations of a forward and a backward pass; leaves the model as it was.
 
-    A multiplication and an addition are two operations. Only matrix products, convolutions and attention count, as is
-    usual where utilisation is stated (PaLM, appendix B, 2022); what is computed again in backward does not.
+    A multiplication and an addition are two operations. As usual for utilisation, only matrix products, convolutions
+    and attention count, and recomputation does not (PaLM, appendix B, 2022).
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with _FlopCounter() as counter:
@@ -100,15 +98,15 @@ def try_out(loss: Callable[[], torch.Tensor], model: nn.Module) -> int:
 
 
 class _FlopCounter(TorchDispatchMode):
-    """Adds up what torch.utils.flop_counter knows of each operation.
+    """Adds up the operations that torch.utils.flop_counter knows.
 
-    Its own FlopCounterMode, which also tells modules apart, has torch import its whole compiler: 3 s for each rank.
+    Its own FlopCounterMode, which also counts by module, makes torch import its whole compiler: 3 s on each rank.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.num_flops = 0
-        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts only those of GPUs
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts attention of GPUs only
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         self._known = flop_registry | {
             attention: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
@@ -130,12 +128,12 @@ class _FlopCounter(TorchDispatchMode):
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Activation checkpointing (Chen et al., 2016): `model.blocks` are computed again. Raises `UserError`."""
+    """Activation checkpointing (Chen et al., 2016): backward recomputes `model.blocks`. Raises `UserError`."""
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
         raise UserError(
-            f"train.activation_checkpointing: {type(model).__name__} has no blocks to compute again",
-            "A model names them by an attribute `blocks`, an nn.ModuleList. Leave the key out for this one.",
+            f"train.activation_checkpointing: {type(model).__name__} has no blocks to recompute",
+            "A model lists them in an attribute `blocks`, an nn.ModuleList. Remove the key for this model.",
         )
     for block in blocks:
         norms = [part for part in block.modules() if isinstance(part, _BatchNorm)]
@@ -144,13 +142,13 @@ def recompute_blocks(model: nn.Module) -> None:
 
 
 def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Those of a block's first computation and of its second."""
-    return nullcontext(), _statistics_stand(norms)
+    """Of a block's first computation and of its recomputation."""
+    return nullcontext(), _statistics_frozen(norms)
 
 
 @contextmanager
-def _statistics_stand(norms: list[_BatchNorm]) -> Iterator[None]:
-    """These have seen the batch before: it would count twice in their running statistics."""
+def _statistics_frozen(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Batch norms that have seen this batch already: it must not count twice in their running statistics."""
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

@@ -14,7 +14,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import open_files
 from hpc_train.train.data.tokenizer import Tokenizer
 from hpc_train.train.models.gpt import Gpt
-from hpc_train.train.run.checkpoint import read_newest
+from hpc_train.train.run.checkpoint.restore import read_newest
 from hpc_train.train.tasks.language import Language
 
 

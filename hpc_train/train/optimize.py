@@ -1,30 +1,30 @@
-"""From summed gradients to new weights: learning rate, clipping, loss scale, and optimizers for large batches.
+"""From summed gradients to new weights: learning rate, clipping, loss scale, and the optimizers.
 
-Optimizers are functions here, torch's own among them: its optimizer classes import torch's whole compiler when they are
-made, 3 s and 800 modules of a shared file system for each rank. Theirs run `fused`, one pass over memory for an update:
-of 10M parameters on a CPU, AdamW in a quarter and SGD in a third of the time.
+Optimizers are functions here, torch's own included: its optimizer classes import torch's whole compiler when they are
+made, 3 s and 800 modules of a shared file system on each rank. Its functions run `fused`, in one pass over memory: with
+10M parameters on a CPU, AdamW takes a quarter and SGD a third of the time.
 """
 
 from collections.abc import Callable, Mapping
 from math import ceil, cos, isfinite, log2, pi, sqrt
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from hpc_train.core.settings import Train
-from hpc_train.train.reduce.shards import ParamShard, State
+from hpc_train.train.reduce.sharded_weights import ParamShard, State
 
 _TRUST = 0.001  # of LARS
-_FIRST_SCALE, _GROW_AFTER = 2.0**16, 2000  # of the loss in fp16, as in torch.amp.GradScaler
+_INITIAL_SCALE, _GROWTH_INTERVAL = 2.0**16, 2000  # of the loss in fp16, as in torch.amp.GradScaler
 
 
 def learning_rate(train: Train, step: int, batch_size: int) -> float:
     """The learning rate of `step`.
 
-    Linear scaling and gradual warm-up are those of Goyal et al., "Accurate, Large Minibatch SGD" (2017): a batch that
-    is k times `lr_reference_batch` takes k times the rate, reached from the rate of the reference batch.
+    Linear scaling and gradual warm-up are those of Goyal et al., "Accurate, Large Minibatch SGD" (2017): a batch
+    k times as large as `lr_reference_batch` gets k times the rate, reached from the rate of the reference batch.
     """
     peak, start = train.lr, 0.0
     if train.lr_reference_batch:
@@ -33,15 +33,14 @@ def learning_rate(train: Train, step: int, batch_size: int) -> float:
         return start + (peak - start) * (step + 1) / train.lr_warmup_steps
     if train.schedule == "step":
         return float(peak * train.lr_decay ** sum(step >= part * train.steps for part in train.lr_milestones))
-    gone = (step - train.lr_warmup_steps) / max(1, train.steps - train.lr_warmup_steps)
-    return peak * {"constant": 1.0, "linear": 1 - gone, "cosine": (1 + cos(pi * gone)) / 2}[train.schedule]
+    progress = (step - train.lr_warmup_steps) / max(1, train.steps - train.lr_warmup_steps)
+    return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + cos(pi * progress)) / 2}[train.schedule]
 
 
 class Optimizer:
-    """Makes the updates of what this rank owns.
+    """Updates what this rank owns.
 
-    sum_owned: adds a number over the ranks that own different parts, collectively by these (`Reducer.sum_owned`).
-    num_shares: ranks that share a batch; each one's gradient is so much smaller than the mean's.
+    sum_over_shards: see `reducer.Reducer`. num_shares: how many ranks share a batch.
     """
 
     def __init__(
@@ -49,31 +48,33 @@ class Optimizer:
         train: Train,
         owned: list[ParamShard],
         batch_size: int,
-        sum_owned: Callable[[float], float],
+        sum_over_shards: Callable[[float], float],
         num_shares: int = 1,
     ) -> None:
-        self._train, self._owned, self._batch_size, self._sum_owned = train, owned, batch_size, sum_owned
-        self._kept: State = {each.name: {} for each in owned}
+        self._train, self._owned, self._batch_size = train, owned, batch_size
+        self._sum_over_shards = sum_over_shards
+        self._states: State = {each.name: {} for each in owned}
         self._is_scaled = train.precision == "fp16"
-        self._for_shares = 2.0 ** ceil(log2(num_shares)) if self._is_scaled else 1.0
-        self._scale = _FIRST_SCALE if self._is_scaled else 1.0
-        self._num_since_scaled = 0
-        self.num_left_out = 0  # updates in a row, until now
+        self._scale = _INITIAL_SCALE if self._is_scaled else 1.0
+        self._share_scale = 2.0 ** ceil(log2(num_shares)) if self._is_scaled else 1.0
+        self._num_since_change = 0
+        self.num_skipped = 0  # updates in a row, until now
 
     @property
     def scale(self) -> float:
-        """What the loss is to be multiplied by before backward: without it, small gradients vanish in fp16.
+        """The factor of the loss before backward: without it, small gradients vanish in fp16.
 
-        It makes up for the share of a rank, too: what backward computes with does not depend on how many ranks share.
+        It also makes up for a rank's share of the mean, so backward computes with numbers of the same size on any
+        number of ranks.
         """
-        return self._scale * self._for_shares
+        return self._scale * self._share_scale
 
     @torch.no_grad()
     def step(self, step: int) -> bool:
-        """One update, and whether it was made: not where the summed gradient, of whatever rank, is not finite.
+        """One update. Returns whether it was made: not if the summed gradient, of any rank, is not finite.
 
-        Collective where ranks own different parts, and then the answer is the same on all of them; where all own the
-        same, so are their gradients. True where this rank owns nothing.
+        Collective if ranks own different parts; the answer is the same on all of them. If all ranks own the same, so
+        are their gradients and their answers. True if this rank owns nothing.
         """
         if not self._owned:
             return True
@@ -87,193 +88,201 @@ class Optimizer:
             factor *= min(1.0, self._train.clip_norm / (norm + 1e-6))
         if factor != 1:
             torch._foreach_mul_(gradients, factor)
-        rate = learning_rate(self._train, step, self._batch_size)
-        for decay, some in (
-            (self._train.weight_decay, [each for each in updated if each.decays]),
-            (0.0, [each for each in updated if not each.decays]),
-        ):
-            if some:
-                _UPDATES[self._train.optimizer](
-                    [each.parameter for each in some],
-                    [self._kept[each.name] for each in some],
-                    rate,
-                    decay,
-                    self._train,
-                )
+        lr = learning_rate(self._train, step, self._batch_size)
+        self._update([each for each in updated if each.decays], lr, self._train.weight_decay)
+        self._update([each for each in updated if not each.decays], lr, 0.0)
         return True
 
     def _norm(self, gradients: list[torch.Tensor]) -> float:
-        """The length of the whole model's gradient.
+        """The norm of the whole model's gradient, computed in every step to find numbers that are not finite.
 
-        It is computed in every step, since it tells in one pass over memory whether all numbers are finite. Of a GPU
-        it is read: the loop has just waited for the step's loss, and waits for no more than this.
+        On a GPU this reads one number back: the loop has just waited for the step's loss anyway.
         """
         squares = float(torch.stack(torch._foreach_norm(gradients)).double().square().sum()) if gradients else 0.0
-        return sqrt(self._sum_owned(squares))
+        return sqrt(self._sum_over_shards(squares))
+
+    def _update(self, owned: list[ParamShard], lr: float, weight_decay: float) -> None:
+        if owned:
+            states = [self._states[each.name] for each in owned]
+            group = ParamGroup([each.parameter for each in owned], states, lr, weight_decay)
+            _UPDATES[self._train.optimizer](group, self._train)
 
     def end_step(self, made: bool, overflowed: bool) -> None:
-        """On every rank alike, after each step: whether its update was made, and if not, whether a gradient ran over.
+        """After each step, with the same values on every rank: whether its update was made, or a gradient overflowed.
 
-        Then the scale of fp16 is halved; after a long time without, it is doubled.
+        An overflow halves the scale of fp16; many updates without one double it.
         """
-        self.num_left_out = 0 if made else self.num_left_out + 1
+        self.num_skipped = 0 if made else self.num_skipped + 1
         if not self._is_scaled:
             return
-        self._num_since_scaled += made
+        self._num_since_change += made
         if overflowed:
-            self._scale, self._num_since_scaled = self._scale / 2, 0
-        elif self._num_since_scaled == _GROW_AFTER:
-            self._scale, self._num_since_scaled = self._scale * 2, 0
+            self._scale, self._num_since_change = self._scale / 2, 0
+        elif self._num_since_change == _GROWTH_INTERVAL:
+            self._scale, self._num_since_change = self._scale * 2, 0
 
     @property
     def loss_scale(self) -> list[float]:
-        """What a checkpoint keeps: the scale for one share, updates made since it changed, and left out in a row."""
-        return [self._scale, self._num_since_scaled, self.num_left_out]
+        """What a checkpoint keeps: the scale for one share, updates since it changed, updates skipped in a row."""
+        return [self._scale, self._num_since_change, self.num_skipped]
 
     @loss_scale.setter
     def loss_scale(self, kept: list[float]) -> None:
-        self.num_left_out = int(kept[2]) if len(kept) > 2 else 0  # earlier versions kept two
+        self.num_skipped = int(kept[2]) if len(kept) > 2 else 0  # earlier versions kept two
         if self._is_scaled:
-            self._scale, self._num_since_scaled = kept[0], int(kept[1])
+            self._scale, self._num_since_change = kept[0], int(kept[1])
 
     def state(self) -> State:
-        """What the optimizer keeps, by names of what is owned: tensors shaped as these, and numbers."""
-        return {name: dict(kept) for name, kept in self._kept.items() if kept}
+        """What the optimizer keeps, by names of what is owned: tensors of the same shape, and numbers."""
+        return {name: dict(kept) for name, kept in self._states.items() if kept}
 
     def load(self, state: State) -> None:
-        """Goes on from a `state`; learning rate and its like stay as configured."""
+        """Continues from a `state`; the learning rate and other settings stay as configured."""
         for each in self._owned:
-            weights, kept = each.parameter.detach(), state.get(each.name, {})
-            self._kept[each.name] = {
-                k: torch.empty_like(weights, dtype=v.dtype).copy_(v) if v.ndim else v.clone() for k, v in kept.items()
-            }
+            kept = state.get(each.name, {})
+            self._states[each.name] = {key: _like(each.parameter, value) for key, value in kept.items()}
 
     @property
     def num_bytes(self) -> int:
         """Memory of the optimizer's state on this rank."""
-        return sum(value.nbytes for kept in self.state().values() for value in kept.values())
+        return sum(value.nbytes for kept in self._states.values() for value in kept.values())
+
+
+def _like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A copy of `value` on the parameter's device and in its memory layout; a number stays where it is."""
+    if not value.ndim:
+        return value.clone()
+    return torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
 
 
 # ------------------------------------------------------------------------------------------------ updates
-# Of parameters that are treated alike, from their gradients and what is kept of them between steps.
+
+
+class ParamGroup(NamedTuple):
+    """Parameters that are updated alike, with gradients, and what the optimizer keeps of each."""
+
+    parameters: list[torch.Tensor]
+    states: list[dict[str, torch.Tensor]]
+    lr: float
+    weight_decay: float
+
+    @property
+    def is_fusible(self) -> bool:
+        """torch's fused updates go through memory in order, without a look at strides."""
+        return all(tensor.is_contiguous() for tensor in (*self.parameters, *_gradients(self.parameters)))
 
 
 def _gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
     return [cast(torch.Tensor, each.grad) for each in parameters]
 
 
-def _fusible(parameters: list[torch.Tensor]) -> bool:
-    """torch's fused updates take numbers as they lie in memory, without a look at how a tensor orders them."""
-    return all(tensor.is_contiguous() for tensor in (*parameters, *_gradients(parameters)))
-
-
-def _sgd(
-    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: Train
-) -> None:
-    buffers = [each.get("momentum_buffer") for each in kept]
-    are_alike = len({buffer is None for buffer in buffers}) == 1  # some parameters may be used for the first time
+def _sgd(group: ParamGroup, train: Train) -> None:
+    buffers = [state.get("momentum_buffer") for state in group.states]
+    are_alike = len({buffer is None for buffer in buffers}) == 1  # a parameter may be used for the first time later
     sgd(
-        parameters,
-        _gradients(parameters),
+        group.parameters,
+        _gradients(group.parameters),
         buffers,
-        lr=rate,
-        weight_decay=decay,
+        lr=group.lr,
+        weight_decay=group.weight_decay,
         momentum=train.momentum,
         dampening=0.0,
         nesterov=False,
         maximize=False,
-        fused=are_alike and _fusible(parameters),
+        fused=are_alike and group.is_fusible,
     )
-    for each, buffer in zip(kept, buffers, strict=True):
+    for state, buffer in zip(group.states, buffers, strict=True):
         if buffer is not None:
-            each["momentum_buffer"] = buffer
+            state["momentum_buffer"] = buffer
 
 
-def _adamw(
-    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: Train
-) -> None:
-    _begin_moments(parameters, kept)
-    for parameter, each in zip(parameters, kept, strict=True):
-        each["step"] = each["step"].to(parameter.device)  # where the fused update counts
+def _adamw(group: ParamGroup, train: Train) -> None:
+    _begin_moments(group)
+    for parameter, state in zip(group.parameters, group.states, strict=True):
+        state["step"] = state["step"].to(parameter.device)  # the fused update counts there
     adamw(
-        parameters,
-        _gradients(parameters),
-        [each["exp_avg"] for each in kept],
-        [each["exp_avg_sq"] for each in kept],
+        group.parameters,
+        _gradients(group.parameters),
+        [state["exp_avg"] for state in group.states],
+        [state["exp_avg_sq"] for state in group.states],
         [],
-        [each["step"] for each in kept],
-        lr=rate,
-        weight_decay=decay,
+        [state["step"] for state in group.states],
+        lr=group.lr,
+        weight_decay=group.weight_decay,
         beta1=train.betas[0],
         beta2=train.betas[1],
         eps=1e-8,
         amsgrad=False,
         maximize=False,
-        fused=_fusible(parameters),
+        fused=group.is_fusible,
     )
 
 
-def _begin_moments(parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]]) -> None:
-    for parameter, each in zip(parameters, kept, strict=True):
-        if not each:
-            each["step"] = torch.zeros(())
-            each["exp_avg"], each["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+def _begin_moments(group: ParamGroup) -> None:
+    for parameter, state in zip(group.parameters, group.states, strict=True):
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
 
 
-def _lars(
-    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: Train
-) -> None:
+def _lars(group: ParamGroup, train: Train) -> None:
     """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg, "Large Batch Training of ConvNets", 2017).
 
-    A layer's step is `_TRUST` times its weights' length, whatever its gradient's length; vectors (biases, norms) are
-    updated as by SGD.
+    The length of a layer's step is `_TRUST` times that of its weights, whatever its gradient's length. Vectors (biases,
+    norms) are updated as by SGD.
     """
-    for parameter, each in zip(parameters, kept, strict=True):
-        layer_rate: Any = rate
+    for parameter, state in zip(group.parameters, group.states, strict=True):
+        lr: Any = group.lr
         gradient = cast(torch.Tensor, parameter.grad)
         if parameter.ndim >= 2:
-            length, steepness = parameter.norm(), gradient.norm()
-            wanted = _TRUST * length / (steepness + decay * length)
-            layer_rate = rate * torch.where((length > 0) & (steepness > 0), wanted, 1.0)
-            gradient = gradient + decay * parameter
-        buffer = each.setdefault("momentum_buffer", torch.zeros_like(parameter))
-        parameter.sub_(buffer.mul_(train.momentum).add_(layer_rate * gradient))
+            weight_norm, gradient_norm = parameter.norm(), gradient.norm()
+            trust = _TRUST * weight_norm / (gradient_norm + group.weight_decay * weight_norm)
+            lr = group.lr * torch.where((weight_norm > 0) & (gradient_norm > 0), trust, 1.0)
+            gradient = gradient + group.weight_decay * parameter
+        buffer = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+        parameter.sub_(buffer.mul_(train.momentum).add_(lr * gradient))
 
 
-def _lamb(
-    parameters: list[torch.Tensor], kept: list[dict[str, torch.Tensor]], rate: float, decay: float, train: Train
-) -> None:
+def _lamb(group: ParamGroup, train: Train) -> None:
     """Layer-wise Adam (You et al., "Large Batch Optimization for Deep Learning", ICLR 2020).
 
-    A layer's step is its rate times its weights' length, in Adam's direction; vectors (biases, norms) are updated as by
-    AdamW.
+    The length of a layer's step is its rate times the length of its weights, in Adam's direction. Vectors (biases,
+    norms) are updated as by AdamW.
     """
-    _begin_moments(parameters, kept)
+    _begin_moments(group)
     beta1, beta2 = train.betas
-    for parameter, each in zip(parameters, kept, strict=True):
+    for parameter, state in zip(group.parameters, group.states, strict=True):
         gradient = cast(torch.Tensor, parameter.grad)
-        each["step"] += 1
-        mean = each["exp_avg"].lerp_(gradient, 1 - beta1) / (1 - beta1 ** each["step"].item())
-        square = each["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        square = square / (1 - beta2 ** each["step"].item())
-        update = mean / (square.sqrt() + 1e-6) + decay * parameter
-        layer_rate: Any = rate
+        state["step"] += 1
+        mean = state["exp_avg"].lerp_(gradient, 1 - beta1) / (1 - beta1 ** state["step"].item())
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        square = square / (1 - beta2 ** state["step"].item())
+        update = mean / (square.sqrt() + 1e-6) + group.weight_decay * parameter
+        lr: Any = group.lr
         if parameter.ndim >= 2:
-            length, steepness = parameter.norm(), update.norm()
-            layer_rate = rate * torch.where((length > 0) & (steepness > 0), length / steepness, 1.0)
-        parameter.sub_(layer_rate * update)
+            weight_norm, update_norm = parameter.norm(), update.norm()
+            lr = group.lr * torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0)
+        parameter.sub_(lr * update)
 
 
-def misfit(state: Any, train: Train, weights: Mapping[str, torch.Tensor]) -> str | None:
-    """Why `state` is none that this job's optimizer keeps of `weights`, by name; None where it is one."""
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+_KEPT = {"sgd": {"momentum_buffer"}, "lars": {"momentum_buffer"}, "adamw": _MOMENTS, "lamb": _MOMENTS}
+_UPDATES = {"sgd": _sgd, "adamw": _adamw, "lars": _lars, "lamb": _lamb}
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def optimizer_misfit(state: Any, train: Train, weights: Mapping[str, torch.Tensor]) -> str | None:
+    """Why this job's optimizer cannot continue from `state`; None if it can. weights: the model's, by name."""
     if not isinstance(state, dict):
         return f"the optimizer's state is {type(state).__name__}"
-    wanted = {"sgd": {"momentum_buffer"}, "lars": {"momentum_buffer"}}.get(train.optimizer, _MOMENTS)
+    expected = _KEPT[train.optimizer]
     for name, kept in state.items():
         if name not in weights or not isinstance(kept, dict):
             return f"the optimizer's state has an entry {name!r}, and the model has no weights of that name"
-        if kept and kept.keys() != wanted:
-            return f"the optimizer keeps {sorted(map(str, kept))} of {name} there and {sorted(wanted)} here"
+        if kept and kept.keys() != expected:
+            return f"the optimizer keeps {sorted(map(str, kept))} of {name} there and {sorted(expected)} here"
         for key, value in kept.items():
             here = ((), torch.float32) if key == "step" else (tuple(weights[name].shape), weights[name].dtype)
             there = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
@@ -282,16 +291,12 @@ def misfit(state: Any, train: Train, weights: Mapping[str, torch.Tensor]) -> str
     return None
 
 
-def scale_misfit(kept: Any) -> str | None:
-    """Why `kept` is no loss scale of a checkpoint; None where it is one."""
-    is_one = (
+def loss_scale_misfit(kept: Any) -> str | None:
+    """Why `kept` is no loss scale of a checkpoint; None if it is one."""
+    is_valid = (
         isinstance(kept, list)
         and len(kept) in (2, 3)  # earlier versions kept two
         and all(isinstance(each, int | float) and isfinite(each) for each in kept)
         and kept[0] > 0
     )
-    return None if is_one else f"its loss scale is {kept!r:.60}"
-
-
-_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-_UPDATES = {"sgd": _sgd, "adamw": _adamw, "lars": _lars, "lamb": _lamb}
+    return None if is_valid else f"its loss scale is {kept!r:.60}"

@@ -9,24 +9,26 @@ import pytest
 from click.testing import CliRunner, Result
 
 from hpc_train.analysis.guard import RAISE
+from hpc_train.analysis.report.renderers.markdown import to_markdown
 from hpc_train.analysis.report.report import make_report
 from hpc_train.cli.main import cli
-from tests.analysis.report.test_report import Page, printed
+from tests.analysis.rendered import Page, printed
 from tests.synthetic import Recipe, write_run
 
 HERE = "hpc_train.analysis."
-# What fails -> where it must be told, besides in summary.json and scaling.csv: "words" are the terminal and Markdown.
+# What fails -> where the report must say so, besides summary.json and scaling.csv: "text" is the terminal and Markdown.
 PARTS = {
-    "scaling.compare.efficiencies": "words",
-    "energy.cost.energy_of": "words",
-    "report.report.studies_of": "words",
-    "report.sections.headline": "words",
-    "report.sections.advice_of": "words",
-    "report.tables._phase_sheet": "words",
-    "report.cost_tables._power_sheet": "page",
-    "report.report.cost_record": "",
-    "report.plots.gallery.speedup_drawing": "page",
-    "report.plots.speed._paint": "page",
+    "scaling.compare.efficiencies": "text",
+    "energy.cost.energy_of": "text",
+    "report.facts.studies_of": "text",
+    "report.sections.group.headline": "text",
+    "report.sections.scaling.overview_table": "short",
+    "report.sections.next_run.predict": "text",
+    "report.sections.step_time.phase_table": "text",
+    "report.sections.energy.power_table": "text",
+    "report.records.cost_record": "",
+    "report.sections.scaling.speedup_plot": "page",
+    "report.plots.speedup._paint": "page",
 }
 
 
@@ -56,22 +58,22 @@ def test_a_section_that_fails_says_why_in_its_place(
     runs: Path, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(RAISE)
-    is_figure = broken.startswith("figures.")
+    is_figure = broken.startswith("report.plots.")
     done = said(runs, tmp_path, *["--figures", str(tmp_path / "figures")] * is_figure)
-    assert done.exit_code == 1 and "the report is not whole" in done.stderr, done.output
+    assert done.exit_code == 1 and "the report is not complete" in done.stderr, done.output
     assert "Traceback" not in done.output and "\x1b" not in done.output
     why = "because of a bug in hpc-train (ZeroDivisionError: a"
     made = make_report([runs])
-    words = [" ".join(text.split()) for text in (printed(made), made.text("md").replace("\\", ""))]
-    page = Page((tmp_path / "report.html").read_text()).text
-    for text in words:
-        assert (why in text) == (PARTS[broken] == "words") or broken == "report.cost_tables._power_sheet", text
+    texts = [" ".join(text.split()) for text in (printed(made), to_markdown(made).replace("\\", ""))]
+    short = " ".join(printed(made, full=False).split())
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html).text
+    for text in texts:
+        assert (why in text) == (PARTS[broken] == "text"), text
         assert "4 ranks" in text and "Energy" in text
-    assert (
-        (why in page) == bool(PARTS[broken])
-        and "What to know" in page
-        and "<svg" in (tmp_path / "report.html").read_text()
-    )
+    assert why in short or PARTS[broken] != "short"
+    assert (why in page) == (PARTS[broken] in ("text", "page"))
+    assert 'id="notes"' in html and "<svg" in html
     tree = json.loads((tmp_path / "summary.json").read_text())
     assert len(tree["not_made"]) >= 1 and all("ZeroDivisionError" in told for told in tree["not_made"])
     assert [row["ranks"] for row in tree["groups"][0]["rows"]] == [1, 2, 4]
@@ -84,7 +86,9 @@ def test_a_section_that_fails_says_why_in_its_place(
 
 
 @pytest.mark.parametrize(
-    "broken", ["scaling.compare.efficiencies", "report.tables._phase_sheet", "report.plots.speed._paint"], indirect=True
+    "broken",
+    ["scaling.compare.efficiencies", "report.sections.step_time.phase_table", "report.plots.speedup._paint"],
+    indirect=True,
 )
 def test_the_traceback_is_there_for_those_who_ask(runs: Path, broken: str, tmp_path: Path) -> None:
     """As the whole test suite does (conftest.py)."""

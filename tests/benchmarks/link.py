@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.link [--links unlimited,1gbit,100mbit] [--steps N] [--work DIR]
 
-Four nodes with one rank each, namespaces of this machine (tests/cluster), so it is for root. On each link, `bench
+Four nodes with one rank each, namespaces of this machine (tests/slurm), so it is for root. On each link, `bench
 allreduce` fits latency and bandwidth of each strategy; then a perceptron of 5.3 MB of gradients is trained with each,
 with and without 16-bit compression. Predicted: the sum over the step's messages of 2 (N-1) latency + 2 (N-1)/N bytes /
 bandwidth. Measured: exposed communication, the median over steps of the mean over ranks that train (with quartiles).
@@ -25,7 +25,7 @@ from hpc_train.core.allreduce_times import Fit
 from hpc_train.core.records import COMMUNICATION, PHASES
 from hpc_train.core.rundir import find
 from hpc_train.core.timings import read_timings
-from hpc_train.train.reduce.buckets import NUM_NOTES, decays, make_buckets
+from hpc_train.train.reduce.buckets import has_weight_decay, make_buckets
 from tests import jobs
 from tests.slurm.slurm import NODES, Cluster, why_not
 
@@ -126,9 +126,9 @@ def message_bytes(strategy: str, compression: str) -> list[int]:
     """Of each message of a step: what the reducer makes of this model."""
     model = nn.Sequential(nn.Linear(784, HIDDEN[0]), nn.Linear(HIDDEN[0], HIDDEN[1]), nn.Linear(HIDDEN[1], 10))
     if strategy == "parameter_server":
-        buckets = make_buckets(model, NUM_NOTES, 1, decays)
+        buckets = make_buckets(model, group_by=has_weight_decay)
     else:
-        buckets = make_buckets(model, NUM_NOTES, 1 if compression == "none" else len(NODES))
+        buckets = make_buckets(model, 1 if compression == "none" else len(NODES))
     halves = 1 if compression == "none" else 2
     return [bucket.fill().nbytes // (halves if bucket.parameters else 1) for bucket in buckets]
 

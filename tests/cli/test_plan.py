@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from hpc_train.analysis.models.measurements import read_table
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.models.measurement_table import read_table
 from hpc_train.analysis.models.predict import curve_sizes, predict
 from hpc_train.analysis.planning.budget import Work, power, read_network, samples_work, steps_work
 from hpc_train.analysis.planning.plan import Limits, make_plan
-from hpc_train.analysis.report.advice import advice_of
-from hpc_train.analysis.report.plan_tables import answer, short_answer
+from hpc_train.analysis.report.sections.next_run import next_run
+from hpc_train.analysis.report.sections.plan import answer, short_answer
 from hpc_train.analysis.runs.load import load_all
 from hpc_train.analysis.scaling.compare import compare
 from hpc_train.cli.main import cli
@@ -115,6 +116,10 @@ def test_joules_are_split_into_nodes_and_samples(tmp_path: Path) -> None:
         ("ranks,step_s,scaling\n1,1,up\n", "scaling = 'up'"),
         ("ranks,step_s,ranks_per_node\n1,1,4\n2,1,8\n", "ranks_per_node differs"),
         ("ranks,samples_per_s,joules\n1,1,4\n2,1,8\n", "joules are those of one step"),
+        (
+            "ranks,step_s,samples_per_s,global_batch\n1,0.5,128,64\n2,0.5,200,128\n",
+            r"scaling.csv:3: samples_per_s = 200.0, but global_batch / step_s = 128 / 0.5 = 256.0",
+        ),
         ("ranks,step_s,ranks_per_node\n4,1,4\n", "cannot be fitted to 4 ranks: one size says nothing"),
     ],
 )
@@ -133,6 +138,12 @@ def test_odd_tables_are_read_and_what_is_odd_is_said(tmp_path: Path) -> None:
     assert "4 ranks: 2 lines, of which the mean is taken" in told and "Taken as weak scaling" in told
     assert "6 ranks do not fill whole nodes of 4" in told
     assert "No ranks_per_node" in " ".join(read_table(table(tmp_path, "ranks,step_s\n1,1\n2,1\n")).notes)
+
+
+def test_a_rate_that_was_rounded_or_averaged_otherwise_is_no_contradiction(tmp_path: Path) -> None:
+    text = "ranks,step_s,samples_per_s,global_batch\n1,0.5,130,64\n2,0.503,255,128\n4,0.51,,256\n"
+    measured = read_table(table(tmp_path, text))
+    assert measured.step_s.tolist() == [0.5, 0.503, 0.51] and measured.batch == 64
 
 
 def test_the_network_file_is_read_for_the_runs_strategy(tmp_path: Path) -> None:
@@ -166,7 +177,7 @@ def test_runs_are_planned_from(tmp_path: Path) -> None:
     assert tree["power"]["quality"] == "measured" and tree["options"][0]["energy_j"] is not None
     assert tree["work"]["steps"] == 210
     group = compare(load_all([tmp_path])).groups[0]
-    shown = advice_of(group).plan
+    shown = next_run(group, SectionGuard()).plan
     assert shown is not None and shown.chosen is not None and shown.chosen.nodes == tree["nodes"]
     drawn = shown.prediction.at(curve_sizes(shown.prediction))
     assert drawn[0].ranks == 1 and drawn[-1].ranks == 32 and sum(each.measured_s is not None for each in drawn) == 4
@@ -228,7 +239,7 @@ def test_help_and_reports_do_not_load_scipy() -> None:
     code = (
         "import sys, click.testing, hpc_train.cli.main as c, hpc_train.analysis.report.report\n"
         "assert click.testing.CliRunner().invoke(c.cli, ['plan', '--help']).exit_code == 0\n"
-        "import hpc_train.analysis.report.plan_tables\n"
+        "import hpc_train.analysis.report.sections.plan\n"
         "assert 'scipy' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

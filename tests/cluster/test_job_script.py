@@ -1,6 +1,6 @@
 """Job scripts: what is rendered is what runs, whatever the values; and what a script does when ranks stop.
 
-The scripts run here under bash with stand-ins for srun, squeue and scontrol; tests/cluster has the real ones.
+The scripts run here under bash with stand-ins for srun, squeue and scontrol; tests/slurm has the real ones.
 """
 
 import json

@@ -2,8 +2,8 @@
 
 import pytest
 
+from hpc_train.core.energy_records import Energy
 from hpc_train.core.formatting import amount, energy_text, interval_text, ratio_text, significant
-from hpc_train.core.records import Energy
 
 
 @pytest.mark.parametrize(

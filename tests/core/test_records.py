@@ -1,5 +1,6 @@
 """hpc_train/core/records.py: what is written is read, what is broken is named, what is missing stays missing."""
 
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter_ns
 
@@ -8,19 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpc_train.core.records import (
-    ENERGY_COLUMNS,
-    PHASES,
-    TIMING_COLUMNS,
-    BadRecord,
-    Energy,
-    read_energy,
-    read_metrics,
-    summarise,
-    timing_log,
-    total_energy,
-)
-from hpc_train.core.timings import Timings, read_timings, step_times
+from hpc_train.core.energy_records import ENERGY_COLUMNS, Energy, total_energy
+from hpc_train.core.records import PHASES, TIMING_COLUMNS, BadRecord, read_metrics, timing_log
+from hpc_train.core.run_summary import RunResult, RunShape, summarise
+from hpc_train.core.timings import NO_STEP_TIMES, Timings, read_timings, step_times
+from tests.synthetic import energy_of
 
 HEADER = ",".join(TIMING_COLUMNS) + "\n"
 DAMAGE = [*"0-,\n\0 .x+#\u00e9", "", ",,", "\n\n", "9" * 19]
@@ -200,19 +193,19 @@ def test_steps_and_phases_leave_warm_up_out_but_samples_do_not() -> None:
     assert (times.num_samples, times.num_warmup) == (96, 1)
 
 
+def test_times_of_ranks_add_up() -> None:
+    values = np.array([(*row(0, 0, warmup=1), 1), (*row(1, 100), 1)], dtype=np.int64)
+    one = step_times(Timings(values, truncated=False))
+    both = one + one
+    assert (both.num_ranks, both.num_samples, both.num_warmup, both.num_steps) == (2, 128, 1, 2)
+    assert both.phases_ns.tolist() == [2 * spent for spent in one.phases_ns.tolist()]
+    assert both.mean_step_s.tolist() == one.mean_step_s.tolist() == [28e-9]
+
+
 def test_a_summary_of_no_steady_step_knows_no_speed() -> None:
-    summary = summarise(
-        name="x",
-        size=1,
-        num_hosts=1,
-        global_batch=8,
-        step_ns=np.zeros(0, np.int64),
-        phases_ns=np.zeros(len(PHASES), np.int64),
-        num_samples=8,
-        num_warmup=1,
-        num_repeated=0,
-        energy=Energy(),
-    )
+    times = replace(NO_STEP_TIMES, num_samples=8, num_warmup=1, num_ranks=1)
+    shape = RunShape("x", size=1, num_hosts=1, global_batch=8, num_attempts=1)
+    summary = summarise(shape, times, Energy(), RunResult())
     assert (summary.step_s, summary.samples_per_s, summary.joules) == (None, None, None)
     assert summary.phase_share == {}
 
@@ -230,14 +223,14 @@ def test_a_meter_that_counted_nothing_while_a_run_worked_is_missing_and_says_so(
     path = tmp_path / "node.csv"
     header = ",".join(ENERGY_COLUMNS) + "\n"
     path.write_text(header + "0,nodes,0,measured,Slurm,1\n1.5,nodes,0.0,measured,Slurm,1\n")
-    assert read_energy(path) == Energy(None, "missing", "Slurm counted 0 J, less than it can tell")
+    assert energy_of(path) == Energy(None, "missing", "Slurm counted 0 J, less than it can resolve")
     path.write_text(
         header
         + "0,cpu,0,measured,RAPL,1\n1,cpu,9,measured,RAPL,1\n0,dram,0,measured,dram,1\n1,dram,0,measured,dram,1\n"
     )
-    assert read_energy(path) == Energy(None, "missing", "dram counted 0 J, less than it can tell")
+    assert energy_of(path) == Energy(None, "missing", "dram counted 0 J, less than it can resolve")
     path.write_text(header + "0,cpu,0,measured,RAPL,1\n")  # an attempt that was killed at once
-    assert read_energy(path).joules is None
+    assert energy_of(path).joules is None
 
 
 def test_the_energy_of_a_host_is_the_last_reading_of_each_domain(tmp_path: Path) -> None:
@@ -245,11 +238,11 @@ def test_the_energy_of_a_host_is_the_last_reading_of_each_domain(tmp_path: Path)
     header = ",".join(ENERGY_COLUMNS) + "\n"
     rows = ["0,cpu,1.0,measured,RAPL,1", "0,dram,2.0,measured,RAPL,1", "1,cpu,9.0,measured,RAPL,1", "2,cp"]
     path.write_text(header + "\n".join(rows))
-    assert read_energy(path) == Energy(11.0, "measured", "RAPL")
+    assert energy_of(path) == Energy(11.0, "measured", "RAPL")
     path.write_text(header + "0,cpu,1.0,measured,RAPL,1\n0,gpu,,missing,NVML,1\n")
-    assert read_energy(path).quality == "missing"
+    assert energy_of(path).quality == "missing"
     path.write_text(header)
-    assert read_energy(path) == Energy()
+    assert energy_of(path) == Energy()
 
 
 @pytest.mark.parametrize("joules", ["many", "nan", "inf", "", "-1.0", "1e300"])
@@ -257,7 +250,7 @@ def test_joules_that_are_no_number_are_named(tmp_path: Path, joules: str) -> Non
     path = tmp_path / "node.csv"
     path.write_text(",".join(ENERGY_COLUMNS) + f"\n0,cpu,1.0,measured,RAPL,1\n1,cpu,{joules},measured,RAPL,1\n")
     with pytest.raises(BadRecord) as error:
-        read_energy(path)
+        energy_of(path)
     assert f"{path}:3:" in error.value.what
 
 
@@ -292,4 +285,4 @@ def test_an_energy_meter_starts_from_zero_in_each_attempt(tmp_path: Path) -> Non
     path = tmp_path / "host.csv"
     rows = ["0,cpu,0,measured,RAPL,1", "1,cpu,5,measured,RAPL,1", "9,cpu,0,measured,RAPL,2", "10,cpu,7,measured,RAPL,2"]
     path.write_text("\n".join([",".join(ENERGY_COLUMNS), *rows, ""]))
-    assert read_energy(path) == Energy(12.0, "measured", "RAPL")
+    assert energy_of(path) == Energy(12.0, "measured", "RAPL")

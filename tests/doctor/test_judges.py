@@ -20,7 +20,7 @@ from hpc_train.doctor import carriers, hardware, job, network, room, software, s
 from hpc_train.doctor.check import Answer, Finding, Subject, places, spans, time_text
 from hpc_train.train.comm.context import Context
 from hpc_train.train.optimize import Optimizer
-from hpc_train.train.reduce.shards import whole
+from hpc_train.train.reduce.sharded_weights import whole_parameters
 from hpc_train.train.tasks import open_task
 
 MIB = 1 << 20
@@ -296,7 +296,7 @@ def test_the_size_of_a_checkpoint(tmp_path: Path, optimizer: Any) -> None:
     config = Config(name="x", data=Data(file=str(tmp_path / "x.h5")), task=task, train=train)
     model = open_task(config, Context(World())).model()
     model(torch.zeros(4, 30)).sum().backward()
-    stepped = Optimizer(train, whole(model), 4, lambda value: value)
+    stepped = Optimizer(train, whole_parameters(model), 4, lambda value: value)
     stepped.step(0)
     made = sum(tensor.nbytes for tensor in model.state_dict().values()) + stepped.num_bytes
     assert room.checkpoint_bytes(config) == pytest.approx(made, abs=100)

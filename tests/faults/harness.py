@@ -28,9 +28,21 @@ def until(true: Callable[[], Any], timeout_s: float = 60) -> Any:
 
 
 class Job:
-    """A training under mpirun (0 ranks: without) in a folder of its own, running in the background."""
+    """A training under mpirun (0 ranks: without) in a folder of its own, running in the background.
 
-    def __init__(self, ranks: int, root: Path, digits: Path, *words: str, runs: Path | None = None, **env: str) -> None:
+    cold: where its start is disturbed. Its ranks are else children of a server (tests/warm).
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        root: Path,
+        digits: Path,
+        *words: str,
+        runs: Path | None = None,
+        cold: bool = False,
+        **env: str,
+    ) -> None:
         root.mkdir(exist_ok=True)
         self.root, self.ranks, self.runs = root, ranks, runs or root
         (root / "trace").mkdir(exist_ok=True)
@@ -51,7 +63,7 @@ class Job:
         self._lines = self.num_traced()
         self._began_s, self._began_at_s = monotonic(), time()
         self.process = subprocess.Popen(
-            jobs.command(ranks, "train", jobs.CONFIGS / "softmax-mnist.toml", *settings, *words),
+            jobs.command(ranks, "train", jobs.CONFIGS / "softmax-mnist.toml", *settings, *words, warm=not cold),
             cwd=root,
             env=jobs.environment(TRACE=str(root / "trace"), PYTHONPATH=str(jobs.ROOT), **env),
             stdout=subprocess.PIPE,

@@ -89,7 +89,7 @@ def play(seed: int, folder: Path, digits: Path, reference: Job, most: int = _MOS
             raise Wrong(f"{'; '.join(told)}: the checkpoint of step {kept} is lost, the newest is {newest}")
         kept, before = newest, len(_attempts(folder))
         marks = {_MARK: f"{os.getpid()}-{seed}", "TRACE_DELAY": "0.2"}
-        job = Job(ranks, folder, digits, "--resume", "auto", "--set", f"run.stall_s={_STALL_S}", **marks)
+        job = Job(ranks, folder, digits, "--resume", "auto", "--set", f"run.stall_s={_STALL_S}", cold=True, **marks)
         try:
             told.append(_disturb(job, kill, marks[_MARK]) if kill else "nothing")
             ended = _ended(job, told)

@@ -36,7 +36,7 @@ def test_weights_that_are_none_are_not_saved_and_the_loss_is_told(tmp_path: Path
     job = Job(2, tmp_path, digits, ACCIDENT="nan-weights:7:0")
     ended = job.end()
     assert ended.code == 2 and "the loss of step 7 is nan on rank 0" in ended.err, ended
-    assert "holds NaN or infinity. The newest valid checkpoint stays step-00000005" in ended.err
+    assert "holds NaN or infinity. The newest checkpoint is still step-00000005" in ended.err
     assert job.newest() == 5
 
 

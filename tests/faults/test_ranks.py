@@ -77,7 +77,7 @@ def test_a_rank_that_stands_still_is_named_with_its_stack(
     took_s = monotonic() - stopped_s
     assert ended.code not in (0, 75) and took_s < stall_s + 10
     assert re.search(rf"rank {victim} on {HOST} is late: nothing heard of it for \d+ s$", last_words(ended)), ended.err
-    assert f"where rank {victim} was" in ended.err and "trainer.py" in ended.err, "its stack"
+    assert f"where rank {victim} was" in ended.err and "loop.py" in ended.err, "its stack"
     recover_s, lost = resume(job, digits, reference)
     what = f"named with its stack, job ended in {took_s:.1f} s (run.stall_s = {stall_s})"
     survived(f"rank {victim} of 3 stopped (SIGSTOP)", what, recover_s, lost)

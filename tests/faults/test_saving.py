@@ -55,7 +55,7 @@ def test_killed_at_a_stage_of_a_save(
     done = again.end()
     assert done.code == 0, done
     assert "took over from" in done.out, "the lock of the dead"
-    assert "passed over" not in done.out, "whatever stands under a final name is whole"
+    assert "checkpoint skipped" not in done.out, "whatever stands under a final name is whole"
     assert_continuous(again, reference(0))
     hidden = [path.name for path in again.run.checkpoints_dir.iterdir() if path.name.startswith(".")]
     assert not hidden and len(list(again.run.checkpoints_dir.iterdir())) == 2
@@ -125,11 +125,11 @@ def alter_facts(folder: Path) -> None:
 def put_another_models(folder: Path) -> None:
     """A whole checkpoint of another model, with a checksum that fits."""
     script = (
-        "import sys, json, pathlib, torch\nfrom hpc_train.train import checkpoint\n"
+        "import sys, json, pathlib, torch\nfrom hpc_train.train.run.checkpoint import format\n"
         "folder = pathlib.Path(sys.argv[1])\nfacts = json.loads((folder / 'checkpoint.json').read_text())\n"
         "facts = {key: facts[key] for key in ('step', 'size', 'global_batch', 'num_samples')}\n"
         "state = {'model': {'other': torch.zeros(3)}, 'optimizer': {}, 'loss_scale': [1.0, 0], 'task': {}}\n"
-        "checkpoint.write(folder, state, facts)\n"
+        "format.write(folder, state, facts)\n"
     )
     subprocess.run([sys.executable, "-c", script, folder], check=True, timeout=60, cwd=jobs.ROOT)
 
@@ -137,7 +137,7 @@ def put_another_models(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "a bit flipped": (flip_a_bit, "its checksum differs"),
     "truncated": (lambda folder: os.truncate(folder / "state.pt", 1000), "has 1000 of"),
-    "state missing": (lambda folder: (folder / "state.pt").unlink(), "is not whole"),
+    "state missing": (lambda folder: (folder / "state.pt").unlink(), "is incomplete"),
     "facts damaged": (lambda folder: (folder / "checkpoint.json").write_text("{"), "cannot be read"),
     "facts altered": (alter_facts, "checkpoint.json is damaged: its checksum differs"),
     "of another model": (put_another_models, "of another model"),
@@ -161,7 +161,7 @@ def test_damaged_checkpoints_are_refused_with_the_reason_and_the_newest_good_one
         damage(copy / "checkpoints" / f"step-{newest:08d}")
         ended = Job(0, copy / "jobs", digits, "--resume", str(copy)).end()
         assert ended.code == 0, ended
-        assert f"checkpoint passed over: {copy}" in ended.out and reason in ended.out
+        assert f"checkpoint skipped: {copy}" in ended.out and reason in ended.out
         assert "Continuing at step 10" in ended.out
         assert_ends_as(RunDir(copy), reference(0))
         survived(f"newest checkpoint {name}", "refused with the reason, the one before it is used", None, newest - 10)
@@ -340,7 +340,7 @@ def test_a_save_that_a_disk_refuses_is_told_and_the_training_goes_on(
         assert job.newest() == valid
     assert ended.code == 2, ended
     assert "warning: the checkpoint of step 5 could not be written" in ended.out and says in ended.out
-    assert "MB are needed" in ended.out and f"The newest valid checkpoint stays step-{valid:08d}" in ended.out
+    assert "MB are needed" in ended.out and f"The newest checkpoint is still step-{valid:08d}" in ended.out
     assert "the checkpoint of step 24 could not be written" in ended.err and len(job.losses()) == 24
     again = Job(0, tmp_path, digits, "--resume", "auto")
     assert again.end().code == 0
@@ -354,7 +354,7 @@ def test_over_quota_the_training_goes_on_and_the_old_checkpoint_stays(
 ) -> None:
     """The limit on a file's size stands for a quota: it refuses checkpoints and lets logs grow."""
     job = Job(0, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(7)
-    resource.prlimit(job.process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    resource.prlimit(job.pid(0), resource.RLIMIT_FSIZE, (100_000, 100_000))
     ended = job.end()
     assert ended.code == 2, ended
     assert "warning: the checkpoint of step 10 could not be written" in ended.out and "File too large" in ended.out

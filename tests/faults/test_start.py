@@ -60,7 +60,7 @@ def signal_at(job: Job, rank: int, mapped: str, number: signal.Signals) -> None:
 def test_a_signal_to_one_rank_at_start_ends_all(
     moment: str, victim: int, number: signal.Signals, tmp_path: Path, digits: Path
 ) -> None:
-    job = Job(2, tmp_path, digits)
+    job = Job(2, tmp_path, digits, cold=True)
     signal_at(job, victim, MOMENTS[moment], number)
     signalled_s = monotonic()
     ended = job.end(timeout_s=60)
@@ -71,7 +71,7 @@ def test_a_signal_to_one_rank_at_start_ends_all(
 
 
 def test_a_request_to_stop_that_comes_at_start_is_answered_after_the_first_step(tmp_path: Path, digits: Path) -> None:
-    job = Job(2, tmp_path, digits)
+    job = Job(2, tmp_path, digits, cold=True)
     signal_at(job, 1, MOMENTS["MPI's library is loaded"], signal.SIGUSR2)
     ended = job.end()
     assert ended.code == 75 and "after step 0. Saved" in ended.out, ended

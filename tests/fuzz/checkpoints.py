@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from hpc_train.train.run.checkpoint import FACTS, STATE, write
+from hpc_train.train.run.checkpoint.format import MANIFEST, STATE, write
 from tests.fuzz.damage import Damage, byte_damages, text_damages
 from tests.fuzz.play import Case, Fault, Play, finite_losses
 
@@ -78,7 +78,7 @@ def _sealed(changes: list[tuple[str, int, str]]) -> Case:
         run = _begin(play)
         folder = run / "checkpoints/step-00000002"
         state = torch.load(folder / STATE, weights_only=True)
-        facts = json.loads((folder / FACTS).read_text())
+        facts = json.loads((folder / MANIFEST).read_text())
         for which, number, what in changes:
             _change(state if which == "state" else facts, number, what)
         shutil.rmtree(folder)
@@ -109,7 +109,7 @@ def _change(told: dict[str, Any], number: int, what: str) -> None:
 _changes = st.tuples(st.sampled_from(["state", "state", "facts"]), st.integers(0, 60), st.sampled_from(sorted(_VALUES)))
 cases: st.SearchStrategy[Case] = st.one_of(
     st.builds(_damaged, st.just(STATE), st.lists(byte_damages, min_size=1, max_size=2)),
-    st.builds(_damaged, st.just(FACTS), st.lists(text_damages, min_size=1, max_size=2)),
+    st.builds(_damaged, st.just(MANIFEST), st.lists(text_damages, min_size=1, max_size=2)),
     st.builds(_sealed, st.lists(_changes, min_size=1, max_size=2)),
     st.builds(_sealed, st.lists(_changes, min_size=1, max_size=1)),
 )

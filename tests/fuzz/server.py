@@ -34,7 +34,7 @@ def _preload() -> None:
     import scipy.stats
     import torch
 
-    import hpc_train.analysis.report.page
+    import hpc_train.analysis.report.renderers.page
     import hpc_train.analysis.report.report
     import hpc_train.cli.main
     import hpc_train.datasets.inspect.check

@@ -12,7 +12,8 @@ from hpc_train.core.settings import Reduce
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mpi_library import mpi
-from hpc_train.train.reduce.reducer import Horovod, InPieces, Mpi, _load_horovod
+from hpc_train.train.reduce.horovod_library import load_horovod
+from hpc_train.train.reduce.transports import HorovodTransport, InPieces, MpiTransport
 from tests.parallel.test_train import losses, run
 
 ABOVE_BYTES = (1 << 31) + (1 << 20)  # more than 32 bits with a sign count
@@ -73,21 +74,20 @@ def test_rows_are_exchanged(context: Context, short: None, shape: tuple[int, ...
 def test_gradients_are_reduced_in_pieces(context: Context, short: None, kind: str) -> None:
     size, rank = context.world.size, context.world.rank
     if kind == "horovod":
-        hvd = _load_horovod(Reduce())
+        hvd = load_horovod(Reduce())
         hvd.init()
-    transport = InPieces(Mpi(context) if kind == "mpi" else Horovod(hvd), size)
+    transport = InPieces(MpiTransport(context) if kind == "mpi" else HorovodTransport(hvd, size))
     message = torch.arange(101.0) + rank
     expected = torch.arange(101.0) * size + sum(range(size))
-    assert torch.equal(transport.sum(message.clone(), "a")(), expected)
-    assert torch.equal(transport.sum(message.clone(), "b", last=True)(), expected)
+    assert torch.equal(transport.sum(message.clone(), "a").wait(), expected)
+    assert torch.equal(transport.sum(message.clone(), "b", is_last=True).wait(), expected)
     rows = torch.stack([torch.arange(101.0) + 1000 * to + rank for to in range(size)])
-    came = transport.all_to_all(rows.view(-1), "c")().view(size, -1)
+    came = transport.all_to_all(rows.view(-1), "c").wait().view(size, -1)
     assert torch.equal(came, torch.stack([torch.arange(101.0) + 1000 * rank + of for of in range(size)]))
-    gathered = transport.all_gather(message.half(), "d")().view(size, -1)
+    gathered = transport.all_gather(message.half(), "d").wait().view(size, -1)
     assert torch.equal(gathered, torch.stack([torch.arange(101.0) + of for of in range(size)]).half())
-    if kind == "horovod":
-        part = transport.reduce_scatter(rows.view(-1), "e")()
-        assert torch.equal(part, (torch.arange(101.0) + 1000 * rank) * size + sum(range(size)))
+    part = transport.reduce_scatter(rows.view(-1), "e").wait()
+    assert torch.equal(part, (torch.arange(101.0) + 1000 * rank) * size + sum(range(size)))
 
 
 @pytest.mark.parametrize(

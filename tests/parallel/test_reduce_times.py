@@ -11,7 +11,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data import node_memory
-from hpc_train.train.reduce.reducer import Mpi
+from hpc_train.train.reduce.transports import MpiTransport
 
 SIZES = (4, 4096, 3 << 20)  # in a bucket with the notes, alone and in pieces
 
@@ -67,16 +67,16 @@ def test_a_wrong_sum_is_found(context: Context) -> None:
 @pytest.mark.parametrize("length", [1, 3 << 18, (3 << 18) + 1])
 def test_mpi_sums_in_pieces_what_one_message_would(context: Context, length: int) -> None:
     """Long and short sums, the last one blocking, exchanges in between: all in one order on all ranks."""
-    transport, size = Mpi(context), context.world.size
+    transport, size = MpiTransport(context), context.world.size
     messages = [torch.arange(length, dtype=torch.float32) + context.world.rank for _ in range(3)]
     sent = torch.full((size,), context.world.rank, dtype=torch.uint8)
-    arrivals = [transport.sum(messages[0], "0"), transport.all_to_all(sent, "x"), transport.sum(messages[1], "1")]
-    arrivals.append(transport.all_gather(sent[:1], "y"))
-    arrivals.append(transport.sum(messages[2], "2", last=True))
+    pending = [transport.sum(messages[0], "0"), transport.all_to_all(sent, "x"), transport.sum(messages[1], "1")]
+    pending.append(transport.all_gather(sent[:1], "y"))
+    pending.append(transport.sum(messages[2], "2", is_last=True))
     summed = torch.arange(length, dtype=torch.float32) * size + size * (size - 1) / 2
     ranks = torch.arange(size, dtype=torch.uint8)
-    for arrival, expected in zip(arrivals, (summed, ranks, summed, ranks, summed), strict=True):
-        assert torch.equal(arrival(), expected)
+    for each, expected in zip(pending, (summed, ranks, summed, ranks, summed), strict=True):
+        assert torch.equal(each.wait(), expected)
 
 
 def test_memory_is_that_of_the_fullest_node(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

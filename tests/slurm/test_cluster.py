@@ -74,7 +74,7 @@ def test_a_limited_link_slows_an_all_reduce(cluster: Cluster, tmp_path: Path) ->
 
 A_TEST_IN_THE_MIDDLE = """
 from pathlib import Path
-from tests.cluster.conftest import cluster
+from tests.slurm.conftest import cluster
 
 def test_it(cluster):
     job = cluster.sbatch("--nodes=4", "--wrap=srun sleep 300", cwd=Path.cwd())

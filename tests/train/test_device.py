@@ -14,8 +14,8 @@ from hpc_train.core.settings import Train
 from hpc_train.core.world import World
 from hpc_train.train.data.dataset import Batch
 from hpc_train.train.data.device_queue import moved
-from hpc_train.train.device import open_device, peak_flops, recompute_blocks, try_out
-from hpc_train.train.reduce.reducer import check_gpus
+from hpc_train.train.device import count_flops, open_device, peak_flops, recompute_blocks
+from hpc_train.train.reduce.horovod_library import check_gpus
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ def test_operations_are_counted_and_the_model_stays_as_it_was() -> None:
     model, x = Stack(), torch.randn(8, 16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     # 2 n a b for a product; backward makes two more of each layer but the first, whose input needs no gradient.
-    assert try_out(lambda: model(x).square().sum(), model) == 2 * 8 * 16 * 16 * (3 + 3 + 2)
+    assert count_flops(lambda: model(x).square().sum(), model) == 2 * 8 * 16 * 16 * (3 + 3 + 2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -57,7 +57,7 @@ def test_operations_are_counted_and_the_model_stays_as_it_was() -> None:
 def test_attention_counts() -> None:
     """Scores and values forward, 2 * 2 n^2 d a head; backward two and a half times that, as flash attention does it."""
     q = torch.randn(1, 2, 32, 8, requires_grad=True)
-    counted = try_out(lambda: functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum(), nn.Module())
+    counted = count_flops(lambda: functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum(), nn.Module())
     forward = 2 * 2 * 2 * 32 * 32 * 8
     assert 3 * forward <= counted <= 3.5 * forward
 
@@ -67,7 +67,7 @@ def test_operations_are_those_that_torch_counts() -> None:
     x = torch.randn(4, 3, 16, 16)
     with FlopCounterMode(display=False) as counter:
         functional.cross_entropy(model(x), torch.arange(4)).backward()
-    assert try_out(lambda: functional.cross_entropy(model(x), torch.arange(4)), model) == counter.get_total_flops()
+    assert count_flops(lambda: functional.cross_entropy(model(x), torch.arange(4)), model) == counter.get_total_flops()
 
 
 def test_blocks_are_computed_again_with_the_same_gradients() -> None:
@@ -117,5 +117,5 @@ def test_the_peak_is_given_or_unknown() -> None:
 def test_ranks_that_share_a_gpu_are_named_before_nccl_ends_the_job() -> None:
     check_gpus("horovod", [None, None])  # CPUs, or a Horovod that reduces through these
     check_gpus("horovod", [("a", "0"), ("a", "1"), ("b", "0"), ("b", "1")])
-    with pytest.raises(UserError, match=r"reduce\.strategy = 'horovod': ranks 1, 3 share one GPU of b, and NCCL wants"):
+    with pytest.raises(UserError, match=r"reduce\.strategy = 'horovod': ranks 1, 3 share one GPU of b, and NCCL needs"):
         check_gpus("horovod", [("a", "0"), ("b", "0"), ("b", "1"), ("b", "0")])

@@ -32,7 +32,12 @@ def train(
 
 @pytest.mark.parametrize(
     "ranks, keys",
-    [(0, {"reduce__strategy": "local"}), (1, {}), (2, {}), (2, {"reduce__strategy": "mpi"}), (3, {}), (4, {})],
+    [
+        (0, {"reduce__strategy": "local"}),
+        (2, {}),
+        (2, {"reduce__strategy": "mpi"}),
+        *(pytest.param(ranks, {}, marks=pytest.mark.thorough) for ranks in (1, 3, 4)),
+    ],
 )
 def test_softmax_is_the_founding_table(tmp_path: Path, digits: Path, ranks: int, keys: dict[str, object]) -> None:
     losses, summary = train(ranks, "softmax-mnist.toml", tmp_path, data__file=digits, **keys)

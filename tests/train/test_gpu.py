@@ -15,8 +15,9 @@ from hpc_train.core.settings import Checkpoint, Train
 from hpc_train.train.device import peak_flops
 from hpc_train.train.energy.sensors.choose import choose
 from hpc_train.train.optimize import Optimizer
-from hpc_train.train.reduce.shards import whole
-from hpc_train.train.run import checkpoint
+from hpc_train.train.reduce.sharded_weights import whole_parameters
+from hpc_train.train.run.checkpoint import format
+from hpc_train.train.run.checkpoint.saver import Saver
 from tests import jobs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -90,7 +91,7 @@ def test_an_update_with_clipping_makes_the_loop_wait_for_nothing(keys: dict[str,
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)).to(device)
         train = Train.model_validate({"steps": 9, "global_batch": 8, "lr": 0.1, "clip_norm": 0.1, **keys})
-        return model, Optimizer(train, whole(model), 8, lambda value: value)
+        return model, Optimizer(train, whole_parameters(model), 8, lambda value: value)
 
     (on_gpu, one), (on_cpu, other) = trainee("cuda"), trainee("cpu")
     for step in range(5):
@@ -109,15 +110,15 @@ def test_an_update_with_clipping_makes_the_loop_wait_for_nothing(keys: dict[str,
 
 def test_a_checkpoint_leaves_a_gpu_through_memory_that_is_kept(tmp_path: Path) -> None:
     settings = Checkpoint.model_validate({"keep": 2})
-    with checkpoint.Saver(RunDir(tmp_path), settings, {}, True, print) as saver:
+    with Saver(RunDir(tmp_path), settings, {}, True, print) as saver:
         for step in (1, 2):
             weights = torch.full((1 << 20,), float(step), device=CUDA)
             saver.save(step, {"model": {"w": weights}, "optimizer": {}, "loss_scale": [1.0, 0], "task": {}})
             weights.fill_(-1.0)  # as the next step would
             saver._wait()
-            place = saver._copy["model"]["w"]
+            place = saver._host_copy._buffers["model/w"]
             assert place.is_pinned()
-            state, _ = checkpoint.read(RunDir(tmp_path).checkpoint(step))
+            state, _ = format.read(RunDir(tmp_path).checkpoint(step))
             assert torch.equal(state["model"]["w"], torch.full((1 << 20,), float(step)))
 
 

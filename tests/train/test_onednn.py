@@ -10,7 +10,13 @@ from torch import nn
 from torch.nn import functional
 
 from hpc_train.train.models import classifier
-from hpc_train.train.onednn import MALLOC_CHECKED, compiled, exposed_layers, layouts_watched, lies_channels_last
+from hpc_train.train.onednn import (
+    MALLOC_CHECKED,
+    compile_model,
+    exposed_layers,
+    is_channels_last,
+    warn_of_channels_last,
+)
 from tests import jobs
 
 RESNETS = [
@@ -47,13 +53,13 @@ def compare_with_float64() -> None:
 def train_compiled() -> None:
     model, inputs = made("resnet", (128, 128, 3), {"depth": 18, "width": 8, "stem": "small"})
     exact = gradients(model.double(), inputs.double())
-    found = [gradients(compiled(model.float(), torch.device("cpu")), inputs) for _ in range(20)]
+    found = [gradients(compile_model(model.float(), torch.device("cpu")), inputs) for _ in range(20)]
     print(max(float((each - exact).norm() / exact.norm()) for each in found))
 
 
 def in_checked_process(function: str) -> float:
     """What `function` of this file prints; glibc ends a process that has written where it must not."""
-    code = f"from tests import test_onednn; test_onednn.{function}()"
+    code = f"from tests.train import test_onednn; test_onednn.{function}()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=jobs.ROOT,
@@ -85,7 +91,7 @@ def test_no_convolution_of_ours_sees_channels_last_on_a_cpu(
     seen: list[bool] = []
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
-            layer.register_forward_pre_hook(lambda _, given: seen.append(lies_channels_last(given[0])))
+            layer.register_forward_pre_hook(lambda _, given: seen.append(is_channels_last(given[0])))
     model(inputs)
     assert seen and not any(seen)
 
@@ -95,9 +101,9 @@ def test_layouts_are_told_as_torch_tells_them() -> None:
     for shape in ((2, 3, 4, 5), (2, 1, 4, 5), (1, 3, 1, 1), (16, 8, 1, 1), (1, 1, 1, 1), (2, 3, 1, 5)):
         for memory_format in (torch.contiguous_format, torch.channels_last):
             x = torch.empty(shape).to(memory_format=memory_format)
-            assert lies_channels_last(x) == (suggested(x) == torch.channels_last), (shape, memory_format)
+            assert is_channels_last(x) == (suggested(x) == torch.channels_last), (shape, memory_format)
     moved = torch.empty(2, 4, 5, 1).movedim(3, 1)
-    assert lies_channels_last(moved) and moved.is_contiguous(), "a single channel can mean both"
+    assert is_channels_last(moved) and moved.is_contiguous(), "a single channel can mean both"
 
 
 def test_layers_that_meet_the_bug() -> None:
@@ -118,7 +124,7 @@ def test_a_layer_that_meets_the_bug_is_warned_about_once() -> None:
     told: list[str] = []
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 1, 2))
     pictures = torch.rand(2, 3, 9, 9)
-    with layouts_watched(model, told.append):
+    with warn_of_channels_last(model, told.append):
         model(pictures)
         assert not told
         for _ in range(2):
@@ -126,7 +132,7 @@ def test_a_layer_that_meets_the_bug_is_warned_about_once() -> None:
     assert len(told) == 1 and "layer 1 (Conv2d(8, 16" in told[0] and "bug 6035" in told[0]
     model(pictures.to(memory_format=torch.channels_last))
     assert len(told) == 1, "the hooks are gone"
-    with layouts_watched(model.to(memory_format=torch.channels_last), told.append):
+    with warn_of_channels_last(model.to(memory_format=torch.channels_last), told.append):
         model(pictures)
     assert len(told) == 2, "weights alone are enough"
 

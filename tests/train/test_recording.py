@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from hpc_train.analysis.report.facts import gather
+from hpc_train.analysis.report.renderers.files import summary_tree
 from hpc_train.analysis.report.report import make_report
 from hpc_train.analysis.runs.load import Run, load_all
 from hpc_train.core.config import load
@@ -131,7 +133,7 @@ def test_losses_are_means_over_all_ranks(recorded: list[Run]) -> None:
 
 
 def test_the_report_compares_them_like_our_own(recorded: list[Run]) -> None:
-    (group,) = make_report([recorded[0].dir.path.parent]).to_dict()["groups"]
+    (group,) = summary_tree(make_report([recorded[0].dir.path.parent]))["groups"]
     one, two = group["rows"]
     assert two["baseline_ranks"] == 1 and two["speedup"] > 0 and two["speedup_low"] <= two["speedup"]
     assert one["joules"] > 0 and two["joules"] > 0 and one["energy_quality"] in ("measured", "estimated")
@@ -168,7 +170,7 @@ def test_under_mpirun_and_alone_with_every_phase_marked(by_hand: Path) -> None:
     assert together.meta["recorded"]["ranks_talk_through"] == "MPI" and "Open MPI" in together.meta["mpi"]["version"]
     assert together.config.task.options == {"lr": 0.1} and together.summary.global_batch == 128
     assert together.summary.phase_share["reduce"] > 0 and together.summary.test == {"accuracy": 0.75}
-    (group,) = make_report([by_hand / "runs"]).scaling.groups
+    (group,) = gather([by_hand / "runs"]).scaling.groups
     assert group.weak and group.largest is not None and group.largest.size == 2
     assert "reduce" not in group.rows[0].phase_share and group.rows[1].phase_share["reduce"] > 0
 
@@ -219,7 +221,7 @@ START = {
 LEAVES_FIRST = """
 import os, time, torch
 from pathlib import Path
-from hpc_train.train import recorder as recorder_module
+from hpc_train.train.run import recorder as recorder_module
 from hpc_train.train.recording import recording
 if rank != first:  # the others are slow to come out: in the gather of what they recorded, and in what follows
     finish = recorder_module.Recorder.finish

@@ -17,7 +17,7 @@ from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.meta_json import attempts, positive_number
 from hpc_train.analysis.runs.step_timeline import timeline_of
 from hpc_train.analysis.scaling.compare import Group, labels, mismatches
-from hpc_train.analysis.stats.welch import ratio_of_geometric_means_interval
+from hpc_train.analysis.stats.repeats import ratio_of_geometric_means_interval
 from hpc_train.core.records import FloatArray, IntArray
 from hpc_train.core.statistics import Interval
 

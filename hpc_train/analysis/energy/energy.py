@@ -7,11 +7,12 @@ from functools import cached_property
 from typing import Any
 
 from hpc_train.analysis.energy.energy_amount import NONE, EnergyAmount, between, peak_w, whole
-from hpc_train.analysis.runs.load import Run, disjoint, host_traces
+from hpc_train.analysis.runs.load import Run, host_traces
 from hpc_train.analysis.runs.meta_json import attempts, dict_at, positive_number
 from hpc_train.analysis.runs.step_timeline import EMPTY_TIMELINE, StepTimeline, timeline_of
+from hpc_train.core.energy_records import JOB_WIDE, OWN_CORES, Trace, disjoint
 from hpc_train.core.formatting import listed
-from hpc_train.core.records import JOB_WIDE, OWN_CORES, PHASES, Trace
+from hpc_train.core.records import PHASES
 
 _MOST_HOSTS = 3  # named one by one
 ALL_NODES = "all nodes together"  # the host of a count that Slurm keeps for a whole step

@@ -5,8 +5,8 @@ from typing import Literal
 
 import numpy as np
 
+from hpc_train.core.energy_records import Trace
 from hpc_train.core.formatting import amount
-from hpc_train.core.records import Trace
 
 
 @dataclass(frozen=True)

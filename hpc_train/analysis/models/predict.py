@@ -212,7 +212,7 @@ def _hold_out(
     """
     found, reason = [], "fewer than 4 sizes: none can be held out"
     for kept in range(len(measurements.ranks) - 1, max(2, len(measurements.ranks) - 1 - _NUM_FOLDS), -1):
-        training, ranks = measurements.first(kept), int(measurements.ranks[kept])
+        training, ranks = measurements.smallest(kept), int(measurements.ranks[kept])
         if measurements.ranks_per_node and crosses_unseen_boundary(training, ranks):
             reason = "only one size is on several nodes: it cannot be held out"
             break

@@ -149,7 +149,7 @@ def measurements_of(group: Group, network: Path | None = None) -> Measurements:
     nothing of it, by the newest one beside the runs. Raises `UserError`.
     """
     measurements = from_group(group)
-    if network is None and measurements.tells_no_network:
+    if network is None and measurements.has_no_network:
         network = benchmark_beside(group)
     if network is None:
         return measurements

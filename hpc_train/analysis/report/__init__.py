@@ -1,1 +1,1 @@
-"""From facts to a report: sections, tables, plots, and the renderers of terminal, Markdown and page."""
+"""From facts to a report: `model` holds it, `sections` and `plots` fill it, `renderers` show it, `report` ties them."""

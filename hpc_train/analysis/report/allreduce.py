@@ -1,4 +1,4 @@
-"""What `bench allreduce` found, as tables, sentences and a figure: bus bandwidth against size."""
+"""The results of `bench allreduce` as tables, sentences and a figure: bus bandwidth against message size."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.plots.canvas import (
     BLACK,
     BLUE,
@@ -18,7 +19,6 @@ from hpc_train.analysis.report.plots.canvas import (
     saved,
     styled,
 )
-from hpc_train.analysis.report.table import Column, Table
 from hpc_train.core import rundir
 from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Fit, Row, fits, pair_ratios
 from hpc_train.core.formatting import binary_size, percent, significant
@@ -62,7 +62,7 @@ def places(rows: Sequence[Row]) -> list[Place]:
 
 
 def limits(rows: Sequence[Row], place: Place) -> list[Row]:
-    """The rows to hold a place's all-reduces against: its memory copies, and messages of two ranks as far apart."""
+    """The limits of a placement's all-reduces: memory copies there, and messages between two ranks as far apart."""
     between = place[1] > 1
     return [
         row
@@ -71,25 +71,41 @@ def limits(rows: Sequence[Row], place: Place) -> list[Row]:
     ]
 
 
-def sheets(rows: Sequence[Row]) -> list[Table]:
-    """For each place times and bus bandwidths; then what was fitted."""
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """For each placement times and bus bandwidths; then what was fitted."""
     made = []
     for place in places(rows):
         here = {(row.strategy, row.message_bytes): row for row in rows if row.place == place}
         beside = {(row.strategy, row.message_bytes): row for row in limits(rows, place)}
-        sizes = sorted({size for _, size in here})
-        summed = [name for name in (*OURS, *PEERS) if (name, sizes[0]) in here]
-        times = tuple(tuple([binary_size(s), *(_time_text(here.get((name, s))) for name in summed)]) for s in sizes)
-        columns = (Column("size", True), *(Column(name_of(name)) for name in summed))
-        made.append(Table(f"{place_text(place)}: time in us, ± half the distance of the quartiles", columns, times))
-        shown = [*summed, *LIMITS]
-        speeds = tuple(
-            tuple([binary_size(s), *(_speed_text((here | beside).get((name, s))) for name in shown)]) for s in sizes
-        )
-        columns = (*columns, *(Column(name_of(name)) for name in LIMITS))
-        made.append(Table(f"{place_text(place)}: bus bandwidth in GB/s beside its limits", columns, speeds))
+        made += [_time_table(place, here), _bandwidth_table(place, here, here | beside)]
     found = fits(rows)
-    return [*made, _fit_sheet(found)] if found else made
+    return [*made, _fit_table(found)] if found else made
+
+
+def _sizes_and_strategies(rows: dict[tuple[str, int], Row]) -> tuple[list[int], list[str]]:
+    sizes = sorted({size for _, size in rows})
+    return sizes, [name for name in (*OURS, *PEERS) if (name, sizes[0]) in rows]
+
+
+def _time_table(place: Place, rows: dict[tuple[str, int], Row]) -> Table:
+    sizes, strategies = _sizes_and_strategies(rows)
+    columns = (Column("size", True), *number_columns(*map(name_of, strategies)))
+    lines = []
+    for size in sizes:
+        lines.append((binary_size(size), *(_time_text(rows.get((name, size))) for name in strategies)))
+    title = f"{place_text(place)}: time in us, ± half the interquartile range"
+    return Table("allreduce-time", title, columns, tuple(lines))
+
+
+def _bandwidth_table(place: Place, rows: dict[tuple[str, int], Row], with_limits: dict[tuple[str, int], Row]) -> Table:
+    sizes, strategies = _sizes_and_strategies(rows)
+    strategies += LIMITS
+    columns = (Column("size", True), *number_columns(*map(name_of, strategies)))
+    lines = [
+        (binary_size(size), *(_speed_text(with_limits.get((name, size))) for name in strategies)) for size in sizes
+    ]
+    title = f"{place_text(place)}: bus bandwidth in GB/s, with its limits"
+    return Table("allreduce-bandwidth", title, columns, tuple(lines))
 
 
 def _time_text(row: Row | None) -> str:
@@ -103,22 +119,18 @@ def _speed_text(row: Row | None) -> str:
     return "-" if row is None else significant(row.bytes_per_s / 1e9)
 
 
-def _fit_sheet(found: Sequence[Fit]) -> Table:
-    columns = ("ranks", "strategy", "latency (us)", "interval", "bandwidth (GB/s)", "interval", "error")
-    cells = tuple(
-        (
-            place_text((each.ranks, each.nodes, each.ranks_per_node)),
-            name_of(each.strategy),
-            significant(each.alpha_s * 1e6),
-            "-".join(significant(end * 1e6) for end in each.alpha_interval_s),
-            _inverse(each.beta_s_per_byte),
-            "-".join(_inverse(end) for end in reversed(each.beta_interval_s_per_byte)),
-            percent(each.error, 0),
-        )
-        for each in found
-    )
+def _fit_table(found: Sequence[Fit]) -> Table:
+    titles = ("latency (us)", "interval", "bandwidth (GB/s)", "interval", "error")
+    columns = (Column("ranks", True), Column("strategy", True), *number_columns(*titles))
+    rows = []
+    for fit in found:
+        cells = [place_text((fit.ranks, fit.nodes, fit.ranks_per_node)), name_of(fit.strategy)]
+        cells += [significant(fit.alpha_s * 1e6), "-".join(significant(end * 1e6) for end in fit.alpha_interval_s)]
+        cells.append(_inverse(fit.beta_s_per_byte))
+        cells.append("-".join(_inverse(end) for end in reversed(fit.beta_interval_s_per_byte)))
+        rows.append((*cells, percent(fit.error, 0)))
     title = "T = 2 (N-1) latency + 2 (N-1)/N bytes / bandwidth, fitted; error: the median over sizes"
-    return Table(title, tuple(Column(name, is_text=place < 2) for place, name in enumerate(columns)), cells)
+    return Table("allreduce-fit", title, columns, tuple(rows))
 
 
 def _inverse(beta_s_per_byte: float) -> str:
@@ -126,7 +138,7 @@ def _inverse(beta_s_per_byte: float) -> str:
 
 
 def ratio_notes(rows: Sequence[Row]) -> list[str]:
-    """The speed of our all-reduces over that of one MPI_Allreduce, at the sizes that are judged."""
+    """The speed of our all-reduces over that of one MPI_Allreduce, at the sizes in `JUDGED_BYTES`."""
     notes = []
     for num_bytes in JUDGED_BYTES:
         for strategy in JUDGED:

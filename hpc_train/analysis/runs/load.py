@@ -13,22 +13,11 @@ from hpc_train.analysis.runs.load_balance import LoadBalance
 from hpc_train.analysis.runs.meta_json import attempts, dict_at, text_at
 from hpc_train.analysis.runs.ranks import LEAVE_OUT, reduce_ranks
 from hpc_train.core import config, rundir
+from hpc_train.core.energy_records import Energy, Trace, energy_of_run, read_traces
 from hpc_train.core.errors import UserError
 from hpc_train.core.paths import read_text
-from hpc_train.core.records import (
-    JOB_WIDE,
-    OWN_CORES,
-    SCHEMA,
-    Energy,
-    FloatArray,
-    RunSummary,
-    Trace,
-    contained,
-    read_metrics,
-    read_traces,
-    summarise,
-    total_energy,
-)
+from hpc_train.core.records import SCHEMA, FloatArray, read_metrics
+from hpc_train.core.run_summary import RunResult, RunShape, RunSummary, summarise
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import UNKNOWN_STEPS, Config
 
@@ -166,7 +155,7 @@ def _load(run: RunDir) -> Run:
     written = _read_json(run.summary) if run.summary.is_file() else None
     num_attempts = max(1, len(attempts(meta)))
     ranks = reduce_ranks(run, meta, settings.reduce, num_attempts)
-    step_ns, total, faults = ranks.step_ns, ranks.total, ranks.faults
+    times, faults = ranks.total, ranks.faults
     if written is None:
         outcome = str(meta.get("outcome", ""))  # of an attempt that ended by itself
         stopped = outcome if outcome.startswith("stopped") else "the run did not reach its end or is still running"
@@ -174,24 +163,19 @@ def _load(run: RunDir) -> Run:
     elif not written.get("complete"):
         fault = written.get("fault") or "the run did not reach its end"
         faults.insert(0, f"summary.json says that {fault}")
-    num_steps = len(step_ns) + total.num_warmup - total.num_repeated
     if faults:
         planned = settings.train.steps
-        faults.append(f"{num_steps}{'' if planned == UNKNOWN_STEPS else f' of {planned}'} steps can be used")
+        faults.append(f"{times.num_steps}{'' if planned == UNKNOWN_STEPS else f' of {planned}'} steps can be used")
     metrics = read_metrics(run.metrics) if run.metrics.is_file() else ([], [])
     loss = _number((written or {}).get("loss"))
-    summary = summarise(
+    shape = RunShape(
         name=text_at(meta, "name") or settings.name,
         size=meta["size"],
         num_hosts=len(meta["hosts"]),
         global_batch=settings.global_batch(meta["size"]),
-        step_ns=step_ns,
-        phases_ns=total.phases_ns,
-        num_samples=total.num_samples,
-        num_warmup=total.num_warmup,
-        num_repeated=total.num_repeated,
         num_attempts=num_attempts,
-        energy=_energy(run, meta),
+    )
+    result = RunResult(
         loss=loss if loss is not None else next(iter(metrics[1][-1:]), None),
         test=_test(written or {}),
         complete=not faults,
@@ -200,9 +184,9 @@ def _load(run: RunDir) -> Run:
         run,
         settings,
         meta,
-        summary,
-        step_ns / 1e9,
-        total.phases_ns / 1e9,
+        summarise(shape, times, _energy(run, meta), result),
+        times.mean_step_s,
+        times.phases_ns / 1e9,
         ranks.servers_ns / 1e9,
         metrics,
         "; ".join(faults) or None,
@@ -227,26 +211,9 @@ def host_traces(run: RunDir, meta: dict[str, Any]) -> dict[str, list[Trace]]:
     }
 
 
-def disjoint(traces: dict[str, list[Trace]]) -> dict[str, list[Trace]]:
-    """The traces whose joules may be added up: none that another of its host, or one of all hosts, holds already."""
-    wide = {trace.domain for of_host in traces.values() for trace in of_host if trace.domain in JOB_WIDE}
-    beside = {host: wide | {trace.domain for trace in of_host} for host, of_host in traces.items()}
-    return {
-        host: [trace for trace in of_host if not contained(trace.domain, beside[host])]
-        for host, of_host in traces.items()
-    }
-
-
 def _energy(run: RunDir, meta: dict[str, Any]) -> Energy:
-    """The sum over hosts; a host of the last attempt without readings makes it missing, unless others' hold its own."""
-    traces = host_traces(run, meta)
-    known = [trace for of_host in disjoint(traces).values() for trace in of_host]
-    if not all(traces[host] for host in meta["hosts"]) and not any(trace.domain in JOB_WIDE for trace in known):
-        return Energy()
-    total = total_energy(trace.energy for trace in known)
-    shared = any(was is True for was in dict_at(dict_at(meta, "energy"), "shared").values())
-    is_shared = shared and any(trace.domain != OWN_CORES for trace in known)
-    return replace(total, source=f"{total.source} (node shared)") if is_shared and total.joules is not None else total
+    is_shared = True in dict_at(dict_at(meta, "energy"), "shared").values()
+    return energy_of_run(host_traces(run, meta), meta["hosts"], is_shared)
 
 
 def _number(value: object) -> float | None:

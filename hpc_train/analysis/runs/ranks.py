@@ -15,11 +15,10 @@ from hpc_train.core.formatting import amount, listed
 from hpc_train.core.records import PHASES, TIMING_COLUMNS, BadRecord, FloatArray, IntArray
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Reduce
-from hpc_train.core.timings import StepTimes, Timings, read_timings, step_times
+from hpc_train.core.timings import NO_STEP_TIMES, StepTimes, Timings, read_timings, step_times
 
 LEAVE_OUT = "Move this run's folder out of the report's folder, or name the other runs one by one."
 _ALIGNED = [TIMING_COLUMNS.index("step"), TIMING_COLUMNS.index("warmup")]  # equal on every rank, row by row
-_NO_STEPS = Timings(np.zeros((0, len(TIMING_COLUMNS)), np.int64), False)
 # Parts of a step. Clocks that disagree by more say nothing about who came when; on one host, which has one clock, no
 # rank can leave a reduction after the others leave the next.
 _CLOCKS_FAIL, _RECORDS_FAIL = 0.1, 1.0
@@ -29,8 +28,7 @@ _CLOCKS_FAIL, _RECORDS_FAIL = 0.1, 1.0
 class Ranks:
     """What the records of all ranks come to, as far as all of them recorded."""
 
-    step_ns: FloatArray  # (steady steps,) mean over the ranks that train
-    total: StepTimes  # sums over the ranks that train
+    total: StepTimes  # sum over the ranks that train
     servers_ns: FloatArray  # (len(PHASES),) sums over the servers
     balance: LoadBalance | None  # None: no steady step
     faults: list[str]
@@ -40,11 +38,11 @@ class _Sums:
     """Over ranks, while they are read."""
 
     def __init__(self, num_workers: int, tally: RankAccumulator) -> None:
-        self.num_workers, self.tally = 0, tally
+        self.tally = tally
         self.truncated: list[int] = []
         self._most_workers = num_workers
         self._first: IntArray | None = None  # columns that are equal on every rank
-        self._total, self._servers_ns = step_times(_NO_STEPS), np.zeros(len(PHASES))
+        self._total, self._servers_ns = NO_STEP_TIMES, np.zeros(len(PHASES))
 
     def add(self, rank: int, path: Path, whole: Timings, timings: Timings) -> None:
         """timings: those of the steps in `whole` that all ranks recorded. Raises `BadRecord`."""
@@ -57,22 +55,12 @@ class _Sums:
         if rank >= self._most_workers:
             self._servers_ns += times.phases_ns
             return
-        if self.num_workers:
-            times = replace(
-                times,
-                step_ns=times.step_ns + self._total.step_ns,
-                phases_ns=times.phases_ns + self._total.phases_ns,
-                num_samples=times.num_samples + self._total.num_samples,
-            )
-        self._total = times
-        self.num_workers += 1
+        self._total = self._total + times if self._total.num_ranks else times
         self.tally.add(rank, timings)
 
     def ranks(self, balance: LoadBalance | None, faults: list[str]) -> Ranks:
         cut = [f"the last line of {ranks_text(sorted(self.truncated))} is cut short"] if self.truncated else []
-        return Ranks(
-            self._total.step_ns / max(1, self.num_workers), self._total, self._servers_ns, balance, faults + cut
-        )
+        return Ranks(self._total, self._servers_ns, balance, faults + cut)
 
 
 def waits(reduce: Reduce, num_workers: int) -> bool:

@@ -18,8 +18,9 @@ from hpc_train.analysis.runs.meta_json import positive_number
 from hpc_train.analysis.runs.repeats import Facts, assign_series, distinguishing_facts, facts_of
 from hpc_train.analysis.stats.bootstrap import bootstrap_means, pooled_mean_interval
 from hpc_train.core import config
+from hpc_train.core.energy_records import Energy, total_energy
 from hpc_train.core.formatting import listed, ms_text, plural
-from hpc_train.core.records import COMMUNICATION, PHASES, Energy, FloatArray, total_energy
+from hpc_train.core.records import COMMUNICATION, PHASES, FloatArray
 from hpc_train.core.settings import RECORDED
 from hpc_train.core.statistics import Interval, percentile_interval
 

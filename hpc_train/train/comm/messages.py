@@ -1,7 +1,7 @@
-"""Every message of arrays between ranks. MPI counts in 32 bits: what is longer goes in pieces.
+"""Every message of arrays between ranks. MPI counts in 32 bits: longer messages are cut into pieces.
 
-mpi4py takes larger counts where the MPI library does, from MPI 4 on; Open MPI 4.1 does not. So no other module calls
-MPI's methods for buffers: each function here cuts what it is given, or is only for what was cut before.
+mpi4py passes larger counts if the MPI library supports them (MPI 4 and later); Open MPI 4.1 does not. So no other
+module calls MPI's methods for buffers.
 
 Arrays are contiguous in memory.
 """
@@ -14,14 +14,14 @@ MOST_BYTES = 1 << 30  # of one message of MPI
 
 
 def pieces(array: np.ndarray) -> list[np.ndarray]:
-    """`array` as flat views that are short enough; one, if it is empty."""
+    """`array` as flat views that are short enough; one if it is empty."""
     assert array.flags.c_contiguous
-    flat, each = array.reshape(-1), max(1, MOST_BYTES // array.itemsize)
-    return [flat[begin : begin + each] for begin in range(0, max(1, len(flat)), each)]
+    flat, max_length = array.reshape(-1), max(1, MOST_BYTES // array.itemsize)
+    return [flat[begin : begin + max_length] for begin in range(0, max(1, len(flat)), max_length)]
 
 
 def broadcast(comm: Any, array: np.ndarray) -> None:
-    """Collective. Replaces `array` by the root's."""
+    """Collective. Overwrites `array` with the root's."""
     for piece in pieces(array):
         comm.Bcast(piece, root=0)
 
@@ -40,20 +40,31 @@ def all_reduce_in_place(comm: Any, array: np.ndarray) -> None:
         comm.Allreduce(MPI.IN_PLACE, piece)
 
 
-def send(comm: Any, array: np.ndarray, dest: int, **options: Any) -> None:
-    """options: tag, as in all functions for two ranks."""
+def send(comm: Any, array: np.ndarray, dest: int, tag: int = 0) -> None:
     for piece in pieces(array):
-        comm.Send(piece, dest=dest, **options)
+        comm.Send(piece, dest=dest, **_tagged(tag))
 
 
-def receive(comm: Any, array: np.ndarray, source: int, **options: Any) -> None:
-    """options: tag and status; a sender that is not known beforehand sends what fits one piece."""
+def receive(comm: Any, array: np.ndarray, source: int, tag: int = 0) -> None:
     for piece in pieces(array):
-        comm.Recv(piece, source=source, **options)
+        comm.Recv(piece, source=source, **_tagged(tag))
+
+
+def receive_from_any(comm: Any, array: np.ndarray, tag: int) -> int:
+    """Receives from whichever rank sends first, and returns that rank. For what fits one piece."""
+    from mpi4py import MPI
+
+    status, (piece,) = MPI.Status(), pieces(array)
+    comm.Recv(piece, source=MPI.ANY_SOURCE, tag=tag, status=status)
+    return int(status.source)
+
+
+def _tagged(tag: int) -> dict[str, int]:
+    return {"tag": tag} if tag else {}  # `ProcessGroup` has no tags
 
 
 def send_and_receive(comm: Any, array: np.ndarray, dest: int, received: np.ndarray, source: int) -> None:
-    """At once, so that ranks may do so in a ring; for what fits one piece. `received` may be longer than what comes."""
+    """Both at once, as in a ring of ranks. For what fits one piece; `received` may be longer than needed."""
     ((mine,), (theirs,)) = pieces(array), pieces(received)
     comm.Sendrecv(mine, dest, recvbuf=theirs, source=source)
 
@@ -68,28 +79,32 @@ def begin_receive(comm: Any, array: np.ndarray, source: int, tag: int) -> list[A
     return [comm.Irecv(piece, source=source, tag=tag) for piece in pieces(array)]
 
 
+# ------------------------------------------------------------------------------------------------ rows
+
+
 def exchange(comm: Any, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Collective. Sends the first counts[0] of `rows` to rank 0, the next counts[1] to rank 1, and so on.
 
-    Returns what this rank was sent, in the senders' order, and how many rows by each.
+    Returns the received rows, in the order of their senders, and how many each rank sent.
     """
     counts, theirs = counts.astype(np.int64), np.empty(comm.size, np.int64)
     comm.Alltoall(counts, theirs)
     row_bytes = rows.dtype.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))
-    most = max(1, MOST_BYTES // max(1, row_bytes * comm.size))  # rows between two ranks in one message
-    num_rounds = max(comm.allgather(-(-int(counts.max(initial=0)) // most)))
+    max_rows = max(1, MOST_BYTES // max(1, row_bytes * comm.size))  # between two ranks in one message
+    num_rounds = max(comm.allgather(-(-int(counts.max(initial=0)) // max_rows)))
     received = np.empty((int(theirs.sum()), *rows.shape[1:]), rows.dtype)
     if num_rounds <= 1:
         _exchange_once(comm, rows, counts, received, theirs)
         return received, theirs
-    starts, places = np.cumsum(counts) - counts, np.cumsum(theirs) - theirs
-    for number in range(num_rounds):
-        here, there = (np.clip(each - number * most, 0, most) for each in (counts, theirs))
-        leaving = [rows[start + number * most :][:num] for start, num in zip(starts, here, strict=True)]
-        arriving = np.empty((int(there.sum()), *rows.shape[1:]), rows.dtype)
-        _exchange_once(comm, np.concatenate(leaving), here, arriving, there)
-        for place, part in zip(places, np.split(arriving, np.cumsum(there)[:-1]), strict=True):
-            received[place + number * most :][: len(part)] = part
+    send_starts, receive_starts = np.cumsum(counts) - counts, np.cumsum(theirs) - theirs
+    for done in range(0, num_rounds * max_rows, max_rows):
+        num_leaving, num_arriving = np.clip(counts - done, 0, max_rows), np.clip(theirs - done, 0, max_rows)
+        leaving = [rows[start + done :][:num] for start, num in zip(send_starts, num_leaving, strict=True)]
+        arriving = np.empty((int(num_arriving.sum()), *rows.shape[1:]), rows.dtype)
+        _exchange_once(comm, np.concatenate(leaving), num_leaving, arriving, num_arriving)
+        parts = np.split(arriving, np.cumsum(num_arriving)[:-1])
+        for start, part in zip(receive_starts, parts, strict=True):
+            received[start + done :][: len(part)] = part
     return received, theirs
 
 
@@ -103,29 +118,35 @@ def _exchange_once(comm: Any, rows: np.ndarray, counts: np.ndarray, received: np
         row.Free()
 
 
-# ------------------------------------------------------------------------------------- collectives under way
-# For what was cut before (`reduce.InPieces`): each returns a request.
+# ------------------------------------------------------------------------------------- non-blocking collectives
+# For messages that `transports.InPieces` has cut: each returns a request.
 
 
 def begin_all_reduce(comm: Any, array: np.ndarray) -> Any:
     """Collective. `array` becomes the sum over ranks."""
     from mpi4py import MPI
 
-    assert array.nbytes <= _most_at_once(comm)
+    assert array.nbytes <= _max_bytes(comm)
     return comm.Iallreduce(MPI.IN_PLACE, array)
 
 
+def begin_reduce_scatter(comm: Any, array: np.ndarray, received: np.ndarray) -> Any:
+    """Collective. `received` becomes this rank's part of the sum over ranks, one of equal parts."""
+    assert array.nbytes <= _max_bytes(comm)
+    return comm.Ireduce_scatter_block(array, received)
+
+
 def begin_all_to_all(comm: Any, array: np.ndarray, received: np.ndarray) -> Any:
-    """Collective. The n-th of equal parts of `array` goes to rank n, and its part for this rank comes back."""
-    assert array.nbytes <= _most_at_once(comm)
+    """Collective. Sends the n-th of equal parts of `array` to rank n; `received` holds the parts from all ranks."""
+    assert array.nbytes <= _max_bytes(comm)
     return comm.Ialltoall(array, received)
 
 
 def begin_all_gather(comm: Any, array: np.ndarray, received: np.ndarray) -> Any:
-    """Collective. The arrays of all ranks, in their order, on all of them."""
-    assert received.nbytes <= _most_at_once(comm)
+    """Collective. `received` becomes the arrays of all ranks, in rank order."""
+    assert received.nbytes <= _max_bytes(comm)
     return comm.Iallgather(array, received)
 
 
-def _most_at_once(comm: Any) -> int:
-    return max(MOST_BYTES, comm.size * 8)  # a number a rank is always sent together
+def _max_bytes(comm: Any) -> int:
+    return max(MOST_BYTES, comm.size * 8)  # at least one number a rank is sent at once

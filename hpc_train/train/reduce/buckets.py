@@ -1,13 +1,15 @@
-"""Messages of gradients, and when they leave: each as soon as backward has made what is in it."""
+"""Messages of gradients, each sent as soon as backward has computed the gradients in it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import nn
 
-# A gradient of at least this many bytes travels alone and in place; smaller ones are copied together into buckets,
-# since a message costs more than their copy.
+from hpc_train.train.reduce.step_flags import NUM_FLAGS, ControlFlags, StepFlags
+
+# A gradient of at least this many bytes is a message of its own, sent in place; smaller ones are copied together into
+# buckets, since a message costs more than their copy.
 _ALONE_BYTES = 1 << 20
 _BUCKET_BYTES = 4 << 20
 
@@ -15,29 +17,24 @@ _BUCKET_BYTES = 4 << 20
 class Bucket:
     """Parameters whose gradients travel as one message: several copied together, or a large one in place.
 
-    What is in which bucket, and so the order of every sum, depends on the model alone. Horovod's own fusion goes by
-    what happens to be ready, and on three or more ranks two runs of one job then differ in their last bits.
+    The model alone decides which parameters share a bucket, and so the order of every sum. Horovod's own fusion takes
+    whatever happens to be ready: on three or more ranks, two runs of one job then differ in their last bits.
 
-    notes: room for that many numbers behind the gradients. multiple: the message's length is filled up to one of it.
+    num_extra: numbers behind the gradients, for `StepFlags` or as padding.
     """
 
-    def __init__(
-        self, name: str, parameters: list[nn.Parameter], device: torch.device, num_notes: int = 0, multiple: int = 1
-    ) -> None:
+    def __init__(self, name: str, parameters: list[nn.Parameter], num_extra: int, device: torch.device) -> None:
         self.name, self.parameters = name, parameters
-        sizes = [parameter.numel() for parameter in parameters]
-        num_filling = -(sum(sizes) + num_notes) % multiple
         self._flat: torch.Tensor | None = None
-        if num_notes or num_filling or len(parameters) != 1:
+        if num_extra or len(parameters) != 1:
+            sizes = [parameter.numel() for parameter in parameters]
             dtype = parameters[0].dtype if parameters else torch.float32
-            self._flat = torch.zeros(sum(sizes) + num_notes + num_filling, dtype=dtype, device=device)
-            *views, self._notes, _ = self._flat.split([*sizes, num_notes, num_filling])
+            self._flat = torch.zeros(sum(sizes) + num_extra, dtype=dtype, device=device)
+            *views, self._extra = self._flat.split([*sizes, num_extra])
             self._views = [view.view_as(p) for view, p in zip(views, parameters, strict=True)]
-            # Of what lies on the CPU, numpy writes an element in a tenth of torch's time.
-            self._array = self._notes.numpy() if device.type == "cpu" and num_notes else None
 
     def fill(self) -> torch.Tensor:
-        """The message, with the gradients of this step in it; zeros where this rank did not use a parameter."""
+        """The message with this step's gradients in it; zeros for parameters that this rank did not use."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         if self._flat is None:
             self.parameters[0].grad = gradients[0].contiguous()
@@ -48,107 +45,97 @@ class Bucket:
             parameter.grad = view
         return self._flat
 
-    def note(self, loss: torch.Tensor, stop: bool, save: bool) -> None:
+    def write_flags(self, loss: torch.Tensor, control: ControlFlags) -> None:
         """Writes this rank's part of `StepFlags` behind the gradients. Nothing waits for a GPU."""
-        if self._array is not None:
-            self._array[0], self._array[1], self._array[2] = loss.item(), stop, save
+        if self._extra.device.type == "cpu":
+            flags = self._extra.numpy()  # writes a number in a tenth of torch's time
+            flags[0], flags[1], flags[2] = loss.item(), control.stop, control.save
         else:
-            self._notes[0], self._notes[1], self._notes[2] = loss.detach(), stop, save
+            self._extra[0], self._extra[1], self._extra[2] = loss.detach(), control.stop, control.save
 
-    def noted(self) -> list[float]:
-        """The notes, after they came back."""
-        return self._notes.tolist()
+    def read_flags(self) -> StepFlags:
+        """The sums over ranks, once the message has come back."""
+        return StepFlags(*self._extra.tolist())
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that need gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def decays(parameter: torch.Tensor) -> bool:
-    """Whether weight decay is for this parameter: matrices and kernels, not biases and norms."""
+def has_weight_decay(parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies: to matrices and kernels, not to biases and norms."""
     return parameter.ndim >= 2
 
 
 def make_buckets(
-    model: nn.Module, num_notes: int, multiple: int = 1, apart: Callable[[torch.Tensor], object] | None = None
+    model: nn.Module, multiple: int = 1, group_by: Callable[[torch.Tensor], object] | None = None
 ) -> list[Bucket]:
-    """Buckets of the model's parameters, the last parameters first: backward makes their gradients first.
+    """Buckets of the model's parameters, the last parameters first: backward computes their gradients first.
 
-    The last bucket has room for `num_notes` numbers of float32 besides: with gradients, or alone where `multiple` or
-    `apart` asks for messages of one kind. Parameters that `apart` tells apart are in different buckets.
+    The last bucket carries the step's flags: behind gradients, or alone if `multiple` or `group_by` is set.
+    multiple: messages of gradients are padded to a multiple of this length. group_by: only parameters with the same
+    value of it share a bucket.
     """
-    parts: list[list[nn.Parameter]] = []
-    small: dict[tuple[torch.dtype, object], list[nn.Parameter]] = {}
-    for parameter in reversed(trainable(model).values()):
+    parameters = list(reversed(trainable_parameters(model).values()))
+    full: list[list[nn.Parameter]] = []
+    open_groups: dict[tuple[torch.dtype, object], list[nn.Parameter]] = {}
+    for parameter in parameters:
         if parameter.nbytes >= _ALONE_BYTES:
-            parts.append([parameter])
+            full.append([parameter])
             continue
-        kind = (parameter.dtype, apart(parameter) if apart else None)
-        group = small.setdefault(kind, [])
+        kind = (parameter.dtype, group_by(parameter) if group_by else None)
+        group = open_groups.setdefault(kind, [])
         group.append(parameter)
         if sum(each.nbytes for each in group) >= _BUCKET_BYTES:
-            parts.append(small.pop(kind))
-    last = small.pop((torch.float32, None), []) if multiple == 1 else []
-    parts += small.values()
-    device = next(iter(trainable(model).values())).device
-    buckets = [Bucket(f"gradients.{i}", part, device, 0, multiple) for i, part in enumerate(parts)]
-    return [*buckets, Bucket("gradients", last, device, num_notes)]
+            full.append(open_groups.pop(kind))
+    with_flags = open_groups.pop((torch.float32, None), []) if multiple == 1 else []
+    device = parameters[0].device
+    buckets = []
+    for number, group in enumerate([*full, *open_groups.values()]):
+        num_padding = -sum(each.numel() for each in group) % multiple
+        buckets.append(Bucket(f"gradients.{number}", group, num_padding, device))
+    return [*buckets, Bucket("gradients", with_flags, NUM_FLAGS, device)]
 
 
 class BucketScheduler:
-    """Hands each bucket to `send` as soon as backward has filled it, in the same order in every step and on all ranks.
+    """Passes each bucket to `send` as soon as backward has filled it, in the same order in every step and on all ranks.
 
-    Only in the backward that follows `begin_step`: gradients of earlier parts of a batch are added up and stay.
-    asked: what this rank adds to `StepFlags`, whether it was asked to stop and whether it finds it time to save.
+    Only in the backward pass after `begin_step`: gradients of earlier parts of a batch are accumulated first.
     """
 
-    def __init__(
-        self, buckets: list[Bucket], send: Callable[[Bucket], None], asked: Callable[[], tuple[bool, bool]]
-    ) -> None:
-        self._buckets, self._send, self._asked = buckets, send, asked
+    def __init__(self, buckets: list[Bucket], send: Callable[[Bucket], None], control: ControlFlags) -> None:
+        self._buckets, self._send, self._control = buckets, send, control
         self._num_missing = [0] * len(buckets)
         self._next = len(buckets)
         for index, bucket in enumerate(buckets):
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(self._hook(index))
+                parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, index))
 
     def begin_step(self, loss: torch.Tensor) -> None:
-        """See `reduce.Reducer`."""
-        self._buckets[-1].note(loss, *self._asked())
+        """From now on, buckets are sent as backward fills them."""
+        self._buckets[-1].write_flags(loss, self._control)
         self._num_missing = [len(bucket.parameters) for bucket in self._buckets]
         self._next = 0
 
-    def finish(self) -> None:
-        """Sends what backward did not fill: parameters that this rank did not use, for which the others wait."""
-        while self._next < len(self._buckets):
+    def _on_gradient(self, index: int, parameter: torch.Tensor) -> None:
+        """The hook that autograd calls once `parameter`, of bucket `index`, has its gradient."""
+        if self._next == len(self._buckets):
+            return  # an earlier part of the batch
+        self._num_missing[index] -= 1
+        # MPI wants collectives in the same order on all ranks: a full bucket waits for those before it.
+        while self._next < len(self._buckets) and self._num_missing[self._next] == 0:
             self._send_next()
 
-    def shared(self) -> "StepFlags":
-        """What all ranks have noted, after it came back."""
-        return StepFlags(*self._buckets[-1].noted())
-
-    def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
-        def ready(parameter: torch.Tensor) -> None:
-            if self._next == len(self._buckets):
-                return
-            self._num_missing[index] -= 1
-            while self._next < len(self._buckets) and self._num_missing[self._next] == 0:
-                self._send_next()
-
-        return ready
+    def send_rest(self) -> None:
+        """Sends the buckets that backward did not fill: other ranks wait for parameters that this one did not use."""
+        while self._next < len(self._buckets):
+            self._send_next()
 
     def _send_next(self) -> None:
         self._next += 1
         self._send(self._buckets[self._next - 1])
 
-
-class StepFlags(NamedTuple):
-    """What travels with a step's gradients, summed over ranks: all ranks decide alike, and no message is added."""
-
-    loss: float  # shares of the global mean
-    stop: float  # ranks that were asked to stop
-    save: float  # whether the root finds it time for a checkpoint
-
-
-NUM_NOTES = len(StepFlags._fields)
+    def read_flags(self) -> StepFlags:
+        """The sums of all ranks' flags, once the last bucket has come back."""
+        return self._buckets[-1].read_flags()

@@ -19,7 +19,7 @@ from hpc_train.core.rundir import RunDir
 from hpc_train.core.sampling import Order
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
-from hpc_train.train.run import checkpoint
+from hpc_train.train.run.checkpoint.retention import checkpoints, remove_unfinished
 from hpc_train.train.run.leftovers import remove_begun_runs
 
 _MOST_META_BYTES = 1 << 30  # of thousands of ranks
@@ -59,12 +59,12 @@ def open_attempt(loaded: Loaded, context: Context, wanted: str) -> Iterator[Atte
             held.append(lease)
             remove_begun_runs(run)
             rundir.make_folders(run)
-            checkpoint.clean(run)
+            remove_unfinished(run)
             meta = read_meta(run)
             earlier = meta.get("attempts", [])
-            if source == run and earlier and earlier[0].get("continues") and not checkpoint.found(run):
+            if source == run and earlier and earlier[0].get("continues") and not checkpoints(run):
                 source = RunDir(Path(earlier[0]["continues"]))  # stopped before it had a checkpoint of its own
-                if (first := earlier[0]["first_step"]) and not checkpoint.found(source):
+                if (first := earlier[0]["first_step"]) and not checkpoints(source):
                     raise UserError(
                         f"{run.path} continues {source.path} from step {first}, and that holds no checkpoint any more",
                         "Restore the checkpoint, or begin another run: --resume never",

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,23 +14,16 @@ from torch import nn
 
 from hpc_train.core.clock import Clock
 from hpc_train.core.config import Loaded, dumps
+from hpc_train.core.energy_records import DomainEnergy, energy_of_run, read_traces
 from hpc_train.core.errors import UserError, not_written
 from hpc_train.core.output import lost
 from hpc_train.core.progress import StepProgress
-from hpc_train.core.records import (
-    METRIC_COLUMNS,
-    Energy,
-    read_energy,
-    read_metrics,
-    read_whole_metrics,
-    summarise,
-    timing_log,
-    total_energy,
-)
+from hpc_train.core.records import METRIC_COLUMNS, read_metrics, read_whole_metrics, timing_log
 from hpc_train.core.resume_rules import said
+from hpc_train.core.run_summary import RunResult, RunShape, summarise
 from hpc_train.core.rundir import sync, write_atomic
 from hpc_train.core.settings import UNKNOWN_STEPS
-from hpc_train.core.timings import read_timings, step_times
+from hpc_train.core.timings import StepTimes, read_timings, step_times
 from hpc_train.train.comm.clocks import clock_offsets_ns
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement
@@ -130,7 +125,7 @@ class Recorder:
                 raise not_written(self._run.metrics, error, len(text)) from None
         self._losses.clear()
 
-    def secure(self) -> None:
+    def sync_records(self) -> None:
         """What was flushed is on the disk, once this returns. Called before a checkpoint comes to have its name, from
         the thread that writes it: no checkpoint is newer than its records. Raises UserError where the run is another
         job's, or the disk refuses.
@@ -151,43 +146,58 @@ class Recorder:
         self._write_meta("end", outcome=outcome, last_step=self.num_steps_done - 1, ended=_now(), **facts)
 
     def finish(self, test: dict[str, float], fault: str | None = None) -> None:
-        """Collective, after `stop`. Writes summary.json from sums over all ranks; fault: see `RunSummary`."""
-        context, config = self._context, self._loaded.config
-        timings = read_timings(self._run.timings(context.world.rank))
-        own = step_times(timings.first(-context.max(-timings.steps_of_attempts(self._attempt.number))))
-        num_workers = config.reduce.num_workers(context.world.size)
-        trains = context.world.rank < num_workers  # servers wait most of the time: a step is what it is to a worker
-        step_ns, phases_ns = context.sum(own.step_ns * trains) / num_workers, context.sum(own.phases_ns * trains)
-        num_samples = sum(context.gather(own.num_samples))
-        energies = context.gather(read_energy(self._run.energy(context.world.host)) if self._energy.meters else None)
-        if not context.world.is_root:
+        """Collective, after `stop`. Writes summary.json; fault: why a run that reached its end did not succeed."""
+        times = self._times_of_all_ranks()
+        by_host = self._energy_of_all_hosts()
+        if not self._context.world.is_root:
             return
         losses = read_metrics(self._run.metrics)[1]
-        summary = summarise(
-            name=config.name,
-            size=context.world.size,
-            num_hosts=len({place.host for place in self._places}),
+        shape = RunShape(
+            name=self._loaded.config.name,
+            size=self._context.world.size,
+            num_hosts=len(self._meta["hosts"]),
             global_batch=self._batch_size,
-            step_ns=step_ns,
-            phases_ns=phases_ns,
-            num_samples=num_samples,
-            num_warmup=own.num_warmup,
-            num_repeated=own.num_repeated,
             num_attempts=self._attempt.number,
-            energy=total_energy(part for part in energies if part is not None),
-            loss=losses[-1] if losses else None,
-            test=test,
-            complete=fault is None,
-            fault=fault,
         )
+        energy = energy_of_run(by_host, self._meta["hosts"], True in self._meta["energy"]["shared"].values())
+        result = RunResult(losses[-1] if losses else None, test, complete=fault is None, fault=fault)
+        summary = summarise(shape, times, energy, result)
         self._attempt.lease.confirm()
         write_atomic(self._run.summary, summary.to_json() + "\n")
         for measure, value in test.items():
             print(f"Test {measure.replace('_', ' ')}: {value:.4f}")
         if summary.step_s and summary.samples_per_s:
-            energy = Energy(summary.joules, summary.energy_quality, summary.energy_source)
-            print(f"Mean step {summary.step_s * 1e3:.3g} ms, {summary.samples_per_s:,.0f} samples/s, {energy}")
+            speed = f"{summary.samples_per_s:,.0f} samples/s"
+            print(f"Mean step {summary.step_s * 1e3:.3g} ms, {speed}, {summary.energy}")
         print(f"Run directory: {self._run.path}", flush=True)
+
+    def _times_of_all_ranks(self) -> StepTimes:
+        """Collective. The sum over the ranks that train: servers wait most of the time, a step is a worker's step."""
+        context = self._context
+        timings = read_timings(self._run.timings(context.world.rank))
+        common = -context.max(-timings.steps_of_attempts(self._attempt.number))  # killed ranks recorded unequal numbers
+        own = step_times(timings.first(common))
+        num_workers = self._loaded.config.reduce.num_workers(context.world.size)
+        trains = context.world.rank < num_workers
+        return replace(
+            own,
+            step_ns=context.sum(own.step_ns * trains),
+            phases_ns=context.sum(own.phases_ns * trains),
+            num_samples=sum(context.gather(own.num_samples)),
+            num_ranks=num_workers,
+        )
+
+    def _energy_of_all_hosts(self) -> dict[str, list[DomainEnergy]]:
+        """Collective. On the root: what each host's file holds, read on that host; on the root, those of hosts that
+        only earlier attempts used.
+        """
+        host = self._context.world.host
+        mine = _domain_energies(self._run.energy(host)) if self._energy.meters else None
+        found = {host: parts for host, parts in self._context.gather((host, mine)) if parts is not None}
+        if self._context.world.is_root:
+            earlier = {host for attempt in self._meta["attempts"] for host in attempt.get("hosts") or []}
+            found |= {host: _domain_energies(self._run.energy(host)) for host in earlier - set(found)}
+        return found
 
     def _open_logs(self) -> None:
         """Writes config.toml, and makes metrics.csv end before this attempt's first step: one line a step, for ever."""
@@ -246,6 +256,10 @@ class Recorder:
             write_atomic(self._run.meta, json.dumps(self._meta, indent=1) + "\n")
 
         self._context.on_root(write)
+
+
+def _domain_energies(path: Path) -> list[DomainEnergy]:
+    return [DomainEnergy(trace.domain, trace.energy) for trace in read_traces(path)] if path.is_file() else []
 
 
 def _nothing() -> None:

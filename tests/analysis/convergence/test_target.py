@@ -10,19 +10,25 @@ import pytest
 
 from hpc_train.analysis.convergence.target import NOT_REACHED, TargetStudy, reach_of, smoothed, studies_of, window
 from hpc_train.analysis.energy.cost import cost_of
-from hpc_train.analysis.report.report import CSV_COLUMNS, make_report
-from hpc_train.analysis.report.target_tables import (
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.report.facts import gather
+from hpc_train.analysis.report.records import CSV_COLUMNS
+from hpc_train.analysis.report.renderers.files import summary_tree, to_csv, write_report
+from hpc_train.analysis.report.report import build_report, make_report
+from hpc_train.analysis.report.sections.target import (
     TARGET_COLUMNS,
     study_record,
     target_headline,
     target_notes,
     target_record,
-    target_sheets,
+    target_section,
+    target_table,
 )
 from hpc_train.analysis.runs.load import Run, load, load_all
 from hpc_train.analysis.scaling.compare import compare
 from hpc_train.core.records import FloatArray
 from hpc_train.core.rundir import RunDir
+from tests.analysis.rendered import table
 from tests.synthetic import Recipe, write_run
 
 # One rank: 200 steps of 10 ms; four: 100 steps of 12 ms with four times the batch, whose loss falls twice as fast.
@@ -127,8 +133,8 @@ def test_not_reached_is_not_missing(tmp_path: Path) -> None:
     pair(tmp_path)
     found = study(tmp_path, 0.07)
     assert found.rows[1].reaches[0].why == NOT_REACHED and found.rows[1].joules is None
-    sheets = target_sheets(found)
-    assert NOT_REACHED in sheets[0].rows[1] and "missing" not in sheets[0].rows[1]
+    cells = target_table(found).rows[1]
+    assert NOT_REACHED in cells and "missing" not in cells
     assert target_headline(found) == ""
     assert any("4 ranks, batch 400" in note and "Not reached" in note for note in target_notes(found))
     record = target_record(found, found.rows[1])
@@ -163,7 +169,7 @@ def test_one_repeat_that_did_not_reach_it_is_counted(tmp_path: Path) -> None:
     written(tmp_path, replace(SMALL, stamp="20261123T210001Z", step_s=0.0101), FALLING + 1.5)
     row = study(tmp_path, 1.0).rows[0]
     assert (row.num_reached, row.reached, row.seconds) == (1, False, None)
-    assert "1 of 2" in target_sheets(study(tmp_path, 1.0))[0].rows[0]
+    assert "1 of 2" in target_table(study(tmp_path, 1.0)).rows[0]
 
 
 def test_steps_taken_twice_count_as_time_before(tmp_path: Path) -> None:
@@ -191,28 +197,30 @@ def test_runs_without_a_loss_and_crashed_runs_get_their_words(tmp_path: Path) ->
     found = study(tmp_path)
     assert found.target == pytest.approx(0.1)  # crashed runs set no target
     assert found.rows[2].incomplete and "no loss was logged" in found.rows[2].reaches[0].why
-    assert target_sheets(found)[0].rows[2][0] == "8*" and "missing" in target_sheets(found)[0].rows[2]
+    assert target_table(found).rows[2][0] == "8*" and "missing" in target_table(found).rows[2]
 
 
 def test_the_report_has_it_in_words_csv_and_json(tmp_path: Path) -> None:
     pair(tmp_path)
     written(tmp_path, replace(SMALL, name="other", strategy="mpi"), FALLING)  # other groups are not in it
-    made = make_report([tmp_path], target_loss=1.0)
-    part = next(part for part in made.parts if isinstance(part.of, TargetStudy) and len(part.of.rows) == 2)
-    assert part.headline in made.headlines and any("lr" in column.title for column in part.sheets[0].columns)
-    record = made.to_dict()["targets"][0]
+    facts = gather([tmp_path], target_loss=1.0)
+    (of_both,) = [each for each in facts.targets if len(each.rows) == 2]
+    made, section = build_report(facts), target_section(of_both, SectionGuard())
+    assert section.headline in made.headlines
+    assert any("lr" in column.title for column in table(section, "target").columns)
+    record = summary_tree(made)["targets"][0]
     assert record["rows"][1]["target_speedup"] == pytest.approx(1.65, rel=0.01)
-    assert json.dumps(study_record(part.of))
-    lines = [line.split(",") for line in made.text("csv").splitlines()]
+    assert json.dumps(study_record(of_both))
+    lines = [line.split(",") for line in to_csv(made).splitlines()]
     column = lines[0].index("seconds_to_target")
     assert set(TARGET_COLUMNS) <= set(CSV_COLUMNS) and float(lines[1][column]) > 0
-    assert "in time to a loss of 1.00" in made.write(tmp_path / "report").read_text()
+    assert "in time to a loss of 1.00" in write_report(made, tmp_path / "report").read_text()
 
 
 def test_sizes_of_one_job_have_their_times_with_the_group(tmp_path: Path) -> None:
     written(tmp_path, SMALL, FALLING)
     written(tmp_path, replace(SMALL, size=2, step_s=0.006), FALLING)
-    made = make_report([tmp_path])
-    (part,) = made.parts
-    assert [sheet.title.split(" ")[0] for sheet in part.sheets][-2:] == ["To", "Speedup"]
-    assert part.sheets[-1].rows[1][2] == "1.67x" and part.sheets[-1].rows[1][-1] == "100.0%"
+    (section,) = make_report([tmp_path]).sections
+    assert table(section, "target").rows
+    speedup = table(section, "target-speedup").rows[1]
+    assert speedup[2] == "1.67x" and speedup[-1] == "100.0%"

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from hpc_train.analysis.efficiency.pop import FACTORS, Efficiencies, efficiencies
-from hpc_train.analysis.report.report import Report, make_report
+from hpc_train.analysis.report.facts import Facts, gather
+from hpc_train.analysis.report.report import build_report
 from hpc_train.analysis.runs.load import load, load_all
 from hpc_train.analysis.scaling.compare import Group, compare
 from tests import laws
+from tests.analysis.rendered import notes, table
 from tests.laws import Laws, Slow, Truth
 from tests.synthetic import Recipe, write_run
 
@@ -18,11 +20,11 @@ NOISY = Laws(noise=0.04, serial=0.03, slow=(Slow(5, 1.2),), clock_offset_s=5.0, 
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, dict[int, Truth]]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Facts, dict[int, Truth]]:
     """1, 2, 4 and 8 ranks of the same laws; rank 5 is slow where there is one."""
     root = tmp_path_factory.mktemp("study")
     truths = {size: truth for size, (_, truth) in laws.study(root, NOISY, (1, 2, 4, 8)).items()}
-    return make_report([root]), truths
+    return gather([root]), truths
 
 
 def one(root: Path, law: Laws) -> Efficiencies:
@@ -30,9 +32,9 @@ def one(root: Path, law: Laws) -> Efficiencies:
     return efficiencies([load(run)], None)
 
 
-def test_every_factor_is_the_one_that_was_drawn(study: tuple[Report, dict[int, Truth]]) -> None:
-    report, truths = study
-    for row in report.scaling.groups[0].rows:
+def test_every_factor_is_the_one_that_was_drawn(study: tuple[Facts, dict[int, Truth]]) -> None:
+    facts, truths = study
+    for row in facts.scaling.groups[0].rows:
         truth, factors = truths[row.size], row.pop.factors
         for name in ("parallel", "load_balance", "input", "serialisation", "transfer"):
             assert factors[name] == pytest.approx(getattr(truth, name), abs=1e-5), (row.size, name)
@@ -40,7 +42,7 @@ def test_every_factor_is_the_one_that_was_drawn(study: tuple[Report, dict[int, T
         assert factors["computational"] == pytest.approx(drawn, rel=3 * NOISY.clock_drift)
 
 
-def test_factors_multiply_to_what_stands_above_them(study: tuple[Report, dict[int, Truth]]) -> None:
+def test_factors_multiply_to_what_stands_above_them(study: tuple[Facts, dict[int, Truth]]) -> None:
     for row in study[0].scaling.groups[0].rows:
         f = row.pop.factors
         assert set(f) == set(FACTORS)
@@ -49,7 +51,7 @@ def test_factors_multiply_to_what_stands_above_them(study: tuple[Report, dict[in
         assert f["global"] == pytest.approx(f["parallel"] * f["computational"])
 
 
-def test_global_efficiency_is_the_measured_one_times_the_baseline_s(study: tuple[Report, dict[int, Truth]]) -> None:
+def test_global_efficiency_is_the_measured_one_times_the_baseline_s(study: tuple[Facts, dict[int, Truth]]) -> None:
     rows = study[0].scaling.groups[0].rows
     for row in rows:
         assert row.efficiency == pytest.approx(row.pop.factors["global"] / rows[0].pop.factors["global"], rel=1e-9)
@@ -59,8 +61,8 @@ def test_the_headline_and_pop_agree_where_few_steps_take_most_of_the_time(tmp_pa
     """One step in twenty takes thirty times as long: the mean is what the job took, the median hides it."""
     rare = Laws(noise=0.01, slow=(Slow(0, 30.0, 0.05),), message_bytes=4e5)
     truths = laws.study(tmp_path, rare, (1, 2, 4))
-    made = make_report([tmp_path])
-    (group,) = made.scaling.groups
+    facts = gather([tmp_path])
+    (group,) = facts.scaling.groups
     for row in group.rows:
         truth = truths[row.size][1]
         assert row.step_s == pytest.approx(truth.whole_s / 200, rel=1e-4)
@@ -71,19 +73,16 @@ def test_the_headline_and_pop_agree_where_few_steps_take_most_of_the_time(tmp_pa
         assert row.efficiency == pytest.approx(truths[1][1].whole_s / truth.whole_s / row.size, rel=1e-4), (
             "the same work in the time that the job took"
         )
-    (part,) = made.parts
-    (pop,) = [sheet for sheet in part.sheets if "POP" in sheet.title]
-    speedup = part.sheets[0].rows
-    told = pop.rows[-1]
-    assert (
-        told[0] == "speedup efficiency: global / the baseline's"
-        and part.sheets[0].columns[-1].title == "speedup efficiency"
-    )
-    assert [f"{100 * float(cell):.0f}" for cell in told[1:-1]] == [f"{float(row[-1][:-1]):.0f}" for row in speedup]
-    assert any("on average, which counts" in note for note in part.notes)
+    (section,) = build_report(facts).sections
+    speedup, efficiencies_shown = table(section, "scaling"), table(section, "pop").rows[-1]
+    assert efficiencies_shown[0].startswith("speedup efficiency")
+    assert speedup.columns[-1].title == "speedup efficiency"
+    in_percent = [f"{float(row[-1][:-1]):.0f}" for row in speedup.rows]
+    assert [f"{100 * float(cell):.0f}" for cell in efficiencies_shown[1:-1]] == in_percent
+    assert any("on average, which counts" in note for note in notes(section))
 
 
-def test_amdahl_s_serial_part_is_lost_computational_efficiency(study: tuple[Report, dict[int, Truth]]) -> None:
+def test_amdahl_s_serial_part_is_lost_computational_efficiency(study: tuple[Facts, dict[int, Truth]]) -> None:
     """On N ranks the serial part is done N times: 1 / (1 + serial (N - 1)), less what the slow rank adds."""
     for row in study[0].scaling.groups[0].rows:
         slow = 1 + 0.2 / 8 if row.size == 8 else 1
@@ -187,13 +186,14 @@ def test_phases_that_were_not_timed_leave_pop_missing_and_say_so(tmp_path: Path)
     only_steps = {"data": 0.0, "forward": 0.0, "backward": 0.0, "reduce": 0.0, "optimizer": 0.0, "other": 1.0}
     for size in (1, 2):
         write_run(tmp_path, Recipe(size=size, shares=only_steps))
-    report = make_report([tmp_path])
-    for row in report.scaling.groups[0].rows:
+    facts = gather([tmp_path])
+    for row in facts.scaling.groups[0].rows:
         assert not row.pop.factors and "was not timed" in (row.pop.missing or "")
         assert not any(each.stragglers for each in row.stragglers)
-    (part,) = report.parts
-    assert any(note.startswith("POP efficiencies missing for 1 rank, 2 ranks: exposed") for note in part.notes)
-    assert not any("POP" in sheet.title for sheet in part.sheets)
+    (section,) = build_report(facts).sections
+    (why,) = notes(section, "pop-missing")
+    assert "1 rank, 2 ranks" in why
+    assert "pop" not in {table.id for table in section.tables}
 
 
 def test_servers_are_left_out_and_nobody_waits_for_an_asynchronous_one(tmp_path: Path) -> None:

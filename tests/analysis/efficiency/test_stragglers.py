@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from hpc_train.analysis.efficiency.stragglers import StragglerAnalysis, find_stragglers
-from hpc_train.analysis.report.load_balance_tables import waiting_words
-from hpc_train.analysis.report.report import make_report
+from hpc_train.analysis.report.facts import gather
+from hpc_train.analysis.report.renderers.files import summary_tree, write_report
+from hpc_train.analysis.report.report import build_report, make_report
+from hpc_train.analysis.report.sections.efficiency import waiting_text
 from hpc_train.analysis.runs.load import Run, load, load_all
 from hpc_train.core.rundir import RunDir
 from tests import laws
+from tests.analysis.rendered import notes, table
 from tests.laws import Laws, Slow
 
 SKEWED = Laws(noise=0.03, clock_offset_s=3.0, clock_drift=2e-5, clock_error_s=2e-6)
@@ -116,8 +119,8 @@ def test_clocks_that_jumped_are_found_out_and_waits_are_used_instead(tmp_path: P
     assert [one.ranks for one in told.stragglers] == [(5,)]
     assert run.load_balance and run.load_balance.arrivals and run.load_balance.arrivals.basis == "wait"
     assert "would leave reductions" in (told.unaligned or "") and told.clock_error_s is None
-    notes = make_report([tmp_path]).parts[0].notes
-    assert any(note.startswith("Clocks of 8 ranks cannot be compared (rank") for note in notes)
+    (section,) = make_report([tmp_path]).sections
+    assert any(note.startswith("Clocks of 8 ranks ") for note in notes(section, "stragglers"))
 
 
 @pytest.mark.parametrize("offsets", [None, {"start": [0, 1]}, {"start": "no"}, {"start": [0.5] * 8}])
@@ -165,14 +168,14 @@ def test_a_run_given_twice_and_its_copy_count_once(tmp_path: Path) -> None:
     shutil.copytree(run.path, copy)
     (loaded,) = load_all([tmp_path / "runs", run.path, tmp_path / "copies"])
     assert loaded.copies == (copy,)
-    notes = make_report([tmp_path / "runs", tmp_path / "copies"]).parts[0].notes
-    assert f"Counted once: {copy} is a copy of {loaded.dir.path}." in notes
+    made = make_report([tmp_path / "runs", tmp_path / "copies"])
+    assert f"Counted once: {copy} is a copy of {loaded.dir.path}." in notes(made.sections[0])
 
 
 def test_one_rank_waits_for_nobody(tmp_path: Path) -> None:
     run, told = found(tmp_path, replace(SKEWED, ranks=1))
     assert told.told == "one rank waits for nobody" and run.load_balance and run.load_balance.noise is None
-    assert not any("Nobody" in note for note in make_report([tmp_path]).parts[0].notes)
+    assert not notes(make_report([tmp_path]).sections[0], "stragglers")
 
 
 def test_a_crashed_run_still_names_its_slow_rank(tmp_path: Path) -> None:
@@ -188,19 +191,19 @@ def test_a_crashed_run_still_names_its_slow_rank(tmp_path: Path) -> None:
 
 def test_the_report_says_it_in_words_tables_and_records(tmp_path: Path) -> None:
     laws.study(tmp_path, replace(SKEWED, slow=(Slow(5, 1.3),)), (1, 4, 8))
-    report = make_report([tmp_path])
+    facts = gather([tmp_path])
+    report = build_report(facts)
     (line,) = report.headlines
     assert "; 19% lost to waiting for rank 5 on c1" in line
-    (part,) = report.parts
-    sheet = next(sheet for sheet in part.sheets if sheet.title.startswith("Whom the others wait for"))
-    assert [row[:3] for row in sheet.rows] == [("8", "rank 5 on c1", "persistent")]
-    assert any("No rank" in note or "Nobody to be named for 4 ranks" in note for note in part.notes)
-    row = report.to_dict()["groups"][0]["rows"][-1]
+    (section,) = report.sections
+    assert [row[:3] for row in table(section, "stragglers").rows] == [("8", "rank 5 on c1", "persistent")]
+    assert any("4 ranks" in note for note in notes(section, "stragglers"))
+    row = summary_tree(report)["groups"][0]["rows"][-1]
     assert row["stragglers"][0]["ranks"] == [5] and row["waiting_for"] == "rank 5 on c1"
     assert row["waiting_share"] == pytest.approx(0.19, abs=0.01)
-    written = report.write(tmp_path / "out").parent / "scaling.csv"
+    written = write_report(report, tmp_path / "out").parent / "scaling.csv"
     assert "rank 5 on c1" in written.read_text() and "pop_load_balance_low" in written.read_text()
-    assert waiting_words(report.scaling.groups[0].rows[0]) == ""
+    assert waiting_text(facts.scaling.groups[0].rows[0]) == ""
 
 
 def test_the_map_is_bright_where_the_slow_rank_is(tmp_path: Path) -> None:

@@ -10,19 +10,13 @@ import pytest
 from hpc_train.analysis.energy.cost import UNKNOWN, GroupEnergy, Tariff, cost_of
 from hpc_train.analysis.energy.energy import RunEnergy, energy_of
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
-from hpc_train.analysis.report.cost_tables import (
-    COST_COLUMNS,
-    cost_details,
-    cost_notes,
-    cost_record,
-    cost_sheets,
-    verdict,
-)
+from hpc_train.analysis.report.sections.energy import COST_COLUMNS, cost_record, verdict
 from hpc_train.analysis.runs.load import load, load_all
 from hpc_train.analysis.scaling.compare import compare
-from hpc_train.core.records import ENERGY_COLUMNS, contained
+from hpc_train.core.energy_records import ENERGY_COLUMNS, container
 from hpc_train.core.rundir import RunDir
 from tests import laws
+from tests.analysis.rendered import energy_section, notes, table
 from tests.synthetic import SHARES, Recipe, write_run
 
 # 10 steps of 50 ms and 200 of 10 ms: the loop lasts 2.5 s. Of two hosts ranks take turns.
@@ -167,8 +161,8 @@ def test_a_domain_that_holds_another_is_added_alone(tmp_path: Path) -> None:
     found = energy(run)
     assert found.gross.total == 1250 and found.run.summary.joules == 1250
     assert "Not added" in found.notes[0] and "gpu-0, package-0" in found.notes[0]
-    assert contained("package-0", ["packages"]) == "packages" and contained("gpu-0", ["packages"]) is None
-    assert contained("nodes", ["node", "nodes"]) is None and contained("node", ["nodes"]) == "nodes"
+    assert container("package-0", ["packages"]) == "packages" and container("gpu-0", ["packages"]) is None
+    assert container("nodes", ["node", "nodes"]) is None and container("node", ["nodes"]) == "nodes"
 
 
 @pytest.mark.parametrize("cores", [[[0], [1]], [[0, 1, 2], [3]]])
@@ -285,21 +279,26 @@ def test_the_centres_figures_are_given_never_assumed(tmp_path: Path) -> None:
     without = sizes(tmp_path / "a", 3600.0)
     row = without.rows[0]
     assert (row.facility_j, row.co2_g, row.price) == (None, None, None)
-    assert len(cost_sheets(without)) == 4
+    assert [table.id for table in energy_section(without).tables] == [
+        "energy",
+        "power",
+        "energy-by-phase",
+        "energy-by-node",
+    ]
     found = sizes(tmp_path / "b", 3600.0, tariff=Tariff(1.2, 400.0, 0.3, "EUR"))
     row = found.rows[0]  # 36 kJ are 0.01 kWh
     assert row.facility_j == pytest.approx(43_200)
     assert row.co2_g == pytest.approx(0.012 * 400) and row.price == pytest.approx(0.012 * 0.3)
-    assert cost_sheets(found)[-1].rows == (("1", "12.0 Wh", "4.80 g", "0.00360 EUR"),)
+    assert table(energy_section(found), "cost").rows == (("1", "12.0 Wh", "4.80 g", "0.00360 EUR"),)
     alone = sizes(tmp_path / "c", 3600.0, tariff=Tariff(co2_g_per_kwh=400.0))
     assert alone.rows[0].co2_g == pytest.approx(4.0)
-    assert any("PUE is not known" in note for note in cost_details(alone))
+    assert any("PUE is unknown" in note for note in notes(energy_section(alone), "tariff"))
 
 
 def test_every_number_with_a_shared_node_says_so(tmp_path: Path) -> None:
     found = sizes(tmp_path, 100.0, 200.0, tariff=Tariff(1.2, 400.0, 0.3, "EUR"), energy={"shared": {"node01": True}})
-    for sheet in cost_sheets(found):
-        for _, *cells in sheet.rows:
+    for each in energy_section(found).tables:
+        for _, *cells in each.rows:
             assert all("shared" in cell for cell in cells if cell not in ("-", "missing")), cells
     assert all(cost_record(row)["joules_shared"] for row in found.rows)
     assert "shared" in verdict(found)
@@ -311,7 +310,7 @@ def test_words_and_records_agree(tmp_path: Path) -> None:
     assert tuple(record) == COST_COLUMNS
     assert (record["joules_measured"], record["joules_estimated"], record["joules_net"]) == (1200.0, 0.0, None)
     assert record["mean_w"] == 200.0 and record["joules_reduce"] == pytest.approx(120, rel=1e-3)
-    parts, power, phases, places = cost_sheets(found)
+    parts, power, phases, places = energy_section(found).tables
     assert (
         parts.rows[1] == ("2", "1.20 kJ", "1.20 kJ", "0 J") and [c.title for c in parts.columns][-1] == "outside steps"
     )
@@ -324,5 +323,6 @@ def test_without_any_meter_there_is_nothing_to_show(tmp_path: Path) -> None:
     write_run(tmp_path, Recipe(joules=None))
     (group,) = compare(load_all([tmp_path])).groups
     found = cost_of(group)
-    assert cost_sheets(found) == cost_notes(found) == cost_details(found) == []
+    section = energy_section(found)
+    assert (section.tables, section.notes, section.plots) == ((), (), ())
     assert cost_record(found.rows[0])["joules_measured"] is None and found.rows[0].gross.lacking == ("node01",)

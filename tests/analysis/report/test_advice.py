@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hpc_train.analysis.report.plots.gallery import drawings
-from hpc_train.analysis.report.report import Report, make_report
+from hpc_train.analysis.report.model import Report
+from hpc_train.analysis.report.renderers.files import write_report
+from hpc_train.analysis.report.report import make_report
+from tests.analysis.rendered import notes
 from tests.laws import Laws, Slow, write
 
 LAWS = Laws(
@@ -45,25 +47,28 @@ def test_advice_that_was_not_tested_leads_no_headline(tmp_path: Path) -> None:
         write(tmp_path, replace(LAWS, ranks=size))
     made = make_report([tmp_path])
     assert "ask for" not in made.headlines[0]
-    assert any("rests on a model that was not tested" in note for note in made.parts[0].notes)
-    assert "forecast" not in [drawing.name for drawing in drawings(made.parts[0])], "any curve fits two sizes"
+    assert any("a model that was not tested" in note for note in notes(made.sections[0], "next-run"))
+    assert "forecast" not in [plot.id for plot in made.sections[0].plots], "any curve fits two sizes"
 
 
 def test_the_figures_say_what_they_show(study: Report) -> None:
-    made = {drawing.name: drawing for drawing in drawings(study.parts[0])}
+    made = {plot.id: plot for plot in study.sections[0].plots}
     tree, late, plan = made["pop-efficiencies"], made["late-ranks"], made["forecast"]
-    assert re.search(r"16 ranks: global \d+%, parallel \d+%, load balance \d+%", tree.told)
+    assert re.search(r"16 ranks: global \d+%, parallel \d+%, load balance \d+%", tree.description)
     assert (
-        "latest on average over the median rank: rank 5 by" in late.told and "Waited for: rank 5 on c2" in late.caption
+        "latest on average over the median rank: rank 5 by" in late.description
+        and "Waited for: rank 5 on c2" in late.caption
     )
-    assert "ask for" in plan.caption and "before it had seen them" in plan.caption and "95% interval" in plan.told
-    assert "above idle" in made["energy-per-sample"].told
-    assert all("est." in part for part in made["energy-by-phase"].told.split(": ")[2].split(", ")[:5])
-    assert "16 ranks" in made["energy-against-speedup"].told
+    assert (
+        "ask for" in plan.caption and "before it had seen them" in plan.caption and "95% interval" in plan.description
+    )
+    assert "above idle" in made["energy-per-sample"].description
+    assert all("est." in part for part in made["energy-by-phase"].description.split(": ")[2].split(", ")[:5])
+    assert "16 ranks" in made["energy-against-speedup"].description
 
 
 def test_the_page_stays_small(study: Report, tmp_path: Path) -> None:
-    html = study.write(tmp_path).read_text()
+    html = write_report(study, tmp_path).read_text()
     assert len(html) < 400_000 and "<script" not in html
     assert html.count("data:image/png;base64,") == 1
     assert not re.search(r"""(src|href)=["'](?!#|data:image/png;base64,)""", html), "nothing is fetched"

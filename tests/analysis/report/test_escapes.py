@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from hpc_train.analysis.report.report import csv_cell, make_report
+from hpc_train.analysis.report.renderers.files import csv_cell, to_csv, to_json, write_report
+from hpc_train.analysis.report.renderers.markdown import to_markdown
+from hpc_train.analysis.report.report import make_report
 from hpc_train.cli.main import cli
 from hpc_train.core.errors import UserError, printable
 from tests import jobs
-from tests.analysis.report.test_report import printed
+from tests.analysis.rendered import printed
 from tests.synthetic import Recipe, write_run
 
 OWNED = "\x1b]0;owned\x07\x9b31m\u202e"
@@ -77,8 +79,15 @@ def toml(words: str) -> str:
 
 def test_no_form_of_a_report_steers_a_terminal(tmp_path: Path) -> None:
     made = make_report([hostile(tmp_path, OWNED)])
-    page = made.write(tmp_path / "report")
-    for text in (printed(made), made.text("md"), made.text("csv"), made.text("json"), page.read_text()):
+    page = write_report(made, tmp_path / "report")
+    for text in (
+        printed(made),
+        printed(made, full=False),
+        to_markdown(made),
+        to_csv(made),
+        to_json(made),
+        page.read_text(),
+    ):
         assert not STEERING.search(text), STEERING.search(text)
     done = CliRunner().invoke(cli, ["plan", str(tmp_path), "--predict", "2"])
     assert done.exit_code == 0 and not STEERING.search(done.output)
@@ -87,7 +96,7 @@ def test_no_form_of_a_report_steers_a_terminal(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "＝1+1", '=cmd|" /C calc"!A0'])
 def test_no_cell_begins_as_a_formula(tmp_path: Path, words: str) -> None:
     made = make_report([hostile(tmp_path, words)])
-    rows = list(csv.reader(io.StringIO(made.text("csv"))))
+    rows = list(csv.reader(io.StringIO(to_csv(made))))
     header, cells = rows[0], [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
     for row in cells:
         for cell in row.values():

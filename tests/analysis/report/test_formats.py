@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from hpc_train.analysis.report.markdown import to_markdown
+from hpc_train.analysis.report.renderers.markdown import to_markdown
 from hpc_train.analysis.report.report import make_report
 from hpc_train.cli.main import cli
 from tests.synthetic import Recipe, write_run
@@ -34,7 +34,7 @@ def test_markdown_has_the_answer_the_tables_and_the_notes(runs: Path) -> None:
     lines = done.output.splitlines()
     assert lines[0].startswith("**2 ranks: 1.") and lines[0].endswith("**")
     tables = re.findall(r"((?:^\|.*\n)+)", done.output, re.MULTILINE)
-    assert len(tables) == sum(len(part.sheets) for part in make_report([runs]).parts)
+    assert len(tables) == sum(len(section.tables) for section in make_report([runs]).sections)
     for table in tables:
         rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()]
         assert len({len(row) for row in rows}) == 1 and len({len(line) for line in table.splitlines()}) == 1

@@ -8,25 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_train.analysis.report.plots.canvas import COLUMN_WIDTH, files, thinned
-from hpc_train.analysis.report.plots.gallery import drawings, prefixes
-from hpc_train.analysis.report.report import Report, make_report
+from hpc_train.analysis.report.facts import gather
+from hpc_train.analysis.report.model import Report
+from hpc_train.analysis.report.plots.canvas import COLUMN_WIDTH, figure_files, thinned
+from hpc_train.analysis.report.renderers.figures import unique_prefixes, write_figures
+from hpc_train.analysis.report.renderers.files import write_report
+from hpc_train.analysis.report.report import make_report
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.laws import fitted, law_words
 from hpc_train.core.errors import UserError
+from tests.analysis.rendered import report, report_and_facts
 from tests.synthetic import Recipe, write_run
-
-
-def report(root: Path, *recipes: Recipe) -> Report:
-    for recipe in recipes:
-        write_run(root, recipe)
-    return make_report([root])
 
 
 def group_of(root: Path, *steps: tuple[int, float], **every: object) -> Group:
     """A group of one run each of so many ranks and seconds a step, with hardly any noise."""
     recipes = [Recipe(size=size, step_s=step_s, noise=1e-4, steps=60) for size, step_s in steps]
-    return report(root, *(replace(recipe, **every) for recipe in recipes)).scaling.groups[0]  # type: ignore[arg-type]
+    _, facts = report_and_facts(root, *(replace(recipe, **every) for recipe in recipes))  # type: ignore[arg-type]
+    return facts.scaling.groups[0]
 
 
 # ---------------------------------------------------------------------------------------------- laws
@@ -73,7 +72,7 @@ def test_no_law_is_drawn_where_none_fits(tmp_path: Path, times: tuple[tuple[int,
 def test_an_incomplete_size_takes_no_part_in_a_law(tmp_path: Path) -> None:
     for recipe in (Recipe(), Recipe(size=2, step_s=0.006), Recipe(size=4, step_s=0.1, complete=False)):
         write_run(tmp_path, recipe)
-    law = fitted(make_report([tmp_path]).scaling.groups[0])
+    law = fitted(gather([tmp_path]).scaling.groups[0])
     assert law is not None and law.num_sizes == 2 and law.serial == pytest.approx(0.2, abs=0.03)
 
 
@@ -90,15 +89,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path, lis
         Recipe(steps=40, step_s=0.02, **job),  # type: ignore[arg-type]
         Recipe(steps=40, size=2, step_s=0.002, **job),  # type: ignore[arg-type]
     )
-    return made, root / "proposal", made.write_figures(root / "proposal")
+    return made, root / "proposal", write_figures(made, root / "proposal")
 
 
 def test_every_figure_is_a_pdf_and_an_svg_whose_name_says_what_it_is(written: tuple[Report, Path, list[Path]]) -> None:
     made, folder, paths = written
-    expected = [drawing.name for part in made.parts for drawing in drawings(part)]
+    expected = [plot.id for section in made.sections for plot in section.plots]
     first = ["speedup", "time-per-step", "share-of-step", "pop-efficiencies"]
     energy = ["energy-per-sample", "energy-by-phase", "energy-against-speedup"]
-    assert expected == [*first, *energy, "training-loss"]
+    assert expected == [*first, "training-loss", *energy]
     assert [path.suffix for path in paths] == [".pdf", ".svg"] * len(expected)
     assert len({path.name for path in paths}) == 2 * len(expected)
     assert all(re.fullmatch(r"[a-z0-9-]+\.(pdf|svg)", path.name) for path in paths)
@@ -128,25 +127,25 @@ def test_files_are_one_column_wide_hold_their_fonts_and_ask_for_nothing(
 
 
 def test_the_same_runs_give_the_same_files(written: tuple[Report, Path, list[Path]]) -> None:
-    again = files(drawings(written[0].parts[0])[0])
+    again = figure_files(written[0].sections[0].plots[0])
     assert [again["pdf"], again["svg"]] == [path.read_bytes() for path in written[2][:2]]
 
 
 def test_jobs_that_look_alike_do_not_write_over_each_other(tmp_path: Path) -> None:
     made = report(tmp_path, Recipe(steps=40, name="a.b"), Recipe(steps=40, name="a-b", global_batch=60))
-    assert prefixes(made.parts)[:2] == ["a-b", "a-b--2"]
+    assert unique_prefixes([section.label for section in made.sections])[:2] == ["a-b", "a-b--2"]
 
 
 def test_every_figure_has_its_words_and_units(written: tuple[Report, Path, list[Path]]) -> None:
     from matplotlib.figure import Figure
 
-    for part in written[0].parts:
-        for drawing in drawings(part):
+    for section in written[0].sections:
+        for plot in section.plots:
             axes = Figure().subplots()
-            drawing.paint(axes)
+            plot.paint(axes)
             labels = f"{axes.get_xlabel()} {axes.get_ylabel()}"
-            assert re.search(r"\((ms|us|%|in %|J|mJ|B|kB|MB)\)|ranks|step", labels), drawing.name
-            assert len(drawing.told) > 20 and len(drawing.caption) > 20
+            assert re.search(r"\((ms|us|%|in %|J|mJ|B|kB|MB)\)|ranks|step", labels), plot.id
+            assert len(plot.description) > 20 and len(plot.caption) > 20
             assert axes.get_title() == "", "a caption says what a title would"
 
 
@@ -155,10 +154,10 @@ def test_a_report_without_steps_has_no_figures_and_a_bad_folder_is_named(tmp_pat
     run.timings(0).write_text("")
     run.metrics.unlink()
     made = make_report([tmp_path / "runs"])
-    assert made.write_figures(tmp_path / "none") == [] and not (tmp_path / "none").exists()
+    assert write_figures(made, tmp_path / "none") == [] and not (tmp_path / "none").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
-        report(tmp_path / "more", Recipe(steps=40)).write_figures(tmp_path / "file" / "figures")
+        write_figures(report(tmp_path / "more", Recipe(steps=40)), tmp_path / "file" / "figures")
 
 
 # ---------------------------------------------------------------------------------------------- many sizes
@@ -177,13 +176,13 @@ def test_many_repeats_stay_a_small_page(tmp_path: Path) -> None:
         Recipe(size=size, steps=60, stamp=f"20261123T21{repeat:02}00Z") for size in (1, 2) for repeat in range(7)
     ]
     made = report(tmp_path, *recipes)
-    (loss,) = [drawing for drawing in drawings(made.parts[0]) if drawing.name == "training-loss"]
+    (loss,) = [plot for plot in made.sections[0].plots if plot.id == "training-loss"]
     assert "12 of 14 runs are drawn" in loss.caption
-    assert made.write(tmp_path / "out").stat().st_size < 300_000
+    assert write_report(made, tmp_path / "out").stat().st_size < 300_000
 
 
 def test_many_groups_have_few_figures_each_on_the_page_and_all_in_files(tmp_path: Path) -> None:
     batches = (60, 120, 180, 240)
     recipes = [Recipe(steps=40, global_batch=batch, stamp=f"20261123T{batch:03}000Z") for batch in batches]
-    html = report(tmp_path, *recipes).write(tmp_path / "out").read_text()
+    html = write_report(report(tmp_path, *recipes), tmp_path / "out").read_text()
     assert "The first figures of each group" in html

@@ -3,7 +3,6 @@
 Seeded: case N is the same everywhere. HPC_TRAIN_DAMAGES=FIRST:LAST plays other cases than the few of every day.
 """
 
-import io
 import json
 import os
 import random
@@ -16,11 +15,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
-from hpc_train.analysis.report.report import make_report
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.report.facts import gather
+from hpc_train.analysis.report.renderers.files import to_csv, to_json, write_report
+from hpc_train.analysis.report.renderers.markdown import to_markdown
+from hpc_train.analysis.report.report import build_report, make_report
 from hpc_train.cli.main import cli
 from hpc_train.core.errors import UserError
+from tests.analysis.rendered import printed
 from tests.synthetic import Recipe, write_run
 
 RECORDED = Path(__file__).parents[2] / "runs" / "mlp-mnist"
@@ -150,25 +153,26 @@ def test_damaged_run_directories(case: int, tmp_path: Path) -> None:
         damage(draw, run)
     began = time.process_time()
     try:
-        made = make_report([tmp_path / "runs"])
+        facts = gather([tmp_path / "runs"])
+        made = build_report(facts)
     except UserError as error:
         check_words(case, str(error), losses_may_be=True)
         assert str(tmp_path) in error.what and error.remedy
     else:
-        console = Console(file=io.StringIO(), width=100, color_system=None)
-        made.print(console)
         # A loss of nan is what a diverged run recorded.
         diverged = any(
             not abs(loss) < 1e300
-            for run in made.runs
+            for run in facts.runs
             for loss in [run.summary.loss or 0.0, *run.metrics[1], *run.summary.test.values()]
         )
-        texts = [console.file.getvalue(), made.text("md"), made.text("csv"), made.text("json")]  # type: ignore[attr-defined]
+        texts = [printed(made, 100), to_markdown(made), to_csv(made), to_json(made)]
         if case % 10 == 0:
-            texts.append(re.sub(r"<svg.*?</svg>", "", made.write(tmp_path / "report").read_text(), flags=re.DOTALL))
+            texts.append(
+                re.sub(r"<svg.*?</svg>", "", write_report(made, tmp_path / "report").read_text(), flags=re.DOTALL)
+            )
         for text in texts:
             check_words(case, text, diverged)
-        named = {run.dir.path.name for run in made.runs}
+        named = {run.dir.path.name for run in facts.runs}
         for run in runs:
             assert run.name in named or run.name in texts[0].replace("\n", ""), f"{case}: {run.name} is lost"
     done = CliRunner().invoke(cli, ["plan", str(tmp_path / "runs"), "--predict", "8,16"])
@@ -231,11 +235,10 @@ def test_a_damaged_run_is_left_out_and_named(tmp_path: Path) -> None:
     for size in (1, 2, 4):
         last = write_run(tmp_path, Recipe(size=size, step_s=0.01 / size))
     last.meta.write_text("{")
-    made = make_report([tmp_path])
-    assert [run.size for run in made.runs] == [1, 2] and not made.guard.faults
-    assert any(
-        note.startswith(f"Left out, since it cannot be read: {last.meta} is not JSON") for note in made.scaling.notes
-    )
+    guard = SectionGuard()
+    facts = gather([tmp_path], guard=guard)
+    assert [run.size for run in facts.runs] == [1, 2] and not guard.faults
+    assert any(f"{last.meta} is not JSON" in note for note in facts.scaling.notes)
 
 
 def test_a_long_table_takes_seconds(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ _REPORT = """
 import resource, sys, time
 from rich.console import Console
 from pathlib import Path
+from hpc_train.analysis.report.renderers.files import write_report
+from hpc_train.analysis.report.renderers.terminal import print_full
 from hpc_train.analysis.report.report import make_report
 report = make_report([Path(sys.argv[1])])
 with open(sys.argv[2] + ".txt", "w") as file:
-    report.print(Console(file=file))
-report.write(Path(sys.argv[2]))
+    print_full(report, Console(file=file))
+write_report(report, Path(sys.argv[2]))
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(time.process_time(), used.ru_maxrss * 1024, time.perf_counter())
 """

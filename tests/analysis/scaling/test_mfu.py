@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from hpc_train.analysis.report.report import scaling_csv
-from hpc_train.analysis.report.tables import group_notes, sheets
+from hpc_train.analysis.report.renderers.files import to_csv, write_report
 from hpc_train.analysis.runs.load import load
 from hpc_train.analysis.scaling.compare import compare
 from hpc_train.analysis.scaling.mfu import flops_notes, flops_of
-from tests.analysis.report.test_report import Page, printed, report
+from tests.analysis.rendered import Page, notes, printed, report_and_facts, section_of, table
 from tests.synthetic import Recipe, write_run
 
 
@@ -23,14 +22,13 @@ def counted(size: int, **meta: Any) -> Recipe:
 
 
 def test_model_flops_and_mfu(tmp_path: Path) -> None:
-    made = report(tmp_path, counted(1), counted(2))
-    (group,) = made.scaling.groups
+    made, facts = report_and_facts(tmp_path, counted(1), counted(2))
+    (group,) = facts.scaling.groups
     one, two = (flops_of(row) for row in group.rows)
     # 120 samples in 10 ms are 12,000 samples/s of 1 MFLOP: 12 GFLOP/s; on two ranks in 5 ms as much a rank.
     assert one.per_rank_s == pytest.approx(12e9) and two.per_rank_s == pytest.approx(12e9)
     assert one.mfu == pytest.approx(0.012)
-    (sheet,) = [sheet for sheet in sheets(group) if "MFU" in sheet.title]
-    assert sheet.rows[1] == (
+    assert table(section_of(group), "flops").rows[1] == (
         "2",
         "1.00 MFLOP",
         "12.0 GFLOP/s",
@@ -39,7 +37,7 @@ def test_model_flops_and_mfu(tmp_path: Path) -> None:
         "Some GPU, dense bf16, data sheet",
     )
     assert not flops_notes(group)
-    made.write(tmp_path / "out")
+    write_report(made, tmp_path / "out")
     line = list(csv.DictReader((tmp_path / "out/scaling.csv").open()))[1]
     figures = [float(line[key]) for key in ("flops_per_sample", "flops_per_s_per_rank", "peak_flops", "mfu")]
     assert figures == pytest.approx([1e6, 12e9, 1e12, 0.012])
@@ -51,34 +49,35 @@ def test_servers_count_in_flops_per_rank(tmp_path: Path) -> None:
     recipe = Recipe(size=4, strategy="parameter_server", servers=1, noise=0.0, meta=meta)
     (row,) = compare([load(write_run(tmp_path, recipe))]).groups[0].rows
     assert flops_of(row).per_rank_s == pytest.approx(12e9 / 4)
-    (sheet,) = [sheet for sheet in sheets(compare([*row.runs]).groups[0]) if "MFU" in sheet.title]
-    assert sheet.rows[0][-1] == "given (train.peak_tflops)"
+    (group,) = compare([*row.runs]).groups
+    assert table(section_of(group), "flops").rows[0][-1] == "given (train.peak_tflops)"
 
 
 @pytest.mark.parametrize("odd", [None, 0, -1, True, "12", [1]])
 def test_flops_and_peaks_that_are_not_known_are_missing_with_the_reason(tmp_path: Path, odd: Any) -> None:
-    made = report(
+    made, facts = report_and_facts(
         tmp_path, counted(1, flops_per_sample=odd), counted(2, peak_flops=odd, peak_source=None, device="cpu")
     )
-    (group,) = made.scaling.groups
-    (sheet,) = [sheet for sheet in sheets(group) if "MFU" in sheet.title]
-    assert sheet.rows[0][1:] == ("missing", "missing", "1.00 TFLOP/s", "missing", "Some GPU, dense bf16, data sheet")
-    assert sheet.rows[1][1:] == ("1.00 MFLOP", "12.0 GFLOP/s", "missing", "missing", "-")
+    (group,) = facts.scaling.groups
+    rows = table(section_of(group), "flops").rows
+    assert rows[0][1:] == ("missing", "missing", "1.00 TFLOP/s", "missing", "Some GPU, dense bf16, data sheet")
+    assert rows[1][1:] == ("1.00 MFLOP", "12.0 GFLOP/s", "missing", "missing", "-")
     text = " ".join(printed(made).split())
     assert "Model FLOPs missing for 1 rank: the runs do not state one count" in text
     assert "MFU missing for 2 ranks: the peak of the device (cpu) is not known. train.peak_tflops gives it" in text
-    line, _ = csv.DictReader(io.StringIO(scaling_csv(made)))
+    line, _ = csv.DictReader(io.StringIO(to_csv(made)))
     assert (line["flops_per_sample"], line["mfu"]) == ("", "")
 
 
 def test_runs_of_one_size_that_state_different_counts_have_none(tmp_path: Path) -> None:
     other = replace(counted(1, flops_per_sample=2_000_000), stamp="20261123T235900Z")
-    (group,) = report(tmp_path, counted(1), other).scaling.groups
+    _, facts = report_and_facts(tmp_path, counted(1), other)
+    (group,) = facts.scaling.groups
     assert flops_of(group.rows[0]).per_sample is None and flops_of(group.rows[0]).peak_s == 1e12
 
 
 def test_an_impossible_mfu_is_questioned_and_runs_that_count_nothing_have_no_table(tmp_path: Path) -> None:
-    (group,) = report(tmp_path / "a", counted(1, peak_flops=1e9)).scaling.groups
-    assert any("an MFU above 100% cannot be" in note for note in group_notes(group))
-    (group,) = report(tmp_path / "b", Recipe(), Recipe(size=2)).scaling.groups
-    assert not any("MFU" in words for words in (*(sheet.title for sheet in sheets(group)), *group_notes(group)))
+    made, _ = report_and_facts(tmp_path / "a", counted(1, peak_flops=1e9))
+    assert any("an MFU above 100% cannot be" in note for note in notes(made.sections[0], "flops"))
+    made, _ = report_and_facts(tmp_path / "b", Recipe(), Recipe(size=2))
+    assert "flops" not in made.table_ids and not notes(made.sections[0], "flops")

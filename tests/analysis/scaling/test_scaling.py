@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpc_train.analysis.report.report import default_output
+from hpc_train.analysis.report.renderers.files import default_output
 from hpc_train.analysis.runs.load import load, load_all
 from hpc_train.analysis.scaling.compare import Group, Scaling, compare
 from hpc_train.analysis.scaling.strategies import compare_strategies
@@ -172,7 +172,7 @@ def test_the_analysis_imports_nothing_of_the_training_half() -> None:
         "for name in ('mpi4py', 'torch', 'horovod', 'h5py', 'hpc_train.train'): sys.modules[name] = None\n"
         "import hpc_train.analysis.runs.load, hpc_train.analysis.scaling.compare, hpc_train.analysis.report.report\n"
         "assert 'matplotlib' not in sys.modules, 'matplotlib was imported'\n"
-        "import hpc_train.analysis.report.page\n"
+        "import hpc_train.analysis.report.renderers.page\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
-from hpc_train.analysis.report.report import Report
-from hpc_train.analysis.report.tables import group_notes, sheets, strategy_notes, strategy_sheets
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.report.facts import Facts
+from hpc_train.analysis.report.model import Section
+from hpc_train.analysis.report.renderers.files import summary_tree
+from hpc_train.analysis.report.sections.strategies import strategy_section
 from hpc_train.analysis.runs.load import load, load_all
 from hpc_train.analysis.scaling.compare import compare
 from hpc_train.analysis.scaling.strategies import Comparison, compare_strategies, traffic
 from hpc_train.core.errors import UserError
-from tests.analysis.report.test_report import Page, page, printed, report
+from tests.analysis.rendered import Page, notes, page, printed, report_and_facts, section_of, table
 from tests.synthetic import SHARES, Recipe, write_run
 
 GRADIENTS = 4 * 7850  # bytes of the synthetic model
@@ -28,11 +31,15 @@ def side_by_side(root: Path, *recipes: Recipe) -> Comparison:
     return comparison
 
 
-def cells(made: Comparison, number: int, strategy: str) -> dict[str, str]:
-    """The row of `strategy` in one of the two sheets, by column title."""
-    sheet = strategy_sheets(made)[number]
-    (row,) = [row for row in sheet.rows if row[0] == strategy]
-    return dict(zip([column.title for column in sheet.columns], row, strict=True))
+def section(made: Comparison) -> Section:
+    return strategy_section(made, False, SectionGuard())
+
+
+def cells(made: Comparison, id: str, strategy: str) -> dict[str, str]:
+    """The row of `strategy` in one of the two tables, by column title."""
+    found = table(section(made), id)
+    (row,) = [row for row in found.rows if row[0] == strategy]
+    return dict(zip([column.title for column in found.columns], row, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- parameter server
@@ -61,15 +68,16 @@ def test_a_step_of_a_parameter_server_takes_what_its_workers_take(tmp_path: Path
 
 
 def test_the_servers_count_in_the_efficiency_and_are_shown(tmp_path: Path) -> None:
-    made = report(tmp_path, replace(SERVER, size=2), replace(SERVER, step_s=0.005))
-    (group,) = made.scaling.groups
+    made, facts = report_and_facts(tmp_path, replace(SERVER, size=2), replace(SERVER, step_s=0.005))
+    (group,) = facts.scaling.groups
     assert group.rows[1].speedup == pytest.approx(2.0, rel=0.02)
     assert group.rows[1].efficiency == pytest.approx(1.0, rel=0.02)  # twice as fast on 4 ranks as on 2
-    scaling, phases, *_ = sheets(group)
+    shown = section_of(group)
+    scaling, phases = table(shown, "scaling"), table(shown, "phases")
     assert [row[0] for row in scaling.rows] == ["1+1", "3+1"]
     assert phases.columns[-1].title == "servers busy" and phases.rows[0][-1] == "25.0%"
     assert "workers' time" in phases.title
-    assert any("workers + servers" in note for note in group_notes(group))
+    assert notes(shown, "servers")
     assert "3+1" in printed(made) and "3+1" in Page(page(made, tmp_path)).text
 
 
@@ -148,9 +156,9 @@ def test_strategies_stand_side_by_side_at_each_number_of_ranks(tmp_path: Path) -
     for entry in made.entries[2:]:
         assert entry.ratio_interval is not None and entry.ratio is not None
         assert entry.ratio_interval[0] <= entry.ratio <= entry.ratio_interval[1]
-    speed, work = strategy_sheets(made)
+    speed, work = section(made).tables
     assert speed.title == "Strategies on equal work (global batch 120, seed 0, 210 steps)"
-    server = cells(made, 0, "parameter server")
+    server = cells(made, "strategies", "parameter server")
     assert (server["ranks"], server["speed vs horovod"], server["exposed"]) == ("3+1", "0.50x", "20.0%")
     assert {row[5] for row in speed.rows[:2]} == {"reference"}
     assert [row[2:4] for row in work.rows] == [
@@ -168,41 +176,42 @@ def test_strategies_stand_side_by_side_at_each_number_of_ranks(tmp_path: Path) -
 
 
 def test_the_report_leads_with_the_strategies_and_leaves_no_run_alone(tmp_path: Path) -> None:
-    made = report(tmp_path, Recipe(size=4, step_s=0.010), replace(MPI, step_s=0.0125), replace(SERVER, step_s=0.020))
+    recipes = (Recipe(size=4, step_s=0.010), replace(MPI, step_s=0.0125), replace(SERVER, step_s=0.020))
+    made, facts = report_and_facts(tmp_path, *recipes)
     assert made.headlines[0] == (
-        f"4 ranks on equal work, speed against horovod: horovod {_ms(made)} ms a step, mpi 0.80x,"
+        f"4 ranks on equal work, speed against horovod: horovod {_ms(facts)} ms a step, mpi 0.80x,"
         " parameter server (3+1) 0.50x"
     )
-    assert not made.scaling.notes  # nothing is left without a comparison
+    assert not made.notes  # nothing is left without a comparison
     parsed = Page(page(made, tmp_path))
     assert not parsed.problems and not parsed.open
     labels = [value for tag, name, value in parsed.attributes if tag == "svg" and name == "aria-label"]
     times, moved = [label for label in labels if label.startswith("Strategies on equal work")]
     assert "parameter server (3+1) on 4 ranks: computing" in times and "exposed communication" in times
-    assert "parameter server (3+1) on 4 ranks: must move 188 kB" in moved and "≥ 47.1 kB" in moved
-    assert "each of S servers" in " ".join(printed(made).split()) and "halve" in parsed.text
-    (strategies,) = made.to_dict()["strategies"]
+    assert "parameter server (3+1) on 4 ranks: 188 kB" in moved and "≥ 47.1 kB" in moved
+    assert "each of S servers" in " ".join(printed(made).split()) and "Halve it" in parsed.text
+    (strategies,) = summary_tree(made)["strategies"]
     assert strategies["reference"] == "horovod" and strategies["config"]["train.global_batch"] == 120
     horovod, mpi, server = strategies["rows"]
     assert mpi["ratio"] == pytest.approx(0.8, rel=0.02) and mpi["ratio_low"] < mpi["ratio"] < mpi["ratio_high"]
     assert (server["must_move_bytes"], server["each_way_bytes"]) == (6 * GRADIENTS, 3 * GRADIENTS)
     assert (horovod["ratio"], horovod["optimizer_bytes"], mpi["must_move_is_least"]) == (1.0, None, True)
-    json.dumps(made.to_dict(), allow_nan=False)
+    json.dumps(summary_tree(made), allow_nan=False)
 
 
-def _ms(made: Report) -> str:
-    return cells(made.strategies[0], 0, "horovod")["step (ms)"]
+def _ms(facts: Facts) -> str:
+    return cells(facts.strategies[0], "strategies", "horovod")["step (ms)"]
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100])
 def test_no_cell_of_the_strategies_is_cut_short(tmp_path: Path, width: int) -> None:
     measures = {"loss": 0.25, "accuracy": 0.91}
     recipes = [Recipe(size=4), MPI, SERVER, replace(SERVER, reduce={"asynchronous": True}, stamp="20261123T2340Z")]
-    made = report(tmp_path, *(replace(recipe, test=measures) for recipe in recipes))
+    made, facts = report_and_facts(tmp_path, *(replace(recipe, test=measures) for recipe in recipes))
     text = printed(made, width)
     assert "…" not in text and max(len(line) for line in text.splitlines()) <= width
-    for sheet in strategy_sheets(made.strategies[0]):
-        for row in sheet.rows:
+    for each in section(facts.strategies[0]).tables:
+        for row in each.rows:
             assert all(word in text for cell in row for word in cell.split()), row
             if width >= 80:  # the numbers of a row stand on one line
                 assert any(
@@ -212,8 +221,8 @@ def test_no_cell_of_the_strategies_is_cut_short(tmp_path: Path, width: int) -> N
 
 
 def test_strategies_without_a_common_number_of_ranks_have_no_ratio(tmp_path: Path) -> None:
-    made = report(tmp_path, Recipe(size=1), replace(MPI, size=2))
-    assert all(entry.ratio is None for entry in made.strategies[0].entries if not entry.is_reference)
+    made, facts = report_and_facts(tmp_path, Recipe(size=1), replace(MPI, size=2))
+    assert all(entry.ratio is None for entry in facts.strategies[0].entries if not entry.is_reference)
     assert "No ratio: no number of ranks" in " ".join(printed(made).split())
     assert not any("equal work" in line for line in made.headlines)
     page(made, tmp_path)
@@ -221,16 +230,16 @@ def test_strategies_without_a_common_number_of_ranks_have_no_ratio(tmp_path: Pat
 
 def test_one_rank_alone_does_not_lead_the_report(tmp_path: Path) -> None:
     local = Recipe(size=1, strategy="local", stamp="20261123T220000Z")
-    made = report(tmp_path, Recipe(size=1), Recipe(size=2, step_s=0.006), local)
-    assert made.strategies[0].entries[1].ratio == pytest.approx(1.0, rel=0.02)
-    assert [part.label.partition(" ")[0] for part in made.parts] == ["softmax-mnist", "softmax-mnist", "Strategies"]
+    made, facts = report_and_facts(tmp_path, Recipe(size=1), Recipe(size=2, step_s=0.006), local)
+    assert facts.strategies[0].entries[1].ratio == pytest.approx(1.0, rel=0.02)
+    assert [each.label.partition(" ")[0] for each in made.sections] == ["softmax-mnist", "softmax-mnist", "Strategies"]
     assert made.headlines[0].startswith("softmax-mnist (reduce.strategy = horovod): 2 ranks: 1.6")
 
 
 def test_an_incomplete_run_is_no_reference_and_jobs_that_differ_elsewhere_are_not_side_by_side(tmp_path: Path) -> None:
     made = side_by_side(tmp_path / "a", Recipe(size=4, complete=False), MPI)
     assert [entry.ratio for entry in made.entries] == [None, None]
-    assert any("incomplete" in note for note in strategy_notes(made))
+    assert any("incomplete" in note for note in notes(section(made)))
     for recipe in (Recipe(size=4), replace(MPI, global_batch=60)):
         write_run(tmp_path / "b", recipe)
     found = compare(load_all([tmp_path / "b"]))
@@ -260,7 +269,7 @@ def test_what_else_sets_strategies_apart_is_named(tmp_path: Path) -> None:
     assert "Xeon (horovod fp16)" in notes
     assert "steps: 210 (horovod, horovod fp16, parameter server); 110 (parameter server asynchronous)" in notes
     assert "version of" not in notes
-    assert "110 or 210 steps" in strategy_sheets(made)[0].title
+    assert "110 or 210 steps" in table(section(made), "strategies").title
     labels = [group.label for group in compare(load_all([tmp_path])).groups]
     assert "softmax-mnist (reduce.strategy = horovod, reduce.compression = fp16)" in labels
     assert "softmax-mnist (reduce.strategy = parameter_server, reduce.asynchronous = True)" in labels
@@ -296,7 +305,7 @@ def test_odd_counts_are_missing_and_never_zero(tmp_path: Path, held: Any) -> Non
     made = side_by_side(tmp_path, Recipe(size=4), replace(MPI, meta=odd))
     mpi = made.entries[1]
     assert (mpi.traffic, mpi.optimizer_bytes) == (None, None)
-    row = cells(made, 1, "mpi")
-    assert (row["must move"], row["optimizer state"]) == ("missing", "missing")
+    row = cells(made, "strategies-traffic", "mpi")
+    assert (row["traffic per step"], row["optimizer state"]) == ("missing", "missing")
     assert any("Bytes to move missing for mpi:" in note for note in made.notes)
     assert any("Optimizer state missing for horovod, mpi:" in note for note in made.notes)

@@ -11,7 +11,7 @@ from hpc_train.analysis.stats.bootstrap import (
     refit_draws,
 )
 from hpc_train.analysis.stats.permutation import largest_total_threshold
-from hpc_train.analysis.stats.welch import ratio_of_geometric_means_interval
+from hpc_train.analysis.stats.repeats import ratio_of_geometric_means_interval
 from hpc_train.core.statistics import NUM_RESAMPLES, mean_interval, percentile_interval
 
 

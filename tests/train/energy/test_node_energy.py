@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from hpc_train.core.job_environment import JobEnvironment
-from hpc_train.core.records import read_energy
 from hpc_train.core.rundir import find
 from hpc_train.train.energy import meters
 from hpc_train.train.energy.sensors import sharing, slurm
@@ -18,6 +17,7 @@ from hpc_train.train.energy.sensors.sampler import Sampler
 from hpc_train.train.recording import recording
 from tests import sensor_trees as trees
 from tests.sensor_trees import put
+from tests.synthetic import energy_of
 
 CONFIG = """Configuration data as of 2024-05-13T12:00:00
 AccountingStorageTRES   = cpu,mem,energy,node,billing
@@ -78,7 +78,7 @@ def test_slurms_zero_is_missing(answers: Path) -> None:
     assert run(0, 4500)[-1] == ["nodes", "4500.000000", "estimated", late]
     assert run(0, 0)[-1] == ["nodes", "", "missing", late]
     assert run(1000, 0)[-1] == ["nodes", "", "missing", source]
-    assert read_energy(path).quality == "missing"
+    assert energy_of(path).quality == "missing"
 
 
 # --------------------------------------------------------------------------------------------- sharing
@@ -169,7 +169,7 @@ def test_a_run_writes_down_rest_and_sharing(tmp_path: Path, two_packages: None) 
     assert facts["assumption"] is None and facts["unreadable"] == {} and facts["idle_quality"] == "measured"
     assert facts["idle_w"][host] == {domain: pytest.approx(50, rel=0.6) for domain in ("package-0", "package-1")}
     assert facts["shared"][host] in (True, False, None) and host in facts["foreign_cores"]
-    used = read_energy(run.energy(host))
+    used = energy_of(run.energy(host))
     assert used.quality == "measured" and used.joules == pytest.approx(100 * passed_s, rel=0.6)
     first_s = float(run.energy(host).read_text().splitlines()[1].split(",")[0])
     start_ns = int(run.timings(0).read_text().splitlines()[1].split(",")[1])

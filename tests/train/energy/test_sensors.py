@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from hpc_train.core.records import read_energy
 from hpc_train.train.energy.sensors.choose import Choice, choose, estimate_meter
 from hpc_train.train.energy.sensors.meter import Meter, SysFile
 from hpc_train.train.energy.sensors.sampler import Sampler, idle_watts
 from tests import sensor_trees as trees
 from tests.sensor_trees import WRAP_J, Clock, joules, put
+from tests.synthetic import energy_of
 
 EPOCH_S = time.time() - time.perf_counter()
 
@@ -249,7 +249,7 @@ def test_samples_are_joules_since_the_beginning(tmp_path: Path) -> None:
     assert float(often[-1][2]) == pytest.approx(100 * seconds, rel=0.05)
     assert 0 <= time.time() - float(often[-1][0]) < 5
     assert written[2][3:5] == ["estimated", "x (in part; power cap changed)"]
-    assert read_energy(path).quality == "estimated"
+    assert energy_of(path).quality == "estimated"
 
 
 def test_a_meter_that_disappears_makes_the_energy_missing(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_meter_that_disappears_makes_the_energy_missing(tmp_path: Path) -> Non
         time.sleep(0.05)
         counter.write_text("")  # who has it open is told nothing more; the real /sys says ENODEV
         time.sleep(0.05)
-    assert read_energy(path).quality == "missing" and read_energy(path).joules is None
+    assert energy_of(path).quality == "missing" and energy_of(path).joules is None
     assert rows(path)[0][2:4] == ["0.000000", "measured"] and rows(path)[-1][2:4] == ["", "missing"]
 
     begun = [0]

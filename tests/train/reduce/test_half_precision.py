@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
-from hpc_train.train.reduce.half_precision import packed, unpacked
+from hpc_train.train.reduce.half_precision import compress, decompress
 
 KINDS = [(torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)]  # with half the distance of neighbouring numbers
 
 
 def mean_by(shares: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What every rank has in the end of a row a rank: both hops of a sum in 16 bits."""
-    total = unpacked(packed(shares, dtype)).sum(0)
-    return unpacked(packed(total[None], dtype))[0]
+    total = decompress(compress(shares, dtype)).sum(0)
+    return decompress(compress(total[None], dtype))[0]
 
 
 @pytest.mark.parametrize("dtype, relative", KINDS)
@@ -30,7 +30,7 @@ def test_a_mean_gradient_arrives_at_1024_ranks(mean: float, dtype: torch.dtype, 
 def test_each_row_keeps_its_size(dtype: torch.dtype, relative: float) -> None:
     sizes = torch.tensor([3.3e38, 65504.0, 1e-5, 1.2e-38, 1e-44, 0.0])
     rows = sizes[:, None] * torch.tensor([1.0, -0.5, 0.123, 0.0])
-    back = unpacked(packed(rows, dtype))
+    back = decompress(compress(rows, dtype))
     assert back.dtype == torch.float32
     assert torch.allclose(back, rows, rtol=relative, atol=2e-45)
 

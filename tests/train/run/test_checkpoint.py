@@ -22,9 +22,14 @@ from hpc_train.core.world import World
 from hpc_train.train import loop
 from hpc_train.train.comm.context import Context
 from hpc_train.train.optimize import Optimizer
-from hpc_train.train.reduce.shards import whole
-from hpc_train.train.run import checkpoint
-from hpc_train.train.run.checkpoint import Saver, Unusable
+from hpc_train.train.reduce.sharded_weights import whole_parameters
+from hpc_train.train.run.checkpoint import format
+from hpc_train.train.run.checkpoint.copy import HostCopy
+from hpc_train.train.run.checkpoint.format import UnusableCheckpoint
+from hpc_train.train.run.checkpoint.pieces import Piece, assemble, local_pieces, skeleton
+from hpc_train.train.run.checkpoint.restore import broadcast, read_newest
+from hpc_train.train.run.checkpoint.retention import checkpoints
+from hpc_train.train.run.checkpoint.saver import Saver
 from tests import jobs
 
 FACTS = {"size": 1, "global_batch": 8, "num_samples": 100}
@@ -34,13 +39,13 @@ def saver(path: Path, said: list[str] | None = None, **settings: object) -> Save
     run = RunDir(path)
     run.checkpoints_dir.mkdir(exist_ok=True)
     chosen = Checkpoint.model_validate(settings)
-    return Saver(run, chosen, FACTS, is_root=True, say=(said if said is not None else []).append)
+    return Saver(run, chosen, FACTS, is_root=True, log=(said if said is not None else []).append)
 
 
 def trained(width: int = 8, **keys: object) -> tuple[nn.Module, Optimizer]:
     model = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
     settings = Train.model_validate({"steps": 10, "global_batch": 4, "lr": 0.1, **keys})
-    chosen = Optimizer(settings, whole(model), 4, lambda value: value)
+    chosen = Optimizer(settings, whole_parameters(model), 4, lambda value: value)
     for step in range(3):
         model(torch.randn(4, width)).square().sum().backward()
         chosen.step(step)
@@ -58,9 +63,9 @@ def test_what_is_read_is_what_was_saved(tmp_path: Path, optimizer: str) -> None:
     with saver(tmp_path) as saves:
         assert saves.save_now(7, state_of(model, chosen)) == f"Saved: {tmp_path}/checkpoints/step-00000007."
     again, other = trained(optimizer=optimizer, momentum=0.9)
-    state, facts = checkpoint.read_newest(RunDir(tmp_path), again, print)
+    state, facts = read_newest(RunDir(tmp_path), again, print)
     again.load_state_dict(state["model"])
-    other.load(checkpoint.broadcast(state, Context(World()))["optimizer"])
+    other.load(broadcast(state, Context(World()))["optimizer"])
     assert facts["step"] == 7 and facts["global_batch"] == 8
     for ours, theirs in zip(again.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
@@ -76,8 +81,8 @@ def test_the_caller_waits_for_the_copy_alone_and_the_write_is_finished_at_the_en
     """64 MB, on a disk that takes them slowly: the writer's calls are slowed from outside."""
     model, chosen = nn.Linear(4000, 4000), trained(optimizer="sgd")[1]
     release = threading.Event()
-    original = checkpoint._sync
-    checkpoint._sync = lambda folder: (release.wait(20), original(folder))[1]
+    original = format._sync_folder
+    format._sync_folder = lambda folder: (release.wait(20), original(folder))[1]
     said: list[str] = []
     try:
         copies = []
@@ -91,23 +96,42 @@ def test_the_caller_waits_for_the_copy_alone_and_the_write_is_finished_at_the_en
             took_s = perf_counter() - began_s
             assert not RunDir(tmp_path).checkpoint(1).exists(), "still being written"
             saves.save(2, state_of(model, chosen))
-            assert "Checkpoint of step 2 left out" in said[0], "a second one does not wait for the first"
+            assert "Checkpoint of step 2 skipped" in said[0], "a second one does not wait for the first"
             release.set()
         assert RunDir(tmp_path).checkpoint(1).exists(), "finished before the end"
     finally:
-        checkpoint._sync = original
+        format._sync_folder = original
     assert took_s < 10 * max(copies) + 0.1, (took_s, copies)
-    checkpoint.read(RunDir(tmp_path).checkpoint(1))
+    format.read(RunDir(tmp_path).checkpoint(1))
 
 
-def test_a_copy_takes_the_memory_of_the_one_before_where_tensors_are_alike() -> None:
-    first = checkpoint._copied({"model": {"a": torch.zeros(3), "b": torch.zeros(2)}, "scale": [torch.zeros(1), 1]}, {})
-    state = {"model": {"a": torch.arange(3.0), "b": torch.ones(4), "c": torch.ones(1)}, "scale": [torch.ones(1), 2]}
-    again = checkpoint._copied(state, first)
-    assert again["model"]["a"].data_ptr() == first["model"]["a"].data_ptr() != state["model"]["a"].data_ptr()
-    assert again["model"]["b"].shape == (4,) and again["scale"][1] == 2
+def test_a_copy_reuses_the_memory_of_the_one_before_where_tensors_are_alike() -> None:
+    host_copy = HostCopy()
+    first = host_copy.take(
+        local_pieces({"model": {"a": torch.zeros(3), "b": torch.zeros(2)}, "more": [torch.zeros(1), 1]})
+    )
+    state = {"model": {"a": torch.arange(3.0), "b": torch.ones(4), "c": torch.ones(1)}, "more": [torch.ones(1), 2]}
+    copies = host_copy.take(local_pieces(state))
+    again = assemble(skeleton(state), copies)
+    assert again["model"]["a"].data_ptr() == first[0].tensor.data_ptr() != state["model"]["a"].data_ptr()
+    assert again["model"]["b"].shape == (4,) and again["more"][1] == 2
     assert all(torch.equal(again["model"][name], state["model"][name]) for name in "abc")
-    assert again["scale"][0].item() == 1
+    assert again["more"][0].item() == 1
+
+
+def test_a_state_is_assembled_from_the_pieces_that_several_ranks_hold() -> None:
+    whole = torch.arange(24.0).reshape(4, 6)
+    state = {"model": {"0.weight": whole, "0.bias": torch.ones(4)}, "loss_scale": [1.0, 0]}
+    name, global_shape, _, _ = local_pieces(state)[0]
+    assert (name, global_shape) == ("model/0.weight", (4, 6))
+    parts = [
+        Piece(name, global_shape, (top, left), whole[top : top + 2, left : left + 3])
+        for top in (0, 2)
+        for left in (0, 3)
+    ]
+    again = assemble(skeleton(state), [*parts, *local_pieces(state)[1:]])
+    assert torch.equal(again["model"]["0.weight"], whole)
+    assert again["loss_scale"] == [1.0, 0]
 
 
 def test_weights_that_are_no_numbers_never_displace_good_ones(tmp_path: Path) -> None:
@@ -119,7 +143,7 @@ def test_weights_that_are_no_numbers_never_displace_good_ones(tmp_path: Path) ->
             next(model.parameters())[0, 0] = float("nan")
         saves.save(2, state_of(model, chosen))
     assert "holds NaN or infinity" in said[0]
-    assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000001"]
+    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000001"]
 
 
 def test_the_newest_are_kept_and_nothing_is_saved_where_none_is_wanted(tmp_path: Path) -> None:
@@ -127,17 +151,17 @@ def test_the_newest_are_kept_and_nothing_is_saved_where_none_is_wanted(tmp_path:
     with saver(tmp_path, keep=2) as saves:
         for step in (1, 2, 3, 12):
             saves.save_now(step, state_of(model, chosen))
-    assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000012", "step-00000003"]
+    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000012", "step-00000003"]
     with saver(tmp_path, keep=0, every_steps=1) as saves:
-        assert not saves.is_step(20) and not saves.is_time
+        assert not saves.is_due_after(20) and not saves.is_due_by_time
         assert "Nothing is saved" in saves.save_now(20, state_of(model, chosen))
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
 def test_time_and_steps_ask_for_checkpoints(tmp_path: Path) -> None:
     often = saver(tmp_path, every_steps=5, every_minutes=0)
-    assert [step for step in range(1, 12) if often.is_step(step)] == [5, 10] and not often.is_time
-    assert saver(tmp_path, every_minutes=1e-9).is_time and not saver(tmp_path, every_minutes=1).is_time
+    assert [step for step in range(1, 12) if often.is_due_after(step)] == [5, 10] and not often.is_due_by_time
+    assert saver(tmp_path, every_minutes=1e-9).is_due_by_time and not saver(tmp_path, every_minutes=1).is_due_by_time
 
 
 def test_a_refused_checkpoint_counts_for_none_that_are_kept(tmp_path: Path) -> None:
@@ -149,12 +173,12 @@ def test_a_refused_checkpoint_counts_for_none_that_are_kept(tmp_path: Path) -> N
     (RunDir(tmp_path).checkpoint(20) / "state.pt").write_bytes(b"")
     with saver(tmp_path, keep=1) as saves:
         saves.save_now(13, state_of(model, chosen))
-    assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000020", "step-00000013"]
-    _, facts = checkpoint.read_newest(RunDir(tmp_path), model, print)
+    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000020", "step-00000013"]
+    _, facts = read_newest(RunDir(tmp_path), model, print)
     assert facts["step"] == 13
     with saver(tmp_path, keep=1) as saves:
         saves.save_now(21, state_of(model, chosen))
-    assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000021"]
+    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000021"]
 
 
 def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
@@ -169,8 +193,8 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         try:
-            checkpoint.read(folder)
-        except Unusable:
+            format.read(folder)
+        except UnusableCheckpoint:
             continue
         assert json.loads(damaged) == json.loads(whole), "white space alone"
 
@@ -192,12 +216,12 @@ def test_a_models_extra_state_is_kept_and_what_cannot_be_saved_is_told(tmp_path:
     chosen = trained(optimizer="sgd")[1]
     with saver(tmp_path) as saves:
         saves.save_now(1, state_of(model, chosen))
-        state, _ = checkpoint.read_newest(RunDir(tmp_path), model, print)
+        state, _ = read_newest(RunDir(tmp_path), model, print)
         assert state["model"]["_extra_state"] == 7
         model.state = threading.Lock()
         with pytest.raises(UserError, match="the checkpoint of step 2 was not written: TypeError: cannot pickle"):
             saves.save_now(2, state_of(model, chosen))
-    assert [each.name for each in checkpoint.found(RunDir(tmp_path))] == ["step-00000001"]
+    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000001"]
 
 
 def reseal(folder: Path, content: object) -> None:
@@ -207,7 +231,7 @@ def reseal(folder: Path, content: object) -> None:
     facts = json.loads(path.read_text())
     del facts["sha256"]
     facts["files"] = {"state.pt": {"bytes": state.stat().st_size, "sha256": sha256(state.read_bytes()).hexdigest()}}
-    path.write_text(json.dumps({**facts, "sha256": checkpoint._sum(facts)}))
+    path.write_text(json.dumps({**facts, "sha256": format.manifest_checksum(facts)}))
 
 
 _OTHERS = {"optimizer": {}, "loss_scale": [1.0, 0], "task": {}}
@@ -225,8 +249,8 @@ def test_what_another_program_wrote_is_refused(tmp_path: Path, content: object) 
     reseal(folder, content)
     said: list[str] = []
     with pytest.raises(UserError, match="no checkpoint of"):
-        checkpoint.read_newest(RunDir(tmp_path), model, said.append)
-    assert "passed over" in said[0]
+        read_newest(RunDir(tmp_path), model, said.append)
+    assert "skipped" in said[0]
 
 
 def _like(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -271,17 +295,17 @@ def test_a_checkpoint_sealed_again_with_another_state_is_passed_over(tmp_path: P
         saves.save_now(3, state_of(model, chosen))
     whole = torch.load(RunDir(tmp_path).checkpoint(3) / "state.pt", weights_only=True)
     damaged = RESEALED[name](whole)
-    checkpoint.write(RunDir(tmp_path).checkpoint(4), state_of(model, chosen), {"step": 4, **FACTS})
+    format.write(RunDir(tmp_path).checkpoint(4), state_of(model, chosen), {"step": 4, **FACTS})
     reseal(RunDir(tmp_path).checkpoint(4), damaged)
     config = load(jobs.CONFIGS / "softmax-mnist.toml", ("train.optimizer=adamw",)).config
-    job = cast(loop.Job, SimpleNamespace(task=object(), model=model))
+    job = cast(loop.Job, SimpleNamespace(task=SimpleNamespace(keeps_state=False), model=model))
     said: list[str] = []
-    state, facts = checkpoint.read_newest(RunDir(tmp_path), model, said.append, partial(loop._misfit, job, config))
+    state, facts = read_newest(RunDir(tmp_path), model, said.append, partial(loop._misfit, job, config))
     assert facts["step"] == 3 and "step-00000004: " in said[0], said
-    chosen.load(checkpoint.broadcast(state, Context(World()))["optimizer"])
+    chosen.load(broadcast(state, Context(World()))["optimizer"])
     RunDir(tmp_path).checkpoint(3).rename(tmp_path / "gone")
     with pytest.raises(UserError, match="no checkpoint of"):
-        checkpoint.read_newest(RunDir(tmp_path), model, said.append, partial(loop._misfit, job, config))
+        read_newest(RunDir(tmp_path), model, said.append, partial(loop._misfit, job, config))
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
@@ -291,19 +315,19 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 
     folder = tmp_path / "checkpoints" / "step-00000001"
     folder.parent.mkdir()
-    checkpoint.write(
+    format.write(
         folder, {"model": {}, "optimizer": {}, "loss_scale": [], "task": {}, "harm": Harm()}, {"step": 1, **FACTS}
     )
-    with pytest.raises(Unusable, match=r"holds no tensors"):
-        checkpoint.read(folder)
+    with pytest.raises(UnusableCheckpoint, match=r"holds no tensors"):
+        format.read(folder)
     assert not (tmp_path / "harm").exists()
 
 
 def test_no_checkpoint_at_all_is_a_beginning_and_none_that_is_good_an_error(tmp_path: Path) -> None:
     model, chosen = trained()
-    assert checkpoint.read_newest(RunDir(tmp_path), model, print) == ({}, {})
+    assert read_newest(RunDir(tmp_path), model, print) == ({}, {})
     with saver(tmp_path) as saves:
         saves.save_now(3, state_of(model, chosen))
     (RunDir(tmp_path).checkpoint(3) / "checkpoint.json").write_text("[]")
     with pytest.raises(UserError, match="no checkpoint of"):
-        checkpoint.read_newest(RunDir(tmp_path), model, print)
+        read_newest(RunDir(tmp_path), model, print)

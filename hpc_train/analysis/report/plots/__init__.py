@@ -1,1 +1,1 @@
-"""The figures of a report: what each shows, and how it gets onto the page and into files."""
+"""One figure a function: from facts to a `Plot`, which a renderer paints."""

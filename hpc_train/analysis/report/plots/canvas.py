@@ -1,23 +1,26 @@
-"""What a figure is, and how it gets onto the page and into files: one painter, two sizes."""
+"""How a plot gets onto the page and into files: one painter, two sizes. Colours, styles and helpers of all plots."""
 
 import io
 import re
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from markupsafe import Markup
 
-from hpc_train.core.formatting import plain
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.report.model import Plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito, "Color universal design" (2008): told apart with any colour vision.
+T = TypeVar("T")
+
+# Okabe and Ito, "Color universal design" (2008): distinct with any colour vision.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 GREY, PURPLE, WHITE = "#999999", "#CC79A7", "#FFFFFF"
 
@@ -27,7 +30,7 @@ _FONTS = {PAGE_WIDTH: 9, COLUMN_WIDTH: 7.5}  # points
 
 _STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: a figure is the same on every machine
+    "font.sans-serif": ["DejaVu Sans"],  # shipped with matplotlib: a figure is the same on every machine
     "text.parse_math": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -45,39 +48,31 @@ _STYLE: dict[str, Any] = {
     "legend.fontsize": "medium",
     "axes.formatter.use_mathtext": False,
     "hatch.linewidth": 0.7,
-    "pdf.fonttype": 42,  # TrueType, embedded: Type 3 is refused by many a submission system
+    "pdf.fonttype": 42,  # TrueType, embedded: many submission systems refuse Type 3
 }
-_NO_DATE: Any = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # the same runs give the same bytes
+_NO_DATE: Any = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # so that equal runs give equal bytes
 
 
-@dataclass(frozen=True, eq=False)
-class Drawing:
-    """A figure before it is drawn. Making one needs no matplotlib; `inline` and `files` do."""
-
-    name: str  # of its files: "speedup"
-    caption: str
-    told: str  # what it shows, in words, for those who do not see it
-    paint: Callable[["Axes"], None]
-    height: float = 0.68  # relative to the width
-
-    def __post_init__(self) -> None:
-        for name in ("caption", "told"):  # names of jobs and hosts are in them
-            object.__setattr__(self, name, plain(getattr(self, name)))
+def paint_or_explain(plot: Plot, label: str, guard: SectionGuard, paint: Callable[[Plot], T]) -> T:
+    """`paint(plot)`; if that fails, paints the sentence about the failure. label: of the plot's section."""
+    what = f"the figure '{plot.id}' of {label}"
+    return guard.call(what, lambda why: paint(unmade_plot(plot.id, why)), paint, plot)
 
 
-def unmade(name: str, why: str) -> Drawing:
-    """What stands in the place of a figure that could not be made: the sentence that says so."""
-
-    def paint(axes: "Axes") -> None:
-        axes.set_axis_off()
-        axes.text(0.5, 0.5, "\n".join(textwrap.wrap(why, 46)), ha="center", va="center", transform=axes.transAxes)
-
-    return Drawing(name, f"{why}.", f"{why}.", paint, height=0.4)
+def unmade_plot(id: str, why: str) -> Plot:
+    """Stands in for a plot that could not be made: the sentence that says so."""
+    return Plot(id, f"{why}.", f"{why}.", partial(_paint_sentence, sentence=why), height=0.4)
 
 
-def inline(drawing: Drawing, ident: str) -> Markup:
-    """The drawing as an <svg> element to stand inside HTML: ids of its own, a title, no outside reference."""
-    with _painted(drawing, PAGE_WIDTH, {"svg.fonttype": "none", "svg.hashsalt": ident}) as figure:
+def _paint_sentence(axes: "Axes", sentence: str) -> None:
+    axes.set_axis_off()
+    lines = "\n".join(textwrap.wrap(sentence, 46))
+    axes.text(0.5, 0.5, lines, ha="center", va="center", transform=axes.transAxes)
+
+
+def inline_svg(plot: Plot, ident: str) -> Markup:
+    """The plot as an <svg> element inside HTML: unique ids, a title, no outside reference."""
+    with _painted(plot, PAGE_WIDTH, {"svg.fonttype": "none", "svg.hashsalt": ident}) as figure:
         text = saved(figure, "svg", transparent=True, metadata=_NO_DATE).decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -88,31 +83,31 @@ def inline(drawing: Drawing, ident: str) -> Markup:
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 system-ui, Arial, sans-serif", text)
     head, tail = text.split(">", 1)
     head = re.sub(r' (width|height|version)="[^"]*"', "", head)
-    told = escape(drawing.told)
-    return Markup(f'{head} role="img" aria-label="{told}"><title>{told}</title>{tail}')
+    title = escape(plot.description)
+    return Markup(f'{head} role="img" aria-label="{title}"><title>{title}</title>{tail}')
 
 
-def files(drawing: Drawing) -> dict[str, bytes]:
-    """The drawing for a proposal, by the ending of the file's name: as wide as a column, with its fonts inside."""
-    with _painted(drawing, COLUMN_WIDTH, {"svg.fonttype": "path", "svg.hashsalt": drawing.name}) as figure:
-        described = {"Title": drawing.caption, "Subject": drawing.told, "CreationDate": None, "Producer": None}
-        pdf = saved(figure, "pdf", metadata=described)
-        svg = saved(figure, "svg", metadata=_NO_DATE | {"Title": drawing.caption, "Description": drawing.told})
-    told = escape(drawing.told)
-    return {"pdf": pdf, "svg": re.sub(rb"(<svg [^>]*>)", rf"\1<title>{told}</title>".encode(), svg, count=1)}
+def figure_files(plot: Plot) -> dict[str, bytes]:
+    """The plot for a proposal, by file ending: one column wide, fonts embedded."""
+    with _painted(plot, COLUMN_WIDTH, {"svg.fonttype": "path", "svg.hashsalt": plot.id}) as figure:
+        metadata = {"Title": plot.caption, "Subject": plot.description, "CreationDate": None, "Producer": None}
+        pdf = saved(figure, "pdf", metadata=metadata)
+        svg = saved(figure, "svg", metadata=_NO_DATE | {"Title": plot.caption, "Description": plot.description})
+    title = escape(plot.description)
+    return {"pdf": pdf, "svg": re.sub(rb"(<svg [^>]*>)", rf"\1<title>{title}</title>".encode(), svg, count=1)}
 
 
 @contextmanager
-def _painted(drawing: Drawing, width: float, style: dict[str, Any]) -> "Iterator[Figure]":
+def _painted(plot: Plot, width: float, style: dict[str, Any]) -> "Iterator[Figure]":
     """The figure, `width` inches wide."""
-    with styled((width, width * drawing.height), _FONTS[width], style) as figure:
-        drawing.paint(figure.subplots())
+    with styled((width, width * plot.height), _FONTS[width], style) as figure:
+        plot.paint(figure.subplots())
         yield figure
 
 
 @contextmanager
 def styled(size: tuple[float, float], font: float, style: dict[str, Any]) -> "Iterator[Figure]":
-    """An empty figure of `size` inches with letters of `font` points. No pyplot: nothing global is touched."""
+    """An empty figure of `size` inches with text of `font` points. No pyplot: nothing global is touched."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -129,13 +124,13 @@ def saved(figure: "Figure", kind: str, **how: Any) -> bytes:
 
 
 def legend_above(axes: "Axes", columns: int) -> None:
-    """The legend outside the axes, in so many columns."""
+    """The legend outside the axes, in `columns` columns."""
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
 
 
-def label_bar(axes: "Axes", place: float, height: float, words: str) -> None:
-    """Words on top of a bar."""
-    axes.annotate(words, (place, height), (0, 3), textcoords="offset points", ha="center", fontsize="small")
+def label_bar(axes: "Axes", place: float, height: float, text: str) -> None:
+    """Text on top of a bar."""
+    axes.annotate(text, (place, height), (0, 3), textcoords="offset points", ha="center", fontsize="small")
 
 
 def thinned(places: list[float], least: float) -> list[int]:

@@ -1,42 +1,28 @@
-"""What a job cost in joules, as figures: by size, by phase, and against the speedup that they bought."""
+"""The energy of a job: by size, by phase, and against the speedup."""
 
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
-from hpc_train.analysis.report.plots.canvas import (
-    BLUE,
-    GREEN,
-    GREY,
-    SKY,
-    VERMILLION,
-    WHITE,
-    Drawing,
-    label_bar,
-    legend_above,
-)
-from hpc_train.analysis.report.plots.steps import PHASE_COLORS, bars_by_size
+from hpc_train.analysis.report.model import Plot
+from hpc_train.analysis.report.plots.canvas import BLUE, GREEN, GREY, SKY, VERMILLION, WHITE, label_bar, legend_above
+from hpc_train.analysis.report.plots.step_time import PHASE_COLORS, bars_by_size
 from hpc_train.core.formatting import plural, ratio_text, significant
 from hpc_train.core.records import COMMUNICATION, PHASES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLORS = {"above idle": GREEN, "at rest": SKY, "measured": GREEN, "estimated": GREEN}
+_COLORS = {"above idle": GREEN, "idle": SKY, "measured": GREEN, "estimated": GREEN}
 _OUTSIDE = "outside steps"
-
-
-def energy_drawings(cost: GroupEnergy) -> list[Drawing]:
-    """A group's figures of energy; none where nothing was read or estimated."""
-    if not cost.known:
-        return []
-    return [_size_drawing(cost), *_phase_drawing(cost), *_speedup_drawing(cost)]
+_HEIGHT = 0.75
 
 
 def _unit(most_j: float) -> tuple[float, str]:
-    """The factor from joules, and the unit in which the largest is at least 1."""
+    """The factor from joules to the unit in which the largest is at least 1, and that unit."""
     ladder = ((1e9, "GJ"), (1e6, "MJ"), (1e3, "kJ"), (1.0, "J"), (1e-3, "mJ"), (1e-6, "uJ"))
     size, unit = next((pair for pair in ladder if most_j >= pair[0]), ladder[-1])
     return 1 / size, unit
@@ -51,115 +37,116 @@ def _qualities(parts: Sequence[EnergyAmount]) -> str:
 # ---------------------------------------------------------------------------------------------- by size
 
 
-def _size_drawing(cost: GroupEnergy) -> Drawing:
+def energy_by_size_plot(cost: GroupEnergy) -> Plot:
     rows = cost.rows
-    qualities = _qualities([row.per_sample for row in rows]) or "in part missing"
+    qualities = _qualities([row.per_sample for row in rows]) or "partly missing"
     with_idle = any(row.net.total is not None for row in rows)
-    told = ", ".join(
-        f"{plural(row.row.size, 'rank')} {row.per_sample.text()}"
-        + (f" of which above idle {row.net_per_sample.text()}" if row.net.total is not None else "")
-        for row in rows
-    )
-    split = " Green is above idle, light blue what the nodes draw at rest for as long." if with_idle else ""
-    hatched = " Hatched is estimated, not read from a meter."
-    is_hatched = any(_is_estimate(part) for row in rows for _, part in _parts(row))
-    return Drawing(
+    is_hatched = any(_is_estimate(amount) for row in rows for _, amount in _pieces(row))
+    split = " Green is above idle, light blue the idle draw of the nodes." if with_idle else ""
+    hatched = " Hatched is estimated, not read from a meter." if is_hatched else ""
+    amounts = ", ".join(f"{plural(row.row.size, 'rank')} {_amount_text(row)}" for row in rows)
+    return Plot(
         "energy-per-sample",
-        f"Energy per sample trained on, whole run, {qualities}.{split}{hatched * is_hatched}",
-        f"Energy per sample: {told}.",
-        lambda axes: _paint_sizes(axes, rows, qualities),
-        height=0.75,
+        f"Energy per sample trained on, whole run, {qualities}.{split}{hatched}",
+        f"Energy per sample: {amounts}.",
+        partial(_paint_sizes, rows=rows, qualities=qualities),
+        _HEIGHT,
     )
 
 
-def _parts(row: RowEnergy) -> list[tuple[str, EnergyAmount]]:
-    """What a bar is made of, from below: idle apart where it is known, else by how it came to be known."""
+def _amount_text(row: RowEnergy) -> str:
+    net = f" of which above idle {row.net_per_sample.text()}" if row.net.total is not None else ""
+    return row.per_sample.text() + net
+
+
+def _pieces(row: RowEnergy) -> list[tuple[str, EnergyAmount]]:
+    """The pieces of a bar, bottom first: by idle draw if that is known, else by quality."""
     whole = row.per_sample
-    if row.net.total is not None and whole.total is not None:
-        net = row.net_per_sample
+    if row.net.total is None or whole.total is None:
         return [
-            ("above idle", net),
-            (
-                "at rest",
-                EnergyAmount(estimated=whole.known - net.known)
-                if _is_estimate(net)
-                else EnergyAmount(measured=whole.known - net.known),
-            ),
+            ("measured", EnergyAmount(measured=whole.measured)),
+            ("estimated", EnergyAmount(estimated=whole.estimated)),
         ]
-    return [("measured", EnergyAmount(measured=whole.measured)), ("estimated", EnergyAmount(estimated=whole.estimated))]
+    net = row.net_per_sample
+    idle_j = whole.known - net.known
+    idle = EnergyAmount(estimated=idle_j) if _is_estimate(net) else EnergyAmount(measured=idle_j)
+    return [("above idle", net), ("idle", idle)]
 
 
-def _is_estimate(part: EnergyAmount) -> bool:
-    return (part.estimated or 0.0) > 0
+def _is_estimate(amount: EnergyAmount) -> bool:
+    return (amount.estimated or 0.0) > 0
 
 
 def _paint_sizes(axes: "Axes", rows: Sequence[RowEnergy], qualities: str) -> None:
     scale, unit = _unit(max(row.per_sample.known for row in rows))
     named: set[str] = set()
     for place, row in enumerate(rows):
-        below = 0.0
-        for name, part in _parts(row):
-            if part.known > 0:
-                _bar(axes, place, scale * part.known, below, _COLORS[name], _is_estimate(part), name, named)
-                below += scale * part.known
-        part = row.per_sample
-        least = "at least " if part.lacking else ""
-        words = f"{least}{significant(scale * part.known)}{part.mark()}" if part.known > 0 else "missing"
-        label_bar(axes, place, below, words)
+        top = 0.0
+        for name, amount in _pieces(row):
+            if amount.known > 0:
+                label = None if name in named else name
+                axes.bar(place, scale * amount.known, 0.62, top, label=label, linewidth=1, **_style(name, amount))
+                named.add(name)
+                top += scale * amount.known
+        label_bar(axes, place, top, _bar_text(row.per_sample, scale))
     if len(named) > 1:
         legend_above(axes, 2)
     bars_by_size(axes, [row.row for row in rows], f"energy per sample ({unit}), {qualities}")
 
 
-def _bar(
-    axes: "Axes", place: int, height: float, below: float, color: str, hollow: bool, name: str, named: set[str]
-) -> None:
-    """One piece of a bar; an estimate is hatched. Named in the legend the first time."""
-    how: dict[str, Any] = {"color": WHITE if hollow else color, "edgecolor": color, "linewidth": 1}
-    axes.bar(place, height, 0.62, below, hatch="///" if hollow else None, label=None if name in named else name, **how)
-    named.add(name)
+def _style(name: str, amount: EnergyAmount) -> dict[str, Any]:
+    """An estimate is hatched, with no fill."""
+    color = _COLORS[name]
+    if _is_estimate(amount):
+        return {"color": WHITE, "edgecolor": color, "hatch": "///"}
+    return {"color": color, "edgecolor": color}
+
+
+def _bar_text(amount: EnergyAmount, scale: float) -> str:
+    if not amount.known > 0:
+        return "missing"
+    return f"{'at least ' if amount.lacking else ''}{significant(scale * amount.known)}{amount.mark()}"
 
 
 # ---------------------------------------------------------------------------------------------- by phase
 
 
-def _phase_drawing(cost: GroupEnergy) -> list[Drawing]:
+def energy_by_phase_plot(cost: GroupEnergy) -> Plot | None:
     rows = [row for row in cost.rows if row.phases and not row.loop.lacking]
     if not rows:
-        return []
-    told = "; ".join(
-        f"{plural(row.row.size, 'rank')}: "
-        + ", ".join(f"{name} {EnergyAmount(estimated=part).text()}" for name, part in _phases(row))
-        for row in rows
+        return None
+    amounts = "; ".join(f"{plural(row.row.size, 'rank')}: {_phases_text(row)}" for row in rows)
+    return Plot(
+        "energy-by-phase",
+        "Energy per sample by phase, divided by the time of each phase: no meter is fast enough to separate them."
+        " Hatched: energy spent in exposed communication.",
+        f"Energy per sample by phase, attributed by time: {amounts}.",
+        partial(_paint_phases, rows=rows),
+        _HEIGHT,
     )
-    return [
-        Drawing(
-            "energy-by-phase",
-            "Energy per sample by phase, divided by the time that phases take: no meter is quick enough to tell them"
-            " apart. Hatched: joules while ranks wait for exposed communication.",
-            f"Energy per sample by phase, attributed by time: {told}.",
-            lambda axes: _paint_phases(axes, rows),
-            height=0.75,
-        )
-    ]
+
+
+def _phases_text(row: RowEnergy) -> str:
+    return ", ".join(f"{name} {EnergyAmount(estimated=joules).text()}" for name, joules in _phases(row))
 
 
 def _phases(row: RowEnergy) -> list[tuple[str, float]]:
-    """(phase, joules per sample); the servers' part is in that of their phases."""
+    """(phase, joules per sample); the servers' energy is added to their phases."""
     num_samples = fmean(run.summary.num_samples for run in row.row.runs)
-    joules = {phase: row.phases[phase].known for phase in PHASES if phase in row.phases}
-    for phase, part in row.servers.items():
-        joules[phase] = joules.get(phase, 0.0) + part.known
-    parts = [*((phase, joules[phase]) for phase in PHASES if phase in joules), (_OUTSIDE, row.outside.known)]
-    return [(name, part / num_samples) for name, part in parts if num_samples and part > 0]
+    joules = {phase: amount.known for phase, amount in row.phases.items()}
+    for phase, amount in row.servers.items():
+        joules[phase] = joules.get(phase, 0.0) + amount.known
+    joules[_OUTSIDE] = row.outside.known
+    order = [name for name in (*PHASES, _OUTSIDE) if joules.get(name, 0.0) > 0]
+    return [(name, joules[name] / num_samples) for name in order if num_samples]
 
 
 def _paint_phases(axes: "Axes", rows: Sequence[RowEnergy]) -> None:
-    parts = [dict(_phases(row)) for row in rows]
-    scale, unit = _unit(max(sum(each.values()) for each in parts))
+    bars = [dict(_phases(row)) for row in rows]
+    scale, unit = _unit(max(sum(bar.values()) for bar in bars))
     below = [0.0] * len(rows)
     for name in (*PHASES, _OUTSIDE):
-        heights = [scale * each.get(name, 0.0) for each in parts]
+        heights = [scale * bar.get(name, 0.0) for bar in bars]
         if not any(heights):
             continue
         how: dict[str, Any] = {"color": PHASE_COLORS.get(name, WHITE), "linewidth": 0.5, "label": name}
@@ -173,28 +160,28 @@ def _paint_phases(axes: "Axes", rows: Sequence[RowEnergy]) -> None:
 # ---------------------------------------------------------------------------------------------- by speedup
 
 
-def _speedup_drawing(cost: GroupEnergy) -> list[Drawing]:
-    rows = [
-        row
-        for row in cost.rows
-        if row.row.speedup is not None and row.per_sample.total is not None and not row.row.incomplete
-    ]
+def energy_by_speedup_plot(cost: GroupEnergy) -> Plot | None:
+    rows = [row for row in cost.rows if row.row.speedup is not None and not row.row.incomplete]
+    rows = [row for row in rows if row.per_sample.total is not None]
     if len(rows) < 2 or cost.group.baseline is None:
-        return []
+        return None
     over = plural(cost.group.baseline.size, "rank")
-    told = ", ".join(
+    prices = ", ".join(
         f"{plural(row.row.size, 'rank')} {ratio_text(row.row.speedup or 0.0)} for {row.per_sample.text()}"
         for row in rows
     )
-    return [
-        Drawing(
-            "energy-against-speedup",
-            f"What speedup costs in joules. Below the dashed line, joules times seconds are fewer than on {over}:"
-            " there more ranks pay.",
-            f"Speedup over {over} and energy per sample: {told}.",
-            lambda axes: _paint_speedup(axes, rows, over),
-        )
-    ]
+    return Plot(
+        "energy-against-speedup",
+        f"Energy against speedup. Below the dashed line, joules times seconds are less than on {over}: more ranks pay"
+        " there.",
+        f"Speedup over {over} and energy per sample: {prices}.",
+        partial(_paint_speedup, rows=rows, over=over),
+    )
+
+
+def _price_text(row: RowEnergy) -> str:
+    speedup = ratio_text(row.row.speedup or 0.0)
+    return f"{plural(row.row.size, 'rank')} {speedup} for {row.per_sample.text()}"
 
 
 def _paint_speedup(axes: "Axes", rows: Sequence[RowEnergy], over: str) -> None:
@@ -204,7 +191,7 @@ def _paint_speedup(axes: "Axes", rows: Sequence[RowEnergy], over: str) -> None:
     highest = 1.25 * max(joules)
     first = joules[speedups.index(1.0)] if 1.0 in speedups else joules[0]
     ends = [0.0, min(max(speedups), highest / first)]
-    axes.plot(ends, [first * end for end in ends], color=GREY, linestyle="--", linewidth=1.2, label="as much J s")
+    axes.plot(ends, [first * end for end in ends], color=GREY, linestyle="--", linewidth=1.2, label="equal J s")
     axes.plot(speedups, joules, color=BLUE, linewidth=1.2)
     for kind, color, fill in (("measured", BLUE, BLUE), ("with estimates", VERMILLION, WHITE)):
         some = [index for index, row in enumerate(rows) if (row.per_sample.quality == "measured") == (color == BLUE)]

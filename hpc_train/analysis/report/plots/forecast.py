@@ -1,58 +1,65 @@
-"""The model behind a plan: what was measured, what it said of sizes that it had not seen, and what lies beyond."""
+"""The model behind a plan: measurements, what it predicted of sizes that it had not seen, and the extrapolation."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpc_train.analysis.models.predict import curve_sizes
+from hpc_train.analysis.models.predict import Prediction, curve_sizes
 from hpc_train.analysis.planning.plan import Plan
-from hpc_train.analysis.report.plots.canvas import BLACK, BLUE, GREY, SKY, VERMILLION, WHITE, Drawing, thinned
+from hpc_train.analysis.report.model import Plot
+from hpc_train.analysis.report.plots.canvas import BLACK, BLUE, GREY, SKY, VERMILLION, WHITE, thinned
 from hpc_train.core.formatting import percent, plural, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _NUM_POINTS = 48  # of the curve
-_LEAST_SIZES = 3
+_LEAST_SIZES = 3  # any curve fits fewer
 
 
-def forecast_drawing(plan: Plan, asked: str) -> Drawing | None:
+def forecast_plot(plan: Plan, advice: str) -> Plot | None:
     """Samples per second over ranks: measured, fitted with its 95% interval, held out, and what to ask for.
 
-    asked: "ask for 16 nodes", "" where the model is not to be trusted with that. None from fewer than three sizes,
-    which any curve fits.
+    advice: "ask for 16 nodes", "" if the model is not trusted with that. None from fewer than three sizes.
     """
-    if len(plan.prediction.measurements.ranks) < _LEAST_SIZES:
-        return None
     prediction = plan.prediction
     chosen, measurements = prediction.chosen, prediction.measurements
+    if len(measurements.ranks) < _LEAST_SIZES:
+        return None
     rates = measurements.samples(measurements.ranks) / measurements.step_s
     measured = ", ".join(
-        f"{plural(n, 'rank')} {significant(rate)}" for n, rate in zip(measurements.ranks.tolist(), rates, strict=True)
+        f"{plural(size, 'rank')} {significant(rate)}"
+        for size, rate in zip(measurements.ranks.tolist(), rates, strict=True)
     )
-    tested = (
-        f"White squares are what it said of sizes before it had seen them, off by {percent(chosen.error)} in the mean."
-        if chosen.error is not None
-        else "It was not tested on sizes that it had not seen."
-    )
-    advice = f" Dotted: {asked}." if asked else ""
-    forecast = plan.chosen.forecast if plan.chosen and asked else None
-    told = (
-        f" At {plural(forecast.ranks, 'rank')} {significant(forecast.samples_per_s)} are predicted (95% interval"
-        f" {' to '.join(significant(end) for end in forecast.samples_per_s_interval)})."
-        if forecast
-        else ""
-    )
-    return Drawing(
+    dotted = f" Dotted: {advice}." if advice else ""
+    return Plot(
         "forecast",
         f"Samples per second by the {chosen.model} model, fitted to {len(measurements.ranks)} sizes, with its 95%"
-        f" interval; dashed beyond what was measured. {tested}{advice}",
-        f"Samples per second measured: {measured}. A {chosen.model} model was fitted to these. {tested}{told}{advice}",
-        lambda axes: _paint(axes, plan, asked),
+        f" interval; dashed beyond the measurements. {_test_text(prediction)}{dotted}",
+        f"Samples per second measured: {measured}. A {chosen.model} model was fitted to these."
+        f" {_test_text(prediction)}{_forecast_text(plan) if advice else ''}{dotted}",
+        partial(_paint, plan=plan, advice=advice),
     )
 
 
-def _paint(axes: "Axes", plan: Plan, asked: str) -> None:
+def _test_text(prediction: Prediction) -> str:
+    error = prediction.chosen.error
+    if error is None:
+        return "It was not tested on sizes that it had not seen."
+    return f"White squares are its predictions of sizes before it had seen them, off by {percent(error)} on average."
+
+
+def _forecast_text(plan: Plan) -> str:
+    if plan.chosen is None:
+        return ""
+    forecast = plan.chosen.forecast
+    interval = " to ".join(significant(end) for end in forecast.samples_per_s_interval)
+    rate = significant(forecast.samples_per_s)
+    return f" At {plural(forecast.ranks, 'rank')} {rate} are predicted (95% interval {interval})."
+
+
+def _paint(axes: "Axes", plan: Plan, advice: str) -> None:
     prediction = plan.prediction
     measurements = prediction.measurements
     most = max([measurements.largest, *(option.forecast.ranks for option in plan.options)])
@@ -74,10 +81,12 @@ def _paint(axes: "Axes", plan: Plan, asked: str) -> None:
         at = np.array([each.ranks for each in held_out])
         guessed = measurements.samples(at) / np.array([each.predicted_s for each in held_out])
         how = {"color": VERMILLION, "markerfacecolor": WHITE, "markersize": 7, "markeredgewidth": 1.3}
-        axes.plot(at, guessed, "s", label="said before seen", zorder=1.9, **how)  # type: ignore[arg-type]
-    if plan.chosen and asked:
-        axes.axvline(plan.chosen.forecast.ranks, color=BLACK, linestyle=":", linewidth=1.2, label=asked)
-    _scale(axes, [*measurements.ranks.tolist(), most, *([plan.chosen.forecast.ranks] if plan.chosen and asked else [])])
+        axes.plot(at, guessed, "s", label="predicted unseen", zorder=1.9, **how)  # type: ignore[arg-type]
+    if plan.chosen and advice:
+        axes.axvline(plan.chosen.forecast.ranks, color=BLACK, linestyle=":", linewidth=1.2, label=advice)
+    _scale(
+        axes, [*measurements.ranks.tolist(), most, *([plan.chosen.forecast.ranks] if plan.chosen and advice else [])]
+    )
 
 
 def _scale(axes: "Axes", sizes: list[int]) -> None:

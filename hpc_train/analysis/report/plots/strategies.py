@@ -1,10 +1,12 @@
-"""Strategies on equal work, side by side: time, and the bytes that theory says must move."""
+"""Strategies on equal work, side by side: step time, and the bytes that theory says must move."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from hpc_train.analysis.report.plots.canvas import BLUE, SKY, VERMILLION, Drawing, legend_above
-from hpc_train.analysis.report.table import ranks_text
+from hpc_train.analysis.report.labels import ranks_text
+from hpc_train.analysis.report.model import Plot
+from hpc_train.analysis.report.plots.canvas import BLUE, SKY, VERMILLION, legend_above
 from hpc_train.analysis.scaling.strategies import Comparison, Entry
 from hpc_train.core.formatting import plural, significant
 
@@ -12,60 +14,84 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def strategy_drawings(comparison: Comparison) -> list[Drawing]:
-    """Step time and bytes of the strategies; none where nothing was timed."""
-    entries = [entry for entry in comparison.entries if entry.row.phase_s]
+def strategy_times_plot(comparison: Comparison) -> Plot | None:
+    """None if nothing was timed."""
+    entries = _timed(comparison)
     if not entries:
-        return []
-    exposed = [1e3 * entry.row.exposed_s for entry in entries]
-    computing = [1e3 * sum(entry.row.phase_s.values()) - wait for entry, wait in zip(entries, exposed, strict=True)]
-    scale, unit = _byte_unit(max(entry.traffic.must_move_bytes if entry.traffic else 0.0 for entry in entries))
+        return None
     times = "; ".join(
-        f"{entry.where} on {plural(entry.row.size, 'rank')}: computing {significant(compute)} ms, exposed communication"
-        f" {significant(wait)} ms"
-        for entry, compute, wait in zip(entries, computing, exposed, strict=True)
-    )
-    moved = "; ".join(
-        f"{entry.where} on {plural(entry.row.size, 'rank')}: must move {_moved_text(entry, scale)} {unit}"
+        f"{_where(entry)}: computing {significant(_computing_ms(entry))} ms, exposed communication"
+        f" {significant(_exposed_ms(entry))} ms"
         for entry in entries
     )
-    height = 0.25 + 0.052 * len(entries)
-    return [
-        Drawing(
-            "strategies-step-time",
-            "A step's time on the ranks that train, by strategy and number of ranks: computing, and hatched, exposed"
-            " communication.",
-            f"Strategies on equal work, time per step: {times}.",
-            lambda axes: _paint_times(axes, entries, computing, exposed),
-            height,
-        ),
-        Drawing(
-            "strategies-bytes",
-            "The bytes that theory says the busiest rank must move in a step, by strategy and number of ranks.",
-            f"Strategies on equal work, bytes of a step: {moved}.",
-            lambda axes: _paint_bytes(axes, entries, scale, unit),
-            height,
-        ),
-    ]
+    return Plot(
+        "strategies-step-time",
+        "Step time of the ranks that train, by strategy and number of ranks: computing, and hatched, exposed"
+        " communication.",
+        f"Strategies on equal work, time per step: {times}.",
+        partial(_paint_times, entries=entries),
+        _height(entries),
+    )
 
 
-def _paint_times(axes: "Axes", entries: Sequence[Entry], computing: list[float], exposed: list[float]) -> None:
+def strategy_bytes_plot(comparison: Comparison) -> Plot | None:
+    """None if nothing was timed."""
+    entries = _timed(comparison)
+    if not entries:
+        return None
+    scale, unit = _byte_unit(max(_traffic_bytes(entry) for entry in entries))
+    traffic = "; ".join(f"{_where(entry)}: {_traffic_text(entry, scale)} {unit}" for entry in entries)
+    return Plot(
+        "strategies-bytes",
+        "The bytes that theory says the busiest rank must move in a step, by strategy and number of ranks.",
+        f"Strategies on equal work, traffic per step: {traffic}.",
+        partial(_paint_bytes, entries=entries, scale=scale, unit=unit),
+        _height(entries),
+    )
+
+
+def _timed(comparison: Comparison) -> list[Entry]:
+    return [entry for entry in comparison.entries if entry.row.phase_s]
+
+
+def _where(entry: Entry) -> str:
+    return f"{entry.where} on {plural(entry.row.size, 'rank')}"
+
+
+def _exposed_ms(entry: Entry) -> float:
+    return 1e3 * entry.row.exposed_s
+
+
+def _computing_ms(entry: Entry) -> float:
+    return 1e3 * sum(entry.row.phase_s.values()) - _exposed_ms(entry)
+
+
+def _traffic_bytes(entry: Entry) -> float:
+    return entry.traffic.must_move_bytes if entry.traffic else 0.0
+
+
+def _height(entries: Sequence[Entry]) -> float:
+    return 0.25 + 0.052 * len(entries)
+
+
+def _paint_times(axes: "Axes", entries: Sequence[Entry]) -> None:
     places = _places(entries)
+    computing, exposed = list(map(_computing_ms, entries)), list(map(_exposed_ms, entries))
     axes.barh(places, computing, 0.62, color=BLUE, edgecolor="white", label="computing")
     axes.barh(places, exposed, 0.62, computing, color=VERMILLION, edgecolor="white", hatch="///", label="exposed")
-    _name(axes, entries, "time per step (ms)")
+    _label_axes(axes, entries, "time per step (ms)")
     legend_above(axes, 2)
 
 
 def _paint_bytes(axes: "Axes", entries: Sequence[Entry], scale: float, unit: str) -> None:
     places = _places(entries)
-    moved = [(entry.traffic.must_move_bytes if entry.traffic else 0.0) / scale for entry in entries]
-    axes.barh(places, moved, 0.62, color=SKY, edgecolor="white")
-    for place, entry, each in zip(places, entries, moved, strict=True):
-        words = _moved_text(entry, scale)
-        axes.annotate(words, (each, place), (3, 0), textcoords="offset points", va="center", fontsize="small")
+    traffic = [_traffic_bytes(entry) / scale for entry in entries]
+    axes.barh(places, traffic, 0.62, color=SKY, edgecolor="white")
+    for place, entry, each in zip(places, entries, traffic, strict=True):
+        text = _traffic_text(entry, scale)
+        axes.annotate(text, (each, place), (3, 0), textcoords="offset points", va="center", fontsize="small")
     axes.margins(x=0.16)
-    _name(axes, entries, f"must move ({unit})")
+    _label_axes(axes, entries, f"traffic per step ({unit})")
 
 
 def _places(entries: Sequence[Entry]) -> list[float]:
@@ -74,13 +100,13 @@ def _places(entries: Sequence[Entry]) -> list[float]:
     return [-place - 0.5 * sizes.index(entry.row.size) for place, entry in enumerate(entries)]
 
 
-def _name(axes: "Axes", entries: Sequence[Entry], xlabel: str) -> None:
+def _label_axes(axes: "Axes", entries: Sequence[Entry], xlabel: str) -> None:
     axes.set_yticks(_places(entries), [f"{entry.strategy}, {ranks_text(entry.row)}" for entry in entries])
     axes.grid(visible=False, axis="y")
     axes.set(xlabel=xlabel)
 
 
-def _moved_text(entry: Entry, scale: float) -> str:
+def _traffic_text(entry: Entry, scale: float) -> str:
     if entry.traffic is None:
         return "missing"
     least = "\N{GREATER-THAN OR EQUAL TO} " if entry.traffic.is_least else ""

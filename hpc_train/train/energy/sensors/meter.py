@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from hpc_train.core.records import Quality
+from hpc_train.core.energy_records import Quality
 
 Now = Callable[[], float]
 MOST_W = 2000.0  # of one processor package or GPU: what would need more is no energy but a counter that started again

@@ -7,8 +7,9 @@ from pathlib import Path
 from time import monotonic, perf_counter, sleep
 from types import TracebackType
 
+from hpc_train.core.energy_records import ENERGY_COLUMNS
 from hpc_train.core.errors import UserError, not_written
-from hpc_train.core.records import ENERGY_COLUMNS, close_log, open_log
+from hpc_train.core.records import close_log, open_log
 from hpc_train.train.energy.sensors.meter import Meter
 
 _FLUSH_S = 0.5

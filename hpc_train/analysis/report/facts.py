@@ -1,0 +1,49 @@
+"""All facts that a report is built from: what the runs measured and how they compare."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hpc_train.analysis.convergence.target import TargetStudy, studies_of
+from hpc_train.analysis.energy.cost import UNKNOWN, GroupEnergy, Tariff, cost_of
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.runs.load import Run, load_known
+from hpc_train.analysis.scaling.compare import Scaling, compare
+from hpc_train.analysis.scaling.strategies import Comparison, compare_strategies
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    runs: tuple[Run, ...]
+    scaling: Scaling
+    energies: tuple[GroupEnergy, ...]  # one a group, in the groups' order
+    strategies: tuple[Comparison, ...]
+    targets: tuple[TargetStudy, ...]
+
+
+def gather(
+    paths: Sequence[Path], tariff: Tariff = UNKNOWN, target_loss: float | None = None, guard: SectionGuard | None = None
+) -> Facts:
+    """Reads and compares the runs at or below `paths`; a note names those that cannot be read.
+
+    Raises `UserError` if there is no run.
+
+    tariff: overrides what the runs' configurations say. target_loss: to which times are compared; None: one that all
+    complete runs of a job reached.
+    """
+    guard = guard or SectionGuard()
+    runs, skipped = load_known(paths, guard)
+    scaling = compare(runs, guard)
+    energies = tuple(cost_of(group, tariff, guard) for group in scaling.groups)
+    energy_by_run = {each.run.dir.path: each for energy in energies for row in energy.rows for each in row.runs}
+    not_made: list[str] = []
+
+    def nothing(why: str) -> list[Any]:
+        not_made.append(f"{why}.")
+        return []
+
+    targets = guard.call("times to a loss", nothing, studies_of, scaling.groups, energy_by_run, target_loss)
+    strategies = guard.call("strategies on equal work", nothing, compare_strategies, scaling.groups)
+    scaling = replace(scaling, notes=(*scaling.notes, *skipped, *not_made))
+    return Facts(tuple(runs), scaling, energies, tuple(strategies), tuple(targets))

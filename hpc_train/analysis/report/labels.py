@@ -1,0 +1,30 @@
+"""Names of rows and ranks, the same in tables, sentences and plots."""
+
+from collections.abc import Iterable
+
+from hpc_train.analysis.efficiency.stragglers import Straggler
+from hpc_train.analysis.scaling.compare import Row
+from hpc_train.core.formatting import plain
+
+MARK = "*"  # on the number of ranks of an incomplete row
+
+
+def ranks_text(row: Row) -> str:
+    """ "4", a parameter server's "3+1" (workers + servers), marked if the runs are incomplete."""
+    ranks = f"{row.size - row.num_servers}+{row.num_servers}" if row.num_servers else str(row.size)
+    return ranks + MARK * row.incomplete
+
+
+def communication_text(phases: Iterable[str]) -> str:
+    """The phases that are exposed communication: "reduce", "reduce and sync"."""
+    return "reduce and sync" if "sync" in phases else "reduce"
+
+
+def straggler_text(straggler: Straggler) -> str:
+    """ "rank 5 on c3", "host c3 (ranks 20-23)"."""
+    host = plain(straggler.host) if straggler.host else None
+    ranks = straggler.ranks
+    if not straggler.whole_host:
+        return f"rank {ranks[0]}" + (f" on {host}" if host else "")
+    is_range = ranks[-1] - ranks[0] == len(ranks) - 1
+    return f"host {host} (ranks {f'{ranks[0]}-{ranks[-1]}' if is_range else ', '.join(map(str, ranks[:8]))})"

@@ -1,0 +1,182 @@
+"""A report as plain values in base units: the rows of scaling.csv and the tree of summary.json. None is unknown."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
+
+import hpc_train
+from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.report.facts import Facts
+from hpc_train.analysis.report.model import Section
+from hpc_train.analysis.report.sections.efficiency import EFFICIENCY_COLUMNS, efficiency_record, straggler_records
+from hpc_train.analysis.report.sections.energy import COST_COLUMNS, cost_record, node_record, verdict
+from hpc_train.analysis.report.sections.flops import FLOPS_COLUMNS, flops_record
+from hpc_train.analysis.report.sections.result import measures_of
+from hpc_train.analysis.report.sections.strategies import comparison_record
+from hpc_train.analysis.report.sections.target import TARGET_COLUMNS, records_by_run, study_record
+from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.core.formatting import plural
+from hpc_train.core.records import PHASES
+
+P = ParamSpec("P")
+# 2: test_<measure> for every test measure; 3: step_s is the mean, step_median_s the median; 4: share_sync, joules_sync
+# (before, part of share_reduce and joules_reduce)
+REPORT_SCHEMA = 4
+SCALING_COLUMNS = (
+    "group",
+    "scaling",
+    "strategy",
+    "ranks",
+    "num_servers",
+    "num_runs",
+    "num_hosts",
+    "global_batch",
+    "incomplete",
+    "num_steps",
+    "step_s",
+    "step_low_s",
+    "step_high_s",
+    "step_median_s",
+    "samples_per_s",
+    "baseline_ranks",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "efficiency",
+    *(f"share_{phase}" for phase in PHASES),
+    "servers_busy",
+)
+ENERGY_COLUMNS = ("joules", "joules_per_sample", "energy_quality", "energy_source", "loss")
+NOT_MADE = "not_made"  # sentences about what could not be made, whose cells are empty
+CSV_COLUMNS = (  # and test_<measure> for every measure of any run
+    *SCALING_COLUMNS,
+    *EFFICIENCY_COLUMNS,
+    *FLOPS_COLUMNS,
+    *ENERGY_COLUMNS,
+    *COST_COLUMNS,
+    *TARGET_COLUMNS,
+    NOT_MADE,
+)
+
+
+class Records:
+    """Makes the plain values of one report; the values of what fails are None."""
+
+    def __init__(self, facts: Facts, guard: SectionGuard) -> None:
+        self._facts, self._guard = facts, guard
+        self._target_by_run = guard.call("the numbers of times to a loss", _nothing, records_by_run, facts.targets)
+
+    def csv_columns(self) -> tuple[str, ...]:
+        rows = [row for group in self._facts.scaling.groups for row in group.rows]
+        return (*CSV_COLUMNS, *(f"test_{measure}" for measure in measures_of(rows)))
+
+    def rows(self) -> list[list[dict[str, Any]]]:
+        """A list a group, with one record a row."""
+        return [[self._row(energy.group, row) for row in energy.rows] for energy in self._facts.energies]
+
+    def summary(self, sections: Sequence[Section], rows: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+        """The whole tree without `NOT_MADE`, which renderers may still add to."""
+        facts = self._facts
+        notes = {section.label: [note.text for note in section.notes] for section in sections}
+        return {
+            "schema": REPORT_SCHEMA,
+            "hpc_train": hpc_train.__version__,
+            "headlines": [section.headline for section in sections if section.headline],
+            "groups": [
+                self._group(energy, notes[energy.group.label], records)
+                for energy, records in zip(facts.energies, rows, strict=True)
+            ],
+            "strategies": [self._made(each.label, comparison_record, each) for each in facts.strategies],
+            "targets": [self._made(each.label, study_record, each) for each in facts.targets],
+            "notes": list(facts.scaling.notes),
+        }
+
+    def _row(self, group: Group, energy: RowEnergy) -> dict[str, Any]:
+        row = energy.row
+        return {
+            **self._values(row, "speed and result", (*SCALING_COLUMNS, *ENERGY_COLUMNS), row_record, group, row),
+            **self._values(row, "balance", EFFICIENCY_COLUMNS, efficiency_record, row),
+            **self._values(row, "model FLOPs", FLOPS_COLUMNS, flops_record, row),
+            **self._values(row, "energy", COST_COLUMNS, cost_record, energy),
+            **self._target_by_run.get(str(row.runs[0].dir.path), dict.fromkeys(TARGET_COLUMNS)),
+        }
+
+    def _group(self, energy: GroupEnergy, notes: list[str], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        group = energy.group
+        return {
+            "label": group.label,
+            "config": group.keys,
+            "notes": notes,
+            "more_hardware": self._made(group.label, verdict, energy),
+            "rows": [self._row_details(each, record) for each, record in zip(energy.rows, rows, strict=True)],
+        }
+
+    def _row_details(self, energy: RowEnergy, record: dict[str, Any]) -> dict[str, Any]:
+        row = energy.row
+        return {
+            **record,
+            **self._values(row, "energy by node", (), node_record, energy),
+            **self._values(row, "stragglers", ("stragglers",), _stragglers, row),
+            "runs": [str(run.dir.path) for run in row.runs],
+        }
+
+    def _values(
+        self,
+        row: Row,
+        what: str,
+        columns: Sequence[str],
+        make: Callable[P, dict[str, Any]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> dict[str, Any]:
+        """What `make` returns; None under each column if it fails."""
+        what = f"the numbers of {plural(row.size, 'rank')}, {what}"
+        return self._guard.call(what, lambda why: dict.fromkeys(columns), make, *args, **kwargs)
+
+    def _made(self, label: str, make: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> Any:
+        """What `make` returns, or the sentence about its failure."""
+        return self._guard.call(f"the numbers of {label}", str, make, *args, **kwargs)
+
+
+def _nothing(why: str) -> dict[str, dict[str, Any]]:
+    return {}
+
+
+def _stragglers(row: Row) -> dict[str, Any]:
+    return {"stragglers": straggler_records(row)}
+
+
+def row_record(group: Group, row: Row) -> dict[str, Any]:
+    """A row's speed and result as plain values under `SCALING_COLUMNS`, `ENERGY_COLUMNS` and test_<measure>."""
+    low, high = row.step_interval_s or (None, None)
+    speedup_low, speedup_high = row.speedup_interval or (None, None)
+    return {
+        "group": group.label,
+        "scaling": "weak" if group.weak else "strong",
+        "strategy": group.keys.get("reduce.strategy"),
+        "ranks": row.size,
+        "num_servers": row.num_servers,
+        "num_runs": len(row.runs),
+        "num_hosts": max(run.summary.num_hosts for run in row.runs),
+        "global_batch": row.global_batch,
+        "incomplete": row.incomplete,
+        "num_steps": sum(len(run.step_s) for run in row.runs),
+        "step_s": row.step_s,
+        "step_low_s": low,
+        "step_high_s": high,
+        "step_median_s": row.step_median_s,
+        "samples_per_s": row.samples_per_s,
+        "baseline_ranks": group.baseline.size if group.baseline else None,
+        "speedup": row.speedup,
+        "speedup_low": speedup_low,
+        "speedup_high": speedup_high,
+        "efficiency": row.efficiency,
+        **{f"share_{phase}": row.phase_share.get(phase) for phase in PHASES},
+        "servers_busy": row.servers_busy,
+        "joules": row.energy.joules,
+        "joules_per_sample": row.joules_per_sample,
+        "energy_quality": row.energy.quality,
+        "energy_source": row.energy.source,
+        "loss": row.loss,
+        **{f"test_{measure}": value for measure, value in row.test.items()},
+    }

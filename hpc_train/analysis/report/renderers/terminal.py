@@ -1,0 +1,87 @@
+"""A report in a terminal of any width: one screen with the answer, or everything."""
+
+from typing import Literal
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from hpc_train.analysis.report.model import Note, Report, Table
+from hpc_train.core.formatting import plain
+
+_MOST_HEADLINES = 6  # of a short report
+_MOST_CAUTIONS, _MOST_FINDINGS = 2, 2
+_LEAST_TEXT_WIDTH = 12  # text columns wrap down to this many letters
+
+
+def print_short(report: Report, console: Console) -> None:
+    """The answers, one table, the notes that matter most: a screen of 80 x 24 for a job of a few sizes."""
+    first = report.sections[0]
+    for section in report.sections[:_MOST_HEADLINES]:
+        console.print(safe_text(section.headline or section.label, "bold" if section is first else ""))
+    if len(report.sections) > _MOST_HEADLINES:
+        console.print(f"and {len(report.sections) - _MOST_HEADLINES} more")
+    if first.overview is not None:
+        console.print("", safe_text(first.overview.title), fit_table(first.overview, console.width), sep="\n")
+    notes = [*report.notes, *first.notes]  # a run that could not be read is news of the first rank
+    cautions, findings = ([note for note in notes if note.kind == kind] for kind in ("caution", "finding"))
+    _print_notes([*cautions[:_MOST_CAUTIONS], *findings[:_MOST_FINDINGS]], console)
+    num_tables = sum(len(section.tables) for section in report.sections)
+    num_notes = sum(len(section.notes) for section in report.sections) + len(report.notes)
+    console.print(f"--full prints all {num_tables} tables and {num_notes} notes; the page also has figures.")
+
+
+def print_full(report: Report, console: Console) -> None:
+    """Every table and note."""
+    for section in report.sections:
+        console.print(safe_text(section.headline or section.label, "bold"), "")
+        for table in section.tables:
+            console.print(safe_text(table.title), fit_table(table, console.width), sep="\n")
+        _print_notes(section.notes, console)
+        console.print()
+    _print_notes(report.notes, console)
+
+
+def _print_notes(notes: "list[Note] | tuple[Note, ...]", console: Console) -> None:
+    for note in notes:
+        console.print(safe_text(f"- {note.text}"))
+
+
+def safe_text(text: str, style: str = "") -> Text:
+    """Text from anywhere, without markup and without control characters."""
+    return Text(plain(text), style)
+
+
+def fit_table(table: Table, width: int) -> RenderableType:
+    """The table in `width` letters, or one line a row if it does not fit. No number is broken or truncated."""
+    rich_table = RichTable(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="")
+    widths = _least_widths(table)
+    spare = width - sum(widths) - len(widths) - 1
+    for column, least in zip(table.columns, widths, strict=True):
+        # Text gives way if room is short; a title goes on one line if there is room.
+        narrow = min(least, _LEAST_TEXT_WIDTH) if column.is_text else least
+        wanted = max(narrow, min(max(least, len(column.title)), least + spare))
+        spare -= wanted - least
+        side: Literal["left", "right"] = "left" if column.is_text else "right"
+        rich_table.add_column(safe_text(column.title), justify=side, overflow="fold", width=wanted)
+    for row in table.rows:
+        rich_table.add_row(*map(safe_text, row))
+    if spare >= 0:
+        return rich_table
+    lines = [_row_line(table, row) for row in table.rows]
+    return Text("\n" + "\n".join(lines) + "\n")
+
+
+def _least_widths(table: Table) -> list[int]:
+    """Of each column the width of its widest cell, or of the longest word of its title."""
+    widths = []
+    for index, column in enumerate(table.columns):
+        cells = [len(plain(row[index])) for row in table.rows]
+        widths.append(max(cells + [len(word) for word in column.title.split()]))
+    return widths
+
+
+def _row_line(table: Table, row: tuple[str, ...]) -> str:
+    cells = zip(table.columns, row, strict=True)
+    return ", ".join(plain(f"{column.title} {cell}") for column, cell in cells)

@@ -1,0 +1,217 @@
+"""POP efficiencies and stragglers: where ranks lose time to each other, and which ranks cause it."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpc_train.analysis.efficiency.pop import FACTORS
+from hpc_train.analysis.efficiency.stragglers import Straggler, StragglerAnalysis
+from hpc_train.analysis.report.labels import ranks_text, straggler_text
+from hpc_train.analysis.report.model import Column, Table, number_columns
+from hpc_train.analysis.report.plots.arrivals import arrivals_plot
+from hpc_train.analysis.report.plots.efficiency import efficiency_plot
+from hpc_train.analysis.report.sections.builder import SectionBuilder
+from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.core.formatting import ms_text, percent, plain, plural, ratio_text, significant
+
+EFFICIENCY_COLUMNS = (
+    *(f"pop_{factor}{end}" for factor in FACTORS for end in ("", "_low", "_high")),
+    *("waiting_for", "waiting_share", "waiting_share_low", "waiting_share_high", "noise"),
+)
+_MOST_LINES = 12
+_MOST_NAMES = 3
+_FACTOR_LABELS = {  # indented below the factor that they multiply to
+    "global": "global",
+    "parallel": "= parallel",
+    "load_balance": "  = load balance",
+    "input": "  x input",
+    "communication": "  x communication",
+    "serialisation": "    = serialisation",
+    "transfer": "    x transfer",
+    "computational": "x computational",
+}
+
+
+def add_efficiency(section: SectionBuilder, group: Group) -> None:
+    section.table("pop", pop_table, group)
+    section.table("stragglers", straggler_table, group)
+    section.notes("pop-missing", "caution", _pop_missing_notes, group)
+    section.notes("stragglers", "method", _straggler_notes, group)
+    section.plot("pop-efficiencies", efficiency_plot, group)
+    section.plot("late-ranks", arrivals_plot, group)
+
+
+def pop_table(group: Group) -> Table | None:
+    """One line a factor, one column a size; the interval is the largest size's. None if no factor is known."""
+    rows = [row for row in group.rows if row.pop.factors]
+    if not rows:
+        return None
+    last = rows[-1]
+    sizes = ["1 rank" if row.size == 1 else f"{ranks_text(row)} ranks" for row in rows]
+    columns = [Column("factor", is_text=True), *number_columns(*sizes, f"95% interval ({ranks_text(last)})")]
+    lines = []
+    for factor in FACTORS:
+        if any(factor in row.pop.factors for row in rows):
+            interval = last.pop.intervals.get(factor)
+            cells = [_FACTOR_LABELS[factor], *(_factor_text(row.pop.factors.get(factor)) for row in rows)]
+            lines.append((*cells, "-" if interval is None else "-".join(map(_factor_text, interval))))
+    is_served = any(row.num_servers for row in rows)
+    if group.baseline is not None and "global" in group.baseline.pop.factors and not is_served:
+        label = "speedup efficiency: global / baseline's global"
+        lines.append((label, *(_factor_text(row.efficiency) for row in rows), "-"))
+    return Table("pop", "POP efficiencies (1: no loss)", tuple(columns), tuple(lines))
+
+
+def _factor_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def straggler_table(group: Group) -> Table | None:
+    found = [(row, straggler) for row in group.rows for run in row.stragglers for straggler in run.stragglers]
+    if not found:
+        return None
+    found.sort(key=lambda pair: -pair[1].share)
+    columns = (
+        Column("ranks"),
+        Column("straggler", is_text=True),
+        Column("kind", is_text=True),
+        Column("last in"),
+        Column("late by (ms)"),
+        Column("cost"),
+        Column("95% interval"),
+        Column("cause", is_text=True),
+    )
+    title = "Stragglers (last in: share of the steps in which it arrives last; cost: share of the job's time)"
+    lines = [(ranks_text(row), *_straggler_cells(straggler)) for row, straggler in found[:_MOST_LINES]]
+    return Table("stragglers", title, columns, tuple(lines))
+
+
+def _straggler_cells(straggler: Straggler) -> tuple[str, ...]:
+    interval = straggler.share_interval
+    return (
+        straggler_text(straggler),
+        "persistent" if straggler.persistent else "sporadic",
+        percent(straggler.share_last),
+        ms_text(straggler.late_s),
+        percent(straggler.share),
+        "-" if interval is None else "-".join(map(percent, interval)),
+        _cause_text(straggler),
+    )
+
+
+def _cause_text(straggler: Straggler) -> str:
+    if straggler.cause is None or straggler.excess is None:
+        return "-"
+    if straggler.cause == "computing":
+        return f"computing {ratio_text(straggler.excess)}"
+    return f"input {percent(straggler.excess)}"
+
+
+def _worst(row: Row) -> StragglerAnalysis | None:
+    """Of the row's runs the one that lost most to stragglers."""
+    return max(row.stragglers, key=lambda run: run.share, default=None)
+
+
+def waiting_text(row: Row) -> str:
+    """ "; 14% lost to waiting for rank 5 on c3", "" without stragglers."""
+    worst = _worst(row)
+    if worst is None or not worst.stragglers:
+        return ""
+    names = [straggler_text(straggler) for straggler in worst.stragglers[:_MOST_NAMES]]
+    num_more = len(worst.stragglers) - len(names)
+    last = f"{num_more} more" if num_more else names.pop()
+    whom = f"{', '.join(names)} and {last}" if names else last
+    is_sporadic = not any(straggler.persistent for straggler in worst.stragglers)
+    return f"; {percent(worst.share, 0)} lost to waiting for {whom}{', sporadically' if is_sporadic else ''}"
+
+
+def _pop_missing_notes(group: Group) -> list[str]:
+    sizes_by_reason: dict[str, list[str]] = defaultdict(list)
+    for row in group.rows:
+        if row.pop.missing:
+            sizes_by_reason[row.pop.missing].append(plural(row.size, "rank"))
+    return [f"POP efficiencies missing for {_joined(sizes)}: {why}." for why, sizes in sizes_by_reason.items()]
+
+
+@dataclass
+class _Arrivals:
+    """What keeps stragglers from being named, by reason, and how well clocks agree."""
+
+    nobody: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    unaligned: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    clock_errors_s: list[float] = field(default_factory=list)
+
+
+def _straggler_notes(group: Group) -> list[str]:
+    found = _Arrivals()
+    for row in group.rows:
+        size = plural(row.size, "rank")
+        for run in row.stragglers:
+            if run.told and not row.pop.missing and row.size > 1:
+                found.nobody[run.told].append(size)
+            if run.unaligned:
+                found.unaligned[run.unaligned].append(size)
+            if run.clock_error_s is not None:
+                found.clock_errors_s.append(run.clock_error_s)
+    notes = [f"No straggler named for {_joined(sizes)}: {why}." for why, sizes in found.nobody.items()]
+    notes += [
+        f"Clocks of {_joined(sizes)} are not comparable ({plain(why)}): the order of arrival is inferred from how long"
+        " each rank waited."
+        for why, sizes in found.unaligned.items()
+    ]
+    if found.clock_errors_s:
+        error = significant(1e6 * max(found.clock_errors_s))
+        notes.append(
+            f"Stragglers are found by their arrival at the reduction, on clocks aligned to {error} us (median over"
+            " ranks), assuming that ranks leave a reduction together."
+        )
+    return notes
+
+
+def _joined(sizes: list[str]) -> str:
+    return ", ".join(dict.fromkeys(sizes))
+
+
+# ---------------------------------------------------------------------------------------------- for programs
+
+
+def efficiency_record(row: Row) -> dict[str, Any]:
+    """A row's factors as plain values under `EFFICIENCY_COLUMNS`; None is unknown."""
+    record: dict[str, Any] = {}
+    for factor in FACTORS:
+        low, high = row.pop.intervals.get(factor, (None, None))
+        record |= {f"pop_{factor}": row.pop.factors.get(factor), f"pop_{factor}_low": low, f"pop_{factor}_high": high}
+    worst = _worst(row)
+    is_known = worst is not None and (worst.stragglers or worst.clock_error_s is not None or worst.unaligned)
+    low, high = (worst.share_interval if worst else None) or (None, None)
+    noises = [run.load_balance.noise for run in row.runs if run.load_balance and run.load_balance.noise is not None]
+    return {
+        **record,
+        "waiting_for": " + ".join(map(straggler_text, worst.stragglers)) if worst and worst.stragglers else None,
+        "waiting_share": worst.share if worst and is_known else None,
+        "waiting_share_low": low,
+        "waiting_share_high": high,
+        "noise": sum(noises) / len(noises) if noises else None,
+    }
+
+
+def straggler_records(row: Row) -> list[dict[str, Any]]:
+    """All stragglers of a row's runs as plain values; times in seconds."""
+    return [
+        {
+            "run": str(run.dir.path),
+            "ranks": list(straggler.ranks),
+            "host": straggler.host,
+            "whole_host": straggler.whole_host,
+            "persistent": straggler.persistent,
+            "share_last": straggler.share_last,
+            "late_s": straggler.late_s,
+            "cost_s_per_step": straggler.cost_s,
+            "share": straggler.share,
+            "share_interval": straggler.share_interval,
+            "cause": straggler.cause,
+            "excess": straggler.excess,
+        }
+        for run, waiting in zip(row.runs, row.stragglers, strict=True)
+        for straggler in waiting.stragglers
+    ]

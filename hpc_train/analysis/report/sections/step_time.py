@@ -1,0 +1,44 @@
+"""Where a step's time goes, by phase."""
+
+from hpc_train.analysis.report.labels import communication_text, ranks_text
+from hpc_train.analysis.report.model import Table, number_columns
+from hpc_train.analysis.report.plots.step_time import step_share_plot, step_time_plot
+from hpc_train.analysis.report.sections.builder import SectionBuilder
+from hpc_train.analysis.scaling.compare import Group, timed_phases
+from hpc_train.core.formatting import percent
+from hpc_train.core.records import PHASES
+
+
+def add_step_time(section: SectionBuilder, group: Group) -> None:
+    section.table("phases", phase_table, group)
+    section.notes("untimed-phases", "caution", _untimed_notes, group)
+    section.plot("time-per-step", step_time_plot, group)
+    section.plot("share-of-step", step_share_plot, group)
+
+
+def phase_table(group: Group) -> Table:
+    with_servers = any(row.num_servers for row in group.rows)
+    phases = timed_phases(group.rows)
+    titles = ["ranks", *phases]
+    if with_servers:
+        titles.append("servers busy")
+    rows = []
+    for row in group.rows:
+        cells = [ranks_text(row), *(percent(row.phase_share.get(phase)) for phase in phases)]
+        if with_servers:
+            cells.append(percent(row.servers_busy))
+        rows.append(tuple(cells))
+    whose = "the workers' time; servers busy: not in communication" if with_servers else "all ranks' time"
+    title = f"Step time by phase (share of {whose}; {communication_text(phases)}: exposed communication)"
+    return Table("phases", title, tuple(number_columns(*titles)), tuple(rows))
+
+
+def _untimed_notes(group: Group) -> list[str]:
+    timed = [row.phase_share for row in group.rows if row.phase_share]
+    # Only strategies that send weights have a sync phase.
+    expected = [phase for phase in PHASES if phase != "sync"]
+    untimed = [phase for phase in expected if any(phase not in share for share in timed)]
+    if not untimed:
+        return []
+    communication = " Exposed communication was not measured." if "reduce" in untimed else ""
+    return [f"These runs did not time {', '.join(untimed)}; other phases or 'other' contain that time.{communication}"]

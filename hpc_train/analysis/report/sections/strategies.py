@@ -1,0 +1,163 @@
+"""Reduction strategies on equal work: the answer in one sentence, tables, notes."""
+
+from typing import Any
+
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.report.labels import MARK, ranks_text
+from hpc_train.analysis.report.model import Column, Section, Table, number_columns
+from hpc_train.analysis.report.plots.strategies import strategy_bytes_plot, strategy_times_plot
+from hpc_train.analysis.report.sections.builder import SectionBuilder
+from hpc_train.analysis.report.sections.result import measure_text, measure_title, measures_of
+from hpc_train.analysis.scaling.strategies import Comparison, Entry, Traffic
+from hpc_train.core.formatting import (
+    amount,
+    interval_text,
+    ms_text,
+    percent,
+    plain,
+    plural,
+    ratio_interval_text,
+    ratio_text,
+    significant,
+)
+
+
+def strategy_section(comparison: Comparison, named: bool, guard: SectionGuard) -> Section:
+    """named: with the comparison's label, since there are several."""
+    label = f"Strategies on equal work: {comparison.label}" if named else "Strategies on equal work"
+    section = SectionBuilder("strategies", label, guard)
+    section.headline(strategy_headline, comparison, named)
+    section.table("strategies", strategy_table, comparison)
+    section.table("strategies-traffic", strategy_traffic_table, comparison)
+    section.notes("strategies", "caution", list, comparison.notes)
+    section.notes("strategies-theory", "method", _theory_notes, comparison)
+    section.plot("strategies-step-time", strategy_times_plot, comparison)
+    section.plot("strategies-bytes", strategy_bytes_plot, comparison)
+    return section.build()
+
+
+def strategy_headline(comparison: Comparison, named: bool = False) -> str:
+    """The strategies' speeds at the largest number of ranks with a ratio. "" for none, and for 1: it sends nothing."""
+    size = max(comparison.sizes, default=1)
+    if size == 1:
+        return ""
+    entries = [entry for entry in comparison.entries if entry.row.size == size and entry.ratio is not None]
+    entries.sort(key=lambda entry: -(entry.ratio or 0))
+    speeds = ", ".join(f"{entry.where} {_speed_text(entry)}" for entry in entries)
+    name = f"{plain(comparison.label)}: " if named else ""
+    return f"{name}{plural(size, 'rank')} on equal work, speed against {comparison.reference}: {speeds}"
+
+
+def _speed_text(entry: Entry) -> str:
+    speed = f"{ms_text(entry.row.step_s)} ms a step" if entry.is_reference else ratio_text(entry.ratio or 0.0)
+    low, high = entry.ratio_interval or (0.0, 0.0)
+    return f"{speed} (no measurable difference)" if low <= 1 <= high else speed
+
+
+def strategy_table(comparison: Comparison) -> Table:
+    titles = ("ranks", "step (ms)", "95% interval", "samples/s", f"speed vs {comparison.reference}", "95% interval")
+    columns = [Column("strategy", is_text=True), *number_columns(*titles, "exposed")]
+    rows = []
+    for entry in comparison.entries:
+        row = entry.row
+        cells = [entry.strategy, ranks_text(row), ms_text(row.step_s), interval_text(row.step_interval_s, 1e3)]
+        cells += [significant(row.samples_per_s, 4), _ratio_text(entry), ratio_interval_text(entry.ratio_interval)]
+        rows.append((*cells, percent(row.exposed_share)))
+    return Table("strategies", f"Strategies on equal work ({_work_text(comparison)})", tuple(columns), tuple(rows))
+
+
+def _work_text(comparison: Comparison) -> str:
+    """ "global batch 120, seed 0, 210 steps"."""
+    keys = comparison.keys
+    weak = keys.get("train.batch_per_rank")
+    batch = f"batch per rank {weak}" if weak else f"global batch {keys.get('train.global_batch')}"
+    steps = sorted({run.config.train.steps for entry in comparison.entries for run in entry.row.runs})
+    return f"{batch}, seed {keys.get('seed')}, {' or '.join(map(str, steps))} steps"
+
+
+def _ratio_text(entry: Entry) -> str:
+    if entry.is_reference and entry.ratio is not None:
+        return "reference"
+    return "-" if entry.ratio is None else ratio_text(entry.ratio)
+
+
+def strategy_traffic_table(comparison: Comparison) -> Table:
+    measures = measures_of([entry.row for entry in comparison.entries])
+    titles = ("ranks", "traffic per step", "optimizer state", "loss", *map(measure_title, measures))
+    rows = []
+    for entry in comparison.entries:
+        row, state_bytes = entry.row, entry.optimizer_bytes
+        cells = [entry.strategy, ranks_text(row), _traffic_text(entry.traffic)]
+        cells += [amount(max(state_bytes) if state_bytes else None, "B"), significant(row.loss, 7)]
+        rows.append((*cells, *(measure_text(measure, row.test.get(measure)) for measure in measures)))
+    columns = (Column("strategy", is_text=True), *number_columns(*titles))
+    title = "Traffic of the busiest rank (theory), largest optimizer state of a rank, and result"
+    return Table("strategies-traffic", title, columns, tuple(rows))
+
+
+def _traffic_text(traffic: Traffic | None) -> str:
+    if traffic is None:
+        return "missing"
+    return ("at least " if traffic.is_least else "") + amount(traffic.must_move_bytes, "B")
+
+
+def _theory_notes(comparison: Comparison) -> list[str]:
+    notes = [
+        "Theory: each of N ranks of a ring sends 2(N-1)/N of the gradients' bytes and receives as many; the sharded"
+        " strategy's reduce-scatter and all-gather are the two halves of a ring all-reduce. For MPI this is a lower"
+        " bound: its library chooses the algorithm."
+    ]
+    if any(entry.row.num_servers for entry in comparison.entries):
+        notes += [
+            "Theory: each of S servers receives and sends 2W/S of the gradients' bytes for W workers, both directions"
+            " together. Halve it to compare with a ring, which is given per direction.",
+            "A parameter server's ranks are workers + servers; exposed is the workers' share.",
+        ]
+    if any(entry.row.incomplete for entry in comparison.entries):
+        notes.append(f"{MARK} incomplete: shown, never the reference.")
+    return notes
+
+
+def strategy_notes(comparison: Comparison) -> list[str]:
+    return [*comparison.notes, *_theory_notes(comparison)]
+
+
+# ---------------------------------------------------------------------------------------------- for programs
+
+
+def comparison_record(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "label": comparison.label,
+        "config": comparison.keys,
+        "reference": comparison.reference,
+        "notes": strategy_notes(comparison),
+        "rows": [_entry_record(entry) for entry in comparison.entries],
+    }
+
+
+def _entry_record(entry: Entry) -> dict[str, Any]:
+    row, traffic = entry.row, entry.traffic
+    low, high = row.step_interval_s or (None, None)
+    ratio_low, ratio_high = entry.ratio_interval or (None, None)
+    return {
+        "strategy": entry.strategy,
+        "ranks": row.size,
+        "num_servers": row.num_servers,
+        "incomplete": row.incomplete,
+        "step_s": row.step_s,
+        "step_low_s": low,
+        "step_high_s": high,
+        "samples_per_s": row.samples_per_s,
+        "ratio": entry.ratio,
+        "ratio_low": ratio_low,
+        "ratio_high": ratio_high,
+        "share_reduce": row.phase_share.get("reduce"),
+        "share_sync": row.phase_share.get("sync"),
+        "must_move_bytes": traffic.must_move_bytes if traffic else None,
+        "each_way_bytes": traffic.each_way_bytes if traffic else None,
+        "must_move_is_least": traffic.is_least if traffic else None,
+        "optimizer_bytes": entry.optimizer_bytes,
+        "loss": row.loss,
+        **{f"test_{measure}": value for measure, value in row.test.items()},
+        "runs": [str(run.dir.path) for run in row.runs],
+    }

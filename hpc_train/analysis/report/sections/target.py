@@ -1,0 +1,251 @@
+"""Time to a target loss: the answer in one sentence, tables, notes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hpc_train.analysis.convergence.target import NOT_REACHED, TargetRow, TargetStudy
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.report.labels import MARK
+from hpc_train.analysis.report.model import Section, Table, number_columns
+from hpc_train.analysis.report.plots.target import target_plot
+from hpc_train.analysis.report.sections.builder import SectionBuilder
+from hpc_train.core.formatting import percent, plural, ratio_interval_text, ratio_text, significant
+
+TARGET_COLUMNS = (
+    "target_loss",
+    "num_reached",
+    "steps_to_target",
+    "samples_to_target",
+    "epochs_to_target",
+    "seconds_to_target",
+    "joules_to_target",
+    "joules_to_target_quality",
+    "target_reference_ranks",
+    "target_speedup",
+    "target_speedup_low",
+    "target_speedup_high",
+    "target_efficiency",
+    "statistical_efficiency",
+)
+
+
+def target_section(study: TargetStudy, guard: SectionGuard) -> Section:
+    """A comparison of several groups by their time to one loss."""
+    section = SectionBuilder("target", f"Time to a loss: {study.label}", guard)
+    section.headline(target_headline, study)
+    section.overview(_overview_table, study)
+    _add_tables(section, study)
+    return section.build()
+
+
+def add_target(section: SectionBuilder, study: TargetStudy) -> None:
+    """A study of one group alone, as a part of that group's section."""
+    section.notes("time-to-loss", "finding", _headline_notes, study)
+    _add_tables(section, study)
+
+
+def _add_tables(section: SectionBuilder, study: TargetStudy) -> None:
+    section.table("target", target_table, study)
+    section.table("target-speedup", target_speedup_table, study)
+    section.notes("target", "method", target_notes, study)
+    section.plot("time-to-loss", target_plot, study)
+
+
+def target_table(study: TargetStudy) -> Table:
+    """What it took to reach the target."""
+    titles = ["ranks", "batch", *_tuned_titles(study), "runs", "steps", "samples", "epochs", "seconds", "energy"]
+    rows = []
+    for row in study.rows:
+        cells = [*_names(study, row), str(len(row.reaches)), _count(row.num_steps), _count(row.num_samples)]
+        cells += [significant(row.epochs), _seconds(row), "-" if row.joules is None else row.joules.text()]
+        rows.append(tuple(cells))
+    title = f"Time to a training loss of {significant(study.target, 4)} (smoothed; warm-up included)"
+    return Table("target", title, tuple(number_columns(*titles)), tuple(rows))
+
+
+def target_speedup_table(study: TargetStudy) -> Table | None:
+    """The speedup by time to the target beside that by samples per second; None without a reference."""
+    if study.reference is None:
+        return None
+    titles = ["ranks", "batch", *_tuned_titles(study), "by time to target", "95% interval", "efficiency"]
+    titles += ["by samples/s", "efficiency", "statistical"]
+    rows = []
+    for row in study.rows:
+        cells = [_times(row.speedup), ratio_interval_text(row.speedup_interval), percent(row.efficiency)]
+        cells += [_times(row.throughput), percent(row.throughput_efficiency), percent(row.statistical)]
+        rows.append((*_names(study, row), *cells))
+    reference = f"{plural(study.reference.size, 'rank')}, batch {study.reference.global_batch}"
+    title = f"Speedup vs {reference} (statistical: samples that the reference took / samples taken)"
+    return Table("target-speedup", title, tuple(number_columns(*titles)), tuple(rows))
+
+
+def _overview_table(study: TargetStudy) -> Table:
+    return target_speedup_table(study) or target_table(study)
+
+
+def _tuned(study: TargetStudy) -> list[str]:
+    """Keys that differ between rows, but for the batch, which has a column of its own."""
+    keys = [key for key in study.rows[0].tuning if key not in ("train.global_batch", "train.batch_per_rank")]
+    return [key for key in keys if len({str(row.tuning[key]) for row in study.rows}) > 1]
+
+
+def _tuned_titles(study: TargetStudy) -> list[str]:
+    return [key.removeprefix("train.").replace("_", " ") for key in _tuned(study)]
+
+
+def _names(study: TargetStudy, row: TargetRow) -> list[str]:
+    num_servers = row.runs[0].num_servers
+    ranks = f"{row.size - num_servers}+{num_servers}" if num_servers else str(row.size)
+    return [ranks + MARK * row.incomplete, str(row.global_batch), *(str(row.tuning[key]) for key in _tuned(study))]
+
+
+def _seconds(row: TargetRow) -> str:
+    if row.reached:
+        return significant(row.seconds, 4)
+    if all(reach.why == NOT_REACHED for reach in row.reaches):
+        return NOT_REACHED
+    return f"{row.num_reached} of {len(row.reaches)}" if row.num_reached else "missing"
+
+
+def _count(mean: float | None) -> str:
+    """A mean of counts, as an integer if it is one."""
+    return significant(mean, 4) if mean is None or mean % 1 else f"{mean:.0f}"
+
+
+def _times(speedup: float | None) -> str:
+    return "-" if speedup is None else ratio_text(speedup)
+
+
+# ---------------------------------------------------------------------------------------------- the answer
+
+
+def target_headline(study: TargetStudy) -> str:
+    """The answer of the largest size in one sentence; "" if there is none."""
+    row, reference = study.largest, study.reference
+    if row is None or reference is None or row.speedup is None:
+        return ""
+    sizes = plural(row.size, "rank") + _batch(study, row), plural(reference.size, "rank") + _batch(study, reference)
+    speed = f"{sizes[0]}: {ratio_text(row.speedup)} over {sizes[1]} in time to a loss of {significant(study.target)}"
+    efficiencies = f"{percent(row.efficiency, 0)} efficiency"
+    if row.throughput_efficiency is not None:
+        efficiencies += f", {percent(row.throughput_efficiency, 0)} by samples/s"
+    more = 1 / row.statistical if row.statistical else 1.0
+    samples = f"; it takes {significant(more)} times the samples" if abs(more - 1) > 0.01 else ""
+    return f"{speed} ({efficiencies}){samples}"
+
+
+def _batch(study: TargetStudy, row: TargetRow) -> str:
+    batches = {each.global_batch for each in study.rows}
+    return f" (batch {row.global_batch})" if len(batches) > 1 else ""
+
+
+def _headline_notes(study: TargetStudy) -> list[str]:
+    answer = target_headline(study)
+    return [f"{answer}."] if answer else []
+
+
+# ---------------------------------------------------------------------------------------------- notes
+
+
+def target_notes(study: TargetStudy) -> list[str]:
+    notes = []
+    if study.set_by is not None:
+        whose = f"{plural(study.set_by.size, 'rank')}, batch {study.set_by.global_batch}"
+        notes.append(
+            f"The target {significant(study.target, 4)} was not given: it is the worst of the runs' best smoothed"
+            f" losses, that of {whose}, so every complete run reached it. --target-loss sets another."
+        )
+    notes.append(
+        "A run reaches the target at the first logged step at which the median of the logged losses around it (9 of"
+        " them, or 1/50 of all if that is more; a third of all if these are few) is at or below the target. Seconds"
+        " are of the loops until that step's end; warm-up and repeated steps count, time between attempts does not."
+    )
+    notes += _why_notes(study)
+    if any(len(row.reaches) > 1 for row in study.rows):
+        notes.append("Intervals are from how repeats differ; seconds of repeats are their geometric mean.")
+    if any(row.incomplete for row in study.rows):
+        notes.append(f"{MARK} incomplete: shown, never the reference.")
+    if any(len({run.config.seed for run in row.runs}) > 1 for row in study.rows):
+        notes.append("Runs that differ in seed alone are repeats here.")
+    return [*notes, *study.notes]
+
+
+def _why_notes(study: TargetStudy) -> list[str]:
+    reaches = [(row, reach) for row in study.rows for reach in row.reaches]
+    notes = [
+        f"{reach.run.label} ({plural(row.size, 'rank')}): {reach.why}."
+        for row, reach in reaches
+        if reach.why and reach.why != NOT_REACHED
+    ]
+    short = [
+        f"{plural(row.size, 'rank')}, batch {row.global_batch}" for row, reach in reaches if reach.why == NOT_REACHED
+    ]
+    if short:
+        notes.append(f"Not reached within the recorded steps: {'; '.join(dict.fromkeys(short))}.")
+    at_once = [plural(row.size, "rank") for row, reach in reaches if reach.at_once]
+    if at_once:
+        sizes = ", ".join(dict.fromkeys(at_once))
+        notes.append(f"Reached by the first losses of {sizes}: the target is too easy to compare sizes.")
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------- for programs
+
+
+def target_record(study: TargetStudy, row: TargetRow) -> dict[str, Any]:
+    """A row as plain values under `TARGET_COLUMNS`, in base units; None is unknown or not reached."""
+    low, high = row.speedup_interval or (None, None)
+    return {
+        "target_loss": study.target,
+        "num_reached": row.num_reached,
+        "steps_to_target": row.num_steps,
+        "samples_to_target": row.num_samples,
+        "epochs_to_target": row.epochs,
+        "seconds_to_target": row.seconds,
+        "joules_to_target": row.joules.total if row.joules else None,
+        "joules_to_target_quality": row.joules.quality if row.joules else NOT_REACHED,
+        "target_reference_ranks": study.reference.size if study.reference else None,
+        "target_speedup": row.speedup,
+        "target_speedup_low": low,
+        "target_speedup_high": high,
+        "target_efficiency": row.efficiency,
+        "statistical_efficiency": row.statistical,
+    }
+
+
+def study_record(study: TargetStudy) -> dict[str, Any]:
+    return {
+        "label": study.label,
+        "target_loss": study.target,
+        "target_given": study.set_by is None,
+        "headline": target_headline(study),
+        "notes": target_notes(study),
+        "rows": [_row_record(study, row) for row in study.rows],
+    }
+
+
+def _row_record(study: TargetStudy, row: TargetRow) -> dict[str, Any]:
+    return {
+        "ranks": row.size,
+        "global_batch": row.global_batch,
+        "tuning": row.tuning,
+        "incomplete": row.incomplete,
+        **target_record(study, row),
+        "throughput_speedup": row.throughput,
+        "throughput_efficiency": row.throughput_efficiency,
+        "runs": [
+            {
+                "run": str(reach.run.dir.path),
+                "why_not": reach.why or None,
+                "steps": reach.num_steps,
+                "seconds": reach.seconds,
+                "joules": reach.joules.total if reach.seconds is not None else None,
+            }
+            for reach in row.reaches
+        ],
+    }
+
+
+def records_by_run(studies: Sequence[TargetStudy]) -> dict[str, dict[str, Any]]:
+    """`target_record` of the row that each run directory belongs to."""
+    return {str(run.dir.path): target_record(study, row) for study in studies for row in study.rows for run in row.runs}

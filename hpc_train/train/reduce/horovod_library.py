@@ -1,0 +1,93 @@
+"""Horovod's library: loaded with the settings of `reduce.*`, checked against MPI and the GPUs, started and stopped."""
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpc_train.core.errors import UserError
+from hpc_train.core.settings import Reduce
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mpi_library import require_one_mpi
+
+
+def open_horovod(settings: Reduce, model: nn.Module, context: Context) -> Any:
+    """Collective. horovod.torch, loaded and not yet started. Raises UserError."""
+    hvd = context.on_all(partial(load_horovod, settings))
+    gpus = context.all_gather(_gpu_for_nccl(hvd, model, context))
+    context.on_all(partial(check_gpus, settings.strategy, gpus))
+    return hvd
+
+
+def start_horovod(hvd: Any) -> Any:
+    """Collective. Starts Horovod on all ranks. It ends with the process.
+
+    Once: with cycle time and fusion threshold both fixed, Horovod 0.28.1 crashes when it starts a second time.
+    """
+    if not hvd.is_initialized():
+        hvd.init()
+    return hvd
+
+
+def restartable_horovod(settings: Reduce) -> Any:
+    """horovod.torch for `horovod_on`. Raises UserError."""
+    hvd = load_horovod(settings)
+    del os.environ["HOROVOD_FUSION_THRESHOLD"]  # see `start_horovod`
+    return hvd
+
+
+@contextmanager
+def horovod_on(hvd: Any, context: Context) -> Iterator[None]:
+    """Collective. Horovod and its thread on the ranks of `context`, until the end."""
+    hvd.init(comm=context.comm)
+    yield
+    hvd.shutdown()  # collective: skipped when a rank fails alone
+
+
+def load_horovod(settings: Reduce) -> Any:
+    """horovod.torch on the MPI that mpi4py has started. Raises UserError; two MPIs are refused, both named."""
+    # Horovod's thread looks for work once a cycle: its default of 1 ms would pace every small model.
+    os.environ.setdefault("HOROVOD_CYCLE_TIME", str(settings.cycle_time_ms))
+    os.environ["HOROVOD_FUSION_THRESHOLD"] = str(int(settings.fusion_threshold_mb * 2**20))  # see buckets.Bucket
+    if settings.autotune:
+        os.environ["HOROVOD_AUTOTUNE"] = "1"
+        if settings.autotune_log_file:
+            os.environ["HOROVOD_AUTOTUNE_LOG"] = settings.autotune_log_file
+    if settings.hierarchical_allreduce:
+        os.environ["HOROVOD_HIERARCHICAL_ALLREDUCE"] = "1"
+    try:
+        import horovod.torch as hvd
+        import horovod.torch.mpi_lib_v2 as library
+    except ImportError as error:
+        raise UserError(
+            f"reduce.strategy = '{settings.strategy}', and Horovod cannot be loaded on {socket.gethostname()}: {error}",
+            "Run `make install`, or set reduce.strategy to mpi (or local for one process).",
+        ) from None
+    require_one_mpi("Horovod", library.__file__)
+    return hvd
+
+
+def _gpu_for_nccl(hvd: Any, model: nn.Module, context: Context) -> tuple[str, str] | None:
+    """(host, GPU) of this rank's model, if Horovod would reduce it by NCCL."""
+    device = next(model.parameters()).device
+    if device.type != "cuda" or not hvd.nccl_built():
+        return None
+    return context.world.host, str(torch.cuda.get_device_properties(device).uuid)
+
+
+def check_gpus(strategy: str, gpus: Sequence[tuple[str, str] | None]) -> None:
+    """Raises UserError if ranks share a GPU: NCCL would end the job without naming it. gpus: (host, GPU) by rank."""
+    shared = [gpu for gpu, num_ranks in Counter(gpus).items() if gpu is not None and num_ranks > 1]
+    if shared:
+        host, _ = shared[0]
+        ranks = ", ".join(str(rank) for rank, gpu in enumerate(gpus) if gpu == shared[0])
+        raise UserError(
+            f"reduce.strategy = '{strategy}': ranks {ranks} share one GPU of {host}, and NCCL needs one GPU a rank",
+            "Start as many ranks on a host as it has GPUs, or set reduce.strategy = 'mpi'.",
+        )

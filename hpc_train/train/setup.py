@@ -1,0 +1,178 @@
+"""What comes before the first step: ranks and their roles, device, task, model, and a trial of the first batch."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpc_train.core.errors import UserError
+from hpc_train.core.key_rules import check_ranks
+from hpc_train.core.sampling import BatchSampler, Shares
+from hpc_train.core.settings import Config
+from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mesh import Mesh, open_mesh
+from hpc_train.train.comm.placement import RankPlacement, crowding_warnings, place_ranks
+from hpc_train.train.data.batches import Batches, StepBatch
+from hpc_train.train.device import autocast, count_flops, open_device, peak_flops, recompute_blocks
+from hpc_train.train.onednn import compile_model, warn_of_channels_last
+from hpc_train.train.optimize import Optimizer
+from hpc_train.train.reduce.reducer import Reducer
+from hpc_train.train.reduce.sharded_weights import whole_parameters
+from hpc_train.train.tasks import Task, checked_loss, open_task
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and how the ranks divide the work."""
+
+    config: Config
+    context: Context
+    mesh: Mesh
+    placements: list[RankPlacement]  # of all ranks
+    device: torch.device
+    task: Task
+    model: nn.Module
+    batch_size: int  # of all ranks together
+    facts: dict[str, Any]  # that every checkpoint records, and that must agree to resume
+    autocast: Callable[[], AbstractContextManager[Any]]  # around forward passes
+
+
+@contextmanager
+def open_job(config: Config, context: Context) -> Iterator[Job]:
+    """Collective. Makes the task and its model on every rank; warns of ranks that share a core. Raises UserError."""
+    context.on_all(partial(check_ranks, config, context.world.size))
+    placements = place_ranks(context, config.train.threads)
+    torch.set_num_threads(placements[context.world.rank].threads)
+    for warning in crowding_warnings(placements):
+        _warn(context, warning)
+    device = context.on_all(partial(open_device, config.train, context.world))
+    with open_mesh(config.reduce, context) as mesh:
+        task = _open_task(config, mesh, context)
+        batch_size = _batch_size(config, task, context)
+        torch.manual_seed(config.seed)
+        model = _make_model(task, context).to(device)
+        facts = {
+            "size": context.world.size,
+            "global_batch": batch_size,
+            "num_samples": task.num_samples,
+            "order": str(task.order),
+        }
+        yield Job(
+            config, context, mesh, placements, device, task, model, batch_size, facts, autocast(config.train, device)
+        )
+
+
+def _warn(context: Context, warning: str) -> None:
+    if context.world.is_root:
+        print(warning, file=sys.stderr, flush=True)
+
+
+def _open_task(config: Config, mesh: Mesh, context: Context) -> Task:
+    """Collective."""
+    if mesh.peers.world.size == context.world.size:
+        return open_task(config, mesh.peers)
+    # Workers and servers open the task apart: each must learn of an error that only the others met.
+    return context.on_all(partial(open_task, config, mesh.peers))
+
+
+def _batch_size(config: Config, task: Task, context: Context) -> int:
+    """Collective. The global batch on this number of ranks. Raises UserError if the data are too small for it."""
+    batch_size = config.global_batch(context.world.size)
+    largest = int(context.max(np.array([task.num_samples]))[0])
+    context.on_all(partial(_check_num_samples, config, task.num_samples, largest, context.world.rank))
+    context.on_all(partial(_check_batch_size, config, batch_size, task.num_samples))
+    return batch_size
+
+
+def _check_num_samples(config: Config, num_samples: int, largest: int, rank: int) -> None:
+    if num_samples != largest:
+        raise UserError(
+            f"task.kind = '{config.task.kind}': num_samples = {num_samples} on rank {rank}, {largest} elsewhere",
+            "num_samples counts the whole data set and is the same on every rank; batch(rows) picks a rank's share.",
+        )
+
+
+def _check_batch_size(config: Config, batch_size: int, num_samples: int) -> None:
+    if batch_size > num_samples:
+        key = "global_batch" if config.train.global_batch else "batch_per_rank"
+        raise UserError(
+            f"train.{key}: a global batch of {batch_size} is larger than the data set's {num_samples} samples",
+            f"Set it so that all ranks together take at most {num_samples}.",
+        )
+
+
+def _make_model(task: Task, context: Context) -> nn.Module:
+    """Collective. The task's model. Raises UserError if ranks made different ones: gradients could not be summed."""
+    model = context.on_all(task.model)
+    mine = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    roots = context.on_root(lambda: mine)
+    context.on_all(partial(_check_same_model, mine, roots, context.world.rank))
+    return model
+
+
+def _check_same_model(mine: list[Any], roots: list[Any], rank: int) -> None:
+    for here, there in zip_longest(mine, roots):
+        if here != there:
+            raise UserError(
+                f"the model differs between ranks: rank {rank} has {here}, rank 0 has {there}",
+                "Task.model() must make the same parameters on every rank: it may depend on the configuration alone.",
+            )
+
+
+# ---------------------------------------------------------------------------------- once the reducer is there
+
+
+def make_optimizer(job: Job, reducer: Reducer) -> Optimizer:
+    """The optimizer of what this rank owns: its part of the weights, or all of them."""
+    owned = reducer.shards.owned if reducer.shards else whole_parameters(job.model)
+    return Optimizer(job.config.train, owned, job.batch_size, reducer.sum_over_shards, job.mesh.data.size)
+
+
+def open_batches(job: Job, first_step: int) -> Batches:
+    """This rank's batches from `first_step` on; empty ones on a server, which trains on nothing."""
+    config, world = job.config, job.mesh.peers.world
+    sampler = BatchSampler(job.task.order, job.batch_size, config.seed, Shares(world.size), world.rank)
+    num_parts = config.train.accumulate if job.mesh.trains else 0
+    return Batches(job.task, sampler, range(first_step, config.train.steps), num_parts, job.device)
+
+
+def prepare_model(job: Job, batches: Batches) -> tuple[nn.Module, dict[str, Any]]:
+    """Collective. The model to train, wrapped as `train.*` asks, and facts for meta.json.
+
+    Tries the first batch: a task whose model and batches do not fit is refused here, on all ranks at once, and not by
+    one rank in the loop. The trial also counts the operations of a step.
+    """
+    train, batch = job.config.train, batches.peek()
+    num_flops = job.context.on_all(partial(_try_batch, job, batch))
+    if train.activation_checkpointing:
+        job.context.on_all(partial(recompute_blocks, job.model))
+    model = compile_model(job.model, job.device) if train.compile else job.model
+    num_tried = -(-batch.num_samples // len(batch.parts)) if batch and batch.parts else 0
+    peak, source = peak_flops(train, job.device)
+    strategy = job.config.reduce.strategy
+    facts = {
+        "device": str(job.device) if job.device.type == "cpu" else torch.cuda.get_device_name(job.device),
+        "precision": train.precision,
+        "strategy": strategy,
+        "num_servers": job.mesh.shard.size if strategy == "parameter_server" else 0,
+        "flops_per_sample": num_flops / num_tried if num_flops and num_tried else None,
+        "peak_flops": peak,
+        "peak_source": source,
+    }
+    return model, facts
+
+
+def _try_batch(job: Job, batch: StepBatch | None) -> int:
+    """The operations of a forward and backward pass over the first part of `batch`; 0 without one."""
+    if batch is None or not batch.parts:
+        return 0
+    loss = partial(checked_loss, job.config, job.task, job.model, batch.parts[0])
+    with job.autocast(), warn_of_channels_last(job.model, partial(_warn, job.context)):
+        return count_flops(loss, job.model)
