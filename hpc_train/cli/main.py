@@ -85,8 +85,8 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
     require("torch", "h5py")
     from hpc_train.core import output, signals
 
-    signals.hold_back()
-    output.outlast()
+    signals.defer_stop_signal()
+    output.protect_output()
     from hpc_train.datasets.inspect import first_look
     from hpc_train.train.comm.startup import open_context
 
@@ -101,7 +101,7 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
         context.on_root(lambda: looked and looked.wait())
         code = run(loaded, context, resume)
     if code:
-        signals.ignore()
+        signals.ignore_signals()
         sys.exit(code)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, TextIO, cast
 
 
-class Lasting:
+class ProtectedStream:
     """A text stream in place of `sys.stdout` or `sys.stderr`: what can't be written is dropped, from then on all of it.
 
     fault: why, None while all is well.
@@ -50,7 +50,7 @@ class Lasting:
             print(f"hpc-train: stdout cannot be written: {self.fault}. The job continues without it.", file=sys.stderr)
 
 
-def outlast() -> None:
+def protect_output() -> None:
     """From now on this process's output cannot end it. Descriptors that are closed lead nowhere: else the next file
     that is opened, a checkpoint say, would get their numbers, and what is printed.
     """
@@ -66,10 +66,10 @@ def outlast() -> None:
         stream = stream or open(number, "w", closefd=False, encoding="utf-8")  # noqa: SIM115  for the process's life
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, Lasting(cast(TextIO, stream), name, fault))
+        setattr(sys, name, ProtectedStream(cast(TextIO, stream), name, fault))
 
 
-def lost() -> dict[str, str]:
+def lost_streams() -> dict[str, str]:
     """{"stdout": "Broken pipe"}: which of this process's streams were lost, and why."""
     streams = (sys.stdout, sys.stderr)
-    return {each.name: each.fault for each in streams if isinstance(each, Lasting) and each.fault is not None}
+    return {each.name: each.fault for each in streams if isinstance(each, ProtectedStream) and each.fault is not None}

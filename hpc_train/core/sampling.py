@@ -137,8 +137,8 @@ class Order:
         firsts = windows * self.window
         begins = np.where(firsts > 0, ends[firsts - 1], 0)
         counts = ends[np.minimum(firsts + self.window, len(ends)) - 1] - begins
-        names = _mix(windows.astype(np.uint64) + np.uint64(1))
-        keys = _mix(_round_keys(seed, epoch)[:, None] ^ names)
+        names = mix64(windows.astype(np.uint64) + np.uint64(1))
+        keys = mix64(_round_keys(seed, epoch)[:, None] ^ names)
         mixed = begins + _permuted(positions - begins, counts.astype(np.uint64), keys)
         slots = np.searchsorted(ends, mixed, "right")
         return self.chunk_edges[chunks[slots] + 1] - (ends[slots] - mixed)
@@ -238,8 +238,8 @@ def row_noise(seed: int, step: int, rows: npt.NDArray[np.integer], num: int) -> 
     SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), begun anew for each row.
     """
     key = np.uint64(int.from_bytes(blake2b(f"rows {seed} {step}".encode(), digest_size=8).digest()))
-    states = _mix(rows.astype(np.uint64) ^ key)
-    return _mix(states[:, None] + np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    states = mix64(rows.astype(np.uint64) ^ key)
+    return mix64(states[:, None] + np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def positions_in(values: Indices, wanted: Indices) -> Indices:
@@ -272,12 +272,12 @@ def _round_keys(seed: int, epoch: int) -> Words:
 def _feistel(points: Words, a: Words, b: Words, keys: Words) -> Words:
     left, right = points // b, points % b
     for even, odd in zip(keys[::2], keys[1::2], strict=True):
-        left = (left + _mix(right ^ even) % a) % a
-        right = (right + _mix(left ^ odd) % b) % b
+        left = (left + mix64(right ^ even) % a) % a
+        right = (right + mix64(left ^ odd) % b) % b
     return left * b + right
 
 
-def _mix(x: Words) -> Words:
+def mix64(x: Words) -> Words:
     """SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): every input bit moves every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

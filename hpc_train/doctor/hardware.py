@@ -12,7 +12,7 @@ from time import perf_counter, sleep, thread_time
 from typing import Any
 
 from hpc_train.doctor.check import Answer, Finding, Subject, Values, by_host, counted, ranks_of
-from hpc_train.train.energy.sensors.choose import choose
+from hpc_train.train.energy.sensors.choose import choose_meters
 
 _ALONE_S, _TOGETHER_S = 0.1, 0.3
 _ENOUGH = 0.6  # of a core for each thread: two hyper-threads of one core compute at 0.6 to 0.7 each
@@ -242,7 +242,7 @@ def look_meters(subject: Subject) -> Values:
     """Meters that this user can read, and whether they count; one rank of each host looks."""
     if subject.context.world.local_rank:
         return {}
-    choice = choose(subject.root)
+    choice = choose_meters(subject.root)
     meters = choice.meters
     try:
         still = [(meter, meter.read()) for meter in meters]
