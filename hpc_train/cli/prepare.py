@@ -1,4 +1,4 @@
-"""The commands that make data sets and bring them near, without their halves until they run."""
+"""`hpc-train prepare` and `hpc-train stage`: make data sets, and copy them to the nodes."""
 
 import sys
 from pathlib import Path
@@ -32,20 +32,20 @@ def _dataset(ctx: click.Context, param: click.Parameter, value: str) -> str:
     help="Folder or file the data comes from (text: repeatable).",
 )
 @click.option(
-    "--tokenizer", metavar="bytes|bpe:N", help="Of text: bytes (the default), or N byte pairs learned from it."
+    "--tokenizer", metavar="bytes|bpe:N", help="For text: bytes (the default), or N byte pairs learned from it."
 )
-@click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Of images: sides they are cut to (224).")
-@click.option("--target", metavar="COLUMN", help="Of a table: the column (.npz: the array) that is to be learned.")
-@click.option("--test-fraction", type=Finite(0, 0.5), help="Of rows that are kept to test on (0.1).")
+@click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="For images: the size to crop them to (224).")
+@click.option("--target", metavar="COLUMN", help="For a table: the column (.npz: the array) to learn.")
+@click.option("--test-fraction", type=Finite(0, 0.5), help="Share of the rows to test on (0.1).")
 @click.option("--compress", metavar="gzip:LEVEL|lzf|zstd:LEVEL", help="Write compressed chunks, which read slower.")
 @click.option(
     "--memory-mb",
     type=click.IntRange(16),
     default=512,
     show_default=True,
-    help="Memory for the data, of the ranks of a node together.",
+    help="Memory for the data, of all ranks of a node together.",
 )
-@click.option("--overwrite", is_flag=True, help="Make the output again if it exists, or was begun.")
+@click.option("--overwrite", is_flag=True, help="Make the output again if it exists or was begun.")
 def prepare(
     dataset: str,
     output: str,
@@ -61,11 +61,11 @@ def prepare(
     """Write a data set to HDF5, on one rank or in parallel under mpirun.
 
     DATASET: mnist-5k, fashion-mnist, mnist; images (a folder per class); table (.csv, .parquet, .npy, .npz); text,
-    python-source, shakespeare; or package.module:function, a function of yours that yields (input, target). Stopped
-    or killed, the same command goes on where it was.
+    python-source, shakespeare; or package.module:function, a function of yours that yields (input, target). After a
+    kill, the same command resumes.
 
-    A URL (webhdfs://, hdfs://, s3://) gets a file that is made in $TMPDIR first. Text becomes tokens: any files (text),
-    the standard library of this Python (python-source), or the works in the package of that name (shakespeare).
+    A file for a URL (webhdfs://, hdfs://, s3://) is made in $TMPDIR first. Text becomes tokens: of any files (text),
+    of this Python's standard library (python-source), or of the package of that name (shakespeare).
 
     \b
     Example: mpirun -n 2 hpc-train prepare fashion-mnist data/fashion-mnist.h5
@@ -81,8 +81,8 @@ def prepare(
         from hpc_train.datasets.prepare.prepare import prepare as write
         from hpc_train.datasets.prepare.sources import Options
 
-        options = Options(size, target, test_fraction)
-        write(dataset, origin, output, context, overwrite, tokenizer, options, compress, memory_mb)
+        options = Options(size, target, test_fraction, tokenizer)
+        write(dataset, origin, output, context, overwrite, options, compress, memory_mb)
 
 
 @click.command()
@@ -95,13 +95,13 @@ def prepare(
     default=60.0,
     show_default=True,
     metavar="SECONDS",
-    help="Give up when no byte comes for so long.",
+    help="Give up if no byte comes for this long.",
 )
 @click.option("--check", "is_checked", is_flag=True, help="Then verify it as `data check` does, all ranks together.")
 def stage(source: str, folder: Path, wait_s: float, is_checked: bool) -> None:
-    """Copy a file to DIR on every node, once a node; reuse it where it is whole. Its path is the last line printed.
+    """Copy a file to DIR on every node, once a node, or reuse a complete copy. The last line printed is its path.
 
-    With --check, faults of its content are printed to stderr, and the exit code is 1.
+    With --check, faults in its content are printed to stderr, and the exit code is 1.
 
     \b
     Example:

@@ -44,14 +44,13 @@ def refused(folder: Path, work: Callable[[], object], *words: str) -> None:
 
 def made(folder: Path, kind: str, origin: str, **options: object) -> Callable[[], None]:
     """prepare KIND x.h5 --from ORIGIN"""
-    compress, tokenizer = options.pop("compress", None), options.pop("tokenizer", None)
+    compress = options.pop("compress", None)
     return lambda: prepare(
         kind,
         folder / origin,
         folder / "x.h5",
         ALONE,
         False,
-        tokenizer,
         Options(**options),
         compress,  # type: ignore[arg-type]
     )
@@ -361,7 +360,7 @@ def test_urls_that_lead_nowhere(tmp_path: Path) -> None:
         refused(tmp_path, lambda: stage(url, tmp_path / "to", ALONE, 2), url.partition(":")[0])  # noqa: B023
         refused(tmp_path, lambda: prepare("mnist-5k", None, url, ALONE))  # noqa: B023
     for url in ("memory://x.h5", "http://host/x.h5"):
-        refused(tmp_path, lambda: prepare("mnist-5k", None, url, ALONE), "nothing can be kept there")  # noqa: B023
+        refused(tmp_path, lambda: prepare("mnist-5k", None, url, ALONE), "nothing can be stored there")  # noqa: B023
 
 
 def test_a_namenode_that_does_not_answer_is_one_message(tmp_path: Path) -> None:

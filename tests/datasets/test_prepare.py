@@ -19,7 +19,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.world import World
 from hpc_train.datasets.prepare.prepare import prepare
 from hpc_train.datasets.prepare.sources import Options, in_memory
-from hpc_train.datasets.prepare.train_test_split import held_out
+from hpc_train.datasets.prepare.train_test_split import train_test_split
 from hpc_train.train.comm.context import Context
 from tests import jobs
 
@@ -107,10 +107,14 @@ def test_damaged_pictures_are_named(pets: Path) -> None:
 
 @pytest.mark.parametrize("every, num", [(2, 1), (2, 9), (10, 100), (10, 1003), (20, 7), (0, 5)])
 def test_rows_held_out(every: int, num: int) -> None:
-    kept = held_out(num, 1 / every if every else 0)
-    tests = kept.is_test(0, num)
-    parts = kept.parts(in_memory(np.arange(num)), "x", at_once=3)
-    for part, expected in (("train", np.flatnonzero(~tests)), ("test", np.flatnonzero(tests))):
+    split = train_test_split(num, 1 / every if every else 0)
+    parts = split.split(in_memory(np.arange(num)), "x", max_rows=3)
+    rows = {part: split.rows_of(part, 0, split.num_rows_of(part)) for part in ("train", "test")}
+    assert sorted([*rows["train"], *rows["test"]]) == list(range(num))
+    assert all(np.all(np.diff(of_part) > 0) for of_part in rows.values())
+    strata = rows["test"] // every if every else []
+    assert list(strata) == list(range(len(strata))), "one in each stratum, but for the last, which may have none"
+    for part, expected in rows.items():
         if not len(expected):
             assert f"{part}/x" not in parts
             continue
@@ -120,7 +124,7 @@ def test_rows_held_out(every: int, num: int) -> None:
             stop = min(start + 7, len(expected))
             assert array.read(start, stop).tolist() == expected[start:stop].tolist()
     if num >= 100:
-        assert abs(tests.mean() - 1 / every) < 0.02 and len(set(np.flatnonzero(tests) % every)) > 5
+        assert abs(len(rows["test"]) / num - 1 / every) < 0.02 and len(set(rows["test"] % every)) > 5
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +159,25 @@ def test_the_same_table_in_every_format(tmp_path: Path, values: np.ndarray) -> N
     ]
     first = contents(made[0])
     assert all(contents(each) == first for each in made)
-    tests = held_out(len(values), None).is_test(0, len(values))
+    split = train_test_split(len(values), None)
+    train, test = (split.rows_of(part, 0, split.num_rows_of(part)) for part in ("train", "test"))
     with h5py.File(made[0]) as file:
-        assert np.array_equal(file["train/inputs"][:], x[~tests]) and np.array_equal(file["test/targets"][:], y[tests])
+        assert np.array_equal(file["train/inputs"][:], x[train]) and np.array_equal(file["test/targets"][:], y[test])
         assert file.attrs["columns"].tolist() == ["a", "b", "d"] and file.attrs["target"] == "kind"
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("ending", ["npy", "npz"])
+def test_either_byte_order_is_read(tmp_path: Path, values: np.ndarray, ending: str, order: str) -> None:
+    x = values[:50].astype(f"{order}f4")
+    if ending == "npy":
+        np.save(tmp_path / "t.npy", x)
+    else:
+        np.savez(tmp_path / "t.npz", inputs=np.delete(x, 2, axis=1), targets=x[:, 2])
+    output = table_of(tmp_path / f"t.{ending}", target="2" if ending == "npy" else None, test_fraction=0)
+    with h5py.File(output) as file:
+        assert np.array_equal(file["train/inputs"][:], np.delete(values[:50], 2, axis=1))
+        assert np.array_equal(file["train/targets"][:], values[:50, 2])
 
 
 @pytest.mark.parametrize(
@@ -298,13 +317,12 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PEAK = """
 import resource, sys
-from hpc_train import cli
-from hpc_train.train import context
-from hpc_train.datasets.prepare import prepare
+from hpc_train.cli.main import main
+import hpc_train.datasets.prepare.prepare
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    cli.main()
+    main()
 finally:
     print("grew_mb", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
@@ -370,7 +388,7 @@ def test_killed_at_any_moment_it_ends_the_same(big: Path, ranks: int, compress: 
         assert job.poll() is None, job.communicate()
         os.kill(ranks_of(job.pid)[-1], signal.SIGKILL)
         out = job.communicate(timeout=60)[0]
-        went_on += "blocks are there and sound, going on" in out
+        went_on += "resuming, " in out
         assert (folder / ".killed.h5.partial").exists() and not (folder / "killed.h5").exists()
     told = [json.loads(line) for line in journal.read_text().splitlines() if line.endswith("}")]
     blocks = sum(len(line.get("crc32", [])) for line in told)
@@ -381,16 +399,16 @@ def test_killed_at_any_moment_it_ends_the_same(big: Path, ranks: int, compress: 
     assert not list(folder.glob(".*"))
 
 
-def test_another_partial_is_begun_anew_and_said_so(tmp_path: Path, values: np.ndarray) -> None:
+def test_another_partial_is_written_again_and_said_so(tmp_path: Path, values: np.ndarray) -> None:
     np.savez(tmp_path / "t.npz", inputs=values, targets=np.arange(len(values)))
     words = ["prepare", "table", "t.h5", "--from", "t.npz"]
     (tmp_path / ".t.h5.partial").write_bytes(b"old")
     done = jobs.run(0, *words, cwd=tmp_path)
-    assert done.code == 0 and ".t.h5.partial is begun anew: it has no journal" in done.out
+    assert done.code == 0 and ".t.h5.partial is written again: it has no journal" in done.out
     (tmp_path / "t.h5").rename(tmp_path / ".t.h5.partial")
     (tmp_path / ".t.h5.journal").write_text('{"title": "another"}\n')
     done = jobs.run(0, *words, cwd=tmp_path)
-    assert done.code == 0 and "is begun anew: its source or its command is another" in done.out
+    assert done.code == 0 and "is written again: its source or its command is another" in done.out
 
 
 def test_a_full_disk_is_told(big: Path) -> None:

@@ -341,7 +341,7 @@ def test_s3_and_a_web_server_with_ranges(bucket: tuple[int, Path], tmp_path: Pat
         folder = tmp_path / str(number)
         assert_whole(stage(url, folder, **s3_environment(port)), folder / "data.h5", content)
         assert "reused" in stage(url, folder, **s3_environment(port)).out
-    assert storage.find(f"http://127.0.0.1:{port}/sets/data.h5").in_ranges
+    assert storage.find(f"http://127.0.0.1:{port}/sets/data.h5").has_ranges
 
 
 def test_prepare_writes_to_s3(bucket: tuple[int, Path], digits: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hpc_train.core.records import read_metrics
 from hpc_train.core.world import World
 from hpc_train.datasets.prepare import layout, writer
 from hpc_train.datasets.prepare.prepare import prepare
+from hpc_train.datasets.prepare.sources import Options
 from hpc_train.train.comm.context import Context
 from hpc_train.train.loop import train
 from hpc_train.train.tasks.baselines import count_bigrams
@@ -68,7 +69,7 @@ def tokens(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "BLOCK_BYTES", 5000)  # many writes, which end within documents
         patch.setattr(writer, "_WRITE_BYTES", 5000)
-        prepare("text", texts, path, context, tokenizer=request.param)
+        prepare("text", texts, path, context, options=Options(tokenizer=request.param))
     return path
 
 
@@ -76,7 +77,7 @@ def test_the_tokens_are_those_of_one_process(context: Context, texts: Path, toke
     def compare() -> None:
         with h5py.File(tokens) as file, tempfile.TemporaryDirectory() as folder:
             alone = Path(folder) / "alone.h5"
-            prepare("text", texts, alone, ALONE, tokenizer=str(file.attrs["tokenizer"]))
+            prepare("text", texts, alone, ALONE, options=Options(tokenizer=str(file.attrs["tokenizer"])))
             with h5py.File(alone) as other:
                 assert dict(file.attrs) == dict(other.attrs)
                 names = {"train/inputs", "test/inputs", *(["tokenizer"] if "tokenizer" in other else [])}
@@ -95,7 +96,7 @@ def test_a_document_that_one_rank_cannot_read_is_named_by_all(context: Context, 
     context.on_root(make)
     for tokenizer in ("bytes", "bpe:260"):
         with pytest.raises(UserError, match=r"7\.txt holds a zero byte"):
-            prepare("text", shared_path, shared_path / "out.h5", context, tokenizer=tokenizer)
+            prepare("text", shared_path, shared_path / "out.h5", context, options=Options(tokenizer=tokenizer))
     context.barrier()
     assert not list(shared_path.glob("*.h5")) and not list(shared_path.glob(".*"))
 

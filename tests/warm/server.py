@@ -35,7 +35,6 @@ def main() -> None:
 
 def _preload() -> None:
     import horovod.torch
-    import hpc_train.analysis.report.page
     import jinja2
     import matplotlib.backends.backend_svg
     import matplotlib.figure
@@ -43,6 +42,7 @@ def _preload() -> None:
     import scipy.stats
     import torch
 
+    import hpc_train.analysis.report.renderers.page
     import hpc_train.analysis.report.report
     import hpc_train.cli.main
 

@@ -156,7 +156,7 @@ def ratio_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def write_figure(rows: Sequence[Row], path: Path) -> list[Path]:
-    """Bus bandwidth against size, a panel for each place, as `path` with the endings .svg, .pdf and .png."""
+    """Bus bandwidth against message size, one panel a placement, as `path` with the endings .svg, .pdf and .png."""
     chosen = _largest(places(rows))
     width, height = _PANEL_INCHES
     with styled((width * len(chosen) + 0.4, height), 8, {"svg.hashsalt": path.name}) as figure:
@@ -173,38 +173,32 @@ def write_figure(rows: Sequence[Row], path: Path) -> list[Path]:
 
 
 def _largest(found: list[Place]) -> list[Place]:
-    """The most ranks of one node, the most nodes with a rank on each, and all."""
+    """The largest placement on one node, the largest with one rank a node, and the largest of all."""
     kinds = ([p for p in found if p[1] == 1], [p for p in found if p[1] > 1 and p[2] == 1], found)
     return list(dict.fromkeys(max(kind) for kind in kinds if kind))
 
 
 def paint(axes: "Axes", rows: Sequence[Row], place: Place) -> None:
-    """One place's bus bandwidths on log axes, medians with quartiles, and its limits, dotted."""
-    beside = limits(rows, place)
-    for name, (color, dashes, marker) in _LINES.items():
-        some = sorted(
-            (row for row in (beside if name in LIMITS else rows) if row.strategy == name),
-            key=lambda row: row.message_bytes,
-        )
-        if name not in LIMITS:
-            some = [row for row in some if row.place == place]
-        if not some:
-            continue
-        sizes, speeds = [row.message_bytes for row in some], np.array([row.bytes_per_s / 1e9 for row in some])
-        axes.plot(sizes, speeds, color=color, linestyle=dashes, marker=marker, markersize=3.5, label=name_of(name))
-        quartiles = np.array([row.quartiles_s for row in some])
-        axes.fill_between(
-            sizes,
-            speeds * quartiles[:, 1] / quartiles[:, 2],
-            speeds * quartiles[:, 1] / quartiles[:, 0],
-            color=color,
-            alpha=0.15,
-            linewidth=0,
-        )
+    """One placement's bus bandwidths on log axes, medians with quartiles; its limits are dotted."""
+    limits_here = limits(rows, place)
+    for name, style in _LINES.items():
+        candidates = limits_here if name in LIMITS else [row for row in rows if row.place == place]
+        line = sorted((row for row in candidates if row.strategy == name), key=lambda row: row.message_bytes)
+        if line:
+            _paint_line(axes, line, name_of(name), style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     measured = [row.message_bytes for row in rows]
     ticks = [size for size in _TICKS if min(measured) <= size <= max(measured)]
     axes.set_xticks(ticks, [binary_size(size) for size in ticks], rotation=45)
     axes.minorticks_off()
-    axes.set(xlabel="size of the message", title=place_text(place))
+    axes.set(xlabel="message size", title=place_text(place))
+
+
+def _paint_line(axes: "Axes", rows: Sequence[Row], label: str, style: tuple[str, str, str]) -> None:
+    color, dashes, marker = style
+    sizes, speeds = [row.message_bytes for row in rows], np.array([row.bytes_per_s / 1e9 for row in rows])
+    axes.plot(sizes, speeds, color=color, linestyle=dashes, marker=marker, markersize=3.5, label=label)
+    fastest_s, median_s, slowest_s = np.array([row.quartiles_s for row in rows]).T
+    low, high = speeds * median_s / slowest_s, speeds * median_s / fastest_s
+    axes.fill_between(sizes, low, high, color=color, alpha=0.15, linewidth=0)

@@ -1,13 +1,15 @@
-"""CSV and Parquet by rows: where each begins, and the numbers of any of them, every error with its row and column."""
+"""The columns of CSV and Parquet files as arrays of numbers. Every error names its row and column.
+
+pyarrow parses both. It reads a CSV file from its start only, and each rank would parse the rows of all ranks before it:
+so an index of line positions, which the ranks build together, tells where any row begins.
+"""
 
 import csv
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,72 +18,72 @@ from hpc_train.core.sampling import rank_span
 from hpc_train.datasets.prepare.sources import Array
 from hpc_train.train.comm.context import Context
 
-_SCAN_BYTES = 4 << 20
+_MAX_HEADER_BYTES = 1 << 20
+_INDEX_BYTES = 256 << 10  # between lines whose position is known
 _BATCH_ROWS = 1 << 14
-_PIECE_BYTES = 256 << 10  # between lines of which the place in the file is known
-_REMEDY = "Every value must be a number: mend it, or leave the row or the column out."
-Read = Callable[[int, int, Sequence[str]], Any]  # rows start to stop of some columns, as a pyarrow table
+_MAX_LISTED = 20
+_MAX_FLOAT32 = np.finfo(np.float32).max
+_MAX_EXACT_INTEGER = 2**53  # of float64
+_REMEDY = "Every value must be a number: correct it, or remove the row or the column."
+_CUT_SHORT = "Do not change it meanwhile, and try again."
+
+
+class TableRows(Protocol):
+    """A table of which any rows can be read."""
+
+    names: list[str]
+    num_rows: int
+
+    def read(self, start: int, stop: int, columns: list[str]) -> Any:
+        """Rows start to stop of `columns`, as a pyarrow table. Raises `UserError`."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """`inputs` (rows, columns) float32, `targets` (rows,) int64; `names` are the inputs' columns."""
+    """inputs: names of the columns to learn from; target: the column to learn."""
 
-    inputs: Array
-    targets: Array
-    names: list[str]
+    path: Path
+    table: TableRows
+    inputs: list[str]
     target: str
 
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """inputs (rows, columns) float32 and targets (rows,) int64."""
+        num_rows = self.table.num_rows
+        return {
+            "inputs": Array((num_rows, len(self.inputs)), np.dtype(np.float32), self._read_inputs),
+            "targets": Array((num_rows,), np.dtype(np.int64), self._read_targets),
+        }
 
-def opened(path: Path, target: str | None, context: Context) -> Columns:
-    """Collective. The table at `path` (.csv or .parquet) with the column `target` as targets. Raises `UserError`."""
-    context.on_all(partial(_require_pyarrow, path))
-    if path.suffix.lower() == ".csv":
-        names, num_rows, read = _csv(path, context)
-    else:
-        names, num_rows, read = context.on_all(partial(_parquet, path))
-    target = context.on_root(lambda: _target(path, names, num_rows, target))
-    inputs = [name for name in names if name != target]
-
-    def read_inputs(start: int, stop: int) -> np.ndarray:
-        rows = np.empty((stop - start, len(inputs)), np.float32)
-        if stop > start:
-            table = read(start, stop, inputs)
-            for at, name in enumerate(inputs):
-                numbers = _numbers(path, name, start, table.column(at))
-                if len(large := np.flatnonzero(np.abs(numbers.astype(np.float64)) > np.finfo(np.float32).max)):
-                    raise _fault(path, start + int(large[0]), name, f"{numbers[large[0]]} is too large for 32 bits")
-                rows[:, at] = numbers
+    def _read_inputs(self, start: int, stop: int) -> np.ndarray:
+        rows = np.empty((stop - start, len(self.inputs)), np.float32)
+        if not len(rows):
+            return rows
+        table = self.table.read(start, stop, self.inputs)
+        for index, name in enumerate(self.inputs):
+            numbers = _numbers(self.path, name, start, table.column(index))
+            is_large = np.abs(numbers.astype(np.float64)) > _MAX_FLOAT32
+            if is_large.any():
+                first = int(np.argmax(is_large))
+                raise _bad_cell(self.path, start + first, name, f"{numbers[first]} is too large for 32 bits")
+            rows[:, index] = numbers
         return rows
 
-    def read_targets(start: int, stop: int) -> np.ndarray:
-        if stop == start:
+    def _read_targets(self, start: int, stop: int) -> np.ndarray:
+        if start == stop:
             return np.empty(0, np.int64)
-        return whole(path, target, start, _numbers(path, target, start, read(start, stop, [target]).column(0)))
-
-    return Columns(
-        Array((num_rows, len(inputs)), np.dtype(np.float32), read_inputs),
-        Array((num_rows,), np.dtype(np.int64), read_targets),
-        inputs,
-        target,
-    )
+        column = self.table.read(start, stop, [self.target]).column(0)
+        return whole_numbers(self.path, self.target, start, _numbers(self.path, self.target, start, column))
 
 
-def _target(path: Path, names: list[str], num_rows: int, target: str | None) -> str:
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(
-            f"{path} has more than one column called {', '.join(repeated[:20])}", "Name every column, each once."
-        )
-    if bad := [name for name in names if "\0" in name]:
-        raise UserError(f"{path} has a zero byte in the name of a column: {bad[0]!r}", "Name every column in text.")
-    if target is None or target not in names:
-        shown = f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
-        raise UserError(
-            f"prepare table: --target {target} is no column of {path}", f"Its columns are {shown}: --target is one."
-        )
-    if len(names) < 2 or not num_rows:
-        raise UserError(f"{path} has {num_rows} rows of {len(names)} columns", "Inputs and a target are needed.")
-    return target
+def open_columns(path: Path, target: str | None, context: Context) -> Columns:
+    """Collective. The table at `path` (.csv or .parquet) with the column `target` as targets. Raises `UserError`."""
+    context.on_all(lambda: _require_pyarrow(path))
+    is_csv = path.suffix.lower() == ".csv"
+    table: TableRows = _CsvRows(path, context) if is_csv else context.on_all(lambda: _ParquetRows(path))
+    name = context.on_root(lambda: _target(path, table, target))
+    return Columns(path, table, [each for each in table.names if each != name], name)
 
 
 def _require_pyarrow(path: Path) -> None:
@@ -91,205 +93,220 @@ def _require_pyarrow(path: Path) -> None:
         raise UserError(f"--from {path} needs pyarrow, which cannot be found", "pip install pyarrow") from None
 
 
-def _fault(path: Path, row: int, column: str, what: str) -> UserError:
-    """Rows are counted from 1, without the header."""
-    return UserError(f"{path}, row {row + 1}, column {column}: {what}", _REMEDY)
+def _target(path: Path, table: TableRows, target: str | None) -> str:
+    """The name of the column of targets. Raises `UserError` for unusable names, and for a table without data."""
+    names = table.names
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        listed = ", ".join(repeated[:_MAX_LISTED])
+        raise UserError(f"{path} has more than one column called {listed}", "Name every column, each once.")
+    if bad := [name for name in names if "\0" in name]:
+        raise UserError(f"{path} has a zero byte in the name of a column: {bad[0]!r}", "Name every column in text.")
+    if target is None or target not in names:
+        listed = ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
+        remedy = f"Its columns are {listed}: --target is one."
+        raise UserError(f"prepare table: --target {target} is no column of {path}", remedy)
+    if len(names) < 2 or not table.num_rows:
+        raise UserError(f"{path} has {table.num_rows} rows of {len(names)} columns", "Inputs and a target are needed.")
+    return target
+
+
+def _bad_cell(path: Path, row: int, column: str, what: str, remedy: str = _REMEDY) -> UserError:
+    """Messages count rows from 1, without the header."""
+    return UserError(f"{path}, row {row + 1}, column {column}: {what}", remedy)
 
 
 def _numbers(path: Path, name: str, start: int, values: Any) -> np.ndarray:
-    """The values of a column, from row `start` on. Raises `UserError` where one is missing or no number."""
+    """The values of a pyarrow column whose first row is `start`. Raises `UserError` if one is missing or no number."""
     import pyarrow as pa
 
     if values.null_count:
-        missing = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))
-        raise _fault(path, start + int(missing[0]), name, "the value is missing")
+        missing = values.is_null().to_numpy()
+        raise _bad_cell(path, start + int(np.argmax(missing)), name, "the value is missing")
     kind = values.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        raise _fault(path, start, name, f"{values[0].as_py()!r} ({kind}) is no number")
-    numbers = values.to_numpy(zero_copy_only=False) if isinstance(values, pa.Array) else values.to_numpy()
-    if numbers.dtype.kind == "f" and np.isnan(numbers).any():
-        raise _fault(path, start + int(np.flatnonzero(np.isnan(numbers))[0]), name, "the value is missing (NaN)")
-    if numbers.dtype.kind == "f" and np.isinf(numbers).any():
-        raise _fault(path, start + int(np.flatnonzero(np.isinf(numbers))[0]), name, "the value is infinite")
+        raise _bad_cell(path, start, name, f"{values[0].as_py()!r} ({kind}) is no number")
+    numbers: np.ndarray = values.to_numpy()
+    if numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
+        first = int(np.argmax(~np.isfinite(numbers)))
+        what = "the value is missing (NaN)" if np.isnan(numbers[first]) else "the value is infinite"
+        raise _bad_cell(path, start + first, name, what)
     return numbers
 
 
-def whole(path: Path, name: str, start: int, values: np.ndarray) -> np.ndarray:
+def whole_numbers(path: Path, name: str, start: int, values: np.ndarray) -> np.ndarray:
     """Targets as int64. Raises `UserError` at the first that is no whole number."""
     if values.dtype.kind == "f":
-        odd = np.flatnonzero(~(np.abs(values) < 2**53) | (values != np.floor(values)))
-        if len(odd):
-            raise UserError(
-                f"{path}, row {start + int(odd[0]) + 1}, column {name}: the target {values[odd[0]]} is no whole number",
-                "Targets are the numbers of classes: 0, 1, 2 ...",
-            )
+        is_bad = ~(np.abs(values) < _MAX_EXACT_INTEGER) | (values != np.floor(values))
+        if is_bad.any():
+            first = int(np.argmax(is_bad))
+            what = f"the target {values[first]} is no whole number"
+            raise _bad_cell(path, start + first, name, what, "Targets are the numbers of classes: 0, 1, 2 ...")
     return values.astype(np.int64)
 
 
 # ---------------------------------------------------------------------------------------------- CSV
 
 
-def _csv(path: Path, context: Context) -> tuple[list[str], int, Read]:
-    """Collective. Every rank finds the lines of its share of the bytes. Numbers have no line ends in quotes."""
-    names, begin, num_bytes = context.on_root(partial(_head, path))
-    bounds = context.on_root(lambda: _bounds(path, begin, num_bytes, context.world.size))
-    mine = context.on_all(lambda: _lines(path, *bounds[context.world.rank]))
-    places, num_rows = [], 0
-    for rank_places, num in context.all_gather(mine):
-        places += [(num_rows + row, place) for row, place in rank_places]
-        num_rows += num
-    first_rows, offsets = np.array(places or [(0, begin)], np.int64).T
+class _CsvRows:
+    """Rows of a CSV file, one a line: numbers have no line ends in quotes."""
 
-    @lru_cache(maxsize=1)  # neighbouring rows end and begin in the same lines
-    def lines(index: int) -> bytes:
-        stop = int(offsets[index + 1]) if index + 1 < len(offsets) else num_bytes
-        with path.open("rb") as file:
-            file.seek(int(offsets[index]))
-            data = file.read(stop - int(offsets[index]))
-        if len(data) != stop - int(offsets[index]):
-            raise UserError(f"{path} was cut short while it was read", "Leave it alone, and try again.")
-        return data
+    def __init__(self, path: Path, context: Context) -> None:
+        """Collective. Every rank indexes the lines of its share of the bytes."""
+        self._path = path
+        self.names, begin, end = context.on_root(lambda: _read_header(path))
+        mine = context.on_all(lambda: _index_share(path, begin, end, context))
+        index = [entry for of_rank in context.all_gather(mine) for entry in of_rank]
+        # One more entry than there are pieces: where the last one ends.
+        self._first_rows = np.cumsum([0, *(num_lines for _, num_lines in index)])
+        self._offsets = [*(offset for offset, _ in index), end]
+        self.num_rows = int(self._first_rows[-1])
 
-    def read(start: int, stop: int, wanted: Sequence[str]) -> Any:
-        index = int(np.searchsorted(first_rows, start, "right")) - 1
-        first, data = int(first_rows[index]), []
-        while index < len(first_rows) and first_rows[index] < stop:
-            data.append(lines(index))
-            index += 1
-        end = int(first_rows[index]) if index < len(first_rows) else num_rows
-        return _parse(path, names, wanted, b"".join(data), first, end).slice(start - first, stop - start)
+    def read(self, start: int, stop: int, columns: list[str]) -> Any:
+        first = int(np.searchsorted(self._first_rows, start, "right")) - 1
+        last = int(np.searchsorted(self._first_rows, stop, "left"))
+        first_row, end_row = int(self._first_rows[first]), int(self._first_rows[last])
+        with self._path.open("rb") as file:
+            file.seek(self._offsets[first])
+            num_bytes = self._offsets[last] - self._offsets[first]
+            lines = file.read(num_bytes)
+        if len(lines) != num_bytes:
+            raise UserError(f"{self._path} was cut short while it was read", _CUT_SHORT)
+        table = self._parse(lines, first_row, columns)
+        if table.num_rows != end_row - first_row:
+            what = f"{self._path}: rows {first_row + 1} to {end_row} are read as {table.num_rows}"
+            raise UserError(what, "One line is one row: correct these lines.")
+        return table.slice(start - first_row, stop - start)
 
-    return names, num_rows, read
+    def _parse(self, lines: bytes, first_row: int, columns: list[str]) -> Any:
+        import pyarrow as pa
+        from pyarrow import csv as pyarrow_csv
+
+        try:
+            return pyarrow_csv.read_csv(
+                io.BytesIO(lines),
+                # In one block and one thread: otherwise errors do not name the row.
+                pyarrow_csv.ReadOptions(use_threads=False, column_names=self.names, block_size=max(1, len(lines))),
+                pyarrow_csv.ParseOptions(ignore_empty_lines=False),
+                pyarrow_csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.float64()), include_columns=columns),
+            )
+        except (pa.ArrowException, ValueError, OSError) as error:
+            message = str(error)
+        row, column = re.search(r"Row #(\d+)", message), re.search(r"CSV column #(\d+)", message)
+        value = re.search(r"invalid value '(.*)'", message)
+        what = f"{value[1]!r} is no number" if value else message.splitlines()[0]
+        at_row = first_row + int(row[1]) - 1 if row else first_row
+        raise _bad_cell(self._path, at_row, self.names[int(column[1])] if column else "?", what)
 
 
-def _head(path: Path) -> tuple[list[str], int, int]:
+def _read_header(path: Path) -> tuple[list[str], int, int]:
     """(names of the columns, where the rows begin, bytes of the file)."""
     try:
         with path.open("rb") as file:
-            line = file.readline(1 << 20)
+            line = file.readline(_MAX_HEADER_BYTES)
             begin, num_bytes = file.tell(), path.stat().st_size
         names = [name.strip() for name in next(csv.reader(io.StringIO(line.decode("utf-8-sig"))), [])]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"--from {path} cannot be read: {error}", "It is text in UTF-8 with a header line.") from None
-    if not all(names) or not names or all(_is_number(name) for name in names):
+    if not all(names) or not names or all(map(_is_number, names)):
         raise UserError(
             f"{path} has no header: its first line is {line[:60]!r}", "It names every column, each once: a,b,c"
         )
     return names, begin, num_bytes
 
 
-def _is_number(word: str) -> bool:
+def _is_number(text: str) -> bool:
     try:
-        float(word)
+        float(text)
     except ValueError:
         return False
     return True
 
 
-def _bounds(path: Path, begin: int, num_bytes: int, size: int) -> list[tuple[int, int]]:
-    """The ranks' shares of the bytes, each beginning with a line."""
-    cuts = [begin]
+def _index_share(path: Path, begin: int, end: int, context: Context) -> list[tuple[int, int]]:
+    """(offset, number of lines) of pieces of whole lines, in this rank's share of bytes begin to end."""
+    start, stop = rank_span(end - begin, context.world.rank, context.world.size)
+    pieces = []
     with path.open("rb") as file:
-        for rank in range(1, size):
-            file.seek(max(cuts[-1], begin + rank_span(num_bytes - begin, rank, size)[0]) - 1)
-            file.readline()
-            cuts.append(min(file.tell(), num_bytes))
-    return list(zip(cuts, [*cuts[1:], num_bytes], strict=True))
+        stop = end if begin + stop == end else _next_line(file, begin + stop)
+        offset = begin if not start else _next_line(file, begin + start)
+        file.seek(offset)
+        while offset < stop:
+            lines = file.read(min(_INDEX_BYTES, stop - offset))
+            if not lines:
+                raise UserError(f"{path} was cut short while it was read", _CUT_SHORT)
+            if not lines.endswith(b"\n"):
+                lines += file.readline()
+            pieces.append((offset, lines.count(b"\n") + (not lines.endswith(b"\n"))))  # the last may lack its end
+            offset += len(lines)
+    return pieces
 
 
-def _lines(path: Path, begin: int, end: int) -> tuple[list[tuple[int, int]], int]:
-    """(row and place of a line every `_PIECE_BYTES` or so, number of lines), of bytes begin to end."""
-    places, num_lines, place, last = [], 0, begin, 10
-    with path.open("rb") as file:
-        file.seek(begin)
-        while place < end:
-            data = np.frombuffer(file.read(min(_SCAN_BYTES, end - place)), np.uint8)
-            if not len(data):
-                raise UserError(f"{path} was cut short while it was read", "Leave it alone, and try again.")
-            starts = np.flatnonzero(data[:-1] == 10) + 1 + place
-            if last == 10:
-                starts = np.insert(starts, 0, place)
-            wanted = np.unique(np.searchsorted(starts, np.arange(place, place + len(data), _PIECE_BYTES)))
-            places += [(num_lines + int(at), int(starts[at])) for at in wanted if at < len(starts)]
-            num_lines += len(starts)
-            last, place = int(data[-1]), place + len(data)
-    return places, num_lines
-
-
-def _parse(path: Path, names: list[str], wanted: Sequence[str], data: bytes, first: int, end: int) -> Any:
-    """Rows first to end, which are `data`."""
-    import pyarrow as pa
-    from pyarrow import csv as reader
-
-    try:
-        table = reader.read_csv(
-            io.BytesIO(data),
-            reader.ReadOptions(use_threads=False, column_names=names, block_size=max(1, len(data))),
-            reader.ParseOptions(ignore_empty_lines=False),
-            reader.ConvertOptions(column_types=dict.fromkeys(wanted, pa.float64()), include_columns=list(wanted)),
-        )
-    except (pa.ArrowException, ValueError, OSError) as error:
-        words = str(error)
-        row = re.search(r"Row #(\d+)", words)
-        column = re.search(r"CSV column #(\d+)", words)
-        value = re.search(r"invalid value '(.*)'", words)
-        where = names[int(column[1])] if column else "?"
-        what = f"{value[1]!r} is no number" if value else words.splitlines()[0]
-        raise _fault(path, first + int(row[1]) - 1 if row else first, where, what) from None
-    if table.num_rows != end - first:
-        raise UserError(
-            f"{path}: rows {first + 1} to {end} are read as {table.num_rows}", "One line is one row: mend these lines."
-        )
-    return table
+def _next_line(file: Any, offset: int) -> int:
+    """Where the first line begins that begins at `offset` or later."""
+    file.seek(offset - 1)
+    file.readline()
+    return int(file.tell())
 
 
 # ---------------------------------------------------------------------------------------------- Parquet
 
 
-def _parquet(path: Path) -> tuple[list[str], int, Read]:
-    import pyarrow as pa
-    from pyarrow import parquet
+class _ParquetRows:
+    """Rows of a Parquet file, read forward in batches: a row group may be larger than memory.
 
-    try:
-        file = parquet.ParquetFile(path)
-        groups = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
-        names, num_rows = list(file.schema_arrow.names), file.metadata.num_rows
-        if sum(groups) != num_rows or min(groups, default=0) < 0:
-            raise ValueError(f"its groups have {sum(groups)} rows, and it says {num_rows}")
-    except Exception as error:  # noqa: BLE001  pyarrow raises what it likes for a damaged file
-        raise UserError(
-            f"--from {path} cannot be read: {_first_line(error)}", "Write the Parquet file again."
-        ) from None
-    ends = np.cumsum(groups, dtype=np.int64)
+    A call that continues where the last one ended takes the batches that follow. Any other begins again at its group.
+    """
 
-    held: list[tuple[Sequence[str], int, Any, Iterator[Any]]] = []  # columns, row, what is left of a batch, batches
+    def __init__(self, path: Path) -> None:
+        from pyarrow import parquet
 
-    def batches(start: int, stop: int, wanted: Sequence[str]) -> Iterator[Any]:
-        """Not by row groups: one may be larger than memory. The next rows go on from the last ones."""
-        if held and held[0][0] == wanted and held[0][1] <= start:
-            _, place, batch, more = held.pop()
-        else:
-            held.clear()
-            first = int(np.searchsorted(ends, start, "right"))
-            place, batch = int(ends[first]) - groups[first], None
-            more = file.iter_batches(_BATCH_ROWS, range(first, len(groups)), list(wanted), use_threads=False)
-        while place < stop:
-            if batch is None or not len(batch):
-                batch = next(more)
-            skipped = min(max(0, start - place), len(batch))
-            taken = batch.slice(skipped, stop - max(start, place))
-            yield taken
-            place, batch = place + skipped + len(taken), batch.slice(skipped + len(taken))
-        held.append((wanted, place, batch, more))
-
-    def read(start: int, stop: int, wanted: Sequence[str]) -> Any:
+        self._path = path
         try:
-            return pa.Table.from_batches(list(batches(start, stop, wanted))).select(list(wanted))
-        except Exception as error:  # noqa: BLE001  pyarrow raises what it likes for a damaged file
-            what = f"{path}: rows {start} to {stop} cannot be read: {_first_line(error)}"
+            self._file = parquet.ParquetFile(path)
+            metadata = self._file.metadata
+            group_rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+            self.names, self.num_rows = list(self._file.schema_arrow.names), metadata.num_rows
+            if sum(group_rows) != self.num_rows or min(group_rows, default=0) < 0:
+                raise ValueError(f"its groups have {sum(group_rows)} rows, and it says {self.num_rows}")
+        except Exception as error:  # noqa: BLE001  pyarrow raises all kinds of errors for a damaged file
+            raise UserError(
+                f"--from {path} cannot be read: {_first_line(error)}", "Write the Parquet file again."
+            ) from None
+        self._group_starts = np.cumsum([0, *group_rows])
+        self._columns: list[str] = []
+        self._next_row = 0
+        self._batches: Any = iter(())
+        self._rest: Any = None  # of the last batch
+
+    def read(self, start: int, stop: int, columns: list[str]) -> Any:
+        import pyarrow as pa
+
+        try:
+            if columns != self._columns or start < self._next_row:
+                self._seek(start, columns)
+            taken: list[Any] = []
+            while self._next_row < stop:
+                taken += self._take(start, stop)
+            return pa.Table.from_batches(taken).select(columns)
+        except Exception as error:  # noqa: BLE001  as above
+            self._columns = []
+            what = f"{self._path}: rows {start} to {stop} cannot be read: {_first_line(error)}"
             raise UserError(what, "Write it again.") from None
 
-    return names, num_rows, read
+    def _seek(self, row: int, columns: list[str]) -> None:
+        """Begins with the row group that holds `row`."""
+        group = int(np.searchsorted(self._group_starts, row, "right")) - 1
+        groups = range(group, len(self._group_starts) - 1)
+        self._batches = self._file.iter_batches(_BATCH_ROWS, groups, columns, use_threads=False)
+        self._columns, self._next_row, self._rest = columns, int(self._group_starts[group]), None
+
+    def _take(self, start: int, stop: int) -> list[Any]:
+        """The rows of the next batch that are rows start to stop."""
+        batch = next(self._batches) if self._rest is None else self._rest
+        first, end = max(0, start - self._next_row), min(len(batch), stop - self._next_row)
+        self._next_row += end
+        self._rest = batch.slice(end) if end < len(batch) else None
+        return [batch.slice(first, end - first)] if first < end else []
 
 
 def _first_line(error: Exception) -> str:

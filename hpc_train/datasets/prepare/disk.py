@@ -10,18 +10,18 @@ from hpc_train.core import owned_files
 from hpc_train.core.errors import UserError
 
 
-class Disk:
-    """What h5py takes for a file. The first write that fails is kept in `error`, and none is made after it.
+class DiskFile:
+    """A file object for h5py. It keeps the first error of a write in `error`, and writes nothing after it.
 
-    HDF5 (1.10.8, seen) cannot go on after a write that failed while it flushed or closed: it ends by signal 11, at the
-    latest when Python ends. So it never hears of one, and whoever gave it this file asks `require`.
+    HDF5 (1.10.8, seen) cannot continue after a write that failed while it flushed or closed: it ends by signal 11, at
+    the latest when Python ends. So HDF5 never sees the error, and whoever opened the file calls `require_written`.
     """
 
     def __init__(self, path: Path) -> None:
         self.error: OSError | None = None
         self._file: IO[bytes] = owned_files.opened(path, "r+b", buffering=0)
 
-    def require(self) -> None:
+    def require_written(self) -> None:
         """Raises the `OSError` of the write that failed."""
         if self.error is not None:
             raise self.error
@@ -55,15 +55,15 @@ class Disk:
         return size
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """The file is not buffered."""
 
     def close(self) -> None:
         self._file.close()
 
 
-def no_room(path: Path, number: int | None) -> UserError:
+def cannot_write(path: Path, error_number: int | None) -> UserError:
     return UserError(
-        f"{path} cannot be written: {os.strerror(number or errno.EIO)}",
+        f"{path} cannot be written: {os.strerror(error_number or errno.EIO)}",
         "Name a file on a file system with room that you may write.",
     )
 

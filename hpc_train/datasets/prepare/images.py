@@ -1,4 +1,4 @@
-"""Folders of pictures, a class a folder, as uint8 of one size."""
+"""Folders of pictures, one folder for each class, as uint8 of one size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from hpc_train.datasets.prepare.sources import Array, Options, Source, in_memory
 from hpc_train.train.comm.context import Context
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-# Not whatever Pillow finds in a file with such a name: of PostScript it would have a program made.
+# Not any format that Pillow finds in a file with such a name: it would run Ghostscript on PostScript.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _SIZE = 224  # pixels: what ImageNet's networks take
 _TEST_SHARE = 0.1
-_NAMED = 5  # damaged pictures in one message
+_MAX_LISTED = 5  # damaged pictures in one message
 _LAYOUT = "Lay them out as DIR/CLASS/picture.jpg, or DIR/train/CLASS/... and DIR/test/CLASS/..."
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A file, its class's number, and the name below the folder that decides where it comes and if it is tested on."""
+    """A file, the number of its class, and its name below the folder: the name's hash decides its order and part."""
 
     path: Path
     label: int
@@ -39,8 +39,8 @@ class Picture:
 def source(folder: Path, options: Options, context: Context) -> Source:
     """Collective. The pictures below `folder` as (n, size, size, 3) uint8, and their classes as int64.
 
-    A picture is scaled so that its shorter side is `size` and cut to its centre. Pictures stand in the order of the
-    hashes of their names, so that those next to one another are of many classes. Raises `UserError`.
+    Each picture is scaled so that its shorter side is `size`, and cropped to its centre. The hashes of their names give
+    the order, so that neighbours are of many classes. Raises `UserError`.
     """
     context.on_all(_require_pillow)
     size = _SIZE if options.size is None else options.size
@@ -65,20 +65,20 @@ def _require_pillow() -> None:
 
 
 def find(folder: Path, test_fraction: float | None) -> tuple[list[str], dict[str, list[Picture]]]:
-    """(class names in the order of their numbers, the pictures of each part): as the folders say, else by hash."""
+    """(class names in the order of their numbers, pictures of each part): by folders train and test, else by hash."""
     if not is_folder(folder):
         raise UserError(f"--from {folder} is no folder", _LAYOUT)
-    divided = is_folder(folder / "train") and is_folder(folder / "test")
-    if divided and test_fraction is not None:
+    has_parts = is_folder(folder / "train") and is_folder(folder / "test")
+    if has_parts and test_fraction is not None:
         raise UserError(
             f"--test-fraction {test_fraction}: {folder} has folders train and test", "Leave it out: they are the parts."
         )
-    roots = {part: folder / part for part in ("train", "test")} if divided else {"": folder}
+    roots = {part: folder / part for part in ("train", "test")} if has_parts else {"": folder}
     classes = sorted({each.name for root in roots.values() for each in folders_in(root)})
     if len(classes) < 2:
         raise UserError(f"--from {folder} has {len(classes)} folders of a class, and two are needed", _LAYOUT)
     found = {part: _below(root, classes) for part, root in roots.items()}
-    if not divided:
+    if not has_parts:
         share = _TEST_SHARE if test_fraction is None else test_fraction
         pictures = found[""]
         num_test = min(max(1, round(share * len(pictures))), len(pictures) - 1) if share else 0
@@ -105,20 +105,21 @@ def _read(pictures: Sequence[Picture], size: int, start: int, stop: int) -> np.n
     for row, picture in zip(rows, pictures[start:stop], strict=True):
         try:
             row[:] = decoded(picture.path, size)
-        except Exception as error:  # noqa: BLE001  Pillow raises what it likes for what is no picture
+        except Exception as error:  # noqa: BLE001  Pillow raises any error for a damaged picture
             damaged.append(f"{picture.path} ({getattr(error, 'strerror', None) or error or type(error).__name__})")
     if damaged:
-        more = f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
-        raise UserError(f"damaged pictures: {', '.join(damaged[:_NAMED])}{more}", "Mend or remove them, and try again.")
+        more = f" and {len(damaged) - _MAX_LISTED} more" if len(damaged) > _MAX_LISTED else ""
+        listed = ", ".join(damaged[:_MAX_LISTED])
+        raise UserError(f"damaged pictures: {listed}{more}", "Repair or remove them, and try again.")
     return rows
 
 
 def decoded(path: Path, size: int) -> np.ndarray:
-    """(size, size, 3) uint8: upright, in RGB, the shorter side scaled to `size`, the centre cut out."""
+    """(size, size, 3) uint8: upright, in RGB, the shorter side scaled to `size`, cropped to the centre."""
     from PIL import Image, ImageOps
 
     with Image.open(path, formats=_FORMATS) as opened:
-        opened.draft("RGB", (size, size))  # a large JPEG is decoded at a half, a quarter or an eighth: no smaller
+        opened.draft("RGB", (size, size))  # decodes a large JPEG at 1/2, 1/4 or 1/8, never below `size`
         upright = ImageOps.exif_transpose(opened)
         return np.asarray(
             ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.BILINEAR, centering=(0.5, 0.5))

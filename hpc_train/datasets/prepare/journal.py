@@ -1,49 +1,50 @@
-"""What of an unfinished file is on disk: one line for each piece, so that the same command goes on after a kill."""
+"""The journal of an unfinished file: a line for each piece on disk, so that the same command resumes after a kill."""
 
 import json
 from pathlib import Path
 from typing import IO, Any
 
 from hpc_train.core import owned_files
-from hpc_train.datasets.prepare.disk import no_room, write_all
+from hpc_train.datasets.prepare.disk import cannot_write, write_all
 
 Blocks = dict[str, dict[int, int]]  # name of a data set -> number of a block -> CRC-32 of its bytes
 
 
 class Journal:
-    """Lines of JSON: the work, then pieces that were written. On the root only.
+    """Lines of JSON: what is being written, then the pieces that were. On the root only.
 
-    A piece counts once `commit` has written it. Where a file's own bookkeeping changes as it grows (chunks), it is
-    torn from `flushing` to the next `commit`, and only then.
+    A piece counts once `commit` has written its line. While HDF5 writes the index of chunks, from `flushing` to the
+    next `commit`, the file is torn.
     """
 
-    def __init__(self, path: Path, work: dict[str, Any], new: bool) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], new: bool) -> None:
         self._path = path
         self._pending: list[dict[str, Any]] = []
         # Its checksums decide which bytes are kept: nobody else may write them.
         self._file: IO[bytes] = (
             owned_files.created(path, 0o644, 0) if new else owned_files.opened(path, "ab", buffering=0)
         )
-        self._line(work if new else {})  # an empty line closes one that was cut short
+        self._write(header if new else {})  # an empty line ends one that a kill cut short
 
     def add(self, name: str, first: int, checksums: list[int]) -> None:
         if checksums:
             self._pending.append({"name": name, "first": first, "crc32": checksums})
 
     def flushing(self) -> None:
-        self._line({"flushing": True})
+        self._write({"flushing": True})
 
     def commit(self) -> None:
         for line in self._pending:
-            self._line(line)
+            self._write(line)
         self._pending.clear()
-        self._line({"flushing": False})
+        self._write({"flushing": False})
 
-    def _line(self, what: dict[str, Any]) -> None:
-        try:  # to the system: that outlives the process; checksums tell what a crash of the node lost
-            write_all(self._file, json.dumps(what).encode() + b"\n")
+    def _write(self, line: dict[str, Any]) -> None:
+        # To the system, which outlives this process. If the node crashes, checksums show what was lost.
+        try:
+            write_all(self._file, json.dumps(line).encode() + b"\n")
         except OSError as error:
-            raise no_room(self._path, error.errno) from None
+            raise cannot_write(self._path, error.errno) from None
 
     def __enter__(self) -> "Journal":
         return self
@@ -52,30 +53,29 @@ class Journal:
         self._file.close()
 
 
-def read(path: Path, work: dict[str, Any]) -> tuple[Blocks, str]:
-    """(blocks on disk, why there are none): what is written of `work`, as the journal at `path` tells."""
+def read(path: Path, header: dict[str, Any]) -> tuple[Blocks, str]:
+    """(blocks on disk, why there are none), according to the journal at `path` of the work that `header` describes."""
     try:
         with owned_files.opened(path, "rb") as file:
             lines = file.read().decode().splitlines()
-            others = owned_files.others_may_write(file)
+            if owned_files.others_may_write(file):
+                return {}, "others may write its journal"
     except (OSError, UnicodeDecodeError):
         return {}, "it has no journal"
-    if others:
-        return {}, "others may write its journal"
-    told = []
+    entries = []
     for line in lines:
         try:
-            told.append(json.loads(line))
+            entries.append(json.loads(line))
         except ValueError:
-            continue  # the line that the kill cut short
-    if not told or told[0] != json.loads(json.dumps(work)):
+            continue  # cut short by the kill
+    if not entries or entries[0] != json.loads(json.dumps(header)):
         return {}, "its source or its command is another"
     blocks: Blocks = {}
-    torn = False
-    for line in told[1:]:
-        torn = line.get("flushing", torn)
-        if "name" in line:
-            blocks.setdefault(line["name"], {}).update(enumerate(line["crc32"], line["first"]))
-    if torn:
+    is_torn = False
+    for entry in entries[1:]:
+        is_torn = entry.get("flushing", is_torn)
+        if "name" in entry:
+            blocks.setdefault(entry["name"], {}).update(enumerate(entry["crc32"], entry["first"]))
+    if is_torn:
         return {}, "it was stopped in the middle of a flush"
     return blocks, "" if blocks else "nothing was written yet"

@@ -1,4 +1,4 @@
-"""Tables: NumPy's .npy and .npz, CSV and Parquet, read where a rank's rows are and no further."""
+"""Tables: NumPy's .npy and .npz, CSV and Parquet. Each rank reads the rows that it writes, and no others."""
 
 import lzma
 import math
@@ -7,202 +7,267 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
 from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
 
 from hpc_train.core.errors import UserError
-from hpc_train.datasets.prepare import columns
-from hpc_train.datasets.prepare.layout import row_bytes
+from hpc_train.datasets.prepare.columns import open_columns, whole_numbers
 from hpc_train.datasets.prepare.origin import require_file
 from hpc_train.datasets.prepare.sources import Array, Options, Source, state_of
-from hpc_train.datasets.prepare.train_test_split import held_out
+from hpc_train.datasets.prepare.train_test_split import train_test_split
 from hpc_train.train.comm.context import Context
 
-READ_BYTES = 4 << 20  # of a table that are read at once
+_READ_BYTES = 4 << 20  # at once, of a table
 _WRITE_AGAIN = "Write it again with numpy.savez."
+_C_ORDER = "Write numbers with numpy.save or numpy.savez, in C order."
+_SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
+_NAME_TABLE = "Name a file .npy, .npz, .csv or .parquet."
 # What zipfile and the decompressors raise for a damaged or encrypted archive.
-_BROKEN = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
-_KINDS = "Name a file .npy, .npz, .csv or .parquet."
+_ARCHIVE_ERRORS = (
+    *(OSError, EOFError, ValueError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+)
+# NumPy evaluates the text of a header: a damaged one raises any error of a parser.
+_HEADER_ERRORS = (*_ARCHIVE_ERRORS, SyntaxError, RecursionError, MemoryError, TypeError, TokenError)
 
 
 def source(path: Path, options: Options, context: Context) -> Source:
-    """Collective. The rows of the table at `path`: inputs, and targets out of the column or array `options.target`.
+    """Collective. The rows of the table at `path`: inputs, and targets from the column or array `options.target`.
 
-    A .npz whose arrays are called train/inputs and so on keeps its parts; of all else one row in 1 / test_fraction
-    (0.1) is for tests. Raises `UserError`.
+    A .npz whose arrays are called train/inputs and so on keeps its parts. Otherwise one row in 1 / test_fraction (0.1)
+    is for tests. Raises `UserError`.
     """
-    ending = path.suffix.lower()
     context.on_root(lambda: _require_table(path))
-    if ending in (".npy", ".npz"):
-        arrays = context.on_all(lambda: _npy(path, options) if ending == ".npy" else _npz(path, options))
-        facts: dict[str, Any] = {}
+    suffix = path.suffix.lower()
+    facts: dict[str, Any] = {"source_bytes": context.on_root(lambda: path.stat().st_size)}
+    if suffix == ".npy":
+        arrays = context.on_all(lambda: _npy_arrays(path, options.target))
+    elif suffix == ".npz":
+        arrays = context.on_all(lambda: _npz_arrays(path, options.target))
     else:
-        table = columns.opened(path, options.target, context)
-        arrays = {"inputs": table.inputs, "targets": table.targets}
-        facts = {"columns": table.names, "target": table.target}
-    parts = context.on_all(lambda: divided(path.name, arrays, options.test_fraction))
-    num_bytes = context.on_root(lambda: path.stat().st_size)
-    facts |= {"source_bytes": num_bytes}
-    return Source(
-        f"Table {path.name}", str(path), "see its source", parts, facts, state=context.on_root(lambda: state_of([path]))
-    )
+        columns = open_columns(path, options.target, context)
+        arrays = columns.arrays
+        facts |= {"columns": columns.inputs, "target": columns.target}
+    parts = context.on_all(lambda: split_arrays(path.name, arrays, options.test_fraction))
+    state = context.on_root(lambda: state_of([path]))
+    return Source(f"Table {path.name}", str(path), "see its source", parts, facts, state=state)
 
 
 def _require_table(path: Path) -> None:
-    require_file(path, _KINDS)
-    if path.suffix.lower() not in (".npy", ".npz", ".csv", ".parquet"):
-        raise UserError(f"--from {path} is no table", _KINDS)
+    require_file(path, _NAME_TABLE)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise UserError(f"--from {path} is no table", _NAME_TABLE)
 
 
-def divided(name: str, arrays: dict[str, Array], fraction: float | None) -> dict[str, Array]:
-    """`arrays` as parts of a file: they are already, or have a row each for every sample. Raises `UserError`."""
+# ---------------------------------------------------------------------------------------------- train and test
+
+
+def split_arrays(name: str, arrays: dict[str, Array], test_fraction: float | None) -> dict[str, Array]:
+    """`arrays` as parts of a file: they are already, or hold one row for each sample. Raises `UserError`.
+
+    name: of the source, for messages.
+    """
     _require_names(name, arrays)
     if all("/" in each for each in arrays):
-        if fraction is not None:
-            raise UserError(f"--test-fraction {fraction}: {name} says itself what is tested on", "Leave it out.")
+        if test_fraction is not None:
+            raise UserError(f"--test-fraction {test_fraction}: {name} has parts train and test", "Leave it out.")
         for part in ("train", "test"):
-            _same_length(name, {each: array for each, array in arrays.items() if each.startswith(part + "/")})
+            _require_equal_lengths(name, {each: a for each, a in arrays.items() if each.startswith(f"{part}/")})
         return arrays
-    _same_length(name, arrays)
-    arrays = {each: _as_targets(Path(name), array) if each == "targets" else array for each, array in arrays.items()}
-    kept = held_out(next(iter(arrays.values())).shape[0], fraction)
-    parts = [kept.parts(a, each, max(1, READ_BYTES // row_bytes(a))) for each, a in arrays.items()]
-    names = [f"{part}/{each}" for part in ("train", "test") for each in arrays]
-    return {each: part[each] for each in names for part in parts if each in part}
+    _require_equal_lengths(name, arrays)
+    split = train_test_split(next(iter(arrays.values())).shape[0], test_fraction)
+    parts: dict[str, Array] = {}
+    for each, array in arrays.items():
+        if each == "targets":
+            array = _as_targets(Path(name), array)
+        parts |= split.split(array, each, max(1, _READ_BYTES // array.row_bytes))
+    in_order = [f"{part}/{each}" for part in ("train", "test") for each in arrays]
+    return {each: parts[each] for each in in_order if each in parts}
 
 
 def _require_names(name: str, arrays: dict[str, Array]) -> None:
-    """Raises `UserError` where a file would have no inputs, or HDF5 would take a name for something else."""
+    """Raises `UserError` if a file would have no inputs, or if HDF5 would take a name for something else."""
     remedy = "Call them inputs and targets, or train/inputs and so on."
-    if not any(each in arrays for each in ("inputs", "train/inputs")) or len({"/" in each for each in arrays}) > 1:
+    is_divided = {"/" in each for each in arrays}
+    if not ({"inputs", "train/inputs"} & set(arrays)) or len(is_divided) > 1:
         raise UserError(f"{name} holds {', '.join(arrays) or 'no arrays'}", remedy)
-    folders = {each[:at] for each in arrays for at, character in enumerate(each) if character == "/"}
+    groups: set[str] = set()
+    for each in arrays:
+        groups |= {str(parent) for parent in PurePosixPath(each).parents}
     for each in arrays:
         parts = each.split("/")
-        if {"", ".", ".."} & set(parts) or not each.isprintable() or each in folders or parts[0] == "checksums":
+        if {"", ".", ".."} & set(parts) or not each.isprintable() or each in groups or parts[0] == "checksums":
             raise UserError(f"{name}: an array cannot be called {each!r}", remedy)
+
+
+def _require_equal_lengths(name: str, arrays: dict[str, Array]) -> None:
+    lengths = {each: array.shape[0] if array.shape else 0 for each, array in arrays.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        listed = ", ".join(f"{each} has {length} rows" for each, length in lengths.items())
+        raise UserError(f"{name}: {listed}", "Each sample is one row in all of them, and there is at least one.")
 
 
 def _as_targets(path: Path, array: Array) -> Array:
     if array.dtype.kind != "f" or len(array.shape) != 1:
         return array
-    read = array.read
-    return Array(array.shape, np.dtype(np.int64), lambda a, b: columns.whole(path, "targets", a, read(a, b)))
+    return Array(array.shape, np.dtype(np.int64), partial(_read_whole_numbers, path, array))
 
 
-def _same_length(name: str, arrays: dict[str, Array]) -> None:
-    lengths = {each: array.shape[0] if array.shape else 0 for each, array in arrays.items()}
-    if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        told = ", ".join(f"{each} has {length} rows" for each, length in lengths.items())
-        raise UserError(f"{name}: {told}", "Each sample is one row in all of them, and there is at least one.")
+def _read_whole_numbers(path: Path, array: Array, start: int, stop: int) -> np.ndarray:
+    return whole_numbers(path, "targets", start, array.read(start, stop))
 
 
-def _npy(path: Path, options: Options) -> dict[str, Array]:
-    """One array of shape (rows, columns), of which column number `target` is the target."""
+# ---------------------------------------------------------------------------------------------- NumPy's files
+
+
+@dataclass(frozen=True)
+class _NumpyArray:
+    """An array in NumPy's format: `name` in the file `path`; its values begin at byte `offset`."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+
+    @classmethod
+    def from_header(cls, path: Path, name: str, file: IO[bytes], num_bytes: int) -> "_NumpyArray":
+        """num_bytes: of header and values. Raises `UserError`, also for objects, which would run code."""
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, is_fortran, dtype = read(file)
+        except _HEADER_ERRORS as error:
+            raise UserError(f"{path}: {name} is no NumPy array: {error}", _C_ORDER) from None
+        is_fortran = is_fortran and len(shape) > 1
+        if dtype.kind not in "biuf" or is_fortran or not shape:
+            order = ", in Fortran order" if is_fortran else ""
+            raise UserError(f"{path}: {name} is {dtype} {shape}{order}", _C_ORDER)
+        if min(shape) < 0 or file.tell() + math.prod(shape) * dtype.itemsize > num_bytes:
+            what = f"{path} is truncated: {name} should be {dtype} {shape}, in {num_bytes:,} bytes"
+            raise UserError(what, _C_ORDER)
+        return cls(path, name, shape, dtype, file.tell())
+
+    def read_from(self, file: IO[bytes], start: int, stop: int) -> np.ndarray:
+        """Rows start to stop. Not mapped: pages of a map count as memory of the process."""
+        rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        data = memoryview(rows.data).cast("B") if rows.size else memoryview(b"")
+        file.seek(self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize, os.SEEK_SET)
+        while len(data):
+            num_read = file.readinto(data)  # type: ignore[attr-defined]
+            if not num_read:
+                what = f"{self.path} is truncated: {self.name} should have {self.shape[0]} rows"
+                raise UserError(what, "Write it again.")
+            data = data[num_read:]
+        # In this machine's byte order, whatever the file's.
+        return rows.astype(self.dtype.newbyteorder("="), copy=False)
+
+
+@dataclass(frozen=True)
+class _NpyTable:
+    """A .npy file of shape (rows, columns), of which one column is the target."""
+
+    table: _NumpyArray
+    target: int
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        num_rows, num_columns = self.table.shape
+        dtype = self.table.dtype.newbyteorder("=")
+        return {
+            "inputs": Array((num_rows, num_columns - 1), dtype, self._read_inputs),
+            "targets": Array((num_rows,), np.dtype(np.int64), self._read_targets),
+        }
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        with self.table.path.open("rb") as file:
+            return self.table.read_from(file, start, stop)
+
+    def _read_inputs(self, start: int, stop: int) -> np.ndarray:
+        return np.delete(self._read(start, stop), self.target, axis=1)
+
+    def _read_targets(self, start: int, stop: int) -> np.ndarray:
+        return whole_numbers(self.table.path, str(self.target), start, self._read(start, stop)[:, self.target])
+
+
+def _npy_arrays(path: Path, target: str | None) -> dict[str, Array]:
     with path.open("rb") as file:
-        table, begin = _header(path, path.name, file, path.stat().st_size)
-    if len(table.shape) != 2 or options.target is None or not options.target.lstrip("-").isdecimal():
+        table = _NumpyArray.from_header(path, path.name, file, path.stat().st_size)
+    if len(table.shape) != 2 or target is None or not target.lstrip("-").isdecimal():
         raise UserError(
-            f"{path} is {table.dtype} {table.shape}, and --target is {options.target}",
-            "Of a .npy of shape (rows, columns) give the target column's number, from 0: --target 0. Else use .npz.",
+            f"{path} is {table.dtype} {table.shape}, and --target is {target}",
+            "For a .npy of shape (rows, columns), give the target column's number, from 0: --target 0. Else use .npz.",
         )
-    column = int(options.target)
-    if not -table.shape[1] <= column < table.shape[1]:
-        raise UserError(f"{path} has columns 0 to {table.shape[1] - 1}", "--target is one of these numbers.")
-    column %= table.shape[1]
-
-    def read(start: int, stop: int) -> np.ndarray:
-        with path.open("rb") as file:
-            return _rows(path, path.name, file, begin, table, start, stop)
-
-    def targets(start: int, stop: int) -> np.ndarray:
-        return columns.whole(path, str(column), start, read(start, stop)[:, column])
-
-    kept = Array((table.shape[0], table.shape[1] - 1), table.dtype, lambda a, b: np.delete(read(a, b), column, axis=1))
-    return {"inputs": kept, "targets": Array((table.shape[0],), np.dtype(np.int64), targets)}
+    column, num_columns = int(target), table.shape[1]
+    if not -num_columns <= column < num_columns:
+        raise UserError(f"{path} has columns 0 to {num_columns - 1}", "--target is one of these numbers.")
+    return _NpyTable(table, column % num_columns).arrays
 
 
-def _npz(path: Path, options: Options) -> dict[str, Array]:
+@dataclass
+class _NpzMember:
+    """An array in a .npz archive. The opened file is kept: a compressed array is decompressed from its start."""
+
+    table: _NumpyArray
+    _file: IO[bytes] | None = field(default=None, init=False)
+
+    @property
+    def array(self) -> Array:
+        return Array(self.table.shape, self.table.dtype.newbyteorder("="), self.read)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        try:
+            if self._file is None:
+                self._file = zipfile.ZipFile(self.table.path).open(self.table.name)  # noqa: SIM115
+            return self.table.read_from(self._file, start, stop)
+        except _ARCHIVE_ERRORS as error:
+            raise UserError(f"{self.table.path}: {self.table.name} cannot be read: {error}", _WRITE_AGAIN) from None
+
+
+def _npz_arrays(path: Path, target: str | None) -> dict[str, Array]:
     """The arrays of an archive; `target` is the one that becomes the targets, `targets` or `y` without it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.namelist() if entry.endswith(".npy")]
-            if repeated := sorted({entry for entry in entries if entries.count(entry) > 1}):
-                raise UserError(f"{path} holds {', '.join(repeated)} more than once", _WRITE_AGAIN)
-            arrays = {entry.removesuffix(".npy"): _member(path, entry, archive) for entry in entries}
-    except _BROKEN as error:
-        raise UserError(f"{path} cannot be read: {error}", _WRITE_AGAIN) from None
-    if arrays and all("/" in name for name in arrays) and options.target is None:
+    arrays = _npz_members(path)
+    if arrays and all("/" in name for name in arrays) and target is None:
         return arrays
-    target = options.target or _one_of(path, ("targets", "y", "labels"), arrays) or "targets"
+    target = target or _one_of(path, ("targets", "y", "labels"), arrays) or "targets"
     others = {name: array for name, array in arrays.items() if name != target}
     inputs = next(iter(others)) if len(others) == 1 else _one_of(path, ("inputs", "x", "X", "images", "data"), others)
     if target not in arrays or inputs is None:
+        missing = "targets" if target not in arrays else "inputs"
         raise UserError(
-            f"{path} holds {', '.join(arrays) or 'no arrays'}: none of them is told to be the "
-            f"{'targets' if target not in arrays else 'inputs'}",
+            f"{path} holds {', '.join(arrays) or 'no arrays'}: none of them is known to be the {missing}",
             "Call them inputs and targets (or: --target NAME), or train/inputs, train/targets, test/inputs and so on.",
         )
     return {"inputs": arrays[inputs], "targets": arrays[target]}
 
 
+def _npz_members(path: Path) -> dict[str, Array]:
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [entry for entry in archive.namelist() if entry.endswith(".npy")]
+            if repeated := sorted({entry for entry in entries if entries.count(entry) > 1}):
+                raise UserError(f"{path} holds {', '.join(repeated)} more than once", _WRITE_AGAIN)
+            for entry in entries:
+                with archive.open(entry) as file:
+                    table = _NumpyArray.from_header(path, entry, file, archive.getinfo(entry).file_size)
+                arrays[entry.removesuffix(".npy")] = _NpzMember(table).array
+    except _ARCHIVE_ERRORS as error:
+        raise UserError(f"{path} cannot be read: {error}", _WRITE_AGAIN) from None
+    return arrays
+
+
 def _one_of(path: Path, names: Sequence[str], arrays: dict[str, Array]) -> str | None:
-    """That of `names` that there is. Raises `UserError` where there are several: nobody says which is meant."""
+    """The one of `names` that is in `arrays`. Raises `UserError` if there are several: any could be meant."""
     found = [name for name in names if name in arrays]
     if len(found) > 1:
         raise UserError(
             f"{path} holds {' and '.join(found)}, and either could be meant",
-            "Name the targets with --target NAME; of inputs leave one in the file.",
+            "Name the targets with --target NAME; leave one array of inputs in the file.",
         )
     return found[0] if found else None
-
-
-def _member(path: Path, entry: str, archive: zipfile.ZipFile) -> Array:
-    with archive.open(entry) as file:
-        table, begin = _header(path, entry, file, archive.getinfo(entry).file_size)
-    held: list[IO[bytes]] = []  # a compressed array is decompressed from its start: the next rows go on from these
-
-    def read(start: int, stop: int) -> np.ndarray:
-        try:
-            if not held:
-                held.append(zipfile.ZipFile(path).open(entry))  # noqa: SIM115  as long as there are rows to read
-            return _rows(path, entry, held[0], begin, table, start, stop)
-        except _BROKEN as error:
-            raise UserError(f"{path}: {entry} cannot be read: {error}", _WRITE_AGAIN) from None
-
-    return Array(table.shape, table.dtype, read)
-
-
-def _header(path: Path, name: str, file: IO[bytes], num_bytes: int) -> tuple[Array, int]:
-    """(shape and type, where the values begin) of an array as NumPy stores it. Objects are refused: they are code."""
-    remedy = "Write numbers with numpy.save or numpy.savez, in C order."
-    try:
-        version = np.lib.format.read_magic(file)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = reader(file)
-    except (*_BROKEN, SyntaxError, RecursionError, MemoryError, TypeError, TokenError) as error:  # NumPy parses text
-        raise UserError(f"{path}: {name} is no NumPy array: {error}", remedy) from None
-    if dtype.kind not in "biuf" or (fortran and len(shape) > 1) or not shape:
-        order = ", in Fortran's order" if fortran else ""
-        raise UserError(f"{path}: {name} is {dtype} {shape}{order}", remedy)
-    if min(shape) < 0 or file.tell() + math.prod(shape) * dtype.itemsize > num_bytes:
-        raise UserError(f"{path} is truncated: {name} should be {dtype} {shape}, in {num_bytes:,} bytes", remedy)
-    return Array(shape, dtype.newbyteorder("="), lambda start, stop: np.empty(0, dtype)), file.tell()
-
-
-def _rows(path: Path, name: str, file: IO[bytes], begin: int, table: Array, start: int, stop: int) -> np.ndarray:
-    """Rows start to stop. Not mapped: pages of a map count as memory of the process."""
-    size = row_bytes(table)
-    rows = np.empty((stop - start, *table.shape[1:]), table.dtype)
-    file.seek(begin + start * size, os.SEEK_SET)
-    data = memoryview(rows.data).cast("B") if rows.size else memoryview(b"")
-    filled = 0
-    while filled < len(data):
-        num = file.readinto(data[filled:])  # type: ignore[attr-defined]
-        if not num:
-            raise UserError(f"{path} is truncated: {name} should have {table.shape[0]} rows", "Write it again.")
-        filled += num
-    return rows

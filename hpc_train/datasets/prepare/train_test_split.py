@@ -1,19 +1,20 @@
-"""Which rows of a table are kept to test on: one at random in each stratum of n rows, found without a list of them."""
+"""Which rows of a table to test on: one at random in each stratum of n rows, computed without a list of rows."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from hpc_train.core.errors import UserError
+from hpc_train.core.sampling import SPLIT_MIX_STEP, mix64
 from hpc_train.datasets.prepare.sources import Array
 
-_DEFAULT = 0.1
+_DEFAULT_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Of `num_rows` rows, one in `every` is for tests; 0: none is. Strata are [k * every, (k + 1) * every)."""
+class TrainTestSplit:
+    """One in `every` of `num_rows` rows is for tests; 0: none. Stratum k has the rows from k * every on."""
 
     num_rows: int
     every: int
@@ -22,63 +23,55 @@ class HeldOut:
     def num_test(self) -> int:
         if not self.every:
             return 0
-        whole, rest = divmod(self.num_rows, self.every)
-        return whole + (1 if rest and self._place(np.array([whole]))[0] < rest else 0)
+        num_whole, rest = divmod(self.num_rows, self.every)
+        return num_whole + int(self._test_position(np.array([num_whole]))[0] < rest)
 
-    def _place(self, strata: np.ndarray) -> np.ndarray:
-        """The tested row's place in each of `strata`: a hash (the finalizer of SplitMix64, Steele et al., 2014)."""
-        z = strata.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return ((z ^ (z >> np.uint64(31))) % np.uint64(self.every)).astype(np.int64)
+    def _test_position(self, strata: np.ndarray) -> np.ndarray:
+        """The position of the test row within each of `strata`: a hash of the stratum's number."""
+        return (mix64(strata.astype(np.uint64) * SPLIT_MIX_STEP) % np.uint64(self.every)).astype(np.int64)
 
-    def is_test(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) bool, of the rows from `start` on."""
-        rows = np.arange(start, stop)
+    def num_rows_of(self, part: str) -> int:
+        return self.num_test if part == "test" else self.num_rows - self.num_test
+
+    def rows_of(self, part: str, start: int, stop: int) -> np.ndarray:
+        """The rows of the table that are rows start to stop of `part`, "train" or "test", in ascending order."""
+        numbers = np.arange(start, stop)
         if not self.every:
-            return np.zeros(len(rows), bool)
-        return rows % self.every == self._place(rows // self.every)
+            return numbers
+        if part == "test":
+            return numbers * self.every + self._test_position(numbers)
+        strata, positions = np.divmod(numbers, self.every - 1)
+        return strata * self.every + positions + (positions >= self._test_position(strata))
 
-    def parts(self, array: Array, name: str, at_once: int) -> dict[str, Array]:
-        """`train/name` and `test/name` of the rows of `array`, of which `at_once` are read together at most."""
+    def split(self, array: Array, name: str, max_rows: int) -> dict[str, Array]:
+        """`train/name` and `test/name`, which read about `max_rows` rows of `array` at once."""
         arrays = {}
-        for part, num in (("train", self.num_rows - self.num_test), ("test", self.num_test)):
-            if num:
-                read = self._reader(array, part == "test", at_once)
+        for part in ("train", "test"):
+            if num := self.num_rows_of(part):
+                read = partial(self._read, array, part, max_rows) if self.every else array.read
                 arrays[f"{part}/{name}"] = Array((num, *array.shape[1:]), array.dtype, read)
         return arrays
 
-    def _reader(self, array: Array, test: bool, at_once: int) -> Callable[[int, int], np.ndarray]:
-        if not self.every:
-            return array.read
-        per_stratum = 1 if test else self.every - 1
-
-        def read(start: int, stop: int) -> np.ndarray:
-            rows = np.empty((stop - start, *array.shape[1:]), array.dtype)
-            place = start // per_stratum * self.every  # every stratum before has `per_stratum` rows of this part
-            skip, filled = start - start // per_stratum * per_stratum, 0
-            while filled < len(rows):
-                left = -(-(len(rows) - filled + skip) // per_stratum) * self.every
-                end = min(place + min(left, max(1, at_once)), self.num_rows)
-                taken = array.read(place, end)[self.is_test(place, end) == test][skip:][: len(rows) - filled]
-                skip = max(0, skip - int(np.count_nonzero(self.is_test(place, end) == test)))
-                rows[filled : filled + len(taken)] = taken
-                filled += len(taken)
-                place = end
-            return rows
-
-        return read
+    def _read(self, array: Array, part: str, max_rows: int, start: int, stop: int) -> np.ndarray:
+        rows = np.empty((stop - start, *array.shape[1:]), array.dtype)
+        per_stratum = 1 if part == "test" else self.every - 1
+        num_at_once = max(1, max_rows * per_stratum // self.every)
+        for first in range(start, stop, num_at_once):
+            wanted = self.rows_of(part, first, min(first + num_at_once, stop))
+            lowest, highest = int(wanted[0]), int(wanted[-1])
+            rows[first - start : first - start + len(wanted)] = array.read(lowest, highest + 1)[wanted - lowest]
+        return rows
 
 
-def held_out(num_rows: int, fraction: float | None) -> HeldOut:
-    """`fraction` is 0 (none), or one in a whole number of rows. Raises `UserError`."""
-    share = _DEFAULT if fraction is None else fraction
-    if share == 0:
-        return HeldOut(num_rows, 0)
-    every = round(1 / share) if 0 < share <= 0.5 else 0
-    if not every or abs(1 / every - share) > 1e-3 * share:
+def train_test_split(num_rows: int, fraction: float | None) -> TrainTestSplit:
+    """fraction: 0 (none), or one in a whole number of rows; None: one in ten. Raises `UserError`."""
+    fraction = _DEFAULT_FRACTION if fraction is None else fraction
+    if fraction == 0:
+        return TrainTestSplit(num_rows, 0)
+    every = round(1 / fraction) if 0 < fraction <= 0.5 else 0
+    if not every or abs(1 / every - fraction) > 1e-3 * fraction:
         raise UserError(
-            f"--test-fraction {share} is not one in a whole number of rows",
+            f"--test-fraction {fraction} is not one in a whole number of rows",
             "Give 0.5, 0.25, 0.2, 0.1, 0.05, 0.01 ..., or 0 for none.",
         )
-    return HeldOut(num_rows, every)
+    return TrainTestSplit(num_rows, every)

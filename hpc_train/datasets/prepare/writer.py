@@ -1,4 +1,4 @@
-"""Writing a source's rows to HDF5 in blocks: collectively, in bounded memory, and so that a kill loses little."""
+"""Writes a source's rows to HDF5 block by block: collectively, in bounded memory, and so that a kill loses little."""
 
 import errno
 import os
@@ -6,9 +6,9 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, groupby
+from itertools import groupby
 from pathlib import Path
 from time import perf_counter_ns
 
@@ -19,23 +19,23 @@ from hpc_train.core import owned_files
 from hpc_train.core.errors import UserError
 from hpc_train.core.progress import StepProgress
 from hpc_train.core.sampling import rank_span
-from hpc_train.datasets.prepare.disk import Disk, no_room
+from hpc_train.datasets.prepare.disk import DiskFile, cannot_write
 from hpc_train.datasets.prepare.journal import Blocks, Journal
-from hpc_train.datasets.prepare.layout import BLOCK_BYTES, FORM, Layout, empty_file, row_bytes
+from hpc_train.datasets.prepare.layout import BLOCK_BYTES, FORMAT_1_8, Layout, empty_file
 from hpc_train.datasets.prepare.sources import Array, Source
 from hpc_train.train.comm.context import Context, raised_on_all_ranks
 from hpc_train.train.comm.mpi_library import parallel_file_options
-from hpc_train.train.data.files import select_rows, transfer_properties
+from hpc_train.train.data.parallel_hdf5 import select_rows, transfer_properties
 
-_WRITE_BYTES = 32 << 20  # at once by a rank, where memory allows
-_SHARE_OF_MEMORY = 8  # what is written may be there as read, as rows, as sent between ranks and as compressed
-_ROUNDS_BETWEEN_FLUSHES = 8
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_WRITE_BYTES = 32 << 20  # of a rank at once, if memory allows
+_MEMORY_PER_WRITE = 8  # written bytes may be in memory as read, as rows, as sent between ranks and as compressed
+_ROUNDS_PER_FLUSH = 8
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is written where, and how much at once: `memory_bytes` is for all that a rank has in memory of it."""
+class WritePlan:
+    """What to write, and where. memory_bytes: for all that a rank holds of the data."""
 
     source: Source
     output: Path
@@ -43,26 +43,38 @@ class Work:
     memory_bytes: int
 
     @property
-    def path(self) -> Path:
-        """Its name until it is whole."""
+    def partial_path(self) -> Path:
+        """The file's name until it is complete."""
         return self.output.with_name(f".{self.output.name}.partial")
 
-    def num_blocks(self, array: Array) -> int:
+    @property
+    def journal_path(self) -> Path:
+        return self.output.with_name(f".{self.output.name}.journal")
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(array.shape[0] * array.row_bytes for array in self.source.arrays.values())
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(map(self.num_blocks_of, self.source.arrays.values()))
+
+    def num_blocks_of(self, array: Array) -> int:
         return -(-array.shape[0] // self.layout.block_rows(array))
 
     def blocks_at_once(self, array: Array) -> int:
-        """Blocks that a rank writes together. Raises `UserError` where not even one block fits."""
-        block = self.layout.block_rows(array) * row_bytes(array)
-        room = min(_WRITE_BYTES, self.memory_bytes // _SHARE_OF_MEMORY)
-        if block > max(room, BLOCK_BYTES):
-            if block * _SHARE_OF_MEMORY > self.memory_bytes:
-                need = -(-block * _SHARE_OF_MEMORY // 1_000_000)
-                raise UserError(
-                    f"--memory-mb: one row has {row_bytes(array) / 1e6:,.0f} MB, too much for the memory of a rank",
-                    f"Set it to {need} times the ranks of a node, or more.",
-                )
-            return 1
-        return max(1, room // block)
+        """Blocks that a rank writes together. Raises `UserError` if not even one block fits into memory."""
+        block_bytes = self.layout.block_rows(array) * array.row_bytes
+        write_bytes = min(_WRITE_BYTES, self.memory_bytes // _MEMORY_PER_WRITE)
+        if block_bytes <= max(write_bytes, BLOCK_BYTES):
+            return max(1, write_bytes // block_bytes)
+        if block_bytes * _MEMORY_PER_WRITE > self.memory_bytes:
+            needed_mb = -(-block_bytes * _MEMORY_PER_WRITE // 1_000_000)
+            raise UserError(
+                f"--memory-mb: one row has {array.row_bytes / 1e6:,.0f} MB, too much for the memory of a rank",
+                f"Set it to {needed_mb} times the ranks of a node, or more.",
+            )
+        return 1
 
     def rows(self, array: Array, first: int, stop: int) -> tuple[int, int]:
         """The rows of blocks first to stop."""
@@ -75,272 +87,303 @@ class Work:
         return [zlib.crc32(rows[at : at + size].data) for at in range(0, len(rows), size)]
 
 
-def create(work: Work, context: Context) -> None:
-    """Collective. The file with its data sets and none of their rows, made by the root: it is the same on any number
-    of ranks.
-    """
-    context.on_root(lambda: _create(work))
+# ---------------------------------------------------------------------------------------------- the empty file
 
 
-def _create(work: Work) -> None:
+def create(plan: WritePlan) -> None:
+    """On the root. The file with its data sets and none of their rows: the same for any number of ranks."""
     try:
-        with owned_files.created(work.path) as empty:
+        with owned_files.created(plan.partial_path) as empty:
             empty.write(empty_file())
     except OSError as error:
-        raise no_room(work.output, error.errno) from None
-    with opened_alone(work) as opened:
+        raise cannot_write(plan.output, error.errno) from None
+    with open_alone(plan) as opened:
         assert opened.file is not None
         opened.file.attrs["complete"] = False
-        for name, array in work.source.arrays.items():
-            dataset = work.layout.create(opened.file, name, array)
-            if name.endswith("inputs") and array.dtype == np.uint8 and len(array.shape) > 1:  # not tokens
-                # CF conventions: 0 to 1
+        for name, array in plan.source.arrays.items():
+            dataset = plan.layout.create(opened.file, name, array)
+            is_pictures = name.endswith("inputs") and array.dtype == np.uint8 and len(array.shape) > 1  # not tokens
+            if is_pictures:  # values in [0, 1], by the CF conventions
                 dataset.attrs["scale_factor"], dataset.attrs["add_offset"] = (1 / 255, 0.0)
-    if not work.layout.chunked:
-        reserve(work, num_bytes(work))
+    if not plan.layout.is_chunked:
+        reserve(plan, plan.num_bytes)
 
 
-def num_bytes(work: Work) -> int:
-    return sum(array.shape[0] * row_bytes(array) for array in work.source.arrays.values())
-
-
-def reserve(work: Work, num_bytes: int) -> None:
-    """Takes the room on disk for the first `num_bytes` of the file. Raises `UserError`: now, and not half-way."""
+def reserve(plan: WritePlan, num_bytes: int) -> None:
+    """Reserves the first `num_bytes` of the file on disk. Raises `UserError` now, and not half-way."""
     try:
-        with owned_files.opened(work.path, "r+b") as file:
-            if num_bytes > shutil.disk_usage(work.path.parent).free:  # what cannot be reserved would be written full
+        with owned_files.opened(plan.partial_path, "r+b") as file:
+            # Where the file system cannot reserve, the C library writes zeros until the disk is full.
+            if num_bytes > shutil.disk_usage(plan.partial_path.parent).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
     except OSError as error:
-        raise no_room(work.output, error.errno) from None
+        raise cannot_write(plan.output, error.errno) from None
 
 
-def write(work: Work, done: Blocks, journal: Journal | None, context: Context) -> Blocks:
-    """Collective. Writes all blocks but those `done`; returns the checksums of all blocks, on every rank.
+# ---------------------------------------------------------------------------------------------- opened files
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """An HDF5 file opened for writing.
+
+    file: None on ranks whose rows the root writes. disk: what one process writes through; None in collective writes.
+    """
+
+    file: h5py.File | None
+    disk: DiskFile | None = None
+
+    def require_written(self) -> None:
+        """Raises the `OSError` of a write that HDF5 has not seen."""
+        if self.disk:
+            self.disk.require_written()
+
+
+@contextmanager
+def open_alone(plan: WritePlan) -> Iterator[OpenFile]:
+    """The file, written by this rank alone. Raises `UserError`, at the latest at the end, if bytes were not written.
+
+    HDF5 then has closed a file of which a part is missing: it must not be used.
+    """
+    disk = DiskFile(plan.partial_path)
+    try:
+        with h5py.File(disk, "r+", **FORMAT_1_8) as file:
+            yield OpenFile(file, disk)
+    finally:
+        disk.close()
+        if disk.error:
+            raise cannot_write(plan.output, disk.error.errno) from None
+
+
+@contextmanager
+def _open_together(plan: WritePlan, context: Context) -> Iterator[OpenFile]:
+    """Collective. A contiguous file is opened by all ranks, a chunked one by the root alone."""
+    if plan.layout.is_chunked and not context.world.is_root:
+        yield OpenFile(None)
+        return
+    if plan.layout.is_chunked or context.comm is None:
+        with open_alone(plan) as opened:
+            yield opened
+        return
+    file = h5py.File(plan.partial_path, "r+", **FORMAT_1_8, **parallel_file_options(context))
+    try:
+        yield OpenFile(file)
+    except BaseException as error:
+        # Closing is collective: a rank that fails alone would wait in it for the others, instead of ending the job.
+        if raised_on_all_ranks(error):
+            with suppress(OSError, RuntimeError):  # on a full disk closing fails, too: the first error says why
+                file.close()
+        raise
+    file.close()
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def write(plan: WritePlan, done: Blocks, journal: Journal | None, context: Context) -> Blocks:
+    """Collective. Writes all blocks except those `done`; returns the checksums of all blocks, on every rank.
 
     journal: on the root, and None elsewhere.
     """
-    arrays = work.source.arrays
+    arrays = plan.source.arrays
     written = {name: dict(done.get(name, {})) for name in arrays}
-    num_rows = sum(array.shape[0] for array in arrays.values())
-    before = sum(_rows_done(work, array, written[name]) for name, array in arrays.items())
-    label = f"writing {work.output.name}"
-    shown = StepProgress(label, num_rows, "auto", context.world.is_root, unit=work.source.unit)
-    shown.begin(before)
-    rounds = count(1)
-    with closing(shown) as progress, _file_of_all(work, context) as opened:
-        if work.layout.chunked and opened.file:
-            _hold_bookkeeping(opened.file)
+    progress = _Progress(plan, written, context)
+    with closing(progress.shown), _open_together(plan, context) as opened:
+        if plan.layout.is_chunked and opened.file:
+            _hold_metadata_in_memory(opened.file)
+        writer = _BlockWriter(plan, opened, journal, context)
         for name, array in arrays.items():
-            for mine in _rounds(work, array, written[name], context):
-                for rank_first, checksums in _round(work, opened, name, array, mine, context):
-                    written[name].update(enumerate(checksums, rank_first))
-                    if journal:
-                        journal.add(name, rank_first, checksums)
-                if not work.layout.chunked:
-                    if journal:
-                        journal.commit()
-                elif next(rounds) % _ROUNDS_BETWEEN_FLUSHES == 0:
-                    _flush(opened, journal)
-                now = sum(_rows_done(work, a, written[n]) for n, a in arrays.items() if written[n])
-                progress.advance(now, now - before, perf_counter_ns())
-                before = now
-        if work.layout.chunked and journal:
-            journal.flushing()  # by closing
+            for first, stop in _my_rounds(plan, array, written[name], context):
+                for first_of_rank, checksums in writer.write(name, first, stop):
+                    written[name].update(enumerate(checksums, first_of_rank))
+                writer.end_round()
+                progress.update(written)
+        if plan.layout.is_chunked and journal:
+            journal.flushing()  # by closing the file
     if journal:
         journal.commit()
-    context.barrier()  # where the root alone closed it, others would read too early
+    context.barrier()  # where the root alone closed the file, other ranks would read too early
     return written
 
 
-def _rows_done(work: Work, array: Array, blocks: dict[int, int]) -> int:
-    return min(len(blocks) * work.layout.block_rows(array), array.shape[0])
+class _Progress:
+    def __init__(self, plan: WritePlan, written: Blocks, context: Context) -> None:
+        self._plan = plan
+        num_rows = sum(array.shape[0] for array in plan.source.arrays.values())
+        label, unit = f"writing {plan.output.name}", plan.source.unit
+        self.shown = StepProgress(label, num_rows, "auto", context.world.is_root, unit=unit)
+        self._num_rows = self._count(written)
+        self.shown.begin(self._num_rows)
+
+    def update(self, written: Blocks) -> None:
+        before, self._num_rows = self._num_rows, self._count(written)
+        self.shown.advance(self._num_rows, self._num_rows - before, perf_counter_ns())
+
+    def _count(self, written: Blocks) -> int:
+        arrays = self._plan.source.arrays.items()
+        rows = [min(len(written[name]) * self._plan.layout.block_rows(array), array.shape[0]) for name, array in arrays]
+        return sum(rows)
 
 
-def _rounds(work: Work, array: Array, done: dict[int, int], context: Context) -> Iterator[tuple[int, int]]:
-    """Blocks [first, stop) that this rank writes next: as many rounds on every rank, with no blocks if need be."""
-    todo = [block for block in range(work.num_blocks(array)) if block not in done]
-    most, world = work.blocks_at_once(array), context.world
-    shares = [_runs(todo[slice(*rank_span(len(todo), rank, world.size))], most) for rank in range(world.size)]
-    for at in range(max(map(len, shares))):
-        yield shares[world.rank][at] if at < len(shares[world.rank]) else (0, 0)
+def _my_rounds(plan: WritePlan, array: Array, done: dict[int, int], context: Context) -> Iterator[tuple[int, int]]:
+    """Blocks [first, stop) that this rank writes in each round: as many rounds on every rank, some without blocks."""
+    todo = [block for block in range(plan.num_blocks_of(array)) if block not in done]
+    max_blocks, world = plan.blocks_at_once(array), context.world
+    shares = [todo[slice(*rank_span(len(todo), rank, world.size))] for rank in range(world.size)]
+    runs = [_neighbours(share, max_blocks) for share in shares]
+    for number in range(max(map(len, runs))):
+        yield runs[world.rank][number] if number < len(runs[world.rank]) else (0, 0)
 
 
-def _runs(blocks: list[int], most: int) -> list[tuple[int, int]]:
-    """Neighbouring blocks together, at most `most` of them."""
-    runs = [[block for _, block in group] for _, group in groupby(enumerate(blocks), lambda pair: pair[1] - pair[0])]
-    return [(run[at], run[at] + len(run[at : at + most])) for run in runs for at in range(0, len(run), most)]
+def _neighbours(blocks: list[int], max_blocks: int) -> list[tuple[int, int]]:
+    """[first, stop) of neighbouring blocks, at most `max_blocks` together."""
+    runs = []
+    for _, group in groupby(enumerate(blocks), lambda pair: pair[1] - pair[0]):
+        run = [block for _, block in group]
+        for at in range(0, len(run), max_blocks):
+            part = run[at : at + max_blocks]
+            runs.append((part[0], part[-1] + 1))
+    return runs
 
 
-def _round(
-    work: Work, opened: "Opened", name: str, array: Array, mine: tuple[int, int], context: Context
-) -> list[tuple[int, list[int]]]:
-    """Collective. Each rank writes its blocks; what was written, of all ranks."""
-    dataset = opened.file and opened.file[name]
-    begin, end = work.rows(array, *mine)
-    rows = np.ascontiguousarray(context.on_all(partial(array.read, begin, end)))
-    try:
-        if work.layout.chunked and array.shape[0] and context.world.size > 1:
-            _write_chunks(dataset, begin, _compressed(work, name, array, rows), context)
-        else:
-            write_rows(dataset, begin, rows, context)
-        opened.require_written()
-    except OSError as error:
-        number = error.errno or next((number for number in _NO_ROOM if os.strerror(number) in str(error)), None)
-        if number not in _NO_ROOM:
-            raise
-        raise no_room(work.output, number) from None
-    return context.all_gather((mine[0], work.checksums(array, rows)))
+@dataclass
+class _BlockWriter:
+    """Writes blocks of all ranks, round by round, and notes them in the journal."""
+
+    plan: WritePlan
+    opened: OpenFile
+    journal: Journal | None
+    context: Context
+    _num_rounds: int = field(default=0, init=False)
+
+    def write(self, name: str, first: int, stop: int) -> list[tuple[int, list[int]]]:
+        """Collective. Writes this rank's blocks; returns (first block, checksums) of every rank."""
+        array, context = self.plan.source.arrays[name], self.context
+        begin, end = self.plan.rows(array, first, stop)
+        rows = np.ascontiguousarray(context.on_all(partial(array.read, begin, end)))
+        try:
+            if self.plan.layout.is_chunked and array.shape[0] and context.world.size > 1:
+                dataset = self.opened.file and self.opened.file[name]
+                _write_chunks(dataset, begin, _compress(self.plan, name, array, rows), context)
+            elif self.opened.file:
+                write_rows(self.opened.file[name], begin, rows, context)
+            self.opened.require_written()
+        except OSError as error:
+            # Of a collective write only HDF5's text has the number of the error.
+            number = error.errno or next((each for each in _DISK_FULL if os.strerror(each) in str(error)), None)
+            if number not in _DISK_FULL:
+                raise
+            raise cannot_write(self.plan.output, number) from None
+        of_ranks = context.all_gather((first, self.plan.checksums(array, rows)))
+        if self.journal:
+            for first_of_rank, checksums in of_ranks:
+                self.journal.add(name, first_of_rank, checksums)
+        return of_ranks
+
+    def end_round(self) -> None:
+        """On the root. Contiguous blocks are on disk once they are written; chunks once their index is flushed."""
+        if not self.journal:
+            return
+        self._num_rounds += 1
+        if not self.plan.layout.is_chunked:
+            self.journal.commit()
+        elif self.opened.file and self._num_rounds % _ROUNDS_PER_FLUSH == 0:
+            self.journal.flushing()
+            self.opened.file.flush()
+            self.opened.require_written()
+            self.journal.commit()
 
 
-def _compressed(work: Work, name: str, array: Array, rows: np.ndarray) -> list[tuple[int, bytes]]:
-    """Each chunk of `rows` as HDF5's filters leave it, in a file in memory: (mask of the filters left out, bytes)."""
+def write_rows(dataset: h5py.Dataset, begin: int, rows: np.ndarray, context: Context) -> None:
+    """Collective. A rank with no rows takes part, too."""
+    space, memory = select_rows(dataset, [(begin, len(rows))] if len(rows) else [])
+    is_collective = context.comm is not None and dataset.chunks is None
+    dataset.id.write(memory, space, rows, dxpl=transfer_properties(is_collective))
+
+
+def _compress(plan: WritePlan, name: str, array: Array, rows: np.ndarray) -> list[tuple[int, bytes]]:
+    """(mask of the filters that were skipped, bytes) of each chunk of `rows`: HDF5 compresses them in a memory file."""
     if not len(rows):
         return []
-    each = work.layout.chunk_rows(array)
+    chunk_rows = plan.layout.chunk_rows(array)
     with h5py.File("chunks", "w", driver="core", backing_store=False) as file:
-        like = Array((max(len(rows), each), *array.shape[1:]), array.dtype, array.read)
-        dataset = work.layout.create(file, name, like, each)
+        whole_chunks = Array((max(len(rows), chunk_rows), *array.shape[1:]), array.dtype, array.read)
+        dataset = plan.layout.create(file, name, whole_chunks, chunk_rows)
         dataset[: len(rows)] = rows
-        places = [(at,) + (0,) * (rows.ndim - 1) for at in range(0, len(rows), each)]
         file.flush()
-        return [dataset.id.read_direct_chunk(place) for place in places]
+        within_row = (0,) * (rows.ndim - 1)
+        return [dataset.id.read_direct_chunk((row, *within_row)) for row in range(0, len(rows), chunk_rows)]
 
 
 def _write_chunks(dataset: h5py.Dataset | None, begin: int, chunks: list[tuple[int, bytes]], context: Context) -> None:
-    """Collective. All ranks have compressed; the root writes for each in turn, so that it holds one rank's chunks.
+    """Collective. The root writes the chunks of each rank in turn, so that it holds those of one rank.
 
-    Not by a collective write: HDF5 (1.10.8 with lzf, seen) forgets there that a filter was left out, as it is for
-    a chunk that does not get smaller, and such chunks cannot be read.
+    Not by a collective write: HDF5 (1.10.8 with lzf, seen) forgets in it that a filter was skipped, as it is for a
+    chunk that does not get smaller, and such chunks cannot be read.
     """
     world = context.world
     for rank in range(world.size):
         if rank == world.rank and not world.is_root:
             context.comm.send((begin, chunks), dest=0)
         elif dataset is not None:
-            first, theirs = context.comm.recv(source=rank) if rank else (begin, chunks)
-            for index, (mask, data) in enumerate(theirs):
-                place = (first + index * dataset.chunks[0],) + (0,) * (dataset.ndim - 1)
-                dataset.id.write_direct_chunk(place, data, mask)
+            first_row, of_rank = context.comm.recv(source=rank) if rank else (begin, chunks)
+            for index, (mask, data) in enumerate(of_rank):
+                corner = (first_row + index * dataset.chunks[0],) + (0,) * (dataset.ndim - 1)
+                dataset.id.write_direct_chunk(corner, data, mask)
 
 
-def write_rows(dataset: h5py.Dataset, begin: int, rows: np.ndarray, context: Context) -> None:
-    """Collective. A rank with no rows takes part, too."""
-    space, memory = select_rows(dataset, [(begin, len(rows))] if len(rows) else [])
-    together = context.comm is not None and dataset.chunks is None
-    dataset.id.write(memory, space, rows, dxpl=transfer_properties(together))
-
-
-def _flush(opened: "Opened", journal: Journal | None) -> None:
-    """On the root; nothing elsewhere. What was written until now outlives a kill."""
-    if opened.file and journal:
-        journal.flushing()
-        opened.file.flush()
-        opened.require_written()
-        journal.commit()
-
-
-def _hold_bookkeeping(file: h5py.File) -> None:
-    """The index of the chunks goes to disk in a flush alone, so that the file is whole at any other moment."""
+def _hold_metadata_in_memory(file: h5py.File) -> None:
+    """Makes HDF5 write the index of chunks in a flush alone, so that the file is intact at any other moment."""
     cache = file.id.get_mdc_config()
     cache.incr_mode = cache.flash_incr_mode = cache.decr_mode = 0
     cache.evictions_enabled = False
     file.id.set_mdc_config(cache)
 
 
-@dataclass(frozen=True)
-class Opened:
-    """An HDF5 file that is being written: `file` is None where the root writes it for all; `disk` where one does."""
-
-    file: h5py.File | None
-    disk: Disk | None = None
-
-    def require_written(self) -> None:
-        """Raises the `OSError` of a write that HDF5 has not heard of."""
-        if self.disk:
-            self.disk.require()
+# ---------------------------------------------------------------------------------------------- reading back
 
 
-@contextmanager
-def _file_of_all(work: Work, context: Context) -> Iterator[Opened]:
-    """Collective. A file that all ranks write together, closed by all of them; one of chunks is the root's alone.
-
-    Closing is collective: a rank that fails alone must not wait for the others in there, but go and end the job.
-    """
-    if work.layout.chunked and not context.world.is_root:
-        yield Opened(None)
-        return
-    if work.layout.chunked or context.comm is None:
-        with opened_alone(work) as opened:
-            yield opened
-        return
-    file = h5py.File(work.path, "r+", **FORM, **parallel_file_options(context))
-    try:
-        yield Opened(file)
-    except BaseException as error:
-        if raised_on_all_ranks(error):
-            with suppress(OSError, RuntimeError):  # on a full disk closing fails, too: the first error tells why
-                file.close()
-        raise
-    file.close()
-
-
-@contextmanager
-def opened_alone(work: Work) -> Iterator[Opened]:
-    """The file, written by this rank alone. Raises `UserError` where the system did not write all, at the latest here.
-
-    HDF5 then has closed a file of which a part is missing: it must not be used.
-    """
-    disk = Disk(work.path)
-    try:
-        with h5py.File(disk, "r+", **FORM) as file:
-            yield Opened(file, disk)
-    finally:
-        disk.close()
-        if disk.error:
-            raise no_room(work.output, disk.error.errno) from None
-
-
-def sound(work: Work, told: Blocks, context: Context) -> tuple[Blocks, int]:
-    """Collective. (those of the blocks that the journal `told` whose bytes in the file are right, how many are not).
+def intact(plan: WritePlan, expected: Blocks, context: Context) -> tuple[Blocks, int]:
+    """Collective. (the blocks of `expected` whose bytes in the file have their checksum, how many have not).
 
     Every rank reads its share.
     """
     good: Blocks = {}
     num_bad = 0
-    for name, array in work.source.arrays.items():
-        blocks = sorted(block for block in told.get(name, {}) if block < work.num_blocks(array))
+    for name, array in plan.source.arrays.items():
+        blocks = sorted(block for block in expected.get(name, {}) if block < plan.num_blocks_of(array))
         share = blocks[slice(*rank_span(len(blocks), context.world.rank, context.world.size))]
-        right = context.on_all(partial(_right_blocks, work, name, array, told, share))
-        good[name] = {block: told[name][block] for each in context.all_gather(right) for block in each}
+        mine = context.on_all(partial(_intact_blocks, plan, name, expected, share))
+        good[name] = {block: expected[name][block] for of_rank in context.all_gather(mine) for block in of_rank}
         num_bad += len(blocks) - len(good[name])
     return good, num_bad
 
 
-def _right_blocks(work: Work, name: str, array: Array, told: Blocks, share: list[int]) -> list[int]:
+def _intact_blocks(plan: WritePlan, name: str, expected: Blocks, share: list[int]) -> list[int]:
     if not share:
         return []
-    right = []
+    found = []
     try:
-        with h5py.File(work.path, "r") as file:
+        with h5py.File(plan.partial_path, "r") as file:
             for block in share:
-                begin, end = work.rows(array, block, block + 1)
+                begin, end = plan.rows(plan.source.arrays[name], block, block + 1)
                 with suppress(OSError):  # a chunk whose own checksum is wrong
-                    if zlib.crc32(file[name][begin:end]) == told[name][block]:
-                        right.append(block)
+                    if zlib.crc32(file[name][begin:end]) == expected[name][block]:
+                        found.append(block)
     except (OSError, KeyError, RuntimeError):
         return []
-    return right
+    return found
 
 
-def verify(work: Work, written: Blocks, context: Context) -> None:
-    """Collective. Every rank reads its share of the closed file back. Raises `UserError` where it is not as written."""
-    good, num_bad = sound(work, written, context)
+def verify(plan: WritePlan, written: Blocks, context: Context) -> None:
+    """Collective. Reads the closed file back. Raises `UserError` if it is not as written."""
+    good, num_bad = intact(plan, written, context)
     if num_bad:
         name = next(name for name in good if len(good[name]) < len(written[name]))
         block = min(set(written[name]) - set(good[name]))
-        start, stop = work.rows(work.source.arrays[name], block, block + 1)
+        start, stop = plan.rows(plan.source.arrays[name], block, block + 1)
         raise UserError(
-            f"{work.path}: rows {start} to {stop} of {name} do not read back as written",
+            f"{plan.partial_path}: rows {start} to {stop} of {name} do not read back as written",
             "The file system lost or changed data: prepare again, elsewhere if it happens twice.",
         )

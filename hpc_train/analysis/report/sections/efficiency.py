@@ -11,6 +11,7 @@ from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.plots.arrivals import arrivals_plot
 from hpc_train.analysis.report.plots.efficiency import efficiency_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
+from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.analysis.scaling.compare import Group, Row
 from hpc_train.core.formatting import ms_text, percent, plain, plural, ratio_text, significant
 
@@ -67,36 +68,23 @@ def _factor_text(value: float | None) -> str:
 
 
 def straggler_table(group: Group) -> Table | None:
+    """The worst first; None without stragglers."""
     found = [(row, straggler) for row in group.rows for run in row.stragglers for straggler in run.stragglers]
     if not found:
         return None
     found.sort(key=lambda pair: -pair[1].share)
-    columns = (
-        Column("ranks"),
-        Column("straggler", is_text=True),
-        Column("kind", is_text=True),
-        Column("last in"),
-        Column("late by (ms)"),
-        Column("cost"),
-        Column("95% interval"),
-        Column("cause", is_text=True),
-    )
+    columns: list[CellColumn[tuple[Row, Straggler]]] = [
+        number("ranks", lambda pair: ranks_text(pair[0])),
+        text("straggler", lambda pair: straggler_text(pair[1])),
+        text("kind", lambda pair: "persistent" if pair[1].persistent else "sporadic"),
+        number("last in", lambda pair: percent(pair[1].share_last)),
+        number("late by (ms)", lambda pair: ms_text(pair[1].late_s)),
+        number("cost", lambda pair: percent(pair[1].share)),
+        number("95% interval", lambda pair: "-".join(map(percent, pair[1].share_interval or ())) or "-"),
+        text("cause", lambda pair: _cause_text(pair[1])),
+    ]
     title = "Stragglers (last in: share of the steps in which it arrives last; cost: share of the job's time)"
-    lines = [(ranks_text(row), *_straggler_cells(straggler)) for row, straggler in found[:_MOST_LINES]]
-    return Table("stragglers", title, columns, tuple(lines))
-
-
-def _straggler_cells(straggler: Straggler) -> tuple[str, ...]:
-    interval = straggler.share_interval
-    return (
-        straggler_text(straggler),
-        "persistent" if straggler.persistent else "sporadic",
-        percent(straggler.share_last),
-        ms_text(straggler.late_s),
-        percent(straggler.share),
-        "-" if interval is None else "-".join(map(percent, interval)),
-        _cause_text(straggler),
-    )
+    return make_table("stragglers", title, found[:_MOST_LINES], columns)
 
 
 def _cause_text(straggler: Straggler) -> str:

@@ -6,9 +6,10 @@ from typing import Any
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy, Tariff
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.report.labels import communication_text, ranks_text
-from hpc_train.analysis.report.model import Column, Table, number_columns
+from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.plots.energy import energy_by_phase_plot, energy_by_size_plot, energy_by_speedup_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
+from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.core.formatting import amount, listed, plain, plural, ratio_text, significant
 from hpc_train.core.records import PHASES
 
@@ -55,37 +56,36 @@ def add_energy(section: SectionBuilder, energy: GroupEnergy) -> None:
 
 
 def run_table(energy: GroupEnergy) -> Table:
-    with_idle = any(row.net.total is not None for row in energy.rows)
-    titles = ["ranks", "gross", "loop", "outside steps"]
-    if with_idle:
-        titles += ["above idle", "above idle per sample"]
-    rows = []
-    for row in energy.rows:
-        # Energy outside the steps may be 0 J, which has no quality of its own: it has that of the whole run.
-        cells = [ranks_text(row.row), row.gross.text(), row.loop.text()]
-        cells.append(_marked(row.outside.total, "J", row.gross.mark()))
-        if with_idle:
-            cells += [row.net.text(), row.net_per_sample.text()]
-        rows.append(tuple(cells))
-    idle = "; above idle: gross minus the idle draw" if with_idle else ""
+    columns: list[CellColumn[RowEnergy]] = [
+        number("ranks", _ranks_text),
+        number("gross", lambda row: row.gross.text()),
+        number("loop", lambda row: row.loop.text()),
+        # It may be 0 J, which has no quality of its own: it has that of the whole run.
+        number("outside steps", lambda row: _marked(row.outside.total, "J", row.gross.mark())),
+    ]
+    idle = ""
+    if any(row.net.total is not None for row in energy.rows):
+        columns.append(number("above idle", lambda row: row.net.text()))
+        columns.append(number("above idle per sample", lambda row: row.net_per_sample.text()))
+        idle = "; above idle: gross minus the idle draw"
     title = f"Energy per run (gross: the whole run; loop: the steps{idle})"
-    return Table("energy", title, tuple(number_columns(*titles)), tuple(rows))
+    return make_table("energy", title, energy.rows, columns)
 
 
 def power_table(energy: GroupEnergy) -> Table:
-    with_marginal = any(row.pays is not None for row in energy.rows)
-    titles = ["ranks", "mean power", "peak power", "energy-delay product"]
-    if with_marginal:
-        titles.append("energy per unit of speedup")
-    rows = []
-    for row in energy.rows:
-        mark = row.gross.mark()
-        cells = [ranks_text(row.row), _marked(row.mean_w, "W", mark), _marked(row.peak_w, "W", mark)]
-        cells.append(_marked(row.edp_js, "Js", row.loop.mark()))
-        if with_marginal:
-            cells.append(_marginal_text(row))
-        rows.append(tuple(cells))
-    return Table("power", "Power, and what speedup costs", tuple(number_columns(*titles)), tuple(rows))
+    columns: list[CellColumn[RowEnergy]] = [
+        number("ranks", _ranks_text),
+        number("mean power", lambda row: _marked(row.mean_w, "W", row.gross.mark())),
+        number("peak power", lambda row: _marked(row.peak_w, "W", row.gross.mark())),
+        number("energy-delay product", lambda row: _marked(row.edp_js, "Js", row.loop.mark())),
+    ]
+    if any(row.pays is not None for row in energy.rows):
+        columns.append(number("energy per unit of speedup", _marginal_text))
+    return make_table("power", "Power, and what speedup costs", energy.rows, columns)
+
+
+def _ranks_text(row: RowEnergy) -> str:
+    return ranks_text(row.row)
 
 
 def _marked(value: float | None, unit: str, mark: str) -> str:
@@ -100,22 +100,21 @@ def _marginal_text(row: RowEnergy) -> str:
 
 def phase_table(energy: GroupEnergy) -> Table:
     """All cells in one unit; the title gives it and says that these are estimates."""
-    with_servers = any(row.servers for row in energy.rows)
     phases = [phase for phase in PHASES if any(phase in row.phases for row in energy.rows)]
     most = max((joules.known for row in energy.rows for joules in row.phases.values()), default=0.0)
     scale, unit = next((pair for pair in ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J")) if most >= pair[0]), (1e-3, "mJ"))
-    titles = ["ranks", *phases]
-    if with_servers:
-        titles.append("servers")
-    rows = []
-    for row in energy.rows:
-        amounts = [row.phases.get(phase) for phase in phases]
-        if with_servers:
-            amounts.append(_total(row.servers))
-        rows.append((ranks_text(row.row), *(_number_text(joules, scale) for joules in amounts)))
+    columns: list[CellColumn[RowEnergy]] = [
+        number("ranks", _ranks_text),
+        *(_phase_column(phase, scale) for phase in phases),
+    ]
+    if any(row.servers for row in energy.rows):
+        columns.append(number("servers", lambda row: _number_text(_total(row.servers), scale)))
     explained = f"estimates, attributed by time; {communication_text(phases)}: exposed communication"
-    title = f"Energy of the loop by phase, {unit} ({explained})"
-    return Table("energy-by-phase", title, tuple(number_columns(*titles)), tuple(rows))
+    return make_table("energy-by-phase", f"Energy of the loop by phase, {unit} ({explained})", energy.rows, columns)
+
+
+def _phase_column(phase: str, scale: float) -> CellColumn[RowEnergy]:
+    return number(phase, lambda row: _number_text(row.phases.get(phase), scale))
 
 
 def _number_text(joules: EnergyAmount | None, scale: float) -> str:
@@ -125,16 +124,24 @@ def _number_text(joules: EnergyAmount | None, scale: float) -> str:
 
 
 def node_table(energy: GroupEnergy) -> Table:
-    rows = []
-    for row in energy.rows:
-        nodes = [pair for run in row.runs for pair in run.nodes.items()]
-        ranks = [(f"rank {rank}", joules) for run in row.runs for rank, joules in run.ranks.items()]
-        rows.append((ranks_text(row.row), _range_text(nodes), _range_text(ranks, row.gross.mark())))
     rules = dict.fromkeys(run.rest_rule for row in energy.rows for run in row.runs if run.ranks)
     rest = f"; the rest of its node is divided {' or '.join(rules)} among ranks, which no meter confirms"
     title = f"Energy by node and rank (a rank has its GPU's joules{rest if rules else ''})"
-    columns = (Column("ranks"), Column("per node", is_text=True), Column("per rank", is_text=True))
-    return Table("energy-by-node", title, columns, tuple(rows))
+    columns: list[CellColumn[RowEnergy]] = [
+        number("ranks", _ranks_text),
+        text("per node", _nodes_text),
+        text("per rank", _per_rank_text),
+    ]
+    return make_table("energy-by-node", title, energy.rows, columns)
+
+
+def _nodes_text(row: RowEnergy) -> str:
+    return _range_text([pair for run in row.runs for pair in run.nodes.items()])
+
+
+def _per_rank_text(row: RowEnergy) -> str:
+    ranks = [(f"rank {rank}", joules) for run in row.runs for rank, joules in run.ranks.items()]
+    return _range_text(ranks, row.gross.mark())
 
 
 def _range_text(amounts: Sequence[tuple[str, EnergyAmount]], mark: str | None = None) -> str:
@@ -153,24 +160,27 @@ def _range_text(amounts: Sequence[tuple[str, EnergyAmount]], mark: str | None = 
 def cost_table(energy: GroupEnergy) -> Table | None:
     """Facility energy, CO2 and price, each if the centre's figure for it is known."""
     tariffs = [row.tariff for row in energy.rows]
-    with_pue = any(tariff.pue is not None for tariff in tariffs)
-    with_co2 = any(tariff.co2_g_per_kwh is not None for tariff in tariffs)
-    with_price = any(tariff.price_per_kwh is not None for tariff in tariffs)
-    if not (with_pue or with_co2 or with_price):
+    columns: list[CellColumn[RowEnergy]] = []
+    if any(tariff.pue is not None for tariff in tariffs):
+        columns.append(number("facility energy", _facility_text))
+    if any(tariff.co2_g_per_kwh is not None for tariff in tariffs):
+        columns.append(number("CO2", lambda row: _marked(row.co2_g, "g", row.gross.mark())))
+    if any(tariff.price_per_kwh is not None for tariff in tariffs):
+        columns.append(number("price", _bill_text))
+    if not columns:
         return None
-    titles = ["ranks", *["facility energy"] * with_pue, *["CO2"] * with_co2, *["price"] * with_price]
-    rows = []
-    for row in energy.rows:
-        cells, mark = [ranks_text(row.row)], row.gross.mark()
-        if with_pue:
-            cells.append(_marked(None if row.facility_j is None else row.facility_j / 3600, "Wh", mark))
-        if with_co2:
-            cells.append(_marked(row.co2_g, "g", mark))
-        if with_price:
-            currency = plain(row.tariff.currency or "")
-            cells.append("missing" if row.price is None else f"{significant(row.price)} {currency}{mark}")
-        rows.append(tuple(cells))
-    return Table("cost", "Facility energy, CO2 and price of a run", tuple(number_columns(*titles)), tuple(rows))
+    title = "Facility energy, CO2 and price of a run"
+    return make_table("cost", title, energy.rows, [number("ranks", _ranks_text), *columns])
+
+
+def _facility_text(row: RowEnergy) -> str:
+    return _marked(None if row.facility_j is None else row.facility_j / 3600, "Wh", row.gross.mark())
+
+
+def _bill_text(row: RowEnergy) -> str:
+    if row.price is None:
+        return "missing"
+    return f"{significant(row.price)} {plain(row.tariff.currency or '')}{row.gross.mark()}"
 
 
 def _total(amounts: dict[str, EnergyAmount]) -> EnergyAmount:

@@ -3,8 +3,9 @@
 from typing import Any
 
 from hpc_train.analysis.report.labels import ranks_text
-from hpc_train.analysis.report.model import Column, Table, number_columns
+from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.sections.builder import SectionBuilder
+from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.analysis.scaling.compare import Group, Row
 from hpc_train.analysis.scaling.mfu import GIVEN, counts_flops, flops_notes, flops_of
 from hpc_train.core.formatting import amount, plain, significant
@@ -19,20 +20,26 @@ def add_flops(section: SectionBuilder, group: Group) -> None:
 
 
 def flops_table(group: Group) -> Table:
-    rows = []
-    for row in group.rows:
-        flops = flops_of(row)
-        source = {None: "-", GIVEN: f"given ({GIVEN})"}.get(flops.peak_source, plain(flops.peak_source or ""))
-        cells = [ranks_text(row), amount(flops.per_sample, "FLOP"), amount(flops.per_rank_s, "FLOP/s")]
-        rows.append((*cells, amount(flops.peak_s, "FLOP/s"), mfu_text(flops.mfu), source))
-    columns = number_columns("ranks", "FLOP per sample", "FLOP/s per rank", "peak per rank", "MFU")
-    columns.append(Column("peak from", is_text=True))
+    columns: list[CellColumn[Row]] = [
+        number("ranks", ranks_text),
+        number("FLOP per sample", lambda row: amount(flops_of(row).per_sample, "FLOP")),
+        number("FLOP/s per rank", lambda row: amount(flops_of(row).per_rank_s, "FLOP/s")),
+        number("peak per rank", lambda row: amount(flops_of(row).peak_s, "FLOP/s")),
+        number("MFU", lambda row: _mfu_text(flops_of(row).mfu)),
+        text("peak from", lambda row: _source_text(flops_of(row).peak_source)),
+    ]
     title = "Model FLOPs (counted, forward and backward) and MFU, their share of the peak"
-    return Table("flops", title, tuple(columns), tuple(rows))
+    return make_table("flops", title, group.rows, columns)
 
 
-def mfu_text(mfu: float | None) -> str:
+def _mfu_text(mfu: float | None) -> str:
     return "missing" if mfu is None else f"{significant(100 * mfu)}%"
+
+
+def _source_text(source: str | None) -> str:
+    if source is None:
+        return "-"
+    return f"given ({GIVEN})" if source == GIVEN else plain(source)
 
 
 def flops_record(row: Row) -> dict[str, Any]:

@@ -4,8 +4,18 @@ from dataclasses import asdict
 from typing import Any
 
 from hpc_train.analysis.models.predict import Candidate, Forecast, Prediction
-from hpc_train.analysis.planning.plan import Option, Plan, nodes_text
-from hpc_train.analysis.report.model import Column, Table, number_columns
+from hpc_train.analysis.planning.plan import Option, Plan
+from hpc_train.analysis.report.model import Table
+from hpc_train.analysis.report.notes.plan import (
+    broken_text,
+    criterion_text,
+    limit_text,
+    nodes_text,
+    plan_warnings,
+    why_not_larger,
+    why_not_smaller,
+)
+from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.core.formatting import duration_text, percent, plural, significant, watt_hours_text, with_interval
 
 SCHEMA = 1
@@ -23,15 +33,11 @@ def answer(plan: Plan) -> list[str]:
         about = [f"For {plan.work.words}, in the training loop."] if plan.work else []
         return [*(f"{_where(option, plan)}: {_takes(option, plan)}" for option in plan.options), *about]
     if chosen is None:
-        broken = "; ".join(
-            f"{nodes_text(measurements, option)}: {' and '.join(option.broken)}" for option in plan.options[-1:]
-        )
-        return [f"Nothing to ask for: {plan.reason}. The largest looked at may break it, too: {broken}"]
-    lines = [f"Ask for {_where(chosen, plan)}: {_takes(chosen, plan)}", f"Why: {plan.reason}."]
-    if plan.why_not_smaller:
-        lines.append(f"Not fewer: {plan.why_not_smaller}.")
-    if plan.why_not_larger:
-        lines.append(f"Not more: {plan.why_not_larger}.")
+        largest = plan.options[-1]
+        broken = f"{nodes_text(measurements, largest)}: {broken_text(largest)}"
+        return [f"Nothing to ask for: {criterion_text(plan)}. The largest considered may break it, too: {broken}"]
+    lines = [f"Ask for {_where(chosen, plan)}: {_takes(chosen, plan)}", f"Why: {criterion_text(plan)}."]
+    lines += [f"Not fewer: {why_not_smaller(plan)}.", f"Not more: {why_not_larger(plan)}."]
     if plan.work is not None:
         lines.append(f"For {plan.work.words}, in the training loop: start-up, tests and saving come on top.")
     if plan.power is not None and chosen.energy_j is not None:
@@ -67,47 +73,53 @@ def plan_tables(plan: Plan) -> list[Table]:
 
 
 def options_table(plan: Plan) -> Table:
-    with_nodes = bool(plan.prediction.measurements.ranks_per_node)
-    titles = ["nodes", "ranks"] if with_nodes else ["ranks"]
-    titles += ["time", "energy", "node-hours"] if plan.work else ["step (ms)", "samples/s"]
-    rows = []
-    for option in plan.options:
-        forecast = option.forecast
-        ranks = f"{forecast.ranks} <-" if option is plan.chosen else str(forecast.ranks)
-        cells = [str(option.nodes), ranks] if with_nodes else [ranks]
-        if plan.work:
-            cells.append(duration_text(option.time_s, option.time_interval_s))
-            cells.append(watt_hours_text(option.energy_j, option.energy_interval_j))
-            cells.append(with_interval(option.node_hours, option.node_hours_interval))
-        else:
-            low, high = forecast.step_interval_s
-            cells.append(with_interval(forecast.step_s * 1e3, (low * 1e3, high * 1e3)))
-            cells.append(significant(forecast.samples_per_s, 4))
-        rows.append((*cells, percent(forecast.efficiency, 0)))
+    columns: list[CellColumn[Option]] = []
+    if plan.prediction.measurements.ranks_per_node:
+        columns.append(number("nodes", lambda option: str(option.nodes)))
+    columns.append(number("ranks", lambda option: f"{option.forecast.ranks}{' <-' * (option is plan.chosen)}"))
+    if plan.work:
+        columns += [
+            number("time", lambda option: duration_text(option.time_s, option.time_interval_s)),
+            number("energy", lambda option: watt_hours_text(option.energy_j, option.energy_interval_j)),
+            number("node-hours", lambda option: with_interval(option.node_hours, option.node_hours_interval)),
+        ]
+    else:
+        columns += [
+            number("step (ms)", lambda option: _step_text(option.forecast)),
+            number("samples/s", lambda option: significant(option.forecast.samples_per_s, 4)),
+        ]
+    columns.append(number("efficiency", lambda option: percent(option.forecast.efficiency, 0)))
     title = "Predicted (95% intervals)" if plan.is_forecast else "Options (95% intervals; <- recommended)"
-    return Table("plan-options", title, tuple(number_columns(*titles, "efficiency")), tuple(rows))
+    return make_table("plan-options", title, plan.options, columns)
+
+
+def _step_text(forecast: Forecast) -> str:
+    low, high = forecast.step_interval_s
+    return with_interval(forecast.step_s * 1e3, (low * 1e3, high * 1e3))
 
 
 def models_table(prediction: Prediction) -> Table:
     """The models, and by how much each missed the sizes that it had not seen."""
-    rows = []
-    for candidate in prediction.candidates:
-        sizes = ", ".join(str(held_out.ranks) for held_out in candidate.held_out)
-        form = candidate.fit.form if candidate.fit else f"not fitted: {candidate.reason}"
-        mark = " <-" if candidate.model == prediction.chosen.model else ""
-        rows.append((candidate.model + mark, percent(candidate.error), sizes or "none", form))
+    used = prediction.chosen.model
+    columns: list[CellColumn[Candidate]] = [
+        text("model", lambda candidate: candidate.model + " <-" * (candidate.model == used)),
+        number("error", lambda candidate: percent(candidate.error)),
+        number("held out", lambda candidate: ", ".join(str(each.ranks) for each in candidate.held_out) or "none"),
+        text("step time", lambda each: each.fit.form if each.fit else f"not fitted: {each.reason}"),
+    ]
     title = f"Models, tested on the largest sizes held out (<- used: {prediction.why})"
-    columns = (Column("model", True), Column("error"), Column("held out"), Column("step time", True))
-    return Table("plan-models", title, columns, tuple(rows))
+    return make_table("plan-models", title, prediction.candidates, columns)
 
 
 def parameters_table(prediction: Prediction) -> Table:
-    rows = tuple(
-        (name, *(significant(value) for value in (middle, low, high)))
-        for name, (low, middle, high) in prediction.parameters.items()
-    )
-    columns = (Column("parameter", True), *number_columns("value", "95% from", "to"))
-    return Table("plan-parameters", f"Parameters of the {prediction.chosen.model} model", columns, rows)
+    columns: list[CellColumn[tuple[str, tuple[float, float, float]]]] = [
+        text("parameter", lambda pair: pair[0]),
+        number("value", lambda pair: significant(pair[1][1])),
+        number("95% from", lambda pair: significant(pair[1][0])),
+        number("to", lambda pair: significant(pair[1][2])),
+    ]
+    title = f"Parameters of the {prediction.chosen.model} model"
+    return make_table("plan-parameters", title, list(prediction.parameters.items()), columns)
 
 
 # ---------------------------------------------------------------------------------------------- for programs
@@ -121,15 +133,15 @@ def record(plan: Plan) -> dict[str, Any]:
         "nodes": plan.chosen.nodes if plan.chosen else None,
         "ranks": plan.chosen.forecast.ranks if plan.chosen else None,
         "is_forecast": plan.is_forecast,
-        "reason": plan.reason,
-        "why_not_larger": plan.why_not_larger,
-        "why_not_smaller": plan.why_not_smaller,
+        "reason": criterion_text(plan),
+        "why_not_larger": why_not_larger(plan),
+        "why_not_smaller": why_not_smaller(plan),
         "limits": asdict(plan.limits),
         "work": asdict(plan.work) if plan.work else None,
         "power": asdict(plan.power) if plan.power else None,
         "options": [_option_record(option) for option in plan.options],
         **prediction_record(plan.prediction),
-        "warnings": list(plan.warnings),
+        "warnings": plan_warnings(plan),
     }
 
 
@@ -162,4 +174,5 @@ def _candidate_record(each: Candidate) -> dict[str, Any]:
 
 def _option_record(option: Option) -> dict[str, Any]:
     forecast: Forecast = option.forecast
-    return {**asdict(forecast), **{key: value for key, value in asdict(option).items() if key != "forecast"}}
+    own = {key: value for key, value in asdict(option).items() if key != "forecast"}
+    return {**asdict(forecast), **own, "broken": list(map(limit_text, option.broken))}

@@ -4,9 +4,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from hpc_train.analysis.report.labels import ranks_text
-from hpc_train.analysis.report.model import Column, Table, number_columns
+from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.plots.loss import loss_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
+from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.analysis.scaling.compare import Group, Row
 from hpc_train.core.energy_records import NO_METER
 from hpc_train.core.formatting import energy_text, percent, plain, plural, significant
@@ -20,22 +21,16 @@ def add_result(section: SectionBuilder, group: Group) -> None:
 
 
 def result_table(group: Group) -> Table:
-    measures = measures_of(group.rows)
-    with_loss = any(row.loss is not None for row in group.rows)
-    columns = number_columns("ranks", "energy per run", "per sample")
-    columns.append(Column("meter", is_text=True))
-    if with_loss:
-        columns.append(Column("loss"))
-    columns += number_columns(*map(measure_title, measures))
-    rows = []
-    for row in group.rows:
-        cells = [ranks_text(row), energy_text(row.energy.joules, row.energy)]
-        cells += [energy_text(row.joules_per_sample, row.energy), plain(row.energy.source)]
-        if with_loss:
-            cells.append(significant(row.loss, 4))
-        cells += [measure_text(measure, row.test.get(measure)) for measure in measures]
-        rows.append(tuple(cells))
-    return Table("result", "Energy and result", tuple(columns), tuple(rows))
+    columns: list[CellColumn[Row]] = [
+        number("ranks", ranks_text),
+        number("energy per run", lambda row: energy_text(row.energy.joules, row.energy)),
+        number("per sample", lambda row: energy_text(row.joules_per_sample, row.energy)),
+        text("meter", lambda row: plain(row.energy.source)),
+    ]
+    if any(row.loss is not None for row in group.rows):
+        columns.append(number("loss", lambda row: significant(row.loss, 4)))
+    columns += map(measure_column, measures_of(group.rows))
+    return make_table("result", "Energy and result", group.rows, columns)
 
 
 def measures_of(rows: Sequence[Row]) -> list[str]:
@@ -43,11 +38,11 @@ def measures_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(measure for row in rows for measure in row.test))
 
 
-def measure_title(measure: str) -> str:
-    return f"test {plain(measure.replace('_', ' '))}"
+def measure_column(measure: str) -> CellColumn[Row]:
+    return number(f"test {plain(measure.replace('_', ' '))}", lambda row: _measure_text(measure, row.test.get(measure)))
 
 
-def measure_text(measure: str, value: float | None) -> str:
+def _measure_text(measure: str, value: float | None) -> str:
     """An accuracy in percent, any other measure as a number."""
     return percent(value, 2) if measure.split("_")[-1] == "accuracy" else significant(value, 4)
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 from hpc_train.analysis.report.labels import MARK, ranks_text
-from hpc_train.analysis.report.model import Table, number_columns
+from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.plots.speedup import speedup_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
+from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number
 from hpc_train.analysis.report.sections.efficiency import waiting_text
 from hpc_train.analysis.scaling.compare import Group, Row
 from hpc_train.core.formatting import (
@@ -35,29 +36,30 @@ def add_scaling(section: SectionBuilder, group: Group) -> None:
 
 def overview_table(group: Group) -> Table:
     """Time, speedup, exposed communication and energy: what a first look needs."""
-    with_energy = any(row.joules_per_sample is not None for row in group.rows)
-    titles = ["ranks", "step (ms)", "samples/s", _speedup_title(group), "95% interval", "efficiency", "exposed comm."]
-    rows = []
-    for row in group.rows:
-        cells = [ranks_text(row), ms_text(row.step_s), significant(row.samples_per_s, 4), *_speedup_cells(row)]
-        cells.append(percent(row.exposed_share))
-        if with_energy:
-            cells.append(energy_text(row.joules_per_sample, row.energy))
-        rows.append(tuple(cells))
-    if with_energy:
-        titles.append("energy / sample")
-    return Table("overview", _title(group), tuple(number_columns(*titles)), tuple(rows))
+    columns: list[CellColumn[Row]] = [
+        number("ranks", ranks_text),
+        number("step (ms)", lambda row: ms_text(row.step_s)),
+        number("samples/s", lambda row: significant(row.samples_per_s, 4)),
+        *_speedup_columns(group),
+        number("efficiency", lambda row: percent(row.efficiency)),
+        number("exposed comm.", lambda row: percent(row.exposed_share)),
+    ]
+    if any(row.joules_per_sample is not None for row in group.rows):
+        columns.append(number("energy / sample", lambda row: energy_text(row.joules_per_sample, row.energy)))
+    return make_table("overview", _title(group), group.rows, columns)
 
 
 def scaling_table(group: Group) -> Table:
-    titles = ["ranks", "runs", "step (ms)", "95% interval", "samples/s"]
-    titles += [_speedup_title(group), "95% interval", "speedup efficiency"]
-    rows = []
-    for row in group.rows:
-        cells = [ranks_text(row), str(len(row.runs)), ms_text(row.step_s), interval_text(row.step_interval_s, 1e3)]
-        cells += [significant(row.samples_per_s, 4), *_speedup_cells(row)]
-        rows.append(tuple(cells))
-    return Table("scaling", _title(group), tuple(number_columns(*titles)), tuple(rows))
+    columns: list[CellColumn[Row]] = [
+        number("ranks", ranks_text),
+        number("runs", lambda row: str(len(row.runs))),
+        number("step (ms)", lambda row: ms_text(row.step_s)),
+        number("95% interval", lambda row: interval_text(row.step_interval_s, 1e3)),
+        number("samples/s", lambda row: significant(row.samples_per_s, 4)),
+        *_speedup_columns(group),
+        number("speedup efficiency", lambda row: percent(row.efficiency)),
+    ]
+    return make_table("scaling", _title(group), group.rows, columns)
 
 
 def _title(group: Group) -> str:
@@ -66,16 +68,19 @@ def _title(group: Group) -> str:
     return f"Scaling (strong scaling, global batch {group.rows[0].global_batch})"
 
 
-def _speedup_title(group: Group) -> str:
-    return f"speedup vs {plural(group.baseline.size, 'rank')}" if group.baseline else "speedup"
+def _speedup_columns(group: Group) -> list[CellColumn[Row]]:
+    against = f"speedup vs {plural(group.baseline.size, 'rank')}" if group.baseline else "speedup"
+    return [number(against, _speedup_text), number("95% interval", _speedup_interval_text)]
 
 
-def _speedup_cells(row: Row) -> tuple[str, str, str]:
+def _speedup_text(row: Row) -> str:
     if row.is_baseline:
-        return "baseline", "-", percent(row.efficiency)
-    if row.speedup is None:
-        return "no baseline", "-", "-"
-    return ratio_text(row.speedup), ratio_interval_text(row.speedup_interval), percent(row.efficiency)
+        return "baseline"
+    return "no baseline" if row.speedup is None else ratio_text(row.speedup)
+
+
+def _speedup_interval_text(row: Row) -> str:
+    return "-" if row.is_baseline else ratio_interval_text(row.speedup_interval)
 
 
 def _incomplete_notes(group: Group) -> list[str]:

@@ -1,10 +1,11 @@
 """Where a step's time goes, by phase."""
 
 from hpc_train.analysis.report.labels import communication_text, ranks_text
-from hpc_train.analysis.report.model import Table, number_columns
+from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.plots.step_time import step_share_plot, step_time_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.scaling.compare import Group, timed_phases
+from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number
+from hpc_train.analysis.scaling.compare import Group, Row, timed_phases
 from hpc_train.core.formatting import percent
 from hpc_train.core.records import PHASES
 
@@ -17,20 +18,18 @@ def add_step_time(section: SectionBuilder, group: Group) -> None:
 
 
 def phase_table(group: Group) -> Table:
-    with_servers = any(row.num_servers for row in group.rows)
     phases = timed_phases(group.rows)
-    titles = ["ranks", *phases]
-    if with_servers:
-        titles.append("servers busy")
-    rows = []
-    for row in group.rows:
-        cells = [ranks_text(row), *(percent(row.phase_share.get(phase)) for phase in phases)]
-        if with_servers:
-            cells.append(percent(row.servers_busy))
-        rows.append(tuple(cells))
-    whose = "the workers' time; servers busy: not in communication" if with_servers else "all ranks' time"
+    columns: list[CellColumn[Row]] = [number("ranks", ranks_text), *map(_share_column, phases)]
+    whose = "all ranks' time"
+    if any(row.num_servers for row in group.rows):
+        columns.append(number("servers busy", lambda row: percent(row.servers_busy)))
+        whose = "the workers' time; servers busy: not in communication"
     title = f"Step time by phase (share of {whose}; {communication_text(phases)}: exposed communication)"
-    return Table("phases", title, tuple(number_columns(*titles)), tuple(rows))
+    return make_table("phases", title, group.rows, columns)
+
+
+def _share_column(phase: str) -> CellColumn[Row]:
+    return number(phase, lambda row: percent(row.phase_share.get(phase)))
 
 
 def _untimed_notes(group: Group) -> list[str]:

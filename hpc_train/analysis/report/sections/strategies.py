@@ -4,10 +4,11 @@ from typing import Any
 
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.labels import MARK, ranks_text
-from hpc_train.analysis.report.model import Column, Section, Table, number_columns
+from hpc_train.analysis.report.model import Section, Table
 from hpc_train.analysis.report.plots.strategies import strategy_bytes_plot, strategy_times_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.report.sections.result import measure_text, measure_title, measures_of
+from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
+from hpc_train.analysis.report.sections.result import measure_column, measures_of
 from hpc_train.analysis.scaling.strategies import Comparison, Entry, Traffic
 from hpc_train.core.formatting import (
     amount,
@@ -55,15 +56,18 @@ def _speed_text(entry: Entry) -> str:
 
 
 def strategy_table(comparison: Comparison) -> Table:
-    titles = ("ranks", "step (ms)", "95% interval", "samples/s", f"speed vs {comparison.reference}", "95% interval")
-    columns = [Column("strategy", is_text=True), *number_columns(*titles, "exposed")]
-    rows = []
-    for entry in comparison.entries:
-        row = entry.row
-        cells = [entry.strategy, ranks_text(row), ms_text(row.step_s), interval_text(row.step_interval_s, 1e3)]
-        cells += [significant(row.samples_per_s, 4), _ratio_text(entry), ratio_interval_text(entry.ratio_interval)]
-        rows.append((*cells, percent(row.exposed_share)))
-    return Table("strategies", f"Strategies on equal work ({_work_text(comparison)})", tuple(columns), tuple(rows))
+    columns: list[CellColumn[Entry]] = [
+        text("strategy", lambda entry: entry.strategy),
+        number("ranks", lambda entry: ranks_text(entry.row)),
+        number("step (ms)", lambda entry: ms_text(entry.row.step_s)),
+        number("95% interval", lambda entry: interval_text(entry.row.step_interval_s, 1e3)),
+        number("samples/s", lambda entry: significant(entry.row.samples_per_s, 4)),
+        number(f"speed vs {comparison.reference}", _ratio_text),
+        number("95% interval", lambda entry: ratio_interval_text(entry.ratio_interval)),
+        number("exposed", lambda entry: percent(entry.row.exposed_share)),
+    ]
+    title = f"Strategies on equal work ({_work_text(comparison)})"
+    return make_table("strategies", title, comparison.entries, columns)
 
 
 def _work_text(comparison: Comparison) -> str:
@@ -82,17 +86,21 @@ def _ratio_text(entry: Entry) -> str:
 
 
 def strategy_traffic_table(comparison: Comparison) -> Table:
-    measures = measures_of([entry.row for entry in comparison.entries])
-    titles = ("ranks", "traffic per step", "optimizer state", "loss", *map(measure_title, measures))
-    rows = []
-    for entry in comparison.entries:
-        row, state_bytes = entry.row, entry.optimizer_bytes
-        cells = [entry.strategy, ranks_text(row), _traffic_text(entry.traffic)]
-        cells += [amount(max(state_bytes) if state_bytes else None, "B"), significant(row.loss, 7)]
-        rows.append((*cells, *(measure_text(measure, row.test.get(measure)) for measure in measures)))
-    columns = (Column("strategy", is_text=True), *number_columns(*titles))
+    columns: list[CellColumn[Entry]] = [
+        text("strategy", lambda entry: entry.strategy),
+        number("ranks", lambda entry: ranks_text(entry.row)),
+        number("traffic per step", lambda entry: _traffic_text(entry.traffic)),
+        number("optimizer state", lambda entry: amount(max(entry.optimizer_bytes or [], default=None), "B")),
+        number("loss", lambda entry: significant(entry.row.loss, 7)),
+        *map(_measure_column, measures_of([entry.row for entry in comparison.entries])),
+    ]
     title = "Traffic of the busiest rank (theory), largest optimizer state of a rank, and result"
-    return Table("strategies-traffic", title, columns, tuple(rows))
+    return make_table("strategies-traffic", title, comparison.entries, columns)
+
+
+def _measure_column(measure: str) -> CellColumn[Entry]:
+    column, cell = measure_column(measure)
+    return column, lambda entry: cell(entry.row)
 
 
 def _traffic_text(traffic: Traffic | None) -> str:

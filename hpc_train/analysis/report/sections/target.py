@@ -6,9 +6,10 @@ from typing import Any
 from hpc_train.analysis.convergence.target import NOT_REACHED, TargetRow, TargetStudy
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.labels import MARK
-from hpc_train.analysis.report.model import Section, Table, number_columns
+from hpc_train.analysis.report.model import Section, Table
 from hpc_train.analysis.report.plots.target import target_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
+from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number
 from hpc_train.core.formatting import percent, plural, ratio_interval_text, ratio_text, significant
 
 TARGET_COLUMNS = (
@@ -53,50 +54,62 @@ def _add_tables(section: SectionBuilder, study: TargetStudy) -> None:
 
 def target_table(study: TargetStudy) -> Table:
     """What it took to reach the target."""
-    titles = ["ranks", "batch", *_tuned_titles(study), "runs", "steps", "samples", "epochs", "seconds", "energy"]
-    rows = []
-    for row in study.rows:
-        cells = [*_names(study, row), str(len(row.reaches)), _count(row.num_steps), _count(row.num_samples)]
-        cells += [significant(row.epochs), _seconds(row), "-" if row.joules is None else row.joules.text()]
-        rows.append(tuple(cells))
+    columns: list[CellColumn[TargetRow]] = [
+        *_name_columns(study),
+        number("runs", lambda row: str(len(row.reaches))),
+        number("steps", lambda row: _count(row.num_steps)),
+        number("samples", lambda row: _count(row.num_samples)),
+        number("epochs", lambda row: significant(row.epochs)),
+        number("seconds", _seconds),
+        number("energy", lambda row: "-" if row.joules is None else row.joules.text()),
+    ]
     title = f"Time to a training loss of {significant(study.target, 4)} (smoothed; warm-up included)"
-    return Table("target", title, tuple(number_columns(*titles)), tuple(rows))
+    return make_table("target", title, study.rows, columns)
 
 
 def target_speedup_table(study: TargetStudy) -> Table | None:
     """The speedup by time to the target beside that by samples per second; None without a reference."""
     if study.reference is None:
         return None
-    titles = ["ranks", "batch", *_tuned_titles(study), "by time to target", "95% interval", "efficiency"]
-    titles += ["by samples/s", "efficiency", "statistical"]
-    rows = []
-    for row in study.rows:
-        cells = [_times(row.speedup), ratio_interval_text(row.speedup_interval), percent(row.efficiency)]
-        cells += [_times(row.throughput), percent(row.throughput_efficiency), percent(row.statistical)]
-        rows.append((*_names(study, row), *cells))
+    columns: list[CellColumn[TargetRow]] = [
+        *_name_columns(study),
+        number("by time to target", lambda row: _times(row.speedup)),
+        number("95% interval", lambda row: ratio_interval_text(row.speedup_interval)),
+        number("efficiency", lambda row: percent(row.efficiency)),
+        number("by samples/s", lambda row: _times(row.throughput)),
+        number("efficiency", lambda row: percent(row.throughput_efficiency)),
+        number("statistical", lambda row: percent(row.statistical)),
+    ]
     reference = f"{plural(study.reference.size, 'rank')}, batch {study.reference.global_batch}"
     title = f"Speedup vs {reference} (statistical: samples that the reference took / samples taken)"
-    return Table("target-speedup", title, tuple(number_columns(*titles)), tuple(rows))
+    return make_table("target-speedup", title, study.rows, columns)
 
 
 def _overview_table(study: TargetStudy) -> Table:
     return target_speedup_table(study) or target_table(study)
 
 
-def _tuned(study: TargetStudy) -> list[str]:
-    """Keys that differ between rows, but for the batch, which has a column of its own."""
-    keys = [key for key in study.rows[0].tuning if key not in ("train.global_batch", "train.batch_per_rank")]
-    return [key for key in keys if len({str(row.tuning[key]) for row in study.rows}) > 1]
+def _name_columns(study: TargetStudy) -> list[CellColumn[TargetRow]]:
+    """Ranks, batch and the other keys that differ between rows."""
+    columns: list[CellColumn[TargetRow]] = [
+        number("ranks", _ranks_text),
+        number("batch", lambda row: str(row.global_batch)),
+    ]
+    for key in study.rows[0].tuning:
+        is_batch = key in ("train.global_batch", "train.batch_per_rank")
+        if not is_batch and len({str(row.tuning[key]) for row in study.rows}) > 1:
+            columns.append(_key_column(key))
+    return columns
 
 
-def _tuned_titles(study: TargetStudy) -> list[str]:
-    return [key.removeprefix("train.").replace("_", " ") for key in _tuned(study)]
+def _key_column(key: str) -> CellColumn[TargetRow]:
+    return number(key.removeprefix("train.").replace("_", " "), lambda row: str(row.tuning[key]))
 
 
-def _names(study: TargetStudy, row: TargetRow) -> list[str]:
+def _ranks_text(row: TargetRow) -> str:
     num_servers = row.runs[0].num_servers
     ranks = f"{row.size - num_servers}+{num_servers}" if num_servers else str(row.size)
-    return [ranks + MARK * row.incomplete, str(row.global_batch), *(str(row.tuning[key]) for key in _tuned(study))]
+    return ranks + MARK * row.incomplete
 
 
 def _seconds(row: TargetRow) -> str:
