@@ -55,16 +55,16 @@ class _UntimedPhase(_Phase):
 
 
 class Clock:
-    """`with clock.forward: ...` adds to a phase; `clock.lap(...)` ends the step and returns its record.
+    """`with clock.forward: ...` adds to a phase; `clock.end_step(...)` ends the step and returns its record.
 
     Laps are contiguous: what no phase covers is the step's "other", so nothing is lost between steps.
-    `synchronize` (torch.cuda.synchronize, say) is called at both ends of every phase when given. Without `tells_phases`
+    `synchronize` (torch.cuda.synchronize, say) is called at both ends of every phase when given. Without `times_phases`
     all of a step is "other".
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None, tells_phases: bool = True) -> None:
+    def __init__(self, synchronize: Callable[[], None] | None = None, times_phases: bool = True) -> None:
         def phase() -> _Phase:
-            if not tells_phases:
+            if not times_phases:
                 return _UntimedPhase()
             return _SynchronizedPhase(synchronize) if synchronize else _Phase()
 
@@ -76,11 +76,11 @@ class Clock:
         """Begins the first step now: what came before belongs to no step."""
         self._step_began_ns = perf_counter_ns()
 
-    def leave_out(self, ns: int) -> None:
+    def exclude(self, ns: int) -> None:
         """Begins the step at hand `ns` later: so much of it belonged to something else. Between phases only."""
         self._step_began_ns += ns
 
-    def lap(self, step: int, num_samples: int, warmup: bool = False) -> StepRecord:
+    def end_step(self, step: int, num_samples: int, warmup: bool = False) -> StepRecord:
         """Ends the step: its record, in the order of `records.TIMING_COLUMNS` (the attempt is the log's)."""
         # Written out instead of looped over: every step pays for it, and a loop takes twice as long.
         now, began = perf_counter_ns(), self._step_began_ns

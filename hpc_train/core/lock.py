@@ -85,7 +85,7 @@ class Lease:
 
 
 @contextmanager
-def held(path: Path, say: Callable[[str], None], beat_s: float = BEAT_S) -> Iterator[Lease]:
+def hold(path: Path, say: Callable[[str], None], beat_s: float = BEAT_S) -> Iterator[Lease]:
     """Holds the lock file `path` meanwhile. Raises `UserError` naming the holder if another job lives.
 
     say: called with a line for the user where it has to be waited, or a dead job's lock is taken over.
@@ -119,7 +119,7 @@ def held(path: Path, say: Callable[[str], None], beat_s: float = BEAT_S) -> Iter
         _remove(path, mine["token"])
 
 
-def is_of_dead_process(path: Path) -> bool:
+def is_held_by_dead_process(path: Path) -> bool:
     """Whether the lock file's holder was a process of this machine that is gone."""
     try:
         other = _read(path)

@@ -79,9 +79,9 @@ class StepProgress:
             if self._total is not None:
                 left_s = spent_s / (done - self._began) * (self._total - done) if done > self._began else 0.0
                 part, left = f"{done} of {self._total} ({done / self._total:.0%})", f", {duration(left_s)} left"
-            self.say(f"  {part}, {rate:,.0f} {self._unit}/s{left}")
+            self.log(f"  {part}, {rate:,.0f} {self._unit}/s{left}")
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Prints a line, above the bar if there is one. The root only."""
         if self._bar:
             self._bar.console.print(line, markup=False, highlight=False)

@@ -197,7 +197,7 @@ def read_metrics(path: Path) -> tuple[list[int], list[float]]:
     return steps, losses
 
 
-def read_whole_metrics(path: Path) -> dict[int, float]:
+def read_intact_metrics(path: Path) -> dict[int, float]:
     """Loss by step of what is whole in a metrics.csv that a crash may have cut, doubled or filled with zeros; the last
     line of a step counts. {} where there is no file.
     """

@@ -148,7 +148,7 @@ def search(paths: Sequence[Path]) -> Found:
     return Found(list(found.values()), sorted(fragments), unreadable)
 
 
-def require_files(run: RunDir) -> None:
+def require_regular_files(run: RunDir) -> None:
     """Raises `UserError` if a run directory holds anything but files and folders: opening a FIFO waits for ever."""
     for folder, _, names in os.walk(run.path):
         for path in (Path(folder) / name for name in names):

@@ -8,11 +8,11 @@ from hpc_train.core.job_environment import JobEnvironment
 
 CONTINUE = 75  # exit code of a process that stopped on request and left a checkpoint: sysexits' EX_TEMPFAIL
 TERMINATED = 128 + signal.SIGTERM
-ENDING = (signal.SIGTERM, signal.SIGINT)
-_HANDLED = (*ENDING, signal.SIGUSR2)
+TERMINATING = (signal.SIGTERM, signal.SIGINT)
+_HANDLED = (*TERMINATING, signal.SIGUSR2)
 
 
-class DeferredSignals:
+class PendingSignals:
     """A signal handler that remembers signals until the program can act on them.
 
     A mask would not: it is one thread's, and the kernel gives the signal to another, numpy's say.
@@ -25,12 +25,12 @@ class DeferredSignals:
         self.numbers.append(number)
 
 
-def hold_back() -> None:
+def defer_stop_signal() -> None:
     """Keeps SIGUSR2 until a `StopRequest` is there: before that it would end the process."""
-    signal.signal(signal.SIGUSR2, DeferredSignals())
+    signal.signal(signal.SIGUSR2, PendingSignals())
 
 
-def ignore() -> None:
+def ignore_signals() -> None:
     """From now on: a launcher that sees one rank end may send the others SIGTERM, and report that as the job's end."""
     for number in _HANDLED:
         signal.signal(number, signal.SIG_IGN)
@@ -49,7 +49,7 @@ class StopRequest:
     def __enter__(self) -> Self:
         self._before: dict[int, Any] = {number: signal.signal(number, self._note) for number in _HANDLED}
         early = self._before[signal.SIGUSR2]
-        if isinstance(early, DeferredSignals) and early.numbers:
+        if isinstance(early, PendingSignals) and early.numbers:
             self._note(signal.SIGUSR2, None)
         self._before[signal.SIGUSR2] = signal.SIG_IGN  # once the work is done there is nothing left to stop
         return self

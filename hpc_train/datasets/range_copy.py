@@ -98,7 +98,7 @@ class RangeCopy:
                 trouble = f" ({storage.error_text(event.error)})"
                 if monotonic() - last_message_s > _SECONDS_PER_MESSAGE:
                     last_message_s = monotonic()
-                    progress.say(f"  trying again in {event.pause_s:.1f} s{trouble}")
+                    progress.log(f"  trying again in {event.pause_s:.1f} s{trouble}")
             elif event.offset not in checksums:  # without ranges a retry begins at the start
                 last_copied_s, trouble = monotonic(), ""
                 before_mb = self._copied_mb(checksums)
