@@ -1,4 +1,4 @@
-"""Requests to stop: a signal only sets a flag, and the loop looks at it at the end of a step."""
+"""Requests to stop: a signal only sets a flag, which the loop reads at the end of a step."""
 
 import signal
 from types import FrameType, TracebackType
