@@ -56,19 +56,16 @@ test-all:
 
 # On two cores. What is left over at the end of one process, the other takes.
 test-serial:
-	python -m pytest -m "not thorough and not slow" -n 2 --dist worksteal
+	python -m pytest $(QUICK) -n 2 --dist worksteal
 
 # 1 rank sends nothing and 4 share two cores: they are for make test-all.
 RANKS ?= 2 3
 # Under mpirun a failed assertion on one rank would hang the others: `python -m mpi4py` ends them all.
-# ALONE: in processes of their own. One starts Horovod again and again, the other before it was ever started.
 PYTEST_MPI = --oversubscribe --bind-to none python -m mpi4py -m pytest -x -q --color=no
-QUICK = -m "not slow"
-ALONE = tests/parallel/test_reduce_times.py tests/parallel/test_rest.py
+QUICK = -m "not thorough and not slow"
 test-parallel:
 	@set -e; for ranks in $(RANKS); do echo "mpirun -n $$ranks pytest tests/parallel"; \
-	$(MPIRUN) -n $$ranks $(PYTEST_MPI) $(QUICK) tests/parallel $(ALONE:%=--ignore=%); \
-	for file in $(ALONE); do $(MPIRUN) -n $$ranks $(PYTEST_MPI) $(QUICK) $$file; done; done
+	$(MPIRUN) -n $$ranks $(PYTEST_MPI) $(QUICK) tests/parallel; done
 
 # Every fault, by mpirun and on the cluster, and the table of what came of it.
 FAULTS := tests/faults tests/datasets/test_hdfs.py tests/slurm/test_faults.py tests/slurm/test_submit.py \
@@ -88,7 +85,7 @@ test-fuzz:
 
 # Slurm on four nodes that are namespaces of this machine: for root; skipped elsewhere, with the reason.
 test-cluster:
-	python -m pytest -m "not thorough" tests/slurm
+	python -m pytest $(QUICK) tests/slurm
 
 # Horovod and MPI over InfiniBand verbs (Soft-RoCE) between two emulated machines: for root, about 7 minutes.
 test-rdma:

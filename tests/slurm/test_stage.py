@@ -27,7 +27,7 @@ def hdfs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def sha256(hdfs: Hdfs) -> str:
-    """Of /data.h5, which both DataNodes hold."""
+    """The checksum of /data.h5, which has a replica on both DataNodes."""
     content = os.urandom(NUM_BYTES)
     hdfs.write("/data.h5", content, 2)
     return hashlib.sha256(content).hexdigest()
