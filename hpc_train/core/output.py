@@ -42,12 +42,51 @@ class ProtectedStream:
         if self.fault is not None:
             return
         self.fault = getattr(error, "strerror", None) or str(error)
-        # What is still kept back is written when Python ends, and libraries in C write there, too.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1 if self.name == "stdout" else 2)
-        os.close(nowhere)
+        _discard(1 if self.name == "stdout" else 2)
         if self.name == "stdout":
             print(f"hpc-train: stdout cannot be written: {self.fault}. The job continues without it.", file=sys.stderr)
+
+
+class UntilUnread:
+    """A text stream in place of `sys.stdout`: text is dropped once its reader has left, as `head` does.
+
+    The command still does all of its work and keeps its own exit code. Other errors are raised.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            return self._drop(len(text))
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self._drop(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _drop(self, num_characters: int) -> int:
+        _discard(1)
+        return num_characters
+
+
+def drop_unread() -> None:
+    """From now on a reader of stdout that leaves is no error."""
+    if sys.stdout is not None:
+        sys.stdout = cast(TextIO, UntilUnread(sys.stdout))
+
+
+def _discard(descriptor: int) -> None:
+    """Sends a descriptor to /dev/null: Python writes its buffer at its end, and libraries in C write there, too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def protect_output() -> None:
@@ -62,6 +101,8 @@ def protect_output() -> None:
             assert opened == number, "the lowest free number"
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
+        if isinstance(stream, UntilUnread):  # `ProtectedStream` takes its place, and says that output was lost
+            stream = stream.stream
         fault = None if stream is not None else "it was closed"
         stream = stream or open(number, "w", closefd=False, encoding="utf-8")  # noqa: SIM115  for the process's life
         if hasattr(stream, "reconfigure"):

@@ -214,7 +214,9 @@ def test_a_filter_that_is_missing_is_named(tmp_path: Path) -> None:
         kind.set_filter(471, h5py.h5z.FLAG_OPTIONAL, (3,))  # of nobody's
         space = h5py.h5s.create_simple((10, 3))
         h5py.h5d.create(file.id, b"x", h5py.h5t.NATIVE_INT8, space, kind)
-    with pytest.raises(UserError, match=r"/x is packed with filter .*\(number 471\), which is not installed") as told:
+    with pytest.raises(
+        UserError, match=r"/x is compressed with filter .*\(number 471\), which is not installed"
+    ) as told:
         opened(tmp_path / "x.h5")
     assert "pip install hdf5plugin" in told.value.remedy
 
