@@ -351,15 +351,15 @@ def ranks_of(pid: int) -> list[int]:
     return [int(each) for each in children] or [pid]
 
 
-def wait_until_gone(pids: list[int]) -> None:
-    """mpirun may end before a rank that it killed: one that waits for the disk dies when the disk is done."""
-    deadline_s = monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert monotonic() < deadline_s
-        sleep(0.01)
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
-# Rounds of milliseconds would be over between a look at the journal and the kill.
+# The rounds of milliseconds that are left after the last look at the journal would be over before the kill. A killed
+# rank's job lives on for two seconds, until mpirun ends it: what its root has to do alone, it does.
 SLOW = """
 import sys
 from random import uniform
@@ -398,7 +398,7 @@ def test_killed_at_any_moment_it_ends_the_same(big: Path, ranks: int, compress: 
     (folder / "slow.py").write_text(SLOW)
     line = [*jobs.command(ranks, "")[:-2], str(jobs.HPC_TRAIN.with_name("python")), "slow.py", *words]
     journal, num_resumed = folder / f".{name}.journal", 0
-    for lines in (0, 3, 20) if ranks and compress else (0, 3, 30, 50):  # chunks are noted eight rounds at a time
+    for lines in (0, 3, 3) if ranks and compress else (0, 3, 20, 30):  # chunks are noted eight rounds at a time
         enough = lines + (len(journal.read_text().splitlines()) if journal.exists() else 0)
         job = subprocess.Popen(
             line, cwd=folder, env=jobs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -412,7 +412,8 @@ def test_killed_at_any_moment_it_ends_the_same(big: Path, ranks: int, compress: 
         pids = ranks_of(job.pid)
         os.kill(pids[-1], signal.SIGKILL)
         out = job.communicate(timeout=60)[0]
-        wait_until_gone(pids)
+        while any(map(is_running, pids)):
+            sleep(0.01)
         num_resumed += "resuming, " in out
         assert (folder / f".{name}.partial").exists() and not (folder / name).exists(), out
     entries = [json.loads(line) for line in journal.read_text().splitlines() if line.endswith("}")]
