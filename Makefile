@@ -40,9 +40,13 @@ demo:
 	for ranks in 1 2; do say $(MPIRUN) -n $$ranks hpc-train train configs/mlp-mnist.toml --set run.root=runs/demo --set train.steps=300; done; \
 	say hpc-train report runs/demo
 
+# The tests on the cluster mostly wait for Slurm: they run beside the serial ones, and print when those are done.
 test:
 	@./install.sh test
-	@$(MAKE) --no-print-directory test-serial test-parallel test-cluster
+	@cluster=$$(mktemp); $(MAKE) --no-print-directory test-cluster >$$cluster 2>&1 & pid=$$!; failed=0; \
+	nice -n 5 $(MAKE) --no-print-directory test-serial || failed=1; \
+	wait $$pid || failed=1; cat $$cluster; rm $$cluster; exit $$failed
+	@$(MAKE) --no-print-directory test-parallel
 
 # Everything but test-rdma and test-kills. Each command is started as a process of its own: see tests/warm.
 test-all: export HPC_TRAIN_COLD := 1
@@ -56,19 +60,16 @@ test-all:
 
 # On two cores. What is left over at the end of one process, the other takes.
 test-serial:
-	python -m pytest -m "not thorough and not slow" -n 2 --dist worksteal
+	python -m pytest $(QUICK) -n 2 --dist worksteal
 
 # 1 rank sends nothing and 4 share two cores: they are for make test-all.
 RANKS ?= 2 3
 # Under mpirun a failed assertion on one rank would hang the others: `python -m mpi4py` ends them all.
-# ALONE: in processes of their own. One starts Horovod again and again, the other before it was ever started.
 PYTEST_MPI = --oversubscribe --bind-to none python -m mpi4py -m pytest -x -q --color=no
-QUICK = -m "not slow"
-ALONE = tests/parallel/test_reduce_times.py tests/parallel/test_rest.py
+QUICK = -m "not thorough and not slow"
 test-parallel:
 	@set -e; for ranks in $(RANKS); do echo "mpirun -n $$ranks pytest tests/parallel"; \
-	$(MPIRUN) -n $$ranks $(PYTEST_MPI) $(QUICK) tests/parallel $(ALONE:%=--ignore=%); \
-	for file in $(ALONE); do $(MPIRUN) -n $$ranks $(PYTEST_MPI) $(QUICK) $$file; done; done
+	$(MPIRUN) -n $$ranks $(PYTEST_MPI) $(QUICK) tests/parallel; done
 
 # Every fault, by mpirun and on the cluster, and the table of what came of it.
 FAULTS := tests/faults tests/datasets/test_hdfs.py tests/slurm/test_faults.py tests/slurm/test_submit.py \
@@ -88,7 +89,7 @@ test-fuzz:
 
 # Slurm on four nodes that are namespaces of this machine: for root; skipped elsewhere, with the reason.
 test-cluster:
-	python -m pytest -m "not thorough" tests/slurm
+	python -m pytest $(QUICK) tests/slurm
 
 # Horovod and MPI over InfiniBand verbs (Soft-RoCE) between two emulated machines: for root, about 7 minutes.
 test-rdma:

@@ -19,15 +19,15 @@ FaultTable = Callable[..., None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--cpu", action="store_true", help="print the CPU seconds of each file of tests, children included"
+        "--cpu", action="store_true", help="print the CPU seconds of each test file, child processes included"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell starts what it puts in the background with Ctrl-C switched off, and all that is started from there.
+    # A shell starts background jobs with SIGINT ignored, and their children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ[RAISE] = "1"  # also of what tests start: no fault of a report's section may hide behind a sentence
-    # Containers switch byte code off, and each start would compile a hundred modules: 0.2 s of CPU.
+    os.environ[RAISE] = "1"  # inherited by the commands: an error in one section of a report must fail the test
+    # Containers switch bytecode off, and each start would compile a hundred modules: 0.2 s of CPU.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
     if config.getoption("--cpu"):
@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def usual_signals() -> Iterator[None]:
-    """A training in this process leaves SIGUSR2 ignored, and all that is started from here would inherit that."""
+    """A training in this process leaves SIGUSR2 ignored, which every process that a later test starts would inherit."""
     yield
     signal.signal(signal.SIGUSR2, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
@@ -44,7 +44,7 @@ def usual_signals() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """mnist-5k in HDF5, prepared once by two ranks."""
+    """mnist-5k in HDF5, prepared by two ranks."""
     folder = tmp_path_factory.mktemp("data")
     done = jobs.run(2, "prepare", "mnist-5k", folder / "mnist-5k.h5", cwd=folder)
     assert done.code == 0, done.err
@@ -53,7 +53,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mpich(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The prefix of an MPICH, as `pip` fetches it."""
+    """The prefix of an MPICH that pip installed."""
     prefix = tmp_path_factory.mktemp("mpich")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--prefix", prefix, "mpich>=4"]
     subprocess.run(pip, check=True, timeout=200)
@@ -81,7 +81,7 @@ def disk_of(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.fixture
 def survived(request: pytest.FixtureRequest) -> FaultTable:
-    """survived(fault, what_happened, recover_s, steps_lost): a line of the table that `make test-faults` prints."""
+    """survived(fault, what_happened, recover_s, steps_lost) adds a line to the table that `make test-faults` prints."""
     rows = request.config.stash.setdefault(_FAULTS, [])
 
     def add(fault: str, what: str, recover_s: float | None = None, steps_lost: int | None = None) -> None:
@@ -92,7 +92,7 @@ def survived(request: pytest.FixtureRequest) -> FaultTable:
 
 
 class CpuSeconds:
-    """CPU seconds of each file of tests: unlike wall time, much the same on a busy machine."""
+    """Prints the CPU seconds of each test file, which depend less on the load than wall time does."""
 
     def __init__(self) -> None:
         self._last_s = _cpu_s()
@@ -115,7 +115,7 @@ class CpuSeconds:
 
 
 def _cpu_s() -> float:
-    """CPU seconds of this process, of its children that have ended, and of warm starts."""
+    """CPU seconds of this process, of its ended children and of warm starts."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     warm_s = jobs.warm_server().cpu_s() if jobs.warm_server.cache_info().currsize else 0.0
     return warm_s + sum(each.ru_utime + each.ru_stime for each in usage)

@@ -18,13 +18,13 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 HPC_TRAIN = Path(sys.executable).with_name("hpc-train")
 COLD = bool(os.environ.get("HPC_TRAIN_COLD"))
-# Variables that are read while Python, torch or a library loads: too late in a process that has loaded them.
+# Python, torch and libraries read these variables while they load, so a warm start would ignore them.
 _READ_WHILE_LOADING = ("PYTHONIO", "PYTHONUTF8", "LC_", "LANG", "LD_", "OMP_", "MKL_", "DNNL_", "MPI4PY_", "MPLCONFIG")
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A job that has ended: its exit code, what it printed and the seconds it took."""
+    """The result of a job: exit code, output and wall seconds."""
 
     code: int
     out: str
@@ -33,25 +33,25 @@ class Ended:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The tests' own environment, without a launcher's traces, and root allowed to use mpirun."""
+    """The environment of the tests, without a launcher's variables, in which root may use mpirun."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMPI_COMM", "PMIX_", "PMI_"))}
     return clean | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} | more
 
 
 def command(ranks: int, *words: object, bind: str = "none", warm: bool = False) -> list[str]:
-    """The command line of `hpc-train words...` on `ranks` ranks; 0 ranks: without mpirun.
+    """The command line of `hpc-train words...` on `ranks` ranks, without mpirun if 0.
 
-    warm: as children of a process that has loaded torch (see tests/warm), and not with HPC_TRAIN_COLD=1.
+    warm: start it as children of a process that has loaded torch (see tests/warm). HPC_TRAIN_COLD=1 overrides this.
     """
     assert shutil.which("mpirun"), "no mpirun on PATH: run the tests with `make test`"
-    # By name: mpirun takes an absolute path for a --prefix, and /bin/mpirun for a prefix of nothing.
+    # By name: mpirun derives a --prefix from an absolute path, and an empty one from /bin/mpirun.
     launcher = ["mpirun", "--quiet", "-n", str(ranks), "--oversubscribe", "--bind-to", bind] if ranks else []
     program = warm_server().stub if warm and not COLD else [str(HPC_TRAIN)]
     return [*launcher, *program, *map(str, words)]
 
 
 def program(folder: Path) -> Path:
-    """An `hpc-train` in a new folder, to be put on PATH: a warm one where warm starts are allowed."""
+    """Writes an `hpc-train` for PATH into a new folder: it starts warm unless HPC_TRAIN_COLD=1."""
     folder.mkdir()
     path = folder / "hpc-train"
     path.write_text(f'#!/bin/sh\nexec {shlex.join(command(0, warm=True))} "$@"\n')
@@ -61,14 +61,14 @@ def program(folder: Path) -> Path:
 
 @functools.cache
 def warm_server() -> Server:
-    """The one of this process, which ends with it."""
+    """The warm server of this process. It ends with this process."""
     return Server(ROOT, environment())
 
 
 def run(
     ranks: int, *words: object, cwd: Path, timeout_s: float = 120, bind: str = "none", cold: bool = False, **env: str
 ) -> Ended:
-    """Runs `hpc-train words...` to its end; a job that hangs fails the test. cold: where the start itself is tested."""
+    """Runs `hpc-train words...` to its end; a job that hangs fails the test. cold: the test is about the start."""
     warm = not cold and bind == "none" and not any(key.startswith(_READ_WHILE_LOADING) for key in env)
     line = command(ranks, *words, bind=bind, warm=warm)
     began = monotonic()
@@ -90,7 +90,7 @@ def settings(**keys: object) -> list[str]:
 
 
 def install(folder: Path, *without: str) -> list[object]:
-    """`hpc-train` of an installation that lacks these packages."""
+    """The command of an installation without these packages."""
     venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     for path in Path(sysconfig.get_paths()["purelib"]).iterdir():

@@ -1,4 +1,4 @@
-"""The commands of the documents work as they are printed; what their tables promise exists."""
+"""The commands in the documents work as printed, and their tables are complete."""
 
 import os
 import re
@@ -87,7 +87,7 @@ def test_make_targets_and_scripts_exist() -> None:
 
 
 def test_the_pages_build(tmp_path: Path) -> None:
-    """As `make docs` builds them: a warning is an error."""
+    """`make docs` builds them in the same way: a warning is an error."""
     command = ["sphinx-build", "--fail-on-warning", "--keep-going", "--quiet", "docs", tmp_path]
     env = jobs.environment(PATH=f"{jobs.HPC_TRAIN.parent}:{jobs.environment()['PATH']}")
     done = subprocess.run(command, cwd=jobs.ROOT, env=env, capture_output=True, text=True, timeout=240)
@@ -108,8 +108,8 @@ def test_links_lead_somewhere() -> None:
             assert target.startswith("https://") or (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_what_is_told_of_slurm_are_commands() -> None:
-    """Those run on the cluster of the tests; here, that every option is one."""
+def test_the_slurm_commands_parse() -> None:
+    """tests/slurm runs these commands; this test checks that every option exists."""
     told = [shlex.split(line)[1:] for line in commands(SLURM) if line.startswith("hpc-train ")]
     assert told
     for words in told:
@@ -119,7 +119,7 @@ def test_what_is_told_of_slurm_are_commands() -> None:
         command.make_context("hpc-train", words)
 
 
-def test_the_keys_of_jobs_are_all_told_with_their_defaults() -> None:
+def test_the_table_of_keys_is_complete_with_defaults() -> None:
     rows = re.findall(r"^\| `([a-z0-9_.]+)` \| (.*?) \| (.*) \|$", JOBS, re.MULTILINE)
     told = {key: default for key, default, _ in rows}
     there = dict(keys(Config))

@@ -1,4 +1,4 @@
-"""The plain install: ready-made wheels, nothing compiled, no MPI, and everything that analysis needs."""
+"""The plain install: wheels only, nothing compiled, no MPI, and everything that analysis needs."""
 
 import json
 import subprocess

@@ -30,7 +30,8 @@ from hpc_train.core.sampling import rank_span
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mpi_library import mpi, parallel_file_options
-from hpc_train.train.data.files import num_decode_threads, require_parallel_hdf5, select_rows, transfer_properties
+from hpc_train.train.data.files import num_decode_threads
+from hpc_train.train.data.parallel_hdf5 import require_parallel_hdf5, select_rows, transfer_properties
 from hpc_train.train.data.readers import open_reader
 
 _ROW_BYTES, _CHUNK_ROWS, _BLOCK_CHUNKS = 1 << 16, 16, 8

@@ -191,15 +191,15 @@ def _from_runs(
 
 
 def _print(made: "Plan") -> None:
-    from rich.console import Console
-
+    from hpc_train.analysis.report.notes.plan import plan_warnings
     from hpc_train.analysis.report.renderers.terminal import fit_table, safe_text
     from hpc_train.analysis.report.sections.plan import answer, plan_tables
+    from hpc_train.core.terminal import open_console
 
-    console = Console()
+    console = open_console()
     first, *more = answer(made)
     console.print(safe_text(first, "bold"), *map(safe_text, more), "", sep="\n")
     for table in plan_tables(made):
         console.print(safe_text(table.title), fit_table(table, console.width), sep="\n")
-    for warning in made.warnings:
+    for warning in plan_warnings(made):
         console.print(safe_text(f"- {warning}"))

@@ -1,9 +1,9 @@
-"""Which samples, in which order, for which rank: pure functions of (seed, epoch, global batch).
+"""Which samples, in which order, on which rank: pure functions of (seed, epoch, step, shares).
 
-Nothing is stored and nothing is drawn: the sample at a position of an epoch's order is computed, so any step on
-any number of ranks finds its samples in time and memory proportional to its own share of the batch, whether the
-data set holds a thousand samples or a trillion. Resuming needs no generator state. (Data that lie in chunks cost
-the chunks' number in memory, and each step the whole global batch.)
+Nothing is stored and nothing is drawn: the sample at a position of an epoch's order is computed. Any step on any
+number of ranks finds its samples in time and memory proportional to the rank's share of the batch, whether the data
+set has a thousand samples or a trillion, and resuming needs no generator state. (Data in chunks take memory for each
+chunk, and at each step time for the whole global batch.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,7 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 _ROUNDS = 4  # of a Feistel network: enough for a pseudo-random permutation (Luby and Rackoff, SIAM J. Comput. 1988)
+SPLIT_MIX_STEP = np.uint64(0x9E3779B97F4A7C15)  # between the states of SplitMix64
 _POSITIONS_AT_ONCE = 8192
 
 
@@ -45,7 +46,7 @@ def global_batch(step: int, num_samples: int, batch_size: int) -> GlobalBatch:
 
 
 def rank_span(count: int, rank: int, size: int) -> tuple[int, int]:
-    """[start, stop) of rank's share of `count` things: contiguous, in rank order, sizes differing by at most one."""
+    """[start, stop) of rank's equal share of `count` items: contiguous, in rank order, sizes differ by at most one."""
     small, num_larger = divmod(count, size)
     start = rank * small + min(rank, num_larger)
     return start, start + small + (rank < num_larger)
@@ -96,11 +97,10 @@ def _largest_remainders(count: int, weights: tuple[float, ...]) -> tuple[int, ..
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """In which order an epoch goes through the samples: all mixed, or chunk by chunk.
+    """In which order an epoch visits the samples: all mixed, or chunk by chunk.
 
-    Samples that lie together in compressed chunks are read together: whole chunks are visited in a shuffled order, and
-    samples are mixed within `window` chunks. edges: the first row of each chunk, and the end; None of samples that lie
-    by themselves.
+    Samples stored in compressed chunks are read chunk by chunk: the chunks are visited in a shuffled order, and samples
+    are mixed within `window` chunks. chunk_edges: the first row of each chunk, and the end; None without chunks.
     """
 
     num_samples: int
@@ -118,17 +118,17 @@ class Order:
 
     @property
     def num_window_samples(self) -> int:
-        """About as many samples are mixed with each other."""
+        """About how many samples are mixed with each other."""
         if self.chunk_edges is None:
             return self.num_samples
         return min(self.num_samples, -(-self.num_samples * self.window // (len(self.chunk_edges) - 1)))
 
     def steps_ahead(self, batch_size: int) -> int:
-        """How many batches ahead reading is told what comes: of the next window, before it has all of this one."""
+        """How many batches ahead rows are prefetched: the next window's, before this one's are all read."""
         return self.num_window_samples // batch_size + 2
 
     def rows(self, positions: npt.NDArray[np.integer], seed: int, epoch: int) -> Indices:
-        """The rows of the data set standing at `positions` of epoch `epoch`'s order."""
+        """The rows of the data set at `positions` of epoch `epoch`'s order."""
         if self.chunk_edges is None:
             return shuffled(positions, self.num_samples, seed, epoch)
         chunks, ends = self._chunks_of(self.chunk_edges, seed, epoch)
@@ -137,8 +137,8 @@ class Order:
         firsts = windows * self.window
         begins = np.where(firsts > 0, ends[firsts - 1], 0)
         counts = ends[np.minimum(firsts + self.window, len(ends)) - 1] - begins
-        names = mix64(windows.astype(np.uint64) + np.uint64(1))
-        keys = mix64(_round_keys(seed, epoch)[:, None] ^ names)
+        window_keys = mix64(windows.astype(np.uint64) + np.uint64(1))
+        keys = mix64(_round_keys(seed, epoch)[:, None] ^ window_keys)
         mixed = begins + _permuted(positions - begins, counts.astype(np.uint64), keys)
         slots = np.searchsorted(ends, mixed, "right")
         return self.chunk_edges[chunks[slots] + 1] - (ends[slots] - mixed)
@@ -157,7 +157,7 @@ class Order:
 
 
 def regular_chunk_edges(num_samples: int, chunk: int) -> Indices:
-    """Of `num_samples` rows in chunks of `chunk`, the last of which may be short."""
+    """The edges of `num_samples` rows in chunks of `chunk` rows, the last of which may be shorter."""
     return np.append(np.arange(0, num_samples, chunk), num_samples)
 
 
@@ -207,43 +207,43 @@ class BatchSampler:
 
 
 def shuffled(positions: npt.NDArray[np.integer], num_samples: int, seed: int, epoch: int) -> Indices:
-    """Rows standing at `positions` of epoch `epoch`'s order: a keyed bijection of [0, num_samples)."""
+    """The rows at `positions` of epoch `epoch`'s order: a keyed permutation of [0, num_samples)."""
     return _permuted(positions, np.asarray(num_samples, np.uint64), _round_keys(seed, epoch))
 
 
 def _permuted(positions: npt.NDArray[np.integer], counts: Words, keys: Words) -> Indices:
-    """Each position of [0, count) by a keyed bijection of that range; counts and keys: of each position, or of all.
+    """Each position of [0, count) under a keyed permutation; counts and keys: one for each position, or for all.
 
     A Feistel network on the grid Z_a x Z_b, a and b about sqrt(count), with modular addition instead of
-    exclusive-or; the few points beyond count walk on along their cycle (Black and Rogaway, "Ciphers with
-    Arbitrary Finite Domains", CT-RSA 2002).
+    exclusive-or; the few points beyond count are mapped again until they are inside (cycle walking: Black and
+    Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
     """
     a = np.maximum(np.ceil(np.sqrt(counts)).astype(np.uint64), np.uint64(1))
     b = (counts + a - np.uint64(1)) // a
     points = _feistel(positions.astype(np.uint64), a, b, keys)
     while (outside := points >= counts).any():
-        there = (a[outside], b[outside], keys[:, outside]) if counts.ndim else (a, b, keys)
-        points[outside] = _feistel(points[outside], *there)
+        theirs = (a[outside], b[outside], keys[:, outside]) if counts.ndim else (a, b, keys)
+        points[outside] = _feistel(points[outside], *theirs)
     return points.astype(np.int64)
 
 
 def noise_seed(seed: int, step: int, rank: int) -> int:
-    """A seed of 64 bits for what `rank` draws in `step`: dropout, augmentation."""
+    """A 64-bit seed for the random numbers of `rank` in `step`: dropout, augmentation."""
     return int.from_bytes(blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest())
 
 
 def row_noise(seed: int, step: int, rows: npt.NDArray[np.integer], num: int) -> npt.NDArray[np.uint64]:
-    """`num` times 64 random bits for each of `rows`, (rows, num): functions of (seed, step, row), whatever the rank.
+    """`num` random 64-bit numbers for each of `rows`, (rows, num): functions of (seed, step, row), whatever the rank.
 
-    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), begun anew for each row.
+    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), with a state of its own for each row.
     """
     key = np.uint64(int.from_bytes(blake2b(f"rows {seed} {step}".encode(), digest_size=8).digest()))
     states = mix64(rows.astype(np.uint64) ^ key)
-    return mix64(states[:, None] + np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return mix64(states[:, None] + np.arange(1, num + 1, dtype=np.uint64) * SPLIT_MIX_STEP)
 
 
 def positions_in(values: Indices, wanted: Indices) -> Indices:
-    """Where each of `wanted` stands among the rising `values`. Raises `LookupError` for one that is not among them."""
+    """The index of each of `wanted` in the increasing `values`. Raises `LookupError` for one that is not there."""
     found = np.searchsorted(values, wanted)
     is_there = found < len(values)
     is_there[is_there] = values[found[is_there]] == wanted[is_there]
@@ -253,14 +253,14 @@ def positions_in(values: Indices, wanted: Indices) -> Indices:
 
 
 def require_rows(rows: Indices, num_rows: int) -> None:
-    """Raises `IndexError` where one of `rows` is not in [0, num_rows): numpy may count from the end, or clip."""
+    """Raises `IndexError` if one of `rows` is not in [0, num_rows): numpy would count from the end, or clip."""
     if len(rows) and (rows.min() < 0 or rows.max() >= num_rows):
         wrong = rows[(rows < 0) | (rows >= num_rows)][0]
         raise IndexError(f"row {wrong} of {num_rows}")
 
 
 def random_below(rows: Indices, bound: int, seed: int) -> Indices:
-    """For each row a number of [0, bound): what that sample draws, whichever rank holds it."""
+    """A random number of [0, bound) for each row: the same on whichever rank."""
     return (row_noise(seed, 0, rows, 1)[:, 0] % np.uint64(bound)).astype(np.int64)
 
 

@@ -89,7 +89,7 @@ class RangeCopy:
                 trouble = f" ({storage.error_text(event.error)})"
                 if monotonic() - last_message_s > _SECONDS_PER_MESSAGE:
                     last_message_s = monotonic()
-                    progress.say(f"  trying again in {event.pause_s:.1f} s{trouble}")
+                    progress.log(f"  trying again in {event.pause_s:.1f} s{trouble}")
                 continue
             offset, crc32 = event
             if offset not in checksums:  # without ranges a retry begins at the start

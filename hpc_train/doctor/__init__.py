@@ -1,1 +1,1 @@
-"""What `hpc-train doctor` does on each rank: checks that do the thing, and judge what every rank saw."""
+"""`hpc-train doctor`: each check tries the thing itself on every rank, then evaluates what all ranks saw."""

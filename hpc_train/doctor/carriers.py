@@ -1,6 +1,7 @@
-"""What carries messages: bytes counted by the kernel for this process's sockets and by the adapters for their ports.
+"""The transports that carry messages: bytes that the kernel counts per socket and adapters count per port.
 
-Configuration says what should be used, counters what was.
+The configuration says which transport should be used; counters show which one was. Sockets are counted one by one
+(TCP_INFO), because an interface's counter includes the traffic of file systems and of other jobs.
 """
 
 import fcntl
@@ -18,9 +19,9 @@ _BYTES_RECEIVED = 128  # offset of tcpi_bytes_received in struct tcp_info, since
 _SIOCGIFADDR = 0x8915
 _RDMA = Path("sys/class/infiniband")
 _SLINGSHOT = Path("sys/class/cxi")
-# Adapters' counters of what came in: file below ports/N, bytes of one count. Soft-RoCE counts packets, of 1024 at most.
+# Receive counters of adapters: file below ports/N, bytes per count. Soft-RoCE counts packets, of up to 1024 bytes.
 _PORT_COUNTERS = {"counters/port_rcv_data": 4, "hw_counters/rx_bytes": 1, "hw_counters/rcvd_pkts": 1024}
-# Libraries and components that are loaded only while they are used, and what they are called.
+# Libraries and components that are loaded only while in use, and their names.
 _PARTS = {
     r"mca_pml_(\w+)\.so": "pml {}",
     r"mca_btl_(\w+)\.so": "btl {}",
@@ -45,31 +46,35 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Counts:
-    """Bytes that came in so far. tcp: of each socket, by inode: (interface, whether its peer is this host, bytes)."""
+    """Bytes received so far. tcp: by inode of a socket: (interface, whether the peer is this host, bytes)."""
 
     tcp: dict[int, tuple[str, bool, int]] = field(default_factory=dict)
     rdma: dict[str, int] = field(default_factory=dict)
 
 
 def count(root: Path = Path("/")) -> Counts:
-    """What this process received over TCP, and each adapter of this host for whomever."""
+    """Received by this process over TCP, and by each adapter of this host for all processes."""
     return Counts(_sockets(), _ports(root))
 
 
 def between(before: Counts, after: Counts) -> dict[str, Any]:
-    """Bytes that came in from one count to the next, by interface and by adapter."""
+    """Bytes received between two counts, by interface and by adapter."""
     tcp: dict[str, int] = {}
     local_bytes = 0
     for inode, (interface, is_local, num_bytes) in after.tcp.items():
-        came = num_bytes - before.tcp.get(inode, ("", False, 0))[2]
-        tcp[interface] = tcp.get(interface, 0) + came
-        local_bytes += came * is_local
+        received = num_bytes - before.tcp.get(inode, ("", False, 0))[2]
+        tcp[interface] = tcp.get(interface, 0) + received
+        local_bytes += received * is_local
     rdma = {name: num_bytes - before.rdma.get(name, 0) for name, num_bytes in after.rdma.items()}
-    return {"tcp": {name: came for name, came in tcp.items() if came}, "tcp_local": local_bytes, "rdma": rdma}
+    return {
+        "tcp": {name: received for name, received in tcp.items() if received},
+        "tcp_local": local_bytes,
+        "rdma": rdma,
+    }
 
 
 def adapters(root: Path = Path("/")) -> list[Adapter]:
-    """The fast adapters of this host, as /sys names them."""
+    """The fast adapters of this host, from /sys."""
     found = []
     for port in sorted((root / _RDMA).glob("*/ports/*")):
         device = port.parents[1].name
@@ -81,7 +86,7 @@ def adapters(root: Path = Path("/")) -> list[Adapter]:
 
 
 def loaded_parts() -> list[str]:
-    """Transport libraries and Open MPI components in this process. Components that lost the selection are unloaded."""
+    """Transport libraries and Open MPI components in this process. Open MPI unloads components that it does not use."""
     names = {line.split()[-1].rpartition("/")[2] for line in _read(Path("/proc/self/maps")).splitlines() if "/" in line}
     found = {
         words.format(*match.groups())
@@ -119,11 +124,11 @@ def _sockets() -> dict[int, tuple[str, bool, int]]:
 def _interfaces() -> dict[str, str]:
     """IPv4 address -> name of the interface that has it."""
     found = {"127.0.0.1": "lo", "::1": "lo"}
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as asked:
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as any_socket:
         for _, name in socket.if_nameindex():
-            with suppress(OSError):  # it has no address
-                told = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                found[socket.inet_ntoa(told[20:24])] = name
+            with suppress(OSError):  # no IPv4 address
+                address = fcntl.ioctl(any_socket.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                found[socket.inet_ntoa(address[20:24])] = name
     return found
 
 
@@ -131,8 +136,8 @@ def _ports(root: Path) -> dict[str, int]:
     found = {}
     for port in sorted((root / _RDMA).glob("*/ports/*")):
         for name, num_bytes in _PORT_COUNTERS.items():
-            if (told := _read(port / name)).isdecimal():
-                found[f"{port.parents[1].name}:{port.name}"] = int(told) * num_bytes
+            if (count := _read(port / name)).isdecimal():
+                found[f"{port.parents[1].name}:{port.name}"] = int(count) * num_bytes
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a check is: something each rank looks at, and a judgement of what all of them saw."""
+"""The parts of a check: a probe on every rank, and an evaluation of all their answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -6,17 +6,18 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, Literal
 
+from hpc_train.core.formatting import plural
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 
-Status = Literal["ok", "warn", "fail", "n/a"]  # n/a: there is nothing here to check, and why
-Values = dict[str, Any]  # what one rank saw; goes to JSON
-_MOST_HOSTS = 4
+Status = Literal["ok", "warn", "fail", "n/a"]  # n/a: nothing to check here, for a stated reason
+Values = dict[str, Any]  # what one rank saw; part of the JSON output
+_MAX_HOSTS = 4
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is examined. `root` is where /sys and /proc lie, so that recorded trees can be read."""
+    """What is checked. root: the folder that has /sys and /proc, so that tests can pass recorded trees."""
 
     context: Context
     config: Config | None
@@ -25,18 +26,19 @@ class Subject:
 
     @property
     def folder(self) -> Path:
-        """The run directory's file system: the nearest folder above `run.root` that exists."""
-        place = Path(self.config.run.root if self.config else "runs").expanduser().absolute()
-        return next(each for each in (place, *place.parents) if each.is_dir())
+        """The nearest folder above `run.root` that exists, which is on the run directory's file system."""
+        root = Path(self.config.run.root if self.config else "runs").expanduser().absolute()
+        return next(folder for folder in (root, *root.parents) if folder.is_dir())
 
     @property
     def data_file(self) -> Path | None:
-        """The first file of the data; the name as it stands where there is none yet. None: no job, or a URL."""
-        told = self.config.data.file if self.config else None
-        if told is None or "://" in told:
+        """The first file of the data, which need not exist yet; None without a job or with a URL."""
+        file = self.config.data.file if self.config else None
+        if file is None or "://" in file:
             return None
-        path = Path(told).expanduser().absolute()
-        return next(iter(sorted(map(Path, glob(str(path)))) if has_magic(str(path)) else ()), path)
+        path = Path(file).expanduser().absolute()
+        matches = sorted(glob(str(path))) if has_magic(str(path)) else []
+        return Path(matches[0]) if matches else path
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,22 @@ class Answer:
 
 @dataclass(frozen=True)
 class Finding:
-    """The judgement of all answers: what was seen, the command that mends it, the ranks concerned (none: all)."""
+    """The result of a check: what was seen, the command that fixes it, and the ranks concerned (none: all)."""
 
     status: Status
     seen: str
-    mend: str = ""
+    remedy: str = ""
     ranks: tuple[int, ...] = ()
 
     def to_dict(self, name: str, answers: Sequence[Answer]) -> dict[str, Any]:
         """As plain values for JSON, with what each rank saw."""
-        some = [answer for answer in answers if answer.rank in self.ranks]
+        concerned = [answer for answer in answers if answer.rank in self.ranks]
+        is_partial = 0 < len(concerned) < len(answers)
         return {
             "check": name,
             **asdict(self),
-            "where": places(some) if self.ranks and len(some) < len(answers) else "",
+            "mend": self.remedy,  # the key until version 0.1
+            "where": places(concerned) if is_partial else "",
             "values": {
                 str(answer.rank): {"host": answer.host, "local_rank": answer.local_rank, **answer.values}
                 for answer in answers
@@ -72,29 +76,43 @@ class Finding:
         }
 
 
+def ok(seen: str) -> Finding:
+    return Finding("ok", seen)
+
+
+def not_applicable(seen: str, remedy: str = "") -> Finding:
+    return Finding("n/a", seen, remedy)
+
+
+def warn(seen: str, remedy: str, concerned: Sequence[Answer] = ()) -> Finding:
+    return Finding("warn", seen, remedy, ranks_of(concerned))
+
+
+def fail(seen: str, remedy: str, concerned: Sequence[Answer] = ()) -> Finding:
+    return Finding("fail", seen, remedy, ranks_of(concerned))
+
+
 @dataclass(frozen=True)
 class Check:
-    """`look` runs on every rank, all together where the others take part; `judge` on the root.
+    """`probe` runs on every rank and may be collective; `evaluate` runs on the root.
 
-    limit_s: the longest that a look may take. needs: what must be installed. mend: where it does not end.
+    limit_s: the longest that a probe may take. needs: modules that must be installed. remedy: for a probe that hangs.
     """
 
     name: str
-    look: Callable[[Subject], Values]
-    judge: Callable[[Sequence[Answer]], Finding]
+    probe: Callable[[Subject], Values]
+    evaluate: Callable[[Sequence[Answer]], Finding]
+    remedy: str
     needs: tuple[str, ...] = ()
     limit_s: float = 30.0
-    mend: str = ""
 
 
 def places(answers: Sequence[Answer]) -> str:
     """ "ranks 0-3 on c1, rank 5 on c2" """
-    of_host: dict[str, list[int]] = {}
-    for answer in answers:
-        of_host.setdefault(answer.host, []).append(answer.rank)
-    words = [f"rank{'s' * (len(ranks) > 1)} {spans(ranks)} on {host}" for host, ranks in of_host.items()]
-    more = len(words) - _MOST_HOSTS
-    return ", ".join(words[:_MOST_HOSTS]) + (f" and {more} more host{'s' * (more > 1)}" if more > 0 else "")
+    hosts = by_host(answers)
+    texts = [f"rank{'s' * (len(ranks) > 1)} {spans(ranks_of(ranks))} on {host}" for host, ranks in hosts.items()]
+    more = len(texts) - _MAX_HOSTS
+    return ", ".join(texts[:_MAX_HOSTS]) + (f" and {plural(more, 'more host')}" if more > 0 else "")
 
 
 def spans(numbers: Sequence[int]) -> str:
@@ -118,11 +136,6 @@ def by_host(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
 
 def ranks_of(answers: Sequence[Answer]) -> tuple[int, ...]:
     return tuple(answer.rank for answer in answers)
-
-
-def counted(number: int, what: str) -> str:
-    """ "1 rank", "2 ranks" """
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def time_text(seconds: float) -> str:

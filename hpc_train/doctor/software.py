@@ -1,4 +1,4 @@
-"""Which MPI each compiled package calls, with which threads, and whether Horovod works with this torch."""
+"""The MPI that each compiled package calls, its thread level, and whether Horovod works with this torch."""
 
 import importlib
 import importlib.metadata
@@ -9,14 +9,14 @@ from time import monotonic
 
 import numpy as np
 
-from hpc_train.doctor.check import Answer, Finding, Status, Subject, Values, ranks_of
+from hpc_train.doctor.check import Answer, Finding, Status, Subject, Values, fail, ok, ranks_of, warn
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.mpi_library import library_of, mpi, mpi_version
 
 _INSTALL = "make install"
 _SLOW_LOAD_S = 60.0
-SLOW_FILES = "tar cf venv.tar .venv && sbcast -pf venv.tar /tmp/venv.tar   # packages on each node's own disk"
-# What calls MPI, and the compiled module of it that does.
+SLOW_FILES = "tar cf venv.tar .venv && sbcast -pf venv.tar /tmp/venv.tar   # copy the packages to each node's disk"
+# Packages that call MPI, and the compiled module that does it.
 _CALLERS = {"mpi4py": "mpi4py.MPI", "Horovod": "horovod.torch.mpi_lib_v2", "h5py": "h5py.h5p"}
 _LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
 _BUILT = ("mpi", "nccl", "gloo", "cuda", "rocm", "ccl", "ddl")
@@ -25,8 +25,8 @@ _BUILT = ("mpi", "nccl", "gloo", "cuda", "rocm", "ccl", "ddl")
 # ---------------------------------------------------------------------------------------- what is installed
 
 
-def look_installed(subject: Subject) -> Values:
-    """Versions of what training needs, None for what is not there; and how long torch took to load, in seconds."""
+def probe_installed(subject: Subject) -> Values:
+    """Versions of the packages that training needs (None: not installed), and how many seconds torch took to load."""
     names = {"mpi4py": "mpi4py", "torch": "torch", "horovod": "horovod", "h5py": "h5py", "nvidia-ml-py": "pynvml"}
     values = {name: importlib.metadata.version(name) if find_spec(module) else None for name, module in names.items()}
     strategy = subject.config.reduce.strategy if subject.config else None
@@ -39,30 +39,30 @@ def look_installed(subject: Subject) -> Values:
     return {"versions": values, "needed": sorted(needed) if trains else [], "load_s": monotonic() - began_s}
 
 
-def judge_installed(answers: Sequence[Answer]) -> Finding:
-    """Whether all that this job needs is there, in one version on all ranks."""
+def evaluate_installed(answers: Sequence[Answer]) -> Finding:
+    """Whether everything that this job needs is installed, in one version on all ranks."""
     first = answers[0].values["versions"]
     names = [name for name in first if name != "nvidia-ml-py"]
     parted = [answer for answer in answers if answer.values["versions"] != first]
     if parted:
         theirs = parted[0].values["versions"]
-        told = ", ".join(f"{name} {theirs[name]} and {first[name]}" for name in names if theirs[name] != first[name])
-        return Finding("fail", f"versions differ between ranks: {told}", _INSTALL, ranks_of(parted))
+        unequal = [f"{name} {theirs[name]} and {first[name]}" for name in names if theirs[name] != first[name]]
+        return fail(f"versions differ between ranks: {', '.join(unequal)}", _INSTALL, parted)
     there = ", ".join(f"{name} {first[name]}" for name in names if first[name])
     absent = [name for name in names if not first[name]]
     load_s = max(answer.values["load_s"] for answer in answers)
     if not absent:
         seen = f"{there}; torch loads in {load_s:.1f} s"
-        return Finding("warn", seen, SLOW_FILES) if load_s > _SLOW_LOAD_S else Finding("ok", seen)
-    seen = f"not installed: {', '.join(absent)}" + f" (there: {there})" * bool(there)
+        return warn(seen, SLOW_FILES) if load_s > _SLOW_LOAD_S else ok(seen)
+    seen = f"not installed: {', '.join(absent)}" + f" (installed: {there})" * bool(there)
     return Finding("fail" if set(absent) & set(answers[0].values["needed"]) else "warn", seen, _INSTALL)
 
 
 # ---------------------------------------------------------------------------------------- one MPI
 
 
-def look_mpi(subject: Subject) -> Values:
-    """The library that holds the MPI_Init each package calls; for h5py None where it was built without MPI."""
+def probe_mpi(subject: Subject) -> Values:
+    """The library whose MPI_Init each package calls. without_mpi: h5py if it was built without MPI."""
     values: Values = {"libraries": {}, "without_mpi": [], "errors": {}, **mpi_version(subject.context)}
     for name, module in _CALLERS.items():
         package = module.partition(".")[0]
@@ -74,46 +74,46 @@ def look_mpi(subject: Subject) -> Values:
         except AttributeError:
             values["without_mpi"].append(name)
         except (ImportError, OSError) as error:
-            if name != "Horovod":  # has a check of its own
+            if name != "Horovod":  # it has its own check
                 values["errors"][name] = str(error)
     return values
 
 
-def judge_mpi(answers: Sequence[Answer]) -> Finding:
+def evaluate_mpi(answers: Sequence[Answer]) -> Finding:
     """Whether all packages of all ranks call the same MPI."""
-    build = "rm -r .venv && make install MPICC=$(which mpicc)   # all against one MPI, and use its mpirun"
+    build = "rm -r .venv && make install MPICC=$(which mpicc)   # build all against one MPI, and use its mpirun"
     for answer in answers:
         for name, error in answer.values["errors"].items():
-            return Finding("fail", f"{name} cannot be loaded: {error}", build, (answer.rank,))
+            return fail(f"{name} cannot be loaded: {error}", build, [answer])
     two = [answer for answer in answers if len(set(answer.values["libraries"].values())) > 1]
     if two:
-        words = ", ".join(f"{name} calls {path}" for name, path in two[0].values["libraries"].items())
-        return Finding("fail", f"two MPIs in one process: {words}", build, ranks_of(two))
+        calls = ", ".join(f"{name} calls {path}" for name, path in two[0].values["libraries"].items())
+        return fail(f"two MPIs in one process: {calls}", build, two)
     first = answers[0].values
     keys = ("version", "libraries")
     parted = [answer for answer in answers if any(answer.values.get(key) != first.get(key) for key in keys)]
     if parted:
         theirs, ours = (values.get("library", values.get("version")) for values in (parted[0].values, first))
-        return Finding("fail", f"ranks load different MPIs: {theirs} and {ours}", build, ranks_of(parted))
+        return fail(f"ranks load different MPIs: {theirs} and {ours}", build, parted)
     callers, paths = first["libraries"], list(first["libraries"].values())
     version = first.get("version", "MPI").partition(",")[0]
     seen = f"{version} ({paths[0] if paths else 'unknown'}), called by {', '.join(callers)}"
     if "h5py" in first["without_mpi"]:
-        mend = "HDF5_MPI=ON CC=mpicc pip install --no-build-isolation --no-binary=h5py h5py   # or make install"
-        return Finding("warn", f"{seen}; h5py was built without MPI: ranks cannot write one file together", mend)
-    return Finding("ok", seen)
+        remedy = "HDF5_MPI=ON CC=mpicc pip install --no-build-isolation --no-binary=h5py h5py   # or make install"
+        return warn(f"{seen}; h5py was built without MPI: ranks cannot write one file together", remedy)
+    return ok(seen)
 
 
 # ---------------------------------------------------------------------------------------- threads
 
 
-def look_threads(subject: Subject) -> Values:
-    """Collective. The level that MPI granted and, where it is MULTIPLE, a sum begun by another thread."""
+def probe_threads(subject: Subject) -> Values:
+    """Collective. The thread level of MPI and, if it is MULTIPLE, an all-reduce in a second thread."""
     comm, strategy = subject.context.comm, subject.config.reduce.strategy if subject.config else "horovod"
     values: Values = {"level": _LEVELS[mpi().Query_thread()], "strategy": strategy, "sum": None}
     if min(subject.context.all_gather(_LEVELS.index(values["level"]))) < _LEVELS.index("MULTIPLE"):
         return values
-    own, total = comm.Dup(), np.zeros(1)  # as Horovod does: its thread talks beside the one that trains
+    own, total = comm.Dup(), np.zeros(1)  # as Horovod's background thread does
     thread = threading.Thread(target=lambda: messages.all_reduce(own, np.ones(1), total))
     thread.start()
     comm.Barrier()
@@ -122,26 +122,26 @@ def look_threads(subject: Subject) -> Values:
     return {**values, "sum": float(total[0])}
 
 
-def judge_threads(answers: Sequence[Answer]) -> Finding:
-    """Whether Horovod's thread may call MPI beside ours."""
+def evaluate_threads(answers: Sequence[Answer]) -> Finding:
+    """Whether Horovod's background thread and the main thread may both call MPI."""
     low = [answer for answer in answers if answer.values["level"] != "MULTIPLE"]
     if low:
         level, strategy = low[0].values["level"], low[0].values["strategy"]
-        seen = f"MPI_THREAD_{level}: Horovod's thread and ours may not both call MPI"
-        mend = "unset MPI4PY_RC_THREAD_LEVEL MPI4PY_RC_THREADS   # or an MPI built with MPI_THREAD_MULTIPLE"
-        return Finding("fail" if strategy in ("horovod", "sharded") else "warn", seen, mend, ranks_of(low))
+        seen = f"MPI_THREAD_{level}: Horovod's background thread and the main thread may not both call MPI"
+        remedy = "unset MPI4PY_RC_THREAD_LEVEL MPI4PY_RC_THREADS   # or an MPI built with MPI_THREAD_MULTIPLE"
+        return Finding("fail" if strategy in ("horovod", "sharded") else "warn", seen, remedy, ranks_of(low))
     wrong = [answer for answer in answers if answer.values["sum"] != len(answers)]
     if wrong:
         seen = f"a second thread's all-reduce of ones gave {wrong[0].values['sum']} on {len(answers)} ranks"
-        return Finding("fail", seen, "Use another MPI: its MPI_THREAD_MULTIPLE does not work.", ranks_of(wrong))
-    return Finding("ok", "MPI_THREAD_MULTIPLE; two threads called it at once")
+        return fail(seen, "Use another MPI: its MPI_THREAD_MULTIPLE does not work.", wrong)
+    return ok("MPI_THREAD_MULTIPLE; two threads called MPI at once")
 
 
 # ---------------------------------------------------------------------------------------- Horovod
 
 
-def look_horovod(subject: Subject) -> Values:
-    """Collective. What Horovod was built with, and a sum by it: the proof that it fits this torch."""
+def probe_horovod(subject: Subject) -> Values:
+    """Collective. What Horovod was built with, and an all-reduce by it, which shows that it works with this torch."""
     values: Values = {"error": None, "sum": None, "built": [], "torch": importlib.metadata.version("torch")}
     values["needed"] = subject.config is None or subject.config.reduce.strategy in ("horovod", "sharded")
     try:
@@ -160,7 +160,7 @@ def look_horovod(subject: Subject) -> Values:
     return {**values, "size": hvd.size(), "sum": float(ones.mean())}
 
 
-def judge_horovod(answers: Sequence[Answer]) -> Finding:
+def evaluate_horovod(answers: Sequence[Answer]) -> Finding:
     """Whether Horovod works with this torch and this MPI."""
     rebuild = f"pip uninstall -y horovod && {_INSTALL}"
     bad: Status = "fail" if all(answer.values["needed"] for answer in answers) else "warn"
@@ -168,19 +168,19 @@ def judge_horovod(answers: Sequence[Answer]) -> Finding:
     if broken:
         values = broken[0].values
         seen = f"cannot be loaded with torch {values['torch']}: {values['error']}"
-        return Finding(bad, seen, f"{rebuild}   # builds it against this torch", ranks_of(broken))
+        return Finding(bad, seen, f"{rebuild}   # build it against this torch", ranks_of(broken))
     without = [answer for answer in answers if "mpi" not in answer.values["built"]]
     if without:
         return Finding(bad, "built without MPI", f"HOROVOD_WITH_MPI=1 {rebuild}", ranks_of(without))
     wrong = [answer for answer in answers if (answer.values["size"], answer.values["sum"]) != (len(answers),) * 2]
     if wrong:
         values = wrong[0].values
-        seen = f"of {len(answers)} ranks it sees {values['size']}, and ones add up to {values['sum']}"
+        seen = f"it has {values['size']} of {len(answers)} ranks, and the sum of ones is {values['sum']}"
         return Finding(bad, seen, f"{rebuild}   # against the MPI of this mpirun", ranks_of(wrong))
     values = answers[0].values
     seen = f"built with {', '.join(values['built'])}, works with torch {values['torch']}"
     slow = [answer for answer in answers if answer.values["has_gpu"] and "nccl" not in answer.values["built"]]
     if slow:
-        mend = f"HOROVOD_GPU_OPERATIONS=NCCL {rebuild}"
-        return Finding("warn", f"{seen}; without NCCL, gradients leave GPUs by way of the host", mend, ranks_of(slow))
-    return Finding("ok", seen)
+        remedy = f"HOROVOD_GPU_OPERATIONS=NCCL {rebuild}"
+        return warn(f"{seen}; without NCCL, gradients go through host memory", remedy, slow)
+    return ok(seen)

@@ -1,4 +1,4 @@
-"""The file systems of runs and data: written together and read back, and whether their locks hold."""
+"""The file systems of runs and data: parallel writing and reading, and locks."""
 
 import fcntl
 import os
@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 
 from hpc_train.core.filesystem import file_system
-from hpc_train.doctor.check import Answer, Finding, Subject, Values, ranks_of
+from hpc_train.doctor.check import Answer, Finding, Subject, Values, fail, ok, warn
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mpi_library import parallel_file_options
 
 _ROWS, _ROW_BYTES = 256, 1 << 13  # of a rank: 2 MiB
 
-# ---------------------------------------------------------------------------------------- written together
+# ---------------------------------------------------------------------------------------- parallel file
 
 
-def look_parallel_file(subject: Subject) -> Values:
-    """Collective. Every rank's rows written together through h5py and MPI-IO, then another rank's read back."""
+def probe_parallel_file(subject: Subject) -> Values:
+    """Collective. All ranks write one file through h5py and MPI-IO; each reads the rows of another rank."""
     context, folder = subject.context, subject.folder
     place, error = context.on_root(lambda: _new_folder(folder))
     values: Values = {"folder": str(folder), "file_system": file_system(folder), "error": error, "parallel": False}
@@ -80,40 +80,39 @@ def _rows(rank: int) -> np.ndarray:
     return np.random.default_rng(rank).integers(0, 256, (_ROWS, _ROW_BYTES), np.uint8)
 
 
-def judge_parallel_file(answers: Sequence[Answer]) -> Finding:
-    """Whether what ranks write together is what they read."""
+def evaluate_parallel_file(answers: Sequence[Answer]) -> Finding:
+    """Whether ranks read what they wrote together."""
     values = answers[0].values
     where = f"{values['folder']} ({values['file_system']})"
-    elsewhere = "--set run.root=FOLDER   # one that every node may write"
+    elsewhere = "--set run.root=FOLDER   # a folder that every node can write"
     unseen = [answer for answer in answers if answer.values.get("unseen")]
     if unseen:
-        return Finding(
-            "fail", f"{where}: what the root makes there is not seen by all nodes", elsewhere, ranks_of(unseen)
-        )
+        return fail(f"{where}: what rank 0 creates there is not visible on all nodes", elsewhere, unseen)
     failed = [answer for answer in answers if answer.values["error"]]
     if failed:
         error = failed[0].values["error"]
-        mend = "export HDF5_USE_FILE_LOCKING=FALSE   # this file system refuses locks" if "lock" in error else elsewhere
-        return Finding("fail", f"{where}: {error}", mend, ranks_of(failed))
+        no_locks = "export HDF5_USE_FILE_LOCKING=FALSE   # this file system refuses locks"
+        remedy = no_locks if "lock" in error else elsewhere
+        return fail(f"{where}: {error}", remedy, failed)
     if values.get("without_mpi"):
-        mend = "HDF5_MPI=ON CC=mpicc pip install --no-build-isolation --no-binary=h5py h5py   # or make install"
-        return Finding("warn", "h5py was built without MPI: ranks cannot write one file together", mend)
+        remedy = "HDF5_MPI=ON CC=mpicc pip install --no-build-isolation --no-binary=h5py h5py   # or make install"
+        return warn("h5py was built without MPI: ranks cannot write one file together", remedy)
     wrong = [answer for answer in answers if not answer.values["same"]]
     if wrong:
-        mend = "export OMPI_MCA_io=^ompio   # ROMIO instead; on Lustre mount with flock"
-        return Finding("fail", f"{where}: what was read back differs from what was written", mend, ranks_of(wrong))
+        remedy = "export OMPI_MCA_io=^ompio   # ROMIO instead; on Lustre mount with flock"
+        return fail(f"{where}: data read differ from data written", remedy, wrong)
     rate = sum(answer.values["bytes"] for answer in answers) / max(answer.values["write_s"] for answer in answers)
-    how = "written by all ranks together" if values["parallel"] else "written"
-    return Finding("ok", f"{where}: {how} and read back; {rate / 1e6:,.0f} MB/s through the system's memory")
+    how = "written by all ranks" if values["parallel"] else "written"
+    return ok(f"{where}: {how} and read back; {rate / 1e6:,.0f} MB/s through the page cache")
 
 
 # ---------------------------------------------------------------------------------------- locks
 
 
-def look_locks(subject: Subject) -> Values:
-    """Collective. Locks where runs are written, which others must be refused while the root holds them, and of data.
+def probe_locks(subject: Subject) -> Values:
+    """Collective. Exclusive locks where runs are written, and shared locks on the data file.
 
-    hdf5: what HDF5, which takes a flock of its own, says of a file there; None where it opened it.
+    hdf5: HDF5's error for a file there (HDF5 takes a flock of its own); None if it opened the file.
     """
     context, folder, data = subject.context, subject.folder, subject.data_file
     values: Values = {"setting": subject.environ.get("HDF5_USE_FILE_LOCKING", ""), "data": None}
@@ -124,21 +123,21 @@ def look_locks(subject: Subject) -> Values:
 
 
 def _exclusive(folder: Path, context: Context) -> Values:
-    """Collective. Of flock and fcntl: "held", "not seen by others", or how the system refuses."""
+    """Collective. For flock and fcntl: "held", "not seen by others", or the system's error."""
     place, error = context.on_root(lambda: _new_folder(folder))
     if place is None:
         return {"error": error}
-    told: Values = {"error": None}
+    found: Values = {"error": None}
     for name, lock in (("flock", fcntl.flock), ("fcntl", fcntl.lockf)):
-        told[name] = _held(place / name, lock, context)
-    told["hdf5"] = _open_hdf5(place / f"{context.world.rank}.h5", "w")
+        found[name] = _held(place / name, lock, context)
+    found["hdf5"] = _open_hdf5(place / f"{context.world.rank}.h5", "w")
     context.barrier()
     shutil.rmtree(place, ignore_errors=True)
-    return told
+    return found
 
 
 def _held(path: Path, lock: Callable[[int, int], None], context: Context) -> str:
-    """Collective. What this rank found when the root held the lock on `path`."""
+    """Collective. What this rank found while the root held the lock on `path`."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
@@ -146,7 +145,8 @@ def _held(path: Path, lock: Callable[[int, int], None], context: Context) -> str
     else:
         mine = _take(handle, lock, fcntl.LOCK_EX) if context.world.is_root else ""
     context.barrier()
-    everyone = context.all_gather(mine or _take(handle, lock, fcntl.LOCK_EX))  # the root holds it until all have tried
+    # The gather is also the barrier until which the root keeps the lock.
+    everyone = context.all_gather(mine or _take(handle, lock, fcntl.LOCK_EX))
     if handle >= 0:
         os.close(handle)
     mine = everyone[context.world.rank]
@@ -156,7 +156,7 @@ def _held(path: Path, lock: Callable[[int, int], None], context: Context) -> str
 
 
 def _shared(path: Path) -> Values:
-    """Locks for reading on the file itself: its folder may not be ours to write."""
+    """Shared locks on the file itself, because its folder may be read-only for this user."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -191,44 +191,40 @@ def _open_hdf5(path: Path, mode: str) -> str | None:
     return None
 
 
-def judge_locks(answers: Sequence[Answer]) -> Finding:
-    """Whether locks keep writers apart, and HDF5 opens files."""
-    worst = Finding("ok", "")
+def evaluate_locks(answers: Sequence[Answer]) -> Finding:
+    """Whether locks exclude a second writer, and HDF5 opens files."""
+    worst = ok("")
     words = []
     for what in ("runs", "data"):
         some = [answer for answer in answers if answer.values[what] is not None]
         if not some:
             continue
-        finding = _judge_place(what, some)
+        finding = _evaluate_place(what, some)
         words.append(finding.seen)
         if ("ok", "warn", "fail").index(finding.status) > ("ok", "warn", "fail").index(worst.status):
             worst = finding
-    return worst if worst.status == "fail" else Finding(worst.status, "; ".join(words), worst.mend, worst.ranks)
+    return worst if worst.status == "fail" else Finding(worst.status, "; ".join(words), worst.remedy, worst.ranks)
 
 
-def _judge_place(what: str, answers: Sequence[Answer]) -> Finding:
-    """Of the ranks that looked at this place."""
+def _evaluate_place(what: str, answers: Sequence[Answer]) -> Finding:
+    """One place, from the answers of the ranks that probed it."""
     facts = answers[0].values[what]
     where = f"{what} on {facts['folder']} ({facts['file_system']})"
     for answer in answers:
         if error := answer.values[what]["error"]:
-            return Finding(
-                "fail", f"{where}: {error}", f"ls -ld {facts['folder']}   # or name another place", (answer.rank,)
-            )
+            return fail(f"{where}: {error}", f"ls -ld {facts['folder']}   # or name another folder", [answer])
     closed = [answer for answer in answers if answer.values[what]["hdf5"]]
     if closed:
         seen = f"{where}: HDF5 cannot open a file: {closed[0].values[what]['hdf5']}"
-        return Finding(
-            "fail", seen, "export HDF5_USE_FILE_LOCKING=FALSE   # and keep writers apart yourself", ranks_of(closed)
-        )
+        return fail(seen, "export HDF5_USE_FILE_LOCKING=FALSE   # and never run two writers of one file", closed)
     for how in ("flock", "fcntl"):
         without = [answer for answer in answers if answer.values[what][how] != "held"]
         if without:
             seen = f"{where}: {how} locks: {without[0].values[what][how]}"
-            mend = (
+            remedy = (
                 "mount | grep "
                 + facts["file_system"]
-                + "   # Lustre: mounted with flock, not localflock; two writers of one file are not kept apart"
+                + "   # on Lustre mount with flock, not localflock; a second writer is not excluded"
             )
-            return Finding("warn", seen, mend, ranks_of(without))
-    return Finding("ok", f"{where}: locks hold")
+            return warn(seen, remedy, without)
+    return ok(f"{where}: locks hold")

@@ -1,7 +1,7 @@
-"""`hpc-train doctor`: what works on this machine and what does not, found by doing it.
+"""`hpc-train doctor`: finds out what works on this machine by trying it.
 
-The checks run in a process of their own (`train/doctor/`), one beside each rank's: this one waits, so that a check that
-hangs or crashes, in MPI or in a file system, ends in a table that names it.
+Each rank starts a second process, which runs the checks (`__main__.py`). This one waits, so that a check that hangs or
+crashes, in MPI or in a file system, still ends in a table that names it.
 """
 
 import json
@@ -24,13 +24,14 @@ import click
 from hpc_train.core.child_process import died_of
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import plural
 from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.paths import expanded
 
 SCHEMA = 1
 _START_S = 600.0  # Python's own start: a thousand ranks on one file server take minutes
-_GRACE_S = 3.0  # of the process that checks, which names ranks that do not answer, before it is ended
-_LONGER_S = 60.0  # that others wait for the root, which has the last word
+_GRACE_S = 3.0  # added to a check's limit: the checking process itself may still name ranks that do not answer
+_ROOT_S = 60.0  # added on other ranks: the root prints the result
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red", "n/a": "dim"}
 
 
@@ -39,15 +40,15 @@ class _Terminated(Exception):
 
 
 @dataclass
-class Examined:
-    """What is known so far. `at`: the check under way; `mend`: of that one, should it not end."""
+class Examination:
+    """What is known so far. at: the check that runs; remedy: its remedy if it does not end."""
 
     findings: list[dict[str, Any]] = field(default_factory=list)
     size: int = 1
     at: str = "start"
-    mend: str = ""
+    remedy: str = ""
     limit_s: float = _START_S
-    root: tuple[str, int, str] = ("", 0, "")  # where the first rank is told of faults: host, port, token
+    root: tuple[str, int, str] = ("", 0, "")  # host, port, token: where the root accepts other ranks' faults
 
     @property
     def failed(self) -> bool:
@@ -55,47 +56,48 @@ class Examined:
 
     def fail(self, seen: str) -> None:
         empty: dict[str, Any] = {"ranks": [], "where": "", "values": {}}
-        self.findings.append({"check": self.at, "status": "fail", "seen": seen, "mend": self.mend, **empty})
+        result = {"check": self.at, "status": "fail", "seen": seen, "remedy": self.remedy, "mend": self.remedy}
+        self.findings.append({**result, **empty})
 
-    def hear(self, told: dict[str, Any]) -> None:
-        """A line of the process that checks."""
-        if "begins" in told:
-            self.at, self.mend, self.limit_s = told["begins"], told["mend"], told["limit_s"]
-        elif "finding" in told:
-            self.findings.append(told["finding"])
+    def update(self, message: dict[str, Any]) -> None:
+        """With one line of the checking process."""
+        if "begins" in message:
+            self.at, self.remedy, self.limit_s = message["begins"], message["remedy"], message["limit_s"]
+        elif "finding" in message:
+            self.findings.append(message["finding"])
         else:
-            self.size, self.root = told["size"], tuple(told["root"])
+            self.size, self.root = message["size"], tuple(message["root"])
 
 
 def examine(job: Path | None, overrides: tuple[str, ...], as_json: bool) -> int:
-    """Makes every check, prints what came of them on the first rank, and returns the exit code.
+    """Runs every check, prints the results on the first rank, and returns the exit code.
 
-    Raises `UserError` for a job file that is none.
+    Raises `UserError` for a wrong job file.
     """
     launched, began_s = JobEnvironment.current(), monotonic()
     rank = launched.rank or 0
     if job is None and overrides:
-        raise _joint(UserError(f"--set {overrides[0]}, and no CONFIG", "Name the job file whose key it is."))
+        raise _joint(UserError(f"--set {overrides[0]} without CONFIG", "Name the job file whose key it overrides."))
     try:
         if job is not None:
             config = load(job, overrides).config
-            expanded(config.run.root), expanded(config.data.file or "")  # the checks look at these
+            expanded(config.run.root), expanded(config.data.file or "")  # the checks use these paths
     except UserError as error:
         raise _joint(error) from None
-    examined = Examined(size=launched.size or 1)
+    examination = Examination(size=launched.size or 1)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        fault = _follow(job, overrides, examined, rank)
+        fault = _run_checks(job, overrides, examination, rank)
     except _Terminated:
-        if rank:  # the rank that prints has said what there was to say, or says it now
+        if rank:  # the root has printed the result, or is printing it
             return 1
-        fault = "the launcher ended the job during this check: a rank failed, which says so itself"
+        fault = "the launcher ended the job during this check, because a rank failed; that rank names the cause"
     if rank:
-        return _pass_on(fault, examined, rank)
+        return _report_to_root(fault, examination, rank)
     if fault:
-        examined.fail(fault)
-    _print(examined, monotonic() - began_s, as_json)
-    return int(examined.failed)
+        examination.fail(fault)
+    _print(examination, monotonic() - began_s, as_json)
+    return int(examination.failed)
 
 
 def _joint(error: UserError) -> UserError:
@@ -108,25 +110,25 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
-# ---------------------------------------------------------------------------------------- the process that checks
+# ---------------------------------------------------------------------------------------- the checking process
 
 
-def _follow(job: Path | None, overrides: tuple[str, ...], examined: Examined, rank: int) -> str | None:
-    """Starts it and hears what it says until it ends; how it failed, if it did."""
+def _run_checks(job: Path | None, overrides: tuple[str, ...], examination: Examination, rank: int) -> str | None:
+    """Starts the checking process and reads its messages until it ends. Returns how it failed, if it did."""
     ours, theirs = os.pipe()
     os.set_inheritable(theirs, True)
     token = secrets.token_hex()
-    # What other ranks have to say of theirs comes over TCP: their MPI may be what died.
-    notices = socket.create_server(("", 0), backlog=64) if rank == 0 and examined.size > 1 else None
+    # Other ranks report faults over TCP, because MPI may be what died.
+    notices = socket.create_server(("", 0), backlog=64) if rank == 0 and examination.size > 1 else None
     port = notices.getsockname()[1] if notices else 0
-    # -P: what lies in the current folder is not imported, as by hpc-train itself.
+    # -P: do not import from the current folder, as hpc-train itself does not.
     begin = [sys.executable, "-P", "-m", "hpc_train.doctor", str(theirs)]
     words = [*begin, f"{port}:{token}", str(job or ""), *overrides]
-    # What libraries say to standard output must not get into the table; handles that PMI left open are passed on.
+    # stdout goes to stderr: what libraries print must not get into the table. PMI needs its inherited descriptors.
     child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), close_fds=False)
     os.close(theirs)
     try:
-        return _hear(ours, notices, token, examined, rank) or _ended(child, examined, rank)
+        return _read_messages(ours, notices, token, examination, rank) or _ended(child, examination, rank)
     finally:
         child.kill()
         os.close(ours)
@@ -134,10 +136,12 @@ def _follow(job: Path | None, overrides: tuple[str, ...], examined: Examined, ra
             notices.close()
 
 
-def _hear(pipe: int, notices: socket.socket | None, token: str, examined: Examined, rank: int) -> str | None:
-    """Until the process that checks has said all; why not longer, if it stops before."""
-    grace_s = _LONGER_S if rank else _GRACE_S
-    rest, until_s = b"", monotonic() + examined.limit_s + grace_s
+def _read_messages(
+    pipe: int, notices: socket.socket | None, token: str, examination: Examination, rank: int
+) -> str | None:
+    """Reads until the checking process closes its pipe. Returns the fault if a check or a rank stopped it before."""
+    grace_s = _ROOT_S if rank else _GRACE_S
+    rest, until_s = b"", monotonic() + examination.limit_s + grace_s
     with selectors.DefaultSelector() as selector:
         for source in (pipe, notices):
             if source is not None:
@@ -145,9 +149,9 @@ def _hear(pipe: int, notices: socket.socket | None, token: str, examined: Examin
         while True:
             ready = [key.fileobj for key, _ in selector.select(max(0.0, until_s - monotonic()))]
             if not ready:
-                return f"no end within {examined.limit_s:g} s: a rank hangs in it, or the way between ranks does"
+                return f"no end within {examination.limit_s:g} s: a rank or the network between ranks hangs"
             if notices and notices in ready and (notice := _accept(notices, token)):
-                examined.at, examined.mend = notice["at"], notice["mend"]
+                examination.at, examination.remedy = notice["at"], notice["remedy"]
                 return str(notice["fault"])
             if pipe not in ready:
                 continue
@@ -156,76 +160,76 @@ def _hear(pipe: int, notices: socket.socket | None, token: str, examined: Examin
                 return None
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
-                examined.hear(json.loads(line))
-            until_s = monotonic() + examined.limit_s + grace_s
+                examination.update(json.loads(line))
+            until_s = monotonic() + examination.limit_s + grace_s
 
 
-def _ended(child: "subprocess.Popen[bytes]", examined: Examined, rank: int) -> str | None:
+def _ended(child: "subprocess.Popen[bytes]", examination: Examination, rank: int) -> str | None:
     try:
-        code = child.wait(_LONGER_S)
+        code = child.wait(_ROOT_S)
     except subprocess.TimeoutExpired:
-        return "the process that checks does not end"
+        return "the checking process does not end"
     where = f"rank {rank} on {socket.gethostname()}"
     if code < 0:
         return f"{where} died of {died_of(-code)}"
-    return f"{where} ended with exit code {code}" if code and not examined.failed else None
+    return f"{where} ended with exit code {code}" if code and not examination.failed else None
 
 
 def _accept(notices: socket.socket, token: str) -> dict[str, Any] | None:
-    """What a rank that failed says; None for whoever else calls."""
+    """The message of a rank that failed; None for any other connection."""
     link, _ = notices.accept()
     with link, suppress(OSError, ValueError):
         link.settimeout(_GRACE_S)
-        told = json.loads(link.makefile().readline(1 << 16))
-        if isinstance(told, dict) and told.get("token") == token:
-            return told
+        message = json.loads(link.makefile().readline(1 << 16))
+        if isinstance(message, dict) and message.get("token") == token:
+            return message
     return None
 
 
-def _pass_on(fault: str | None, examined: Examined, rank: int) -> int:
-    """The fault of a rank that does not print the table, to the one that does; and time for that to be printed."""
+def _report_to_root(fault: str | None, examination: Examination, rank: int) -> int:
+    """Sends the fault of this rank to the root, and gives it time to print the table."""
     if fault is None:
         return 0
-    told = {"fault": fault, "at": examined.at, "mend": examined.mend, "token": examined.root[2]}
+    message = {"fault": fault, "at": examination.at, "remedy": examination.remedy, "token": examination.root[2]}
     try:
-        with socket.create_connection((examined.root[0], examined.root[1]), timeout=_GRACE_S) as link:
-            link.sendall(json.dumps(told).encode() + b"\n")
-    except OSError:  # MPI had not started, or a firewall
-        click.echo(f"hpc-train doctor: rank {rank} on {socket.gethostname()}, {examined.at}: {fault}", err=True)
-    sleep(examined.limit_s + _GRACE_S)  # a launcher ends all ranks when one ends so
+        with socket.create_connection((examination.root[0], examination.root[1]), timeout=_GRACE_S) as link:
+            link.sendall(json.dumps(message).encode() + b"\n")
+    except OSError:  # MPI had not started, or a firewall blocks
+        click.echo(f"hpc-train doctor: rank {rank} on {socket.gethostname()}, {examination.at}: {fault}", err=True)
+    sleep(examination.limit_s + _GRACE_S)  # when one rank ends with an error, the launcher ends all of them
     return 1
 
 
-# ---------------------------------------------------------------------------------------- what came of it
+# ---------------------------------------------------------------------------------------- results
 
 
-def _print(examined: Examined, seconds: float, as_json: bool) -> None:
-    worst = "fail" if examined.failed else "warn" if _count(examined, "warn") else "ok"
+def _print(examination: Examination, seconds: float, as_json: bool) -> None:
+    worst = "fail" if examination.failed else "warn" if _count(examination, "warn") else "ok"
     if as_json:
-        facts = {"schema": SCHEMA, "status": worst, "ranks": examined.size, "seconds": round(seconds, 2)}
-        click.echo(json.dumps({**facts, "checks": examined.findings}, indent=2))
+        facts = {"schema": SCHEMA, "status": worst, "ranks": examination.size, "seconds": round(seconds, 2)}
+        click.echo(json.dumps({**facts, "checks": examination.findings}, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from hpc_train.core.terminal import open_console
+
     table = Table.grid(padding=(0, 2, 0, 0))
-    for finding in examined.findings:
+    for finding in examination.findings:
         status, where = finding["status"], f" ({finding['where']})" * bool(finding["where"])
         what = Text(finding["seen"] + where)
-        if finding["mend"] and status in ("warn", "fail"):
-            what.append(f"\n→ {finding['mend']}", style="bold")
+        if finding["remedy"] and status in ("warn", "fail"):
+            what.append(f"\n→ {finding['remedy']}", style="bold")
         table.add_row(Text(status, _COLORS[status]), Text(finding["check"], no_wrap=True), what)
-    Console(highlight=False).print(table)
-    click.echo(_summary(examined, seconds))
+    open_console(highlight=False).print(table)
+    click.echo(_summary(examination, seconds))
 
 
-def _summary(examined: Examined, seconds: float) -> str:
-    ranks = f"{examined.size} rank{'s' * (examined.size != 1)}"
-    counts = ", ".join(f"{number} {status}" for status in _COLORS if (number := _count(examined, status)))
-    alone = ". What ranks do together: mpirun -n 2 hpc-train doctor" * (examined.size == 1)
-    return f"{ranks}, {seconds:.1f} s: {counts}{alone}"
+def _summary(examination: Examination, seconds: float) -> str:
+    counts = ", ".join(f"{number} {status}" for status in _COLORS if (number := _count(examination, status)))
+    hint = ". To check what ranks do together: mpirun -n 2 hpc-train doctor" * (examination.size == 1)
+    return f"{plural(examination.size, 'rank')}, {seconds:.1f} s: {counts}{hint}"
 
 
-def _count(examined: Examined, status: str) -> int:
-    return sum(finding["status"] == status for finding in examined.findings)
+def _count(examination: Examination, status: str) -> int:
+    return sum(finding["status"] == status for finding in examination.findings)

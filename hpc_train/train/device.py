@@ -63,7 +63,7 @@ def open_clock(train: Train, device: torch.device) -> Clock:
     """The timer of this rank's steps. On a GPU it measures phases only with `train.timing = "phases"`, by waiting."""
     if device.type == "cpu":
         return Clock()
-    return Clock(torch.cuda.synchronize) if train.timing == "phases" else Clock(tells_phases=False)
+    return Clock(torch.cuda.synchronize) if train.timing == "phases" else Clock(times_phases=False)
 
 
 def autocast(train: Train, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

@@ -21,17 +21,17 @@ from hpc_train.train.evaluate import evaluate
 from hpc_train.train.reduce.reducer import open_reducer
 from hpc_train.train.run.attempt import is_complete, open_attempt, say
 from hpc_train.train.run.checkpoint.saver import Saver
-from hpc_train.train.run.leftovers import remove_dead_segments
+from hpc_train.train.run.cleanup import remove_stale_segments
 from hpc_train.train.run.recorder import Recorder
 from hpc_train.train.run.sanity_checks import (
-    MOST_LEFT_OUT,
-    LeftOut,
-    compare_weights,
-    fault_of_test,
-    refuse_a_run_without_updates,
-    refuse_alone,
-    refuse_test,
-    refuse_update,
+    MAX_SKIPPED_IN_A_ROW,
+    SkippedUpdate,
+    check_weights_agree,
+    raise_for_run_without_updates,
+    raise_for_test,
+    raise_for_update,
+    raise_on_this_rank,
+    test_fault,
 )
 from hpc_train.train.setup import make_optimizer, open_batches, open_job, prepare_model
 from hpc_train.train.training_state import TrainingState, restore
@@ -44,7 +44,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     """
     config = loaded.config
     if context.world.local_rank == 0:
-        remove_dead_segments()
+        remove_stale_segments()
     with (
         open_job(config, context) as job,
         context.duplicate() as for_records,
@@ -52,14 +52,14 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     ):
         recorder = Recorder(loaded, for_records, job.placements, attempt, open_clock(config.train, job.device))
         is_root = context.world.is_root
-        saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.say, recorder.sync_records)
+        saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.log, recorder.sync_records)
         with (
             recorder,
             saver,
             StopRequest() as stop,
             # From here on all ranks have the root's weights.
             open_reducer(config.reduce, job.model, job.mesh, Control(stop, saver)) as reducer,
-            open_watchdog(context, config.run, recorder.say) as watchdog,
+            open_watchdog(context, config.run, recorder.log) as watchdog,
         ):
             optimizer = make_optimizer(job, reducer)
             training = TrainingState(job, reducer, optimizer)
@@ -114,11 +114,11 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
 
                 if overflowed or not made:
                     recorder.flush()  # first: the attempt that resumes from a checkpoint finds every step before it
-                    skipped = LeftOut(step, total, flags.loss, overflowed, optimizer.num_skipped)
+                    skipped = SkippedUpdate(step, total, flags.loss, overflowed, optimizer.num_skipped)
                     _skip_update(skipped, training, saver)
                 recorder.end_step(step, flags.loss, num_samples, num_global)
                 if config.train.check_weights_every and (step + 1) % config.train.check_weights_every == 0:
-                    compare_weights(step + 1, model, context)
+                    check_weights_agree(step + 1, model, context)
                 if flags.save or saver.is_due_after(step + 1):
                     recorder.flush()
                     saver.save(step + 1, training.gather())
@@ -147,7 +147,7 @@ class Control:
         return self.saver.is_due_by_time
 
 
-def _skip_update(skipped: LeftOut, training: TrainingState, saver: Saver) -> None:
+def _skip_update(skipped: SkippedUpdate, training: TrainingState, saver: Saver) -> None:
     """Collective. After an update that was not made: continues without it, or saves and raises UserError.
 
     Not collective with an asynchronous parameter server, where only the rank that met it knows.
@@ -155,15 +155,15 @@ def _skip_update(skipped: LeftOut, training: TrainingState, saver: Saver) -> Non
     context, config = training.job.context, training.job.config
     is_scaled = config.train.precision == "fp16" and skipped.overflowed  # then the loss scale is halved
     continues = is_scaled or config.train.on_nonfinite == "skip"
-    if continues and skipped.num_in_a_row < MOST_LEFT_OUT:
+    if continues and skipped.num_in_a_row < MAX_SKIPPED_IN_A_ROW:
         if context.world.is_root:
             saver.log(f"Step {skipped.step}: {skipped.why}, its update is left out")
     elif config.reduce.asynchronous:
-        refuse_alone(skipped, context)
+        raise_on_this_rank(skipped, context)
     else:
         state = training.gather()
         saved = context.on_root(partial(saver.save_now_or_explain, skipped.step, state))
-        refuse_update(skipped, saved, context)
+        raise_for_update(skipped, saved, context)
 
 
 def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder, saver: Saver) -> int:
@@ -172,17 +172,17 @@ def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder,
     recorder.flush()
     # The minimum over ranks: with an asynchronous parameter server each rank knows only of its own updates.
     if min(context.all_gather(optimizer.num_skipped)) >= num_steps and stopped_by is None:
-        refuse_a_run_without_updates(num_steps, context)
+        raise_for_run_without_updates(num_steps, context)
     state = training.gather()
     saved = context.on_root(partial(saver.save_now, num_steps, state))
     outcome = "complete" if stopped_by is None else f"stopped by {stopped_by}"
     recorder.stop(outcome, optimizer_bytes=context.all_gather(optimizer.num_bytes))
     if stopped_by is not None:
-        context.on_root(partial(recorder.say, f"Stopped by {stopped_by} after step {num_steps - 1}. {saved}"))
+        context.on_root(partial(recorder.log, f"Stopped by {stopped_by} after step {num_steps - 1}. {saved}"))
         return CONTINUE if saver.is_enabled else TERMINATED
     measures = evaluate(training.job)
-    fault = fault_of_test(measures)
+    fault = test_fault(measures)
     recorder.finish(measures, fault)
     if fault:
-        refuse_test(fault, saved, context)
+        raise_for_test(fault, saved, context)
     return 0

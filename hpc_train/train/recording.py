@@ -138,7 +138,7 @@ class Recording:
         """What happens meanwhile belongs to no step: a validation, a checkpoint. Its joules are counted."""
         began_ns = perf_counter_ns()
         yield
-        self._recorder.clock.leave_out(perf_counter_ns() - began_ns)
+        self._recorder.clock.exclude(perf_counter_ns() - began_ns)
 
     def end_step(self, loss: float | torch.Tensor | None, num_samples: int) -> None:
         """Called at the end of `with recorder.step()`."""

@@ -49,7 +49,6 @@ def ours(path: Path, memory_mb: int = _MEMORY_MB) -> Pass:
     )
     files = open_files(config, Context(World()))
     split = open_split(files, "train/inputs", "train/targets", ("data.inputs", "data.targets"))
-    assert split is not None
     sampler = BatchSampler(open_order(split.inputs, len(split), config), BATCH, seed=0)
     task: Any = SimpleNamespace(batch=split.batch, prefetch=split.prefetch, in_step=False)
     per_epoch = -(-len(split) // BATCH)

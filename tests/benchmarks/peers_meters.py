@@ -28,14 +28,14 @@ def main(how: str, seconds: float, folder: Path) -> None:
 
 
 def sampler(folder: Path) -> AbstractContextManager[None]:
-    from hpc_train.train.energy.sensors.choose import choose
+    from hpc_train.train.energy.sensors.choose import choose_meters
     from hpc_train.train.energy.sensors.sampler import Sampler
     from tests.sensor_trees import rapl
 
     for package in range(2):
         rapl(folder, f"intel-rapl:{package}", f"package-{package}")
         rapl(folder, f"intel-rapl:{package}:0", "dram")
-    meters = choose(folder).meters
+    meters = choose_meters(folder).meters
     assert len(meters) >= 4, meters
     return Sampler(meters, folder / "energy.csv", 1.0, 0.0)
 

@@ -24,7 +24,7 @@ def test_phases_and_the_rest_make_up_the_step() -> None:
     other_ns = slept_ns(0.02)
     with clock.reduce:
         reduce_ns = slept_ns(0.005)
-    record = dict(zip(TIMING_COLUMNS[:-1], clock.lap(7, 32, warmup=True), strict=True))
+    record = dict(zip(TIMING_COLUMNS[:-1], clock.end_step(7, 32, warmup=True), strict=True))
     ended = time.perf_counter_ns()
     assert (record["step"], record["num_samples"], record["warmup"]) == (7, 32, 1)
     assert 0 <= record["data_ns"] - data_ns < 2e6 and 0 <= record["reduce_ns"] - reduce_ns < 2e6
@@ -35,7 +35,7 @@ def test_phases_and_the_rest_make_up_the_step() -> None:
 
 def test_steps_follow_each_other_without_a_gap() -> None:
     clock = Clock()
-    first, second = (dict(zip(TIMING_COLUMNS[:-1], clock.lap(step, 1), strict=True)) for step in range(2))
+    first, second = (dict(zip(TIMING_COLUMNS[:-1], clock.end_step(step, 1), strict=True)) for step in range(2))
     assert second["start_ns"] == first["start_ns"] + first["other_ns"]
 
 
@@ -44,7 +44,7 @@ def test_time_spent_in_a_phase_that_raises_is_counted() -> None:
     with pytest.raises(ZeroDivisionError), clock.forward:
         time.sleep(0.002)
         raise ZeroDivisionError
-    assert dict(zip(TIMING_COLUMNS[:-1], clock.lap(0, 1), strict=True))["forward_ns"] >= 2e6
+    assert dict(zip(TIMING_COLUMNS[:-1], clock.end_step(0, 1), strict=True))["forward_ns"] >= 2e6
 
 
 def test_a_device_is_synchronised_at_both_ends_of_a_phase() -> None:
@@ -67,7 +67,7 @@ def test_a_ranks_log_costs_under_two_microseconds_a_step(tmp_path: Path) -> None
         return (now() - began) / num_steps
 
     def record(clock: Clock, log: RecordFile) -> float:
-        return nanoseconds_a_step(lambda step: log.write(clock.lap(step, 50)), log.close)
+        return nanoseconds_a_step(lambda step: log.write(clock.end_step(step, 50)), log.close)
 
     def phases(clock: Clock) -> float:
         def five(step: int) -> None:
@@ -105,10 +105,10 @@ def test_a_ranks_log_costs_under_two_microseconds_a_step(tmp_path: Path) -> None
 
 
 def test_without_phases_all_of_a_step_is_other() -> None:
-    clock = Clock(tells_phases=False)
+    clock = Clock(times_phases=False)
     with clock.forward, clock.sync:
         time.sleep(0.001)
-    record = dict(zip(TIMING_COLUMNS[:-1], clock.lap(0, 1), strict=True))
+    record = dict(zip(TIMING_COLUMNS[:-1], clock.end_step(0, 1), strict=True))
     assert record["other_ns"] >= 1e6 and record["forward_ns"] == record["reduce_ns"] == 0
 
 
@@ -118,6 +118,6 @@ def test_sync_is_a_phase_of_its_own() -> None:
         began_ns = time.perf_counter_ns()
     with clock.sync:
         time.sleep(0.001)
-    record = dict(zip(TIMING_COLUMNS[:-1], clock.lap(0, 1), strict=True))
+    record = dict(zip(TIMING_COLUMNS[:-1], clock.end_step(0, 1), strict=True))
     assert record["sync_ns"] >= 1e6 > record["reduce_ns"] and record["arrived_ns"] <= began_ns
-    assert dict(zip(TIMING_COLUMNS[:-1], clock.lap(1, 1), strict=True))["sync_ns"] == 0
+    assert dict(zip(TIMING_COLUMNS[:-1], clock.end_step(1, 1), strict=True))["sync_ns"] == 0

@@ -17,8 +17,8 @@ from hpc_train.core.errors import UserError
 HOLD = """
 import sys, time
 from pathlib import Path
-from hpc_train import lock
-with lock.held(Path(sys.argv[1]), print, beat_s=0.1):
+from hpc_train.core import lock
+with lock.hold(Path(sys.argv[1]), print, beat_s=0.1):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -34,7 +34,7 @@ def test_a_second_holder_is_refused_and_told_of_the_first(tmp_path: Path) -> Non
     path = tmp_path / "lock"
     first = hold(path)
     try:
-        with pytest.raises(UserError, match=rf"in use by process {first.pid} on"), lock.held(path, print):
+        with pytest.raises(UserError, match=rf"in use by process {first.pid} on"), lock.hold(path, print):
             pass
     finally:
         first.kill()
@@ -48,7 +48,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
     first.wait()
     said: list[str] = []
     began_s = monotonic()
-    with lock.held(path, said.append):
+    with lock.hold(path, said.append):
         assert monotonic() - began_s < 2
         assert json.loads(path.read_text())["pid"] != first.pid
     assert not path.exists() and "took over from process" in said[0]
@@ -75,14 +75,14 @@ def test_elsewhere_a_lock_that_moves_is_alive_and_one_that_stands_still_is_dead(
     )
     said: list[str] = []
     try:
-        with pytest.raises(UserError, match="Slurm job 17, process 1 on n7"), lock.held(path, said.append, beat_s=0.5):
+        with pytest.raises(UserError, match="Slurm job 17, process 1 on n7"), lock.hold(path, said.append, beat_s=0.5):
             pass
     finally:
         moving.kill()
         moving.wait()
     assert "looking for 2 s" in said[0]
     began_s = monotonic()
-    with lock.held(path, said.append, beat_s=0.25):
+    with lock.hold(path, said.append, beat_s=0.25):
         assert 0.9 < monotonic() - began_s < 5
     assert "took over from Slurm job 17" in said[-1]
 
@@ -98,7 +98,7 @@ def test_the_same_job_started_again_takes_over_only_from_what_stands_still(
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     began_s = monotonic()
-    with lock.held(path, print, beat_s=0.2):
+    with lock.hold(path, print, beat_s=0.2):
         assert monotonic() - began_s >= 0.8
 
 
@@ -106,10 +106,10 @@ def test_the_same_job_started_again_takes_over_only_from_what_stands_still(
 ELSEWHERE = """
 import sys, time
 from pathlib import Path
-from hpc_train import lock
+from hpc_train.core import lock
 from hpc_train.core.errors import UserError
 lock._system = lambda: "another machine"
-with lock.held(Path(sys.argv[1]), print, beat_s=0.1) as lease:
+with lock.hold(Path(sys.argv[1]), print, beat_s=0.1) as lease:
     print("held", flush=True)
     try:
         while True:
@@ -128,7 +128,7 @@ def test_a_holder_that_was_stopped_learns_that_its_lock_was_taken_and_leaves_the
     first.send_signal(signal.SIGSTOP)
     said: list[str] = []
     try:
-        with lock.held(path, said.append, beat_s=0.1) as lease:
+        with lock.hold(path, said.append, beat_s=0.1) as lease:
             assert "took over from" in said[-1]
             first.send_signal(signal.SIGCONT)
             told = first.communicate(timeout=20)[0]
@@ -149,7 +149,7 @@ def test_beats_that_come_late_are_seen_by_who_waits(tmp_path: Path) -> None:
     waker = Timer(0.6, first.send_signal, [signal.SIGCONT])
     waker.start()
     try:
-        with pytest.raises(UserError, match="is in use by"), lock.held(path, print, beat_s=1):
+        with pytest.raises(UserError, match="is in use by"), lock.hold(path, print, beat_s=1):
             pass
     finally:
         waker.cancel()
@@ -159,7 +159,7 @@ def test_beats_that_come_late_are_seen_by_who_waits(tmp_path: Path) -> None:
 
 def test_a_lock_that_was_removed_is_lost_and_others_of_the_job_learn_it_after_a_long_step(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with lock.held(path, print) as lease:
+    with lock.hold(path, print) as lease:
         other_rank = lock.Lease(path, lease.token, beat_s=0.05)
         path.unlink()
         other_rank.check()
@@ -174,7 +174,7 @@ def test_a_lock_that_was_removed_is_lost_and_others_of_the_job_learn_it_after_a_
 def test_a_damaged_lock_is_one_message(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "lock"
     path.mkdir() if content is None else path.write_bytes(content)
-    with pytest.raises(UserError, match=str(path)) as refused, lock.held(path, print):
+    with pytest.raises(UserError, match=str(path)) as refused, lock.hold(path, print):
         pass
     assert "remove the file lock" in refused.value.remedy
 
@@ -183,15 +183,15 @@ def test_a_damaged_lock_is_one_message(tmp_path: Path, content: bytes | None) ->
 def test_a_lock_with_damaged_entries_is_one_that_stands_still(tmp_path: Path, entry: dict[str, object]) -> None:
     path = tmp_path / "lock"
     path.write_text(json.dumps({"token": "t", "system": lock._system(), **entry}))
-    with lock.held(path, print, beat_s=0.05):
+    with lock.hold(path, print, beat_s=0.05):
         pass
 
 
 def test_a_holder_keeps_beating_and_leaves_anothers_lock_alone(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with lock.held(path, print, beat_s=0.05):
+    with lock.hold(path, print, beat_s=0.05):
         sleep(0.3)
         assert json.loads(path.read_text())["beat"] >= 2
     path.write_text("no lock")
-    with pytest.raises(UserError, match="is no lock of hpc-train"), lock.held(path, print):
+    with pytest.raises(UserError, match="is no lock of hpc-train"), lock.hold(path, print):
         pass

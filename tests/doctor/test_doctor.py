@@ -66,7 +66,7 @@ def test_a_machine_that_works(digits: Path) -> None:
     assert done.code == 0 and told["ranks"] == 2 and told["schema"] == 1, done.out + done.err
     assert tuple(found) == CHECKS
     assert not [finding for finding in told["checks"] if finding["status"] == "fail"]
-    assert all(finding["mend"] for finding in told["checks"] if finding["status"] == "warn")
+    assert all(finding["remedy"] for finding in told["checks"] if finding["status"] == "warn")
     assert set(found["one MPI"]["values"]) == {"0", "1"}, "what every rank saw"
     libraries = found["one MPI"]["values"]["1"]["libraries"]
     assert set(libraries) == {"mpi4py", "Horovod", "h5py"} and len(set(libraries.values())) == 1
@@ -75,6 +75,12 @@ def test_a_machine_that_works(digits: Path) -> None:
     for name in ("threads of MPI", "Horovod", "parallel file", "file locks", "disk space", "clocks", "fork"):
         assert found[name]["status"] == "ok", found[name]
     assert sorted(digits.parent.iterdir()) == [digits], "nothing is left behind"
+
+
+def test_no_colours_into_a_file_under_mpirun(without_torch: list[object], tmp_path: Path) -> None:
+    """mpirun gives its ranks a terminal, whatever its own output is."""
+    done = run(mpirun(*[[*without_torch, "doctor"]] * 2), tmp_path, TERM="xterm-256color")
+    assert "ok    all-reduce" in done.stdout and "\x1b" not in done.stdout, done.stdout + done.stderr
 
 
 def test_a_plain_install(tmp_path: Path) -> None:
@@ -143,14 +149,14 @@ def soname(library: Path) -> str:
         ("one MPI", "fail", ["ranks load different MPIs", "lib/libmpi.so", "rank 1 on "]),
         ("threads of MPI", "fail", ["MPI_THREAD_FUNNELED", "MPI4PY_RC_THREAD_LEVEL"]),
         ("all-reduce", "fail", ["the sum is wrong in "]),
-        ("transport", "warn", ["TCP (", "btl tcp", "memory is shared", "OMPI_MCA_btl"]),
-        ("cores", "fail", ["2 ranks on ", " ask for 4 threads on 1 core", "% of a core", "--bind-to none"]),
+        ("transport", "warn", ["TCP (", "btl tcp", "instead of shared memory", "OMPI_MCA_btl"]),
+        ("cores", "fail", ["2 ranks on ", " have 4 threads on 1 core", "% of a core", "--bind-to none"]),
         ("GPU", "fail", ["train.device = 'cuda'", "finds no GPU", "train.device=auto"]),
         ("Horovod", "fail", ["undefined symbol", "make install", "rank 1 on "]),
         ("file locks", "fail", ["Operation not supported", "HDF5_USE_FILE_LOCKING=FALSE"]),
-        ("disk space", "fail", ["2 checkpoints of ", "and one being written", "run.root="]),
-        ("Slurm", "fail", ["ranks say different jobs: 7, 8"]),
-        ("clocks", "fail", ["differ by 20 s", "chronyc", "rank 1 on "]),
+        ("disk space", "fail", ["2 checkpoints of ", "and one in progress", "run.root="]),
+        ("Slurm", "fail", ["ranks are in different jobs: 7, 8"]),
+        ("clocks", "fail", ["differ by at most 20 s", "chronyc", "rank 1 on "]),
         ("fork", "fail", ["no process can be started: Resource temporarily unavailable", "ulimit -u"]),
     ],
 )
@@ -158,7 +164,7 @@ def test_what_is_wrong_is_found(wrong: tuple[int, Found], check: str, status: st
     code, found = wrong
     finding = found[check]
     assert code == 1 and finding["status"] == status, finding
-    text = f"{finding['seen']} {finding['mend']} {finding['where']}"
+    text = f"{finding['seen']} {finding['remedy']} {finding['where']}"
     for word in words:
         assert word in text, finding
 
@@ -176,7 +182,7 @@ def test_a_mistake_is_told_once_before_any_check(tmp_path: Path) -> None:
     done = jobs.run(2, "doctor", "nothing.toml", cwd=tmp_path)
     assert done.code == 2 and done.out == "" and done.err.count("nothing.toml does not exist") == 1
     done = jobs.run(0, "doctor", "--set", "train.steps=1", cwd=tmp_path)
-    assert done.code == 2 and "no CONFIG" in done.err
+    assert done.code == 2 and "without CONFIG" in done.err
 
 
 def test_a_laptop_whose_mpi_is_gone(without_torch: list[object], tmp_path: Path) -> None:
@@ -190,7 +196,7 @@ def test_a_laptop_whose_mpi_is_gone(without_torch: list[object], tmp_path: Path)
 def test_a_launcher_of_another_mpi(without_torch: list[object], tmp_path: Path) -> None:
     done = run([*without_torch, "doctor", "--json"], tmp_path, PMI_RANK="0", PMI_SIZE="2")
     finding = report_of(done.stdout)[1]["MPI starts"]
-    assert done.returncode == 1 and "the launcher started 2 ranks" in finding["seen"] and "srun" in finding["mend"]
+    assert done.returncode == 1 and "the launcher started 2 ranks" in finding["seen"] and "srun" in finding["remedy"]
 
 
 def test_a_rank_that_dies_is_named_at_once(without_torch: list[object], shim: Path, tmp_path: Path) -> None:
@@ -218,9 +224,9 @@ def test_nodes_that_share_no_folder_and_leave_their_fabric_unused(without_torch:
     ]
     done = run(mpirun(*apart), tmp_path, OMPI_MCA_btl="self,tcp")
     found = report_of(done.stdout)[1]
-    assert found["transport"]["status"] == "warn" and "mlx5_0:1 (100 Gb/sec) is there" in found["transport"]["seen"]
-    assert "OMPI_MCA_pml=ucx UCX_NET_DEVICES=mlx5_0:1" in found["transport"]["mend"]
-    assert found["parallel file"]["status"] == "fail" and "not seen by all nodes" in found["parallel file"]["seen"]
+    assert found["transport"]["status"] == "warn" and "mlx5_0:1 (100 Gb/sec) is available" in found["transport"]["seen"]
+    assert "OMPI_MCA_pml=ucx UCX_NET_DEVICES=mlx5_0:1" in found["transport"]["remedy"]
+    assert found["parallel file"]["status"] == "fail" and "not visible on all nodes" in found["parallel file"]["seen"]
     assert found["file locks"]["status"] == "fail" and "rank 1 on " in found["file locks"]["where"]
 
 

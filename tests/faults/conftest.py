@@ -10,7 +10,7 @@ Reference = Callable[..., Job]
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Reference:
-    """reference(ranks, words...): a run that nobody disturbs, once for all tests that compare with it."""
+    """reference(ranks, words...): an undisturbed run, made once for all tests that compare with it."""
     known: dict[tuple[object, ...], Job] = {}
 
     def run(ranks: int, *words: str, **env: str) -> Job:

@@ -1,4 +1,4 @@
-"""Jobs that are disturbed while they run, and what they leave, read back for comparison."""
+"""Disturbs running jobs, and reads their results for comparison."""
 
 import json
 import signal
@@ -19,18 +19,18 @@ STEPS, BATCH, SAMPLES, SEED = 24, 400, 4000, 0
 
 
 def until(true: Callable[[], Any], timeout_s: float = 60) -> Any:
-    """Waits for `true()` to be so."""
+    """Waits until `true()` returns a true value, and returns that."""
     end = monotonic() + timeout_s
     while not (value := true()):
-        assert monotonic() < end, "waited in vain"
+        assert monotonic() < end, "the wait timed out"
         sleep(0.01)
     return value
 
 
 class Job:
-    """A training under mpirun (0 ranks: without) in a folder of its own, running in the background.
+    """A training that runs in the background in its own folder, under mpirun unless `ranks` is 0.
 
-    cold: where its start is disturbed. Its ranks are else children of a server (tests/warm).
+    cold: start it without the warm server (tests/warm), because the test disturbs its start.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class Job:
     # ------------------------------------------------------------------------------ while it runs
 
     def num_traced(self) -> int:
-        """Steps that the root has begun, in all attempts."""
+        """The number of steps that rank 0 has begun, in all attempts."""
         return sum(len(path.read_text().splitlines()) for path in (self.root / "trace").glob("*-rank0.txt"))
 
     def wait_for_step(self, number: int) -> "Job":
-        """Waits until this attempt has begun its `number`th step."""
+        """Waits until this attempt has begun `number` steps."""
         until(lambda: self.num_traced() - self._lines >= number or self.process.poll() is not None)
         assert self.process.poll() is None, self.process.communicate()
         return self
@@ -118,22 +118,22 @@ class Job:
 
     def losses(self) -> dict[int, float]:
         steps, losses = read_metrics(self.run.metrics)
-        assert len(set(steps)) == len(steps), "a step stands twice in metrics.csv"
+        assert len(set(steps)) == len(steps), "metrics.csv has a step twice"
         return dict(zip(steps, losses, strict=True))
 
     def rows(self, rank: int) -> list[list[str]]:
-        """Of each attempt, the rows that this rank was given, a line a step."""
+        """The rows that this rank received in each attempt, one line per step."""
         paths = sorted((self.root / "trace").glob(f"*-rank{rank}.txt"))
         return [[line.partition(":")[2] for line in path.read_text().splitlines()] for path in paths]
 
     def seconds_to_first_step(self) -> float:
-        """From the start of this job to its first step."""
+        """Seconds from the start of this job to its first step."""
         newest = max((self.root / "trace").glob("*-rank0.txt"))
         return int(newest.read_text().partition(":")[0]) / 1e9 - self._began_at_s
 
 
 def assert_continuous(job: Job, reference: Job) -> None:
-    """Step numbers, order of samples and weights are, to the bit, those of a run that nobody disturbed."""
+    """Asserts that step numbers, sample order, losses and weights equal those of the undisturbed run bit for bit."""
     attempts = job.meta()["attempts"]
     size = max(1, job.ranks)
     assert [each["attempt"] for each in attempts] == list(range(1, len(attempts) + 1))

@@ -1,7 +1,7 @@
-"""Chains of kills: a training whose ranks or mpirun get any signal at any moment goes on until it is complete.
+"""Chains of kills: a training completes although its ranks or mpirun receive any signal at any moment.
 
-`python -m tests.faults.kills --minutes 30` plays chain after chain, each named by its seed; `--chains 1 --seed S` plays
-one again, as far as moments can be met twice.
+`python -m tests.faults.kills --minutes 30` runs one chain after the other, each identified by its seed;
+`--chains 1 --seed S` repeats one, as far as timing can be repeated.
 """
 
 import argparse
@@ -32,20 +32,20 @@ _SIGNALS = [
     signal.SIGQUIT,
     signal.SIGSTOP,
 ]
-_MARK = "HPC_TRAIN_KILLS"  # a variable that all processes of a chain have
+_MARK = "HPC_TRAIN_KILLS"  # an environment variable of all processes of a chain
 _STALL_S = 6.0
 _HANG_S = 90.0
-_ALONE_S = 30.0  # that processes may live without their mpirun
+_ALONE_S = 30.0  # processes may outlive mpirun by this
 _MOST_KILLS = 6
 
 
 class Wrong(AssertionError):
-    """What a chain must not end in."""
+    """A chain ended in a state that is not allowed."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """`number` is sent to a rank, or to mpirun (None), at_s seconds after that process began. A stop lasts stop_s."""
+    """Signal `number` to a rank, or to mpirun (None), at_s seconds after that process began. A stop lasts stop_s."""
 
     at_s: float
     victim: int | None
@@ -59,7 +59,7 @@ class Kill:
 
 
 def kills(seed: int, most: int) -> tuple[int, list[Kill]]:
-    """(ranks, what happens to each attempt but the last) of this chain."""
+    """(number of ranks, one kill for each attempt but the last) of this chain."""
     rng = random.Random(seed)
     ranks = rng.choice([2, 2, 3])
     moments = [lambda: rng.uniform(0.001, 10.0), lambda: 10 ** rng.uniform(-3, 1)]
@@ -76,9 +76,9 @@ def kills(seed: int, most: int) -> tuple[int, list[Kill]]:
 
 
 def play(seed: int, folder: Path, digits: Path, reference: Job, most: int = _MOST_KILLS) -> str:
-    """Plays a chain to its end in `folder`; what happened, in words. Raises `Wrong`.
+    """Runs a chain to its end in `folder`, and returns a description of it. Raises `Wrong`.
 
-    reference: a run of as many ranks that nobody disturbed.
+    reference: an undisturbed run on the same number of ranks.
     """
     ranks, planned = kills(seed, most)
     assert ranks == reference.ranks
@@ -106,13 +106,13 @@ def play(seed: int, folder: Path, digits: Path, reference: Job, most: int = _MOS
         if any(step != kept for step in began):
             raise Wrong(f"{'; '.join(told)}: it went on at step {began}, and there was a checkpoint of step {kept}")
         if ended.code == 0:
-            break  # it came to its end before, or in spite of, what was sent
+            break  # it completed before the signal, or in spite of it
     _compare(job, reference, told)
     return "; ".join(told)
 
 
 def _disturb(job: Job, kill: Kill, mark: str) -> str:
-    """Sends the signal when its moment has come; what was sent to whom."""
+    """Sends the signal at its moment, and returns a description of it."""
     pid = job.process.pid if kill.victim is None else None
     while pid is None and job.process.poll() is None:
         pid = _rank(kill.victim, mark)
@@ -140,12 +140,12 @@ def _ended(job: Job, told: list[str]) -> jobs.Ended:
 
 
 def _processes(mark: str) -> list[int]:
-    """All processes of the chain, mpirun and what it started."""
+    """All processes of the chain: mpirun and its descendants."""
     return [pid for pid, environ in _environments() if f"{_MARK}={mark}".encode() in environ]
 
 
 def _rank(number: int, mark: str) -> int | None:
-    """The process that mpirun started as this rank; None before it did."""
+    """The process that mpirun started as this rank; None before that."""
     words = (f"{_MARK}={mark}".encode(), f"OMPI_COMM_WORLD_RANK={number}".encode())
     found = [pid for pid, environ in _environments() if all(word in environ for word in words)]
     return min(found, default=None)  # its own children come after it
@@ -174,13 +174,13 @@ def _await_orphans(mark: str, told: list[str]) -> None:
 
 
 def _newest(folder: Path) -> int:
-    """The step of the newest checkpoint; 0 without one."""
+    """The step of the newest checkpoint, or 0."""
     found = [int(path.name[5:]) for path in folder.glob("softmax-mnist/*/checkpoints/step-*")]
     return max(found, default=0)
 
 
 def _attempts(folder: Path) -> list[dict[str, Any]]:
-    """Those that came so far as to be written down."""
+    """The attempts that meta.json records."""
     metas = sorted(folder.glob("softmax-mnist/*/meta.json"))
     return json.loads(metas[-1].read_text()).get("attempts", []) if metas else []
 

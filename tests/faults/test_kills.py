@@ -1,4 +1,4 @@
-"""A short schedule of kills; `make test-kills` plays half an hour of them."""
+"""Short chains of kills; `make test-kills` runs half an hour of them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Numbers gone wrong: a loss that is none, weights that part."""
+"""Wrong numbers: losses and gradients that are not finite, weights that differ between ranks."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_nan_on_one_rank_stops_all_with_the_weights_before_it(
 
 @pytest.mark.thorough
 def test_weights_that_are_none_are_not_saved_and_the_loss_is_told(tmp_path: Path, digits: Path) -> None:
-    """As after a step that diverged: the loss is what names the rank, and the last good checkpoint stays."""
+    """As after a step that diverged: the loss identifies the rank, and the last good checkpoint stays."""
     job = Job(2, tmp_path, digits, ACCIDENT="nan-weights:7:0")
     ended = job.end()
     assert ended.code == 2 and "the loss of step 7 is nan on rank 0" in ended.err, ended
@@ -80,7 +80,7 @@ def test_a_gradient_that_is_infinite_stops_all_with_the_weights_before_it(
 
 @pytest.mark.parametrize("kind", ["inf-gradient", pytest.param("nan", marks=pytest.mark.thorough)])
 def test_a_run_whose_updates_are_all_left_out_is_no_success(kind: str, tmp_path: Path, digits: Path) -> None:
-    """A short one at its end, a long one after so many in a row; and what was saved meanwhile counts on."""
+    """A short run fails at its end, a long one after 32 skipped updates in a row. A resumed run continues the count."""
     words = ("--set", "train.on_nonfinite=skip", "--set", "train.lr=0.1")
     short = Job(2, tmp_path / "short", digits, *words, ACCIDENT=f"{kind}:always:1")
     ended = short.end()
@@ -109,7 +109,7 @@ def test_a_test_that_is_nan_is_no_success(tmp_path: Path, digits: Path) -> None:
 def test_a_worker_of_an_asynchronous_server_whose_updates_are_all_left_out_ends_with_the_others(
     tmp_path: Path, digits: Path
 ) -> None:
-    """It alone knows of them, and what comes at the end of a run is collective."""
+    """Only that worker knows of them, and the end of a run is collective."""
     words = ("train.on_nonfinite=skip", "reduce.strategy=parameter_server", "reduce.asynchronous=true")
     job = Job(
         3, tmp_path, digits, *(part for word in words for part in ("--set", word)), ACCIDENT="inf-gradient:always:1"

@@ -1,4 +1,4 @@
-"""Output that cannot be written: the training goes on, says so in meta.json, and ends with the right exit code."""
+"""Output that cannot be written: training continues, meta.json records it, and the exit code is right."""
 
 import json
 import shlex
@@ -12,9 +12,9 @@ from tests.conftest import FaultTable
 
 
 def shell(job: list[str], redirection: str, cwd: Path) -> tuple[int, str]:
-    """(exit code of the job, its stderr) where a shell redirects the output of each rank.
+    """(exit code, stderr) of a job for which a shell redirects the output of each rank.
 
-    mpirun's own is another matter: Open MPI's ends the job by itself where it gets SIGPIPE.
+    The output of mpirun itself is not redirected: Open MPI's mpirun ends the job when it gets SIGPIPE.
     """
     launcher, rank = job[: job.index(str(jobs.HPC_TRAIN))], job[job.index(str(jobs.HPC_TRAIN)) :]
     done = subprocess.run(
@@ -68,5 +68,5 @@ def test_a_training_outlasts_its_output(
     )
 
 
-def test_a_refusal_keeps_its_exit_code_where_nobody_hears_it(tmp_path: Path, digits: Path) -> None:
+def test_a_user_error_keeps_its_exit_code_without_output(tmp_path: Path, digits: Path) -> None:
     assert shell(words(digits, tmp_path, 0, "--set", "train.global_batch=5000"), "2>/dev/full >&-", tmp_path)[0] == 2

@@ -1,4 +1,4 @@
-"""A rank that dies, leaves or stands still ends the job, which names it; and the run goes on from its checkpoint."""
+"""A rank that dies, exits or hangs ends the job, which names the rank; the run resumes from its checkpoint."""
 
 import os
 import re
@@ -22,7 +22,7 @@ def last_words(ended: jobs.Ended) -> str:
 
 
 def resume(job: Job, digits: Path, reference: Reference) -> tuple[float, int]:
-    """Goes on after a fault; (seconds until it trains again, steps trained twice)."""
+    """Resumes after a fault; returns (seconds until it trains again, steps trained twice)."""
     reached = job.num_traced()
     again = Job(job.ranks, job.root, digits, "--resume", "auto")
     ended = again.end()
@@ -50,9 +50,7 @@ def test_a_killed_rank_ends_the_job_at_once_and_is_named(
 
 
 @pytest.mark.parametrize("accident", ["exit:8:1", pytest.param("hard-exit:8:2", marks=pytest.mark.thorough)])
-def test_a_rank_that_leaves_on_its_own_ends_the_job(
-    accident: str, tmp_path: Path, digits: Path, survived: FaultTable
-) -> None:
+def test_a_rank_that_exits_ends_the_job(accident: str, tmp_path: Path, digits: Path, survived: FaultTable) -> None:
     job = Job(3, tmp_path, digits, ACCIDENT=accident)
     job.wait_for_step(9) if job.num_traced() < 9 else None
     left_s = monotonic()
@@ -65,18 +63,18 @@ def test_a_rank_that_leaves_on_its_own_ends_the_job(
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.thorough)])
-def test_a_rank_that_stands_still_is_named_with_its_stack(
+def test_a_stopped_rank_is_named_with_its_stack(
     victim: int, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
     stall_s = 4
     job = Job(3, tmp_path, digits, "--set", f"run.stall_s={stall_s}", TRACE_DELAY="0.2").wait_for_step(8)
-    sleep(1.1)  # its last word shall come from the loop
+    sleep(1.1)  # so that its last heartbeat comes from the loop
     os.kill(job.pid(victim), signal.SIGSTOP)
     stopped_s = monotonic()
     ended = job.end()
     took_s = monotonic() - stopped_s
     assert ended.code not in (0, 75) and took_s < stall_s + 10
-    assert re.search(rf"rank {victim} on {HOST} is late: nothing heard of it for \d+ s$", last_words(ended)), ended.err
+    assert re.search(rf"rank {victim} on {HOST} is late: no heartbeat for \d+ s$", last_words(ended)), ended.err
     assert f"where rank {victim} was" in ended.err and "loop.py" in ended.err, "its stack"
     recover_s, lost = resume(job, digits, reference)
     what = f"named with its stack, job ended in {took_s:.1f} s (run.stall_s = {stall_s})"
@@ -84,10 +82,10 @@ def test_a_rank_that_stands_still_is_named_with_its_stack(
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.thorough)])
-def test_a_rank_that_lives_and_is_late_is_named_with_where_it_stands(
+def test_a_rank_that_hangs_is_named_with_its_stack(
     victim: int, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
-    """It waits for something of its own, as for a file that does not come, and its process answers."""
+    """It waits for something local, such as a file that never appears, and its process still responds."""
     stall_s = 3
     job = Job(2, tmp_path, digits, "--set", f"run.stall_s={stall_s}", ACCIDENT=f"stuck:8:{victim}")
     job.wait_for_step(9 if victim == 0 else 8)
@@ -103,10 +101,8 @@ def test_a_rank_that_lives_and_is_late_is_named_with_where_it_stands(
 
 
 @pytest.mark.parametrize("words", [("data.read=collective",), ("reduce.strategy=mpi",)])
-def test_ranks_that_wait_in_any_way_are_not_taken_for_late(
-    words: tuple[str, ...], tmp_path: Path, digits: Path
-) -> None:
-    """In a collective read, and in MPI's sums: the late rank comes last, so all others are asked first."""
+def test_ranks_that_wait_for_others_are_not_called_late(words: tuple[str, ...], tmp_path: Path, digits: Path) -> None:
+    """In a collective read and in MPI's sums. The late rank is the last one that the watchdog checks."""
     settings = [word for key in ("run.stall_s=3", *words) for word in ("--set", key)]
     ended = Job(3, tmp_path, digits, *settings, ACCIDENT="stuck:8:2").end()
     assert ended.code not in (0, 75)
@@ -116,12 +112,12 @@ def test_ranks_that_wait_in_any_way_are_not_taken_for_late(
 def test_a_rank_that_is_stopped_after_the_last_step_is_named(
     tmp_path: Path, digits: Path, reference: Reference
 ) -> None:
-    """In the test that follows training no step ends, and yet nobody waits for ever."""
+    """No step ends during the test after training, and the job must not wait forever."""
     stall_s = 3
     job = Job(2, tmp_path, digits, "--set", f"run.stall_s={stall_s}", ACCIDENT="stopped-in-test:23:1")
     ended = job.end(timeout_s=stall_s + 40)
     assert ended.code not in (0, 75)
-    assert re.search(rf"rank 1 on {HOST} is late: nothing heard of it for \d+ s$", last_words(ended)), ended.err
+    assert re.search(rf"rank 1 on {HOST} is late: no heartbeat for \d+ s$", last_words(ended)), ended.err
     again = Job(2, tmp_path, digits, "--resume", "auto")
     assert again.end().code == 0
     assert_continuous(again, reference(2))
@@ -159,9 +155,9 @@ def test_sigterm_to_one_rank_stops_them_all_in_the_same_step(
 def test_ctrl_c_or_sigterm_straight_to_mpirun_leaves_a_valid_checkpoint(
     number: signal.Signals, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
-    """mpirun makes SIGTERM of it and kills a second later: in time for a small model, and an older one is valid anyway.
+    """mpirun sends SIGTERM and kills a second later: enough for a small model, and an older checkpoint stays valid.
 
-    Whatever the ranks end with, it ends with 1. SIGUSR2 it passes on (tests/faults/test_resume.py).
+    mpirun ends with 1 whatever the ranks end with. It passes SIGUSR2 on (tests/faults/test_resume.py).
     """
     job = Job(2, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(8)
     ended = job.signal(number).end()

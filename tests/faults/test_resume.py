@@ -1,4 +1,4 @@
-"""Stop at any step, go on, and end where an undisturbed run ends: to the bit on as many ranks, to 1e-5 on others."""
+"""A run stopped at any step and resumed ends like an undisturbed one: bit for bit, or to 1e-5 on other ranks."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def test_a_run_stopped_within_an_epoch_ends_as_if_it_had_not_been(
     reference: Reference,
     survived: FaultTable,
 ) -> None:
-    # An optimizer with a state of its own, which every rank must be given back.
+    # These optimizers have state, which every rank must restore.
     optimizer = ("train.optimizer=adamw", "train.lr=0.01") if ranks in (0, 3) else ("train.momentum=0.9",)
     words = tuple(word for key in (f"reduce.strategy={strategy}", *optimizer) for word in ("--set", key))
     noisy = {"TRACE_DROPOUT": "0.3"}
@@ -173,7 +173,7 @@ def test_a_changed_job_never_goes_on_or_begins_without_a_word(tmp_path: Path, di
     assert (
         ended.code == 0 and f"{run} is not continued: it is complete, and train.lr = 0.1 here, 0.01 there" in ended.out
     )
-    # --resume RUN would refuse it: 27 steps are taken, and two are asked for.
+    # --resume RUN would refuse this: the run has taken 27 steps, and train.steps is 2.
     assert "It continues only with its own values\nA new run begins\n" in ended.out and auto.run.path != run
 
 

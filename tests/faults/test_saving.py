@@ -1,4 +1,4 @@
-"""Saving: killed at each stage, disks that refuse, files that were damaged, two jobs in one run directory."""
+"""Checkpoints: kills at each stage of a save, failing disks, damaged files, two jobs in one run directory."""
 
 import os
 import re
@@ -55,7 +55,7 @@ def test_killed_at_a_stage_of_a_save(
     done = again.end()
     assert done.code == 0, done
     assert "took over from" in done.out, "the lock of the dead"
-    assert "checkpoint skipped" not in done.out, "whatever stands under a final name is whole"
+    assert "checkpoint skipped" not in done.out, "whatever has a final name is complete"
     assert_continuous(again, reference(0))
     hidden = [path.name for path in again.run.checkpoints_dir.iterdir() if path.name.startswith(".")]
     assert not hidden and len(list(again.run.checkpoints_dir.iterdir())) == 2
@@ -82,7 +82,7 @@ def test_killed_in_a_save_on_two_ranks(
 def test_a_rank_that_fails_alone_does_not_wait_for_a_save(
     victim: int, tmp_path: Path, digits: Path, survived: FaultTable
 ) -> None:
-    """The job ends at once with what the rank has to say, and nothing of the save can be taken for whole."""
+    """The job ends at once with the rank's message, and the unfinished save cannot pass for a checkpoint."""
     job = Job(2, tmp_path, digits, SLOW_SAVE="30", ACCIDENT=f"exit:8:{victim}", TRACE_DELAY="0.05")
     job.wait_for_step(8)
     failed_s = monotonic()
@@ -102,7 +102,7 @@ def test_ranks_that_stop_together_finish_a_save_under_way(tmp_path: Path, digits
 
 
 def assert_ends_as(run: RunDir, reference: Job) -> None:
-    """Steps, losses and weights of a run that nobody disturbed."""
+    """Asserts steps, losses and weights of the undisturbed run."""
     assert read_metrics(run.metrics) == read_metrics(reference.run.metrics)
     ours = torch.load(run.checkpoint(STEPS) / "state.pt", weights_only=True)["model"]
     assert all(torch.equal(ours[name], theirs) for name, theirs in reference.weights().items())
@@ -123,7 +123,7 @@ def alter_facts(folder: Path) -> None:
 
 
 def put_another_models(folder: Path) -> None:
-    """A whole checkpoint of another model, with a checksum that fits."""
+    """Replaces it by an intact checkpoint of another model."""
     script = (
         "import sys, json, pathlib, torch\nfrom hpc_train.train.run.checkpoint import format\n"
         "folder = pathlib.Path(sys.argv[1])\nfacts = json.loads((folder / 'checkpoint.json').read_text())\n"
@@ -144,7 +144,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 }
 
 
-# Without a job around them, tests/test_checkpoint.py damages checkpoints in more ways.
+# tests/train/run/test_checkpoint.py damages checkpoints in more ways, without a job.
 @pytest.mark.parametrize(
     "names", [("a bit flipped", "of another model"), pytest.param(tuple(DAMAGES), marks=pytest.mark.thorough)]
 )
@@ -174,7 +174,9 @@ def test_damaged_checkpoints_are_refused_with_the_reason_and_the_newest_good_one
 def test_the_second_job_in_a_run_directory_is_refused_and_told_of_the_first(
     tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
-    first = Job(0, tmp_path, digits, TRACE_DELAY="3").wait_for_step(2)  # longer than a busy machine starts the second
+    first = Job(0, tmp_path, digits, TRACE_DELAY="3").wait_for_step(
+        2
+    )  # the second must start within this, even on a busy machine
     second = Job(0, tmp_path / "second", digits, "--resume", str(first.run.path)).end()
     pid = first.pid(0)
     assert second.code == 2 and f"is in use by process {pid} on" in second.err, second
@@ -192,7 +194,7 @@ def test_the_second_job_in_a_run_directory_is_refused_and_told_of_the_first(
 def test_a_job_that_was_stopped_so_long_that_another_took_over_writes_nothing_more_and_says_so(
     ranks: int, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
-    """Each takes the other to be on another machine, where no process can be looked up."""
+    """Each job believes the other to be on another machine, whose processes it cannot see."""
     first = Job(ranks, tmp_path, digits, TRACE_DELAY="0.1", ELSEWHERE="n1").wait_for_step(8)
     root = first.pid(0)
     os.kill(root, signal.SIGSTOP)
@@ -211,7 +213,7 @@ def test_a_job_that_was_stopped_so_long_that_another_took_over_writes_nothing_mo
 def test_records_are_cut_back_to_the_checkpoint_that_a_run_goes_on_from(
     tmp_path: Path, digits: Path, reference: Reference
 ) -> None:
-    """Steps 10 to 12 were written after the newest checkpoint: what a crash makes of them does not matter."""
+    """Steps 10 to 12 came after the newest checkpoint: what a crash leaves of them does not matter."""
     job = Job(0, tmp_path, digits, "--set", "train.log_every=1", TRACE_DELAY="0.1").wait_for_step(14)
     job.process.kill()
     job.process.communicate()
@@ -243,7 +245,7 @@ def test_losses_that_a_damaged_disk_lost_are_said(tmp_path: Path, digits: Path) 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB of its own."""
+    """A new file system of 2 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, timeout=20)
@@ -273,7 +275,7 @@ def read_only(disk: Path) -> Iterator[None]:
 def test_a_disk_without_room_leaves_the_old_checkpoint_valid(
     small_disk: Path, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
-    """The whole run directory is on it: the job cannot go on, and says what it lacked."""
+    """It holds the whole run directory: the job cannot continue, and reports the room that it needs."""
     job = Job(0, tmp_path, digits, runs=small_disk, TRACE_DELAY="0.1").wait_for_step(7)
     with fill(small_disk):
         ended = job.end()
@@ -301,7 +303,7 @@ def test_a_disk_that_refuses_a_job_from_its_beginning(
     digits: Path,
     reference: Reference,
 ) -> None:
-    """Told in one message, whatever is written first; and nothing of the run before is lost."""
+    """The job fails with one message, whichever file comes first, and the previous run loses nothing."""
     first = Job(0, tmp_path, digits, runs=small_disk, TRACE_DELAY="0.1").wait_for_step(7)
     assert first.signal(signal.SIGUSR2).end().code == 75
     run = first.run
@@ -327,7 +329,7 @@ def test_a_save_that_a_disk_refuses_is_told_and_the_training_goes_on(
     reference: Reference,
     survived: FaultTable,
 ) -> None:
-    """Only the checkpoints are on it; the last save, which nothing follows, is an error."""
+    """It holds only the checkpoints. A failed last save is an error."""
     first = Job(0, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(2)
     assert first.signal(signal.SIGUSR2).end().code == 75
     shutil.copytree(first.run.checkpoints_dir, small_disk, dirs_exist_ok=True)
@@ -352,7 +354,7 @@ def test_a_save_that_a_disk_refuses_is_told_and_the_training_goes_on(
 def test_over_quota_the_training_goes_on_and_the_old_checkpoint_stays(
     tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
-    """The limit on a file's size stands for a quota: it refuses checkpoints and lets logs grow."""
+    """A limit on file sizes acts as a quota: it refuses checkpoints and lets logs grow."""
     job = Job(0, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(7)
     resource.prlimit(job.pid(0), resource.RLIMIT_FSIZE, (100_000, 100_000))
     ended = job.end()

@@ -1,4 +1,4 @@
-"""A signal to one rank while MPI starts: all end at once, whatever the moment, and no rank waits for another."""
+"""A signal to one rank while MPI starts ends all ranks at once, whatever the moment."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ import pytest
 
 from tests.faults.harness import Job
 
-# What a rank has mapped into its memory when it is signalled, in the order in which it comes to that. Between the first
-# and the third the ranks meet in MPI_Init.
+# What a rank has mapped into memory when it is signalled, in order. The ranks meet in MPI_Init between the first and
+# the third.
 MOMENTS = {
     "MPI's library is loaded": "/libmpi.so",
     "MPI looks for its parts": "/mca_",
@@ -32,7 +32,7 @@ def rank_of(pid: int) -> str | None:
 
 
 def signal_at(job: Job, rank: int, mapped: str, number: signal.Signals) -> None:
-    """Signals `rank` as soon as it has mapped a file of that name."""
+    """Signals `rank` as soon as it has mapped a file whose path contains `mapped`."""
     end = monotonic() + 60
     victim = None
     while job.process.poll() is None:

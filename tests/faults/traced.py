@@ -1,6 +1,6 @@
-"""A task of the tests: classification that writes down which samples it is given, and has accidents on request.
+"""A classification task that records its samples and causes faults on request.
 
-Read from the environment, so that the job's configuration stays that of an ordinary one:
+Its settings come from the environment, so that the configuration stays that of an ordinary job:
   TRACE         folder: one file a process, one line a step with the time in ns and the rows of this rank
   TRACE_DELAY   seconds to wait in each step, so that a test can act meanwhile
   TRACE_DROPOUT probability of dropout in the model
@@ -105,7 +105,7 @@ def _sync_slowly(seconds: float) -> None:
 
 
 def _kill_at(function: str, number: str, when: str = "before") -> None:
-    """Has this process killed at a call of `function`; only the saving of checkpoints is interrupted."""
+    """Kills this process at a call of `function` by the thread that saves checkpoints."""
     module_name, name = function.split(".")
     module: Any = {"os": os, "shutil": shutil, "torch": torch}[module_name]
     original = getattr(module, name)

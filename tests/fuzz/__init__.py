@@ -1,4 +1,4 @@
-"""Inputs that nobody would write, by the thousand: the program says what is wrong with each, or does the right thing.
+"""Thousands of generated inputs: the program reports what is wrong with each, or handles it correctly.
 
 One module a kind of input holds a hypothesis strategy of cases (`KINDS` in `kinds.py`). A case makes its files in a
 folder of its own and calls `hpc-train`; `play.py` says what may come of that. The calls run in children forked off a

@@ -1,4 +1,4 @@
-"""Plays cases again, or many: python -m tests.fuzz KIND|all [--seed S] [--cases N] [--case C]"""
+"""Runs one case again, or many: python -m tests.fuzz KIND|all [--seed S] [--cases N] [--case C]"""
 
 import argparse
 import sys

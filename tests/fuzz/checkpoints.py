@@ -1,4 +1,4 @@
-"""Checkpoints: damaged ones, which must not be used, and well-sealed ones whose content no such run has written."""
+"""Checkpoints: damaged ones, which must not be used, and ones with valid checksums whose content is wrong."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ Change = Callable[[dict[str, Any], dict[str, Any]], None]  # of (state, facts)
 
 
 def _begin(play: Play) -> Path:
-    """A run that was stopped after its last checkpoint but one; its folder."""
+    """The folder of a run that was stopped before its last checkpoint."""
     shutil.copytree(play.materials / "runs", play.folder / "runs")
     (play.folder / "job.toml").write_bytes((play.materials / "job.toml").read_bytes())
     (play.folder / "data.h5").symlink_to(play.materials / "data-plain.h5")
@@ -32,7 +32,7 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def _damaged(file: str, damages: list[Damage]) -> Case:
-    """Whatever became of the bytes: the run goes on from the step before them, and ends as one that nobody damaged."""
+    """Whatever the damage, the run resumes from the checkpoint before, and ends like an undamaged one."""
 
     def act(play: Play) -> None:
         run = _begin(play)

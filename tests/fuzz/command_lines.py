@@ -1,4 +1,4 @@
-"""Command lines: the program's own options, in any number, with values that their types allow or do not."""
+"""Command lines: any number of existing options, with values that their types allow or forbid."""
 
 import shutil
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hpc_train.cli.main import cli
 from tests.fuzz.play import Case, Play
 
-# These start jobs or look at the whole machine; `submit` has --dry-run.
+# These start jobs or examine the whole machine; `submit` has --dry-run.
 _LEFT = {("scale",), ("doctor",), ("bench", "io"), ("bench", "allreduce")}
 _VALUES = [
     "0",

@@ -1,4 +1,4 @@
-"""Job files: keys and values that are right, that nearly are, and that never were."""
+"""Job files: keys and values that are right, almost right, or nonsense."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ _KEYS = [
     if hasattr(field.annotation, "model_fields")
     for key in field.annotation.model_fields  # type: ignore[union-attr]
 ]
-# Of these any value may be right and yet take hours, or start what a test must not start.
+# A valid value of these may take hours, or start what a test must not start.
 _LEFT = {
     "train.compile",
     "energy.idle_s",

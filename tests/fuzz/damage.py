@@ -1,4 +1,4 @@
-"""What may have become of bytes: strategies of functions from bytes to bytes."""
+"""Damage to files: strategies of functions from bytes to bytes."""
 
 from collections.abc import Callable
 
@@ -45,7 +45,7 @@ def _longer(more: bytes) -> Damage:
 
 
 _shares = st.floats(0, 1, exclude_max=True)
-# Structure lies at the beginning of most files.
+# Most files have their structure at the beginning.
 _early = st.one_of(_shares, st.floats(0, 0.1), st.floats(0, 0.02))
 _lengths = st.sampled_from([1, 2, 4, 8, 16, 64, 512])
 

@@ -1,4 +1,4 @@
-"""HDF5 files: real ones with bytes damaged, and ones that HDF5 finds sound and whose content is not."""
+"""HDF5 files: real ones with damaged bytes, and valid ones with wrong content."""
 
 import shutil
 from collections.abc import Callable
@@ -141,7 +141,7 @@ _changes: st.SearchStrategy[Change] = st.one_of(
 
 
 def _use(play: Play) -> None:
-    """What `data check` passes trains to finite numbers; what it does not is refused, or trained on all the same."""
+    """A file that passes `data check` trains to finite numbers; any other is refused or trains anyway."""
     (play.folder / "job.toml").write_bytes((play.materials / "job.toml").read_bytes())
     play.hpc_train("data", "info", "data.h5", codes=(0, 1, 2), numbers=False)
     checked = play.hpc_train("data", "check", "data.h5", codes=(0, 1, 2), numbers=False)

@@ -1,4 +1,4 @@
-"""All kinds of input, and how many cases of each are among the 5,000 of `make test-all`."""
+"""All kinds of input, and how many of the 5,000 cases of `make test-all` are of each kind."""
 
 from hypothesis.strategies import SearchStrategy
 

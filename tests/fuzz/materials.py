@@ -1,4 +1,4 @@
-"""Sound files that cases copy and damage, made once."""
+"""Intact files, made once, that cases copy and damage."""
 
 import shutil
 from pathlib import Path
@@ -35,7 +35,7 @@ LAYOUTS: dict[str, dict[str, object]] = {
 
 
 def make(folder: Path, server: Server) -> None:
-    """data-LAYOUT.h5, prepared.h5, job.toml and runs/: a run of that job that ended, with two checkpoints."""
+    """Makes data-LAYOUT.h5, prepared.h5, job.toml and runs/ with a complete run of that job with two checkpoints."""
     for name, options in LAYOUTS.items():
         write(folder / f"data-{name}.h5", options)
     (folder / "job.toml").write_text(JOB)

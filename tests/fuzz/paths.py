@@ -1,4 +1,4 @@
-"""Paths: what the system has besides files and folders, names that cannot be, and where nobody would look."""
+"""Paths: special files, impossible names and unusual places."""
 
 import os
 import shutil
@@ -71,7 +71,7 @@ _NAMES = [
     ),
     *("sys:exit", "x.h5?y", "zip://a:b@c", "/proc/1/root", "folder/../data.h5", "data.h5\t", "runs"),
 ]
-# "@" is where the path goes; what comes after it is right.
+# "@" stands for the path; the words after it are valid.
 _LINES = [
     *(
         "report @",

@@ -1,4 +1,4 @@
-"""Plays a case: calls `hpc-train` on it, and says what must not come of that."""
+"""Runs a case: calls `hpc-train` on it, and checks the outcome."""
 
 import json
 import os
@@ -24,7 +24,7 @@ _REMEDY = re.compile(r"^hpc-train: .*\n(?:.*\n)*?  \S", re.MULTILINE)
 
 
 class Fault(AssertionError):
-    """What must not come of any input."""
+    """An outcome that no input may have."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Server:
         self._process.wait(30)
 
     def run(self, folder: Path, words: Sequence[str]) -> tuple[Ended, bool]:
-        """(how `hpc-train words...` ended in `folder`, whether it had to be killed)."""
+        """(result of `hpc-train words...` in `folder`, whether it had to be killed)."""
         out, err = (folder.with_name(f"{folder.name}.{name}") for name in ("out", "err"))
         job = {"words": list(words), "folder": str(folder), "out": str(out), "err": str(err), "timeout_s": HANG_S}
         assert self._process.stdin and self._process.stdout
@@ -73,9 +73,9 @@ class Server:
 
 @dataclass
 class Play:
-    """The stage of one case: an empty folder, files that every case may copy, and the program.
+    """The surroundings of one case: an empty folder, files that it may copy, and the program.
 
-    called: the command lines so far, for whoever reads of a fault.
+    called: the command lines so far, for the report of a fault.
     """
 
     server: Server
@@ -84,7 +84,7 @@ class Play:
     called: list[list[str]] = field(default_factory=list)
 
     def hpc_train(self, *words: object, codes: tuple[int, ...] = (0, 2), numbers: bool = True) -> Ended:
-        """Runs a command and checks what came of it. numbers: what it prints, when all is well, is finite."""
+        """Runs a command and checks its outcome. numbers: a successful command must print finite numbers."""
         line = [str(word) for word in words]
         self.called.append(line)
         ended, hung = self.server.run(self.folder, line)
@@ -105,7 +105,7 @@ def fault_of(ended: Ended, codes: tuple[int, ...], numbers: bool) -> str | None:
         return f"{len(_MESSAGE.findall(ended.err))} messages"
     if ended.code == 2 and ended.err.startswith("hpc-train: ") and not _REMEDY.search(ended.err):
         return "a message without a remedy"
-    # What stands in quotes is a damaged line, told with the run that was left out for it.
+    # Quotes contain a damaged line of a run that was skipped.
     if ended.code == 0 and numbers and (found := _NO_NUMBER.search(re.sub(r"'[^']*'", "", ended.out))):
         return f"{found[0]} is printed as if all was well"
     return None
@@ -117,7 +117,7 @@ def _last(ended: Ended, num_lines: int = 14) -> str:
 
 # ------------------------------------------------------------------------------------------------ cases
 
-# What a case does, and what it is in words.
+# (description, action)
 Case = tuple[str, Callable[[Play], None]]
 
 
@@ -125,7 +125,7 @@ BATCH = 50
 
 
 def draw(strategy: SearchStrategy[Case], number: int) -> list[Case]:
-    """The `BATCH` cases of this seed, always the same ones; fewer would be others."""
+    """The `BATCH` cases of this seed, always the same. Hypothesis would draw other cases if fewer were requested."""
     cases: list[Case] = []
 
     @seed(number)
@@ -146,7 +146,7 @@ def draw(strategy: SearchStrategy[Case], number: int) -> list[Case]:
 
 @dataclass(frozen=True)
 class Failed:
-    """A case that brought out a fault."""
+    """A case with a fault."""
 
     kind: str
     seed: int
@@ -162,7 +162,7 @@ class Failed:
 def play_all(
     kind: str, cases: Sequence[tuple[int, Case]], number: int, server: Server, materials: Path, place: Path
 ) -> list[Failed]:
-    """Plays (number in its seed, case) one after the other, each in a folder of its own."""
+    """Runs pairs (number within its seed, case) one after the other, each in its own folder."""
     failed: list[Failed] = []
     for index, (what, act) in cases:
         folder = place / f"{kind}-{number}-{index}"
@@ -186,7 +186,7 @@ def _remove(folder: Path) -> None:
 
 
 def finite_losses(play: Play, root: Path) -> None:
-    """Raises `Fault` where a run that ended well holds a loss that is no number."""
+    """Raises `Fault` if a successful run recorded a loss that is not finite."""
     for path in root.glob("*/*/metrics.csv"):
         for line in path.read_text().splitlines()[1:]:
             if _NO_NUMBER.search(line.replace(",", " ")):

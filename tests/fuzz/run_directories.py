@@ -1,4 +1,4 @@
-"""Run directories: copies of real ones in which something was lost, changed or put in another's place."""
+"""Run directories: copies of real ones with files lost, changed or exchanged."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A process that has loaded all that commands need, and forks a child for each: JSON lines in, JSON lines out."""
+"""A process that has loaded what commands need, and forks a child for each: JSON lines in, JSON lines out."""
 
 import atexit
 import json
@@ -49,7 +49,7 @@ def _preload() -> None:
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
-    """Forks a child that does what the job's words say; how it ended. A child that takes too long is killed."""
+    """Forks a child that runs the job's command, and returns how it ended. Kills it if it takes too long."""
     child = os.fork()
     if child == 0:
         _be(job)
@@ -57,7 +57,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     in_time = _ends_in_time(handle, job["timeout_s"])
     os.close(handle)
     if not in_time:
-        os.kill(child, signal.SIGUSR1)  # faulthandler says where it is
+        os.kill(child, signal.SIGUSR1)  # faulthandler prints its stack
         select.select([], [], [], 0.2)
         os.killpg(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -65,7 +65,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ends_in_time(handle: int, timeout_s: float) -> bool:
-    """Whether it ends; it has longer where others wait for the same cores."""
+    """Whether it ends in time. The timeout grows with the load of the machine."""
     began_s = monotonic()
     while not select.select([handle], [], [], 0.5)[0]:
         crowd = os.getloadavg()[0] / len(os.sched_getaffinity(0))
@@ -75,7 +75,7 @@ def _ends_in_time(handle: int, timeout_s: float) -> bool:
 
 
 def _be(job: dict[str, Any]) -> None:
-    """The child: `hpc-train words...` in the job's folder, and never back into the server."""
+    """In the child: runs `hpc-train words...` in the job's folder, and never returns."""
     code: object = 70
     try:
         os.setsid()
@@ -106,7 +106,7 @@ def _be(job: dict[str, Any]) -> None:
 
 
 def _leave(code: object) -> None:
-    """As Python ends: what must be done at exit, then the code."""
+    """Ends as Python does: exit functions first."""
     try:
         atexit._run_exitfuncs()
         sys.stdout.flush()

@@ -28,7 +28,7 @@ _PLAN_COLUMNS = [
 
 @st.composite
 def _measured(draw: st.DrawFn) -> str:
-    """Rows as they could be, of a time that falls with the ranks, and a few cells that could not."""
+    """Plausible rows, whose time falls with the number of ranks, with a few impossible cells."""
     columns = [
         "ranks",
         draw(st.sampled_from(["step_s", "samples_per_s"])),
@@ -83,7 +83,7 @@ def _prepared(data: bytes, target: str) -> Case:
 
 @st.composite
 def _rows(draw: st.DrawFn) -> bytes:
-    """A table that could be learned from, damaged, or one that could not."""
+    """A table that is valid, damaged or unusable for training."""
     if draw(st.booleans()):
         return draw(_ROWS).encode(errors="surrogatepass")
     lines = [f"{index / 7:.3f},{index % 5},{index % 2}" for index in range(30)]

@@ -1,4 +1,4 @@
-"""Thousands of inputs that nobody would write; `make test` plays a sample, `make test-all` 5,000."""
+"""Generated inputs; `make test` runs a sample, `make test-all` 5,000."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""These tests run on every rank at once: mpirun -n N python -m mpi4py -m pytest tests/parallel."""
+"""Every rank runs these tests at the same time: mpirun -n N python -m mpi4py -m pytest tests/parallel."""
 
 import io
 import sys
@@ -15,9 +15,9 @@ from hpc_train.train.comm.startup import open_context
 RANK = JobEnvironment.current().rank or 0
 
 
-@pytest.hookimpl(trylast=True)  # after the terminal reporter is there
+@pytest.hookimpl(trylast=True)  # after pytest has registered the terminal reporter
 def pytest_configure(config: pytest.Config) -> None:
-    if RANK:  # one rank's lines are enough, unless another fails
+    if RANK:  # rank 0 prints; another rank does so only if it fails
         config.stash[_OUTPUT] = io.StringIO()
         config.pluginmanager.get_plugin("terminalreporter")._tw = create_terminal_writer(config, config.stash[_OUTPUT])
 
@@ -29,6 +29,12 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 _OUTPUT = pytest.StashKey[io.StringIO]()
+# test_rest needs a process in which Horovod has never been started; test_reduce_times restarts it many times.
+_ORDER = {"test_rest.py": -1, "test_reduce_times.py": 1}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _ORDER.get(item.path.name, 0))
 
 
 @pytest.fixture(scope="session")
@@ -39,13 +45,13 @@ def context() -> Iterator[Context]:
 
 @pytest.fixture
 def shared_path(context: Context, tmp_path: Path) -> Path:
-    """One temporary folder for all ranks."""
+    """A temporary folder that all ranks share."""
     return context.on_root(lambda: tmp_path)
 
 
 @pytest.fixture(scope="session")
 def digits(context: Context, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """mnist-5k, prepared by all ranks together."""
+    """mnist-5k in HDF5, prepared by all ranks."""
     from hpc_train.datasets.prepare.prepare import prepare
 
     path = context.on_root(lambda: tmp_path_factory.mktemp("digits") / "mnist-5k.h5")

@@ -38,7 +38,7 @@ def test_sums_are_right_and_something_carries_them(context: Context) -> None:
     if context.comm is None:
         return
     subject = Subject(context, None, {})
-    looks = {network.look_all_reduce: network.judge_all_reduce, network.look_transport: network.judge_transport}
+    looks = {network.probe_all_reduce: network.evaluate_all_reduce, network.probe_transport: network.evaluate_transport}
     for look, judge in looks.items():
         values = look(subject)
         world = context.world

@@ -10,7 +10,7 @@ import pytest
 
 from hpc_train.train.comm.context import Context
 from hpc_train.train.energy import meters
-from hpc_train.train.energy.sensors.choose import choose
+from hpc_train.train.energy.sensors.choose import choose_meters
 from tests import sensor_trees as trees
 from tests.parallel.test_train import run
 
@@ -20,7 +20,7 @@ def test_one_rank_a_node_measures_rest_and_loop(
 ) -> None:
     """Two packages of 50 W; the ranks that read for nobody wait without spinning."""
     own_cpu_s = []
-    monkeypatch.setattr(meters, "choose", lambda: choose(shared_path / "root"))
+    monkeypatch.setattr(meters, "choose_meters", lambda: choose_meters(shared_path / "root"))
 
     def rests(seconds: float) -> None:
         began_s = time.process_time()

@@ -1,4 +1,4 @@
-"""What went over the wire between the guests: bytes of data in RoCE's packets, by what was tried and by sender."""
+"""The bytes of data in RoCE packets between the guests, by test case and sender."""
 
 import struct
 from collections import defaultdict
@@ -12,9 +12,9 @@ _CARRIES = _SEND | _WRITE | _READ | {15: 4, 16: 4}
 
 
 def roce_bytes(path: Path) -> dict[str, dict[str, int]]:
-    """{what was tried: {sender's address: bytes of data}} of a capture in pcap's format.
+    """{test case: {sender's address: bytes of data}} of a capture in pcap format.
 
-    A datagram to port 9 says what is tried from there on.
+    A datagram to port 9 names the test case that follows.
     """
     data = path.read_bytes()
     found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))

@@ -29,7 +29,7 @@ MEMORY_MB = 2048
 
 
 def why_not() -> str | None:
-    """Why no guests can be made here, or None."""
+    """Why this machine cannot have guests, or None."""
     if os.geteuid() != 0:
         return "not root: the guests read this machine's files as they are"
     missing = {package for command, package in NEEDED.items() if not shutil.which(command)}
@@ -39,7 +39,7 @@ def why_not() -> str | None:
 
 
 def make_boot(folder: Path) -> None:
-    """Debian's newest kernel and an initrd for it in `folder`, unless they are there: 70 MB are fetched."""
+    """Puts Debian's newest kernel and an initrd for it into `folder`, unless they are there: a download of 70 MB."""
     if (folder / "initrd.gz").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,9 +77,9 @@ def _make_initrd(work: Path, version: str) -> None:
 
 
 def run(boot: Path, shared: Path, timeout_s: float) -> float:
-    """Boots both guests, which see `shared` as /shared, and waits until they have switched themselves off; the seconds.
+    """Boots both guests, which see `shared` as /shared, and waits until they power off. Returns the seconds.
 
-    Raises RuntimeError, with the ends of what they said, where they have not, or ended before all was done.
+    Raises RuntimeError, with their last output, if they do not power off, or do so before all was done.
     """
     began = monotonic()
     guests = []

@@ -1,4 +1,4 @@
-"""Training over InfiniBand verbs, and the proof that gradients went that way: `make test-rdma`, for root."""
+"""Training over InfiniBand verbs, with proof that gradients use them: `make test-rdma`, for root."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ root = "/shared/runs"
 
 @dataclass(frozen=True)
 class Tried:
-    """What came of a job on both guests. The counters are those of the devices, how much they rose; None: no device."""
+    """The result of a job on both guests. The counters are increments of the devices' counters; None: no device."""
 
     code: int
     said: str
@@ -49,7 +49,7 @@ class Tried:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The guests' folder, once they have done everything."""
+    """The guests' folder after they have done everything."""
     reason = guests.why_not()
     if reason:
         pytest.skip(f"no guests here: {reason}")
@@ -85,7 +85,7 @@ def run_of(shared: Path, name: str) -> rundir.RunDir:
 
 
 def ring_bytes(run: rundir.RunDir) -> float:
-    """What each of N ranks must send in all steps: 2 (N-1)/N of the gradients (Patarasu and Yuan, 2009)."""
+    """The bytes that each of N ranks must send in all steps: 2 (N-1)/N of the gradients (Patarasu and Yuan, 2009)."""
     meta = json.loads(run.meta.read_text())
     assert meta["size"] == 2 and meta["hosts"] == ["n1", "n2"]
     return STEPS * 2 * (2 - 1) / 2 * 4 * meta["num_parameters"]

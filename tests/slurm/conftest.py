@@ -1,4 +1,4 @@
-"""The `cluster` of these tests: one Slurm for all of them, as new before each."""
+"""The fixture `cluster`: one Slurm for all tests, reset after each."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +21,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]
 
 @pytest.fixture(autouse=True)
 def as_new(cluster: slurm.Cluster) -> Iterator[None]:
-    """What a test did to the cluster ends with it."""
+    """Undoes what a test did to the cluster."""
     yield
     cluster.tidy()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Open MPI's own crash at start-up, and no other failure, has a test run again (CONTRIBUTING.md)."""
+    """Open MPI's own crash at start-up is the only failure after which a test runs again."""
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.flaky(reruns=2, only_rerun=["MpiCrash"]))

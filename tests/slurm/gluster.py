@@ -1,4 +1,4 @@
-"""A GlusterFS volume on the tests' cluster: three nodes each hold all of it, and every node has it mounted."""
+"""A GlusterFS volume on the test cluster: three nodes hold a full replica each, and every node mounts it."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ def why_not() -> str | None:
 
 
 class Volume:
-    """Up as soon as it is made; it ends with the cluster's nodes."""
+    """It is up once constructed, and ends with the cluster's nodes."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -35,7 +35,7 @@ class Volume:
             self.mount(node)
 
     def start(self, server: str) -> None:
-        """Its daemon, with a state of its own: /var is one for all hosts."""
+        """Starts the node's daemon, with its own state because all hosts share /var."""
         fresh = [f"mount -t tmpfs tmpfs {folder}" for folder in STATE]
         daemon = "setsid glusterd --no-daemon >/run/glusterd.out 2>&1 </dev/null &"
         self._cluster.on(server, "sh", "-ec", "\n".join(["mkdir -p /run/brick /run/gluster", *fresh, daemon]))

@@ -1,5 +1,5 @@
-"""A SIMULATED processor package for Slurm's plugin acct_gather_energy/rapl: a file that stands for /dev/cpu/0/msr and
-draws 50 W. It shows that joules find their way; it measures nothing.
+"""A SIMULATED processor package for Slurm's plugin acct_gather_energy/rapl: a file in place of /dev/cpu/0/msr that
+draws 50 W. It tests that joules are passed on; it measures nothing.
 """
 
 import os

@@ -1,7 +1,7 @@
 """A real Slurm of a head and four nodes on this machine, each a host of its own in Linux namespaces (see host.sh).
 
-Nothing of it lies outside those namespaces: no file, cgroup, mount or network device. They end with the head's pid 1,
-which the kernel ends when the process that made the Cluster ends, however that comes about.
+It leaves nothing outside those namespaces: no file, cgroup, mount or network device. They end with the head's pid 1,
+which the kernel kills when the process that made the Cluster ends, for whatever reason.
 """
 
 import glob
@@ -40,7 +40,7 @@ PLUGINS = {"accounting_storage_mysql.so": "slurm-wlm-mysql-plugin", "mpi_pmix.so
 
 
 def why_not() -> str | None:
-    """Why no cluster can be made here, or None."""
+    """Why this machine cannot have a cluster, or None."""
     if os.geteuid() != 0:
         return "not root: namespaces and links need it"
     missing = {package for command, package in NEEDED.items() if not shutil.which(command)}
@@ -56,7 +56,7 @@ def why_not() -> str | None:
 
 
 def until(happened: Callable[[], object], what: str, timeout_s: float) -> float:
-    """Waits until `happened()` is true and gives the seconds that took; `what` names it when time is up."""
+    """Waits until `happened()` is true, and returns the seconds. `what` describes it in the TimeoutError."""
     began = monotonic()
     while not happened():
         if monotonic() - began > timeout_s:
@@ -66,18 +66,18 @@ def until(happened: Callable[[], object], what: str, timeout_s: float) -> float:
 
 
 class MpiCrash(Exception):
-    """Open MPI 4.1 crashed in MPI_Init, as it does now and then when Slurm starts it: the test is run again."""
+    """Open MPI 4.1 crashed in MPI_Init, as it sometimes does under Slurm: the test runs again."""
 
 
 class Cluster:
-    """Up as soon as it is made. `shared` are folders that all hosts see; /tmp is otherwise each host's own."""
+    """It is up once constructed. All hosts see the folders `shared`; each host has its own /tmp."""
 
     def __init__(self, shared: Iterable[Path]) -> None:
         began = monotonic()
         self.shared = [str(path.resolve()) for path in (jobs.ROOT, Path(sys.prefix), *shared)]
         self.submitted: list[int] = []
         self._pid = 0
-        # Without a name, so that nothing is left behind; "a" because the head writes while we read.
+        # Without a name, so that no file is left behind; "a" because the head writes while we read.
         self._said = tempfile.TemporaryFile("a+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [*WITH_US, *SEPARATELY, HOST, "head", *self.shared],
@@ -101,7 +101,7 @@ class Cluster:
             raise ChildProcessError(f"the head ended while starting:\n{self._text()}")
         if found := re.search(r"^pid (\d+)\n", self._text(), re.MULTILINE):
             self._pid = int(found[1])
-            self._pidfd = os.pidfd_open(self._pid)  # from here on no other process can be meant
+            self._pidfd = os.pidfd_open(self._pid)  # from here on the pid cannot be reused
         return bool(found)
 
     def _text(self) -> str:
@@ -109,7 +109,7 @@ class Cluster:
         return self._said.read()
 
     def down(self) -> None:
-        """Ends every process of the cluster, and waits until it is gone."""
+        """Ends every process of the cluster, and waits for that."""
         if hasattr(self, "_pidfd"):
             if self._process.poll() is None:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -122,7 +122,7 @@ class Cluster:
     # ---- hosts and links ----
 
     def entering(self, host: str, cwd: Path) -> list[str]:
-        """The words in front of a command that make it run on a host, in a folder."""
+        """The prefix of a command that runs it on a host, in a folder."""
         pids = [self._pid]
         if host != "head":  # a node's pid is the head's number for it
             pids.append(int(self.on("head", "cat", f"/run/cluster/{host}.pid")))
@@ -131,7 +131,7 @@ class Cluster:
     def on(
         self, host: str, *words: object, cwd: Path = jobs.ROOT, timeout_s: float = 20, check: bool = True, **env: str
     ) -> str:
-        """What a command prints on a host; its failure is an error unless `check` is False."""
+        """The output of a command on a host. Its failure is an error unless `check` is False."""
         command = [*self.entering(host, cwd), "timeout", "--kill-after=2", str(timeout_s)]
         done = subprocess.run(
             [*command, *map(str, words)],
@@ -147,14 +147,14 @@ class Cluster:
         return done.stdout
 
     def all_idle(self) -> bool:
-        """Whether every node answers and none has work."""
+        """Whether every node responds and is idle."""
         if self._process.poll() is not None:
             raise ChildProcessError(f"the head has ended:\n{self._text()}")
         states = self.on("head", "sinfo", "-h", "-N", "-p", "batch", "-o", "%T", check=False).split()
         return states == ["idle"] * len(NODES)
 
     def crash(self, node: str) -> None:
-        """Pulls the plug of a node: not even its network says good-bye."""
+        """Cuts a node's power: not even its connections are closed."""
         self.link(node, up=False)
         pid = self.on("head", "cat", f"/run/cluster/{node}.pid").strip()
         self.on(
@@ -165,22 +165,22 @@ class Cluster:
         )
 
     def restore(self, node: str) -> None:
-        """Switches a crashed node on again, or puts its link back, and waits until Slurm uses it."""
+        """Restarts a crashed node, or restores its link, and waits until Slurm uses it."""
         self.link(node, up=True)
         if not self.on("head", "sh", "-c", f"cat /run/cluster/{node}.pid", check=False):
             self.on("head", HOST, "switch-on", node, *self.shared)
         until(lambda: self.node_state(node) in ("idle", "mixed", "allocated"), f"{node} in use again", 40)
 
     def node_state(self, node: str) -> str:
-        """Slurm's word for a node: idle, allocated, mixed, down, ...; with a * when it does not answer."""
+        """Slurm's state of a node: idle, allocated, mixed, down, ...; with a * if it does not respond."""
         return self.on("head", "sinfo", "-h", "-n", node, "-p", "batch", "-o", "%T").strip()
 
     def link(self, node: str, up: bool) -> None:
-        """Plugs a node's network cable in or out."""
+        """Connects or disconnects a node's network."""
         self.on("head", "ip", "link", "set", node, "up" if up else "down")
 
     def shape(self, rate: str | None) -> None:
-        """Limits every link, both ways, to a rate in the words of tc, as 100mbit; None: no limit."""
+        """Limits every link in both directions to a rate in tc's notation, such as 100mbit; None: no limit."""
         for node in NODES:
             for side in (["tc"], ["tc", "-n", node]):
                 device = ["dev", node if side == ["tc"] else "eth0", "root"]
@@ -197,25 +197,25 @@ class Cluster:
     # ---- jobs ----
 
     def sbatch(self, *words: object, cwd: Path, **env: str) -> int:
-        """Submits a batch script from a folder; the job's id."""
+        """Submits a batch script from a folder, and returns the job's id."""
         job = int(self.on("head", "sbatch", "--parsable", *words, cwd=cwd, **env))
         self.submitted.append(job)
         return job
 
     def show(self, job: int) -> dict[str, str]:
-        """What the controller knows of a job: JobState, Reason, Restarts, ExitCode, NodeList, StdOut, ..."""
+        """The controller's record of a job: JobState, Reason, Restarts, ExitCode, NodeList, StdOut, ..."""
         words = self.on("head", "scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def state(self, job: int) -> str:
-        """Slurm's word for the state of a job: PENDING, RUNNING, COMPLETED, ... Raises MpiCrash."""
+        """The state of a job: PENDING, RUNNING, COMPLETED, ... Raises MpiCrash."""
         state = self.show(job)["JobState"]
         if state == "FAILED" and "Segmentation fault" in self.output(job):
             raise MpiCrash(self.output(job))
         return state
 
     def wait(self, job: int, *states: str, timeout_s: float = 60) -> str:
-        """Waits until a job is in one of these states, and gives it."""
+        """Waits until a job is in one of these states, and returns it."""
         try:
             until(lambda: self.state(job) in states, f"job {job} {' or '.join(states)}", timeout_s)
         except TimeoutError as late:
@@ -223,18 +223,18 @@ class Cluster:
         return self.state(job)
 
     def accounted(self, job: int) -> list[str]:
-        """The states in which the attempts of a job ended, first to last, as the accounting keeps them (sacct)."""
+        """The final states of a job's attempts, first to last, from the accounting (sacct)."""
         words = ["sacct", "--noheader", "--parsable2", "--duplicates", "--allocations", "-o", "State", "-j", job]
         return [line.split()[0] for line in self.on("head", *words).splitlines()]
 
     def ends(self, job: int, *accounted: str, timeout_s: float = 60) -> None:
-        """Waits for the end of a job, whose attempts must have ended so; the accounting hears of it a little later."""
+        """Waits for the end of a job, and asserts the final states of its attempts. The accounting is a little late."""
         self.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_s=timeout_s)
         assert self.state(job) == accounted[-1], f"job {job} {self.state(job)}"
         until(lambda: self.accounted(job) == list(accounted), f"attempts {accounted} of job {job} in sacct", 30)
 
     def output(self, job: int) -> str:
-        """What a job has printed so far, all attempts."""
+        """What a job has printed so far, in all attempts."""
         path = Path(self.show(job)["StdOut"])
         return path.read_text() if path.exists() else ""
 
@@ -243,7 +243,7 @@ class Cluster:
         self.on("head", "scancel", *jobs)
 
     def tidy(self) -> None:
-        """Back to how it came up: no jobs, all nodes there, links without a limit."""
+        """Resets the cluster: no jobs, all nodes up, links without a limit."""
         self.submitted.clear()
         self.shape(None)
         self.on("head", "scancel", "--user=root")
@@ -252,7 +252,7 @@ class Cluster:
         until(self.all_idle, "all nodes idle", 60)
 
     def logs(self) -> str:
-        """The outputs of this test's jobs and the ends of the daemons' logs."""
+        """The output of this test's jobs and the last lines of the daemons' logs."""
         parts = ["--- head", self._text()]
         if self._pid and self._process.poll() is None:
             parts.append(self.on("head", "sh", "-c", "tail -n 40 /run/cluster/log/*.log", check=False))

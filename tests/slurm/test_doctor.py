@@ -1,4 +1,4 @@
-"""`hpc-train doctor` on four hosts that talk TCP, under srun."""
+"""`hpc-train doctor` on four hosts connected by TCP, under srun."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def without_torch(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 
 
 def found(cluster: Cluster, folder: Path, *words: object) -> dict[str, Any]:
-    """By check. The exit code is 1: several ranks are there to train, and no torch is."""
+    """The findings by check. The exit code is 1, because torch is not installed."""
     line = ("srun", "--nodes=4", "--mpi=pmix", *words, "doctor", "--json")
     told = cluster.on("head", *line, cwd=folder, timeout_s=120, check=False)
     return {check["check"]: check for check in json.loads(told[told.index("{") :])["checks"]}

@@ -1,4 +1,4 @@
-"""Slurm's own count of joules reaches the run. The processors are simulated (meter.py), the way is real."""
+"""The run records Slurm's count of joules. The processors are simulated (meter.py), the rest is real."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""What Slurm does to jobs, and that no job loses more than it may: every step once, and the weights of a quiet run."""
+"""Faults under Slurm: every step is taken once, and the weights equal those of an undisturbed run."""
 
 import csv
 import json
@@ -17,13 +17,13 @@ from tests.slurm.slurm import Cluster, until
 
 STEPS = 400
 EVERY = 50  # steps between checkpoints
-RANK = "grep -lsxz 'trai[n]' /proc/[0-9]*/cmdline | cut -d/ -f3"  # its process; the brackets: not this grep itself
+RANK = "grep -lsxz 'trai[n]' /proc/[0-9]*/cmdline | cut -d/ -f3"  # its process; the brackets exclude this grep itself
 SLOW = "6mbit"  # each step sends 42 KB over each of three links: some 60 ms a step, which leaves time for faults
 SLOWER = "2mbit"  # and some 180 ms: trains for longer than a minute
 
 
 def submit(cluster: Cluster, digits: Path, folder: Path, *words: object, **keys: object) -> int:
-    """A job of three ranks on three of the four nodes; the folder is its checkout."""
+    """Submits a job of three ranks on three of the four nodes, from this folder."""
     mine = {"data__file": digits, "train__steps": STEPS, "train__log_every": 1, "run__root": folder / "runs"}
     sets = jobs.settings(**{**mine, "checkpoint__every_steps": EVERY, **keys})
     script, config = jobs.ROOT / "slurm/train.sbatch", jobs.CONFIGS / "softmax-mnist.toml"
@@ -31,26 +31,26 @@ def submit(cluster: Cluster, digits: Path, folder: Path, *words: object, **keys:
 
 
 def losses(folder: Path) -> list[tuple[int, str]]:
-    """(step, loss as written) of the only run below a folder."""
+    """(step, loss as written) of the only run in a folder."""
     (path,) = folder.glob("runs/*/*/metrics.csv")
     with path.open() as file:
         return [(int(row["step"]), row["loss"]) for row in csv.DictReader(file)]
 
 
 def attempts(folder: Path) -> list[dict[str, Any]]:
-    """What meta.json tells of the attempts of the only run below a folder."""
+    """The attempts in meta.json of the only run in a folder."""
     (path,) = folder.glob("runs/*/*/meta.json")
     return json.loads(path.read_text())["attempts"]
 
 
 def in_the_middle(folder: Path) -> bool:
-    """Whether a checkpoint is there and steps after it."""
+    """Whether the run has a checkpoint and some steps after it."""
     return bool(list(folder.glob("runs/*/*/checkpoints/step-*"))) and losses(folder)[-1][0] > EVERY + 10
 
 
 @pytest.fixture(scope="module")
 def quiet(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run to which nothing happened."""
+    """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("quiet")
     job = submit(cluster, digits, folder)
     cluster.ends(job, "COMPLETED", timeout_s=120)
@@ -58,7 +58,7 @@ def quiet(cluster: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def run_slowly(cluster: Cluster, digits: Path, folder: Path, *words: object, rate: str = SLOW) -> int:
-    """A job in the middle of its training, whose links carry `rate`."""
+    """Submits a job over links of this rate, and waits until it is in the middle of its training."""
     cluster.shape(rate)
     job = submit(cluster, digits, folder, *words)
     until(lambda: in_the_middle(folder) or cluster.state(job) == "FAILED", "the middle of the training", 90)
@@ -67,7 +67,7 @@ def run_slowly(cluster: Cluster, digits: Path, folder: Path, *words: object, rat
 
 
 class Recovery(NamedTuple):
-    """What a fault cost: seconds from it to the first step after it, and steps that were taken twice."""
+    """The cost of a fault: seconds until the next step, and steps taken twice."""
 
     seconds: float
     steps_lost: int
@@ -76,7 +76,7 @@ class Recovery(NamedTuple):
 def ends_as_quiet(
     cluster: Cluster, job: int, folder: Path, quiet: Path, fault_at_s: float, *accounted: str
 ) -> Recovery:
-    """Lets the job end, and compares: states of its attempts, step numbers, losses, weights to the bit."""
+    """Waits for the end, and compares final states, step numbers, losses and weights bit for bit."""
     cluster.shape(None)
     cluster.ends(job, *accounted, "COMPLETED", timeout_s=120)
     assert [step for step, _ in losses(quiet)] == list(range(STEPS))
@@ -101,19 +101,21 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_time_limit(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable) -> None:
-    """A minute is not enough: the signal before its end leads to a checkpoint, and the job goes on in a second one."""
+    """The signal before the time limit of a minute leads to a checkpoint and a requeue, and the job completes."""
     # The signal comes when the controller next looks, between 10 and 40 s after the job's start.
     job = run_slowly(cluster, digits, tmp_path, "--time=1", "--signal=USR2@50", rate=SLOWER)
     until(lambda: "goes back into the queue" in cluster.output(job), "the signal", 60)
     until(lambda: int(cluster.show(job)["Restarts"]) >= 1, "back in the queue", 60)
-    stopped_at_s = moment(attempts(tmp_path)[0]["ended"])  # by its own record: a busy machine shows output late
+    stopped_at_s = moment(
+        attempts(tmp_path)[0]["ended"]
+    )  # as recorded by the run: on a busy machine the output is late
     cost = ends_as_quiet(cluster, job, tmp_path, quiet, stopped_at_s, "REQUEUED")
     assert cost.steps_lost == 0
     survived("Slurm: time limit with --signal=USR2", "checkpoint, requeued, continued: REQUEUED, COMPLETED", *cost)
 
 
 def test_preemption(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable) -> None:
-    """An urgent job takes all nodes; the job saves in its grace time, and goes on where it was."""
+    """An urgent job takes all nodes; the job saves a checkpoint in its grace time, and resumes from there."""
     job = run_slowly(cluster, digits, tmp_path)
     taken_at_s = time()
     urgent = cluster.sbatch("-p", "urgent", "--nodes=4", "--exclusive", "--wrap=sleep 1", cwd=tmp_path)
@@ -125,7 +127,7 @@ def test_preemption(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path,
 
 
 def test_node_crash(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable) -> None:
-    """Slurm notices, and starts the job again with the spare node; it loses the steps since its last checkpoint."""
+    """Slurm requeues the job with the spare node; it loses the steps since its last checkpoint."""
     job = run_slowly(cluster, digits, tmp_path)
     crashed_at_s = time()
     cluster.crash("n2")
@@ -137,7 +139,7 @@ def test_node_crash(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path,
 
 @pytest.mark.thorough
 def test_lost_link(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable) -> None:
-    """A node that cannot be reached any more is one that has crashed, to the others."""
+    """A node that cannot be reached counts as crashed."""
     job = run_slowly(cluster, digits, tmp_path)
     lost_at_s = time()
     cluster.link("n2", up=False)
@@ -149,9 +151,9 @@ def test_lost_link(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, 
 def test_cancelled_stays_cancelled(
     cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable
 ) -> None:
-    """scancel ends a job for good, with a checkpoint; the same command goes on from there when it is wanted again."""
+    """scancel ends a job for good, with a checkpoint; submitting it again resumes from there."""
     job = run_slowly(cluster, digits, tmp_path)
-    cluster.shape(None)  # or a step may last as long as Slurm's patience here, 3 s
+    cluster.shape(None)  # else a step may last as long as Slurm's KillWait here, 3 s
     cluster.cancel(job)
     cluster.wait(job, "CANCELLED", timeout_s=30)
     submitted_at_s = time()
@@ -162,7 +164,7 @@ def test_cancelled_stays_cancelled(
 
 
 def test_killed_rank(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable) -> None:
-    """The job fails within 10 s and names the host; submitted again, it goes on from the last checkpoint."""
+    """The job fails within 10 s and names the host; submitting it again resumes from the last checkpoint."""
     job = run_slowly(cluster, digits, tmp_path)
     cluster.on("n3", "sh", "-c", f"kill -KILL $({RANK})")
     cluster.wait(job, "FAILED", timeout_s=10)
@@ -175,20 +177,20 @@ def test_killed_rank(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path
 
 @pytest.mark.thorough
 def test_stopped_rank(cluster: Cluster, digits: Path, tmp_path: Path, survived: FaultTable) -> None:
-    """A rank that stands still is named, with its host, when run.stall_s have passed."""
+    """The job names a stopped rank and its host after run.stall_s."""
     cluster.shape(SLOW)
     job = submit(cluster, digits, tmp_path, run__stall_s=6)
     until(lambda: in_the_middle(tmp_path), "the middle of the training", 90)
     cluster.on("n2", "sh", "-c", f"kill -STOP $({RANK})")
     stopped_s = monotonic()
     cluster.wait(job, "FAILED", timeout_s=30)
-    assert "on n2 is late: nothing heard of it for" in cluster.output(job) and "loop.py" in cluster.output(job)
+    assert "on n2 is late: no heartbeat for" in cluster.output(job) and "loop.py" in cluster.output(job)
     survived("Slurm: a rank stopped", f"FAILED, named with its stack, {monotonic() - stopped_s:.0f} s (stall_s = 6)")
 
 
 @pytest.mark.thorough
 def test_second_job(cluster: Cluster, digits: Path, tmp_path: Path, survived: FaultTable) -> None:
-    """The same job twice at once: the second is refused by a lock whose holder lives on another node."""
+    """The same job twice at the same time: a lock, whose holder is on another node, refuses the second."""
     first = run_slowly(cluster, digits, tmp_path)
     second = submit(cluster, digits, tmp_path)
     cluster.wait(second, "FAILED", timeout_s=60)

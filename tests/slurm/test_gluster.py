@@ -1,4 +1,4 @@
-"""On a network file system, GlusterFS, that all nodes have mounted: data, training, checkpoints, a node that dies."""
+"""On GlusterFS, a network file system that all nodes mount: data, training, checkpoints, a node that dies."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def volume(cluster: Cluster) -> Volume:
 
 @pytest.fixture(scope="module")
 def shared_digits(cluster: Cluster, volume: Volume) -> Path:
-    """mnist-5k, written onto the volume by a rank of each node."""
+    """mnist-5k on the volume, prepared by one rank per node."""
     path = MOUNTED / "mnist-5k.h5"
     said = cluster.on("head", *SRUN, "hpc-train", "prepare", "mnist-5k", path, cwd=jobs.ROOT, timeout_s=120)
     assert "by 4 ranks, read back and equal" in said, said
@@ -66,7 +66,7 @@ def test_bench_io_tells_the_volume_from_a_nodes_own_disk(cluster: Cluster, volum
 def test_a_node_that_holds_data_dies_and_the_job_goes_on(
     cluster: Cluster, volume: Volume, shared_digits: Path, quiet: Path, tmp_path: Path, survived: FaultTable
 ) -> None:
-    """The last test: the node comes back without the volume."""
+    """This test must be the last: the node returns without the volume."""
     cluster.shape(SLOW)
     job = submit(cluster, shared_digits, tmp_path, "--nodelist=n1,n2,n3", run__root=MOUNTED / "runs")
 

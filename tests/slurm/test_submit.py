@@ -1,4 +1,4 @@
-"""Jobs that hpc-train submits, on a real Slurm: they run, come back after an interruption, and stay cancelled."""
+"""Jobs that hpc-train submits to a real Slurm: they run, are requeued after an interruption, and stay cancelled."""
 
 import json
 import os
@@ -30,7 +30,7 @@ BIND = {"srun": "[]", "mpirun": '["--oversubscribe", "--bind-to", "none"]'}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """To submit from; its name needs quoting."""
+    """The folder to submit from. Its name needs quoting."""
     folder = tmp_path / "a 'place' of $HOME"
     folder.mkdir()
     for launcher, bind in BIND.items():
@@ -43,7 +43,7 @@ def settings(digits: Path, **keys: object) -> list[str]:
 
 
 def submit(cluster: Cluster, folder: Path, launcher: str, *words: str) -> tuple[int, Path]:
-    """(job, run directory) of a softmax training on 2 nodes with 2 ranks each, over slow links."""
+    """Submits a softmax training on 2 nodes with 2 ranks each, over slow links. Returns (job id, run directory)."""
     cluster.shape(SLOW)
     config = jobs.CONFIGS / "softmax-mnist.toml"
     own = ["submit", config, "--nodes", 2, "--site", f"./{launcher}.toml", "--json", *words]
@@ -53,7 +53,7 @@ def submit(cluster: Cluster, folder: Path, launcher: str, *words: str) -> tuple[
 
 
 def trains(cluster: Cluster, job: int, run: Path) -> None:
-    """Waits until the job has begun to train, or to train again."""
+    """Waits until the job trains."""
     until(lambda: run.joinpath("metrics.csv").exists(), f"job {job} trains", LONG_S)
 
 
@@ -67,7 +67,7 @@ def test_a_job_asked_to_stop_comes_back_and_finishes_the_same_run(
 ) -> None:
     job, run = submit(cluster, folder, launcher, *settings(digits, train__steps=300))
     trains(cluster, job, run)
-    # As --signal does: with srun the ranks are told, with mpirun the batch shell.
+    # As --signal does: srun signals the ranks, mpirun needs the batch shell.
     whom = [] if launcher == "srun" else ["--batch"]
     cluster.on("head", "scancel", *whom, "--signal=USR2", job)
     until(lambda: cluster.show(job).get("Restarts") == "1", f"job {job} starts again", LONG_S)
@@ -95,7 +95,7 @@ def test_a_cancelled_job_keeps_its_work_and_does_not_come_back(cluster: Cluster,
 
 
 def test_the_same_script_again_continues_the_same_run(cluster: Cluster, digits: Path, folder: Path) -> None:
-    """After whatever ended the job; and the script's own options make it what it was, from any shell."""
+    """The script contains all options, so the job is the same from any shell, whatever ended it before."""
     job, run = submit(cluster, folder, "srun", *settings(digits, train__steps=300, checkpoint__every_steps=20))
     trains(cluster, job, run)
     until(lambda: list(run.glob("checkpoints/*/checkpoint.json")), "a checkpoint", LONG_S)
@@ -109,7 +109,7 @@ def test_the_same_script_again_continues_the_same_run(cluster: Cluster, digits: 
 
 
 def test_a_study_runs_one_size_after_the_other_and_reports(cluster: Cluster, digits: Path, folder: Path) -> None:
-    """The last size is too large for the global batch and fails; called again, nothing that is done runs again."""
+    """The last size exceeds the global batch and fails. A second call repeats nothing that is done."""
     short = settings(digits, train__steps=30, train__global_batch=2)
     words = ["scale", jobs.CONFIGS / "softmax-mnist.toml", "--site", "./srun.toml", *short]
     said = cluster.on("head", jobs.HPC_TRAIN, *words, "--ranks", "1,2,4", cwd=folder, timeout_s=60)
@@ -131,7 +131,7 @@ def test_a_study_runs_one_size_after_the_other_and_reports(cluster: Cluster, dig
 def test_ctrl_c_after_slurm_has_accepted_keeps_the_job_and_its_directory(
     cluster: Cluster, digits: Path, folder: Path
 ) -> None:
-    """sbatch hands the job in and hangs, as where the controller's answer is lost."""
+    """sbatch submits the job and hangs, as if the controller's reply were lost."""
     wrapper = folder / "bin/sbatch"
     wrapper.parent.mkdir()
     wrapper.write_text(f'#!/bin/bash\n{shutil.which("sbatch")} "$@"\nkill -INT $PPID\nsleep 600\n')

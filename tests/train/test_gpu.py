@@ -13,7 +13,7 @@ from torch import nn
 from hpc_train.core.rundir import RunDir, find
 from hpc_train.core.settings import Checkpoint, Train
 from hpc_train.train.device import peak_flops
-from hpc_train.train.energy.sensors.choose import choose
+from hpc_train.train.energy.sensors.choose import choose_meters
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.reduce.sharded_weights import whole_parameters
 from hpc_train.train.run.checkpoint import format
@@ -125,7 +125,7 @@ def test_a_checkpoint_leaves_a_gpu_through_memory_that_is_kept(tmp_path: Path) -
 def test_the_meter_counts_what_the_driver_says_it_draws() -> None:
     import pynvml
 
-    meter = next(meter for meter in choose(Path("/")).meters if meter.domain == "gpu-0")
+    meter = next(meter for meter in choose_meters(Path("/")).meters if meter.domain == "gpu-0")
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)
     watts: list[float] = []

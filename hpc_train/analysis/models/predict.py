@@ -89,7 +89,6 @@ class Prediction:
     draws: FloatArray  # (NUM_RESAMPLES, parameters) bootstrap
     drift: float  # relative standard deviation per square root of a doubling beyond the largest size
     why: str  # why this model
-    notes: tuple[str, ...]
 
     @property
     def parameters(self) -> dict[str, tuple[float, float, float]]:
@@ -174,7 +173,7 @@ def predict(measurements: Measurements, model: ModelName | None = None) -> Predi
         )
     drift = max(DRIFT, _observed_drift(measurements, chosen)) if chosen.held_out else UNTESTED_DRIFT
     draws = _bootstrap(measurements, chosen.fit)
-    return Prediction(measurements, chosen, candidates, draws, drift, why, tuple(_notes(measurements, chosen)))
+    return Prediction(measurements, chosen, candidates, draws, drift, why)
 
 
 # ---------------------------------------------------------------------------------------------- choosing
@@ -276,26 +275,3 @@ def _bootstrap(measurements: Measurements, fit: Fit) -> FloatArray:
     missed = float(np.sqrt(np.sum(left_over**2) / spare)) if spare > 0 else 0.0
     scale = np.maximum(residual_scale(measurements), min(missed, 0.5))
     return refit_draws(fitted, scale, fit.refit, NUM_RESAMPLES)
-
-
-def _notes(measurements: Measurements, chosen: Candidate) -> list[str]:
-    notes = list(measurements.notes)
-    rate = measurements.samples(measurements.ranks) / measurements.step_s / measurements.ranks
-    for before, after, size in zip(rate, rate[1:], measurements.ranks[1:].tolist(), strict=False):
-        if after > 1.1 * before:
-            notes.append(
-                f"{plural(size, 'rank')}: {100 * (after / before - 1):.0f}% more per rank than at the size before,"
-                " which no model explains: repeat the smaller sizes before trusting a prediction."
-            )
-    fit = chosen.fit
-    assert fit is not None
-    misses = fit(measurements.ranks) / measurements.step_s - 1
-    worst = int(np.argmax(np.abs(misses)))
-    if abs(misses[worst]) > 0.1:
-        size = plural(int(measurements.ranks[worst]), "rank")
-        notes.append(f"{size}: the model misses the measured time by {100 * abs(misses[worst]):.0f}%.")
-    if measurements.network is not None and measurements.gradient_bytes is not None:
-        notes.append(f"What an all-reduce costs is taken from {measurements.network.source}.")
-    if measurements.network is not None and measurements.gradient_bytes is None:
-        notes.append("The network's costs are not used: the size of the gradients is unknown (--gradient-bytes).")
-    return notes

@@ -181,7 +181,7 @@ class RangeReader:
         try:
             if self._raw is not None:
                 location = self._raw.locate(corner)
-                if not location.size:
+                if not location.size_bytes:
                     raise DamagedChunk("it was never written: its samples read as the fill value")
                 if self._pipeline is not None:
                     data = self._pipeline.decode(self._raw.read(location), location.mask, info.chunk_bytes)

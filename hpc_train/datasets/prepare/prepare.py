@@ -24,7 +24,7 @@ from hpc_train.datasets.prepare.layout import Layout
 from hpc_train.datasets.prepare.sources import Options, Source
 from hpc_train.datasets.prepare.writer import WritePlan, create, intact, open_alone, reserve, verify, write
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.files import require_parallel_hdf5
+from hpc_train.train.data.parallel_hdf5 import require_parallel_hdf5
 
 _READ_ONLY_SCHEMES = ("http", "https", "memory", "data")
 _MAX_NAMES = 3000  # an attribute has 64 KiB, and a name 16 bytes

@@ -6,11 +6,10 @@ from functools import partial
 import numpy as np
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import mix64
+from hpc_train.core.sampling import SPLIT_MIX_STEP, mix64
 from hpc_train.datasets.prepare.sources import Array
 
 _DEFAULT_FRACTION = 0.1
-_GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)  # the increment of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class TrainTestSplit:
 
     def _test_position(self, strata: np.ndarray) -> np.ndarray:
         """The position of the test row within each of `strata`: a hash of the stratum's number."""
-        return (mix64(strata.astype(np.uint64) * _GOLDEN_RATIO) % np.uint64(self.every)).astype(np.int64)
+        return (mix64(strata.astype(np.uint64) * SPLIT_MIX_STEP) % np.uint64(self.every)).astype(np.int64)
 
     def num_rows_of(self, part: str) -> int:
         return self.num_test if part == "test" else self.num_rows - self.num_test

@@ -25,7 +25,7 @@ from hpc_train.datasets.prepare.layout import BLOCK_BYTES, FORMAT_1_8, Layout, e
 from hpc_train.datasets.prepare.sources import Array, Source
 from hpc_train.train.comm.context import Context, raised_on_all_ranks
 from hpc_train.train.comm.mpi_library import parallel_file_options
-from hpc_train.train.data.files import select_rows, transfer_properties
+from hpc_train.train.data.parallel_hdf5 import select_rows, transfer_properties
 
 _WRITE_BYTES = 32 << 20  # of a rank at once, if memory allows
 _MEMORY_PER_WRITE = 8  # written bytes may be in memory as read, as rows, as sent between ranks and as compressed

@@ -18,7 +18,7 @@ from types import FrameType
 from hpc_train.core.errors import UserError
 from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.redaction import message
-from hpc_train.core.signals import ENDING, TERMINATED, DeferredSignals, ignore
+from hpc_train.core.signals import TERMINATED, TERMINATING, PendingSignals, ignore_signals
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context, joint, raised_on_all_ranks
 from hpc_train.train.comm.mpi_library import library_of, mpi
@@ -38,7 +38,7 @@ def open_context(use_mpi: bool) -> Iterator[Context]:
         yield Context(World(host=socket.gethostname()))
         return
     # Once MPI has started, a rank that exits waits for all others in MPI_Finalize: signals wait until it can abort.
-    early = DeferredSignals()
+    early = PendingSignals()
     _handle_ending(early)
     context = _start_mpi()
     try:
@@ -55,7 +55,7 @@ def open_context(use_mpi: bool) -> Iterator[Context]:
 
 
 def _handle_ending(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in ENDING:
+    for number in TERMINATING:
         signal.signal(number, handler)
 
 
@@ -70,8 +70,8 @@ def _abort(context: Context, error: BaseException) -> None:
     """Prints which rank failed and ends every rank at once: waiting for the others could hang for ever."""
     code = _exit_code(error)
     try:
-        ignore()  # a second signal would interrupt this, and the rank would exit and wait for the others
-        ending = DeferredSignals()
+        ignore_signals()  # a second signal would interrupt this, and the rank would exit and wait for the others
+        ending = PendingSignals()
         signal.signal(signal.SIGTERM, ending)
         if context.world.rank:
             # If all ranks fail alike, the root's message is enough: it ends the others before they repeat it.

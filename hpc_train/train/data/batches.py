@@ -1,4 +1,4 @@
-"""A rank's batches, step by step: which rows, read by the task, ahead of the loop where that pays, on the device."""
+"""A rank's batches, step by step: rows by the sampler, read by the task, prefetched if it helps, on the device."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from hpc_train.train.data.prefetch import Prefetch
 
 
 class Source(Protocol):
-    """What a `Task` is to its batches."""
+    """The members of a `Task` that make batches."""
 
     in_step: bool
 
@@ -25,17 +25,17 @@ class Source(Protocol):
 class StepBatch(NamedTuple):
     """A rank's share of a global batch."""
 
-    parts: list[Any]  # each a batch of `Task.batch`: gradients accumulate over them; empty on a server
+    parts: list[Any]  # made by `Task.batch`: gradients accumulate over them; empty on a parameter server
     num_samples: int  # of this rank
     num_global: int  # of all ranks
 
 
 class Batches:
-    """The batches of a rank, for each of `steps`, on `device`.
+    """Iterates over a rank's batches of `steps`, on `device`.
 
-    num_parts: in how many parts a share is trained on (train.accumulate); 0 on a parameter server, which trains on
-    nothing. A task that is not `in_step` is asked for batches ahead: by a thread, as long as the loop would wait for
-    it, and a batch further where there is a GPU, to which it is copied meanwhile.
+    num_parts: into how many parts a share is split (train.accumulate); 0 on a parameter server, which does not train.
+    Unless the task is `in_step`, batches are made ahead: by a thread if the loop would wait for them, and one more for
+    a GPU, which is copied to while the loop computes.
     """
 
     _prefetch: Prefetch[StepBatch] | None = None
@@ -60,7 +60,7 @@ class Batches:
         return batch
 
     def peek(self) -> StepBatch | None:
-        """The batch that comes next, which it stays; None after the last step."""
+        """The batch that `next` will return; None after the last step."""
         if self._next is None:
             while len(self._on_device) <= self._num_ahead and (batch := next(self._source, None)) is not None:
                 self._on_device.send(batch)
@@ -79,7 +79,7 @@ class Batches:
 
 
 class ShareReader:
-    """Reads the share of a rank, step by step, and tells the task early which rows of chunks come."""
+    """Reads a rank's share of each step by `Task.batch`; rows in chunks are announced early, by `Task.prefetch`."""
 
     def __init__(self, task: Source, sampler: BatchSampler, steps: range, num_parts: int) -> None:
         self._task, self._num_parts = task, num_parts

@@ -1,4 +1,4 @@
-"""Batches of any form on their way to the device."""
+"""Batches of any structure, copied to the device."""
 
 from collections import deque
 from collections.abc import Callable
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class DeviceQueue(Generic[T]):
-    """Batches on their way to a device: a GPU copies them by a stream of its own while it computes."""
+    """Batches on their way to a device: copies to a GPU have a stream of their own and overlap computing."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -23,30 +23,30 @@ class DeviceQueue(Generic[T]):
         return len(self._sent)
 
     def send(self, batch: T) -> None:
-        """Begins to copy `batch`."""
+        """Starts to copy `batch`."""
         if self._stream is None:
             self._sent.append(batch)
             return
         release_copied(self._copied_from)
         with torch.cuda.stream(self._stream):
             copy = map_tensors(batch, lambda tensor: tensor.pin_memory().to(self._device, non_blocking=True))
-            # Pinned memory that nobody holds is filled again (`Buffers`): not before the copy from it has ended.
+            # Pinned memory that nobody holds is reused (`Buffers`): hold it until the copy from it has ended.
             self._copied_from.append((batch, self._stream.record_event()))
         self._sent.append(copy)
 
     def receive(self) -> T:
-        """The oldest batch that was sent; what the current stream does with it waits for its copy."""
+        """The oldest batch that was sent. The current stream waits for its copy, the CPU does not."""
         batch = self._sent.popleft()
         if self._stream is not None:
             current = torch.cuda.current_stream()
             current.wait_stream(self._stream)
-            # The allocator belongs to the copying stream: without this it would give the memory away too early.
+            # The memory belongs to the copying stream: without this the allocator would reuse it too early.
             map_tensors(batch, lambda tensor: tensor.record_stream(current))
         return batch
 
 
 def release_copied(copied_from: deque[tuple[T, torch.cuda.Event]]) -> None:
-    """Forgets the batches whose copies have ended; those of one stream end in order."""
+    """Drops the batches whose copies have ended; copies of one stream end in order."""
     while copied_from and copied_from[0][1].query():
         copied_from.popleft()
 

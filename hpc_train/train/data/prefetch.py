@@ -1,4 +1,4 @@
-"""Batches made ahead by a thread, as far as the loop would wait for them and no further."""
+"""Batches made ahead by a thread, only if the training loop would wait for them otherwise."""
 
 import threading
 from collections import deque
@@ -10,35 +10,36 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
-_STEPS = 16  # between decisions
-_WAIT_SHARE = 0.01  # of a step: less is as good as nothing
-_WORK_SHARE = 0.1  # of a step: with less to do meanwhile, the loop would wait for the thread instead
-_LEAST_WORK_NS = 100_000  # in which a thread can hand a batch over
-_WINDOWS = 3  # of _STEPS: one alone may be long by chance
-_FIRST_REST = 16  # windows
 MAX_DEPTH = 8  # batches ahead
+_WINDOW_STEPS = 16  # between decisions
+_MIN_WAIT_SHARE = 0.01  # of a step: a shorter wait is not worth a thread
+_MIN_WORK_SHARE = 0.1  # of a step: with less other work, the loop would wait for the thread instead
+_MIN_WORK_NS = 100_000  # the time in which a thread can hand over a batch
+_NUM_LONGER_WINDOWS = 3  # in a row: one alone may be longer by chance
+_FIRST_PAUSE = 16  # windows
 
 
 class Prefetch(Generic[T]):
-    """`batches`, made by the loop itself as long as that takes it next to no time, else by a thread.
+    """Iterates over `batches`: made by the loop itself as long as that costs it next to nothing, else by a thread.
 
-    Where the loop waits for more than a hundredth of its time, and has other work, batches are made ahead, each time
-    twice as many, up to `MAX_DEPTH`. Where steps take longer with the thread than they took without, several decisions
-    in a row, as on a rank with one core whose batches are small, the loop makes them itself again, and tries the thread
-    once more later. The batches are the same, so ranks need not decide alike. Leaving the context ends the thread.
+    If the loop waits for more than 1% of its time and has other work, batches are made ahead, each time twice as many,
+    up to `MAX_DEPTH`. If steps take longer with the thread than without, several decisions in a row, as on a rank with
+    one core and small batches, the loop makes them itself again, and later tries the thread once more. The batches are
+    the same in either case, so ranks need not decide alike.
     """
 
     def __init__(self, batches: Iterator[T]) -> None:
-        self.depth = 0  # how many are made ahead
+        self.depth = 0  # how many batches are made ahead
         self._batches, self._ready = batches, SimpleQueue[tuple[bool, object]]()
         self._room = threading.Semaphore(0)
         self._thread: threading.Thread | None = None
         self._stop = False
-        self._is_settled = False
-        self._last_ns, self._waits_ns, self._steps_ns = 0, deque[int](maxlen=_STEPS), deque[int](maxlen=_STEPS)
-        self._alone_ns = 0.0
-        self._num_longer = 0  # windows in a row whose steps were longer than without the thread
-        self._num_resting, self._rest_windows = 0, _FIRST_REST
+        self._has_failed = False
+        self._last_ns = 0
+        self._waits_ns, self._steps_ns = deque[int](maxlen=_WINDOW_STEPS), deque[int](maxlen=_WINDOW_STEPS)
+        self._step_without_ns = 0.0  # without the thread
+        self._num_longer = 0  # windows in a row with longer steps than without the thread
+        self._pause, self._next_pause = 0, _FIRST_PAUSE  # windows until the thread is tried again
 
     def __enter__(self) -> Self:
         return self
@@ -49,7 +50,7 @@ class Prefetch(Generic[T]):
         self.close()
 
     def close(self) -> None:
-        """Ends the thread, once it has made the batch that it is at."""
+        """Ends the thread after the batch that it is making."""
         self._stop = True
         self._room.release()
         if self._thread is not None:
@@ -66,7 +67,7 @@ class Prefetch(Generic[T]):
             self._waits_ns.append(now_ns - began_ns)
             self._steps_ns.append(now_ns - self._last_ns)
         self._last_ns = now_ns
-        if len(self._steps_ns) == _STEPS and not self._is_settled:
+        if len(self._steps_ns) == _WINDOW_STEPS and not self._has_failed:
             self._decide()
         return item
 
@@ -80,25 +81,26 @@ class Prefetch(Generic[T]):
         self._thread.join()
         self._thread = None
         if isinstance(item, BaseException):
-            self._is_settled = True
+            self._has_failed = True
             raise item
-        return next(self._batches)  # the thread has stopped because it was told to
+        return next(self._batches)  # the thread has ended: `_pause_thread`
 
     def _decide(self) -> None:
         step_ns, wait_ns = median(self._steps_ns), median(self._waits_ns)
         self._waits_ns.clear()
         self._steps_ns.clear()
+        waits = wait_ns > _MIN_WAIT_SHARE * step_ns
         if self.depth == 0:
-            self._alone_ns = step_ns
-            self._num_resting -= self._num_resting > 0
-            works = step_ns - wait_ns > max(_WORK_SHARE * step_ns, _LEAST_WORK_NS)
-            if wait_ns > _WAIT_SHARE * step_ns and works and not self._num_resting and self._thread is None:
+            self._step_without_ns = step_ns
+            self._pause = max(0, self._pause - 1)
+            has_work = step_ns - wait_ns > max(_MIN_WORK_SHARE * step_ns, _MIN_WORK_NS)
+            if waits and has_work and not self._pause and self._thread is None:
                 self._deepen(1)
             return
-        self._num_longer = self._num_longer + 1 if step_ns > self._alone_ns else 0
-        if self._num_longer == _WINDOWS:
-            self._rest()
-        elif not self._num_longer and wait_ns > _WAIT_SHARE * step_ns and self.depth < MAX_DEPTH:
+        self._num_longer = self._num_longer + 1 if step_ns > self._step_without_ns else 0
+        if self._num_longer == _NUM_LONGER_WINDOWS:
+            self._pause_thread()
+        elif not self._num_longer and waits and self.depth < MAX_DEPTH:
             self._deepen(2 * self.depth)
 
     def _deepen(self, depth: int) -> None:
@@ -110,16 +112,16 @@ class Prefetch(Generic[T]):
             self._room.release()
         self.depth = depth
 
-    def _rest(self) -> None:
-        """No thread for some windows, each time for longer: other work on the node may have made the steps long."""
+    def _pause_thread(self) -> None:
+        """No thread for some windows, each time twice as many: other work may have made steps longer."""
         self._stop, self.depth = True, 0
         self._room.release()
-        self._num_resting, self._rest_windows = self._rest_windows, 2 * self._rest_windows
+        self._pause, self._next_pause = self._next_pause, 2 * self._next_pause
 
     def _make(self) -> None:
         try:
             while self._room.acquire() and not self._stop:
                 self._ready.put((True, next(self._batches)))
             self._ready.put((False, None))
-        except BaseException as error:  # noqa: BLE001  the loop raises it, StopIteration too, where it asks for the batch
+        except BaseException as error:  # noqa: BLE001  the loop raises it, StopIteration too, when it gets to that batch
             self._ready.put((False, error))

@@ -13,7 +13,7 @@ from hpc_train.core.settings import Energy
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement
 from hpc_train.train.energy.sensors import sharing
-from hpc_train.train.energy.sensors.choose import choose, estimate_meter
+from hpc_train.train.energy.sensors.choose import choose_meters, estimate_meter
 from hpc_train.train.energy.sensors.meter import Meter
 from hpc_train.train.energy.sensors.sampler import Sampler, idle_watts
 from hpc_train.train.energy.sensors.slurm import find_step, step_meter
@@ -37,15 +37,15 @@ class NodeEnergy:
         self._num_hosts = len({place.host for place in places})
         self._reads = world.local_rank == 0
         self.meters, self._faults = self._find()
-        self._part = sharing.holds_part(JobEnvironment.current()) if self._reads else None
+        self._part = sharing.has_part_of_node(JobEnvironment.current()) if self._reads else None
         self._idle_w = self._rest(say)
         self._epoch_s = time() - perf_counter()  # what makes the timings' clock the energy files' time
         self._worked: dict[str, Any] = {}
-        within_s = min((meter.within_s for meter in self.meters), default=inf)
-        if world.is_root and 1 / settings.sample_hz > within_s:
+        max_period_s = min((meter.max_period_s for meter in self.meters), default=inf)
+        if world.is_root and 1 / settings.sample_hz > max_period_s:
             say(
                 f"energy.sample_hz = {settings.sample_hz:g}: a counter may go round twice between two samples, and its "
-                f"joules are an estimate then; set it to {1 / within_s:.2g} or more"
+                f"joules are an estimate then; set it to {1 / max_period_s:.2g} or more"
             )
 
     @contextmanager
@@ -70,7 +70,7 @@ class NodeEnergy:
                     "num_threads": os.cpu_count() or 1,
                 }
 
-    def facts_at_start(self) -> dict[str, Any]:
+    def metadata_at_start(self) -> dict[str, Any]:
         """Collective. What meta.json says of the meters and their nodes; of no use but on the root.
 
         epoch_s, by host: add it to the timings' clock of that host to have the energy files' time.
@@ -103,7 +103,7 @@ class NodeEnergy:
             **idle_facts,
         }
 
-    def facts_at_end(self) -> dict[str, Any]:
+    def metadata_at_end(self) -> dict[str, Any]:
         """Collective, after `recorded` has ended. Whether others used the nodes, and how many cores worked for them."""
         of_ranks = self._context.gather((self._context.world.host, self._worked.get("own_s", 0.0)))
         nodes = self._gathered({"worked": self._worked, "part": self._part})
@@ -127,7 +127,7 @@ class NodeEnergy:
         """Collective. This rank's meters. Where a node's processors have none that can be read, Slurm's count of the
         whole step stands for all nodes, if there is one; else an estimate, since GPUs alone leave out the cores.
         """
-        choice = choose() if self._reads else None
+        choice = choose_meters() if self._reads else None
         lacks = any(self._context.all_gather(choice is not None and not choice.has_processors))
         num_hosts = self._num_hosts
         step = self._context.on_root(lambda: find_step(num_hosts, JobEnvironment.current())) if lacks else None

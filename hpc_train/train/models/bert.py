@@ -48,16 +48,16 @@ class Bert(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         self.apply(_initialise)
 
-    def forward(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """(n, length) int64 tokens and (n, k) int64 places in them -> logits of the tokens there, (n, k, vocabulary).
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """(n, length) int64 tokens and (n, k) int64 positions in them -> logits at these, (n, k, vocabulary).
 
-        The head is as costly as several blocks, and only the masked places need it.
+        The head costs as much as several blocks, and only the masked positions need it.
         """
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]] + self.segments.weight[0]
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x)
-        x = torch.take_along_dim(x, places[:, :, None], dim=1)
+        x = torch.take_along_dim(x, positions[:, :, None], dim=1)
         x = self.head_norm(functional.gelu(self.head(x)))
         return functional.linear(x, self.tokens.weight, self.bias)
 

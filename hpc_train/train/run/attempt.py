@@ -20,7 +20,7 @@ from hpc_train.core.sampling import Order
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.run.checkpoint.retention import checkpoints, remove_unfinished
-from hpc_train.train.run.leftovers import remove_begun_runs
+from hpc_train.train.run.cleanup import remove_stale_runs
 
 _MOST_META_BYTES = 1 << 30  # of thousands of ranks
 
@@ -54,10 +54,10 @@ def open_attempt(loaded: Loaded, context: Context, wanted: str) -> Iterator[Atte
         def choose() -> Attempt:
             run, source, changes = _choose(loaded.config, context.world.size, wanted)
             if source is not None:
-                rundir.require_files(source)
-            lease = stack.enter_context(lock.held(run.lock, say))
+                rundir.require_regular_files(source)
+            lease = stack.enter_context(lock.hold(run.lock, say))
             held.append(lease)
-            remove_begun_runs(run)
+            remove_stale_runs(run)
             rundir.make_folders(run)
             remove_unfinished(run)
             meta = read_meta(run)
@@ -163,7 +163,7 @@ def is_complete(run: RunDir) -> bool:
     return isinstance(summary, dict) and not summary.get("fault")
 
 
-def require_beginning(run: RunDir) -> None:
+def require_first_start(run: RunDir) -> None:
     """Says that a run without a checkpoint starts at step 0. Raises UserError if it was complete: it had one."""
     if is_complete(run):
         raise UserError(
@@ -186,7 +186,7 @@ def _size(run: RunDir) -> int | None:
     return read_meta(run).get("size")
 
 
-def check_continues(stated: dict[str, Any], expected: dict[str, Any], attempt: Attempt, num_steps: int) -> None:
+def check_resumes(stated: dict[str, Any], expected: dict[str, Any], attempt: Attempt, num_steps: int) -> None:
     """Raises UserError where a checkpoint was made from other data or global batches, so that its step would mean
     others, and where the `num_steps` that are asked for are taken already and what has changed would change nothing.
     """

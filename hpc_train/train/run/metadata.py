@@ -21,7 +21,7 @@ from hpc_train.train.comm.mpi_library import mpi_version
 from hpc_train.train.comm.placement import RankPlacement
 
 
-def describe(context: Context, places: list[RankPlacement]) -> dict[str, Any]:
+def run_metadata(context: Context, places: list[RankPlacement]) -> dict[str, Any]:
     """The root's part of meta.json: the machine, versions, git state and Slurm job."""
     return {
         "schema": SCHEMA,

@@ -16,9 +16,9 @@ from hpc_train.core.clock import Clock
 from hpc_train.core.config import Loaded, dumps
 from hpc_train.core.energy_records import DomainEnergy, energy_of_run, read_traces
 from hpc_train.core.errors import UserError, not_written
-from hpc_train.core.output import lost
+from hpc_train.core.output import lost_streams
 from hpc_train.core.progress import StepProgress
-from hpc_train.core.records import METRIC_COLUMNS, read_metrics, read_whole_metrics, timing_log
+from hpc_train.core.records import METRIC_COLUMNS, read_intact_metrics, read_metrics, timing_log
 from hpc_train.core.resume_rules import said
 from hpc_train.core.run_summary import RunResult, RunShape, summarise
 from hpc_train.core.rundir import sync, write_atomic
@@ -29,7 +29,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement
 from hpc_train.train.energy.meters import NodeEnergy
 from hpc_train.train.run.attempt import Attempt
-from hpc_train.train.run.metadata import describe
+from hpc_train.train.run.metadata import run_metadata
 
 
 class Recorder:
@@ -51,8 +51,8 @@ class Recorder:
         self._stack = ExitStack()
         total = None if self._train.steps == UNKNOWN_STEPS else self._train.steps
         self._progress = StepProgress(loaded.config.name, total, loaded.config.run.progress, context.world.is_root)
-        self.say = self._progress.say
-        self._energy = NodeEnergy(loaded.config.energy, context, places, self.say)
+        self.log = self._progress.log
+        self._energy = NodeEnergy(loaded.config.energy, context, places, self.log)
         self.clock = clock
 
     def __enter__(self) -> Self:
@@ -100,14 +100,14 @@ class Recorder:
         A tensor of one number is read when it is written: each reading makes a GPU's loop wait.
         """
         self._attempt.lease.check()
-        record = self.clock.lap(step, num_samples, warmup=step < self._first_step + self._num_warmup)
+        record = self.clock.end_step(step, num_samples, warmup=step < self._first_step + self._num_warmup)
         self._timings.write(record)
         if loss is not None:
             self._losses.append((step, loss))
         self.num_steps_done = step + 1
         if step % self._train.log_every == 0:
             self.flush()
-            self._progress.say(f"Step {step}" if loss is None else f"Step {step}, Loss: {loss:.5f}")
+            self._progress.log(f"Step {step}" if loss is None else f"Step {step}, Loss: {loss:.5f}")
             self._progress.note = "" if loss is None else f"loss {loss:.5f}"
         self._progress.advance(step + 1, num_global, record[1])
 
@@ -141,7 +141,7 @@ class Recorder:
         """
         self.flush()
         self._stack.close()
-        dropped = {str(rank): streams for rank, streams in enumerate(self._context.gather(lost())) if streams}
+        dropped = {str(rank): streams for rank, streams in enumerate(self._context.gather(lost_streams())) if streams}
         facts |= {"output_lost": dropped} if dropped else {}
         self._write_meta("end", outcome=outcome, last_step=self.num_steps_done - 1, ended=_now(), **facts)
 
@@ -209,10 +209,10 @@ class Recorder:
         """(step, loss) of every step before this attempt's first, each once; says so where some were lost."""
         attempts = self._meta.get("attempts", [])
         steps = range(attempts[0]["first_step"] if attempts else self.num_steps_done, self.num_steps_done)
-        losses = read_whole_metrics(self._run.metrics)
+        losses = read_intact_metrics(self._run.metrics)
         missing = [step for step in steps if step not in losses]
         if missing:
-            self.say(
+            self.log(
                 f"warning: {self._run.metrics} was cut or damaged: the losses of {len(missing)} steps from "
                 f"{missing[0]} to {missing[-1]} are lost. The weights are not: the checkpoint is whole."
             )
@@ -228,14 +228,14 @@ class Recorder:
     def _write_meta(self, moment: str, **facts: Any) -> None:
         """Collective. Adds facts to meta.json, and measures how the ranks' clocks differ now."""
         offsets = clock_offsets_ns(self._context)
-        energy = self._energy.facts_at_start() if moment == "start" else self._energy.facts_at_end()
+        energy = self._energy.metadata_at_start() if moment == "start" else self._energy.metadata_at_end()
 
         def write() -> None:
             self._attempt.lease.confirm()
             if moment == "start":
                 for key in ("outcome", "ended", "clock_offsets_ns", "output_lost"):  # of the attempt before
                     self._meta.pop(key, None)
-                self._meta.update(describe(self._context, self._places))
+                self._meta.update(run_metadata(self._context, self._places))
                 self._meta["energy"] = _of_all_attempts(self._meta.get("energy", {}), energy)
                 self._meta.setdefault("attempts", []).append(
                     {

@@ -11,12 +11,12 @@ from torch import nn
 from hpc_train.core.errors import UserError
 from hpc_train.train.comm.context import Context
 
-MOST_LEFT_OUT = 32  # updates in a row, then the run ends: see train.on_nonfinite in configs/README.md
+MAX_SKIPPED_IN_A_ROW = 32  # updates in a row, then the run ends: see train.on_nonfinite in configs/README.md
 _REMEDY = "Lower train.lr or look at the data of that step; --set train.on_nonfinite=skip leaves it out."
 _STANDS_STILL = "Lower train.lr, look at the data, or use more bits: train.precision, reduce.compression."
 
 
-class LeftOut(NamedTuple):
+class SkippedUpdate(NamedTuple):
     """An update that was not made."""
 
     step: int
@@ -32,7 +32,7 @@ class LeftOut(NamedTuple):
         return f"the loss is {self.total}"
 
 
-def refuse_alone(left_out: LeftOut, context: Context) -> None:
+def raise_on_this_rank(left_out: SkippedUpdate, context: Context) -> None:
     """Raises UserError on the rank that met it, which ends the job; nothing elsewhere."""
     place = f"on rank {context.world.rank} on {context.world.host}"
     if left_out.overflowed:
@@ -41,7 +41,7 @@ def refuse_alone(left_out: LeftOut, context: Context) -> None:
         raise UserError(f"the loss of step {left_out.step} is {loss} {place}", _REMEDY)
 
 
-def refuse_update(left_out: LeftOut, saved: str, context: Context) -> None:
+def raise_for_update(left_out: SkippedUpdate, saved: str, context: Context) -> None:
     """Collective. Raises UserError that names what is wrong, and the rank whose share of the loss is no number."""
     step, total, mine, world = left_out.step, left_out.total, left_out.loss.item(), context.world
     remedy = f"{saved} {_REMEDY}"
@@ -50,7 +50,7 @@ def refuse_update(left_out: LeftOut, saved: str, context: Context) -> None:
         if not math.isfinite(mine):
             raise UserError(f"the loss of step {step} is {mine} on rank {world.rank} on {world.host}", remedy)
 
-    if left_out.num_in_a_row >= MOST_LEFT_OUT:
+    if left_out.num_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         what = f"{left_out.num_in_a_row} updates in a row were left out; in the last, at step {step}, {left_out.why}"
         _refuse(what, f"{saved} {_STANDS_STILL}", context)
     if left_out.overflowed:
@@ -59,20 +59,20 @@ def refuse_update(left_out: LeftOut, saved: str, context: Context) -> None:
     _refuse(f"the loss of step {step} is {total}, though each rank's share is a number", remedy, context)
 
 
-def refuse_a_run_without_updates(num_steps: int, context: Context) -> NoReturn:
+def raise_for_run_without_updates(num_steps: int, context: Context) -> NoReturn:
     """Collective. Raises UserError: no step of the run changed the weights."""
     what = f"none of the run's {num_steps} updates was made: in each step the loss or a gradient was not finite"
     more = "With train.precision = 'fp16' each such step halves the loss scale: more steps may be enough."
     _refuse(what, f"{_STANDS_STILL} {more}", context)
 
 
-def fault_of_test(test: dict[str, float]) -> str | None:
+def test_fault(test: dict[str, float]) -> str | None:
     """In words, which measures of the test are no numbers; None where all are."""
     wrong = {name.replace("_", " "): value for name, value in test.items() if not math.isfinite(value)}
     return " and ".join(f"the test {name} is {value}" for name, value in wrong.items()) or None
 
 
-def refuse_test(fault: str, saved: str, context: Context) -> NoReturn:
+def raise_for_test(fault: str, saved: str, context: Context) -> NoReturn:
     """Collective. Raises UserError: the run reached its last step, and its test says nothing of the model."""
     remedy = (
         "Compare the test data with the training data (hpc-train data check FILE; their attributes, such as "
@@ -91,7 +91,7 @@ def _refuse(what: str, remedy: str, context: Context) -> NoReturn:
     raise AssertionError
 
 
-def compare_weights(step: int, model: nn.Module, context: Context) -> None:
+def check_weights_agree(step: int, model: nn.Module, context: Context) -> None:
     """Collective. Raises UserError naming the ranks whose weights are not those of the most ranks, bit by bit.
 
     With two ranks nobody can tell which is right: then rank 1 is named, as differing from rank 0.

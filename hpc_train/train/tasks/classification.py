@@ -1,4 +1,4 @@
-"""Classification of arrays into classes, from HDF5."""
+"""Classification of arrays, from HDF5."""
 
 from collections.abc import Iterator
 
@@ -16,58 +16,41 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.data.collective import choose_read_mode, with_shared_reader
 from hpc_train.train.data.dataset import MAX_CLASSES, Batch, Split, first_outside, open_order, open_split, value_range
 from hpc_train.train.data.files import Files, describe, open_files
-from hpc_train.train.data.readers import Reader
+from hpc_train.train.data.reader import Reader
 
 _TEST_BATCH = 1024
 
 
 class Classification:
-    """Collective. Opens the data, checks it on every rank and trains with cross-entropy."""
+    """Trains with cross-entropy on inputs and integer labels."""
 
     def __init__(self, config: Config, context: Context) -> None:
+        """Collective. Opens the data and checks all labels, each rank a part of them."""
         self.config = config
-        data = config.data
-
-        def open_both() -> tuple[Files, Split, Split | None]:
-            assert isinstance(data.inputs, str) and isinstance(data.test_inputs, str)  # see core/key_rules.py
-            files = open_files(config, context)
-            train = open_split(files, data.inputs, data.targets, ("data.inputs", "data.targets"))
-            test_keys = ("data.test_inputs", "data.test_targets")
-            test = open_split(files, data.test_inputs, data.test_targets, test_keys, optional=True)
-            assert train is not None
-            if test is not None and test.input_shape != train.input_shape:
-                raise UserError(
-                    f"{files.paths[0]}: {data.inputs} has samples of {train.input_shape}, not {test.input_shape}",
-                    f"Samples of {data.test_inputs} must have the same shape.",
-                )
-            if test is not None:
-                files.require_same_scale(data.inputs, data.test_inputs)
-            return files, train, test
-
-        files, self.train, self.held_out = context.on_all(open_both)
+        files, self.train, self.held_out = context.on_all(lambda: _open(config, context))
         self.num_samples = len(self.train)
-        way, why = choose_read_mode(self.train.inputs[0], files, config, context)
-        self.in_step = way != "auto"
+        mode, why = choose_read_mode(self.train.inputs[0], files, config, context)
+        self.in_step = mode != "auto"  # all ranks read together, and only the loop may call MPI
         if self.in_step:
-            self.train = with_shared_reader(self.train, way, files, str(data.inputs), config, context)
-        self.reading = describe(files, str(data.inputs), self.train.inputs[0]) + f", {why}" * bool(why)
+            self.train = with_shared_reader(self.train, mode, files, config, context)
+        self.reading = describe(files, str(config.data.inputs), self.train.inputs[0]) + f", {why}" * bool(why)
         self.order = open_order(self.train.inputs, self.num_samples, config)
-        parts = {data.targets: self.train.targets}
+        labels = {config.data.targets: self.train.targets}
         if self.held_out is not None:
-            parts[data.test_targets] = self.held_out.targets
-        ranges = {name: value_range(labels, context) for name, labels in parts.items()}
-        most = config.task.num_classes or max(self.num_samples, MAX_CLASSES)
-        self.num_classes = int(config.task.num_classes or min(ranges[data.targets][1] + 1, most))
-        context.on_all(lambda: self._check_labels(parts, ranges))
+            labels[config.data.test_targets] = self.held_out.targets
+        ranges = {name: value_range(values, context) for name, values in labels.items()}
+        limit = config.task.num_classes or max(self.num_samples, MAX_CLASSES)
+        self.num_classes = int(config.task.num_classes or min(ranges[config.data.targets][1] + 1, limit))
+        context.on_all(lambda: self._check_labels(labels, ranges))
 
-    def _check_labels(self, parts: dict[str, Reader], ranges: dict[str, tuple[int, int]]) -> None:
+    def _check_labels(self, labels: dict[str, Reader], ranges: dict[str, tuple[int, int]]) -> None:
         for name, (low, high) in ranges.items():
             if low < 0 or high >= self.num_classes:
-                row, wrong = first_outside(parts[name], 0, self.num_classes) or (0, high)
+                row, wrong = first_outside(labels[name], 0, self.num_classes) or (0, high)
                 raise UserError(
                     f"{self.config.data.file}: label {wrong} in {name}, row {row:,}, is out of range for "
                     f"{self.num_classes:,} classes",
-                    "Labels are 0 to num_classes - 1: mend the data or set task.num_classes.",
+                    "Labels are 0 to num_classes - 1: fix the data or set task.num_classes.",
                 )
 
     def model(self) -> nn.Module:
@@ -81,7 +64,7 @@ class Classification:
         self.train.prefetch(rows)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return functional.cross_entropy(self._logits(model, batch), batch.targets, reduction="sum")
+        return functional.cross_entropy(model(batch.floats()), batch.targets, reduction="sum")
 
     def test_batches(self, world: World) -> Iterator[Batch]:
         if self.held_out is None:
@@ -91,9 +74,28 @@ class Classification:
             yield self.held_out.batch(np.arange(begin, min(begin + _TEST_BATCH, stop)))
 
     def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
-        logits = self._logits(model, batch)
+        logits = model(batch.floats())
         loss = functional.cross_entropy(logits, batch.targets, reduction="sum")
         return len(batch), {"loss": loss.item(), "accuracy": (logits.argmax(1) == batch.targets).sum().item()}
 
-    def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return model(batch.floats())
+
+def _open(config: Config, context: Context) -> tuple[Files, Split, Split | None]:
+    """(the files, the training samples, the test samples if the files have them). Raises `UserError`."""
+    data = config.data
+    if isinstance(data.inputs, list) or isinstance(data.test_inputs, list):
+        raise UserError(
+            f"data.inputs = {data.inputs}: the models of task.kind = 'classification' take one data set",
+            "Name one, or write a task of your own: it gets all of them.",
+        )
+    files = open_files(config, context)
+    train = open_split(files, data.inputs, data.targets, ("data.inputs", "data.targets"))
+    if not files.has(data.test_inputs) and not files.has(data.test_targets):
+        return files, train, None
+    test = open_split(files, data.test_inputs, data.test_targets, ("data.test_inputs", "data.test_targets"))
+    if test.input_shape != train.input_shape:
+        raise UserError(
+            f"{files.paths[0]}: {data.inputs} has samples of {train.input_shape}, not {test.input_shape}",
+            f"Samples of {data.test_inputs} must have the same shape.",
+        )
+    files.require_same_scale(data.inputs, data.test_inputs)
+    return files, train, test

@@ -1,4 +1,4 @@
-"""Language: predicting the next token, and filling in masked ones, on token streams from HDF5."""
+"""Language models: predict the next token, or masked tokens, on token streams from HDF5."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,23 +16,24 @@ from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.dataset import Tokens, open_order, open_tokens, value_range
+from hpc_train.train.data.dataset import open_order, value_range
 from hpc_train.train.data.files import Files, describe, open_files
+from hpc_train.train.data.tokens import StreamName, Tokens, open_tokens
 from hpc_train.train.tasks.baselines import count_bigrams, count_tokens
 
-_MASKED = 0.15  # of a window's tokens, as in the BERT paper
-_TEST_STEP = -1  # masks of the test are none of a step's
+_MASKED_SHARE = 0.15  # of a window's tokens, as in the BERT paper
+_TEST_STEP = -1  # of the masks in a test: no training step has this number
 _TEST_WINDOWS = 64
-_TEST_LOGITS = 1 << 27  # at most so many at once, for large vocabularies
+_MAX_TEST_LOGITS = 1 << 27  # at once, for large vocabularies
 
 
 @dataclass(frozen=True)
 class Text:
-    """The token streams of a file as windows, and what makes a model for them."""
+    """The token streams of a job's data as windows, and the model for them."""
 
     train: Tokens
     test: Tokens | None
-    vocab_size: int  # of the file's tokens
+    vocab_size: int  # of the data, without a mask
     model: Callable[[], nn.Module]
     order: Order  # of the windows
     reading: str
@@ -40,40 +41,53 @@ class Text:
     def test_rows(self, world: World) -> Iterator[np.ndarray]:
         """This rank's share of the test windows, some at a time."""
         assert self.test is not None
-        at_once = max(1, min(_TEST_WINDOWS, _TEST_LOGITS // (self.test.length * self.vocab_size)))
+        num_windows = max(1, min(_TEST_WINDOWS, _MAX_TEST_LOGITS // (self.test.length * self.vocab_size)))
         start, stop = rank_span(len(self.test), world.rank, world.size)
-        for begin in range(start, stop, at_once):
-            yield np.arange(begin, min(begin + at_once, stop))
+        for begin in range(start, stop, num_windows):
+            yield np.arange(begin, min(begin + num_windows, stop))
 
 
 def open_text(config: Config, context: Context, known: dict[str, Callable[..., nn.Module]], masked: bool) -> Text:
-    """Collective. Opens and checks the data; `masked`: the model's vocabulary has one token more, the mask.
+    """Collective. Opens and checks the data; `masked`: the model's vocabulary has one more token, the mask.
 
-    Raises `UserError` where file, options and tokens do not fit together.
+    Raises `UserError` if file, options and tokens do not fit together.
     """
-    task, data, options = config.task, config.data, dict(config.task.options)
+    task, options = config.task, dict(config.task.options)
     stated = options.pop("vocab_size", None)
     files = context.on_all(lambda: open_files(config, context, "python-source"))
-    vocab_size = context.on_all(lambda: _vocabulary(config, files, stated, masked))
-    make = partial(models.make_model, known, task.model, (vocab_size + masked,), options)
-
-    def open_both() -> tuple[Tokens, Tokens | None]:
-        length = options.get("context", models.default(known, task.model, "context"))
-        if not isinstance(length, int) or length < 1:
-            raise UserError(f"task.options.context = {length}", "It is a positive whole number.")
-        ahead = 0 if masked else 1
-        train = open_tokens(files, names[0], "data.inputs", length, ahead, data.offsets)
-        test = open_tokens(files, names[1], "data.test_inputs", length, ahead, data.test_offsets, optional=True)
-        assert train is not None
-        return train, test
-
-    names = (_one(data.inputs, "data.inputs"), _one(data.test_inputs, "data.test_inputs"))
-    train, test = context.on_all(open_both)
-    for name, tokens in zip(names, (train, test), strict=True):
+    vocab_size = context.on_all(lambda: _vocab_size(config, files, stated, masked))
+    length = context.on_all(lambda: _window_length(config, known))
+    train, test = context.on_all(lambda: _open_windows(config, files, length, masked))
+    for name, tokens in ((config.data.inputs, train), (config.data.test_inputs, test)):
         if tokens is not None:
-            _check_range(config, name, tokens, vocab_size, context)
+            _check_range(config, str(name), tokens, vocab_size, context)
+    make_model = partial(models.make_model, known, task.model, (vocab_size + masked,), options)
     order = open_order([train.values], len(train), config, train.length)
-    return Text(train, test, vocab_size, make, order, describe(files, names[0], train.values))
+    return Text(train, test, vocab_size, make_model, order, describe(files, str(config.data.inputs), train.values))
+
+
+def _window_length(config: Config, known: dict[str, Callable[..., nn.Module]]) -> int:
+    """The context of the model."""
+    task = config.task
+    length = task.options.get("context", models.default(known, task.model, "context"))
+    if not isinstance(length, int) or length < 1:
+        raise UserError(f"task.options.context = {length}", "It is a positive integer.")
+    return length
+
+
+def _open_windows(config: Config, files: Files, length: int, masked: bool) -> tuple[Tokens, Tokens | None]:
+    """The windows to train and to test on; None if the files have no tokens to test on."""
+    data = config.data
+    if data.read != "auto":
+        raise UserError(
+            f"data.read = '{data.read}' does not go with task.kind = '{config.task.kind}'",
+            "Tokens are read through a memory map or by chunks: remove data.read.",
+        )
+    num_ahead = 0 if masked else 1
+    inputs = StreamName(_one(data.inputs, "data.inputs"), "data.inputs", data.offsets)
+    test_inputs = StreamName(_one(data.test_inputs, "data.test_inputs"), "data.test_inputs", data.test_offsets)
+    train = open_tokens(files, inputs, length, num_ahead)
+    return train, open_tokens(files, test_inputs, length, num_ahead) if files.has(test_inputs.name) else None
 
 
 def _one(names: str | list[str], key: str) -> str:
@@ -82,11 +96,11 @@ def _one(names: str | list[str], key: str) -> str:
     raise UserError(f"{key} = {names}: language models read one stream of tokens", "Name one data set.")
 
 
-def _vocabulary(config: Config, files: Files, stated: Any, masked: bool) -> int:
-    """How many different tokens the file has, by itself or by task.options.vocab_size."""
+def _vocab_size(config: Config, files: Files, stated: Any, masked: bool) -> int:
+    """How many different tokens the data have, by the file's attributes or by task.options.vocab_size."""
     found, file = files.tokenizer_attributes.get("vocab_size"), config.data.file
     if stated is not None and (not isinstance(stated, int) or stated < 1):
-        raise UserError(f"task.options.vocab_size = {stated}", "It is a positive whole number.")
+        raise UserError(f"task.options.vocab_size = {stated}", "It is a positive integer.")
     if found is None and stated is None:
         raise UserError(
             f"data.file = '{file}' does not say how many different tokens it has",
@@ -97,16 +111,16 @@ def _vocabulary(config: Config, files: Files, stated: Any, masked: bool) -> int:
         mask = " with the mask" * masked
         raise UserError(
             f"task.options.vocab_size = {stated}, and data.file = '{file}' has {size} different tokens{mask}",
-            f"Set it to {size} or leave it out, or prepare the text again: --tokenizer bpe:{stated - masked}",
+            f"Set it to {size} or remove it, or prepare the text again: --tokenizer bpe:{stated - masked}",
         )
     return size - masked
 
 
 def _check_range(config: Config, name: str, tokens: Tokens, vocab_size: int, context: Context) -> None:
-    """Collective. Raises `UserError` for tokens that the vocabulary does not have."""
+    """Collective. Raises `UserError` for tokens outside the vocabulary."""
     limits = np.iinfo(tokens.values.dtype)
     if limits.min == 0 and limits.max < vocab_size:
-        return  # bytes need not be read through
+        return  # the type cannot hold a token outside, such as bytes: no need to read them all
     low, high = value_range(tokens.values, context)
 
     def check() -> None:
@@ -125,16 +139,17 @@ def _check_range(config: Config, name: str, tokens: Tokens, vocab_size: int, con
 
 @dataclass(frozen=True)
 class Windows:
-    """`tokens` (n, context + 1) of the file's type. bigram_loss: the sum over them of a bigram model's losses."""
+    """`tokens` (n, context + 1) of the file's type. bigram_loss: the sum of a bigram model's losses on them."""
 
     tokens: torch.Tensor
     bigram_loss: float = 0.0
 
 
 class Language:
-    """Collective. Opens the data and checks it; trains on the mean loss of a window's next tokens, in nats."""
+    """Trains on the mean loss of a window's next tokens, in nats."""
 
     def __init__(self, config: Config, context: Context) -> None:
+        """Collective. Opens the data and checks it."""
         self.context = context
         self.text = open_text(config, context, models.CAUSAL, masked=False)
         self.num_samples, self.order, self.reading = len(self.text.train), self.text.order, self.text.reading
@@ -152,11 +167,11 @@ class Language:
         return self._sum(model, batch) / self.text.train.length
 
     def test_batches(self, world: World) -> Iterator[Windows]:
-        """Collective, at the first batch: all ranks count the bigrams of the training tokens."""
+        """Collective at the first batch: all ranks count the bigrams of the training tokens."""
         text = self.text
         if text.test is None:
             return
-        tested = text.test.values[: len(text.test.values)]  # windows within documents may begin anywhere in it
+        tested = text.test.values[: len(text.test.values)]  # all of it: windows within documents begin anywhere
         bigrams = count_bigrams(text.train.values, tested, text.vocab_size, self.context)
         for rows in text.test_rows(world):
             windows = text.test.windows(rows)
@@ -177,29 +192,30 @@ class Language:
 
 @dataclass(frozen=True)
 class MaskedWindows:
-    """`tokens` (n, context) with masks; `places` (n, k) of what was masked, and `targets` (n, k) what stood there.
+    """`tokens` (n, context) with masks; `positions` (n, k) of the masked tokens, and `targets` (n, k), those tokens.
 
-    num_unigram: how many of the targets are the training text's most frequent token.
+    num_unigram: how many of the targets are the most frequent token of the training text.
     """
 
     tokens: torch.Tensor
-    places: torch.Tensor
+    positions: torch.Tensor
     targets: torch.Tensor
     num_unigram: int = 0
 
 
 class MaskedLanguage:
-    """Collective. Opens the data and checks it; trains on the mean loss of a window's masked tokens, in nats.
+    """Trains on the mean loss of a window's masked tokens, in nats.
 
-    15% of a window's tokens are to be guessed: 80% of them are masked, 10% replaced by any token, 10% left as they are
-    (Devlin et al., 2018). Which, and by what, depends on the seed, the step and the window alone.
+    15% of a window's tokens are predicted: 80% of them are masked, 10% replaced by a random token, 10% left as they are
+    (Devlin et al., 2018). Which ones, and by what, depends on the seed, the step and the window alone.
     """
 
     def __init__(self, config: Config, context: Context) -> None:
+        """Collective. Opens the data and checks it."""
         self.seed, self.context = config.seed, context
         self.text = open_text(config, context, models.MASKED, masked=True)
         self.num_samples, self.order, self.reading = len(self.text.train), self.text.order, self.text.reading
-        self.num_masked = max(1, round(_MASKED * self.text.train.length))
+        self.num_masked = max(1, round(_MASKED_SHARE * self.text.train.length))
 
     def model(self) -> nn.Module:
         return self.text.model()
@@ -215,32 +231,36 @@ class MaskedLanguage:
         return functional.cross_entropy(logits, targets, reduction="sum") / self.num_masked
 
     def test_batches(self, world: World) -> Iterator[MaskedWindows]:
-        """Collective, at the first batch: all ranks count the training tokens."""
+        """Collective at the first batch: all ranks count the training tokens."""
         if self.text.test is None:
             return
-        commonest = int(count_tokens(self.text.train.values, self.text.vocab_size, self.context).argmax())
+        most_frequent = int(count_tokens(self.text.train.values, self.text.vocab_size, self.context).argmax())
         for rows in self.text.test_rows(world):
-            yield self._masked(self.text.test, rows, _TEST_STEP, commonest)
+            yield self._masked(self.text.test, rows, _TEST_STEP, most_frequent)
 
     def test(self, model: nn.Module, batch: MaskedWindows) -> tuple[int, dict[str, float]]:
         logits, targets = self._logits(model, batch)
         loss = functional.cross_entropy(logits, targets, reduction="sum")
-        num_right = (logits.argmax(1) == targets).sum().item()
-        return len(targets), {"loss": loss.item(), "accuracy": num_right, "unigram_accuracy": batch.num_unigram}
+        num_correct = (logits.argmax(1) == targets).sum().item()
+        return len(targets), {"loss": loss.item(), "accuracy": num_correct, "unigram_accuracy": batch.num_unigram}
 
-    def _masked(self, source: Tokens, rows: np.ndarray, step: int, commonest: int = -1) -> MaskedWindows:
+    def _masked(self, source: Tokens, rows: np.ndarray, step: int, most_frequent: int = -1) -> MaskedWindows:
         windows, mask = source.windows(rows), self.text.vocab_size
         noise = row_noise(self.seed, step, rows, source.length + self.num_masked)
-        order, chance = np.argsort(noise[:, : source.length]), noise[:, source.length :]
-        places = np.sort(order[:, : self.num_masked])
-        targets = np.take_along_axis(windows, places, 1)
-        random = (chance // np.uint64(10)) % np.uint64(mask)
-        instead = np.select([chance % 10 < 8, chance % 10 == 8], [np.uint64(mask), random], targets)
+        shuffled, chance = np.argsort(noise[:, : source.length]), noise[:, source.length :]
+        positions = np.sort(shuffled[:, : self.num_masked])
+        targets = np.take_along_axis(windows, positions, 1)
+        random_tokens = (chance // np.uint64(10)) % np.uint64(mask)
+        shown = np.select([chance % 10 < 8, chance % 10 == 8], [np.uint64(mask), random_tokens], targets)
         tokens = windows.astype(np.promote_types(windows.dtype, np.min_scalar_type(mask)))
-        np.put_along_axis(tokens, places, instead.astype(tokens.dtype), 1)
-        tensors = (torch.from_numpy(tokens), torch.from_numpy(places.astype(np.int32)), torch.from_numpy(targets))
-        return MaskedWindows(*tensors, num_unigram=int((targets == commonest).sum()))
+        np.put_along_axis(tokens, positions, shown.astype(tokens.dtype), 1)
+        return MaskedWindows(
+            torch.from_numpy(tokens),
+            torch.from_numpy(positions.astype(np.int32)),
+            torch.from_numpy(targets),
+            int((targets == most_frequent).sum()),
+        )
 
     def _logits(self, model: nn.Module, batch: MaskedWindows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (n * k, vocabulary) and what was to be guessed (n * k)."""
-        return model(batch.tokens.long(), batch.places.long()).flatten(0, 1), batch.targets.long().flatten()
+        """Logits (n * k, vocabulary) and targets (n * k)."""
+        return model(batch.tokens.long(), batch.positions.long()).flatten(0, 1), batch.targets.long().flatten()

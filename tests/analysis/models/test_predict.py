@@ -13,6 +13,7 @@ from hpc_train.analysis.models import predict as prediction
 from hpc_train.analysis.models.analytic_model import fit_analytic_model
 from hpc_train.analysis.models.measurements import Measurements, Network
 from hpc_train.analysis.models.predict import predict
+from hpc_train.analysis.report.notes.prediction import prediction_notes
 from hpc_train.analysis.stats.order_statistics import expected_maximum
 from hpc_train.core.errors import UserError
 
@@ -113,7 +114,7 @@ def test_too_few_sizes_for_a_model_are_refused_with_the_reason() -> None:
 
 def test_a_size_that_fits_no_model_is_said() -> None:
     made = predict(measurements([1, 2, 4, 8, 16], [0.1, 0.1, 0.1, 0.2, 0.1]))
-    assert any("16 ranks: 100% more per rank than at the size before" in note for note in made.notes)
+    assert any("16 ranks: 100% more samples/s per rank" in note for note in prediction_notes(made))
 
 
 def test_expected_maxima_are_those_of_the_tables() -> None:

@@ -64,3 +64,24 @@ def test_the_tables_say_where_the_page_and_the_figures_are(runs: Path, tmp_path:
     assert f"Report: {runs / 'report' / 'report.html'}" in done.output
     made = list((tmp_path / "proposal").glob("*.[ps][dv][fg]"))
     assert f"Figures: {len(made)} files in {tmp_path / 'proposal'}" in done.output and len(made) == 14
+
+
+def test_the_terminal_shows_one_screen_unless_asked_for_everything(runs: Path) -> None:
+    made = make_report([runs])
+    (section,) = made.sections
+    done = said(runs)
+    lines = done.output.splitlines()
+    assert done.exit_code == 0 and len(lines) <= 23 and max(map(len, lines)) <= 80, done.output  # and the prompt
+    text = " ".join(done.output.split())
+    assert text.startswith(section.headline) and section.overview is not None
+    assert all(cell in text for row in section.overview.rows for cell in row)
+    assert sum(table.title in text for table in section.tables) == 1
+    cautions = [note.text for note in section.notes if note.kind == "caution"]
+    assert cautions[0] in text and "--full" in text
+    full = " ".join(said(runs, "--full").output.split())
+    assert all(table.title in full for table in section.tables) and all(note.text in full for note in section.notes)
+
+
+def test_full_is_for_the_terminal(runs: Path) -> None:
+    done = said(runs, "--full", "--format", "md")
+    assert done.exit_code == 2 and "--format md always has everything" in done.output

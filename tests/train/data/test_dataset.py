@@ -17,11 +17,13 @@ from hpc_train.datasets.inspect.check import check
 from hpc_train.datasets.inspect.structure import expand
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data import files, hdf5_faults
-from hpc_train.train.data.dataset import Buffers, Split, open_order, open_split, open_tokens
+from hpc_train.train.data.dataset import Buffers, Split, open_order, open_split
 from hpc_train.train.data.files import Files, open_files
+from hpc_train.train.data.tokens import StreamName, open_tokens
 from hpc_train.train.tasks.classification import Classification
 
 ALONE = Context(World())
+STREAM = StreamName("train/inputs", "data.inputs", "train/inputs_offsets")
 
 
 def job(file: object, **data: object) -> Config:
@@ -110,7 +112,7 @@ def test_no_window_spans_two_documents(tmp_path: Path) -> None:
             file["train/inputs"] = np.arange(40) + 100 * number
             file["train/inputs_offsets"] = ends
     files = opened(tmp_path / "?.h5")
-    tokens = open_tokens(files, "train/inputs", "data.inputs", 4, 1, "train/inputs_offsets")
+    tokens = open_tokens(files, STREAM, 4, 1)
     assert tokens is not None and len(tokens) == 2 * (2 + 0 + 0 + 5)
     firsts = [0, 5, 14, 19, 24, 29, 34]
     assert tokens.windows(np.arange(14))[:, 0].tolist() == firsts + [100 + each for each in firsts]
@@ -120,7 +122,7 @@ def test_no_window_spans_two_documents(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"bad\.h5: train/inputs_offsets is int64 \(5,\), and no beginnings of documents"
     ):
-        open_tokens(opened(tmp_path / "bad.h5"), "train/inputs", "data.inputs", 4, 1, "train/inputs_offsets")
+        open_tokens(opened(tmp_path / "bad.h5"), STREAM, 4, 1)
 
 
 def test_the_order_follows_the_chunks_and_the_memory(tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_memory_is_used_again_when_nobody_holds_it() -> None:
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(files, "_CHECK_EVERY_S", 0.0)
     both = split(opened(write(tmp_path / "a.h5")))
     both.batch(np.arange(3))
     write(tmp_path / "b.h5").replace(tmp_path / "a.h5")
@@ -178,7 +180,7 @@ def test_what_is_no_file_is_said_at_once(tmp_path: Path) -> None:
         Path("/dev/zero"): "is a device",
         tmp_path / "none.h5": "does not exist",
         tmp_path / "empty.h5": "cannot be opened|is truncated|is not an HDF5 file",
-        tmp_path / ("x" * 300): "cannot be looked at: File name too long",
+        tmp_path / ("x" * 300): "cannot be accessed: File name too long",
     }
     for path, says in kinds.items():
         with pytest.raises(UserError, match=says):

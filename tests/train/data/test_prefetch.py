@@ -46,7 +46,7 @@ def test_batches_that_take_no_time_need_no_thread() -> None:
 
 def test_a_thread_that_makes_steps_longer_rests_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here because steps become longer for another reason, the same in its effect."""
-    monkeypatch.setattr(prefetch, "_FIRST_REST", 2)
+    monkeypatch.setattr(prefetch, "_FIRST_PAUSE", 2)
     found, depths = [], []
     with Prefetch(slow(260, 0.002)) as batches:
         for number in batches:

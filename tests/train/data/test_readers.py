@@ -21,7 +21,8 @@ from hpc_train.core.sampling import BatchSampler, Order
 from hpc_train.train.data import filters
 from hpc_train.train.data.batches import Batches
 from hpc_train.train.data.chunk_cache import ChunkCache, ChunkFile
-from hpc_train.train.data.readers import ConcatReader, H5pyReader, MmapReader, Reader, join, open_reader
+from hpc_train.train.data.reader import Reader
+from hpc_train.train.data.readers import ConcatReader, H5pyReader, MmapReader, open_concat, open_reader
 from tests.jobs import CONFIGS
 
 PACKED = {"chunks": (16, 7, 5), "compression": "gzip", "shuffle": True, "fletcher32": True}
@@ -80,7 +81,10 @@ def test_a_row_that_is_not_there_is_refused(tmp_path: Path, layout: str, row: in
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
             file.create_dataset("x", data=values(), **LAYOUTS[layout])
     parts = [(tmp_path / f"{n}.h5", h5py.File(tmp_path / f"{n}.h5", "r")["x"]) for n in "ab"]
-    for reader, wrong in ((opened(tmp_path / "a.h5"), row), (join(parts, 1 << 20, 1), row if row < 0 else row + 203)):
+    for reader, wrong in (
+        (opened(tmp_path / "a.h5"), row),
+        (open_concat(parts, 1 << 20, 1), row if row < 0 else row + 203),
+    ):
         for out in (None, np.empty((2, 7, 5), np.float32)):
             with pytest.raises(IndexError, match=f"row {wrong} of"):
                 reader.take(np.array([5, wrong]), out)
@@ -129,7 +133,7 @@ def split_in_files(folder: Path, **layout: Any) -> list[Path]:
 )
 def test_files_read_as_one(tmp_path: Path, layout: dict[str, Any], kind: type) -> None:
     parts = [(path, h5py.File(path, "r")["x"]) for path in split_in_files(tmp_path, **layout)]
-    reader = join(parts, 1 << 20, 2)
+    reader = open_concat(parts, 1 << 20, 2)
     assert isinstance(reader, kind) and reader.shape == (203, 7, 5)
     reader.prefetch(ROWS[:40])
     assert np.array_equal(reader.take(ROWS), values()[ROWS])
@@ -143,7 +147,7 @@ def test_files_of_different_layouts_read_as_one(tmp_path: Path) -> None:
     for name, layout in (("a", {}), ("b", {"chunks": (16, 7, 5)})):
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
             file.create_dataset("x", data=values(), **layout)
-    reader = join([(tmp_path / f"{n}.h5", h5py.File(tmp_path / f"{n}.h5")["x"]) for n in "ab"], 1 << 20, 1)
+    reader = open_concat([(tmp_path / f"{n}.h5", h5py.File(tmp_path / f"{n}.h5")["x"]) for n in "ab"], 1 << 20, 1)
     assert np.array_equal(reader.take(np.array([405, 0, 203, 202])), np.concatenate([values()] * 2)[[405, 0, 203, 202]])
     assert reader.chunk_edges is not None and len(reader.chunk_edges) == 203 + 13 + 1
 
@@ -169,7 +173,7 @@ def test_a_virtual_data_set_is_read_piece_by_piece(tmp_path: Path) -> None:
 def test_values_in_other_files_are_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file.create_dataset("x", (10, 3), np.int8, external=[(str(tmp_path / "raw"), 0, 30)])
-    with pytest.raises(UserError, match="the values of /x lie in other files"):
+    with pytest.raises(UserError, match="the values of /x are in other files"):
         opened(tmp_path / "x.h5")
 
 
@@ -210,7 +214,9 @@ def test_a_filter_that_is_missing_is_named(tmp_path: Path) -> None:
         kind.set_filter(471, h5py.h5z.FLAG_OPTIONAL, (3,))  # of nobody's
         space = h5py.h5s.create_simple((10, 3))
         h5py.h5d.create(file.id, b"x", h5py.h5t.NATIVE_INT8, space, kind)
-    with pytest.raises(UserError, match=r"/x is packed with filter .*\(number 471\), which is not installed") as told:
+    with pytest.raises(
+        UserError, match=r"/x is compressed with filter .*\(number 471\), which is not installed"
+    ) as told:
         opened(tmp_path / "x.h5")
     assert "pip install hdf5plugin" in told.value.remedy
 

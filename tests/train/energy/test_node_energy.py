@@ -12,7 +12,7 @@ from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.rundir import find
 from hpc_train.train.energy import meters
 from hpc_train.train.energy.sensors import sharing, slurm
-from hpc_train.train.energy.sensors.choose import choose
+from hpc_train.train.energy.sensors.choose import choose_meters
 from hpc_train.train.energy.sensors.sampler import Sampler
 from hpc_train.train.recording import recording
 from tests import sensor_trees as trees
@@ -99,7 +99,7 @@ def test_a_job_that_holds_part_of_a_node_may_share_it(tmp_path: Path) -> None:
     one, two = machine(tmp_path / "one", 8, 1), machine(tmp_path / "two", 8, 2)
 
     def part(root: Path, cpus: str, **environ: str) -> bool | None:
-        return sharing.holds_part(job({"SLURM_JOB_ID": "1", "SLURM_JOB_CPUS_PER_NODE": cpus, **environ}), root)
+        return sharing.has_part_of_node(job({"SLURM_JOB_ID": "1", "SLURM_JOB_CPUS_PER_NODE": cpus, **environ}), root)
 
     assert part(one, "8(x2)") is False and part(one, "4(x2)") is True
     assert part(two, "16") is False and part(two, "2") is True
@@ -107,17 +107,19 @@ def test_a_job_that_holds_part_of_a_node_may_share_it(tmp_path: Path) -> None:
     of_step = {"SLURM_STEP_NUM_NODES": "3", "SLURM_JOB_NUM_NODES": "3"}
     assert [part(one, "8(x2),4", SLURM_NODEID=str(node), **of_step) for node in range(3)] == [False, False, True]
     assert part(one, "8(x2),4", SLURM_NODEID="0") is None and part(one, "all") is None
-    assert sharing.holds_part(job({"SLURM_JOB_ID": "1"}), one) is None
-    assert sharing.holds_part(job({"SLURM_JOB_ID": "1", "SLURM_JOB_CPUS_PER_NODE": "8"}), tmp_path / "none") is None
+    assert sharing.has_part_of_node(job({"SLURM_JOB_ID": "1"}), one) is None
+    assert (
+        sharing.has_part_of_node(job({"SLURM_JOB_ID": "1", "SLURM_JOB_CPUS_PER_NODE": "8"}), tmp_path / "none") is None
+    )
 
-    assert sharing.holds_part(job({}), one) is None, "nobody gave anything"
+    assert sharing.has_part_of_node(job({}), one) is None, "nobody gave anything"
     put(one / "proc/self/cgroup", "0::/kubepods/pod1")
-    assert sharing.holds_part(job({}), one) is None
+    assert sharing.has_part_of_node(job({}), one) is None
     put(one / "sys/fs/cgroup/kubepods/pod1/cpuset.cpus.effective", "0-2,5")
-    assert sharing.holds_part(job({}), one) is True, "a container with 4 of 8 cores"
+    assert sharing.has_part_of_node(job({}), one) is True, "a container with 4 of 8 cores"
     put(two / "proc/self/cgroup", "12:cpu,cpuacct:/job\n5:cpuset:/job")
     put(two / "sys/fs/cgroup/cpuset/job/cpuset.effective_cpus", "0-15")
-    assert sharing.holds_part(job({}), two) is None, "all of it, but not alone, perhaps"
+    assert sharing.has_part_of_node(job({}), two) is None, "all of it, but not alone, perhaps"
 
 
 def test_foreign_load_is_what_the_node_did_without_us(tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_foreign_load_is_what_the_node_did_without_us(tmp_path: Path) -> None:
 
 @pytest.fixture
 def two_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(meters, "choose", lambda: choose(tmp_path / "root"))
+    monkeypatch.setattr(meters, "choose_meters", lambda: choose_meters(tmp_path / "root"))
     with trees.drawing(tmp_path / "root", 50):
         yield
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_train.train.energy.sensors.choose import Choice, choose, estimate_meter
+from hpc_train.train.energy.sensors.choose import MeterChoice, choose_meters, estimate_meter
 from hpc_train.train.energy.sensors.meter import Meter, SysFile
 from hpc_train.train.energy.sensors.sampler import Sampler, idle_watts
 from tests import sensor_trees as trees
@@ -16,7 +16,7 @@ from tests.synthetic import energy_of
 EPOCH_S = time.time() - time.perf_counter()
 
 
-def domains(choice: Choice) -> dict[str, str]:
+def domains(choice: MeterChoice) -> dict[str, str]:
     return {meter.domain: meter.source for meter in choice.meters}
 
 
@@ -54,7 +54,7 @@ def test_joules_are_those_of_the_integral_by_hand(tmp_path: Path, name: str) -> 
     """75 s at 1 Hz with jitter, of a power that goes up and down between 100 and 300 W."""
     make, domain, source = INTERFACES[name]
     play, clock = make(tmp_path), Clock()
-    choice = choose(tmp_path, clock)
+    choice = choose_meters(tmp_path, clock)
     assert domains(choice) == {domain: source} and not choice.faults
     (meter,) = choice.meters
     began = meter.read()
@@ -63,7 +63,7 @@ def test_joules_are_those_of_the_integral_by_hand(tmp_path: Path, name: str) -> 
         clock.now_s = 5000 + t_s
         play(t_s)
         assert meter.read() - began == pytest.approx(joules(t_s), rel=0.005, abs=1)
-    assert not meter.doubt() and not meter.remark() and meter.quality == "measured"
+    assert not meter.assumption() and not meter.note() and meter.quality == "measured"
 
 
 def test_what_contains_another_is_taken_alone(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_what_contains_another_is_taken_alone(tmp_path: Path) -> None:
     trees.amdgpu(root, 5, (1, 3), 24, share=0)  # the second die of the same MI250X
     trees.amdgpu(root, 6, (1, 3), 24)
     trees.amdgpu(root, 7, (2, 3), 24)  # a GPU inside a processor
-    choice = choose(root)
+    choice = choose_meters(root)
     names = ["package-0", "dram-0", "package-1", "dram-1", "gpu-0", "gpu-2"]
     assert list(domains(choice)) == names and choice.has_processors
     assert choice.faults == ["amdgpu device: amdgpu power reads 0 W"], "of the second die"
@@ -89,43 +89,45 @@ def test_what_contains_another_is_taken_alone(tmp_path: Path) -> None:
     acpi(root, 8, "CPU Power Socket 0")
     acpi(root, 9, "Grace Power Socket 0")
     acpi(root, 10, "SysIO Power Socket 0")
-    assert list(domains(choose(root))) == ["grace-0", "gpu-0", "gpu-2"]
+    assert list(domains(choose_meters(root))) == ["grace-0", "gpu-0", "gpu-2"]
     acpi(root, 11, "Module Power Socket 0")
-    assert list(domains(choose(root))) == ["module-0"], "with its GPU"
+    assert list(domains(choose_meters(root))) == ["module-0"], "with its GPU"
     acpi(root, 12, "Lenovo")
-    assert domains(choose(root)) == {"node": "ACPI power meter"}
+    assert domains(choose_meters(root)) == {"node": "ACPI power meter"}
     trees.cray(root)
-    assert domains(choose(root)) == {"node": "Cray pm_counters"}
+    assert domains(choose_meters(root)) == {"node": "Cray pm_counters"}
 
     trees.rapl(tmp_path / "apu", "intel-rapl:0", "package-0")
     trees.amdgpu(tmp_path / "apu", 0, (1, 4), 24, device="0x74a0")
-    assert list(domains(choose(tmp_path / "apu"))) == ["gpu-0"] and choose(tmp_path / "apu").has_processors, "MI300A"
+    assert (
+        list(domains(choose_meters(tmp_path / "apu"))) == ["gpu-0"] and choose_meters(tmp_path / "apu").has_processors
+    ), "MI300A"
 
     for number in (0, 1):
         acpi(tmp_path / "two", number, "Dell")
-    choice = choose(tmp_path / "two")
+    choice = choose_meters(tmp_path / "two")
     assert choice.meters == [] and "may overlap" in choice.faults[0], "nobody says what they measure"
 
 
 def test_a_machine_without_readable_meters_has_none(tmp_path: Path) -> None:
-    choice = choose(tmp_path)
+    choice = choose_meters(tmp_path)
     assert choice.meters == [] and not choice.has_processors and choice.faults == []
     trees.rapl(tmp_path, "intel-rapl:0", "package-0")
     counter = tmp_path / "sys/class/powercap/intel-rapl:0/energy_uj"
     counter.unlink()
     counter.mkdir()  # reading it fails, as it does for users other than root
-    choice = choose(tmp_path)
+    choice = choose_meters(tmp_path)
     assert choice.meters == [] and "energy_uj" in choice.faults[0]
     trees.hwmon(tmp_path, 0, "power_meter", "power1_average")
     put(tmp_path / "sys/class/hwmon/hwmon0/power1_average", 0)
-    choice = choose(tmp_path)
+    choice = choose_meters(tmp_path)
     assert choice.meters == [] and "reads 0 W" in choice.faults[0], "0 W is a sensor that is not connected"
 
 
 def rapl_meter(root: Path, clock: Clock) -> tuple[Meter, Callable[[float, float], float]]:
     """The meter of a counter, and what it reads when the counter is at some joules, seconds after the last time."""
     trees.rapl(root, "intel-rapl:0", "package-0")
-    (meter,) = choose(root, clock).meters
+    (meter,) = choose_meters(root, clock).meters
     meter.read()
 
     def after(passed_s: float, at_j: float) -> float:
@@ -139,19 +141,19 @@ def rapl_meter(root: Path, clock: Clock) -> tuple[Meter, Callable[[float, float]
 def test_a_counter_that_starts_again_is_bridged_and_said_to_be(tmp_path: Path) -> None:
     """A driver loaded anew, a machine that slept: 10 s at 150 W, then the counter is back at 40 J a second later."""
     meter, after = rapl_meter(tmp_path, Clock())
-    assert after(10, 1500) == pytest.approx(1500) and not meter.doubt()
+    assert after(10, 1500) == pytest.approx(1500) and not meter.assumption()
     assert after(1, 40) == pytest.approx(1650), "and not the 260 kJ of a counter that went round"
-    assert meter.doubt() == "the counter started again: 1.0 s are the mean power's"
+    assert meter.assumption() == "the counter restarted: 1.0 s filled with the mean power"
     assert after(1, 190) == pytest.approx(1800)
 
 
 def test_a_counter_that_went_round_unseen_is_doubted(tmp_path: Path) -> None:
     """At 1 kW it goes round every 262 s; it is not read for 600 s, in which it went round twice."""
     meter, after = rapl_meter(tmp_path, Clock())
-    assert after(10, 10_000) == pytest.approx(10_000) and meter.within_s == pytest.approx(WRAP_J / 2000)
-    assert after(100, 110_000) == pytest.approx(110_000) and not meter.doubt(), "not even at 2 kW"
+    assert after(10, 10_000) == pytest.approx(10_000) and meter.max_period_s == pytest.approx(WRAP_J / 2000)
+    assert after(100, 110_000) == pytest.approx(110_000) and not meter.assumption(), "not even at 2 kW"
     assert after(600, 710_000 % WRAP_J) == pytest.approx(710_000)
-    assert meter.doubt().startswith("not read for 600 s")
+    assert meter.assumption().startswith("not read for 600 s")
 
 
 def test_a_machine_that_sleeps_adds_nothing_to_a_power(tmp_path: Path) -> None:
@@ -159,9 +161,9 @@ def test_a_machine_that_sleeps_adds_nothing_to_a_power(tmp_path: Path) -> None:
     clock = Clock()
     trees.hwmon(tmp_path, 0, "power_meter", "power1_average")
     power = put(tmp_path / "sys/class/hwmon/hwmon0/power1_average", 100e6)
-    (meter,) = choose(tmp_path, clock).meters
+    (meter,) = choose_meters(tmp_path, clock).meters
     clock.now_s += 10
-    assert meter.read() == pytest.approx(1000) and not meter.doubt()
+    assert meter.read() == pytest.approx(1000) and not meter.assumption()
     power.write_text("")
     clock.now_s += 10
     with pytest.raises(OSError):
@@ -169,7 +171,7 @@ def test_a_machine_that_sleeps_adds_nothing_to_a_power(tmp_path: Path) -> None:
     put(power, 300e6)
     clock.now_s += 10
     assert meter.read() == pytest.approx(1000 + 20 * 200)
-    assert meter.doubt() == "no power was read for 20.0 s: a straight line stands for it"
+    assert meter.assumption() == "no power was read for 20.0 s: interpolated linearly"
 
 
 def test_cray_counters_are_read_whole_and_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,13 +186,13 @@ def test_cray_counters_are_read_whole_and_fresh(tmp_path: Path, monkeypatch: pyt
         return time.monotonic_ns() if runs_wild and file._path.name == "freshness" else number
 
     monkeypatch.setattr(SysFile, "number", renewed_meanwhile)
-    (meter,) = choose(tmp_path, clock).meters
+    (meter,) = choose_meters(tmp_path, clock).meters
     clock.now_s += 20
     assert meter.read() == pytest.approx(joules(20), abs=1)
     put(folder / "generation", 26)
     clock.now_s += 9
     assert meter.read() == pytest.approx(joules(20), abs=1), "old, but not for long"
-    assert meter.remark() == "power cap changed 1 times" and not meter.doubt()
+    assert meter.note() == "power cap changed 1 times" and not meter.assumption()
     clock.now_s += 9
     with pytest.raises(OSError, match="not renewed for 18 s"):
         meter.read()
@@ -201,7 +203,7 @@ def test_cray_counters_are_read_whole_and_fresh(tmp_path: Path, monkeypatch: pyt
     put(folder / "energy", "8000000 J 1700000000000000 us")
     put(folder / "freshness", 1)
     clock.now_s += 2
-    assert meter.read() == pytest.approx(joules(38) * 40 / 38, abs=1) and "started again" in meter.doubt()
+    assert meter.read() == pytest.approx(joules(38) * 40 / 38, abs=1) and "restarted" in meter.assumption()
     runs_wild = True
     with pytest.raises(OSError, match="renewed during each"):
         meter.read()
@@ -209,7 +211,7 @@ def test_cray_counters_are_read_whole_and_fresh(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no NVIDIA GPU here: NVML has no file to record")
 def test_nvml_counts_what_its_power_says() -> None:
-    gpus = [meter for meter in choose().meters if meter.source == "NVML"]
+    gpus = [meter for meter in choose_meters().meters if meter.source == "NVML"]
     assert gpus
     began = gpus[0].read()
     time.sleep(2)
@@ -235,8 +237,10 @@ def rows(path: Path) -> list[list[str]]:
 def test_samples_are_joules_since_the_beginning(tmp_path: Path) -> None:
     """Meters of 100 W from an arbitrary start; by hand: 100 W x the time between first and last reading."""
     meter = Meter("package-0", "RAPL", "measured", lambda: 1e6 + 100 * time.monotonic())
-    rare = Meter("nodes", "Slurm", "measured", lambda: 100 * time.monotonic(), every_s=0.3)
-    words = Meter("gpu-0", "x", "measured", time.monotonic, doubt=lambda: "in part", remark=lambda: "power cap changed")
+    rare = Meter("nodes", "Slurm", "measured", lambda: 100 * time.monotonic(), period_s=0.3)
+    words = Meter(
+        "gpu-0", "x", "measured", time.monotonic, assumption=lambda: "in part", note=lambda: "power cap changed"
+    )
     path = tmp_path / "node.csv"
     began = time.monotonic()
     with Sampler([meter, rare, words], path, hz=20, epoch_s=EPOCH_S):
@@ -256,7 +260,7 @@ def test_a_meter_that_disappears_makes_the_energy_missing(tmp_path: Path) -> Non
     trees.rapl(tmp_path, "intel-rapl:0", "package-0")
     counter = tmp_path / "sys/class/powercap/intel-rapl:0/energy_uj"
     path = tmp_path / "node.csv"
-    with Sampler(choose(tmp_path).meters, path, hz=50, epoch_s=EPOCH_S):
+    with Sampler(choose_meters(tmp_path).meters, path, hz=50, epoch_s=EPOCH_S):
         time.sleep(0.05)
         counter.write_text("")  # who has it open is told nothing more; the real /sys says ENODEV
         time.sleep(0.05)
@@ -284,7 +288,7 @@ def test_the_thread_takes_less_than_half_a_percent_of_a_core(tmp_path: Path) -> 
         trees.rapl(tmp_path, f"intel-rapl:{package}:0", "dram")
     for number in range(8):
         trees.amdgpu(tmp_path, number, (1, 3), 24)
-    meters = choose(tmp_path).meters
+    meters = choose_meters(tmp_path).meters
     assert len(meters) == 12
     with Sampler(meters, tmp_path / "node.csv", hz=10, epoch_s=EPOCH_S):
         shares = []
@@ -305,7 +309,7 @@ def test_rest_is_measured_where_a_meter_says_so(tmp_path: Path) -> None:
         Meter("package-0", "RAPL", "measured", lambda: 100 * time.monotonic()),
         Meter("gpu-0", "NVML", "measured", lambda: 7.0),  # on, and draws nothing? it was not read
         Meter("gpu-1", "NVML", "measured", failing),
-        Meter("nodes", "Slurm", "measured", time.monotonic, every_s=30),
+        Meter("nodes", "Slurm", "measured", time.monotonic, period_s=30),
         estimate_meter(1, 10),
     ]
     assert idle_watts(meters, 0.2) == {"package-0": pytest.approx(100, rel=0.01)}

@@ -24,9 +24,9 @@ from hpc_train.core.world import World
 from hpc_train.datasets.prepare.prepare import prepare
 from hpc_train.datasets.prepare.sources import Options
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.dataset import open_tokens
 from hpc_train.train.data.files import open_files
 from hpc_train.train.data.tokenizer import Tokenizer
+from hpc_train.train.data.tokens import StreamName, open_tokens
 from hpc_train.train.generate import generate
 from hpc_train.train.loop import train
 from hpc_train.train.models.bert import Bert
@@ -230,7 +230,9 @@ def test_windows_follow_each_other(as_bytes: Path, tmp_path: Path) -> None:
     assert task.batch(rows[:0], 0).tokens.shape == (0, 17)
     with h5py.File(tmp_path / "chunked.h5", "w") as file:  # no memory map of these
         file.create_dataset("train/inputs", data=stream.astype(">u2"), chunks=(100,), compression="gzip")
-    chunked = open_tokens(open_files(config(tmp_path / "chunked.h5"), ALONE), "train/inputs", "data.inputs", 16, 1)
+    chunked = open_tokens(
+        open_files(config(tmp_path / "chunked.h5"), ALONE), StreamName("train/inputs", "data.inputs", None), 16, 1
+    )
     assert chunked is not None and np.array_equal(chunked.windows(rows), windows.numpy())
     assert chunked.windows(rows[:0]).shape == (0, 17)
 
@@ -239,18 +241,18 @@ def test_masks_depend_on_seed_step_and_window_alone(as_bytes: Path) -> None:
     task = MaskedLanguage(config(as_bytes, "masked_language", context=100), ALONE)
     rows = np.arange(400)
     whole, again = task.batch(rows, 7), [task.batch(part, 7) for part in np.array_split(rows, 3)]
-    for name in ("tokens", "places", "targets"):
+    for name in ("tokens", "positions", "targets"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in again]))
-    assert not torch.equal(whole.places, task.batch(rows, 8).places)
-    assert whole.places.shape == (400, 15) and (whole.places.diff(dim=1) > 0).all()
-    restored = whole.tokens.long().scatter(1, whole.places.long(), whole.targets.long())
+    assert not torch.equal(whole.positions, task.batch(rows, 8).positions)
+    assert whole.positions.shape == (400, 15) and (whole.positions.diff(dim=1) > 0).all()
+    restored = whole.tokens.long().scatter(1, whole.positions.long(), whole.targets.long())
     windows = torch.from_numpy(task.text.train.windows(rows)).long()
     assert torch.equal(restored, windows), "nothing else was touched"
-    given = whole.tokens.long().gather(1, whole.places.long())
+    given = whole.tokens.long().gather(1, whole.positions.long())
     assert (given == 256).float().mean().item() == pytest.approx(0.8, abs=0.02)
     kept = (given == whole.targets).float().mean().item()
     assert kept == pytest.approx(0.1, abs=0.015) and given.max() == 256
-    assert torch.bincount(whole.places.flatten().long(), minlength=100).min() > 30, "every place has its turn"
+    assert torch.bincount(whole.positions.flatten().long(), minlength=100).min() > 30, "every position has its turn"
 
 
 def brute_force(train: list[int], test: list[int], vocab_size: int) -> float:

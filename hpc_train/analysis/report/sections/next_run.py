@@ -6,6 +6,7 @@ from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.models.predict import predict
 from hpc_train.analysis.planning.budget import measurements_of, planned_work
 from hpc_train.analysis.planning.plan import Plan, make_plan
+from hpc_train.analysis.report.notes.plan import plan_warnings
 from hpc_train.analysis.report.plots.forecast import forecast_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.plan import answer, models_table, options_table, short_answer
@@ -72,4 +73,4 @@ def _answer_notes(plan: Plan) -> list[str]:
 
 
 def _detail_notes(plan: Plan) -> list[str]:
-    return [*answer(plan)[1:], *plan.warnings]
+    return [*answer(plan)[1:], *plan_warnings(plan)]

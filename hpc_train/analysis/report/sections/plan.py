@@ -4,8 +4,17 @@ from dataclasses import asdict
 from typing import Any
 
 from hpc_train.analysis.models.predict import Candidate, Forecast, Prediction
-from hpc_train.analysis.planning.plan import Option, Plan, nodes_text
+from hpc_train.analysis.planning.plan import Option, Plan
 from hpc_train.analysis.report.model import Table
+from hpc_train.analysis.report.notes.plan import (
+    broken_text,
+    criterion_text,
+    limit_text,
+    nodes_text,
+    plan_warnings,
+    why_not_larger,
+    why_not_smaller,
+)
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.core.formatting import duration_text, percent, plural, significant, watt_hours_text, with_interval
 
@@ -24,19 +33,15 @@ def answer(plan: Plan) -> list[str]:
         about = [f"For {plan.work.words}, in the training loop."] if plan.work else []
         return [*(f"{_where(option, plan)}: {_takes(option, plan)}" for option in plan.options), *about]
     if chosen is None:
-        broken = "; ".join(
-            f"{nodes_text(measurements, option)}: {' and '.join(option.broken)}" for option in plan.options[-1:]
-        )
-        return [f"Nothing to ask for: {plan.reason}. The largest looked at may break it, too: {broken}"]
-    lines = [f"Ask for {_where(chosen, plan)}: {_takes(chosen, plan)}", f"Why: {plan.reason}."]
-    if plan.why_not_smaller:
-        lines.append(f"Not fewer: {plan.why_not_smaller}.")
-    if plan.why_not_larger:
-        lines.append(f"Not more: {plan.why_not_larger}.")
+        largest = plan.options[-1]
+        broken = f"{nodes_text(measurements, largest)}: {broken_text(largest)}"
+        return [f"Nothing to ask for: {criterion_text(plan)}. The largest considered may break it, too: {broken}"]
+    lines = [f"Ask for {_where(chosen, plan)}: {_takes(chosen, plan)}", f"Why: {criterion_text(plan)}."]
+    lines += [f"Not fewer: {why_not_smaller(plan)}.", f"Not more: {why_not_larger(plan)}."]
     if plan.work is not None:
-        lines.append(f"For {plan.work.words}, in the training loop: start-up, tests and saving come on top.")
+        lines.append(f"For {plan.work.words}, in the training loop: start-up, tests and checkpoints are extra.")
     if plan.power is not None and chosen.energy_j is not None:
-        kind = "estimated by the runs" if plan.power.quality == "estimated" else "of the meters that the runs had"
+        kind = "estimated by the runs" if plan.power.quality == "estimated" else "measured by the runs' meters"
         lines.append(f"Energy: {kind}; {plan.power.assumed}.")
     return lines
 
@@ -128,15 +133,15 @@ def record(plan: Plan) -> dict[str, Any]:
         "nodes": plan.chosen.nodes if plan.chosen else None,
         "ranks": plan.chosen.forecast.ranks if plan.chosen else None,
         "is_forecast": plan.is_forecast,
-        "reason": plan.reason,
-        "why_not_larger": plan.why_not_larger,
-        "why_not_smaller": plan.why_not_smaller,
+        "reason": criterion_text(plan),
+        "why_not_larger": why_not_larger(plan),
+        "why_not_smaller": why_not_smaller(plan),
         "limits": asdict(plan.limits),
         "work": asdict(plan.work) if plan.work else None,
         "power": asdict(plan.power) if plan.power else None,
         "options": [_option_record(option) for option in plan.options],
         **prediction_record(plan.prediction),
-        "warnings": list(plan.warnings),
+        "warnings": plan_warnings(plan),
     }
 
 
@@ -169,4 +174,5 @@ def _candidate_record(each: Candidate) -> dict[str, Any]:
 
 def _option_record(option: Option) -> dict[str, Any]:
     forecast: Forecast = option.forecast
-    return {**asdict(forecast), **{key: value for key, value in asdict(option).items() if key != "forecast"}}
+    own = {key: value for key, value in asdict(option).items() if key != "forecast"}
+    return {**asdict(forecast), **own, "broken": list(map(limit_text, option.broken))}

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from hpc_train.train.energy.sensors.hwmon import devices, sensors
-from hpc_train.train.energy.sensors.meter import Meter, Now, SysFile, counting
+from hpc_train.train.energy.sensors.meter import Meter, Now, SysFile, counter_meter
 
 # Where energy_accumulator lies in `struct gpu_metrics_v<format>_<content>`, by (format, content).
 _ENERGY_AT = {(1, 1): 24, (1, 2): 24, (1, 3): 24, (1, 4): 24, (1, 6): 16, (1, 7): 24}
@@ -33,7 +33,7 @@ def amdgpu_meters(root: Path, now: Now, faults: list[str], first: int = 0) -> tu
                 continue
             count = partial(_joules, SysFile(card / "gpu_metrics"), _ENERGY_AT[form]) if form in _ENERGY_AT else None
             if count and count() > 0:
-                meters.append(counting(f"gpu-{index}", "amdgpu energy", count, now))
+                meters.append(counter_meter(f"gpu-{index}", "amdgpu energy", count, now))
             else:
                 powers = [sensor for sensor in sensors(place) if not sensor.is_energy]
                 meters += [sensor.meter(f"gpu-{index}", "amdgpu power", now) for sensor in powers[:1]]

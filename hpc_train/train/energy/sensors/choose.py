@@ -13,7 +13,7 @@ from hpc_train.train.energy.sensors.rapl import rapl_meters
 
 
 @dataclass(frozen=True)
-class Choice:
+class MeterChoice:
     """The meters of a node. has_processors: the cores that compute are among what they measure. faults: meters that are
     there and cannot be read, in words.
     """
@@ -23,7 +23,7 @@ class Choice:
     faults: list[str]
 
 
-def choose(root: Path = Path("/"), now: Now = monotonic) -> Choice:
+def choose_meters(root: Path = Path("/"), now: Now = monotonic) -> MeterChoice:
     """The meters that this user can read now. `root` is where /sys lies, so that recorded trees can be read.
 
     What measures more of the node comes first: all of it (Cray, ACPI, service processor), then whole modules, then
@@ -33,17 +33,17 @@ def choose(root: Path = Path("/"), now: Now = monotonic) -> Choice:
     faults: list[str] = []
     for find in (cray_meters, node_power_meters):
         if node := find(root, now, faults):
-            return Choice(node, True, faults)
+            return MeterChoice(node, True, faults)
     processors, with_gpus = module_meters(root, now, faults)
     if with_gpus:
-        return Choice(processors, True, faults)
+        return MeterChoice(processors, True, faults)
     gpus = nvml_meters(root, now, faults)
     amd, with_cores = amdgpu_meters(root, now, faults, first=_next(gpus))
     gpus += amd
     gpus += intel_gpu_meters(root, now, faults, first=_next(gpus))
     if not with_cores:
         processors = processors or rapl_meters(root, now, faults) or amd_energy_meters(root, now, faults)
-    return Choice(processors + gpus, bool(processors) or with_cores, faults)
+    return MeterChoice(processors + gpus, bool(processors) or with_cores, faults)
 
 
 def _next(gpus: list[Meter]) -> int:

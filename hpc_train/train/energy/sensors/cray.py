@@ -23,11 +23,11 @@ def cray_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
     except OSError as error:
         faults.append(f"Cray pm_counters: {error}")
         return []
-    return [
-        Meter(
-            "node", "Cray pm_counters", "measured", node.read, doubt=lambda: node.counter.doubt, remark=node.cap_changes
-        )
-    ]
+    counter = node.counter
+    meter = Meter(
+        "node", "Cray pm_counters", "measured", node.read, assumption=lambda: counter.assumption, note=node.cap_changes
+    )
+    return [meter]
 
 
 class _Node:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_train.train.energy.sensors.meter import Meter, Now, SysFile, counting, integrating
+from hpc_train.train.energy.sensors.meter import Meter, Now, SysFile, counter_meter, power_meter
 
 HWMON = Path("sys/class/hwmon")
 _ACPI = "power_meter"
@@ -24,7 +24,7 @@ class Sensor:
 
     def meter(self, domain: str, source: str, now: Now) -> Meter:
         """Raises OSError where it cannot be read."""
-        make = counting if self.is_energy else integrating
+        make = counter_meter if self.is_energy else power_meter
         return make(domain, source, SysFile(self.path).millionths, now)
 
 

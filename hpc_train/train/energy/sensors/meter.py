@@ -1,4 +1,4 @@
-"""What a meter is, and how readings become joules: of counters that go round or start again, and of powers."""
+"""What a meter is, and how readings become joules: counters wrap around or restart, powers are integrated."""
 
 import os
 from collections.abc import Callable
@@ -9,42 +9,42 @@ from pathlib import Path
 from hpc_train.core.energy_records import Quality
 
 Now = Callable[[], float]
-MOST_W = 2000.0  # of one processor package or GPU: what would need more is no energy but a counter that started again
-_SLACK_S = 1.0  # a counter is read a little later than its clock
-_MOST_GAP_S = 120.0  # between readings of a power: longer than any period that may be asked for
+MAX_W = 2000.0  # of one processor package or GPU: a counter that implies more has restarted
+_SLACK_S = 1.0  # a counter is read slightly later than its clock
+_MAX_GAP_S = 120.0  # between readings of a power: longer than any sampling period that may be configured
 
 
 @dataclass(frozen=True)
 class Meter:
-    """One domain of a node (a processor package, its memory, a GPU, all of it). No two domains of a node overlap.
+    """One domain of a node (a processor package, its memory, a GPU, the whole node). Domains of a node do not overlap.
 
-    read: joules since some moment before, never fewer than the last time, or OSError. every_s: for a meter that costs
-    too much to be read with each sample. within_s: how often it must be read not to miss a round of its counter. doubt:
-    what the reader had to assume until now, in words without a comma: then its joules are estimated. remark: what else
-    is to be known of the source.
+    read: joules since some earlier moment, never fewer than the last time; raises OSError. period_s: how often to read
+    a meter that is too expensive for every sample. max_period_s: how often it must be read so that its counter wraps
+    around at most once. assumption: what had to be assumed so far, without a comma: its joules are then estimated.
+    note: what else a reader of the records should know.
     """
 
     domain: str
     source: str
     quality: Quality
     read: Callable[[], float]
-    every_s: float = 0.0
-    within_s: float = inf
-    doubt: Callable[[], str] = str
-    remark: Callable[[], str] = str
+    period_s: float = 0.0
+    max_period_s: float = inf
+    assumption: Callable[[], str] = str
+    note: Callable[[], str] = str
 
 
 class SysFile:
-    """A file of /sys that is read again and again: kept open, which takes a third of the time of opening it anew.
+    """A file of /sys that is read again and again: kept open, which takes a third of the time of reopening it.
 
-    One whose device was removed says ENODEV to who has it open, and is opened anew at the next reading.
+    If its device was removed, the open file raises ENODEV: it is reopened at the next reading.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._fd = path, -1
 
     def read(self) -> bytes:
-        """Its first 4096 bytes, which is all that such a file has, as they are now. Raises OSError."""
+        """Its first 4096 bytes as they are now; such files hold no more. Raises OSError."""
         try:
             if self._fd < 0:
                 self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
@@ -54,7 +54,7 @@ class SysFile:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def number(self) -> float:
-        """The number that it begins with. Raises OSError also where there is none."""
+        """The number at its beginning. Raises OSError, also if there is none."""
         text = self.read()
         try:
             return float(text.split(None, 1)[0])
@@ -62,7 +62,7 @@ class SysFile:
             raise OSError(f"{self._path}: no number: {text[:40]!r}") from None
 
     def millionths(self) -> float:
-        """The same of a number of uJ or uW, in J or W."""
+        """The same for a number in uJ or uW, in J or W."""
         return self.number() / 1e6
 
     def _close(self) -> None:
@@ -75,109 +75,106 @@ class SysFile:
 
 
 class Counter:
-    """Joules since the first reading of a counter, in joules too, that goes round at `wrap_j` and may start again.
+    """Joules since the first reading of a counter (also in joules) that wraps around at `wrap_j` and may restart.
 
-    Where it went back farther than any device draws in that time, it started again (a driver loaded anew, a machine
-    that slept): the mean power until then stands for the time in between, and `doubt` says so. So it does where a
-    counter was not read for so long that it may have gone round more than once.
+    A counter that went back further than a wrap explains has restarted (driver reloaded, machine suspended): the gap is
+    filled with the mean power until then. The same if it was not read for so long that it may have wrapped more than
+    once. `assumption` names either.
     """
 
     def __init__(self, first_j: float, now: Now, wrap_j: float | None = None) -> None:
         self._now, self._wrap_j = now, wrap_j
         self._last_j, self._last_s = first_j, now()
         self._total_j, self._began_s = 0.0, self._last_s
-        self.doubt = ""
+        self.assumption = ""
 
     def advance(self, now_j: float, restarted: bool = False) -> float:
-        """The joules until this reading. restarted: it is known that the counter began anew since the last one."""
+        """The joules up to this reading. restarted: the counter is known to have restarted since the last one."""
         now_s = self._now()
         passed_s, step_j = now_s - self._last_s, now_j - self._last_j
-        if restarted or step_j < 0 or (self._wrap_j and passed_s * MOST_W > self._wrap_j):
-            step_j = self._told(step_j, now_j, passed_s, restarted)
+        may_have_wrapped = self._wrap_j is not None and passed_s * MAX_W > self._wrap_j
+        if restarted or step_j < 0 or may_have_wrapped:
+            step_j = self._corrected(step_j, now_j, passed_s, restarted)
         self._last_j, self._last_s = now_j, now_s
         self._total_j += step_j
         return self._total_j
 
-    def _told(self, step_j: float, now_j: float, passed_s: float, restarted: bool) -> float:
-        """The joules of a step that is more than the difference of two readings."""
-        rounds = 0
-        if self._wrap_j and not restarted:
-            rounds = self._rounds(step_j, passed_s)
-            step_j += rounds * self._wrap_j
-        if not restarted and step_j >= 0 and (not rounds or step_j <= MOST_W * (passed_s + _SLACK_S)):
-            return step_j
-        self.doubt = f"the counter started again: {passed_s:.1f} s are the mean power's"
-        return self._mean_w() * passed_s or min(now_j, MOST_W * passed_s)  # at first no power is known
+    def _corrected(self, step_j: float, now_j: float, passed_s: float, restarted: bool) -> float:
+        """The joules of an interval for which the difference of two readings is not enough."""
+        if not restarted:
+            num_wraps = self._num_wraps(step_j, passed_s)
+            step_j += num_wraps * (self._wrap_j or 0.0)
+            is_plausible = num_wraps == 0 or step_j <= MAX_W * (passed_s + _SLACK_S)
+            if step_j >= 0 and is_plausible:
+                return step_j
+        self.assumption = f"the counter restarted: {passed_s:.1f} s filled with the mean power"
+        return self._mean_w() * passed_s or min(now_j, MAX_W * passed_s)  # no power is known yet at the first reading
 
-    def _rounds(self, step_j: float, passed_s: float) -> int:
-        """How often the counter went round: what the mean power says where that may be more than once."""
-        assert self._wrap_j
-        least = int(step_j < 0)
-        if passed_s * MOST_W <= self._wrap_j:
-            return least
-        self.doubt = f"not read for {passed_s:.0f} s: how often the counter went round is told by the mean power"
-        return max(least, round((self._mean_w() * passed_s - step_j) / self._wrap_j))
+    def _num_wraps(self, step_j: float, passed_s: float) -> int:
+        """How often the counter wrapped around; by the mean power if that may be more than once."""
+        if self._wrap_j is None:
+            return 0
+        at_least = int(step_j < 0)
+        if passed_s * MAX_W <= self._wrap_j:
+            return at_least
+        self.assumption = f"not read for {passed_s:.0f} s: the number of counter wraps follows from the mean power"
+        return max(at_least, round((self._mean_w() * passed_s - step_j) / self._wrap_j))
 
     def _mean_w(self) -> float:
         lasted_s = self._last_s - self._began_s
         return self._total_j / lasted_s if lasted_s > 0 else 0.0
 
 
-class Integral:
-    """Joules since the first reading of a power, by the trapezoidal rule over the times at which it was really read.
+class PowerIntegral:
+    """Joules since the first reading of a power, by the trapezoidal rule over the times of the readings.
 
-    Where it could not be read for a time, a straight line stands for it, and `doubt` says so. The clock does not count
-    while a machine sleeps, so that time adds nothing.
+    A gap without readings is interpolated linearly, and `assumption` says so. The clock stops while a machine is
+    suspended, so that time adds nothing. A power of 0 W is a sensor that is not connected: reading it raises OSError.
     """
 
-    def __init__(self, first_w: float, now: Now) -> None:
-        self._now = now
-        self._last_w, self._last_s = first_w, now()
+    def __init__(self, source: str, power_w: Callable[[], float], now: Now) -> None:
+        self._source, self._power_w, self._now = source, power_w, now
+        self._last_w, self._last_s = self._drawn_w(), now()
         self._total_j, self._failed = 0.0, False
-        self.doubt = ""
+        self.assumption = ""
 
-    def advance(self, now_w: float) -> float:
+    def read(self) -> float:
+        try:
+            now_w = self._drawn_w()
+        except OSError:
+            self._failed = True
+            raise
         now_s = self._now()
         passed_s = now_s - self._last_s
         self._total_j += (self._last_w + now_w) / 2 * passed_s
-        if self._failed or passed_s > _MOST_GAP_S:
-            self.doubt = f"no power was read for {passed_s:.1f} s: a straight line stands for it"
+        if self._failed or passed_s > _MAX_GAP_S:
+            self.assumption = f"no power was read for {passed_s:.1f} s: interpolated linearly"
         self._last_w, self._last_s, self._failed = now_w, now_s, False
         return self._total_j
 
-    def failed(self) -> None:
-        self._failed = True
-
-
-def counting(domain: str, source: str, count_j: Callable[[], float], now: Now, wrap_j: float | None = None) -> Meter:
-    """A meter of a counter. Raises OSError where it cannot be read now."""
-    counter = Counter(count_j(), now, wrap_j)
-    within_s = wrap_j / MOST_W if wrap_j else inf
-
-    def read() -> float:
-        return counter.advance(count_j())
-
-    return Meter(domain, source, "measured", read, within_s=within_s, doubt=lambda: counter.doubt)
-
-
-def integrating(domain: str, source: str, power_w: Callable[[], float], now: Now) -> Meter:
-    """A meter of a power. Raises OSError where it cannot be read now; a power of 0 W is no reading, but a sensor that
-    is not connected.
-    """
-
-    def drawn_w() -> float:
-        watts = power_w()
+    def _drawn_w(self) -> float:
+        watts = self._power_w()
         if watts <= 0:
-            raise OSError(f"{source} reads {watts:g} W")
+            raise OSError(f"{self._source} reads {watts:g} W")
         return watts
 
-    integral = Integral(drawn_w(), now)
 
-    def read() -> float:
-        try:
-            return integral.advance(drawn_w())
-        except OSError:
-            integral.failed()
-            raise
+def counter_meter(
+    domain: str, source: str, count_j: Callable[[], float], now: Now, wrap_j: float | None = None
+) -> Meter:
+    """A meter of an energy counter. Raises OSError if it cannot be read now."""
+    counter = Counter(count_j(), now, wrap_j)
+    return Meter(
+        domain,
+        source,
+        "measured",
+        read=lambda: counter.advance(count_j()),
+        max_period_s=wrap_j / MAX_W if wrap_j else inf,
+        assumption=lambda: counter.assumption,
+    )
 
-    return Meter(domain, source, "measured", read, doubt=lambda: integral.doubt)
+
+def power_meter(domain: str, source: str, power_w: Callable[[], float], now: Now) -> Meter:
+    """A meter of a power. Raises OSError if it cannot be read now."""
+    integral = PowerIntegral(source, power_w, now)
+    return Meter(domain, source, "measured", integral.read, assumption=lambda: integral.assumption)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hpc_train.train.energy.sensors.meter import Meter, Now, counting
+from hpc_train.train.energy.sensors.meter import Meter, Now, counter_meter
 
 
 def nvml_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
@@ -29,7 +29,7 @@ def nvml_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
     for index in range(num_gpus):
         try:
             count = partial(_joules, pynvml, pynvml.nvmlDeviceGetHandleByIndex(index))
-            meters.append(counting(f"gpu-{index}", "NVML", count, now))
+            meters.append(counter_meter(f"gpu-{index}", "NVML", count, now))
         except (OSError, pynvml.NVMLError) as error:  # older than Volta, or not ours to see
             faults.append(f"NVML GPU {index}: {error}")
     return meters

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hpc_train.train.energy.sensors.meter import Meter, Now, SysFile, counting
+from hpc_train.train.energy.sensors.meter import Meter, Now, SysFile, counter_meter
 
 POWERCAP = Path("sys/class/powercap")
 
@@ -10,7 +10,7 @@ POWERCAP = Path("sys/class/powercap")
 def rapl_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
     """The packages' and their memory's counters; what cannot be read is told in `faults`.
 
-    The zones "core" and "uncore" are parts of their package, and "psys" contains it: counting them too would count
+    The zones "core" and "uncore" are parts of their package, and "psys" contains it: counter_meter them too would count
     joules twice. Since Linux 5.10 only root may read the counters. They go round within minutes under full load.
     """
     meters = []
@@ -21,7 +21,7 @@ def rapl_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
                 continue
             domain = name if name.startswith("package") else f"{name}-{zone.name.split(':')[1]}"
             wrap_j = SysFile(zone / "max_energy_range_uj").millionths()
-            meters.append(counting(domain, "RAPL", SysFile(zone / "energy_uj").millionths, now, wrap_j))
+            meters.append(counter_meter(domain, "RAPL", SysFile(zone / "energy_uj").millionths, now, wrap_j))
         except OSError as error:
             faults.append(f"RAPL: {error}")
     return meters

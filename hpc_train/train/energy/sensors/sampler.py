@@ -1,4 +1,4 @@
-"""Reads a node's meters from a thread of its own and writes down what they say; what they say of a node at rest."""
+"""Samples a node's meters from a thread of its own into energy/<host>.csv, and measures a node's idle power."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ _FLUSH_S = 0.5
 
 
 class Sampler:
-    """Writes every meter's joules `hz` times a second, and at the beginning and the end: those since the beginning.
+    """Writes every meter's joules since the beginning `hz` times a second, and at the beginning and the end.
 
-    A meter that fails while the job runs must not end the job, nor pass for measured: its line says missing. One that
-    failed at the beginning is missing to the end, because nothing says what it counted before. epoch_s: the time of day
-    at 0 of `perf_counter`, by which the column time_s keeps step with the timings, even where the time of day is set.
-    check: raises UserError where nothing may be written any more.
+    A meter that fails during the job neither ends the job nor passes for measured: its line says missing. One that
+    failed at the beginning stays missing, because its later counts have no starting point. epoch_s: the time of day at
+    0 of `perf_counter`; it keeps the column time_s aligned with the timings even if the time of day is set. check:
+    raises UserError if this job may write nothing any more.
     """
 
     def __init__(
@@ -34,69 +34,70 @@ class Sampler:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._meters, self._attempt, self._check = meters, attempt, check
-        self._period_s, self._flush_s = 1.0 / hz, 0.0
+        self._period_s, self._next_flush_s = 1.0 / hz, 0.0
         self._epoch_s = epoch_s
-        self._kept = ""  # lines that no file has yet
-        self._going_on = threading.Lock()  # held until the end; half the cost of an Event to wait for
+        self._unwritten = ""  # whole lines
+        self._running = threading.Lock()  # held until the end: waiting for it costs half of what an Event does
         self._thread = threading.Thread(target=self._loop, name="energy", daemon=True)
         assert not any("," in meter.domain + meter.source for meter in meters), "a comma would end the CSV cell"
         self._file = open_log(path, ENERGY_COLUMNS)
 
     def __enter__(self) -> None:
-        self._began = {meter.domain: _joules(meter) for meter in self._meters}
-        self._write([self._line(meter, self._began[meter.domain]) for meter in self._meters])
-        self._going_on.acquire()
+        self._first_j = {meter.domain: _joules(meter) for meter in self._meters}
+        self._write([self._line(meter, self._first_j[meter.domain]) for meter in self._meters])
+        self._running.acquire()
         self._thread.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._going_on.release()
+        self._running.release()
         self._thread.join()
-        self._flush_s = 0.0
+        self._next_flush_s = 0.0
         try:
             self._sample(self._meters)
         finally:
             close_log(self._file)
 
     def _loop(self) -> None:
-        often = [meter for meter in self._meters if not meter.every_s]
-        rarely = {meter.domain: meter for meter in self._meters if meter.every_s}
+        frequent = [meter for meter in self._meters if not meter.period_s]
+        rare = [meter for meter in self._meters if meter.period_s]
         began_s = monotonic()
-        due_s = {domain: began_s + meter.every_s for domain, meter in rarely.items()}
         next_s = began_s + self._period_s
-        while not self._going_on.acquire(timeout=max(0.0, next_s - monotonic())):
+        due_s = {meter.domain: began_s + meter.period_s for meter in rare}
+        while not self._running.acquire(timeout=max(0.0, next_s - monotonic())):
             now_s = monotonic()
-            next_s = max(next_s + self._period_s, now_s)  # a sample that came late is not made up for
+            next_s = max(next_s + self._period_s, now_s)  # a late sample is not followed by a hasty one
+            due = [meter for meter in rare if due_s[meter.domain] <= now_s]
+            due_s |= {meter.domain: now_s + meter.period_s for meter in due}
             with suppress(UserError):  # readings are cumulative: the next one that can be written makes up for it
-                self._sample(often)
-                for domain in [domain for domain, at_s in due_s.items() if at_s <= now_s]:
-                    due_s[domain] = now_s + rarely[domain].every_s
-                    self._sample([rarely[domain]])
+                self._sample(frequent)
+                for meter in due:  # one at a time: a slow one must not delay the time stamps of the others
+                    self._sample([meter])
 
     def _sample(self, meters: Sequence[Meter]) -> None:
         self._write([self._line(meter, _joules(meter)) for meter in meters])
 
     def _line(self, meter: Meter, joules: float | None) -> str:
-        began, doubt, remark = self._began[meter.domain], meter.doubt(), meter.remark()
+        first_j, assumption, note = self._first_j[meter.domain], meter.assumption(), meter.note()
         source = meter.source
-        if doubt or remark:
-            source += f" ({'; '.join(words for words in (doubt, remark) if words)})"
-        if joules is None or began is None:
+        if assumption or note:
+            source += f" ({'; '.join(filter(None, (assumption, note)))})"
+        if joules is None or first_j is None:
             return f"{meter.domain},,missing,{source},{self._attempt}\n"
-        quality = "estimated" if doubt else meter.quality
-        return f"{meter.domain},{joules - began:.6f},{quality},{source},{self._attempt}\n"
+        quality = "estimated" if assumption else meter.quality
+        return f"{meter.domain},{joules - first_j:.6f},{quality},{source},{self._attempt}\n"
 
     def _write(self, lines: list[str]) -> None:
-        """Lines go to the operating system twice a second at most: a killed process loses no more than that."""
+        """Hands lines to the operating system at most twice a second: a killed process loses no more than that."""
         now_s = perf_counter()
-        time_s = f"{self._epoch_s + now_s:.3f},"  # when all had been read
-        self._kept += "".join([time_s + line for line in lines])
-        if now_s < self._flush_s:
+        time_s = f"{self._epoch_s + now_s:.3f},"
+        self._unwritten += "".join([time_s + line for line in lines])
+        if now_s < self._next_flush_s:
             return
-        text, self._kept = self._kept, ""
+        text, self._unwritten = self._unwritten, ""
         self._check()
-        self._flush_s = now_s + _FLUSH_S
+        self._next_flush_s = now_s + _FLUSH_S
         try:
             self._file.write(text)
             self._file.flush()
@@ -105,21 +106,21 @@ class Sampler:
 
 
 def idle_watts(meters: Sequence[Meter], idle_s: float) -> dict[str, float]:
-    """Watts that each domain draws during the next `idle_s` seconds, in which nobody should work.
+    """Watts by domain during the next `idle_s` seconds, in which nothing should run.
 
-    Estimates and meters that are read rarely have none, nor has one that failed, was doubted or did not move: a device
-    that is on draws something. Powers are read ten times or more, at most once a second.
+    Skipped are estimates, meters that are read rarely, and those that failed, assumed something or did not move: a
+    device that is switched on draws some power. Powers are read at least ten times, at most once a second.
     """
-    known = [meter for meter in meters if meter.quality == "measured" and not meter.every_s]
-    began_s, began = monotonic(), {meter.domain: _joules(meter) for meter in known}
+    usable = [meter for meter in meters if meter.quality == "measured" and not meter.period_s]
+    began_s, first_j = monotonic(), {meter.domain: _joules(meter) for meter in usable}
     while (left_s := began_s + idle_s - monotonic()) > 0:
         sleep(min(left_s, 1.0, idle_s / 10))
-        passed_s, ended = monotonic() - began_s, {meter.domain: _joules(meter) for meter in known}
+        passed_s, last_j = monotonic() - began_s, {meter.domain: _joules(meter) for meter in usable}
     idle_w = {}
-    for meter in known:
-        first_j, last_j = began[meter.domain], ended[meter.domain]
-        if first_j is not None and last_j is not None and last_j > first_j and not meter.doubt():
-            idle_w[meter.domain] = (last_j - first_j) / passed_s
+    for meter in usable:
+        first, last = first_j[meter.domain], last_j[meter.domain]
+        if first is not None and last is not None and last > first and not meter.assumption():
+            idle_w[meter.domain] = (last - first) / passed_s
     return idle_w
 
 

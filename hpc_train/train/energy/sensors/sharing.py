@@ -10,7 +10,7 @@ _OF_OURS = 0.05  # others' processor time beside ours, from which on they are sa
 _OF_NODE = 0.01  # and beside all the node can do: daemons take that much
 
 
-def holds_part(job: JobEnvironment, root: Path = Path("/")) -> bool | None:
+def has_part_of_node(job: JobEnvironment, root: Path = Path("/")) -> bool | None:
     """Whether this job was given only a part of the node, by what Slurm and the kernel's cgroups say; None: unknown.
 
     A partition that oversubscribes gives the same cores to others; only `foreign_cores` shows those. Slurm may count

@@ -13,7 +13,7 @@ import pytest
 
 from hpc_train.core import lock
 from hpc_train.core.rundir import RunDir
-from hpc_train.train.run.leftovers import remove_begun_runs, remove_dead_segments
+from hpc_train.train.run.cleanup import remove_stale_runs, remove_stale_segments
 from tests import jobs
 
 RANK = "import sys, time\nfrom mpi4py import MPI\nMPI.COMM_WORLD.Barrier()\nprint('up', flush=True)\ntime.sleep(60)"
@@ -48,8 +48,8 @@ def test_segments_of_dead_ranks_are_removed_and_those_of_living_ones_stay() -> N
     dead = {name for name in dead if Path("/dev/shm", name).exists()}
     assert dead, "ranks killed by SIGKILL leave them"
     with ranks() as (_, living):
-        assert not dead & set(remove_dead_segments()), "too young: their maker may be about to map them"
-        removed = set(remove_dead_segments(young_s=0.0))
+        assert not dead & set(remove_stale_segments()), "too young: their maker may be about to map them"
+        removed = set(remove_stale_segments(young_s=0.0))
         assert dead <= removed and not living & removed
         assert all(Path("/dev/shm", name).exists() for name in living)
 
@@ -69,7 +69,7 @@ def test_what_is_no_segment_of_this_user_stays(tmp_path: Path) -> None:
         kept.append(others)
     else:
         others.unlink()
-    assert remove_dead_segments(tmp_path, young_s=-1) == [mine.name]
+    assert remove_stale_segments(tmp_path, young_s=-1) == [mine.name]
     assert all(path.is_symlink() or path.exists() for path in [*kept, Path(opened.name)])
     opened.close()
 
@@ -99,7 +99,7 @@ def test_a_run_that_was_killed_before_its_first_step_is_removed_and_no_other(tmp
     kept["elsewhere"] = begun(tmp_path / "elsewhere", {"system": "elsewhere"})
     (tmp_path / "queued" / "timings").mkdir(parents=True)
     before = {path: path.stat().st_ino for run in kept.values() for path in run.path.rglob("*")}
-    remove_begun_runs(mine)
+    remove_stale_runs(mine)
     assert not any(run.path.exists() for run in [*gone, stale])
     assert {path: path.stat().st_ino for path in before} == before and (tmp_path / "queued" / "timings").is_dir()
 
@@ -113,4 +113,4 @@ def test_without_proc_nobody_knows_what_is_in_use_and_all_stays(
     segment = tmp_path / "vader_segment.1"
     segment.write_text("")
     monkeypatch.setattr(os, "readlink", nothing)
-    assert remove_dead_segments(tmp_path, young_s=-1) == [] and segment.exists()
+    assert remove_stale_segments(tmp_path, young_s=-1) == [] and segment.exists()

@@ -69,30 +69,36 @@ def carried(tcp: float = 0, rdma: float = 0, local: float = 0, fabric: str = "",
 
 
 @pytest.mark.parametrize(
-    "values, hosts, status, seen, mend",
+    "values, hosts, status, seen, remedy",
     [
         (carried(), 1, "ok", "shared memory (loaded: pml ob1)", ""),
         (carried(tcp=8 * MIB), 2, "ok", "TCP (hsn0: 8 MiB received by a rank)", ""),
-        (carried(tcp=8 * MIB, fabric="InfiniBand"), 2, "warn", "InfiniBand mlx5_0:1 (100 Gb/sec) is there", "pml=ucx"),
+        (
+            carried(tcp=8 * MIB, fabric="InfiniBand"),
+            2,
+            "warn",
+            "InfiniBand mlx5_0:1 (100 Gb/sec) is available",
+            "pml=ucx",
+        ),
         (carried(tcp=8 * MIB, fabric="RoCE"), 2, "warn", "RoCE mlx5_0:1", "UCX_NET_DEVICES=mlx5_0:1"),
         (carried(tcp=8 * MIB, fabric="Slingshot"), 2, "warn", "Slingshot", "cray-mpich"),
         (carried(tcp=8 * MIB, fabric="Omni-Path"), 2, "warn", "Omni-Path", "mtl=psm2"),
         (carried(rdma=9 * MIB, fabric="InfiniBand"), 2, "ok", "RDMA (mlx5_0:1)", ""),
         (carried(tcp=9000, rdma=9 * MIB, fabric="InfiniBand"), 2, "ok", "RDMA (mlx5_0:1)", ""),
         (carried(fabric="Slingshot", devices=["cxi0"]), 2, "ok", "libfabric or PSM over cxi0", ""),
-        (carried(), 2, "warn", "2 hosts, and what carries their messages is not", "pml_base_verbose"),
-        (carried(tcp=8 * MIB, local=8 * MIB), 1, "warn", "where memory is shared", "OMPI_MCA_btl"),
+        (carried(), 2, "warn", "2 hosts, and no counter shows", "pml_base_verbose"),
+        (carried(tcp=8 * MIB, local=8 * MIB), 1, "warn", "instead of shared memory", "OMPI_MCA_btl"),
     ],
 )
-def test_what_carried_an_all_reduce(values: dict[str, Any], hosts: int, status: str, seen: str, mend: str) -> None:
-    finding = network.judge_transport(ranks(values, values, hosts=hosts))
-    assert finding.status == status and seen in finding.seen and mend in finding.mend, finding
+def test_what_carried_an_all_reduce(values: dict[str, Any], hosts: int, status: str, seen: str, remedy: str) -> None:
+    finding = network.evaluate_transport(ranks(values, values, hosts=hosts))
+    assert finding.status == status and seen in finding.seen and remedy in finding.remedy, finding
 
 
 def test_a_port_that_is_down_beside_tcp() -> None:
     values = carried(tcp=8 * MIB, adapters=[{"name": "mlx5_0:1", "kind": "InfiniBand", "active": False, "rate": ""}])
-    finding = network.judge_transport(ranks(values, values, hosts=2))
-    assert finding.status == "warn" and "is not active" in finding.seen and "ibstat" in finding.mend
+    finding = network.evaluate_transport(ranks(values, values, hosts=2))
+    assert finding.status == "warn" and "is not active" in finding.seen and "ibstat" in finding.remedy
 
 
 def test_adapters_and_their_counters_are_read_from_sys(tmp_path: Path) -> None:
@@ -122,8 +128,8 @@ def test_bytes_that_come_over_tcp_are_counted() -> None:
 
 def test_a_slow_or_wrong_all_reduce() -> None:
     slow = {"num_wrong": 0, "latency_s": 3e-3, "bytes": MIB, "time_s": 0.1, "bus_bytes_per_s": 1e7}
-    assert network.judge_all_reduce(ranks(slow, slow)).status == "warn"
-    finding = network.judge_all_reduce(ranks(slow, slow | {"num_wrong": 2}))
+    assert network.evaluate_all_reduce(ranks(slow, slow)).status == "warn"
+    finding = network.evaluate_all_reduce(ranks(slow, slow | {"num_wrong": 2}))
     assert finding.status == "fail" and finding.ranks == (1,)
 
 
@@ -137,24 +143,20 @@ def cores(some: list[int], threads: int, share: float, speed: float = 1.0) -> di
 @pytest.mark.parametrize(
     "values, status, seen",
     [
-        ([cores([0], 1, 0.25)] * 4, "fail", "4 ranks on c0 ask for 4 threads on 1 core: "),
-        (
-            [cores([0], 4, 0.25), cores([1, 2, 3, 4, 5, 6, 7, 8], 4, 1.0)],
-            "fail",
-            "rank 0 asks for 4 threads and is bound",
-        ),
+        ([cores([0], 1, 0.25)] * 4, "fail", "4 ranks on c0 have 4 threads on 1 core: "),
+        ([cores([0], 4, 0.25), cores([1, 2, 3, 4, 5, 6, 7, 8], 4, 1.0)], "fail", "rank 0 has 4 threads and is bound"),
         (
             [cores([0], 1, 0.5), cores([0], 1, 0.5), cores([1, 2], 1, 1.0)],
             "fail",
             "2 ranks on c0 are bound to the same 1 c",
         ),
-        ([cores([0, 1], 1, 0.3)] * 2, "warn", "others compute there, or a quota holds"),
+        ([cores([0, 1], 1, 0.3)] * 2, "warn", "or a CPU quota applies"),
         ([cores([0], 1, 1.0, 0.4), cores([1], 1, 1.0, 0.4)], "warn", "0.40 of the speed"),
-        ([cores([0, 1], 1, 0.97, 0.93)] * 2, "ok", "1 thread a rank, 2 cores"),
+        ([cores([0, 1], 1, 0.97, 0.93)] * 2, "ok", "1 thread and 2 cores per rank"),
     ],
 )
 def test_cores(values: list[dict[str, Any]], status: str, seen: str) -> None:
-    finding = hardware.judge_cores(ranks(*values))
+    finding = hardware.evaluate_cores(ranks(*values))
     assert finding.status == status and seen in finding.seen, finding
 
 
@@ -179,7 +181,7 @@ def gpu(uuid: str = "", visible: int = 4, **more: Any) -> dict[str, Any]:
         ([gpu("a"), gpu("b")], "ok", "one for each rank"),
         ([gpu("a"), gpu("a")], "fail", "2 ranks share one GPU (A100)"),
         ([gpu("a"), gpu(visible=0)], "fail", "some ranks find a GPU"),
-        ([gpu(visible=0, of_driver=4)] * 2, "warn", "4 GPUs are there, and torch 2.13 uses none"),
+        ([gpu(visible=0, of_driver=4)] * 2, "warn", "the driver has 4 GPUs, but torch 2.13 uses none"),
         ([gpu("a", error="CUDA error: out of memory")], "fail", "out of memory"),
         ([gpu(visible=0, asked="cuda")], "fail", "train.device = 'cuda'"),
         ([gpu(visible=0)], "n/a", "no GPU here"),
@@ -187,41 +189,41 @@ def gpu(uuid: str = "", visible: int = 4, **more: Any) -> dict[str, Any]:
     ],
 )
 def test_gpus(values: list[dict[str, Any]], status: str, seen: str) -> None:
-    finding = hardware.judge_gpu(ranks(*values))
+    finding = hardware.evaluate_gpu(ranks(*values))
     assert finding.status == status and seen in finding.seen, finding
 
 
 @pytest.mark.parametrize(
     "fault, on_cpu, status, seen",
     [
-        (None, True, "ok", "twenty times"),
-        ("died of signal 11", True, "warn", "oneDNN's bug 6035 is in torch 2.13: a process died of signal 11"),
+        (None, True, "ok", "20 backward passes"),
+        ("died of signal 11", True, "warn", "torch 2.13 has oneDNN's bug 6035: a process died of signal 11"),
         (None, False, "n/a", "GPUs"),
     ],
 )
 def test_convolutions(fault: str | None, on_cpu: bool, status: str, seen: str) -> None:
     told = {"on_cpu": on_cpu, "torch": "2.13"}
-    finding = hardware.judge_convolutions(ranks({"fault": fault, **told}, {"fault": None, **told}))
+    finding = hardware.evaluate_convolutions(ranks({"fault": fault, **told}, {"fault": None, **told}))
     assert finding.status == status and seen in finding.seen, finding
 
 
 def test_gpus_of_a_driver_that_torch_does_not_use(tmp_path: Path) -> None:
     (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
     record(tmp_path / "sys/class/kfd/kfd/topology/nodes", **{"0__gpu_id": "0", "1__gpu_id": "51966"})
-    finding = hardware.judge_gpu(ranks(hardware.look_gpu(subject(tmp_path))))
-    assert finding.status == "warn" and finding.seen.startswith("2 GPUs are there"), finding
+    finding = hardware.evaluate_gpu(ranks(hardware.probe_gpu(subject(tmp_path))))
+    assert finding.status == "warn" and finding.seen.startswith("the driver has 2 GPUs"), finding
 
 
 def test_meters_that_count_that_stand_still_and_that_are_locked(tmp_path: Path) -> None:
     def look(name: str) -> Finding:
-        return hardware.judge_meters(ranks(hardware.look_meters(subject(tmp_path / name))))
+        return hardware.evaluate_meters(ranks(hardware.probe_meters(subject(tmp_path / name))))
 
     zone = "sys/class/powercap/intel-rapl:0"
     record(tmp_path / "still" / zone, name="package-0", energy_uj="5", max_energy_range_uj="1000")
-    assert look("still").status == "warn" and "does not count: package-0 (RAPL)" in look("still").seen
+    assert look("still").status == "warn" and "do not count: package-0 (RAPL)" in look("still").seen
     record(tmp_path / "locked" / zone, name="package-0", max_energy_range_uj="1000")
     (tmp_path / "locked" / zone / "energy_uj").mkdir()  # not readable, even by root
-    assert "this user may not read them" in look("locked").seen and "chmod o+r" in look("locked").mend
+    assert "this user may not read them" in look("locked").seen and "chmod o+r" in look("locked").remedy
     assert look("none").status == "warn" and "estimate" in look("none").seen
 
 
@@ -232,9 +234,9 @@ def test_a_folder_that_takes_no_file() -> None:
     """/sys: the system refuses, root or not."""
     config = Config(name="x", data=Data(file="x.h5"), train=Train(steps=1, global_batch=1))
     there = subject(config=config.model_copy(update={"run": SimpleNamespace(root="/sys/runs")}))
-    finding = storage.judge_parallel_file(ranks(storage.look_parallel_file(there)))
-    assert finding.status == "fail" and finding.seen.startswith("/sys (sysfs): ") and "run.root=" in finding.mend
-    assert storage.judge_locks(ranks(storage.look_locks(there))).status == "fail"
+    finding = storage.evaluate_parallel_file(ranks(storage.probe_parallel_file(there)))
+    assert finding.status == "fail" and finding.seen.startswith("/sys (sysfs): ") and "run.root=" in finding.remedy
+    assert storage.evaluate_locks(ranks(storage.probe_locks(there))).status == "fail"
 
 
 def written(**more: Any) -> dict[str, Any]:
@@ -242,16 +244,16 @@ def written(**more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "second, seen, mend",
+    "second, seen, remedy",
     [
-        (written(same=False), "differs", "OMPI_MCA_io"),
+        (written(same=False), "data read differ", "OMPI_MCA_io"),
         (written(error="unable to lock file, errno = 95"), "unable to lock", "HDF5_USE_FILE_LOCKING=FALSE"),
-        (written(unseen=True), "not seen by all nodes", "run.root="),
+        (written(unseen=True), "not visible on all nodes", "run.root="),
     ],
 )
-def test_a_file_that_ranks_do_not_share(second: dict[str, Any], seen: str, mend: str) -> None:
-    finding = storage.judge_parallel_file(ranks(written(), second, hosts=2))
-    assert finding.status == "fail" and seen in finding.seen and mend in finding.mend and finding.ranks == (1,)
+def test_a_file_that_ranks_do_not_share(second: dict[str, Any], seen: str, remedy: str) -> None:
+    finding = storage.evaluate_parallel_file(ranks(written(), second, hosts=2))
+    assert finding.status == "fail" and seen in finding.seen and remedy in finding.remedy and finding.ranks == (1,)
 
 
 def test_locks_that_hold_within_a_node_only() -> None:
@@ -259,7 +261,7 @@ def test_locks_that_hold_within_a_node_only() -> None:
         at = {"folder": "/s", "file_system": "lustre", "error": None, "hdf5": None, "fcntl": "held", "flock": flock}
         return {"runs": at, "data": None}
 
-    finding = storage.judge_locks(ranks(told("held"), told("not seen by others"), hosts=2))
+    finding = storage.evaluate_locks(ranks(told("held"), told("not seen by others"), hosts=2))
     assert finding.status == "warn" and "flock locks: not seen by others" in finding.seen and finding.ranks == (1,)
 
 
@@ -269,21 +271,24 @@ def test_stripes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lfs.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     place = {"place": "/l/x.h5", "file_system": "lustre", "stripes": stripe_count(tmp_path), "bytes": 8 << 30}
-    finding = room.judge_stripes(ranks(place, {}))
-    assert finding.status == "warn" and "lfs migrate -c 8 /l/x.h5" in finding.mend
-    assert "setstripe" in room.judge_stripes(ranks(place | {"bytes": None}, {})).mend
-    assert room.judge_stripes(ranks(place | {"stripes": 8}, {})).status == "ok"
-    assert room.judge_stripes(ranks(place | {"stripes": None}, {})).status == "warn"
-    assert room.judge_stripes(ranks(place | {"file_system": "ext4"}, {})).status == "n/a"
+    finding = room.evaluate_stripes(ranks(place, {}))
+    assert finding.status == "warn" and "lfs migrate -c 8 /l/x.h5" in finding.remedy
+    assert "setstripe" in room.evaluate_stripes(ranks(place | {"bytes": None}, {})).remedy
+    assert room.evaluate_stripes(ranks(place | {"stripes": 8}, {})).status == "ok"
+    assert room.evaluate_stripes(ranks(place | {"stripes": None}, {})).status == "warn"
+    assert room.evaluate_stripes(ranks(place | {"file_system": "ext4"}, {})).status == "n/a"
 
 
 def test_room_for_checkpoints() -> None:
     told = {"folder": "/s", "keep": 2, "error": None, "bytes": 100 * MIB, "free": 1 << 40}
-    assert room.judge_room(ranks(told)).status == "ok"
-    assert room.judge_room(ranks(told | {"free": 400 * MIB})).status == "warn"
-    assert room.judge_room(ranks(told | {"free": 299 * MIB})).status == "fail"
-    assert room.judge_room(ranks(told | {"keep": 0})).status == "n/a"
-    assert room.judge_room(ranks(told | {"error": "x.h5 does not exist", "remedy": "prepare it"})).mend == "prepare it"
+    assert room.evaluate_room(ranks(told)).status == "ok"
+    assert room.evaluate_room(ranks(told | {"free": 400 * MIB})).status == "warn"
+    assert room.evaluate_room(ranks(told | {"free": 299 * MIB})).status == "fail"
+    assert room.evaluate_room(ranks(told | {"keep": 0})).status == "n/a"
+    assert (
+        room.evaluate_room(ranks(told | {"error": "x.h5 does not exist", "remedy": "prepare it"})).remedy
+        == "prepare it"
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars", "lamb"])
@@ -307,20 +312,20 @@ def test_the_size_of_a_checkpoint(tmp_path: Path, optimizer: Any) -> None:
 
 def test_horovod_without_what_the_job_needs() -> None:
     good = {"error": None, "sum": 2.0, "size": 2, "built": ["mpi"], "torch": "2", "needed": True, "has_gpu": False}
-    assert software.judge_horovod(ranks(good, good)).status == "ok"
-    assert "without NCCL" in software.judge_horovod(ranks(*[good | {"has_gpu": True}] * 2)).seen
-    assert software.judge_horovod(ranks(*[good | {"built": ["gloo"]}] * 2)).status == "fail"
-    alone = software.judge_horovod(ranks(*[good | {"size": 1, "sum": 1.0}] * 2))
-    assert alone.status == "fail" and "of 2 ranks it sees 1" in alone.seen
-    assert software.judge_horovod(ranks(*[good | {"built": [], "needed": False}] * 2)).status == "warn"
+    assert software.evaluate_horovod(ranks(good, good)).status == "ok"
+    assert "without NCCL" in software.evaluate_horovod(ranks(*[good | {"has_gpu": True}] * 2)).seen
+    assert software.evaluate_horovod(ranks(*[good | {"built": ["gloo"]}] * 2)).status == "fail"
+    alone = software.evaluate_horovod(ranks(*[good | {"size": 1, "sum": 1.0}] * 2))
+    assert alone.status == "fail" and "it has 1 of 2 ranks" in alone.seen
+    assert software.evaluate_horovod(ranks(*[good | {"built": [], "needed": False}] * 2)).status == "warn"
 
 
 def test_ranks_of_two_installations() -> None:
     told = {"versions": {"mpi4py": "4", "torch": "2.13"}, "needed": [], "load_s": 1.0}
     other = told | {"versions": {"mpi4py": "4", "torch": "2.10"}}
-    assert "torch 2.10 and 2.13" in software.judge_installed(ranks(told, other)).seen
-    slow = software.judge_installed(ranks(told, told | {"load_s": 236.0}))
-    assert slow.status == "warn" and "sbcast" in slow.mend
+    assert "torch 2.10 and 2.13" in software.evaluate_installed(ranks(told, other)).seen
+    slow = software.evaluate_installed(ranks(told, told | {"load_s": 236.0}))
+    assert slow.status == "warn" and "sbcast" in slow.remedy
 
 
 STEP = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_JOB_NUM_NODES": "1"}
@@ -342,15 +347,15 @@ def test_slurm(more: dict[str, str], second: dict[str, str], status: str, seen: 
     told = []
     for rank, own in enumerate(({}, second)):
         environ = STEP | more | own
-        looked = job.look_slurm(Subject(Context(World(rank, 2, rank, 2)), None, environ))
+        looked = job.probe_slurm(Subject(Context(World(rank, 2, rank, 2)), None, environ))
         told.append(looked | {"num_cores": 1})
-    finding = job.judge_slurm(ranks(*told))
+    finding = job.evaluate_slurm(ranks(*told))
     assert finding.status == status and seen in finding.seen, finding
 
 
 def test_clocks() -> None:
     def status(offset_s: float) -> str:
-        return job.judge_clocks(
+        return job.evaluate_clocks(
             ranks({"offset_s": 0.0, "error_s": 0.0}, {"offset_s": offset_s, "error_s": 1e-4})
         ).status
 
@@ -359,11 +364,11 @@ def test_clocks() -> None:
 
 def test_a_fork_beside_verbs() -> None:
     told = {"spawn_error": None, "fork_error": None, "intact": True, "verbs": ["infiniband/uverbs0"], "set": []}
-    old, new = (job.judge_fork(ranks(told | {"kernel": kernel})) for kernel in ("4.18.0-553.el8", "6.1.0"))
-    assert (old.status, new.status) == ("warn", "ok") and "RDMAV_FORK_SAFE=1" in old.mend
-    safe = job.look_fork(subject(RDMAV_FORK_SAFE="1"))
+    old, new = (job.evaluate_fork(ranks(told | {"kernel": kernel})) for kernel in ("4.18.0-553.el8", "6.1.0"))
+    assert (old.status, new.status) == ("warn", "ok") and "RDMAV_FORK_SAFE=1" in old.remedy
+    safe = job.probe_fork(subject(RDMAV_FORK_SAFE="1"))
     assert safe["set"] == ["RDMAV_FORK_SAFE"] and safe["intact"] and safe["spawn_error"] is safe["fork_error"] is None
-    assert job.judge_fork(ranks(told | {"kernel": "6.1", "intact": False})).status == "fail"
+    assert job.evaluate_fork(ranks(told | {"kernel": "6.1", "intact": False})).status == "fail"
 
 
 # ---------------------------------------------------------------------------------------- a process that does not end
@@ -376,21 +381,21 @@ CHILD = (
 @pytest.mark.parametrize(
     "then, fault",
     [
-        ("time.sleep(60)", "no end within 0.2 s: a rank hangs in it, or the way between ranks does"),
+        ("time.sleep(60)", "no end within 0.2 s: a rank or the network between ranks hangs"),
         ("os.kill(os.getpid(), 11)", "died of signal 11 (Segmentation fault)"),
         ("sys.exit(3)", "ended with exit code 3"),
         ("", None),
     ],
 )
 def test_a_check_that_hangs_or_dies(then: str, fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    begins = {"begins": "file locks", "limit_s": 0.2, "mend": "df"}
+    begins = {"begins": "file locks", "limit_s": 0.2, "remedy": "df"}
     code = CHILD.format(begins, then)
     start = subprocess.Popen
     monkeypatch.setattr(supervisor, "_GRACE_S", 0.1)
     monkeypatch.setattr(
         supervisor.subprocess, "Popen", lambda words, **more: start([sys.executable, "-c", code, words[4]], **more)
     )
-    examined = supervisor.Examined()
-    told = supervisor._follow(None, (), examined, 0)
+    examined = supervisor.Examination()
+    told = supervisor._run_checks(None, (), examined, 0)
     assert (told or "").endswith(fault or "") and (told is None) == (fault is None)
-    assert (examined.at, examined.mend) == ("file locks", "df")
+    assert (examined.at, examined.remedy) == ("file locks", "df")

@@ -17,7 +17,7 @@ _FIRST_PID_NAMESPACE = "pid:[4026531836]"  # from which every process of the mac
 _BEGUN = {"lock", "timings", "energy", "checkpoints"}  # with a config.toml it may be one that a study goes on with
 
 
-def remove_begun_runs(run: RunDir) -> None:
+def remove_stale_runs(run: RunDir) -> None:
     """Removes run directories beside `run` whose job was killed before its first step: a lock, and nothing else.
 
     Either the holder of the lock was a process of this machine that is gone, or the lock is older than a living job's
@@ -33,7 +33,7 @@ def _is_begun_and_dead(folder: Path, now_s: float) -> bool:
     names = {path.name for path in folder.iterdir()}
     if "lock" not in names or not names <= _BEGUN:
         return False
-    return lock.is_of_dead_process(folder / "lock") or now_s - (folder / "lock").stat().st_mtime > _STALE_S
+    return lock.is_held_by_dead_process(folder / "lock") or now_s - (folder / "lock").stat().st_mtime > _STALE_S
 
 
 def _remove_empty(folder: Path) -> None:
@@ -45,7 +45,7 @@ def _remove_empty(folder: Path) -> None:
     folder.rmdir()
 
 
-def remove_dead_segments(folder: Path = Path("/dev/shm"), young_s: float = _YOUNG_S) -> list[str]:
+def remove_stale_segments(folder: Path = Path("/dev/shm"), young_s: float = _YOUNG_S) -> list[str]:
     """Removes this user's segments of MPI that no process has mapped or open; their names.
 
     Removes nothing where this process cannot see every process of the machine, in a container say.

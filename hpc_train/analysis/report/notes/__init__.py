@@ -1,0 +1,1 @@
+"""What facts mean, in sentences: one file a subject. The maths is in the rooms that the facts come from."""

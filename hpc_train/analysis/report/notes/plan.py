@@ -1,0 +1,129 @@
+"""Why a plan chooses this number of nodes and no other, and what to know before relying on it."""
+
+from hpc_train.analysis.models.measurements import Measurements
+from hpc_train.analysis.models.predict import Prediction
+from hpc_train.analysis.planning.plan import FAR, BrokenLimit, Criterion, Option, Plan
+from hpc_train.analysis.report.notes.prediction import prediction_notes
+from hpc_train.core.formatting import duration_text, percent, plural, significant, watt_hours_text
+
+_CRITERIA: dict[Criterion, str] = {
+    "forecast": "these sizes were asked about",
+    "none": "no number of nodes keeps every limit",
+    "deadline": "the fewest nodes that keep the deadline",
+    "budget": "the fastest within the budget",
+    "knee": "the knee: most speedup times efficiency",
+}
+_SAME_COST = 0.005  # of the node-hours: a smaller saving is none
+_WIDE = 1.5  # the upper end of a step's interval over the step: above it the interval is explained
+_NOTICEABLE_ERROR = 0.1
+
+
+def nodes_text(measurements: Measurements, option: Option) -> str:
+    """ "16 nodes", or ranks if they fill no node or the ranks per node are unknown."""
+    ranks, per_node = option.forecast.ranks, measurements.ranks_per_node
+    return plural(ranks, "rank") if per_node is None or ranks < per_node else plural(option.nodes, "node")
+
+
+def limit_text(broken: BrokenLimit) -> str:
+    """ "the deadline of 6.00 h (up to 7.12 h)"."""
+    if broken.name == "deadline":
+        return f"the deadline of {duration_text(broken.limit)} (up to {duration_text(broken.worst)})"
+    if broken.name == "energy":
+        return f"the energy budget of {watt_hours_text(broken.limit)} (up to {watt_hours_text(broken.worst)})"
+    limit, worst = significant(broken.limit), significant(broken.worst)
+    return f"the budget of {limit} node-hours (up to {worst} node-hours)"
+
+
+def broken_text(option: Option) -> str:
+    return " and ".join(map(limit_text, option.broken))
+
+
+def criterion_text(plan: Plan) -> str:
+    return _CRITERIA[plan.criterion]
+
+
+def why_not_larger(plan: Plan) -> str:
+    """ "16 nodes: 31% faster for 2% more node-hours", "" if nothing was chosen."""
+    if plan.chosen is None:
+        return ""
+    larger, measurements = plan.next_larger, plan.prediction.measurements
+    if larger is None:
+        return _why_last(plan, plan.chosen)
+    name = nodes_text(measurements, larger)
+    if larger.broken:
+        return f"{name} may break {broken_text(larger)}"
+    faster, dearer = larger.against(plan.chosen)
+    if faster <= 0:
+        return f"{name}: no faster"
+    return f"{name}: {percent(faster, 0)} faster for {percent(dearer, 0)} more node-hours"
+
+
+def _why_last(plan: Plan, chosen: Option) -> str:
+    """Why no larger option was considered."""
+    measurements, ranks = plan.prediction.measurements, chosen.forecast.ranks
+    if not plan.prediction.reachable(ranks + (measurements.ranks_per_node or 1)):
+        return "what a second node costs was not measured: run on 2, or give --network"
+    if not measurements.weak and measurements.batch > 1 and 2 * ranks > measurements.batch:
+        return f"the global batch of {significant(measurements.batch)} gives more ranks nothing to do"
+    bound = "--max-nodes" if plan.limits.max_nodes else f"{FAR:g} times the largest measured: --max-nodes raises it"
+    return f"it is the largest size considered ({bound})"
+
+
+def why_not_smaller(plan: Plan) -> str:
+    """ "4 nodes: 45% slower for 3% fewer node-hours", "" if nothing was chosen."""
+    if plan.chosen is None:
+        return ""
+    smaller = plan.next_smaller
+    if smaller is None:
+        return "it is the smallest size considered"
+    name = nodes_text(plan.prediction.measurements, smaller)
+    if smaller.broken:
+        return f"{name}: may break {broken_text(smaller)}"
+    faster, dearer = smaller.against(plan.chosen)
+    slower = f"{name}: {percent(-faster, 0)} slower"
+    if -dearer < _SAME_COST:
+        return f"{slower}, and no cheaper"
+    return f"{slower} for {percent(-dearer, 0)} fewer node-hours"
+
+
+def plan_warnings(plan: Plan) -> list[str]:
+    """What limits the answer, the most important first."""
+    option, prediction = plan.chosen or plan.options[-1], plan.prediction
+    return [
+        *_extrapolation_warnings(prediction, option),
+        *prediction_notes(prediction),
+        *_model_warnings(prediction, option),
+        *_single_node_warnings(plan),
+    ]
+
+
+def _extrapolation_warnings(prediction: Prediction, option: Option) -> list[str]:
+    ranks, beyond = option.forecast.ranks, option.forecast.extrapolation
+    if beyond <= 1:
+        return []
+    largest = prediction.measurements.largest
+    advice = " Run a larger size before you rely on it." if beyond > FAR else ""
+    return [f"Extrapolated: {ranks} ranks are {beyond:.3g} times the largest measured ({largest}).{advice}"]
+
+
+def _model_warnings(prediction: Prediction, option: Option) -> list[str]:
+    warnings, chosen, forecast = [], prediction.chosen, option.forecast
+    if chosen.model == "mechanistic" and forecast.step_interval_s[1] > _WIDE * forecast.step_s:
+        warnings.append(
+            f"Up to {prediction.measurements.largest} ranks communication may be hidden behind the backward pass, and"
+            " these sizes do not show where it no longer is. A larger size, or --network, narrows the interval."
+        )
+    if chosen.error is None:
+        warnings.append(f"The model could not be tested on sizes that it had not seen: {chosen.reason}.")
+    elif chosen.error > _NOTICEABLE_ERROR:
+        warnings.append(
+            f"On the sizes held out the model was off by {percent(chosen.error, 0)}: the intervals are wide."
+        )
+    return warnings
+
+
+def _single_node_warnings(plan: Plan) -> list[str]:
+    most_nodes, per_node = plan.limits.max_nodes, plan.prediction.measurements.ranks_per_node or 1
+    if not most_nodes or plan.prediction.reachable(most_nodes * per_node):
+        return []
+    return ["Only one node is considered: the cost of a second was not measured. Run on 2, or give --network."]
