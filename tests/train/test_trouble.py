@@ -98,7 +98,7 @@ def test_a_rank_that_cannot_load_horovod_is_named(folder: Path, digits: Path) ->
 
 WRITE_FAILS = """
 import sys
-from hpc_train import cli
+from hpc_train.cli import main as cli
 from hpc_train.datasets.prepare import writer
 from hpc_train.core.job_environment import JobEnvironment
 
