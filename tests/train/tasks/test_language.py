@@ -270,7 +270,7 @@ def test_the_bigram_model_is_witten_and_bells(monkeypatch: pytest.MonkeyPatch) -
     rng = np.random.default_rng(0)
     train = np.minimum(rng.geometric(0.2, 500), 25).astype(np.uint16)
     test = np.append(np.minimum(rng.geometric(0.2, 96), 29), [28, 3, 29, 29]).astype(np.uint16)  # and unseen ones
-    monkeypatch.setattr(baselines, "_BLOCK", 37)
+    monkeypatch.setattr(baselines, "_BLOCK_TOKENS", 37)
     bigrams = count_bigrams(train, test, 30, ALONE)
     assert bigrams.loss(test[None]) == pytest.approx(brute_force(train.tolist(), test.tolist(), 30), rel=1e-12)
     with pytest.raises(LookupError):  # and not the loss of another pair
