@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 
+from hpc_train.core.formatting import plural
 from hpc_train.train.comm.context import Context
 
 
@@ -49,7 +50,7 @@ def crowding_warnings(places: list[RankPlacement]) -> list[str]:
         cores = {core for place in ranks for core in place.cores}
         if len(ranks) > len(cores):
             lines.append(
-                f"warning: {len(ranks)} ranks on {host} share {len(cores)} core{'s' * (len(cores) != 1)}: each waits "
+                f"warning: {len(ranks)} ranks on {host} share {plural(len(cores), 'core')}: each waits "
                 f"for the others. Start at most {len(cores)} there, or give them more cores (mpirun --bind-to none)."
             )
     return lines
