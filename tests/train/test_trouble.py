@@ -98,7 +98,7 @@ def test_a_rank_that_cannot_load_horovod_is_named(folder: Path, digits: Path) ->
 
 WRITE_FAILS = """
 import sys
-from hpc_train import cli
+from hpc_train.cli.main import main
 from hpc_train.datasets.prepare import writer
 from hpc_train.core.job_environment import JobEnvironment
 
@@ -108,7 +108,7 @@ def fail(*args):
 if JobEnvironment.current().rank == 1:
     writer.write_rows = fail
 sys.argv = ["hpc-train", "prepare", "mnist-5k", "x.h5"]
-cli.main()
+main()
 """
 
 
