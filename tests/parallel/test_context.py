@@ -31,14 +31,14 @@ def test_a_bug_on_the_root_is_its_own_there_and_a_joint_failure_elsewhere(contex
 def test_on_all_raises_the_lowest_failing_ranks_error_everywhere(context: Context) -> None:
     def fail_on_last() -> str:
         if context.world.rank == context.world.size - 1:
-            raise UserError(f"node of rank {context.world.rank}", "Mend it.")
+            raise UserError(f"node of rank {context.world.rank}", "Fix it.")
         return "fine"
 
     with pytest.raises(UserError, match=f"node of rank {context.world.size - 1}"):
         context.on_all(fail_on_last)
 
 
-def test_a_bug_on_all_ranks_is_told_by_the_lowest(context: Context) -> None:
+def test_a_bug_on_all_ranks_is_raised_by_the_lowest(context: Context) -> None:
     with pytest.raises(ZeroDivisionError if context.world.is_root else JointFailure):
         context.on_all(lambda: 1 // 0)
 
