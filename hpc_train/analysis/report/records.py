@@ -14,7 +14,8 @@ from hpc_train.analysis.report.sections.flops import FLOPS_COLUMNS, flops_record
 from hpc_train.analysis.report.sections.result import measures_of
 from hpc_train.analysis.report.sections.strategies import comparison_record
 from hpc_train.analysis.report.sections.target import TARGET_COLUMNS, records_by_run, study_record
-from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import plural
 from hpc_train.core.records import PHASES
 
@@ -77,18 +78,18 @@ class Records:
     def summary(self, sections: Sequence[Section], rows: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
         """The whole tree without `NOT_MADE`, which renderers may still add to."""
         facts = self._facts
-        notes = {section.label: [note.text for note in section.notes] for section in sections}
+        of_groups = [section for section in sections if section.kind == "group"]
         return {
             "schema": REPORT_SCHEMA,
             "hpc_train": hpc_train.__version__,
             "headlines": [section.headline for section in sections if section.headline],
             "groups": [
-                self._group(energy, notes[energy.group.label], records)
-                for energy, records in zip(facts.energies, rows, strict=True)
+                self._group(energy, [note.text for note in section.notes], records)
+                for energy, section, records in zip(facts.energies, of_groups, rows, strict=True)
             ],
             "strategies": [self._made(each.label, comparison_record, each) for each in facts.strategies],
             "targets": [self._made(each.label, study_record, each) for each in facts.targets],
-            "notes": list(facts.scaling.notes),
+            "notes": list(facts.notes),
         }
 
     def _row(self, group: Group, energy: RowEnergy) -> dict[str, Any]:
