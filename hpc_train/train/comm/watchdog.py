@@ -82,7 +82,7 @@ class Watchdog:
         frame = sys._current_frames().get(self._main)
         codes = []
         for each, line in traceback.walk_stack(frame) if frame else ():
-            if each.f_globals.get("__name__") == "hpc_train.cli.main":
+            if each.f_globals.get("__name__", "").startswith("hpc_train.cli."):
                 break  # what called the training tells nothing
             codes.append((each.f_code, line))
         lines = [f"  {code.co_filename}:{line} {code.co_name}" for code, line in codes[:_NUM_FRAMES]]
