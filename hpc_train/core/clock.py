@@ -1,10 +1,10 @@
-"""The phase timer: where a step's time goes, in nanoseconds of the monotonic clock."""
+"""Times the phases of a step, in nanoseconds of the monotonic clock."""
 
 from collections.abc import Callable
 from time import perf_counter_ns
 from types import TracebackType
 
-from hpc_train.core.records import StepRecord
+from hpc_train.core.records import PHASES, StepRecord
 
 
 class _Phase:
@@ -24,7 +24,7 @@ class _Phase:
 
 
 class _SynchronizedPhase(_Phase):
-    """Waits for the device at both ends: exact for a GPU, at the price of the overlap it measures."""
+    """Waits for the device at both ends: exact on a GPU, at the cost of the overlap that it measures."""
 
     __slots__ = ("synchronize",)
 
@@ -44,7 +44,7 @@ class _SynchronizedPhase(_Phase):
 
 
 class _UntimedPhase(_Phase):
-    """Takes no time: what a host measures of work that a device does later tells nothing of it."""
+    """Records no time: the host's time says nothing about work that a device does asynchronously."""
 
     __slots__ = ()
 
@@ -54,34 +54,34 @@ class _UntimedPhase(_Phase):
         pass
 
 
+def _make_phase(synchronize: Callable[[], None] | None, times_phases: bool) -> _Phase:
+    if not times_phases:
+        return _UntimedPhase()
+    return _SynchronizedPhase(synchronize) if synchronize else _Phase()
+
+
 class Clock:
     """`with clock.forward: ...` adds to a phase; `clock.end_step(...)` ends the step and returns its record.
 
-    Laps are contiguous: what no phase covers is the step's "other", so nothing is lost between steps.
-    `synchronize` (torch.cuda.synchronize, say) is called at both ends of every phase when given. Without `times_phases`
-    all of a step is "other".
+    Steps follow each other without a gap: time outside of all phases is the step's "other". synchronize: called at both
+    ends of every phase, such as torch.cuda.synchronize. Without `times_phases` a whole step is "other".
     """
 
     def __init__(self, synchronize: Callable[[], None] | None = None, times_phases: bool = True) -> None:
-        def phase() -> _Phase:
-            if not times_phases:
-                return _UntimedPhase()
-            return _SynchronizedPhase(synchronize) if synchronize else _Phase()
-
-        self.data, self.forward, self.backward = phase(), phase(), phase()
-        self.reduce, self.optimizer, self.sync = phase(), phase(), phase()
+        phases = [_make_phase(synchronize, times_phases) for phase in PHASES if phase != "other"]
+        self.data, self.forward, self.backward, self.reduce, self.optimizer, self.sync = phases
         self._step_began_ns = perf_counter_ns()
 
     def restart(self) -> None:
-        """Begins the first step now: what came before belongs to no step."""
+        """Begins the first step now: earlier time belongs to no step."""
         self._step_began_ns = perf_counter_ns()
 
     def exclude(self, ns: int) -> None:
-        """Begins the step at hand `ns` later: so much of it belonged to something else. Between phases only."""
+        """Removes `ns` from the current step, which were spent on something else. Only between phases."""
         self._step_began_ns += ns
 
     def end_step(self, step: int, num_samples: int, warmup: bool = False) -> StepRecord:
-        """Ends the step: its record, in the order of `records.TIMING_COLUMNS` (the attempt is the log's)."""
+        """Ends the step; returns its record in the order of `TIMING_COLUMNS`, to which the log adds `attempt`."""
         # Written out instead of looped over: every step pays for it, and a loop takes twice as long.
         now, began = perf_counter_ns(), self._step_began_ns
         data, forward, backward = self.data, self.forward, self.backward

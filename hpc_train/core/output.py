@@ -1,4 +1,4 @@
-"""Output that nobody reads any more (`| head -1`, a full disk, a closed descriptor) must not end a training."""
+"""Output that can no longer be written (`| head -1`, a full disk, a closed descriptor) must not end a training run."""
 
 import os
 import sys
@@ -7,9 +7,9 @@ from typing import Any, TextIO, cast
 
 
 class ProtectedStream:
-    """A text stream in place of `sys.stdout` or `sys.stderr`: what can't be written is dropped, from then on all of it.
+    """A text stream in place of `sys.stdout` or `sys.stderr`: after the first failed write it drops everything.
 
-    fault: why, None while all is well.
+    fault: why the write failed, None before.
     """
 
     def __init__(self, stream: TextIO, name: str, fault: str | None = None) -> None:
@@ -38,7 +38,7 @@ class ProtectedStream:
 
     def _lose(self, error: Exception) -> None:
         if isinstance(error, BlockingIOError):
-            return  # a reader that is slow, of a pipe that does not wait for it: the rest is kept for the next flush
+            return  # a slow reader of a non-blocking pipe: the rest stays buffered until the next flush
         if self.fault is not None:
             return
         self.fault = getattr(error, "strerror", None) or str(error)
@@ -83,15 +83,17 @@ def drop_unread() -> None:
 
 
 def _discard(descriptor: int) -> None:
-    """Sends a descriptor to /dev/null: Python writes its buffer at its end, and libraries in C write there, too."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+    """Opens a descriptor on /dev/null: Python writes its buffer when it ends, and C libraries write to it, too."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
 
 
 def protect_output() -> None:
-    """From now on this process's output cannot end it. Descriptors that are closed lead nowhere: else the next file
-    that is opened, a checkpoint say, would get their numbers, and what is printed.
+    """From now on, output that cannot be written does not end this process.
+
+    Closed standard descriptors are opened on /dev/null: otherwise the next file that is opened, such as a checkpoint,
+    would get their numbers and receive whatever is printed.
     """
     for number in range(3):
         try:
@@ -111,6 +113,6 @@ def protect_output() -> None:
 
 
 def lost_streams() -> dict[str, str]:
-    """{"stdout": "Broken pipe"}: which of this process's streams were lost, and why."""
+    """Which of this process's streams were lost, and why: {"stdout": "Broken pipe"}."""
     streams = (sys.stdout, sys.stderr)
     return {each.name: each.fault for each in streams if isinstance(each, ProtectedStream) and each.fault is not None}

@@ -15,7 +15,7 @@ _LINE_EVERY_NS = 30_000_000_000
 
 
 def on_terminal() -> bool:
-    """Whether a person watches. mpirun and srun give ranks terminals of their own making: ask for the launcher's."""
+    """Whether a person watches. mpirun and srun give ranks pseudo-terminals, so the launcher's own output counts."""
     if not sys.stdout.isatty():
         return False
     if not JobEnvironment.current().is_launched:
@@ -27,10 +27,10 @@ def on_terminal() -> bool:
 
 
 class StepProgress:
-    """Steps done, samples/s and time left. On ranks other than the root it does nothing.
+    """Shows steps done, samples/s and time left. Does nothing on ranks other than the root.
 
-    total: None where nobody knows it. mode: "bar", "plain" or "auto" (a bar where a person watches). `note` is shown in
-    the bar: the loss, say.
+    total: None if unknown. mode: "bar", "plain" or "auto" (a bar if a person watches). `note` is shown in the bar, such
+    as the loss.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class StepProgress:
         self.note = ""
         self._bar: Progress | None = None
         if is_root and (mode == "bar" or (mode == "auto" and on_terminal())):
-            # auto_refresh off: a thread that draws would take time from the rank's own core.
+            # No auto_refresh: its thread would take time from the rank's own core.
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -59,12 +59,12 @@ class StepProgress:
             self._bar.start()
 
     def begin(self, done: int) -> None:
-        """`done` of the total was done before: what comes is measured from now on."""
+        """Starts measuring now; `done` of the total was done before."""
         self._began = done
         self._began_ns = self._shown_ns = perf_counter_ns()
 
     def advance(self, done: int, num_units: int, now_ns: int) -> None:
-        """`done` of the total is done; `num_units` more samples were handled; `now_ns` is the monotonic clock."""
+        """`done` of the total is done, with `num_units` more samples; now_ns: the time by `perf_counter_ns`."""
         self._done_units += num_units
         if not self._is_root or now_ns - self._shown_ns < (_BAR_EVERY_NS if self._bar else _LINE_EVERY_NS):
             return
@@ -82,7 +82,7 @@ class StepProgress:
             self.log(f"  {part}, {rate:,.0f} {self._unit}/s{left}")
 
     def log(self, line: str) -> None:
-        """Prints a line, above the bar if there is one. The root only."""
+        """Prints a line, above the bar if there is one. Only on the root."""
         if self._bar:
             self._bar.console.print(line, markup=False, highlight=False)
         elif self._is_root:
@@ -102,7 +102,7 @@ def duration(seconds: float) -> str:
 
 
 def _width() -> int:
-    """mpirun's terminals are 0 columns wide: then 80."""
+    """80 under mpirun, whose terminals claim 0 columns."""
     try:
         return os.get_terminal_size(sys.stdout.fileno()).columns or 80
     except OSError:

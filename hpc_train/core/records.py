@@ -1,6 +1,6 @@
-"""The records the two halves share: what a training run writes down and what the analysis reads.
+"""CSV records of a run: written by the training half in every step, read by the analysis.
 
-Durations are nanoseconds of a rank's monotonic clock; `meta.json` holds what aligns the clocks of different ranks.
+Durations are nanoseconds of a rank's monotonic clock; `meta.json` holds the offsets between the clocks of hosts.
 """
 
 import io
@@ -29,28 +29,28 @@ TIMING_COLUMNS = (
 )
 METRIC_COLUMNS = ("step", "loss")
 
-# One row of timings/rank-NNNNN.csv, in the order of TIMING_COLUMNS without the attempt, which is a file's own; a plain
-# tuple because it is made every step.
+# One row of timings/rank-NNNNN.csv without the last column (the attempt), which the file fills in. A plain tuple:
+# one is made in every step.
 StepRecord = tuple[int, ...]
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 
-_MOST_STEPS = 10**15  # a number beyond is damage
+_MOST_STEPS = 10**15  # a larger number is damage
 
 
 class BadRecord(UserError):
-    """A line that is no record, other than a last line cut short by a crash."""
+    """A line that is no record. (A last line cut short by a crash is no error: it is skipped.)"""
 
 
 # ---------------------------------------------------------------------------------------------- writing
 
 
 class RecordFile:
-    """An append-only CSV file of integer records, written so that a killed process loses at most half a second.
+    """An append-only CSV file of integer records, of which a killed process loses at most half a second.
 
-    `write` keeps rows and hands them to the operating system once `flush_s` have passed since it last did. The
-    rows' own time stamps (column `time_column`) serve as the clock, so writing reads none. `last` fills the last
+    `write` buffers rows and hands them to the operating system once `flush_s` have passed since the last time. The
+    rows' own time stamps (column `time_column`) serve as the clock, so `write` reads none. last: the value of the last
     column of every row.
     """
 
@@ -68,8 +68,8 @@ class RecordFile:
             self.flush()
 
     def flush(self) -> None:
-        """Hands every row to the operating system: a later SIGKILL cannot take it back."""
-        line = self._line  # % on a ready-made line: 0.9 us a row; repr 1.6, csv.writer 2.6, str and join 1.8
+        """Hands every row to the operating system, where a SIGKILL no longer affects it."""
+        line = self._line  # measured per row: % on a ready-made line 0.9 us, repr 1.6, str and join 1.8, csv.writer 2.6
         text = "".join([line % row for row in self._rows])
         try:
             self._file.write(text)
@@ -80,7 +80,7 @@ class RecordFile:
         self._due_ns = perf_counter_ns() + self._flush_ns
 
     def discard(self) -> None:
-        """Drops the rows that no file has yet: it belongs to another by now."""
+        """Drops the buffered rows: the file belongs to another job by now."""
         self._rows.clear()
 
     def close(self) -> None:
@@ -91,13 +91,13 @@ class RecordFile:
 
 
 def close_log(file: IO[str]) -> None:
-    """Closes a file whose last rows the disk may have refused, and then refuses again."""
+    """Closes a file; ignores that a disk which refused its last rows refuses them again."""
     with suppress(OSError):
         file.close()
 
 
 def timing_log(path: Path, attempt: int = 1) -> RecordFile:
-    """The log of one rank's steps. A step that began half a second ago is already on its way to the file."""
+    """The log of one rank's steps. Buffered rows are flushed when a step began more than half a second after them."""
     _add_sync_column(path)
     return RecordFile(path, TIMING_COLUMNS, TIMING_COLUMNS.index("start_ns"), attempt)
 
@@ -119,9 +119,9 @@ def _add_sync_column(path: Path) -> None:
 
 
 def open_log(path: Path, columns: Sequence[str]) -> IO[str]:
-    """Opens a CSV file for appending whole lines: a new one gets its header, a line cut short by a crash is dropped.
+    """Opens a CSV file for appending. A new file gets its header; a last line cut short by a crash is removed.
 
-    Raises UserError where the disk refuses.
+    Raises UserError if the disk refuses.
     """
     header = ",".join(columns) + "\n"
     try:
@@ -153,14 +153,14 @@ def _open_log(path: Path, header: str) -> IO[str]:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one CSV file; `truncated` when its last line was cut short (and skipped)."""
+    """The rows of one CSV file; truncated: its last line was cut short and skipped."""
 
     rows: list[list[str]]
     truncated: bool
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> Table:
-    """Rows of a CSV whose header begins with `columns`. Raises `BadRecord` naming path:line."""
+    """The rows of a CSV file whose header begins with `columns`. Raises `BadRecord` naming path:line."""
     text = path.read_text(encoding="utf-8", errors="replace")
     body, _, tail = text.rpartition("\n")
     lines = body.split("\n") if body else []
@@ -198,8 +198,9 @@ def read_metrics(path: Path) -> tuple[list[int], list[float]]:
 
 
 def read_intact_metrics(path: Path) -> dict[int, float]:
-    """Loss by step of what is whole in a metrics.csv that a crash may have cut, doubled or filled with zeros; the last
-    line of a step counts. {} where there is no file.
+    """{step: loss} of the intact lines of a metrics.csv that a crash may have cut, repeated or filled with zeros.
+
+    The last line of a step counts. {} if there is no file.
     """
     losses: dict[int, float] = {}
     data = path.read_bytes() if path.exists() else b""

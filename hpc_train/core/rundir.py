@@ -1,4 +1,4 @@
-"""Every path inside a run directory, and the only way a file comes to have its final name: whole."""
+"""The paths inside a run directory, the search for run directories, and writing files atomically."""
 
 import os
 import re
@@ -19,9 +19,9 @@ class RunDir:
 
     @property
     def size(self) -> int:
-        """The number of ranks, as the name tells it; 0 where it tells none."""
-        told = re.search(r"-np(\d+)(?:[-.]|$)", self.path.name)
-        return int(told[1]) if told else 0
+        """The number of ranks by the directory's name; 0 if the name has none."""
+        match = re.search(r"-np(\d+)(?:[-.]|$)", self.path.name)
+        return int(match[1]) if match else 0
 
     @property
     def config(self) -> Path:
@@ -48,7 +48,7 @@ class RunDir:
         return self.path / "checkpoints"
 
     def checkpoint(self, step: int) -> Path:
-        """The folder of the state after `step` steps."""
+        """The folder that holds the state after `step` steps."""
         return self.checkpoints_dir / f"step-{step:08d}"
 
     @property
@@ -67,7 +67,7 @@ class RunDir:
 
 
 def create(root: Path, name: str, size: int, now: datetime, job: str | None = None) -> RunDir:
-    """Makes a new run directory below `root`; a second run within the same second gets a suffix."""
+    """Creates a run directory below `root`; a second one within the same second gets a suffix."""
     stem = f"{now:%Y%m%dT%H%M%SZ}-np{size}" + (f"-job{job}" if job else "")
     parent = root / name
     for attempt in range(100):
@@ -91,7 +91,7 @@ def create(root: Path, name: str, size: int, now: datetime, job: str | None = No
 
 
 def make_folders(run: RunDir) -> None:
-    """The folders of a run directory, where they are missing. Raises UserError where they cannot be made."""
+    """Creates the missing folders of a run directory. Raises UserError."""
     for folder in (run.timings_dir, run.energy_dir, run.checkpoints_dir):
         try:
             folder.mkdir(exist_ok=True)
@@ -106,11 +106,11 @@ def is_run(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What lies at or below some paths.
+class SearchResult:
+    """What is at or below some paths.
 
-    fragments: folders with a run's configuration or timings that are no run directories: runs that lost a part.
-    unreadable: folders that may not be looked into, each with the system's words.
+    fragments: folders that hold a run's configuration or timings and yet are no run directories: they lost a part.
+    unreadable: folders without permission to read, each with the system's message.
     """
 
     runs: list[RunDir]
@@ -119,57 +119,57 @@ class Found:
 
 
 def find(paths: Sequence[Path]) -> list[RunDir]:
-    """The run directories at or below `paths`, each once, sorted. Raises `UserError` for a path with none."""
+    """The run directories at or below `paths`, each once, sorted. Raises `UserError` for a path that holds none."""
     return search(paths).runs
 
 
-def search(paths: Sequence[Path]) -> Found:
-    """The run directories at or below `paths`, each once, sorted, and what else is to be said of these folders.
+def search(paths: Sequence[Path]) -> SearchResult:
+    """The run directories at or below `paths`, each once, sorted; also what could not be used.
 
-    Raises `UserError` for a path with none.
+    Raises `UserError` for a path that holds no run.
     """
     found: dict[Path, RunDir] = {}
     fragments: set[Path] = set()
     unreadable: dict[Path, str] = {}
     for path in paths:
-        _must_exist(path)
-        below, lacking = _below(path, unreadable)
-        fragments |= lacking
+        _require_path(path)
+        below, incomplete = _below(path, unreadable)
+        fragments |= incomplete
         if not below and any(path.glob("allreduce-*.json")) and len(paths) > 1:
-            continue  # runs/* names the benchmarks, too
+            continue  # a shell's runs/* also names the folders of benchmarks
         if not below and unreadable:
-            told = "; ".join(f"{folder}: {why}" for folder, why in unreadable.items())
-            raise UserError(f"{path} cannot be searched for runs: {told}", "Ask its owner, or name other folders.")
+            reasons = "; ".join(f"{folder}: {why}" for folder, why in unreadable.items())
+            raise UserError(f"{path} cannot be searched for runs: {reasons}", "Ask its owner, or name other folders.")
         if not below:
             raise UserError(f"{path} holds no run directory", "A run directory has a meta.json and a folder timings/.")
         found.update({run.resolve(): RunDir(run) for run in below})
     if not found:
         raise UserError(f"{', '.join(map(str, paths))}: benchmarks, and no run directory", "Name runs, too.")
-    return Found(list(found.values()), sorted(fragments), unreadable)
+    return SearchResult(list(found.values()), sorted(fragments), unreadable)
 
 
 def require_regular_files(run: RunDir) -> None:
-    """Raises `UserError` if a run directory holds anything but files and folders: opening a FIFO waits for ever."""
+    """Raises `UserError` if a run directory holds anything but files and folders: opening a FIFO would block."""
     for folder, _, names in os.walk(run.path):
         for path in (Path(folder) / name for name in names):
             if not path.is_file():
                 raise UserError(f"{path} is not a file: a FIFO, a device or a broken link", "Remove it, or restore it.")
 
 
-def _must_exist(path: Path) -> None:
+def _require_path(path: Path) -> None:
     remedy = "Name run directories, or a folder that holds some: runs/"
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist", remedy) from None
     except OSError as error:
-        raise UserError(f"{path} cannot be looked into: {error.strerror}", remedy) from None
+        raise UserError(f"{path} cannot be read: {error.strerror}", remedy) from None
     except ValueError as error:  # a name with a NUL
-        raise UserError(f"{str(path)!r} cannot be looked into: {error}", remedy) from None
+        raise UserError(f"{str(path)!r} cannot be read: {error}", remedy) from None
 
 
 def _below(path: Path, unreadable: dict[Path, str]) -> tuple[list[Path], set[Path]]:
-    """(run directories, fragments) at or below a path; adds what may not be looked into."""
+    """(run directories, fragments) at or below a path; adds to `unreadable`."""
 
     def refused(error: OSError) -> None:
         unreadable[Path(error.filename)] = error.strerror or type(error).__name__
@@ -185,21 +185,21 @@ def _below(path: Path, unreadable: dict[Path, str]) -> tuple[list[Path], set[Pat
         except OSError as error:
             refused(error)
         if here == path and runs:
-            return runs, fragments  # what lies inside a run that was named is its own
+            return runs, fragments  # the path itself is a run: its folders are not searched
         folders.sort()
     return sorted(runs), fragments
 
 
 def write_atomic(path: Path, content: str | bytes, permissions: int = 0o666) -> None:
-    """Writes a file that is never seen half-written: temporary name, flush, sync, rename. Raises UserError.
+    """Writes a file that nobody sees half-written: temporary name, flush, fsync, rename. Raises UserError.
 
-    permissions: before the umask takes its part.
+    permissions: before the umask is applied.
     """
-    # A path in it that is no UTF-8 stays readable.
+    # backslashreplace: paths in the content that are not valid UTF-8 stay readable.
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # a name that nobody can have put a link at
+    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # nobody can have placed a link at this name
     try:
-        # The umask belongs to the whole process: other threads make files, too, so it is never changed to be read.
+        # O_CREAT applies the umask. Reading it would mean to set it, for the files of all other threads, too.
         handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, permissions)
     except OSError as error:
         raise not_written(path, error, len(data)) from None
@@ -217,7 +217,7 @@ def write_atomic(path: Path, content: str | bytes, permissions: int = 0o666) -> 
 
 
 def sync(path: Path) -> None:
-    """Returns once a file's content, or a folder's names, are on the disk. Raises UserError where it refuses."""
+    """Returns once a file's content, or a folder's entries, are on disk. Raises UserError if the disk refuses."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:

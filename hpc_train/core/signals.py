@@ -1,4 +1,4 @@
-"""Requests to stop: a signal only sets a flag, and the loop looks at it at the end of a step."""
+"""Requests to stop: a signal only sets a flag, which the loop reads at the end of a step."""
 
 import signal
 from types import FrameType, TracebackType
@@ -15,7 +15,8 @@ _HANDLED = (*TERMINATING, signal.SIGUSR2)
 class PendingSignals:
     """A signal handler that remembers signals until the program can act on them.
 
-    A mask would not: it is one thread's, and the kernel gives the signal to another, numpy's say.
+    Blocking them would not work: a mask belongs to one thread, and the kernel delivers the signal to another one,
+    such as NumPy's.
     """
 
     def __init__(self) -> None:
@@ -26,21 +27,21 @@ class PendingSignals:
 
 
 def defer_stop_signal() -> None:
-    """Keeps SIGUSR2 until a `StopRequest` is there: before that it would end the process."""
+    """Keeps SIGUSR2 for the `StopRequest` that comes later: without a handler it would end the process."""
     signal.signal(signal.SIGUSR2, PendingSignals())
 
 
 def ignore_signals() -> None:
-    """From now on: a launcher that sees one rank end may send the others SIGTERM, and report that as the job's end."""
+    """For a job that is ending: a launcher that sees one rank end may send SIGTERM to the others and report that."""
     for number in _HANDLED:
         signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest:
-    """SIGTERM, SIGINT or SIGUSR2 that has come since it was entered. A second Ctrl-C ends the process at once.
+    """Whether SIGTERM, SIGINT or SIGUSR2 has arrived inside the block. A second Ctrl-C ends the process at once.
 
-    SIGUSR2 is what batch systems are asked to send some minutes before the end of a job's time (NCCL has used
-    SIGUSR1); SIGTERM is what they, and mpirun, send before they kill.
+    Batch systems are asked to send SIGUSR2 some minutes before a job's time limit (not SIGUSR1: NCCL has used it);
+    they and mpirun send SIGTERM before they kill.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,7 @@ class StopRequest:
         early = self._before[signal.SIGUSR2]
         if isinstance(early, PendingSignals) and early.numbers:
             self._note(signal.SIGUSR2, None)
-        self._before[signal.SIGUSR2] = signal.SIG_IGN  # once the work is done there is nothing left to stop
+        self._before[signal.SIGUSR2] = signal.SIG_IGN  # after the work there is nothing left to stop
         return self
 
     def __exit__(
@@ -65,7 +66,7 @@ class StopRequest:
 
     @property
     def cause(self) -> str:
-        """The signal's name; another rank's request is known by its effect alone."""
+        """The signal's name, if this rank received it: other ranks only see that the job stops."""
         if self._signal is None:
             return "a signal to another rank"
         from_mpirun = self._signal == signal.SIGTERM and JobEnvironment.current().launcher == "mpirun"

@@ -17,7 +17,7 @@ from hpc_train.core.errors import UserError
 HOLD = """
 import sys, time
 from pathlib import Path
-from hpc_train import lock
+from hpc_train.core import lock
 with lock.hold(Path(sys.argv[1]), print, beat_s=0.1):
     print("held", flush=True)
     time.sleep(60)
@@ -106,7 +106,7 @@ def test_the_same_job_started_again_takes_over_only_from_what_stands_still(
 ELSEWHERE = """
 import sys, time
 from pathlib import Path
-from hpc_train import lock
+from hpc_train.core import lock
 from hpc_train.core.errors import UserError
 lock._system = lambda: "another machine"
 with lock.hold(Path(sys.argv[1]), print, beat_s=0.1) as lease:

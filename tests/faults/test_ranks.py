@@ -74,7 +74,7 @@ def test_a_stopped_rank_is_named_with_its_stack(
     ended = job.end()
     took_s = monotonic() - stopped_s
     assert ended.code not in (0, 75) and took_s < stall_s + 10
-    assert re.search(rf"rank {victim} on {HOST} is late: nothing heard of it for \d+ s$", last_words(ended)), ended.err
+    assert re.search(rf"rank {victim} on {HOST} is late: no heartbeat for \d+ s$", last_words(ended)), ended.err
     assert f"where rank {victim} was" in ended.err and "loop.py" in ended.err, "its stack"
     recover_s, lost = resume(job, digits, reference)
     what = f"named with its stack, job ended in {took_s:.1f} s (run.stall_s = {stall_s})"
@@ -117,7 +117,7 @@ def test_a_rank_that_is_stopped_after_the_last_step_is_named(
     job = Job(2, tmp_path, digits, "--set", f"run.stall_s={stall_s}", ACCIDENT="stopped-in-test:23:1")
     ended = job.end(timeout_s=stall_s + 40)
     assert ended.code not in (0, 75)
-    assert re.search(rf"rank 1 on {HOST} is late: nothing heard of it for \d+ s$", last_words(ended)), ended.err
+    assert re.search(rf"rank 1 on {HOST} is late: no heartbeat for \d+ s$", last_words(ended)), ended.err
     again = Job(2, tmp_path, digits, "--resume", "auto")
     assert again.end().code == 0
     assert_continuous(again, reference(2))

@@ -184,7 +184,7 @@ def test_stopped_rank(cluster: Cluster, digits: Path, tmp_path: Path, survived: 
     cluster.on("n2", "sh", "-c", f"kill -STOP $({RANK})")
     stopped_s = monotonic()
     cluster.wait(job, "FAILED", timeout_s=30)
-    assert "on n2 is late: nothing heard of it for" in cluster.output(job) and "loop.py" in cluster.output(job)
+    assert "on n2 is late: no heartbeat for" in cluster.output(job) and "loop.py" in cluster.output(job)
     survived("Slurm: a rank stopped", f"FAILED, named with its stack, {monotonic() - stopped_s:.0f} s (stall_s = 6)")
 
 

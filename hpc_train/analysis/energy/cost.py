@@ -9,7 +9,8 @@ from hpc_train.analysis.energy.energy import RunEnergy, energy_of, unknown_energ
 from hpc_train.analysis.energy.energy_amount import NONE, EnergyAmount
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import plural
 from hpc_train.core.records import PHASES
 

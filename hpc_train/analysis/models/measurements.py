@@ -8,7 +8,8 @@ import numpy as np
 
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.meta_json import dict_at, positive_number
-from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.rows import Row
 from hpc_train.analysis.stats.repeats import NORMAL_95
 from hpc_train.core.errors import UserError
 from hpc_train.core.records import FloatArray, IntArray

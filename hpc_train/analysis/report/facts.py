@@ -1,13 +1,14 @@
 """All facts that a report is built from: what the runs measured and how they compare."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpc_train.analysis.convergence.target import TargetStudy, studies_of
 from hpc_train.analysis.energy.cost import UNKNOWN, GroupEnergy, Tariff, cost_of
 from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.report.notes.scaling import scaling_notes
 from hpc_train.analysis.runs.load import Run, load_known
 from hpc_train.analysis.scaling.compare import Scaling, compare
 from hpc_train.analysis.scaling.strategies import Comparison, compare_strategies
@@ -20,6 +21,7 @@ class Facts:
     energies: tuple[GroupEnergy, ...]  # one a group, in the groups' order
     strategies: tuple[Comparison, ...]
     targets: tuple[TargetStudy, ...]
+    notes: tuple[str, ...] = ()  # on all runs together: what was skipped, and why groups are not compared
 
 
 def gather(
@@ -45,5 +47,5 @@ def gather(
 
     targets = guard.call("times to a loss", nothing, studies_of, scaling.groups, energy_by_run, target_loss)
     strategies = guard.call("strategies on equal work", nothing, compare_strategies, scaling.groups)
-    scaling = replace(scaling, notes=(*scaling.notes, *skipped, *not_made))
-    return Facts(tuple(runs), scaling, energies, tuple(strategies), tuple(targets))
+    notes = (*scaling_notes(scaling), *skipped, *not_made)
+    return Facts(tuple(runs), scaling, energies, tuple(strategies), tuple(targets), notes)

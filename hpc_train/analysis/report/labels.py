@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from hpc_train.analysis.efficiency.stragglers import Straggler
-from hpc_train.analysis.scaling.compare import Row
+from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import plain
 
 MARK = "*"  # on the number of ranks of an incomplete row

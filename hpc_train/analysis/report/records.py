@@ -14,7 +14,8 @@ from hpc_train.analysis.report.sections.flops import FLOPS_COLUMNS, flops_record
 from hpc_train.analysis.report.sections.result import measures_of
 from hpc_train.analysis.report.sections.strategies import comparison_record
 from hpc_train.analysis.report.sections.target import TARGET_COLUMNS, records_by_run, study_record
-from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import plural
 from hpc_train.core.records import PHASES
 
@@ -88,7 +89,7 @@ class Records:
             ],
             "strategies": [self._made(each.label, comparison_record, each) for each in facts.strategies],
             "targets": [self._made(each.label, study_record, each) for each in facts.targets],
-            "notes": list(facts.scaling.notes),
+            "notes": list(facts.notes),
         }
 
     def _row(self, group: Group, energy: RowEnergy) -> dict[str, Any]:

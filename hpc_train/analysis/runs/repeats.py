@@ -162,3 +162,11 @@ def distinguishing_facts(members: Sequence[Sequence[Run]]) -> list[Facts]:
 
 def _values(facts: Sequence[Facts], name: str) -> str:
     return " or ".join(dict.fromkeys(each.get(name, "unknown") for each in facts))
+
+
+def differing_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The facts (`facts_of`) that are not the same for all runs, each with its value for every run."""
+    facts = [facts_of(run) for run in runs]
+    names = dict.fromkeys(name for each in facts for name in each)
+    values = {name: [each.get(name, "unknown") for each in facts] for name in names}
+    return {name: seen for name, seen in values.items() if len(set(seen)) > 1}

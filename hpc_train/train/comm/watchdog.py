@@ -1,8 +1,8 @@
-"""Dead and stuck ranks: who they are and where they stand, told within seconds instead of a silent hang.
+"""The watchdog: names a rank that has died or hangs, with its stack, and ends the job within seconds.
 
-MPI cannot tell: a rank that waits for a dead one waits for ever. Each rank keeps a TCP connection to the root and says
-now and then which step it is at and where in the program. A connection that breaks is a rank that died. Where no step
-ends for `run.stall_s`, the ranks that do not wait for others are those that others wait for.
+MPI does not help: a rank that waits for a dead one waits for ever. Each rank keeps a TCP connection to the root and
+sends heartbeats with its step, its stack, and whether it waits for other ranks (`Context.waiting`). A connection that
+breaks is a rank that died. If no step ends for `run.stall_s`, the ranks that do not wait keep the others waiting.
 """
 
 import json
@@ -12,22 +12,22 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from time import monotonic, sleep
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
-from hpc_train.core import settings
+from hpc_train.core.settings import Run
 from hpc_train.train.comm.connections import connect
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.startup import end_job
 
-_MOST_BEAT_S = 15.0
-_FAILING_S = 10.0  # a rank that said it fails ends the job by itself within this time
-_ONE_SPEAKS_S = 2.0
-_NUM_FRAMES = 15
-_MOST_LINE_BYTES = 1 << 17  # of what a rank says at once
+_MAX_BEAT_S = 15.0
+_FAILING_S = 10.0  # a rank that announced its failure ends the job itself within this time
+_RANK_1_FIRST_S = 2.0
+_MAX_FRAMES = 15
+_MAX_LINE_BYTES = 1 << 17
 _MESSAGES: list[dict[str, Any]] = [{"ends": bool}, {"step": int | None, "waits": bool, "stack": str}]
 
 
@@ -36,29 +36,67 @@ class Peer:
     """What is known of another rank."""
 
     host: str
-    step: int | None = None  # None: not in the loop, where silence alone is judged
+    step: int | None = None  # None outside the loop, where only silence counts
     heard_s: float = field(default_factory=monotonic)
     waits: bool = False
     stack: str = ""
     ended: bool = False
     failing_s: float | None = None
 
+    @property
+    def silent_s(self) -> float:
+        return monotonic() - self.heard_s
+
+
+class _Progress:
+    """How long the slowest rank has been at its step, and the longest time that a step took so far."""
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+        self._lowest: int | None = None
+        self._since_s = monotonic()
+
+    @property
+    def stalled_s(self) -> float:
+        return monotonic() - self._since_s
+
+    def update(self, steps: list[int]) -> None:
+        """steps: of the ranks in the loop."""
+        lowest = min(steps, default=None)
+        if lowest != self._lowest:
+            if self._lowest is not None:
+                self.longest_s = max(self.longest_s, self.stalled_s)
+            self._lowest = lowest
+            self.restart()
+
+    def restart(self) -> None:
+        self._since_s = monotonic()
+
 
 class Watchdog:
-    """This rank's end: `step` is what it is at, set by the loop; None outside it. Use as a context manager."""
+    """This rank's end. The loop sets `step`; None outside it. Use as a context manager.
 
-    def __init__(self, context: Context, stall_s: float, links: dict[int, socket.socket]) -> None:
+    num_outer_frames: frames of the main thread that called the loop, which are left out of stacks.
+    """
+
+    def __init__(
+        self, context: Context, stall_s: float, links: dict[int, socket.socket], num_outer_frames: int = 0
+    ) -> None:
         self.step: int | None = None
         self._context, self._stall_s, self._links = context, stall_s, links
-        self._beat_s = min(_MOST_BEAT_S, stall_s / 4) if stall_s else _MOST_BEAT_S
+        self._num_outer_frames = num_outer_frames
+        self._beat_s = min(_MAX_BEAT_S, stall_s / 4) if stall_s else _MAX_BEAT_S
         self._is_root = context.world.is_root
-        self._main = threading.get_ident()
-        self._peers = {
-            rank: Peer(host) for rank, host in enumerate(context.all_gather(context.world.host)) if rank in links
-        }
+        # The root hears all ranks, and rank 1 hears the root: no other rank could tell that the root is late.
+        self._listener = links.get(1 if self._is_root else 0)
+        self._main_thread = threading.get_ident()
+        hosts = context.all_gather(context.world.host)
+        self._peers = {rank: Peer(host) for rank, host in enumerate(hosts) if rank in links}
         self._received = dict.fromkeys(links, b"")
+        self._progress = _Progress()
+        self._next_beat_s, self._awake_s = 0.0, monotonic()
         self._ended, self._wake = threading.Event(), socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         if self._links:
@@ -77,51 +115,46 @@ class Watchdog:
         for end in self._wake:
             end.close()
 
-    def _state(self) -> dict[str, Any]:
-        """What this rank says of itself. Without the source's lines: reading them would ask the file system."""
-        frame = sys._current_frames().get(self._main)
-        codes = []
-        for each, line in traceback.walk_stack(frame) if frame else ():
-            if each.f_globals.get("__name__", "").startswith("hpc_train.cli."):
-                break  # what called the training tells nothing
-            codes.append((each.f_code, line))
-        lines = [f"  {code.co_filename}:{line} {code.co_name}" for code, line in codes[:_NUM_FRAMES]]
-        return {"step": self.step, "waits": bool(self._context.waiting), "stack": "\n".join(lines)}
+    # ----------------------------------------------------------------------------------------------- the thread
 
     def _run(self) -> None:
-        """The root hears all ranks, rank 1 the root alone: who else could tell that the root is late?"""
-        speaks_to = self._links.get(1 if self._is_root else 0)
-        next_beat_s, moved_s, awake_s, longest_s = 0.0, monotonic(), monotonic(), 0.0
-        lowest: int | None = None
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake[1], selectors.EVENT_READ)
             for rank, link in self._links.items():
                 selector.register(link, selectors.EVENT_READ, rank)
             while not self._ended.is_set():
-                if monotonic() >= next_beat_s and speaks_to is not None:
-                    _send(speaks_to, self._state())
-                    next_beat_s = monotonic() + self._beat_s
+                self._send_heartbeat()
                 ready = selector.select(self._beat_s)
-                # This rank itself was stopped, and heard nobody: as long as others may take to say so of it (`_judge`),
-                # less the beat in which they had heard of it last.
-                if monotonic() - awake_s > self._beat_s + 1:
-                    self._ended.wait(_ONE_SPEAKS_S)  # if the job is being ended for that, let it
-                    moved_s = monotonic()
-                    for peer in self._peers.values():
-                        peer.heard_s = moved_s
+                self._excuse_own_pause()
                 for key, _ in ready:
-                    if key.data is not None and not self._hear(key.data):
+                    if key.data is not None and not self._receive(key.data):
                         selector.unregister(key.fileobj)
-                steps = [step for step in (self.step, *(p.step for p in self._peers.values())) if step is not None]
-                awake_s = monotonic()
-                if min(steps, default=None) != lowest:
-                    if lowest is not None:
-                        longest_s = max(longest_s, awake_s - moved_s)
-                    lowest, moved_s = min(steps, default=None), awake_s
-                self._judge(awake_s - moved_s, longest_s)
+                self._awake_s = monotonic()
+                steps = [self.step, *(peer.step for peer in self._peers.values())]
+                self._progress.update([step for step in steps if step is not None])
+                self._check()
 
-    def _hear(self, rank: int) -> bool:
-        """Takes in what a rank says; whether more is to be expected. A broken connection is a dead rank."""
+    def _send_heartbeat(self) -> None:
+        if self._listener is not None and monotonic() >= self._next_beat_s:
+            _send(self._listener, self._heartbeat())
+            self._next_beat_s = monotonic() + self._beat_s
+
+    def _heartbeat(self) -> dict[str, Any]:
+        frame = sys._current_frames().get(self._main_thread)
+        stack = _stack_of(frame, self._num_outer_frames) if frame else ""
+        return {"step": self.step, "waits": bool(self._context.waiting), "stack": stack}
+
+    def _excuse_own_pause(self) -> None:
+        """If this process itself was stopped (SIGSTOP, a suspended guest), it received nothing: no peer is silent."""
+        if monotonic() - self._awake_s <= self._beat_s + 1:
+            return
+        self._ended.wait(_RANK_1_FIRST_S)  # another rank may be ending the job because of this pause: let it
+        self._progress.restart()
+        for peer in self._peers.values():
+            peer.heard_s = monotonic()
+
+    def _receive(self, rank: int) -> bool:
+        """Reads what a rank has sent. Returns whether more is expected; a broken connection is a dead rank."""
         peer = self._peers[rank]
         try:
             data = self._links[rank].recv(1 << 16)
@@ -129,11 +162,11 @@ class Watchdog:
             data = b""
         if not data:
             if peer.failing_s is None and not self._ended.wait(0.1):
-                self._accuse(rank, "has died: its connection broke")
+                self._end_job_for(rank, "has died: its connection broke")
             return False
         *lines, begun = (self._received[rank] + data).split(b"\n")
-        self._received[rank] = begun[-_MOST_LINE_BYTES:]
-        for message in filter(None, map(_understood, lines)):
+        self._received[rank] = begun[-_MAX_LINE_BYTES:]
+        for message in filter(None, map(_parse, lines)):
             if "ends" in message:
                 peer.ended, peer.step = message["ends"], None
                 peer.failing_s = None if peer.ended else monotonic()
@@ -142,57 +175,69 @@ class Watchdog:
             peer.waits, peer.stack = message["waits"], message["stack"]
         return True
 
-    def _judge(self, still_s: float, longest_s: float) -> None:
-        """Ends the job if no step ends or a rank is silent for too long, or one that fails does not end.
+    # ----------------------------------------------------------------------------------------------- the verdict
 
-        longest_s: of the steps so far. One that takes as long again is no reason.
-        """
+    def _check(self) -> None:
+        """Ends the job if no step ends or a rank is silent for too long, or if a failing rank does not end it."""
         for rank, peer in self._peers.items():
             if peer.failing_s is not None and monotonic() - peer.failing_s > _FAILING_S:
-                self._accuse(rank, "failed and did not end the job")
+                self._end_job_for(rank, "failed and did not end the job")
         if not self._stall_s:
             return
-        in_loop = self.step is not None and still_s >= max(self._stall_s, 2 * longest_s)
+        # Twice the longest step so far: a healthy one may take as long again.
+        limit_s = max(self._stall_s, 2 * self._progress.longest_s)
+        is_stalled = self.step is not None and self._progress.stalled_s >= limit_s
+        self._check_silence(2 * self._beat_s + 1 if is_stalled else self._stall_s + self._beat_s + 1)
+        if is_stalled and self._is_root:
+            self._end_stalled_job()
+
+    def _check_silence(self, limit_s: float) -> None:
+        if not self._is_root and self._context.world.rank != 1:
+            return  # the root sends heartbeats to rank 1 alone
         for rank, peer in self._peers.items():
-            quiet_s = monotonic() - peer.heard_s
-            most_s = 2 * self._beat_s + 1 if in_loop else self._stall_s + self._beat_s + 1
-            if quiet_s > most_s and not peer.ended and (self._is_root or self._context.world.rank == 1):
-                self._accuse(rank, f"is late: nothing heard of it for {quiet_s:.0f} s")
-        if not in_loop or not self._is_root:
-            return
+            if peer.silent_s > limit_s and not peer.ended:
+                self._end_job_for(rank, f"is late: no heartbeat for {peer.silent_s:.0f} s")
+
+    def _end_stalled_job(self) -> None:
+        stalled_s = self._progress.stalled_s
         for rank, peer in self._peers.items():
             if not peer.waits:
-                self._accuse(rank, f"is late: at step {peer.step} for {still_s:.0f} s, while others wait for it")
-        mine = self._state()
-        words = "and all others wait for each other" if mine["waits"] else "is late"
-        self._accuse(0, f"{words}: no step has ended for {still_s:.0f} s", mine["stack"])
+                self._end_job_for(rank, f"is late: at step {peer.step} for {stalled_s:.0f} s, while others wait for it")
+        own = self._heartbeat()
+        what = "and all others wait for each other" if own["waits"] else "is late"
+        self._end_job_for(0, f"{what}: no step has ended for {stalled_s:.0f} s", own["stack"])
 
-    def _accuse(self, rank: int, what: str, stack: str | None = None) -> None:
-        """Says which rank is at fault, in the last line, and ends the job."""
+    def _end_job_for(self, rank: int, what: str, own_stack: str | None = None) -> None:
+        """Prints which rank is at fault, in the last line, and ends the job."""
         if not self._is_root and self._context.world.rank > 1:
-            sleep(_ONE_SPEAKS_S)  # rank 1 ends the job meanwhile
-        host = self._peers[rank].host if rank in self._peers else self._context.world.host
-        ago_s = monotonic() - self._peers[rank].heard_s if stack is None else 0
-        stack = self._peers[rank].stack if stack is None else stack
-        head = [f"hpc-train: where rank {rank} was {ago_s:.0f} s ago, innermost first:", stack] if stack else []
+            sleep(_RANK_1_FIRST_S)  # rank 1 ends the job meanwhile
+        peer = self._peers.get(rank, Peer(self._context.world.host))
+        ago_s = peer.silent_s if own_stack is None else 0
+        stack = peer.stack if own_stack is None else own_stack
+        lines = [f"hpc-train: where rank {rank} was {ago_s:.0f} s ago, innermost first:", stack] if stack else []
         try:
-            sys.stderr.write("\n".join([*head, f"hpc-train: rank {rank} on {host} {what}", ""]))
+            sys.stderr.write("\n".join([*lines, f"hpc-train: rank {rank} on {peer.host} {what}", ""]))
             sys.stderr.flush()
             for link in self._links.values():
-                _send(link, {"ends": False})  # or they would find next that this rank has died, and say so last
-        finally:  # even where nothing can be written any more
+                _send(link, {"ends": False})  # or they would report next that this rank has died
+        finally:  # even if nothing can be written any more
             end_job(self._context, 1)
 
 
+def _stack_of(frame: FrameType, num_outer_frames: int) -> str:
+    """Innermost first. Without the source's lines: reading them would access the file system, which may hang."""
+    frames = list(traceback.walk_stack(frame))
+    inner = frames[: max(1, len(frames) - num_outer_frames)][:_MAX_FRAMES]
+    return "\n".join(f"  {each.f_code.co_filename}:{line} {each.f_code.co_name}" for each, line in inner)
+
+
 def _send(link: socket.socket, message: dict[str, Any]) -> None:
-    try:
+    with suppress(OSError):  # the other end is gone, and receiving from it says so
         link.sendall(json.dumps(message).encode() + b"\n")
-    except OSError:
-        return  # its other end is gone: hearing from it tells so, too
 
 
-def _understood(line: bytes) -> dict[str, Any]:
-    """What a rank says; {} for what none of them would say."""
+def _parse(line: bytes) -> dict[str, Any]:
+    """The message in a line; {} for anything that no rank sends."""
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):
@@ -205,12 +250,14 @@ def _understood(line: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def open_watchdog(context: Context, run: settings.Run, say: Callable[[str], None]) -> Iterator[Watchdog]:
-    """Collective. Connects every rank with the root; ranks that cannot be are named and left unwatched."""
-    links = connect(context, run.interface, say)
+def open_watchdog(context: Context, run: Run, log: Callable[[str], None]) -> Iterator[Watchdog]:
+    """Collective. Connects every rank with the root. `log` receives a warning of ranks that cannot be watched."""
+    links = connect(context, run.interface, log)
+    caller = sys._getframe(2)  # 1 is contextlib's
+    num_outer_frames = sum(1 for _ in traceback.walk_stack(caller)) - 1
     try:
-        with Watchdog(context, run.stall_s, links) as watch:
-            yield watch
+        with Watchdog(context, run.stall_s, links, num_outer_frames) as watchdog:
+            yield watchdog
     finally:
         for link in links.values():
             link.close()

@@ -187,7 +187,7 @@ def test_steps_taken_twice_count_as_time_before(tmp_path: Path) -> None:
     assert late.seconds == pytest.approx(0.60 + 0.61) and early.seconds == pytest.approx(0.51)
     told[0]["first_step"] = 40
     directory.meta.write_text(json.dumps({**meta, "attempts": told}))
-    assert "goes on from step 40" in reach_of(load(directory), 1.0, None).why
+    assert "resumes at step 40" in reach_of(load(directory), 1.0, None).why
 
 
 def test_runs_without_a_loss_and_crashed_runs_get_their_words(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import pytest
 
 from hpc_train.analysis.report.facts import gather
 from hpc_train.analysis.report.model import Report
+from hpc_train.analysis.report.notes.laws import law_text
 from hpc_train.analysis.report.plots.canvas import COLUMN_WIDTH, figure_files, thinned
 from hpc_train.analysis.report.renderers.figures import unique_prefixes, write_figures
 from hpc_train.analysis.report.renderers.files import write_report
 from hpc_train.analysis.report.report import make_report
 from hpc_train.analysis.scaling.compare import Group
-from hpc_train.analysis.scaling.laws import fitted, law_words
+from hpc_train.analysis.scaling.laws import fitted
 from hpc_train.core.errors import UserError
 from tests.analysis.rendered import report, report_and_facts
 from tests.synthetic import Recipe, write_run
@@ -32,11 +33,12 @@ def group_of(root: Path, *steps: tuple[int, float], **every: object) -> Group:
 
 
 def test_amdahls_serial_part_is_found(tmp_path: Path) -> None:
-    law = fitted(group_of(tmp_path, *((size, 0.1 * (0.2 + 0.8 / size)) for size in (1, 2, 4, 8))))
+    group = group_of(tmp_path, *((size, 0.1 * (0.2 + 0.8 / size)) for size in (1, 2, 4, 8)))
+    law = fitted(group)
     assert law is not None and law.name == "Amdahl" and law.num_sizes == 4
     assert law.serial == pytest.approx(0.2, abs=0.002) and law.worst < 0.01
     assert law.speedup(1.0) == 1 and law.speedup(8.0) == pytest.approx(1 / (0.2 + 0.1), rel=0.01)
-    assert law.words.endswith("fitted to 4 sizes, which it misses by less than 1%")
+    assert law_text(group).endswith("fitted to 4 sizes, which it misses by less than 1%.")
 
 
 def test_gustafsons_serial_part_is_found_relative_to_a_baseline_of_two_ranks(tmp_path: Path) -> None:
@@ -45,28 +47,29 @@ def test_gustafsons_serial_part_is_found_relative_to_a_baseline_of_two_ranks(tmp
     group = group_of(tmp_path, *times.items(), batch_per_rank=32)
     law = fitted(group)
     assert law is not None and law.name == "Gustafson" and law.serial == pytest.approx(0.1, abs=0.002)
-    assert "Gustafson's law with a serial part of 10.0% of the baseline's time" in law_words(group)
+    assert "Gustafson's law with a serial part of 10.0% of the baseline's time" in law_text(group)
 
 
 def test_a_law_through_two_points_says_so_and_is_measured_against_those_it_misses(tmp_path: Path) -> None:
     two = group_of(tmp_path / "a", (1, 0.01), (2, 0.006))
-    assert "drawn through both points, so nothing checks it" in law_words(two)
-    law = fitted(group_of(tmp_path / "b", (1, 0.010), (2, 0.005), (4, 0.005)))  # a kink that Amdahl does not know
-    assert law is not None and law.worst > 0.1 and "misses by up to" in law.words
+    assert "drawn through both points, so nothing checks it" in law_text(two)
+    kink = group_of(tmp_path / "b", (1, 0.010), (2, 0.005), (4, 0.005))  # which Amdahl's law does not describe
+    law = fitted(kink)
+    assert law is not None and law.worst > 0.1 and "misses by up to" in law_text(kink)
 
 
 @pytest.mark.parametrize(
     ("times", "why"),
     [
-        (((1, 0.01), (2, 0.004)), "no serial part can be told"),
-        (((1, 0.01), (2, 0.015)), "no job that is slower"),
+        (((1, 0.01), (2, 0.004)), "show no serial part"),
+        (((1, 0.01), (2, 0.015)), "does not describe a job that is slower"),
         (((1, 0.01),), ""),
     ],
 )
 def test_no_law_is_drawn_where_none_fits(tmp_path: Path, times: tuple[tuple[int, float], ...], why: str) -> None:
     group = group_of(tmp_path, *times)
     assert fitted(group) is None
-    assert why in law_words(group) if why else law_words(group) == ""
+    assert why in law_text(group) if why else law_text(group) == ""
 
 
 def test_an_incomplete_size_takes_no_part_in_a_law(tmp_path: Path) -> None:

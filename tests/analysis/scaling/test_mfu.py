@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from hpc_train.analysis.report.notes.flops import flops_notes
 from hpc_train.analysis.report.renderers.files import to_csv, write_report
 from hpc_train.analysis.runs.load import load
 from hpc_train.analysis.scaling.compare import compare
-from hpc_train.analysis.scaling.mfu import flops_notes, flops_of
+from hpc_train.analysis.scaling.mfu import flops_of
 from tests.analysis.rendered import Page, notes, printed, report_and_facts, section_of, table
 from tests.synthetic import Recipe, write_run
 
@@ -64,7 +65,7 @@ def test_flops_and_peaks_that_are_not_known_are_missing_with_the_reason(tmp_path
     assert rows[1][1:] == ("1.00 MFLOP", "12.0 GFLOP/s", "missing", "missing", "-")
     text = " ".join(printed(made).split())
     assert "Model FLOPs missing for 1 rank: the runs do not state one count" in text
-    assert "MFU missing for 2 ranks: the peak of the device (cpu) is not known. train.peak_tflops gives it" in text
+    assert "MFU missing for 2 ranks: the peak of the device (cpu) is unknown. Set train.peak_tflops" in text
     line, _ = csv.DictReader(io.StringIO(to_csv(made)))
     assert (line["flops_per_sample"], line["mfu"]) == ("", "")
 
@@ -78,6 +79,6 @@ def test_runs_of_one_size_that_state_different_counts_have_none(tmp_path: Path) 
 
 def test_an_impossible_mfu_is_questioned_and_runs_that_count_nothing_have_no_table(tmp_path: Path) -> None:
     made, _ = report_and_facts(tmp_path / "a", counted(1, peak_flops=1e9))
-    assert any("an MFU above 100% cannot be" in note for note in notes(made.sections[0], "flops"))
+    assert any("an MFU above 100% is impossible" in note for note in notes(made.sections[0], "flops"))
     made, _ = report_and_facts(tmp_path / "b", Recipe(), Recipe(size=2))
     assert "flops" not in made.table_ids and not notes(made.sections[0], "flops")

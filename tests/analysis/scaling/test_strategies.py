@@ -10,6 +10,8 @@ import pytest
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.facts import Facts
 from hpc_train.analysis.report.model import Section
+from hpc_train.analysis.report.notes.scaling import scaling_notes
+from hpc_train.analysis.report.notes.strategies import comparison_notes
 from hpc_train.analysis.report.renderers.files import summary_tree
 from hpc_train.analysis.report.sections.strategies import strategy_section
 from hpc_train.analysis.runs.load import load, load_all
@@ -102,7 +104,9 @@ def test_weak_scaling_counts_the_workers_batches(tmp_path: Path) -> None:
     made = side_by_side(tmp_path, *weak)
     assert [entry.row.global_batch for entry in made.entries] == [120, 90]
     assert made.entries[1].ratio == pytest.approx(0.75, rel=0.02)  # the same step, three quarters of the samples
-    assert any("global batches differ (horovod 120, parameter server (3+1) 90)" in note for note in made.notes)
+    assert any(
+        "global batches differ (horovod 120, parameter server (3+1) 90)" in note for note in comparison_notes(made)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- equal work
@@ -169,10 +173,10 @@ def test_strategies_stand_side_by_side_at_each_number_of_ranks(tmp_path: Path) -
         ("188 kB", "missing"),
     ]
     assert work.rows[0][4:] == ("0.3100000", "91.00%")
-    assert made.notes == (
+    assert comparison_notes(made) == [
         "Final losses agree within 1e-05 relative at 4 ranks.",
         "Optimizer state missing for parameter server (3+1): meta.json states no optimizer_bytes.",
-    )
+    ]
 
 
 def test_the_report_leads_with_the_strategies_and_leaves_no_run_alone(tmp_path: Path) -> None:
@@ -244,8 +248,8 @@ def test_an_incomplete_run_is_no_reference_and_jobs_that_differ_elsewhere_are_no
         write_run(tmp_path / "b", recipe)
     found = compare(load_all([tmp_path / "b"]))
     assert not compare_strategies(found.groups)
-    assert any("train.global_batch differs: 120 | 60" in note for note in found.notes)
-    assert any("Left without a comparison" in note for note in found.notes)
+    assert any("train.global_batch differs: 120 | 60" in note for note in scaling_notes(found))
+    assert any("Left without a comparison" in note for note in scaling_notes(found))
 
 
 def test_what_else_sets_strategies_apart_is_named(tmp_path: Path) -> None:
@@ -264,7 +268,7 @@ def test_what_else_sets_strategies_apart_is_named(tmp_path: Path) -> None:
         "parameter server",
         "parameter server asynchronous",
     ]
-    notes = " ".join(made.notes)
+    notes = " ".join(comparison_notes(made))
     assert "CPU: AMD EPYC 7763 64-Core Processor (horovod, parameter server, parameter server asynchronous)" in notes
     assert "Xeon (horovod fp16)" in notes
     assert "steps: 210 (horovod, horovod fp16, parameter server); 110 (parameter server asynchronous)" in notes
@@ -278,7 +282,7 @@ def test_what_else_sets_strategies_apart_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("loss", "agrees"), [(0.31 * (1 + 9e-6), True), (0.31 * (1 - 1.2e-5), False), (0.5, False)])
 def test_final_losses_that_differ_are_told(tmp_path: Path, loss: float, agrees: bool) -> None:
     made = side_by_side(tmp_path, Recipe(size=4), replace(MPI, loss=loss), SERVER)
-    (note,) = [note for note in made.notes if "inal losses" in note]
+    (note,) = [note for note in comparison_notes(made) if "inal losses" in note]
     if agrees:
         assert note == "Final losses agree within 1e-05 relative at 4 ranks."
     else:
@@ -290,13 +294,13 @@ def test_final_losses_that_differ_are_told(tmp_path: Path, loss: float, agrees: 
 
 def test_a_loss_that_differs_by_design_says_so_and_nan_agrees_with_nothing(tmp_path: Path) -> None:
     made = side_by_side(tmp_path, Recipe(size=4), replace(SERVER, reduce={"asynchronous": True}, loss=0.4))
-    assert any("parameter server (3+1) 0.4 (as asynchronous updates may)." in note for note in made.notes)
+    assert any("parameter server (3+1) 0.4 (as asynchronous updates may)." in note for note in comparison_notes(made))
     runs = [write_run(tmp_path / "nan", recipe) for recipe in (Recipe(size=4), MPI)]
     for run in runs:
         run.metrics.write_text("step,loss\n0,2.5\n10,nan\n")
         run.summary.write_text('{"complete": true, "loss": null}')
     (made,) = compare_strategies(compare(load_all([tmp_path / "nan"])).groups)
-    assert any("differ" in note and "mpi nan" in note for note in made.notes)
+    assert any("differ" in note and "mpi nan" in note for note in comparison_notes(made))
 
 
 @pytest.mark.parametrize("held", ["many", [1, 2], [1, 2, 3, -4], [1, 2, 3, "4"], [1, 2, 3, None], None])
@@ -307,5 +311,5 @@ def test_odd_counts_are_missing_and_never_zero(tmp_path: Path, held: Any) -> Non
     assert (mpi.traffic, mpi.optimizer_bytes) == (None, None)
     row = cells(made, "strategies-traffic", "mpi")
     assert (row["traffic per step"], row["optimizer state"]) == ("missing", "missing")
-    assert any("Bytes to move missing for mpi:" in note for note in made.notes)
-    assert any("Optimizer state missing for horovod, mpi:" in note for note in made.notes)
+    assert any("Traffic missing for mpi:" in note for note in comparison_notes(made))
+    assert any("Optimizer state missing for horovod, mpi:" in note for note in comparison_notes(made))

@@ -13,7 +13,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Run
 from hpc_train.core.world import World
 from hpc_train.train.comm import connections, watchdog
-from hpc_train.train.comm.connections import Door, call
+from hpc_train.train.comm.connections import RankListener, call
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.watchdog import Watchdog
 
@@ -22,73 +22,73 @@ SIZE = 2001
 
 
 @pytest.fixture
-def door(request: pytest.FixtureRequest) -> Iterator[Door]:
+def listener(request: pytest.FixtureRequest) -> Iterator[RankListener]:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[1], 8192), before[1]))
     server = connections._listen(["127.0.0.1"], SIZE)
     assert server
     server.listen(getattr(request, "param", SIZE))  # the system's queue of callers
-    door = Door(server, TOKEN, SIZE)
-    yield door
-    for link in door.close().values():
+    listener = RankListener(server, TOKEN, SIZE)
+    yield listener
+    for link in listener.close().values():
         link.close()
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def knock(door: Door, *words: bytes) -> socket.socket:
-    link = socket.create_connection(door.address, timeout=20)
+def knock(listener: RankListener, *words: bytes) -> socket.socket:
+    link = socket.create_connection(listener.address, timeout=20)
     for word in words:
         link.sendall(word)
     return link
 
 
-def assert_ranks_get_in(door: Door, *ranks: int) -> None:
+def assert_ranks_get_in(listener: RankListener, *ranks: int) -> None:
     began_s = monotonic()
     for rank in ranks:
-        mine = call(door.address, TOKEN, rank)
+        mine = call(listener.address, TOKEN, rank)
         assert mine is not None, f"rank {rank} is left out"
         mine.close()
     assert monotonic() - began_s < 5
 
 
-def test_ranks_get_in_beside_callers_that_are_none(door: Door) -> None:
+def test_ranks_get_in_beside_callers_that_are_none(listener: RankListener) -> None:
     with (
-        closing(knock(door)),  # says nothing, as a port scan does
-        closing(knock(door, TOKEN[:8])),
-        closing(knock(door, TOKEN, b"\0\0")),
-        closing(knock(door, b"GET / HTTP/1.1\r\n\r\n")),
+        closing(knock(listener)),  # says nothing, as a port scan does
+        closing(knock(listener, TOKEN[:8])),
+        closing(knock(listener, TOKEN, b"\0\0")),
+        closing(knock(listener, b"GET / HTTP/1.1\r\n\r\n")),
     ):
         for wrong in (bytes(16) + (1).to_bytes(4), TOKEN + bytes(4), TOKEN + SIZE.to_bytes(4)):
-            with closing(knock(door, wrong)) as link, suppress(ConnectionError):
+            with closing(knock(listener, wrong)) as link, suppress(ConnectionError):
                 assert link.recv(1) == b"", "no token, the root's own rank, none of the ranks"
-        knock(door).close()
-        assert_ranks_get_in(door, 1, 2, SIZE - 1)
-    assert door.close().keys() == {1, 2, SIZE - 1}
+        knock(listener).close()
+        assert_ranks_get_in(listener, 1, 2, SIZE - 1)
+    assert listener.close().keys() == {1, 2, SIZE - 1}
 
 
-def test_a_caller_is_hung_up_on_after_some_seconds(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caller_is_hung_up_on_after_some_seconds(listener: RankListener, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_HELLO_S", 0.2)
-    with closing(knock(door, TOKEN[:8])) as link:
+    with closing(knock(listener, TOKEN[:8])) as link:
         assert link.recv(1) == b""
 
 
-def test_a_gigabyte_of_bytes_is_not_read(door: Door) -> None:
+def test_a_gigabyte_of_bytes_is_not_read(listener: RankListener) -> None:
     block, num_sent = bytes(1 << 20), 0
-    with closing(knock(door)) as link, suppress(ConnectionError):
+    with closing(knock(listener)) as link, suppress(ConnectionError):
         for _ in range(1024):
             link.sendall(block)
             num_sent += len(block)
     assert num_sent < 64 << 20, "what the system's buffers took"
-    assert_ranks_get_in(door, 1)
+    assert_ranks_get_in(listener, 1)
 
 
-def test_ten_thousand_connections_cost_nothing(door: Door) -> None:
+def test_ten_thousand_connections_cost_nothing(listener: RankListener) -> None:
     held: list[socket.socket] = []
     done = threading.Event()
 
     def knock_on() -> None:
         for _ in range(10_000):
-            held.append(knock(door))
+            held.append(knock(listener))
             if len(held) > 2000:  # of this process's descriptors
                 held.pop(0).close()
         done.set()
@@ -96,18 +96,18 @@ def test_ten_thousand_connections_cost_nothing(door: Door) -> None:
     thread = threading.Thread(target=knock_on)
     thread.start()
     while not done.is_set():
-        assert_ranks_get_in(door, 1, 2, 3)
-        assert len(door._strangers) <= connections._MOST_STRANGERS + 1
+        assert_ranks_get_in(listener, 1, 2, 3)
+        assert len(listener._strangers) <= connections._MAX_STRANGERS + 1
     thread.join()
     for link in held:
         link.close()
 
 
-@pytest.mark.parametrize("door", [8], indirect=True)
-def test_two_thousand_ranks_at_once_are_let_in_through_a_short_queue(door: Door) -> None:
+@pytest.mark.parametrize("listener", [8], indirect=True)
+def test_two_thousand_ranks_at_once_are_let_in_through_a_short_queue(listener: RankListener) -> None:
     mine: dict[int, socket.socket | None] = {}
     threads = [
-        threading.Thread(target=lambda rank=rank: mine.update({rank: call(door.address, TOKEN, rank)}))
+        threading.Thread(target=lambda rank=rank: mine.update({rank: call(listener.address, TOKEN, rank)}))
         for rank in range(1, SIZE)
     ]
     began_s = monotonic()
@@ -116,7 +116,7 @@ def test_two_thousand_ranks_at_once_are_let_in_through_a_short_queue(door: Door)
     for thread in threads:
         thread.join()
     took_s = monotonic() - began_s
-    let_in = door.close()
+    let_in = listener.close()
     assert all(mine.values()) and let_in.keys() == set(range(1, SIZE))
     assert took_s < connections._CONNECT_S / 2, took_s
     for rank, link in let_in.items():
@@ -125,10 +125,10 @@ def test_two_thousand_ranks_at_once_are_let_in_through_a_short_queue(door: Door)
         mine[rank].close()
 
 
-def test_a_rank_that_calls_again_takes_the_place_of_its_first_call(door: Door) -> None:
-    first, second = (call(door.address, TOKEN, 5) for _ in range(2))
+def test_a_rank_that_calls_again_takes_the_place_of_its_first_call(listener: RankListener) -> None:
+    first, second = (call(listener.address, TOKEN, 5) for _ in range(2))
     assert first.recv(1) == b""
-    (link,) = door.close().values()
+    (link,) = listener.close().values()
     assert link.getpeername() == second.getsockname()
     first.close(), second.close()
 
@@ -140,7 +140,7 @@ def test_the_root_listens_on_one_interface_alone() -> None:
     with closing(connections._listen(["192.0.2.1", "127.0.0.1"], 2)) as server:  # the first is no address of this host
         assert server.getsockname()[0] == "127.0.0.1"
     assert connections._listen(["192.0.2.1"], 2) is None
-    assert connections._resolved("no-such-host.invalid") is None
+    assert connections._resolve("no-such-host.invalid") is None
 
 
 def test_what_no_rank_would_say_is_passed_over() -> None:
@@ -161,7 +161,7 @@ def test_what_no_rank_would_say_is_passed_over() -> None:
         while peer.step is None and monotonic() < end_s:
             sleep(0.01)
         assert (peer.step, peer.waits, peer.stack) == (3, True, "here")
-        assert len(watching._received[0]) <= watchdog._MOST_LINE_BYTES
+        assert len(watching._received[0]) <= watchdog._MAX_LINE_BYTES
     ours.close(), theirs.close()
 
 

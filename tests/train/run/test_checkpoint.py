@@ -3,7 +3,6 @@
 import json
 import threading
 from collections.abc import Callable
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +18,6 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Checkpoint, Train
 from hpc_train.core.world import World
-from hpc_train.train import loop
 from hpc_train.train.comm.context import Context
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.reduce.sharded_weights import whole_parameters
@@ -30,6 +28,7 @@ from hpc_train.train.run.checkpoint.pieces import Piece, assemble, local_pieces,
 from hpc_train.train.run.checkpoint.restore import broadcast, read_newest
 from hpc_train.train.run.checkpoint.retention import checkpoints
 from hpc_train.train.run.checkpoint.saver import Saver
+from hpc_train.train.training_state import TrainingState
 from tests import jobs
 
 FACTS = {"size": 1, "global_batch": 8, "num_samples": 100}
@@ -298,14 +297,15 @@ def test_a_checkpoint_sealed_again_with_another_state_is_passed_over(tmp_path: P
     format.write(RunDir(tmp_path).checkpoint(4), state_of(model, chosen), {"step": 4, **FACTS})
     reseal(RunDir(tmp_path).checkpoint(4), damaged)
     config = load(jobs.CONFIGS / "softmax-mnist.toml", ("train.optimizer=adamw",)).config
-    job = cast(loop.Job, SimpleNamespace(task=SimpleNamespace(keeps_state=False), model=model))
+    job = cast(Any, SimpleNamespace(task=SimpleNamespace(keeps_state=False), model=model, config=config))
+    training = TrainingState(job, cast(Any, None), chosen)
     said: list[str] = []
-    state, facts = read_newest(RunDir(tmp_path), model, said.append, partial(loop._misfit, job, config))
+    state, facts = read_newest(RunDir(tmp_path), model, said.append, training.misfit)
     assert facts["step"] == 3 and "step-00000004: " in said[0], said
     chosen.load(broadcast(state, Context(World()))["optimizer"])
     RunDir(tmp_path).checkpoint(3).rename(tmp_path / "gone")
     with pytest.raises(UserError, match="no checkpoint of"):
-        read_newest(RunDir(tmp_path), model, said.append, partial(loop._misfit, job, config))
+        read_newest(RunDir(tmp_path), model, said.append, training.misfit)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from hpc_train.analysis.efficiency.pop import FACTORS
 from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.canvas import BLACK, GREY, VERMILLION, WHITE, thinned
-from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import percent, plural
 
 if TYPE_CHECKING:

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpc_train.analysis.report.model import Plot
+from hpc_train.analysis.report.notes.laws import law_text
 from hpc_train.analysis.report.plots.canvas import BLUE, GREY, VERMILLION, WHITE, thinned
-from hpc_train.analysis.scaling.compare import Group, Row
-from hpc_train.analysis.scaling.laws import Law, fitted, law_words
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.laws import Law, fitted
+from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import percent, plural, ratio_interval_text, ratio_text
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ def speedup_plot(group: Group) -> Plot | None:
     if group.baseline is None:
         return None
     rows = [row for row in group.rows if row.speedup is not None]
-    over, law = plural(group.baseline.size, "rank"), law_words(group)
+    over, law = plural(group.baseline.size, "rank"), law_text(group)
     speedups = ", ".join(f"{plural(row.size, 'rank')} {ratio_text(row.speedup or 0)}{_interval(row)}" for row in rows)
     kind = "Samples per second" if group.weak else "Speed"
     ideal = "twice the ranks, twice the samples per second" if group.weak else "N times the ranks, 1/N of the time"

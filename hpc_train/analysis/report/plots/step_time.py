@@ -18,7 +18,8 @@ from hpc_train.analysis.report.plots.canvas import (
     legend_above,
     thinned,
 )
-from hpc_train.analysis.scaling.compare import Group, Row, timed_phases
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.rows import Row, timed_phases
 from hpc_train.core.formatting import percent, plural, significant
 from hpc_train.core.records import COMMUNICATION, PHASES
 

@@ -4,10 +4,12 @@ from typing import Any
 
 from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Table
+from hpc_train.analysis.report.notes.flops import flops_notes
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
-from hpc_train.analysis.scaling.compare import Group, Row
-from hpc_train.analysis.scaling.mfu import GIVEN, counts_flops, flops_notes, flops_of
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.mfu import GIVEN, counts_flops, flops_of
+from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import amount, plain, significant
 
 FLOPS_COLUMNS = ("flops_per_sample", "flops_per_s_per_rank", "peak_flops", "peak_source", "mfu")

@@ -8,7 +8,8 @@ from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.plots.loss import loss_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
-from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.energy_records import NO_METER
 from hpc_train.core.formatting import energy_text, percent, plain, plural, significant
 

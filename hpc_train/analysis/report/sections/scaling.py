@@ -4,11 +4,13 @@ from collections.abc import Iterator
 
 from hpc_train.analysis.report.labels import MARK, ranks_text
 from hpc_train.analysis.report.model import Table
+from hpc_train.analysis.report.notes.scaling import group_notes
 from hpc_train.analysis.report.plots.speedup import speedup_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number
 from hpc_train.analysis.report.sections.efficiency import waiting_text
-from hpc_train.analysis.scaling.compare import Group, Row
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import (
     energy_text,
     interval_text,
@@ -29,7 +31,7 @@ def add_scaling(section: SectionBuilder, group: Group) -> None:
     section.overview(overview_table, group)
     section.table("scaling", scaling_table, group)
     section.notes("incomplete-mark", "caution", _incomplete_notes, group)
-    section.notes("comparison", "caution", list, group.notes)
+    section.notes("comparison", "caution", group_notes, group)
     section.notes("servers", "method", _server_notes, group)
     section.plot("speedup", speedup_plot, group)
 

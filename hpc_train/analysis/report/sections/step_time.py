@@ -5,7 +5,8 @@ from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.plots.step_time import step_share_plot, step_time_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number
-from hpc_train.analysis.scaling.compare import Group, Row, timed_phases
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.rows import Row, timed_phases
 from hpc_train.core.formatting import percent
 from hpc_train.core.records import PHASES
 

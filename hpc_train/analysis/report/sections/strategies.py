@@ -5,6 +5,7 @@ from typing import Any
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.labels import MARK, ranks_text
 from hpc_train.analysis.report.model import Section, Table
+from hpc_train.analysis.report.notes.strategies import comparison_notes
 from hpc_train.analysis.report.plots.strategies import strategy_bytes_plot, strategy_times_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
@@ -30,7 +31,7 @@ def strategy_section(comparison: Comparison, named: bool, guard: SectionGuard) -
     section.headline(strategy_headline, comparison, named)
     section.table("strategies", strategy_table, comparison)
     section.table("strategies-traffic", strategy_traffic_table, comparison)
-    section.notes("strategies", "caution", list, comparison.notes)
+    section.notes("strategies", "caution", comparison_notes, comparison)
     section.notes("strategies-theory", "method", _theory_notes, comparison)
     section.plot("strategies-step-time", strategy_times_plot, comparison)
     section.plot("strategies-bytes", strategy_bytes_plot, comparison)
@@ -127,7 +128,7 @@ def _theory_notes(comparison: Comparison) -> list[str]:
 
 
 def strategy_notes(comparison: Comparison) -> list[str]:
-    return [*comparison.notes, *_theory_notes(comparison)]
+    return [*comparison_notes(comparison), *_theory_notes(comparison)]
 
 
 # ---------------------------------------------------------------------------------------------- for programs

@@ -7,6 +7,7 @@ from hpc_train.analysis.convergence.target import NOT_REACHED, TargetRow, Target
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.labels import MARK
 from hpc_train.analysis.report.model import Section, Table
+from hpc_train.analysis.report.notes.scaling import mismatch_notes
 from hpc_train.analysis.report.plots.target import target_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number
@@ -180,7 +181,7 @@ def target_notes(study: TargetStudy) -> list[str]:
         notes.append(f"{MARK} incomplete: shown, never the reference.")
     if any(len({run.config.seed for run in row.runs}) > 1 for row in study.rows):
         notes.append("Runs that differ in seed alone are repeats here.")
-    return [*notes, *study.notes]
+    return notes + mismatch_notes(study.runs) if study.num_groups > 1 else notes
 
 
 def _why_notes(study: TargetStudy) -> list[str]:

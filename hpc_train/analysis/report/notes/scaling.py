@@ -1,0 +1,137 @@
+"""What limits a comparison of sizes: missing baselines, incomplete runs, runs on unequal terms."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+from hpc_train.analysis.runs.clocks import hosts_of
+from hpc_train.analysis.runs.load import Run
+from hpc_train.analysis.runs.repeats import differing_facts
+from hpc_train.analysis.scaling.compare import Group, Scaling, equal_work
+from hpc_train.analysis.scaling.labels import differing_keys, work
+from hpc_train.analysis.scaling.rows import Row
+from hpc_train.core.formatting import ms_text, plural
+from hpc_train.core.settings import RECORDED
+
+_UNEVEN = 0.1  # the mean step over the median one, relative
+_SUPERLINEAR = 1.05  # speedup efficiency
+
+
+def group_notes(group: Group) -> list[str]:
+    return [
+        *_baseline_notes(group),
+        *_run_notes(group.runs),
+        *(note for row in group.rows for note in _row_notes(row)),
+        *mismatch_notes(group.runs),
+        *_ranks_per_host_notes(group.runs),
+    ]
+
+
+def _baseline_notes(group: Group) -> list[str]:
+    if group.baseline is None:
+        sizes = " and ".join(plural(size, "rank") for size in sorted({row.size for row in group.rows}))
+        kind = "complete runs" if any(not row.incomplete for row in group.rows) else "no complete run"
+        return [f"No baseline: {kind} of {sizes} only. A speedup needs steady steps of two sizes."]
+    if group.baseline.size == 1:
+        return []
+    return [f"The baseline is {plural(group.baseline.size, 'rank')}, not 1 rank: all speedups are relative to that."]
+
+
+def _run_notes(runs: Sequence[Run]) -> Iterator[str]:
+    for run in runs:
+        for copy in run.copies:
+            yield f"Counted once: {copy} is a copy of {run.dir.path}."
+    for run in runs:
+        if run.incomplete:
+            yield f"Incomplete: {run.label} ({plural(run.size, 'rank')}): {run.incomplete}."
+        elif not len(run.step_s):
+            yield f"{run.label}: no steady step, all of its {run.summary.num_steps} steps are warm-up."
+
+
+def _row_notes(row: Row) -> Iterator[str]:
+    size = plural(row.size, "rank")
+    if row.step_s and row.step_median_s and abs(row.step_s / row.step_median_s - 1) > _UNEVEN:
+        yield (
+            f"{size}: steps take {ms_text(row.step_s)} ms on average, which counts, and {ms_text(row.step_median_s)} ms"
+            " in the median: few of them cause most of the difference."
+        )
+    if row.efficiency and row.efficiency > _SUPERLINEAR:
+        yield (
+            f"{size}: sharing the work does not explain a speedup efficiency above 100%. Smaller shares may fit the"
+            " caches, or the baseline was disturbed: repeat the baseline to tell."
+        )
+
+
+def mismatch_notes(runs: Sequence[Run]) -> list[str]:
+    """What differs between runs besides their size: each fact with its values and the sizes that have them."""
+    notes = []
+    for name, values in differing_facts(runs).items():
+        sizes: dict[str, set[int]] = defaultdict(set)
+        for run, value in zip(runs, values, strict=True):
+            sizes[value].add(run.size)
+        notes.append(_unlike(name, dict(sorted(sizes.items(), key=lambda item: min(item[1])))))
+    return notes
+
+
+def _ranks_per_host_notes(runs: Sequence[Run]) -> list[str]:
+    """If runs fill their hosts unequally: their ranks share memory and network with more or fewer others.
+
+    A run on one host has all its ranks there. That is a mismatch only if they are more than those of runs on several.
+    """
+    hosts = {run: hosts_of(run.meta, run.size) for run in runs}
+    fullest = {run: max(Counter(names).values()) for run, names in hosts.items() if None not in names}
+    on_several = [num for run, num in fullest.items() if run.summary.num_hosts > 1]
+    usual = max(on_several, default=max(run.size for run in runs))
+    sizes: dict[int, set[int]] = defaultdict(set)
+    for run, num in fullest.items():
+        if run.summary.num_hosts > 1 or num > usual:
+            sizes[num].add(run.size)
+    if len(sizes) < 2:
+        return []
+    return [_unlike("ranks per host", {str(num): sizes[num] for num in sorted(sizes)})]
+
+
+def _unlike(name: str, sizes_by_value: dict[str, set[int]]) -> str:
+    values = "; ".join(f"{value} ({_sizes_text(sizes)})" for value, sizes in sizes_by_value.items())
+    return f"Not alike: {name}: {values}."
+
+
+def _sizes_text(sizes: set[int]) -> str:
+    """ "1, 2 and 4 ranks"."""
+    *most, last = sorted(sizes)
+    return f"{', '.join(map(str, most))} and {plural(last, 'rank')}" if most else plural(last, "rank")
+
+
+# ---------------------------------------------------------------------------------------------- between groups
+
+
+def scaling_notes(scaling: Scaling) -> list[str]:
+    """What could not be computed, why runs are no repeats, why groups are not compared."""
+    groups = scaling.groups
+    return [*scaling.not_made, *_not_pooled_notes(groups), *_not_compared_notes(groups), *_lone_notes(groups)]
+
+
+def _not_pooled_notes(groups: Sequence[Group]) -> list[str]:
+    values: dict[str, dict[str, None]] = defaultdict(dict)
+    for group in groups:
+        for name, value in group.distinguished_by.items():
+            values[name][value] = None
+    return [f"Not pooled, since they are no repeats: {name}: {' | '.join(seen)}." for name, seen in values.items()]
+
+
+def _not_compared_notes(groups: Sequence[Group]) -> list[str]:
+    """The keys that keep groups apart. Groups that differ in `reduce.*` alone are compared as strategies."""
+    works = [work(group.keys) for group in groups]
+    recorded = [keys for keys in works if keys["task.kind"] == RECORDED]  # these lack keys that the others have
+    notes = []
+    for key in differing_keys(works):
+        if recorded and not any(key in keys for keys in recorded):
+            continue
+        values = " | ".join(dict.fromkeys(str(keys.get(key, "unset")) for keys in works))
+        notes.append(f"Not compared across groups, {key} differs: {values}.")
+    return notes
+
+
+def _lone_notes(groups: Sequence[Group]) -> list[str]:
+    compared = {group for members in equal_work(groups) for group in members}
+    lone = [run.label for group in groups if group.baseline is None and group not in compared for run in group.runs]
+    return [f"Left without a comparison: {', '.join(lone)}."] if lone else []

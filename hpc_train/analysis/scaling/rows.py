@@ -1,0 +1,149 @@
+"""One size of a job: its runs pooled, and its speed relative to another size's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+
+import numpy as np
+
+from hpc_train.analysis.efficiency.pop import Efficiencies
+from hpc_train.analysis.efficiency.stragglers import StragglerAnalysis
+from hpc_train.analysis.runs.load import Run
+from hpc_train.analysis.runs.meta_json import positive_number
+from hpc_train.analysis.stats.bootstrap import bootstrap_means, pooled_mean_interval
+from hpc_train.core.energy_records import Energy, total_energy
+from hpc_train.core.records import COMMUNICATION, PHASES, FloatArray
+from hpc_train.core.statistics import Interval, percentile_interval
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """All runs of one size. Repeats (`runs/repeats.py`) are pooled, incomplete runs apart. None is unknown."""
+
+    size: int
+    runs: tuple[Run, ...]
+    incomplete: bool
+    step_s: float | None  # mean over the steady steps of all runs and over ranks: steps add up to it
+    step_interval_s: Interval | None  # 95%
+    step_median_s: float | None  # a typical step: a description, nothing is computed from it
+    samples_per_s: float | None  # global batch / step_s
+    # Of the time in steady steps of all ranks that train; sums to 1. Without phases that took no time: a recorded loop
+    # did not mark them, or no weights had to be synchronised.
+    phase_share: dict[str, float]
+    phase_s: dict[str, float]  # mean per step and rank that trains, warm-up excluded
+    servers_busy: float | None  # share of the servers' time outside of communication
+    energy: Energy  # mean per run
+    joules_per_sample: float | None  # whole run over all its samples, warm-up included
+    speedup: float | None = None  # samples/s relative to the group's baseline
+    speedup_interval: Interval | None = None  # 95%
+    efficiency: float | None = None  # speedup efficiency: speedup * baseline size / size
+    is_baseline: bool = False
+    pop: Efficiencies = field(default_factory=Efficiencies)
+    stragglers: tuple[StragglerAnalysis, ...] = ()  # one a run
+
+    @property
+    def global_batch(self) -> int:
+        return self.runs[0].summary.global_batch
+
+    @property
+    def loss(self) -> float | None:
+        """The last training loss, mean over the runs that have one."""
+        known = [run.summary.loss for run in self.runs if run.summary.loss is not None]
+        return fmean(known) if known else None
+
+    @property
+    def test(self) -> dict[str, float]:
+        """The test measures, means over the runs that have them."""
+        values: dict[str, list[float]] = {}
+        for run in self.runs:
+            for name, value in run.summary.test.items():
+                values.setdefault(name, []).append(value)
+        return {name: fmean(known) for name, known in values.items()}
+
+    @property
+    def exposed_share(self) -> float | None:
+        """The share of exposed communication in a step; None if it was not timed."""
+        timed = [self.phase_share[phase] for phase in COMMUNICATION if phase in self.phase_share]
+        return sum(timed) if timed else None
+
+    @property
+    def exposed_s(self) -> float:
+        """Exposed communication, mean per step and rank that trains."""
+        return sum(self.phase_s.get(phase, 0.0) for phase in COMMUNICATION)
+
+    @property
+    def num_servers(self) -> int:
+        """How many of its ranks hold weights and do not train."""
+        return self.runs[0].num_servers
+
+    def stated(self, key: str) -> float | None:
+        """A positive number of meta.json, if all runs state the same."""
+        values = {positive_number(run.meta.get(key)) for run in self.runs}
+        return values.pop() if len(values) == 1 else None
+
+
+def pooled_row(runs: Sequence[Run]) -> Row:
+    """The row of runs of one size, all complete or all incomplete, without a speedup."""
+    summaries = [run.summary for run in runs]
+    low, mean, high = pooled_mean_interval([run.step_s for run in runs])
+    phases_s = np.sum([run.phases_s for run in runs], axis=0)
+    total_s = float(phases_s.sum())
+    num_rank_steps = sum(len(run.step_s) * (run.size - run.num_servers) for run in runs)
+    energy = total_energy(Energy(each.joules, each.energy_quality, each.energy_source) for each in summaries)
+    joules, num_samples = energy.joules, sum(each.num_samples for each in summaries)
+    return Row(
+        size=runs[0].size,
+        runs=tuple(runs),
+        incomplete=runs[0].incomplete is not None,
+        step_s=mean,
+        step_interval_s=(low, high) if low is not None and high is not None else None,
+        step_median_s=float(np.median(np.concatenate([run.step_s for run in runs]))) if mean else None,
+        samples_per_s=summaries[0].global_batch / mean if mean else None,
+        phase_share={phase: float(spent) / total_s for phase, spent in zip(PHASES, phases_s, strict=True) if spent},
+        phase_s=dict(zip(PHASES, (phases_s / num_rank_steps).tolist(), strict=True)) if total_s else {},
+        servers_busy=_servers_busy(np.sum([run.servers_s for run in runs], axis=0)),
+        energy=Energy(None if joules is None else joules / len(runs), energy.quality, energy.source),
+        joules_per_sample=joules / num_samples if joules is not None and num_samples else None,
+    )
+
+
+def timed_phases(rows: Sequence[Row]) -> list[str]:
+    """The phases to show: `sync` is shown only if some row spent time in it, since many strategies have none."""
+    synced = any("sync" in row.phase_share for row in rows)
+    return [phase for phase in PHASES if phase != "sync" or synced]
+
+
+def _servers_busy(spent_s: FloatArray) -> float | None:
+    """The share of the servers' time outside of communication. spent_s: (len(PHASES),)."""
+    communication_s = sum(spent_s[PHASES.index(phase)] for phase in COMMUNICATION)
+    return float(1 - communication_s / spent_s.sum()) if spent_s.any() else None
+
+
+def with_speedup(row: Row, baseline: Row) -> Row:
+    """The row with its speedup S and speedup efficiency E against the baseline of s ranks.
+
+    Strong scaling (the same global batch): S = T_s / T_p and E = S * s / p (Eager, Zahorjan and Lazowska,
+    "Speedup versus efficiency in parallel systems", IEEE Transactions on Computers 38(3), 1989, with s = 1).
+    Weak scaling (the same batch per rank): the ratio of samples per second, the scaled speedup of Gustafson
+    (Communications of the ACM 31(5), 1988); E is then T_s / T_p. Both are the ratio of throughputs, which is computed
+    here. T is the mean step, as in `efficiency/pop.py`: E is POP's global efficiency over the baseline's own.
+    """
+    if row is baseline:
+        return replace(row, speedup=1.0, efficiency=1.0, is_baseline=True)
+    speedup, interval = relative_speed(row, baseline)
+    efficiency = None if speedup is None else speedup * baseline.size / row.size
+    return replace(row, speedup=speedup, speedup_interval=interval, efficiency=efficiency)
+
+
+def relative_speed(row: Row, to: Row) -> tuple[float | None, Interval | None]:
+    """The ratio of samples per second, and its 95% interval from independent bootstrap draws of both means."""
+    if not row.step_s or not to.step_s:
+        return None, None
+    more = row.global_batch / to.global_batch
+    ratio = more * to.step_s / row.step_s
+    if row.step_interval_s is None or to.step_interval_s is None:
+        return ratio, None
+    # Seeds by size: with equal seeds both would draw the same blocks and hide part of the noise.
+    before = bootstrap_means([run.step_s for run in to.runs], seed=2 * to.size)
+    after = bootstrap_means([run.step_s for run in row.runs], seed=2 * row.size + 1)
+    return ratio, percentile_interval(more * before / after, ratio)
