@@ -66,8 +66,8 @@ def test_what_goes_on_differently_is_said_and_what_no_step_depends_on_is_not() -
     assert lines == [
         "train.lr = 0.5 here, 0.1 in the run: updates from now on use the new value",
         "train.steps = 48 here, 24 in the run: updates from now on use the new value",
-        "train.threads = 3 here, 0 in the run: steps may take a different time from now on, and sums be rounded differently; "
-        "a report takes all of them as one",
+        "train.threads = 3 here, 0 in the run: steps may take a different time from now on, and sums be "
+        "rounded differently; a report mixes them",
     ]
     assert not resume_rules.same_job(job(), now)
     assert resume_rules.same_job(
