@@ -40,9 +40,13 @@ demo:
 	for ranks in 1 2; do say $(MPIRUN) -n $$ranks hpc-train train configs/mlp-mnist.toml --set run.root=runs/demo --set train.steps=300; done; \
 	say hpc-train report runs/demo
 
+# The tests on the cluster mostly wait for Slurm: they run beside the serial ones, and print when those are done.
 test:
 	@./install.sh test
-	@$(MAKE) --no-print-directory test-serial test-parallel test-cluster
+	@cluster=$$(mktemp); $(MAKE) --no-print-directory test-cluster >$$cluster 2>&1 & pid=$$!; failed=0; \
+	nice -n 5 $(MAKE) --no-print-directory test-serial || failed=1; \
+	wait $$pid || failed=1; cat $$cluster; rm $$cluster; exit $$failed
+	@$(MAKE) --no-print-directory test-parallel
 
 # Everything but test-rdma and test-kills. Each command is started as a process of its own: see tests/warm.
 test-all: export HPC_TRAIN_COLD := 1

@@ -104,7 +104,7 @@ def _info_lines(facts: dict[str, Any]) -> Iterator[str]:
             yield "  Advice:"
         for advice in file["advice"]:
             yield f"    {advice['dataset'] + ': ' if advice['dataset'] else ''}{advice['what']}"
-            yield f"      {advice['command']}"
+            yield f"      {advice['remedy']}"
     if facts["faults"]:
         yield "Faults:"
         yield from _fault_lines([Fault(**fault) for fault in facts["faults"]])

@@ -30,12 +30,6 @@ _SECONDS_PER_MESSAGE = 10.0
 
 
 @dataclass(frozen=True)
-class _Copied:
-    offset: int
-    crc32: int
-
-
-@dataclass(frozen=True)
 class _Failed:
     """A range that is tried again after `pause_s`."""
 
@@ -43,20 +37,17 @@ class _Failed:
     pause_s: float
 
 
-@dataclass(frozen=True)
-class _Fatal:
-    """An error after which the copy ends."""
-
-    error: UserError | OSError
-
-
 class RangeCopy:
-    """Copies `source` to an open file. Threads take ranges from a queue, and report each event to another queue."""
+    """Copies `source` to an open file.
+
+    Threads take ranges (start, end) from a queue. They report to another: (offset, CRC-32) of a range that is copied, a
+    failure that is tried again, or an error that ends the copy.
+    """
 
     def __init__(self, source: Source, descriptor: int) -> None:
         self._source, self._descriptor = source, descriptor
         self._ranges: SimpleQueue[tuple[int, int]] = SimpleQueue()
-        self._events: SimpleQueue[_Copied | _Failed | _Fatal] = SimpleQueue()
+        self._events: SimpleQueue[tuple[int, int] | _Failed | UserError | OSError] = SimpleQueue()
         self._stop = threading.Event()
 
     def run(self, wait_s: float, progress: StepProgress) -> dict[int, int]:
@@ -83,7 +74,7 @@ class RangeCopy:
 
     def _collect(self, num_ranges: int, wait_s: float, progress: StepProgress) -> dict[int, int]:
         checksums: dict[int, int] = {}
-        last_copied_s, last_message_s, trouble = monotonic(), 0.0, ""
+        last_copied_s, last_message_s, trouble, copied_mb = monotonic(), 0.0, "", 0
         while len(checksums) < num_ranges:
             try:
                 event = self._events.get(timeout=max(0.0, last_copied_s + wait_s - monotonic()))
@@ -92,22 +83,21 @@ class RangeCopy:
                     f"{self._source.url}: no byte came for {wait_s:g} s{trouble}",
                     "Stage it again when the storage works, or wait longer: --wait SECONDS",
                 ) from None
-            if isinstance(event, _Fatal):
-                raise event.error
+            if isinstance(event, UserError | OSError):
+                raise event
             if isinstance(event, _Failed):
                 trouble = f" ({storage.error_text(event.error)})"
                 if monotonic() - last_message_s > _SECONDS_PER_MESSAGE:
                     last_message_s = monotonic()
                     progress.log(f"  trying again in {event.pause_s:.1f} s{trouble}")
-            elif event.offset not in checksums:  # without ranges a retry begins at the start
+                continue
+            offset, crc32 = event
+            if offset not in checksums:  # without ranges a retry begins at the start
                 last_copied_s, trouble = monotonic(), ""
-                before_mb = self._copied_mb(checksums)
-                checksums[event.offset] = event.crc32
-                progress.advance(self._copied_mb(checksums), self._copied_mb(checksums) - before_mb, perf_counter_ns())
+                checksums[offset] = crc32
+                before_mb, copied_mb = copied_mb, len(checksums) * RANGE_BYTES // 1_000_000
+                progress.advance(copied_mb, copied_mb - before_mb, perf_counter_ns())
         return checksums
-
-    def _copied_mb(self, checksums: dict[int, int]) -> int:
-        return min(len(checksums) * RANGE_BYTES, self._source.num_bytes) // 1_000_000
 
     def _copy_ranges(self, descriptor: int) -> None:
         """In a thread: copies ranges until there are none."""
@@ -126,14 +116,11 @@ class RangeCopy:
             try:
                 self._copy(descriptor, start, end)
                 return
-            except _DiskError as error:
-                self._events.put(_Fatal(error.cause))
-                return
             except Exception as error:  # noqa: BLE001  each client has its own errors
                 if storage.is_missing(error) or isinstance(error, PermissionError):  # waiting does not help
                     what = f"{self._source.url}: {storage.error_text(error)}"
                     remedy = "It was changed during the copy: check it, and stage it again."
-                    self._events.put(_Fatal(UserError(what, remedy)))
+                    self._events.put(UserError(what, remedy))
                     return
                 pause_s = min(_FIRST_PAUSE_S * 2.0 ** min(attempt, 10), _MAX_PAUSE_S) * uniform(0.5, 1)
                 self._events.put(_Failed(error, pause_s))
@@ -146,8 +133,9 @@ class RangeCopy:
             try:
                 _pwrite_all(descriptor, data, offset)
             except OSError as error:  # the local disk's: no reason to read the source again
-                raise _DiskError(error) from None
-            self._events.put(_Copied(offset, zlib.crc32(data)))
+                self._events.put(error)
+                return
+            self._events.put((offset, zlib.crc32(data)))
 
     def _read(self, start: int, end: int) -> Iterator[tuple[int, bytes]]:
         if self._source.has_ranges:
@@ -156,12 +144,6 @@ class RangeCopy:
         with self._source.open_stream() as stream:
             for offset in range(start, end, RANGE_BYTES):
                 yield offset, _read_exactly(stream, min(RANGE_BYTES, end - offset))
-
-
-class _DiskError(Exception):
-    def __init__(self, cause: OSError) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
 
 
 def _read_exactly(stream: IO[bytes], num_bytes: int) -> bytes:

@@ -150,7 +150,7 @@ class Control:
 def _skip_update(skipped: SkippedUpdate, training: TrainingState, saver: Saver) -> None:
     """Collective. After an update that was not made: continues without it, or saves and raises UserError.
 
-    Not collective with an asynchronous parameter server, where only the rank that met it knows.
+    Not collective with an asynchronous parameter server, where no other rank knows.
     """
     context, config = training.job.context, training.job.config
     is_scaled = config.train.precision == "fp16" and skipped.overflowed  # then the loss scale is halved

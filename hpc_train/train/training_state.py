@@ -85,7 +85,7 @@ def _read(state: dict[str, Any], training: TrainingState, attempt: Attempt) -> i
 
 def _load(state: dict[str, Any], training: TrainingState, attempt: Attempt, step: int) -> None:
     """Raises UserError if model or task refuse their part of the state."""
-    # The loss scale of another precision says nothing about this one's.
+    # The loss scale of another precision is no guide for this one.
     with_loss_scale = all(change.key != "train.precision" for change in attempt.changes)
     try:
         training.load(state, with_loss_scale)

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from hpc_train.cluster import study
+from hpc_train.cluster import local_study, study
 from hpc_train.core.config import Loaded, load
 from hpc_train.core.resume_rules import same_job
 from hpc_train.core.rundir import RunDir
@@ -84,7 +84,7 @@ def train(row: Row, work: Path) -> list[str]:
     say(f"{row.job}: {row} on {' and '.join(map(str, row.ranks))} rank(s)")
     if row.source is not None:
         prepare(row.source, Path(str(loaded.config.data.file)))
-    return [f"{row.job}: {words}" for words in study.run_here(planned, say)]
+    return [f"{row.job}: {words}" for words in local_study.run_here(planned, say)]
 
 
 def prepare(source: str, file: Path) -> None:

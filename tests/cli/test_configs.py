@@ -47,7 +47,7 @@ def data(kind: str, request: pytest.FixtureRequest) -> Keys:
     return {"data__file": request.getfixturevalue(of_kind[kind])} if kind in of_kind else {}
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [3, pytest.param(1, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_every_shipped_job_trains(tmp_path: Path, request: pytest.FixtureRequest, path: Path, ranks: int) -> None:
     kind = tomllib.loads(path.read_text())["task"]["kind"]

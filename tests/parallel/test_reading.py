@@ -98,7 +98,7 @@ def test_spread_rows_arrive(context: Context, memory_bytes: int) -> None:
     spread = DistributedReader(MmapReader(values), sampler, memory_bytes, context)
     for step, (rows, _) in enumerate(sampler.batches(range(50))):
         if step >= 7:  # as after a resume
-            spread.begin(step)
+            spread.begin_step(step)
             assert np.array_equal(spread.take(rows), values[rows])
             assert np.array_equal(spread.take(rows[:0]), values[:0])
 
@@ -109,7 +109,7 @@ def test_a_row_that_a_rank_does_not_hold_is_refused(context: Context) -> None:
     sampler = BatchSampler(Order(101), 10, 5, Shares(world.size), world.rank)
     spread = DistributedReader(MmapReader(values), sampler, 1, context)  # one step's rows at once
     batches = [rows for rows, _ in sampler.batches(range(4))]
-    spread.begin(0)
+    spread.begin_step(0)
     elsewhere = np.setdiff1d(np.arange(101), batches[0])
     for rows in (batches[3], batches[0] - 101, batches[0] + 101, elsewhere, np.append(batches[0], elsewhere[-1])):
         for out in (None, np.empty((len(rows), 2, 3), np.int16)):

@@ -37,7 +37,7 @@ def sums(cluster: Cluster, folder: str) -> set[str]:
     return {cluster.on(node, "sha256sum", f"{folder}/data.h5").split()[0] for node in NODES}
 
 
-@pytest.mark.parametrize("client", ["webhdfs", "hdfs"])
+@pytest.mark.parametrize("client", ["webhdfs", pytest.param("hdfs", marks=pytest.mark.thorough)])
 def test_four_nodes_stage_with_a_datanode_lost_half_way(
     cluster: Cluster, hdfs: Hdfs, sha256: str, tmp_path: Path, client: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,14 @@ def gather(
     scaling = compare(runs, guard)
     energies = tuple(cost_of(group, tariff, guard) for group in scaling.groups)
     energy_by_run = {each.run.dir.path: each for energy in energies for row in energy.rows for each in row.runs}
-    not_made: list[str] = []
-
-    def nothing(why: str) -> list[Any]:
-        not_made.append(f"{why}.")
-        return []
-
+    not_made: list[str] = []  # no section could say so in its place
+    nothing = partial(_note_failure, not_made)
     targets = guard.call("times to a loss", nothing, studies_of, scaling.groups, energy_by_run, target_loss)
     strategies = guard.call("strategies on equal work", nothing, compare_strategies, scaling.groups)
     notes = (*scaling_notes(scaling), *skipped, *not_made)
     return Facts(tuple(runs), scaling, energies, tuple(strategies), tuple(targets), notes)
+
+
+def _note_failure(notes: list[str], why: str) -> list[Any]:
+    notes.append(f"{why}.")
+    return []

@@ -1,10 +1,10 @@
-"""Names of rows and ranks, the same in tables, sentences and plots."""
+"""Names of rows, ranks and sizes, the same in tables, sentences and plots."""
 
 from collections.abc import Iterable
 
 from hpc_train.analysis.efficiency.stragglers import Straggler
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.core.formatting import plain
+from hpc_train.core.formatting import plain, plural
 
 MARK = "*"  # on the number of ranks of an incomplete row
 
@@ -18,6 +18,15 @@ def ranks_text(row: Row) -> str:
 def communication_text(phases: Iterable[str]) -> str:
     """The phases that are exposed communication: "reduce", "reduce and sync"."""
     return "reduce and sync" if "sync" in phases else "reduce"
+
+
+def sizes_by_reason(pairs: Iterable[tuple[str | None, int]]) -> dict[str, str]:
+    """From (reason, ranks) pairs, of which no reason is skipped: {"no meter": "1 rank, 2 ranks"}."""
+    sizes: dict[str, dict[str, None]] = {}
+    for reason, size in pairs:
+        if reason:
+            sizes.setdefault(reason, {})[plural(size, "rank")] = None
+    return {reason: ", ".join(names) for reason, names in sizes.items()}
 
 
 def straggler_text(straggler: Straggler) -> str:

@@ -10,7 +10,8 @@ from hpc_train.core.formatting import plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Kind = Literal["caution", "finding", "method"]
+NoteKind = Literal["caution", "finding", "method"]
+SectionKind = Literal["group", "strategies", "target"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Note:
     """A sentence. caution: what limits a comparison; finding: an answer; method: how to read the tables."""
 
     id: str
-    kind: Kind
+    kind: NoteKind
     text: str
 
 
@@ -63,7 +64,7 @@ class Plot:
 class Section:
     """All about one group of runs, one comparison of strategies, or one comparison of times to a loss."""
 
-    kind: Literal["group", "strategies", "target"]
+    kind: SectionKind
     label: str
     headline: str = ""  # the answer in one sentence; "" if there is none
     overview: Table | None = None  # the one table of a short report

@@ -78,14 +78,14 @@ class Records:
     def summary(self, sections: Sequence[Section], rows: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
         """The whole tree without `NOT_MADE`, which renderers may still add to."""
         facts = self._facts
-        notes = {section.label: [note.text for note in section.notes] for section in sections}
+        of_groups = [section for section in sections if section.kind == "group"]
         return {
             "schema": REPORT_SCHEMA,
             "hpc_train": hpc_train.__version__,
             "headlines": [section.headline for section in sections if section.headline],
             "groups": [
-                self._group(energy, notes[energy.group.label], records)
-                for energy, records in zip(facts.energies, rows, strict=True)
+                self._group(energy, [note.text for note in section.notes], records)
+                for energy, section, records in zip(facts.energies, of_groups, rows, strict=True)
             ],
             "strategies": [self._made(each.label, comparison_record, each) for each in facts.strategies],
             "targets": [self._made(each.label, study_record, each) for each in facts.targets],

@@ -11,6 +11,11 @@ _CHUNK_BYTES = 1 << 20
 _MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 64 << 10, 8 << 20
 _MIN_COMPRESSION_RATIO = 1.2  # below it, decompressing costs more than the bytes that it saves
 _MIN_STRIPED_BYTES = 1 << 30
+_CONTIGUOUS = "Write it contiguous, as `hpc-train prepare` does, or convert it: h5repack -f NAME:NONE -l NAME:CONTI."
+_RECHUNK = (
+    "Write whole samples in chunks of 1 MiB with checksums, as `hpc-train prepare --compress` does, or convert it: "
+    "h5repack -f NAME:FLET -l NAME:CHUNK=ROWSx..."
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Advice:
     kind: str
     dataset: str
     what: str
-    command: str
+    remedy: str
 
 
 def of_dataset(info: DatasetInfo) -> Iterator[Advice]:
@@ -33,7 +38,7 @@ def of_dataset(info: DatasetInfo) -> Iterator[Advice]:
         native = info.dtype.newbyteorder("=").str[1:]
         yield Advice("byte order", info.name, what, f"Write it in this machine's order: values.astype('{native}').")
     if info.layout == "external":
-        yield Advice("external", info.name, "stores its values in other files, which are not read", _contiguous(info))
+        yield Advice("external", info.name, "stores its values in other files, which are not read", _CONTIGUOUS)
     if info.layout == "chunked" and info.num_bytes >= _CHUNK_BYTES:
         yield from _of_chunks(info)
 
@@ -43,26 +48,26 @@ def _of_chunks(info: DatasetInfo) -> Iterator[Advice]:
     ratio, chunk_size = info.compression_ratio, _size(info.chunk_bytes)
     if not compressors:
         what = "chunked and not compressed: a contiguous data set is read through a memory map, sample by sample"
-        yield Advice("layout", info.name, what, _contiguous(info))
+        yield Advice("layout", info.name, what, _CONTIGUOUS)
         return
     if ratio is not None and ratio < _MIN_COMPRESSION_RATIO:
         saved = max(0.0, 1 - 1 / ratio)
         what = f"{compressors[0]} saves {saved:.0%} of the bytes: decompressing costs more than reading them"
-        yield Advice("compression", info.name, what, _contiguous(info))
+        yield Advice("compression", info.name, what, _CONTIGUOUS)
     elif (num_parts := prod(info.num_chunks[1:])) > 1:
-        yield Advice("chunks", info.name, f"chunks cut samples: each is in {num_parts} of them", _rechunked(info))
+        yield Advice("chunks", info.name, f"chunks cut samples: each is in {num_parts} of them", _RECHUNK)
     elif info.chunk[0] == 1 and info.row_bytes < _CHUNK_BYTES // 2:
         what = f"one sample a chunk ({chunk_size}): each costs a look-up and a read of its own"
-        yield Advice("chunks", info.name, what, _rechunked(info))
+        yield Advice("chunks", info.name, what, _RECHUNK)
     elif info.chunk_bytes > _MAX_CHUNK_BYTES and info.chunk[0] > 1:
         what = f"chunks of {chunk_size}: a shuffled order holds many of them in memory; about 1 MiB is best"
-        yield Advice("chunks", info.name, what, _rechunked(info))
+        yield Advice("chunks", info.name, what, _RECHUNK)
     elif info.chunk_bytes < _MIN_CHUNK_BYTES and info.chunk[0] < info.num_rows:
         what = f"chunks of {chunk_size}: more look-ups than reading; about 1 MiB is best"
-        yield Advice("chunks", info.name, what, _rechunked(info))
+        yield Advice("chunks", info.name, what, _RECHUNK)
     if "fletcher32" not in info.filters:
         what = "no checksums: a changed byte may be read as if it were right"
-        yield Advice("checksums", info.name, what, _rechunked(info))
+        yield Advice("checksums", info.name, what, _RECHUNK)
 
 
 def of_file(
@@ -78,24 +83,6 @@ def of_file(
             what = f"{info.name} has no checksums: `data check` cannot find changed bytes"
             yield Advice("checksums", info.name, what, "hpc-train prepare --help")
             return
-
-
-def _contiguous(info: DatasetInfo) -> str:
-    name = shlex.quote(info.name)
-    return f"h5repack -f {name}:NONE -l {name}:CONTI {_old_and_new(info)}"
-
-
-def _rechunked(info: DatasetInfo) -> str:
-    """A command that writes whole samples in chunks of 1 MiB, with checksums."""
-    rows = min(info.num_rows, max(1, _CHUNK_BYTES // max(1, info.row_bytes)))
-    name, chunk = shlex.quote(info.name), "x".join(map(str, (rows, *info.shape[1:])))
-    filters = f"-f {name}:SHUF -f {name}:GZIP=4 -f {name}:FLET"
-    return f"h5repack {filters} -l {name}:CHUNK={chunk} {_old_and_new(info)}"
-
-
-def _old_and_new(info: DatasetInfo) -> str:
-    new = info.path.with_suffix(f".new{info.path.suffix}")
-    return f"{shlex.quote(str(info.path))} {shlex.quote(str(new))}"
 
 
 def _size(num_bytes: int) -> str:

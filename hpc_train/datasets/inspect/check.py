@@ -83,48 +83,15 @@ def check(
         name: Statistics(role, plan.first_samples.get(name), plan.limits) for name, role in plan.roles.items()
     }
     context.on_all(lambda: _read_my_ranges(plan, statistics, context, quiet, on_file))
-    duplicates: dict[tuple[str, ...], list[Duplicates]] = {}
+    duplicates: list[Duplicates] = []
     for group in plan.groups:
         hashes = [array for name in group for array in statistics[name].hashes]
-        duplicates[tuple(group)] = find_duplicates(hashes, list(group.values()), context)
-    num_varying = {name: _num_varying(each, context) for name, each in statistics.items()}
-    for each in statistics.values():  # large, and no longer needed: not gathered
-        each.hashes, each.feature_varies = [], None
-    gathered = context.gather(statistics)
-    return context.on_root(
-        lambda: _summary(
-            plan,
-            _merge(plan, gathered, duplicates, num_varying),
-            (perf_counter_ns() - began_ns) / 1e9,
-            context.world.size,
-        )
-    )
-
-
-def _merge(
-    plan: _Plan,
-    of_ranks: list[dict[str, Statistics]],
-    duplicates: dict[tuple[str, ...], list[Duplicates]],
-    num_varying: dict[str, int | None],
-) -> checks.Facts:
-    """On the root: what all ranks counted together."""
-    root, *others = of_ranks
-    return checks.Facts(
-        datasets=plan.datasets,
-        first_numbers=plan.first_numbers,
-        statistics={name: root[name].merge([other[name] for other in others]) for name in plan.roles},
-        duplicates=duplicates,
-        num_varying=num_varying,
-        keep_one_in=plan.limits.keep_one_in,
-        unread=plan.unread,
-    )
-
-
-def _num_varying(statistics: Statistics, context: Context) -> int | None:
-    """Collective. The number of features that differ between samples; None if they are not compared."""
-    if statistics.feature_varies is None:
-        return None
-    return int(np.count_nonzero(context.sum(statistics.feature_varies.astype(np.int32))))
+        duplicates += find_duplicates(hashes, group, context)
+    for each in statistics.values():
+        each.reduce_features(context)
+        each.hashes, each.feature_varies = [], None  # large, and no longer needed: not gathered
+    of_ranks = context.gather(statistics)
+    return context.on_root(lambda: _summary(plan, of_ranks, duplicates, began_ns))
 
 
 def _make_plan(paths: Sequence[Path], on_file: Callable[[Path], object]) -> _Plan:
@@ -219,7 +186,19 @@ def _read_ahead(
                 future.exception()  # wait: it may be reading the file that the caller closes next
 
 
-def _summary(plan: _Plan, facts: checks.Facts, seconds: float, num_ranks: int) -> Checked:
+def _summary(
+    plan: _Plan, of_ranks: list[dict[str, Statistics]], duplicates: list[Duplicates], began_ns: int
+) -> Checked:
+    """On the root: what all ranks counted, judged."""
+    root, *others = of_ranks
+    facts = checks.Facts(
+        datasets=plan.datasets,
+        first_numbers=plan.first_numbers,
+        statistics={name: root[name].merge([other[name] for other in others]) for name in plan.roles},
+        duplicates=duplicates,
+        keep_one_in=plan.limits.keep_one_in,
+        unread=plan.unread,
+    )
     faults = list(checks.value_faults(facts))
     for file in plan.files:
         faults += file.faults
@@ -233,8 +212,8 @@ def _summary(plan: _Plan, facts: checks.Facts, seconds: float, num_ranks: int) -
     return Checked(
         files=tuple(str(file.path) for file in plan.files),
         num_bytes=sum(file.num_bytes for file in plan.files),
-        num_ranks=num_ranks,
-        seconds=seconds,
+        num_ranks=len(of_ranks),
+        seconds=(perf_counter_ns() - began_ns) / 1e9,
         datasets=checks.describe(facts),
         faults=tuple(sorted(faults, key=lambda each: (each.file, each.dataset, each.kind, each.number or 0))),
         warnings=tuple(checks.value_warnings(facts)),

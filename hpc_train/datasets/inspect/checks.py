@@ -24,15 +24,13 @@ class Facts:
     """All that was counted.
 
     datasets: those that were read; first_numbers: the sample number of each one's first row (see `find_duplicates`).
-    duplicates: by the names of the data sets that were compared. num_varying: features that differ between samples.
     unread: names of data sets of which some file could not be read; None if a whole file could not be read.
     """
 
     datasets: Sequence[DatasetInfo]
     first_numbers: Sequence[int]
     statistics: Mapping[str, Statistics]
-    duplicates: Mapping[tuple[str, ...], Sequence[Duplicates]]
-    num_varying: Mapping[str, int | None]
+    duplicates: Sequence[Duplicates]
     keep_one_in: int
     unread: Collection[str] | None
 
@@ -74,7 +72,7 @@ def describe(facts: Facts) -> dict[str, dict[str, Any]]:
             "high": statistics.max,
         }
         if statistics.role == "samples":
-            num_features, num_varying = int(np.prod(info.shape[1:], dtype=np.int64)), facts.num_varying[name]
+            num_features, num_varying = int(np.prod(info.shape[1:], dtype=np.int64)), statistics.num_varying
             described[name] |= {
                 "constant_samples": statistics.num_constant_samples if statistics.is_compared else None,
                 "constant_features": None if num_varying is None else num_features - num_varying,
@@ -83,10 +81,8 @@ def describe(facts: Facts) -> dict[str, dict[str, Any]]:
             }
         if _has_classes(statistics):
             described[name]["classes"] = {str(label): num for label, num in sorted(statistics.labels.items())}
-    for names, found in facts.duplicates.items():
-        for each in found:
-            equal_to = described[names[each.copies]].setdefault("equal_to", {})
-            equal_to[names[each.originals]] = each.num * facts.keep_one_in
+    for each in facts.duplicates:
+        described[each.copies].setdefault("equal_to", {})[each.originals] = each.num * facts.keep_one_in
     return described
 
 
@@ -121,7 +117,7 @@ def _constant_values(facts: Facts, name: str) -> Iterator[Fault]:
     if statistics.min is not None and statistics.min == statistics.max:
         what = f"every value is {statistics.min}: nothing can be learned from it"
         yield Fault("constant", facts.files(name), name, what, PREPARE_AGAIN)
-    elif facts.num_varying[name] == 0:
+    elif statistics.num_varying == 0:
         what = "all samples are equal: nothing can be learned from them"
         yield Fault("constant", facts.files(name), name, what, PREPARE_AGAIN)
 
@@ -137,19 +133,19 @@ def _constant_samples(facts: Facts, name: str) -> Iterator[Fault]:
 def _copies(facts: Facts) -> Iterator[tuple[Fault, bool]]:
     """(equal samples, whether they are a leak that is a fault)."""
     about = "about " if facts.keep_one_in > 1 else ""
-    for names, found in facts.duplicates.items():
-        for each in found:
-            originals, copies = names[each.originals], names[each.copies]
-            num, total = each.num * facts.keep_one_in, facts.num_rows(copies)
-            original, copy = facts.sample(originals, each.example[0]), facts.sample(copies, each.example[1])
-            example = f"the first is sample {copy}, equal to sample {original}"
-            if originals == copies:
-                what = f"{about}{num:,} of {total:,} samples are copies of another: {example}"
-                yield Fault("copies", facts.files(copies), copies, what), False
-                continue
-            what = f"{about}{num:,} of {total:,} samples are in {originals}, too (leakage): {example} there"
-            is_leak = originals.startswith("train") and num > _MAX_LEAKED_SHARE * total
-            yield Fault("leakage", facts.files(copies), copies, what, "Split the data again, without copies."), is_leak
+    for each in facts.duplicates:
+        where, num, total = facts.files(each.copies), each.num * facts.keep_one_in, facts.num_rows(each.copies)
+        original, copy = facts.sample(each.originals, each.example[0]), facts.sample(each.copies, each.example[1])
+        count, example = (
+            f"{about}{num:,} of {total:,} samples",
+            f"the first is sample {copy}, equal to sample {original}",
+        )
+        if each.originals == each.copies:
+            yield Fault("copies", where, each.copies, f"{count} are copies of another: {example}"), False
+            continue
+        what = f"{count} are in {each.originals}, too (leakage): {example} there"
+        is_leak = each.originals.startswith("train") and num > _MAX_LEAKED_SHARE * total
+        yield Fault("leakage", where, each.copies, what, "Split the data again, without copies."), is_leak
 
 
 # ---------------------------------------------------------------------------------------------- classes

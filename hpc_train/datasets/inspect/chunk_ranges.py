@@ -120,18 +120,15 @@ class RangeReader:
     def _read_block(self, number: int, start: int, stop: int) -> RangeValues:
         """Past HDF5, whose global lock would make threads wait. Not mapped: a file that ends early raises SIGBUS."""
         info, num_bytes = self._info, (stop - start) * self._info.row_bytes
-        lost = RangeValues(info, "rows" if self._checksums is None else "block", number, *self._no_rows())
+        unit = "rows" if self._checksums is None else "block"
         try:
             data = _pread(self._descriptor, num_bytes, (info.offset or 0) + start * info.row_bytes)
         except OSError as error:
-            lost.faults.append(self._damage(lost.unit, number, start, stop, f"it cannot be read: {error.strerror}"))
-            return lost
-        why = "the file ends within it" if len(data) != num_bytes else self._checksum_fault(number, data)
-        if why:
-            lost.faults.append(self._damage(lost.unit, number, start, stop, why))
-            return lost
+            return self._damaged(unit, number, start, stop, f"it cannot be read: {error.strerror}")
+        if why := "the file ends within it" if len(data) != num_bytes else self._checksum_fault(number, data):
+            return self._damaged(unit, number, start, stop, why)
         values = np.frombuffer(data, info.dtype).reshape(stop - start, *info.shape[1:])
-        return RangeValues(info, lost.unit, number, values, np.arange(start, stop))
+        return RangeValues(info, unit, number, values, np.arange(start, stop))
 
     def _checksum_fault(self, number: int, data: memoryview) -> str:
         if self._checksums is None:
@@ -147,8 +144,7 @@ class RangeReader:
         try:
             values = np.asarray(self._dataset[start:stop] if self._info.shape else self._dataset[()])
         except HDF5_ERRORS as error:
-            fault = self._damage("rows", number, start, stop, f"HDF5 cannot read it: {error_text(error)}")
-            return RangeValues(self._info, "rows", number, *self._no_rows(), [fault])
+            return self._damaged("rows", number, start, stop, f"HDF5 cannot read it: {error_text(error)}")
         return RangeValues(self._info, "rows", number, values, np.arange(start, stop))
 
     def _read_chunks(self, start: int, stop: int) -> RangeValues:
@@ -175,7 +171,7 @@ class RangeReader:
         faults: list[Fault] = []
         values = self._decode(corner, faults)
         if values is None:
-            return RangeValues(self._info, "chunk", number, *self._no_rows(), faults)
+            return self._empty("chunk", number, faults)
         rows = np.arange(corner[0], corner[0] + len(values))
         return RangeValues(self._info, "chunk", number, values, rows, faults, is_whole_rows=False)
 
@@ -202,8 +198,12 @@ class RangeReader:
         sizes = zip(corner, self._info.chunk, self._info.shape, strict=True)
         return tuple(slice(low, min(low + chunk, size)) for low, chunk, size in sizes)
 
-    def _no_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.empty((0, *self._info.shape[1:]), self._info.dtype), np.arange(0)
+    def _damaged(self, unit: str, number: int, start: int, stop: int, why: str) -> RangeValues:
+        return self._empty(unit, number, [self._damage(unit, number, start, stop, why)])
+
+    def _empty(self, unit: str, number: int, faults: list[Fault]) -> RangeValues:
+        values = np.empty((0, *self._info.shape[1:]), self._info.dtype)
+        return RangeValues(self._info, unit, number, values, np.arange(0), faults)
 
     def _damage(self, unit: str, number: int, start: int, stop: int, why: str) -> Fault:
         path, samples = str(self._info.path), (start, stop - 1)

@@ -1,4 +1,4 @@
-"""Samples with equal bytes, within a part of the data and between parts, found by their hashes."""
+"""Samples with equal bytes, within a data set and between data sets, found by their hashes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ _MAX_HASHES = 1 << 24  # of all ranks together: 16 bytes each
 
 @dataclass(frozen=True)
 class Duplicates:
-    """`num` samples of part `copies` equal one of part `originals`, or an earlier one if both are the same part.
+    """`num` samples of data set `copies` equal one of data set `originals`; an earlier one, if both are the same.
 
-    example: (number of an original, number of its copy), of the lowest copy; counted over all parts.
+    example: (number of an original, number of its copy), of the lowest copy, counted over all that are compared.
     """
 
-    originals: int
-    copies: int
+    originals: str
+    copies: str
     num: int
     example: tuple[int, int]
 
@@ -30,21 +30,22 @@ def keep_one_in(num_samples: int) -> int:
     return max(1, -(-num_samples // _MAX_HASHES))
 
 
-def find_duplicates(hashes: Sequence[np.ndarray], ends: Sequence[int], context: Context) -> list[Duplicates]:
-    """Collective. The pairs of parts that hold equal samples, the same on every rank.
+def find_duplicates(hashes: Sequence[np.ndarray], ends: dict[str, int], context: Context) -> list[Duplicates]:
+    """Collective. The pairs of data sets that hold equal samples, the same on every rank.
 
-    hashes: arrays of `SAMPLE_HASH` of this rank's samples. ends: the sample number at which each part ends.
+    hashes: arrays of `SAMPLE_HASH` of this rank's samples. ends: the sample number at which each data set ends.
     """
-    mine = np.concatenate([np.empty(0, SAMPLE_HASH), *hashes])
-    rows = _repeated(_exchange_by_hash(mine, context))
-    part_pairs = list(combinations_with_replacement(range(len(ends)), 2))
-    counted = context.all_gather([_count_copies(rows, ends, originals, copies) for originals, copies in part_pairs])
+    rows = _repeated(_exchange_by_hash(np.concatenate([np.empty(0, SAMPLE_HASH), *hashes]), context))
+    part_of_row = np.searchsorted(list(ends.values()), rows["sample"], "right")
+    parts = {name: rows[part_of_row == number] for number, name in enumerate(ends)}
+    pairs = list(combinations_with_replacement(ends, 2))
+    of_ranks = context.all_gather([_count_copies(parts[originals], parts[copies]) for originals, copies in pairs])
     found = []
-    for index, (originals, copies) in enumerate(part_pairs):
-        num = sum(of_rank[index][0] for of_rank in counted)
-        examples = [of_rank[index][1] for of_rank in counted if of_rank[index][0]]
-        if num:
-            found.append(Duplicates(originals, copies, num, min(examples, key=lambda pair: pair[1])))
+    for index, (originals, copies) in enumerate(pairs):
+        counts = [of_rank[index] for of_rank in of_ranks if of_rank[index][0]]
+        if counts:
+            lowest = min((example for _, example in counts), key=lambda example: example[1])
+            found.append(Duplicates(originals, copies, sum(num for num, _ in counts), lowest))
     return found
 
 
@@ -66,17 +67,13 @@ def _repeated(rows: np.ndarray) -> np.ndarray:
     return rows[is_repeated]
 
 
-def _count_copies(rows: np.ndarray, ends: Sequence[int], originals: int, copies: int) -> tuple[int, tuple[int, int]]:
-    """(number of copies, an example) among the sorted `rows` of this rank, as `Duplicates` has them."""
-    part = np.searchsorted(np.asarray(ends), rows["sample"], "right")
-    in_originals = rows[part == originals]
-    in_copies = rows[part == copies]
-    # The first of equal hashes is the original, because rows are sorted.
-    first = np.searchsorted(in_originals["hash"], in_copies["hash"], "left")
-    has_original = first < len(in_originals)
-    has_original[has_original] = in_originals["hash"][first[has_original]] == in_copies["hash"][has_original]
-    original = in_originals["sample"][first[has_original]]
-    copy = in_copies["sample"][has_original]
+def _count_copies(originals: np.ndarray, copies: np.ndarray) -> tuple[int, tuple[int, int]]:
+    """(number of copies, an example) among sorted rows of two data sets, as `Duplicates` has them."""
+    # Of equal hashes the first is the original, because rows are sorted.
+    first = np.searchsorted(originals["hash"], copies["hash"], "left")
+    has_original = first < len(originals)
+    has_original[has_original] = originals["hash"][first[has_original]] == copies["hash"][has_original]
+    original, copy = originals["sample"][first[has_original]], copies["sample"][has_original]
     original, copy = original[original != copy], copy[original != copy]
     if not len(copy):
         return 0, (0, 0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,24 +35,6 @@ _MEMORY_BYTES = 64 << 20
 _TOKENS_PER_SAMPLE = 1024  # a data set of single numbers is read in windows, as tokens are
 _MAX_COLD_SHARE = 0.05  # of a file that may be in memory if it is called cold
 _FILE_ATTRIBUTES = ("title", "complete", "vocab_size", "tokenizer", "num_rows", "license")
-
-
-@dataclass(frozen=True)
-class Speed:
-    """One measurement. is_cold: none of the bytes were in the page cache before; None if unknown."""
-
-    num_samples: int
-    num_bytes: int
-    seconds: float
-    is_cold: bool | None
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "samples_per_s": self.num_samples / self.seconds,
-            "bytes_per_s": self.num_bytes / self.seconds,
-            "samples": self.num_samples,
-            "page_cache": {None: "unknown", True: "cold", False: "warm"}[self.is_cold],
-        }
 
 
 def inform(
@@ -122,22 +104,25 @@ def _measure(info: DatasetInfo, context: Context) -> dict[str, Any]:
     """How fast this process reads: samples in a shuffled order, the same again, and all samples in order."""
     try:
         return {
-            "shuffled": _time(info, context, _read_shuffled, cold=True).as_json(),
-            "shuffled_again": _time(info, context, _read_shuffled, cold=False).as_json(),
-            "sequential": _time(info, context, _read_in_order, cold=True).as_json(),
+            "shuffled": _time(info, context, _read_shuffled, drop_cache=True),
+            "shuffled_again": _time(info, context, _read_shuffled, drop_cache=False),
+            "sequential": _time(info, context, _read_in_order, drop_cache=True),
         }
     except (UserError, *HDF5_ERRORS) as error:
         return {"error": str(error)}
 
 
 def _time(
-    info: DatasetInfo, context: Context, read: Callable[[Reader, DatasetInfo], tuple[int, int]], cold: bool
-) -> Speed:
-    is_cold: bool | None = False
-    if cold:
+    info: DatasetInfo, context: Context, read: Callable[[Reader, DatasetInfo], tuple[int, int]], drop_cache: bool
+) -> dict[str, Any]:
+    page_cache = "warm"
+    if drop_cache:
         drop_pages(info.path)
         in_memory = resident(info.path, info.offset or 0, info.num_bytes if info.offset is not None else None)
-        is_cold = None if in_memory is None else in_memory < _MAX_COLD_SHARE
+        if in_memory is None:
+            page_cache = "unknown"
+        elif in_memory < _MAX_COLD_SHARE:
+            page_cache = "cold"
     num_threads = num_decode_threads(context)
     with (
         h5py.File(info.path, "r") as file,
@@ -145,8 +130,13 @@ def _time(
     ):
         began_s = perf_counter()
         num_samples, num_bytes = read(reader, info)
-        seconds = perf_counter() - began_s
-    return Speed(num_samples, num_bytes, max(seconds, 1e-9), is_cold)
+        seconds = max(perf_counter() - began_s, 1e-9)
+    return {
+        "samples_per_s": num_samples / seconds,
+        "bytes_per_s": num_bytes / seconds,
+        "samples": num_samples,
+        "page_cache": page_cache,
+    }
 
 
 def _rows_per_sample(info: DatasetInfo) -> int:

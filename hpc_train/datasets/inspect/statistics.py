@@ -14,6 +14,7 @@ import numpy as np
 from hpc_train.datasets.inspect.chunk_ranges import RangeValues
 from hpc_train.datasets.inspect.faults import PREPARE_AGAIN, Fault
 from hpc_train.datasets.inspect.structure import DatasetInfo
+from hpc_train.train.comm.context import Context
 
 MAX_CLASSES = 1 << 16  # more different labels are not classes
 _MAX_FEATURE_BYTES = 16 << 20
@@ -67,6 +68,7 @@ class Statistics:
         is_small = first_sample is not None and first_sample.nbytes <= _MAX_FEATURE_BYTES
         self._first_sample = first_sample if is_small and role == "samples" else None
         self.feature_varies = None if self._first_sample is None else np.zeros(self._first_sample.shape, dtype=bool)
+        self.num_varying: int | None = None  # features that differ between samples; None if they are not compared
         self.num_rows = self.num_constant_samples = 0
         self.min: Any = None
         self.max: Any = None
@@ -95,8 +97,13 @@ class Statistics:
         if self.role == "samples" and first_number >= 0:
             self._add_samples(part, first_number)
 
+    def reduce_features(self, context: Context) -> None:
+        """Collective. Counts the features that differ between the samples of all ranks."""
+        if self.feature_varies is not None:
+            self.num_varying = int(np.count_nonzero(context.sum(self.feature_varies.astype(np.int32))))
+
     def merge(self, others: Sequence["Statistics"]) -> "Statistics":
-        """Adds the statistics of other ranks, without hashes and varying features, which ranks exchange."""
+        """Adds the statistics of other ranks, except what all ranks have in common by `reduce_features`."""
         for other in others:
             self.faults += other.faults
             self.num_rows += other.num_rows

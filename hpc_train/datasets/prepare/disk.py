@@ -10,7 +10,7 @@ from hpc_train.core import owned_files
 from hpc_train.core.errors import UserError
 
 
-class DiskFile:
+class DiskFile(io.FileIO):
     """A file object for h5py. It keeps the first error of a write in `error`, and writes nothing after it.
 
     HDF5 (1.10.8, seen) cannot continue after a write that failed while it flushed or closed: it ends by signal 11, at
@@ -18,47 +18,31 @@ class DiskFile:
     """
 
     def __init__(self, path: Path) -> None:
+        with owned_files.opened(path, "r+b", buffering=0) as file:
+            super().__init__(os.dup(file.fileno()), "r+b")
         self.error: OSError | None = None
-        self._file: IO[bytes] = owned_files.opened(path, "r+b", buffering=0)
 
     def require_written(self) -> None:
         """Raises the `OSError` of the write that failed."""
         if self.error is not None:
             raise self.error
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def read(self, num_bytes: int = -1) -> bytes:
-        return self._file.read(num_bytes)
-
-    def readinto(self, buffer: Any) -> int:
-        return self._file.readinto(buffer)  # type: ignore[attr-defined]
-
     def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
         try:
-            if self.error is None:
-                write_all(self._file, data)
+            while len(left) and self.error is None:  # a write to an unbuffered file may take a part
+                left = left[super().write(left) :]
         except OSError as error:
             self.error = error
         return memoryview(data).nbytes
 
-    def truncate(self, size: int) -> int:
+    def truncate(self, size: int | None = None) -> int:
         try:
             if self.error is None:
-                self._file.truncate(size)
+                return super().truncate(size)
         except OSError as error:
             self.error = error
-        return size
-
-    def flush(self) -> None:
-        """The file is not buffered."""
-
-    def close(self) -> None:
-        self._file.close()
+        return size or 0
 
 
 def cannot_write(path: Path, error_number: int | None) -> UserError:

@@ -6,7 +6,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -83,8 +83,8 @@ def split_arrays(name: str, arrays: dict[str, Array], test_fraction: float | Non
     split = train_test_split(next(iter(arrays.values())).shape[0], test_fraction)
     parts: dict[str, Array] = {}
     for each, array in arrays.items():
-        if each == "targets":
-            array = _as_targets(Path(name), array)
+        if each == "targets" and array.dtype.kind == "f" and len(array.shape) == 1:
+            array = _whole(Path(name), array, each)
         parts |= split.split(array, each, max(1, _READ_BYTES // array.row_bytes))
     in_order = [f"{part}/{each}" for part in ("train", "test") for each in arrays]
     return {each: parts[each] for each in in_order if each in parts}
@@ -112,14 +112,13 @@ def _require_equal_lengths(name: str, arrays: dict[str, Array]) -> None:
         raise UserError(f"{name}: {listed}", "Each sample is one row in all of them, and there is at least one.")
 
 
-def _as_targets(path: Path, array: Array) -> Array:
-    if array.dtype.kind != "f" or len(array.shape) != 1:
-        return array
-    return Array(array.shape, np.dtype(np.int64), partial(_read_whole_numbers, path, array))
+def _whole(path: Path, array: Array, column: str) -> Array:
+    """`array` as int64."""
+    return Array(array.shape, np.dtype(np.int64), partial(_read_whole_numbers, path, array, column))
 
 
-def _read_whole_numbers(path: Path, array: Array, start: int, stop: int) -> np.ndarray:
-    return whole_numbers(path, "targets", start, array.read(start, stop))
+def _read_whole_numbers(path: Path, array: Array, column: str, start: int, stop: int) -> np.ndarray:
+    return whole_numbers(path, column, start, array.read(start, stop))
 
 
 # ---------------------------------------------------------------------------------------------- NumPy's files
@@ -168,52 +167,12 @@ class _NumpyArray:
         return rows.astype(self.dtype.newbyteorder("="), copy=False)
 
 
-@dataclass(frozen=True)
-class _NpyTable:
-    """A .npy file of shape (rows, columns), of which one column is the target."""
-
-    table: _NumpyArray
-    target: int
-
-    @property
-    def arrays(self) -> dict[str, Array]:
-        num_rows, num_columns = self.table.shape
-        dtype = self.table.dtype.newbyteorder("=")
-        return {
-            "inputs": Array((num_rows, num_columns - 1), dtype, self._read_inputs),
-            "targets": Array((num_rows,), np.dtype(np.int64), self._read_targets),
-        }
-
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        with self.table.path.open("rb") as file:
-            return self.table.read_from(file, start, stop)
-
-    def _read_inputs(self, start: int, stop: int) -> np.ndarray:
-        return np.delete(self._read(start, stop), self.target, axis=1)
-
-    def _read_targets(self, start: int, stop: int) -> np.ndarray:
-        return whole_numbers(self.table.path, str(self.target), start, self._read(start, stop)[:, self.target])
-
-
-def _npy_arrays(path: Path, target: str | None) -> dict[str, Array]:
-    with path.open("rb") as file:
-        table = _NumpyArray.from_header(path, path.name, file, path.stat().st_size)
-    if len(table.shape) != 2 or target is None or not target.lstrip("-").isdecimal():
-        raise UserError(
-            f"{path} is {table.dtype} {table.shape}, and --target is {target}",
-            "For a .npy of shape (rows, columns), give the target column's number, from 0: --target 0. Else use .npz.",
-        )
-    column, num_columns = int(target), table.shape[1]
-    if not -num_columns <= column < num_columns:
-        raise UserError(f"{path} has columns 0 to {num_columns - 1}", "--target is one of these numbers.")
-    return _NpyTable(table, column % num_columns).arrays
-
-
 @dataclass
-class _NpzMember:
-    """An array in a .npz archive. The opened file is kept: a compressed array is decompressed from its start."""
+class _OpenArray:
+    """An array that is read from a file kept open: a compressed one is decompressed from its start, and only once."""
 
     table: _NumpyArray
+    open_file: Callable[[], IO[bytes]]
     _file: IO[bytes] | None = field(default=None, init=False)
 
     @property
@@ -222,11 +181,39 @@ class _NpzMember:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         try:
-            if self._file is None:
-                self._file = zipfile.ZipFile(self.table.path).open(self.table.name)  # noqa: SIM115
+            self._file = self._file or self.open_file()
             return self.table.read_from(self._file, start, stop)
         except _ARCHIVE_ERRORS as error:
             raise UserError(f"{self.table.path}: {self.table.name} cannot be read: {error}", _WRITE_AGAIN) from None
+
+
+def _npy_arrays(path: Path, target: str | None) -> dict[str, Array]:
+    """One array of shape (rows, columns), of which column number `target` is the target."""
+    with path.open("rb") as file:
+        table = _NumpyArray.from_header(path, path.name, file, path.stat().st_size)
+    if len(table.shape) != 2 or target is None or not target.lstrip("-").isdecimal():
+        raise UserError(
+            f"{path} is {table.dtype} {table.shape}, and --target is {target}",
+            "For a .npy of shape (rows, columns), give the target column's number, from 0: --target 0. Else use .npz.",
+        )
+    column, (num_rows, num_columns) = int(target), table.shape
+    if not -num_columns <= column < num_columns:
+        raise UserError(f"{path} has columns 0 to {num_columns - 1}", "--target is one of these numbers.")
+    column %= num_columns
+    array = _OpenArray(table, lambda: path.open("rb")).array
+    targets = Array((num_rows,), array.dtype, partial(_only_column, array, column))
+    return {
+        "inputs": Array((num_rows, num_columns - 1), array.dtype, partial(_without_column, array, column)),
+        "targets": _whole(path, targets, str(column)),
+    }
+
+
+def _without_column(array: Array, column: int, start: int, stop: int) -> np.ndarray:
+    return np.delete(array.read(start, stop), column, axis=1)
+
+
+def _only_column(array: Array, column: int, start: int, stop: int) -> np.ndarray:
+    return array.read(start, stop)[:, column]
 
 
 def _npz_arrays(path: Path, target: str | None) -> dict[str, Array]:
@@ -256,10 +243,14 @@ def _npz_members(path: Path) -> dict[str, Array]:
             for entry in entries:
                 with archive.open(entry) as file:
                     table = _NumpyArray.from_header(path, entry, file, archive.getinfo(entry).file_size)
-                arrays[entry.removesuffix(".npy")] = _NpzMember(table).array
+                arrays[entry.removesuffix(".npy")] = _OpenArray(table, partial(_open_member, path, entry)).array
     except _ARCHIVE_ERRORS as error:
         raise UserError(f"{path} cannot be read: {error}", _WRITE_AGAIN) from None
     return arrays
+
+
+def _open_member(path: Path, entry: str) -> IO[bytes]:
+    return zipfile.ZipFile(path).open(entry)
 
 
 def _one_of(path: Path, names: Sequence[str], arrays: dict[str, Array]) -> str | None:

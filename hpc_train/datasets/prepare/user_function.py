@@ -336,10 +336,9 @@ class _SpooledRows:
         return of_file, slice(first, first + len(of_file))
 
     def _read_file(self, rank: int, rows: range) -> np.ndarray:
+        shape = (len(rows), *self.row_shape)
         row_bytes = prod(self.row_shape) * self.dtype.itemsize
-        with self.files[rank].open("rb") as file:
-            file.seek(rows.start * row_bytes)
-            data = file.read(len(rows) * row_bytes)
-        if len(data) != len(rows) * row_bytes:
+        values = np.fromfile(self.files[rank], self.dtype, prod(shape), offset=rows.start * row_bytes)
+        if len(values) != prod(shape):
             raise UserError(f"{self.files[rank]} is truncated", "Prepare again with --overwrite.")
-        return np.frombuffer(data, self.dtype).reshape(len(rows), *self.row_shape)
+        return values.reshape(shape)

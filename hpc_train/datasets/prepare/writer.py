@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,6 +80,11 @@ class WritePlan:
         """The rows of blocks first to stop."""
         size = self.layout.block_rows(array)
         return min(first * size, array.shape[0]), min(stop * size, array.shape[0])
+
+    def num_rows_in(self, array: Array, blocks: Collection[int]) -> int:
+        """Rows in some of the blocks. The last block may be shorter."""
+        size = self.layout.block_rows(array)
+        return sum(min(size, array.shape[0] - block * size) for block in blocks)
 
     def checksums(self, array: Array, rows: np.ndarray) -> list[int]:
         """CRC-32 of each block of `rows`, which begin with a block."""
@@ -188,42 +193,28 @@ def write(plan: WritePlan, done: Blocks, journal: Journal | None, context: Conte
     """
     arrays = plan.source.arrays
     written = {name: dict(done.get(name, {})) for name in arrays}
-    progress = _Progress(plan, written, context)
-    with closing(progress.shown), _open_together(plan, context) as opened:
+    num_rows = sum(array.shape[0] for array in arrays.values())
+    num_written = sum(plan.num_rows_in(arrays[name], written[name]) for name in arrays)
+    label, unit = f"writing {plan.output.name}", plan.source.unit
+    progress = StepProgress(label, num_rows, "auto", context.world.is_root, unit=unit)
+    progress.begin(num_written)
+    with closing(progress), _open_together(plan, context) as opened:
         if plan.layout.is_chunked and opened.file:
             _hold_metadata_in_memory(opened.file)
         writer = _BlockWriter(plan, opened, journal, context)
         for name, array in arrays.items():
             for first, stop in _my_rounds(plan, array, written[name], context):
-                for first_of_rank, checksums in writer.write(name, first, stop):
-                    written[name].update(enumerate(checksums, first_of_rank))
+                new = writer.write(name, first, stop)
                 writer.end_round()
-                progress.update(written)
+                written[name] |= new
+                num_written += plan.num_rows_in(array, new)
+                progress.advance(num_written, plan.num_rows_in(array, new), perf_counter_ns())
         if plan.layout.is_chunked and journal:
             journal.flushing()  # by closing the file
     if journal:
         journal.commit()
     context.barrier()  # where the root alone closed the file, other ranks would read too early
     return written
-
-
-class _Progress:
-    def __init__(self, plan: WritePlan, written: Blocks, context: Context) -> None:
-        self._plan = plan
-        num_rows = sum(array.shape[0] for array in plan.source.arrays.values())
-        label, unit = f"writing {plan.output.name}", plan.source.unit
-        self.shown = StepProgress(label, num_rows, "auto", context.world.is_root, unit=unit)
-        self._num_rows = self._count(written)
-        self.shown.begin(self._num_rows)
-
-    def update(self, written: Blocks) -> None:
-        before, self._num_rows = self._num_rows, self._count(written)
-        self.shown.advance(self._num_rows, self._num_rows - before, perf_counter_ns())
-
-    def _count(self, written: Blocks) -> int:
-        arrays = self._plan.source.arrays.items()
-        rows = [min(len(written[name]) * self._plan.layout.block_rows(array), array.shape[0]) for name, array in arrays]
-        return sum(rows)
 
 
 def _my_rounds(plan: WritePlan, array: Array, done: dict[int, int], context: Context) -> Iterator[tuple[int, int]]:
@@ -257,8 +248,8 @@ class _BlockWriter:
     context: Context
     _num_rounds: int = field(default=0, init=False)
 
-    def write(self, name: str, first: int, stop: int) -> list[tuple[int, list[int]]]:
-        """Collective. Writes this rank's blocks; returns (first block, checksums) of every rank."""
+    def write(self, name: str, first: int, stop: int) -> dict[int, int]:
+        """Collective. Writes this rank's blocks first to stop; returns the checksums of all ranks' blocks."""
         array, context = self.plan.source.arrays[name], self.context
         begin, end = self.plan.rows(array, first, stop)
         rows = np.ascontiguousarray(context.on_all(partial(array.read, begin, end)))
@@ -275,11 +266,12 @@ class _BlockWriter:
             if number not in _DISK_FULL:
                 raise
             raise cannot_write(self.plan.output, number) from None
-        of_ranks = context.all_gather((first, self.plan.checksums(array, rows)))
-        if self.journal:
-            for first_of_rank, checksums in of_ranks:
+        written: dict[int, int] = {}
+        for first_of_rank, checksums in context.all_gather((first, self.plan.checksums(array, rows))):
+            written.update(enumerate(checksums, first_of_rank))
+            if self.journal:
                 self.journal.add(name, first_of_rank, checksums)
-        return of_ranks
+        return written
 
     def end_round(self) -> None:
         """On the root. Contiguous blocks are on disk once they are written; chunks once their index is flushed."""

@@ -38,7 +38,7 @@ def render_page(report: Report) -> str:
 
 
 def _figures(section: Section, ident: str, most: int | None, guard: SectionGuard) -> list[tuple[str, Markup]]:
-    """(caption, SVG) of a section's plots, at most so many."""
+    """(caption, SVG) of the first `most` plots; None: of all."""
     return [
         paint_or_explain(plot, section.label, guard, partial(_captioned, f"{ident}-{number}"))
         for number, plot in enumerate(section.plots[:most])

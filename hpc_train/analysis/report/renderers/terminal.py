@@ -1,5 +1,6 @@
 """A report in a terminal of any width: one screen with the answer, or everything."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from rich import box
@@ -17,14 +18,15 @@ _LEAST_TEXT_WIDTH = 12  # text columns wrap down to this many letters
 
 def print_short(report: Report, console: Console) -> None:
     """The answers, one table, the notes that matter most: a screen of 80 x 24 for a job of a few sizes."""
-    first = report.sections[0]
-    for section in report.sections[:_MOST_HEADLINES]:
-        console.print(safe_text(section.headline or section.label, "bold" if section is first else ""))
+    for index, section in enumerate(report.sections[:_MOST_HEADLINES]):
+        console.print(safe_text(section.headline or section.label, "" if index else "bold"))
     if len(report.sections) > _MOST_HEADLINES:
         console.print(f"and {len(report.sections) - _MOST_HEADLINES} more")
-    if first.overview is not None:
+    first = report.sections[0] if report.sections else None
+    if first is not None and first.overview is not None:
         console.print("", safe_text(first.overview.title), fit_table(first.overview, console.width), sep="\n")
-    notes = [*report.notes, *first.notes]  # a run that could not be read is news of the first rank
+    # Notes on all runs first: they name the runs that could not be read.
+    notes = [*report.notes, *(first.notes if first else ())]
     cautions, findings = ([note for note in notes if note.kind == kind] for kind in ("caution", "finding"))
     _print_notes([*cautions[:_MOST_CAUTIONS], *findings[:_MOST_FINDINGS]], console)
     num_tables = sum(len(section.tables) for section in report.sections)
@@ -43,7 +45,7 @@ def print_full(report: Report, console: Console) -> None:
     _print_notes(report.notes, console)
 
 
-def _print_notes(notes: "list[Note] | tuple[Note, ...]", console: Console) -> None:
+def _print_notes(notes: Sequence[Note], console: Console) -> None:
     for note in notes:
         console.print(safe_text(f"- {note.text}"))
 
@@ -74,7 +76,7 @@ def fit_table(table: Table, width: int) -> RenderableType:
 
 
 def _least_widths(table: Table) -> list[int]:
-    """Of each column the width of its widest cell, or of the longest word of its title."""
+    """A column is at least as wide as its widest cell and as the longest word of its title."""
     widths = []
     for index, column in enumerate(table.columns):
         cells = [len(plain(row[index])) for row in table.rows]

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, ParamSpec
+from typing import ParamSpec
 
 from hpc_train.analysis.guard import SectionGuard
-from hpc_train.analysis.report.model import Column, Kind, Note, Plot, Section, Table
+from hpc_train.analysis.report.model import Column, Note, NoteKind, Plot, Section, SectionKind, Table
 from hpc_train.analysis.report.plots.canvas import unmade_plot
 
 P = ParamSpec("P")
@@ -14,7 +14,7 @@ P = ParamSpec("P")
 class SectionBuilder:
     """Each method calls `make(*args)` and keeps what it returns. `id` names it in a sentence about its failure."""
 
-    def __init__(self, kind: Literal["group", "strategies", "target"], label: str, guard: SectionGuard) -> None:
+    def __init__(self, kind: SectionKind, label: str, guard: SectionGuard) -> None:
         self._kind, self._label, self._guard = kind, label, guard
         self._headline = ""
         self._overview: Table | None = None
@@ -35,7 +35,7 @@ class SectionBuilder:
         table = self._guard.call(what, partial(_unmade_table, id), make, *args, **kwargs)
         self._tables += [table] if table is not None else []
 
-    def notes(self, id: str, kind: Kind, make: Callable[P, list[str]], *args: P.args, **kwargs: P.kwargs) -> None:
+    def notes(self, id: str, kind: NoteKind, make: Callable[P, list[str]], *args: P.args, **kwargs: P.kwargs) -> None:
         what = f"the notes '{id}' of {self._label}"
         self._notes += [Note(id, kind, text) for text in self._guard.call(what, _one_note, make, *args, **kwargs)]
 

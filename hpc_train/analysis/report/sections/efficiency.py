@@ -1,12 +1,10 @@
 """POP efficiencies and stragglers: where ranks lose time to each other, and which ranks cause it."""
 
-from collections import defaultdict
-from dataclasses import dataclass, field
 from typing import Any
 
 from hpc_train.analysis.efficiency.pop import FACTORS
 from hpc_train.analysis.efficiency.stragglers import Straggler, StragglerAnalysis
-from hpc_train.analysis.report.labels import ranks_text, straggler_text
+from hpc_train.analysis.report.labels import ranks_text, sizes_by_reason, straggler_text
 from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.plots.arrivals import arrivals_plot
 from hpc_train.analysis.report.plots.efficiency import efficiency_plot
@@ -14,7 +12,7 @@ from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.core.formatting import ms_text, percent, plain, plural, ratio_text, significant
+from hpc_train.core.formatting import ms_text, percent, plain, ratio_text, significant
 
 EFFICIENCY_COLUMNS = (
     *(f"pop_{factor}{end}" for factor in FACTORS for end in ("", "_low", "_high")),
@@ -115,50 +113,29 @@ def waiting_text(row: Row) -> str:
 
 
 def _pop_missing_notes(group: Group) -> list[str]:
-    sizes_by_reason: dict[str, list[str]] = defaultdict(list)
-    for row in group.rows:
-        if row.pop.missing:
-            sizes_by_reason[row.pop.missing].append(plural(row.size, "rank"))
-    return [f"POP efficiencies missing for {_joined(sizes)}: {why}." for why, sizes in sizes_by_reason.items()]
-
-
-@dataclass
-class _Arrivals:
-    """What keeps stragglers from being named, by reason, and how well clocks agree."""
-
-    nobody: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    unaligned: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    clock_errors_s: list[float] = field(default_factory=list)
+    reasons = sizes_by_reason((row.pop.missing, row.size) for row in group.rows)
+    return [f"POP efficiencies missing for {sizes}: {why}." for why, sizes in reasons.items()]
 
 
 def _straggler_notes(group: Group) -> list[str]:
-    found = _Arrivals()
-    for row in group.rows:
-        size = plural(row.size, "rank")
-        for run in row.stragglers:
-            if run.told and not row.pop.missing and row.size > 1:
-                found.nobody[run.told].append(size)
-            if run.unaligned:
-                found.unaligned[run.unaligned].append(size)
-            if run.clock_error_s is not None:
-                found.clock_errors_s.append(run.clock_error_s)
-    notes = [f"No straggler named for {_joined(sizes)}: {why}." for why, sizes in found.nobody.items()]
+    """Why no straggler is named, and how well clocks agree."""
+    runs = [(row, run) for row in group.rows for run in row.stragglers]
+    unnamed = sizes_by_reason((run.told, row.size) for row, run in runs if not row.pop.missing and row.size > 1)
+    notes = [f"No straggler named for {sizes}: {why}." for why, sizes in unnamed.items()]
+    unaligned = sizes_by_reason((run.unaligned, row.size) for row, run in runs)
     notes += [
-        f"Clocks of {_joined(sizes)} are not comparable ({plain(why)}): the order of arrival is inferred from how long"
-        " each rank waited."
-        for why, sizes in found.unaligned.items()
+        f"Clocks of {sizes} are not comparable ({plain(why)}): the order of arrival is inferred from how long each rank"
+        " waited."
+        for why, sizes in unaligned.items()
     ]
-    if found.clock_errors_s:
-        error = significant(1e6 * max(found.clock_errors_s))
+    clock_errors_s = [run.clock_error_s for _, run in runs if run.clock_error_s is not None]
+    if clock_errors_s:
         notes.append(
-            f"Stragglers are found by their arrival at the reduction, on clocks aligned to {error} us (median over"
-            " ranks), assuming that ranks leave a reduction together."
+            "Stragglers are found by their arrival at the reduction, on clocks aligned to"
+            f" {significant(1e6 * max(clock_errors_s))} us (median over ranks), assuming that ranks leave a reduction"
+            " together."
         )
     return notes
-
-
-def _joined(sizes: list[str]) -> str:
-    return ", ".join(dict.fromkeys(sizes))
 
 
 # ---------------------------------------------------------------------------------------------- for programs

@@ -39,9 +39,9 @@ def answer(plan: Plan) -> list[str]:
     lines = [f"Ask for {_where(chosen, plan)}: {_takes(chosen, plan)}", f"Why: {criterion_text(plan)}."]
     lines += [f"Not fewer: {why_not_smaller(plan)}.", f"Not more: {why_not_larger(plan)}."]
     if plan.work is not None:
-        lines.append(f"For {plan.work.words}, in the training loop: start-up, tests and saving come on top.")
+        lines.append(f"For {plan.work.words}, in the training loop: start-up, tests and checkpoints are extra.")
     if plan.power is not None and chosen.energy_j is not None:
-        kind = "estimated by the runs" if plan.power.quality == "estimated" else "of the meters that the runs had"
+        kind = "estimated by the runs" if plan.power.quality == "estimated" else "measured by the runs' meters"
         lines.append(f"Energy: {kind}; {plan.power.assumed}.")
     return lines
 

@@ -1,9 +1,8 @@
 """What each size cost and reached: energy of a run, last training loss, test measures."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
-from hpc_train.analysis.report.labels import ranks_text
+from hpc_train.analysis.report.labels import ranks_text, sizes_by_reason
 from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.plots.loss import loss_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
@@ -11,7 +10,7 @@ from hpc_train.analysis.report.sections.columns import CellColumn, make_table, n
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.energy_records import NO_METER
-from hpc_train.core.formatting import energy_text, percent, plain, plural, significant
+from hpc_train.core.formatting import energy_text, percent, plain, significant
 
 
 def add_result(section: SectionBuilder, group: Group) -> None:
@@ -49,15 +48,13 @@ def _measure_text(measure: str, value: float | None) -> str:
 
 
 def _missing_notes(group: Group) -> list[str]:
-    sizes_by_reason: dict[str, dict[str, None]] = defaultdict(dict)
-    for row in group.rows:
-        if row.energy.quality == "missing":
-            is_unread = row.energy.source == NO_METER
-            reason = "not every host's meter was read" if is_unread else row.energy.source
-            sizes_by_reason[reason][plural(row.size, "rank")] = None
-    return [
-        f"Energy missing for {', '.join(sizes)}: {why}. Missing is not zero." for why, sizes in sizes_by_reason.items()
-    ]
+    missing = [row for row in group.rows if row.energy.quality == "missing"]
+    reasons = sizes_by_reason((_missing_reason(row), row.size) for row in missing)
+    return [f"Energy missing for {sizes}: {why}. Missing is not zero." for why, sizes in reasons.items()]
+
+
+def _missing_reason(row: Row) -> str:
+    return "not every host's meter was read" if row.energy.source == NO_METER else row.energy.source
 
 
 def _estimate_notes(group: Group) -> list[str]:
