@@ -5,8 +5,10 @@ from typing import Any
 
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy, Tariff
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
+from hpc_train.analysis.energy.run_energy import RunEnergy
 from hpc_train.analysis.report.labels import communication_text, ranks_text, sizes_by_reason
 from hpc_train.analysis.report.model import Table
+from hpc_train.analysis.report.notes.meters import meter_notes
 from hpc_train.analysis.report.plots.energy import energy_by_phase_plot, energy_by_size_plot, energy_by_speedup_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
@@ -124,7 +126,7 @@ def _number_text(joules: EnergyAmount | None, scale: float) -> str:
 
 
 def node_table(energy: GroupEnergy) -> Table:
-    rules = dict.fromkeys(run.rest_rule for row in energy.rows for run in row.runs if run.ranks)
+    rules = dict.fromkeys(_rest_rule(run) for row in energy.rows for run in row.runs if run.ranks)
     rest = f"; the rest of its node is divided {' or '.join(rules)} among ranks, which no meter confirms"
     title = f"Energy by node and rank (a rank has its GPU's joules{rest if rules else ''})"
     columns: list[CellColumn[RowEnergy]] = [
@@ -133,6 +135,10 @@ def node_table(energy: GroupEnergy) -> Table:
         text("per rank", _per_rank_text),
     ]
     return make_table("energy-by-node", title, energy.rows, columns)
+
+
+def _rest_rule(run: RunEnergy) -> str:
+    return "by the number of their cores" if run.divided_by_cores else "equally"
 
 
 def _nodes_text(row: RowEnergy) -> str:
@@ -224,7 +230,9 @@ def _verdict_notes(energy: GroupEnergy) -> list[str]:
 
 def _run_notes(energy: GroupEnergy) -> list[str]:
     """The notes of single runs, each once with the sizes that it holds for."""
-    notes = sizes_by_reason((note, row.row.size) for row in energy.rows for run in row.runs for note in run.notes)
+    notes = sizes_by_reason(
+        (note, row.row.size) for row in energy.rows for run in row.runs for note in meter_notes(run)
+    )
     return [f"{note} ({sizes})." for note, sizes in notes.items()]
 
 
