@@ -12,6 +12,7 @@ from math import isfinite
 import torch
 
 from hpc_train.core.config import Loaded
+from hpc_train.core.rundir import is_complete
 from hpc_train.core.sampling import noise_seed
 from hpc_train.core.signals import CONTINUE, TERMINATED, StopRequest
 from hpc_train.train.comm.context import Context
@@ -19,7 +20,7 @@ from hpc_train.train.comm.watchdog import open_watchdog
 from hpc_train.train.device import open_clock, seed_noise
 from hpc_train.train.evaluate import evaluate
 from hpc_train.train.reduce.reducer import open_reducer
-from hpc_train.train.run.attempt import is_complete, open_attempt, say
+from hpc_train.train.run.attempt import log, open_attempt
 from hpc_train.train.run.checkpoint.saver import Saver
 from hpc_train.train.run.cleanup import remove_stale_segments
 from hpc_train.train.run.recorder import Recorder
@@ -65,7 +66,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             training = TrainingState(job, reducer, optimizer)
             first_step = restore(training, attempt)
             if first_step >= config.train.steps and context.on_root(partial(is_complete, attempt.run)):
-                context.on_root(partial(say, f"{attempt.run.path} is complete: {first_step} steps"))
+                context.on_root(partial(log, f"{attempt.run.path} is complete: {first_step} steps"))
                 return 0
 
             # The first batch is read and tried before the clock starts: start-up belongs to no step.
@@ -76,7 +77,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             sync = clock.sync if reducer.syncs_weights else nullcontext()
             recorder.start(first_step, model, job.facts | facts | {"reading": task.reading})
             if task.reading:
-                context.on_root(partial(say, f"Data: {task.reading}"))
+                context.on_root(partial(log, f"Data: {task.reading}"))
 
             for step in range(first_step, config.train.steps):
                 watchdog.step = step
