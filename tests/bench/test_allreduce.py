@@ -59,11 +59,11 @@ def test_the_terminal_has_tables_ratios_and_progress(done: tuple[jobs.Ended, Pat
 @pytest.mark.parametrize(
     "ranks, words, message",
     [
-        (1, (), "bench allreduce on one rank: nothing is summed"),
+        (1, (), "bench allreduce needs two or more ranks"),
         (2, ("--max", "1000G"), "--max 1073741824000 bytes: each rank holds several such messages"),
         (2, ("--max", "4", "--min", "64"), "--max 4 is less than --min 64"),
         (0, ("--max", "10"), "a multiple of 4 bytes"),
-        (0, ("--strategies", "mpi,nccl"), "nccl: of horovod, mpi,"),
+        (0, ("--strategies", "mpi,nccl"), "nccl is not one of horovod, mpi,"),
         (2, ("--output", "/proc/x.json"), "/proc/x.json cannot be written"),
     ],
 )
