@@ -91,7 +91,7 @@ def test_imports_go_one_way(path: Path) -> None:
             assert where in ALLOWED[package], f"{where} imports {name}: only {sorted(ALLOWED[package])} may"
 
 
-# Inside analysis/report: who may not import whom. Data flows from facts through notes and plots to sections, then renderers.
+# Who may not import whom inside analysis/report: data flows from facts to sections, then renderers.
 FORBIDDEN_IN_REPORT = {
     "model": ("facts", "labels", "notes", "plots", "sections", "renderers", "records", "report"),
     "notes": ("plots", "sections", "renderers", "records", "report"),

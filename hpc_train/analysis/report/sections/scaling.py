@@ -35,37 +35,36 @@ def overview_table(group: Group) -> Table:
         number("ranks", ranks_text),
         number("step (ms)", lambda row: ms_text(row.step_s)),
         number("samples/s", lambda row: significant(row.samples_per_s, 4)),
-        *_speedup_columns(group),
+        number("speedup", _speedup_text),
+        number("95% interval", _speedup_interval_text),
         number("efficiency", lambda row: percent(row.efficiency)),
-        number("exposed comm.", lambda row: percent(row.exposed_share)),
+        number("exposed", lambda row: percent(row.exposed_share)),
     ]
     if any(row.joules_per_sample is not None for row in group.rows):
         columns.append(number("energy / sample", lambda row: energy_text(row.joules_per_sample, row.energy)))
-    return make_table("overview", _title(group), group.rows, columns)
+    title = f"{_kind(group)} (exposed: communication)"
+    return make_table("overview", title, group.rows, columns)
 
 
 def scaling_table(group: Group) -> Table:
+    baseline = plural(group.baseline.size, "rank") if group.baseline else None
     columns: list[CellColumn[Row]] = [
         number("ranks", ranks_text),
         number("runs", lambda row: str(len(row.runs))),
         number("step (ms)", lambda row: ms_text(row.step_s)),
         number("95% interval", lambda row: interval_text(row.step_interval_s, 1e3)),
         number("samples/s", lambda row: significant(row.samples_per_s, 4)),
-        *_speedup_columns(group),
+        number(f"speedup vs {baseline}" if baseline else "speedup", _speedup_text),
+        number("95% interval", _speedup_interval_text),
         number("speedup efficiency", lambda row: percent(row.efficiency)),
     ]
-    return make_table("scaling", _title(group), group.rows, columns)
+    return make_table("scaling", _kind(group), group.rows, columns)
 
 
-def _title(group: Group) -> str:
+def _kind(group: Group) -> str:
     if group.weak:
-        return f"Scaling (weak scaling, batch per rank {group.keys['train.batch_per_rank']})"
-    return f"Scaling (strong scaling, global batch {group.rows[0].global_batch})"
-
-
-def _speedup_columns(group: Group) -> list[CellColumn[Row]]:
-    against = f"speedup vs {plural(group.baseline.size, 'rank')}" if group.baseline else "speedup"
-    return [number(against, _speedup_text), number("95% interval", _speedup_interval_text)]
+        return f"Weak scaling, batch per rank {group.keys['train.batch_per_rank']}"
+    return f"Strong scaling, global batch {group.rows[0].global_batch}"
 
 
 def _speedup_text(row: Row) -> str:
