@@ -45,10 +45,10 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     """
     config = loaded.config
     if context.world.local_rank == 0:
-        remove_stale_segments()
+        remove_stale_segments()  # shared memory of killed jobs, which would fill the node
     with (
         open_job(config, context) as job,
-        context.duplicate() as for_records,
+        context.duplicate() as for_records,  # a communicator of its own: see `Mesh`
         open_attempt(loaded, context, resume) as attempt,
     ):
         recorder = Recorder(loaded, for_records, job.placements, attempt, open_clock(config.train, job.device))
@@ -57,7 +57,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
         with (
             recorder,
             saver,
-            StopRequest() as stop,
+            StopRequest() as stop,  # from here on a signal sets a flag
             # From here on all ranks have the root's weights.
             open_reducer(config.reduce, job.model, job.mesh, Control(stop, saver)) as reducer,
             open_watchdog(context, config.run, recorder.log) as watchdog,
@@ -100,7 +100,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                             reducer.begin_step(total)
                         (loss * optimizer.scale).backward()
 
-                # One update a step; an asynchronous server makes one for each worker.
+                # One update a step; an asynchronous server makes one for each worker. `context.waiting` lets the
+                # watchdog see which ranks wait for others, and so which rank is late.
                 overflowed = False
                 for _ in range(reducer.num_updates):
                     with clock.reduce, context.waiting:
@@ -174,6 +175,7 @@ def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder,
     # The minimum over ranks: with an asynchronous parameter server each rank knows only of its own updates.
     if min(context.all_gather(optimizer.num_skipped)) >= num_steps and stopped_by is None:
         raise_for_run_without_updates(num_steps, context)
+    # Saved before the test: a test that fails costs no training.
     state = training.gather()
     saved = context.on_root(partial(saver.save_now, num_steps, state))
     outcome = "complete" if stopped_by is None else f"stopped by {stopped_by}"

@@ -48,6 +48,7 @@ def test_sums_and_maxima_over_ranks(context: Context) -> None:
     assert context.sum(np.array([rank, 1.0])).tolist() == [size * (size - 1) / 2, size]
     assert context.max(np.array([rank, -rank])).tolist() == [size - 1, 0]
     assert context.gather(rank) == (list(range(size)) if rank == 0 else [])
+    assert context.all(rank) == context.all_gather(rank) == list(range(size)), "the former name, too"
 
 
 def test_clocks_of_one_machine_are_found_equal(context: Context) -> None:
