@@ -12,12 +12,12 @@ from time import monotonic
 from types import FrameType
 
 from hpc_train.cluster import launch
-from hpc_train.cluster.study import Say, Study, is_complete
+from hpc_train.cluster.study import Say, Study
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
 from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.progress import duration
-from hpc_train.core.rundir import RunDir
+from hpc_train.core.rundir import RunDir, is_complete
 from hpc_train.core.settings import Config
 from hpc_train.core.signals import CONTINUE, TERMINATED
 

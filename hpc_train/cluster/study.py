@@ -1,6 +1,5 @@
 """A scaling study: every size as often as asked, run here or as jobs of a batch system; only what is missing."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from hpc_train.core.config import Loaded, dumps
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
 from hpc_train.core.paths import expanded
-from hpc_train.core.rundir import RunDir, write_atomic
+from hpc_train.core.rundir import RunDir, is_complete, write_atomic
 from hpc_train.core.settings import Config
 
 Say = Callable[[str], None]
@@ -66,14 +65,6 @@ def plan(loaded: Loaded, sizes: list[int], repeats: int, queue: Mapping[str, str
     todo = [(size, repeat) for repeat in range(repeats) for size in sizes if repeat >= num_done[size]]
     num_complete = sum(min(count, repeats) for count in num_done.values()) - len(waiting)
     return Study(loaded, folder, todo, num_complete, waiting, unfinished)
-
-
-def is_complete(run: RunDir) -> bool:
-    try:
-        summary = json.loads(run.summary.read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(summary, dict) and summary.get("complete") is True
 
 
 def weak_batch(config: Config, sizes: list[int]) -> int:

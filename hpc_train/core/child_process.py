@@ -1,8 +1,7 @@
-"""Work in which a library may crash, done by a child process: the parent waits, and says in one message how it died.
+"""Work that may crash a library, done by a child process: the parent waits, and reports a crash in one message.
 
-Children are forked before MPI, torch and threads are there: nothing is loaded twice.
-(`doctor/supervisor.py` waits beside
-processes of their own, which may hang.)
+Children are forked before MPI, torch and threads start, so nothing is loaded twice. (`doctor/supervisor.py` starts new
+programs instead, which may also hang.)
 """
 
 import ctypes
@@ -19,19 +18,19 @@ from typing import NoReturn
 
 from hpc_train.core.errors import UserError
 
-_MOST_BYTES = 4096  # of a path
+_MAX_PATH_BYTES = 4096
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _FROM_OUTSIDE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Notes:
-    """Memory that a child shares with its parent: the file that it reads, which the parent knows after a crash, too."""
+    """Memory that a child shares with its parent: the file that it reads, known to the parent even after a crash."""
 
     def __init__(self) -> None:
-        self._shared = mmap.mmap(-1, _MOST_BYTES)
+        self._shared = mmap.mmap(-1, _MAX_PATH_BYTES)
 
     def at(self, path: object) -> None:
-        name = os.fsencode(str(path))[: _MOST_BYTES - 1] + b"\0"
+        name = os.fsencode(str(path))[: _MAX_PATH_BYTES - 1] + b"\0"
         self._shared[: len(name)] = name
 
     @property
@@ -40,13 +39,13 @@ class Notes:
 
 
 class Child:
-    """A child process at work. `wait` before this process ends."""
+    """A running child process. Call `wait` before this process ends."""
 
     def __init__(self, pid: int, notes: Notes) -> None:
         self._pid, self._notes, self._has_ended = pid, notes, False
 
     def wait(self) -> int:
-        """Its exit code. Raises `UserError` where a signal ended it."""
+        """Its exit code. Raises `UserError` if a signal killed it."""
         code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         self._has_ended = True
         if code < 0:
@@ -54,7 +53,7 @@ class Child:
         return code
 
     def end(self) -> None:
-        """Kills it, unless it was waited for: its number may be another process's by now."""
+        """Kills it unless `wait` has returned: its pid may belong to another process by then."""
         if self._has_ended:
             return
         with suppress(ProcessLookupError):
@@ -64,7 +63,7 @@ class Child:
 
 
 def begin(work: Callable[[Notes], object]) -> Child:
-    """Has `work` done by a child, to see whether it crashes. What it returns or raises is dropped.
+    """Runs `work` in a child only to see whether it crashes; its result and exceptions are dropped.
 
     The child ignores signals that a scheduler sends to all processes of a job.
     """
@@ -82,7 +81,7 @@ def begin(work: Callable[[Notes], object]) -> Child:
 def go_on_in_child() -> Notes:
     """Forks. The child returns and runs the rest of the program; the parent waits and never returns.
 
-    The parent exits with the child's code, or raises `UserError` where a signal ended it. Ctrl-C and SIGTERM to the
+    The parent exits with the child's code, or raises `UserError` if a signal killed it. Ctrl-C and SIGTERM to the
     parent end both.
     """
     notes = Notes()
@@ -103,13 +102,13 @@ def go_on_in_child() -> Notes:
 
 
 def _fork() -> int:
-    """0 in the child, which dies when its parent does, hears no Ctrl-C and leaves no core."""
+    """0 in the child, which dies with its parent, ignores Ctrl-C and leaves no core file."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     parent = os.getpid()
     pid = os.fork()
     if not pid:
-        faulthandler.disable()  # a traceback of HDF5 helps no user; Open MPI prints one, too:
+        faulthandler.disable()  # a traceback inside HDF5 helps no user, and Open MPI prints another:
         os.environ.update(OMPI_MCA_opal_signal="")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
@@ -127,10 +126,10 @@ def died_of(number: int) -> str:
 def _crashed(place: str, number: int) -> UserError:
     if number == signal.SIGKILL:
         return UserError(
-            f"{place or 'the work'}: the process that read it was ended by {died_of(number)}",
-            "Somebody ended it, or memory ran out: a file that claims to be too large is damaged.",
+            f"{place or 'the work'}: the process that read it was killed by {died_of(number)}",
+            "Somebody killed it, or memory ran out: a file that claims to be huge is damaged.",
         )
     return UserError(
         f"{place or 'the work'} made HDF5 crash: {died_of(number)}",
-        "The file is damaged in a way that HDF5 does not notice: restore it, or prepare it again.",
+        "The file is damaged in a way that HDF5 does not detect: restore it, or prepare it again.",
     )

@@ -1,4 +1,4 @@
-"""The one error type for mistakes a user can mend, and what other ranks raise for a fault of one of them."""
+"""The error type for mistakes that a user can fix, and the one that other ranks raise for a fault of one rank."""
 
 import errno
 import os
@@ -9,17 +9,17 @@ from hpc_train.core.redaction import printable
 
 
 class UserError(Exception):
-    """A mistake the user can mend: what is wrong (the key or file, its value) and the remedy.
+    """A mistake that the user can fix: what is wrong (the key or file with its value) and the remedy.
 
-    Only `cli/main.py` turns it into a message and exit code 2. `joint` says that every rank raises it, so that none
-    need be aborted and one rank's message is enough.
+    Only `cli/main.py` turns it into a message and exit code 2. joint: every rank raises it, so that no rank needs to be
+    aborted and one message is enough.
     """
 
     joint = False
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(what, remedy)
-        self.what = printable(what)  # it names keys, cells and files, which may hold what steers a terminal
+        self.what = printable(what)  # names of keys and files may contain control characters
         self.remedy = printable(remedy)
 
     def __str__(self) -> str:
@@ -27,23 +27,23 @@ class UserError(Exception):
 
 
 def refused(error: OSError) -> UserError | None:
-    """What the system says of a path that it does not let us use; None where the error names none."""
+    """The error of a path that the system refuses; None if the error names no path."""
     if error.filename is None:
         return None
-    remedy = "`ls -ld` and `df` show what stands in the way."
+    remedy = "`ls -ld` and `df` show the cause."
     return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}", remedy)
 
 
 def not_written(path: str | Path, error: OSError, num_bytes: int) -> UserError:
-    """What to raise when the system refuses to write `num_bytes` to `path`: disk full, read-only, over quota."""
+    """The error to raise if `num_bytes` cannot be written to `path`: disk full, read-only, over quota."""
     return UserError(
         f"{path} could not be written: {error.strerror or error}; {room(Path(path).parent, error, num_bytes)}",
-        "Make room, or choose another place (run.root, --output).",
+        "Free space, or choose another folder (run.root, --output).",
     )
 
 
 def room(folder: Path, error: OSError, num_bytes: int) -> str:
-    """How much was to be written and, on a full disk, how much is free there; of a quota the system does not tell."""
+    """How much was to be written and, on a full disk, how much is free (the system does not report quotas)."""
     needed = f"{_size(num_bytes)} are needed"
     if error.errno != errno.ENOSPC:
         return needed
@@ -59,14 +59,14 @@ def _size(num_bytes: int) -> str:
 
 
 class JointFailure(Exception):
-    """Every rank raises it for a fault that some rank met; that rank's own exception carries the words."""
+    """Every rank raises it for a fault of some rank, whose own exception has the message."""
 
 
 def require(*modules: str) -> None:
-    """Raises UserError on a plain install, which has the analysis half only."""
+    """Raises `UserError` on an install without the training half."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UserError(
-            f"{' and '.join(missing)} cannot be found: this install reports, and does not train",
+            f"{' and '.join(missing)} cannot be found: this install can report but not train",
             "Run `make install` in a checkout: it builds hpc-train[train] against one MPI.",
         )

@@ -1,4 +1,4 @@
-"""Where a file lies, and what of it the system holds in memory."""
+"""The file system of a file, and how much of the file is in the page cache."""
 
 import ctypes
 import mmap
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-_PATIENCE_S = 10
-_LOOKED_AT_BYTES = 1 << 30
+_LFS_TIMEOUT_S = 10
+_MAX_MAPPED_BYTES = 1 << 30
 
 
 def file_system(path: Path) -> str:
@@ -29,35 +29,35 @@ def file_system(path: Path) -> str:
 
 
 def stripe_count(path: Path) -> int | None:
-    """Over how many servers of a Lustre file system `path` is spread; None where that cannot be asked."""
+    """The Lustre stripe count of `path`; None if unknown."""
     lfs = shutil.which("lfs")
     if lfs is None:
         return None
     try:
-        asked = subprocess.run(
-            [lfs, "getstripe", "-c", str(path)], capture_output=True, text=True, timeout=_PATIENCE_S, check=True
+        answer = subprocess.run(
+            [lfs, "getstripe", "-c", str(path)], capture_output=True, text=True, timeout=_LFS_TIMEOUT_S, check=True
         )
-        return int(asked.stdout.split()[-1])
+        return int(answer.stdout.split()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 
 
 def drop_pages(path: Path) -> None:
-    """Asks the system to forget what it holds of the file in memory; it need not (tmpfs cannot)."""
+    """Asks the kernel to drop the file's pages from the page cache. It need not: tmpfs cannot."""
     file = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(file)  # what is not yet written cannot be forgotten
+        os.fsync(file)  # dirty pages cannot be dropped
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError:
-        pass  # `resident` tells
+        pass  # `resident` shows the result
     finally:
         os.close(file)
 
 
 def resident(path: Path, offset: int = 0, num_bytes: int | None = None) -> float | None:
-    """The share of the file, or of the first GiB from `offset`, that is in memory, 0 to 1; None where nobody tells."""
+    """The fraction (0 to 1) of the file, or of the first GiB from `offset`, in the page cache; None if unknown."""
     size, start = path.stat().st_size, offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    length = min(size - start, _LOOKED_AT_BYTES, offset - start + (size if num_bytes is None else num_bytes))
+    length = min(size - start, _MAX_MAPPED_BYTES, offset - start + (size if num_bytes is None else num_bytes))
     if length <= 0:
         return None
     with path.open("rb") as file, mmap.mmap(file.fileno(), length, prot=mmap.PROT_READ, offset=start) as mapped:
@@ -66,5 +66,5 @@ def resident(path: Path, offset: int = 0, num_bytes: int | None = None) -> float
         refused = ctypes.CDLL(None).mincore(
             ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(length), ctypes.c_void_p(pages.ctypes.data)
         )
-        del view  # the map cannot be closed while anything looks at it
+        del view  # a map cannot be closed while an array refers to it
     return None if refused else float((pages & 1).mean())

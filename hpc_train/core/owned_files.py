@@ -1,6 +1,6 @@
-"""Files of fixed names where others may write, too: this user's own, never a link or a file that another put there.
+"""Files with fixed names in folders where others may write: only files of this user, never a link.
 
-In a folder with the sticky bit, such as /tmp, nobody else can put another file in the place of one that was found good.
+In a folder with the sticky bit, such as /tmp, nobody else can replace a file once it has been checked.
 """
 
 import os
@@ -14,9 +14,9 @@ from hpc_train.core.errors import UserError
 
 
 def opened(path: Path, mode: str, buffering: int = -1) -> IO[bytes]:
-    """`path` opened as "rb", or as "r+b" or "ab", which make it where it is not there.
+    """`path` opened as "rb", or as "r+b" or "ab", which create it.
 
-    Raises `UserError` where `require` does, also when somebody puts it there in this moment; `OSError` as `open` does.
+    Raises `UserError` as `require` does, also for a file created at the same moment; `OSError` as `open` does.
     """
     require(path)
     file = open(path, mode, buffering, opener=_open)  # noqa: SIM115  the caller closes it
@@ -27,10 +27,7 @@ def opened(path: Path, mode: str, buffering: int = -1) -> IO[bytes]:
 
 
 def created(path: Path, permissions: int = 0o666, buffering: int = -1) -> IO[bytes]:
-    """A new, empty file at `path`; a file of this user that had the name is removed.
-
-    Raises `UserError` where `require` does.
-    """
+    """A new, empty file at `path`, which replaces a file of this user. Raises `UserError` as `require` does."""
     require(path)
     path.unlink(missing_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -38,18 +35,15 @@ def created(path: Path, permissions: int = 0o666, buffering: int = -1) -> IO[byt
 
 
 def require(*paths: Path) -> None:
-    """Raises `UserError` where something is at one of `paths` that is not a file of this user, under that name alone.
-
-    Nothing may be there, either.
-    """
+    """Raises `UserError` if one of `paths` exists and is not a regular file of this user with one name (link)."""
     for path in paths:
         try:
             fault = _fault(path.lstat(), path)
         except FileNotFoundError:
             continue
         except OSError as error:
-            remedy = "Name another: a shorter one, or one in a folder that you may read."
-            raise UserError(f"{path} cannot be made: {error.strerror}", remedy) from None
+            remedy = "Choose a shorter name, or a folder that you may read."
+            raise UserError(f"{path} cannot be created: {error.strerror}", remedy) from None
         if fault:
             raise _refused(path, fault)
 
@@ -59,7 +53,7 @@ def others_may_write(file: IO[bytes]) -> bool:
 
 
 def owner(found: os.stat_result) -> str:
-    """The name of a file's owner, or the number where it has none."""
+    """The name of a file's owner, or the user id without a name."""
     try:
         return pwd.getpwuid(found.st_uid).pw_name
     except KeyError:
@@ -67,11 +61,11 @@ def owner(found: os.stat_result) -> str:
 
 
 def _open(path: str, flags: int) -> int:
-    """As `open` would, but never through a link, and never waiting at a FIFO."""
+    """As `open`, but never through a link, and never waiting for a FIFO."""
     flags = flags & ~os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     while flags & (os.O_RDWR | os.O_WRONLY):
         try:
-            # Readable by all that the umask allows, and written by this user alone.
+            # Writable by this user only.
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             try:
@@ -85,12 +79,12 @@ def _fault(found: os.stat_result, path: Path) -> str | None:
     if stat.S_ISLNK(found.st_mode):
         return "is a link"
     if not stat.S_ISREG(found.st_mode):
-        return "is no regular file"
-    # Where the file system gives all files to one user (NFS with all_squash), that user is this one.
+        return "is not a regular file"
+    # On NFS with all_squash, all files belong to one user.
     if found.st_uid != os.geteuid() and found.st_uid != _owner_of_new_files(path.parent):
         return f"belongs to {owner(found)}"
     if found.st_nlink > 1:
-        return "is another file, too (a hard link)"
+        return "has another name, too (a hard link)"
     return None
 
 
@@ -100,4 +94,4 @@ def _owner_of_new_files(folder: Path) -> int:
 
 
 def _refused(path: Path, fault: str) -> UserError:
-    return UserError(f"{path} {fault}: it is not used", "Remove it, or name a folder of your own.")
+    return UserError(f"{path} {fault} and is not used", "Remove it, or choose a folder of your own.")

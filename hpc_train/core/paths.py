@@ -1,4 +1,4 @@
-"""Paths and small files as users name them: what cannot be read is one message, and nothing is waited for."""
+"""Paths and small files that users name. Errors are one message, and no open waits (a FIFO, say)."""
 
 import os
 import stat
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hpc_train.core.errors import UserError
 
-_MOST_BYTES = 1 << 20  # of a file that people write by hand
+_MAX_BYTES = 1 << 20  # of a file that people write by hand
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -17,42 +17,42 @@ _KINDS = {
 
 
 def other_kind(mode: int) -> str | None:
-    """What has the st_mode `mode`, in words; None for a regular file."""
-    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no regular file")
+    """The kind of file with the st_mode `mode`; None for a regular file."""
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "not a regular file")
 
 
 def expanded(path: str | Path) -> Path:
-    """`path` with ~ and ~user filled in. Raises `UserError` for a user that is not known here."""
+    """`path` with ~ and ~user filled in. Raises `UserError` for an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise UserError(f"{path}: no such user here, or no home", "Write the whole path.") from None
+        raise UserError(f"{path}: no such user here, or no home", "Write an absolute path.") from None
 
 
 def exists(path: Path) -> bool:
-    """Whether something has that name; not where it is too long, or in a folder that may not be looked into."""
+    """Whether the path exists; False also for a name that is too long and in a folder without permission."""
     try:
         return path.exists()
     except (OSError, ValueError):
         return False
 
 
-def read_text(path: Path, remedy: str, most_bytes: int = _MOST_BYTES) -> str:
+def read_text(path: Path, remedy: str, max_bytes: int = _MAX_BYTES) -> str:
     """The text of a file in UTF-8. Raises `UserError`."""
-    content = read_small(path, remedy, most_bytes)
+    content = read_small(path, remedy, max_bytes)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8: {error.reason}, at byte {error.start:,}", remedy) from None
 
 
-def read_small(path: Path, remedy: str, most_bytes: int = _MOST_BYTES) -> bytes:
-    """The content of a file of at most so many bytes. Raises `UserError`, also for what would be read for ever."""
+def read_small(path: Path, remedy: str, max_bytes: int = _MAX_BYTES) -> bytes:
+    """The content of a regular file of at most `max_bytes`. Raises `UserError`."""
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
-            if other_kind(status.st_mode) is None and status.st_size <= most_bytes:
-                return file.read(most_bytes)
+            if other_kind(status.st_mode) is None and status.st_size <= max_bytes:
+                return file.read(max_bytes)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", remedy) from None
     except OSError as error:
@@ -60,10 +60,10 @@ def read_small(path: Path, remedy: str, most_bytes: int = _MOST_BYTES) -> bytes:
     except ValueError as error:  # a name with a NUL
         raise UserError(f"{str(path)!r} cannot be read: {error}", remedy) from None
     if other_kind(status.st_mode) is None:
-        raise UserError(f"{path} is too long: {status.st_size:,} bytes, and {most_bytes:,} at most are read", remedy)
-    raise UserError(f"{path} is {other_kind(status.st_mode)}, and no file", remedy)
+        raise UserError(f"{path} is too large: {status.st_size:,} bytes; the limit is {max_bytes:,}", remedy)
+    raise UserError(f"{path} is {other_kind(status.st_mode)}, not a file", remedy)
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens without waiting: `open` of a pipe waits until somebody writes to it."""
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opens without waiting: opening a FIFO would wait until somebody writes to it."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,6 +1,7 @@
-"""What may be printed and recorded: secrets of commands, URLs and variables are cut out, control characters replaced.
+"""Removes secrets from commands, URLs and variables, and control characters from what is printed.
 
-By form and by name, so what looks like neither passes: a token that stands alone among a command's words, say.
+Secrets are recognised by their form or by the name of their variable or option. Anything else passes, such as a bare
+token among the words of a command.
 """
 
 import re
@@ -9,14 +10,16 @@ from collections.abc import Sequence
 REDACTED = "(redacted)"
 
 _SECRET = re.compile(
-    r"TOKEN(?!IZ|S(?![A-Za-z]))|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|SIGNATURE|JWT|BEARER"  # tokens are counted
+    r"TOKEN(?!IZ|S(?![A-Za-z]))|SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|SIGNATURE|JWT|BEARER"  # not TOKENIZER
     r"|KEYS?(?![A-Za-z])|(?:API|ACCESS|PRIVATE)[_.-]?KEY|(?<![A-Za-z])(?:AUTH|AUTHORIZATION|PASS|PWD|SIG)(?![A-Za-z])",
     re.IGNORECASE,
 )
 _TOKEN = re.compile(r"[^\s'\"]+")
-_USER = re.compile(r"[^/:@]*:(?!\d{1,5}(?:[/?#]|$)).*@|[^/]*@")  # a password may hold anything; host:8080/a@b has none
-_QUERY = re.compile(r"\?(?=[\w.~%-]+=)[^)]+")  # of an address without its host, as clients' errors have it
-# Tokens that tell by their beginning whose they are: Hugging Face, GitHub, GitLab, Slack, AWS.
+_USER = re.compile(
+    r"[^/:@]*:(?!\d{1,5}(?:[/?#]|$)).*@|[^/]*@"
+)  # a password may have any character; host:8080/a@b has none
+_QUERY = re.compile(r"\?(?=[\w.~%-]+=)[^)]+")  # a path with a query but no host, as in the errors of HTTP clients
+# Tokens with a known prefix: Hugging Face, GitHub, GitLab, Slack, AWS.
 _KNOWN = re.compile(r"\b(?:hf_|gh[opsu]_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}")
 _BEARER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE)
 _PAIR = re.compile(
@@ -31,23 +34,23 @@ def looks_secret(name: str, value: str = "") -> bool:
 
 
 def variable(name: str, value: str) -> str:
-    """The value of a variable or key of that name, as it may be shown."""
+    """The value of a variable or key, redacted if its name says that it is a secret."""
     return REDACTED if _SECRET.search(name) else without_secrets(value)
 
 
 def command(words: Sequence[str]) -> list[str]:
-    """A command line without the values of `--api-key=...`, `--token ...`, `KEY=...` and what its URLs carry."""
-    told: list[str] = []
+    """A command line without the values of `--api-key=...`, `--token ...`, `KEY=...`, and without secrets in URLs."""
+    redacted: list[str] = []
     for word in words:
-        asked_for = told and _names_secret(told[-1]) and not word.startswith("--")
-        told.append(REDACTED if asked_for else _word(word))
-    return told
+        is_value = redacted and _names_secret(redacted[-1]) and not word.startswith("--")
+        redacted.append(REDACTED if is_value else _word(word))
+    return redacted
 
 
 def without_secrets(text: str, mark: str = REDACTED) -> str:
-    """`text` without what its URLs carry before the host or after ? and #, and without bearers' tokens.
+    """`text` without credentials, queries and fragments of URLs, and without bearer tokens.
 
-    mark: what stands in their place; "" leaves nothing of them.
+    mark: replaces them.
     """
     text = _TOKEN.sub(lambda token: _token(token[0], mark), text)
     return _KNOWN.sub(mark, _BEARER.sub(rf"\1 {mark}", text))
@@ -68,13 +71,14 @@ def _token(token: str, mark: str) -> str:
 
 
 def message(text: str) -> str:
-    """What is said to a person: without secrets, and without characters that a terminal takes for commands."""
+    """A message to print: without secrets and control characters."""
     return printable(without_secrets(text))
 
 
 def printable(text: str) -> str:
-    """Text from a file, a name or a command line, safe for a terminal: only line ends and tabs are kept of its control
-    characters, the others are shown as a replacement character.
+    """Text from a file, a name or a command line, safe for a terminal.
+
+    Control characters except line ends and tabs become the replacement character.
     """
     return "".join(
         letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
@@ -82,7 +86,7 @@ def printable(text: str) -> str:
 
 
 def _names_secret(word: str) -> bool:
-    """Whether a word is an option, without its value, whose name is that of a secret."""
+    """Whether a word is an option without a value whose name says that it is a secret."""
     return word.startswith("-") and "=" not in word and bool(_SECRET.search(word))
 
 

@@ -1,4 +1,4 @@
-"""What may change between a run and its continuation: one rule for every key of a job file."""
+"""What may change between a run and its continuation: a rule for every key of a job file."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -12,21 +12,21 @@ from hpc_train.core.settings import Config
 
 
 class Rule(Enum):
-    """What becomes of a run that is to be continued with another value of a key."""
+    """What happens when a run is resumed with another value of a key."""
 
     REFUSED = "the steps taken so far would belong to another training"
-    COMPARED = "what comes of it is compared with what the checkpoint states"
-    UPDATES = "updates follow it from now on; those before did not"
-    SPEED = "steps may take another time from now on, and sums be rounded otherwise: a report takes all of them as one"
-    TEST = "the test at the end follows it"
+    COMPARED = "the resulting batches are compared with those of the checkpoint"
+    UPDATES = "updates from now on use the new value"
+    SPEED = "steps may take a different time from now on, and sums be rounded differently; a report mixes them"
+    TEST = "the test at the end uses the new value"
     FREE = "no step depends on it"
 
 
-# The longest beginning of a key that stands here decides.
+# The longest prefix of a key decides.
 _RULES = {
     "name": Rule.FREE,
     "seed": Rule.REFUSED,
-    "data.file": Rule.UPDATES,  # the same file elsewhere, in a job's scratch say, is free: see `_rule`
+    "data.file": Rule.UPDATES,  # the same file in another folder, such as scratch, is free: see `_rule`
     "data.inputs": Rule.REFUSED,
     "data.targets": Rule.REFUSED,
     "data.offsets": Rule.REFUSED,
@@ -35,7 +35,7 @@ _RULES = {
     "data.memory_mb": Rule.COMPARED,
     "data.shuffle_chunks": Rule.COMPARED,
     "task.": Rule.REFUSED,
-    "train.steps": Rule.UPDATES,  # refused where a schedule ends with them: see `_rule`
+    "train.steps": Rule.UPDATES,  # refused if a schedule ends with them: see `_rule`
     "train.global_batch": Rule.COMPARED,
     "train.batch_per_rank": Rule.COMPARED,
     "train.accumulate": Rule.SPEED,
@@ -55,7 +55,7 @@ _RULES = {
     "train.log_every": Rule.FREE,
     "train.warmup_steps": Rule.SPEED,
     "train.threads": Rule.SPEED,
-    "train.on_nonfinite": Rule.FREE,  # each update that is left out is said when it is
+    "train.on_nonfinite": Rule.FREE,  # every skipped update is printed when it happens
     "train.check_weights_every": Rule.SPEED,
     "rl.": Rule.REFUSED,
     "rl.test_episodes": Rule.TEST,
@@ -68,12 +68,12 @@ _RULES = {
     "energy.": Rule.FREE,
     "run.": Rule.FREE,
 }
-_SAID = (Rule.UPDATES, Rule.SPEED, Rule.TEST)
+_PRINTED = (Rule.UPDATES, Rule.SPEED, Rule.TEST)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A key whose value differs between the run and the job that is to continue it; None is a key that is not set."""
+    """A key that differs between the run and the job that resumes it. None: not set."""
 
     key: str
     before: Any
@@ -82,14 +82,14 @@ class Change:
 
     @property
     def values(self) -> str:
-        return f"{self.key} = {self.now!r} here, {self.before!r} there"
+        return f"{self.key} = {self.now!r} here, {self.before!r} in the run"
 
     def __str__(self) -> str:
         return f"{self.values}: {self.rule.value}"
 
 
 def changes(before: Config, now: Config) -> list[Change]:
-    """Every key that differs, with its rule, in the order of their names."""
+    """Every key that differs, with its rule, sorted by name."""
     old, new = flatten(as_dict(before)), flatten(as_dict(now))
     return [
         Change(key, old.get(key), new.get(key), _rule(key, before, now))
@@ -107,17 +107,17 @@ def _rule(key: str, before: Config, now: Config) -> Rule:
 
 
 def said(all_changes: list[Change]) -> list[Change]:
-    """Those that a user is told of: the run goes on, and differs from what it was."""
-    return [change for change in all_changes if change.rule in _SAID]
+    """The changes to print: the run resumes, and behaves differently from now on."""
+    return [change for change in all_changes if change.rule in _PRINTED]
 
 
 def same_job(before: Config, now: Config) -> bool:
-    """Whether continuing one with the other changes nothing. The data may lie elsewhere, in a job's scratch, say."""
+    """Whether resuming one with the other changes nothing. The data may be in another folder, such as scratch."""
     return before.name == now.name and all(change.rule is Rule.FREE for change in changes(before, now))
 
 
 def check(before: Config, now: Config, run: Path) -> list[Change]:
-    """The changes that the run in `run` is continued with. Raises `UserError` for one that it cannot be."""
+    """The changes with which the run in `run` resumes. Raises `UserError` for a change that is refused."""
     found = changes(before, now)
     for change in found:
         if change.rule is Rule.REFUSED:
@@ -126,7 +126,7 @@ def check(before: Config, now: Config, run: Path) -> list[Change]:
 
 
 def why_not(run: RunDir, before: Config | None, now: Config, size_before: int | None, size: int) -> str | None:
-    """Why --resume auto does not continue `run` with the job `now` on `size` ranks; None if it does.
+    """Why --resume auto does not resume `run` with the job `now` on `size` ranks; None if it does.
 
     before: the run's own job; None if it cannot be read.
     """

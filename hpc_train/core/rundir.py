@@ -1,5 +1,6 @@
 """The paths inside a run directory, the search for run directories, and writing files atomically."""
 
+import json
 import os
 import re
 import secrets
@@ -99,6 +100,22 @@ def make_folders(run: RunDir) -> None:
             raise UserError(
                 f"{folder} cannot be made: {error.strerror}", "Make room, or set run.root to a folder you may write."
             ) from None
+
+
+def remove_temporaries(run: RunDir) -> None:
+    """Removes what `write_atomic` left of a killed job. Only for the holder of the run's lock."""
+    for final in (run.meta, run.metrics, run.summary):
+        for temporary in run.path.glob(f".{final.name}.*"):
+            temporary.unlink(missing_ok=True)
+
+
+def is_complete(run: RunDir) -> bool:
+    """Whether the run has a summary without a fault. One that cannot be read does not count: it is written again."""
+    try:
+        summary = json.loads(run.summary.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(summary, dict) and summary.get("complete") is True and not summary.get("fault")
 
 
 def is_run(path: Path) -> bool:

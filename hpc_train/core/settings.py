@@ -1,4 +1,7 @@
-"""What a job file may say: typed values with their defaults, one class a section."""
+"""The keys of a job file with their types and defaults, one class for each section.
+
+configs/README.md explains every key; `key_rules.py` says which keys go together.
+"""
 
 from typing import Annotated, Literal
 
@@ -22,139 +25,139 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    file: Text | None = None  # required where the task reads data; a pattern (part-*.h5) makes its files one data set
-    inputs: Text | list[Text] = "train/inputs"  # data sets inside the file; several for a task of your own
+    file: Text | None = None  # required by tasks that read data; the files of a pattern are one data set
+    inputs: Text | list[Text] = "train/inputs"  # data set in the file; a list of several for your own task
     targets: Text = "train/targets"
-    test_inputs: Text | list[Text] = "test/inputs"  # absent from the file: no test accuracy
+    test_inputs: Text | list[Text] = "test/inputs"  # data set in the file; if it is missing, there is no test
     test_targets: Text = "test/targets"
-    offsets: Text | None = None  # of tokens: where each document begins, and the end; no window spans two then
+    offsets: Text | None = None  # document starts and the end, in tokens; then no window spans two
     test_offsets: Text | None = None
-    # collective: all ranks read each global batch together, rows that lie together; memory: each rank holds its part
-    # of the data and ranks exchange samples; auto: a memory map or decoded chunks, or memory where no node has enough.
+    # collective: all ranks read each batch together; memory: each rank holds a part of the data and ranks exchange
+    # samples; auto: memory map or decoded chunks, or memory if the data exceed every node's memory.
     read: Literal["auto", "collective", "memory"] = "auto"
-    memory_mb: Count = 512  # of a rank: for decoded chunks, or what it is sent at once
-    shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: what 3/8 of memory_mb hold, at most 64
+    memory_mb: Count = 512  # memory per rank for decoded chunks, or for samples received at once
+    shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: as many as 3/8 of memory_mb hold, at most 64
 
 
 class Task(_Section):
     kind: str = "classification"  # or "mypackage.mytask:MyTask"
     model: str = "softmax"
-    num_classes: Annotated[int, Field(ge=1, le=10**8)] | None = None  # one more than the largest label
-    options: dict[str, Option] = {}  # passed to the model as keyword arguments
+    num_classes: Annotated[int, Field(ge=1, le=10**8)] | None = None  # default: one more than the largest label
+    options: dict[str, Option] = {}  # keyword arguments of the model: see its docstring
 
 
 class Train(_Section):
     steps: Count
-    global_batch: Count | None = None  # strong scaling: the same work on any number of ranks
-    batch_per_rank: Count | None = None  # weak scaling: work grows with the ranks
-    accumulate: Count = 1  # parts of a rank's share, one after the other, whose gradients are reduced once
+    global_batch: Count | None = None  # samples per step on any number of ranks (strong scaling)
+    batch_per_rank: Count | None = None  # samples per step and rank (weak scaling)
+    accumulate: Count = 1  # micro-batches per step and rank; their gradients are reduced once
     optimizer: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
     lr: Rate = 0.1
-    lr_reference_batch: Count | None = None  # the global batch that lr is meant for: lr grows with the batch
-    lr_warmup_steps: Whole = 0  # lr rises to its value over these steps: from 0, or from lr for its reference batch
-    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"  # of lr after that, to 0 at the last step
-    lr_milestones: list[Fraction] = [1 / 3, 2 / 3, 8 / 9]  # parts of all steps after which "step" lowers lr
-    lr_decay: Fraction = 0.1  # by this factor
-    momentum: Fraction = 0.0  # of sgd and lars
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]  # of adamw and lamb
-    weight_decay: Amount = 0.0  # of matrices and kernels; biases, norms and other vectors have none
-    clip_norm: Amount = 0.0  # the longest gradient of the whole model; 0: any
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products (autocast); weights stay fp32
-    activation_checkpointing: bool = False  # compute blocks again in backward, to hold fewer activations
-    compile: bool = False  # torch.compile
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU of the local rank where there is one
-    timing: Literal["steps", "phases"] = "steps"  # on a GPU, phases are timed by waiting for it, which costs overlap
-    peak_tflops: Rate | None = None  # of a rank's device, for MFU; known for common GPUs
+    lr_reference_batch: Count | None = None  # global batch for which lr is set; the rate scales with the global batch
+    lr_warmup_steps: Whole = 0  # steps over which the rate rises: from 0, or from lr with lr_reference_batch
+    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"  # after the warm-up; to 0 at the last step
+    lr_milestones: list[Fraction] = [1 / 3, 2 / 3, 8 / 9]  # fractions of all steps after which step lowers the rate
+    lr_decay: Fraction = 0.1  # factor by which step lowers the rate
+    momentum: Fraction = 0.0  # for sgd and lars
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]  # for adamw and lamb
+    weight_decay: Amount = 0.0  # for matrices and kernels; biases, norms and other vectors have none
+    clip_norm: Amount = 0.0  # maximum global gradient norm; 0 disables clipping
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of matrix products (autocast); weights stay in FP32
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass to save memory
+    compile: bool = False  # use torch.compile
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU of the local rank if there is one; cpu, cuda
+    timing: Literal["steps", "phases"] = "steps"  # on a GPU, timing phases synchronises, which costs overlap
+    peak_tflops: Rate | None = None  # peak of a rank's device, for MFU; known for common GPUs
     log_every: Count = 100
-    warmup_steps: Whole = 10  # marked in the timings, left out of speedups
-    threads: Annotated[int, Field(ge=0, le=4096)] = 0  # of torch, per rank; 0: the cores this rank may use
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient of NaN or infinity: stop, or leave it out
+    warmup_steps: Whole = 10  # first steps, which speedups exclude
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0  # torch threads per rank; 0: the cores that this rank may use
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # if a loss or gradient is NaN or infinite: stop, or skip the update
     check_weights_every: Whole = 0  # steps between comparisons of all ranks' weights; 0: never
 
     def batch_size(self, size: int) -> int:
-        """The global batch on `size` ranks that train."""
+        """The global batch of `size` ranks that train."""
         return self.global_batch or (self.batch_per_rank or 0) * size
 
 
 class Rl(_Section):
-    """Of the kinds `policy_gradient` and `dqn`."""
+    """Keys of the tasks `policy_gradient` and `dqn`."""
 
-    environment: Text = "CartPole-v1"  # of gymnasium: discrete actions, observations in a vector
-    max_episode_steps: Count | None = None  # of an episode; not set: the environment's own limit
-    gamma: Fraction = 0.99  # what a reward one action later is worth
+    environment: Text = "CartPole-v1"  # gymnasium environment with discrete actions and vector observations
+    max_episode_steps: Count | None = None  # default: the environment's own limit
+    gamma: Fraction = 0.99  # discount factor per action
     test_episodes: Count = 100
-    baseline_weight: Amount = 0.5  # policy_gradient: of the baseline's loss
-    entropy_weight: Amount = 0.0  # policy_gradient: against early certainty
-    num_envs: Count = 16  # dqn: of all ranks together
-    actions_per_step: Count = 1  # dqn: of each environment, before each update
-    multi_step: Count = 3  # dqn: actions whose rewards are counted before the target network's estimate
-    replay_size: Count = 50_000  # dqn: transitions kept
-    replay_start: Count = 1000  # dqn: of them by random actions, before the first update
-    target_every: Count = 100  # dqn: steps between copies into the target network
-    epsilon_end: Annotated[float, Field(ge=0, le=1)] = 0.05  # dqn: share of random actions
-    epsilon_steps: Count = 1000  # dqn: steps in which that share falls from 1 to its end
-    double: bool = True  # dqn: the online network chooses the action that the target network values
+    baseline_weight: Amount = 0.5  # policy_gradient: weight of the baseline's loss
+    entropy_weight: Amount = 0.0  # policy_gradient: weight of the entropy bonus
+    num_envs: Count = 16  # dqn: number of environments of all ranks together
+    actions_per_step: Count = 1  # dqn: actions in each environment before each update
+    multi_step: Count = 3  # dqn: rewards that are summed before the target network's estimate (n-step return)
+    replay_size: Count = 50_000  # dqn: transitions in the replay buffer
+    replay_start: Count = 1000  # dqn: transitions collected with random actions before the first update
+    target_every: Count = 100  # dqn: steps between updates of the target network
+    epsilon_end: Annotated[float, Field(ge=0, le=1)] = 0.05  # dqn: final probability of a random action
+    epsilon_steps: Count = 1000  # dqn: steps over which that probability falls from 1
+    double: bool = True  # dqn: the online network chooses the action that the target network evaluates (double DQN)
 
 
 class Reduce(_Section):
     strategy: Literal["horovod", "mpi", "parameter_server", "sharded", "local", "own"] = (
         "horovod"  # own: a recorded loop's
     )
-    compression: Literal["none", "fp16", "bf16"] = "none"  # of gradients on their way; they are summed in fp32
-    # Of Horovod, under the names of horovodrun's options.
-    cycle_time_ms: Rate = 0.1  # HOROVOD_CYCLE_TIME; its own default of 1 ms paces small models
+    compression: Literal["none", "fp16", "bf16"] = "none"  # of gradients in messages; accumulated in FP32
+    # Horovod's, named after horovodrun's options.
+    cycle_time_ms: Rate = 0.1  # HOROVOD_CYCLE_TIME; Horovod's default of 1 ms limits small models
     fusion_threshold_mb: Amount = 0.0  # 0: the same buckets in every run, and so the same bits
     autotune: bool = False
     autotune_log_file: Text | None = None
-    hierarchical_allreduce: bool = False  # within nodes, then between them; of Horovod with NCCL
-    adasum: bool = False  # combine gradients by Adasum instead of adding them; ranks: a power of two
-    # Of the parameter server.
-    servers: Count = 1  # the last ranks of the job: each holds its part of the weights, and trains on nothing
-    asynchronous: bool = False  # each worker's gradients update the weights as they come
+    hierarchical_allreduce: bool = False  # within nodes, then between them; Horovod with NCCL only
+    adasum: bool = False  # combine gradients by Adasum; the number of ranks must be a power of two
+    # The parameter server's.
+    servers: Count = 1  # parameter_server: number of servers, the last ranks; they hold the weights and do not train
+    asynchronous: bool = False  # parameter_server: apply each worker's gradients as they arrive
 
     def num_workers(self, size: int) -> int:
-        """How many of `size` ranks train."""
+        """The number of `size` ranks that train."""
         return size - self.servers if self.strategy == "parameter_server" else size
 
 
 class Checkpoint(_Section):
-    every_steps: Whole = 0  # 0: by time alone
-    every_minutes: Amount = 10.0  # 0: by steps alone
-    keep: Annotated[int, Field(ge=0, le=1000)] = 2  # the newest ones; 0: none is written
+    every_steps: Whole = 0  # steps between checkpoints; 0: by time only
+    every_minutes: Amount = 10.0  # minutes between checkpoints; 0: by steps only
+    keep: Annotated[int, Field(ge=0, le=1000)] = 2  # number of checkpoints to keep; 0: write none
 
 
 class Energy(_Section):
     sample_hz: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
-    watts_per_core: Rate = 10.0  # assumption of the estimate where no meter can be read
-    # What nodes draw at rest, to be told apart from what the work adds: measured for so long before the loop, while
-    # all ranks sleep, or given in watts of what a node's meters measure together.
+    watts_per_core: Rate = 10.0  # assumed power for the estimate if no meter can be read
+    # Idle power, which reports subtract from the energy of the work: measured for idle_s before training while all
+    # ranks sleep, or given in watts per node.
     idle_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 0.0
     idle_w: Rate | None = None
-    # Of the centre and its electricity, for the report; nothing is assumed where they are not set.
+    # The centre and its electricity, for the report, which assumes nothing if they are not set.
     pue: Annotated[float, Field(ge=1, le=10, allow_inf_nan=False)] | None = None  # power usage effectiveness
     co2_g_per_kwh: Amount | None = None
     price_per_kwh: Amount | None = None
-    currency: Text | None = None  # of the price
+    currency: Text | None = None  # currency of the price, such as "EUR"
 
 
 def _stall(stall_s: float) -> float:
     if 0 < stall_s < 1:
-        raise ValueError(f"run.stall_s = {stall_s}: a healthy step may take longer; set 1 or more, or 0 for never")
+        raise ValueError(f"run.stall_s = {stall_s}: a healthy step may take longer; set 1 or more, or 0 to disable")
     return stall_s
 
 
 class Run(_Section):
     root: Text = "runs"
     progress: Literal["auto", "bar", "plain"] = "auto"
-    # A rank this late ends the job; 0: never. Later than Slurm's own 300 s, after which it requeues a job whose node is
-    # gone: a job that ended by itself before that has failed, and does not come back.
+    # A rank this late ends the job; 0: never. Longer than Slurm's own 300 s, after which it requeues a job whose node
+    # is down: Slurm does not requeue a job that has ended by itself.
     stall_s: Annotated[float, AfterValidator(_stall), Field(ge=0, allow_inf_nan=False)] = 600.0
-    # Of rank 0's host, where it hears of dead and late ranks on other hosts. Not set: where they find it by its name
+    # Of rank 0's host, on which it hears of dead and late ranks on other hosts; default: the address of its host name.
     interface: Text | None = None
 
 
 class Config(_Section):
-    """A job. Immutable; made by `load`, written by `dumps`."""
+    """A job. `core.config` reads and writes it."""
 
     name: Name
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -168,5 +171,5 @@ class Config(_Section):
     run: Run = Run()
 
     def global_batch(self, size: int) -> int:
-        """Samples of a step in a job of `size` ranks, servers included."""
+        """Samples per step in a job of `size` ranks, servers included."""
         return self.train.batch_size(self.reduce.num_workers(size))

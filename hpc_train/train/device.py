@@ -54,8 +54,8 @@ def peak_flops(train: Train, device: torch.device) -> tuple[float | None, str | 
         name = torch.cuda.get_device_name(device)
         for part, (fp32, half) in _PEAK_TFLOPS.items():
             if part in name:
-                words = "fp32" if train.precision == "fp32" else f"dense {train.precision}"
-                return (fp32 if train.precision == "fp32" else half) * 1e12, f"{name}, {words}, data sheet"
+                peak, kind = (fp32, "fp32") if train.precision == "fp32" else (half, f"dense {train.precision}")
+                return peak * 1e12, f"{name}, {kind}, data sheet"
     return None, None
 
 

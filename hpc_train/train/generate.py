@@ -1,4 +1,4 @@
-"""Text out of a trained model: the newest good checkpoint of a run goes on where a prompt ends."""
+"""Generates text: a language model's newest good checkpoint continues a prompt."""
 
 import sys
 from pathlib import Path
@@ -27,23 +27,23 @@ def generate(
     top_k: int | None,
     seed: int,
 ) -> str:
-    """`prompt` and what the newest run at or below `path` writes after it: `num_tokens` tokens, fewer where it ends.
+    """`prompt` and up to `num_tokens` tokens that the newest run at or below `path` generates after it.
 
-    overrides: of the run's configuration, such as data.file=... where the data, which hold the tokenizer, have moved.
-    Without MPI. Raises `UserError`.
+    overrides: of the run's configuration, such as data.file=... if the data, which hold the tokenizer, have moved.
+    Needs no MPI. Raises `UserError`.
     """
     run = max(rundir.find([path]), key=lambda run: run.path.name)
     config = load(run.config, overrides).config
     if config.task.kind != "language":
         raise UserError(
-            f"{run.path} is a run of task.kind = '{config.task.kind}', which writes no text",
-            "Name a run of task.kind = 'language', such as those of configs/gpt-text.toml.",
+            f"{run.path} is a run of task.kind = '{config.task.kind}', which generates no text",
+            "Name a run of task.kind = 'language', such as one of configs/gpt-text.toml.",
         )
     facts = open_files(config, Context(World()), "python-source").tokenizer_attributes
     if "tokenizer" not in facts:
         raise UserError(
-            f"data.file = '{config.data.file}' does not say what its tokens mean",
-            "Text comes of data that hpc-train prepare text has made.",
+            f"data.file = '{config.data.file}' has no tokenizer",
+            "Only a model of data made by hpc-train prepare text can generate text.",
         )
     tokenizer = Tokenizer(str(facts["tokenizer"]), int(facts["vocab_size"]), facts.get("json", ""))
     model = cast(Gpt, Language(config, Context(World())).model())
@@ -54,21 +54,21 @@ def generate(
     _say(f"Step {stated['step']} of {run.path}")
     tokens = [tokenizer.end_of_text, *map(int, tokenizer.encode("--prompt", prompt.encode(errors="surrogateescape")))]
     torch.manual_seed(seed)
-    return tokenizer.decode(_sampled(model.eval(), tokens, num_tokens, temperature, top_k, tokenizer.end_of_text)[1:])
+    return tokenizer.decode(_sample(model.eval(), tokens, num_tokens, temperature, top_k, tokenizer.end_of_text)[1:])
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # the text alone goes to where it may be piped
+    print(line, file=sys.stderr, flush=True)  # stdout may be piped: it gets the text alone
 
 
 @torch.no_grad()
-def _sampled(
+def _sample(
     model: Gpt, tokens: list[int], num_tokens: int, temperature: float, top_k: int | None, end_of_text: int
 ) -> list[int]:
-    """`tokens` and those drawn after them, one by one. temperature 0: always the likeliest."""
+    """`tokens` and those drawn after them, one by one. temperature 0: always the most likely token."""
     for _ in range(num_tokens):
         seen = torch.tensor([tokens[-model.context :]])
-        logits = model.logits(model.features(seen)[0, -1])[: model.vocab_size].float()  # of one place, not of all
+        logits = model.logits(model.features(seen)[0, -1])[: model.vocab_size].float()  # of the last position alone
         if top_k is not None and top_k < len(logits):
             logits[logits < logits.topk(top_k).values[-1]] = float("-inf")
         if temperature == 0:

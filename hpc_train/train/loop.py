@@ -12,6 +12,7 @@ from math import isfinite
 import torch
 
 from hpc_train.core.config import Loaded
+from hpc_train.core.rundir import is_complete
 from hpc_train.core.sampling import noise_seed
 from hpc_train.core.signals import CONTINUE, TERMINATED, StopRequest
 from hpc_train.train.comm.context import Context
@@ -19,7 +20,7 @@ from hpc_train.train.comm.watchdog import open_watchdog
 from hpc_train.train.device import open_clock, seed_noise
 from hpc_train.train.evaluate import evaluate
 from hpc_train.train.reduce.reducer import open_reducer
-from hpc_train.train.run.attempt import is_complete, open_attempt, say
+from hpc_train.train.run.attempt import log, open_attempt
 from hpc_train.train.run.checkpoint.saver import Saver
 from hpc_train.train.run.cleanup import remove_stale_segments
 from hpc_train.train.run.recorder import Recorder
@@ -44,10 +45,10 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     """
     config = loaded.config
     if context.world.local_rank == 0:
-        remove_stale_segments()
+        remove_stale_segments()  # shared memory of killed jobs, which would fill the node
     with (
         open_job(config, context) as job,
-        context.duplicate() as for_records,
+        context.duplicate() as for_records,  # a communicator of its own: see `Mesh`
         open_attempt(loaded, context, resume) as attempt,
     ):
         recorder = Recorder(loaded, for_records, job.placements, attempt, open_clock(config.train, job.device))
@@ -56,7 +57,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
         with (
             recorder,
             saver,
-            StopRequest() as stop,
+            StopRequest() as stop,  # from here on a signal sets a flag
             # From here on all ranks have the root's weights.
             open_reducer(config.reduce, job.model, job.mesh, Control(stop, saver)) as reducer,
             open_watchdog(context, config.run, recorder.log) as watchdog,
@@ -65,7 +66,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             training = TrainingState(job, reducer, optimizer)
             first_step = restore(training, attempt)
             if first_step >= config.train.steps and context.on_root(partial(is_complete, attempt.run)):
-                context.on_root(partial(say, f"{attempt.run.path} is complete: {first_step} steps"))
+                context.on_root(partial(log, f"{attempt.run.path} is complete: {first_step} steps"))
                 return 0
 
             # The first batch is read and tried before the clock starts: start-up belongs to no step.
@@ -76,7 +77,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             sync = clock.sync if reducer.syncs_weights else nullcontext()
             recorder.start(first_step, model, job.facts | facts | {"reading": task.reading})
             if task.reading:
-                context.on_root(partial(say, f"Data: {task.reading}"))
+                context.on_root(partial(log, f"Data: {task.reading}"))
 
             for step in range(first_step, config.train.steps):
                 watchdog.step = step
@@ -99,7 +100,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                             reducer.begin_step(total)
                         (loss * optimizer.scale).backward()
 
-                # One update a step; an asynchronous server makes one for each worker.
+                # One update a step; an asynchronous server makes one for each worker. `context.waiting` lets the
+                # watchdog see which ranks wait for others, and so which rank is late.
                 overflowed = False
                 for _ in range(reducer.num_updates):
                     with clock.reduce, context.waiting:
@@ -150,7 +152,7 @@ class Control:
 def _skip_update(skipped: SkippedUpdate, training: TrainingState, saver: Saver) -> None:
     """Collective. After an update that was not made: continues without it, or saves and raises UserError.
 
-    Not collective with an asynchronous parameter server, where only the rank that met it knows.
+    Not collective with an asynchronous parameter server, where no other rank knows.
     """
     context, config = training.job.context, training.job.config
     is_scaled = config.train.precision == "fp16" and skipped.overflowed  # then the loss scale is halved
@@ -173,6 +175,7 @@ def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder,
     # The minimum over ranks: with an asynchronous parameter server each rank knows only of its own updates.
     if min(context.all_gather(optimizer.num_skipped)) >= num_steps and stopped_by is None:
         raise_for_run_without_updates(num_steps, context)
+    # Saved before the test: a test that fails costs no training.
     state = training.gather()
     saved = context.on_root(partial(saver.save_now, num_steps, state))
     outcome = "complete" if stopped_by is None else f"stopped by {stopped_by}"

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -58,11 +57,7 @@ def warn_of_channels_last(model: nn.Module, warn: Callable[[str], object]) -> It
 
     The warning comes before the backward pass, which may crash.
     """
-    warned: set[str] = set()
-    hooks = [
-        layer.register_forward_pre_hook(partial(_look, name, warned, warn))
-        for name, layer in exposed_layers(model).items()
-    ]
+    hooks = [layer.register_forward_pre_hook(_LayoutCheck(name, warn)) for name, layer in exposed_layers(model).items()]
     try:
         yield
     finally:
@@ -70,14 +65,18 @@ def warn_of_channels_last(model: nn.Module, warn: Callable[[str], object]) -> It
             hook.remove()
 
 
-def _look(
-    name: str, warned: set[str], warn: Callable[[str], object], layer: nn.Module, inputs: tuple[Any, ...]
-) -> None:
-    """A forward hook of `layer`, named `name`."""
-    tensors = [tensor for tensor in (*inputs, layer.weight) if isinstance(tensor, torch.Tensor)]
-    if name not in warned and any(map(is_channels_last, tensors)):
-        warned.add(name)
-        warn(_warning(name, layer))
+class _LayoutCheck:
+    """A forward hook of an exposed layer. `warn` is called once."""
+
+    def __init__(self, name: str, warn: Callable[[str], object]) -> None:
+        self._name, self._warn = name, warn
+        self._has_warned = False
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        tensors = [tensor for tensor in (*inputs, layer.weight) if isinstance(tensor, torch.Tensor)]
+        if not self._has_warned and any(map(is_channels_last, tensors)):
+            self._has_warned = True
+            self._warn(_warning(self._name, layer))
 
 
 def is_channels_last(tensor: torch.Tensor) -> bool:

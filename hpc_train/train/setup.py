@@ -78,7 +78,7 @@ def _open_task(config: Config, mesh: Mesh, context: Context) -> Task:
     """Collective."""
     if mesh.peers.world.size == context.world.size:
         return open_task(config, mesh.peers)
-    # Workers and servers open the task apart: each must learn of an error that only the others met.
+    # Workers and servers open the task apart: an error of either must end both.
     return context.on_all(partial(open_task, config, mesh.peers))
 
 

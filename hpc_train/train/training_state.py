@@ -9,7 +9,7 @@ from hpc_train.core.resume_rules import said
 from hpc_train.train.optimize import Optimizer, loss_scale_misfit, optimizer_misfit
 from hpc_train.train.reduce.buckets import trainable_parameters
 from hpc_train.train.reduce.reducer import Reducer
-from hpc_train.train.run.attempt import Attempt, check_resumes, require_first_start, say
+from hpc_train.train.run.attempt import Attempt, check_resumes, log, require_first_start
 from hpc_train.train.run.checkpoint.restore import broadcast, read_newest
 from hpc_train.train.setup import Job
 
@@ -71,21 +71,21 @@ def _read(state: dict[str, Any], training: TrainingState, attempt: Attempt) -> i
     """Reads the newest good checkpoint into `state`; returns its step, 0 if the run begins."""
     if attempt.source is None:
         return 0
-    found, facts = read_newest(attempt.source, training.job.model, say, training.misfit)
+    found, facts = read_newest(attempt.source, training.job.model, log, training.misfit)
     if not found:
         require_first_start(attempt.source)
         return 0
     check_resumes(facts, training.job.facts, attempt, training.job.config.train.steps)
-    say(f"Continuing at step {facts['step']} of {attempt.source.path}")
+    log(f"Continuing at step {facts['step']} of {attempt.source.path}")
     for change in said(attempt.changes):
-        say(f"  {change}")
+        log(f"  {change}")
     state.update(found)
     return int(facts["step"])
 
 
 def _load(state: dict[str, Any], training: TrainingState, attempt: Attempt, step: int) -> None:
     """Raises UserError if model or task refuse their part of the state."""
-    # The loss scale of another precision says nothing about this one's.
+    # The loss scale of another precision is no guide for this one.
     with_loss_scale = all(change.key != "train.precision" for change in attempt.changes)
     try:
         training.load(state, with_loss_scale)

@@ -66,7 +66,7 @@ def waited_for(condition: Callable[[], object], patience_s: float = 30) -> bool:
     "whom, number, code, says",
     [
         ("child", signal.SIGSEGV, 2, "signal 11 (Segmentation fault)"),
-        ("child", signal.SIGKILL, 2, "ended by signal 9 (Killed)"),
+        ("child", signal.SIGKILL, 2, "killed by signal 9 (Killed)"),
         ("parent", signal.SIGINT, 130, "hpc-train: interrupted"),
         ("both", signal.SIGINT, 130, "hpc-train: interrupted"),
         ("parent", signal.SIGTERM, 143, ""),

@@ -177,8 +177,8 @@ def test_files_of_fixed_names(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("fifo", "folder"):
         for mode in ("rb", "r+b", "ab"):
-            refused(lambda: owned_files.opened(tmp_path / name, mode), "is no regular file")  # noqa: B023
-        refused(lambda: owned_files.created(tmp_path / name), "is no regular file")  # noqa: B023
+            refused(lambda: owned_files.opened(tmp_path / name, mode), "is not a regular file")  # noqa: B023
+        refused(lambda: owned_files.created(tmp_path / name), "is not a regular file")  # noqa: B023
     with owned_files.opened(tmp_path / "new", "r+b") as file:
         file.write(b"one")
     with owned_files.opened(tmp_path / "new", "ab") as file:

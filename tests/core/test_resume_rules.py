@@ -33,13 +33,17 @@ def test_every_key_of_a_job_file_has_a_rule() -> None:
 @pytest.mark.parametrize(
     ("before", "now", "words"),
     [
-        ({}, {"seed": 1}, ["seed = 1 here, 0 there", "Set seed back to 0", "--resume never"]),
+        ({}, {"seed": 1}, ["seed = 1 here, 0 in the run", "Set seed back to 0", "--resume never"]),
         ({}, {"train": {"optimizer": "adamw"}}, ["train.optimizer = 'adamw'"]),
         ({}, {"task": {"options": {"hidden": [3]}}}, ["task.options"]),
         (
             {"train": {"schedule": "cosine"}},
             {"train": {"schedule": "cosine", "steps": 48}},
-            ["train.steps = 48 here, 24 there", "schedule = 'cosine' ends at train.steps", "train.schedule=constant"],
+            [
+                "train.steps = 48 here, 24 in the run",
+                "schedule = 'cosine' ends at train.steps",
+                "train.schedule=constant",
+            ],
         ),
     ],
 )
@@ -60,10 +64,10 @@ def test_what_goes_on_differently_is_said_and_what_no_step_depends_on_is_not() -
     )
     lines = [str(change) for change in resume_rules.said(resume_rules.check(job(), now, RUN))]
     assert lines == [
-        "train.lr = 0.5 here, 0.1 there: updates follow it from now on; those before did not",
-        "train.steps = 48 here, 24 there: updates follow it from now on; those before did not",
-        "train.threads = 3 here, 0 there: steps may take another time from now on, and sums be rounded otherwise: "
-        "a report takes all of them as one",
+        "train.lr = 0.5 here, 0.1 in the run: updates from now on use the new value",
+        "train.steps = 48 here, 24 in the run: updates from now on use the new value",
+        "train.threads = 3 here, 0 in the run: steps may take a different time from now on, and sums be "
+        "rounded differently; a report mixes them",
     ]
     assert not resume_rules.same_job(job(), now)
     assert resume_rules.same_job(

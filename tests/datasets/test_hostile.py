@@ -97,11 +97,11 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path, special: str, kind: str, 
 @pytest.mark.timeout(20)
 def test_what_is_no_file_is_not_written(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.h5")
-    refused(tmp_path, lambda: prepare("mnist-5k", None, tmp_path / "x.h5", ALONE), "is no regular file")
+    refused(tmp_path, lambda: prepare("mnist-5k", None, tmp_path / "x.h5", ALONE), "is not a regular file")
     (tmp_path / "x.h5").unlink()
     (tmp_path / "x.h5").symlink_to("/dev/null")
     for overwrite in (False, True):
-        refused(tmp_path, lambda: prepare("mnist-5k", None, tmp_path / "x.h5", ALONE, overwrite), "is no regular file")  # noqa: B023
+        refused(tmp_path, lambda: prepare("mnist-5k", None, tmp_path / "x.h5", ALONE, overwrite), "not a regular")  # noqa: B023
 
 
 @pytest.mark.timeout(20)

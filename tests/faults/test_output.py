@@ -35,6 +35,7 @@ def words(digits: Path, root: Path, ranks: int, *more: str) -> list[str]:
         data__file=digits,
         train__steps=300,
         train__log_every=1,
+        train__threads=1,
         run__root=root,
         reduce__strategy="mpi" if ranks else "local",
     )

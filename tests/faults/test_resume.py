@@ -154,8 +154,8 @@ def test_a_changed_job_never_goes_on_or_begins_without_a_word(tmp_path: Path, di
     assert whole.end().code == 0
     run, meta = whole.run.path, whole.run.meta.read_text()
     for words, named in [
-        (("--set", "train.steps=30", *cosine), "train.steps = 30 here, 24 there"),
-        (("--set", "train.lr=0.2", *cosine), "train.lr = 0.2 here, 0.1 there would change nothing"),
+        (("--set", "train.steps=30", *cosine), "train.steps = 30 here, 24 in the run"),
+        (("--set", "train.lr=0.2", *cosine), "train.lr = 0.2 here, 0.1 in the run would change nothing"),
         (("--set", "train.steps=9", "--set", "train.schedule=constant"), "has taken 24 steps already"),
     ]:
         refused = Job(0, tmp_path, digits, *words, "--resume", str(run)).end()
@@ -164,15 +164,13 @@ def test_a_changed_job_never_goes_on_or_begins_without_a_word(tmp_path: Path, di
     more = ("--set", "train.steps=27", "--set", "train.schedule=constant", "--set", "train.lr=0.01")
     prolonged = Job(0, tmp_path, digits, *more, "--resume", str(run))
     ended = prolonged.end()
-    assert ended.code == 0 and "train.schedule = 'constant' here, 'cosine' there: updates follow it" in ended.out
+    assert ended.code == 0 and "train.schedule = 'constant' here, 'cosine' in the run: updates" in ended.out
     assert prolonged.meta()["attempts"][-1]["changed"]["train.steps"] == [24, 27]
     assert list(prolonged.losses()) == list(range(27))
 
     auto = Job(0, tmp_path, digits, "--set", "train.steps=2", "--resume", "auto")
     ended = auto.end()
-    assert (
-        ended.code == 0 and f"{run} is not continued: it is complete, and train.lr = 0.1 here, 0.01 there" in ended.out
-    )
+    assert ended.code == 0 and f"{run} is not continued: it is complete, and train.lr = 0.1 here, 0.01" in ended.out
     # --resume RUN would refuse this: the run has taken 27 steps, and train.steps is 2.
     assert "It continues only with its own values\nA new run begins\n" in ended.out and auto.run.path != run
 

@@ -52,7 +52,7 @@ def test_losses_are_those_of_one_process(context: Context, shared_path: Path, di
 def test_a_prolonged_run_is_a_long_one_to_the_bit(
     context: Context, shared_path: Path, digits: Path, strategy: str
 ) -> None:
-    """The optimizer's parts come together in a checkpoint, and apart again; and any other strategy could go on."""
+    """A checkpoint holds the optimizer's state whole, so that any other strategy could resume from it."""
     keys = {**SMALL, "train__optimizer": "adamw", "train__lr": 0.001, **keys_of(strategy, context.world.size)}
     whole = run(context, shared_path / "whole", digits, "mlp-mnist.toml", train__steps=8, **keys)
     begun = run(context, shared_path / "begun", digits, "mlp-mnist.toml", train__steps=5, **keys)
@@ -84,7 +84,7 @@ def test_the_optimizers_state_is_divided_among_the_ranks(context: Context, share
 
 
 class Stops(Classification):
-    """Asks for a stop on the last rank that trains, in its 4th step."""
+    """Requests a stop on the last rank that trains, in its 4th step."""
 
     def batch(self, rows: np.ndarray, step: int) -> Any:
         if step == 4 and self.rank == self.size - 1:

@@ -134,7 +134,7 @@ class OwnShards(Classification):
 
 
 class InEvaluation(Classification):
-    """Fails unless the model is told that it is being tested."""
+    """Fails unless the model is in evaluation mode."""
 
     def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
         assert not model.training

@@ -56,8 +56,8 @@ def test_plain_mpirun_with_its_own_binding(tmp_path: Path, digits: Path) -> None
 def test_one_process_starts_no_mpi(tmp_path: Path, digits: Path) -> None:
     """Not Horovod, nor torch's compiler, and not MPI_Init, even by way of an h5py that was built with MPI."""
     code = (
-        "import sys; from hpc_train.cli import main as cli\n"
-        "try: cli.main()\n"
+        "import sys; from hpc_train.cli.main import main\n"
+        "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert 'horovod' not in sys.modules\n"
         "assert 'torch._dynamo' not in sys.modules, 'the compiler: 800 modules, 3 s'\n"

@@ -96,7 +96,7 @@ def test_no_convolution_of_ours_sees_channels_last_on_a_cpu(
     assert seen and not any(seen)
 
 
-def test_layouts_are_told_as_torch_tells_them() -> None:
+def test_layouts_are_recognised_as_by_torch() -> None:
     suggested = torch._prims_common.suggest_memory_format
     for shape in ((2, 3, 4, 5), (2, 1, 4, 5), (1, 3, 1, 1), (16, 8, 1, 1), (1, 1, 1, 1), (2, 3, 1, 5)):
         for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -121,20 +121,20 @@ def test_layers_that_meet_the_bug() -> None:
 
 
 def test_a_layer_that_meets_the_bug_is_warned_about_once() -> None:
-    told: list[str] = []
+    warnings: list[str] = []
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 1, 2))
     pictures = torch.rand(2, 3, 9, 9)
-    with warn_of_channels_last(model, told.append):
+    with warn_of_channels_last(model, warnings.append):
         model(pictures)
-        assert not told
+        assert not warnings
         for _ in range(2):
             model(pictures.to(memory_format=torch.channels_last))
-    assert len(told) == 1 and "layer 1 (Conv2d(8, 16" in told[0] and "bug 6035" in told[0]
+    assert len(warnings) == 1 and "layer 1 (Conv2d(8, 16" in warnings[0] and "bug 6035" in warnings[0]
     model(pictures.to(memory_format=torch.channels_last))
-    assert len(told) == 1, "the hooks are gone"
-    with warn_of_channels_last(model.to(memory_format=torch.channels_last), told.append):
+    assert len(warnings) == 1, "the hooks are gone"
+    with warn_of_channels_last(model.to(memory_format=torch.channels_last), warnings.append):
         model(pictures)
-    assert len(told) == 2, "weights alone are enough"
+    assert len(warnings) == 2, "weights alone are enough"
 
 
 TASK = """

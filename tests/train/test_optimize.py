@@ -96,7 +96,7 @@ def test_what_backward_computes_with_does_not_depend_on_the_number_of_ranks(num_
     assert 1 <= made.scale / num_shares / 2.0**16 < 2, "a share of the loss is 1/N of it"
     weight.grad = torch.tensor([[0.5 * made.scale]])
     assert made.step(0) and weight.item() == 0.5
-    assert made.loss_scale[0] == 2.0**16, "a run goes on with any number of ranks"
+    assert made.loss_scale[0] == 2.0**16, "a run resumes on any number of ranks"
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
@@ -106,7 +106,7 @@ def test_what_backward_computes_with_does_not_depend_on_the_number_of_ranks(num_
 def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_what_is_kept(
     name: str, clip_norm: float, precision: str, value: float
 ) -> None:
-    """Nor does one whose square is not: Adam's second moment would be infinite, and that weight stand still."""
+    """Nor does one whose square is not: Adam's second moment would be infinite, and that weight would never change."""
     weight, vector = parameter([[1.0, 2.0]], [[0.5, 0.5]]), nn.Parameter(torch.ones(2))
     vector.grad = torch.ones(2)
     train = settings(optimizer=name, lr=0.1, momentum=0.9, clip_norm=clip_norm, precision=precision)

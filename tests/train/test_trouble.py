@@ -84,7 +84,7 @@ def test_one_ranks_failure_ends_every_rank_with_its_traceback(
 
 
 def test_a_rank_that_cannot_load_horovod_is_named(folder: Path, digits: Path) -> None:
-    """As on a node where the installation is broken: the others must hear of it."""
+    """As on a node where the installation is broken: the other ranks must end, too."""
     broken = folder / "broken" / "horovod"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('libnccl.so.2: cannot open shared object file')")
@@ -98,7 +98,7 @@ def test_a_rank_that_cannot_load_horovod_is_named(folder: Path, digits: Path) ->
 
 WRITE_FAILS = """
 import sys
-from hpc_train.cli import main as cli
+from hpc_train.cli.main import main
 from hpc_train.datasets.prepare import writer
 from hpc_train.core.job_environment import JobEnvironment
 
@@ -108,7 +108,7 @@ def fail(*args):
 if JobEnvironment.current().rank == 1:
     writer.write_rows = fail
 sys.argv = ["hpc-train", "prepare", "mnist-5k", "x.h5"]
-cli.main()
+main()
 """
 
 
@@ -137,7 +137,7 @@ def test_a_failure_ends_the_job_within_ten_seconds_of_it(folder: Path, digits: P
 
 @contextmanager
 def slow_job(folder: Path, digits: Path) -> Iterator[subprocess.Popen[str]]:
-    """A job of two ranks that has recorded some hundred steps and would go on for long."""
+    """A job of two ranks that has recorded some hundred steps and would run for long."""
     words = train_words(digits, task__kind="mine:Slow", train__steps=100_000)
     job = subprocess.Popen(
         jobs.command(2, *words),
@@ -192,7 +192,7 @@ def test_more_ranks_than_cores_are_told(folder: Path, digits: Path) -> None:
 
 
 def test_a_launcher_of_another_mpi_is_named(folder: Path, digits: Path) -> None:
-    """Its sign: the environment speaks of two ranks, and MPI sees one."""
+    """The environment says two ranks, and MPI sees one."""
     done = jobs.run(0, *train_words(digits, train__steps=3), cwd=folder, PMI_RANK="0", PMI_SIZE="2")
     assert (
         done.code == 2 and "the launcher started 2 ranks" in done.err and "sees 1" in done.err and "libmpi" in done.err

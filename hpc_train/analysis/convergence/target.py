@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hpc_train.analysis.energy.energy import RunEnergy
 from hpc_train.analysis.energy.energy_amount import NONE, EnergyAmount
+from hpc_train.analysis.energy.run_energy import RunEnergy
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.meta_json import attempts, positive_number
 from hpc_train.analysis.runs.step_timeline import timeline_of

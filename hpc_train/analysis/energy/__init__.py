@@ -1,1 +1,1 @@
-"""Joules of runs and of sizes, CO2 and price."""
+"""Energy of runs and of sizes, CO2 and price."""

@@ -1,12 +1,12 @@
-"""What a size costs: joules a run, a sample and a further unit of speedup; with a centre's figures CO2 and money."""
+"""What a size costs: energy per run, per sample and per unit of speedup; with a centre's tariff CO2 and price."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean
 
-from hpc_train.analysis.energy.energy import RunEnergy, energy_of, unknown_energy
 from hpc_train.analysis.energy.energy_amount import NONE, EnergyAmount
+from hpc_train.analysis.energy.run_energy import RunEnergy, energy_of, unknown_energy
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.scaling.compare import Group
@@ -19,9 +19,9 @@ J_PER_KWH = 3.6e6
 
 @dataclass(frozen=True)
 class Tariff:
-    """Of a centre and its electricity. None is unknown: nothing is assumed."""
+    """Figures of a computing centre and its electricity. None is unknown: nothing is assumed."""
 
-    pue: float | None = None  # power usage effectiveness: joules of the centre for each of its computers
+    pue: float | None = None  # power usage effectiveness: the centre's energy over its computers'
     co2_g_per_kwh: float | None = None
     price_per_kwh: float | None = None
     currency: str | None = None
@@ -31,25 +31,25 @@ UNKNOWN = Tariff()
 
 
 def tariff_of(runs: Sequence[Run], given: Tariff = UNKNOWN) -> Tariff:
-    """What was given, else what the runs' configurations ([energy]) say, where they agree."""
-    fields = ("pue", "co2_g_per_kwh", "price_per_kwh", "currency")
-    told = {}
-    for field, value in zip(fields, astuple(given), strict=True):
-        values = {getattr(run.config.energy, field, None) for run in runs}
-        told[field] = value if value is not None else values.pop() if len(values) == 1 else None
-    return Tariff(**told)
+    """What was given, else what the runs' configurations ([energy]) state, if they agree."""
+    figures = asdict(given)
+    for name, value in figures.items():
+        stated = {getattr(run.config.energy, name) for run in runs}
+        if value is None and len(stated) == 1:
+            figures[name] = stated.pop()
+    return Tariff(**figures)
 
 
 @dataclass(frozen=True, eq=False)
 class RowEnergy:
-    """One row's energy, the mean over its runs. None is unknown."""
+    """The energy of one row, the mean over its runs. None is unknown."""
 
     row: Row
     runs: tuple[RunEnergy, ...]
     tariff: Tariff
-    # Joules for each unit that the speedup grows by from the row before, for the same number of samples.
+    # For each unit of speedup gained over the row before, for the same number of samples.
     marginal: EnergyAmount | None = None
-    pays: bool | None = None  # whether the joules times the seconds for a sample are fewer than at the row before
+    pays: bool | None = None  # whether energy x time per sample is less than at the row before
 
     @property
     def gross(self) -> EnergyAmount:
@@ -95,20 +95,20 @@ class RowEnergy:
 
     @property
     def edp_js(self) -> float | None:
-        """Energy-delay product: joules of the loop times its seconds (Gonzalez and Horowitz, "Energy dissipation in
+        """Energy-delay product: energy of the loop times its duration (Gonzalez and Horowitz, "Energy dissipation in
         general purpose microprocessors", IEEE Journal of Solid-State Circuits 31(9), 1996).
         """
-        return _mean([None if r.loop.total is None else r.loop.total * r.timeline.loop_s for r in self.runs])
+        products = [_product(run.loop.total, run.timeline.loop_s) for run in self.runs]
+        return _mean(products)
 
     @property
     def facility_j(self) -> float | None:
-        """Joules of the centre, cooling and losses included: gross times its PUE."""
-        joules = self.gross.total
-        return joules * self.tariff.pue if joules is not None and self.tariff.pue is not None else None
+        """Joules of the centre, including cooling and losses: gross times its PUE."""
+        return _product(self.gross.total, self.tariff.pue)
 
     @property
     def _paid_kwh(self) -> float | None:
-        """What CO2 and price are for: the centre's energy where its PUE is known, else the computers' alone."""
+        """What CO2 and price are computed from: the centre's energy if its PUE is known, else the computers' alone."""
         joules = self.facility_j if self.tariff.pue is not None else self.gross.total
         return None if joules is None else joules / J_PER_KWH
 
@@ -148,31 +148,32 @@ class GroupEnergy:
 def cost_of(group: Group, given: Tariff = UNKNOWN, guard: SectionGuard | None = None) -> GroupEnergy:
     """Reads the energy files of a group's runs. Raises `BadRecord` naming path:line."""
     guard = guard or SectionGuard()
-
-    def energy(run: Run) -> RunEnergy:
-        return guard.call(f"the energy of {run.label}", partial(unknown_energy, run), energy_of, run)
-
-    rows = [RowEnergy(row, tuple(map(energy, row.runs)), tariff_of(row.runs, given)) for row in group.rows]
+    rows = [_row_energy(row, given, guard) for row in group.rows]
     before: RowEnergy | None = None
     for index, row in enumerate(rows):
         if row.row.incomplete or row.row.speedup is None:
             continue
         if before is not None:
             what = f"what speed costs at {plural(row.row.size, 'rank')} ({group.label})"
-            rows[index] = guard.call(what, partial(_as_it_is, row), _against, row, before, group)
+            rows[index] = guard.call(what, partial(_unchanged, row), _with_marginal, row, before, group)
         before = row
     return GroupEnergy(group, tuple(rows))
 
 
-def _as_it_is(row: RowEnergy, why: str) -> RowEnergy:
+def _row_energy(row: Row, given: Tariff, guard: SectionGuard) -> RowEnergy:
+    runs = [guard.call(f"the energy of {run.label}", partial(unknown_energy, run), energy_of, run) for run in row.runs]
+    return RowEnergy(row, tuple(runs), tariff_of(row.runs, given))
+
+
+def _unchanged(row: RowEnergy, why: str) -> RowEnergy:
     return row
 
 
-def _against(row: RowEnergy, before: RowEnergy, group: Group) -> RowEnergy:
-    """With what the speedup since the row before has cost.
+def _with_marginal(row: RowEnergy, before: RowEnergy, group: Group) -> RowEnergy:
+    """The row with what its gain in speed over the row before has cost.
 
-    Both are set to the number of samples of the baseline, since runs may differ in their steps and weak scaling does
-    more work. Joules times seconds per sample fall as long as the joules grow by a smaller factor than the speedup.
+    Both are scaled to the baseline's number of samples, since runs may differ in their steps and weak scaling does more
+    work. Energy x time per sample falls as long as the energy grows by a smaller factor than the speedup.
     """
     assert group.baseline is not None and row.row.speedup is not None and before.row.speedup is not None
     num_samples = fmean(run.summary.num_samples for run in group.baseline.runs)
@@ -186,7 +187,7 @@ def _against(row: RowEnergy, before: RowEnergy, group: Group) -> RowEnergy:
 
 
 def _mean(values: list[float | None]) -> float | None:
-    """None where one of them is not known."""
+    """None if any is unknown."""
     known = [value for value in values if value is not None]
     return fmean(known) if known and len(known) == len(values) else None
 

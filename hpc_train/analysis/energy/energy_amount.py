@@ -1,4 +1,4 @@
-"""An amount of energy that keeps apart how it came to be known, and what a meter's trace says of a stretch of time."""
+"""An amount of energy with its quality, and the energy that a meter's trace shows for an interval of time."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,10 +11,9 @@ from hpc_train.core.formatting import amount
 
 @dataclass(frozen=True)
 class EnergyAmount:
-    """Measured and estimated parts side by side, None where there is no such part, and in words what is missing: then
-    there is no total.
+    """Measured and estimated joules, None if there is no such part. lacking: what is missing, so there is no total.
 
-    shared: others may have drawn some of it, since a node was not this job's alone.
+    shared: other jobs may have drawn some of it.
     """
 
     measured: float | None = None
@@ -24,7 +23,7 @@ class EnergyAmount:
 
     @property
     def known(self) -> float:
-        """At least so much."""
+        """A lower bound."""
         return (self.measured or 0.0) + (self.estimated or 0.0)
 
     @property
@@ -50,15 +49,15 @@ class EnergyAmount:
         return EnergyAmount(measured, estimated, self.lacking, self.shared)
 
     def __sub__(self, other: "EnergyAmount") -> "EnergyAmount":
-        """Without a part of itself, or set against another."""
+        """A part less, or the difference from another amount."""
         return self + other * -1.0
 
     def attributed(self) -> "EnergyAmount":
-        """The same as an estimate: divided by a rule, which no meter has confirmed."""
+        """The same as an estimate, for a part that a rule assigned and no meter confirmed."""
         return EnergyAmount(None, self.known, self.lacking, self.shared)
 
     def mark(self) -> str:
-        """What must stand beside every number that is made of it."""
+        """What to print after every number that is computed from it."""
         kind = {"estimated": " est.", "mixed": " part est."}.get(self.quality, "")
         return kind + " shared" * self.shared
 
@@ -85,10 +84,10 @@ def _of(trace: Trace, joules: float, lacking: tuple[str, ...], shared: bool) -> 
 
 
 def between(trace: Trace, begin_s: float, end_s: float, host: str, shared: bool) -> EnergyAmount:
-    """What a domain drew from `begin_s` to `end_s` after the trace's first line, interpolated between readings.
+    """The energy of a domain from `begin_s` to `end_s` after the trace's first line, interpolated between readings.
 
-    It is missing, but for the part known, where the readings end before: at once where the meter stopped to answer,
-    else two sampling periods later, since what ends a run ends its last sample, too.
+    If the readings end earlier, the rest is lacking: at once if the meter had stopped answering, else after two
+    sampling periods, since the end of a run cuts its last period short.
     """
     if not len(trace.time_s):
         return EnergyAmount(lacking=(f"{host} {trace.domain}",), shared=shared)
@@ -97,7 +96,7 @@ def between(trace: Trace, begin_s: float, end_s: float, host: str, shared: bool)
     drawn_j = float(last_j - first_j)
     lacking: tuple[str, ...] = ()
     if end_s > begin_s and not drawn_j > 0:  # no device draws nothing
-        lacking = (f"{host} {trace.domain} (0 J, less than its meter can tell)",)
+        lacking = (f"{host} {trace.domain} (0 J, less than its meter can resolve)",)
     if end_s > trace.time_s[-1] + (0.0 if trace.stopped else 2 * period_s(trace)):
         part = max(0.0, (trace.time_s[-1] - begin_s) / (end_s - begin_s))
         lacking = (f"{host} {trace.domain} after {100 * part:.0f}% of the time",)
@@ -105,24 +104,24 @@ def between(trace: Trace, begin_s: float, end_s: float, host: str, shared: bool)
 
 
 def whole(trace: Trace, host: str, shared: bool, least_s: float) -> EnergyAmount:
-    """All that a trace has counted, which must have gone on for `least_s`, the end of the loop."""
+    """All that a trace counted; the part until `least_s`, the end of the loop, is lacking if readings end earlier."""
     seen = between(trace, 0.0, max(least_s, trace.end_s - trace.begin_s), host, shared)
     if not len(trace.time_s):
         return seen
-    # Counted from 0 at its begin, which the first reading follows by a moment.
+    # Joules count from 0 at the trace's first line, shortly before the first reading: nothing to subtract.
     return _of(trace, float(trace.joules[-1]), seen.lacking, shared)
 
 
 def period_s(trace: Trace) -> float:
-    """The time between two samples, in the median."""
+    """The median time between two readings."""
     return float(np.median(np.diff(trace.time_s))) if len(trace.time_s) > 1 else 0.0
 
 
 def peak_w(traces: list[Trace]) -> tuple[float, float] | None:
-    """(the most watts that all domains of one attempt drew together, seconds over which each value is a mean).
+    """(highest watts of all domains of one attempt together, seconds over which they are a mean).
 
-    Each host's trace is counted from its own first line, which it wrote when the loop began, so the hosts' clocks need
-    not agree. The slowest meter sets the time over which means are taken. None where a meter stopped.
+    Each trace counts from its own first line, which was written when the loop started, so hosts' clocks need not agree.
+    Means are over the period of the slowest meter. None if a meter stopped answering.
     """
     if not traces or any(trace.stopped or trace.time_s[-1] <= trace.begin_s for trace in traces):
         return None

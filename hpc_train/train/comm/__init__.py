@@ -1,1 +1,1 @@
-"""Ranks and how they talk: MPI, torch.distributed, the connections of the watchdog."""
+"""Ranks and how they communicate: contexts, the mesh, MPI, torch.distributed, and the watchdog beside them."""

@@ -218,13 +218,11 @@ def call(address: tuple[str, int], token: bytes, rank: int) -> socket.socket | N
     while monotonic() < end_s:
         with suppress(OSError):
             link = socket.create_connection(address, timeout=_RETRY_S)
-            try:
+            with suppress(OSError):
                 link.sendall(token + rank.to_bytes(_RANK_BYTES))
                 if link.recv(len(_WELCOME)) == _WELCOME:
                     _configure(link)
                     return link
-            except OSError:
-                pass
             link.close()
         sleep(0.2)
     return None

@@ -22,7 +22,7 @@ class Waiting:
     """Whether this rank waits for other ranks: true inside `with context.waiting:`, which may be nested.
 
     Every call that returns only after other ranks have made it too belongs inside. The watchdog reads this value to
-    tell a late rank from the ranks that wait for it.
+    distinguish a late rank from the ranks that wait for it.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Context:
         with self.waiting:
             return [value] if self.comm is None else self.comm.allgather(value)
 
-    all = all_gather  # the name that tasks of users may know; until the next release
+    all = all_gather  # the former name, which users' tasks may call: until the next release
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Collective. The element-wise sum over ranks, on every rank."""
@@ -184,7 +184,7 @@ def _attempt(fn: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return fn(), None
     except OSError as error:
         return None, refused(error) or error
-    except Exception as error:  # noqa: BLE001  every rank must hear of it before it is raised again
+    except Exception as error:  # noqa: BLE001  it is raised again once every rank knows
         return None, error
 
 

@@ -1,4 +1,4 @@
-"""torch.distributed in MPI's words, for a loop that talks through it: by torchrun, say, on ranks that know no MPI."""
+"""torch.distributed with the interface of an mpi4py communicator, for loops started without MPI, by torchrun say."""
 
 import socket
 from collections.abc import Iterator
@@ -14,10 +14,9 @@ from hpc_train.train.comm.context import Context
 
 
 class ProcessGroup:
-    """What `Context` asks of an mpi4py communicator. Every method but `Send` and `Recv` is collective.
+    """The methods of an mpi4py communicator that `Context` uses. All but `Send` and `Recv` are collective.
 
-    A gloo group of its own: NCCL moves no objects of Python and nothing that lies on the CPU, and no message of ours
-    meets one of the loop's.
+    It is a gloo group of its own: NCCL moves neither Python objects nor CPU memory, and the loop's messages stay apart.
     """
 
     def __init__(self) -> None:
@@ -58,10 +57,10 @@ class ProcessGroup:
 
 @contextmanager
 def join_process_group() -> Iterator[Context]:
-    """Collective. The ranks of torch.distributed, which the program has initialised."""
+    """Collective. The ranks of torch.distributed, which the program has initialised already."""
     comm = ProcessGroup()
     hosts = comm.allgather(socket.gethostname())
     rank, host = comm.rank, hosts[comm.rank]
     yield Context(World(rank, comm.size, hosts[:rank].count(host), hosts.count(host), host), comm)
-    comm.Barrier()  # collective: not where a rank failed alone
+    comm.Barrier()  # collective: skipped when a rank fails alone
     distributed.destroy_process_group(comm.group)

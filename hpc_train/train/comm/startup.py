@@ -1,7 +1,7 @@
 """Starts and ends MPI, and aborts the whole job when one rank fails.
 
-An error that every rank knows of (raised by `on_root` or `on_all`) unwinds every rank in order, and one rank tells the
-user. For an error that a single rank meets the others would wait for ever: that rank prints it and aborts the job.
+An error that every rank raises (by `on_root` or `on_all`) unwinds every rank in order, and one rank prints it. When a
+single rank fails, the others would wait for it for ever: that rank prints its error and aborts the job.
 """
 
 import os

@@ -76,7 +76,7 @@ class _Progress:
 class Watchdog:
     """This rank's end. The loop sets `step`; None outside it. Use as a context manager.
 
-    num_outer_frames: frames of the main thread that called the loop, which are left out of stacks.
+    num_outer_frames: frames of the main thread that called the loop, which stacks omit.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Watchdog:
         self._num_outer_frames = num_outer_frames
         self._beat_s = min(_MAX_BEAT_S, stall_s / 4) if stall_s else _MAX_BEAT_S
         self._is_root = context.world.is_root
-        # The root hears all ranks, and rank 1 hears the root: no other rank could tell that the root is late.
+        # All ranks send to the root, and the root sends to rank 1, which detects a root that hangs.
         self._listener = links.get(1 if self._is_root else 0)
         self._main_thread = threading.get_ident()
         hosts = context.all_gather(context.world.host)

@@ -1,4 +1,4 @@
-"""From text to tokens and back: bytes as they are, or byte pairs that the `tokenizers` library learns from the text."""
+"""From text to tokens and back: bytes, or byte pairs that the `tokenizers` library learns from the text."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from hpc_train.core.errors import UserError
 
 _END_OF_TEXT = "<|endoftext|>"
 _NUM_BYTES = 256
-_MOST_TOKENS = 1 << 24
+_MAX_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """`name` is "bytes" or "bpe:N"; of the latter, `json` is what the library needs to make it again.
+    """`name` is "bytes" or "bpe:N"; for the latter, the library restores it from `json`.
 
-    Both take any text: byte pairs begin with all 256 bytes. Token 0 ends a document: as a byte it is in no text.
+    Both accept any text: byte pairs include all 256 bytes. Token 0 ends a document: no text contains that byte.
     """
 
     name: str
@@ -29,41 +29,41 @@ class Tokenizer:
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest type of the tokens."""
+        """The smallest type that holds the tokens."""
         return np.min_scalar_type(self.vocab_size - 1)
 
     def count(self, where: object, data: bytes) -> int:
-        """How many tokens `data` has; for bytes there is no need to look."""
+        """How many tokens `data` has."""
         return len(self.encode(where, data)) if self.json else len(data)
 
     def encode(self, where: object, data: bytes) -> np.ndarray:
-        """The tokens of a text, as `dtype`. Raises `UserError`, naming `where` it is from."""
+        """The tokens of a text, as `dtype`. Raises `UserError`, which names `where` the text is from."""
         if not self.json:
             return np.frombuffer(data, np.uint8)
         return np.array(self._library.encode(decode_utf8(where, data)).ids, dtype=self.dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens; bytes that are no UTF-8 become replacement characters."""
+        """The text of tokens; bytes that are not UTF-8 become replacement characters."""
         text = bytes(ids).decode(errors="replace") if not self.json else self._library.decode(list(ids))
         return str(text)
 
     @cached_property
     def _library(self) -> Any:
         made = _tokenizers().Tokenizer.from_str(self.json)
-        made.encode_special_tokens = True  # <|endoftext|> written in a document is text, and does not end it
+        made.encode_special_tokens = True  # <|endoftext|> in a document is text, not its end
         return made
 
 
 def vocab_size_of(name: str) -> int:
-    """How many different tokens "bytes" or "bpe:N" has. Raises `UserError` for other names."""
+    """The vocabulary size of "bytes" or "bpe:N". Raises `UserError` for other names."""
     kind, _, size = name.partition(":")
     if name == "bytes":
         return _NUM_BYTES
-    if kind == "bpe" and size.isascii() and size.isdecimal() and _NUM_BYTES < int(size) <= _MOST_TOKENS:
+    if kind == "bpe" and size.isascii() and size.isdecimal() and _NUM_BYTES < int(size) <= _MAX_TOKENS:
         return int(size)
     raise UserError(
-        f"--tokenizer {name} is not known",
-        f"Known are: bytes, and bpe:N with N from {_NUM_BYTES + 1} to {_MOST_TOKENS}, such as bpe:8192.",
+        f"--tokenizer {name} is unknown",
+        f"Known: bytes, and bpe:N with N from {_NUM_BYTES + 1} to {_MAX_TOKENS}, such as bpe:8192.",
     )
 
 
@@ -88,14 +88,14 @@ def train_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     made.train_from_iterator(texts, trainer)
     if made.get_vocab_size() != vocab_size:
         raise UserError(
-            f"--tokenizer {name}: so little text has {made.get_vocab_size()} different tokens and no more",
-            f"Ask for fewer (bpe:{made.get_vocab_size()}), or bring more text.",
+            f"--tokenizer {name}: so little text has only {made.get_vocab_size()} different tokens",
+            f"Ask for fewer (bpe:{made.get_vocab_size()}), or use more text.",
         )
     return Tokenizer(name, vocab_size, made.to_str())
 
 
 def decode_utf8(where: object, data: bytes) -> str:
-    """`data` as text. Raises `UserError`, naming `where` it is from, where it is no UTF-8."""
+    """`data` as text. Raises `UserError`, which names `where` it is from, if it is not UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -106,7 +106,7 @@ def decode_utf8(where: object, data: bytes) -> str:
 
 
 def _tokenizers() -> Any:
-    """Loaded when it is used: bytes need no library."""
+    """The library, imported when it is needed: bytes need none."""
     try:
         return import_module("tokenizers")
     except ImportError as error:

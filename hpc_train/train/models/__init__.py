@@ -1,4 +1,4 @@
-"""Models: plain `nn.Module`s, made by name."""
+"""Models: plain `nn.Module`s, by name."""
 
 import inspect
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from hpc_train.train.models.softmax import Softmax
 from hpc_train.train.models.vgg import Vgg
 
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"softmax": Softmax, "mlp": Mlp, "resnet": ResNet, "vgg": Vgg}
-CAUSAL: dict[str, Callable[..., nn.Module]] = {"gpt": Gpt}  # of the next token
-MASKED: dict[str, Callable[..., nn.Module]] = {"bert": Bert}  # of masked tokens
+CAUSAL: dict[str, Callable[..., nn.Module]] = {"gpt": Gpt}  # predict the next token
+MASKED: dict[str, Callable[..., nn.Module]] = {"bert": Bert}  # predict masked tokens
 
 
 def classifier(name: str, input_shape: tuple[int, ...], num_classes: int, options: dict[str, Any]) -> nn.Module:
@@ -27,7 +27,7 @@ def classifier(name: str, input_shape: tuple[int, ...], num_classes: int, option
 def make_model(
     known: dict[str, Callable[..., nn.Module]], name: str, given: tuple[Any, ...], options: dict[str, Any]
 ) -> nn.Module:
-    """The model `known[name](*given, **options)`. Raises `UserError` for what it does not take."""
+    """The model `known[name](*given, **options)`. Raises `UserError` for options that it does not accept."""
     make = _known(known, name)
     accepted = list(inspect.signature(make).parameters)[len(given) :]
     for option in options:
@@ -37,18 +37,18 @@ def make_model(
             )
     try:
         return make(*given, **options)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's for more memory than there is
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch has too little memory
         raise UserError(
             f"task.options = {options}: {name} refuses them: {error}", "See the model's docstring."
         ) from None
 
 
 def default(known: dict[str, Callable[..., nn.Module]], name: str, option: str) -> Any:
-    """What the model `name` takes for an option that is not given. Raises `UserError` for an unknown model."""
+    """The default of an option of the model `name`. Raises `UserError` for an unknown model."""
     return inspect.signature(_known(known, name)).parameters[option].default
 
 
 def _known(known: dict[str, Callable[..., nn.Module]], name: str) -> Callable[..., nn.Module]:
     if name not in known:
-        raise UserError(f"task.model = '{name}' is not known here", f"Known are: {', '.join(known)}.")
+        raise UserError(f"task.model = '{name}' is unknown", f"Known: {', '.join(known)}.")
     return known[name]

@@ -1,26 +1,27 @@
-"""BERT: a transformer that sees both ways and fills in masked tokens."""
+"""BERT: a bidirectional transformer that predicts masked tokens."""
+
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.train.models.transformer import Block, check_sizes
+from hpc_train.train.models.transformer import BERT, Block, check_sizes, initialise
 
 _STD = 0.02  # of the paper's code, for all weights
-_EPSILON = 1e-12
 
 
 class Bert(nn.Module):
-    """BERT (Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018), base unless told otherwise.
+    """BERT (Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018), by default BERT-base.
 
     Normalisation after each sum, learned positions, and the masked-language head: a layer with GELU and normalisation,
     then the embedding's weights and a bias of its own. With a vocabulary of 30,522 it has 109,514,298 parameters. The
-    paper's 110M are 109,482,240: those of the body, 108,891,648, and a pooler of 590,592 for predicting the next
-    sentence, which is not trained here; the head's 622,650 (with the weights shared) are not among them.
+    paper's 110M are 109,482,240: 108,891,648 of the body and 590,592 of a pooler for predicting the next sentence,
+    which is not trained here; they do not include the head's 622,650 (its weights are shared).
     layers, heads, width = 24, 16, 1024 is BERT-large.
 
-    A window is one segment, so that of the paper's two segment embeddings the first is added everywhere; both are kept
-    for weights trained elsewhere. context: the longest window. dropout: the paper's is 0.1.
+    A window is one segment, so the first of the paper's two segment embeddings is added everywhere; both are kept for
+    weights trained elsewhere. context: the longest window. dropout: 0.1 in the paper.
     """
 
     def __init__(
@@ -38,15 +39,14 @@ class Bert(nn.Module):
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Embedding(context, width)
         self.segments = nn.Embedding(2, width)
-        self.norm = nn.LayerNorm(width, _EPSILON)
+        self.norm = nn.LayerNorm(width, BERT.epsilon)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            Block(width, heads, dropout, False, "post", "none", _EPSILON) for _ in range(layers)
-        )
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, BERT) for _ in range(layers))
         self.head = nn.Linear(width, width)
-        self.head_norm = nn.LayerNorm(width, _EPSILON)
+        self.head_norm = nn.LayerNorm(width, BERT.epsilon)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
-        self.apply(_initialise)
+        # Truncated at two standard deviations, as in the paper's code.
+        initialise(self, partial(nn.init.trunc_normal_, std=_STD, a=-2 * _STD, b=2 * _STD))
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """(n, length) int64 tokens and (n, k) int64 positions in them -> logits at these, (n, k, vocabulary).
@@ -60,11 +60,3 @@ class Bert(nn.Module):
         x = torch.take_along_dim(x, positions[:, :, None], dim=1)
         x = self.head_norm(functional.gelu(self.head(x)))
         return functional.linear(x, self.tokens.weight, self.bias)
-
-
-def _initialise(module: nn.Module) -> None:
-    """Normal, cut off at two standard deviations, as in the paper's code; biases begin as zero."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=_STD, a=-2 * _STD, b=2 * _STD)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)

@@ -13,8 +13,8 @@ class Policy(nn.Module):
     for connectionist reinforcement learning", Machine Learning 1992: REINFORCE), and the state's value, the baseline
     of Sutton and Barto, "Reinforcement Learning", 2nd edition 2018, section 13.4.
 
-    The last layers begin small, so that all actions are about equally likely at first. With `hidden` = (64, 64),
-    CartPole's 4 numbers and 2 actions: 4,610 + 4,545 = 9,155 parameters.
+    The last layers begin with small weights, so that all actions are about equally likely at first. For CartPole's 4
+    numbers and 2 actions, `hidden` = (64, 64) has 4,610 + 4,545 = 9,155 parameters.
     """
 
     def __init__(self, num_observed: int, num_actions: int, hidden: Sequence[int] = (64, 64)) -> None:

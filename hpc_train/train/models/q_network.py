@@ -9,10 +9,10 @@ from hpc_train.train.models.mlp import Mlp
 
 
 class QNetwork(nn.Module):
-    """The values of all actions in one pass, and an older copy that the targets are made with (Mnih et al.,
-    "Human-level control through deep reinforcement learning", Nature 2015), here for observations in a vector.
+    """The values of all actions in one pass, and an older copy that gives the targets (Mnih et al.,
+    "Human-level control through deep reinforcement learning", Nature 2015), here for vectors of observations.
 
-    The copy is trained by nobody and stands in the state_dict, so checkpoints hold it. With `hidden` = (128, 128),
+    The copy has no gradients and is in the state_dict, so checkpoints hold it. With `hidden` = (128, 128),
     CartPole's 4 numbers and 2 actions: 17,410 parameters, twice.
     """
 
@@ -30,7 +30,7 @@ class QNetwork(nn.Module):
     def next_values(self, observations: torch.Tensor, double: bool) -> torch.Tensor:
         """(n, num_observed) float -> (n,): the target network's value of the best action.
 
-        double: the best by the online network; by the target's own judgement chance errors would be taken for value
+        double: the best action by the online network; the target network's own choice would favour its random errors
         (van Hasselt, Guez and Silver, "Deep Reinforcement Learning with Double Q-learning", AAAI 2016).
         """
         values = self.target(observations)
@@ -38,5 +38,5 @@ class QNetwork(nn.Module):
         return values.gather(1, best).squeeze(1)
 
     def update_target(self) -> None:
-        """The target becomes what the online network is now."""
+        """Copies the online network to the target."""
         self.target.load_state_dict(self.online.state_dict())

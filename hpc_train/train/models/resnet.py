@@ -10,18 +10,18 @@ from hpc_train.train.models.images import BatchNorm, image_layout, initialise_co
 class ResNet(nn.Module):
     """ResNet-18, 34, 50, 101 and 152 (He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", 2016).
 
-    depth: layers with weights. On pictures of 224x224x3 and 1,000 classes the paper's table 1 gives
+    depth: layers with weights. On images of 224x224x3 and 1,000 classes the paper's table 1 gives
 
         depth   18      34      50      101     152
-        GFLOPs  1.8     3.6     3.8     7.6     11.3      multiply-adds of one picture, forward
+        GFLOPs  1.8     3.6     3.8     7.6     11.3      multiply-adds of one image, forward
         top-1   27.88   24.52   22.85   21.75   21.43     error in %, ten crops (tables 2 and 3)
 
     and the parameters are 11,689,512, 21,797,672, 25,557,032, 44,549,160 and 60,192,808. The stride of a bottleneck is
-    in its 3x3 convolution and not in the first 1x1, as everybody has it since (Gross and Wilber, 2016).
+    in its 3x3 convolution and not in the first 1x1, as is usual since Gross and Wilber (2016).
 
     width: channels of the first of the four stages, doubled in each; 64 in the paper.
-    stem: "imagenet": 7x7 of stride 2 and max-pooling of stride 2, for pictures of about 224; "small": 3x3 of stride 1
-    and no pooling, the paper's section 4.2, for pictures of about 32.
+    stem: "imagenet": 7x7 of stride 2 and max-pooling of stride 2, for images of about 224; "small": 3x3 of stride 1
+    and no pooling, the paper's section 4.2, for images of about 32.
 
     The last gamma of each residual block is zero at the start, so that a block begins as the identity (Goyal et al.,
     "Accurate, Large Minibatch SGD", 2017, section 5.1). Batch statistics are those of a rank's own share, as there:
@@ -35,7 +35,7 @@ class ResNet(nn.Module):
         if depth not in _STAGES:
             raise ValueError(f"depth = {depth}: one of {', '.join(map(str, _STAGES))}")
         if not isinstance(width, int) or width < 1:
-            raise ValueError(f"width = {width!r}: a positive whole number")
+            raise ValueError(f"width = {width!r}: a positive integer")
         if stem not in ("imagenet", "small"):
             raise ValueError(f"stem = {stem!r}: 'imagenet' or 'small'")
         self.layout = image_layout(input_shape, "resnet")
@@ -103,7 +103,7 @@ _STAGES: dict[int, tuple[type[Basic] | type[Bottleneck], tuple[int, ...]]] = {
 
 
 def _conv(num_in: int, num_out: int, size: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(num_in, num_out, size, stride, padding=size // 2, bias=False)  # the normalisation has a bias
+    return nn.Conv2d(num_in, num_out, size, stride, padding=size // 2, bias=False)  # the normalisation after it has one
 
 
 def _zero(norm: BatchNorm) -> BatchNorm:

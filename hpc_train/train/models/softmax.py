@@ -1,4 +1,4 @@
-"""Softmax regression: the founding program's model."""
+"""Softmax regression."""
 
 from math import prod
 
@@ -7,9 +7,9 @@ from torch import nn
 
 
 class Softmax(nn.Module):
-    """One linear layer from the flattened input to the classes' logits, all weights zero at the start.
+    """One linear layer from the flattened input to the classes' logits; all weights begin as zero.
 
-    With zero weights every class is equally likely, so the first loss is ln(num_classes) whatever the data.
+    Every class is then equally likely, so the first loss is ln(num_classes) for any data.
     """
 
     def __init__(self, input_shape: tuple[int, ...], num_classes: int) -> None:

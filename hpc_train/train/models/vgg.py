@@ -15,20 +15,20 @@ class Vgg(nn.Module):
     """VGG-11, 13, 16 and 19, configurations A, B, D and E (Simonyan and Zisserman, "Very Deep Convolutional Networks
     for Large-Scale Image Recognition", 2015).
 
-    depth: layers with weights. On pictures of 224x224x3 and 1,000 classes (the paper's tables 2 and 3)
+    depth: layers with weights. On images of 224x224x3 and 1,000 classes (the paper's tables 2 and 3)
 
         depth        11             13             16             19
         parameters   132,863,336    133,047,848    138,357,544    143,667,240    in the paper 133, 133, 138, 144 M
         top-1        29.6           28.7           27.0           27.3           error in %, trained and tested at 256
 
-    batch_norm: normalisation behind each convolution, which the paper, older than it, does without.
+    batch_norm: normalisation after each convolution; the paper is older and has none.
     width: channels of the first of the five stages, doubled in each up to eight times as many; 64 in the paper.
     hidden: units of the fully connected layers before the last; [4096, 4096] in the paper, [] for none.
-    dropout: share of those units left out in training; drawn on each rank for its own share.
+    dropout: probability that such a unit is dropped in training; drawn by each rank for its own share.
 
-    Each stage halves the picture, rounding up, so that small ones pass through five, too. He initialisation (2015):
-    from it deep ones without normalisation train at once, where the paper had to begin with shallow ones. With
-    batch_norm or dropout losses depend on how many ranks share a global batch.
+    Each stage halves the image, rounding up, so that small images pass through five, too. He initialisation (2015):
+    deep models without normalisation train from the start, where the paper had to begin with shallow ones. With
+    batch_norm or dropout, losses depend on how many ranks share a global batch.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class Vgg(nn.Module):
         if depth not in _STAGES:
             raise ValueError(f"depth = {depth}: one of {', '.join(map(str, _STAGES))}")
         if not isinstance(width, int) or width < 1:
-            raise ValueError(f"width = {width!r}: a positive whole number")
+            raise ValueError(f"width = {width!r}: a positive integer")
         if not isinstance(hidden, Sequence) or not all(isinstance(units, int) and units > 0 for units in hidden):
-            raise ValueError(f"hidden = {hidden!r}: a list of positive whole numbers")
+            raise ValueError(f"hidden = {hidden!r}: a list of positive integers")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout = {dropout}: at least 0 and below 1")
         self.layout = image_layout(input_shape, "vgg")

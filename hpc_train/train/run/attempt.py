@@ -1,6 +1,5 @@
 """Where a job works: in a new run directory, or in the one that an earlier attempt left unfinished."""
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,24 +12,23 @@ from hpc_train.core.config import Loaded, load
 from hpc_train.core.errors import UserError
 from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.lock import Lease
-from hpc_train.core.paths import expanded, read_text
+from hpc_train.core.paths import expanded
 from hpc_train.core.resume_rules import Change, Rule
-from hpc_train.core.rundir import RunDir
+from hpc_train.core.rundir import RunDir, is_complete
 from hpc_train.core.sampling import Order
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.run.checkpoint.retention import checkpoints, remove_unfinished
 from hpc_train.train.run.cleanup import remove_stale_runs
-
-_MOST_META_BYTES = 1 << 30  # of thousands of ranks
+from hpc_train.train.run.meta_json import read_meta
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One job's work on a run. `number` counts from 1; `meta` is what earlier attempts wrote down ({} if none did).
+    """One job's work on a run. `number` counts from 1; `meta` is what earlier attempts wrote ({} if there were none).
 
-    source: the run whose newest checkpoint is continued from; another one after a change of the number of ranks.
-    changes: the keys that differ from that run's. lease: on the run directory, to be asked before what counts.
+    source: the run whose newest checkpoint is resumed from; another run if the number of ranks changed. changes: the
+    keys that differ from that run's. lease: on the run directory; check it before writes that matter.
     """
 
     run: RunDir
@@ -42,74 +40,100 @@ class Attempt:
 
 
 @contextmanager
-def open_attempt(loaded: Loaded, context: Context, wanted: str) -> Iterator[Attempt]:
-    """Collective. The run directory to work in, made or found, and locked by the root until the end.
+def open_attempt(loaded: Loaded, context: Context, resume: str) -> Iterator[Attempt]:
+    """Collective. The run directory to work in, created or found, and locked by the root inside the block.
 
-    wanted: "never" for a new run; "auto" for the newest unfinished run of this configuration on as many ranks, or else
+    resume: "never" for a new run; "auto" for the newest unfinished run of this configuration on as many ranks, or else
     a new one; or the path of a run directory. Raises UserError.
     """
-    held: list[Lease] = []
+    leases: list[Lease] = []  # on the root: the one that sends heartbeats
     with ExitStack() as stack:
 
-        def choose() -> Attempt:
-            run, source, changes = _choose(loaded.config, context.world.size, wanted)
-            if source is not None:
-                rundir.require_regular_files(source)
-            lease = stack.enter_context(lock.hold(run.lock, say))
-            held.append(lease)
-            remove_stale_runs(run)
-            rundir.make_folders(run)
-            remove_unfinished(run)
-            meta = read_meta(run)
-            earlier = meta.get("attempts", [])
-            if source == run and earlier and earlier[0].get("continues") and not checkpoints(run):
-                source = RunDir(Path(earlier[0]["continues"]))  # stopped before it had a checkpoint of its own
-                if (first := earlier[0]["first_step"]) and not checkpoints(source):
-                    raise UserError(
-                        f"{run.path} continues {source.path} from step {first}, and that holds no checkpoint any more",
-                        "Restore the checkpoint, or begin another run: --resume never",
-                    )
-            return Attempt(run, len(earlier) + 1, meta, source, changes, lease)
+        def open_on_root() -> Attempt:
+            choice = _choose(loaded.config, context.world.size, resume)
+            if choice.source is not None:
+                rundir.require_regular_files(choice.source)
+            leases.append(stack.enter_context(lock.hold(choice.run.lock, log)))
+            return _begin(choice, leases[0])
 
-        attempt = context.on_root(choose)
-        yield replace(attempt, lease=held[0] if held else Lease(attempt.lease.path, attempt.lease.token))
+        attempt = context.on_root(open_on_root)
+        lease = leases[0] if leases else Lease(attempt.lease.path, attempt.lease.token)
+        yield replace(attempt, lease=lease)
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(line, flush=True)
 
 
-def _choose(config: Config, size: int, wanted: str) -> tuple[RunDir, RunDir | None, list[Change]]:
-    """(the run to work in, the run to continue from or None, what differs from that one)."""
+@dataclass(frozen=True)
+class _Choice:
+    """The run to work in, the run to resume from if any, and what differs from that one."""
+
+    run: RunDir
+    source: RunDir | None = None
+    changes: tuple[Change, ...] = ()
+
+
+def _begin(choice: _Choice, lease: Lease) -> Attempt:
+    """Tidies up after earlier attempts and reads what they wrote. The lock is held."""
+    run, source = choice.run, choice.source
+    remove_stale_runs(run)
+    rundir.make_folders(run)
+    rundir.remove_temporaries(run)
+    remove_unfinished(run)
+    meta = read_meta(run)
+    earlier = meta.get("attempts", [])
+    if source == run and earlier and earlier[0].get("continues") and not checkpoints(run):
+        source = _first_source(run, earlier[0])
+    return Attempt(run, len(earlier) + 1, meta, source, list(choice.changes), lease)
+
+
+def _first_source(run: RunDir, first: dict[str, Any]) -> RunDir:
+    """The other run that `run` resumed from, if it was stopped before it had a checkpoint of its own."""
+    source = RunDir(Path(first["continues"]))
+    if first["first_step"] and not checkpoints(source):
+        raise UserError(
+            f"{run.path} continues {source.path} from step {first['first_step']}, which holds no checkpoint any more",
+            "Restore the checkpoint, or begin another run: --resume never",
+        )
+    return source
+
+
+# ------------------------------------------------------------------------------------------------ the directory
+
+
+def _choose(config: Config, size: int, resume: str) -> _Choice:
     root = expanded(config.run.root)
-    if wanted == "auto":
+    if resume == "auto":
         run = _newest_unfinished(root / config.name, config, size)
-        return (run, run, []) if run else (_new(root, config, size), None, [])
-    if wanted == "never":
-        return _new(root, config, size), None, []
-    run = RunDir(expanded(wanted))
-    theirs = read_config(run)
+        return _Choice(run, run) if run else _Choice(_new(root, config, size))
+    if resume == "never":
+        return _Choice(_new(root, config, size))
+    source = RunDir(expanded(resume))
+    theirs = read_config(source)
     if theirs is None:
         raise UserError(
-            f"--resume {run.path} is no run directory: it holds no readable config.toml",
+            f"--resume {source.path} is no run directory: it holds no readable config.toml",
             "Name a folder runs/<name>/<stamp>-np<N>, or say auto or never.",
         )
-    changes = resume_rules.check(theirs, config, run.path)
-    return (run if _size(run) in (size, None) else _new(root, config, size)), run, changes
+    changes = resume_rules.check(theirs, config, source.path)
+    is_same_size = _size(source) in (size, None)
+    return _Choice(source if is_same_size else _new(root, config, size), source, tuple(changes))
 
 
 def _newest_unfinished(folder: Path, config: Config, size: int) -> RunDir | None:
-    """The newest unfinished run of this very job on `size` ranks. Where there is none, says why others are not."""
-    passed = []
-    # In the order of their names, which is that of their beginning, the newest first.
-    for run in sorted((RunDir(meta.parent) for meta in folder.glob("*/meta.json")), key=_name_of, reverse=True):
+    """The newest unfinished run of this very job on `size` ranks. If there is none, logs why others do not count."""
+    # Names begin with the time of the start.
+    runs = sorted((RunDir(meta.parent) for meta in folder.glob("*/meta.json")), key=_name_of, reverse=True)
+    refused = []
+    for run in runs:
         why = resume_rules.why_not(run, read_config(run), config, _size(run), size)
         if why is None:
             return run
-        passed.append((run.summary.exists(), f"{run.path} is not continued: {why}"))
-    if passed:
-        say(min(passed, key=lambda each: each[0])[1])  # the newest unfinished one rather than a complete one
-        say(f"A new run begins{f' ({len(passed) - 1} more are not continued)' if len(passed) > 1 else ''}")
+        refused.append((run.summary.exists(), f"{run.path} is not continued: {why}"))
+    if refused:
+        log(min(refused, key=lambda each: each[0])[1])  # the newest unfinished one rather than a complete one
+        log(f"A new run begins{f' ({len(refused) - 1} more are not continued)' if len(refused) > 1 else ''}")
     return None
 
 
@@ -121,60 +145,8 @@ def _new(root: Path, config: Config, size: int) -> RunDir:
     return rundir.create(root, config.name, size, datetime.now(UTC), JobEnvironment.current().job_id)
 
 
-def read_meta(run: RunDir) -> dict[str, Any]:
-    """meta.json, {} where no attempt has written it yet. Raises UserError for a damaged entry that is needed."""
-    remedy = "Repair it if you know what it held (JSON), or begin another run: --resume never"
-    if not run.meta.exists():
-        return {}
-    try:
-        meta = json.loads(read_text(run.meta, remedy, _MOST_META_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{run.meta} cannot be read: {error}", remedy) from None
-    if not isinstance(meta, dict):
-        raise UserError(f"{run.meta} holds {meta!r:.60}, and no object", remedy)
-    for entry, value in _wrong_entries(meta):
-        raise UserError(f"{run.meta}: {entry} is {value!r:.60}", remedy)
-    return meta
-
-
-def _wrong_entries(meta: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Entries that a further attempt works with, and cannot."""
-    for entry, kind, default in (("size", int, 1), ("started", str, ""), ("attempts", list, []), ("energy", dict, {})):
-        if not isinstance(meta.get(entry, default), kind):
-            yield entry, meta[entry]
-            return
-    for number, attempt in enumerate(meta.get("attempts", [])):
-        first = attempt.get("first_step") if isinstance(attempt, dict) else None
-        if type(first) is not int or first < 0:
-            yield f"attempts[{number}]", attempt
-        elif not isinstance(attempt.get("continues"), str | None):
-            yield f"attempts[{number}].continues", attempt["continues"]
-    for entry in ("meters", "unreadable", "shared", "epoch_s", "idle_w", "foreign_cores"):
-        if not isinstance(meta.get("energy", {}).get(entry), dict | None):
-            yield f"energy.{entry}", meta["energy"][entry]
-
-
-def is_complete(run: RunDir) -> bool:
-    """Whether the run has a summary that names no fault; one that cannot be read is made again."""
-    try:
-        summary = json.loads(run.summary.read_text())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(summary, dict) and not summary.get("fault")
-
-
-def require_first_start(run: RunDir) -> None:
-    """Says that a run without a checkpoint starts at step 0. Raises UserError if it was complete: it had one."""
-    if is_complete(run):
-        raise UserError(
-            f"{run.path} is complete, and it holds no checkpoint to continue from",
-            "Restore its folder checkpoints/, or start another run: --resume never",
-        )
-    say(f"{run.path} holds no checkpoint: training starts at step 0")
-
-
 def read_config(run: RunDir) -> Config | None:
-    """The run's configuration; None where there is none that this version reads."""
+    """The run's configuration; None if there is none that this version reads."""
     try:
         return load(run.config).config
     except UserError:
@@ -182,38 +154,55 @@ def read_config(run: RunDir) -> Config | None:
 
 
 def _size(run: RunDir) -> int | None:
-    """The number of ranks of the run; None where none has begun it."""
+    """The number of ranks of the run; None if no attempt has begun it."""
     return read_meta(run).get("size")
 
 
-def check_resumes(stated: dict[str, Any], expected: dict[str, Any], attempt: Attempt, num_steps: int) -> None:
-    """Raises UserError where a checkpoint was made from other data or global batches, so that its step would mean
-    others, and where the `num_steps` that are asked for are taken already and what has changed would change nothing.
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+def require_first_start(run: RunDir) -> None:
+    """For a run without a checkpoint: logs that it starts at step 0. Raises UserError if it is complete."""
+    if is_complete(run):
+        raise UserError(
+            f"{run.path} is complete, but holds no checkpoint to continue from",
+            "Restore its folder checkpoints/, or start another run: --resume never",
+        )
+    log(f"{run.path} holds no checkpoint: training starts at step 0")
+
+
+_DATA_REMEDIES = {
+    "num_samples": "Name the data set that the run began with in data.file, or begin another run.",
+    "global_batch": "Set train.global_batch to it (train.batch_per_rank makes it grow with the ranks).",
+    "order": "Set data.shuffle_chunks to it, and read the same files (data.memory_mb also decides it).",
+}
+
+
+def check_resumes(manifest: dict[str, Any], expected: dict[str, Any], attempt: Attempt, num_steps: int) -> None:
+    """Raises UserError if a checkpoint is of other data or global batches, so that its steps would be other ones, or if
+    the run already has the `num_steps` that are asked for and changed keys would have no effect.
     """
     assert attempt.source is not None
-    path = attempt.source.path
-    remedy = {
-        "num_samples": "Name the data set that the run began with in data.file, or begin another run.",
-        "global_batch": "Set train.global_batch to it (train.batch_per_rank asks for more on more ranks).",
-        "order": "Set data.shuffle_chunks to it, and read the same files (data.memory_mb decides it, too).",
-    }
-    facts = {"order": str(Order(0))} | stated  # older checkpoints do not state it
-    for key, words in remedy.items():
-        if facts.get(key) != expected[key]:
-            raise UserError(f"{key} is {expected[key]} here, and was {facts.get(key)} in {path}", words)
-    if stated["step"] > num_steps:
+    path, step = attempt.source.path, manifest["step"]
+    known = {"order": str(Order(0))} | manifest  # older checkpoints do not state it
+    for key, remedy in _DATA_REMEDIES.items():
+        if known.get(key) != expected[key]:
+            raise UserError(f"{key} is {expected[key]} here, and was {known.get(key)} in {path}", remedy)
+    if step > num_steps:
         raise UserError(
-            f"train.steps = {num_steps}, and {path} has taken {stated['step']} steps already",
+            f"train.steps = {num_steps}, and {path} has taken {step} steps already",
             "Set train.steps to as many or more, or begin another run: --resume never",
         )
-    is_tested = is_complete(attempt.source)
-    ignored = [
-        change
-        for change in resume_rules.said(attempt.changes)
-        if change.key != "train.steps" and (is_tested or change.rule is not Rule.TEST)
-    ]
-    if stated["step"] == num_steps and ignored:
+    ignored = _changes_without_effect(attempt.changes, is_complete(attempt.source)) if step == num_steps else []
+    if ignored:
         raise UserError(
             f"{path} is complete: {num_steps} steps, and {ignored[0].values} would change nothing",
             f"Set {ignored[0].key} back, raise train.steps to continue with it, or begin another run: --resume never",
         )
+
+
+def _changes_without_effect(changes: list[Change], is_tested: bool) -> list[Change]:
+    """Those that a run without further steps ignores."""
+    has_effect = {Rule.TEST} if not is_tested else set()
+    reported = resume_rules.said(changes)
+    return [change for change in reported if change.key != "train.steps" and change.rule not in has_effect]

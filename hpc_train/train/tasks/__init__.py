@@ -1,4 +1,4 @@
-"""What is trained. A task brings the model, the samples and the loss; the trainer brings everything else."""
+"""What is trained: a task supplies the model, the samples and the loss; the trainer supplies everything else."""
 
 import importlib
 import os
@@ -34,7 +34,7 @@ BUILT_IN: dict[str, Callable[[Config, Context], Any]] = {
 
 
 class Task(Protocol):
-    """What the trainer asks of a task; made as `Task(config, context)` on every rank.
+    """What the trainer needs of a task, which it makes as `Task(config, context)` on every rank.
 
     A class need not inherit from this one: `open_task` gives a task the defaults of the optional members it lacks.
     """
@@ -117,29 +117,28 @@ def _require(kind: str, task: object, names: tuple[str, ...]) -> None:
 
 
 def _load(kind: str) -> Callable[[Config, Context], Any]:
-    """The class of that name, which has what a task has: nothing else is called, as "os:system" would be."""
+    """The class of that name, if it has a task's methods: anything else, such as "os:system", is not called."""
     module_name, colon, name = kind.partition(":")
     if kind == RECORDED:
         raise UserError(
-            f"task.kind = '{kind}': the loop of this run is another program's",
+            f"task.kind = '{kind}': another program ran the training loop of this run",
             "Start that program again: meta.json names it.",
         )
     if not colon or not all(part.isidentifier() for part in (*module_name.split("."), name)):
         raise UserError(
-            f"task.kind = '{kind}' is not known",
-            f"Known are: {', '.join(BUILT_IN)}; your own: 'mypackage.mytask:MyTask'.",
+            f"task.kind = '{kind}' is unknown", f"Known: {', '.join(BUILT_IN)}; your own: 'mypackage.mytask:MyTask'."
         )
     here = str(Path.cwd())
-    if here not in sys.path:  # the user's module usually lies where the job is started
+    if here not in sys.path:  # the user's module is usually where the job is started
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the user's module does when it is loaded
+    except (Exception, SystemExit) as error:  # noqa: BLE001  a user's module may raise anything
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             what, remedy = f"no module {error.name}", f"Looked in {here} and in sys.path."
         else:
-            what = f"{module_name} cannot be loaded: {type(error).__name__}: {error}, {_place(error)}"
-            remedy = f"Mend it there; the whole traceback: python -c 'import {module_name}'"
+            what = f"{module_name} cannot be loaded: {type(error).__name__}: {error}, {_where(error)}"
+            remedy = f"Fix it there; for the whole traceback: python -c 'import {module_name}'"
         raise UserError(f"task.kind = '{kind}': {what}", remedy) from None
     make = getattr(module, name, None)
     if not isinstance(make, type):
@@ -151,17 +150,18 @@ def _load(kind: str) -> Callable[[Config, Context], Any]:
 
 
 def checked_loss(config: Config, task: Task, model: nn.Module, batch: Any) -> torch.Tensor:
-    """The loss of the first batch, tried before anything is trained: raises `UserError` with all shapes in it where
-    batch and model do not fit together. Other faults of a task keep their own type and traceback.
+    """The loss of the first batch. Raises `UserError` that names all shapes if batch and model do not fit together.
+
+    Other errors of a task keep their type and traceback.
     """
     try:
         loss = task.loss(model, batch)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, IndexError) as error:  # what torch raises where shapes or types disagree
-        raise _does_not_fit(config, model, batch, f"{error}, {_place(error)}") from None
+    except (RuntimeError, ValueError, IndexError) as error:  # torch's, for shapes or types that disagree
+        raise _does_not_fit(config, model, batch, f"{error}, {_where(error)}") from None
     if not isinstance(loss, torch.Tensor) or loss.shape != () or not loss.requires_grad:
-        raise _does_not_fit(config, model, batch, f"the loss is {_shown(loss)}, and no differentiable number")
+        raise _does_not_fit(config, model, batch, f"the loss is {_shown(loss)}, and not a differentiable number")
     return loss
 
 
@@ -189,8 +189,8 @@ def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
 
 
-def _place(error: BaseException) -> str:
-    """Where the user's own code raised `error`, or called what did."""
+def _where(error: BaseException) -> str:
+    """The line of the user's own code that raised `error`, or called the function that did."""
     if isinstance(error, SyntaxError):
         return f"at {error.filename}:{error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]

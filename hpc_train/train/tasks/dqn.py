@@ -1,4 +1,4 @@
-"""Deep Q-learning: a replay memory that all ranks fill together and each holds whole."""
+"""Deep Q-learning: all ranks fill one replay memory, and each holds all of it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -16,36 +16,36 @@ from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
 from hpc_train.train.models.q_network import QNetwork
-from hpc_train.train.tasks.reinforcement import ENDLESS, Environments, seeds_to_test
+from hpc_train.train.tasks.reinforcement import ENDLESS, Environments, rank_seeds
 
 
 @dataclass(frozen=True)
 class Transitions:
-    """n actions and what came of them."""
+    """n actions and their outcomes."""
 
     observations: torch.Tensor  # (n, num_observed) float32
     actions: torch.Tensor  # (n,) int64, from 0
     rewards: torch.Tensor  # (n,) float32
     next_observations: torch.Tensor  # (n, num_observed) float32
-    terminated: torch.Tensor  # (n,) bool: nothing comes after; not so where only time ran out
-    over: torch.Tensor  # (n,) bool: the episode's last, for either reason
+    terminated: torch.Tensor  # (n,) bool: the episode ended by itself, not by its time limit
+    over: torch.Tensor  # (n,) bool: the last action of its episode, for either reason
 
 
 @dataclass(frozen=True)
 class Experience:
-    """This rank's share of a global batch: n actions, and what came of each within `rl.multi_step` actions."""
+    """This rank's share of a global batch: n actions, and the outcome of each within `rl.multi_step` actions."""
 
     observations: torch.Tensor  # (n, num_observed) float32
     actions: torch.Tensor  # (n,) int64, from 0
     rewards: torch.Tensor  # (n,) float32: discounted and summed, times 1 - gamma
     next_observations: torch.Tensor  # (n, num_observed) float32: after the last of those actions
-    discounts: torch.Tensor  # (n,) float32: what the value of that observation counts; 0 where nothing comes after
+    discounts: torch.Tensor  # (n,) float32: of the value of that observation; 0 after the end of an episode
 
 
 class Replay:
     """The last `capacity` transitions: a ring of tensors, the same on every rank.
 
-    They come from `num_envs` environments in turn: what an environment did next stands `num_envs` places on.
+    They come from `num_envs` environments in turn: an environment's next transition is `num_envs` further on.
     """
 
     def __init__(self, capacity: int, num_envs: int, num_observed: int) -> None:
@@ -65,19 +65,19 @@ class Replay:
 
     def add(self, new: Transitions) -> None:
         """Keeps `new`, one of each environment, in place of the oldest."""
-        places = torch.arange(self.num_added, self.num_added + self._num_envs) % self.capacity
+        indices = torch.arange(self.num_added, self.num_added + self._num_envs) % self.capacity
         for field in fields(Transitions):
-            getattr(self._kept, field.name)[places] = getattr(new, field.name)
+            getattr(self._kept, field.name)[indices] = getattr(new, field.name)
         self.num_added += self._num_envs
 
-    def take(self, places: np.ndarray, multi_step: int, gamma: float) -> Experience:
-        """The transitions at `places`, below len(self), each followed for `multi_step` actions.
+    def take(self, indices: np.ndarray, multi_step: int, gamma: float) -> Experience:
+        """The transitions at `indices`, below len(self), each followed for `multi_step` actions.
 
-        Or for fewer, where the episode ends before or the environment has not gone on yet:
-        (1 - gamma) (r_0 + gamma r_1 + ...) are the rewards, gamma^k is the discount after k actions (Sutton and Barto,
-        "Reinforcement Learning", 2nd edition 2018, equation 7.1).
+        For fewer actions if the episode ends before, or if the environment has not taken more yet. The rewards are
+        (1 - gamma) (r_0 + gamma r_1 + ...), the discount after k actions is gamma^k (Sutton and Barto, "Reinforcement
+        Learning", 2nd edition 2018, equation 7.1).
         """
-        kept, first = self._kept, torch.from_numpy(places)
+        kept, first = self._kept, torch.from_numpy(indices)
         ahead = torch.arange(multi_step)
         at = (first[:, None] + ahead * self._num_envs) % self.capacity  # (n, multi_step)
         over = kept.over[at].long()
@@ -91,12 +91,12 @@ class Replay:
         return Experience(now, kept.actions[first], rewards, after, discounts)
 
     def state(self) -> dict[str, Any]:
-        """The tensors themselves, as far as they are filled."""
+        """The filled part of each tensor, not a copy."""
         kept = {field.name: getattr(self._kept, field.name)[: len(self)] for field in fields(Transitions)}
         return {"num_added": self.num_added, **kept}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError, LookupError or TypeError for what `state` did not give."""
+        """Raises ValueError, LookupError or TypeError for anything that `state` did not return."""
         num_added = state["num_added"]
         if type(num_added) is not int or num_added < 0 or num_added % self._num_envs:
             raise ValueError(f"replay.num_added is {num_added!r}")
@@ -109,26 +109,27 @@ class Replay:
 
 
 class Dqn:
-    """Collective. In each step every environment takes `rl.actions_per_step` actions; then transitions are drawn.
+    """In each step every environment takes `rl.actions_per_step` actions; then a batch of transitions is drawn.
 
-    The environments are split over the ranks, and what they saw is told to all. What an environment and a sample draw
-    depends on the seed, their numbers and the step alone: the number of ranks changes nothing.
+    The environments are divided over the ranks, which exchange their transitions. Random numbers of environments and
+    samples depend on the seed, their numbers and the step alone, so the number of ranks changes nothing.
     """
 
     in_step = True  # a batch needs the weights of its step: it cannot be made ahead
 
     def __init__(self, config: Config, context: Context) -> None:
+        """Collective."""
         self.config, self.context = config, context
         self.num_samples = ENDLESS
         rl, world = config.rl, context.world
         self._environments = context.on_all(partial(Environments, config.rl))
         self._replay = Replay(rl.replay_size, rl.num_envs, self._environments.num_observed)
         self._mine = range(*rank_span(rl.num_envs, world.rank, world.size))
-        # Of all ranks' environments, so that any rank can tell where they stand: how many episodes each has begun, and
-        # its actions in the one that is going on.
+        # Of all ranks' environments, so that any number of ranks can resume them: how many episodes each has begun, and
+        # its actions in the current one.
         self._num_episodes = [0] * rl.num_envs
         self._actions: list[list[int]] = [[] for _ in range(rl.num_envs)]
-        self._now = np.zeros((len(self._mine), self._environments.num_observed), np.float32)  # what mine show
+        self._now = np.zeros((len(self._mine), self._environments.num_observed), np.float32)  # observations of mine
         self._played_step = -1
         self._begin(range(rl.num_envs))
 
@@ -139,7 +140,7 @@ class Dqn:
         return self._network
 
     def batch(self, rows: np.ndarray, step: int) -> Experience:
-        """Collective. Plays on, once a step, and draws from the replay memory."""
+        """Collective. Continues the episodes, once per step, and draws from the replay memory."""
         rl = self.config.rl
         if step != self._played_step:
             self._played_step = step
@@ -150,13 +151,13 @@ class Dqn:
             epsilon = max(rl.epsilon_end, 1 - (1 - rl.epsilon_end) * step / rl.epsilon_steps)
             for repeat in range(rl.actions_per_step):
                 self._play((1 + step, repeat), epsilon)
-        places = random_below(rows, len(self._replay), self.config.seed)
-        return self._replay.take(places, rl.multi_step, rl.gamma)
+        indices = random_below(rows, len(self._replay), self.config.seed)
+        return self._replay.take(indices, rl.multi_step, rl.gamma)
 
     def _play(self, when: tuple[int, int], epsilon: float) -> None:
-        """Collective. One action of every environment, random with probability `epsilon`; all ranks learn of all.
+        """Collective. One action of every environment, random with probability `epsilon`; every rank gets all outcomes.
 
-        when: names what is drawn here; no two calls of a run have the same.
+        when: the key of the random numbers, different in each call of a run.
         """
         environments, mine = self._environments, self._mine
         noise = np.random.default_rng([self.config.seed, *when]).random((self.config.rl.num_envs, 2))
@@ -189,15 +190,15 @@ class Dqn:
             self._reset(number)
 
     def _reset(self, number: int) -> None:
-        """Resets an environment for the episode it is in; of others' environments only the count is kept here."""
+        """Resets an environment to the start of its current episode; other ranks only count its episodes."""
         if number in self._mine:
-            place = number - self._mine.start
-            environment = self._environments.take(len(self._mine))[place]
+            index = number - self._mine.start
+            environment = self._environments.take(len(self._mine))[index]
             seed = noise_seed(self.config.seed, self._num_episodes[number], number)
-            self._now[place] = self._environments.reset(environment, seed)
+            self._now[index] = self._environments.reset(environment, seed)
 
     def state(self) -> dict[str, Any]:
-        """The replay memory and where each environment stands; alike on all ranks, and not collective."""
+        """The replay memory and the actions of each environment's current episode; the same on every rank."""
         return {
             "replay": self._replay.state(),
             "num_episodes": list(self._num_episodes),
@@ -205,9 +206,9 @@ class Dqn:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continues from `state`: environments are reset and play the actions of their episodes again.
+        """Continues from `state`: environments are reset and repeat the actions of their current episodes.
 
-        Raises ValueError, LookupError or TypeError for what `state` did not give.
+        Raises ValueError, LookupError or TypeError for anything that `state` did not return.
         """
         num_episodes, actions = state["num_episodes"], [each.tolist() for each in state["actions"]]
         num_envs = len(self._actions)
@@ -218,25 +219,25 @@ class Dqn:
             raise ValueError(f"actions are not those of {num_envs} environments")
         self._replay.load_state(state["replay"])
         self._num_episodes, self._actions = list(num_episodes), actions
-        for place, number in enumerate(self._mine):
+        for index, number in enumerate(self._mine):
             self._reset(number)
-            environment = self._environments.take(len(self._mine))[place]
+            environment = self._environments.take(len(self._mine))[index]
             for action in self._actions[number]:
-                self._now[place], *_ = self._environments.step(environment, action)
+                self._now[index], *_ = self._environments.step(environment, action)
 
     def loss(self, model: nn.Module, batch: Experience) -> torch.Tensor:
-        values = model(batch.observations).gather(1, batch.actions[:, None]).squeeze(1).float()  # of autocast's bf16
-        # With the factor 1 - gamma in the rewards, a value is one of a lasting reward and of its order, whatever gamma.
-        # Without it CartPole's, of up to 100, ran away to 10^6 within 3,000 steps.
+        values = model(batch.observations).gather(1, batch.actions[:, None]).squeeze(1).float()  # autocast: bf16
+        # The factor 1 - gamma in the rewards keeps values of the order of a reward for any gamma. Without it, those
+        # of CartPole, up to 100, diverged to 10^6 within 3,000 steps.
         next_values = self._network.next_values(batch.next_observations, self.config.rl.double).float()
         targets = batch.rewards + batch.discounts * next_values
         return functional.smooth_l1_loss(values, targets, reduction="sum")  # gradients of 1 at most, as in the paper
 
     def test_batches(self, world: World) -> Iterator[list[int]]:
-        return seeds_to_test(self.config.rl.test_episodes, world)
+        return rank_seeds(self.config.rl.test_episodes, world)
 
     def test(self, model: nn.Module, batch: list[int]) -> tuple[int, dict[str, float]]:
         device = next(self._network.parameters()).device
-        environments = Environments(self.config.rl)  # not those of training, which are amid their episodes
+        environments = Environments(self.config.rl)  # new ones: those of training are within episodes
         returns = environments.greedy_returns(batch, lambda observed: self._network(observed.to(device)))
         return len(batch), {"return": float(returns.sum())}

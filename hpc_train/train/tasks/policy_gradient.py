@@ -1,4 +1,4 @@
-"""Policy gradient with a baseline: REINFORCE, a sample being an episode."""
+"""Policy gradient with a baseline (REINFORCE); a sample is an episode."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
 from hpc_train.train.models.policy import Policy
-from hpc_train.train.tasks.reinforcement import ENDLESS, Environments, Played, seeds_to_test
+from hpc_train.train.tasks.reinforcement import ENDLESS, Environments, Rollout, rank_seeds
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,21 @@ class Episodes:
 
     observations: torch.Tensor  # (num_actions, num_observed) float32
     actions: torch.Tensor  # (num_actions,) int64
-    returns: torch.Tensor  # (num_actions,) float32: what came after each action, see returns_to_go
+    returns: torch.Tensor  # (num_actions,) float32: after each action, see returns_to_go
     advantages: torch.Tensor  # (num_actions,) float32: how much better than the baseline, normalised over all ranks
-    weight: float  # of an action, for the loss to be a sum over episodes
+    weight: float  # of an action, so that the loss is a sum over episodes
 
 
 class PolicyGradient:
-    """Collective. Plays `train.global_batch` episodes a step with the policy of that step, and learns from them once.
+    """Plays `train.global_batch` episodes per step with the policy of that step, and learns from them once.
 
-    An episode is a pure function of the weights and its number: it does not matter which rank plays it.
+    An episode is a pure function of the weights and its number: it does not depend on the rank that plays it.
     """
 
     in_step = True  # a batch needs the weights of its step: it cannot be made ahead
 
     def __init__(self, config: Config, context: Context) -> None:
+        """Collective."""
         self.config, self.context = config, context
         self.num_samples = ENDLESS
         self._environments = context.on_all(partial(Environments, config.rl))
@@ -53,23 +54,23 @@ class PolicyGradient:
     def batch(self, rows: np.ndarray, step: int) -> Episodes:
         """Collective. Plays the episodes of these numbers."""
         seed = self.config.seed
-        noise = [np.random.default_rng([seed, row]) for row in rows.tolist()]
+        generators = [np.random.default_rng([seed, row]) for row in rows.tolist()]
         device = next(self._policy.parameters()).device
 
         def choose(observations: np.ndarray, alive: np.ndarray) -> np.ndarray:
-            odds = self._policy.actor(torch.from_numpy(observations).to(device)).double()
-            shares = odds.softmax(1).cumsum(1).cpu().numpy()
-            draws = np.array([noise[i].random() for i in alive.tolist()])
-            return (shares[:, :-1] < draws[:, None]).sum(1)
+            logits = self._policy.actor(torch.from_numpy(observations).to(device)).double()
+            cumulative = logits.softmax(1).cumsum(1).cpu().numpy()
+            draws = np.array([generators[episode].random() for episode in alive.tolist()])
+            return (cumulative[:, :-1] < draws[:, None]).sum(1)
 
         played = self._environments.play([noise_seed(seed, 0, row) for row in rows.tolist()], choose)
-        return self._learnt_from(played, device)
+        return self._episodes(played, device)
 
-    def _learnt_from(self, played: Played, device: torch.device) -> Episodes:
+    def _episodes(self, played: Rollout, device: torch.device) -> Episodes:
         """Collective. Returns, and advantages over the baseline, normalised by all ranks' mean and deviation."""
         gamma = self.config.rl.gamma
         is_played = np.arange(len(played.rewards))[:, None] < played.lengths
-        # Time that ran out says nothing about the state it ran out in: the baseline stands for what would have come.
+        # A time limit says nothing about the state at the end: the baseline replaces the rewards that were cut off.
         ends = self._policy.baseline(torch.from_numpy(played.last).to(device)).squeeze(1).cpu().numpy()
         ends = np.where(played.terminated, 0, ends)
         returns = returns_to_go(played.rewards, played.lengths, ends, gamma)[is_played].astype(np.float32)
@@ -89,8 +90,8 @@ class PolicyGradient:
         )
 
     def loss(self, model: nn.Module, batch: Episodes) -> torch.Tensor:
-        odds, values = (out.float() for out in model(batch.observations))  # of autocast's bf16
-        logs = odds.log_softmax(1)
+        logits, values = (out.float() for out in model(batch.observations))  # autocast may give bf16
+        logs = logits.log_softmax(1)
         chosen = logs.gather(1, batch.actions[:, None]).squeeze(1)
         entropy = -(logs.exp() * logs).sum()
         baseline = functional.mse_loss(values, batch.returns, reduction="sum")
@@ -99,7 +100,7 @@ class PolicyGradient:
         return batch.weight * lost
 
     def test_batches(self, world: World) -> Iterator[list[int]]:
-        return seeds_to_test(self.config.rl.test_episodes, world)
+        return rank_seeds(self.config.rl.test_episodes, world)
 
     def test(self, model: nn.Module, batch: list[int]) -> tuple[int, dict[str, float]]:
         device = next(self._policy.parameters()).device
@@ -108,10 +109,10 @@ class PolicyGradient:
 
 
 def returns_to_go(rewards: np.ndarray, lengths: np.ndarray, ends: np.ndarray, gamma: float) -> np.ndarray:
-    """rewards (T, n) of n episodes of `lengths` (n,), worth `ends` (n,) after their last action -> (T, n):
+    """rewards (T, n) of n episodes of `lengths` (n,), whose last states are worth `ends` (n,) -> returns (T, n):
 
-    G_t = (1 - gamma) r_t + gamma G_(t+1), and at an episode's end what it is worth there (Sutton and Barto, equation
-    3.9, times 1 - gamma: a return is then one of a lasting reward and of its order, whatever gamma).
+    G_t = (1 - gamma) r_t + gamma G_(t+1), and `ends` after the last action (Sutton and Barto, equation 3.9, times
+    1 - gamma, which keeps returns of the order of a reward for any gamma).
     """
     returns = np.zeros_like(rewards)
     value = ends.astype(rewards.dtype)

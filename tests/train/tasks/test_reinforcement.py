@@ -21,7 +21,7 @@ from hpc_train.train.models.q_network import QNetwork
 from hpc_train.train.tasks import open_task
 from hpc_train.train.tasks.dqn import Experience, Replay, Transitions
 from hpc_train.train.tasks.policy_gradient import returns_to_go
-from hpc_train.train.tasks.reinforcement import Environments, seeds_to_test
+from hpc_train.train.tasks.reinforcement import Environments, rank_seeds
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SMALL = {
@@ -207,7 +207,7 @@ def test_episodes_side_by_side_are_those_played_one_by_one() -> None:
 
 def test_each_test_episode_is_played_once() -> None:
     for size in (1, 3, 7):
-        shares = [list(seeds_to_test(100, World(rank, size))) for rank in range(size)]
+        shares = [list(rank_seeds(100, World(rank, size))) for rank in range(size)]
         assert [seed for share in shares for seeds in share for seed in seeds] == list(range(100))
     learner = Learner(job("reinforce"))
     count, sums = learner.task.test(learner.model, [0, 1, 2])
