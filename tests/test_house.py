@@ -33,7 +33,7 @@ ALLOWED = {
     "horovod": {"train/reduce/horovod_library.py", "doctor/software.py"},
     "h5py": {f"train/data/{file}.py" for file in ("chunk_cache", "files", "filters", "hdf5_faults", "parallel_hdf5")}
     | {"train/data/readers.py"}
-    | {"train/data/collective.py", "bench/io.py", "doctor/storage.py"}
+    | {"train/data/collective.py", "bench/file_layouts.py", "doctor/storage.py"}
     | {f"datasets/prepare/{file}.py" for file in ("layout", "prepare", "writer")}
     | {f"datasets/inspect/{file}.py" for file in ("check", "checks", "chunk_ranges", "info", "structure")},
     "subprocess": {"core/filesystem.py", "train/run/metadata.py", "train/energy/sensors/slurm.py", "train/onednn.py"}

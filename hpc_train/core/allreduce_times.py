@@ -114,7 +114,7 @@ def fits(rows: Sequence[Row]) -> list[Fit]:
     return [fit(group) for group in groups.values() if len(group) > 1]
 
 
-def teams(hosts: Sequence[str]) -> list[tuple[int, ...]]:
+def rank_groups(hosts: Sequence[str]) -> list[tuple[int, ...]]:
     """The sets of ranks to measure, of all ranks' hosts: 2, 4, 8 ... and all of the first node's ranks, the first rank
     of 2, 4, 8 ... and all nodes, and all ranks; rank 0 is in each.
     """
