@@ -153,8 +153,8 @@ class Statistics:
         bad = np.flatnonzero(is_bad)
         if len(bad):
             shown = ", ".join(map(str, np.unique(part.values[bad])[:_MAX_LISTED].tolist()))
-            words = f"{len(bad):,} {what} ({shown}): {allowed} are allowed"
-            self.faults.append(part.fault("out of range", words, PREPARE_AGAIN, bad))
+            what = f"{len(bad):,} {what} ({shown}): {allowed} are allowed"
+            self.faults.append(part.fault("out of range", what, PREPARE_AGAIN, bad))
 
     def _add_samples(self, part: RangeValues, first_number: int) -> None:
         if not part.is_whole_rows:
