@@ -324,7 +324,7 @@ def test_a_signal_to_the_shell_reaches_the_launcher(tmp_path: Path, name: str) -
     job.send_signal(signal.SIGTERM)
     said, _ = job.communicate(timeout=30)
     assert job.returncode == 75
-    assert "back into the queue" in said and argv(tmp_path, "scontrol") == ["requeue", "7"]
+    assert "requeued" in said and argv(tmp_path, "scontrol") == ["requeue", "7"]
 
 
 # ---------------------------------------------------------------------------------------------- hpc-train submit
