@@ -33,7 +33,7 @@ ALLOWED = {
     "horovod": {"train/reduce/horovod_library.py", "doctor/software.py"},
     "h5py": {f"train/data/{file}.py" for file in ("chunk_cache", "files", "filters", "hdf5_faults", "parallel_hdf5")}
     | {"train/data/readers.py"}
-    | {"train/data/collective.py", "bench/io.py", "doctor/storage.py"}
+    | {"train/data/collective.py", "bench/file_layouts.py", "doctor/storage.py"}
     | {f"datasets/prepare/{file}.py" for file in ("layout", "prepare", "writer")}
     | {f"datasets/inspect/{file}.py" for file in ("check", "checks", "chunk_ranges", "info", "structure")},
     "subprocess": {"core/filesystem.py", "train/run/metadata.py", "train/energy/sensors/slurm.py", "train/onednn.py"}
@@ -91,27 +91,25 @@ def test_imports_go_one_way(path: Path) -> None:
             assert where in ALLOWED[package], f"{where} imports {name}: only {sorted(ALLOWED[package])} may"
 
 
-# Inside analysis/report: a folder -> what of the package its files may import.
-REPORT = {
-    "renderers": (
-        "core",
-        "analysis.guard",
-        *(f"analysis.report.{each}" for each in ("model", "renderers", "plots.canvas")),
-    ),
-    "model": ("core", "analysis.guard"),
+# Who may not import whom inside analysis/report: data flows from facts to sections, then renderers.
+FORBIDDEN_IN_REPORT = {
+    "model": ("facts", "labels", "notes", "plots", "sections", "renderers", "records", "report"),
+    "notes": ("plots", "sections", "renderers", "records", "report"),
+    "plots": ("sections", "renderers", "records", "report"),
+    "sections": ("renderers", "records", "report"),
+    "renderers": ("facts", "labels", "notes", "sections", "records", "report"),
 }
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "analysis/report").rglob("*.py")), ids=lambda path: path.stem)
-def test_renderers_see_the_model_alone_and_sections_no_renderer(path: Path) -> None:
+def test_a_report_is_built_one_way_and_renderers_see_the_model_alone(path: Path) -> None:
     where = path.relative_to(PACKAGE / "analysis/report")
-    inside = [name for name in imports(path) if name.startswith("hpc_train.")]
-    if (may := REPORT.get(where.parts[0].removesuffix(".py"))) is not None:
-        allowed = tuple(f"hpc_train.{each}" for each in may)
-        assert all(name.startswith(allowed) for name in inside), f"{where} imports {inside}"
-    elif where.parts[0] in ("sections", "plots"):
-        assert not [name for name in inside if "report.renderers" in name], where
-        assert where.parts[0] == "sections" or not [name for name in inside if "report.sections" in name], where
+    part = where.parts[0].removesuffix(".py")
+    for name in imports(path):
+        inside = name.removeprefix("hpc_train.analysis.report.").split(".")[0] if "analysis.report." in name else ""
+        assert inside not in FORBIDDEN_IN_REPORT.get(part, ()), f"{where} imports {name}"
+        if part == "renderers" and name.startswith("hpc_train.analysis."):
+            assert inside or name.startswith("hpc_train.analysis.guard"), f"{where} imports {name}"
 
 
 # MPI counts in 32 bits: what may be long goes through train/comm/messages.py, which cuts it.

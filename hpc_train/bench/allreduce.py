@@ -1,11 +1,11 @@
-"""How long ranks take to sum the same bytes: by the program's own strategies, by plain MPI and by torch over gloo.
+"""Times of an all-reduce: with the program's strategies, with one MPI_Allreduce and with torch over gloo.
 
-A strategy is timed as a training uses it: its reducer is handed one gradient and gives back the sum over ranks, loss
-and notes included, from `begin_step` to `reduce_gradients` (and `sync_weights`); backward is left out, so nothing
-overlaps. Beside it the limits: a copy of the bytes by all ranks at once, and a message between two ranks.
+A strategy is timed as training uses it: its reducer gets one gradient and returns the sum over ranks with the loss and
+the control flags, from `begin_step` to `reduce_gradients` (and `sync_weights`). Without a backward pass, nothing
+overlaps. Two limits are measured, too: a copy of the bytes on all ranks at once, and a message between two ranks.
 
-Everything takes turns, sample by sample. Horovod lives in its turns alone: its thread calls on all ranks once a cycle,
-and with it alive an MPI_Allreduce of 64 KiB took 3.7 ms instead of 0.04 on two cores.
+All methods take turns, sample by sample. Horovod runs only during its turns: its background thread negotiates with all
+ranks in every cycle, which slowed an MPI_Allreduce of 64 KiB on two cores from 0.04 to 3.7 ms.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc_train.core.allreduce_times import Row, teams
+from hpc_train.core.allreduce_times import Row, rank_groups
 from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Reduce
 from hpc_train.train.comm import messages
@@ -32,25 +32,25 @@ from hpc_train.train.reduce.sharded import Sharded
 from hpc_train.train.reduce.transports import HorovodTransport, InPieces, MpiTransport
 
 _SERVERS = Reduce(strategy="parameter_server")
-_SAMPLE_S, _MOST_CALLS = 5e-3, 200  # calls are timed in rows of about so long
-_GLOO_MEETS_S, _GLOO_SUMS_S = 60, 3600  # until its ranks have met; and a sum over the slowest link
-_PATTERN = (np.arange(1 << 18) % 251).astype(np.float32)  # what a rank adds, times 1 to 4: sums are exact
+_SAMPLE_S, _MAX_CALLS = 5e-3, 200  # a sample is as many calls as take about that long
+_GLOO_CONNECT_S, _GLOO_SUM_S = 60, 3600  # time limits of its rendezvous, and of a sum over the slowest link
+_PATTERN = (np.arange(1 << 18) % 251).astype(np.float32)  # a rank adds it 1 to 4 times: sums are exact in FP32
 
-Exchange = Callable[[bool], None]  # whether who owns weights sets them to the sum of gradients: slower, and checked
+Exchange = Callable[[bool], None]  # True: owners set weights to the summed gradients, so that the sum can be checked
 
 
-class Way(NamedTuple):
-    """One way of summing `message`, made for it. held: what this rank has of the sum afterwards, and whose."""
+class Method(NamedTuple):
+    """A method to sum one message. held: the result on this rank."""
 
     exchange: Exchange
     held: Callable[[], torch.Tensor]
-    adding: int  # ranks that contribute: the first so many
+    num_adding: int  # the first so many ranks contribute to the sum; 0: no sum
     by_horovod: bool = False
-    share: float = 1.0  # of a call that counts: a ping-pong is two messages
+    share: float = 1.0  # of a call's time: a ping-pong is two messages
 
 
-class Team(NamedTuple):
-    """Ranks that measure together. servers: the mesh of its parameter server; gloo: its process group."""
+class RankGroup(NamedTuple):
+    """Ranks that measure together. servers: mesh with a parameter server; gloo: process group."""
 
     context: Context
     nodes: int
@@ -63,7 +63,7 @@ class Team(NamedTuple):
         return self.context.world.size
 
 
-Make = Callable[[Team, torch.Tensor], Way]
+Make = Callable[[RankGroup, torch.Tensor], Method]
 
 
 class NoFlags:
@@ -73,14 +73,14 @@ class NoFlags:
 
 
 def _model(message: torch.Tensor) -> nn.Module:
-    """Weights of that size, for reducers that only look at it: the message's own memory."""
+    """A model whose only weights are the message's memory."""
     return nn.ParameterList([nn.Parameter(message)])
 
 
 # ------------------------------------------------------------------------------------------------- strategies
 
 
-def _all_reduce(hvd: Any, team: Team, message: torch.Tensor) -> Way:
+def _all_reduce(hvd: Any, team: RankGroup, message: torch.Tensor) -> Method:
     """hvd: None for MPI."""
     model, loss = _model(message), torch.zeros(())
     transport = InPieces(MpiTransport(team.context) if hvd is None else HorovodTransport(hvd, team.size))
@@ -92,10 +92,10 @@ def _all_reduce(hvd: Any, team: Team, message: torch.Tensor) -> Way:
         reducer.begin_step(loss)
         reducer.reduce_gradients()
 
-    return Way(exchange, lambda: _gradient(parameter), team.size, hvd is not None)
+    return Method(exchange, lambda: _gradient(parameter), team.size, hvd is not None)
 
 
-def _sharded(hvd: Any, team: Team, message: torch.Tensor) -> Way:
+def _sharded(hvd: Any, team: RankGroup, message: torch.Tensor) -> Method:
     model, loss = _model(message), torch.zeros(())
     (parameter,) = model.parameters()
     reducer = Sharded(InPieces(HorovodTransport(hvd, team.size)), model, team.context, NoFlags())
@@ -108,10 +108,10 @@ def _sharded(hvd: Any, team: Team, message: torch.Tensor) -> Way:
             _set_weights(reducer)
         reducer.sync_weights(True)
 
-    return Way(exchange, lambda: parameter.detach(), team.size, True)
+    return Method(exchange, lambda: parameter.detach(), team.size, True)
 
 
-def _parameter_server(team: Team, message: torch.Tensor) -> Way:
+def _parameter_server(team: RankGroup, message: torch.Tensor) -> Method:
     model, loss, workers = _model(message), torch.zeros(()), team.servers.data.size
     (parameter,) = model.parameters()
     if not team.servers.trains:
@@ -123,7 +123,7 @@ def _parameter_server(team: Team, message: torch.Tensor) -> Way:
                 _set_weights(server)
             server.sync_weights(True)
 
-        return Way(serve, lambda: parameter.detach(), workers)
+        return Method(serve, lambda: parameter.detach(), workers)
     worker = Worker(_SERVERS, model, team.servers, NoFlags())
 
     def exchange(update: bool) -> None:
@@ -131,7 +131,7 @@ def _parameter_server(team: Team, message: torch.Tensor) -> Way:
         worker.begin_step(loss)
         worker.reduce_gradients()
 
-    return Way(exchange, lambda: parameter.detach(), workers)
+    return Method(exchange, lambda: parameter.detach(), workers)
 
 
 def _set_weights(reducer: Server | Sharded) -> None:
@@ -147,24 +147,24 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------- peers and limits
 
 
-def _plain_mpi(team: Team, message: torch.Tensor) -> Way:
+def _plain_mpi(team: RankGroup, message: torch.Tensor) -> Method:
     comm, array = team.context.comm, message.numpy()
-    return Way(lambda update: messages.all_reduce_in_place(comm, array), lambda: message, team.size)
+    return Method(lambda update: messages.all_reduce_in_place(comm, array), lambda: message, team.size)
 
 
-def _ddp_gloo(team: Team, message: torch.Tensor) -> Way:
+def _ddp_gloo(team: RankGroup, message: torch.Tensor) -> Method:
     from torch import distributed
 
-    return Way(lambda update: distributed.all_reduce(message, group=team.gloo), lambda: message, team.size)
+    return Method(lambda update: distributed.all_reduce(message, group=team.gloo), lambda: message, team.size)
 
 
-def _memory(team: Team, message: torch.Tensor) -> Way:
+def _memory(team: RankGroup, message: torch.Tensor) -> Method:
     array, copied = message.numpy(), torch.zeros_like(message)
     place = copied.numpy()
-    return Way(lambda update: np.copyto(place, array), lambda: copied, 0)
+    return Method(lambda update: np.copyto(place, array), lambda: copied, 0)
 
 
-def _link(team: Team, message: torch.Tensor) -> Way:
+def _link(team: RankGroup, message: torch.Tensor) -> Method:
     comm, array, other = team.context.comm, message.numpy(), 1 - team.context.world.rank
 
     def ping(update: bool) -> None:
@@ -175,19 +175,19 @@ def _link(team: Team, message: torch.Tensor) -> Way:
         messages.receive(comm, array, other)
         messages.send(comm, array, other)
 
-    return Way(pong if other == 0 else ping, lambda: message, 0, share=0.5)
+    return Method(pong if other == 0 else ping, lambda: message, 0, share=0.5)
 
 
 # ------------------------------------------------------------------------------------------------- measuring
 
 
 def measure(
-    sizes: Sequence[int], strategies: Sequence[str], repeat: int, context: Context, go_on: Callable[[int], bool]
+    sizes: Sequence[int], strategies: Sequence[str], repeat: int, context: Context, may_continue: Callable[[int], bool]
 ) -> list[Row]:
-    """Collective. Rows for each of `strategies` and each limit on each of `network.teams`; complete on the root.
+    """Collective. Rows for each of `strategies` and each limit on each of `rank_groups`; complete on the root.
 
-    sizes: in bytes, multiples of 4. go_on: asked on the root before each size, with its place in `sizes`. At each size
-    every sum is checked once, number by number. Raises UserError, on one rank alone where a sum is wrong.
+    sizes: in bytes, multiples of 4. may_continue: called on the root before each size with its index. Every sum is
+    checked once for each size, element by element. Raises `UserError`, on a single rank if its sum is wrong.
     """
     torch.set_num_threads(1)
     hvd = None
@@ -204,11 +204,11 @@ def measure(
     chosen = {name: makes[name] for name in strategies} | {"memory": _memory}
     rows: list[Row] = []
     with _gloo(context) if "ddp_gloo" in strategies else nullcontext() as world_group, ExitStack() as stack:
-        every = _teams(context, world_group is not None, stack)
-        for place, num_bytes in enumerate(sizes):
-            if not context.on_root(partial(go_on, place)):
+        groups = _rank_groups(context, world_group is not None, stack)
+        for index, num_bytes in enumerate(sizes):
+            if not context.on_root(partial(may_continue, index)):
                 break
-            for team in every:
+            for team in groups:
                 if team is not None:
                     limits = {"link": _link} if team.size == 2 else {}
                     rows += _measure_size(chosen | limits, team, num_bytes, repeat, hvd)
@@ -216,20 +216,20 @@ def measure(
     return rows
 
 
-def _teams(context: Context, with_gloo: bool, stack: ExitStack) -> list[Team | None]:
-    """Collective. This rank's teams, and None for those it is not in; `stack` frees their communicators."""
+def _rank_groups(context: Context, with_gloo: bool, stack: ExitStack) -> list[RankGroup | None]:
+    """Collective. The groups, None for those without this rank; `stack` frees their communicators."""
     from torch import distributed
 
     hosts, found = context.all_gather(context.world.host), []
-    for ranks in teams(hosts):
+    for ranks in rank_groups(hosts):
         is_in = context.world.rank in ranks
         team = stack.enter_context(context.split(int(not is_in)))
         servers = stack.enter_context(open_mesh(_SERVERS, team))
-        wait = timedelta(seconds=_GLOO_SUMS_S)
+        wait = timedelta(seconds=_GLOO_SUM_S)
         group = distributed.new_group(list(ranks), timeout=wait, backend="gloo") if with_gloo else None
         of_hosts = [hosts[rank] for rank in ranks]
         most = max(of_hosts.count(host) for host in of_hosts)
-        found.append(Team(team, len(set(of_hosts)), most, servers, group) if is_in else None)
+        found.append(RankGroup(team, len(set(of_hosts)), most, servers, group) if is_in else None)
     return found
 
 
@@ -239,8 +239,8 @@ def _gloo(context: Context) -> Iterator[Any]:
     from torch import distributed
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    wait = timedelta(seconds=_GLOO_MEETS_S)
-    stores: list[Any] = []  # the root's, which serves the others until the end
+    wait = timedelta(seconds=_GLOO_CONNECT_S)
+    stores: list[Any] = []  # on the root, which serves the others until the end
 
     def listen() -> tuple[str, int]:
         stores.append(TCPStore(context.world.host, 0, is_master=True, wait_for_workers=False, timeout=wait))
@@ -250,76 +250,76 @@ def _gloo(context: Context) -> Iterator[Any]:
         store = stores[0] if stores else TCPStore(host, port, is_master=False, timeout=wait)
         rank, size = context.world.rank, context.world.size
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
-        distributed.barrier()  # the ranks meet here, or not at all
+        distributed.barrier()  # fails here if ranks cannot connect
 
-    host, port = context.on_root(partial(_or_mend, listen))
-    context.on_all(partial(_or_mend, join))
+    host, port = context.on_root(partial(_explained, listen))
+    context.on_all(partial(_explained, join))
     yield distributed.group.WORLD
     distributed.destroy_process_group()
 
 
-def _or_mend(act: Callable[[], Any]) -> Any:
+def _explained(act: Callable[[], Any]) -> Any:
     try:
         return act()
-    except RuntimeError as error:  # of torch.distributed: no route, no name, no answer
+    except RuntimeError as error:  # torch.distributed found no route, no name or no answer
         raise UserError(
-            f"torch.distributed's gloo does not come up: {str(error).splitlines()[0]}",
-            "Set GLOO_SOCKET_IFNAME to the network's device, or leave ddp_gloo out: --strategies horovod,mpi,plain_mpi",
+            f"torch.distributed's gloo cannot connect: {str(error).splitlines()[0]}",
+            "Set GLOO_SOCKET_IFNAME to the network interface, or omit ddp_gloo: --strategies horovod,mpi,plain_mpi",
         ) from None
 
 
-def _measure_size(makes: dict[str, Make], team: Team, num_bytes: int, repeat: int, hvd: Any) -> list[Row]:
-    """Collective in the team. All ways of summing that many bytes, in turns."""
+def _measure_size(makes: dict[str, Make], team: RankGroup, num_bytes: int, repeat: int, hvd: Any) -> list[Row]:
+    """Collective in the group. All methods for one size, in turns."""
     message = torch.zeros(num_bytes // 4)
-    ways = {name: make(team, message) for name, make in makes.items()}
-    for name, way in ways.items():
-        with _horovod(way, team, hvd):
-            _check(name, way, team, message)
-    message.zero_()  # sums of zeros stay what they are, however often
-    calls = {name: _num_calls(_sample(way, team, 1, hvd)) for name, way in ways.items()}
-    samples: dict[str, list[float]] = {name: [] for name in ways}
+    methods = {name: make(team, message) for name, make in makes.items()}
+    for name, method in methods.items():
+        with _horovod(method, team, hvd):
+            _check(name, method, team, message)
+    message.zero_()  # repeated sums of zeros do not overflow
+    calls = {name: _num_calls(_sample(method, team, 1, hvd)) for name, method in methods.items()}
+    samples: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(repeat):
-        for name in list(ways)[:: -1 if turn % 2 else 1]:
-            samples[name].append(_sample(ways[name], team, calls[name], hvd))
+        for name in list(methods)[:: -1 if turn % 2 else 1]:
+            samples[name].append(_sample(methods[name], team, calls[name], hvd))
     place = (team.size, team.nodes, team.ranks_per_node)
     return [Row(name, *place, num_bytes, tuple(found)) for name, found in samples.items()]
 
 
-def _horovod(way: Way, team: Team, hvd: Any) -> Any:
-    return horovod_on(hvd, team.context) if way.by_horovod else nullcontext()
+def _horovod(method: Method, team: RankGroup, hvd: Any) -> Any:
+    return horovod_on(hvd, team.context) if method.by_horovod else nullcontext()
 
 
-def _sample(way: Way, team: Team, calls: int, hvd: Any) -> float:
-    """Collective in the team. Seconds of a call, the slowest rank's mean over so many."""
-    with _horovod(way, team, hvd):
-        way.exchange(False)  # Horovod negotiates a message that it has not seen before
+def _sample(method: Method, team: RankGroup, calls: int, hvd: Any) -> float:
+    """Collective in the group. Seconds per call: the slowest rank's mean over `calls`."""
+    with _horovod(method, team, hvd):
+        method.exchange(False)  # Horovod negotiates each new message once
         team.context.barrier()
         began = perf_counter()
         for _ in range(calls):
-            way.exchange(False)
+            method.exchange(False)
         mine = perf_counter() - began
-    return float(team.context.max(np.array([mine]))[0]) * way.share / calls
+    return float(team.context.max(np.array([mine]))[0]) * method.share / calls
 
 
 def _num_calls(seconds: float) -> int:
-    return int(min(max(_SAMPLE_S / seconds, 1), _MOST_CALLS))
+    return int(min(max(_SAMPLE_S / seconds, 1), _MAX_CALLS))
 
 
-def _check(name: str, way: Way, team: Team, message: torch.Tensor) -> None:
-    """Collective in the team. Raises UserError on the rank that holds a wrong number, which ends the job."""
+def _check(name: str, method: Method, team: RankGroup, message: torch.Tensor) -> None:
+    """Collective in the group. Raises `UserError` on a rank with a wrong sum, which ends the job."""
     rank = team.context.world.rank
     _each_block(message, lambda block, pattern: np.multiply(pattern, 1 + rank % 4, out=block))
-    way.exchange(True)
-    factor = sum(1 + each % 4 for each in range(way.adding)) if way.adding else None
-    if factor is None:  # a copy has this rank's values; a ping-pong gives both ranks the first one's
+    method.exchange(True)
+    factor = sum(1 + each % 4 for each in range(method.num_adding)) if method.num_adding else None
+    if factor is None:  # a copy has this rank's values; after a ping-pong both ranks have those of the first
         factor = 1 if name == "link" else 1 + rank % 4
-    held, wrong = way.held().view(-1)[: len(message)], []
+    held, wrong = method.held().view(-1)[: len(message)], []
     _each_block(held, lambda block, pattern: wrong.append(not np.array_equal(block, factor * pattern)))
     if any(wrong):
         place = team.context.world.host
         raise UserError(
             f"{name}: {message.nbytes} bytes summed over {team.size} ranks are not their sum on {place}",
-            "Its memory or its network may be broken: leave that node out and try again.",
+            "Its memory or its network may be broken: exclude that node and try again.",
         )
 
 

@@ -126,7 +126,8 @@ def find(url: str) -> Source:
         raise UserError(f"{address} is a folder", "Name one file: pack many into one HDF5 or tar file first.")
     if info.get("type") == "other":
         raise UserError(
-            f"{address} is a FIFO, a device or a socket, and no file", "Name a file: of these no copy can be whole."
+            f"{address} is a FIFO, a device or a socket, and not a file",
+            "Name a file: none of these can be copied completely.",
         )
     if info.get("size") is None:
         raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hpc_train.analysis.report.allreduce import ratio_notes, tables
-from hpc_train.cli.bench_allreduce import Pace
+from hpc_train.bench.pace import Pace
 from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Row
 from tests import jobs
 
@@ -59,11 +59,11 @@ def test_the_terminal_has_tables_ratios_and_progress(done: tuple[jobs.Ended, Pat
 @pytest.mark.parametrize(
     "ranks, words, message",
     [
-        (1, (), "bench allreduce on one rank: nothing is summed"),
+        (1, (), "bench allreduce needs two or more ranks"),
         (2, ("--max", "1000G"), "--max 1073741824000 bytes: each rank holds several such messages"),
         (2, ("--max", "4", "--min", "64"), "--max 4 is less than --min 64"),
         (0, ("--max", "10"), "a multiple of 4 bytes"),
-        (0, ("--strategies", "mpi,nccl"), "nccl: of horovod, mpi,"),
+        (0, ("--strategies", "mpi,nccl"), "nccl is not one of horovod, mpi,"),
         (2, ("--output", "/proc/x.json"), "/proc/x.json cannot be written"),
     ],
 )
@@ -89,15 +89,15 @@ def test_an_interrupt_ends_it_at_once(tmp_path: Path) -> None:
 
 def test_sizes_stop_growing_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now, said = [0.0], list[str]()
-    monkeypatch.setattr("hpc_train.cli.bench_allreduce.monotonic", lambda: now[0])
+    monkeypatch.setattr("hpc_train.bench.pace.monotonic", lambda: now[0])
     pace = Pace([1 << 20, 4 << 20, 16 << 20, 64 << 20], 60, said.append)
     for place, goes_on in enumerate((True, True, False)):
-        assert pace.go_on(place) is goes_on
+        assert pace.may_continue(place) is goes_on
         now[0] += 4.0 * 4**place
     assert pace.stopped == "stopped before 16 MiB: --minutes 1"
     assert said[1] == "4 MiB (2 of 4 sizes, about 0:05:36 left)"
     for place in range(2):
-        assert Pace([4, 16], None, said.append).go_on(place), "with --max it takes what it takes"
+        assert Pace([4, 16], None, said.append).may_continue(place), "with --max it takes what it takes"
 
 
 def test_ratios_and_limits_in_words() -> None:

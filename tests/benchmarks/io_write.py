@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 
 from hpc_train.bench import io
+from hpc_train.bench.file_layouts import LAYOUTS
 from hpc_train.train.comm.startup import open_context
 
 
 def main(folder: Path, size_mb: int, repeat: int) -> None:
     wanted = {("contiguous", "collective"), ("raw MPI-IO", "independent"), ("raw MPI-IO", "collective")}
-    ways = tuple(way for way in io.WAYS if (way.layout, way.written) in wanted)
+    layouts = tuple(layout for layout in LAYOUTS if (layout.name, layout.written) in wanted)
     with open_context(use_mpi=True) as context:
-        rows = io.measure(folder, size_mb, repeat, context, lambda words: None, ways, [context.world.size])
+        rows = io.measure(folder, size_mb, repeat, context, lambda text: None, layouts, [context.world.size])
         if context.world.is_root:
             print(json.dumps({f"{row.layout}, {row.written}": row.write_s for row in rows if row.mode == row.written}))
 

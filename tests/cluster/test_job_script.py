@@ -291,7 +291,7 @@ def test_only_a_stop_on_request_of_a_running_job_requeues(
     assert (tmp_path / "scontrol.argv").exists() == requeues
     if requeues:
         assert argv(tmp_path, "scontrol") == ["requeue", "7"]
-        assert "job 7: stopped with a checkpoint, goes back into the queue" in said
+        assert "job 7: stopped with a checkpoint, requeued" in said
     elif code == 75:
         assert "submit this script again to continue" in said
 

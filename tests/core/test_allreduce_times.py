@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from hpc_train.core.allreduce_times import Row, fit, fits, pair_ratios, record, sizes, teams
+from hpc_train.core.allreduce_times import Row, fit, fits, pair_ratios, rank_groups, record, sizes
 from hpc_train.core.formatting import binary_size
 
 ALPHA_S, BETA = 3e-6, 1 / 5e9
@@ -70,7 +70,7 @@ def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
     ],
 )
 def test_teams_are_inside_a_node_between_nodes_and_all(hosts: str, expected: list[tuple[int, ...]]) -> None:
-    assert teams(hosts) == expected
+    assert rank_groups(hosts) == expected
 
 
 def test_sizes_include_those_that_are_judged() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpc_train.bench import allreduce
-from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Row, fits, teams
+from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Row, fits, rank_groups
 from hpc_train.core.errors import UserError
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
@@ -32,7 +32,7 @@ def rows(context: Context) -> Iterator[list[Row]]:
 
 def test_all_strategies_and_limits_are_measured_in_all_places(context: Context, rows: list[Row]) -> None:
     hosts = context.all_gather(context.world.host)
-    counts = [len(team) for team in teams(hosts) if context.world.rank in team]
+    counts = [len(team) for team in rank_groups(hosts) if context.world.rank in team]
     found = {(row.strategy, row.ranks, row.message_bytes) for row in rows}
     names = {*OURS, *PEERS, "memory"}
     assert found == {(name, n, size) for name in names for n in counts for size in SIZES} | {
@@ -45,21 +45,21 @@ def test_all_strategies_and_limits_are_measured_in_all_places(context: Context, 
 
 
 def test_the_ranks_of_a_row_agree(context: Context, rows: list[Row]) -> None:
-    for team in teams(context.all_gather(context.world.host)):
+    for team in rank_groups(context.all_gather(context.world.host)):
         found = context.all_gather([row.samples_s for row in rows if row.ranks == len(team)])
         assert found[0] and all(found[rank] == found[0] for rank in team)
 
 
 def test_a_wrong_sum_is_found(context: Context) -> None:
     message = torch.zeros(1 << 19)
-    team = allreduce.Team(context, 1, context.world.size, context, None)
+    team = allreduce.RankGroup(context, 1, context.world.size, context, None)
     off_by_one = message.numel() - 1
 
     def wrong(update: bool) -> None:
         messages.all_reduce_in_place(context.comm, message.numpy())
         message[off_by_one] += 1
 
-    way = allreduce.Way(wrong, lambda: message, context.world.size)
+    way = allreduce.Method(wrong, lambda: message, context.world.size)
     with pytest.raises(UserError, match=f"{message.nbytes} bytes summed over {context.world.size} ranks are not"):
         allreduce._check("mpi", way, team, message)
 

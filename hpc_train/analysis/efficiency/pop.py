@@ -7,7 +7,7 @@ import numpy as np
 
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.load_balance import LoadBalance
-from hpc_train.analysis.runs.ranks import waits
+from hpc_train.analysis.runs.rank_records import waits
 from hpc_train.analysis.stats.bootstrap import block_counts
 from hpc_train.core.records import FloatArray
 from hpc_train.core.statistics import LEVELS
@@ -111,7 +111,7 @@ def _missing(runs: Sequence[Run]) -> str | None:
     balances = [run.load_balance for run in runs]
     if any(balance is None for balance in balances):
         return "no steady step"
-    if not all(balance.phases_told for balance in balances if balance):
+    if not all(balance.phases_timed for balance in balances if balance):
         return "exposed communication was not timed, so it cannot be told from computing"
     if not all(balance.useful_blocks_s.any() for balance in balances if balance):
         return "no useful time was recorded"

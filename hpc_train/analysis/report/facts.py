@@ -9,7 +9,6 @@ from typing import Any
 from hpc_train.analysis.convergence.target import TargetStudy, studies_of
 from hpc_train.analysis.energy.cost import UNKNOWN, GroupEnergy, Tariff, cost_of
 from hpc_train.analysis.guard import SectionGuard
-from hpc_train.analysis.report.notes.scaling import scaling_notes
 from hpc_train.analysis.runs.load import Run, load_known
 from hpc_train.analysis.scaling.compare import Scaling, compare
 from hpc_train.analysis.scaling.strategies import Comparison, compare_strategies
@@ -22,7 +21,7 @@ class Facts:
     energies: tuple[GroupEnergy, ...]  # one a group, in the groups' order
     strategies: tuple[Comparison, ...]
     targets: tuple[TargetStudy, ...]
-    notes: tuple[str, ...] = ()  # on all runs together: what was skipped, and why groups are not compared
+    skipped: tuple[str, ...] = ()  # sentences: runs that could not be read, comparisons that could not be made
 
 
 def gather(
@@ -40,14 +39,12 @@ def gather(
     scaling = compare(runs, guard)
     energies = tuple(cost_of(group, tariff, guard) for group in scaling.groups)
     energy_by_run = {each.run.dir.path: each for energy in energies for row in energy.rows for each in row.runs}
-    not_made: list[str] = []  # no section could say so in its place
-    nothing = partial(_note_failure, not_made)
+    nothing = partial(_note_failure, skipped)  # no section can say so in its place
     targets = guard.call("times to a loss", nothing, studies_of, scaling.groups, energy_by_run, target_loss)
     strategies = guard.call("strategies on equal work", nothing, compare_strategies, scaling.groups)
-    notes = (*scaling_notes(scaling), *skipped, *not_made)
-    return Facts(tuple(runs), scaling, energies, tuple(strategies), tuple(targets), notes)
+    return Facts(tuple(runs), scaling, energies, tuple(strategies), tuple(targets), tuple(skipped))
 
 
-def _note_failure(notes: list[str], why: str) -> list[Any]:
-    notes.append(f"{why}.")
+def _note_failure(skipped: list[str], why: str) -> list[Any]:
+    skipped.append(f"{why}.")
     return []

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from hpc_train.analysis.efficiency.stragglers import Straggler
+from hpc_train.analysis.efficiency.stragglers import Straggler, StragglerAnalysis
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import plain, plural
 
@@ -37,3 +37,8 @@ def straggler_text(straggler: Straggler) -> str:
         return f"rank {ranks[0]}" + (f" on {host}" if host else "")
     is_range = ranks[-1] - ranks[0] == len(ranks) - 1
     return f"host {host} (ranks {f'{ranks[0]}-{ranks[-1]}' if is_range else ', '.join(map(str, ranks[:8]))})"
+
+
+def worst_run(row: Row) -> StragglerAnalysis | None:
+    """Of the row's runs the one that lost most to stragglers."""
+    return max(row.stragglers, key=lambda run: run.share, default=None)

@@ -7,9 +7,10 @@ import hpc_train
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.facts import Facts
-from hpc_train.analysis.report.model import Section
+from hpc_train.analysis.report.model import Note, Section
+from hpc_train.analysis.report.notes.energy import verdict
 from hpc_train.analysis.report.sections.efficiency import EFFICIENCY_COLUMNS, efficiency_record, straggler_records
-from hpc_train.analysis.report.sections.energy import COST_COLUMNS, cost_record, node_record, verdict
+from hpc_train.analysis.report.sections.energy import COST_COLUMNS, cost_record, node_record
 from hpc_train.analysis.report.sections.flops import FLOPS_COLUMNS, flops_record
 from hpc_train.analysis.report.sections.result import measures_of
 from hpc_train.analysis.report.sections.strategies import comparison_record
@@ -75,8 +76,10 @@ class Records:
         """A list a group, with one record a row."""
         return [[self._row(energy.group, row) for row in energy.rows] for energy in self._facts.energies]
 
-    def summary(self, sections: Sequence[Section], rows: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
-        """The whole tree without `NOT_MADE`, which renderers may still add to."""
+    def summary(
+        self, sections: Sequence[Section], notes: Sequence[Note], rows: Sequence[list[dict[str, Any]]]
+    ) -> dict[str, Any]:
+        """The whole tree without `NOT_MADE`, which renderers may still add to. rows: what `rows` returned."""
         facts = self._facts
         of_groups = [section for section in sections if section.kind == "group"]
         return {
@@ -89,7 +92,7 @@ class Records:
             ],
             "strategies": [self._made(each.label, comparison_record, each) for each in facts.strategies],
             "targets": [self._made(each.label, study_record, each) for each in facts.targets],
-            "notes": list(facts.notes),
+            "notes": [note.text for note in notes],
         }
 
     def _row(self, group: Group, energy: RowEnergy) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from hpc_train.analysis.energy.cost import UNKNOWN, Tariff
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.facts import Facts, gather
 from hpc_train.analysis.report.model import Note, Report, Section
+from hpc_train.analysis.report.notes.scaling import scaling_notes
 from hpc_train.analysis.report.records import Records
 from hpc_train.analysis.report.sections.group import group_section
 from hpc_train.analysis.report.sections.run_metadata import runs_metadata
@@ -25,6 +26,7 @@ def build_report(facts: Facts, guard: SectionGuard | None = None) -> Report:
     guard = guard or SectionGuard()
     runs = facts.runs
     sections = _sections(facts, guard)
+    notes = tuple(Note("all-runs", "caution", text) for text in (*scaling_notes(facts.scaling), *facts.skipped))
     records = Records(facts, guard)
     rows = records.rows()
     shared, metadata = runs_metadata(runs, guard)
@@ -33,13 +35,13 @@ def build_report(facts: Facts, guard: SectionGuard | None = None) -> Report:
         job_names=tuple(dict.fromkeys(run.summary.name for run in runs)),
         dates=tuple(sorted({(text_at(run.meta, "started") or "")[:10] for run in runs} - {""})),
         sections=tuple(sections),
-        notes=tuple(Note("all-runs", "caution", text) for text in facts.notes),
+        notes=notes,
         assumptions=tuple(sorted(filter(None, assumptions))),
         shared_metadata=shared,
         metadata=metadata,
         csv_columns=records.csv_columns(),
         rows=tuple(record for group in rows for record in group),
-        summary=records.summary(sections, rows),
+        summary=records.summary(sections, notes, rows),
         guard=guard,
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.runs.load_balance import LoadBalance
 from hpc_train.analysis.runs.meta_json import attempts, dict_at, text_at
-from hpc_train.analysis.runs.ranks import LEAVE_OUT, reduce_ranks
+from hpc_train.analysis.runs.rank_records import LEAVE_OUT, reduce_ranks
 from hpc_train.core import config, rundir
 from hpc_train.core.energy_records import Energy, Trace, energy_of_run, read_traces
 from hpc_train.core.errors import UserError
@@ -190,7 +190,7 @@ def _load(run: RunDir) -> Run:
         ranks.servers_ns / 1e9,
         metrics,
         "; ".join(faults) or None,
-        ranks.balance,
+        ranks.load_balance,
     )
 
 

@@ -1,1 +1,1 @@
-"""Looking at HDF5 files: what they hold, whether they are whole, how fast they read."""
+"""Inspects HDF5 files: what they hold, whether they are intact, and how fast they are read."""

@@ -63,10 +63,9 @@ class _Plan:
     limits: Limits
 
     @property
-    def unread(self) -> set[str] | None:
-        """Names of data sets of which some file is not read; None if a whole file cannot be read."""
-        faults = [fault for file in self.files for fault in file.faults if fault.kind in _NOT_READ]
-        return None if any(fault.kind == "unreadable" for fault in faults) else {fault.dataset for fault in faults}
+    def unread(self) -> set[str]:
+        """Names of data sets and groups that are not read in some file; "" is a whole file."""
+        return {fault.dataset for file in self.files for fault in file.faults if fault.kind in _NOT_READ}
 
 
 def check(

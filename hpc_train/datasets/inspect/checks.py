@@ -24,7 +24,7 @@ class Facts:
     """All that was counted.
 
     datasets: those that were read; first_numbers: the sample number of each one's first row (see `find_duplicates`).
-    unread: names of data sets of which some file could not be read; None if a whole file could not be read.
+    unread: names of data sets and groups that could not be read in some file; "" is a whole file.
     """
 
     datasets: Sequence[DatasetInfo]
@@ -32,7 +32,7 @@ class Facts:
     statistics: Mapping[str, Statistics]
     duplicates: Sequence[Duplicates]
     keep_one_in: int
-    unread: Collection[str] | None
+    unread: Collection[str]
 
     def named(self, name: str) -> list[DatasetInfo]:
         return [info for info in self.datasets if info.name == name]
@@ -52,9 +52,10 @@ class Facts:
         return f"{number - first:,} of {info.path}" if len(numbered) > 1 else f"{number - first:,}"
 
     def is_fully_read(self, name: str) -> bool:
-        """Whether the statistics are those of all values: of half the labels nothing is missing for sure."""
+        """Whether the statistics cover all values: a label that is missing among those read may be among the others."""
         is_damaged = any(fault.kind == "damaged" for fault in self.statistics[name].faults)
-        return self.unread is not None and name not in self.unread and not is_damaged
+        is_unread = any(path in ("", name) or name.startswith(f"{path}/") for path in self.unread)
+        return not is_damaged and not is_unread
 
 
 def describe(facts: Facts) -> dict[str, dict[str, Any]]:
@@ -210,7 +211,7 @@ def unequal_lengths(file: FileStructure, roles: Mapping[str, str]) -> Iterator[F
         if roles.get(info.name) != "labels" and info.base_name != "targets":
             continue
         num_samples = {
-            # Of variable-length samples the offsets say how many there are: one more offset than samples.
+            # Variable-length samples have one more offset than samples.
             other.name: lengths.get(f"{other.name}_offsets", other.num_rows + 1) - 1
             for other in file.datasets
             if other.group == info.group and other.name != info.name and not other.name.endswith("_offsets")

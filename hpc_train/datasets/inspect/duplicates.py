@@ -69,7 +69,7 @@ def _repeated(rows: np.ndarray) -> np.ndarray:
 
 def _count_copies(originals: np.ndarray, copies: np.ndarray) -> tuple[int, tuple[int, int]]:
     """(number of copies, an example) among sorted rows of two data sets, as `Duplicates` has them."""
-    # Of equal hashes the first is the original, because rows are sorted.
+    # Rows are sorted: the first of several equal hashes is the original.
     first = np.searchsorted(originals["hash"], copies["hash"], "left")
     has_original = first < len(originals)
     has_original[has_original] = originals["hash"][first[has_original]] == copies["hash"][has_original]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hpc_train.core.formatting import plural
 from hpc_train.datasets.inspect.chunk_ranges import RangeValues
 from hpc_train.datasets.inspect.faults import PREPARE_AGAIN, Fault
 from hpc_train.datasets.inspect.structure import DatasetInfo
@@ -153,8 +154,8 @@ class Statistics:
         bad = np.flatnonzero(is_bad)
         if len(bad):
             shown = ", ".join(map(str, np.unique(part.values[bad])[:_MAX_LISTED].tolist()))
-            words = f"{len(bad):,} {what} ({shown}): {allowed} are allowed"
-            self.faults.append(part.fault("out of range", words, PREPARE_AGAIN, bad))
+            what = f"{len(bad):,} {what} ({shown}): {allowed} are allowed"
+            self.faults.append(part.fault("out of range", what, PREPARE_AGAIN, bad))
 
     def _add_samples(self, part: RangeValues, first_number: int) -> None:
         if not part.is_whole_rows:
@@ -185,4 +186,4 @@ def _hash_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def _samples(number: int) -> str:
-    return f"{number:,} sample{'s' * (number != 1)}"
+    return plural(number, "sample")

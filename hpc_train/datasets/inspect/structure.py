@@ -242,7 +242,7 @@ def _structural_faults(dataset: h5py.Dataset, info: DatasetInfo) -> Iterator[Fau
         what = f"stores its values in other files ({info.sources[0]}), which are not read"
         yield Fault("external", file, name, what, "Copy them into one HDF5 file: h5repack, or h5py's Group.copy.")
     for source in info.sources if info.layout == "virtual" else ():
-        # "." is this file; "%b" stands for a series of files, which may be incomplete.
+        # "." is this file; "%b" stands for a series of files, which may have gaps.
         if source != "." and "%b" not in source and not (info.path.parent / source).is_file():
             what = f"takes values from {source}, which does not exist: they would be read as fill values"
             yield Fault("missing", file, name, what, "Put that file where it was, or make the data set again.")

@@ -23,7 +23,7 @@ def require_file(path: Path, remedy: str) -> None:
         raise UserError(f"--from {path} does not exist", remedy) from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
-    raise UserError(f"--from {path} is {kind}, and no file", remedy)
+    raise UserError(f"--from {path} is {kind}, and not a file", remedy)
 
 
 def is_folder(path: Path) -> bool:

@@ -16,13 +16,14 @@ import numpy as np
 
 from hpc_train.core import owned_files
 from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import amount
 from hpc_train.datasets import storage
 from hpc_train.datasets.prepare import images, journal, layout, mnist, tables, text, user_function
 from hpc_train.datasets.prepare.disk import cannot_write
 from hpc_train.datasets.prepare.journal import Blocks, Journal
 from hpc_train.datasets.prepare.layout import Layout
 from hpc_train.datasets.prepare.sources import Options, Source
-from hpc_train.datasets.prepare.writer import WritePlan, create, intact, open_alone, reserve, verify, write
+from hpc_train.datasets.prepare.writer import WritePlan, create, intact, open_alone, verify, write
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.parallel_hdf5 import require_parallel_hdf5
 
@@ -186,7 +187,7 @@ def _make(plan: WritePlan, overwrite: bool, context: Context) -> None:
         context.on_all(lambda: _require_shapes(plan))
         done = _done_before(plan, overwrite, context)
         if not done:
-            context.on_root(lambda: _create(plan))
+            context.on_root(lambda: create(plan))
         is_root = context.world.is_root
         with Journal(plan.journal_path, _identity(plan), new=not done) if is_root else nullcontext() as lines:
             written = write(plan, done, lines, context)
@@ -203,7 +204,7 @@ def _make(plan: WritePlan, overwrite: bool, context: Context) -> None:
     if is_root:
         num_bytes, spent_s = plan.output.stat().st_size, (perf_counter_ns() - began_ns) / 1e9
         ranks = "1 rank" if context.world.size == 1 else f"{context.world.size} ranks"
-        size = f"{source.num_rows:,} {source.unit}, {num_bytes / 1e6:.1f} MB in {spent_s:.1f} s by {ranks}"
+        size = f"{source.num_rows:,} {source.unit}, {amount(num_bytes, 'B')} in {spent_s:.1f} s by {ranks}"
         print(f"{plan.output}: {source.title}, {size}, read back and equal", flush=True)
 
 
@@ -251,17 +252,6 @@ def _identity(plan: WritePlan) -> dict[str, Any]:
         "attributes": {name: str(value) for name, value in source.attributes.items()},
         "arrays": {name: [list(a.shape), str(a.dtype)] for name, a in source.arrays.items()},
     }
-
-
-def _create(plan: WritePlan) -> None:
-    """On the root. Fails at once on a full disk, except for compressed data, whose size is unknown."""
-    try:
-        plan.partial_path.parent.mkdir(parents=True, exist_ok=True)
-        owned_files.created(plan.partial_path).close()
-    except OSError as error:
-        raise cannot_write(plan.output, error.errno) from None
-    reserve(plan, 1 if plan.layout.is_chunked else plan.num_bytes)
-    create(plan)
 
 
 def _complete(plan: WritePlan, written: Blocks) -> None:

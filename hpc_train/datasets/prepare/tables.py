@@ -44,7 +44,7 @@ def source(path: Path, options: Options, context: Context) -> Source:
     """
     context.on_root(lambda: _require_table(path))
     suffix = path.suffix.lower()
-    facts: dict[str, Any] = {"source_bytes": context.on_root(lambda: path.stat().st_size)}
+    facts: dict[str, Any] = {}
     if suffix == ".npy":
         arrays = context.on_all(lambda: _npy_arrays(path, options.target))
     elif suffix == ".npz":
@@ -52,7 +52,8 @@ def source(path: Path, options: Options, context: Context) -> Source:
     else:
         columns = open_columns(path, options.target, context)
         arrays = columns.arrays
-        facts |= {"columns": columns.inputs, "target": columns.target}
+        facts = {"columns": columns.inputs, "target": columns.target}
+    facts["source_bytes"] = context.on_root(lambda: path.stat().st_size)
     parts = context.on_all(lambda: split_arrays(path.name, arrays, options.test_fraction))
     state = context.on_root(lambda: state_of([path]))
     return Source(f"Table {path.name}", str(path), "see its source", parts, facts, state=state)

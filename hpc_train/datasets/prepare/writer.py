@@ -17,6 +17,7 @@ import numpy as np
 
 from hpc_train.core import owned_files
 from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import amount
 from hpc_train.core.progress import StepProgress
 from hpc_train.core.sampling import rank_span
 from hpc_train.datasets.prepare.disk import DiskFile, cannot_write
@@ -71,7 +72,7 @@ class WritePlan:
         if block_bytes * _MEMORY_PER_WRITE > self.memory_bytes:
             needed_mb = -(-block_bytes * _MEMORY_PER_WRITE // 1_000_000)
             raise UserError(
-                f"--memory-mb: one row has {array.row_bytes / 1e6:,.0f} MB, too much for the memory of a rank",
+                f"--memory-mb: one row has {amount(array.row_bytes, 'B')}, too much for the memory of a rank",
                 f"Set it to {needed_mb} times the ranks of a node, or more.",
             )
         return 1
@@ -96,8 +97,12 @@ class WritePlan:
 
 
 def create(plan: WritePlan) -> None:
-    """On the root. The file with its data sets and none of their rows: the same for any number of ranks."""
+    """On the root. The file with its data sets and none of their rows: the same for any number of ranks.
+
+    Raises `UserError` on a full disk now, and not half-way; but for compressed data, whose size is unknown.
+    """
     try:
+        plan.partial_path.parent.mkdir(parents=True, exist_ok=True)
         with owned_files.created(plan.partial_path) as empty:
             empty.write(empty_file())
     except OSError as error:
@@ -111,17 +116,16 @@ def create(plan: WritePlan) -> None:
             if is_pictures:  # values in [0, 1], by the CF conventions
                 dataset.attrs["scale_factor"], dataset.attrs["add_offset"] = (1 / 255, 0.0)
     if not plan.layout.is_chunked:
-        reserve(plan, plan.num_bytes)
+        _reserve(plan)
 
 
-def reserve(plan: WritePlan, num_bytes: int) -> None:
-    """Reserves the first `num_bytes` of the file on disk. Raises `UserError` now, and not half-way."""
+def _reserve(plan: WritePlan) -> None:
     try:
         with owned_files.opened(plan.partial_path, "r+b") as file:
             # Where the file system cannot reserve, the C library writes zeros until the disk is full.
-            if num_bytes > shutil.disk_usage(plan.partial_path.parent).free:
+            if plan.num_bytes > shutil.disk_usage(plan.partial_path.parent).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
+            os.posix_fallocate(file.fileno(), 0, max(1, plan.num_bytes))
     except OSError as error:
         raise cannot_write(plan.output, error.errno) from None
 
@@ -261,7 +265,7 @@ class _BlockWriter:
                 write_rows(self.opened.file[name], begin, rows, context)
             self.opened.require_written()
         except OSError as error:
-            # Of a collective write only HDF5's text has the number of the error.
+            # A collective write raises HDF5's error without a number: its text has the system's words.
             number = error.errno or next((each for each in _DISK_FULL if os.strerror(each) in str(error)), None)
             if number not in _DISK_FULL:
                 raise

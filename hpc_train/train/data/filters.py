@@ -25,7 +25,8 @@ _zlib_decompress: Any = import_module("deflate").zlib_decompress if find_spec("d
 _DEFLATE, _SHUFFLE, _FLETCHER32, _LZF = 1, 2, 3, 32000
 _NAMES = {4: "szip", 5: "nbit", 6: "scaleoffset", 307: "bzip2", 32001: "blosc", 32004: "lz4", 32008: "bitshuffle"}
 _NAMES |= {32013: "zfp", 32015: "zstd", 32026: "blosc2"}
-_WORDS_PER_ROW = 4096
+_WORDS_AT_ONCE = 1 << 16  # of a checksum: the sum of their products with the weights fits into 64 bits
+_WORD_WEIGHTS = np.arange(_WORDS_AT_ONCE, 0, -1, dtype=np.uint64)
 _CHECKSUM_BYTES = 4
 
 Decode = Callable[[Any, int], Any]  # (bytes, the maximum of decoded bytes) -> decoded bytes
@@ -153,26 +154,12 @@ def fletcher32(data: Any) -> int:
         flat = np.append(flat, np.uint8(0))
     words = flat.view(">u2")
     first = second = 0
-    for begin in range(0, len(words), _WORDS_PER_ROW * _WORDS_PER_ROW):
-        part = words[begin : begin + _WORDS_PER_ROW * _WORDS_PER_ROW]
-        first, second = _sums(part, first, second)
+    for begin in range(0, len(words), _WORDS_AT_ONCE):
+        block = words[begin : begin + _WORDS_AT_ONCE].astype(np.uint64)
+        # The second sum adds up the first one after each word: a word counts once for itself and each word after it.
+        second += len(block) * first + int(block @ _WORD_WEIGHTS[-len(block) :])
+        first += int(block.sum())
     return _folded(second) << 16 | _folded(first)
-
-
-def _sums(words: np.ndarray, first: int, second: int) -> tuple[int, int]:
-    """Both sums, by rows of words: the second counts a word once for itself and once for each word after it."""
-    for size in (_WORDS_PER_ROW, 1):
-        num_rows = len(words) // size
-        if num_rows == 0:
-            continue
-        rows = words[: num_rows * size].reshape(num_rows, size)
-        sums = rows.sum(1, dtype=np.uint64)
-        weighted = np.einsum("ij,j->i", rows, np.arange(size, 0, -1, dtype=np.uint64))
-        before = np.concatenate([[0], np.cumsum(sums)[:-1]]).astype(np.uint64)
-        second += int(weighted.sum()) + size * (int(before.sum()) + num_rows * first)
-        first += int(sums.sum())
-        words = words[num_rows * size :]
-    return first, second
 
 
 def _folded(value: int) -> int:

@@ -134,6 +134,20 @@ def _check_range(config: Config, name: str, tokens: Tokens, vocab_size: int, con
     context.on_all(check)
 
 
+class TextTask:
+    """What both language tasks have in common."""
+
+    def __init__(self, text: Text) -> None:
+        self.text = text
+        self.num_samples, self.order, self.reading = len(text.train), text.order, text.reading
+
+    def model(self) -> nn.Module:
+        return self.text.model()
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        self.text.train.prefetch(rows)
+
+
 # ---------------------------------------------------------------------------------------------- the next token
 
 
@@ -145,23 +159,16 @@ class Windows:
     bigram_loss: float = 0.0
 
 
-class Language:
+class Language(TextTask):
     """Trains on the mean loss of a window's next tokens, in nats."""
 
     def __init__(self, config: Config, context: Context) -> None:
         """Collective. Opens the data and checks it."""
+        super().__init__(open_text(config, context, models.CAUSAL, masked=False))
         self.context = context
-        self.text = open_text(config, context, models.CAUSAL, masked=False)
-        self.num_samples, self.order, self.reading = len(self.text.train), self.text.order, self.text.reading
-
-    def model(self) -> nn.Module:
-        return self.text.model()
 
     def batch(self, rows: np.ndarray, step: int) -> Windows:
         return Windows(torch.from_numpy(self.text.train.windows(rows)))
-
-    def prefetch(self, rows: np.ndarray) -> None:
-        self.text.train.prefetch(rows)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:
         return self._sum(model, batch) / self.text.train.length
@@ -203,7 +210,7 @@ class MaskedWindows:
     num_unigram: int = 0
 
 
-class MaskedLanguage:
+class MaskedLanguage(TextTask):
     """Trains on the mean loss of a window's masked tokens, in nats.
 
     15% of a window's tokens are predicted: 80% of them are masked, 10% replaced by a random token, 10% left as they are
@@ -212,19 +219,12 @@ class MaskedLanguage:
 
     def __init__(self, config: Config, context: Context) -> None:
         """Collective. Opens the data and checks it."""
+        super().__init__(open_text(config, context, models.MASKED, masked=True))
         self.seed, self.context = config.seed, context
-        self.text = open_text(config, context, models.MASKED, masked=True)
-        self.num_samples, self.order, self.reading = len(self.text.train), self.text.order, self.text.reading
         self.num_masked = max(1, round(_MASKED_SHARE * self.text.train.length))
-
-    def model(self) -> nn.Module:
-        return self.text.model()
 
     def batch(self, rows: np.ndarray, step: int) -> MaskedWindows:
         return self._masked(self.text.train, rows, step)
-
-    def prefetch(self, rows: np.ndarray) -> None:
-        self.text.train.prefetch(rows)
 
     def loss(self, model: nn.Module, batch: MaskedWindows) -> torch.Tensor:
         logits, targets = self._logits(model, batch)

@@ -12,14 +12,14 @@ from hpc_train.analysis.convergence.target import NOT_REACHED, TargetStudy, reac
 from hpc_train.analysis.energy.cost import cost_of
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.facts import gather
+from hpc_train.analysis.report.notes.headlines import target_headline
+from hpc_train.analysis.report.notes.target import target_notes
 from hpc_train.analysis.report.records import CSV_COLUMNS
 from hpc_train.analysis.report.renderers.files import summary_tree, to_csv, write_report
 from hpc_train.analysis.report.report import build_report, make_report
 from hpc_train.analysis.report.sections.target import (
     TARGET_COLUMNS,
     study_record,
-    target_headline,
-    target_notes,
     target_record,
     target_section,
     target_table,

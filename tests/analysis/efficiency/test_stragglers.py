@@ -10,9 +10,9 @@ import pytest
 
 from hpc_train.analysis.efficiency.stragglers import StragglerAnalysis, find_stragglers
 from hpc_train.analysis.report.facts import gather
+from hpc_train.analysis.report.notes.headlines import waiting_text
 from hpc_train.analysis.report.renderers.files import summary_tree, write_report
 from hpc_train.analysis.report.report import build_report, make_report
-from hpc_train.analysis.report.sections.efficiency import waiting_text
 from hpc_train.analysis.runs.load import Run, load, load_all
 from hpc_train.core.rundir import RunDir
 from tests import laws

@@ -10,8 +10,9 @@ import pytest
 from hpc_train.analysis.energy.cost import UNKNOWN, GroupEnergy, Tariff, cost_of
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.energy.run_energy import RunEnergy, energy_of
+from hpc_train.analysis.report.notes.energy import verdict
 from hpc_train.analysis.report.notes.meters import meter_notes
-from hpc_train.analysis.report.sections.energy import COST_COLUMNS, cost_record, verdict
+from hpc_train.analysis.report.sections.energy import COST_COLUMNS, cost_record
 from hpc_train.analysis.runs.load import load, load_all
 from hpc_train.analysis.scaling.compare import compare
 from hpc_train.core.energy_records import ENERGY_COLUMNS, container

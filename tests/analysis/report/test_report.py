@@ -53,7 +53,7 @@ def test_no_difference_is_not_called_a_speedup(tmp_path: Path) -> None:
 def test_weak_scaling_speaks_of_throughput(tmp_path: Path) -> None:
     made = report(tmp_path, Recipe(batch_per_rank=32), Recipe(size=2, step_s=0.011, batch_per_rank=32))
     assert "over 1 rank in samples/s" in made.headlines[0]
-    assert "weak scaling, batch per rank 32" in printed(made)
+    assert "Weak scaling, batch per rank 32" in printed(made)
 
 
 def test_no_baseline_is_said_and_no_speedup_is_shown(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_a_damaged_run_is_left_out_and_named(tmp_path: Path) -> None:
     guard = SectionGuard()
     facts = gather([tmp_path], guard=guard)
     assert [run.size for run in facts.runs] == [1, 2] and not guard.faults
-    assert any(f"{last.meta} is not JSON" in note for note in facts.notes)
+    assert any(f"{last.meta} is not JSON" in note for note in facts.skipped)
 
 
 def test_a_long_table_takes_seconds(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
+from hpc_train.analysis.report.labels import MARK
 from hpc_train.analysis.runs.clocks import hosts_of
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.repeats import differing_facts
@@ -10,6 +11,7 @@ from hpc_train.analysis.scaling.compare import Group, Scaling, equal_work
 from hpc_train.analysis.scaling.labels import differing_keys, work
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import ms_text, plural
+from hpc_train.core.records import PHASES
 from hpc_train.core.settings import RECORDED
 
 _UNEVEN = 0.1  # the mean step over the median one, relative
@@ -135,3 +137,26 @@ def _lone_notes(groups: Sequence[Group]) -> list[str]:
     compared = {group for members in equal_work(groups) for group in members}
     lone = [run.label for group in groups if group.baseline is None and group not in compared for run in group.runs]
     return [f"Left without a comparison: {', '.join(lone)}."] if lone else []
+
+
+def incomplete_notes(group: Group) -> list[str]:
+    if not any(row.incomplete for row in group.rows):
+        return []
+    return [f"{MARK} incomplete: shown, never a baseline, never pooled with complete runs."]
+
+
+def server_notes(group: Group) -> list[str]:
+    if not any(row.num_servers for row in group.rows):
+        return []
+    return ["Ranks are workers + servers, and both count in the efficiency."]
+
+
+def untimed_notes(group: Group) -> list[str]:
+    timed = [row.phase_share for row in group.rows if row.phase_share]
+    # Only strategies that send weights have a sync phase.
+    expected = [phase for phase in PHASES if phase != "sync"]
+    untimed = [phase for phase in expected if any(phase not in share for share in timed)]
+    if not untimed:
+        return []
+    communication = " Exposed communication was not measured." if "reduce" in untimed else ""
+    return [f"These runs did not time {', '.join(untimed)}; other phases or 'other' contain that time.{communication}"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from hpc_train.analysis.report.labels import MARK
 from hpc_train.analysis.scaling.strategies import (
     LOSS_TOLERANCE,
     Comparison,
@@ -97,3 +98,20 @@ def _missing_notes(entries: Sequence[Entry]) -> Iterator[str]:
     without_state = dict.fromkeys(entry.where for entry in entries if entry.optimizer_bytes is None)
     if without_state:
         yield f"Optimizer state missing for {', '.join(without_state)}: meta.json states no optimizer_bytes."
+
+
+def theory_notes(comparison: Comparison) -> list[str]:
+    notes = [
+        "Theory: each of N ranks of a ring sends 2(N-1)/N of the gradients' bytes and receives as many; the sharded"
+        " strategy's reduce-scatter and all-gather are the two halves of a ring all-reduce. For MPI this is a lower"
+        " bound: its library chooses the algorithm."
+    ]
+    if any(entry.row.num_servers for entry in comparison.entries):
+        notes += [
+            "Theory: each of S servers receives and sends 2W/S of the gradients' bytes for W workers, both directions"
+            " together. Halve it to compare with a ring, which is given per direction.",
+            "A parameter server's ranks are workers + servers; exposed is the workers' share.",
+        ]
+    if any(entry.row.incomplete for entry in comparison.entries):
+        notes.append(f"{MARK} incomplete: shown, never the reference.")
+    return notes

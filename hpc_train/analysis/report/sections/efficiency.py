@@ -3,23 +3,23 @@
 from typing import Any
 
 from hpc_train.analysis.efficiency.pop import FACTORS
-from hpc_train.analysis.efficiency.stragglers import Straggler, StragglerAnalysis
-from hpc_train.analysis.report.labels import ranks_text, sizes_by_reason, straggler_text
+from hpc_train.analysis.efficiency.stragglers import Straggler
+from hpc_train.analysis.report.labels import ranks_text, straggler_text, worst_run
 from hpc_train.analysis.report.model import Column, Table, number_columns
+from hpc_train.analysis.report.notes.efficiency import pop_missing_notes, straggler_notes
 from hpc_train.analysis.report.plots.arrivals import arrivals_plot
 from hpc_train.analysis.report.plots.efficiency import efficiency_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.core.formatting import ms_text, percent, plain, ratio_text, significant
+from hpc_train.core.formatting import ms_text, percent, ratio_text
 
 EFFICIENCY_COLUMNS = (
     *(f"pop_{factor}{end}" for factor in FACTORS for end in ("", "_low", "_high")),
     *("waiting_for", "waiting_share", "waiting_share_low", "waiting_share_high", "noise"),
 )
 _MOST_LINES = 12
-_MOST_NAMES = 3
 _FACTOR_LABELS = {  # indented below the factor that they multiply to
     "global": "global",
     "parallel": "= parallel",
@@ -35,8 +35,8 @@ _FACTOR_LABELS = {  # indented below the factor that they multiply to
 def add_efficiency(section: SectionBuilder, group: Group) -> None:
     section.table("pop", pop_table, group)
     section.table("stragglers", straggler_table, group)
-    section.notes("pop-missing", "caution", _pop_missing_notes, group)
-    section.notes("stragglers", "method", _straggler_notes, group)
+    section.notes("pop-missing", "caution", pop_missing_notes, group)
+    section.notes("stragglers", "method", straggler_notes, group)
     section.plot("pop-efficiencies", efficiency_plot, group)
     section.plot("late-ranks", arrivals_plot, group)
 
@@ -94,50 +94,6 @@ def _cause_text(straggler: Straggler) -> str:
     return f"input {percent(straggler.excess)}"
 
 
-def _worst(row: Row) -> StragglerAnalysis | None:
-    """Of the row's runs the one that lost most to stragglers."""
-    return max(row.stragglers, key=lambda run: run.share, default=None)
-
-
-def waiting_text(row: Row) -> str:
-    """ "; 14% lost to waiting for rank 5 on c3", "" without stragglers."""
-    worst = _worst(row)
-    if worst is None or not worst.stragglers:
-        return ""
-    names = [straggler_text(straggler) for straggler in worst.stragglers[:_MOST_NAMES]]
-    num_more = len(worst.stragglers) - len(names)
-    last = f"{num_more} more" if num_more else names.pop()
-    whom = f"{', '.join(names)} and {last}" if names else last
-    is_sporadic = not any(straggler.persistent for straggler in worst.stragglers)
-    return f"; {percent(worst.share, 0)} lost to waiting for {whom}{', sporadically' if is_sporadic else ''}"
-
-
-def _pop_missing_notes(group: Group) -> list[str]:
-    reasons = sizes_by_reason((row.pop.missing, row.size) for row in group.rows)
-    return [f"POP efficiencies missing for {sizes}: {why}." for why, sizes in reasons.items()]
-
-
-def _straggler_notes(group: Group) -> list[str]:
-    """Why no straggler is named, and how well clocks agree."""
-    runs = [(row, run) for row in group.rows for run in row.stragglers]
-    unnamed = sizes_by_reason((run.told, row.size) for row, run in runs if not row.pop.missing and row.size > 1)
-    notes = [f"No straggler named for {sizes}: {why}." for why, sizes in unnamed.items()]
-    unaligned = sizes_by_reason((run.unaligned, row.size) for row, run in runs)
-    notes += [
-        f"Clocks of {sizes} are not comparable ({plain(why)}): the order of arrival is inferred from how long each rank"
-        " waited."
-        for why, sizes in unaligned.items()
-    ]
-    clock_errors_s = [run.clock_error_s for _, run in runs if run.clock_error_s is not None]
-    if clock_errors_s:
-        notes.append(
-            "Stragglers are found by their arrival at the reduction, on clocks aligned to"
-            f" {significant(1e6 * max(clock_errors_s))} us (median over ranks), assuming that ranks leave a reduction"
-            " together."
-        )
-    return notes
-
-
 # ---------------------------------------------------------------------------------------------- for programs
 
 
@@ -147,7 +103,7 @@ def efficiency_record(row: Row) -> dict[str, Any]:
     for factor in FACTORS:
         low, high = row.pop.intervals.get(factor, (None, None))
         record |= {f"pop_{factor}": row.pop.factors.get(factor), f"pop_{factor}_low": low, f"pop_{factor}_high": high}
-    worst = _worst(row)
+    worst = worst_run(row)
     is_known = worst is not None and (worst.stragglers or worst.clock_error_s is not None or worst.unaligned)
     low, high = (worst.share_interval if worst else None) or (None, None)
     noises = [run.load_balance.noise for run in row.runs if run.load_balance and run.load_balance.noise is not None]

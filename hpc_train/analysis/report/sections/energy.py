@@ -3,19 +3,25 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy, Tariff
+from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.energy.run_energy import RunEnergy
-from hpc_train.analysis.report.labels import communication_text, ranks_text, sizes_by_reason
+from hpc_train.analysis.report.labels import communication_text, ranks_text
 from hpc_train.analysis.report.model import Table
-from hpc_train.analysis.report.notes.meters import meter_notes
+from hpc_train.analysis.report.notes.energy import (
+    lacking_notes,
+    method_notes,
+    mixed_notes,
+    run_notes,
+    tariff_notes,
+    verdict_notes,
+)
 from hpc_train.analysis.report.plots.energy import energy_by_phase_plot, energy_by_size_plot, energy_by_speedup_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
-from hpc_train.core.formatting import amount, listed, plain, plural, ratio_text, significant
+from hpc_train.core.formatting import amount, plain, significant
 from hpc_train.core.records import PHASES
 
-_MOST_LACKING = 4  # meters of a run that a note names
 COST_COLUMNS = (
     "joules_measured",
     "joules_estimated",
@@ -39,8 +45,8 @@ COST_COLUMNS = (
 
 
 def add_energy(section: SectionBuilder, energy: GroupEnergy) -> None:
-    section.notes("more-hardware", "finding", _verdict_notes, energy)
-    section.notes("meters", "method", _run_notes, energy)
+    section.notes("more-hardware", "finding", verdict_notes, energy)
+    section.notes("meters", "method", run_notes, energy)
     if not energy.known:
         return
     section.table("energy", run_table, energy)
@@ -48,10 +54,10 @@ def add_energy(section: SectionBuilder, energy: GroupEnergy) -> None:
     section.table("energy-by-phase", phase_table, energy)
     section.table("energy-by-node", node_table, energy)
     section.table("cost", cost_table, energy)
-    section.notes("energy-lacking", "caution", _lacking_notes, energy)
-    section.notes("energy-mixed", "method", _mixed_notes, energy)
-    section.notes("energy-method", "method", _method_notes, energy)
-    section.notes("tariff", "method", _tariff_notes, energy)
+    section.notes("energy-lacking", "caution", lacking_notes, energy)
+    section.notes("energy-mixed", "method", mixed_notes, energy)
+    section.notes("energy-method", "method", method_notes, energy)
+    section.notes("tariff", "method", tariff_notes, energy)
     section.plot("energy-per-sample", energy_by_size_plot, energy)
     section.plot("energy-by-phase", energy_by_phase_plot, energy)
     section.plot("energy-against-speedup", energy_by_speedup_plot, energy)
@@ -191,115 +197,6 @@ def _bill_text(row: RowEnergy) -> str:
 
 def _total(amounts: dict[str, EnergyAmount]) -> EnergyAmount:
     return sum(amounts.values(), EnergyAmount())
-
-
-# ---------------------------------------------------------------------------------------------- notes
-
-
-def verdict(energy: GroupEnergy) -> str:
-    """Whether more hardware pays, in one sentence: it pays while joules times seconds fall. "" if unknown."""
-    judged = [row for row in energy.rows if row.pays is not None]
-    if not judged:
-        return ""
-    complete = [row for row in energy.rows if not row.row.incomplete]
-    worse = next((row for row in judged if not row.pays), None)
-    row = worse or judged[-1]
-    last = complete[complete.index(row) - 1]
-    price = f"from {last.row.size} to {plural(row.row.size, 'rank')} {_price_text(row)}"
-    if worse is None:
-        speed = ratio_text(row.row.speedup or 1.0)
-        return f"More hardware still pays at {plural(row.row.size, 'rank')}, the largest size ({speed}): {price}"
-    earlier = judged[judged.index(row) - 1] if judged.index(row) else None
-    if earlier and earlier.marginal is not None and earlier.marginal.known > 0:
-        price += f"; before that a unit cost {earlier.marginal.text()}"
-    return f"More hardware stops paying beyond {plural(last.row.size, 'rank')} (joules times seconds grow): {price}"
-
-
-def _price_text(row: RowEnergy) -> str:
-    if row.marginal is None:
-        return "nothing is gained"
-    if row.marginal.known < 0:
-        return f"each unit of speedup gained saves {(row.marginal * -1).text()}"
-    return f"each unit of speedup gained costs {row.marginal.text()}"
-
-
-def _verdict_notes(energy: GroupEnergy) -> list[str]:
-    sentence = verdict(energy).removesuffix(".")  # it may end with "est."
-    return [f"{sentence}."] if sentence else []
-
-
-def _run_notes(energy: GroupEnergy) -> list[str]:
-    """The notes of single runs, each once with the sizes that it holds for."""
-    notes = sizes_by_reason(
-        (note, row.row.size) for row in energy.rows for run in row.runs for note in meter_notes(run)
-    )
-    return [f"{note} ({sizes})." for note, sizes in notes.items()]
-
-
-def _lacking_notes(energy: GroupEnergy) -> list[str]:
-    notes = []
-    for row in energy.rows:
-        size, lacking = plural(row.row.size, "rank"), row.gross.lacking
-        if lacking:
-            meters = listed(lacking, _MOST_LACKING)
-            notes.append(f"{size}: energy missing of {meters}. Missing is not zero: the known part is a lower bound.")
-        idle = tuple(meter for meter in row.net.lacking if meter not in lacking)
-        # If no meter at all has its idle draw, the user did not ask to measure it.
-        if idle and len(idle) < sum(len(run.readings) for run in row.runs):
-            notes.append(f"{size}: energy above idle is missing: no {listed(idle, _MOST_LACKING)}.")
-    return notes
-
-
-def _mixed_notes(energy: GroupEnergy) -> list[str]:
-    if not any(row.gross.quality == "mixed" for row in energy.rows):
-        return []
-    return [
-        "Energy marked part est. is a sum of measured and estimated joules; scaling.csv and summary.json have both"
-        " parts."
-    ]
-
-
-def _method_notes(energy: GroupEnergy) -> list[str]:
-    notes = [
-        "Joules of a phase are the loop's, attributed by the phase's share of the ranks' time in steady steps:"
-        " phases last milliseconds and meter samples seconds, so no meter separates them. This assumes equal power in"
-        " all phases.",
-        _peak_note(energy),
-    ]
-    if len({run.summary.num_samples for row in energy.rows for run in row.row.runs}) > 1:
-        notes.append(
-            "Runs trained on different numbers of samples: their energy-delay products are not of equal work; the"
-            " energy per unit of speedup is for as many samples as the baseline's."
-        )
-    return notes
-
-
-def _peak_note(energy: GroupEnergy) -> str:
-    periods_s = [run.peak[1] for row in energy.rows for run in row.runs if run.peak]
-    span = f" of means over {significant(max(periods_s))} s, the slowest meter's interval" if periods_s else ""
-    with_idle = any(row.net.total is not None for row in energy.rows)
-    idle = "" if with_idle else " The idle draw of nodes is unknown: energy.idle_s measures it before the loop."
-    return f"Peak power is the highest{span}; mean power is gross joules over the metered time.{idle}"
-
-
-def _tariff_notes(energy: GroupEnergy) -> list[str]:
-    tariffs = list(dict.fromkeys(row.tariff for row in energy.rows))
-    notes = [f"As given and not measured: {figures}." for tariff in tariffs if (figures := _figures_text(tariff))]
-    priced = [tariff for tariff in tariffs if tariff.co2_g_per_kwh is not None or tariff.price_per_kwh is not None]
-    if any(tariff.pue is None for tariff in priced):
-        notes.append("The PUE is unknown: CO2 and price are of metered energy alone, without cooling and losses.")
-    return notes
-
-
-def _figures_text(tariff: Tariff) -> str:
-    figures = []
-    if tariff.pue is not None:
-        figures.append(f"PUE {tariff.pue:g}")
-    if tariff.co2_g_per_kwh is not None:
-        figures.append(f"{tariff.co2_g_per_kwh:g} g CO2 per kWh")
-    if tariff.price_per_kwh is not None:
-        figures.append(f"{tariff.price_per_kwh:g} {plain(tariff.currency or '')} per kWh")
-    return ", ".join(figures)
 
 
 # ---------------------------------------------------------------------------------------------- for programs

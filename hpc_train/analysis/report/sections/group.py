@@ -4,13 +4,14 @@ from hpc_train.analysis.convergence.target import TargetStudy
 from hpc_train.analysis.energy.cost import GroupEnergy
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.model import Section
+from hpc_train.analysis.report.notes.headlines import headline
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.efficiency import add_efficiency
 from hpc_train.analysis.report.sections.energy import add_energy
 from hpc_train.analysis.report.sections.flops import add_flops
 from hpc_train.analysis.report.sections.next_run import add_next_run, next_run
 from hpc_train.analysis.report.sections.result import add_result
-from hpc_train.analysis.report.sections.scaling import add_scaling, headline
+from hpc_train.analysis.report.sections.scaling import add_scaling
 from hpc_train.analysis.report.sections.step_time import add_step_time
 from hpc_train.analysis.report.sections.target import add_target
 

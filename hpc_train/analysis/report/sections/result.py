@@ -2,29 +2,29 @@
 
 from collections.abc import Sequence
 
-from hpc_train.analysis.report.labels import ranks_text, sizes_by_reason
+from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Table
+from hpc_train.analysis.report.notes.energy import estimate_notes, missing_notes
 from hpc_train.analysis.report.plots.loss import loss_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.core.energy_records import NO_METER
 from hpc_train.core.formatting import energy_text, percent, plain, significant
 
 
 def add_result(section: SectionBuilder, group: Group) -> None:
     section.table("result", result_table, group)
-    section.notes("energy-missing", "caution", _missing_notes, group)
-    section.notes("energy-estimated", "method", _estimate_notes, group)
+    section.notes("energy-missing", "caution", missing_notes, group)
+    section.notes("energy-estimated", "method", estimate_notes, group)
     section.plot("training-loss", loss_plot, group)
 
 
 def result_table(group: Group) -> Table:
     columns: list[CellColumn[Row]] = [
         number("ranks", ranks_text),
-        number("energy per run", lambda row: energy_text(row.energy.joules, row.energy)),
-        number("per sample", lambda row: energy_text(row.joules_per_sample, row.energy)),
+        number("energy per run", lambda row: energy_text(row.energy.joules, row.energy.quality)),
+        number("per sample", lambda row: energy_text(row.joules_per_sample, row.energy.quality)),
         text("meter", lambda row: plain(row.energy.source)),
     ]
     if any(row.loss is not None for row in group.rows):
@@ -45,21 +45,3 @@ def measure_column(measure: str) -> CellColumn[Row]:
 def _measure_text(measure: str, value: float | None) -> str:
     """An accuracy in percent, any other measure as a number."""
     return percent(value, 2) if measure.split("_")[-1] == "accuracy" else significant(value, 4)
-
-
-def _missing_notes(group: Group) -> list[str]:
-    missing = [row for row in group.rows if row.energy.quality == "missing"]
-    reasons = sizes_by_reason((_missing_reason(row), row.size) for row in missing)
-    return [f"Energy missing for {sizes}: {why}. Missing is not zero." for why, sizes in reasons.items()]
-
-
-def _missing_reason(row: Row) -> str:
-    return "not every host's meter was read" if row.energy.source == NO_METER else row.energy.source
-
-
-def _estimate_notes(group: Group) -> list[str]:
-    if not any(row.energy.quality == "estimated" for row in group.rows):
-        return []
-    runs = [run for row in group.rows for run in row.runs if run.summary.energy_quality == "estimated"]
-    assumptions = dict.fromkeys((run.assumption or "the run does not state its assumption").rstrip(".") for run in runs)
-    return [f"Energy marked est. is estimated, not measured: {assumption}." for assumption in assumptions]

@@ -2,18 +2,18 @@
 
 from hpc_train.analysis.report.labels import communication_text, ranks_text
 from hpc_train.analysis.report.model import Table
+from hpc_train.analysis.report.notes.scaling import untimed_notes
 from hpc_train.analysis.report.plots.step_time import step_share_plot, step_time_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row, timed_phases
 from hpc_train.core.formatting import percent
-from hpc_train.core.records import PHASES
 
 
 def add_step_time(section: SectionBuilder, group: Group) -> None:
     section.table("phases", phase_table, group)
-    section.notes("untimed-phases", "caution", _untimed_notes, group)
+    section.notes("untimed-phases", "caution", untimed_notes, group)
     section.plot("time-per-step", step_time_plot, group)
     section.plot("share-of-step", step_share_plot, group)
 
@@ -31,14 +31,3 @@ def phase_table(group: Group) -> Table:
 
 def _share_column(phase: str) -> CellColumn[Row]:
     return number(phase, lambda row: percent(row.phase_share.get(phase)))
-
-
-def _untimed_notes(group: Group) -> list[str]:
-    timed = [row.phase_share for row in group.rows if row.phase_share]
-    # Only strategies that send weights have a sync phase.
-    expected = [phase for phase in PHASES if phase != "sync"]
-    untimed = [phase for phase in expected if any(phase not in share for share in timed)]
-    if not untimed:
-        return []
-    communication = " Exposed communication was not measured." if "reduce" in untimed else ""
-    return [f"These runs did not time {', '.join(untimed)}; other phases or 'other' contain that time.{communication}"]

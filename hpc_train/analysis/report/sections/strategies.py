@@ -3,9 +3,10 @@
 from typing import Any
 
 from hpc_train.analysis.guard import SectionGuard
-from hpc_train.analysis.report.labels import MARK, ranks_text
+from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Section, Table
-from hpc_train.analysis.report.notes.strategies import comparison_notes
+from hpc_train.analysis.report.notes.headlines import strategy_headline
+from hpc_train.analysis.report.notes.strategies import comparison_notes, theory_notes
 from hpc_train.analysis.report.plots.strategies import strategy_bytes_plot, strategy_times_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
@@ -16,8 +17,6 @@ from hpc_train.core.formatting import (
     interval_text,
     ms_text,
     percent,
-    plain,
-    plural,
     ratio_interval_text,
     ratio_text,
     significant,
@@ -32,28 +31,10 @@ def strategy_section(comparison: Comparison, named: bool, guard: SectionGuard) -
     section.table("strategies", strategy_table, comparison)
     section.table("strategies-traffic", strategy_traffic_table, comparison)
     section.notes("strategies", "caution", comparison_notes, comparison)
-    section.notes("strategies-theory", "method", _theory_notes, comparison)
+    section.notes("strategies-theory", "method", theory_notes, comparison)
     section.plot("strategies-step-time", strategy_times_plot, comparison)
     section.plot("strategies-bytes", strategy_bytes_plot, comparison)
     return section.build()
-
-
-def strategy_headline(comparison: Comparison, named: bool = False) -> str:
-    """The strategies' speeds at the largest number of ranks with a ratio. "" for none, and for 1: it sends nothing."""
-    size = max(comparison.sizes, default=1)
-    if size == 1:
-        return ""
-    entries = [entry for entry in comparison.entries if entry.row.size == size and entry.ratio is not None]
-    entries.sort(key=lambda entry: -(entry.ratio or 0))
-    speeds = ", ".join(f"{entry.where} {_speed_text(entry)}" for entry in entries)
-    name = f"{plain(comparison.label)}: " if named else ""
-    return f"{name}{plural(size, 'rank')} on equal work, speed against {comparison.reference}: {speeds}"
-
-
-def _speed_text(entry: Entry) -> str:
-    speed = f"{ms_text(entry.row.step_s)} ms a step" if entry.is_reference else ratio_text(entry.ratio or 0.0)
-    low, high = entry.ratio_interval or (0.0, 0.0)
-    return f"{speed} (no measurable difference)" if low <= 1 <= high else speed
 
 
 def strategy_table(comparison: Comparison) -> Table:
@@ -110,25 +91,8 @@ def _traffic_text(traffic: Traffic | None) -> str:
     return ("at least " if traffic.is_least else "") + amount(traffic.must_move_bytes, "B")
 
 
-def _theory_notes(comparison: Comparison) -> list[str]:
-    notes = [
-        "Theory: each of N ranks of a ring sends 2(N-1)/N of the gradients' bytes and receives as many; the sharded"
-        " strategy's reduce-scatter and all-gather are the two halves of a ring all-reduce. For MPI this is a lower"
-        " bound: its library chooses the algorithm."
-    ]
-    if any(entry.row.num_servers for entry in comparison.entries):
-        notes += [
-            "Theory: each of S servers receives and sends 2W/S of the gradients' bytes for W workers, both directions"
-            " together. Halve it to compare with a ring, which is given per direction.",
-            "A parameter server's ranks are workers + servers; exposed is the workers' share.",
-        ]
-    if any(entry.row.incomplete for entry in comparison.entries):
-        notes.append(f"{MARK} incomplete: shown, never the reference.")
-    return notes
-
-
 def strategy_notes(comparison: Comparison) -> list[str]:
-    return [*comparison_notes(comparison), *_theory_notes(comparison)]
+    return [*comparison_notes(comparison), *theory_notes(comparison)]
 
 
 # ---------------------------------------------------------------------------------------------- for programs

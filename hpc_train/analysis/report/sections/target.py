@@ -7,7 +7,8 @@ from hpc_train.analysis.convergence.target import NOT_REACHED, TargetRow, Target
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.labels import MARK
 from hpc_train.analysis.report.model import Section, Table
-from hpc_train.analysis.report.notes.scaling import mismatch_notes
+from hpc_train.analysis.report.notes.headlines import target_headline
+from hpc_train.analysis.report.notes.target import headline_notes, target_notes
 from hpc_train.analysis.report.plots.target import target_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number
@@ -42,7 +43,7 @@ def target_section(study: TargetStudy, guard: SectionGuard) -> Section:
 
 def add_target(section: SectionBuilder, study: TargetStudy) -> None:
     """A study of one group alone, as a part of that group's section."""
-    section.notes("time-to-loss", "finding", _headline_notes, study)
+    section.notes("time-to-loss", "finding", headline_notes, study)
     _add_tables(section, study)
 
 
@@ -128,79 +129,6 @@ def _count(mean: float | None) -> str:
 
 def _times(speedup: float | None) -> str:
     return "-" if speedup is None else ratio_text(speedup)
-
-
-# ---------------------------------------------------------------------------------------------- the answer
-
-
-def target_headline(study: TargetStudy) -> str:
-    """The answer of the largest size in one sentence; "" if there is none."""
-    row, reference = study.largest, study.reference
-    if row is None or reference is None or row.speedup is None:
-        return ""
-    sizes = plural(row.size, "rank") + _batch(study, row), plural(reference.size, "rank") + _batch(study, reference)
-    speed = f"{sizes[0]}: {ratio_text(row.speedup)} over {sizes[1]} in time to a loss of {significant(study.target)}"
-    efficiencies = f"{percent(row.efficiency, 0)} efficiency"
-    if row.throughput_efficiency is not None:
-        efficiencies += f", {percent(row.throughput_efficiency, 0)} by samples/s"
-    more = 1 / row.statistical if row.statistical else 1.0
-    samples = f"; it takes {significant(more)} times the samples" if abs(more - 1) > 0.01 else ""
-    return f"{speed} ({efficiencies}){samples}"
-
-
-def _batch(study: TargetStudy, row: TargetRow) -> str:
-    batches = {each.global_batch for each in study.rows}
-    return f" (batch {row.global_batch})" if len(batches) > 1 else ""
-
-
-def _headline_notes(study: TargetStudy) -> list[str]:
-    answer = target_headline(study)
-    return [f"{answer}."] if answer else []
-
-
-# ---------------------------------------------------------------------------------------------- notes
-
-
-def target_notes(study: TargetStudy) -> list[str]:
-    notes = []
-    if study.set_by is not None:
-        whose = f"{plural(study.set_by.size, 'rank')}, batch {study.set_by.global_batch}"
-        notes.append(
-            f"The target {significant(study.target, 4)} was not given: it is the worst of the runs' best smoothed"
-            f" losses, that of {whose}, so every complete run reached it. --target-loss sets another."
-        )
-    notes.append(
-        "A run reaches the target at the first logged step at which the median of the logged losses around it (9 of"
-        " them, or 1/50 of all if that is more; a third of all if these are few) is at or below the target. Seconds"
-        " are of the loops until that step's end; warm-up and repeated steps count, time between attempts does not."
-    )
-    notes += _why_notes(study)
-    if any(len(row.reaches) > 1 for row in study.rows):
-        notes.append("Intervals are from how repeats differ; seconds of repeats are their geometric mean.")
-    if any(row.incomplete for row in study.rows):
-        notes.append(f"{MARK} incomplete: shown, never the reference.")
-    if any(len({run.config.seed for run in row.runs}) > 1 for row in study.rows):
-        notes.append("Runs that differ in seed alone are repeats here.")
-    return notes + mismatch_notes(study.runs) if study.num_groups > 1 else notes
-
-
-def _why_notes(study: TargetStudy) -> list[str]:
-    reaches = [(row, reach) for row in study.rows for reach in row.reaches]
-    notes = [
-        f"{reach.run.label} ({plural(row.size, 'rank')}): {reach.why}."
-        for row, reach in reaches
-        if reach.why and reach.why != NOT_REACHED
-    ]
-    short = [
-        f"{plural(row.size, 'rank')}, batch {row.global_batch}" for row, reach in reaches if reach.why == NOT_REACHED
-    ]
-    if short:
-        notes.append(f"Not reached within the recorded steps: {'; '.join(dict.fromkeys(short))}.")
-    at_once = [plural(row.size, "rank") for row, reach in reaches if reach.at_once]
-    if at_once:
-        sizes = ", ".join(dict.fromkeys(at_once))
-        notes.append(f"Reached by the first losses of {sizes}: the target is too easy to compare sizes.")
-    return notes
 
 
 # ---------------------------------------------------------------------------------------------- for programs

@@ -1,0 +1,116 @@
+"""The answers of a report, one sentence a section."""
+
+from collections.abc import Iterator
+
+from hpc_train.analysis.convergence.target import TargetRow, TargetStudy
+from hpc_train.analysis.report.labels import straggler_text, worst_run
+from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.rows import Row
+from hpc_train.analysis.scaling.strategies import Comparison, Entry
+from hpc_train.core.formatting import ms_text, percent, plain, plural, ratio_interval_text, ratio_text, significant
+from hpc_train.core.records import COMMUNICATION, PHASES
+
+_GROWN = 0.05  # of the baseline's step: a phase that grew by less is not worth a clause in the headline
+_MOST_NAMES = 3
+
+
+def headline(group: Group, named: bool = False, advice: str = "") -> str:
+    """The largest complete size against the baseline. named: with the group's label. advice: "ask for 16 nodes"."""
+    answer = _answer(group)
+    return (f"{plain(group.label)}: " if named else "") + answer + (f"; {advice}" if advice else "")
+
+
+def _answer(group: Group) -> str:
+    row, baseline = group.largest, group.baseline
+    if row is None or baseline is None:
+        return _answer_without_baseline(group)
+    assert row.speedup is not None
+    ranks, over = plural(row.size, "rank"), plural(baseline.size, "rank")
+    efficiency, times = f"{percent(row.efficiency, 0)} efficiency", ratio_text(row.speedup)
+    low, high = row.speedup_interval or (row.speedup, row.speedup)
+    if low <= 1 <= high:
+        interval = f"95% interval {ratio_interval_text(row.speedup_interval)}"
+        speed = f"not measurably faster than {over} ({times}, {interval}, {efficiency})"
+    elif row.speedup < 1:
+        speed = f"slower than {over}, {times} its speed ({efficiency})"
+    else:
+        return f"{ranks}: {times} over {over}{' in samples/s' * group.weak} ({efficiency}){_lost(row)}"
+    grown = "".join(f", {growth}" for growth in _growths(row, baseline))
+    return f"{ranks}: {speed}{_lost(row)}{grown}"
+
+
+def _answer_without_baseline(group: Group) -> str:
+    row = next((row for row in reversed(group.rows) if not row.incomplete), group.rows[-1])
+    speed = "no steady step recorded"
+    if row.step_s:
+        speed = f"{ms_text(row.step_s)} ms a step, {significant(row.samples_per_s, 4)} samples/s"
+    return f"{plural(row.size, 'rank')}: {speed}; no baseline, so no speedup{_lost(row)}"
+
+
+def _lost(row: Row) -> str:
+    """What keeps the row from the ideal: exposed communication, and the stragglers that cause most of it."""
+    share, waiting = row.exposed_share, waiting_text(row)
+    most = max((each.share for each in row.stragglers), default=0.0)
+    if share is None or (waiting and most >= 0.5 * share):  # exposed communication is then mostly that wait
+        return waiting
+    return f"; {percent(share, 0)} of the step is exposed communication{waiting}"
+
+
+def _growths(row: Row, baseline: Row) -> Iterator[str]:
+    """The other phases that take notably longer per step and rank than at the baseline."""
+    before, after = baseline.phase_s, row.phase_s
+    notable = _GROWN * sum(before.values())
+    for phase in PHASES:
+        if phase not in COMMUNICATION and after[phase] - before[phase] > notable:
+            yield f"{phase} grew from {ms_text(before[phase])} to {ms_text(after[phase])} ms"
+
+
+def waiting_text(row: Row) -> str:
+    """ "; 14% lost to waiting for rank 5 on c3", "" without stragglers."""
+    worst = worst_run(row)
+    if worst is None or not worst.stragglers:
+        return ""
+    names = [straggler_text(straggler) for straggler in worst.stragglers[:_MOST_NAMES]]
+    num_more = len(worst.stragglers) - len(names)
+    last = f"{num_more} more" if num_more else names.pop()
+    whom = f"{', '.join(names)} and {last}" if names else last
+    is_sporadic = not any(straggler.persistent for straggler in worst.stragglers)
+    return f"; {percent(worst.share, 0)} lost to waiting for {whom}{', sporadically' if is_sporadic else ''}"
+
+
+def strategy_headline(comparison: Comparison, named: bool = False) -> str:
+    """The strategies' speeds at the largest number of ranks with a ratio. "" for none, and for 1: it sends nothing."""
+    size = max(comparison.sizes, default=1)
+    if size == 1:
+        return ""
+    entries = [entry for entry in comparison.entries if entry.row.size == size and entry.ratio is not None]
+    entries.sort(key=lambda entry: -(entry.ratio or 0))
+    speeds = ", ".join(f"{entry.where} {_speed_text(entry)}" for entry in entries)
+    name = f"{plain(comparison.label)}: " if named else ""
+    return f"{name}{plural(size, 'rank')} on equal work, speed against {comparison.reference}: {speeds}"
+
+
+def _speed_text(entry: Entry) -> str:
+    speed = f"{ms_text(entry.row.step_s)} ms a step" if entry.is_reference else ratio_text(entry.ratio or 0.0)
+    low, high = entry.ratio_interval or (0.0, 0.0)
+    return f"{speed} (no measurable difference)" if low <= 1 <= high else speed
+
+
+def target_headline(study: TargetStudy) -> str:
+    """The answer of the largest size in one sentence; "" if there is none."""
+    row, reference = study.largest, study.reference
+    if row is None or reference is None or row.speedup is None:
+        return ""
+    sizes = plural(row.size, "rank") + _batch(study, row), plural(reference.size, "rank") + _batch(study, reference)
+    speed = f"{sizes[0]}: {ratio_text(row.speedup)} over {sizes[1]} in time to a loss of {significant(study.target)}"
+    efficiencies = f"{percent(row.efficiency, 0)} efficiency"
+    if row.throughput_efficiency is not None:
+        efficiencies += f", {percent(row.throughput_efficiency, 0)} by samples/s"
+    more = 1 / row.statistical if row.statistical else 1.0
+    samples = f"; it takes {significant(more)} times the samples" if abs(more - 1) > 0.01 else ""
+    return f"{speed} ({efficiencies}){samples}"
+
+
+def _batch(study: TargetStudy, row: TargetRow) -> str:
+    batches = {each.global_batch for each in study.rows}
+    return f" (batch {row.global_batch})" if len(batches) > 1 else ""
