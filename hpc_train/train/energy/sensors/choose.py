@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
+from hpc_train.core.formatting import plural
 from hpc_train.train.energy.sensors.amdgpu import amdgpu_meters
 from hpc_train.train.energy.sensors.cray import cray_meters
 from hpc_train.train.energy.sensors.hwmon import amd_energy_meters, intel_gpu_meters, module_meters, node_power_meters
@@ -55,5 +56,5 @@ def _next(gpus: list[Meter]) -> int:
 def estimate_meter(num_cores: int, watts_per_core: float) -> Meter:
     """An assumption instead of a meter: each core of this node's ranks draws `watts_per_core` during the run."""
     watts = num_cores * watts_per_core
-    source = f"estimate: {watts_per_core:g} W x {num_cores} core{'s' * (num_cores != 1)} a node"
+    source = f"estimate: {watts_per_core:g} W x {plural(num_cores, 'core')} a node"
     return Meter("cores", source, "estimated", lambda: monotonic() * watts)
