@@ -56,7 +56,6 @@ test-all:
 	@$(MAKE) --no-print-directory test-parallel RANKS="1 2 3 4" QUICK=
 	python -m pytest tests/slurm $(FAULTS:%=--ignore=%)
 	@$(MAKE) --no-print-directory test-faults test-fuzz
-	python -m tests.benchmarks.io --quick --no-peers
 
 # On two cores. What is left over at the end of one process, the other takes.
 test-serial:

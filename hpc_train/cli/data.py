@@ -12,6 +12,7 @@ import click
 from hpc_train.cli.options import by_first_rank
 from hpc_train.core import child_process
 from hpc_train.core.errors import require
+from hpc_train.core.formatting import amount, binary_size
 from hpc_train.core.job_environment import JobEnvironment
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _info_lines(facts: dict[str, Any]) -> Iterator[str]:
 
     for file in facts["files"]:
         stripes = f", {file['stripes']} stripes" if file["stripes"] is not None else ""
-        yield f"{file['path']}: {file['bytes'] / 1e6:,.1f} MB on {file['file_system']}{stripes}"
+        yield f"{file['path']}: {amount(file['bytes'], 'B')} on {file['file_system']}{stripes}"
         yield from (f"  {key}: {value}" for key, value in file["attributes"].items())
         for name, data in file["datasets"].items():
             yield f"  {name}: {_shape(data['shape']) or 'one value'} {data['dtype']}, {_layout(data)}"
@@ -115,10 +116,10 @@ def _shape(sizes: Sequence[int]) -> str:
 
 
 def _layout(data: dict[str, Any]) -> str:
-    parts = [f"{data['bytes'] / 1e6:,.1f} MB", data["layout"]]
+    parts = [amount(data["bytes"], "B"), data["layout"]]
     if data["chunk"]:
         parts[-1] += f" {_shape(data['chunk'])}"
-        parts.append(f"{data['chunk_bytes'] / (1 << 20):,.3f} MiB each")
+        parts.append(f"{binary_size(data['chunk_bytes'])} each")
     if data["sources"]:
         parts.append(f"from {', '.join(data['sources'])}")
     parts += data["filters"]
@@ -135,7 +136,7 @@ def _speed_lines(data: dict[str, Any]) -> Iterator[str]:
     elif speed:
         labels = {"shuffled": "shuffled", "shuffled_again": "again", "sequential": "in order"}
         yield "    read here: " + "; ".join(
-            f"{labels[order]} {each['samples_per_s']:,.0f} samples/s, {each['bytes_per_s'] / 1e6:,.0f} MB/s"
+            f"{labels[order]} {each['samples_per_s']:,.0f} samples/s, {amount(each['bytes_per_s'], 'B/s')}"
             f" ({each['page_cache']} page cache)"
             for order, each in speed.items()
         )
@@ -148,7 +149,7 @@ def check_lines(checked: "Checked") -> Iterator[str]:
     num_files = len(checked.files)
     ranks = f" by {checked.num_ranks} ranks" if checked.num_ranks > 1 else ""
     files = checked.files[0] if num_files == 1 else f"{num_files:,} files, {checked.files[0]} the first"
-    yield f"{files}: {checked.num_bytes / 1e6:,.1f} MB, read in {checked.seconds:.1f} s{ranks}"
+    yield f"{files}: {amount(checked.num_bytes, 'B')}, read in {checked.seconds:.1f} s{ranks}"
     for name, facts in checked.datasets.items():
         yield f"  {name}: {', '.join(_dataset_facts(facts))}; {facts['verified_by'] or 'no checksums: only readable'}"
     if checked.warnings:

@@ -81,6 +81,7 @@ def generate(
     from hpc_train.train.comm.startup import open_context
 
     with open_context(use_mpi=False):
+        from hpc_train.train.generate import Decoding
         from hpc_train.train.generate import generate as write
 
-        click.echo(write(run, overrides, prompt, tokens, temperature, top_k, seed))
+        click.echo(write(run, overrides, prompt, Decoding(tokens, temperature, top_k, seed)))

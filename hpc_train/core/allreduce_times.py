@@ -1,8 +1,8 @@
-"""What `bench allreduce` measures and `plan` reads: times of all-reduces, and what a network is by them.
+"""Times of all-reduces, which `bench allreduce` measures and `plan` reads, and the network's latency and bandwidth.
 
-A ring all-reduce of S bytes over N ranks takes 2 (N-1) steps, each of a latency alpha and S/N bytes at beta seconds a
-byte: T = 2 (N-1) alpha + 2 (N-1)/N S beta (Thakur et al., "Optimization of collective communication operations in
-MPICH", IJHPCA 2005, without its term for the additions, which beta takes in).
+A ring all-reduce of S bytes over N ranks takes 2 (N-1) steps, each with a latency alpha and S/N bytes at beta seconds
+per byte: T = 2 (N-1) alpha + 2 (N-1)/N S beta (Thakur et al., "Optimization of collective communication operations in
+MPICH", IJHPCA 2005; beta includes its term for the additions).
 """
 
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from hpc_train.core.statistics import LEVELS, NUM_RESAMPLES, Interval, nonnegati
 SCHEMA = 1
 OURS = ("horovod", "mpi", "parameter_server", "sharded")  # reduce.strategy
 PEERS = ("plain_mpi", "ddp_gloo")  # one blocking MPI_Allreduce; torch.distributed's all_reduce over gloo
-LIMITS = ("memory", "link")  # a copy by all ranks at once; one way between two ranks
+LIMITS = ("memory", "link")  # a copy on all ranks at once; one direction between two ranks
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way of summing `message_bytes` on all of `ranks`, on `nodes` hosts with at most `ranks_per_node` each.
+    """One strategy for `message_bytes` on `ranks` ranks of `nodes` hosts, with at most `ranks_per_node` each.
 
-    strategy: of OURS, PEERS, or a limit of LIMITS. samples_s: seconds of one call, a mean over several in a row and the
-    slowest rank's; the samples of all strategies were taken in turns, so equal places belong together.
+    strategy: one of OURS, PEERS or LIMITS. samples_s: seconds per call on the slowest rank, each the mean of several
+    calls. Strategies were sampled in turns, so samples with the same index belong together.
     """
 
     strategy: str
@@ -36,7 +36,7 @@ class Row:
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """Where: ranks, nodes, ranks per node."""
+        """(ranks, nodes, ranks per node)"""
         return self.ranks, self.nodes, self.ranks_per_node
 
     @property
@@ -51,8 +51,9 @@ class Row:
 
     @property
     def bytes_per_s(self) -> float:
-        """Of an all-reduce its bus bandwidth, as nccl-tests defines it: S/T times 2 (N-1)/N, the bytes that a ring
-        moves into each rank, so that it may be held against a link whatever N is. Of a limit, S/T.
+        """Bus bandwidth of an all-reduce, as nccl-tests defines it; S/T of a limit.
+
+        S/T times 2 (N-1)/N is what a ring moves into each rank, and comparable with a link for any N.
         """
         factor = 1.0 if self.strategy in LIMITS else 2 * (self.ranks - 1) / self.ranks
         return factor * self.message_bytes / self.time_s
@@ -60,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fit:
-    """Alpha and beta of one strategy on one number of ranks; intervals hold 95% of refits to resampled sizes.
+    """Alpha and beta of one strategy on one number of ranks, with 95% bootstrap intervals over the sizes.
 
     error: the median over sizes of |predicted - measured| / measured.
     """
@@ -80,14 +81,14 @@ class Fit:
 
 
 def _shape(ranks: int, message_bytes: np.ndarray) -> np.ndarray:
-    """Rows of (what alpha counts, what beta counts)."""
+    """The design matrix: columns for alpha and beta."""
     return 2 * (ranks - 1) * np.stack([np.ones(len(message_bytes)), message_bytes / ranks], axis=1)
 
 
 def fit(rows: Sequence[Row]) -> Fit:
-    """Alpha and beta of one strategy's rows on the same ranks, of two sizes or more.
+    """Alpha and beta from one strategy's rows on the same ranks, with two sizes or more.
 
-    Least squares of the relative errors, neither below 0: times span six powers of ten, and each size counts alike.
+    Non-negative least squares of relative errors, so that every size counts alike: times span six powers of ten.
     """
     times_s = np.array([row.time_s for row in rows])
     scaled = _shape(rows[0].ranks, np.array([row.message_bytes for row in rows], float)) / times_s[:, None]
@@ -106,7 +107,7 @@ def fit(rows: Sequence[Row]) -> Fit:
 
 
 def fits(rows: Sequence[Row]) -> list[Fit]:
-    """A fit for each strategy in each place of which two sizes or more were measured."""
+    """A fit for each strategy and place with two sizes or more."""
     groups: dict[tuple[str, tuple[int, int, int]], list[Row]] = {}
     for row in rows:
         if row.strategy not in LIMITS:
@@ -115,8 +116,9 @@ def fits(rows: Sequence[Row]) -> list[Fit]:
 
 
 def rank_groups(hosts: Sequence[str]) -> list[tuple[int, ...]]:
-    """The sets of ranks to measure, of all ranks' hosts: 2, 4, 8 ... and all of the first node's ranks, the first rank
-    of 2, 4, 8 ... and all nodes, and all ranks; rank 0 is in each.
+    """The groups of ranks to measure, given every rank's host. Rank 0 is in each.
+
+    2, 4, 8 ... and all ranks of the first node, the first rank of 2, 4, 8 ... and all nodes, and all ranks.
     """
     inside = [rank for rank, host in enumerate(hosts) if host == hosts[0]]
     between = [hosts.index(host) for host in dict.fromkeys(hosts)]
@@ -138,7 +140,7 @@ def sizes(least_bytes: int, most_bytes: int) -> list[int]:
 
 
 def pair_ratios(rows: Sequence[Row], strategy: str, message_bytes: int) -> dict[tuple[int, int, int], list[float]]:
-    """By place, the speed of `strategy` over that of one MPI_Allreduce of the same bytes, sample by sample."""
+    """By place, the speed of `strategy` relative to one MPI_Allreduce of the same size, sample by sample."""
     found = {(row.place, row.strategy): row for row in rows if row.message_bytes == message_bytes}
     return {
         place: np.divide(found[place, "plain_mpi"].samples_s, row.samples_s).tolist()
@@ -148,7 +150,7 @@ def pair_ratios(rows: Sequence[Row], strategy: str, message_bytes: int) -> dict[
 
 
 def record(rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:
-    """What is saved as JSON; `facts`: hosts, mpi and whatever else was known."""
+    """The JSON file; `facts`: hosts, mpi and other metadata."""
     return {
         "schema": SCHEMA,
         "kind": "allreduce",

@@ -1,6 +1,6 @@
-"""Which variables of the environment a run directory keeps.
+"""The environment variables that a run directory records: those that affect the speed of computing and communication.
 
-By name, so that no secret ends up in a folder that people pass around: what decides how fast ranks compute and talk.
+Variables are selected by name, because people share run directories, and other variables may be secrets.
 """
 
 import re
@@ -45,17 +45,17 @@ _NAMES = frozenset(
         "TMPDIR",
     )
 )
-# What mpirun tells its own processes through the environment: addresses, folders and keys of this one launch.
+# mpirun's own variables for its processes: addresses, folders and keys of one launch.
 _LAUNCH = re.compile(r"OMPI_MCA_(orte_|ess|pmix|plm|initial_wdir|shmem_RUNTIME)")
 
 
 def recorded(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that decide how fast a run is, sorted; secrets among them named but not shown."""
+    """The variables that affect speed, sorted by name; values that look like secrets are redacted."""
     return {name: variable(name, environ[name]) for name in sorted(environ) if _is_recorded(name)}
 
 
 def recorded_slurm(environ: Mapping[str, str]) -> dict[str, str]:
-    """What Slurm says of the job."""
+    """Slurm's description of the job."""
     return {name: variable(name, environ[name]) for name in SLURM_NAMES if name in environ}
 
 

@@ -5,6 +5,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from hpc_train.core.formatting import amount
 from hpc_train.core.redaction import printable
 
 
@@ -44,18 +45,14 @@ def not_written(path: str | Path, error: OSError, num_bytes: int) -> UserError:
 
 def room(folder: Path, error: OSError, num_bytes: int) -> str:
     """How much was to be written and, on a full disk, how much is free (the system does not report quotas)."""
-    needed = f"{_size(num_bytes)} are needed"
+    needed = f"{amount(num_bytes, 'B')} are needed"
     if error.errno != errno.ENOSPC:
         return needed
     try:
         disk = os.statvfs(folder)
     except OSError:
         return needed
-    return f"{needed}, {_size(disk.f_bavail * disk.f_frsize)} are free"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 100_000 else f"{num_bytes:,} bytes"
+    return f"{needed}, {amount(disk.f_bavail * disk.f_frsize, 'B')} are free"
 
 
 class JointFailure(Exception):

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from math import floor, isfinite, log10
 
-from hpc_train.core.energy_records import Energy
 from hpc_train.core.redaction import printable
 
 
@@ -20,8 +19,8 @@ def listed(names: Sequence[str], most: int) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 rank", "4 ranks"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    """ "1 rank", "4,096 ranks"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def significant(value: float | None, digits: int = 3) -> str:
@@ -60,11 +59,11 @@ def interval_text(interval: tuple[float, float] | None, scale: float) -> str:
     return f"{low:.{min(decimals, 6)}f}-{high:.{min(decimals, 6)}f}"
 
 
-def energy_text(joules: float | None, energy: Energy) -> str:
+def energy_text(joules: float | None, quality: str) -> str:
     """ "123 J", "123 J est." or "missing": a figure never stands without its quality."""
-    if joules is None or energy.quality == "missing":
+    if joules is None or quality == "missing":
         return "missing"
-    return amount(joules, "J") + (" est." if energy.quality == "estimated" else "")
+    return amount(joules, "J") + (" est." if quality == "estimated" else "")
 
 
 def amount(value: float | None, unit: str) -> str:

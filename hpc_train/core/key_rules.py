@@ -7,6 +7,7 @@
 from collections.abc import Iterator
 
 from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import plural
 from hpc_train.core.settings import RECORDED, Config, Rl
 
 _KINDS_WITH_DATA = ("classification", "language", "masked_language")
@@ -79,7 +80,7 @@ def _energy_keys(config: Config) -> Iterator[str]:
 def check_ranks(config: Config, num_ranks: int) -> None:
     """Raises `UserError` if the job cannot train on `num_ranks` ranks."""
     train, reduce = config.train, config.reduce
-    ranks = f"{num_ranks} rank{'s' * (num_ranks != 1)}"
+    ranks = plural(num_ranks, "rank")
     if reduce.strategy == "local" and num_ranks > 1:
         raise UserError(
             f"reduce.strategy = 'local' is one process, and there are {ranks}",

@@ -20,6 +20,7 @@ from typing import IO
 
 from hpc_train.core import owned_files
 from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import amount, plural
 from hpc_train.core.progress import StepProgress
 from hpc_train.core.rundir import write_atomic
 from hpc_train.datasets import storage
@@ -57,22 +58,14 @@ def stage(url: str, folder: Path, context: Context, wait_s: float) -> Path:
 def _summary(nodes: list[Staged]) -> str:
     first, copied = nodes[0], [staged for staged in nodes if not staged.is_reused]
     source = "as its source says" if first.is_published else "its source says none"
-    text = f"{first.path.name}: {_size(first.num_bytes)}, sha256 {first.sha256[:16]}... ({source})"
+    text = f"{first.path.name}: {amount(first.num_bytes, 'B')}, sha256 {first.sha256[:16]}... ({source})"
     if copied:
         slowest_s = max(staged.spent_s for staged in copied)
         speed = f"{first.num_bytes / 1e6 / slowest_s:,.0f} MB/s each"
-        text += f"; copied to {_nodes(len(copied))} in {slowest_s:.1f} s, {speed}, read back and equal"
+        text += f"; copied to {plural(len(copied), 'node')} in {slowest_s:.1f} s, {speed}, read back and equal"
     if len(copied) < len(nodes):
-        text += f"; reused on {_nodes(len(nodes) - len(copied))}, where it was complete"
+        text += f"; reused on {plural(len(nodes) - len(copied), 'node')}, where it was complete"
     return text
-
-
-def _nodes(number: int) -> str:
-    return f"{number} node{'s' * (number != 1)}"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def _stage_here(url: str, folder: Path, wait_s: float, is_root: bool) -> Staged:
@@ -192,7 +185,8 @@ def _reserve(source: Source, target: _PartialFile) -> None:
             raise
         where = f"{target.path.parent} on {socket.gethostname()}"
         raise UserError(
-            f"{source.name} needs {_size(source.num_bytes)}, and {where} has {_size(free)} free ({error.strerror})",
+            f"{source.name} needs {amount(source.num_bytes, 'B')}, and {where} has {amount(free, 'B')} free"
+            f" ({error.strerror})",
             "Name a folder with more room, or make room.",
         ) from None
 

@@ -1,6 +1,6 @@
 """All checks in order: what later ones depend on comes first."""
 
-from hpc_train.doctor import hardware, job, network, room, software, storage
+from hpc_train.doctor import disk_space, hardware, job, network, software, storage
 from hpc_train.doctor.check import Check
 
 _NETWORK = "export OMPI_MCA_btl_tcp_if_include=INTERFACE   # one that hosts share: ip -br addr; is there a firewall?"
@@ -26,8 +26,8 @@ CHECKS = (
     Check("Horovod", software.probe_horovod, software.evaluate_horovod, _NETWORK, _HOROVOD, limit_s=60.0),
     Check("parallel file", storage.probe_parallel_file, storage.evaluate_parallel_file, _FILES, ("h5py",)),
     Check("file locks", storage.probe_locks, storage.evaluate_locks, _FILES),
-    Check("stripes", room.probe_stripes, room.evaluate_stripes, _FILES),
-    Check("disk space", room.probe_room, room.evaluate_room, _FILES, ("torch", "h5py")),
+    Check("stripes", storage.probe_stripes, storage.evaluate_stripes, _FILES),
+    Check("disk space", disk_space.probe_disk_space, disk_space.evaluate_disk_space, _FILES, ("torch", "h5py")),
     Check("energy meters", hardware.probe_meters, hardware.evaluate_meters, "nvidia-smi"),
     Check("Slurm", job.probe_slurm, job.evaluate_slurm, ""),
     Check("clocks", job.probe_clocks, job.evaluate_clocks, _NETWORK, _MPI),

@@ -242,7 +242,7 @@ def probe_meters(subject: Subject) -> Values:
             sleep(_POLL_S)
             still = [(meter, was) for meter, was in still if meter.read() <= was]
         stuck = [f"{meter.domain} ({meter.source})" for meter, _ in still]
-        broken = next(iter(choice.faults), None)
+        broken = next(iter(choice.unreadable), None)
     except OSError as error:
         stuck, broken = [], str(error)
     # RAPL adds nothing where another meter already measures the processors.

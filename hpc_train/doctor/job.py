@@ -12,7 +12,7 @@ import numpy as np
 
 from hpc_train.core.formatting import plural
 from hpc_train.core.job_environment import JobEnvironment
-from hpc_train.doctor import carriers
+from hpc_train.doctor import transport_counters
 from hpc_train.doctor.check import (
     Answer,
     Finding,
@@ -135,7 +135,7 @@ def probe_fork(subject: Subject) -> Values:
     intact: whether the parent's receive buffer is unchanged, and MPI still receives into it.
     """
     values: Values = {"spawn_error": None, "fork_error": None, "intact": True, "kernel": platform.release()}
-    values["verbs"] = [name for name in carriers.open_devices() if "uverbs" in name]
+    values["verbs"] = [name for name in transport_counters.open_devices() if "uverbs" in name]
     values["set"] = [name for name in _FORK_SAFE if subject.environ.get(name, "") not in ("", "0")]
     try:
         subprocess.run(("true",), check=True, timeout=5)  # vfork or posix_spawn, as for git and sacct

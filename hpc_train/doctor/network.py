@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hpc_train.core.formatting import binary_size
-from hpc_train.doctor import carriers
+from hpc_train.doctor import transport_counters
 from hpc_train.doctor.check import Answer, Finding, Subject, Values, by_host, fail, not_applicable, ok, time_text, warn
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
@@ -82,17 +82,17 @@ def probe_transport(subject: Subject) -> Values:
     context = subject.context
     _all_reduce(context, _COUNTED_BYTES)  # the first one opens connections
     context.barrier()
-    before = carriers.count(subject.root)
+    before = transport_counters.count(subject.root)
     context.barrier()  # no rank sends before all have counted
     for _ in range(_COUNTED_TIMES):
         _all_reduce(context, _COUNTED_BYTES)
-    moved = carriers.between(before, carriers.count(subject.root))
+    moved = transport_counters.between(before, transport_counters.count(subject.root))
     return {
         **moved,
         "payload": _COUNTED_BYTES * _COUNTED_TIMES,
-        "parts": carriers.loaded_parts(),
-        "devices": carriers.open_devices(),
-        "adapters": [asdict(each) for each in carriers.adapters(subject.root)],
+        "parts": transport_counters.loaded_parts(),
+        "devices": transport_counters.open_devices(),
+        "adapters": [asdict(each) for each in transport_counters.adapters(subject.root)],
     }
 
 

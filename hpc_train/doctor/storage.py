@@ -1,4 +1,4 @@
-"""The file systems of runs and data: parallel writing and reading, and locks."""
+"""The file systems of runs and data: parallel writing and reading, locks, stripes."""
 
 import fcntl
 import os
@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from hpc_train.core.filesystem import file_system
-from hpc_train.doctor.check import Answer, Finding, Subject, Values, fail, ok, warn
+from hpc_train.core.filesystem import file_system, stripe_count
+from hpc_train.core.formatting import binary_size, plural
+from hpc_train.doctor.check import Answer, Finding, Subject, Values, fail, not_applicable, ok, warn
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mpi_library import parallel_file_options
 
+_STRIPED_BYTES = 1 << 30  # smaller files gain little from more stripes
 _ROWS, _ROW_BYTES = 256, 1 << 13  # of a rank: 2 MiB
 
 # ---------------------------------------------------------------------------------------- parallel file
@@ -228,3 +230,43 @@ def _evaluate_place(what: str, answers: Sequence[Answer]) -> Finding:
             )
             return warn(seen, remedy, without)
     return ok(f"{where}: locks hold")
+
+
+# ---------------------------------------------------------------------------------------- stripes
+
+
+def probe_stripes(subject: Subject) -> Values:
+    """On the root: the number of Lustre servers (stripes) that have the data."""
+    data = subject.data_file
+    if data is None or not subject.context.world.is_root:
+        return {}
+    place = next(each for each in (data, *data.parents) if each.exists())
+    num_bytes = place.stat().st_size if place.is_file() else None
+    kind = file_system(place)
+    stripes = stripe_count(place) if kind == "lustre" else None
+    return {"place": str(place), "file_system": kind, "stripes": stripes, "bytes": num_bytes}
+
+
+def evaluate_stripes(answers: Sequence[Answer]) -> Finding:
+    """Whether large data are striped over several servers."""
+    values = answers[0].values
+    if not values:
+        return not_applicable("no data file named: hpc-train doctor CONFIG")
+    where = f"{values['place']} ({values['file_system']})"
+    if values["file_system"] != "lustre":
+        return not_applicable(f"{where}: users cannot set stripes there")
+    if values["stripes"] is None:
+        return warn(f"{where}: lfs does not print its stripe count", "module load lustre   # puts lfs on PATH")
+    seen = f"{where}: {plural(values['stripes'], 'stripe')}"
+    if (
+        values["stripes"] != 1
+        or len(answers) == 1
+        or (values["bytes"] is not None and values["bytes"] < _STRIPED_BYTES)
+    ):
+        return ok(seen)
+    if values["bytes"] is None:
+        return warn(f"{seen}, and no data yet", f"lfs setstripe -c 8 {values['place']}   # before hpc-train prepare")
+    return warn(
+        f"{seen}, and {len(answers)} ranks read its {binary_size(values['bytes'])}",
+        f"lfs migrate -c 8 {values['place']}",
+    )

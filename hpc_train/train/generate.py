@@ -1,6 +1,7 @@
 """Generates text: a language model's newest good checkpoint continues a prompt."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -18,15 +19,17 @@ from hpc_train.train.run.checkpoint.restore import read_newest
 from hpc_train.train.tasks.language import Language
 
 
-def generate(
-    path: Path,
-    overrides: tuple[str, ...],
-    prompt: str,
-    num_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-) -> str:
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are drawn. temperature 0: always the most likely token. top_k: from as many of the most likely."""
+
+    num_tokens: int
+    temperature: float
+    top_k: int | None
+    seed: int
+
+
+def generate(path: Path, overrides: tuple[str, ...], prompt: str, decoding: Decoding) -> str:
     """`prompt` and up to `num_tokens` tokens that the newest run at or below `path` generates after it.
 
     overrides: of the run's configuration, such as data.file=... if the data, which hold the tokenizer, have moved.
@@ -53,8 +56,7 @@ def generate(
     model.load_state_dict(state["model"])
     _say(f"Step {stated['step']} of {run.path}")
     tokens = [tokenizer.end_of_text, *map(int, tokenizer.encode("--prompt", prompt.encode(errors="surrogateescape")))]
-    torch.manual_seed(seed)
-    return tokenizer.decode(_sample(model.eval(), tokens, num_tokens, temperature, top_k, tokenizer.end_of_text)[1:])
+    return tokenizer.decode(_sample(model.eval(), tokens, decoding, tokenizer.end_of_text)[1:])
 
 
 def _say(line: str) -> None:
@@ -62,19 +64,18 @@ def _say(line: str) -> None:
 
 
 @torch.no_grad()
-def _sample(
-    model: Gpt, tokens: list[int], num_tokens: int, temperature: float, top_k: int | None, end_of_text: int
-) -> list[int]:
-    """`tokens` and those drawn after them, one by one. temperature 0: always the most likely token."""
-    for _ in range(num_tokens):
+def _sample(model: Gpt, tokens: list[int], decoding: Decoding, end_of_text: int) -> list[int]:
+    """`tokens` and those drawn after them, up to the end of the text."""
+    torch.manual_seed(decoding.seed)
+    for _ in range(decoding.num_tokens):
         seen = torch.tensor([tokens[-model.context :]])
         logits = model.logits(model.features(seen)[0, -1])[: model.vocab_size].float()  # of the last position alone
-        if top_k is not None and top_k < len(logits):
-            logits[logits < logits.topk(top_k).values[-1]] = float("-inf")
-        if temperature == 0:
+        if decoding.top_k is not None and decoding.top_k < len(logits):
+            logits[logits < logits.topk(decoding.top_k).values[-1]] = float("-inf")
+        if decoding.temperature == 0:
             drawn = int(logits.argmax())
         else:
-            drawn = int(torch.multinomial(torch.softmax(logits / temperature, 0), 1))
+            drawn = int(torch.multinomial(torch.softmax(logits / decoding.temperature, 0), 1))
         if drawn == end_of_text:
             break
         tokens.append(drawn)

@@ -28,11 +28,11 @@ from hpc_train.train.run.sanity_checks import (
     MAX_SKIPPED_IN_A_ROW,
     SkippedUpdate,
     check_weights_agree,
+    fault_in_test,
     raise_for_run_without_updates,
     raise_for_test,
     raise_for_update,
     raise_on_this_rank,
-    test_fault,
 )
 from hpc_train.train.setup import make_optimizer, open_batches, open_job, prepare_model
 from hpc_train.train.training_state import TrainingState, restore
@@ -159,7 +159,7 @@ def _skip_update(skipped: SkippedUpdate, training: TrainingState, saver: Saver) 
     continues = is_scaled or config.train.on_nonfinite == "skip"
     if continues and skipped.num_in_a_row < MAX_SKIPPED_IN_A_ROW:
         if context.world.is_root:
-            saver.log(f"Step {skipped.step}: {skipped.why}, its update is left out")
+            saver.log(f"Step {skipped.step}: {skipped.why}, its update is skipped")
     elif config.reduce.asynchronous:
         raise_on_this_rank(skipped, context)
     else:
@@ -184,7 +184,7 @@ def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder,
         context.on_root(partial(recorder.log, f"Stopped by {stopped_by} after step {num_steps - 1}. {saved}"))
         return CONTINUE if saver.is_enabled else TERMINATED
     measures = evaluate(training.job)
-    fault = test_fault(measures)
+    fault = fault_in_test(measures)
     recorder.finish(measures, fault)
     if fault:
         raise_for_test(fault, saved, context)

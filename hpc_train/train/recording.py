@@ -1,4 +1,4 @@
-"""The recorder for a training loop of another program: its steps, losses and joules in a run directory like ours.
+"""Records the training loop of another program: its steps, losses and energy, in a run directory for the reports.
 
     from hpc_train.train.recording import recording
 
@@ -8,8 +8,8 @@
                 ...
                 step.loss = loss
 
-The loop keeps its own communication: the recorder talks between ranks at the beginning and at the end, and never in
-between. So it costs nothing there, and what goes wrong in the loop is the loop's own affair.
+The loop keeps its own communication. The recorder communicates between ranks only at the beginning and at the end, so
+it neither costs time in the loop nor changes how the loop fails.
 """
 
 import os
@@ -42,7 +42,7 @@ from hpc_train.train.device import open_clock
 from hpc_train.train.run.attempt import open_attempt
 from hpc_train.train.run.recorder import Recorder
 
-_STARTED_SIZES = ("WORLD_SIZE", "HOROVOD_SIZE")  # what launchers without MPI tell their processes
+_SIZE_VARIABLES = ("WORLD_SIZE", "HOROVOD_SIZE")  # set by launchers that know no MPI
 
 
 @contextmanager
@@ -61,17 +61,19 @@ def recording(
     energy: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Iterator["Recording"]:
-    """Collective. Records a loop in `root/name/<stamp>-np<N>`, which `hpc-train report` reads; gives a `Recording`.
+    """Collective. Records a loop in `root/name/<stamp>-np<N>`, which `hpc-train report` reads; yields a `Recording`.
 
-    The ranks are those of torch.distributed where it is initialised, else MPI's (mpirun, srun), else this process.
-    global_batch: samples of all ranks in a step, the same for any number of ranks (strong scaling); or batch_per_rank
-    (weak): exactly one of them. model: counted and named. steps: if it is known. warmup_steps, the first ones, are
-    left out of speedups. log_every: steps between the root's lines. watts_per_core: assumed where no meter of the
-    processors can be read. timing: "phases" tells phases on a GPU, too, by waiting for it, which costs overlap.
-    energy: other settings of a job file's section [energy], {"idle_s": 10.0, "pue": 1.2} say. options: numbers,
-    text or lists that the loop depends on (lr=0.1): runs are compared where these agree.
+    The ranks are those of torch.distributed if it is initialised, else MPI's (mpirun, srun), else this process alone.
 
-    Raises `UserError` for what does not fit. An exception of the loop passes through as it is: what was recorded until
+    Exactly one of global_batch (samples of all ranks in a step, for any number of ranks: strong scaling) and
+    batch_per_rank (weak scaling) is required. model: its parameters are counted and its class is recorded. steps: their
+    number, if known. warmup_steps: that many first steps do not count in speedups. log_every: steps between the root's
+    lines. watts_per_core: assumed if no meter of the processors can be read. timing: "phases" times phases on a GPU,
+    too, by waiting for it, which costs overlap. energy: further settings of a job file's section [energy], such as
+    {"idle_s": 10.0, "pue": 1.2}. options: numbers, text or lists that the loop depends on (lr=0.1); reports compare
+    runs in which these agree.
+
+    Raises `UserError` for invalid arguments. An exception of the loop passes through unchanged: what was recorded until
     then is kept, and the run is incomplete.
     """
     values: dict[str, Any] = {
@@ -87,7 +89,7 @@ def recording(
         },
         "reduce": {"strategy": "own"},
         "energy": {"watts_per_core": float(watts_per_core), **(energy or {})},
-        "run": {"root": str(root), "progress": "plain"},  # a bar would break into the program's own lines
+        "run": {"root": str(root), "progress": "plain"},  # a bar would garble the program's own lines
     }
     loaded = from_values(values, "recording()")
     with _ranks() as context, open_attempt(loaded, context, "never") as attempt:
@@ -96,7 +98,7 @@ def recording(
         recorder = Recorder(loaded, context, place_ranks(context, torch.get_num_threads()), attempt, clock)
         batch_size = loaded.config.train.batch_size(context.world.size)
         with recorder:
-            recorder.start(0, model, {"global_batch": batch_size} | _facts(context, device))
+            recorder.start(0, model, {"global_batch": batch_size} | _metadata(context, device))
             loop = Recording(recorder, context.world, batch_size, log_every)
             yield loop
             recorder.stop("complete")
@@ -104,18 +106,18 @@ def recording(
         whole = _with_steps(loaded, num_steps)
         context.on_root(lambda: recorder.rewrite(whole, losses))
         recorder.finish(loop.test)
-    _leave_together()
+    _exit_together()
 
 
 class Recording:
-    """What the loop sees. `step()` around each step, from the first to the last line that belongs to it.
+    """The recorder as the loop uses it: `step()` goes around each step, from its first to its last line.
 
-    Where a phase of the step is marked (`with recorder.forward: ...`; `data`, `forward`, `backward`, `reduce` and
-    `optimizer`, not one inside another) the report says what it took. Steps follow each other without a gap: what is
-    not marked, and what lies between two steps, is "other". `pause` is for what belongs to no step.
+    Phases of a step may be marked: `with recorder.data`, `forward`, `backward`, `reduce` and `optimizer`, not nested.
+    The report then shows their times. Steps follow each other without a gap: time that is not marked, and time between
+    two steps, is "other". `pause` goes around work that belongs to no step.
 
-    test: measures of the trained model, for the report: recorder.test["accuracy"] = 0.98, alike on every rank or on
-    the root alone.
+    test: results of the trained model for the report, such as recorder.test["accuracy"] = 0.98; the same on every rank,
+    or set on the root alone.
     """
 
     def __init__(self, recorder: Recorder, world: World, batch_size: int, log_every: int) -> None:
@@ -130,12 +132,12 @@ class Recording:
         self.test: dict[str, float] = {}
 
     def step(self) -> "Step":
-        """The next step: `with recorder.step() as step: ...`. One that ends with an exception is not recorded."""
+        """The next step: `with recorder.step() as step: ...`. A step that raises is not recorded."""
         return self._step
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What happens meanwhile belongs to no step: a validation, a checkpoint. Its joules are counted."""
+        """Time inside the block belongs to no step, as for a validation or a checkpoint. Its energy counts."""
         began_ns = perf_counter_ns()
         yield
         self._recorder.clock.exclude(perf_counter_ns() - began_ns)
@@ -157,9 +159,9 @@ class Recording:
             self._read_losses()
 
     def losses_of_all(self, context: Context) -> tuple[int, list[tuple[int, float]]]:
-        """Collective. (steps of all ranks, [(step, loss)]): means over all ranks' samples, where losses were given.
+        """Collective. (number of steps, [(step, loss)]): means over all ranks' samples of the steps that set a loss.
 
-        Ranks may have taken unequal numbers of steps: the first ones, common to all, count.
+        If ranks have taken unequal numbers of steps, the first ones, common to all, count.
         """
         self._read_losses()
         num_steps = -int(context.max(np.array([-len(self._losses)]))[0])
@@ -169,16 +171,16 @@ class Recording:
         return num_steps, [(step, total[step] / count[step]) for step in np.flatnonzero(count).tolist()]
 
     def _read_losses(self) -> None:
-        """Tensors to numbers, many at a time: each of them makes a GPU's loop wait."""
+        """Converts tensors to numbers. Rarely, because each conversion makes a GPU's loop wait."""
         self._losses.extend(0.0 if loss is None else float(loss) for loss in self._unread)
         self._unread.clear()
 
 
 class Step:
-    """A step of the loop, which may say more of it.
+    """A step of the loop, which may set its attributes.
 
-    loss: the mean over this rank's samples, a number or a tensor of one; None: not known. num_samples: of this rank, by
-    default its part of the global batch.
+    loss: the mean over this rank's samples, as a number or a tensor with one element; None: unknown. num_samples: of
+    this rank; by default its part of the global batch.
     """
 
     __slots__ = ("_recording", "_share", "loss", "num_samples")
@@ -200,35 +202,35 @@ class Step:
 
 
 def _ranks() -> AbstractContextManager[Context]:
-    """The ranks that the program's loop runs on. Raises UserError where they cannot be told."""
+    """The ranks that the program's loop runs on. Raises UserError if they cannot be determined."""
     if distributed.is_available() and distributed.is_initialized():
         return join_process_group()
     job = JobEnvironment.current()
     if job.is_launched:
         return join_mpi()
-    sizes = {name: os.environ.get(name, "1") for name in _STARTED_SIZES} | {"srun's tasks": str(job.size or 1)}
+    sizes = {name: os.environ.get(name, "1") for name in _SIZE_VARIABLES} | {"srun's tasks": str(job.size or 1)}
     for name, size in sizes.items():
         if size != "1":
             raise UserError(
-                f"{name} = {size}: this process is one of several, and cannot reach the others",
+                f"{name} = {size}: this process is one of several, but has no connection to the others",
                 "Call torch.distributed.init_process_group() before recording(), or start the ranks with mpirun.",
             )
     return nullcontext(Context(World(host=socket.gethostname())))
 
 
-def _leave_together() -> None:
-    """Collective. Where Horovod started MPI, it ends MPI on every rank as soon as one rank's process ends.
+def _exit_together() -> None:
+    """Collective. Horovod, if it started MPI, ends MPI on every rank as soon as one rank's process ends.
 
-    So no rank may leave before all have made their last call of MPI. A barrier of MPI cannot tell: a rank may be in it
-    still when another has left it. Horovod's own is waited for outside of MPI.
+    No rank may therefore leave before all have made their last call of MPI. MPI's own barrier does not ensure that: a
+    rank may still be inside it when another has left. Horovod's barrier is waited for outside of MPI.
     """
     hvd = sys.modules.get("horovod.torch")
     if hvd is not None and hvd.is_initialized():
         hvd.barrier()
 
 
-def _facts(context: Context, device: torch.device) -> dict[str, Any]:
-    """What meta.json says of a recorded loop besides what it says of every run."""
+def _metadata(context: Context, device: torch.device) -> dict[str, Any]:
+    """Entries of meta.json that only recorded loops have."""
     through = "MPI"
     if context.comm is None:
         through = "nothing: one process"
@@ -241,7 +243,7 @@ def _facts(context: Context, device: torch.device) -> dict[str, Any]:
 
 
 def _model_name(model: nn.Module | None) -> str:
-    """The class of the model; of the one inside where torch has wrapped it to be trained on several ranks."""
+    """The class of the model, or of the model inside torch's wrappers for training on several ranks."""
     if model is None:
         return "unknown"
     wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
@@ -249,7 +251,7 @@ def _model_name(model: nn.Module | None) -> str:
 
 
 def _with_steps(loaded: Loaded, num_steps: int) -> Loaded:
-    """The configuration of a loop that has ended: now its steps are known."""
+    """The configuration of a loop that has ended, whose number of steps is now known."""
     config = loaded.config
     train = config.train.model_copy(update={"steps": max(1, num_steps)})
     return replace(loaded, config=config.model_copy(update={"train": train}))

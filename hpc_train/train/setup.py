@@ -25,7 +25,8 @@ from hpc_train.train.onednn import compile_model, warn_of_channels_last
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.reduce.reducer import Reducer
 from hpc_train.train.reduce.sharded_weights import whole_parameters
-from hpc_train.train.tasks import Task, checked_loss, open_task
+from hpc_train.train.tasks import Task, open_task
+from hpc_train.train.tasks.first_batch import checked_loss
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ def test_a_mistake_is_one_message(tmp_path: Path, words: tuple[object, ...], mes
     assert message in done.err and "Traceback" not in done.err
 
 
+@pytest.mark.thorough
 def test_the_benchmark_against_bounds_and_peers_runs_to_its_table(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "tests.benchmarks.io", "--quick", "--work", tmp_path]
     done = subprocess.run(words, cwd=jobs.ROOT, env=jobs.environment(), capture_output=True, text=True, timeout=280)

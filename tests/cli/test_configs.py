@@ -63,6 +63,7 @@ def test_every_job_with_an_aim_is_shipped() -> None:
     assert {row.job for row in models.ROWS} <= {path.stem for path in JOBS}
 
 
+@pytest.mark.thorough
 def test_the_table_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole job, and one that misses its aim; what is complete is not trained again."""
     monkeypatch.chdir(tmp_path)

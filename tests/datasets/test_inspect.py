@@ -417,9 +417,9 @@ def test_advice(tmp_path: Path) -> None:
     assert "not compressed" in one_advice(noise, chunks=(1024, 32, 32)).what
     assert "each is in 4 of them" in one_advice(plain, chunks=(1024, 16, 16), **gzip).what
     assert "one sample a chunk" in one_advice(plain, chunks=(1, 32, 32), **gzip).what
-    assert "chunks of 10.0 KiB" in one_advice(plain, chunks=(10, 32, 32), **gzip).what
+    assert "chunks of 10 KiB" in one_advice(plain, chunks=(10, 32, 32), **gzip).what
     large = np.zeros((16384, 32, 32), np.uint8)
-    assert "chunks of 16.0 MiB" in one_advice(large, chunks=(16384, 32, 32), **gzip).what
+    assert "chunks of 16 MiB" in one_advice(large, chunks=(16384, 32, 32), **gzip).what
     assert "no checksums" in one_advice(plain, chunks=(1024, 32, 32), compression="gzip").what
     assert "8-byte floats" in one_advice(rng.random((8, 4))).what
     assert "byte order" in one_advice(rng.random((8, 4)).astype(">f4")).what

@@ -16,7 +16,7 @@ import torch
 from hpc_train.core.filesystem import stripe_count
 from hpc_train.core.settings import Config, Data, Task, Train
 from hpc_train.core.world import World
-from hpc_train.doctor import carriers, hardware, job, network, room, software, storage, supervisor
+from hpc_train.doctor import disk_space, hardware, job, network, software, storage, supervisor, transport_counters
 from hpc_train.doctor.check import Answer, Finding, Subject, places, spans, time_text
 from hpc_train.train.comm.context import Context
 from hpc_train.train.optimize import Optimizer
@@ -106,22 +106,25 @@ def test_adapters_and_their_counters_are_read_from_sys(tmp_path: Path) -> None:
     record(ports / "mlx5_0/ports/1", link_layer="InfiniBand", state="4: ACTIVE", counters__port_rcv_data="1000")
     record(ports / "rxe0/ports/1", link_layer="Ethernet", state="1: DOWN", hw_counters__rcvd_pkts="3")
     (tmp_path / "sys/class/cxi/cxi0").mkdir(parents=True)
-    found = {each.name: (each.kind, each.active) for each in carriers.adapters(tmp_path)}
+    found = {each.name: (each.kind, each.active) for each in transport_counters.adapters(tmp_path)}
     assert found == {"mlx5_0:1": ("InfiniBand", True), "rxe0:1": ("RoCE", False), "cxi0": ("Slingshot", True)}
-    before = carriers.count(tmp_path)
+    before = transport_counters.count(tmp_path)
     assert before.rdma == {"mlx5_0:1": 4000, "rxe0:1": 3072}
     record(ports / "mlx5_0/ports/1", counters__port_rcv_data="3000")
-    assert carriers.between(before, carriers.count(tmp_path))["rdma"] == {"mlx5_0:1": 8000, "rxe0:1": 0}
+    assert transport_counters.between(before, transport_counters.count(tmp_path))["rdma"] == {
+        "mlx5_0:1": 8000,
+        "rxe0:1": 0,
+    }
 
 
 def test_bytes_that_come_over_tcp_are_counted() -> None:
     """By the kernel, of this process's own sockets: 1,000 bytes to itself."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as one:
         other, _ = server.accept()
-        before = carriers.count()
+        before = transport_counters.count()
         one.sendall(bytes(1000))
         assert len(other.recv(1000, socket.MSG_WAITALL)) == 1000
-        moved = carriers.between(before, carriers.count())
+        moved = transport_counters.between(before, transport_counters.count())
         other.close()
     assert moved["tcp"] == {"lo": 1000} and moved["tcp_local"] == 1000
 
@@ -271,22 +274,22 @@ def test_stripes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lfs.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     place = {"place": "/l/x.h5", "file_system": "lustre", "stripes": stripe_count(tmp_path), "bytes": 8 << 30}
-    finding = room.evaluate_stripes(ranks(place, {}))
+    finding = storage.evaluate_stripes(ranks(place, {}))
     assert finding.status == "warn" and "lfs migrate -c 8 /l/x.h5" in finding.remedy
-    assert "setstripe" in room.evaluate_stripes(ranks(place | {"bytes": None}, {})).remedy
-    assert room.evaluate_stripes(ranks(place | {"stripes": 8}, {})).status == "ok"
-    assert room.evaluate_stripes(ranks(place | {"stripes": None}, {})).status == "warn"
-    assert room.evaluate_stripes(ranks(place | {"file_system": "ext4"}, {})).status == "n/a"
+    assert "setstripe" in storage.evaluate_stripes(ranks(place | {"bytes": None}, {})).remedy
+    assert storage.evaluate_stripes(ranks(place | {"stripes": 8}, {})).status == "ok"
+    assert storage.evaluate_stripes(ranks(place | {"stripes": None}, {})).status == "warn"
+    assert storage.evaluate_stripes(ranks(place | {"file_system": "ext4"}, {})).status == "n/a"
 
 
 def test_room_for_checkpoints() -> None:
     told = {"folder": "/s", "keep": 2, "error": None, "bytes": 100 * MIB, "free": 1 << 40}
-    assert room.evaluate_room(ranks(told)).status == "ok"
-    assert room.evaluate_room(ranks(told | {"free": 400 * MIB})).status == "warn"
-    assert room.evaluate_room(ranks(told | {"free": 299 * MIB})).status == "fail"
-    assert room.evaluate_room(ranks(told | {"keep": 0})).status == "n/a"
+    assert disk_space.evaluate_disk_space(ranks(told)).status == "ok"
+    assert disk_space.evaluate_disk_space(ranks(told | {"free": 400 * MIB})).status == "warn"
+    assert disk_space.evaluate_disk_space(ranks(told | {"free": 299 * MIB})).status == "fail"
+    assert disk_space.evaluate_disk_space(ranks(told | {"keep": 0})).status == "n/a"
     assert (
-        room.evaluate_room(ranks(told | {"error": "x.h5 does not exist", "remedy": "prepare it"})).remedy
+        disk_space.evaluate_disk_space(ranks(told | {"error": "x.h5 does not exist", "remedy": "prepare it"})).remedy
         == "prepare it"
     )
 
@@ -304,7 +307,7 @@ def test_the_size_of_a_checkpoint(tmp_path: Path, optimizer: Any) -> None:
     stepped = Optimizer(train, whole_parameters(model), 4, lambda value: value)
     stepped.step(0)
     made = sum(tensor.nbytes for tensor in model.state_dict().values()) + stepped.num_bytes
-    assert room.checkpoint_bytes(config) == pytest.approx(made, abs=100)
+    assert disk_space.checkpoint_bytes(config) == pytest.approx(made, abs=100)
 
 
 # ---------------------------------------------------------------------------------------- software and job

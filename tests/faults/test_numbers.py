@@ -47,12 +47,12 @@ def test_nan_is_skipped_by_all_ranks_alike_if_the_job_says_so(
     job = Job(2, tmp_path, digits, *words, ACCIDENT="nan:7:1")
     ended = job.end()
     assert ended.code == 0, ended
-    assert "Step 7: the loss is nan, its update is left out" in ended.out
+    assert "Step 7: the loss is nan, its update is skipped" in ended.out
     wrong = [step for step, loss in job.losses().items() if not np.isfinite(loss)]
     assert wrong == [7] and list(job.losses()) == list(range(STEPS))
     assert all(torch.isfinite(each).all() for each in job.weights().values())
     assert json.loads(job.run.summary.read_text())["complete"]
-    survived("NaN loss, train.on_nonfinite = skip", "update left out on all ranks, run goes on", 0, 0)
+    survived("NaN loss, train.on_nonfinite = skip", "update skipped on all ranks, run continues", 0, 0)
 
 
 def test_a_rank_whose_weights_part_is_named(tmp_path: Path, digits: Path, survived: FaultTable) -> None:
@@ -89,7 +89,7 @@ def test_a_run_whose_updates_are_all_left_out_is_no_success(kind: str, tmp_path:
     again = Job(2, tmp_path / "short", digits, *words, "--resume", "auto", ACCIDENT=f"{kind}:always:1").end()
     assert again.code == 2 and f"none of the run's {STEPS} updates was made" in again.err, again
     long = Job(2, tmp_path / "long", digits, *words, "--set", "train.steps=60", ACCIDENT=f"{kind}:always:1").end()
-    assert long.code == 2 and "32 updates in a row were left out; in the last, at step 31" in long.err, long
+    assert long.code == 2 and "32 updates in a row were skipped; in the last, at step 31" in long.err, long
 
 
 def test_a_test_that_is_nan_is_no_success(tmp_path: Path, digits: Path) -> None:

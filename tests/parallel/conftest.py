@@ -22,7 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.get_plugin("terminalreporter")._tw = create_terminal_writer(config, config.stash[_OUTPUT])
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around the terminal reporter, which writes the tracebacks
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
+    yield
     if RANK and exitstatus:
         sys.stderr.write(f"--- rank {RANK}\n{session.config.stash[_OUTPUT].getvalue()}")
         sys.stderr.flush()

@@ -11,7 +11,7 @@ from torch import nn
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.train.comm.context import Context
-from hpc_train.train.tasks import checked_loss
+from hpc_train.train.tasks.first_batch import checked_loss
 
 
 def test_one_ranks_batch_is_refused_by_all(context: Context) -> None:

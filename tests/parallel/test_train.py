@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+from hpc_train.analysis.runs.load import load as load_run
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.records import PHASES, TIMING_COLUMNS, read_metrics
@@ -115,6 +116,8 @@ def test_the_summary_is_the_reduction_of_all_ranks(context: Context, softmax_run
     phases = np.sum([each.phases_ns for each in everyone], axis=0)
     assert summary["phase_share"]["reduce"] == pytest.approx(phases[PHASES.index("reduce")] / phases.sum())
     assert 0.8 < summary["test"]["accuracy"] < 0.95
+    rebuilt = json.loads(load_run(softmax_run).summary.to_json())
+    assert {key: value for key, value in rebuilt.items() if value != pytest.approx(summary[key])} == {}
 
 
 class DifferentModels(Classification):

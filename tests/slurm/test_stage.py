@@ -67,5 +67,5 @@ def test_one_nodes_full_disk_is_told_once(cluster: Cluster, hdfs: Hdfs, sha256: 
     cluster.on("n2", "sh", "-c", "mkdir /tmp/full && mount -t tmpfs -o size=8m tmpfs /tmp/full")
     told = ["sh", "-c", '"$@" 2>&1; echo "exit code $?"', "-", *STAGE, f"{hdfs.web}/data.h5", "/tmp/full"]
     said = cluster.on("head", *told, cwd=tmp_path, timeout_s=60)
-    assert said.count("data.h5 needs 67.1 MB, and /tmp/full on n2 has 8.4 MB free") == 1, said
+    assert said.count("data.h5 needs 67.1 MB, and /tmp/full on n2 has 8.39 MB free") == 1, said
     assert said.strip().endswith("exit code 2"), said

@@ -1,4 +1,4 @@
-"""The mechanistic model: what a data-parallel step consists of, with each part's own law in the number of ranks."""
+"""The mechanistic model: the parts of a data-parallel step, each with its own law in the number of ranks."""
 
 from dataclasses import dataclass
 
@@ -6,31 +6,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_train.analysis.models.measurements import Measurements
-from hpc_train.analysis.models.scaling_models import LAST_MESSAGE_SHARE, Algorithm, Fit, TooFewSizes, residual_scale
+from hpc_train.analysis.models.scaling_models import (
+    LAST_MESSAGE_SHARE,
+    Algorithm,
+    Fit,
+    ModelName,
+    TooFewSizes,
+    residual_scale,
+)
 from hpc_train.analysis.stats.order_statistics import expected_maximum
 from hpc_train.core.records import FloatArray, IntArray
 from hpc_train.core.statistics import nonnegative_least_squares
 
-_OUTLIER = 2.0  # standard errors beyond which a size pulls no harder
+_OUTLIER = 2.0  # standard errors beyond which a size pulls the fit no harder
 _MOST_ITERATIONS = 40
 _PARTS_OF_A_STEP = (1.0, 0.5, 0.25, 0.125, 0.03)
-# Given up in this order where there are more parts than sizes: the first need the longest arm to be seen at all.
-_GIVEN_UP = ("latency_between_s", "noise_s", "fixed_s", "transfer_inside_s")
+# Dropped in this order if there are more parts than sizes: the first need the widest range of sizes to show at all.
+_DROPPED = ("latency_between_s", "noise_s", "fixed_s", "transfer_inside_s")
 
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """Columns over the ranks of the parts that are linear in their parameters, of computation and of communication."""
+    """The parts that are linear in their parameters, at n numbers of ranks."""
 
     names: tuple[str, ...]
     computing: FloatArray  # (n, parts)
-    sending: FloatArray  # (n, parts) of the whole communication, hidden and exposed
-    known_s: FloatArray  # (n,) communication known beforehand
-    hides: FloatArray  # (n, parts) computation that communication may hide behind
+    sending: FloatArray  # (n, parts) communication, hidden and exposed
+    known_s: FloatArray  # (n,) communication that a benchmark measured
+    hides: FloatArray  # (n, parts) computation that can hide communication
     input_s: FloatArray  # (n,)
 
     def step_s(self, values: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """(step times, Jacobian). Exposed = last message's share + what is more than the overlap can hide."""
+        """(step times, Jacobian). Exposed communication = the last message + what the overlap cannot hide."""
         whole = self.sending @ values + self.known_s
         beyond = (1 - LAST_MESSAGE_SHARE) * whole - self.hides @ values
         is_beyond = (beyond > 0)[:, None]
@@ -41,33 +48,52 @@ class _Parts:
 
 
 def fit_analytic_model(measurements: Measurements, algorithm: Algorithm) -> Fit:
+    """Fits the parts that these sizes can distinguish. Raises `TooFewSizes`."""
+    return _AnalyticFit(measurements, names_=_free(measurements), algorithm=algorithm).fitted()
+
+
+@dataclass(frozen=True, eq=False)
+class _AnalyticFit(Fit):
     """T(N) = fixed + compute share + noise E[max of N] share + input + exposed(N), seconds.
 
     share: samples of a rank relative to the smallest size (1 in weak scaling, where fixed and compute are one).
     exposed(N) = 0.05 C + max(0, 0.95 C - overlap compute share): communication that the backward pass does not hide.
     C(N) = messages latency + 2(N-1)/N transfer, for a ring with 2(N-1) messages, for a tree with 2 log2 N (Thakur,
     Rabenseifner and Gropp, "Optimization of collective communication operations in MPICH", IJHPCA 19(1), 2005).
-    transfer: seconds to move one gradient over the slowest link of the ring, which is one within a node while all ranks
-    share one, and the network's, slower, as soon as they do not: hence two. Raises `TooFewSizes`.
+    transfer: seconds to move one gradient over the slowest link of the ring: a link within a node while all ranks share
+    one, the slower network as soon as they do not. Hence two transfer times.
     """
-    names = _free(measurements)
-    parts = _parts(measurements, measurements.ranks, names, algorithm)
-    scale = residual_scale(measurements)
 
-    def predict(values: FloatArray, ranks: IntArray) -> FloatArray:
-        return _parts(measurements, ranks, names, algorithm).step_s(values)[0]
+    names_: tuple[str, ...] = ()
+    algorithm: Algorithm = "ring"
 
-    def refit(step_s: FloatArray, near: FloatArray | None = None) -> FloatArray:
-        starts = _starts(names, step_s[0], measurements.overlap) if near is None else [near]
-        return min((_solve(parts, step_s, scale, start) for start in starts), key=lambda found: found[0])[1]
+    @property
+    def model(self) -> ModelName:
+        return "mechanistic"
 
-    best = refit(measurements.step_s)
-    form = f"fixed + compute + noise E[max of N] + input + communication ({algorithm}) beyond the overlap"
-    return Fit("mechanistic", names, best, predict, lambda step_s: refit(step_s, best), form)
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.names_
+
+    @property
+    def form(self) -> str:
+        return f"fixed + compute + noise E[max of N] + input + communication ({self.algorithm}) beyond the overlap"
+
+    def predict(self, values: FloatArray, ranks: IntArray) -> FloatArray:
+        return _parts(self.measurements, ranks, self.names, self.algorithm).step_s(values)[0]
+
+    def refit(self, step_s: FloatArray) -> FloatArray:
+        parts = _parts(self.measurements, self.measurements.ranks, self.names, self.algorithm)
+        scale = residual_scale(self.measurements)
+        # A refit to similar times starts at the known solution; the first fit tries several, since costs have kinks.
+        known = len(self.values) > 0
+        starts = [self.values] if known else _starts(self.names, step_s[0], self.measurements.overlap)
+        solutions = [_solve(parts, step_s, scale, start) for start in starts]
+        return min(solutions, key=lambda solution: solution[0])[1]
 
 
 def crosses_unseen_boundary(measurements: Measurements, ranks: int) -> bool:
-    """Whether `ranks` need several nodes, and neither a run nor a benchmark says what going between nodes costs."""
+    """Whether `ranks` need several nodes, and neither a run nor a benchmark measured communication between nodes."""
     network = measurements.network
     known = bool((measurements.nodes(measurements.ranks) > 1).any()) or (
         network and network.beta_between_s_per_byte is not None
@@ -76,7 +102,7 @@ def crosses_unseen_boundary(measurements: Measurements, ranks: int) -> bool:
 
 
 def _pinned(measurements: Measurements) -> tuple[bool, bool]:
-    """Whether the network's cost is known within a node, and between nodes."""
+    """Whether a benchmark measured the network (within a node, between nodes)."""
     network, size = measurements.network, measurements.gradient_bytes
     if network is None or size is None:
         return False, False
@@ -84,7 +110,7 @@ def _pinned(measurements: Measurements) -> tuple[bool, bool]:
 
 
 def _free(measurements: Measurements) -> tuple[str, ...]:
-    """The parts that these sizes can tell anything of, no more than there are sizes."""
+    """The names of the parts that these sizes can distinguish, no more than there are sizes."""
     ranks, nodes = measurements.ranks, measurements.nodes(measurements.ranks)
     inside, between = _pinned(measurements)
     wanted = {
@@ -96,7 +122,7 @@ def _free(measurements: Measurements) -> tuple[str, ...]:
         "latency_between_s": not between and len(set(nodes[nodes > 1].tolist())) >= 3,
     }
     names = [name for name, is_wanted in wanted.items() if is_wanted]
-    for name in _GIVEN_UP:
+    for name in _DROPPED:
         if len(names) > len(ranks) and name in names:
             names.remove(name)
     if len(names) > len(ranks):
@@ -114,7 +140,7 @@ def _parts(measurements: Measurements, ranks: IntArray, names: tuple[str, ...], 
     waits = expected_maximum(n) * share
     zero = np.zeros_like(n)
     computing = {"fixed_s": zero + 1, "compute_s": share + (measurements.noise or 0.0) * waits, "noise_s": waits}
-    # What goes between nodes passes the links within them, too: it costs what they cost, and more.
+    # Messages between nodes pass the links within nodes, too: they cost at least as much as messages within one.
     sending = {
         "transfer_inside_s": np.where(is_between & _pinned(measurements)[1], 0.0, moved),
         "transfer_between_s": np.where(is_between, moved, 0.0),
@@ -132,7 +158,7 @@ def _parts(measurements: Measurements, ranks: IntArray, names: tuple[str, ...], 
 def _known(
     measurements: Measurements, messages: FloatArray, moved: FloatArray, is_between: NDArray[np.bool_]
 ) -> FloatArray:
-    """Communication that a benchmark measured, at each of the sizes."""
+    """(n,) communication that a benchmark measured."""
     network, size = measurements.network, measurements.gradient_bytes or 0.0
     inside, between = _pinned(measurements)
     known = np.zeros_like(moved)
@@ -146,19 +172,20 @@ def _known(
 
 
 def _input(measurements: Measurements, ranks: IntArray) -> FloatArray:
-    """Waiting for input: per sample of a rank, and growing with the ranks that share the file system's bandwidth."""
+    """(n,) wait for input: per sample of a rank, plus a part that grows with the ranks that share the file system."""
     if measurements.input_s is None or not measurements.input_s.any():
         return np.zeros(len(ranks))
+    coefficients = nonnegative_least_squares(_input_columns(measurements, measurements.ranks), measurements.input_s)
+    return np.asarray(_input_columns(measurements, ranks) @ coefficients)
 
-    def columns(sizes: IntArray) -> FloatArray:
-        share = measurements.share(sizes)
-        return np.stack([share, share * sizes / measurements.largest], axis=1)
 
-    return np.asarray(columns(ranks) @ nonnegative_least_squares(columns(measurements.ranks), measurements.input_s))
+def _input_columns(measurements: Measurements, ranks: IntArray) -> FloatArray:
+    share = measurements.share(ranks)
+    return np.stack([share, share * ranks / measurements.largest], axis=1)
 
 
 def _starts(names: tuple[str, ...], whole_s: float, overlap: float) -> list[FloatArray]:
-    """Where to begin: communication hidden, at the brink, and beyond what can be hidden."""
+    """Starting values: communication hidden, just hidden, and exposed."""
     common = {"compute_s": whole_s, "fixed_s": 0.05 * whole_s, "noise_s": 0.02 * whole_s, "latency_between_s": 0.0}
     guesses = [(0.05, 0.05), (0.05, 0.7), (0.05, 1.5), (overlap + 0.1, 0.1)]
     return [
@@ -170,26 +197,44 @@ def _starts(names: tuple[str, ...], whole_s: float, overlap: float) -> list[Floa
 def _solve(parts: _Parts, step_s: FloatArray, scale: FloatArray, start: FloatArray) -> tuple[float, FloatArray]:
     """(cost, values >= 0) from `start`: relative residuals, outliers counted as their soft L1 norm, and a weak prior.
 
-    The law is linear on each side of the point where sending outlasts what hides it, so a Gauss-Newton step is a
-    non-negative least-squares problem. Steps are halved while they do not lower the cost: that ends at the point, too.
+    The law is linear on each side of the point where communication outlasts what hides it, so a Gauss-Newton step is a
+    non-negative least-squares problem. Steps are halved while they do not lower the cost, so it ends there, too.
     """
-    weights = 1 / (step_s * scale)
-    prior = np.diag(np.array([name != "compute_s" for name in parts.names], dtype=float) / step_s[0])
-
-    def cost_of(values: FloatArray) -> float:
-        misses = (parts.step_s(values)[0] - step_s) * weights / _OUTLIER
-        return float(_OUTLIER**2 * np.sum(np.sqrt(1 + misses**2) - 1) + np.sum((prior @ values) ** 2) / 2)
-
-    values, cost = start, cost_of(start)
+    problem = _Problem(parts, step_s, scale)
+    values, cost = start, problem.cost(start)
     for _ in range(_MOST_ITERATIONS):
-        predicted, slope = parts.step_s(values)
-        pull = weights * (1 + ((predicted - step_s) * weights / _OUTLIER) ** 2) ** -0.25
-        columns = np.concatenate([slope * pull[:, None], prior])
-        wanted = np.concatenate([(step_s - predicted + slope @ values) * pull, np.zeros(len(values))])
-        towards = nonnegative_least_squares(columns, wanted) - values
-        tried = ((cost_of(values + part * towards), part) for part in _PARTS_OF_A_STEP)
-        lower, part = next(((each, part) for each, part in tried if each < cost * (1 - 1e-6)), (cost, 0.0))
-        if not part:
+        towards = problem.gauss_newton(values) - values
+        for part in _PARTS_OF_A_STEP:
+            tried = values + part * towards
+            lower = problem.cost(tried)
+            if lower < cost * (1 - 1e-6):
+                values, cost = tried, lower
+                break
+        else:
             break
-        values, cost = values + part * towards, lower
     return cost, values
+
+
+class _Problem:
+    """The least-squares problem of one fit."""
+
+    def __init__(self, parts: _Parts, step_s: FloatArray, scale: FloatArray) -> None:
+        self._parts, self._step_s = parts, step_s
+        self._weights = 1 / (step_s * scale)
+        # All parts but the computation are drawn to 0, by as much as one of them as long as a whole step would cost.
+        self._prior = np.diag(np.array([name != "compute_s" for name in parts.names], dtype=float) / step_s[0])
+
+    def cost(self, values: FloatArray) -> float:
+        residuals = self._residuals(self._parts.step_s(values)[0])
+        prior = np.sum((self._prior @ values) ** 2) / 2
+        return float(_OUTLIER**2 * np.sum(np.sqrt(1 + residuals**2) - 1) + prior)
+
+    def gauss_newton(self, values: FloatArray) -> FloatArray:
+        predicted, slope = self._parts.step_s(values)
+        pull = self._weights * (1 + self._residuals(predicted) ** 2) ** -0.25
+        columns = np.concatenate([slope * pull[:, None], self._prior])
+        wanted = np.concatenate([(self._step_s - predicted + slope @ values) * pull, np.zeros(len(values))])
+        return nonnegative_least_squares(columns, wanted)
+
+    def _residuals(self, predicted: FloatArray) -> FloatArray:
+        return np.asarray((predicted - self._step_s) * self._weights / _OUTLIER)

@@ -18,24 +18,25 @@ from hpc_train.analysis.models.scaling_models import (
     residual_scale,
 )
 from hpc_train.analysis.stats.bootstrap import refit_draws
+from hpc_train.analysis.stats.repeats import NORMAL_95
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
-from hpc_train.core.records import FloatArray
+from hpc_train.core.records import FloatArray, IntArray
 from hpc_train.core.statistics import LEVELS, Interval
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)  # in the order of preference among equals
 NUM_RESAMPLES = 200
-_NUM_FOLDS = 3  # how many of the largest sizes are held out, one after the other
+_NUM_FOLDS = 3  # at most so many of the largest sizes are held out, one after the other
 _CLEARLY = 0.5  # a model replaces one before it in the order when it misses by less than this share of its error
 _NOTICEABLE = 0.02  # and by this much less: what two runs of one job may differ by anyway
-# Relative standard deviation of a prediction per square root of a doubling beyond the data, at least: what the model
-# misses published series by (both of tests/scaling). More where no size could be held out from the points themselves.
+# Least relative standard deviation of a prediction per square root of a doubling beyond the data: by so much the model
+# misses published series (both of tests/scaling). More if no size could be held out.
 DRIFT, UNTESTED_DRIFT = 0.03, 0.04
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A measured size, and what a model fitted to the smaller sizes alone said of it."""
+    """A measured size, and its prediction by a model fitted to the smaller sizes alone."""
 
     model: ModelName
     ranks: int
@@ -50,7 +51,7 @@ class HeldOut:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One model on these points: its fit or the reason why there is none, and how it did on held-out sizes."""
+    """One model: its fit or the reason why there is none, and its predictions of held-out sizes."""
 
     model: ModelName
     fit: Fit | None
@@ -60,7 +61,7 @@ class Candidate:
 
     @property
     def error(self) -> float | None:
-        """Mean absolute relative error over the held-out sizes; None where none could be held out."""
+        """Mean absolute relative error over the held-out sizes; None if none could be held out."""
         return float(np.mean([abs(each.error) for each in self.held_out])) if self.held_out else None
 
 
@@ -74,14 +75,14 @@ class Forecast:
     step_interval_s: Interval
     samples_per_s: float
     samples_per_s_interval: Interval
-    efficiency: float  # samples/s per rank, relative to the smallest measured size as the model has it
-    measured_s: float | None  # where this size was measured
+    efficiency: float  # samples/s per rank, relative to the model's at the smallest measured size
+    measured_s: float | None  # if this size was measured
     extrapolation: float  # ranks / largest measured; 1 within the data
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """A chosen model with its intervals, what it was chosen from, and what must be known to read it."""
+    """The chosen model with its intervals, and the candidates that it was chosen from."""
 
     measurements: Measurements
     chosen: Candidate
@@ -102,7 +103,7 @@ class Prediction:
         }
 
     def reachable(self, ranks: int) -> bool:
-        """Whether anything is known of what so many ranks cost."""
+        """Whether the measurements say anything about the cost of so many ranks."""
         return self.chosen.model != "mechanistic" or not crosses_unseen_boundary(self.measurements, ranks)
 
     def at(self, sizes: Sequence[int]) -> tuple[Forecast, ...]:
@@ -110,45 +111,48 @@ class Prediction:
         fit, measurements = self.chosen.fit, self.measurements
         assert fit is not None
         ranks = np.asarray(sizes, dtype=int)
-        middle = fit(ranks)
-        if (middle <= 0).any():
-            nonsense = int(ranks[middle <= 0][0])
+        step_s = fit(ranks)
+        if (step_s <= 0).any():
+            size = plural(int(ranks[step_s <= 0][0]), "rank")
             raise UserError(
-                f"{measurements.label}: the {fit.model} model has no time above 0 at {plural(nonsense, 'rank')}",
+                f"{measurements.label}: the {fit.model} model has no time above 0 at {size}",
                 "Choose another --model, or measure larger sizes.",
             )
-        draws = np.stack([fit.predict(values, ranks) for values in self.draws])
         beyond = np.maximum(ranks / measurements.largest, 1.0)
-        low, high = np.log(np.maximum(np.quantile(draws, LEVELS, axis=0), 1e-300) / middle)
-        drift = 1.96 * self.drift * np.sqrt(np.log2(beyond))
-        low, high = (
-            middle * np.exp(-np.hypot(np.minimum(low, 0), drift)),
-            middle * np.exp(np.hypot(np.maximum(high, 0), drift)),
-        )
-        samples = measurements.samples(ranks)
-        base = measurements.samples(measurements.ranks[:1])[0] / fit(measurements.ranks[:1])[0] / measurements.ranks[0]
+        low_s, high_s = self._interval_s(fit, ranks, step_s, beyond)
+        samples, nodes = measurements.samples(ranks), measurements.nodes(ranks)
+        smallest = measurements.ranks[:1]
+        base = measurements.samples(smallest)[0] / fit(smallest)[0] / smallest[0]
         measured = dict(zip(measurements.ranks.tolist(), measurements.step_s.tolist(), strict=True))
-        found = []
-        for i, size in enumerate(ranks.tolist()):
-            span = (float(low[i]), float(high[i]))
-            found.append(
-                Forecast(
-                    size,
-                    int(measurements.nodes(ranks[i : i + 1])[0]),
-                    float(middle[i]),
-                    span,
-                    float(samples[i] / middle[i]),
-                    (float(samples[i] / span[1]), float(samples[i] / span[0])),
-                    float(samples[i] / middle[i] / size / base),
-                    measured.get(size),
-                    float(beyond[i]),
-                )
+        return tuple(
+            Forecast(
+                ranks=size,
+                nodes=int(nodes[i]),
+                step_s=float(step_s[i]),
+                step_interval_s=(float(low_s[i]), float(high_s[i])),
+                samples_per_s=float(samples[i] / step_s[i]),
+                samples_per_s_interval=(float(samples[i] / high_s[i]), float(samples[i] / low_s[i])),
+                efficiency=float(samples[i] / step_s[i] / size / base),
+                measured_s=measured.get(size),
+                extrapolation=float(beyond[i]),
             )
-        return tuple(found)
+            for i, size in enumerate(ranks.tolist())
+        )
+
+    def _interval_s(
+        self, fit: Fit, ranks: IntArray, step_s: FloatArray, beyond: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """95% interval of step times, in logarithms: the parameters' bootstrap and the drift are independent."""
+        draws = np.stack([fit.predict(values, ranks) for values in self.draws])
+        # A parameter draw may predict no time at all (Extra-P's may be negative): it counts as almost none.
+        low, high = np.log(np.maximum(np.quantile(draws, LEVELS, axis=0), 1e-300) / step_s)
+        drift = NORMAL_95 * self.drift * np.sqrt(np.log2(beyond))
+        below, above = np.hypot(np.minimum(low, 0), drift), np.hypot(np.maximum(high, 0), drift)
+        return step_s * np.exp(-below), step_s * np.exp(above)
 
 
 def curve_sizes(prediction: Prediction, beyond: float = 4.0, num_sizes: int = 60) -> list[int]:
-    """Numbers of ranks to draw the model at: evenly in log2 from the smallest to `beyond` times the largest."""
+    """Numbers of ranks for a curve: evenly in log2 from the smallest to `beyond` times the largest."""
     ranks = np.geomspace(prediction.measurements.ranks[0], beyond * prediction.measurements.largest, num_sizes)
     wanted = {int(size) for size in np.round(ranks)} | set(prediction.measurements.ranks.tolist())
     return [size for size in sorted(wanted) if prediction.reachable(size)]
@@ -162,14 +166,14 @@ def predict(measurements: Measurements, model: ModelName | None = None) -> Predi
     candidates = tuple(_candidate(name, measurements) for name in MODELS)
     if model is not None:
         chosen = next(each for each in candidates if each.model == model)
-        why = "as --model asks"
+        why = "chosen by --model"
     else:
         chosen, why = _choose(candidates)
     if chosen.fit is None:
         sizes = ", ".join(map(str, measurements.ranks))
         raise UserError(
             f"{measurements.label}: the {chosen.model} model cannot be fitted to {sizes} ranks: {chosen.reason}",
-            "Measure more sizes (hpc-train scale), or give what an all-reduce costs with --network.",
+            "Measure more sizes (hpc-train scale), or the cost of an all-reduce: --network.",
         )
     drift = max(DRIFT, _observed_drift(measurements, chosen)) if chosen.held_out else UNTESTED_DRIFT
     draws = _bootstrap(measurements, chosen.fit)
@@ -182,9 +186,9 @@ def predict(measurements: Measurements, model: ModelName | None = None) -> Predi
 def _fit(model: ModelName, measurements: Measurements, algorithm: Algorithm = "ring") -> Fit:
     if model == "mechanistic":
         return fit_analytic_model(measurements, algorithm)
-    return (
-        fit_extra_p(measurements) if model == "extra-p" else fit_contention(measurements, with_coherence=model == "usl")
-    )
+    if model == "extra-p":
+        return fit_extra_p(measurements)
+    return fit_contention(measurements, with_coherence=model == "usl")
 
 
 def _candidate(model: ModelName, measurements: Measurements) -> Candidate:
@@ -206,8 +210,8 @@ def _hold_out(
 ) -> tuple[tuple[HeldOut, ...], str | None]:
     """The largest sizes, each predicted from all smaller ones.
 
-    A size on several nodes is held out only where smaller ones are on several nodes, too: what leaving a node costs
-    cannot be known before, and no model should be praised for guessing it.
+    A size on several nodes is held out only if smaller ones are on several nodes, too: sizes on one node do not show
+    the cost of communication between nodes, and a model that guesses it is no better for that.
     """
     found, reason = [], "fewer than 4 sizes: none can be held out"
     for kept in range(len(measurements.ranks) - 1, max(2, len(measurements.ranks) - 1 - _NUM_FOLDS), -1):
@@ -231,8 +235,8 @@ def _is_clearly_better(error: float | None, than: float | None) -> bool:
 def _choose(candidates: tuple[Candidate, ...]) -> tuple[Candidate, str]:
     """The first in the order of preference, unless a later one is clearly closer to the sizes that were held out.
 
-    One size is no evidence: a law that knows nothing of nodes comes near it by luck (of the published series with one
-    size to hold out, 3 of 46 would get such a law, and be predicted wrong by a factor of 1.6 to 2.2).
+    One size is no evidence: a law without nodes may come near it by luck. Of the published series with one size to hold
+    out, 3 of 46 would get such a law, and predictions wrong by a factor of 1.6 to 2.2.
     """
     possible = [each for each in candidates if each.fit is not None]
     if not possible:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from hpc_train.core.formatting import binary_size
 from hpc_train.datasets.inspect.structure import DatasetInfo
 
 _CHUNK_BYTES = 1 << 20
@@ -45,7 +46,7 @@ def of_dataset(info: DatasetInfo) -> Iterator[Advice]:
 
 def _of_chunks(info: DatasetInfo) -> Iterator[Advice]:
     compressors = [name for name in info.filters if name not in ("shuffle", "fletcher32")]
-    ratio, chunk_size = info.compression_ratio, _size(info.chunk_bytes)
+    ratio, chunk_size = info.compression_ratio, binary_size(info.chunk_bytes)
     if not compressors:
         what = "chunked and not compressed: a contiguous data set is read through a memory map, sample by sample"
         yield Advice("layout", info.name, what, _CONTIGUOUS)
@@ -83,7 +84,3 @@ def of_file(
             what = f"{info.name} has no checksums: `data check` cannot find changed bytes"
             yield Advice("checksums", info.name, what, "hpc-train prepare --help")
             return
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 20):,.1f} MiB" if num_bytes >= 1 << 20 else f"{num_bytes / 1024:,.1f} KiB"

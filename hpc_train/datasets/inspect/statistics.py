@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hpc_train.core.formatting import plural
 from hpc_train.datasets.inspect.chunk_ranges import RangeValues
 from hpc_train.datasets.inspect.faults import PREPARE_AGAIN, Fault
 from hpc_train.datasets.inspect.structure import DatasetInfo
@@ -185,4 +186,4 @@ def _hash_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def _samples(number: int) -> str:
-    return f"{number:,} sample{'s' * (number != 1)}"
+    return plural(number, "sample")

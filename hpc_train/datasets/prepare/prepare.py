@@ -16,6 +16,7 @@ import numpy as np
 
 from hpc_train.core import owned_files
 from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import amount
 from hpc_train.datasets import storage
 from hpc_train.datasets.prepare import images, journal, layout, mnist, tables, text, user_function
 from hpc_train.datasets.prepare.disk import cannot_write
@@ -203,7 +204,7 @@ def _make(plan: WritePlan, overwrite: bool, context: Context) -> None:
     if is_root:
         num_bytes, spent_s = plan.output.stat().st_size, (perf_counter_ns() - began_ns) / 1e9
         ranks = "1 rank" if context.world.size == 1 else f"{context.world.size} ranks"
-        size = f"{source.num_rows:,} {source.unit}, {num_bytes / 1e6:.1f} MB in {spent_s:.1f} s by {ranks}"
+        size = f"{source.num_rows:,} {source.unit}, {amount(num_bytes, 'B')} in {spent_s:.1f} s by {ranks}"
         print(f"{plan.output}: {source.title}, {size}, read back and equal", flush=True)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from hpc_train.core import owned_files
 from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import amount
 from hpc_train.core.progress import StepProgress
 from hpc_train.core.sampling import rank_span
 from hpc_train.datasets.prepare.disk import DiskFile, cannot_write
@@ -71,7 +72,7 @@ class WritePlan:
         if block_bytes * _MEMORY_PER_WRITE > self.memory_bytes:
             needed_mb = -(-block_bytes * _MEMORY_PER_WRITE // 1_000_000)
             raise UserError(
-                f"--memory-mb: one row has {array.row_bytes / 1e6:,.0f} MB, too much for the memory of a rank",
+                f"--memory-mb: one row has {amount(array.row_bytes, 'B')}, too much for the memory of a rank",
                 f"Set it to {needed_mb} times the ranks of a node, or more.",
             )
         return 1

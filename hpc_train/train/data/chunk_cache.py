@@ -13,6 +13,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
+from hpc_train.core.formatting import amount, plural
 from hpc_train.core.sampling import Indices, regular_chunk_edges, require_rows
 from hpc_train.train.data.filters import DamagedChunk, Pipeline, open_pipeline
 from hpc_train.train.data.hdf5_faults import damage_as_user_error
@@ -166,8 +167,8 @@ class ChunkCache(Reader):
         self._threads = ThreadPoolExecutor(num_threads, "hpc-train-read")
         self._lock = Lock()
         self.description = (
-            f"{num_blocks:,} chunks of {block_bytes / 1e6:,.2f} MB ({first.filters}): decoded by "
-            f"{num_threads} thread{'s' * (num_threads != 1)} into {self._slots.nbytes / 1e6:,.0f} MB"
+            f"{num_blocks:,} chunks of {amount(block_bytes, 'B')} ({first.filters}): decoded by "
+            f"{plural(num_threads, 'thread')} into {amount(self._slots.nbytes, 'B')}"
         )
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

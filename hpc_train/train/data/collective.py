@@ -13,6 +13,7 @@ import numpy as np
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system
+from hpc_train.core.formatting import amount
 from hpc_train.core.sampling import (
     BatchSampler,
     Indices,
@@ -136,7 +137,7 @@ def choose_read_mode(reader: Reader, files: Files, config: Config, context: Cont
     has_servers = config.reduce.strategy == "parameter_server"  # which read nothing and cannot take part
     if fits or reader.chunk_edges is not None or has_servers:
         return "auto", ""
-    why = f"{reader.num_bytes / 1e9:,.1f} GB on {kind}, more than half of a node's {node_bytes / 1e9:,.1f} GB of memory"
+    why = f"{amount(reader.num_bytes, 'B')} on {kind}, more than half of a node's {amount(node_bytes, 'B')} of memory"
     if reader.num_bytes <= num_nodes * node_bytes // 2:
         return "memory", f"because it is {why}, and {num_nodes} nodes hold it"
     return "auto", f"although it is {why}: data.read = 'collective' reads whole batches, or store it in chunks"

@@ -14,6 +14,7 @@ import numpy as np
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system
+from hpc_train.core.formatting import amount
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.hdf5_faults import (
@@ -215,5 +216,5 @@ def describe(files: Files, name: str, reader: Reader) -> str:
     shape = "x".join(map(str, reader.shape[1:])) or "numbers"
     return (
         f"{name} of {where} ({file_system(files.paths[0])}): {len(reader):,} x {shape} {reader.dtype}, "
-        f"{reader.num_bytes / 1e6:,.1f} MB, {reader.description}"
+        f"{amount(reader.num_bytes, 'B')}, {reader.description}"
     )

@@ -1,4 +1,4 @@
-"""What a run's `meta.json` says of the machine, the software and the job."""
+"""The machine, the software and the job, as meta.json records them."""
 
 import hashlib
 import importlib.metadata
@@ -22,7 +22,7 @@ from hpc_train.train.comm.placement import RankPlacement
 
 
 def run_metadata(context: Context, places: list[RankPlacement]) -> dict[str, Any]:
-    """The root's part of meta.json: the machine, versions, git state and Slurm job."""
+    """On the root: the entries of meta.json on machine, versions, git state and Slurm job."""
     return {
         "schema": SCHEMA,
         "hpc_train": __version__,
@@ -59,23 +59,23 @@ def _cpu_model() -> str:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Commit and whether tracked files were changed, of the repository that `folder` lies in; {} outside one.
+    """The commit of the repository around `folder` and whether tracked files were changed; {} outside of one.
 
-    changes: a checksum of the changes, which tells whether two runs of a dirty tree are repeats; not there where git
-    takes too long to list them.
+    changes: a checksum of these changes; two runs of a dirty tree are repeats if it is the same. Absent if git takes
+    too long to list them.
     """
-
-    def git(*words: str) -> bytes:
-        return subprocess.run(("git", "-C", str(folder), *words), capture_output=True, timeout=10, check=True).stdout
-
     try:
-        commit = git("rev-parse", "HEAD").decode().strip()
-        state = {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        commit = _git(folder, "rev-parse", "HEAD").decode().strip()
+        state = {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
         return {}
     with suppress(OSError, subprocess.SubprocessError):
         if state["dirty"]:
-            # No program of the user's (diff.external): it could print anything, or nothing.
-            changes = git("diff", "HEAD", "--full-index", "--no-ext-diff", "--no-color")
+            # --no-ext-diff: the user's own diff program (diff.external) could print anything, or nothing.
+            changes = _git(folder, "diff", "HEAD", "--full-index", "--no-ext-diff", "--no-color")
             state["changes"] = hashlib.sha256(changes).hexdigest()[:16]
     return state
+
+
+def _git(folder: Path, *words: str) -> bytes:
+    return subprocess.run(("git", "-C", str(folder), *words), capture_output=True, timeout=10, check=True).stdout

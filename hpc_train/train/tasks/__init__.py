@@ -1,11 +1,8 @@
 """What is trained: a task supplies the model, the samples and the loss; the trainer supplies everything else."""
 
 import importlib
-import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +18,7 @@ from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.tasks.classification import Classification
 from hpc_train.train.tasks.dqn import Dqn
+from hpc_train.train.tasks.first_batch import user_line
 from hpc_train.train.tasks.language import Language, MaskedLanguage
 from hpc_train.train.tasks.policy_gradient import PolicyGradient
 
@@ -137,7 +135,7 @@ def _load(kind: str) -> Callable[[Config, Context], Any]:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             what, remedy = f"no module {error.name}", f"Looked in {here} and in sys.path."
         else:
-            what = f"{module_name} cannot be loaded: {type(error).__name__}: {error}, {_where(error)}"
+            what = f"{module_name} cannot be loaded: {type(error).__name__}: {error}, {user_line(error)}"
             remedy = f"Fix it there; for the whole traceback: python -c 'import {module_name}'"
         raise UserError(f"task.kind = '{kind}': {what}", remedy) from None
     make = getattr(module, name, None)
@@ -147,55 +145,3 @@ def _load(kind: str) -> Callable[[Config, Context], Any]:
         )
     _require(kind, make, _METHODS)
     return make
-
-
-def checked_loss(config: Config, task: Task, model: nn.Module, batch: Any) -> torch.Tensor:
-    """The loss of the first batch. Raises `UserError` that names all shapes if batch and model do not fit together.
-
-    Other errors of a task keep their type and traceback.
-    """
-    try:
-        loss = task.loss(model, batch)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError) as error:  # torch's, for shapes or types that disagree
-        raise _does_not_fit(config, model, batch, f"{error}, {_where(error)}") from None
-    if not isinstance(loss, torch.Tensor) or loss.shape != () or not loss.requires_grad:
-        raise _does_not_fit(config, model, batch, f"the loss is {_shown(loss)}, and not a differentiable number")
-    return loss
-
-
-def _does_not_fit(config: Config, model: nn.Module, batch: Any, why: str) -> UserError:
-    weights = next(
-        (f", whose first weight {name} is {tuple(weight.shape)}" for name, weight in model.named_parameters()), ""
-    )
-    return UserError(
-        f"task.kind = '{config.task.kind}', task.model = '{config.task.model}': the first batch cannot be trained on: "
-        f"{why}\n  batch: {_shown(batch)}\n  model: {type(model).__name__}{weights}",
-        "Make them agree: Task.batch and Task.loss, or task.model and task.options. The loss is a sum over samples.",
-    )
-
-
-def _shown(value: Any) -> str:
-    """The shapes and types of the tensors in a batch."""
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if isinstance(value, dict):
-        return ", ".join(f"{name}: {_shown(part)}" for name, part in value.items())
-    if isinstance(value, tuple | list):
-        return f"({', '.join(_shown(part) for part in value[:8])}{', ...' * (len(value) > 8)})"
-    if is_dataclass(value):
-        return _shown({part.name: getattr(value, part.name) for part in fields(value)})
-    return repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
-
-
-def _where(error: BaseException) -> str:
-    """The line of the user's own code that raised `error`, or called the function that did."""
-    if isinstance(error, SyntaxError):
-        return f"at {error.filename}:{error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    libraries, package = (os.path.dirname(os.__file__), "<"), f"{Path(__file__).parents[2]}{os.sep}"
-    own = [frame for frame in frames if not frame.filename.startswith(libraries) and "-packages" not in frame.filename]
-    users = [frame for frame in own if not frame.filename.startswith(package)]
-    frame = (users or own or frames)[-1]
-    return f"at {frame.filename}:{frame.lineno}"

@@ -189,4 +189,4 @@ def test_what_a_node_draws_at_rest_may_be_given(
     facts = json.loads(run.meta.read_text())["energy"]
     assert list(facts["idle_w"].values()) == [{"node": 180.0}] and facts["idle_quality"] == "given"
     said = capsys.readouterr().out
-    assert "energy.sample_hz = 0.02: a counter may go round twice" in said and "set it to 0.031 or more" in said
+    assert "energy.sample_hz = 0.02: a counter may wrap around twice" in said and "set it to 0.031 or more" in said

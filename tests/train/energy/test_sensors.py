@@ -55,7 +55,7 @@ def test_joules_are_those_of_the_integral_by_hand(tmp_path: Path, name: str) -> 
     make, domain, source = INTERFACES[name]
     play, clock = make(tmp_path), Clock()
     choice = choose_meters(tmp_path, clock)
-    assert domains(choice) == {domain: source} and not choice.faults
+    assert domains(choice) == {domain: source} and not choice.unreadable
     (meter,) = choice.meters
     began = meter.read()
     for step in range(1, 76):
@@ -84,7 +84,7 @@ def test_what_contains_another_is_taken_alone(tmp_path: Path) -> None:
     choice = choose_meters(root)
     names = ["package-0", "dram-0", "package-1", "dram-1", "gpu-0", "gpu-2"]
     assert list(domains(choice)) == names and choice.has_processors
-    assert choice.faults == ["amdgpu device: amdgpu power reads 0 W"], "of the second die"
+    assert choice.unreadable == ["amdgpu device: amdgpu power reads 0 W"], "of the second die"
 
     acpi(root, 8, "CPU Power Socket 0")
     acpi(root, 9, "Grace Power Socket 0")
@@ -106,22 +106,22 @@ def test_what_contains_another_is_taken_alone(tmp_path: Path) -> None:
     for number in (0, 1):
         acpi(tmp_path / "two", number, "Dell")
     choice = choose_meters(tmp_path / "two")
-    assert choice.meters == [] and "may overlap" in choice.faults[0], "nobody says what they measure"
+    assert choice.meters == [] and "may overlap" in choice.unreadable[0], "nobody says what they measure"
 
 
 def test_a_machine_without_readable_meters_has_none(tmp_path: Path) -> None:
     choice = choose_meters(tmp_path)
-    assert choice.meters == [] and not choice.has_processors and choice.faults == []
+    assert choice.meters == [] and not choice.has_processors and choice.unreadable == []
     trees.rapl(tmp_path, "intel-rapl:0", "package-0")
     counter = tmp_path / "sys/class/powercap/intel-rapl:0/energy_uj"
     counter.unlink()
     counter.mkdir()  # reading it fails, as it does for users other than root
     choice = choose_meters(tmp_path)
-    assert choice.meters == [] and "energy_uj" in choice.faults[0]
+    assert choice.meters == [] and "energy_uj" in choice.unreadable[0]
     trees.hwmon(tmp_path, 0, "power_meter", "power1_average")
     put(tmp_path / "sys/class/hwmon/hwmon0/power1_average", 0)
     choice = choose_meters(tmp_path)
-    assert choice.meters == [] and "reads 0 W" in choice.faults[0], "0 W is a sensor that is not connected"
+    assert choice.meters == [] and "reads 0 W" in choice.unreadable[0], "0 W is a sensor that is not connected"
 
 
 def rapl_meter(root: Path, clock: Clock) -> tuple[Meter, Callable[[float, float], float]]:
@@ -194,7 +194,7 @@ def test_cray_counters_are_read_whole_and_fresh(tmp_path: Path, monkeypatch: pyt
     assert meter.read() == pytest.approx(joules(20), abs=1), "old, but not for long"
     assert meter.note() == "power cap changed 1 times" and not meter.assumption()
     clock.now_s += 9
-    with pytest.raises(OSError, match="not renewed for 18 s"):
+    with pytest.raises(OSError, match="not updated for 18 s"):
         meter.read()
 
     play(38)
@@ -205,7 +205,7 @@ def test_cray_counters_are_read_whole_and_fresh(tmp_path: Path, monkeypatch: pyt
     clock.now_s += 2
     assert meter.read() == pytest.approx(joules(38) * 40 / 38, abs=1) and "restarted" in meter.assumption()
     runs_wild = True
-    with pytest.raises(OSError, match="renewed during each"):
+    with pytest.raises(OSError, match="updated during each"):
         meter.read()
 
 

@@ -27,7 +27,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import open_files
 from hpc_train.train.data.tokenizer import Tokenizer
 from hpc_train.train.data.tokens import StreamName, open_tokens
-from hpc_train.train.generate import generate
+from hpc_train.train.generate import Decoding, generate
 from hpc_train.train.loop import train
 from hpc_train.train.models.bert import Bert
 from hpc_train.train.models.gpt import Gpt
@@ -403,7 +403,7 @@ def test_masked_language_says_what_the_commonest_token_would_reach(as_bytes: Pat
     spaces = (contents(as_bytes)["test/inputs"] == ord(" ")).mean()
     assert measures["unigram_accuracy"] == pytest.approx(spaces, abs=0.05) and 0 < measures["accuracy"] < 1
     with pytest.raises(UserError, match=r"task.kind = 'masked_language', which generates no text"):
-        generate(run.path, (), "", 5, 0.8, None, 0)
+        generate(run.path, (), "", Decoding(5, 0.8, None, 0))
 
 
 def test_a_checkpoint_writes_text(written: tuple[RunDir, dict[str, float]], tmp_path: Path) -> None:
@@ -411,10 +411,12 @@ def test_a_checkpoint_writes_text(written: tuple[RunDir, dict[str, float]], tmp_
     words = ["generate", run.path, "--prompt", "def ", "--tokens", "40", "--seed", "3"]
     done = jobs.run(0, *words, cwd=tmp_path)
     assert done.code == 0 and done.err == f"Step 150 of {run.path}\n", done.err
-    text = generate(run.path, (), "def ", 40, 0.8, None, 3)
+    text = generate(run.path, (), "def ", Decoding(40, 0.8, None, 3))
     assert done.out == text + "\n" and text.startswith("def ") and 4 < len(text.encode()) <= 4 + 3 * 40
-    assert text != generate(run.path, (), "def ", 40, 0.8, None, 4)
-    likeliest = generate(run.path, (), "def ", 40, 0.0, None, 0)
-    assert likeliest == generate(run.path, (), "def ", 40, 5.0, 1, 9), "the likeliest one is all that top-k 1 leaves"
+    assert text != generate(run.path, (), "def ", Decoding(40, 0.8, None, 4))
+    likeliest = generate(run.path, (), "def ", Decoding(40, 0.0, None, 0))
+    assert likeliest == generate(run.path, (), "def ", Decoding(40, 5.0, 1, 9)), (
+        "the likeliest one is all that top-k 1 leaves"
+    )
     with pytest.raises(UserError, match=r"/nowhere\.h5' does not exist"):
-        generate(run.path, ("data.file=/nowhere.h5",), "", 5, 0.8, None, 0)
+        generate(run.path, ("data.file=/nowhere.h5",), "", Decoding(5, 0.8, None, 0))

@@ -22,7 +22,8 @@ from hpc_train.core.rundir import RunDir
 from hpc_train.core.sampling import Order, regular_chunk_edges
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
-from hpc_train.train.tasks import checked_loss, complete, open_task
+from hpc_train.train.tasks import complete, open_task
+from hpc_train.train.tasks.first_batch import checked_loss
 from tests import jobs
 
 TESTS = Path(__file__).parents[2]

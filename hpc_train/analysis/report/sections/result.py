@@ -23,8 +23,8 @@ def add_result(section: SectionBuilder, group: Group) -> None:
 def result_table(group: Group) -> Table:
     columns: list[CellColumn[Row]] = [
         number("ranks", ranks_text),
-        number("energy per run", lambda row: energy_text(row.energy.joules, row.energy)),
-        number("per sample", lambda row: energy_text(row.joules_per_sample, row.energy)),
+        number("energy per run", lambda row: energy_text(row.energy.joules, row.energy.quality)),
+        number("per sample", lambda row: energy_text(row.joules_per_sample, row.energy.quality)),
         text("meter", lambda row: plain(row.energy.source)),
     ]
     if any(row.loss is not None for row in group.rows):

@@ -41,7 +41,7 @@ def overview_table(group: Group) -> Table:
         number("exposed", lambda row: percent(row.exposed_share)),
     ]
     if any(row.joules_per_sample is not None for row in group.rows):
-        columns.append(number("energy / sample", lambda row: energy_text(row.joules_per_sample, row.energy)))
+        columns.append(number("energy / sample", lambda row: energy_text(row.joules_per_sample, row.energy.quality)))
     title = f"{_kind(group)} (exposed: communication)"
     return make_table("overview", title, group.rows, columns)
 

@@ -1,1 +1,1 @@
-"""Joules of a node, one small reader a file, each of a real interface; `choose.py` says which of them count."""
+"""Energy sensors of a node: one file for each interface; `choose.py` decides which of them count."""

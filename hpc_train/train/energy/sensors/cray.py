@@ -1,5 +1,6 @@
-"""HPE Cray EX and XC: the node controller's counters, /sys/cray/pm_counters ("User Access to Compute Node Power Data",
-documentation of Cray System Management). Every user may read them.
+"""HPE Cray EX and XC: the node controller's counters in /sys/cray/pm_counters, which every user may read.
+
+Documented in "User Access to Compute Node Power Data" of Cray System Management.
 """
 
 from pathlib import Path
@@ -8,12 +9,14 @@ from hpc_train.train.energy.sensors.meter import Counter, Meter, Now, SysFile
 
 PM_COUNTERS = Path("sys/cray/pm_counters")
 _NUM_TRIES = 5
-_STALE_S = 10.0  # all counters are renewed ten times a second
+_STALE_S = 10.0  # the controller updates all counters ten times a second
 
 
-def cray_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
-    """The node's energy, all of it. Its parts (cpu, memory, accel0 ...) are measured apart from it and do not add up:
-    with four MI250X their powers were 13% more than the node's. So they are left out.
+def cray_meters(root: Path, now: Now, unreadable: list[str]) -> list[Meter]:
+    """The meter of the whole node.
+
+    Its parts (cpu, memory, accel0 ...) are not used: they are measured separately and do not add up to the node. With
+    four MI250X their powers exceeded the node's by 13%.
     """
     folder = root / PM_COUNTERS
     if not folder.is_dir():
@@ -21,7 +24,7 @@ def cray_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
     try:
         node = _Node(folder, now)
     except OSError as error:
-        faults.append(f"Cray pm_counters: {error}")
+        unreadable.append(f"Cray pm_counters: {error}")
         return []
     counter = node.counter
     meter = Meter(
@@ -31,9 +34,11 @@ def cray_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
 
 
 class _Node:
-    """freshness moves when all counters have been renewed: a reading during which it moved is taken again, and one
-    that has not moved for seconds is old. generation counts changes of the power cap, which energy does not mind but
-    who compares runs does; startup changes when the controller starts again, and its counters with it.
+    """The counters of one node.
+
+    freshness changes whenever all counters have been updated: a reading is repeated if it changed meanwhile, and is
+    stale if it has not changed for seconds. startup changes when the controller, and with it the counters, restarts.
+    generation counts changes of the power cap: these do not affect joules, but the comparison of runs.
     """
 
     def __init__(self, folder: Path, now: Now) -> None:
@@ -50,7 +55,7 @@ class _Node:
         if freshness != self._freshness:
             self._freshness, self._moved_s = freshness, self._now()
         elif self._now() - self._moved_s > _STALE_S:
-            raise OSError(f"{self._folder}: not renewed for {self._now() - self._moved_s:.0f} s")
+            raise OSError(f"{self._folder}: not updated for {self._now() - self._moved_s:.0f} s")
         restarted = startup != self._startup
         self._num_changes += generation != self._generation and not restarted
         self._startup, self._generation = startup, generation
@@ -60,11 +65,11 @@ class _Node:
         return f"power cap changed {self._num_changes} times" if self._num_changes else ""
 
     def _snapshot(self) -> tuple[float, float, float, float]:
-        """(freshness, joules, startup, generation) of one moment."""
+        """(freshness, joules, startup, generation) of the same update."""
         freshness = self._fresh()
         for _ in range(_NUM_TRIES):
             joules, startup, generation = self._energy(), self._start(), self._cap()
             before, freshness = freshness, self._fresh()
             if before == freshness:
                 return freshness, joules, startup, generation
-        raise OSError(f"{self._folder}: renewed during each of {_NUM_TRIES} readings")
+        raise OSError(f"{self._folder}: updated during each of {_NUM_TRIES} readings")

@@ -1,5 +1,7 @@
-"""Power and energy sensors of the kernel's hwmon drivers (kernel documentation, hwmon/sysfs-interface.rst): ACPI power
-meters, the service processors of POWER and System x, AMD's and Intel's own. Energies are in uJ, powers in uW.
+"""Power and energy sensors of the kernel's hwmon drivers (hwmon/sysfs-interface.rst in the kernel's documentation).
+
+ACPI power meters, the service processors of POWER and System x, and AMD's and Intel's own sensors. Energies are in uJ,
+powers in uW.
 """
 
 from collections.abc import Iterator
@@ -11,27 +13,27 @@ from hpc_train.train.energy.sensors.meter import Meter, Now, SysFile, counter_me
 HWMON = Path("sys/class/hwmon")
 _ACPI = "power_meter"
 _ENERGY = ("energy", ("_input",))
-_POWER = ("power", ("_average", "_input"))  # an average covers all the time, an input a moment of it
+_POWER = ("power", ("_average", "_input"))  # an average covers the whole interval, an input one moment
 
 
 @dataclass(frozen=True)
 class Sensor:
-    """One channel of a device. label: what the driver calls it."""
+    """One channel of a device. label: the driver's name for it."""
 
     path: Path
     label: str
     is_energy: bool
 
     def meter(self, domain: str, source: str, now: Now) -> Meter:
-        """Raises OSError where it cannot be read."""
+        """Raises OSError if it cannot be read."""
         make = counter_meter if self.is_energy else power_meter
         return make(domain, source, SysFile(self.path).millionths, now)
 
 
 def devices(root: Path, *drivers: str) -> Iterator[Path]:
-    """The folders that hold the attributes of the devices of these drivers, in the kernel's order."""
+    """The folders with the attributes of these drivers' devices, in the kernel's order."""
     for folder in sorted((root / HWMON).glob("hwmon*"), key=lambda path: (len(path.name), path.name)):
-        for place in (folder, folder / "device"):  # the ACPI driver's attributes lie with the device
+        for place in (folder, folder / "device"):  # the ACPI driver's attributes are in the device's folder
             if _text(place / "name") in drivers:
                 yield place
                 break
@@ -50,11 +52,11 @@ def sensors(place: Path) -> list[Sensor]:
     return found
 
 
-def node_power_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
-    """The whole node as its service processor measures it: by ACPI, ibmpowernv ("System") or ibmaem."""
-    acpi = [place for place in devices(root, _ACPI) if not _says_what_it_measures(place)]
+def node_power_meters(root: Path, now: Now, unreadable: list[str]) -> list[Meter]:
+    """The whole node, measured by its service processor: by ACPI, ibmpowernv ("System") or ibmaem."""
+    acpi = [place for place in devices(root, _ACPI) if not _measured_part(place)]
     if len(acpi) > 1:
-        faults.append(f"ACPI power meter: {len(acpi)} of them do not say what they measure, and may overlap")
+        unreadable.append(f"ACPI power meter: {len(acpi)} of them do not state what they measure, and may overlap")
         acpi = []
     powernv = [s for place in devices(root, "ibmpowernv") for s in sensors(place) if s.label == "System"]
     aem = [sensor for place in devices(root, "aem1") for sensor in sensors(place)]
@@ -67,28 +69,28 @@ def node_power_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
             try:
                 return [sensor.meter("node", name, now)]
             except OSError as error:
-                faults.append(f"{name}: {error}")
+                unreadable.append(f"{name}: {error}")
     return []
 
 
-def module_meters(root: Path, now: Now, faults: list[str]) -> tuple[list[Meter], bool]:
+def module_meters(root: Path, now: Now, unreadable: list[str]) -> tuple[list[Meter], bool]:
     """(meters of NVIDIA's Grace, whether they contain the GPUs): Module contains Grace and its GPU, Grace contains CPU
     and SysIO (NVIDIA Grace Performance Tuning Guide, "Power Telemetry").
     """
     of_kind: dict[str, list[Meter]] = {"module": [], "grace": []}
     for place in devices(root, _ACPI):
-        kind, _, socket = _says_what_it_measures(place).partition(" Power Socket ")
+        kind, _, socket = _measured_part(place).partition(" Power Socket ")
         for sensor in sensors(place)[:1] if kind.lower() in of_kind else []:
             try:
                 meter = sensor.meter(f"{kind.lower()}-{socket}", f"ACPI power meter of the {kind}", now)
                 of_kind[kind.lower()].append(meter)
             except OSError as error:
-                faults.append(f"ACPI power meter of the {kind}: {error}")
+                unreadable.append(f"ACPI power meter of the {kind}: {error}")
     modules, graces = of_kind["module"], of_kind["grace"]
     return (modules, True) if modules and len(modules) >= len(graces) else (graces, False)
 
 
-def amd_energy_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
+def amd_energy_meters(root: Path, now: Now, unreadable: list[str]) -> list[Meter]:
     """AMD's processor packages by the driver amd_energy, whose other channels are their cores."""
     meters = []
     for place in devices(root, "amd_energy"):
@@ -97,27 +99,27 @@ def amd_energy_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
                 try:
                     meters.append(sensor.meter(f"package-{sensor.label[7:]}", "hwmon amd_energy", now))
                 except OSError as error:
-                    faults.append(f"amd_energy: {error}")
+                    unreadable.append(f"amd_energy: {error}")
     return meters
 
 
-def intel_gpu_meters(root: Path, now: Now, faults: list[str], first: int = 0) -> list[Meter]:
+def intel_gpu_meters(root: Path, now: Now, unreadable: list[str], first: int = 0) -> list[Meter]:
     """Intel GPUs by the drivers i915 and xe: the card, which contains its package; named from gpu-`first` on."""
     meters = []
     for index, place in enumerate(devices(root, "i915", "xe"), first):
         energies = [sensor for sensor in sensors(place) if sensor.is_energy]
-        if energies:  # a GPU inside a processor has none: it belongs to the package
+        if energies:  # a GPU inside a processor has none: the package's meter covers it
             try:
                 meters.append(energies[0].meter(f"gpu-{index}", f"hwmon {_text(place / 'name')}", now))
             except OSError as error:
-                faults.append(f"Intel GPU: {error}")
+                unreadable.append(f"Intel GPU: {error}")
     return meters
 
 
-def _says_what_it_measures(place: Path) -> str:
-    """What the firmware calls an ACPI power meter, where that is not just the maker's name."""
-    told = _text(place / "power1_oem_info")
-    return told if " Power Socket " in told else ""
+def _measured_part(place: Path) -> str:
+    """What the firmware says an ACPI power meter measures; "" if it gives only the vendor's name."""
+    info = _text(place / "power1_oem_info")
+    return info if " Power Socket " in info else ""
 
 
 def _text(path: Path) -> str:

@@ -7,11 +7,11 @@ from hpc_train.train.energy.sensors.meter import Meter, Now, SysFile, counter_me
 POWERCAP = Path("sys/class/powercap")
 
 
-def rapl_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
-    """The packages' and their memory's counters; what cannot be read is told in `faults`.
+def rapl_meters(root: Path, now: Now, unreadable: list[str]) -> list[Meter]:
+    """The counters of packages and their memory; adds those that cannot be read to `unreadable`.
 
-    The zones "core" and "uncore" are parts of their package, and "psys" contains it: counter_meter them too would count
-    joules twice. Since Linux 5.10 only root may read the counters. They go round within minutes under full load.
+    The zones "core" and "uncore" are parts of their package, and "psys" contains it: counting them, too, would count
+    joules twice. Since Linux 5.10 only root may read the counters. They wrap around within minutes at full load.
     """
     meters = []
     for zone in sorted((root / POWERCAP).glob("intel-rapl:*"), key=_number):
@@ -23,10 +23,10 @@ def rapl_meters(root: Path, now: Now, faults: list[str]) -> list[Meter]:
             wrap_j = SysFile(zone / "max_energy_range_uj").millionths()
             meters.append(counter_meter(domain, "RAPL", SysFile(zone / "energy_uj").millionths, now, wrap_j))
         except OSError as error:
-            faults.append(f"RAPL: {error}")
+            unreadable.append(f"RAPL: {error}")
     return meters
 
 
 def _number(zone: Path) -> list[int]:
-    """In the order of packages, of which a node may have more than ten."""
+    """Sorts packages by number: a node may have more than ten."""
     return [int(part) for part in zone.name.split(":")[1:] if part.isdecimal()]

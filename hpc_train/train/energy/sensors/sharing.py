@@ -1,20 +1,21 @@
-"""Whether others may have used this node meanwhile: a node's meters do not tell whose joules they count."""
+"""Whether other jobs may have used this node: its meters count the joules of all of them."""
 
 import os
 from pathlib import Path
 
 from hpc_train.core.job_environment import JobEnvironment
 
-_LEAST_S = 2.0  # /proc/stat counts in hundredths of a second, on every core
-_OF_OURS = 0.05  # others' processor time beside ours, from which on they are said to have shared the node
-_OF_NODE = 0.01  # and beside all the node can do: daemons take that much
+_MIN_S = 2.0  # /proc/stat counts in hundredths of a second, on every core
+# A node counts as shared if the processor time of others exceeds both of these shares.
+_OF_OWN = 0.05  # of this job's
+_OF_NODE = 0.01  # of all the node's cores: daemons take that much
 
 
 def has_part_of_node(job: JobEnvironment, root: Path = Path("/")) -> bool | None:
-    """Whether this job was given only a part of the node, by what Slurm and the kernel's cgroups say; None: unknown.
+    """Whether this job was given only a part of the node, according to Slurm and the kernel's cgroups; None: unknown.
 
-    A partition that oversubscribes gives the same cores to others; only `foreign_cores` shows those. Slurm may count
-    cores or their threads as CPUs: as many CPUs as the node has cores, but fewer than it has threads, decide nothing.
+    An oversubscribed partition gives the same cores to other jobs, too, which only `foreign_cores` shows. Slurm's CPUs
+    may be cores or hardware threads, so as many CPUs as the node has cores, and fewer than its threads, prove nothing.
     """
     num_threads, num_cores = _num_cpus(root)
     if job.job_id is not None:
@@ -23,11 +24,13 @@ def has_part_of_node(job: JobEnvironment, root: Path = Path("/")) -> bool | None
             return None
         return None if held == num_cores and held < num_threads else held < num_threads
     allowed = _cgroup_cpus(root)
-    return True if allowed and num_threads and allowed < num_threads else None  # what we may use, others may, too
+    return (
+        True if allowed and num_threads and allowed < num_threads else None
+    )  # all cores are allowed: others may be allowed them, too
 
 
 def busy_s(root: Path = Path("/")) -> float | None:
-    """Seconds that all cores of the node together have worked since it started; None where the kernel does not say."""
+    """Seconds that all cores of the node together have worked since the boot; None if unknown."""
     try:
         fields = (root / "proc/stat").read_text().split("\n", 1)[0].split()
         user, nice, system, _idle, _iowait, irq, softirq = (int(field) for field in fields[1:8])
@@ -37,24 +40,24 @@ def busy_s(root: Path = Path("/")) -> float | None:
 
 
 def own_s() -> float:
-    """Seconds that the cores have worked for this process and those it has started, as far as they have ended."""
+    """Seconds that cores have worked for this process and its children that have ended."""
     return sum(os.times()[:4])
 
 
 def foreign_cores(busy_s: float | None, own_s: float, passed_s: float) -> float | None:
-    """How many cores worked for others than this job in `passed_s`; None where that is too short to be told."""
-    return None if busy_s is None or passed_s < _LEAST_S else max(0.0, busy_s - own_s) / passed_s
+    """How many cores worked for others than this job during `passed_s`; None if that is too short to measure."""
+    return None if busy_s is None or passed_s < _MIN_S else max(0.0, busy_s - own_s) / passed_s
 
 
 def is_shared(part: bool | None, foreign: float | None, own: float, num_threads: int) -> bool | None:
-    """The verdict on a node. own: cores that worked for us. None: nothing was measured and nobody said."""
-    if foreign is not None and foreign > max(_OF_OURS * own, _OF_NODE * num_threads):
+    """Whether a node was shared. own: cores that worked for this job. None: nothing was measured or is known."""
+    if foreign is not None and foreign > max(_OF_OWN * own, _OF_NODE * num_threads):
         return True
     return False if part is None and foreign is not None else part
 
 
 def _num_cpus(root: Path) -> tuple[int | None, int | None]:
-    """(threads of all cores that are online, cores), None where the kernel does not say."""
+    """(hardware threads of all online cores, cores); None if unknown."""
     cpus = root / "sys/devices/system/cpu"
     try:
         num_threads = _count((cpus / "online").read_text())

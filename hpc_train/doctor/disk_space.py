@@ -1,4 +1,4 @@
-"""Lustre stripes of the data, and disk space for the checkpoints of a job."""
+"""Disk space for the checkpoints of a job."""
 
 import os
 import threading
@@ -6,59 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.filesystem import file_system, stripe_count
-from hpc_train.core.formatting import binary_size, plural
+from hpc_train.core.formatting import binary_size
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.doctor.check import Answer, Finding, Subject, Values, fail, not_applicable, ok, warn
 from hpc_train.train.comm.context import Context
 
-_STRIPED_BYTES = 1 << 30  # smaller files gain little from more servers
 _MODEL_S = 8.0
-# ---------------------------------------------------------------------------------------- stripes
 
 
-def probe_stripes(subject: Subject) -> Values:
-    """On the root: the number of Lustre servers (stripes) that have the data."""
-    data = subject.data_file
-    if data is None or not subject.context.world.is_root:
-        return {}
-    place = next(each for each in (data, *data.parents) if each.exists())
-    num_bytes = place.stat().st_size if place.is_file() else None
-    kind = file_system(place)
-    stripes = stripe_count(place) if kind == "lustre" else None
-    return {"place": str(place), "file_system": kind, "stripes": stripes, "bytes": num_bytes}
-
-
-def evaluate_stripes(answers: Sequence[Answer]) -> Finding:
-    """Whether large data are striped over several servers."""
-    values = answers[0].values
-    if not values:
-        return not_applicable("no data file named: hpc-train doctor CONFIG")
-    where = f"{values['place']} ({values['file_system']})"
-    if values["file_system"] != "lustre":
-        return not_applicable(f"{where}: users cannot set stripes there")
-    if values["stripes"] is None:
-        return warn(f"{where}: lfs does not print its stripe count", "module load lustre   # puts lfs on PATH")
-    seen = f"{where}: {plural(values['stripes'], 'stripe')}"
-    if (
-        values["stripes"] != 1
-        or len(answers) == 1
-        or (values["bytes"] is not None and values["bytes"] < _STRIPED_BYTES)
-    ):
-        return ok(seen)
-    if values["bytes"] is None:
-        return warn(f"{seen}, and no data yet", f"lfs setstripe -c 8 {values['place']}   # before hpc-train prepare")
-    return warn(
-        f"{seen}, and {len(answers)} ranks read its {binary_size(values['bytes'])}",
-        f"lfs migrate -c 8 {values['place']}",
-    )
-
-
-# ---------------------------------------------------------------------------------------- disk space
-
-
-def probe_room(subject: Subject) -> Values:
+def probe_disk_space(subject: Subject) -> Values:
     """On the root: bytes of a checkpoint of this job, how many are kept, and free bytes."""
     if subject.config is None or not subject.context.world.is_root:
         return {}
@@ -112,7 +69,7 @@ def checkpoint_bytes(config: Config) -> int:
     return num_bytes + copies * sum(each.nbytes for each in model.parameters())
 
 
-def evaluate_room(answers: Sequence[Answer]) -> Finding:
+def evaluate_disk_space(answers: Sequence[Answer]) -> Finding:
     """Whether the job's checkpoints fit."""
     values = answers[0].values
     if not values:
