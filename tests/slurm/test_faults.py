@@ -104,7 +104,7 @@ def test_time_limit(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path,
     """The signal before the time limit of a minute leads to a checkpoint and a requeue, and the job completes."""
     # The signal comes when the controller next looks, between 10 and 40 s after the job's start.
     job = run_slowly(cluster, digits, tmp_path, "--time=1", "--signal=USR2@50", rate=SLOWER)
-    until(lambda: "goes back into the queue" in cluster.output(job), "the signal", 60)
+    until(lambda: "requeued" in cluster.output(job), "the signal", 60)
     until(lambda: int(cluster.show(job)["Restarts"]) >= 1, "back in the queue", 60)
     stopped_at_s = moment(
         attempts(tmp_path)[0]["ended"]

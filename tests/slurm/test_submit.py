@@ -75,7 +75,7 @@ def test_a_job_asked_to_stop_comes_back_and_finishes_the_same_run(
     cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", timeout_s=LONG_S)
     assert cluster.state(job) == "COMPLETED", cluster.output(job)
     said = (run / f"job-{job}.out").read_text()
-    assert "stopped with a checkpoint, goes back into the queue" in said and ", start 1, " in said
+    assert "stopped with a checkpoint, requeued" in said and ", start 1, " in said
     assert len(attempts(run)) == 2
     steps = [int(line.split(",")[0]) for line in (run / "metrics.csv").read_text().splitlines()[1:]]
     assert steps == list(range(300)), "no step is lost or trained twice"
@@ -90,7 +90,7 @@ def test_a_cancelled_job_keeps_its_work_and_does_not_come_back(cluster: Cluster,
     cluster.cancel(job)
     until(lambda: cluster.accounted(job) == ["CANCELLED"], "CANCELLED in the accounting", LONG_S)
     assert cluster.show(job)["Restarts"] == "0"
-    assert "goes back into the queue" not in (run / f"job-{job}.out").read_text()
+    assert "requeued" not in (run / f"job-{job}.out").read_text()
     assert list(run.glob("checkpoints/*/checkpoint.json"))
 
 
