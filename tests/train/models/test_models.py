@@ -164,7 +164,7 @@ def test_blocks_computed_again_count_a_batch_once(name: str, options: dict[str, 
 
 
 def test_on_a_cpu_each_channel_is_a_plane_of_its_own() -> None:
-    """For every layout in the file, as oneDNN's bug 6035 is in channels_last. Images stored contiguously are not copied."""
+    """For every layout: oneDNN's bug 6035 is in channels_last. Images stored contiguously are not copied."""
     for shape in ((3, 8, 6), (8, 6, 3), (1, 8, 6), (8, 6, 1), (8, 6)):
         stored = torch.rand(5, *shape)
         pictures = image_layout(shape, "resnet").channels_first(stored)
