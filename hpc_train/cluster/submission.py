@@ -35,7 +35,6 @@ class Request:
 
     def script(self, scheduler: Scheduler, run: Path) -> str:
         """The script that trains in the run directory `run`. Raises `UserError`."""
-        check_ranks(self.loaded.config, self.num_ranks)  # before the job waits in the queue for hours
         limit = self.time_limit or self.site.time
         try:
             limit_s = time_limit_s(limit)
@@ -74,6 +73,7 @@ def submit(scheduler: Scheduler, request: Request, resume: str = "auto") -> Subm
     have accepted it, the directory stays, however this process ended.
     """
     config = request.loaded.config
+    check_ranks(config, request.num_ranks)  # before the job waits in the queue for hours
     left = unfinished(config, request.num_ranks) if resume == "auto" else None
     if left is not None:
         if was_submitted(left.path) and (job := queued_job(left.path, scheduler.waiting_jobs())):

@@ -324,7 +324,7 @@ def test_a_signal_to_the_shell_reaches_the_launcher(tmp_path: Path, name: str) -
     job.send_signal(signal.SIGTERM)
     said, _ = job.communicate(timeout=30)
     assert job.returncode == 75
-    assert "back into the queue" in said and argv(tmp_path, "scontrol") == ["requeue", "7"]
+    assert "requeued" in said and argv(tmp_path, "scontrol") == ["requeue", "7"]
 
 
 # ---------------------------------------------------------------------------------------------- hpc-train submit
@@ -393,6 +393,7 @@ def test_the_same_command_again_continues_what_ended_early(tmp_path: Path) -> No
         (["--site", "nowhere"], SBATCH, "Shipped profiles: cray-slingshot, generic, infiniband-gpu"),
         (["--time", "soon"], SBATCH, "--time soon: should be a time limit"),
         (["--time", "2"], SBATCH, "not longer than the 120 s before its end"),
+        (["--set", "train.global_batch=1"], SBATCH, "train.global_batch = 1 is smaller than the 2 ranks"),
         (["--set", "run.root=a%b"], SBATCH, "cannot have \\ or % in its path"),
         (["--set", "name=a b"], SBATCH, "name = 'a b'"),
         ([], None, "sbatch was not found"),

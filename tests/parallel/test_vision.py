@@ -41,7 +41,7 @@ def trained(context: Context, root: Path, pictures: Path, job: str, strategy: st
     return run(context, root, pictures, job, reduce__strategy=strategy, **named)
 
 
-@pytest.mark.parametrize("job", ["resnet-fashion.toml", "vgg-fashion.toml"])
+@pytest.mark.parametrize("job", ["resnet-fashion.toml", pytest.param("vgg-fashion.toml", marks=pytest.mark.thorough)])
 def test_strategies_agree(context: Context, shared_path: Path, pictures: Path, job: str) -> None:
     """On as many ranks: batch statistics are those of each rank's share, so more ranks are another model."""
     runs = [trained(context, shared_path / each, pictures, job, each) for each in ("horovod", "mpi")]

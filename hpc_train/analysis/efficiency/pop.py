@@ -1,4 +1,4 @@
-"""POP efficiencies: which part of the ranks' time is useful, and what takes the rest."""
+"""POP efficiencies: the useful part of the ranks' time, and where the rest is lost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ from hpc_train.analysis.stats.bootstrap import block_counts
 from hpc_train.core.records import FloatArray
 from hpc_train.core.statistics import LEVELS
 
-# In the order of the tree: global = parallel x computational, parallel = load balance x input x communication,
-# communication = serialisation x transfer. The number is a factor's depth.
+# The tree in order: global = parallel x computational, parallel = load balance x input x communication,
+# communication = serialisation x transfer. The value is a factor's depth.
 FACTORS = {
     "global": 0,
     "parallel": 1,
@@ -24,14 +24,14 @@ FACTORS = {
     "transfer": 3,
     "computational": 1,
 }
-_MOST_CELLS = 8_000_000  # of one product of draws and ranks
+_MOST_CELLS = 8_000_000  # of one matrix of draws and ranks
 
 
 @dataclass(frozen=True, eq=False)
 class Efficiencies:
-    """The factors of all runs of one size, 1 where nothing is lost. A factor that is not known is absent.
+    """The factors of all runs of one size; 1: no loss. An unknown factor is absent.
 
-    intervals: 95%, by bootstrap over runs and blocks of consecutive steps. missing: why there are none at all.
+    intervals: 95%, by bootstrap over runs and blocks of consecutive steps. missing: why there are no factors.
     """
 
     factors: dict[str, float] = field(default_factory=dict)
@@ -41,44 +41,44 @@ class Efficiencies:
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
-    """Seconds over runs and steps, each (resamples,): of the useful time C of a rank, of the whole T."""
+    """Seconds over runs and steps, each (resamples,): C_i is the useful time of rank i, T the whole time."""
 
-    mean_useful: FloatArray
-    max_useful: FloatArray
-    ideal: FloatArray
-    ideal_input: FloatArray
-    whole: FloatArray
+    mean_useful: FloatArray  # mean(C)
+    max_useful: FloatArray  # max(C)
+    ideal: FloatArray  # T_ideal
+    ideal_input: FloatArray  # T_input
+    whole: FloatArray  # T
     useful_of_sample: FloatArray  # sum of all ranks' useful time over the samples trained
 
 
 def efficiencies(runs: Sequence[Run], baseline: Sequence[Run] | None) -> Efficiencies:
     """The POP efficiencies of runs of one size, computational (and global) against `baseline`.
 
-    With C_i the useful time of rank i of N, T the time of the run, c_iw the useful time of rank i in the stretch w
-    between two reductions, d_iw its wait for input there:
+    C_i: useful time of rank i of N. T: time of the run. c_iw: useful time of rank i in the stretch w between two
+    reductions. d_iw: its wait for input there.
 
     - parallel = mean(C) / T = load balance x input x communication
     - load balance = mean(C) / max(C)
     - communication = serialisation x transfer
-    - serialisation = max(C) / T_ideal, T_ideal = sum over w of max over i of c_iw: what is lost because another rank is
-      the slowest in each stretch, though all do the same in the end
-    - input = T_ideal / T_input, T_input = sum over w of max over i of (c_iw + d_iw): what waiting for data adds to that
-    - transfer = T_input / T: what is left is the time that messages take where no computing hides them
-    - computational = (sum(C) per sample of the baseline) / (sum(C) per sample): more work, or the same more slowly. For
-      strong scaling this is sum(C_ref) / sum(C); for weak scaling, where the work grows with N, mean(C_ref) / mean(C)
-    - global = parallel x computational: against N ranks of the baseline's kind that never wait for each other. The
-      speedup efficiency of `scaling` is against the baseline as it ran: global over the baseline's global, to rounding,
-      since both count the same steps by their sums (servers of a parameter server count in that one alone)
+    - serialisation = max(C) / T_ideal, T_ideal = sum over w of max over i of c_iw: the loss if a different rank is the
+      slowest in each stretch, even if all do the same work in total
+    - input = T_ideal / T_input, T_input = sum over w of max over i of (c_iw + d_iw): the loss from waiting for data
+    - transfer = T_input / T: the loss from communication that no computation hides
+    - computational = (sum(C) per sample of the baseline) / (sum(C) per sample): more work, or slower work. For strong
+      scaling this is sum(C_ref) / sum(C); for weak scaling, where the work grows with N, mean(C_ref) / mean(C)
+    - global = parallel x computational: relative to N ranks like the baseline's that never wait for each other. The
+      speedup efficiency of `scaling` is relative to the baseline as it ran: global over the baseline's global, up to
+      rounding (a parameter server's servers count in the speedup efficiency alone)
 
     After the POP Centre of Excellence (pop-coe.eu, "POP Standard Metrics for Parallel Performance Analysis") and Rosas,
     Giménez and Labarta, "Scalability prediction for fundamental performance factors", Supercomputing Frontiers and
-    Innovations 1(2), 2014. They take T_ideal from a simulation on a network without latency and of infinite bandwidth;
-    ranks that wait for each other in every step leave nothing to simulate. Input is a factor of ours: without waits for
-    data it is 1, and the others are theirs.
+    Innovations 1(2), 2014. POP takes T_ideal from a simulated network without latency and with infinite bandwidth;
+    for ranks that wait for each other in every step the sum above is the same. POP has no factor input: without waits
+    for data it is 1, and the others are POP's.
 
-    T is the mean over ranks of the time in steady steps; servers of a parameter server are left out. Useful are
-    forward, backward, optimizer and other. Where ranks do not wait for each other in each step there is no T_ideal:
-    then communication and input are told together, as max(C) / T, under "communication".
+    T is the mean over ranks of the time in steady steps, without a parameter server's servers. Useful time is forward,
+    backward, optimizer and other. If ranks do not wait for each other in each step there is no T_ideal: then
+    communication and input are one factor, max(C) / T, under "communication".
     """
     if missing := _missing(runs):
         return Efficiencies(missing=missing)
@@ -98,9 +98,9 @@ def efficiencies(runs: Sequence[Run], baseline: Sequence[Run] | None) -> Efficie
 
 
 def _span(name: str, draws: FloatArray, value: float) -> tuple[float, float]:
-    """The 95% interval, moved so that the draws' median is the value.
+    """The 95% interval, shifted so that the draws' median is the value.
 
-    The busiest of many ranks is busier still in a sample that is drawn from a sample.
+    Resampling biases a maximum: the busiest of many ranks is even busier in a sample drawn from a sample.
     """
     low, middle, high = (float(end) for end in np.quantile(draws, (LEVELS[0], 0.5, LEVELS[1])))
     most = np.inf if name in ("global", "computational") else 1.0
@@ -112,14 +112,14 @@ def _missing(runs: Sequence[Run]) -> str | None:
     if any(balance is None for balance in balances):
         return "no steady step"
     if not all(balance.phases_timed for balance in balances if balance):
-        return "exposed communication was not timed, so it cannot be told from computing"
+        return "exposed communication was not timed, so it cannot be separated from computing"
     if not all(balance.useful_blocks_s.any() for balance in balances if balance):
         return "no useful time was recorded"
     return None
 
 
 def _in_step(run: Run) -> bool:
-    """Whether stretches between reductions mean something: one rank waits for nobody."""
+    """Whether stretches between reductions are meaningful: ranks wait for each other, or there is one rank."""
     balance = _balance(run)
     return len(balance.ranks) == 1 or waits(run.config.reduce, len(balance.ranks))
 
@@ -163,7 +163,7 @@ def _sums(runs: Sequence[Run], seed: int | None) -> _Sums:
 
 
 def _largest(counts: FloatArray, useful: FloatArray) -> FloatArray:
-    """(resamples,) the useful time of the rank with the most of it; in parts, as ranks may be tens of thousands."""
+    """(resamples,) the useful time of the busiest rank; in parts, to bound the memory."""
     if len(counts) == 1:
         return np.asarray((useful @ counts[0]).max(keepdims=True))
     part = max(1, _MOST_CELLS // len(useful))

@@ -1,6 +1,7 @@
-"""Who holds the others up: ranks and hosts that come last to the reductions, and the time that costs the job.
+"""Stragglers: ranks and hosts that arrive last at the reductions, and the time that this costs the job.
 
-A step takes as long on every rank, since all leave a reduction together: durations name nobody, arrivals do.
+A step takes the same time on every rank, since all leave a reduction together: arrivals show stragglers, durations
+do not.
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ from hpc_train.analysis.stats.permutation import largest_total_threshold
 from hpc_train.core.records import FloatArray, IntArray
 from hpc_train.core.statistics import Interval
 
-LEAST_SHARE = 0.01  # of the job's time: what costs less is not told
-_CLOCK_FACTOR = 3.0  # how many times the clocks' error a rank must be late by, in the steps in which it is last
+LEAST_SHARE = 0.01  # of the job's time: a straggler that costs less is not named
+_CLOCK_FACTOR = 3.0  # a rank must be late by this many times the clocks' error, in the steps in which it is last
+_NEGLIGIBLE = 0.9  # of the cost of all: who adds less to those named before stays unnamed
 Cause = Literal["computing", "input"]
 
 
@@ -27,78 +29,144 @@ class Straggler:
     """One rank, or all ranks of a host. Times are of the steps of the last attempt."""
 
     ranks: tuple[int, ...]  # one, or those of `host`
-    host: str | None  # None: not written down
+    host: str | None  # None: not recorded
     whole_host: bool
-    persistent: bool  # late in its typical step; otherwise now and then
-    share_last: float  # of the steps in which it comes last
-    late_s: float  # mean over the steps in which it comes last: later than the next
-    cost_s: float  # per step: what would be saved were it, and who is named before it, never later than the next
+    persistent: bool  # late in its typical step; otherwise sporadically
+    share_last: float  # of the steps in which it arrives last
+    late_s: float  # mean over the steps in which it is last: after the next-to-last
+    cost_s: float  # per step: saved if it, and those named before it, were never later than the next
     share: float  # of the job's time: cost
     share_interval: Interval | None  # 95%
-    cause: Cause | None  # where more of its time goes than the median rank's; None: neither
+    cause: Cause | None  # where it spends more time than the median rank; None: in neither
     excess: float | None  # computing: its useful time over the median rank's; input: its wait as a share of its time
 
 
 @dataclass(frozen=True)
 class StragglerAnalysis:
-    """Whom a run's ranks wait for. `told` says in words why there is nobody to be named; None where there is."""
+    """The stragglers of one run, the costliest first."""
 
     stragglers: tuple[Straggler, ...] = ()
     share: float = 0.0  # of the job's time: cost of all of them together
     share_interval: Interval | None = None  # 95%
-    told: str | None = None
-    clock_error_s: float | None = None  # of the median rank, where arrivals on several hosts are compared
-    unaligned: str | None = None  # why waits are compared instead
+    none_because: str | None = None  # why nobody is named; None if somebody is
+    clock_error_s: float | None = None  # of the median rank, if arrivals on several hosts are compared
+    unaligned: str | None = None  # why waits are compared instead of arrivals
 
 
 def find_stragglers(run: Run) -> StragglerAnalysis:
-    """Names those who cost the job 1% of its time or more, by more than chance and clocks' errors explain.
+    """Names the ranks or hosts that cost the job 1% of its time, by more than chance and clock errors explain.
 
-    In each step the last rank to arrive is blamed for what the others would save were it as early as the next. Alike
-    ranks would share this blame by chance: each step's is given to a rank drawn at random, 1,000 times, and who bears
-    more than the most that any rank bears in 99% of these draws is no accident. With that one set aside the search goes
-    on, so that several slow ranks are found, though each alone hides behind the others. A host is named instead of a
-    rank where more than half of its ranks are late by half of what its latest is.
+    In each step the last rank to arrive is blamed for what the others would save if it were as early as the next. Equal
+    ranks would share the blame by chance (`largest_total_threshold`). Whoever bears more is set aside, and the search
+    continues without it: so several slow ranks are found, though each hides behind the others. A host is named instead
+    of its ranks if more than half of them are late by half of what its latest rank is.
     """
     balance = run.load_balance
     if balance is None:
-        return StragglerAnalysis(told="no steady step")
-    if len(balance.ranks) == 1:
-        return StragglerAnalysis(told="one rank waits for nobody")
-    if not waits(run.config.reduce, len(balance.ranks)):
-        served = run.config.reduce.strategy == "parameter_server"
-        how = "each worker is answered by itself (reduce.asynchronous)" if served else "gradients are not reduced"
-        return StragglerAnalysis(told=f"no rank waits for another in a step, {how}")
+        return StragglerAnalysis(none_because="no steady step")
+    if reason := _why_no_waits(run, len(balance.ranks)):
+        return StragglerAnalysis(none_because=reason)
     arrivals = balance.arrivals
     if arrivals is None:
-        return StragglerAnalysis(told="when ranks came to the reductions was not recorded")
-    errors_s = arrivals.clock_error_s * (len(arrivals.hosts) > 1)  # one host has one clock
-    hosts = _found(arrivals, arrivals.latest_hosts, len(arrivals.hosts), _host_error(arrivals, errors_s))
-    if not any(_is_whole(arrivals, host) for host in hosts):
-        hosts = []
-    ranks = [] if hosts else _found(arrivals, arrivals.latest, len(balance.ranks), errors_s)
-    latest = arrivals.latest_hosts if hosts else arrivals.latest
-    blamed = hosts or ranks
-    saved_s = _saved_s(latest, blamed)
+        return StragglerAnalysis(none_because="arrivals at the reductions were not recorded")
+    blamed = _blamed(arrivals, len(balance.ranks))
+    saved_s = _saved_s(blamed.latest, blamed.members)
     share = float(saved_s.sum()) / arrivals.whole_s
-    if not blamed or share < LEAST_SHARE:
-        return StragglerAnalysis(
-            told=f"no rank costs the others {LEAST_SHARE:.0%} of their time by more than chance",
-            clock_error_s=_typical_error(arrivals),
-            unaligned=arrivals.unaligned,
-        )
-    named = tuple(_straggler(balance, arrivals, latest, blamed, place, bool(hosts)) for place in range(len(blamed)))
-    span = ratio_of_sums_interval(saved_s, arrivals.step_s)
-    return StragglerAnalysis(named, share, span, None, _typical_error(arrivals), arrivals.unaligned)
+    clock_error_s = _typical_clock_error(arrivals)
+    if not blamed.members or share < LEAST_SHARE:
+        reason = f"no rank costs the others {LEAST_SHARE:.0%} of their time by more than chance"
+        return StragglerAnalysis(none_because=reason, clock_error_s=clock_error_s, unaligned=arrivals.unaligned)
+    return StragglerAnalysis(
+        tuple(_straggler(balance, arrivals, blamed, index) for index in range(len(blamed.members))),
+        share,
+        ratio_of_sums_interval(saved_s, arrivals.step_s),
+        clock_error_s=clock_error_s,
+        unaligned=arrivals.unaligned,
+    )
 
 
-def _typical_error(arrivals: Arrivals) -> float | None:
+def _why_no_waits(run: Run, num_ranks: int) -> str | None:
+    """Why ranks of the run do not wait for each other; None if they do."""
+    if num_ranks == 1:
+        return "one rank waits for nobody"
+    if waits(run.config.reduce, num_ranks):
+        return None
+    if run.config.reduce.strategy == "parameter_server":
+        return "no rank waits for another in a step, since servers answer each worker at once (reduce.asynchronous)"
+    return "no rank waits for another in a step, since gradients are not reduced"
+
+
+def _typical_clock_error(arrivals: Arrivals) -> float | None:
     compared = arrivals.basis == "arrival" and len(arrivals.hosts) > 1
     return float(np.median(arrivals.clock_error_s)) if compared else None
 
 
-def _host_error(arrivals: Arrivals, errors_s: FloatArray) -> FloatArray:
-    """(hosts,) the median over a host's ranks."""
+# ---------------------------------------------------------------------------------------------- the search
+
+
+@dataclass(frozen=True, eq=False)
+class _Blamed:
+    """Who bears more blame than chance explains, the worst first."""
+
+    latest: Latest  # of hosts or of ranks
+    members: list[int]  # as `latest.who` counts them
+    by_host: bool
+
+
+def _blamed(arrivals: Arrivals, num_ranks: int) -> _Blamed:
+    """Whole hosts if there are any, else ranks."""
+    errors_s = arrivals.clock_error_s * (len(arrivals.hosts) > 1)  # one host has one clock
+    hosts = _search(arrivals, arrivals.latest_hosts, len(arrivals.hosts), _host_errors(arrivals, errors_s))
+    if any(_is_whole(arrivals, host) for host in hosts):
+        return _Blamed(arrivals.latest_hosts, hosts, by_host=True)
+    return _Blamed(arrivals.latest, _search(arrivals, arrivals.latest, num_ranks, errors_s), by_host=False)
+
+
+def _search(arrivals: Arrivals, latest: Latest, num_members: int, errors_s: FloatArray) -> list[int]:
+    found: list[int] = []
+    shares: list[float] = []
+    # The last row of `latest` has nobody behind it to compare with.
+    while num_members - len(found) > 1 and len(found) < len(latest.who) - 1:
+        who, late_s = _last_without(latest, found)
+        known = who >= 0
+        blame_s = np.bincount(who[known], late_s[known], num_members)
+        worst = int(np.argmax(blame_s))
+        times_last = int(np.count_nonzero(who == worst))
+        if blame_s[worst] <= largest_total_threshold(late_s[known], num_members - len(found)):
+            break
+        if blame_s[worst] < _CLOCK_FACTOR * errors_s[worst] * times_last:
+            break
+        found.append(worst)
+        shares.append(float(_saved_s(latest, found).sum()) / arrivals.whole_s)
+    for index, share in enumerate(shares):
+        if share >= _NEGLIGIBLE * shares[-1]:
+            return found[: index + 1]
+    return found
+
+
+def _last_without(latest: Latest, aside: Sequence[int]) -> tuple[IntArray, FloatArray]:
+    """(steps,) who is last in each step among those not set aside, and by how many seconds; -1 and 0 if unknown."""
+    kept = ~np.isin(latest.who, [*aside, -1])
+    rank_among_kept = np.cumsum(kept, axis=0)
+    first, second = np.argmax(rank_among_kept == 1, axis=0), np.argmax(rank_among_kept == 2, axis=0)
+    steps = np.arange(latest.who.shape[1])
+    known = rank_among_kept[-1] >= 2
+    late_s = latest.late_s[first, steps] - np.where(known, latest.late_s[second, steps], 0.0)
+    return np.where(known, latest.who[first, steps], -1), np.where(known, late_s, 0.0)
+
+
+def _saved_s(latest: Latest, aside: Sequence[int]) -> FloatArray:
+    """(steps,) seconds saved if those set aside were never later than the last of the others."""
+    if not aside:
+        return np.zeros(latest.who.shape[1])
+    kept = ~np.isin(latest.who, [*aside, -1])
+    others = np.where(kept, latest.late_s, -np.inf).max(axis=0)
+    earliest_known = np.where(np.isfinite(latest.late_s), latest.late_s, np.inf).min(axis=0)
+    return np.asarray(latest.late_s[0] - np.where(np.isfinite(others), others, earliest_known))
+
+
+def _host_errors(arrivals: Arrivals, errors_s: FloatArray) -> FloatArray:
+    """(hosts,) the median clock error over a host's ranks."""
     order = np.argsort(arrivals.host_of, kind="stable")
     ends = np.flatnonzero(np.diff(arrivals.host_of[order])) + 1
     errors = np.zeros(len(arrivals.hosts))
@@ -108,75 +176,31 @@ def _host_error(arrivals: Arrivals, errors_s: FloatArray) -> FloatArray:
 
 
 def _is_whole(arrivals: Arrivals, host: int) -> bool:
-    """Whether a host is late as a whole, and not one of its ranks."""
-    late = arrivals.late_s[arrivals.host_of == host]
-    return len(late) > 1 and late.max() > 0 and float((late > 0.5 * late.max()).mean()) > 0.5
+    """Whether a host is late as a whole, rather than one of its ranks."""
+    late_s = arrivals.late_s[arrivals.host_of == host]
+    return len(late_s) > 1 and late_s.max() > 0 and float((late_s > 0.5 * late_s.max()).mean()) > 0.5
 
 
-def _blame(latest: Latest, aside: Sequence[int]) -> tuple[IntArray, FloatArray]:
-    """(steps,) who is last in each step of those not set aside, and (steps,) by how many seconds; -1, 0: not known."""
-    kept = ~np.isin(latest.who, [*aside, -1])
-    place = np.cumsum(kept, axis=0)
-    first, second = np.argmax(place == 1, axis=0), np.argmax(place == 2, axis=0)
-    steps = np.arange(latest.who.shape[1])
-    known = place[-1] >= 2
-    late = latest.late_s[first, steps] - np.where(known, latest.late_s[second, steps], 0.0)
-    return np.where(known, latest.who[first, steps], -1), np.where(known, late, 0.0)
+# ---------------------------------------------------------------------------------------------- one straggler
 
 
-def _saved_s(latest: Latest, aside: Sequence[int]) -> FloatArray:
-    """(steps,) seconds that each would take less were those set aside never later than the last of the others."""
-    if not aside:
-        return np.zeros(latest.who.shape[1])
-    kept = ~np.isin(latest.who, [*aside, -1])
-    others = np.where(kept, latest.late_s, -np.inf).max(axis=0)
-    least = np.where(np.isfinite(latest.late_s), latest.late_s, np.inf).min(axis=0)  # of those that are known
-    return np.asarray(latest.late_s[0] - np.where(np.isfinite(others), others, least))
-
-
-def _found(arrivals: Arrivals, latest: Latest, num: int, error_s: FloatArray) -> list[int]:
-    """Positions of those who bear more blame than chance gives, the worst first; at most as many as can be told."""
-    found: list[int] = []
-    shares: list[float] = []
-    while num - len(found) > 1 and len(found) < len(latest.who) - 1:
-        who, late_s = _blame(latest, found)
-        known = who >= 0
-        blame = np.bincount(who[known], late_s[known], num)
-        times = np.bincount(who[known], minlength=num)
-        worst = int(np.argmax(blame))
-        num_others = num - len(found)
-        if blame[worst] <= largest_total_threshold(late_s[known], num_others):
-            break
-        if blame[worst] < _CLOCK_FACTOR * error_s[worst] * times[worst]:
-            break
-        found.append(worst)
-        shares.append(float(_saved_s(latest, found).sum()) / arrivals.whole_s)
-    # Those at the end who add next to nothing stay unnamed.
-    enough = [place for place, share in enumerate(shares) if share >= 0.9 * shares[-1]]
-    return found[: enough[0] + 1] if enough else []
-
-
-def _straggler(
-    balance: LoadBalance, arrivals: Arrivals, latest: Latest, blamed: Sequence[int], place: int, by_host: bool
-) -> Straggler:
-    """The one at `place` of those blamed, its cost on top of theirs who stand before it."""
-    one = blamed[place]
-    members = np.flatnonzero(arrivals.host_of == one) if by_host else np.array([one])
-    whole = by_host and _is_whole(arrivals, one)
-    if by_host and not whole:
-        members = members[[int(np.argmax(arrivals.late_s[members]))]]
-    saved_s = _saved_s(latest, blamed[: place + 1]) - _saved_s(latest, blamed[:place])
+def _straggler(balance: LoadBalance, arrivals: Arrivals, blamed: _Blamed, index: int) -> Straggler:
+    """The one at `index` of those blamed; its cost is on top of those before it."""
+    member = blamed.members[index]
+    ranks = _ranks_of(arrivals, blamed, member)
+    saved_s = _saved_s(blamed.latest, blamed.members[: index + 1]) - _saved_s(blamed.latest, blamed.members[:index])
     cost_s = float(saved_s.sum())
-    who, late_s = _blame(latest, [other for other in blamed if other != one])
-    mine = who == one
-    cause, excess = _cause(balance, members)
+    others = [other for other in blamed.members if other != member]
+    who, late_s = _last_without(blamed.latest, others)
+    is_last = who == member
+    cause, excess = _cause(balance, ranks)
     return Straggler(
-        tuple(balance.ranks[members].tolist()),
-        balance.hosts[members[0]],
-        whole,
-        persistent=bool(np.median(arrivals.typical_late_s[members]) >= 0.5 * np.median(arrivals.late_s[members])),
-        share_last=float(mine.mean()),
-        late_s=float(late_s[mine].mean()) if mine.any() else 0.0,
+        tuple(balance.ranks[ranks].tolist()),
+        balance.hosts[ranks[0]],
+        whole_host=len(ranks) > 1,
+        persistent=bool(np.median(arrivals.typical_late_s[ranks]) >= 0.5 * np.median(arrivals.late_s[ranks])),
+        share_last=float(is_last.mean()),
+        late_s=float(late_s[is_last].mean()) if is_last.any() else 0.0,
         cost_s=cost_s / arrivals.num_steps,
         share=cost_s / arrivals.whole_s,
         share_interval=ratio_of_sums_interval(saved_s, arrivals.step_s),
@@ -185,15 +209,23 @@ def _straggler(
     )
 
 
-def _cause(balance: LoadBalance, members: IntArray) -> tuple[Cause | None, float | None]:
-    """What those at `members` have more of than the median of the others."""
-    others = np.setdiff1d(np.arange(len(balance.ranks)), members)
-    useful, stall = balance.useful_s, balance.input_s
-    usual = float(np.median(useful[others]))
-    more = float(np.median(useful[members])) - usual
-    more_input = float(np.median(stall[members]) - np.median(stall[others]))
-    if max(more, more_input) <= 0:
+def _ranks_of(arrivals: Arrivals, blamed: _Blamed, member: int) -> IntArray:
+    """Positions of its ranks: all of a host that is late as a whole, the latest of another host."""
+    if not blamed.by_host:
+        return np.array([member])
+    ranks = np.flatnonzero(arrivals.host_of == member)
+    return ranks if _is_whole(arrivals, member) else ranks[[int(np.argmax(arrivals.late_s[ranks]))]]
+
+
+def _cause(balance: LoadBalance, ranks: IntArray) -> tuple[Cause | None, float | None]:
+    """On what these ranks spend more time than the median of the others, and how much more (`Straggler.excess`)."""
+    others = np.setdiff1d(np.arange(len(balance.ranks)), ranks)
+    useful_s, input_s = balance.useful_s, balance.input_s
+    usual_s = float(np.median(useful_s[others]))
+    more_computing_s = float(np.median(useful_s[ranks])) - usual_s
+    more_input_s = float(np.median(input_s[ranks]) - np.median(input_s[others]))
+    if max(more_computing_s, more_input_s) <= 0:
         return None, None
-    if more >= more_input and usual:
-        return "computing", 1 + more / usual
-    return "input", float(np.median(stall[members]) / balance.whole_s.sum())
+    if more_computing_s >= more_input_s and usual_s:
+        return "computing", 1 + more_computing_s / usual_s
+    return "input", float(np.median(input_s[ranks]) / balance.whole_s.sum())

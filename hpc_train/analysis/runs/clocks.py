@@ -1,4 +1,4 @@
-"""Clocks of different hosts, brought onto the root's: each has an offset of its own and runs at a rate of its own."""
+"""Aligns the clocks of different hosts with the root's: each has its own offset and its own rate."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,24 +10,24 @@ import numpy as np
 from hpc_train.core.records import FloatArray, IntArray
 
 _MOST_NS = 1 << 61  # a number beyond is damage
-Hosts = Sequence[str | None]  # of each rank; None: the run did not write it down
+Hosts = Sequence[str | None]  # of each rank; None: not recorded
 
 
 @dataclass(frozen=True, eq=False)
 class Clocks:
-    """Each rank's monotonic clock minus the root's: (ranks,) in ns when the last attempt's loop began, and how much
-    further apart they were at its end.
+    """Each rank's monotonic clock minus the root's, (ranks,) in ns: at the start of the last attempt's loop, and its
+    increase until the end.
     """
 
     offset_ns: IntArray
     drift_ns: FloatArray
 
     def aligned_ns(self, rank: int, moments_ns: IntArray, began_ns: int, ended_ns: int) -> IntArray:
-        """Moments of a rank's clock on the root's, the offset interpolated linearly over the rank's loop.
+        """Converts times of a rank's clock to the root's; the offset is interpolated linearly over the rank's loop.
 
-        Rates are taken to be constant, which holds for minutes rather than for hours (Becker, Rabenseifner and Wolf,
-        "Implications of non-constant clock drifts for the timestamps of concurrent events", IEEE Cluster 2008): when
-        ranks leave a reduction shows how far that went wrong (`Arrivals.clock_error_s`).
+        Assumes constant rates, which holds for minutes rather than for hours (Becker, Rabenseifner and Wolf,
+        "Implications of non-constant clock drifts for the timestamps of concurrent events", IEEE Cluster 2008).
+        `Arrivals.clock_error_s` is the remaining error, from when ranks leave reductions.
         """
         part = (moments_ns - began_ns) / max(1, ended_ns - began_ns)
         aligned = moments_ns - self.offset_ns[rank] - np.rint(self.drift_ns[rank] * part).astype(np.int64)
@@ -35,7 +35,7 @@ class Clocks:
 
 
 def hosts_of(meta: dict[str, Any], size: int) -> list[str | None]:
-    """(size,) where each rank ran, in the last attempt."""
+    """(size,) the host of each rank in the last attempt."""
     hosts: list[str | None] = [None] * size
     places = meta.get("ranks")
     for place in places if isinstance(places, list) else []:
@@ -46,25 +46,25 @@ def hosts_of(meta: dict[str, Any], size: int) -> list[str | None]:
 
 
 def clocks_of(meta: dict[str, Any], hosts: Hosts) -> Clocks | None:
-    """What meta.json says of the clocks in the last attempt; None where that is not enough to compare them.
+    """The clocks of the last attempt, from meta.json; None if it does not suffice to compare them.
 
-    Ranks of one host read one clock: their offsets are the host's, the median of what was measured.
+    Ranks of one host read the same clock: their offset is the median of those measured on the host.
     """
     size = len(hosts)
     if None not in hosts and len(set(hosts)) == 1:
         return Clocks(np.zeros(size, np.int64), np.zeros(size))
-    told = meta.get("clock_offsets_ns")
-    start = _offsets(told, "start", size)
+    recorded = meta.get("clock_offsets_ns")
+    start = _offsets(recorded, "start", size)
     if start is None:
         return None
     start = _of_hosts(start, hosts)
-    # `end` of an attempt that was killed is the one before's.
-    end = _offsets(told, "end", size) if meta.get("ended") else None
+    # An attempt that was killed left no `end`: the one in meta.json is an earlier attempt's.
+    end = _offsets(recorded, "end", size) if meta.get("ended") else None
     return Clocks(start, np.zeros(size) if end is None else (_of_hosts(end, hosts) - start).astype(np.float64))
 
 
-def _offsets(told: Any, moment: str, size: int) -> IntArray | None:
-    values = told.get(moment) if isinstance(told, dict) else None
+def _offsets(recorded: Any, moment: str, size: int) -> IntArray | None:
+    values = recorded.get(moment) if isinstance(recorded, dict) else None
     known = (
         isinstance(values, list)
         and len(values) == size
@@ -74,7 +74,7 @@ def _offsets(told: Any, moment: str, size: int) -> IntArray | None:
 
 
 def _of_hosts(offsets: IntArray, hosts: Hosts) -> IntArray:
-    """Each rank's offset replaced by the median over its host."""
+    """Replaces each rank's offset by the median over its host."""
     ranks: dict[str, list[int]] = defaultdict(list)
     for rank, host in enumerate(hosts):
         if host is not None:

@@ -1,4 +1,4 @@
-"""When each step of a run ended, on one rank's clock: the loop's time through all attempts, warm-up included."""
+"""When each step of a run ended, on one rank's clock: the time of all attempts' loops, warm-up included."""
 
 from dataclasses import dataclass
 
@@ -11,31 +11,31 @@ from hpc_train.core.timings import read_timings
 
 @dataclass(frozen=True)
 class Loop:
-    """The loop of one attempt: from the begin of its first recorded step to the end of its last."""
+    """The loop of one attempt: from the start of its first recorded step to the end of its last."""
 
     attempt: int
     begin_ns: int  # of the rank's clock
-    before_s: float  # the loops of the attempts before
+    before_s: float  # duration of earlier attempts' loops
     lasted_s: float
 
 
 @dataclass(frozen=True, eq=False)
 class StepTimeline:
-    """One row a recorded step, those taken twice included. Time between attempts is in none."""
+    """One row per recorded step, repeated ones included. Time between attempts does not count."""
 
     step: IntArray  # (rows,)
     attempt: IntArray  # (rows,)
-    end_s: FloatArray  # (rows,) seconds of loops until the step's end, those of earlier attempts included
+    end_s: FloatArray  # (rows,) seconds of loops until the step's end, including earlier attempts'
     loops: tuple[Loop, ...]
-    rank: int  # whose clock it is
+    rank: int  # the rank whose clock it is
 
     @property
     def loop_s(self) -> float:
-        """All attempts' loops together."""
+        """Duration of all attempts' loops."""
         return sum(loop.lasted_s for loop in self.loops)
 
     def of_first(self, step: int) -> int | None:
-        """The row in which a step was first taken, None where it never was: later ones only repeat it."""
+        """The row of a step's first run, None if there is none; later rows repeat it."""
         rows = np.flatnonzero(self.step == step)
         return int(rows[0]) if len(rows) else None
 
@@ -44,7 +44,7 @@ EMPTY_TIMELINE = StepTimeline(np.zeros(0, np.int64), np.zeros(0, np.int64), np.z
 
 
 def timeline_of(run: Run) -> StepTimeline:
-    """The course of the first rank that left timings: all ranks begin a loop together, and end each step together."""
+    """From the first rank that left timings: all ranks start a loop together, and end each step together."""
     num_workers = run.size - run.num_servers
     rank = next((rank for rank in range(num_workers) if run.dir.timings(rank).is_file()), None)
     if rank is None:

@@ -145,7 +145,7 @@ def _no_efficiencies(why: str) -> Efficiencies:
 
 
 def _no_stragglers(why: str) -> StragglerAnalysis:
-    return StragglerAnalysis(told=why)
+    return StragglerAnalysis(none_because=why)
 
 
 def equal_work(groups: Sequence[Group]) -> list[list[Group]]:

@@ -71,7 +71,7 @@ class MpiTransport:
         pieces = np.array_split(array, num_pieces) if num_pieces > 1 else [array]  # array_split costs as much as a sum
         if is_last or len(array) < self.size:  # Rabenseifner's algorithm needs an element a rank: see startup.py
             return _BlockingSum(self, pieces, host)
-        return self._queue([partial(messages.begin_all_reduce, self._comm, piece) for piece in pieces], host)
+        return self._queue([partial(messages.begin_all_reduce, self._comm, piece) for piece in pieces], host, host)
 
     def adasum(self, message: torch.Tensor, name: str) -> Pending:
         raise AssertionError("only Horovod has Adasum")
@@ -79,25 +79,26 @@ class MpiTransport:
     def reduce_scatter(self, message: torch.Tensor, name: str) -> Pending:
         host = message.cpu()
         received = torch.empty(len(host) // self.size, dtype=host.dtype)
-        return self._queue(
-            [partial(messages.begin_reduce_scatter, self._comm, host.numpy(), received.numpy())], received
-        )
+        begin = partial(messages.begin_reduce_scatter, self._comm, host.numpy(), received.numpy())
+        return self._queue([begin], received, host)
 
     def all_gather(self, part: torch.Tensor, name: str) -> Pending:
         host = part.cpu()
         received = torch.empty(len(host) * self.size, dtype=host.dtype)
-        return self._queue([partial(messages.begin_all_gather, self._comm, _bytes(host), _bytes(received))], received)
+        begin = partial(messages.begin_all_gather, self._comm, _bytes(host), _bytes(received))
+        return self._queue([begin], received, host)
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Pending:
         host = message.cpu()
         received = torch.empty_like(host)
-        return self._queue([partial(messages.begin_all_to_all, self._comm, _bytes(host), _bytes(received))], received)
+        begin = partial(messages.begin_all_to_all, self._comm, _bytes(host), _bytes(received))
+        return self._queue([begin], received, host)
 
-    def _queue(self, begins: list[Callable[[], Any]], result: torch.Tensor) -> Pending:
+    def _queue(self, begins: list[Callable[[], Any]], result: torch.Tensor, sent: torch.Tensor) -> Pending:
         self._to_begin.extend(begins)
         self._num_queued += len(begins)
         self._advance()
-        return _Queued(self, self._num_queued, result)
+        return _Queued(self, self._num_queued, result, sent)
 
     def _advance(self) -> None:
         while self._under_way and self._under_way[0].Test():
@@ -125,6 +126,7 @@ class _Queued:
     transport: MpiTransport
     number: int  # of the last message that belongs to it
     result: torch.Tensor
+    sent: torch.Tensor  # held until it has left: mpi4py 4.1 keeps no reference in reductions under way
 
     def wait(self) -> torch.Tensor:
         self.transport.wait_for(self.number)

@@ -205,7 +205,7 @@ def test_servers_are_left_out_and_nobody_waits_for_an_asynchronous_one(tmp_path:
     assert [run.load_balance.ranks.tolist() for run in alone.runs if run.load_balance] == [[0, 1, 2]]
     assert {"serialisation", "transfer", "input"} & set(alone.pop.factors) == set()
     assert {"serialisation", "transfer", "input"} <= set(together.pop.factors)
-    assert "no rank waits for another" in (alone.stragglers[0].told or "")
+    assert "no rank waits for another" in (alone.stragglers[0].none_because or "")
 
 
 def test_a_run_without_a_steady_step_has_none(tmp_path: Path) -> None:

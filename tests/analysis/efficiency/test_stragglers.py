@@ -96,7 +96,9 @@ def test_a_balanced_job_names_nobody(tmp_path: Path, ranks: int, noise: float) -
     for seed in range(3):
         law = replace(SKEWED, ranks=ranks, noise=noise, seed=seed, stamp=f"2026112{seed}T210000Z")
         _, told = found(tmp_path, law)
-        assert not told.stragglers and told.told == "no rank costs the others 1% of their time by more than chance"
+        assert (
+            not told.stragglers and told.none_because == "no rank costs the others 1% of their time by more than chance"
+        )
 
 
 def test_nobody_is_named_within_the_clocks_error(tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ def test_a_run_given_twice_and_its_copy_count_once(tmp_path: Path) -> None:
 
 def test_one_rank_waits_for_nobody(tmp_path: Path) -> None:
     run, told = found(tmp_path, replace(SKEWED, ranks=1))
-    assert told.told == "one rank waits for nobody" and run.load_balance and run.load_balance.noise is None
+    assert told.none_because == "one rank waits for nobody" and run.load_balance and run.load_balance.noise is None
     assert not notes(make_report([tmp_path]).sections[0], "stragglers")
 
 

@@ -13,7 +13,7 @@ def pop_missing_notes(group: Group) -> list[str]:
 def straggler_notes(group: Group) -> list[str]:
     """Why no straggler is named, and how well clocks agree."""
     runs = [(row, run) for row in group.rows for run in row.stragglers]
-    unnamed = sizes_by_reason((run.told, row.size) for row, run in runs if not row.pop.missing and row.size > 1)
+    unnamed = sizes_by_reason((run.none_because, row.size) for row, run in runs if not row.pop.missing and row.size > 1)
     notes = [f"No straggler named for {sizes}: {why}." for why, sizes in unnamed.items()]
     unaligned = sizes_by_reason((run.unaligned, row.size) for row, run in runs)
     notes += [
