@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from hpc_train.cli.options import Finite, Place, by_first_rank, sizes
+from hpc_train.cli.options import FiniteNumber, UserPath, on_first_rank, sizes
 from hpc_train.core.errors import UserError
 from hpc_train.core.redaction import printable
 
@@ -71,21 +71,21 @@ def _positive(value: float) -> float:
 
 
 # Larger amounts of work overflow when multiplied.
-_Amount = Finite(0, 1e18, min_open=True)
+_Amount = FiniteNumber(0, 1e18, min_open=True)
 
 
 @click.command()
-@click.argument("runs", nargs=-1, type=Place())
-@click.option("--table", type=Place(), help="Measurements made elsewhere, as CSV, instead of RUNS.")
+@click.argument("runs", nargs=-1, type=UserPath())
+@click.option("--table", type=UserPath(), help="Measurements made elsewhere, as CSV, instead of RUNS.")
 @click.option("--deadline", callback=_duration, metavar="TIME", help="Time limit of the training: 6h, 90min, 1d12h.")
 @click.option("--energy", callback=_energy, metavar="ENERGY", help="Energy budget: 40kWh, 3.6MJ.")
 @click.option("--node-hours", type=_Amount, metavar="HOURS", help="Budget in node-hours.")
 @click.option("--max-nodes", type=click.IntRange(1, 10_000_000), metavar="N", help="Consider at most so many nodes.")
 @click.option("--steps", type=_Amount, help="Steps to train; default: those that the runs were set to.")
 @click.option("--samples", type=_Amount, help="Samples to train, in place of --steps.")
-@click.option("--target-loss", type=Finite(), help="Train to this training loss; some run must have reached it.")
+@click.option("--target-loss", type=FiniteNumber(), help="Train to this training loss; some run must have reached it.")
 @click.option("--predict", callback=sizes, metavar="N,N,...", help="Predict these numbers of ranks only.")
-@click.option("--network", type=Place(), help="Measured all-reduces: a file of hpc-train bench allreduce.")
+@click.option("--network", type=UserPath(), help="Measured all-reduces: a file of hpc-train bench allreduce.")
 @click.option("--ranks-per-node", type=click.IntRange(1, 100_000), help="For a table without this column.")
 @click.option("--gradient-bytes", type=_Amount, help="Bytes of all gradients, for --network with --table.")
 @click.option(
@@ -94,7 +94,7 @@ _Amount = Finite(0, 1e18, min_open=True)
     help="Model to fit; default: the one that best predicts the largest sizes from the smaller ones.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-@by_first_rank
+@on_first_rank
 def plan(
     runs: tuple[Path, ...],
     table: Path | None,
