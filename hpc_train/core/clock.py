@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from time import perf_counter_ns
-from types import TracebackType
 
 from hpc_train.core.records import PHASES, StepRecord
 
@@ -17,9 +16,7 @@ class _Phase:
     def __enter__(self) -> None:
         self.began_ns = perf_counter_ns()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.spent_ns += perf_counter_ns() - self.began_ns
 
 
@@ -36,11 +33,9 @@ class _SynchronizedPhase(_Phase):
         self.synchronize()
         super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.synchronize()
-        super().__exit__(kind, error, trace)
+        super().__exit__(*error)
 
 
 class _UntimedPhase(_Phase):
@@ -48,9 +43,7 @@ class _UntimedPhase(_Phase):
 
     __slots__ = ()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         pass
 
 

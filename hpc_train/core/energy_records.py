@@ -84,61 +84,51 @@ class Trace:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-class _Row(NamedTuple):
-    """A line of the file, in the order of ENERGY_COLUMNS."""
+class _Reading(NamedTuple):
+    """A line of the file. joules: None if missing."""
 
-    time_s: str
+    time_s: float
     domain: str
-    joules: str
-    quality: str
+    joules: float | None
+    quality: Quality
     source: str
-    attempt: str
-
-    @property
-    def is_known(self) -> bool:
-        return _quality(self.quality) != "missing"
+    attempt: int
 
 
 def read_traces(path: Path) -> list[Trace]:
     """Every domain of every attempt in energy/<host>.csv. Raises `BadRecord` naming path:line."""
-    rows = [_Row(*row[: len(ENERGY_COLUMNS)]) for row in read_csv(path, ENERGY_COLUMNS).rows]
-    by_domain: dict[tuple[str, str], list[_Row]] = {}
-    for row in rows:
-        by_domain.setdefault((row.attempt, row.domain), []).append(row)
-    try:
-        return [_trace(lines) for lines in by_domain.values()]
-    except ValueError:
-        number = next(number for number, row in enumerate(rows, 2) if not _is_reading(row))
-        raise bad_line(path, number, ",".join(rows[number - 2])) from None
+    by_domain: dict[tuple[int, str], list[_Reading]] = {}
+    for number, row in enumerate(read_csv(path, ENERGY_COLUMNS).rows, 2):
+        try:
+            reading = _parse(row)
+        except ValueError:
+            raise bad_line(path, number, ",".join(row)) from None
+        by_domain.setdefault((reading.attempt, reading.domain), []).append(reading)
+    return [_trace(readings) for readings in by_domain.values()]
 
 
-def _trace(rows: list[_Row]) -> Trace:
-    """The rows of one domain and attempt. Raises ValueError if a number is damaged."""
-    known = [row for row in rows if row.is_known]
-    # If the time of day was set back during the run, time stays constant until it has caught up.
-    time_s = np.maximum.accumulate(np.array([row.time_s for row in rows], dtype=float))
-    joules = np.array([row.joules for row in known], dtype=float)
-    if not (np.abs(time_s) < _MOST_S).all() or not ((joules >= 0) & (joules < _MOST_J)).all():
-        raise ValueError("out of range")
-    last = (known or rows)[-1]
-    return Trace(
-        last.domain,
-        int(last.attempt),
-        last.source,
-        _quality(last.quality),
-        time_s[np.array([row.is_known for row in rows])],
-        joules,
-        begin_s=float(time_s[0]),
-        end_s=float(time_s[-1]),
+def _parse(row: list[str]) -> _Reading:
+    """Raises ValueError for a damaged number."""
+    time_s, domain, joules, text, source, attempt = row[: len(ENERGY_COLUMNS)]
+    quality = _quality(text)
+    reading = _Reading(
+        float(time_s), domain, None if quality == "missing" else float(joules), quality, source, int(attempt)
     )
+    if not abs(reading.time_s) < _MOST_S or not 0 <= (reading.joules or 0.0) < _MOST_J:
+        raise ValueError("out of range")
+    return reading
 
 
-def _is_reading(row: _Row) -> bool:
-    try:
-        _trace([row])
-    except ValueError:
-        return False
-    return True
+def _trace(readings: list[_Reading]) -> Trace:
+    """The readings of one domain and attempt."""
+    # If the time of day was set back during the run, time stays constant until it has caught up.
+    time_s = np.maximum.accumulate([reading.time_s for reading in readings])
+    is_known = np.array([reading.joules is not None for reading in readings])
+    known = [reading for reading in readings if reading.joules is not None]
+    joules = np.array([reading.joules for reading in known], dtype=float)
+    last = (known or readings)[-1]
+    begin_s, end_s = float(time_s[0]), float(time_s[-1])
+    return Trace(last.domain, last.attempt, last.source, last.quality, time_s[is_known], joules, begin_s, end_s)
 
 
 def _quality(text: str) -> Quality:

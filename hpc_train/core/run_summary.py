@@ -13,7 +13,7 @@ from hpc_train.core.statistics import mean_interval
 from hpc_train.core.timings import StepTimes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunShape:
     """What ran."""
 
@@ -24,27 +24,24 @@ class RunShape:
     num_attempts: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What came out of a run; the fields of `RunSummary` with these names."""
+    """What came out of a run."""
 
-    loss: float | None = None
-    test: dict[str, float] = field(default_factory=dict)
+    loss: float | None = None  # the last training loss
+    test: dict[str, float] = field(default_factory=dict)  # means over the test samples: loss, accuracy ...
     complete: bool = False
-    fault: str | None = None
+    fault: str | None = None  # why a run that reached its last step did not succeed
 
 
-@dataclass(frozen=True)
-class RunSummary:
+@dataclass(frozen=True, kw_only=True)
+class RunSummary(RunResult, RunShape):
     """A run in one record (`summary.json`). Times are in seconds; None is unknown."""
 
-    name: str
-    size: int
-    num_hosts: int
     num_steps: int
     num_warmup: int  # of every attempt
+    num_repeated: int = 0
     num_samples: int
-    global_batch: int
     step_s: float | None  # mean over steady steps of the mean duration over the ranks that train
     step_low_s: float | None  # 95% interval of that mean
     step_high_s: float | None
@@ -54,12 +51,6 @@ class RunSummary:
     joules: float | None = None
     energy_quality: Quality = "missing"
     energy_source: str = NO_METER
-    loss: float | None = None
-    test: dict[str, float] = field(default_factory=dict)  # means over the test samples: loss, accuracy ...
-    num_attempts: int = 1
-    num_repeated: int = 0
-    complete: bool = False
-    fault: str | None = None  # why a run that reached its last step did not succeed
     schema: int = SCHEMA
 
     @property

@@ -1,7 +1,7 @@
 """Requests to stop: a signal only sets a flag, which the loop reads at the end of a step."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 from hpc_train.core.job_environment import JobEnvironment
@@ -55,9 +55,7 @@ class StopRequest:
         self._before[signal.SIGUSR2] = signal.SIG_IGN  # after the work there is nothing left to stop
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -204,7 +204,7 @@ def test_times_of_ranks_add_up() -> None:
 
 def test_a_summary_of_no_steady_step_knows_no_speed() -> None:
     times = replace(NO_STEP_TIMES, num_samples=8, num_warmup=1, num_ranks=1)
-    shape = RunShape("x", size=1, num_hosts=1, global_batch=8, num_attempts=1)
+    shape = RunShape(name="x", size=1, num_hosts=1, global_batch=8, num_attempts=1)
     summary = summarise(shape, times, Energy(), RunResult())
     assert (summary.step_s, summary.samples_per_s, summary.joules) == (None, None, None)
     assert summary.phase_share == {}

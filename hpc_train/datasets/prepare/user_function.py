@@ -49,7 +49,9 @@ def source(name: str, options: Options, output: Path | None, overwrite: bool, co
         return replace(described(name), arrays=parts, state=state)
     spool = context.on_all(lambda: _spool_beside(name, output, context.world.rank))
     try:
-        contents = _fill(spool, function, returned, state, overwrite, context)
+        identity = [name, state, context.world.size]
+        contents = None if overwrite or not state else _reusable(spool, identity, context)
+        contents = contents or _fill(spool, function, returned, identity, context)
         spools = context.all_gather(spool)
         arrays = _arrays_of(spools, context.all_gather(contents), function)
         parts = context.on_all(lambda: split_arrays(name, arrays, options.test_fraction))
@@ -219,15 +221,14 @@ def _spool_beside(name: str, output: Path | None, rank: int) -> _Spool:
     return spool
 
 
-def _fill(
-    spool: _Spool, function: _UserFunction, returned: Any, state: str, overwrite: bool, context: Context
-) -> _Contents:
-    """Collective. Writes this rank's samples to its spool, unless every rank's spool is complete already."""
-    identity = [function.name, state, context.world.size]
-    found = context.all_gather(None if overwrite or not state else spool.reusable(identity))
-    mine = found[context.world.rank]
-    if mine is not None and None not in found:
-        return mine
+def _reusable(spool: _Spool, identity: list[Any], context: Context) -> _Contents | None:
+    """Collective. What a killed run left in this rank's spool; None unless the spools of all ranks are complete."""
+    found = context.all_gather(spool.reusable(identity))
+    return None if None in found else found[context.world.rank]
+
+
+def _fill(spool: _Spool, function: _UserFunction, returned: Any, identity: list[Any], context: Context) -> _Contents:
+    """Collective. Writes this rank's samples to its spool."""
     contents = context.on_all(lambda: _write_samples(spool, function, returned, context.world))
     context.on_all(lambda: spool.complete(identity, contents))
     return contents

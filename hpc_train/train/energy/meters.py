@@ -81,7 +81,7 @@ class NodeEnergy:
             )
 
     @contextmanager
-    def recorded(self, path: Path, attempt: int, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+    def recorded(self, path: Path, attempt: int, check: Callable[[], None] | None = None) -> Iterator[None]:
         """Samples the meters into `path` inside the block; does nothing on ranks without meters.
 
         check: called before each write; raises UserError if this job may write nothing any more.

@@ -79,7 +79,7 @@ class Recorder:
         self._timings = timing_log(self._run.timings(rank), number)
         self._stack.callback(self._close_timings)  # after any error, too: recorded steps are kept
         # On other ranks a lease is renewed by their steps, so a thread beside them must not check it.
-        check = self._attempt.lease.check if rank == 0 else _nothing
+        check = self._attempt.lease.check if rank == 0 else None
         self._stack.enter_context(self._energy.recorded(self._run.energy(host), number, check))
         self._progress.begin(first_step)
         self._context.barrier()
@@ -156,7 +156,8 @@ class Recorder:
             global_batch=self._global_batch,
             num_attempts=self._attempt.number,
         )
-        result = RunResult(losses[-1] if losses else None, test, complete=fault is None, fault=fault)
+        loss = losses[-1] if losses else None
+        result = RunResult(loss=loss, test=test, complete=fault is None, fault=fault)
         num_workers = config.reduce.num_workers(context.world.size)
         summary = gather_summary(self._run, self._meta.content, shape, result, num_workers, context)
         if summary is not None:
@@ -201,7 +202,3 @@ def _print_summary(summary: RunSummary, path: Path) -> None:
         speed = f"{summary.samples_per_s:,.0f} samples/s"
         print(f"Mean step {summary.step_s * 1e3:.3g} ms, {speed}, {summary.energy}")
     print(f"Run directory: {path}", flush=True)
-
-
-def _nothing() -> None:
-    pass

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
-from types import TracebackType
 
 from hpc_train.core.energy_records import ENERGY_COLUMNS
 from hpc_train.core.errors import UserError, not_written
@@ -31,7 +30,7 @@ class Sampler:
         hz: float,
         epoch_s: float,
         attempt: int = 1,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self._meters, self._attempt, self._check = meters, attempt, check
         self._period_s, self._next_flush_s = 1.0 / hz, 0.0
@@ -48,9 +47,7 @@ class Sampler:
         self._running.acquire()
         self._thread.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._running.release()
         self._thread.join()
         self._next_flush_s = 0.0
@@ -96,7 +93,8 @@ class Sampler:
         if now_s < self._next_flush_s:
             return
         text, self._unwritten = self._unwritten, ""
-        self._check()
+        if self._check is not None:
+            self._check()
         self._next_flush_s = now_s + _FLUSH_S
         try:
             self._file.write(text)

@@ -29,15 +29,11 @@ class UnusableCheckpoint(Exception):
     """Why a checkpoint cannot be written or used, in words."""
 
 
-def _nothing() -> None:
-    pass
-
-
 # ------------------------------------------------------------------------------------------------ writing
 
 
 def write(
-    folder: Path, state: dict[str, Any], manifest: dict[str, Any], before_rename: Callable[[], None] = _nothing
+    folder: Path, state: dict[str, Any], manifest: dict[str, Any], before_rename: Callable[[], None] = lambda: None
 ) -> None:
     """Writes a checkpoint: temporary name, checksums, fsync, rename. `before_rename` may raise to prevent it.
 

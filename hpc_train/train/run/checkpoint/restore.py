@@ -14,12 +14,11 @@ from hpc_train.train.run.checkpoint.pieces import Blank, local_pieces, map_leave
 from hpc_train.train.run.checkpoint.retention import checkpoints
 
 
-def _fits(state: dict[str, Any]) -> str | None:
-    return None
-
-
 def read_newest(
-    run: RunDir, model: nn.Module, log: Callable[[str], None], misfit: Callable[[dict[str, Any]], str | None] = _fits
+    run: RunDir,
+    model: nn.Module,
+    log: Callable[[str], None],
+    misfit: Callable[[dict[str, Any]], str | None] = lambda state: None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state, manifest) of the newest intact checkpoint that fits `model`; ({}, {}) if a run has none.
 

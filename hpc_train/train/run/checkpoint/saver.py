@@ -21,10 +21,6 @@ from hpc_train.train.run.checkpoint.pieces import assemble, local_pieces, skelet
 from hpc_train.train.run.checkpoint.retention import newest_in_words, remove_old
 
 
-def _nothing() -> None:
-    pass
-
-
 class Saver:
     """Writes the checkpoints of one run from a thread of the root.
 
@@ -39,7 +35,7 @@ class Saver:
         manifest: dict[str, Any],
         is_root: bool,
         log: Callable[[str], None],
-        sync_records: Callable[[], None] = _nothing,
+        sync_records: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._settings, self._manifest, self._is_root, self.log = run, settings, manifest, is_root, log
         self._sync_records = sync_records
