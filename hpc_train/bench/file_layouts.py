@@ -128,23 +128,20 @@ def _read_as_training(share: Share, collective: bool) -> None:
         reader.close()
 
 
+_INDEPENDENT = ("independent", _hdf5_read)
+_COLLECTIVE = ("collective", _hdf5_read)
+_DIRECT = ("direct chunks", _read_as_training)
+
 LAYOUTS = (
     Layout("raw POSIX", "independent", _posix_write, (("independent", _posix_read),)),
     Layout("raw MPI-IO", "independent", _mpi_write, (("independent", _mpi_read),)),
     Layout("raw MPI-IO", "collective", _mpi_write, (("collective", _mpi_read),)),
-    *(
-        Layout(layout, how, partial(_hdf5_write, layout), reads)
-        for layout, how, reads in (
-            ("contiguous", "independent", (("independent", _hdf5_read),)),
-            ("contiguous", "collective", (("collective", _hdf5_read), ("memory map", _read_as_training))),
-            ("chunked", "independent", (("independent", _hdf5_read),)),
-            ("chunked", "collective", (("collective", _hdf5_read), ("direct chunks", _read_as_training))),
-            # HDF5 writes compressed chunks only collectively.
-            (
-                "gzip",
-                "collective",
-                (("independent", _hdf5_read), ("collective", _hdf5_read), ("direct chunks", _read_as_training)),
-            ),
-        )
+    Layout("contiguous", "independent", partial(_hdf5_write, "contiguous"), (_INDEPENDENT,)),
+    Layout(
+        "contiguous", "collective", partial(_hdf5_write, "contiguous"), (_COLLECTIVE, ("memory map", _read_as_training))
     ),
+    Layout("chunked", "independent", partial(_hdf5_write, "chunked"), (_INDEPENDENT,)),
+    Layout("chunked", "collective", partial(_hdf5_write, "chunked"), (_COLLECTIVE, _DIRECT)),
+    # HDF5 writes compressed chunks only collectively.
+    Layout("gzip", "collective", partial(_hdf5_write, "gzip"), (_INDEPENDENT, _COLLECTIVE, _DIRECT)),
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_train.cli.options import CommandGroup, Finite, Place
+from hpc_train.cli.options import CommandGroup, FiniteNumber, UserPath
 from hpc_train.core import allreduce_times
 from hpc_train.core.errors import UserError, require
 from hpc_train.core.filesystem import file_system
@@ -82,13 +82,13 @@ def _strategies(context: click.Context, option: click.Parameter, text: str) -> t
 )
 @click.option(
     "--minutes",
-    type=Finite(0, 1e6, min_open=True),
+    type=FiniteNumber(0, 1e6, min_open=True),
     default=5,
     show_default=True,
     help="Without --max: skip sizes that would exceed this total time.",
 )
 @click.option(
-    "--output", type=Place(), help="JSON file; figures go beside it.  [default: runs/bench/allreduce-TIME-npN.json]"
+    "--output", type=UserPath(), help="JSON file; figures go beside it.  [default: runs/bench/allreduce-TIME-npN.json]"
 )
 def allreduce(
     least: int, most: int | None, repeat: int, strategies: tuple[str, ...], minutes: float, output: Path | None
@@ -174,7 +174,7 @@ def _report_allreduce(rows: Sequence[allreduce_times.Row], facts: dict[str, Any]
 @click.option(
     "--dir",
     "folder",
-    type=Place(),
+    type=UserPath(),
     default=Path("."),
     show_default=True,
     help="Where files are written, one at a time, and removed.",

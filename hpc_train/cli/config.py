@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from hpc_train.cli.options import CommandGroup, Place, by_first_rank, job_file, overrides_option
+from hpc_train.cli.options import CommandGroup, UserPath, job_file, on_first_rank, overrides_option
 from hpc_train.core.config import dumps, load
 
 
@@ -18,9 +18,9 @@ def config() -> None:
 
 
 @config.command("show")
-@click.argument("config", type=Place())
+@click.argument("config", type=UserPath())
 @overrides_option
-@by_first_rank
+@on_first_rank
 def show(config: Path, overrides: tuple[str, ...]) -> None:
     """Print the job CONFIG with all defaults: every key, and where its value came from.
 

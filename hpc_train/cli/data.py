@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_train.cli.options import by_first_rank
+from hpc_train.cli.options import on_first_rank
 from hpc_train.core import child_process
 from hpc_train.core.errors import require
 from hpc_train.core.formatting import amount, binary_size
@@ -68,7 +68,7 @@ def check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
 @_files
 @click.option("--no-speed", is_flag=True, help="Do not measure how fast the files are read.")
 @_json
-@by_first_rank
+@on_first_rank
 def info(files: tuple[str, ...], no_speed: bool, as_json: bool) -> None:
     """Show what FILES hold, their layout, how fast this machine reads them, and what would make reading faster.
 

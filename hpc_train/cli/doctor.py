@@ -5,11 +5,11 @@ from pathlib import Path
 
 import click
 
-from hpc_train.cli.options import Place, job_file, overrides_option
+from hpc_train.cli.options import UserPath, job_file, overrides_option
 
 
 @click.command()
-@click.argument("config", required=False, type=Place())
+@click.argument("config", required=False, type=UserPath())
 @overrides_option
 @click.option("--json", "as_json", is_flag=True, help="Print what every rank saw as JSON instead of a table.")
 def doctor(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:

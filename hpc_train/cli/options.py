@@ -34,7 +34,7 @@ class CommandGroup(click.Group):
         return list(self.commands)
 
 
-class Finite(click.FloatRange):
+class FiniteNumber(click.FloatRange):
     """A finite number in a range: click alone accepts nan and inf."""
 
     name = "number"
@@ -46,7 +46,7 @@ class Finite(click.FloatRange):
         return number
 
 
-class Place(click.Path):
+class UserPath(click.Path):
     """A path with ~ filled in, which shells do not do in --output=~/x."""
 
     def __init__(self, file_okay: bool = True) -> None:
@@ -65,7 +65,7 @@ def sizes(ctx: click.Context, param: click.Parameter, words: str | None) -> list
     return [int(part) for part in parts]
 
 
-def by_first_rank(command: Callable[P, None]) -> Callable[P, None]:
+def on_first_rank(command: Callable[P, None]) -> Callable[P, None]:
     """Runs a single-process command on the first rank only; under mpirun or srun the other ranks return at once."""
 
     @wraps(command)

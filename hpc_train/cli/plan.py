@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from hpc_train.cli.options import Finite, Place, by_first_rank, sizes
+from hpc_train.cli.options import FiniteNumber, UserPath, on_first_rank, sizes
 from hpc_train.core.errors import UserError
 from hpc_train.core.redaction import printable
 
@@ -69,21 +69,21 @@ def _positive(value: float) -> float:
 
 
 # Of work that can be done: beyond it products of two overflow.
-_Amount = Finite(0, 1e18, min_open=True)
+_Amount = FiniteNumber(0, 1e18, min_open=True)
 
 
 @click.command()
-@click.argument("runs", nargs=-1, type=Place())
-@click.option("--table", type=Place(), help="Measurements made elsewhere, as CSV, in place of RUNS.")
+@click.argument("runs", nargs=-1, type=UserPath())
+@click.option("--table", type=UserPath(), help="Measurements made elsewhere, as CSV, in place of RUNS.")
 @click.option("--deadline", callback=_duration, metavar="TIME", help="When it must be done: 6h, 90min, 1d12h.")
 @click.option("--energy", callback=_energy, metavar="ENERGY", help="What it may take: 40kWh, 3.6MJ.")
 @click.option("--node-hours", type=_Amount, metavar="HOURS", help="Node-hours that may be spent.")
 @click.option("--max-nodes", type=click.IntRange(1, 10_000_000), metavar="N", help="Look at no more nodes than these.")
 @click.option("--steps", type=_Amount, help="Steps to train; else what the runs were set to.")
 @click.option("--samples", type=_Amount, help="Samples to train, in place of --steps.")
-@click.option("--target-loss", type=Finite(), help="Train to this training loss, which some run reached.")
+@click.option("--target-loss", type=FiniteNumber(), help="Train to this training loss, which some run reached.")
 @click.option("--predict", callback=sizes, metavar="N,N,...", help="Look at these numbers of ranks alone.")
-@click.option("--network", type=Place(), help="What hpc-train bench allreduce wrote.")
+@click.option("--network", type=UserPath(), help="What hpc-train bench allreduce wrote.")
 @click.option("--ranks-per-node", type=click.IntRange(1, 100_000), help="Of the table, where it has no such column.")
 @click.option("--gradient-bytes", type=_Amount, help="Bytes of all gradients, for --network and --table.")
 @click.option(
@@ -92,7 +92,7 @@ _Amount = Finite(0, 1e18, min_open=True)
     help="Fit this model; by default the one that best predicts the largest sizes from the smaller ones.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-@by_first_rank
+@on_first_rank
 def plan(
     runs: tuple[Path, ...],
     table: Path | None,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from hpc_train.cli.options import Finite, Place
+from hpc_train.cli.options import FiniteNumber, UserPath
 from hpc_train.core.errors import require
 from hpc_train.core.job_environment import JobEnvironment
 
@@ -36,7 +36,7 @@ def _dataset(ctx: click.Context, param: click.Parameter, value: str) -> str:
 )
 @click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="For images: the size to crop them to (224).")
 @click.option("--target", metavar="COLUMN", help="For a table: the column (.npz: the array) to learn.")
-@click.option("--test-fraction", type=Finite(0, 0.5), help="Share of the rows to test on (0.1).")
+@click.option("--test-fraction", type=FiniteNumber(0, 0.5), help="Share of the rows to test on (0.1).")
 @click.option("--compress", metavar="gzip:LEVEL|lzf|zstd:LEVEL", help="Write compressed chunks, which read slower.")
 @click.option(
     "--memory-mb",
@@ -87,11 +87,11 @@ def prepare(
 
 @click.command()
 @click.argument("source", metavar="URL|FILE")
-@click.argument("folder", metavar="DIR", type=Place(file_okay=False))
+@click.argument("folder", metavar="DIR", type=UserPath(file_okay=False))
 @click.option(
     "--wait",
     "wait_s",
-    type=Finite(0, 1e6, min_open=True),
+    type=FiniteNumber(0, 1e6, min_open=True),
     default=60.0,
     show_default=True,
     metavar="SECONDS",

@@ -6,16 +6,16 @@ from typing import Any
 
 import click
 
-from hpc_train.cli.options import Finite, Place, by_first_rank
+from hpc_train.cli.options import FiniteNumber, UserPath, on_first_rank
 from hpc_train.core.redaction import printable
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=Place())
-@click.option("--output", type=Place(), help="Folder for report.html, scaling.csv and summary.json.")
+@click.argument("runs", nargs=-1, required=True, type=UserPath())
+@click.option("--output", type=UserPath(), help="Folder for report.html, scaling.csv and summary.json.")
 @click.option(
     "--figures",
-    type=Place(),
+    type=UserPath(),
     metavar="DIR",
     help="Write every figure there too, as PDF and SVG one column wide, for a proposal.",
 )
@@ -29,15 +29,17 @@ from hpc_train.core.redaction import printable
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @click.option(
     "--target-loss",
-    type=Finite(),
+    type=FiniteNumber(),
     metavar="LOSS",
     help="Compare times to this training loss (default: the best loss that every run reached).",
 )
-@click.option("--pue", type=Finite(1, 10), help="The centre's power usage effectiveness; overrides [energy] pue.")
-@click.option("--co2-g-per-kwh", type=Finite(0, 1e9), metavar="GRAMS", help="CO2 per kWh; overrides [energy].")
-@click.option("--price-per-kwh", type=Finite(0, 1e9), metavar="PRICE", help="Overrides [energy]; needs --currency.")
+@click.option("--pue", type=FiniteNumber(1, 10), help="The centre's power usage effectiveness; overrides [energy] pue.")
+@click.option("--co2-g-per-kwh", type=FiniteNumber(0, 1e9), metavar="GRAMS", help="CO2 per kWh; overrides [energy].")
+@click.option(
+    "--price-per-kwh", type=FiniteNumber(0, 1e9), metavar="PRICE", help="Overrides [energy]; needs --currency."
+)
 @click.option("--currency", metavar="NAME", help="Currency of the price, such as EUR.")
-@by_first_rank
+@on_first_rank
 def report(
     runs: tuple[Path, ...],
     output: Path | None,

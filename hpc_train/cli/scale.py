@@ -5,20 +5,20 @@ from pathlib import Path
 
 import click
 
-from hpc_train.cli.options import Place, by_first_rank, job_file, overrides_option, site_option, sizes, time_option
+from hpc_train.cli.options import UserPath, job_file, on_first_rank, overrides_option, site_option, sizes, time_option
 from hpc_train.cli.report import print_report
 from hpc_train.core.config import load
 
 
 @click.command()
-@click.argument("config", type=Place())
+@click.argument("config", type=UserPath())
 @click.option("--ranks", callback=sizes, required=True, metavar="N,N,...", help="Numbers of ranks to compare.")
 @click.option("--weak", is_flag=True, help="Keep the batch of each rank: the work grows with the ranks.")
 @click.option("--repeat", type=click.IntRange(1, 1000), default=1, show_default=True, help="Runs of each size.")
 @site_option
 @time_option
 @overrides_option
-@by_first_rank
+@on_first_rank
 def scale(
     config: Path,
     ranks: list[int],

@@ -6,14 +6,22 @@ from pathlib import Path
 
 import click
 
-from hpc_train.cli.options import MAX_RANKS, Place, by_first_rank, job_file, overrides_option, site_option, time_option
+from hpc_train.cli.options import (
+    MAX_RANKS,
+    UserPath,
+    job_file,
+    on_first_rank,
+    overrides_option,
+    site_option,
+    time_option,
+)
 from hpc_train.core.config import load
 from hpc_train.core.formatting import plural
 from hpc_train.core.paths import expanded
 
 
 @click.command()
-@click.argument("config", type=Place())
+@click.argument("config", type=UserPath())
 @click.option("--nodes", type=click.IntRange(1, MAX_RANKS), required=True, help="Number of nodes.")
 @site_option
 @time_option
@@ -27,7 +35,7 @@ from hpc_train.core.paths import expanded
     help="Resume the newest unfinished run of this job on as many ranks, if there is one (auto), or begin a new run.",
 )
 @overrides_option
-@by_first_rank
+@on_first_rank
 def submit(
     config: Path,
     nodes: int,

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import click
 
-from hpc_train.cli.options import Finite, Place, by_first_rank, job_file, overrides_option
+from hpc_train.cli.options import FiniteNumber, UserPath, job_file, on_first_rank, overrides_option
 from hpc_train.core.config import load
 from hpc_train.core.errors import require
 from hpc_train.core.job_environment import JobEnvironment
 
 
 @click.command()
-@click.argument("config", type=Place())
+@click.argument("config", type=UserPath())
 @overrides_option
 @click.option(
     "--resume",
@@ -55,10 +55,12 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
 
 
 @click.command()
-@click.argument("run", type=Place())
+@click.argument("run", type=UserPath())
 @click.option("--prompt", default="", metavar="TEXT", help="Text to continue; without it, a new document.")
 @click.option("--tokens", type=click.IntRange(1), default=200, show_default=True, help="Maximum number of tokens.")
-@click.option("--temperature", type=Finite(0), default=0.8, show_default=True, help="0: always the likeliest token.")
+@click.option(
+    "--temperature", type=FiniteNumber(0), default=0.8, show_default=True, help="0: always the likeliest token."
+)
 @click.option("--top-k", type=click.IntRange(1), metavar="K", help="Sample from the K likeliest tokens only.")
 @click.option(
     "--seed",
@@ -68,7 +70,7 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
     help="The same seed writes the same text.",
 )
 @overrides_option
-@by_first_rank
+@on_first_rank
 def generate(
     run: Path, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int, overrides: tuple[str, ...]
 ) -> None:

@@ -92,7 +92,7 @@ def test_weak_scaling_keeps_the_batch_of_a_rank() -> None:
 
 def test_weak_scaling_is_asked_for_by_one_word(tmp_path: Path, digits: Path) -> None:
     done = jobs.run(0, *words(digits, "--ranks", "1", "--weak", "--set", "train.global_batch=6"), cwd=tmp_path)
-    assert done.code == 0 and "Weak scaling: 6 samples a rank" in done.out, done.err
+    assert done.code == 0 and "Weak scaling: 6 samples per rank" in done.out, done.err
     (config,) = tmp_path.glob("runs/scale-softmax-mnist/*/config.toml")
     assert (load(config).config.train.batch_per_rank, load(config).config.train.global_batch) == (6, None)
 

@@ -77,7 +77,7 @@ def test_a_trillion_samples_take_no_memory() -> None:
 
 @pytest.mark.parametrize("num_samples", [4000, 60_000, 65_536])
 def test_orders_look_random(num_samples: int) -> None:
-    """Against what uniform permutations do: neighbours lie far apart, epochs and seeds are unrelated."""
+    """As uniform permutations: neighbours are far apart, epochs and seeds are uncorrelated."""
     order = shuffled(np.arange(num_samples), num_samples, 0, 0)
     gaps = np.abs(np.diff(order)) / num_samples
     assert gaps.mean() == pytest.approx(1 / 3, abs=0.02)

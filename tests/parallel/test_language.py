@@ -1,4 +1,4 @@
-"""Language at any number of ranks: the same files, masks, losses and measures as one process."""
+"""Language models on any number of ranks: the same files, masks, losses and measures as one process."""
 
 import json
 import sysconfig
@@ -48,7 +48,7 @@ ALONE = Context(World())
 
 @pytest.fixture(scope="session")
 def texts(context: Context, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty real documents; each a link, which is as good as a file."""
+    """Twenty real documents; each is a link, which counts as a file."""
 
     def make() -> Path:
         folder = tmp_path_factory.mktemp("texts")

@@ -1,4 +1,4 @@
-"""However the data lie and are read, ranks train on the same samples and get the same losses as one process."""
+"""With every storage layout and read mode, ranks train on the same samples, with the same losses, as one process."""
 
 import json
 from dataclasses import replace
@@ -35,7 +35,7 @@ WAYS: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="module")
 def packed(context: Context, digits: Path) -> Path:
-    """The folder of the digits in gzip chunks, in one file and in three."""
+    """The folder with the digits in gzip chunks, in one file and in three."""
 
     def write() -> None:
         with h5py.File(digits) as plain:
@@ -84,38 +84,38 @@ def test_losses_are_those_of_one_process(
 
 
 def test_ways_that_mix_alike_train_alike(context: Context, shared_path: Path, digits: Path, packed: Path) -> None:
-    """Data spread over memory are the same samples in the same order as those of a memory map, to the bit."""
+    """Data distributed over memory give the same samples in the same order as a memory map, to the bit."""
     keys = {"train__steps": 40, "train__global_batch": 133, "reduce__strategy": "mpi"}
     mapped = losses(run(context, shared_path / "a", digits, "softmax-mnist.toml", **keys))
-    spread = losses(run(context, shared_path / "b", digits, "softmax-mnist.toml", **keys, data__read="memory"))
-    assert np.array_equal(mapped, spread)
+    distributed = losses(run(context, shared_path / "b", digits, "softmax-mnist.toml", **keys, data__read="memory"))
+    assert np.array_equal(mapped, distributed)
 
 
 @pytest.mark.parametrize("memory_bytes", [1, 3000, 1 << 20])
-def test_spread_rows_arrive(context: Context, memory_bytes: int) -> None:
+def test_distributed_rows_arrive(context: Context, memory_bytes: int) -> None:
     values, world = np.arange(101 * 6, dtype=np.int16).reshape(101, 2, 3), context.world
     sampler = BatchSampler(Order(101), 10, 5, Shares(world.size), world.rank)
-    spread = DistributedReader(MmapReader(values), sampler, memory_bytes, context)
+    reader = DistributedReader(MmapReader(values), sampler, memory_bytes, context)
     for step, (rows, _) in enumerate(sampler.batches(range(50))):
         if step >= 7:  # as after a resume
-            spread.begin_step(step)
-            assert np.array_equal(spread.take(rows), values[rows])
-            assert np.array_equal(spread.take(rows[:0]), values[:0])
+            reader.begin_step(step)
+            assert np.array_equal(reader.take(rows), values[rows])
+            assert np.array_equal(reader.take(rows[:0]), values[:0])
 
 
 def test_a_row_that_a_rank_does_not_hold_is_refused(context: Context) -> None:
-    """Another sample in its place would be trained on in silence."""
+    """Without an error, another sample would be trained on instead."""
     values, world = np.arange(101 * 6, dtype=np.int16).reshape(101, 2, 3), context.world
     sampler = BatchSampler(Order(101), 10, 5, Shares(world.size), world.rank)
-    spread = DistributedReader(MmapReader(values), sampler, 1, context)  # one step's rows at once
+    reader = DistributedReader(MmapReader(values), sampler, 1, context)  # one step's rows at once
     batches = [rows for rows, _ in sampler.batches(range(4))]
-    spread.begin_step(0)
+    reader.begin_step(0)
     elsewhere = np.setdiff1d(np.arange(101), batches[0])
     for rows in (batches[3], batches[0] - 101, batches[0] + 101, elsewhere, np.append(batches[0], elsewhere[-1])):
         for out in (None, np.empty((len(rows), 2, 3), np.int16)):
             with pytest.raises(UserError, match=rf"sample -?\d+ is not on rank {world.rank} at this step"):
-                spread.take(rows, out)
-    assert np.array_equal(spread.take(batches[0]), values[batches[0]])
+                reader.take(rows, out)
+    assert np.array_equal(reader.take(batches[0]), values[batches[0]])
 
 
 def test_what_cannot_be_read_together_is_refused(
@@ -138,16 +138,16 @@ def test_what_cannot_be_read_together_is_refused(
             run(context, shared_path, digits, "softmax-mnist.toml", **keys, data__read="collective")
 
 
-def test_what_no_node_holds_is_spread_over_all(
+def test_what_no_node_holds_is_distributed_over_all(
     context: Context, shared_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By itself, where it lies on a network and the nodes together hold it; else the line says what would help."""
+    """Automatically, on a network file system, if all nodes together hold it; else the log says what would help."""
     mb = 1e6
     nodes = replace(context, world=replace(context.world, host=f"n{context.world.rank}"))
     monkeypatch.setattr(collective, "file_system", lambda path: "lustre")
     for memory_mb, way in ((100.0, "auto"), (4.0, "memory"), (0.1, "auto")):
         monkeypatch.setattr(collective, "physical_bytes", lambda: int(memory_mb * mb))  # noqa: B023
         task = Classification(load(CONFIGS / "softmax-mnist.toml", (f"data.file={digits}",)).config, nodes)
-        spread = way == "memory" and context.world.size > 1
-        assert task.in_step == spread and ("distributed over the memory" in task.reading) == spread
+        is_distributed = way == "memory" and context.world.size > 1
+        assert task.in_step == is_distributed and ("distributed over the memory" in task.reading) == is_distributed
         assert ("on lustre, more than half of a node's" in task.reading) == (memory_mb < 100)

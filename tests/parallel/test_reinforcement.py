@@ -1,4 +1,4 @@
-"""Environments are split over the ranks, and nothing that is learnt depends on how many there are."""
+"""Environments are divided over the ranks; what is learnt does not depend on the number of ranks."""
 
 from pathlib import Path
 

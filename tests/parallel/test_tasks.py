@@ -1,4 +1,4 @@
-"""A batch that does not fit on one rank is told alike on every rank, before anything is trained."""
+"""A batch that does not fit on one rank is reported on every rank, before anything is trained."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Convolutional models on any number of ranks, through the last batch of an epoch that leaves most ranks nothing."""
+"""Convolutional models on any number of ranks, with an epoch's last batch that leaves most ranks without samples."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ NUM_TRAIN, BATCH, STEPS = 131, 26, 8
 
 @pytest.fixture(scope="module")
 def pictures(context: Context, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the 5,000 digits a few, from all classes."""
+    """A few of the 5,000 digits, from all classes."""
 
     def write() -> Path:
         path = tmp_path_factory.mktemp("pictures") / "few.h5"
@@ -34,7 +34,7 @@ def pictures(context: Context, digits: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def trained(context: Context, root: Path, pictures: Path, job: str, strategy: str) -> RunDir:
-    """By SGD: Adam divides a gradient by its size, and so makes what is but rounding in a tiny one a whole step."""
+    """By SGD: Adam divides a gradient by its size, so the rounding error of a tiny one becomes a whole step."""
     keys = {"steps": STEPS, "global_batch": BATCH, "threads": 1}
     keys |= {"optimizer": "sgd", "lr": 0.01, "momentum": 0.9, "lr_warmup_steps": 0}
     named = {f"train__{key}": value for key, value in keys.items()}
@@ -43,7 +43,7 @@ def trained(context: Context, root: Path, pictures: Path, job: str, strategy: st
 
 @pytest.mark.parametrize("job", ["resnet-fashion.toml", pytest.param("vgg-fashion.toml", marks=pytest.mark.thorough)])
 def test_strategies_agree(context: Context, shared_path: Path, pictures: Path, job: str) -> None:
-    """On as many ranks: batch statistics are those of each rank's share, so more ranks are another model."""
+    """On the same number of ranks: batch statistics are those of a rank's share, so the model depends on the number."""
     runs = [trained(context, shared_path / each, pictures, job, each) for each in ("horovod", "mpi")]
     one, other = (losses(each) for each in runs)
     assert len(one) == STEPS and np.isfinite(one).all() and one[0] == pytest.approx(np.log(10), rel=0.3)

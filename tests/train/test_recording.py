@@ -143,7 +143,7 @@ def test_the_report_compares_them_like_our_own(recorded: list[Run]) -> None:
         "train.timing",
         "reduce.strategy",
     }
-    said = jobs.run(0, "report", recorded[0].dir.path.parent, cwd=recorded[0].dir.path)
+    said = jobs.run(0, "report", recorded[0].dir.path.parent, "--full", cwd=recorded[0].dir.path)
     assert said.code == 0, said.err
     words = " ".join(said.out.split())
     assert "did not time data, forward, backward, reduce, optimizer" in words

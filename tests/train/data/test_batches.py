@@ -1,4 +1,4 @@
-"""The batches that the loop gets: those of the sampler, in order, in parts, on the device."""
+"""The batches of the training loop: the sampler's, in order, in parts, on the device."""
 
 import threading
 from collections import deque
@@ -19,7 +19,7 @@ SAMPLER = BatchSampler(Order(101), 20, 5, Shares(3), 1)
 
 
 def task(in_step: bool = False, delay_s: float = 0.0) -> Any:
-    """Its batches are the step and the rows; `heard` is what it was hinted at."""
+    """Its batches are the step and the rows; `heard` has the rows of all hints."""
     heard: list[list[int]] = []
 
     def batch(rows: np.ndarray, step: int) -> tuple[int, list[int]]:
@@ -119,7 +119,7 @@ def test_batches_stay_on_a_cpu() -> None:
 
 
 class Copy:
-    """An event behind a copy to a GPU, which has none here."""
+    """An event after a copy to a GPU, without a GPU."""
 
     def __init__(self) -> None:
         self.has_ended = False
@@ -129,7 +129,7 @@ class Copy:
 
 
 def test_a_batch_is_held_until_its_copy_has_ended() -> None:
-    """However many come after it: pinned memory that nobody holds is filled again."""
+    """For any number of later batches: pinned memory that nobody holds is reused."""
     copies = [Copy() for _ in range(6)]
     waiting: Any = deque(enumerate(copies))
     release_copied(waiting)

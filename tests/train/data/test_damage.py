@@ -1,4 +1,4 @@
-"""Files with a few bytes changed where they say what they hold: one message, or a training like the whole file's."""
+"""Files with a few bytes changed in their metadata: one message, or the same training as with the intact file."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def trained(folder: Path) -> tuple[damage.Outcome, str, dict[str, float]]:
-    """(how it ended, its losses, what the test gave)."""
+    """(how it ended, its losses, its test measures)."""
     shutil.rmtree(folder / "runs", ignore_errors=True)
     ended = damage.hpc_train(folder, "train", "job.toml")
     if ended.code or ended.fault:
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_one_message_or_trains_as_the_whole_one(
 
 
 def attribute_bits(path: Path) -> Iterator[bytes]:
-    """The file with one bit of scale_factor changed, that of the part to train on and then of the other."""
+    """The file with one bit of scale_factor changed, first for training, then for testing."""
     content, value = path.read_bytes(), struct.pack("<d", 1 / 255)
     places = [found.start() for found in re.finditer(re.escape(value), content)]
     assert len(places) == 2
@@ -106,7 +106,7 @@ def attribute_bits(path: Path) -> Iterator[bytes]:
 
 
 def test_prepared_files_have_checksums_of_what_numbers_mean(digits: Path, tmp_path: Path) -> None:
-    """HDF5's own, in the form of its version 1.8."""
+    """HDF5's messages, as version 1.8 writes them."""
     for content in attribute_bits(digits):
         (tmp_path / "data.h5").write_bytes(content)
         (fault,) = read_structure(tmp_path / "data.h5").faults
@@ -129,7 +129,7 @@ def test_without_checksums_parts_are_compared(whole: dict[str, Path], tmp_path: 
 def test_what_leaves_no_usable_values_is_refused(
     whole: dict[str, Path], name: str, value: object, tmp_path: Path
 ) -> None:
-    """Where both parts say so, and none tells of the other."""
+    """If both data sets agree, neither exposes the other."""
     if name == "add_offset" and value in (0.0, 1e-40):
         return
     (tmp_path / "job.toml").write_text(JOB.format(kind="classification", model="softmax", options=""))

@@ -1,4 +1,4 @@
-"""What tasks get of files: one or many, one input or several, documents; and what does not fit together."""
+"""What tasks get from files: one or many, one input or several, documents; and data that do not fit together."""
 
 import os
 import socket
@@ -166,7 +166,7 @@ def test_a_refused_lock_names_the_variable() -> None:
 
 
 def test_what_is_no_file_is_said_at_once(tmp_path: Path) -> None:
-    """Nothing of it is opened: a FIFO would be waited for, and /dev/zero read until memory ends."""
+    """Nothing is opened: a FIFO would block, and /dev/zero fill the memory."""
     os.mkfifo(tmp_path / "fifo.h5")
     (tmp_path / "link.h5").symlink_to("nowhere.h5")
     with socket.socket(socket.AF_UNIX) as listening:
@@ -192,7 +192,7 @@ def test_what_is_no_file_is_said_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["train/inputs", "train/targets"])
 def test_a_shape_that_no_such_file_holds_is_refused(tmp_path: Path, where: str) -> None:
-    """Before memory is asked for, whether the values would lie in chunks, in one piece or in other files."""
+    """Before memory is allocated, for chunked, contiguous and external values."""
     for name, layout in (("chunked", {"chunks": (2, 3)}), ("plain", {}), ("of nobody", {"dtype": h5py.string_dtype()})):
         path = write(tmp_path / f"{name}.h5")
         with h5py.File(path, "r+") as file:

@@ -1,4 +1,4 @@
-"""Labels that are no classes: named with data set, row and value before the first step, and by `data check`."""
+"""Labels that are not classes: an error names data set, row and value before the first step, as `data check` does."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Batches ahead: only where the loop would wait, in order, and no thread is left."""
+"""Batches made ahead: only if the loop would wait, in order, and no thread remains."""
 
 import threading
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def test_batches_that_take_no_time_need_no_thread() -> None:
 
 
 def test_a_thread_that_makes_steps_longer_rests_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here because steps become longer for another reason, the same in its effect."""
+    """Here steps become longer for another reason, with the same effect."""
     monkeypatch.setattr(prefetch, "_FIRST_PAUSE", 2)
     found, depths = [], []
     with Prefetch(slow(260, 0.002)) as batches:

@@ -1,4 +1,4 @@
-"""Every way to read HDF5 gives the rows that h5py gives; damage is named."""
+"""Every reader gives the rows that h5py gives; errors name the damage."""
 
 import subprocess
 import sys
@@ -76,7 +76,7 @@ def test_every_layout_reads_alike(tmp_path: Path, layout: str, userblock: int, m
 @pytest.mark.parametrize("layout", ["contiguous", "big-endian", "gzip", "scaleoffset, which only HDF5 itself undoes"])
 @pytest.mark.parametrize("row", [-1, -203, 203, 204, 1 << 40])
 def test_a_row_that_is_not_there_is_refused(tmp_path: Path, layout: str, row: int) -> None:
-    """Neither counted from the end nor replaced by the nearest."""
+    """They are neither counted from the end nor clipped."""
     for name in "ab":
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
             file.create_dataset("x", data=values(), **LAYOUTS[layout])
@@ -93,7 +93,7 @@ def test_a_row_that_is_not_there_is_refused(tmp_path: Path, layout: str, row: in
 
 @pytest.mark.parametrize("width, dtype", [(1 << 14, np.uint8), (1 << 13, np.int16), (9999, np.uint8)])
 def test_large_batches_are_gathered_by_threads_alike(tmp_path: Path, width: int, dtype: type) -> None:
-    """9999 bytes a row are no whole words: those by one thread."""
+    """Rows of 9,999 bytes are not whole words: one thread gathers them."""
     expected = np.random.default_rng(0).integers(0, 100, (64, width)).astype(dtype)
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["x"] = expected
@@ -106,7 +106,7 @@ def test_large_batches_are_gathered_by_threads_alike(tmp_path: Path, width: int,
 
 
 def test_chunks_never_written_are_the_fill_value(tmp_path: Path) -> None:
-    """A data set of which nothing was written is refused: a training on its fill value would be one on nothing."""
+    """A data set that was never written is refused: all of its samples would be the fill value."""
     with h5py.File(tmp_path / "x.h5", "w") as file:
         sparse = file.create_dataset("x", (100, 3), np.int16, chunks=(10, 3), compression="gzip", fillvalue=7)
         sparse[35] = 1
@@ -236,7 +236,7 @@ def test_checksums_are_those_of_hdf5(tmp_path_factory: pytest.TempPathFactory, d
 def test_each_chunk_is_decoded_once_an_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, memory_chunks: int
 ) -> None:
-    """As long as memory holds two windows; and with less every row is right."""
+    """If memory holds two windows; with less memory, every row is still correct."""
     with h5py.File(tmp_path / "x.h5", "w") as file:
         data = file.create_dataset("x", data=np.arange(2000 * 5).reshape(2000, 5), chunks=(50, 5), compression="gzip")
         expected = data[()]
@@ -258,7 +258,7 @@ def test_each_chunk_is_decoded_once_an_epoch(
 
 @pytest.mark.parametrize("kind", ["gzip", "lzf"])
 def test_a_chunk_that_claims_to_be_larger_is_refused(tmp_path: Path, kind: str) -> None:
-    """25 KB that inflate to 26 MB: no more than a chunk is made of them, and nothing is read from it."""
+    """25 KB that inflate to 26 MB: at most a chunk is decoded, and an error is raised."""
     with h5py.File(tmp_path / "x.h5", "w") as file:
         bomb = file.create_dataset("x", (1 << 18, 100), np.uint8, chunks=(1 << 18, 100), compression=kind)
         bomb[:] = 0
@@ -277,7 +277,7 @@ def test_a_chunk_that_claims_to_be_larger_is_refused(tmp_path: Path, kind: str) 
 
 
 def test_a_slot_stays_a_chunks_while_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while rows are waited for: what is read next is not written over by the thread that still decodes."""
+    """After Ctrl-C during a read, the thread that still decodes does not overwrite what is read next."""
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file.create_dataset("x", data=np.arange(40).reshape(40, 1), chunks=(10, 1), compression="gzip")
     reader = opened(tmp_path / "x.h5", memory_bytes=1)  # two slots

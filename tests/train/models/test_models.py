@@ -1,4 +1,4 @@
-"""Models of pictures: the papers' sizes, any layout and size of picture, shares too small for batch statistics."""
+"""Image models: the papers' sizes, any layout and size of image, shares too small for batch statistics."""
 
 from collections.abc import Callable
 
@@ -57,7 +57,7 @@ def test_normalisation_takes_the_place_of_the_biases() -> None:
     + [("vgg", {"depth": depth, "batch_norm": norm}) for depth in (11, 13, 16, 19) for norm in (False, True)],
 )
 def test_every_depth_learns(name: str, options: dict[str, object]) -> None:
-    """One step down the gradient makes the loss smaller, and reaches every parameter."""
+    """One step of gradient descent lowers the loss and changes every parameter."""
     model = small(name, **options, **({"dropout": 0.0} if name == "vgg" else {}))
     inputs, targets = torch.rand(4, 28, 28), torch.arange(4)
     before = functional.cross_entropy(model(inputs), targets)
@@ -129,7 +129,7 @@ def test_residual_blocks_begin_as_the_identity() -> None:
 def test_a_share_of_one_sample_or_none(
     name: str, options: dict[str, object], num_samples: int, shape: tuple[int, ...]
 ) -> None:
-    """An epoch's tail on many ranks: the step passes and no running statistic is harmed."""
+    """An epoch's last batch on many ranks: the step works and running statistics stay finite."""
     model = small(name, shape, **options)
     model(torch.rand(8, *shape)).sum().backward()
     model.zero_grad()
@@ -164,7 +164,7 @@ def test_blocks_computed_again_count_a_batch_once(name: str, options: dict[str, 
 
 
 def test_on_a_cpu_each_channel_is_a_plane_of_its_own() -> None:
-    """Whatever the file has: oneDNN's bug 6035 is in channels_last. What is stored so already is not copied."""
+    """For every layout: oneDNN's bug 6035 is in channels_last. Images stored contiguously are not copied."""
     for shape in ((3, 8, 6), (8, 6, 3), (1, 8, 6), (8, 6, 1), (8, 6)):
         stored = torch.rand(5, *shape)
         pictures = image_layout(shape, "resnet").channels_first(stored)

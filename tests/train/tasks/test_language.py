@@ -1,4 +1,4 @@
-"""Text to tokens, windows and masks, what counting predicts, and text out of a checkpoint."""
+"""Text to tokens, windows and masks, counting models, and text from a checkpoint."""
 
 import io
 import json
@@ -42,7 +42,7 @@ TINY = {"layers": 1, "heads": 2, "width": 16, "context": 16}
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty real documents, one of them in a folder below, and what must be left out."""
+    """Twenty real documents, one of them in a subfolder, and files that must be skipped."""
     folder = tmp_path_factory.mktemp("texts")
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.glob("[a-c]*.py"), key=lambda path: path.stat().st_size)[:20]:
@@ -383,7 +383,7 @@ def test_the_test_counts_every_token_once(written: tuple[RunDir, dict[str, float
 
 
 def test_windows_of_documents_are_told_their_own_bigrams(tmp_path: Path) -> None:
-    """A window within a document begins anywhere in the text: its pairs are all counted, and none is another's."""
+    """Windows within documents begin anywhere in the text: all of their pairs are counted, each for its own window."""
     rng, ends = np.random.default_rng(3), np.array([0, 31, 63, 95, 128, 200])
     with h5py.File(tmp_path / "text.h5", "w") as file:
         file["train/inputs"], file["test/inputs"] = rng.integers(0, 256, (2, 200), np.uint8)

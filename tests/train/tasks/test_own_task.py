@@ -1,4 +1,4 @@
-"""A task of the user's own: the README's works on any number of ranks, and a faulty one is told in one message."""
+"""A user's own task: the README's works on any number of ranks, and a faulty one gives one message."""
 
 import json
 import shutil
@@ -200,7 +200,7 @@ def test_other_faults_of_a_task_keep_their_own_type() -> None:
 
 
 class Least:
-    """Only what a task must have."""
+    """Only the required members."""
 
     num_samples = 7
     model = batch = loss = test_batches = test = None
@@ -212,7 +212,7 @@ class Frozen:
 
 
 class Replaying(Least):
-    """What it lacks it hands on to another object, as a wrapper of a shipped task may."""
+    """Delegates the members that it lacks to another object, as a wrapper of a shipped task may."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Reinforcement learning: what is learnt from, against brute force; exact continuation; a user's mistakes."""
+"""Reinforcement learning: batches against brute force; exact resume; a user's mistakes."""
 
 import io
 import sys
@@ -38,7 +38,7 @@ def job(name: str, *overrides: str) -> Config:
 
 
 class Learner:
-    """The loop of the trainer in small, for one process."""
+    """A small training loop for one process."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.task = config, open_task(config, Context(World()))
@@ -118,7 +118,7 @@ def test_the_loss_of_deep_q_learning(double: bool) -> None:
 
 
 def remember(replay: Replay, rng: np.random.Generator, num_plays: int) -> list[Transitions]:
-    """Three environments that go on for `num_plays` actions: what each of these added to the memory."""
+    """Three environments that take `num_plays` actions: what each action added to the memory."""
     plays = []
     for _ in range(num_plays):
         terminated, truncated = torch.from_numpy(rng.random((2, 3)) < 0.2)
@@ -216,7 +216,7 @@ def test_each_test_episode_is_played_once() -> None:
 
 
 class Endless(gymnasium.Env):
-    """No limit of time, and pictures for observations where asked for."""
+    """Without a time limit; its observations may be images."""
 
     def __init__(self, shape: tuple[int, ...] = (3,)) -> None:
         self.action_space = gymnasium.spaces.Discrete(2)
