@@ -1,7 +1,4 @@
-"""CSV records of a run: written by the training half in every step, read by the analysis.
-
-Durations are nanoseconds of a rank's monotonic clock; `meta.json` holds the offsets between the clocks of hosts.
-"""
+"""CSV files of a run that are appended to while it runs, and metrics.csv, one of them."""
 
 import io
 import os
@@ -9,29 +6,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter_ns
 from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
 from hpc_train.core.errors import UserError, not_written
-from hpc_train.core.rundir import write_atomic
 
 # 2: the column `attempt`; 3: `test` in summary.json; 4: its step_s is the mean, not the median; 5: the phase `sync`
 SCHEMA = 5
-PHASES = ("data", "forward", "backward", "reduce", "optimizer", "sync", "other")
-COMMUNICATION = ("reduce", "sync")  # the phases in which a rank only sends, receives and waits
-TIMING_COLUMNS = (
-    *("step", "start_ns", "arrived_ns"),
-    *(f"{phase}_ns" for phase in PHASES),
-    *("num_samples", "warmup", "attempt"),
-)
 METRIC_COLUMNS = ("step", "loss")
 
-# One row of timings/rank-NNNNN.csv without the last column (the attempt), which the file fills in. A plain tuple:
-# one is made in every step.
-StepRecord = tuple[int, ...]
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
@@ -46,76 +31,10 @@ class BadRecord(UserError):
 # ---------------------------------------------------------------------------------------------- writing
 
 
-class RecordFile:
-    """An append-only CSV file of integer records, of which a killed process loses at most half a second.
-
-    `write` buffers rows and hands them to the operating system once `flush_s` have passed since the last time. The
-    rows' own time stamps (column `time_column`) serve as the clock, so `write` reads none. last: the value of the last
-    column of every row.
-    """
-
-    def __init__(self, path: Path, columns: Sequence[str], time_column: int, last: int, flush_s: float = 0.5) -> None:
-        self._file = open_log(path, columns)
-        self._line = ",".join(["%d"] * (len(columns) - 1)) + f",{last}\n"
-        self._rows: list[StepRecord] = []
-        self._time_column = time_column
-        self._flush_ns = int(flush_s * 1e9)
-        self._due_ns = perf_counter_ns() + self._flush_ns
-
-    def write(self, row: StepRecord) -> None:
-        self._rows.append(row)
-        if row[self._time_column] > self._due_ns:
-            self.flush()
-
-    def flush(self) -> None:
-        """Hands every row to the operating system, where a SIGKILL no longer affects it."""
-        line = self._line  # measured per row: % on a ready-made line 0.9 us, repr 1.6, str and join 1.8, csv.writer 2.6
-        text = "".join([line % row for row in self._rows])
-        try:
-            self._file.write(text)
-            self._file.flush()
-        except OSError as error:
-            raise not_written(self._file.name, error, len(text)) from None
-        self._rows.clear()
-        self._due_ns = perf_counter_ns() + self._flush_ns
-
-    def discard(self) -> None:
-        """Drops the buffered rows: the file belongs to another job by now."""
-        self._rows.clear()
-
-    def close(self) -> None:
-        try:
-            self.flush()
-        finally:
-            close_log(self._file)
-
-
 def close_log(file: IO[str]) -> None:
     """Closes a file; ignores that a disk which refused its last rows refuses them again."""
     with suppress(OSError):
         file.close()
-
-
-def timing_log(path: Path, attempt: int = 1) -> RecordFile:
-    """The log of one rank's steps. Buffered rows are flushed when a step began more than half a second after them."""
-    _add_sync_column(path)
-    return RecordFile(path, TIMING_COLUMNS, TIMING_COLUMNS.index("start_ns"), attempt)
-
-
-def _add_sync_column(path: Path) -> None:
-    """Upgrades the log that an attempt of an earlier version left behind: its new column holds 0, as it is read."""
-    if not path.exists():
-        return
-    lines = [line.split(",") for line in path.read_text(encoding="utf-8", errors="replace").split("\n")]
-    header = lines[0]
-    if "sync_ns" in header or "other_ns" not in header:
-        return
-    place = header.index("other_ns")
-    for cells in lines:
-        if len(cells) > place:
-            cells.insert(place, "0")
-    header[place] = "sync_ns"
-    write_atomic(path, "\n".join(map(",".join, lines)))
 
 
 def open_log(path: Path, columns: Sequence[str]) -> IO[str]:

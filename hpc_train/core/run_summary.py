@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from hpc_train.core.energy_records import NO_METER, Energy, Quality
-from hpc_train.core.records import PHASES, SCHEMA
+from hpc_train.core.records import SCHEMA
 from hpc_train.core.statistics import mean_interval
-from hpc_train.core.timings import StepTimes
+from hpc_train.core.timings import PHASES, StepTimes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,100 @@
-"""One rank's step records, read back, and reduced to what a summary needs."""
+"""timings/rank-NNNNN.csv: one rank's steps, written in every step, read back and reduced to what a summary needs.
+
+Durations are nanoseconds of the rank's monotonic clock; `meta.json` holds the offsets between the clocks of hosts.
+"""
 
 import io
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter_ns
 
 import numpy as np
 
-from hpc_train.core.records import PHASES, TIMING_COLUMNS, BadRecord, FloatArray, IntArray, bad_line
+from hpc_train.core.errors import not_written
+from hpc_train.core.records import BadRecord, FloatArray, IntArray, bad_line, close_log, open_log
+from hpc_train.core.rundir import write_atomic
 
+PHASES = ("data", "forward", "backward", "reduce", "optimizer", "sync", "other")
+COMMUNICATION = ("reduce", "sync")  # the phases in which a rank only sends, receives and waits
+TIMING_COLUMNS = (
+    *("step", "start_ns", "arrived_ns"),
+    *(f"{phase}_ns" for phase in PHASES),
+    *("num_samples", "warmup", "attempt"),
+)
+# A row without the last column (the attempt), which the log fills in. A plain tuple: one is made in every step.
+StepRecord = tuple[int, ...]
+
+_START_NS = TIMING_COLUMNS.index("start_ns")
+_FLUSH_NS = 500_000_000
 _MOST_ATTEMPTS = 1_000_000  # a larger number is damage
 _MOST_NS, _MOST_COUNTED = 10**15, 10**12  # of one phase of one step, 11 days; of steps and samples
 _MOST = np.array([_MOST_COUNTED, 1 << 62, 1 << 62, *[_MOST_NS] * len(PHASES), _MOST_COUNTED, 1, _MOST_ATTEMPTS])
 _INTEGER = re.compile(r"\s*[+-]?\d{1,19}\s*")
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+class TimingLog:
+    """The append-only log of one rank's steps, of which a killed process loses at most half a second.
+
+    `write` buffers rows and hands them to the operating system when a step began more than half a second after the last
+    time. The rows' own time stamps serve as the clock, so `write` reads none.
+    """
+
+    def __init__(self, path: Path, attempt: int = 1) -> None:
+        _add_sync_column(path)
+        self._file = open_log(path, TIMING_COLUMNS)
+        self._line = ",".join(["%d"] * (len(TIMING_COLUMNS) - 1)) + f",{attempt}\n"
+        self._rows: list[StepRecord] = []
+        self._due_ns = perf_counter_ns() + _FLUSH_NS
+
+    def write(self, row: StepRecord) -> None:
+        self._rows.append(row)
+        if row[_START_NS] > self._due_ns:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hands every row to the operating system, where a SIGKILL no longer affects it."""
+        line = self._line  # measured per row: % on a ready-made line 0.9 us, repr 1.6, str and join 1.8, csv.writer 2.6
+        text = "".join([line % row for row in self._rows])
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            raise not_written(self._file.name, error, len(text)) from None
+        self._rows.clear()
+        self._due_ns = perf_counter_ns() + _FLUSH_NS
+
+    def discard(self) -> None:
+        """Drops the buffered rows: the file belongs to another job by now."""
+        self._rows.clear()
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            close_log(self._file)
+
+
+def _add_sync_column(path: Path) -> None:
+    """Upgrades the log that an attempt of an earlier version left behind: its new column holds 0, as it is read."""
+    if not path.exists():
+        return
+    lines = [line.split(",") for line in path.read_text(encoding="utf-8", errors="replace").split("\n")]
+    header = lines[0]
+    if "sync_ns" in header or "other_ns" not in header:
+        return
+    place = header.index("other_ns")
+    for cells in lines:
+        if len(cells) > place:
+            cells.insert(place, "0")
+    header[place] = "sync_ns"
+    write_atomic(path, "\n".join(map(",".join, lines)))
+
+
+# ------------------------------------------------------------------------------------------------ reading
 
 
 @dataclass(frozen=True)
@@ -112,6 +194,9 @@ def _first_wrong_row(values: IntArray) -> int | None:
     wrong = ((values < 0) | (values > _MOST)).any(axis=1) | (attempts < 1)
     wrong[1:] |= attempts[1:] < attempts[:-1]
     return int(np.argmax(wrong)) if wrong.any() else None
+
+
+# ------------------------------------------------------------------------------------------------ sums
 
 
 @dataclass(frozen=True)

@@ -495,6 +495,7 @@ def test_ctrl_c_while_slurm_answers_keeps_the_job(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("runs/softmax-mnist/*/config.toml"))) == 1
 
 
+@pytest.mark.thorough
 def test_the_commands_of_its_readme_run_as_they_stand(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(jobs.CONFIGS)
     stand_in(tmp_path / "bin", "sbatch", SBATCH)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hpc_train.core.clock import Clock
-from hpc_train.core.records import PHASES, TIMING_COLUMNS, RecordFile, timing_log
+from hpc_train.core.timings import PHASES, TIMING_COLUMNS, TimingLog
 
 
 def slept_ns(seconds: float) -> int:
@@ -66,7 +66,7 @@ def test_a_ranks_log_costs_under_two_microseconds_a_step(tmp_path: Path) -> None
         end()
         return (now() - began) / num_steps
 
-    def record(clock: Clock, log: RecordFile) -> float:
+    def record(clock: Clock, log: TimingLog) -> float:
         return nanoseconds_a_step(lambda step: log.write(clock.end_step(step, 50)), log.close)
 
     def phases(clock: Clock) -> float:
@@ -94,7 +94,7 @@ def test_a_ranks_log_costs_under_two_microseconds_a_step(tmp_path: Path) -> None
         loop = best(lambda: nanoseconds_a_step(lambda step: None))
         read = best(lambda: nanoseconds_a_step(lambda step: now())) - loop
         path = tmp_path / f"{attempt}.csv"
-        records = best(lambda path=path: record(Clock(), timing_log(path))) - loop - read
+        records = best(lambda path=path: record(Clock(), TimingLog(path))) - loop - read
         marks = best(lambda: phases(Clock())) - loop - 10 * read
         print(f"beyond the clock reads of {read:.0f} ns: record {records:.0f} ns, five phases {marks:.0f} ns a step")
         if records < 2000 and marks < 2000:

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpc_train.core.energy_records import ENERGY_COLUMNS, Energy, total_energy
-from hpc_train.core.records import PHASES, TIMING_COLUMNS, BadRecord, read_metrics, timing_log
+from hpc_train.core.records import BadRecord, read_metrics
 from hpc_train.core.run_summary import RunResult, RunShape, summarise
-from hpc_train.core.timings import NO_STEP_TIMES, Timings, read_timings, step_times
+from hpc_train.core.timings import NO_STEP_TIMES, PHASES, TIMING_COLUMNS, TimingLog, Timings, read_timings, step_times
 from tests.synthetic import energy_of
 
 HEADER = ",".join(TIMING_COLUMNS) + "\n"
@@ -29,7 +29,7 @@ def num_lines(path: Path) -> int:
 
 def test_rows_stay_in_memory_until_half_a_second_has_passed(tmp_path: Path) -> None:
     path = tmp_path / "rank-00000.csv"
-    log = timing_log(path)
+    log = TimingLog(path)
     now = perf_counter_ns()
     log.write(row(0, now))
     assert path.read_text() == HEADER
@@ -44,7 +44,7 @@ def test_rows_stay_in_memory_until_half_a_second_has_passed(tmp_path: Path) -> N
 def test_opening_a_log_again_appends_and_repeats_no_header(tmp_path: Path) -> None:
     path = tmp_path / "rank-00000.csv"
     for step in range(2):
-        log = timing_log(path)
+        log = TimingLog(path)
         log.write(row(step, 100 * step))
         log.close()
     assert path.read_text().count("step") == 1
@@ -157,7 +157,7 @@ def test_a_log_of_an_earlier_version_reads_with_no_time_in_sync(tmp_path: Path) 
 def test_an_attempt_appends_to_a_log_of_an_earlier_version(tmp_path: Path, cut: str) -> None:
     path = tmp_path / "rank-00000.csv"
     path.write_text(f"{OLD_HEADER}\n{OLD_LINE}\n{cut}")
-    log = timing_log(path, attempt=2)
+    log = TimingLog(path, attempt=2)
     log.write(row(1, 2000))
     log.close()
     timings = read_timings(path)
@@ -257,7 +257,7 @@ def test_joules_that_are_no_number_are_named(tmp_path: Path, joules: str) -> Non
 def test_attempts_are_told_apart_and_their_common_steps_found(tmp_path: Path) -> None:
     for rank, killed_after in enumerate((4, 3)):
         for attempt, steps in ((1, range(killed_after)), (2, range(2, 5))):
-            log = timing_log(tmp_path / f"{rank}.csv", attempt)
+            log = TimingLog(tmp_path / f"{rank}.csv", attempt)
             for step in steps:
                 log.write(row(step, 100 * step, warmup=step == steps[0]))
             log.close()
@@ -274,7 +274,7 @@ def test_a_line_cut_short_by_a_crash_is_dropped_before_the_next_attempt_appends(
     path = tmp_path / "rank-00000.csv"
     for text in ("", "step,st", HEADER, HEADER + "0,1,2,3,4,5,6,7,8,9,10,0,1\n1,2"):
         path.write_text(text)
-        log = timing_log(path, attempt=2)
+        log = TimingLog(path, attempt=2)
         log.write(row(7, 100))
         log.close()
         timings = read_timings(path)

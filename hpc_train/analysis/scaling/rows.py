@@ -12,8 +12,9 @@ from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.meta_json import positive_number
 from hpc_train.analysis.stats.bootstrap import bootstrap_means, pooled_mean_interval
 from hpc_train.core.energy_records import Energy, total_energy
-from hpc_train.core.records import COMMUNICATION, PHASES, FloatArray
+from hpc_train.core.records import FloatArray
 from hpc_train.core.statistics import Interval, percentile_interval
+from hpc_train.core.timings import COMMUNICATION, PHASES
 
 
 @dataclass(frozen=True, eq=False)

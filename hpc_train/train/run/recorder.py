@@ -14,10 +14,11 @@ from hpc_train.core.config import Loaded, dumps
 from hpc_train.core.errors import UserError, not_written
 from hpc_train.core.output import lost_streams
 from hpc_train.core.progress import StepProgress
-from hpc_train.core.records import METRIC_COLUMNS, read_intact_metrics, read_metrics, timing_log
+from hpc_train.core.records import METRIC_COLUMNS, read_intact_metrics, read_metrics
 from hpc_train.core.run_summary import RunResult, RunShape, RunSummary
 from hpc_train.core.rundir import sync, write_atomic
 from hpc_train.core.settings import UNKNOWN_STEPS
+from hpc_train.core.timings import TimingLog
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement
 from hpc_train.train.energy.meters import NodeEnergy
@@ -76,7 +77,7 @@ class Recorder:
         }
         self._meta.write_start(first_step, self._energy.metadata_at_start(), facts)
         rank, host, number = self._context.world.rank, self._context.world.host, self._attempt.number
-        self._timings = timing_log(self._run.timings(rank), number)
+        self._timings = TimingLog(self._run.timings(rank), number)
         self._stack.callback(self._close_timings)  # after any error, too: recorded steps are kept
         # On other ranks a lease is renewed by their steps, so a thread beside them must not check it.
         check = self._attempt.lease.check if rank == 0 else None
