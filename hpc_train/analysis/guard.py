@@ -1,4 +1,4 @@
-"""One section of a report that cannot be made costs no other one: it says why in its place."""
+"""A section of a report that cannot be made says why in its place; all others are made."""
 
 import os
 from collections.abc import Callable
@@ -8,32 +8,32 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plain
 
 RAISE = "HPC_TRAIN_RAISE"  # in the environment, not empty: the first fault is raised with its traceback
-_LONGEST = 200  # letters of an error's own words
+_LONGEST = 200  # letters of an error's own message
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class SectionGuard:
-    """Makes the sections of one report and remembers those that could not be made: a report with such is not whole.
+    """Makes the sections of one report and collects the failures.
 
-    The tests run with `RAISE` set, so that no fault hides behind a sentence.
+    Tests run with `RAISE` set, so that no bug hides behind a sentence.
     """
 
     def __init__(self) -> None:
-        self.faults: list[str] = []  # a sentence each, none twice
+        self.faults: list[str] = []  # one sentence each, without duplicates
 
-    def call(self, what: str, instead: Callable[[str], T], make: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
-        """What `make` gives; where it fails what `instead` makes of the sentence that says so; what: "the plan"."""
+    def call(self, what: str, fallback: Callable[[str], T], make: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
+        """What `make` returns, or if it fails what `fallback` makes of a sentence that says why. what: "the plan"."""
         try:
             return make(*args, **more)
         except Exception as error:
             if os.environ.get(RAISE):
                 raise
-            told = _sentence(what, error)
-        if told not in self.faults:
-            self.faults.append(told)
-        return instead(told)
+            sentence = _sentence(what, error)
+        if sentence not in self.faults:
+            self.faults.append(sentence)
+        return fallback(sentence)
 
 
 def _sentence(what: str, error: Exception) -> str:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from hpc_train.analysis.models.measurements import Measurements
     from hpc_train.analysis.planning.budget import Work
     from hpc_train.analysis.planning.plan import Plan
+    from hpc_train.analysis.scaling.compare import Group
 
 _SECONDS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _JOULES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -43,7 +45,7 @@ def joules(text: str) -> float:
 
 
 def _short(text: str) -> None:
-    """Raises ValueError for what no one writes: thousands of digits are slow to match, and no float."""
+    """Raises ValueError for absurd lengths: thousands of digits are slow to match and overflow a float."""
     if len(text) > 40:
         raise ValueError(text)
 
@@ -68,28 +70,28 @@ def _positive(value: float) -> float:
     return value
 
 
-# Of work that can be done: beyond it products of two overflow.
+# Larger amounts of work overflow when multiplied.
 _Amount = FiniteNumber(0, 1e18, min_open=True)
 
 
 @click.command()
 @click.argument("runs", nargs=-1, type=UserPath())
-@click.option("--table", type=UserPath(), help="Measurements made elsewhere, as CSV, in place of RUNS.")
-@click.option("--deadline", callback=_duration, metavar="TIME", help="When it must be done: 6h, 90min, 1d12h.")
-@click.option("--energy", callback=_energy, metavar="ENERGY", help="What it may take: 40kWh, 3.6MJ.")
-@click.option("--node-hours", type=_Amount, metavar="HOURS", help="Node-hours that may be spent.")
-@click.option("--max-nodes", type=click.IntRange(1, 10_000_000), metavar="N", help="Look at no more nodes than these.")
-@click.option("--steps", type=_Amount, help="Steps to train; else what the runs were set to.")
+@click.option("--table", type=UserPath(), help="Measurements made elsewhere, as CSV, instead of RUNS.")
+@click.option("--deadline", callback=_duration, metavar="TIME", help="Time limit of the training: 6h, 90min, 1d12h.")
+@click.option("--energy", callback=_energy, metavar="ENERGY", help="Energy budget: 40kWh, 3.6MJ.")
+@click.option("--node-hours", type=_Amount, metavar="HOURS", help="Budget in node-hours.")
+@click.option("--max-nodes", type=click.IntRange(1, 10_000_000), metavar="N", help="Consider at most so many nodes.")
+@click.option("--steps", type=_Amount, help="Steps to train; default: those that the runs were set to.")
 @click.option("--samples", type=_Amount, help="Samples to train, in place of --steps.")
-@click.option("--target-loss", type=FiniteNumber(), help="Train to this training loss, which some run reached.")
-@click.option("--predict", callback=sizes, metavar="N,N,...", help="Look at these numbers of ranks alone.")
-@click.option("--network", type=UserPath(), help="What hpc-train bench allreduce wrote.")
-@click.option("--ranks-per-node", type=click.IntRange(1, 100_000), help="Of the table, where it has no such column.")
-@click.option("--gradient-bytes", type=_Amount, help="Bytes of all gradients, for --network and --table.")
+@click.option("--target-loss", type=FiniteNumber(), help="Train to this training loss; some run must have reached it.")
+@click.option("--predict", callback=sizes, metavar="N,N,...", help="Predict these numbers of ranks only.")
+@click.option("--network", type=UserPath(), help="Measured all-reduces: a file of hpc-train bench allreduce.")
+@click.option("--ranks-per-node", type=click.IntRange(1, 100_000), help="For a table without this column.")
+@click.option("--gradient-bytes", type=_Amount, help="Bytes of all gradients, for --network with --table.")
 @click.option(
     "--model",
     type=click.Choice(["mechanistic", "extra-p", "amdahl", "usl"]),
-    help="Fit this model; by default the one that best predicts the largest sizes from the smaller ones.",
+    help="Model to fit; default: the one that best predicts the largest sizes from the smaller ones.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @on_first_rank
@@ -119,7 +121,7 @@ def plan(
     Example: hpc-train plan runs/mlp-mnist --steps 1e6 --deadline 6h
              hpc-train plan --table scaling.csv --predict 32,64
     """
-    from hpc_train.analysis.models.predict import predict as foresee
+    from hpc_train.analysis.models.predict import predict as fit_and_predict
     from hpc_train.analysis.planning.plan import Limits, make_plan
     from hpc_train.analysis.report.sections.plan import record
 
@@ -127,12 +129,15 @@ def plan(
         raise UserError("plan needs run directories or --table, one of them", "hpc-train plan --help has examples.")
     if sum(each is not None for each in (steps, samples, target_loss)) > 1:
         raise UserError("--steps, --samples and --target-loss each say how much to train", "Keep one of them.")
+    training = _Training(steps, samples, target_loss)
     if table is not None:
-        measurements, work = _from_table(table, network, ranks_per_node, gradient_bytes, steps, samples, target_loss)
+        measurements = _from_table(table, network, ranks_per_node, gradient_bytes)
+        work = training.of_table(measurements)
     else:
-        measurements, work = _from_runs(runs, network, steps, samples, target_loss)
+        group = _only_group(runs)
+        measurements, work = training.of_group(group, network)
     limits = Limits(deadline, energy, node_hours, max_nodes)
-    made = make_plan(foresee(measurements, model), work, limits, predict)
+    made = make_plan(fit_and_predict(measurements, model), work, limits, predict)
     if as_json:
         click.echo(json.dumps(record(made), indent=2))
     else:
@@ -141,53 +146,63 @@ def plan(
         sys.exit(1)
 
 
+@dataclass(frozen=True)
+class _Training:
+    """How much to train; at most one is given."""
+
+    steps: float | None
+    samples: float | None
+    target_loss: float | None
+
+    def of_table(self, measurements: "Measurements") -> "Work | None":
+        if self.target_loss is not None:
+            raise UserError(
+                "--target-loss needs runs with their losses; a table has none", "Give --steps or --samples."
+            )
+        return self._given(measurements)
+
+    def of_group(self, group: "Group", network: Path | None) -> "tuple[Measurements, Work | None]":
+        """By default the steps that the runs were set to."""
+        from hpc_train.analysis.planning.budget import measurements_of, planned_work, target_work
+
+        measurements = measurements_of(group, network)
+        if self.target_loss is not None:
+            return measurements, target_work(group, self.target_loss)
+        return measurements, self._given(measurements) or planned_work(group, measurements)
+
+    def _given(self, measurements: "Measurements") -> "Work | None":
+        from hpc_train.analysis.planning.budget import samples_work, steps_work
+
+        if self.samples is not None:
+            return samples_work(self.samples)
+        return None if self.steps is None else steps_work(measurements, self.steps)
+
+
 def _from_table(
-    table: Path,
-    network: Path | None,
-    ranks_per_node: int | None,
-    gradient_bytes: float | None,
-    steps: float | None,
-    samples: float | None,
-    target_loss: float | None,
-) -> "tuple[Measurements, Work | None]":
-    from dataclasses import replace
-
+    table: Path, network: Path | None, ranks_per_node: int | None, gradient_bytes: float | None
+) -> "Measurements":
     from hpc_train.analysis.models.measurement_table import read_table
-    from hpc_train.analysis.planning.budget import read_network, samples_work, steps_work
+    from hpc_train.analysis.planning.budget import read_network
 
-    if target_loss is not None:
-        raise UserError("--target-loss needs runs with their losses; a table has none", "Give --steps or --samples.")
-    measured = read_network(network) if network else None
-    measurements = replace(read_table(table, ranks_per_node, measured), gradient_bytes=gradient_bytes)
-    if samples is not None:
-        return measurements, samples_work(samples)
-    return measurements, None if steps is None else steps_work(measurements, steps)
+    measured_network = read_network(network) if network else None
+    return replace(read_table(table, ranks_per_node, measured_network), gradient_bytes=gradient_bytes)
 
 
-def _from_runs(
-    runs: tuple[Path, ...], network: Path | None, steps: float | None, samples: float | None, target_loss: float | None
-) -> "tuple[Measurements, Work | None]":
+def _only_group(runs: tuple[Path, ...]) -> "Group":
     from hpc_train.analysis.guard import SectionGuard
-    from hpc_train.analysis.planning.budget import measurements_of, planned_work, samples_work, steps_work, target_work
     from hpc_train.analysis.runs.load import load_known
     from hpc_train.analysis.scaling.compare import compare
 
-    known, left_out = load_known(runs, SectionGuard())
-    for note in left_out:
+    known, skipped = load_known(runs, SectionGuard())
+    for note in skipped:
         click.echo(printable(note), err=True)
     groups = [group for group in compare(known).groups if any(row.step_s for row in group.rows)]
     if len(groups) != 1:
-        told = "; ".join(group.label for group in groups) or "none with steady steps"
+        found = "; ".join(group.label for group in groups) or "none with steady steps"
         raise UserError(
-            f"plan needs runs of one job that differ in size alone; these are {told}", "Name the runs of one."
+            f"plan needs runs of one job that differ in size alone; these are {found}", "Name the runs of one."
         )
-    group = groups[0]
-    measurements = measurements_of(group, network)
-    if target_loss is not None:
-        return measurements, target_work(group, target_loss)
-    if samples is not None:
-        return measurements, samples_work(samples)
-    return measurements, steps_work(measurements, steps) if steps is not None else planned_work(group, measurements)
+    return groups[0]
 
 
 def _print(made: "Plan") -> None:

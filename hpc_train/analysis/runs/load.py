@@ -1,4 +1,4 @@
-"""Run directories to values: what the comparison and the report start from, crashed runs too."""
+"""Reads run directories, crashed runs too: what comparisons and reports start from."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from hpc_train.core.run_summary import RunResult, RunShape, RunSummary, summaris
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import UNKNOWN_STEPS, Config
 
-# Numbers beyond are damage, and no run.
+# Larger numbers are damage.
 _MOST_RANKS = 10_000_000
 _MOST_LACKING, _MOST_LACKING_SHARE = 10_000, 100  # ranks without records, and for each with some
 _MOST_COUNTED = 10**15  # steps, samples
@@ -30,7 +30,7 @@ _MOST_JSON_BYTES = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run as it was recorded. `incomplete` says in words why it is not whole, None when it is."""
+    """One run as it was recorded."""
 
     dir: RunDir
     config: Config
@@ -38,11 +38,11 @@ class Run:
     summary: RunSummary
     step_s: FloatArray  # (steady steps,) the mean duration of each step over the ranks that train
     phases_s: FloatArray  # (len(PHASES),) sums over the ranks that train and steady steps
-    servers_s: FloatArray  # (len(PHASES),) the same sums over the servers, zeros where there are none
-    metrics: tuple[list[int], list[float]]  # (steps, losses), empty where none were written
-    incomplete: str | None
-    load_balance: LoadBalance | None = None  # how its ranks shared the work; None: no steady step
-    copies: tuple[Path, ...] = ()  # other folders that hold this very run
+    servers_s: FloatArray  # (len(PHASES),) the same over the servers, zeros without servers
+    metrics: tuple[list[int], list[float]]  # (steps, losses), empty if none were logged
+    incomplete: str | None  # why it is incomplete, in words; None if it is complete
+    load_balance: LoadBalance | None = None  # None without a steady step
+    copies: tuple[Path, ...] = ()  # other folders with the same run
 
     @property
     def size(self) -> int:
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def num_servers(self) -> int:
-        """The last ranks of a parameter server's job, which hold weights and train on nothing."""
+        """The number of a parameter server's servers: the last ranks, which hold weights and do not train."""
         return self.size - self.config.reduce.num_workers(self.size)
 
     @property
@@ -60,21 +60,21 @@ class Run:
 
     @property
     def assumption(self) -> str | None:
-        """What the energy estimate rests on, as the run wrote it down."""
+        """What the energy estimate assumes, as the run recorded it."""
         text = dict_at(self.meta, "energy").get("assumption")
         return str(text) if text else None
 
 
 def load_all(paths: Sequence[Path]) -> list[Run]:
-    """The runs at or below `paths`, each once. Raises `UserError` for a path with none and where one cannot be read."""
+    """The runs at or below `paths`, each once. Raises `UserError` for a path without runs or an unreadable run."""
     found = rundir.search(_without_reports(paths))
     return [replace(load(run), copies=tuple(copy.path for copy in copies)) for run, *copies in _originals(found.runs)]
 
 
 def load_known(paths: Sequence[Path], guard: SectionGuard) -> tuple[list[Run], list[str]]:
-    """(the runs at or below `paths` that can be read, what was left out and why, in sentences).
+    """(the readable runs at or below `paths`, sentences on what was skipped and why).
 
-    Raises `UserError` where none can be read.
+    Raises `UserError` if no run is readable.
     """
     found = rundir.search(_without_reports(paths))
     runs: list[Run] = []
@@ -90,7 +90,7 @@ def load_known(paths: Sequence[Path], guard: SectionGuard) -> tuple[list[Run], l
         more = f"\n  (and {len(errors) - 1} more runs that cannot be read)" if len(errors) > 1 else ""
         raise UserError(errors[0].what, errors[0].remedy + more)
     notes = [f"Left out, since it cannot be read: {error.what}." for error in errors]
-    inside = {run.path for run in found.runs}  # of these `load` says it, where it matters
+    inside = {run.path for run in found.runs}  # `load` reports unreadable files in these, if it needs them
     notes += [
         f"Left out: {folder} cannot be looked into: {why}."
         for folder, why in found.unreadable.items()
@@ -108,12 +108,12 @@ def _tried(run: RunDir) -> Run | UserError:
 
 
 def _without_reports(paths: Sequence[Path]) -> list[Path]:
-    """A folder that an earlier report was written to is passed over, so that `runs/*` may be given twice."""
+    """Skips folders of earlier reports, so that `runs/*` may be given again."""
     return [path for path in paths if not _is_report(path)] or list(paths)
 
 
 def _originals(runs: Sequence[RunDir]) -> list[list[RunDir]]:
-    """Each run with its copies: of these one is read."""
+    """Each run followed by its copies, which are not read."""
     same: dict[tuple[bytes, bytes], list[RunDir]] = defaultdict(list)
     for run in runs:
         same[_identity(run)].append(run)
@@ -121,7 +121,7 @@ def _originals(runs: Sequence[RunDir]) -> list[list[RunDir]]:
 
 
 def _identity(run: RunDir) -> tuple[bytes, bytes]:
-    """What no two runs share: when it began and where, and the times of its first rank to the nanosecond."""
+    """Equal for copies only: the metadata, and the first rank's times in nanoseconds."""
     first = run.timings(0)
     try:
         return run.meta.read_bytes(), first.read_bytes() if first.is_file() else bytes(run.path)
@@ -139,8 +139,8 @@ def _is_report(path: Path) -> bool:
 def load(run: RunDir) -> Run:
     """Reads one run directory, one rank's records at a time.
 
-    The summary is rebuilt from the timings as the ranks themselves make it: each step's mean over the ranks that train,
-    phases summed over them. A crashed run counts up to the last step that every rank recorded. Raises `UserError`
+    The summary is rebuilt from the timings as the ranks compute it: each step's mean over the ranks that train, phases
+    summed over them. A crashed run counts up to the last step that every rank recorded. Raises `UserError`
     naming the file, `BadRecord` naming path:line.
     """
     try:
@@ -195,14 +195,14 @@ def _load(run: RunDir) -> Run:
 
 
 def _test(written: dict[str, Any]) -> dict[str, float]:
-    """The test measures of a summary; before schema 3 there was one."""
+    """The test measures of a summary; before schema 3 accuracy was the only one."""
     measures = written.get("test", {"accuracy": written.get("test_accuracy")})
     found = {str(name): _number(value) for name, value in measures.items()} if isinstance(measures, dict) else {}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def host_traces(run: RunDir, meta: dict[str, Any]) -> dict[str, list[Trace]]:
-    """The meters' traces of each host of any attempt; [] for a host without a file, or with a name that is none."""
+    """The meters' traces of each host of any attempt; [] for a host without a file or with an invalid name."""
     others = [each.get("hosts") for each in attempts(meta)]
     hosts = [*meta["hosts"], *(host for some in others if isinstance(some, list) for host in some)]
     return {
@@ -235,7 +235,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(run: RunDir, size: int) -> Config:
-    """config.toml, which leaves at least one of `size` ranks to train."""
+    """config.toml. Raises `UserError` unless at least one of `size` ranks trains."""
     try:
         settings = config.load(run.config).config
     except UserError as error:

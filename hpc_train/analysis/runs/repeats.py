@@ -1,7 +1,7 @@
-"""Which runs repeat each other: alike in everything that their times, losses and joules hang on.
+"""Which runs are repeats: alike in everything that their times, losses and energy depend on.
 
-Repeats are pooled in one row. What was recorded on other software, hardware or settings is no repeat, though the job
-file is the same: it stands in a group of its own, which says how it differs.
+Repeats are pooled in one row. Runs on other software, hardware or settings are no repeats, even of the same job file:
+they form a group of their own, whose label says how it differs.
 """
 
 import json
@@ -16,16 +16,21 @@ from hpc_train.core import config
 from hpc_train.core.config import flatten
 
 _MOST_COUNTED = 10**15  # a number beyond is damage
-Facts = dict[str, str]  # what a run did not write down is absent: unknown, and no difference
-_NO_MATTER = re.compile(  # variables that name a place or a launch, and no way to compute
+Facts = dict[str, str]  # what a run did not record is absent: unknown, and no difference
+_NO_MATTER = re.compile(  # variables that name a location or a launch and do not affect the computation
     r"TMPDIR|(CUDA|ROCR|HIP)_VISIBLE_DEVICES|SRUN_.*|.*_(RANK|SIZE|HOSTNAME|ADDR|PORT)"
 )
-_TARIFF = ("energy.pue", "energy.co2_g_per_kwh", "energy.price_per_kwh", "energy.currency")  # of no run, of a centre
+_TARIFF = (
+    "energy.pue",
+    "energy.co2_g_per_kwh",
+    "energy.price_per_kwh",
+    "energy.currency",
+)  # figures of a centre, not of a run
 
 
 def facts_of(run: Run) -> Facts:
-    """What a step's duration hangs on besides the configuration and the number of ranks: runs of other sizes are
-    compared all the same, and the report says what differs.
+    """What a step's duration depends on besides the configuration and the number of ranks. Runs of other sizes are
+    compared even if these differ; the report then says so.
     """
     meta = run.meta
     git, ranks = dict_at(meta, "git"), meta["ranks"] if isinstance(meta.get("ranks"), list) else []
@@ -55,8 +60,8 @@ def _commit(git: dict[str, Any]) -> str | None:
 
 
 def _more_facts(run: Run) -> Facts:
-    """What repeats must have in common, too. Between sizes it may differ by nature (hosts, what a launcher sets), or
-    only costs joules and saves (settings that decide nothing about a step).
+    """What repeats must have in common, too. Between sizes it differs by nature (hosts, variables of a launcher), or it
+    affects energy and checkpoints only, not a step.
     """
     git, shown = dict_at(run.meta, "git"), run.meta.get("environment")
     settings = flatten(config.as_dict(run.config))
@@ -64,7 +69,7 @@ def _more_facts(run: Run) -> Facts:
         "hosts": run.summary.num_hosts,
         "kernel": text_at(run.meta, "kernel"),
         "precision": text_at(run.meta, "precision"),
-        # Two dirty trees of one commit are the same only where their changes are.
+        # Two dirty trees of one commit are the same only if their changes are.
         "uncommitted changes": text_at(git, "changes") if git.get("dirty") else None,
         **{key: settings[key] for key in settings if key.startswith(("checkpoint.", "energy.")) and key not in _TARIFF},
     }
@@ -74,7 +79,7 @@ def _more_facts(run: Run) -> Facts:
 
 
 def all_facts(runs: Sequence[Run]) -> list[Facts]:
-    """Of each run all that decides whether it is a repeat. A variable that a run could have recorded was not set."""
+    """All facts that decide whether runs are repeats. A variable that a run did not record was unset."""
     facts = [facts_of(run) | _more_facts(run) for run in runs]
     variables = {name for each in facts for name in each if name.startswith("environment ")}
     for run, each in zip(runs, facts, strict=True):
@@ -84,10 +89,10 @@ def all_facts(runs: Sequence[Run]) -> list[Facts]:
 
 
 def assign_series(runs: Sequence[Run]) -> list[int]:
-    """The number of each run's series, 0 where nothing tells runs apart.
+    """The number of each run's series; 0 if no facts differ.
 
-    Runs of one job, one size and one series are repeats. Where a job was run twice on unequal terms, at any size, its
-    sizes are sorted into series by what they have in common; a job without such a conflict is in one series as a whole.
+    Runs of one job, one size and one series are repeats. If a job was run on unequal terms at any size, its sizes are
+    sorted into series by what they have in common; a job without such a conflict is one series as a whole.
     """
     facts, usual = all_facts(runs), {name for run in runs for name in facts_of(run)}
     jobs: dict[str, dict[tuple[int, bool], list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -115,7 +120,7 @@ def assign_series(runs: Sequence[Run]) -> list[int]:
 
 
 def _kinds(facts: Sequence[Facts], members: Sequence[int]) -> list[list[int]]:
-    """Members that are alike; one of which less is known joins the most that it may be one of."""
+    """Groups of members without differences; a run that recorded less joins the largest group that it may belong to."""
     kinds: list[list[int]] = []
     for index in sorted(members, key=lambda index: -len(facts[index])):
         fitting = [kind for kind in kinds if all(not _apart(facts[index], facts[other]) for other in kind)]
@@ -127,14 +132,14 @@ def _kinds(facts: Sequence[Facts], members: Sequence[int]) -> list[list[int]]:
 
 
 def _apart(one: Facts, other: Facts) -> list[str]:
-    """The facts that are known of both and differ."""
+    """The facts that both recorded and that differ."""
     return [name for name, value in one.items() if other.get(name, value) != value]
 
 
 def _matched(
     kinds: list[list[int]], facts: Sequence[Facts], usual: set[str], seen: Sequence[dict[str, set[str]]]
 ) -> list[tuple[int, list[int]]]:
-    """A series for each of the kinds of one size, no two the same; the closest first, new ones for the rest."""
+    """Assigns each kind of one size a series of its own: the best match first, new series for the rest."""
     free, left, found = list(range(len(seen))), list(kinds), []
     while left and free:
         places = [(place, number) for place in range(len(left)) for number in free]
@@ -145,13 +150,13 @@ def _matched(
 
 
 def _misfit(facts: Facts, usual: set[str], seen: dict[str, set[str]]) -> tuple[int, int]:
-    """How many facts a series does not have: of those that all sizes should share, and of all."""
+    """How many facts differ from a series: of those that all sizes should share, and of all."""
     names = [name for name, value in facts.items() if seen.get(name) and value not in seen[name]]
     return len(usual.intersection(names)), len(names)
 
 
 def distinguishing_facts(members: Sequence[Sequence[Run]]) -> list[Facts]:
-    """Of each of several series of one job: what it has that others have not."""
+    """For each of several series of one job, the facts in which they differ."""
     flat = iter(all_facts([run for runs in members for run in runs]))
     facts = [[next(flat) for _ in runs] for runs in members]
     names = dict.fromkeys(name for some in facts for each in some for name in each)
