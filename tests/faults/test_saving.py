@@ -342,7 +342,7 @@ def test_a_save_that_a_disk_refuses_is_told_and_the_training_goes_on(
         assert job.newest() == valid
     assert ended.code == 2, ended
     assert "warning: the checkpoint of step 5 could not be written" in ended.out and says in ended.out
-    assert "MB are needed" in ended.out and f"The newest checkpoint is still step-{valid:08d}" in ended.out
+    assert "B are needed" in ended.out and f"The newest checkpoint is still step-{valid:08d}" in ended.out
     assert "the checkpoint of step 24 could not be written" in ended.err and len(job.losses()) == 24
     again = Job(0, tmp_path, digits, "--resume", "auto")
     assert again.end().code == 0
