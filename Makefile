@@ -66,9 +66,12 @@ RANKS ?= 2 3
 # Under mpirun a failed assertion on one rank would hang the others: `python -m mpi4py` ends them all.
 PYTEST_MPI = --oversubscribe --bind-to none python -m mpi4py -m pytest -x -q --color=no
 QUICK = -m "not thorough and not slow"
+# ALONE: in processes of their own. One starts Horovod again and again, which crashes where others have used it.
+ALONE = tests/parallel/test_reduce_times.py tests/parallel/test_rest.py
 test-parallel:
 	@set -e; for ranks in $(RANKS); do echo "mpirun -n $$ranks pytest tests/parallel"; \
-	$(MPIRUN) -n $$ranks $(PYTEST_MPI) $(QUICK) tests/parallel; done
+	$(MPIRUN) -n $$ranks $(PYTEST_MPI) $(QUICK) tests/parallel $(ALONE:%=--ignore=%); \
+	for file in $(ALONE); do $(MPIRUN) -n $$ranks $(PYTEST_MPI) $(QUICK) $$file; done; done
 
 # Every fault, by mpirun and on the cluster, and the table of what came of it.
 FAULTS := tests/faults tests/datasets/test_hdfs.py tests/slurm/test_faults.py tests/slurm/test_submit.py \
