@@ -1,4 +1,4 @@
-"""Numbers and names in words: units, digits and intervals, the same in the terminal and on the page."""
+"""Numbers as text: units, digits and intervals, the same in messages, in the terminal and on the page."""
 
 import re
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from hpc_train.core.redaction import printable
 
 
 def plain(text: str) -> str:
-    """Text from a file, safe for a terminal and in one line: of control characters none is kept."""
+    """Text from a file, on one line and safe for a terminal: control characters are replaced."""
     return re.sub(r"[\n\t]", "\N{REPLACEMENT CHARACTER}", printable(text))
 
 
 def listed(names: Sequence[str], most: int) -> str:
-    """ "a, b and 7 more": a long list is told by its length."""
+    """ "a, b and 7 more": a long list ends with the number of others."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
@@ -24,7 +24,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """A number with `digits` significant digits; integers above that keep all theirs."""
+    """A number with `digits` significant digits; integers with more keep all of them."""
     if value is None:
         return "-"
     if not isfinite(value) or value == 0:
@@ -60,7 +60,7 @@ def interval_text(interval: tuple[float, float] | None, scale: float) -> str:
 
 
 def energy_text(joules: float | None, quality: str) -> str:
-    """ "123 J", "123 J est." or "missing": a figure never stands without its quality."""
+    """ "123 J", "123 J est." or "missing": a figure is always followed by its quality."""
     if joules is None or quality == "missing":
         return "missing"
     return amount(joules, "J") + (" est." if quality == "estimated" else "")

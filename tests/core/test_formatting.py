@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc_train.core.formatting import amount, energy_text, interval_text, ratio_text, significant
+from hpc_train.core.formatting import amount, energy_text, interval_text, plural, ratio_text, significant
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,7 @@ def test_numbers_in_words() -> None:
         "missing",
     ]
     assert [ratio_text(value) for value in (1.617, 0.5, 0.0123)] == ["1.62x", "0.50x", "0.012x"]
+
+
+def test_counts_have_their_plural() -> None:
+    assert [plural(count, "rank") for count in (0, 1, 2, 4096)] == ["0 ranks", "1 rank", "2 ranks", "4,096 ranks"]

@@ -362,7 +362,7 @@ def test_over_quota_the_training_goes_on_and_the_old_checkpoint_stays(
     assert "warning: the checkpoint of step 10 could not be written" in ended.out and "File too large" in ended.out
     assert "the checkpoint of step 24 could not be written" in ended.err, "the last one is no warning"
     assert job.newest() == 5 and len(job.losses()) == 24
-    assert "MB are needed" in ended.out
+    assert "B are needed" in ended.out
     again = Job(0, tmp_path, digits, "--resume", "auto")
     done = again.end()
     assert done.code == 0 and "Continuing at step 5" in done.out, done

@@ -126,7 +126,7 @@ def _free(measurements: Measurements) -> tuple[str, ...]:
         if len(names) > len(ranks) and name in names:
             names.remove(name)
     if len(names) > len(ranks):
-        raise TooFewSizes(f"{', '.join(names)}: {len(names)} parts cannot be told apart by {len(ranks)} sizes")
+        raise TooFewSizes(f"{', '.join(names)}: {len(names)} parts cannot be distinguished by {len(ranks)} sizes")
     if len(ranks) == 1 and not (inside or between):
         raise TooFewSizes("one size says nothing of how the time grows; a second, or --network, does")
     return tuple(names)

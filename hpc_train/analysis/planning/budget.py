@@ -24,7 +24,7 @@ _MOST_BENCH_BYTES = 1 << 28
 _MOST_COST_S = 1e6  # of one message, of one byte: a larger number is damage
 _ONE_RUN_ERROR, _LEAST_ERROR = 0.1, 0.05  # relative, of the work to a loss: of one run, of several batch sizes
 _LEAST_POWER_ERROR = 0.02
-_SEPARABLE = 0.05  # relative range of node-seconds per sample that tells nodes' and samples' joules apart
+_SEPARABLE = 0.05  # least relative range of node-seconds per sample that separates nodes' joules from samples'
 
 
 @dataclass(frozen=True)

@@ -270,5 +270,5 @@ def _read_meta(run: RunDir) -> dict[str, Any]:
 
 
 def _short(value: object) -> str:
-    told = repr(value)
-    return told if len(told) < 80 else f"{told[:80]}..."
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:80]}..."

@@ -15,7 +15,7 @@ class HostCopy:
         """The same pieces in host memory, valid until the next call."""
         copies = [piece._replace(tensor=self._copy(piece)) for piece in pieces]
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # copies from pinned memory's GPU run asynchronously
+            torch.cuda.synchronize()  # copies from a GPU into pinned memory are asynchronous
         self._buffers = {piece.name: piece.tensor for piece in copies}
         return copies
 
