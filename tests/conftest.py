@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from hpc_train.analysis.guard import RAISE
 from tests import jobs
@@ -34,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Containers switch bytecode off, and each start would compile a hundred modules: 0.2 s of CPU.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
+    settings.register_profile("shared-cores", deadline=None)  # the time of one example depends on what else runs
+    settings.load_profile("shared-cores")
     if config.getoption("--cpu"):
         config.pluginmanager.register(CpuSeconds(), "cpu-seconds")
 

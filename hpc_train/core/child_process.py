@@ -19,6 +19,7 @@ from typing import NoReturn
 from hpc_train.core.errors import UserError
 
 _MAX_PATH_BYTES = 4096
+_STDERR = 2
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _FROM_OUTSIDE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -73,6 +74,8 @@ def begin(work: Callable[[Notes], object]) -> Child:
         return Child(pid, notes)
     for number in _FROM_OUTSIDE:
         signal.signal(number, signal.SIG_IGN)
+    # glibc reports a crash itself ("*** buffer overflow detected ***"); the parent's message says more.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDERR)
     with suppress(BaseException):
         work(notes)
     os._exit(0)
