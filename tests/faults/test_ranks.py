@@ -135,7 +135,7 @@ def test_a_rank_that_is_stopped_for_a_moment_is_waited_for(
     ended = job.end()
     assert ended.code == 0, ended
     assert_continuous(job, reference(2))
-    survived("rank 1 stopped for 3 s, then continued", "the others wait; the run goes on", 3.0, 0)
+    survived("rank 1 stopped for 3 s, then continued", "the others wait; the run continues", 3.0, 0)
 
 
 def test_sigterm_to_one_rank_stops_them_all_in_the_same_step(

@@ -347,7 +347,7 @@ def test_a_save_that_a_disk_refuses_is_told_and_the_training_goes_on(
     again = Job(0, tmp_path, digits, "--resume", "auto")
     assert again.end().code == 0
     assert_continuous(again, reference(0))
-    what = "warned at each save, the run goes on; exit code 2 at its end"
+    what = "warned at each save, the run continues; exit code 2 at its end"
     survived(f"{says.lower()}, checkpoints only", what, again.seconds_to_first_step(), STEPS - valid)
 
 
@@ -367,5 +367,5 @@ def test_over_quota_the_training_goes_on_and_the_old_checkpoint_stays(
     done = again.end()
     assert done.code == 0 and "Continuing at step 5" in done.out, done
     assert_continuous(again, reference(0))
-    what = "warned at each save, the run goes on; exit code 2 at its end"
+    what = "warned at each save, the run continues; exit code 2 at its end"
     survived("file size limit (as over quota)", what, again.seconds_to_first_step(), 19)

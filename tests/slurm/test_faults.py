@@ -197,4 +197,4 @@ def test_second_job(cluster: Cluster, digits: Path, tmp_path: Path, survived: Fa
     assert f"is in use by Slurm job {first}, process" in cluster.output(second)
     assert cluster.state(first) == "RUNNING" and len(attempts(tmp_path)) == 1
     cluster.cancel(first)
-    survived("Slurm: the same job submitted twice", "the second FAILED, naming the first, which goes on")
+    survived("Slurm: the same job submitted twice", "the second FAILED, naming the first, which continues")
