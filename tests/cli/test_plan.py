@@ -101,6 +101,13 @@ def test_joules_are_split_into_nodes_and_samples(tmp_path: Path) -> None:
     assert budget.chosen is None or budget.chosen.energy_j < option.energy_j
 
 
+def test_joules_of_a_reports_table_are_those_of_a_run(tmp_path: Path) -> None:
+    """scaling.csv has the joules of whole runs, beside joules_per_sample, from which a step's follow."""
+    per_step = read_table(table(tmp_path, "ranks,step_s,global_batch,joules\n1,1,64,128\n2,1,128,512\n"))
+    of_runs = "ranks,step_s,global_batch,joules,joules_per_sample\n1,1,64,9e6,2\n2,1,128,9e6,4\n"
+    assert read_table(table(tmp_path, of_runs)).joules_per_step.tolist() == per_step.joules_per_step.tolist()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

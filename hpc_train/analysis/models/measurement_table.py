@@ -53,7 +53,8 @@ NUMBERS = (
     _Column("step_s", 1e-9, 1e7),
     _Column("samples_per_s", 1e-9, 1e15),
     _Column("ranks_per_node", 1, 1e5, is_count=True),
-    _Column("joules", 1e-9, 1e15),  # of one step, all nodes
+    _Column("joules", 1e-9, 1e15),  # of one step, all nodes; of a whole run beside joules_per_sample
+    _Column("joules_per_sample", 1e-12, 1e12),
     _Column("global_batch", 1e-3, 1e12),
 )
 SCALING = "scaling"  # a column of words: weak or strong
@@ -161,12 +162,20 @@ def _line(where: str, names: list[str], text: str) -> _Line:
         step_s=numbers.get("step_s"),
         samples_per_s=numbers.get("samples_per_s"),
         ranks_per_node=None if per_node is None else int(per_node),
-        joules=numbers.get("joules"),
+        joules=_step_joules(numbers),
         global_batch=numbers.get("global_batch"),
         scaling=scaling,
     )
     _check_rate(line)
     return line
+
+
+def _step_joules(numbers: dict[str, float]) -> float | None:
+    """Joules of a step. The scaling.csv of a report has joules_per_sample, and its joules are those of a whole run."""
+    if "joules_per_sample" not in numbers:
+        return numbers.get("joules")
+    batch = numbers.get("global_batch")
+    return None if batch is None else numbers["joules_per_sample"] * batch
 
 
 def _check_rate(line: _Line) -> None:
