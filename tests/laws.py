@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_train.core import config, records, timings
+from hpc_train.core import config, records, timing_log
 from hpc_train.core.energy_records import ENERGY_COLUMNS
 from hpc_train.core.records import FloatArray
 from hpc_train.core.rundir import RunDir
@@ -161,8 +161,8 @@ def write(root: Path, laws: Laws) -> tuple[RunDir, Truth]:
     leave_s, truth = _reductions(laws)
     clocks = _Clocks(laws, float(leave_s[-1]))
     share = _shares(settings.global_batch(laws.ranks), laws.ranks)
-    header = (",".join(timings.TIMING_COLUMNS) + "\n").encode()
-    line = ",".join(["%d"] * len(timings.TIMING_COLUMNS)) + "\n"
+    header = (",".join(timing_log.TIMING_COLUMNS) + "\n").encode()
+    line = ",".join(["%d"] * len(timing_log.TIMING_COLUMNS)) + "\n"
     for rank in range(laws.ranks):
         rows = _rows(laws, rank, leave_s, clocks, share[rank])
         run.timings(rank).write_bytes(header + (line * laws.steps % tuple(rows.ravel().tolist())).encode())

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from hpc_train.core import config, records, timings
+from hpc_train.core import config, records, timing_log
 from hpc_train.core.energy_records import ENERGY_COLUMNS, Energy, read_traces, total_energy
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Config
-from hpc_train.core.timings import PHASES
+from hpc_train.core.timing_log import PHASES
 
 SHARES = {"data": 0.1, "forward": 0.3, "backward": 0.4, "reduce": 0.1, "optimizer": 0.05, "other": 0.05}
 
@@ -118,7 +118,7 @@ def _write_timings(run: RunDir, recipe: Recipe, batch: int) -> None:
     serving = dict.fromkeys(PHASES, 0.0) | {"reduce": 1 - recipe.servers_busy, "optimizer": recipe.servers_busy}
     for rank in range(recipe.size):
         shares = recipe.shares if rank < num_workers else serving
-        log = timings.TimingLog(run.timings(rank))
+        log = timing_log.TimingLog(run.timings(rank))
         begin = 1_000_000
         share = batch // num_workers + (rank < batch % num_workers) if rank < num_workers else 0
         for step, whole in enumerate(steps_ns.tolist()):

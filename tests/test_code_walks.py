@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "explanation" / "code-walks.md"
-MOST_FILES = {"A gradient": 5, "A sample": 7, "A second": 8, "A key": 4}
+MOST_FILES = {"A gradient": 5, "A sample": 7, "The time of a phase": 8, "A configuration key": 4}
 STEP = re.compile(r"^\d+\. `([\w/]+\.py)` `([\w.]+)`", re.MULTILINE)
 
 

@@ -29,7 +29,7 @@ from hpc_train.train.reduce.all_reduce import AllReduce
 from hpc_train.train.reduce.horovod_library import horovod_on, restartable_horovod
 from hpc_train.train.reduce.parameter_server import Server, Worker
 from hpc_train.train.reduce.sharded import Sharded
-from hpc_train.train.reduce.transports import HorovodTransport, InPieces, MpiTransport
+from hpc_train.train.reduce.transports import HorovodTransport, MpiTransport, SplittingTransport
 
 _SERVERS = Reduce(strategy="parameter_server")
 _SAMPLE_S, _MAX_CALLS = 5e-3, 200  # a sample is as many calls as take about that long
@@ -83,7 +83,7 @@ def _model(message: torch.Tensor) -> nn.Module:
 def _all_reduce(hvd: Any, team: RankGroup, message: torch.Tensor) -> Method:
     """hvd: None for MPI."""
     model, loss = _model(message), torch.zeros(())
-    transport = InPieces(MpiTransport(team.context) if hvd is None else HorovodTransport(hvd, team.size))
+    transport = SplittingTransport(MpiTransport(team.context) if hvd is None else HorovodTransport(hvd, team.size))
     reducer = AllReduce(transport, Reduce(), model, NoFlags())
     (parameter,) = model.parameters()
 
@@ -98,7 +98,7 @@ def _all_reduce(hvd: Any, team: RankGroup, message: torch.Tensor) -> Method:
 def _sharded(hvd: Any, team: RankGroup, message: torch.Tensor) -> Method:
     model, loss = _model(message), torch.zeros(())
     (parameter,) = model.parameters()
-    reducer = Sharded(InPieces(HorovodTransport(hvd, team.size)), model, team.context, NoFlags())
+    reducer = Sharded(SplittingTransport(HorovodTransport(hvd, team.size)), model, team.context, NoFlags())
 
     def exchange(update: bool) -> None:
         parameter.grad = message

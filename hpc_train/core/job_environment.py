@@ -1,6 +1,7 @@
 """Which job, node and rank this process is: what the launcher and the scheduler put into its environment.
 
-Everything else asks a `JobEnvironment`; no other module reads `SLURM_*`, `OMPI_COMM_*` or `PMIX_*` by name.
+Everything else asks a `JobEnvironment`; no other module reads `SLURM_*`, `OMPI_COMM_*` or `PMIX_*` by
+name, except `environment.py`, which copies them into meta.json.
 """
 
 import os

@@ -10,7 +10,7 @@ import numpy as np
 from hpc_train.core.energy_records import NO_METER, Energy, Quality
 from hpc_train.core.records import SCHEMA
 from hpc_train.core.statistics import mean_interval
-from hpc_train.core.timings import PHASES, StepTimes
+from hpc_train.core.timing_log import PHASES, StepTimes
 
 
 @dataclass(frozen=True, kw_only=True)

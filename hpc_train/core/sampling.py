@@ -113,7 +113,7 @@ class Order:
         return f"{len(self.chunk_edges) - 1} chunks, samples mixed within {self.window}"
 
     @cached_property
-    def _epochs(self) -> dict[tuple[int, int], tuple[Indices, Indices]]:
+    def _chunk_order_cache(self) -> dict[tuple[int, int], tuple[Indices, Indices]]:
         return {}
 
     @property
@@ -133,6 +133,7 @@ class Order:
             return shuffled(positions, self.num_samples, seed, epoch)
         chunks, ends = self._chunks_of(self.chunk_edges, seed, epoch)
         window_ends = ends[self.window - 1 :: self.window]
+        # The window of each position, its first position and its size; a permutation within it; then chunk and row.
         windows = np.searchsorted(window_ends, positions, "right")
         firsts = windows * self.window
         begins = np.where(firsts > 0, ends[firsts - 1], 0)
@@ -145,14 +146,14 @@ class Order:
 
     def _chunks_of(self, edges: Indices, seed: int, epoch: int) -> tuple[Indices, Indices]:
         """(the chunks in the epoch's order, the position at which each ends)."""
-        found = self._epochs.get((seed, epoch))
+        found = self._chunk_order_cache.get((seed, epoch))
         if found is None:
             num_chunks = len(edges) - 1
             chunks = shuffled(np.arange(num_chunks), num_chunks, seed, epoch)
             found = chunks, np.cumsum(np.diff(edges)[chunks])
-            while len(self._epochs) > 1:
-                self._epochs.pop(next(iter(self._epochs)))
-            self._epochs[seed, epoch] = found
+            while len(self._chunk_order_cache) > 1:  # two are kept: batches are made ahead across the end of an epoch
+                self._chunk_order_cache.pop(next(iter(self._chunk_order_cache)))
+            self._chunk_order_cache[seed, epoch] = found
         return found
 
 

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from hpc_train.core.clock import Clock
 from hpc_train.core.errors import UserError
+from hpc_train.core.phase_clock import Clock
 from hpc_train.core.settings import Train
 from hpc_train.core.world import World
 

@@ -41,17 +41,18 @@ from hpc_train.train.training_state import TrainingState, restore
 def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     """Collective. Trains as configured, tests, and leaves a run directory. Returns the exit code of the process.
 
-    resume: see `open_attempt`. The code is 0 at the end of the run, and `CONTINUE` after a stop on request.
+    resume: see `open_attempt`. The code is 0 at the end of the run. After a stop on
+    request it is `CONTINUE` (75) if checkpoints are written, else `TERMINATED` (143).
     """
     config = loaded.config
     if context.world.local_rank == 0:
         remove_stale_segments()  # shared memory of killed jobs, which would fill the node
     with (
         open_job(config, context) as job,
-        context.duplicate() as for_records,  # a communicator of its own: see `Mesh`
+        context.duplicate() as recorder_context,  # its messages never meet a reducer's or a task's
         open_attempt(loaded, context, resume) as attempt,
     ):
-        recorder = Recorder(loaded, for_records, job.placements, attempt, open_clock(config.train, job.device))
+        recorder = Recorder(loaded, recorder_context, job.placements, attempt, open_clock(config.train, job.device))
         is_root = context.world.is_root
         saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.log, recorder.sync_records)
         with (
@@ -73,8 +74,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             batches = open_batches(job, first_step)
             model, facts = prepare_model(job, batches)
             task, clock, stopped = job.task, recorder.clock, False
-            # Most strategies send nothing after the update: then its time is 0 and not the timer's own 200 ns.
-            sync = clock.sync if reducer.syncs_weights else nullcontext()
+            # Strategies that send nothing after the update are not timed there: the timer itself takes 200 ns.
+            sync = clock.sync if reducer.sends_weights else nullcontext()
             recorder.start(first_step, model, job.facts | facts | {"reading": task.reading})
             if task.reading:
                 context.on_root(partial(log, f"Data: {task.reading}"))
@@ -85,38 +86,39 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                     parts, num_samples, num_global = next(batches)  # a server trains on nothing: it has no parts
                     # Dropout is a function of (seed, step, rank), so a resumed run repeats it without saved state.
                     seed_noise(job.device, noise_seed(config.seed, step, job.mesh.peers.world.rank))
-                    total = torch.zeros((), device=job.device)
+                    own_loss = torch.zeros((), device=job.device)
 
                 for number, part in enumerate(parts, 1):
                     with clock.forward, job.autocast():
-                        # Summed losses over the global batch's size, so that gradients add up over ranks to the exact
-                        # mean even if their shares differ by a sample.
+                        # Divide the summed loss by the size of the global batch: gradients then add up over ranks to
+                        # the exact mean, even where shares differ by a sample.
                         loss = task.loss(model, part) / num_global
                     with clock.backward:
-                        total += loss.detach()
+                        own_loss += loss.detach()
                         if number == len(parts):
                             # Gradients of earlier parts only accumulate. In this last backward pass the reducer sends
                             # each bucket as soon as it is full: communication overlaps with computation.
-                            reducer.begin_step(total)
+                            reducer.begin_step(own_loss)
                         (loss * optimizer.scale).backward()
 
                 # One update a step; an asynchronous server makes one for each worker. `context.waiting` lets the
                 # watchdog see which ranks wait for others, and so which rank is late.
+                # With several updates, the flags of the last one count: an asynchronous server asks to stop or save there.
                 overflowed = False
                 for _ in range(reducer.num_updates):
                     with clock.reduce, context.waiting:
-                        flags = reducer.reduce_gradients()  # the time of what did not overlap
+                        flags = reducer.reduce_gradients()  # waits for communication that did not overlap
                     with clock.optimizer:
-                        made = isfinite(flags.loss) and optimizer.step(step)
+                        updated = isfinite(flags.loss) and optimizer.step(step)
                         model.zero_grad()
                     with sync, context.waiting:
-                        made = reducer.sync_weights(made)
-                    overflowed |= isfinite(flags.loss) and not made
-                optimizer.end_step(made, overflowed)
+                        updated = reducer.sync_weights(updated)
+                    overflowed |= isfinite(flags.loss) and not updated
+                optimizer.end_step(updated, overflowed)
 
-                if overflowed or not made:
+                if overflowed or not updated:
                     recorder.flush()  # first: the attempt that resumes from a checkpoint finds every step before it
-                    skipped = SkippedUpdate(step, total, flags.loss, overflowed, optimizer.num_skipped)
+                    skipped = SkippedUpdate(step, own_loss, flags.loss, overflowed, optimizer.num_skipped_in_a_row)
                     _skip_update(skipped, training, saver)
                 recorder.end_step(step, flags.loss, num_samples, num_global)
                 if config.train.check_weights_every and (step + 1) % config.train.check_weights_every == 0:
@@ -150,7 +152,7 @@ class Control:
 
 
 def _skip_update(skipped: SkippedUpdate, training: TrainingState, saver: Saver) -> None:
-    """Collective. After an update that was not made: continues without it, or saves and raises UserError.
+    """Collective. After an update that was skipped: continues without it, or saves and raises UserError.
 
     Not collective with an asynchronous parameter server, where no other rank knows.
     """
@@ -173,7 +175,7 @@ def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder,
     context, optimizer, num_steps = training.job.context, training.optimizer, recorder.num_steps_done
     recorder.flush()
     # The minimum over ranks: with an asynchronous parameter server each rank knows only of its own updates.
-    if min(context.all_gather(optimizer.num_skipped)) >= num_steps and stopped_by is None:
+    if min(context.all_gather(optimizer.num_skipped_in_a_row)) >= num_steps and stopped_by is None:
         raise_for_run_without_updates(num_steps, context)
     # Saved before the test: a test that fails costs no training.
     state = training.gather()

@@ -58,7 +58,7 @@ class Optimizer:
         self._scale = _INITIAL_SCALE if self._is_scaled else 1.0
         self._share_scale = 2.0 ** ceil(log2(num_shares)) if self._is_scaled else 1.0
         self._num_since_change = 0
-        self.num_skipped = 0  # updates in a row, until now
+        self.num_skipped_in_a_row = 0  # updates in a row, until now
 
     @property
     def scale(self) -> float:
@@ -112,7 +112,7 @@ class Optimizer:
 
         An overflow halves the scale of fp16; many updates without one double it.
         """
-        self.num_skipped = 0 if made else self.num_skipped + 1
+        self.num_skipped_in_a_row = 0 if made else self.num_skipped_in_a_row + 1
         if not self._is_scaled:
             return
         self._num_since_change += made
@@ -124,11 +124,11 @@ class Optimizer:
     @property
     def loss_scale(self) -> list[float]:
         """What a checkpoint keeps: the scale for one share, updates since it changed, updates skipped in a row."""
-        return [self._scale, self._num_since_change, self.num_skipped]
+        return [self._scale, self._num_since_change, self.num_skipped_in_a_row]
 
     @loss_scale.setter
     def loss_scale(self, kept: list[float]) -> None:
-        self.num_skipped = int(kept[2]) if len(kept) > 2 else 0  # earlier versions kept two
+        self.num_skipped_in_a_row = int(kept[2]) if len(kept) > 2 else 0  # earlier versions kept two
         if self._is_scaled:
             self._scale, self._num_since_change = kept[0], int(kept[1])
 

@@ -23,7 +23,7 @@ import click
 import numpy as np
 
 from hpc_train.core.rundir import find
-from hpc_train.core.timings import read_timings
+from hpc_train.core.timing_log import read_timings
 from tests import jobs
 from tests.benchmarks.io_peers import install, last_line
 from tests.benchmarks.io_readers import SHAPE, packed_budget_mb

@@ -23,7 +23,7 @@ from torch import nn
 
 from hpc_train.core.allreduce_times import Fit
 from hpc_train.core.rundir import find
-from hpc_train.core.timings import COMMUNICATION, PHASES, read_timings
+from hpc_train.core.timing_log import COMMUNICATION, PHASES, read_timings
 from hpc_train.train.reduce.buckets import has_weight_decay, make_buckets
 from tests import jobs
 from tests.slurm.slurm import NODES, Cluster, why_not

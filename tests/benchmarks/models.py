@@ -22,7 +22,7 @@ from hpc_train.core.config import Loaded, load
 from hpc_train.core.resume_rules import same_job
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Config
-from hpc_train.core.timings import read_timings
+from hpc_train.core.timing_log import read_timings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HEADER = ("config", "ranks", "model and parameters", "data", "result", "required", "met", "minutes")

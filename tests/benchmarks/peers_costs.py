@@ -12,7 +12,7 @@ from time import monotonic, perf_counter, perf_counter_ns
 import h5py
 import numpy as np
 
-from hpc_train.core.clock import Clock
+from hpc_train.core.phase_clock import Clock
 from tests import jobs
 from tests.benchmarks.io_peers import last_line
 from tests.benchmarks.peers_table import Line, Section

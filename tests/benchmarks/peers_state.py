@@ -12,7 +12,7 @@ import numpy as np
 import tomli_w
 
 from hpc_train.core.rundir import find
-from hpc_train.core.timings import PHASES, read_timings
+from hpc_train.core.timing_log import PHASES, read_timings
 from tests import jobs
 from tests.benchmarks.peers_costs import first_step_s, output
 from tests.benchmarks.peers_table import Line, Section

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from hpc_train.core.energy_records import ENERGY_COLUMNS, Energy, total_energy
 from hpc_train.core.records import BadRecord, read_metrics
 from hpc_train.core.run_summary import RunResult, RunShape, summarise
-from hpc_train.core.timings import NO_STEP_TIMES, PHASES, TIMING_COLUMNS, TimingLog, Timings, read_timings, step_times
+from hpc_train.core.timing_log import (
+    NO_STEP_TIMES,
+    PHASES,
+    TIMING_COLUMNS,
+    TimingLog,
+    Timings,
+    read_timings,
+    step_times,
+)
 from tests.synthetic import energy_of
 
 HEADER = ",".join(TIMING_COLUMNS) + "\n"

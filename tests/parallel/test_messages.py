@@ -13,7 +13,7 @@ from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mpi_library import mpi
 from hpc_train.train.reduce.horovod_library import load_horovod
-from hpc_train.train.reduce.transports import HorovodTransport, InPieces, MpiTransport
+from hpc_train.train.reduce.transports import HorovodTransport, MpiTransport, SplittingTransport
 from tests.parallel.test_train import losses, run
 
 ABOVE_BYTES = (1 << 31) + (1 << 20)  # more than 32 bits with a sign count
@@ -76,7 +76,7 @@ def test_gradients_are_reduced_in_pieces(context: Context, short: None, kind: st
     if kind == "horovod":
         hvd = load_horovod(Reduce())
         hvd.init()
-    transport = InPieces(MpiTransport(context) if kind == "mpi" else HorovodTransport(hvd, size))
+    transport = SplittingTransport(MpiTransport(context) if kind == "mpi" else HorovodTransport(hvd, size))
     message = torch.arange(101.0) + rank
     expected = torch.arange(101.0) * size + sum(range(size))
     assert torch.equal(transport.sum(message.clone(), "a").wait(), expected)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_train.train.comm.context import Context
-from hpc_train.train.energy import meters
+from hpc_train.train.energy import node_energy
 from hpc_train.train.energy.sensors.choose import choose_meters
 from tests import sensor_trees as trees
 from tests.parallel.test_train import run
@@ -20,14 +20,14 @@ def test_one_rank_a_node_measures_rest_and_loop(
 ) -> None:
     """Two packages of 50 W; the ranks that read for nobody wait without spinning."""
     own_cpu_s = []
-    monkeypatch.setattr(meters, "choose_meters", lambda: choose_meters(shared_path / "root"))
+    monkeypatch.setattr(node_energy, "choose_meters", lambda: choose_meters(shared_path / "root"))
 
     def rests(seconds: float) -> None:
         began_s = time.process_time()
         time.sleep(seconds)
         own_cpu_s.append(time.process_time() - began_s)
 
-    monkeypatch.setattr(meters, "sleep", rests)
+    monkeypatch.setattr(node_energy, "sleep", rests)
     keys = {"train__steps": 20, "energy__idle_s": 0.5, "energy__sample_hz": 20}
     with trees.drawing(shared_path / "root", 50) if context.world.is_root else nullcontext():
         context.barrier()

@@ -16,7 +16,7 @@ from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.signals import CONTINUE
-from hpc_train.core.timings import read_timings
+from hpc_train.core.timing_log import read_timings
 from hpc_train.train.comm.context import Context
 from hpc_train.train.loop import train
 from hpc_train.train.tasks.classification import Classification

@@ -18,7 +18,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.records import read_metrics
 from hpc_train.core.rundir import RunDir, find
 from hpc_train.core.settings import Config
-from hpc_train.core.timings import PHASES, TIMING_COLUMNS, read_timings, step_times
+from hpc_train.core.timing_log import PHASES, TIMING_COLUMNS, read_timings, step_times
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.dataset import Batch

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from hpc_train.core.timings import read_timings
+from hpc_train.core.timing_log import read_timings
 from tests import jobs
 from tests.conftest import FaultTable
 from tests.slurm.slurm import Cluster, until

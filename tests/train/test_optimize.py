@@ -74,15 +74,15 @@ def test_the_scale_of_fp16_falls_with_an_overflow_and_leaves_that_update_out() -
     made = optimizer(settings(lr=1.0, precision="fp16"), weight)
     assert not made.step(0)
     made.end_step(made=False, overflowed=True)
-    assert (made.scale, made.num_skipped) == (2.0**15, 1) and weight.item() == 1.0
+    assert (made.scale, made.num_skipped_in_a_row) == (2.0**15, 1) and weight.item() == 1.0
     again = optimizer(settings(precision="fp16"), parameter([[1.0]], [[0.0]]))
     again.loss_scale = made.loss_scale
-    assert (again.scale, again.num_skipped) == (2.0**15, 1)
+    assert (again.scale, again.num_skipped_in_a_row) == (2.0**15, 1)
     weight.grad = torch.tensor([[0.5 * made.scale]])
     assert made.step(1)
     made.end_step(made=True, overflowed=False)
     assert weight.item() == 0.5, "the gradient came back to its own size"
-    assert (made.scale, made.num_skipped) == (2.0**15, 0)
+    assert (made.scale, made.num_skipped_in_a_row) == (2.0**15, 0)
     made.loss_scale = [2.0**15, 1999]  # as earlier versions kept it
     made.end_step(made=True, overflowed=False)
     assert made.scale == 2.0**16, "it grows after a long time without"

@@ -18,7 +18,7 @@ from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.records import read_metrics
 from hpc_train.core.settings import UNKNOWN_STEPS
-from hpc_train.core.timings import read_timings
+from hpc_train.core.timing_log import read_timings
 from hpc_train.train.recording import recording
 from tests import jobs
 

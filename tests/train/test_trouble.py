@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hpc_train.core import rundir
-from hpc_train.core.timings import read_timings
+from hpc_train.core.timing_log import read_timings
 from tests import jobs
 
 TASK = '''

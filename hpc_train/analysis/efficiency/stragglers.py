@@ -14,7 +14,7 @@ from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.load_balance import Arrivals, Latest, LoadBalance
 from hpc_train.analysis.runs.rank_records import waits
 from hpc_train.analysis.stats.bootstrap import ratio_of_sums_interval
-from hpc_train.analysis.stats.permutation import largest_total_threshold
+from hpc_train.analysis.stats.chance_threshold import largest_total_threshold
 from hpc_train.core.records import FloatArray, IntArray
 from hpc_train.core.statistics import Interval
 

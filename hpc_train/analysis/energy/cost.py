@@ -12,7 +12,7 @@ from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import plural
-from hpc_train.core.timings import PHASES
+from hpc_train.core.timing_log import PHASES
 
 J_PER_KWH = 3.6e6
 

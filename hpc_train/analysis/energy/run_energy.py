@@ -12,7 +12,7 @@ from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.meta_json import dict_at, positive_number
 from hpc_train.analysis.runs.placement import RankPlacement, placements
 from hpc_train.analysis.runs.step_timeline import EMPTY_TIMELINE, StepTimeline, timeline_of
-from hpc_train.core.timings import PHASES
+from hpc_train.core.timing_log import PHASES
 
 _ROUNDING = 1e-9  # of the gross energy: sums of floats differ by this much
 

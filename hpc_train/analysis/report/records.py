@@ -18,7 +18,7 @@ from hpc_train.analysis.report.sections.target import TARGET_COLUMNS, records_by
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import plural
-from hpc_train.core.timings import PHASES
+from hpc_train.core.timing_log import PHASES
 
 P = ParamSpec("P")
 # 2: test_<measure> for every test measure; 3: step_s is the mean, step_median_s the median; 4: share_sync, joules_sync

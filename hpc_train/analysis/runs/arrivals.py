@@ -9,7 +9,7 @@ import numpy.typing as npt
 from hpc_train.analysis.runs.clocks import Clocks, Hosts
 from hpc_train.analysis.runs.load_balance import Arrivals, Latest
 from hpc_train.core.records import FloatArray, IntArray
-from hpc_train.core.timings import Timings
+from hpc_train.core.timing_log import Timings
 
 _NUM_LATEST = 6  # ranks kept of each step: one fewer can be named as stragglers
 _MAP_RANKS, _MAP_TIMES = 256, 200

@@ -10,7 +10,7 @@ from hpc_train.analysis.runs.clocks import Clocks, Hosts
 from hpc_train.analysis.runs.load_balance import LoadBalance
 from hpc_train.core.records import FloatArray, IntArray
 from hpc_train.core.statistics import NUM_BLOCKS
-from hpc_train.core.timings import Timings
+from hpc_train.core.timing_log import Timings
 
 
 class RankAccumulator:

@@ -16,7 +16,15 @@ from hpc_train.core.formatting import amount, listed
 from hpc_train.core.records import BadRecord, FloatArray, IntArray
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Reduce
-from hpc_train.core.timings import NO_STEP_TIMES, PHASES, TIMING_COLUMNS, StepTimes, Timings, read_timings, step_times
+from hpc_train.core.timing_log import (
+    NO_STEP_TIMES,
+    PHASES,
+    TIMING_COLUMNS,
+    StepTimes,
+    Timings,
+    read_timings,
+    step_times,
+)
 
 LEAVE_OUT = "Move this run's folder out of the report's folder, or name the other runs one by one."
 _ALIGNED = [TIMING_COLUMNS.index("step"), TIMING_COLUMNS.index("warmup")]  # equal on every rank, row by row

@@ -6,7 +6,7 @@ import numpy as np
 
 from hpc_train.analysis.runs.load import Run
 from hpc_train.core.records import FloatArray, IntArray
-from hpc_train.core.timings import read_timings
+from hpc_train.core.timing_log import read_timings
 
 
 @dataclass(frozen=True)

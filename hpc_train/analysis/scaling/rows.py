@@ -14,7 +14,7 @@ from hpc_train.analysis.stats.bootstrap import bootstrap_means, pooled_mean_inte
 from hpc_train.core.energy_records import Energy, total_energy
 from hpc_train.core.records import FloatArray
 from hpc_train.core.statistics import Interval, percentile_interval
-from hpc_train.core.timings import COMMUNICATION, PHASES
+from hpc_train.core.timing_log import COMMUNICATION, PHASES
 
 
 @dataclass(frozen=True, eq=False)

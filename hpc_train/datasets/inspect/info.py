@@ -24,7 +24,7 @@ from hpc_train.datasets.inspect.structure import (
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import num_decode_threads
 from hpc_train.train.data.hdf5_faults import HDF5_ERRORS
-from hpc_train.train.data.reader import Reader
+from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.readers import open_reader
 
 _NUM_SAMPLES, _BATCH_SIZE = 256, 32

@@ -119,7 +119,7 @@ def _exchange_once(comm: Any, rows: np.ndarray, counts: np.ndarray, received: np
 
 
 # ------------------------------------------------------------------------------------- non-blocking collectives
-# For messages that `transports.InPieces` has cut: each returns a request.
+# For messages that `transports.SplittingTransport` has cut: each returns a request.
 
 
 def begin_all_reduce(comm: Any, array: np.ndarray) -> Any:

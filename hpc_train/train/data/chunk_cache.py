@@ -17,7 +17,7 @@ from hpc_train.core.formatting import amount, plural
 from hpc_train.core.sampling import Indices, regular_chunk_edges, require_rows
 from hpc_train.train.data.filters import DamagedChunk, Pipeline, open_pipeline
 from hpc_train.train.data.hdf5_faults import damage_as_user_error
-from hpc_train.train.data.reader import Reader
+from hpc_train.train.data.reader_interface import Reader
 
 _MAX_THREADS = 8  # of a rank; more compete for memory bandwidth
 _MIN_SLOTS = 2

@@ -31,7 +31,7 @@ from hpc_train.train.data.dataset import Split
 from hpc_train.train.data.files import Files
 from hpc_train.train.data.node_memory import physical_bytes
 from hpc_train.train.data.parallel_hdf5 import require_parallel_hdf5, select_rows, transfer_properties
-from hpc_train.train.data.reader import Reader
+from hpc_train.train.data.reader_interface import Reader
 
 _NETWORK_FILE_SYSTEMS = (
     *("lustre", "gpfs", "nfs", "nfs4", "ceph", "beegfs", "wekafs", "panfs", "fuse.glusterfs", "daos", "cifs"),

@@ -14,7 +14,7 @@ from hpc_train.core.sampling import Order, rank_span
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import Files, chunk_cache_bytes
-from hpc_train.train.data.reader import Reader
+from hpc_train.train.data.reader_interface import Reader
 
 MAX_CLASSES = 1 << 16  # unless there are more samples: a larger label is an identifier, or damaged
 _MAX_CHUNKS_MIXED = 64  # with each other: more make no better batches

@@ -27,7 +27,7 @@ from hpc_train.train.data.hdf5_faults import (
     scale_and_offset,
     scale_mismatch,
 )
-from hpc_train.train.data.reader import Reader
+from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.readers import open_concat
 
 _CHECK_EVERY_S = 10.0

@@ -14,7 +14,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import require_rows
 from hpc_train.train.data.chunk_cache import ChunkCache, ChunkFile
 from hpc_train.train.data.hdf5_faults import damage_as_user_error, impossible_size
-from hpc_train.train.data.reader import Reader
+from hpc_train.train.data.reader_interface import Reader
 
 _WORTH_THREADS = 1 << 18  # bytes of a batch: below, threads cost more than they save
 

@@ -9,7 +9,7 @@ import numpy as np
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import require_rows
 from hpc_train.train.data.files import Files
-from hpc_train.train.data.reader import Reader
+from hpc_train.train.data.reader_interface import Reader
 
 
 class StreamName(NamedTuple):

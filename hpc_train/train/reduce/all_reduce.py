@@ -1,4 +1,4 @@
-"""All-reduce: every rank sums every gradient and makes every update."""
+"""All-reduce: every rank receives the sum of every gradient and makes every update."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from hpc_train.core.settings import Reduce
 from hpc_train.train.reduce.buckets import Bucket, BucketScheduler, make_buckets
-from hpc_train.train.reduce.half_precision import compress, decompress
+from hpc_train.train.reduce.compression import compress, decompress
 from hpc_train.train.reduce.step_flags import ControlFlags, StepFlags
 from hpc_train.train.reduce.transports import Pending, Transport
 
@@ -22,7 +22,7 @@ class AllReduce:
     """
 
     num_updates = 1
-    syncs_weights = False
+    sends_weights = False
     shards = None
 
     def __init__(self, transport: Transport, settings: Reduce, model: nn.Module, control: ControlFlags) -> None:

@@ -46,7 +46,7 @@ class Bucket:
         return self._flat
 
     def write_flags(self, loss: torch.Tensor, control: ControlFlags) -> None:
-        """Writes this rank's part of `StepFlags` behind the gradients. Nothing waits for a GPU."""
+        """Writes this rank's part of `StepFlags` after the gradients. Does not synchronise with a GPU."""
         if self._extra.device.type == "cpu":
             flags = self._extra.numpy()  # writes a number in a tenth of torch's time
             flags[0], flags[1], flags[2] = loss.item(), control.stop, control.save
@@ -69,13 +69,13 @@ def has_weight_decay(parameter: torch.Tensor) -> bool:
 
 
 def make_buckets(
-    model: nn.Module, multiple: int = 1, group_by: Callable[[torch.Tensor], object] | None = None
+    model: nn.Module, pad_to_multiple_of: int = 1, group_by: Callable[[torch.Tensor], object] | None = None
 ) -> list[Bucket]:
     """Buckets of the model's parameters, the last parameters first: backward computes their gradients first.
 
-    The last bucket carries the step's flags: behind gradients, or alone if `multiple` or `group_by` is set.
-    multiple: messages of gradients are padded to a multiple of this length. group_by: only parameters with the same
-    value of it share a bucket.
+    The last bucket carries the step's flags: behind gradients, or alone if `pad_to_multiple_of` or `group_by` is set.
+    pad_to_multiple_of: messages of gradients are padded to a multiple of this length.
+    group_by: only parameters with the same value of it share a bucket.
     """
     parameters = list(reversed(trainable_parameters(model).values()))
     full: list[list[nn.Parameter]] = []
@@ -89,11 +89,12 @@ def make_buckets(
         group.append(parameter)
         if sum(each.nbytes for each in group) >= _BUCKET_BYTES:
             full.append(open_groups.pop(kind))
-    with_flags = open_groups.pop((torch.float32, None), []) if multiple == 1 else []
+    # Flags need float32 and an exact sum: they share only an ungrouped, unpadded bucket of float32.
+    with_flags = open_groups.pop((torch.float32, None), []) if pad_to_multiple_of == 1 else []
     device = parameters[0].device
     buckets = []
     for number, group in enumerate([*full, *open_groups.values()]):
-        num_padding = -sum(each.numel() for each in group) % multiple
+        num_padding = -sum(each.numel() for each in group) % pad_to_multiple_of
         buckets.append(Bucket(f"gradients.{number}", group, num_padding, device))
     return [*buckets, Bucket("gradients", with_flags, NUM_FLAGS, device)]
 
@@ -123,7 +124,7 @@ class BucketScheduler:
         if self._next == len(self._buckets):
             return  # an earlier part of the batch
         self._num_missing[index] -= 1
-        # MPI wants collectives in the same order on all ranks: a full bucket waits for those before it.
+        # MPI requires collectives in the same order on all ranks: a full bucket waits for those before it.
         while self._next < len(self._buckets) and self._num_missing[self._next] == 0:
             self._send_next()
 

@@ -52,7 +52,7 @@ def horovod_on(hvd: Any, context: Context) -> Iterator[None]:
 
 def load_horovod(settings: Reduce) -> Any:
     """horovod.torch on the MPI that mpi4py has started. Raises UserError; two MPIs are refused, both named."""
-    # Horovod's thread looks for work once a cycle: its default of 1 ms would pace every small model.
+    # Horovod's thread looks for work once a cycle: its default of 1 ms would limit every small model.
     os.environ.setdefault("HOROVOD_CYCLE_TIME", str(settings.cycle_time_ms))
     os.environ["HOROVOD_FUSION_THRESHOLD"] = str(int(settings.fusion_threshold_mb * 2**20))  # see buckets.Bucket
     if settings.autotune:
@@ -88,6 +88,6 @@ def check_gpus(strategy: str, gpus: Sequence[tuple[str, str] | None]) -> None:
         host, _ = shared[0]
         ranks = ", ".join(str(rank) for rank, gpu in enumerate(gpus) if gpu == shared[0])
         raise UserError(
-            f"reduce.strategy = '{strategy}': ranks {ranks} share one GPU of {host}, and NCCL needs one GPU a rank",
+            f"reduce.strategy = '{strategy}': ranks {ranks} share one GPU of {host}, and NCCL needs one GPU per rank",
             "Start as many ranks on a host as it has GPUs, or set reduce.strategy = 'mpi'.",
         )

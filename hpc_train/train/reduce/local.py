@@ -9,7 +9,7 @@ class Local:
     """See `reducer.Reducer`."""
 
     num_updates = 1
-    syncs_weights = False
+    sends_weights = False
     shards = None
 
     def __init__(self, control: ControlFlags) -> None:

@@ -2,8 +2,8 @@
 
 Li et al., "Scaling Distributed Machine Learning with the Parameter Server", OSDI 2014. The job's last `reduce.servers`
 ranks are servers, each with its part of every bucket; the others are workers. A worker sends each part of a bucket to
-its server as soon as backward has computed it, then waits for the new weights. A server moves 2 * bytes * W / S a step,
-where a rank of a ring all-reduce moves 2 (N-1)/N * bytes.
+its server as soon as backward has computed it, then waits for the new weights. With W workers and S servers, a server
+receives and sends 2 W/S times the bytes of the model per step; a rank of a ring all-reduce moves 2 (N-1)/N times.
 
 Synchronous: a server sums what all workers send, in their order, and updates once: the losses are those of an
 all-reduce. Asynchronous (`reduce.asynchronous`): it updates for each worker as its gradients arrive, and answers
@@ -31,7 +31,7 @@ class Worker:
     """See `reducer.Reducer`. A rank that trains and owns no weights: `reduce_gradients` receives the new weights."""
 
     num_updates = 1
-    syncs_weights = False  # the new weights arrive in `reduce_gradients`
+    sends_weights = False  # the new weights arrive in `reduce_gradients`
 
     def __init__(self, settings: Reduce, model: nn.Module, mesh: Mesh, control: ControlFlags) -> None:
         self._comm, self._num_workers = mesh.ranks.comm, mesh.data.size
@@ -85,7 +85,7 @@ class Server:
     the weights to the workers.
     """
 
-    syncs_weights = True
+    sends_weights = True
 
     def __init__(self, settings: Reduce, model: nn.Module, mesh: Mesh, control: ControlFlags) -> None:
         assert mesh.shard.context is not None
@@ -178,7 +178,10 @@ class _WorkerSteps:
         return sum(self._num_steps) % len(self._num_steps) == 0
 
     def add(self, worker: int, flags: StepFlags) -> StepFlags:
-        """The answer to a worker's step. Its loss is the mean of all workers' latest, or its own if not finite."""
+        """The answer to a worker's step. Its loss estimates the global mean: the latest parts of all workers, added up.
+
+        A worker without a finite part counts as the average of the others. If this worker's own part is not finite,
+        the answer is that part, and the worker ends the job."""
         step = self._num_steps[worker]
         self._num_steps[worker] += 1
         self._losses[worker] = flags.loss if isfinite(flags.loss) else None
@@ -199,7 +202,7 @@ class _WorkerSteps:
         return step == stop_at, step == save_at
 
     def _request(self, stop: bool, save: bool) -> None:
-        # The step after the latest that any worker has been answered: every worker learns of it in time.
+        # The next step of the fastest worker. No worker has had an answer for it yet, so all can still be told.
         following = max(self._num_steps)
         if stop and self.stop_at is None:
             self.stop_at = following

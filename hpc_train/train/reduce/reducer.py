@@ -17,14 +17,14 @@ from hpc_train.train.reduce.parameter_server import Server, Worker
 from hpc_train.train.reduce.sharded import Sharded
 from hpc_train.train.reduce.sharded_weights import ShardedWeights
 from hpc_train.train.reduce.step_flags import ControlFlags, StepFlags
-from hpc_train.train.reduce.transports import HorovodTransport, InPieces, MpiTransport
+from hpc_train.train.reduce.transports import HorovodTransport, MpiTransport, SplittingTransport
 
 
 class Reducer(Protocol):
     """In each step: `begin_step` before the last backward, `reduce_gradients`, the optimizer, `sync_weights`."""
 
     num_updates: int  # of a step: an asynchronous server makes one for each worker
-    syncs_weights: bool  # whether `sync_weights` communicates
+    sends_weights: bool  # whether `sync_weights` communicates
 
     @property
     def shards(self) -> ShardedWeights | None:
@@ -69,12 +69,12 @@ def open_reducer(settings: Reduce, model: nn.Module, mesh: Mesh, control: Contro
         yield Worker(settings, model, mesh, control) if mesh.trains else Server(settings, model, mesh, control)
     elif strategy == "sharded":
         assert mesh.shard.context is not None
-        transport = InPieces(HorovodTransport(start_horovod(hvd), size))
+        transport = SplittingTransport(HorovodTransport(start_horovod(hvd), size))
         yield Sharded(transport, model, mesh.shard.context, control)
     else:
         assert mesh.replica.context is not None
         own = MpiTransport(mesh.replica.context) if hvd is None else HorovodTransport(start_horovod(hvd), size)
-        yield AllReduce(InPieces(own), settings, model, control)
+        yield AllReduce(SplittingTransport(own), settings, model, control)
 
 
 def broadcast_model(model: nn.Module, context: Context) -> None:

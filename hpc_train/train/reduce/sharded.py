@@ -20,7 +20,7 @@ class Sharded:
     """See `reducer.Reducer`. context: the ranks of the mesh's axis `shard`, which the transport joins, too."""
 
     num_updates = 1
-    syncs_weights = True
+    sends_weights = True
 
     def __init__(self, transport: Transport, model: nn.Module, context: Context, control: ControlFlags) -> None:
         self._transport, self._context = transport, context

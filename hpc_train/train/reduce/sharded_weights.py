@@ -26,7 +26,7 @@ def whole_parameters(model: nn.Module) -> list[ParamShard]:
 
 
 class ShardedWeights:
-    """The model's weights, moved into one flat tensor a bucket, each divided into `num_shards` equal parts.
+    """The model's weights, moved into one flat tensor per bucket, each divided into `num_shards` equal parts.
 
     The model's parameters become views of the flat tensors, so a part that arrives is in the model at once. shard: the
     part that this rank owns; None if it owns none. buckets: the parameters of one are alike in `has_weight_decay`, and
@@ -62,8 +62,8 @@ class ShardedWeights:
             if context.world.is_root:
                 flat.copy_(joined.pop("weights"))
                 gathered |= self._by_parameter(bucket, joined)
-        # Ranks without a part would not wait. An asynchronous worker would push its next step, the server would take
-        # that for another worker's push of this step and wait here, and that worker would wait for its answer.
+        # Ranks without a part send nothing here and would run ahead. An asynchronous worker could then push its next
+        # step, which the server would count as another worker's push of this step: deadlock.
         context.barrier()
         return gathered
 
@@ -123,7 +123,7 @@ def _gather_parts(mine: dict[str, torch.Tensor], context: Context) -> dict[str, 
     mine: this rank's parts by key, {} if it owns none. A number (a count of steps) is the same in all parts.
     """
     kinds = context.gather({key: _kind(value) for key, value in mine.items()})
-    if not context.world.is_root:
+    if not context.world.is_root:  # both branches call `gather_arrays` for the same tensors in the same order
         for value in mine.values():
             if value.ndim:
                 context.gather_arrays(value.cpu().numpy(), [])

@@ -51,8 +51,8 @@ class MpiTransport:
     """MPI's own non-blocking collectives. Tensors of a GPU are copied through the host's memory.
 
     MPI makes progress only while it is called, so each new message also advances those before it. A long sum is cut
-    into pieces, two of them under way at a time, of which each rank's part stays in its cache: 64 MiB in one piece took
-    two to three times as long. The last sum of a step is a blocking one, which takes half the time: it begins in
+    into pieces so small that each rank's part fits into its cache, with two in flight: 64 MiB in one piece took two to
+    three times as long. The last sum of a step is a blocking one, which takes half the time: it begins in
     `wait`, when no computation is left to overlap with.
     """
 
@@ -68,8 +68,10 @@ class MpiTransport:
         host = message.cpu()
         array = host.numpy()
         num_pieces = -(-message.nbytes // (self._PART_BYTES * self.size))
-        pieces = np.array_split(array, num_pieces) if num_pieces > 1 else [array]  # array_split costs as much as a sum
-        if is_last or len(array) < self.size:  # Rabenseifner's algorithm needs an element a rank: see startup.py
+        pieces = (
+            np.array_split(array, num_pieces) if num_pieces > 1 else [array]
+        )  # array_split takes as long as a small sum
+        if is_last or len(array) < self.size:  # Rabenseifner's algorithm needs an element per rank: see startup.py
             return _BlockingSum(self, pieces, host)
         return self._queue([partial(messages.begin_all_reduce, self._comm, piece) for piece in pieces], host, host)
 
@@ -199,7 +201,7 @@ def _as_fp16(tensor: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------ long messages
 
 
-class InPieces:
+class SplittingTransport:
     """A transport whose messages are cut so that 32 bits count them, by MPI or by Horovod over MPI.
 
     A message for `size` ranks is a matrix of `size` rows; a piece of it is some of its columns.

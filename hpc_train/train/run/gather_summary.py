@@ -10,7 +10,7 @@ from typing import Any
 from hpc_train.core.energy_records import DomainEnergy, energy_of_run, read_traces
 from hpc_train.core.run_summary import RunResult, RunShape, RunSummary, summarise
 from hpc_train.core.rundir import RunDir
-from hpc_train.core.timings import StepTimes, read_timings, step_times
+from hpc_train.core.timing_log import StepTimes, read_timings, step_times
 from hpc_train.train.comm.context import Context
 
 

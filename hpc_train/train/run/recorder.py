@@ -9,19 +9,19 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from hpc_train.core.clock import Clock
 from hpc_train.core.config import Loaded, dumps
 from hpc_train.core.errors import UserError, not_written
 from hpc_train.core.output import lost_streams
+from hpc_train.core.phase_clock import Clock
 from hpc_train.core.progress import StepProgress
 from hpc_train.core.records import METRIC_COLUMNS, read_intact_metrics, read_metrics
 from hpc_train.core.run_summary import RunResult, RunShape, RunSummary
 from hpc_train.core.rundir import sync, write_atomic
 from hpc_train.core.settings import UNKNOWN_STEPS
-from hpc_train.core.timings import TimingLog
+from hpc_train.core.timing_log import TimingLog
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement
-from hpc_train.train.energy.meters import NodeEnergy
+from hpc_train.train.energy.node_energy import NodeEnergy
 from hpc_train.train.run.attempt import Attempt
 from hpc_train.train.run.gather_summary import gather_summary
 from hpc_train.train.run.meta_writer import MetaWriter, now

@@ -20,16 +20,16 @@ class SkippedUpdate(NamedTuple):
     """An update that was not made."""
 
     step: int
-    loss: torch.Tensor  # this rank's share
-    total: float  # the loss of all ranks
+    own_loss: torch.Tensor  # this rank's share
+    global_loss: float
     overflowed: bool  # the loss is finite, but one of its gradients is not
     num_in_a_row: int  # skipped updates, this one included
 
     @property
     def why(self) -> str:
         if self.overflowed:
-            return f"a gradient is not finite (the loss is {self.total:.5f})"
-        return f"the loss is {self.total}"
+            return f"a gradient is not finite (the loss is {self.global_loss:.5f})"
+        return f"the loss is {self.global_loss}"
 
 
 def raise_on_this_rank(skipped: SkippedUpdate, context: Context) -> None:
@@ -37,13 +37,13 @@ def raise_on_this_rank(skipped: SkippedUpdate, context: Context) -> None:
     place = f"on rank {context.world.rank} on {context.world.host}"
     if skipped.overflowed:
         raise UserError(f"step {skipped.step}: {skipped.why}, {place}", _REMEDY)
-    if not math.isfinite(loss := skipped.loss.item()):
+    if not math.isfinite(loss := skipped.own_loss.item()):
         raise UserError(f"the loss of step {skipped.step} is {loss} {place}", _REMEDY)
 
 
 def raise_for_update(skipped: SkippedUpdate, saved: str, context: Context) -> None:
     """Collective. Raises UserError that names the cause, and the rank whose share of the loss is not finite."""
-    step, own_loss, world = skipped.step, skipped.loss.item(), context.world
+    step, own_loss, world = skipped.step, skipped.own_loss.item(), context.world
     remedy = f"{saved} {_REMEDY}"
 
     def check_own_loss() -> None:
@@ -56,7 +56,9 @@ def raise_for_update(skipped: SkippedUpdate, saved: str, context: Context) -> No
     if skipped.overflowed:
         _raise_together(f"step {step}: {skipped.why}", remedy, context)
     context.on_all(check_own_loss)
-    _raise_together(f"the loss of step {step} is {skipped.total}, though each rank's share is finite", remedy, context)
+    _raise_together(
+        f"the loss of step {step} is {skipped.global_loss}, though each rank's share is finite", remedy, context
+    )
 
 
 def raise_for_run_without_updates(num_steps: int, context: Context) -> NoReturn:

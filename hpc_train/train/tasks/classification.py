@@ -16,7 +16,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.data.collective import choose_read_mode, with_shared_reader
 from hpc_train.train.data.dataset import MAX_CLASSES, Batch, Split, first_outside, open_order, open_split, value_range
 from hpc_train.train.data.files import Files, describe, open_files
-from hpc_train.train.data.reader import Reader
+from hpc_train.train.data.reader_interface import Reader
 
 _TEST_BATCH = 1024
 

@@ -10,7 +10,7 @@ from hpc_train.analysis.stats.bootstrap import (
     ratio_of_sums_interval,
     refit_draws,
 )
-from hpc_train.analysis.stats.permutation import largest_total_threshold
+from hpc_train.analysis.stats.chance_threshold import largest_total_threshold
 from hpc_train.analysis.stats.repeats import ratio_of_geometric_means_interval
 from hpc_train.core.statistics import NUM_RESAMPLES, mean_interval, percentile_interval
 

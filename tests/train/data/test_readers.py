@@ -21,7 +21,7 @@ from hpc_train.core.sampling import BatchSampler, Order
 from hpc_train.train.data import filters
 from hpc_train.train.data.batches import Batches
 from hpc_train.train.data.chunk_cache import ChunkCache, ChunkFile
-from hpc_train.train.data.reader import Reader
+from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.readers import ConcatReader, H5pyReader, MmapReader, open_concat, open_reader
 from tests.jobs import CONFIGS
 

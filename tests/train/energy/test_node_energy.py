@@ -10,7 +10,7 @@ import pytest
 
 from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.rundir import find
-from hpc_train.train.energy import meters
+from hpc_train.train.energy import node_energy
 from hpc_train.train.energy.sensors import sharing, slurm
 from hpc_train.train.energy.sensors.choose import choose_meters
 from hpc_train.train.energy.sensors.sampler import Sampler
@@ -150,7 +150,7 @@ def test_foreign_load_is_what_the_node_did_without_us(tmp_path: Path) -> None:
 
 @pytest.fixture
 def two_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(meters, "choose_meters", lambda: choose_meters(tmp_path / "root"))
+    monkeypatch.setattr(node_energy, "choose_meters", lambda: choose_meters(tmp_path / "root"))
     with trees.drawing(tmp_path / "root", 50):
         yield
 

@@ -8,7 +8,7 @@ from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.analysis.scaling.strategies import Comparison, Entry
 from hpc_train.core.formatting import ms_text, percent, plain, plural, ratio_interval_text, ratio_text, significant
-from hpc_train.core.timings import COMMUNICATION, PHASES
+from hpc_train.core.timing_log import COMMUNICATION, PHASES
 
 _GROWN = 0.05  # of the baseline's step: a phase that grew by less is not worth a clause in the headline
 _MOST_NAMES = 3

@@ -12,7 +12,7 @@ from hpc_train.analysis.scaling.labels import differing_keys, work
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import ms_text, plural
 from hpc_train.core.settings import RECORDED
-from hpc_train.core.timings import PHASES
+from hpc_train.core.timing_log import PHASES
 
 _UNEVEN = 0.1  # the mean step over the median one, relative
 _SUPERLINEAR = 1.05  # speedup efficiency

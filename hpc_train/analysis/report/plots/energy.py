@@ -11,7 +11,7 @@ from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.canvas import BLUE, GREEN, GREY, SKY, VERMILLION, WHITE, label_bar, legend_above
 from hpc_train.analysis.report.plots.step_time import PHASE_COLORS, bars_by_size
 from hpc_train.core.formatting import plural, ratio_text, significant
-from hpc_train.core.timings import COMMUNICATION, PHASES
+from hpc_train.core.timing_log import COMMUNICATION, PHASES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

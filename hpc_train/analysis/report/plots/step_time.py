@@ -21,7 +21,7 @@ from hpc_train.analysis.report.plots.canvas import (
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row, timed_phases
 from hpc_train.core.formatting import percent, plural, significant
-from hpc_train.core.timings import COMMUNICATION, PHASES
+from hpc_train.core.timing_log import COMMUNICATION, PHASES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

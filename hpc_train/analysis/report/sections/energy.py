@@ -20,7 +20,7 @@ from hpc_train.analysis.report.plots.energy import energy_by_phase_plot, energy_
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.core.formatting import amount, plain, significant
-from hpc_train.core.timings import PHASES
+from hpc_train.core.timing_log import PHASES
 
 COST_COLUMNS = (
     "joules_measured",

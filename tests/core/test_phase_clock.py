@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_train.core.clock import Clock
-from hpc_train.core.timings import PHASES, TIMING_COLUMNS, TimingLog
+from hpc_train.core.phase_clock import Clock
+from hpc_train.core.timing_log import PHASES, TIMING_COLUMNS, TimingLog
 
 
 def slept_ns(seconds: float) -> int:

@@ -1,4 +1,4 @@
-"""Gradients in 16 bits, whatever their size: rows of numbers with a power of two each.
+"""Compresses gradients to 16 bits. Each row is first scaled by its own power of two, so that fp16 can hold it.
 
 A rank's share of a mean gradient is 1/N of it. In fp16, whose smallest number is 6e-8, a mean gradient of 1e-5 would be
 0 at 1,024 ranks, and sums of large ones would be infinite. So each row is scaled to the same largest number before it
@@ -12,7 +12,7 @@ _MAX_SHIFT = 126  # 2^126 and 2^-126 are normal numbers of float32
 
 
 def compress(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(n, m) of float32 -> (n, 1 + m) of `dtype`, float16 or bfloat16: each row behind its exponent.
+    """(n, m) of float32 -> (n, 1 + m) of `dtype`, float16 or bfloat16: column 0 holds the exponent of the scale.
 
     NaN and infinity stay what they are.
     """

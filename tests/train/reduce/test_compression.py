@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hpc_train.train.reduce.half_precision import compress, decompress
+from hpc_train.train.reduce.compression import compress, decompress
 
 KINDS = [(torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)]  # with half the distance of neighbouring numbers
 

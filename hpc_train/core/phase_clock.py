@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from time import perf_counter_ns
 
-from hpc_train.core.timings import PHASES, StepRecord
+from hpc_train.core.timing_log import PHASES, StepRecord
 
 
 class _Phase:
