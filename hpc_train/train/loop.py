@@ -101,9 +101,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                             reducer.begin_step(own_loss)
                         (loss * optimizer.scale).backward()
 
-                # One update a step; an asynchronous server makes one for each worker. `context.waiting` lets the
-                # watchdog see which ranks wait for others, and so which rank is late.
-                # With several updates, the flags of the last one count: an asynchronous server asks to stop or save there.
+                # One update per step; an asynchronous server makes one for each worker, and stops or saves after the
+                # last. `context.waiting` lets the watchdog see which ranks wait for others, and so which rank is late.
                 overflowed = False
                 for _ in range(reducer.num_updates):
                     with clock.reduce, context.waiting:
