@@ -131,7 +131,7 @@ def _require_regular_file(output: Path) -> bool:
     except (OSError, ValueError) as error:
         raise cannot_write(output, getattr(error, "errno", None)) from None
     if not stat.S_ISREG(mode):
-        raise UserError(f"{output} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}", _NAME_FILE)
+        raise UserError(f"{output} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}", _NAME_FILE)
     return True
 
 
