@@ -9,9 +9,8 @@ from tests.faults.conftest import Reference
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "seed", [44, pytest.param(51, marks=pytest.mark.thorough), pytest.param(3, marks=pytest.mark.thorough)]
-)
+@pytest.mark.parametrize("seed", [44, 51, 3])
+@pytest.mark.thorough  # half a minute each; other files of this folder have one form of each of these kills
 def test_a_chain_of_kills_ends_as_a_run_that_nobody_disturbed(
     seed: int, tmp_path: Path, digits: Path, reference: Reference
 ) -> None:
