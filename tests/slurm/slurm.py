@@ -131,7 +131,7 @@ class Cluster:
     def on(
         self, host: str, *words: object, cwd: Path = jobs.ROOT, timeout_s: float = 20, check: bool = True, **env: str
     ) -> str:
-        """The output of a command on a host. Its failure is an error unless `check` is False."""
+        """The output of a command on a host. Its failure is an error unless `check` is False. Raises MpiCrash."""
         command = [*self.entering(host, cwd), "timeout", "--kill-after=2", str(timeout_s)]
         done = subprocess.run(
             [*command, *map(str, words)],
@@ -142,6 +142,9 @@ class Cluster:
             text=True,
             timeout=timeout_s + 10,
         )
+        # Jumps to a callback that is not registered yet: the ranks beside it then wait until the time is over.
+        if check and done.returncode and "srun" in words and "Failing at address: (nil)" in done.stderr:
+            raise MpiCrash(done.stderr)
         if check and done.returncode:
             raise RuntimeError(f"{host}: {' '.join(map(str, words))}: {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout
