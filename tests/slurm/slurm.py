@@ -143,7 +143,7 @@ class Cluster:
             timeout=timeout_s + 10,
         )
         # Jumps to a callback that is not registered yet: the ranks beside it then wait until the time is over.
-        if check and done.returncode and "srun" in words and "Failing at address: (nil)" in done.stderr:
+        if done.returncode and "srun" in words and "Failing at address: (nil)" in done.stderr:
             raise MpiCrash(done.stderr)
         if check and done.returncode:
             raise RuntimeError(f"{host}: {' '.join(map(str, words))}: {done.returncode}\n{done.stdout}{done.stderr}")

@@ -19,6 +19,7 @@ def found(cluster: Cluster, folder: Path, *words: object) -> dict[str, Any]:
     """The findings by check. The exit code is 1, because torch is not installed."""
     line = ("srun", "--nodes=4", "--mpi=pmix", *words, "doctor", "--json")
     told = cluster.on("head", *line, cwd=folder, timeout_s=120, check=False)
+    assert "{" in told, told
     return {check["check"]: check for check in json.loads(told[told.index("{") :])["checks"]}
 
 
