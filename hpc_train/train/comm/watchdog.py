@@ -5,7 +5,10 @@ sends heartbeats with its step, its stack, and whether it waits for other ranks 
 breaks is a rank that died. If no step ends for `run.stall_s`, the ranks that do not wait keep the others waiting.
 """
 
+import faulthandler
 import json
+import os
+import re
 import selectors
 import socket
 import sys
@@ -15,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from time import monotonic, sleep
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 from hpc_train.core.settings import Run
@@ -26,6 +29,8 @@ from hpc_train.train.comm.startup import end_job
 _MAX_BEAT_S = 15.0
 _FAILING_S = 10.0  # a rank that announced its failure ends the job itself within this time
 _RANK_1_FIRST_S = 2.0
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)  # as faulthandler writes it
+_MAX_STACK_BYTES = 1 << 20  # of all threads
 _MAX_FRAMES = 15
 _MAX_LINE_BYTES = 1 << 17
 _MESSAGES: list[dict[str, Any]] = [{"ends": bool}, {"step": int | None, "waits": bool, "stack": str}]
@@ -140,8 +145,7 @@ class Watchdog:
             self._next_beat_s = monotonic() + self._beat_s
 
     def _heartbeat(self) -> dict[str, Any]:
-        frame = sys._current_frames().get(self._main_thread)
-        stack = _stack_of(frame, self._num_outer_frames) if frame else ""
+        stack = _stack_of(self._main_thread, self._num_outer_frames)
         return {"step": self.step, "waits": bool(self._context.waiting), "stack": stack}
 
     def _excuse_own_pause(self) -> None:
@@ -224,11 +228,23 @@ class Watchdog:
             end_job(self._context, 1)
 
 
-def _stack_of(frame: FrameType, num_outer_frames: int) -> str:
-    """Innermost first. Without the source's lines: reading them would access the file system, which may hang."""
-    frames = list(traceback.walk_stack(frame))
-    inner = frames[: max(1, len(frames) - num_outer_frames)][:_MAX_FRAMES]
-    return "\n".join(f"  {each.f_code.co_filename}:{line} {each.f_code.co_name}" for each, line in inner)
+def _stack_of(thread: int, num_outer_frames: int) -> str:
+    """Innermost first. Without the source's lines: reading them would access the file system, which may hang.
+
+    faulthandler writes the stacks in one call. Walking the frames of a thread that runs meanwhile made Python 3.11.2
+    crash.
+    """
+    file = os.memfd_create("stacks")
+    try:
+        faulthandler.dump_traceback(file, all_threads=True)
+        stacks = os.pread(file, _MAX_STACK_BYTES, 0).decode(errors="replace")
+    finally:
+        os.close(file)
+    stack = stacks.partition(f"Thread 0x{thread:016x} ")[2].partition("\n\n")[0]
+    frames = _FRAME.findall(stack)
+    is_cut = stack.endswith("  ...")  # after 100 frames: the outer ones are missing already
+    inner = frames[: len(frames) if is_cut else max(1, len(frames) - num_outer_frames)][:_MAX_FRAMES]
+    return "\n".join(f"  {file_name}:{line} {name}" for file_name, line, name in inner)
 
 
 def _send(link: socket.socket, message: dict[str, Any]) -> None:
