@@ -19,7 +19,7 @@ def walk(title: str) -> list[tuple[str, str]]:
 
 
 def defined(path: Path) -> set[str]:
-    """The functions, classes and methods of a file, methods as `Class.method`; assignments of a module, too."""
+    """The functions, classes and methods of a file, methods as `Class.method`."""
     names: set[str] = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef):

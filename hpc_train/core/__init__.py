@@ -1,1 +1,1 @@
-"""Pure values and maths: no MPI, torch, Horovod or h5py."""
+"""What every other folder may use: values, maths, files, output and signals. No MPI, torch, Horovod or h5py."""

@@ -1,7 +1,7 @@
 """Which job, node and rank this process is: what the launcher and the scheduler put into its environment.
 
-Everything else asks a `JobEnvironment`; no other module reads `SLURM_*`, `OMPI_COMM_*` or `PMIX_*` by
-name, except `environment.py`, which copies them into meta.json.
+Everything else asks a `JobEnvironment`; no other module reads `SLURM_*`, `OMPI_COMM_*` or `PMIX_*` by name,
+except `environment.py`, which copies them into meta.json.
 """
 
 import os
@@ -30,9 +30,6 @@ class JobEnvironment:
     local_rank: int | None = None
 
     job_id: str | None = None
-    restart_count: int = 0  # how often the scheduler has restarted the job
-    end_time_s: int | None = None  # Unix time at which the time limit ends the job
-    node_list: str | None = None
     num_nodes: int | None = None
     num_tasks: int | None = None
     cpus_per_task: int | None = None
@@ -63,9 +60,6 @@ class JobEnvironment:
             size=number(*_SIZE, *["SLURM_STEP_NUM_TASKS"] * by_srun),
             local_rank=number(*_LOCAL_RANK, *["SLURM_LOCALID"] * by_srun),
             job_id=variables.get("SLURM_JOB_ID"),
-            restart_count=number("SLURM_RESTART_COUNT") or 0,
-            end_time_s=number("SLURM_JOB_END_TIME"),
-            node_list=variables.get("SLURM_JOB_NODELIST"),
             num_nodes=number("SLURM_JOB_NUM_NODES"),
             num_tasks=number("SLURM_NTASKS"),
             cpus_per_task=number("SLURM_CPUS_PER_TASK"),

@@ -53,20 +53,22 @@ def _strategy_keys(config: Config) -> Iterator[str]:
         if train.optimizer in ("lars", "lamb"):
             yield f"train.optimizer = '{train.optimizer}' needs whole layers, which {strategy} cuts"
         if reduce.compression != "none":
-            yield f"reduce.compression does not go with {strategy}"
+            yield f"reduce.compression = '{reduce.compression}' does not go with {strategy}: leave it out"
     if reduce.strategy == "parameter_server":
         if train.precision == "fp16":
             yield f"train.precision = 'fp16' does not go with {strategy}: use bf16"
         if train.check_weights_every:
-            yield f"train.check_weights_every does not go with {strategy}: only servers hold weights"
+            every = train.check_weights_every
+            yield f"train.check_weights_every = {every} does not go with {strategy}: only servers hold weights"
         if reduce.asynchronous and train.clip_norm:
-            yield "train.clip_norm does not go with reduce.asynchronous: no rank has a whole gradient"
+            norm = train.clip_norm
+            yield f"train.clip_norm = {norm:g} does not go with reduce.asynchronous: no rank has all gradients"
         if config.data.read != "auto":
             yield f"data.read = '{config.data.read}' does not go with {strategy}: servers read no data"
     if reduce.adasum and reduce.strategy != "horovod":
-        yield f"reduce.adasum does not go with {strategy}: only Horovod has it"
+        yield f"reduce.adasum = true does not go with {strategy}: only Horovod has it"
     if reduce.adasum and reduce.compression != "none":
-        yield "reduce.adasum does not go with reduce.compression"
+        yield f"reduce.adasum = true does not go with reduce.compression = '{reduce.compression}': leave one out"
 
 
 def _energy_keys(config: Config) -> Iterator[str]:

@@ -30,7 +30,7 @@ def mean_interval(values: FloatArray, num_resamples: int = NUM_RESAMPLES) -> tup
     """(low, mean, high): the mean and its 95% bootstrap interval. All None for no values, no interval below 2 values.
 
     Consecutive values resemble each other (steps of a run do), so whole blocks of them are drawn rather than single
-    ones: the moving-block bootstrap of Künsch, Annals of Statistics 17(3), 1989, here with disjoint blocks.
+    ones: the bootstrap with disjoint blocks (Carlstein, Annals of Statistics 14(3), 1986).
     Deterministic, since the generator is seeded.
     """
     if len(values) == 0:

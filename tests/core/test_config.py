@@ -84,7 +84,10 @@ def test_a_wrong_value_is_named_with_its_key(job: Path, override: str, words: st
         ("name = 'x'\nname = 'y'", "is not TOML"),
         ("name = 'x'", "train is required and not set"),
         ("name = 'x'\n[train]\nsteps = 1\nglobal_batch = 1", "data.file is required and not set"),
-        (MINIMAL + "[reduce]\nstrategy = 'sharded'\ncompression = 'fp16'", "reduce.compression does not go with"),
+        (
+            MINIMAL + "[reduce]\nstrategy = 'sharded'\ncompression = 'fp16'",
+            "reduce.compression = 'fp16' does not go with",
+        ),
         (
             MINIMAL.replace("[data]", "[data]\nread = 'memory'") + "[reduce]\nstrategy = 'parameter_server'",
             "data.read = 'memory' does not go with reduce.strategy = 'parameter_server'",
