@@ -26,14 +26,19 @@ SMALL = {"task__options": "{hidden=[64]}", "train__threads": 1}
 
 
 def keys_of(strategy: str, size: int) -> dict[str, object]:
-    """The keys of "parameter_server 2", a strategy with its servers; a test is skipped where the ranks are too few."""
-    name, _, servers = strategy.partition(" ")
-    if servers and size <= int(servers):
+    """The keys of "parameter_server 2", a strategy with its servers, or of "sharded 3", one with its stage.
+
+    A test is skipped where the ranks are too few.
+    """
+    name, _, number = strategy.partition(" ")
+    if name == "sharded":
+        return {"reduce__strategy": name, "reduce__stage": int(number)}
+    if number and size <= int(number):
         pytest.skip(f"{size} ranks are too few for {strategy}")
-    return {"reduce__strategy": name, **({"reduce__servers": int(servers)} if servers else {})}
+    return {"reduce__strategy": name, **({"reduce__servers": int(number)} if number else {})}
 
 
-SPREAD = ["sharded", "parameter_server 1", "parameter_server 2"]
+SPREAD = ["sharded 1", "sharded 2", "sharded 3", "parameter_server 1", "parameter_server 2"]
 
 
 @pytest.mark.parametrize("strategy", ["horovod", "mpi", *SPREAD])
