@@ -12,6 +12,10 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.reduce.buckets import has_weight_decay
 from hpc_train.train.reduce.sharded_weights import ParamShard, State, gather_parts
 
+# Parameters begin, and are cut, at multiples of so many numbers: torch's fused optimizers compute the last few numbers
+# of a tensor one by one, which rounds them otherwise than a vector of 16. So a cut changes no bit of an update.
+_ALIGNMENT = 16
+
 
 class BlockWeights:
     """The parameters of one block, one behind the other and padded, in `num_shards` equal parts.
@@ -30,11 +34,11 @@ class BlockWeights:
                 "Make them all float32, or use reduce.stage = 1.",
             )
         self.begins: dict[str, int] = {}
-        self._num_weights = 0
+        end = 0
         for each, parameter in parameters.items():
-            self.begins[each] = self._num_weights
-            self._num_weights += parameter.numel()
-        self.length = self._num_weights + -self._num_weights % num_shards
+            self.begins[each] = end
+            end += parameter.numel() + -parameter.numel() % _ALIGNMENT
+        self.length = end + -end % (num_shards * _ALIGNMENT)
         self.part_length = self.length // num_shards
         first = next(iter(parameters.values()))
         self.dtype, self.device = first.dtype, first.device
@@ -93,12 +97,14 @@ class BlockWeights:
         return part[begin + offset : end + offset] if begin < end else part[:0]
 
     def fill(self, message: torch.Tensor) -> torch.Tensor:
-        """Moves the parameters' gradients into `message`; zeros for parameters that this rank did not use."""
+        """Moves the parameters' gradients into `message`; zeros for parameters that this rank did not use.
+
+        What lies between them stays as it is: nobody reads it.
+        """
         for name, parameter in self.parameters.items():
             place = self.view(message, name)
             place.zero_() if parameter.grad is None else place.copy_(parameter.grad)
             parameter.grad = None
-        message[self._num_weights :] = 0
         return message
 
 
