@@ -74,7 +74,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
 
             # The first batch is read and tried before the clock starts: start-up belongs to no step.
             batches = open_batches(job, first_step)
-            model, facts = prepare_model(job, batches)
+            model, facts = prepare_model(job, batches, reducer)
             task, clock, stopped = job.task, recorder.clock, False
             # Strategies that send nothing after the update are not timed there: the timer itself takes 200 ns.
             sync = clock.sync if reducer.sends_weights else nullcontext()
@@ -186,7 +186,7 @@ def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder,
     if stopped_by is not None:
         context.on_root(partial(recorder.log, f"Stopped by {stopped_by} after step {num_steps - 1}. {saved}"))
         return CONTINUE if saver.is_enabled else TERMINATED
-    measures = evaluate(training.job)
+    measures = evaluate(training.job, training.reducer)
     fault = fault_in_test(measures)
     recorder.finish(measures, fault)
     if fault:
