@@ -13,7 +13,7 @@
 # make check   install, ruff and mypy
 # make docs    the documentation as HTML: docs/_build/html
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo models bench bench-io bench-plan bench-link test test-serial test-parallel test-cluster test-all test-faults test-fuzz test-kills test-rdma check docs install clean
+.PHONY: demo models bench bench-io bench-plan bench-link bench-memory test test-serial test-parallel test-cluster test-all test-faults test-fuzz test-kills test-rdma check docs install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -112,6 +112,9 @@ bench:
 bench-io:
 	@./install.sh test
 	python -m tests.benchmarks.io
+
+bench-memory:
+	$(VENV)/bin/python tests/benchmarks/memory.py data/python.h5 data/mnist-5k.h5
 
 bench-plan:
 	@./install.sh test
