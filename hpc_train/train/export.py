@@ -5,7 +5,7 @@ import os
 import secrets
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from hpc_train import __version__
 from hpc_train.core import rundir
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError, not_written
+from hpc_train.core.paths import exists
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
@@ -54,7 +55,7 @@ def export(path: Path, out: Path, form: Form, overrides: tuple[str, ...] = ()) -
         raise UserError(f"{out}: the format of '{out.suffix}' is unknown", f"Known: {', '.join(SUFFIXES)}.")
     if out.suffix == ".h5" and form.dtype == "bf16":
         raise UserError("--dtype bf16 is no type of HDF5", "Say fp32 or fp16, or name a .safetensors file.")
-    if out.exists() and not form.force:
+    if exists(out) and not form.force:
         raise UserError(f"{out} exists", "Name another file, or overwrite it: --force")
     run = max(rundir.find([path]), key=lambda run: run.path.name)
     config = load(run.config, overrides).config
@@ -126,7 +127,8 @@ def _written_whole(out: Path, weights: _Converted) -> Iterator[Path]:
     except OSError as error:
         raise not_written(out, error, weights.num_bytes()) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 # ------------------------------------------------------------------------------------------------ formats
@@ -243,6 +245,6 @@ def _vocab_size(config: Config) -> int:
 
 def _write_settings(path: Path, settings: dict[str, Any], form: Form) -> None:
     text = json.dumps(settings, indent=2) + "\n"
-    if path.exists() and not form.force and path.read_bytes() != text.encode():
+    if exists(path) and not form.force and path.read_bytes() != text.encode():
         raise UserError(f"{path} exists, of another model", "Export to another folder, or overwrite it: --force")
     rundir.write_atomic(path, text)

@@ -47,22 +47,23 @@ class WeightsFile(Protocol):
 
 
 @contextmanager
-def open_weights(path: Path) -> Iterator[WeightsFile]:
+def open_weights(path: Path, told: str) -> Iterator[WeightsFile]:
     """The weights of a .safetensors file, an HDF5 file, or a run directory (its newest good checkpoint), under the
     names that they have there.
 
-    Raises UserError, also for an error that reading meets inside the block.
+    told: what messages call the path, such as "train.init_from = 'x.h5'". Raises UserError, also for an error
+    that reading meets inside the block.
     """
     remedy = "Name a .safetensors file, an .h5 file, or a run directory."
     if not exists(path):
-        raise UserError(f"{path} does not exist", remedy)
+        raise UserError(f"{told} does not exist", remedy)
     if path.is_dir() and not rundir.is_run(path):
-        raise UserError(f"{path} is no run directory: those have a meta.json and a folder timings/", remedy)
+        raise UserError(f"{told} is no run directory: no meta.json, or no folder timings/", remedy)
     if path.is_dir():
         yield read_run(RunDir(path))
         return
     if not path.is_file() or path.suffix not in (".safetensors", ".h5"):
-        raise UserError(f"{path} is no file of weights that can be read", remedy)
+        raise UserError(f"{told} is no file of weights that can be read", remedy)
     try:
         if path.suffix == ".h5":
             with h5py.File(path, "r") as file:
@@ -71,7 +72,7 @@ def open_weights(path: Path) -> Iterator[WeightsFile]:
             with safetensors.safe_open(path, "pt") as opened:
                 yield SafetensorsWeights(str(path), opened)
     except (*HDF5_ERRORS, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}", "Copy it again, or export it anew.") from None
+        raise UserError(f"{told} cannot be read: {error}", "Copy it again, or export it anew.") from None
 
 
 class SafetensorsWeights:
@@ -105,21 +106,27 @@ class Hdf5Weights:
 
         def visit(name: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset):
-                found[name] = Kind(item.shape, torch_dtype(self.source, name, item.dtype))
+                found[name] = Kind(item.shape, self._dtype(name, item))
 
         self._group.visititems(visit)
         return found
 
     def read(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self._group[name][()]).reshape(self._group[name].shape))
+        data_set = self._group[name]
+        stored = torch.from_numpy(np.ascontiguousarray(data_set[()]).reshape(data_set.shape))
+        return stored.view(self._dtype(name, data_set))
 
-
-def torch_dtype(source: str, name: str, dtype: np.dtype) -> torch.dtype:
-    """Raises UserError for a type that torch has not."""
-    try:
-        return torch.from_numpy(np.empty(0, dtype)).dtype
-    except (TypeError, ValueError):
-        raise UserError(f"{source}: {name} is of type {dtype}, no tensor", "Name a file of weights.") from None
+    def _dtype(self, name: str, data_set: h5py.Dataset) -> torch.dtype:
+        """Files may state a type that HDF5 has not, such as bfloat16. Raises UserError for one that torch has not."""
+        stated = getattr(torch, str(data_set.attrs.get("dtype")), None)
+        if isinstance(stated, torch.dtype):
+            return stated
+        try:
+            return torch.from_numpy(np.empty(0, data_set.dtype)).dtype
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{self.source}: {name} is of type {data_set.dtype}, no tensor", "Name a file of weights."
+            ) from None
 
 
 class LoadedWeights:

@@ -369,10 +369,26 @@ def test_all_that_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
     assert equal(model.state_dict(), before), "converted to the model's own type"
 
 
+def test_hdf5_files_of_others_are_read(tmp_path: Path) -> None:
+    """Without a group `model`; 16-bit numbers that HDF5 has no type for are stored as integers, with their type."""
+    model = nn.Linear(3, 2)
+    rounded = {name: each.bfloat16() for name, each in model.state_dict().items()}
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, each in rounded.items():
+            file[name] = each.view(torch.uint16).numpy()
+            file[name].attrs["dtype"] = "bfloat16"
+    load_weights(model, str(tmp_path / "a.h5"))
+    assert equal(model.state_dict(), {name: each.float() for name, each in rounded.items()})
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file["names"] = ["a", "b"]
+    with pytest.raises(UserError, match=r"a\.h5: names is of type object, no tensor"):
+        load_weights(model, str(tmp_path / "a.h5"))
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
 def test_what_is_no_file_of_weights_is_refused(run: RunDir, suffix: str, tmp_path: Path) -> None:
     model, path = Gpt(VOCAB, **OPTIONS), tmp_path / f"a{suffix}"
-    with pytest.raises(UserError, match=f"a{suffix} does not exist"):
+    with pytest.raises(UserError, match=rf"train\.init_from = '.*a{suffix}' does not exist"):
         load_weights(model, str(path))
     with pytest.raises(UserError, match="is no run directory"):
         load_weights(model, str(tmp_path))
@@ -380,11 +396,11 @@ def test_what_is_no_file_of_weights_is_refused(run: RunDir, suffix: str, tmp_pat
     whole = path.read_bytes()
     for damaged in (b"", whole[:100], whole[: len(whole) // 2], bytes(len(whole))):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=rf"a{suffix} cannot be read"), open_weights(path) as file:
+        with pytest.raises(UserError, match="this one cannot be read"), open_weights(path, "this one") as file:
             for name in file.names():
                 file.read(name)
     path.rename(tmp_path / "a.bin")
-    with pytest.raises(UserError, match=r"a\.bin is no file of weights"):
+    with pytest.raises(UserError, match=r"a\.bin' is no file of weights"):
         load_weights(model, str(tmp_path / "a.bin"))
 
 
