@@ -65,10 +65,36 @@ def _strategy_keys(config: Config) -> Iterator[str]:
             yield f"train.clip_norm = {norm:g} does not go with reduce.asynchronous: no rank has all gradients"
         if config.data.read != "auto":
             yield f"data.read = '{config.data.read}' does not go with {strategy}: servers read no data"
+    yield from _shard_keys(config)
     if reduce.adasum and reduce.strategy != "horovod":
         yield f"reduce.adasum = true does not go with {strategy}: only Horovod has it"
     if reduce.adasum and reduce.compression != "none":
         yield f"reduce.adasum = true does not go with reduce.compression = '{reduce.compression}': leave one out"
+
+
+def _shard_keys(config: Config) -> Iterator[str]:
+    train, reduce = config.train, config.reduce
+    if reduce.strategy != "sharded":
+        for key, value in (
+            ("stage", reduce.stage),
+            ("shard_blocks", reduce.shard_blocks),
+            ("transport", reduce.transport),
+        ):
+            if value not in (1, None, "auto"):
+                yield f"reduce.{key} = {value!r} needs reduce.strategy = 'sharded', not '{reduce.strategy}'"
+        return
+    stage = f"reduce.stage = {reduce.stage}"
+    if reduce.stage == 1:
+        if reduce.shard_blocks:
+            yield f"reduce.shard_blocks = {reduce.shard_blocks} does not go with {stage}: it needs stage 2 or 3"
+        return
+    if train.compile:
+        yield f"train.compile = true does not go with {stage}, whose hooks in the model torch.compile cannot trace"
+    if config.task.kind in ("policy_gradient", "dqn"):
+        yield f"task.kind = '{config.task.kind}' does not go with {stage}: ranks play episodes of unlike length"
+    if reduce.stage == 3 and train.check_weights_every:
+        every = train.check_weights_every
+        yield f"train.check_weights_every = {every} does not go with {stage}: no two ranks hold the same weights"
 
 
 def _energy_keys(config: Config) -> Iterator[str]:

@@ -48,6 +48,7 @@ class Task(_Section):
 
 class Train(_Section):
     steps: Count
+    init_from: Text | None = None  # weights that a new run begins with: .safetensors, .h5 or a run directory
     global_batch: Count | None = None  # samples per step on any number of ranks (strong scaling)
     batch_per_rank: Count | None = None  # samples per step and rank (weak scaling)
     accumulate: Count = 1  # micro-batches per step and rank; their gradients are reduced once
@@ -104,6 +105,10 @@ class Reduce(_Section):
         "horovod"  # own: a recorded loop's
     )
     compression: Literal["none", "fp16", "bf16"] = "none"  # of gradients in messages; accumulated in FP32
+    # Of the strategy sharded.
+    stage: Literal[1, 2, 3] = 1  # what each rank keeps 1/N of: 1 the optimizer's state, 2 gradients too, 3 weights too
+    shard_blocks: list[Text] | None = None  # modules whose weights are gathered together, as patterns: "encoder.*"
+    transport: Literal["auto", "mpi", "horovod"] = "auto"  # auto: horovod on GPUs, mpi on CPUs
     # Horovod's, named after horovodrun's options.
     cycle_time_ms: Rate = 0.1  # HOROVOD_CYCLE_TIME; Horovod's default of 1 ms limits small models
     fusion_threshold_mb: Amount = 0.0  # 0: the same buckets in every run, and so the same bits

@@ -1,24 +1,44 @@
 """The test of a trained model."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from hpc_train.train.data.device_queue import moved
-from hpc_train.train.reduce.reducer import broadcast_model
+from hpc_train.train.reduce.reducer import Lockstep, Reducer, broadcast_model, broadcast_tensors
 from hpc_train.train.setup import Job
 
 
-def evaluate(job: Job) -> dict[str, float]:
+def evaluate(job: Job, reducer: Reducer) -> dict[str, float]:
     """Collective. The means of the task's measures, each test sample counted once; {} without test samples."""
     # The root's model, which the checkpoint holds: running statistics (batch norm) differ between ranks.
-    broadcast_model(job.model, job.context)
+    if reducer.lockstep:
+        broadcast_tensors(job.model.buffers(), job.context)
+    else:
+        broadcast_model(job.model, job.context)
     job.model.eval()
     count, sums = 0, dict[str, float]()
     with torch.no_grad(), job.autocast():
-        for batch in job.task.test_batches(job.context.world):
+        batches = job.task.test_batches(job.context.world)
+        for batch in _in_lockstep(iter(batches), job, reducer.lockstep) if reducer.lockstep else batches:
             num_counted, measures = job.task.test(job.model, moved(batch, job.device))
             count += num_counted
             sums = {name: sums.get(name, 0.0) + value for name, value in measures.items()}
     return _mean(job.context.all_gather((count, sums)))
+
+
+def _in_lockstep(batches: Iterator[Any], job: Job, lockstep: Lockstep) -> Iterator[Any]:
+    """Collective. The batches of this rank, which then joins the passes of ranks that have more of them."""
+    nothing = object()
+    while True:
+        batch = next(batches, nothing)
+        if not any(job.context.all_gather(batch is not nothing)):
+            return
+        if batch is nothing:
+            lockstep.join_forward()
+        else:
+            yield batch
 
 
 def _mean(everyone: list[tuple[int, dict[str, float]]]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.watchdog import open_watchdog
 from hpc_train.train.device import open_clock, seed_noise
 from hpc_train.train.evaluate import evaluate
+from hpc_train.train.initial_from import begin_from
 from hpc_train.train.reduce.reducer import open_reducer
 from hpc_train.train.run.attempt import log, open_attempt
 from hpc_train.train.run.checkpoint.saver import Saver
@@ -52,6 +53,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
         context.duplicate() as recorder_context,  # its messages never meet a reducer's or a task's
         open_attempt(loaded, context, resume) as attempt,
     ):
+        context.on_root(partial(begin_from, job.model, config.train.init_from, attempt))
         recorder = Recorder(loaded, recorder_context, job.placements, attempt, open_clock(config.train, job.device))
         is_root = context.world.is_root
         saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.log, recorder.sync_records)
@@ -72,7 +74,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
 
             # The first batch is read and tried before the clock starts: start-up belongs to no step.
             batches = open_batches(job, first_step)
-            model, facts = prepare_model(job, batches)
+            model, facts = prepare_model(job, batches, reducer)
             task, clock, stopped = job.task, recorder.clock, False
             # Strategies that send nothing after the update are not timed there: the timer itself takes 200 ns.
             sync = clock.sync if reducer.sends_weights else nullcontext()
@@ -184,7 +186,7 @@ def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder,
     if stopped_by is not None:
         context.on_root(partial(recorder.log, f"Stopped by {stopped_by} after step {num_steps - 1}. {saved}"))
         return CONTINUE if saver.is_enabled else TERMINATED
-    measures = evaluate(training.job)
+    measures = evaluate(training.job, training.reducer)
     fault = fault_in_test(measures)
     recorder.finish(measures, fault)
     if fault:

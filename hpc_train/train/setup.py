@@ -141,17 +141,22 @@ def open_batches(job: Job, first_step: int) -> Batches:
     config, world = job.config, job.mesh.peers.world
     sampler = BatchSampler(job.task.order, job.batch_size, config.seed, Shares(world.size), world.rank)
     num_parts = config.train.accumulate if job.mesh.trains else 0
-    return Batches(job.task, sampler, range(first_step, config.train.steps), num_parts, job.device)
+    steps, allows_fewer = range(first_step, config.train.steps), config.reduce.stage == 1
+    return Batches(job.task, sampler, steps, num_parts, job.device, allows_fewer)
 
 
-def prepare_model(job: Job, batches: Batches) -> tuple[nn.Module, dict[str, Any]]:
+def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Module, dict[str, Any]]:
     """Collective. The model to train, wrapped as `train.*` asks, and facts for meta.json.
 
     Tries the first batch: a task whose model and batches do not fit is refused here, on all ranks at once, and not by
     one rank in the loop. The trial also counts the operations of a step.
     """
     train, batch = job.config.train, batches.peek()
-    num_flops = job.context.on_all(partial(_try_batch, job, batch))
+    if reducer.lockstep:  # an error of one rank ends the job: the others may wait for it within a pass
+        num_flops = _try_batch(job, batch)
+        reducer.lockstep.end_trial()
+    else:
+        num_flops = job.context.on_all(partial(_try_batch, job, batch))
     if train.activation_checkpointing:
         job.context.on_all(partial(recompute_blocks, job.model))
     model = compile_model(job.model, job.device) if train.compile else job.model

@@ -25,12 +25,13 @@ class TrainingState:
 
     def gather(self) -> dict[str, Any]:
         """Collective. All that resuming needs, complete on the root."""
-        optimizer = self.optimizer.state()
-        if self.reducer.shards:
-            # Before the model's state is taken: this brings the root's weights up to date.
-            optimizer = self.reducer.shards.gather(optimizer, self.job.mesh.ranks)
+        optimizer, shards = self.optimizer.state(), self.reducer.shards
+        if shards:
+            model, optimizer = shards.gather(self.job.model, optimizer, self.job.mesh.ranks)
+        else:
+            model = self.job.model.state_dict()
         return {
-            "model": self.job.model.state_dict(),
+            "model": model,
             "optimizer": optimizer,
             "loss_scale": self.optimizer.loss_scale,
             "task": self.job.task.state() if self.job.mesh.trains else {},
@@ -48,9 +49,13 @@ class TrainingState:
 
     def load(self, state: dict[str, Any], with_loss_scale: bool) -> None:
         """The inverse of `gather`, on every rank alone."""
-        self.job.model.load_state_dict(state["model"])
-        optimizer = state["optimizer"]
-        self.optimizer.load(self.reducer.shards.scatter(optimizer) if self.reducer.shards else optimizer)
+        optimizer, shards = state["optimizer"], self.reducer.shards
+        if shards:
+            shards.load_model(self.job.model, state["model"])
+            self.optimizer.load(shards.scatter(optimizer))
+        else:
+            self.job.model.load_state_dict(state["model"])
+            self.optimizer.load(optimizer)
         if with_loss_scale:
             self.optimizer.loss_scale = state["loss_scale"]
         if state["task"] and self.job.mesh.trains:

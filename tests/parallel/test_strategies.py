@@ -27,14 +27,19 @@ SMALL = {"task__options": "{hidden=[64]}", "train__threads": 1}
 
 
 def keys_of(strategy: str, size: int) -> dict[str, object]:
-    """The keys of "parameter_server 2", a strategy with its servers; a test is skipped where the ranks are too few."""
-    name, _, servers = strategy.partition(" ")
-    if servers and size <= int(servers):
+    """The keys of "parameter_server 2", a strategy with its servers, or of "sharded 3", one with its stage.
+
+    A test is skipped where the ranks are too few.
+    """
+    name, _, number = strategy.partition(" ")
+    if name == "sharded":
+        return {"reduce__strategy": name, "reduce__stage": int(number)}
+    if number and size <= int(number):
         pytest.skip(f"{size} ranks are too few for {strategy}")
-    return {"reduce__strategy": name, **({"reduce__servers": int(servers)} if servers else {})}
+    return {"reduce__strategy": name, **({"reduce__servers": int(number)} if number else {})}
 
 
-SPREAD = ["sharded", "parameter_server 1", "parameter_server 2"]
+SPREAD = ["sharded 1", "sharded 2", "sharded 3", "parameter_server 1", "parameter_server 2"]
 
 
 @pytest.mark.parametrize("strategy", ["horovod", "mpi", *SPREAD])
@@ -163,8 +168,11 @@ class Overflows(Classification):
     "strategy, keys",
     [
         *((strategy, {}) for strategy in (*ALL, "mpi fp16", "horovod bf16")),
-        *((strategy, {"train__clip_norm": 0.5}) for strategy in ("mpi", "sharded", "parameter_server 2")),
-        *((strategy, {"train__precision": "fp16"}) for strategy in ("horovod", "sharded")),
+        *(
+            (strategy, {"train__clip_norm": 0.5})
+            for strategy in ("mpi", "sharded 1", "sharded 3", "parameter_server 2")
+        ),
+        *((strategy, {"train__precision": "fp16"}) for strategy in ("horovod", "sharded 1", "sharded 3")),
         ("mpi", {"train__accumulate": 2}),
     ],
 )
@@ -172,11 +180,11 @@ def test_an_infinite_gradient_is_left_out_by_all_ranks_alike(
     context: Context, shared_path: Path, digits: Path, strategy: str, keys: dict[str, object]
 ) -> None:
     name, _, compression = strategy.partition(" ")
-    if name == "parameter_server":
+    if name in ("parameter_server", "sharded"):
         keys = keys_of(strategy, context.world.size) | keys
     else:
         keys = {"reduce__strategy": name, "reduce__compression": compression or "none"} | keys
-        keys |= {} if name == "sharded" else {"train__check_weights_every": 1}
+        keys["train__check_weights_every"] = 1
     keys = {**SMALL, "train__steps": 8, "train__optimizer": "adamw", "train__lr": 0.001, **keys}
     keys |= {"task__kind": f"{__name__}:Overflows"}
     made = run(context, shared_path, digits, "mlp-mnist.toml", train__on_nonfinite="skip", **keys)

@@ -34,14 +34,23 @@ class Batches:
     """Iterates over a rank's batches of `steps`, on `device`.
 
     num_parts: into how many parts a share is split (train.accumulate); 0 on a parameter server, which does not train.
+    allows_fewer: a share of fewer samples than parts has a part for each; else some of its parts are empty.
     Unless the task is `in_step`, batches are made ahead: by a thread if the loop would wait for them, and one more for
     a GPU, which is copied to while the loop computes.
     """
 
     _prefetch: Prefetch[StepBatch] | None = None
 
-    def __init__(self, task: Source, sampler: BatchSampler, steps: range, num_parts: int, device: torch.device) -> None:
-        reader = ShareReader(task, sampler, steps, num_parts)
+    def __init__(
+        self,
+        task: Source,
+        sampler: BatchSampler,
+        steps: range,
+        num_parts: int,
+        device: torch.device,
+        allows_fewer: bool = True,
+    ) -> None:
+        reader = ShareReader(task, sampler, steps, num_parts, allows_fewer)
         if not task.in_step:
             self._prefetch = Prefetch(reader)
         self._source: Iterator[StepBatch] = self._prefetch or reader
@@ -81,8 +90,10 @@ class Batches:
 class ShareReader:
     """Reads a rank's share of each step by `Task.batch`; rows in chunks are announced early, by `Task.prefetch`."""
 
-    def __init__(self, task: Source, sampler: BatchSampler, steps: range, num_parts: int) -> None:
-        self._task, self._num_parts = task, num_parts
+    def __init__(
+        self, task: Source, sampler: BatchSampler, steps: range, num_parts: int, allows_fewer: bool = True
+    ) -> None:
+        self._task, self._num_parts, self._allows_fewer = task, num_parts, allows_fewer
         self._steps, self._shares = iter(steps), sampler.batches(steps)
         has_chunks = sampler.order.chunk_edges is not None and num_parts > 0
         self._num_ahead = sampler.order.steps_ahead(sampler.batch_size) if has_chunks else 0
@@ -96,7 +107,8 @@ class ShareReader:
         step = next(self._steps)
         if self._num_parts == 0:
             return StepBatch([], 0, num_global)
-        parts = np.array_split(rows, min(self._num_parts, max(1, len(rows))))
+        num_parts = min(self._num_parts, max(1, len(rows))) if self._allows_fewer else self._num_parts
+        parts = np.array_split(rows, num_parts)
         return StepBatch([self._task.batch(part, step) for part in parts], len(rows), num_global)
 
     def _next_share(self) -> RankBatch:

@@ -24,6 +24,7 @@ class AllReduce:
     num_updates = 1
     sends_weights = False
     shards = None
+    lockstep = None
 
     def __init__(self, transport: Transport, settings: Reduce, model: nn.Module, control: ControlFlags) -> None:
         self._transport, self._adasum = transport, settings.adasum

@@ -11,6 +11,7 @@ class Local:
     num_updates = 1
     sends_weights = False
     shards = None
+    lockstep = None
 
     def __init__(self, control: ControlFlags) -> None:
         self._control = control

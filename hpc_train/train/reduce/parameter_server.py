@@ -32,6 +32,7 @@ class Worker:
 
     num_updates = 1
     sends_weights = False  # the new weights arrive in `reduce_gradients`
+    lockstep = None
 
     def __init__(self, settings: Reduce, model: nn.Module, mesh: Mesh, control: ControlFlags) -> None:
         self._comm, self._num_workers = mesh.ranks.comm, mesh.data.size
@@ -86,6 +87,7 @@ class Server:
     """
 
     sends_weights = True
+    lockstep = None
 
     def __init__(self, settings: Reduce, model: nn.Module, mesh: Mesh, control: ControlFlags) -> None:
         assert mesh.shard.context is not None

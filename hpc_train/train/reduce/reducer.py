@@ -1,8 +1,8 @@
 """Gradient reduction, by `reduce.strategy`: the interface that the loop uses, and which class implements it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,13 +11,25 @@ from hpc_train.core.settings import Reduce
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mesh import Mesh
 from hpc_train.train.reduce.all_reduce import AllReduce
+from hpc_train.train.reduce.block_weights import BlockShards
+from hpc_train.train.reduce.fully_sharded import FullySharded
 from hpc_train.train.reduce.horovod_library import open_horovod, start_horovod
 from hpc_train.train.reduce.local import Local
 from hpc_train.train.reduce.parameter_server import Server, Worker
 from hpc_train.train.reduce.sharded import Sharded
 from hpc_train.train.reduce.sharded_weights import ShardedWeights
 from hpc_train.train.reduce.step_flags import ControlFlags, StepFlags
-from hpc_train.train.reduce.transports import HorovodTransport, MpiTransport, SplittingTransport
+from hpc_train.train.reduce.transports import HorovodTransport, MpiTransport, SplittingTransport, Transport
+
+
+class Lockstep(Protocol):
+    """What a reducer needs whose ranks communicate within forward and backward passes: all make the same passes."""
+
+    def end_trial(self) -> None:
+        """Collective. Forgets the gradients of the trial of the first batch."""
+
+    def join_forward(self) -> None:
+        """Collective. Takes part in a forward pass of other ranks, without a batch of its own."""
 
 
 class Reducer(Protocol):
@@ -27,8 +39,12 @@ class Reducer(Protocol):
     sends_weights: bool  # whether `sync_weights` communicates
 
     @property
-    def shards(self) -> ShardedWeights | None:
+    def shards(self) -> ShardedWeights | BlockShards | None:
         """Which parts of the weights this rank updates; None if every rank makes the whole update."""
+
+    @property
+    def lockstep(self) -> Lockstep | None:
+        """None if a rank makes its passes through the model alone."""
 
     def begin_step(self, loss: torch.Tensor) -> None:
         """Sends the gradients of the coming backward pass as they are computed.
@@ -59,7 +75,7 @@ class Reducer(Protocol):
 def open_reducer(settings: Reduce, model: nn.Module, mesh: Mesh, control: ControlFlags) -> Iterator[Reducer]:
     """Collective. Sends the root's weights to all ranks, then reduces by `reduce.strategy` until the end."""
     strategy, size = settings.strategy, mesh.ranks.world.size
-    hvd = open_horovod(settings, model, mesh.ranks) if strategy in ("horovod", "sharded") else None
+    hvd = open_horovod(settings, model, mesh.ranks) if _uses_horovod(settings, model) else None
     broadcast_model(model, mesh.ranks)
     if size == 1:
         # Its gradients are the sum already. Sending them through Horovod all the same made the one rank's step a tenth
@@ -69,19 +85,39 @@ def open_reducer(settings: Reduce, model: nn.Module, mesh: Mesh, control: Contro
         yield Worker(settings, model, mesh, control) if mesh.trains else Server(settings, model, mesh, control)
     elif strategy == "sharded":
         assert mesh.shard.context is not None
-        transport = SplittingTransport(HorovodTransport(start_horovod(hvd), size))
-        yield Sharded(transport, model, mesh.shard.context, control)
+        transport = _open_transport(hvd, mesh.shard.context)
+        if settings.stage == 1:
+            yield Sharded(transport, model, mesh.shard.context, control)
+        else:
+            yield FullySharded(transport, settings, model, mesh.shard.context, control)
     else:
         assert mesh.replica.context is not None
-        own = MpiTransport(mesh.replica.context) if hvd is None else HorovodTransport(start_horovod(hvd), size)
-        yield AllReduce(SplittingTransport(own), settings, model, control)
+        yield AllReduce(_open_transport(hvd, mesh.replica.context), settings, model, control)
+
+
+def _uses_horovod(settings: Reduce, model: nn.Module) -> bool:
+    if settings.strategy == "sharded" and settings.transport == "auto":
+        return next(model.parameters()).device.type == "cuda"
+    return settings.strategy == "horovod" or settings.transport == "horovod"
+
+
+def _open_transport(hvd: Any, context: Context) -> Transport:
+    """Collective. hvd: Horovod's library, which joins the same ranks; None for MPI."""
+    if hvd is None:
+        return SplittingTransport(MpiTransport(context))
+    return SplittingTransport(HorovodTransport(start_horovod(hvd), context.world.size))
 
 
 def broadcast_model(model: nn.Module, context: Context) -> None:
     """Collective. Overwrites parameters and buffers with the root's."""
+    broadcast_tensors((*model.parameters(), *model.buffers()), context)
+
+
+def broadcast_tensors(tensors: Iterable[torch.Tensor], context: Context) -> None:
+    """Collective. Overwrites tensors with the root's."""
     if context.world.size == 1:
         return
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in tensors:
         host = tensor.detach().cpu().contiguous()
         context.broadcast_array(host.reshape(-1).view(torch.uint8).numpy())
         if host.data_ptr() != tensor.data_ptr():

@@ -21,6 +21,7 @@ class Sharded:
 
     num_updates = 1
     sends_weights = True
+    lockstep = None
 
     def __init__(self, transport: Transport, model: nn.Module, context: Context, control: ControlFlags) -> None:
         self._transport, self._context = transport, context

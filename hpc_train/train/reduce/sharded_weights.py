@@ -47,8 +47,8 @@ class ShardedWeights:
         """The parts of a bucket's message, as views."""
         return message.view(-1).chunk(self.num_shards)
 
-    def gather(self, state: State, context: Context) -> State:
-        """Collective. On the root: the optimizer's state by parameters, from all ranks' states by parts.
+    def gather(self, model: nn.Module, state: State, context: Context) -> tuple[dict[str, Any], State]:
+        """Collective. On the root: the model's state, and the optimizer's by parameters, from all ranks' parts.
 
         Also brings the root's weights up to date. context: all ranks, with or without a part.
         """
@@ -58,14 +58,18 @@ class ShardedWeights:
             if self.shard is not None:
                 kept = {key: torch.as_tensor(value) for key, value in state.get(bucket.name, {}).items()}
                 mine = {"weights": self.split(flat)[self.shard].detach(), **kept}
-            joined = _gather_parts(mine, context)
+            joined = gather_parts(mine, context)
             if context.world.is_root:
                 flat.copy_(joined.pop("weights"))
                 gathered |= self._by_parameter(bucket, joined)
         # Ranks without a part send nothing here and would run ahead. An asynchronous worker could then push its next
         # step, which the server would count as another worker's push of this step: deadlock.
         context.barrier()
-        return gathered
+        return model.state_dict(), gathered
+
+    def load_model(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Loads a whole model's state, on every rank alone."""
+        model.load_state_dict(state)
 
     def _by_parameter(self, bucket: Bucket, joined: dict[str, torch.Tensor]) -> State:
         state: State = {}
@@ -117,7 +121,7 @@ def _offsets(bucket: Bucket) -> list[tuple[nn.Parameter, int]]:
     return [(each, int(end) - each.numel()) for each, end in zip(bucket.parameters, ends, strict=True)]
 
 
-def _gather_parts(mine: dict[str, torch.Tensor], context: Context) -> dict[str, torch.Tensor]:
+def gather_parts(mine: dict[str, torch.Tensor], context: Context) -> dict[str, torch.Tensor]:
     """Collective. On the root: the parts of all ranks, joined by key; {} on the other ranks.
 
     mine: this rank's parts by key, {} if it owns none. A number (a count of steps) is the same in all parts.

@@ -34,14 +34,17 @@ class Transport(Protocol):
     def adasum(self, message: torch.Tensor, name: str) -> Pending:
         """Adasum (Maleki et al., MLSys 2021): adds what is orthogonal and averages what is parallel."""
 
-    def reduce_scatter(self, message: torch.Tensor, name: str) -> Pending:
-        """This rank's part of the sum, of `size` equal parts."""
+    def reduce_scatter(self, message: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
+        """This rank's part of the sum, of `size` equal parts. into: where it goes; default: a new tensor."""
 
-    def all_gather(self, part: torch.Tensor, name: str) -> Pending:
-        """The parts of all ranks, in rank order."""
+    def all_gather(self, part: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
+        """The parts of all ranks, in rank order. into: where they go; default: a new tensor."""
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Pending:
         """Sends the n-th of `size` equal parts to rank n; returns the parts received, in rank order."""
+
+    def progress(self) -> None:
+        """Advances what is under way, for libraries that send only while they are called."""
 
 
 # --------------------------------------------------------------------------------------------------------- MPI
@@ -78,23 +81,27 @@ class MpiTransport:
     def adasum(self, message: torch.Tensor, name: str) -> Pending:
         raise AssertionError("only Horovod has Adasum")
 
-    def reduce_scatter(self, message: torch.Tensor, name: str) -> Pending:
+    def reduce_scatter(self, message: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
         host = message.cpu()
-        received = torch.empty(len(host) // self.size, dtype=host.dtype)
+        received = _on_host(into, len(host) // self.size, host.dtype)
         begin = partial(messages.begin_reduce_scatter, self._comm, host.numpy(), received.numpy())
-        return self._queue([begin], received, host)
+        return _into(self._queue([begin], received, host), into)
 
-    def all_gather(self, part: torch.Tensor, name: str) -> Pending:
+    def all_gather(self, part: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
         host = part.cpu()
-        received = torch.empty(len(host) * self.size, dtype=host.dtype)
+        received = _on_host(into, len(host) * self.size, host.dtype)
         begin = partial(messages.begin_all_gather, self._comm, _bytes(host), _bytes(received))
-        return self._queue([begin], received, host)
+        return _into(self._queue([begin], received, host), into)
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Pending:
         host = message.cpu()
         received = torch.empty_like(host)
         begin = partial(messages.begin_all_to_all, self._comm, _bytes(host), _bytes(received))
         return self._queue([begin], received, host)
+
+    def progress(self) -> None:
+        if self._under_way:
+            self._advance()
 
     def _queue(self, begins: list[Callable[[], Any]], result: torch.Tensor, sent: torch.Tensor) -> Pending:
         self._to_begin.extend(begins)
@@ -146,6 +153,25 @@ class _BlockingSum:
         return self.result
 
 
+def _on_host(into: torch.Tensor | None, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """`into` if MPI can write there, else a new tensor."""
+    return into if into is not None and into.device.type == "cpu" else torch.empty(length, dtype=dtype)
+
+
+@dataclass
+class _Copied:
+    pending: Pending
+    into: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        result = self.pending.wait()
+        return self.into if result.data_ptr() == self.into.data_ptr() else self.into.copy_(result)
+
+
+def _into(pending: Pending, into: torch.Tensor | None) -> Pending:
+    return pending if into is None else _Copied(pending, into)
+
+
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(torch.uint8).numpy()  # MPI has no type for 16-bit floats
 
@@ -168,14 +194,18 @@ class HorovodTransport:
     def adasum(self, message: torch.Tensor, name: str) -> Pending:
         return self._pending(self._hvd.allreduce_async_(message, name=name, op=self._hvd.Adasum))
 
-    def reduce_scatter(self, message: torch.Tensor, name: str) -> Pending:
-        return self._pending(self._hvd.reducescatter_async(message, name=name, op=self._hvd.Sum))
+    def reduce_scatter(self, message: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
+        return _into(self._pending(self._hvd.reducescatter_async(message, name=name, op=self._hvd.Sum)), into)
 
-    def all_gather(self, part: torch.Tensor, name: str) -> Pending:
-        return self._pending(self._hvd.allgather_async(_as_fp16(part), name=f"{name}.gather"), part.dtype)
+    def all_gather(self, part: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
+        pending = self._pending(self._hvd.allgather_async(_as_fp16(part), name=f"{name}.gather"), part.dtype)
+        return _into(pending, into)
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Pending:
         return self._pending(self._hvd.alltoall_async(_as_fp16(message), name=f"{name}.to_all"), message.dtype)
+
+    def progress(self) -> None:
+        pass  # its own thread sends
 
     def _pending(self, handle: int, dtype: torch.dtype | None = None) -> Pending:
         return _HorovodHandle(self._hvd, handle, dtype)
@@ -221,14 +251,25 @@ class SplittingTransport:
     def adasum(self, message: torch.Tensor, name: str) -> Pending:
         return self._transport.adasum(message, name)  # it needs a whole layer
 
-    def reduce_scatter(self, message: torch.Tensor, name: str) -> Pending:
-        return self._by_columns(self._transport.reduce_scatter, message.view(self.size, -1), name, num_rows=1)
+    def reduce_scatter(self, message: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
+        if self._is_short(message.nbytes):
+            return self._transport.reduce_scatter(message, name, into)
+        rows = message.view(self.size, -1)
+        return _into(self._by_columns(self._transport.reduce_scatter, rows, name, num_rows=1), into)
 
-    def all_gather(self, part: torch.Tensor, name: str) -> Pending:
-        return self._by_columns(self._transport.all_gather, part[None], name, num_rows=self.size)
+    def all_gather(self, part: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
+        if self._is_short(part.nbytes * self.size):
+            return self._transport.all_gather(part, name, into)
+        return _into(self._by_columns(self._transport.all_gather, part[None], name, num_rows=self.size), into)
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Pending:
         return self._by_columns(self._transport.all_to_all, message.view(self.size, -1), name, num_rows=self.size)
+
+    def progress(self) -> None:
+        self._transport.progress()
+
+    def _is_short(self, num_bytes: int) -> bool:
+        return num_bytes <= messages.MOST_BYTES
 
     def _by_columns(
         self, begin: Callable[[torch.Tensor, str], Pending], rows: torch.Tensor, name: str, num_rows: int

@@ -1,0 +1,209 @@
+"""A block's weights in one flat tensor that is divided among the ranks, and blocks as a checkpoint sees them."""
+
+from collections.abc import Iterable
+from math import nan
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpc_train.core.errors import UserError
+from hpc_train.train.comm.context import Context
+from hpc_train.train.reduce.buckets import has_weight_decay
+from hpc_train.train.reduce.sharded_weights import ParamShard, State, gather_parts
+
+# Parameters begin, and are cut, at multiples of so many numbers: torch's fused optimizers compute the last few numbers
+# of a tensor one by one, which rounds them otherwise than a vector of 16. So a cut changes no bit of an update.
+_ALIGNMENT = 16
+
+
+class BlockWeights:
+    """The parameters of one block, one behind the other and padded, in `num_shards` equal parts.
+
+    The optimizer updates `own`, this rank's part, through `owned`: the segments of parameters that lie in it. While
+    `weights` is a tensor, the parameters are views of it; else they have their shapes and no memory.
+    """
+
+    def __init__(self, name: str, parameters: dict[str, nn.Parameter], num_shards: int, shard: int) -> None:
+        self.name, self.parameters, self.shard = name or "root", parameters, shard
+        dtypes = {parameter.dtype for parameter in parameters.values()}
+        if len(dtypes) != 1:
+            raise UserError(
+                f"reduce.strategy = 'sharded': the weights of {name or 'the model outside its blocks'} are of types "
+                f"{', '.join(sorted(str(each) for each in dtypes))}",
+                "Make them all float32, or use reduce.stage = 1.",
+            )
+        self.begins: dict[str, int] = {}
+        end = 0
+        for each, parameter in parameters.items():
+            self.begins[each] = end
+            end += parameter.numel() + -parameter.numel() % _ALIGNMENT
+        self.length = end + -end % (num_shards * _ALIGNMENT)
+        self.part_length = self.length // num_shards
+        first = next(iter(parameters.values()))
+        self.dtype, self.device = first.dtype, first.device
+        self.weights: torch.Tensor | None = None
+        whole = torch.zeros(self.length, dtype=self.dtype, device=self.device)
+        for each, parameter in parameters.items():
+            self.view(whole, each).copy_(parameter.detach())
+        self.own = self._part(whole).clone()
+        self.gradient = torch.zeros_like(self.own)
+        self.has_gradient = False
+        self.owned = [
+            ParamShard(each, nn.Parameter(self.segment(self.own, each)), has_weight_decay(parameter))
+            for each, parameter in parameters.items()
+            if len(self.segment(self.own, each))
+        ]
+        self._unset = torch.full((), nan, dtype=self.dtype, device=self.device)
+        self.unset()
+
+    def keep(self, whole: torch.Tensor) -> None:
+        """Makes `whole`, which holds the block's weights, their memory for good; `own` becomes a part of it."""
+        self.set(whole)
+        part = self._part(whole).copy_(self.own)
+        self.own = part
+        for owned in self.owned:
+            owned.parameter.data = self.segment(part, owned.name)
+
+    def set(self, weights: torch.Tensor) -> None:
+        """Makes the parameters views of `weights`."""
+        self.weights = weights
+        for name, parameter in self.parameters.items():
+            parameter.data = self.view(weights, name)
+
+    def unset(self) -> None:
+        """Leaves the parameters their shapes and no memory. Who reads one of them reads NaN."""
+        self.weights = None
+        for parameter in self.parameters.values():
+            parameter.data = self._unset.expand(parameter.shape)
+
+    def _part(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole[self.shard * self.part_length :][: self.part_length]
+
+    def view(self, whole: torch.Tensor, name: str) -> torch.Tensor:
+        """A parameter's place in a flat tensor of this block."""
+        parameter, begin = self.parameters[name], self.begins[name]
+        return whole[begin : begin + parameter.numel()].view(parameter.shape)
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Which of a parameter's numbers lie in this rank's part: (begin, end), equal if none do."""
+        begin, num = self.shard * self.part_length - self.begins[name], self.parameters[name].numel()
+        return min(max(0, begin), num), max(0, min(num, begin + self.part_length))
+
+    def segment(self, part: torch.Tensor, name: str) -> torch.Tensor:
+        """A parameter's numbers in a tensor of the length of `own`; empty if none lie in it."""
+        begin, end = self.span(name)
+        offset = self.begins[name] - self.shard * self.part_length
+        return part[begin + offset : end + offset] if begin < end else part[:0]
+
+    def fill(self, message: torch.Tensor) -> torch.Tensor:
+        """Moves the parameters' gradients into `message`; zeros for parameters that this rank did not use.
+
+        What lies between them stays as it is: nobody reads it.
+        """
+        for name, parameter in self.parameters.items():
+            place = self.view(message, name)
+            place.zero_() if parameter.grad is None else place.copy_(parameter.grad)
+            parameter.grad = None
+        return message
+
+
+class BlockShards:
+    """All blocks' weights and optimizer state, as checkpoints ask for them. See `sharded_weights.ShardedWeights`."""
+
+    def __init__(self, blocks: Iterable[BlockWeights]) -> None:
+        self.blocks = list(blocks)
+
+    @property
+    def owned(self) -> list[ParamShard]:
+        return [owned for block in self.blocks for owned in block.owned]
+
+    def gather(self, model: nn.Module, state: State, context: Context) -> tuple[dict[str, Any], State]:
+        """Collective. On the root: the model's state, and the optimizer's by parameters; ({}, {}) elsewhere."""
+        weights: dict[str, torch.Tensor] = {}
+        optimizer: State = {}
+        own_keys = {key for kept in state.values() for key, value in kept.items() if value.ndim}
+        keys = sorted(set[str]().union(*context.all_gather(own_keys)))
+        for block in self.blocks:
+            parts, numbers = self._parts_of(block, state, keys)
+            joined = gather_parts({"weights": block.own, **parts}, context)
+            numbers = {name: values for each in context.gather(numbers) for name, values in each.items()}
+            if not context.world.is_root:
+                continue
+            for name in block.parameters:
+                of_parameter = {key: block.view(flat, name) for key, flat in joined.items()}
+                weights[name] = of_parameter.pop("weights")
+                optimizer[name] = {**numbers.get(name, {}), **of_parameter}
+        context.barrier()
+        if not context.world.is_root:
+            return {}, {}
+        name_of = {id(parameter): name for block in self.blocks for name, parameter in block.parameters.items()}
+        tied = dict(model.named_parameters(remove_duplicate=False))
+        whole = {name: weights[name_of[id(each)]] for name, each in tied.items() if id(each) in name_of}
+        return model.state_dict() | whole, {name: kept for name, kept in optimizer.items() if kept}
+
+    def _parts_of(self, block: BlockWeights, state: State, keys: list[str]) -> tuple[dict[str, torch.Tensor], State]:
+        """What the optimizer keeps of this rank's part, as tensors of its length by key; and numbers by parameter."""
+        parts = {key: torch.zeros_like(block.own) for key in keys}
+        numbers: State = {}
+        for owned in block.owned:
+            for key, value in state.get(owned.name, {}).items():
+                if value.ndim:
+                    block.segment(parts[key], owned.name).copy_(value)
+                else:
+                    numbers.setdefault(owned.name, {})[key] = value.cpu()
+        return parts, numbers
+
+    def scatter(self, state: State) -> State:
+        """On every rank alone: what the optimizer keeps of this rank's parts, from a state by parameters."""
+        own: State = {}
+        for block in self.blocks:
+            for owned in block.owned:
+                begin, end = block.span(owned.name)
+                kept = state.get(owned.name, {})
+                own[owned.name] = {
+                    key: value.reshape(-1)[begin:end] if value.ndim else value for key, value in kept.items()
+                }
+        return own
+
+    def load_model(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Takes this rank's parts out of a whole model's state."""
+        of_blocks = {id(parameter) for block in self.blocks for parameter in block.parameters.values()}
+        tied = dict(model.named_parameters(remove_duplicate=False))
+        others = {name: each for name, each in state.items() if name not in tied or id(tied[name]) not in of_blocks}
+        model.load_state_dict(others, strict=False)
+        for block in self.blocks:
+            for name in block.parameters:
+                if block.weights is not None:
+                    block.view(block.weights, name).copy_(state[name])
+                begin, end = block.span(name)
+                block.segment(block.own, name).copy_(state[name].reshape(-1)[begin:end])
+
+
+class Buffers:
+    """Memory that is used again and again: fresh memory of this size takes as long to be mapped as to be filled."""
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+
+    def take(self, block: BlockWeights) -> torch.Tensor:
+        """A tensor of the length of the block's weights."""
+        fitting = [each for each in self._free if len(each) >= block.length and each.dtype == block.dtype]
+        if fitting:
+            chosen = min(fitting, key=len)
+        else:
+            # A buffer that is too small gives way, so that there are never more than are used at a time.
+            chosen = torch.empty(block.length, dtype=block.dtype, device=block.device)
+            if self._free:
+                self._remove(max(self._free, key=len))
+            return chosen
+        self._remove(chosen)
+        return chosen[: block.length]
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Returns what `take` gave."""
+        whole = buffer if buffer._base is None else buffer._base
+        self._free.append(whole)
+
+    def _remove(self, buffer: torch.Tensor) -> None:
+        self._free = [each for each in self._free if each is not buffer]
