@@ -336,3 +336,60 @@ def _read_tensor(handle: int, name: str, data_set: h5py.Dataset, pieces: list[Ra
     for piece in pieces:
         read_piece(handle, piece, data[piece.begin : piece.end])
     return tensor
+
+
+# ------------------------------------------------------------------------------------------------ the model alone
+
+
+class ModelTensors:
+    """The model's tensors in an open checkpoint, one at a time. left_out: what is no tensor."""
+
+    def __init__(self, handle: int, file: h5py.File, pieces: list[Range]) -> None:
+        self.step = int(file.attrs["step"])
+        self._handle, self._file = handle, file
+        model = json.loads(bytes(_contiguous("structure", file["structure"])[()]))["dict"]["model"]["dict"]
+        self._data_sets = {name: node["tensor"] for name, node in model.items() if isinstance(node, dict)}
+        self.left_out = sorted(model.keys() - self._data_sets.keys())
+        self._pieces: dict[str, list[Range]] = {}
+        for piece in pieces:
+            self._pieces.setdefault(piece.data_set, []).append(piece)
+
+    def names(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor."""
+        found = {name: self._file[data_set] for name, data_set in self._data_sets.items()}
+        return {name: (each.shape, stored_dtype(str(each.attrs["dtype"]))[0]) for name, each in found.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Raises `UnusableCheckpoint` if a byte differs from what was written."""
+        data_set = self._data_sets[name]
+        return _read_tensor(self._handle, data_set, self._file[data_set], self._pieces.get(data_set, []))
+
+    def verify(self) -> None:
+        """Raises `UnusableCheckpoint` if a byte of the model differs from what was written."""
+        buffer = memoryview(bytearray(PIECE_BYTES))
+        for data_set in self._data_sets.values():
+            for piece in self._pieces.get(data_set, []):
+                read_piece(self._handle, piece, buffer[: piece.end - piece.begin])
+
+
+@contextmanager
+def open_model(path: Path) -> Iterator[ModelTensors]:
+    """The model of a checkpoint of this format, every byte of which is as it was written.
+
+    Raises `UnusableCheckpoint`, also for damage that is met inside the block.
+    """
+    try:
+        with _opened(path) as handle:
+            pieces = _verified_table(handle)
+            with h5py.File(f"/proc/self/fd/{handle}", "r", locking=False) as file:
+                model = ModelTensors(handle, file, pieces)
+                model.verify()
+                yield model
+    except OSError as error:
+        raise UnusableCheckpoint(f"it cannot be read: {error}") from None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file begins as one of this format, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
