@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.large [--ranks 1 2 4] [--rounds 2]
 
-Each row is a job under mpirun. Memory is the peak of a rank's anonymous memory (RssAnon, read 500 times a second) during
-the steps, less what it had before the model was made; the largest rank counts. Stages take turns; times are medians.
+Each row is a job under mpirun. Memory is the peak of a rank's anonymous memory (RssAnon, read 500 times a second)
+during the steps, less what it had before the model was made; the largest rank counts. Stages take turns; times are
+medians.
 """
 
 import argparse
