@@ -30,6 +30,7 @@ from hpc_train.train.models.gpt import Gpt
 from hpc_train.train.models.mlp import Mlp
 from hpc_train.train.weights_file import open_run, open_weights
 from tests import jobs
+from tests.checkpoints import as_format_2
 
 ALONE = Context(World())
 VOCAB, CONTEXT, HEADS = 50, 16, 2
@@ -269,6 +270,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(job: Path, tmp_path: Path
         with pytest.raises(UserError, match=rf"train\.init_from = .*{damage}"):
             load_weights(Gpt(VOCAB, **OPTIONS), str(path))
     load_weights(Gpt(VOCAB, **OPTIONS), str(run.path / "checkpoints" / "step-00000002.h5"))
+
+
+def test_checkpoints_of_earlier_versions_are_exported(
+    run: RunDir, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    as_format_2(tmp_path / "run" / "checkpoints" / "step-00000004.h5")
+    assert "step 4 of" in export(tmp_path / "run", tmp_path / "a.safetensors", Form("ours"))[-1]
+    assert equal(loaded(tmp_path / "a.safetensors"), weights)
 
 
 # Stops the export in the middle of its file by a signal to itself, once half the tensors are read.
