@@ -18,6 +18,7 @@ from hpc_train.cli.bench import bench
 from hpc_train.cli.config import config
 from hpc_train.cli.data import data
 from hpc_train.cli.doctor import doctor
+from hpc_train.cli.export import export
 from hpc_train.cli.options import CommandGroup
 from hpc_train.cli.plan import plan
 from hpc_train.cli.prepare import prepare, stage
@@ -44,7 +45,7 @@ def cli() -> None:
     """
 
 
-for command in (prepare, stage, data, train, generate, submit, scale, report, plan, doctor, bench, config):
+for command in (prepare, stage, data, train, generate, export, submit, scale, report, plan, doctor, bench, config):
     cli.add_command(command)
 
 

@@ -48,6 +48,7 @@ class Task(_Section):
 
 class Train(_Section):
     steps: Count
+    init_from: Text | None = None  # weights that a new run begins with: .safetensors, .h5 or a run directory
     global_batch: Count | None = None  # samples per step on any number of ranks (strong scaling)
     batch_per_rank: Count | None = None  # samples per step and rank (weak scaling)
     accumulate: Count = 1  # micro-batches per step and rank; their gradients are reduced once

@@ -19,6 +19,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.watchdog import open_watchdog
 from hpc_train.train.device import open_clock, seed_noise
 from hpc_train.train.evaluate import evaluate
+from hpc_train.train.initial_from import begin_from
 from hpc_train.train.reduce.reducer import open_reducer
 from hpc_train.train.run.attempt import log, open_attempt
 from hpc_train.train.run.checkpoint.saver import Saver
@@ -52,6 +53,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
         context.duplicate() as recorder_context,  # its messages never meet a reducer's or a task's
         open_attempt(loaded, context, resume) as attempt,
     ):
+        context.on_root(partial(begin_from, job.model, config.train.init_from, attempt))
         recorder = Recorder(loaded, recorder_context, job.placements, attempt, open_clock(config.train, job.device))
         is_root = context.world.is_root
         saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.log, recorder.sync_records)

@@ -22,6 +22,7 @@ from hpc_train.train.initial_weights import build
 from hpc_train.train.loop import train
 from hpc_train.train.models.mlp import Mlp
 from hpc_train.train.tasks.classification import Classification
+from tests import checkpoints
 from tests.parallel.test_train import CONFIGS, losses, losses_alone, run
 
 SMALL = {"task__options": "{hidden=[64]}", "train__threads": 1}
@@ -68,7 +69,7 @@ def test_a_prolonged_run_is_a_long_one_to_the_bit(
     settings = tuple(f"{key.replace('__', '.')}={value}" for key, value in more.items())
     assert train(load(CONFIGS / "mlp-mnist.toml", settings), context, str(begun.path)) == 0
     context.barrier()
-    ours, theirs = (torch.load(each.checkpoint(8) / "state.pt", weights_only=True) for each in (begun, whole))
+    ours, theirs = (checkpoints.state(each.checkpoint(8)) for each in (begun, whole))
     assert losses(begun).tolist() == losses(whole).tolist()
     for part in ("model", "optimizer"):
         assert ours[part].keys() == theirs[part].keys()
@@ -191,7 +192,7 @@ def test_an_infinite_gradient_is_left_out_by_all_ranks_alike(
     made = run(context, shared_path, digits, "mlp-mnist.toml", train__on_nonfinite="skip", **keys)
     found = losses(made)
     assert len(found) == 8 and np.isfinite(found).all() and found[-1] < found[0]
-    state = torch.load(made.checkpoint(8) / "state.pt", weights_only=True)
+    state = checkpoints.state(made.checkpoint(8))
     assert all(
         kept["step"].item() == 7 and torch.isfinite(kept["exp_avg"]).all() for kept in state["optimizer"].values()
     )
