@@ -246,7 +246,7 @@ def test_a_run_begins_with_the_weights_of_its_seed(
     """Weights before the first step: a learning rate of (almost) 0 leaves them as they were drawn."""
     keys = {**SMALL, "train__steps": 1, "train__lr": 1e-30, "train__weight_decay": 0.0, "seed": 11}
     made = run(context, shared_path, digits, "mlp-mnist.toml", **keys, **keys_of(strategy, context.world.size))
-    kept = torch.load(made.checkpoint(1) / "state.pt", weights_only=True)["model"]
+    kept = checkpoints.state(made.checkpoint(1))["model"]
     alone = build(lambda: Mlp((28, 28), 10, hidden=[64]), 11)
     for name, value in kept.items():
         assert torch.allclose(value, alone.draw(name), rtol=0, atol=1e-25), name
