@@ -26,7 +26,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import open_files
 from hpc_train.train.models.gpt2_names import EMBEDDING, HEAD
 from hpc_train.train.models.transformer import GPT_2
-from hpc_train.train.weights_file import DTYPE_NAMES, MODEL, AsGpt2, Kind, WeightsFile, read_run
+from hpc_train.train.weights_file import DTYPE_NAMES, MODEL, AsGpt2, Kind, WeightsFile, open_run
 
 Names = Literal["ours", "gpt2"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,23 +67,25 @@ def export(path: Path, out: Path, form: Form, overrides: tuple[str, ...] = ()) -
             "Only task.model = 'gpt' has these names: say --names ours.",
         )
     lines: list[str] = []
-    checkpoint = read_run(run, form.step, lines.append)
-    lines += [f"{name} is no tensor: left out" for name in checkpoint.left_out]
-    weights: WeightsFile = checkpoint
-    settings: dict[str, Any] = {}
-    if names == "gpt2":
-        settings = _gpt2_settings(config, checkpoint.names())
-        weights = AsGpt2(checkpoint, settings["vocab_size"])
-    facts = {"format": "pt", "hpc_train": __version__, "run": str(run.path), "step": str(checkpoint.step)}
-    converted = _Converted(weights, DTYPES[form.dtype] if form.dtype else None)
-    with _written_whole(out, converted) as partial:
-        _WRITERS[out.suffix](partial, converted, facts)
-        if settings and out.suffix == ".safetensors":
-            dtype = converted.names()[EMBEDDING].dtype
-            _write_settings(out.with_name("config.json"), settings | {"dtype": str(dtype).removeprefix("torch.")}, form)
-            lines.append(f"{out.with_name('config.json')}: for GPT2LMHeadModel.from_pretrained('{out.parent}')")
-    num_tensors, num_values = len(converted.names()), sum(prod(kind.shape) for kind in converted.names().values())
-    return [*lines, f"{out}: step {checkpoint.step} of {run.path}, {num_tensors} tensors, {num_values:,} values"]
+    with open_run(run, form.step, lines.append) as checkpoint:
+        lines += [f"{name} is no tensor: left out" for name in checkpoint.left_out]
+        weights: WeightsFile = checkpoint
+        settings: dict[str, Any] = {}
+        if names == "gpt2":
+            settings = _gpt2_settings(config, checkpoint.names())
+            weights = AsGpt2(checkpoint, settings["vocab_size"])
+        facts = {"format": "pt", "hpc_train": __version__, "run": str(run.path), "step": str(checkpoint.step)}
+        converted = _Converted(weights, DTYPES[form.dtype] if form.dtype else None)
+        with _written_whole(out, converted) as partial:
+            _WRITERS[out.suffix](partial, converted, facts)
+            if settings and out.suffix == ".safetensors":
+                dtype = converted.names()[EMBEDDING].dtype
+                _write_settings(
+                    out.with_name("config.json"), settings | {"dtype": str(dtype).removeprefix("torch.")}, form
+                )
+                lines.append(f"{out.with_name('config.json')}: for GPT2LMHeadModel.from_pretrained('{out.parent}')")
+        num_tensors, num_values = len(converted.names()), sum(prod(kind.shape) for kind in converted.names().values())
+        return [*lines, f"{out}: step {checkpoint.step} of {run.path}, {num_tensors} tensors, {num_values:,} values"]
 
 
 class _Converted:
