@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.model import Metadata
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.meta_json import dict_at, text_at
-from hpc_train.core.formatting import listed
+from hpc_train.analysis.runs.meta_json import dict_at, positive_number, text_at
+from hpc_train.core.formatting import amount, listed
 
 
 def runs_metadata(runs: Sequence[Run], guard: SectionGuard) -> tuple[Metadata, tuple[tuple[str, Metadata], ...]]:
@@ -38,6 +38,7 @@ def run_metadata(run: Run) -> Metadata:
         "reduction": run.config.reduce.strategy + _servers_text(run),
         "device": text_at(meta, "device"),
         "precision": text_at(meta, "precision"),
+        "peak memory of a rank": _peak_text(run),
         "versions": ", ".join(f"{name} {version}" for name in versions if (version := text_at(versions, name))),
         "MPI": text_at(dict_at(meta, "mpi"), "version") or "unknown",
         "git commit": (text_at(git, "commit") or "unknown")[:12] + modified,
@@ -45,6 +46,17 @@ def run_metadata(run: Run) -> Metadata:
         "incomplete": run.incomplete,
     }
     return [(name, str(value)) for name, value in values.items() if value not in (None, "")]
+
+
+def _peak_text(run: Run) -> str:
+    """The largest of the ranks' peaks; empty for runs that did not record any."""
+    kinds = {"resident": run.meta.get("peak_resident_bytes"), "on its GPU": run.meta.get("peak_gpu_bytes")}
+    largest = {
+        kind: max(filter(None, map(positive_number, values)), default=None)
+        for kind, values in kinds.items()
+        if isinstance(values, list)
+    }
+    return ", ".join(f"{amount(peak, 'B')} {kind}" for kind, peak in largest.items() if peak)
 
 
 def _servers_text(run: Run) -> str:
