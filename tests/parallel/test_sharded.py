@@ -33,9 +33,6 @@ class Layers(Classification):
     def model(self) -> nn.Module:
         return Residual()
 
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        return super().loss(model, batch)
-
 
 class Residual(nn.Module):
     def __init__(self) -> None:
