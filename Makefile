@@ -5,6 +5,7 @@
 # make bench-io  measure reading and writing of HDF5 against bounds and other libraries (a quiet machine; 4 minutes)
 # make bench-plan  predict published scaling series from their small sizes, Extra-P beside (it gets an environment of its own)
 # make bench-link  train over limited links against what bench allreduce predicts (root, a quiet machine)
+# make bench-large  memory of a rank and time of a step by strategy and stage (a quiet machine; 15 minutes)
 # make test-rdma  train over InfiniBand verbs between two emulated guests (root, 8 minutes)
 # make test-all  every test, each command started as a process of its own, every fault, and 5,000 inputs that nobody would write
 # make test-fuzz  those inputs alone (15 minutes)
@@ -13,7 +14,7 @@
 # make check   install, ruff and mypy
 # make docs    the documentation as HTML: docs/_build/html
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo models bench bench-io bench-plan bench-link bench-memory test test-serial test-parallel test-cluster test-all test-faults test-fuzz test-kills test-rdma check docs install clean
+.PHONY: demo models bench bench-io bench-plan bench-link bench-large bench-memory test test-serial test-parallel test-cluster test-all test-faults test-fuzz test-kills test-rdma check docs install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -124,6 +125,11 @@ bench-plan:
 bench-link:
 	@./install.sh test
 	python -m tests.benchmarks.link
+
+# A rank's memory and a step's time by strategy and stage: a quiet machine of 12 GB, 15 minutes.
+bench-large:
+	@./install.sh test
+	python -m tests.benchmarks.large
 
 check:
 	@./install.sh test check

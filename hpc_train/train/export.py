@@ -5,7 +5,7 @@ import os
 import secrets
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from hpc_train import __version__
 from hpc_train.core import rundir
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError, not_written
+from hpc_train.core.paths import exists
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
@@ -25,7 +26,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import open_files
 from hpc_train.train.models.gpt2_names import EMBEDDING, HEAD
 from hpc_train.train.models.transformer import GPT_2
-from hpc_train.train.weights_file import DTYPE_NAMES, MODEL, AsGpt2, Kind, WeightsFile, read_run
+from hpc_train.train.weights_file import DTYPE_NAMES, MODEL, AsGpt2, Kind, WeightsFile, open_run
 
 Names = Literal["ours", "gpt2"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,7 +55,7 @@ def export(path: Path, out: Path, form: Form, overrides: tuple[str, ...] = ()) -
         raise UserError(f"{out}: the format of '{out.suffix}' is unknown", f"Known: {', '.join(SUFFIXES)}.")
     if out.suffix == ".h5" and form.dtype == "bf16":
         raise UserError("--dtype bf16 is no type of HDF5", "Say fp32 or fp16, or name a .safetensors file.")
-    if out.exists() and not form.force:
+    if exists(out) and not form.force:
         raise UserError(f"{out} exists", "Name another file, or overwrite it: --force")
     run = max(rundir.find([path]), key=lambda run: run.path.name)
     config = load(run.config, overrides).config
@@ -66,23 +67,25 @@ def export(path: Path, out: Path, form: Form, overrides: tuple[str, ...] = ()) -
             "Only task.model = 'gpt' has these names: say --names ours.",
         )
     lines: list[str] = []
-    checkpoint = read_run(run, form.step, lines.append)
-    lines += [f"{name} is no tensor: left out" for name in checkpoint.left_out]
-    weights: WeightsFile = checkpoint
-    settings: dict[str, Any] = {}
-    if names == "gpt2":
-        settings = _gpt2_settings(config, checkpoint.names())
-        weights = AsGpt2(checkpoint, settings["vocab_size"])
-    facts = {"format": "pt", "hpc_train": __version__, "run": str(run.path), "step": str(checkpoint.step)}
-    converted = _Converted(weights, DTYPES[form.dtype] if form.dtype else None)
-    with _written_whole(out, converted) as partial:
-        _WRITERS[out.suffix](partial, converted, facts)
-        if settings and out.suffix == ".safetensors":
-            dtype = converted.names()[EMBEDDING].dtype
-            _write_settings(out.with_name("config.json"), settings | {"dtype": str(dtype).removeprefix("torch.")}, form)
-            lines.append(f"{out.with_name('config.json')}: for GPT2LMHeadModel.from_pretrained('{out.parent}')")
-    num_tensors, num_values = len(converted.names()), sum(prod(kind.shape) for kind in converted.names().values())
-    return [*lines, f"{out}: step {checkpoint.step} of {run.path}, {num_tensors} tensors, {num_values:,} values"]
+    with open_run(run, form.step, lines.append) as checkpoint:
+        lines += [f"{name} is no tensor: left out" for name in checkpoint.left_out]
+        weights: WeightsFile = checkpoint
+        settings: dict[str, Any] = {}
+        if names == "gpt2":
+            settings = _gpt2_settings(config, checkpoint.names())
+            weights = AsGpt2(checkpoint, settings["vocab_size"])
+        facts = {"format": "pt", "hpc_train": __version__, "run": str(run.path), "step": str(checkpoint.step)}
+        converted = _Converted(weights, DTYPES[form.dtype] if form.dtype else None)
+        with _written_whole(out, converted) as partial:
+            _WRITERS[out.suffix](partial, converted, facts)
+            if settings and out.suffix == ".safetensors":
+                dtype = converted.names()[EMBEDDING].dtype
+                _write_settings(
+                    out.with_name("config.json"), settings | {"dtype": str(dtype).removeprefix("torch.")}, form
+                )
+                lines.append(f"{out.with_name('config.json')}: for GPT2LMHeadModel.from_pretrained('{out.parent}')")
+        num_tensors, num_values = len(converted.names()), sum(prod(kind.shape) for kind in converted.names().values())
+        return [*lines, f"{out}: step {checkpoint.step} of {run.path}, {num_tensors} tensors, {num_values:,} values"]
 
 
 class _Converted:
@@ -126,7 +129,8 @@ def _written_whole(out: Path, weights: _Converted) -> Iterator[Path]:
     except OSError as error:
         raise not_written(out, error, weights.num_bytes()) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 # ------------------------------------------------------------------------------------------------ formats
@@ -243,6 +247,6 @@ def _vocab_size(config: Config) -> int:
 
 def _write_settings(path: Path, settings: dict[str, Any], form: Form) -> None:
     text = json.dumps(settings, indent=2) + "\n"
-    if path.exists() and not form.force and path.read_bytes() != text.encode():
+    if exists(path) and not form.force and path.read_bytes() != text.encode():
         raise UserError(f"{path} exists, of another model", "Export to another folder, or overwrite it: --force")
     rundir.write_atomic(path, text)

@@ -28,7 +28,8 @@ def load_weights(model: nn.Module, init_from: str) -> str:
     Floating-point numbers are converted to the model's type. Raises UserError if tensors are missing, unexpected or of
     another shape, before it changes the model.
     """
-    with open_weights(expanded(Path(init_from))) as found:
+    key = f"train.init_from = '{init_from}'"
+    with open_weights(expanded(Path(init_from)), key) as found:
         weights: WeightsFile = (
             FromGpt2(found) if isinstance(model, Gpt) and gpt2_names.is_gpt2(found.names()) else found
         )
@@ -36,7 +37,7 @@ def load_weights(model: nn.Module, init_from: str) -> str:
         targets = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
         if faults := _faults(kinds, targets, padded):
             raise UserError(
-                f"train.init_from = '{init_from}' is of another model:\n    " + "\n    ".join(faults),
+                f"{key} is of another model:\n    " + "\n    ".join(faults),
                 "Set task.model and task.options as they were there, or name weights of this model.",
             )
         for name, target in targets.items():

@@ -21,6 +21,7 @@ from hpc_train.train.comm.mesh import Mesh, open_mesh
 from hpc_train.train.comm.placement import RankPlacement, crowding_warnings, place_ranks
 from hpc_train.train.data.batches import Batches, StepBatch
 from hpc_train.train.device import autocast, count_flops, open_device, peak_flops, recompute_blocks
+from hpc_train.train.initial_weights import build
 from hpc_train.train.onednn import compile_model, warn_of_channels_last
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.reduce.reducer import Reducer
@@ -57,8 +58,7 @@ def open_job(config: Config, context: Context) -> Iterator[Job]:
     with open_mesh(config.reduce, context) as mesh:
         task = _open_task(config, mesh, context)
         batch_size = _batch_size(config, task, context)
-        torch.manual_seed(config.seed)
-        model = _make_model(task, context).to(device)
+        model = _make_model(task, config.seed, context).to(device)
         facts = {
             "size": context.world.size,
             "global_batch": batch_size,
@@ -109,13 +109,13 @@ def _check_batch_size(config: Config, batch_size: int, num_samples: int) -> None
         )
 
 
-def _make_model(task: Task, context: Context) -> nn.Module:
+def _make_model(task: Task, seed: int, context: Context) -> nn.Module:
     """Collective. The task's model. Raises UserError if ranks made different ones: gradients could not be summed."""
-    model = context.on_all(task.model)
-    mine = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    initial = context.on_all(partial(build, task.model, seed))
+    mine = [(name, tuple(p.shape), str(p.dtype)) for name, p in initial.model.named_parameters()]
     roots = context.on_root(lambda: mine)
     context.on_all(partial(_check_same_model, mine, roots, context.world.rank))
-    return model
+    return context.on_all(initial.materialise)
 
 
 def _check_same_model(mine: list[Any], roots: list[Any], rank: int) -> None:

@@ -11,6 +11,7 @@ from hpc_train.train.reduce.buckets import trainable_parameters
 from hpc_train.train.reduce.reducer import Reducer
 from hpc_train.train.run.attempt import Attempt, check_resumes, log, require_first_start
 from hpc_train.train.run.checkpoint.restore import broadcast, read_newest
+from hpc_train.train.run.checkpoint.retention import path_of
 from hpc_train.train.setup import Job
 
 
@@ -95,7 +96,7 @@ def _load(state: dict[str, Any], training: TrainingState, attempt: Attempt, step
     try:
         training.load(state, with_loss_scale)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        folder = attempt.source.checkpoint(step) if attempt.source else None
+        folder = path_of(attempt.source, step) if attempt.source else None
         raise UserError(
             f"{folder} does not fit this job: {type(error).__name__}: {error}",
             "Move it away to continue from the checkpoint before it, or begin another run: --resume never",

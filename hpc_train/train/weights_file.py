@@ -1,11 +1,11 @@
 """Files of weights, read one tensor at a time: safetensors, HDF5 and the checkpoints of a run.
 
-A reader holds no tensors of its own (but for the checkpoints of format 2, which can only be loaded whole), so that a
+A reader holds no tensors of its own (but for checkpoints of format 2, which are loaded whole), so that a
 rank can read what it needs and no more.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +20,8 @@ from hpc_train.core.paths import exists
 from hpc_train.core.rundir import RunDir
 from hpc_train.train.data.hdf5_faults import HDF5_ERRORS
 from hpc_train.train.models import gpt2_names
-from hpc_train.train.run.checkpoint.format import UnusableCheckpoint, read
+from hpc_train.train.run.checkpoint.format import ModelTensors, is_checkpoint, open_model, read
+from hpc_train.train.run.checkpoint.pieces import UnusableCheckpoint
 from hpc_train.train.run.checkpoint.retention import checkpoints, step_of
 
 MODEL = "model"  # the group of an HDF5 file that holds the weights, one data set each
@@ -47,31 +48,36 @@ class WeightsFile(Protocol):
 
 
 @contextmanager
-def open_weights(path: Path) -> Iterator[WeightsFile]:
+def open_weights(path: Path, told: str) -> Iterator[WeightsFile]:
     """The weights of a .safetensors file, an HDF5 file, or a run directory (its newest good checkpoint), under the
     names that they have there.
 
-    Raises UserError, also for an error that reading meets inside the block.
+    told: what messages call the path, such as "train.init_from = 'x.h5'". Raises UserError, also for an error
+    that reading meets inside the block.
     """
     remedy = "Name a .safetensors file, an .h5 file, or a run directory."
     if not exists(path):
-        raise UserError(f"{path} does not exist", remedy)
+        raise UserError(f"{told} does not exist", remedy)
     if path.is_dir() and not rundir.is_run(path):
-        raise UserError(f"{path} is no run directory: those have a meta.json and a folder timings/", remedy)
+        raise UserError(f"{told} is no run directory: no meta.json, or no folder timings/", remedy)
     if path.is_dir():
-        yield read_run(RunDir(path))
+        with open_run(RunDir(path)) as weights:
+            yield weights
         return
     if not path.is_file() or path.suffix not in (".safetensors", ".h5"):
-        raise UserError(f"{path} is no file of weights that can be read", remedy)
+        raise UserError(f"{told} is no file of weights that can be read", remedy)
     try:
-        if path.suffix == ".h5":
+        if path.suffix == ".h5" and is_checkpoint(path):
+            with open_model(path) as model:
+                yield CheckpointWeights(str(path), model)
+        elif path.suffix == ".h5":
             with h5py.File(path, "r") as file:
                 yield Hdf5Weights(str(path), file)
         else:
             with safetensors.safe_open(path, "pt") as opened:
                 yield SafetensorsWeights(str(path), opened)
-    except (*HDF5_ERRORS, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}", "Copy it again, or export it anew.") from None
+    except (*HDF5_ERRORS, safetensors.SafetensorError, UnusableCheckpoint) as error:
+        raise UserError(f"{told} cannot be read: {error}", "Copy it again, or export it anew.") from None
 
 
 class SafetensorsWeights:
@@ -105,21 +111,27 @@ class Hdf5Weights:
 
         def visit(name: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset):
-                found[name] = Kind(item.shape, torch_dtype(self.source, name, item.dtype))
+                found[name] = Kind(item.shape, self._dtype(name, item))
 
         self._group.visititems(visit)
         return found
 
     def read(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self._group[name][()]).reshape(self._group[name].shape))
+        data_set = self._group[name]
+        stored = torch.from_numpy(np.ascontiguousarray(data_set[()]).reshape(data_set.shape))
+        return stored.view(self._dtype(name, data_set))
 
-
-def torch_dtype(source: str, name: str, dtype: np.dtype) -> torch.dtype:
-    """Raises UserError for a type that torch has not."""
-    try:
-        return torch.from_numpy(np.empty(0, dtype)).dtype
-    except (TypeError, ValueError):
-        raise UserError(f"{source}: {name} is of type {dtype}, no tensor", "Name a file of weights.") from None
+    def _dtype(self, name: str, data_set: h5py.Dataset) -> torch.dtype:
+        """Files may state a type that HDF5 has not, such as bfloat16. Raises UserError for one that torch has not."""
+        stated = getattr(torch, str(data_set.attrs.get("dtype")), None)
+        if isinstance(stated, torch.dtype):
+            return stated
+        try:
+            return torch.from_numpy(np.empty(0, data_set.dtype)).dtype
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{self.source}: {name} is of type {data_set.dtype}, no tensor", "Name a file of weights."
+            ) from None
 
 
 class LoadedWeights:
@@ -137,9 +149,28 @@ class LoadedWeights:
         return self._state[name]
 
 
-def read_run(
+class CheckpointWeights:
+    """The model of a checkpoint, read from its file."""
+
+    def __init__(self, source: str, model: ModelTensors) -> None:
+        self.source, self._model = source, model
+        self.step, self.left_out = model.step, model.left_out
+
+    def names(self) -> dict[str, Kind]:
+        return {name: Kind(*kind) for name, kind in self._model.names().items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Raises UserError for damage since it was opened."""
+        try:
+            return self._model.read(name)
+        except UnusableCheckpoint as error:
+            raise UserError(f"{self.source}: {error}", "Try again: an older checkpoint takes its place.") from None
+
+
+@contextmanager
+def open_run(
     run: RunDir, step: int | None = None, log: Callable[[str], None] = lambda line: print(line, flush=True)
-) -> LoadedWeights:
+) -> Iterator[CheckpointWeights | LoadedWeights]:
     """The weights of a run's newest good checkpoint, or of the one after `step` steps. Raises UserError.
 
     log: receives a warning for each newer checkpoint that is damaged.
@@ -154,17 +185,27 @@ def read_run(
         )
         raise UserError(f"{run.path} has {which}", remedy)
     refused = []
-    for each in asked:
-        try:
-            state, manifest = read(each)
-        except UnusableCheckpoint as error:
-            refused.append(f"{each}: {error}")
-            log(f"warning: checkpoint skipped: {refused[-1]}")
-            continue
-        return LoadedWeights(str(each), state["model"], manifest["step"])
+    with ExitStack() as stack:
+        for path in asked:
+            try:
+                weights = _open_checkpoint(path, stack)
+            except UnusableCheckpoint as error:
+                refused.append(f"{path}: {error}")
+                log(f"warning: checkpoint skipped: {refused[-1]}")
+                continue
+            yield weights
+            return
     raise UserError(
         f"no checkpoint of {run.path} can be used:\n    " + "\n    ".join(refused), "Name another step, or another run."
     )
+
+
+def _open_checkpoint(path: Path, stack: ExitStack) -> CheckpointWeights | LoadedWeights:
+    """Raises `UnusableCheckpoint`."""
+    if not path.is_dir():
+        return CheckpointWeights(str(path), stack.enter_context(open_model(path)))
+    state, manifest = read(path)
+    return LoadedWeights(str(path), state["model"], manifest["step"])
 
 
 # ------------------------------------------------------------------------------------------------ names of GPT-2

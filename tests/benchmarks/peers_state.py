@@ -69,7 +69,7 @@ def resume(turns: int, quick: bool, folder: Path, say: Say) -> Section:
     job = _written(_job(folder, "resume", megabytes, 2) | {"checkpoint": {"keep": 1}}, folder)
     output(jobs.command(0, "train", job))
     (run,) = find([folder / "runs" / "resume"])
-    (state,) = run.path.glob("checkpoints/step-*/state.pt")
+    (state,) = run.path.glob("checkpoints/step-*.h5")
     longer = jobs.settings(train__steps=4, checkpoint__keep=0)  # what is saved at its end is not looked at
     kept = folder / "kept"
     shutil.move(run.path, kept)  # a run that goes on is another one afterwards

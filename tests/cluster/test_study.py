@@ -128,7 +128,7 @@ def test_an_interruption_ends_the_ranks_and_leaves_a_checkpoint(
     started.send_signal(number)
     said, _ = started.communicate(timeout=60)
     assert started.returncode == code and ("interrupted" in said) == (code == 130), said
-    assert list(logs[0].parent.glob("checkpoints/step-*/checkpoint.json"))
+    assert list(logs[0].parent.glob("checkpoints/step-*.h5"))
     pids = [rank["pid"] for rank in json.loads((logs[0].parent / "meta.json").read_text())["ranks"]]
     while any(os.path.exists(f"/proc/{pid}") for pid in pids):  # mpirun ends a moment before its last rank
         assert monotonic() - began < 90

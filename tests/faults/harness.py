@@ -13,7 +13,9 @@ import torch
 from hpc_train.core.records import read_metrics
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.sampling import BatchSampler, Order, Shares
-from tests import jobs
+from hpc_train.train.run.checkpoint.retention import checkpoints as checkpoints_of
+from hpc_train.train.run.checkpoint.retention import step_of
+from tests import checkpoints, jobs
 
 STEPS, BATCH, SAMPLES, SEED = 24, 400, 4000, 0
 
@@ -111,10 +113,10 @@ class Job:
         return json.loads(found[-1].read_text()) if found else {}
 
     def weights(self, step: int = STEPS) -> dict[str, torch.Tensor]:
-        return torch.load(self.run.checkpoint(step) / "state.pt", weights_only=True)["model"]
+        return checkpoints.weights(self.run.checkpoint(step))
 
     def newest(self) -> int:
-        return max(int(path.name[5:]) for path in self.run.checkpoints_dir.glob("step-*"))
+        return step_of(checkpoints_of(self.run)[0])
 
     def losses(self) -> dict[int, float]:
         steps, losses = read_metrics(self.run.metrics)

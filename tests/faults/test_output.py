@@ -61,7 +61,7 @@ def test_a_training_outlasts_its_output(
     (run,) = tmp_path.glob("softmax-mnist/*")
     meta = json.loads((run / "meta.json").read_text())
     assert meta["outcome"] == "complete" and (run / "summary.json").exists()
-    assert (run / "checkpoints/step-00000300/checkpoint.json").exists()
+    assert (run / "checkpoints/step-00000300.h5").exists()
     assert meta["output_lost"]["0"]["stdout"] == fault
     survived(
         f"output {redirection.replace('|', 'into')}, {ranks or 1} ranks",

@@ -81,6 +81,23 @@ def test_a_stopped_rank_is_named_with_its_stack(
     survived(f"rank {victim} of 3 stopped (SIGSTOP)", what, recover_s, lost)
 
 
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_is_named_while_others_wait_for_its_weights(
+    how: signal.Signals, tmp_path: Path, digits: Path, survived: FaultTable
+) -> None:
+    """At stage 3 ranks wait for one another inside of their forward and backward passes."""
+    stage = [word for key in ("run.stall_s=4", "reduce.strategy=sharded", "reduce.stage=3") for word in ("--set", key)]
+    job = Job(3, tmp_path, digits, *stage, TRACE_DELAY="0.2").wait_for_step(8)
+    sleep(1.1)
+    os.kill(job.pid(1), how)
+    stopped_s = monotonic()
+    ended = job.end()
+    took_s = monotonic() - stopped_s
+    assert ended.code not in (0, 75) and took_s < 14
+    assert f"rank 1 on {HOST} {'is late' if how == signal.SIGSTOP else 'has died'}" in last_words(ended), ended.err
+    survived(f"a rank at stage 3 met {how.name}", f"named, job ended in {took_s:.1f} s")
+
+
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.thorough)])
 def test_a_rank_that_hangs_is_named_with_its_stack(
     victim: int, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable

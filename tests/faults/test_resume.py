@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from hpc_train.core import sampling
+from hpc_train.train.run.checkpoint.retention import checkpoints
 from tests import jobs
+from tests.checkpoints import as_format_2
 from tests.conftest import FaultTable
 from tests.faults.conftest import Reference
 from tests.faults.harness import BATCH, SAMPLES, SEED, STEPS, Job, assert_continuous
@@ -43,7 +45,7 @@ def test_a_run_stopped_within_an_epoch_ends_as_if_it_had_not_been(
         job = Job(ranks, tmp_path, digits, *words, "--resume", "auto", TRACE_DELAY="0.1", **noisy)
         stopped = job.wait_for_step(number).signal(signal.SIGUSR2).end()
         assert stopped.code == 75, stopped
-        assert "Stopped by" in stopped.out and (job.run.checkpoint(job.newest()) / "checkpoint.json").is_file()
+        assert "Stopped by" in stopped.out and job.run.checkpoint(job.newest()).is_file()
     assert job.newest() < 10
     done = Job(ranks, tmp_path, digits, *words, "--resume", "auto", **noisy)
     ended = done.end()
@@ -64,6 +66,25 @@ def test_a_run_stopped_within_an_epoch_ends_as_if_it_had_not_been(
     times = {1: "once", 2: "twice", 3: "three times"}[len(stops)]
     what = f"SIGUSR2 {times} within an epoch, {ranks or 1} rank{'s' * (ranks > 1)} ({strategy})"
     survived(what, "checkpoint, exit code 75; resumed: equal to the bit", done.seconds_to_first_step(), 0)
+
+
+def test_a_run_of_an_earlier_version_ends_as_if_that_had_gone_on(
+    tmp_path: Path, digits: Path, reference: Reference
+) -> None:
+    """Its checkpoints are folders of format 2; the next ones are files beside them."""
+    words = ("--set", "reduce.strategy=local", "--set", "train.optimizer=adamw", "--set", "train.lr=0.01")
+    noisy = {"TRACE_DROPOUT": "0.3"}
+    whole = reference(0, *words, **noisy)
+    job = Job(0, tmp_path, digits, *words, TRACE_DELAY="0.1", **noisy)
+    assert job.wait_for_step(7).signal(signal.SIGUSR2).end().code == 75
+    for path in checkpoints(job.run):
+        as_format_2(path)
+    assert not list(job.run.checkpoints_dir.glob("*.h5"))
+    done = Job(0, tmp_path, digits, *words, "--resume", "auto", **noisy)
+    ended = done.end()
+    assert ended.code == 0 and "Continuing at step" in ended.out and "warning" not in ended.out, ended
+    assert_continuous(done, whole)
+    assert [path.name for path in checkpoints(done.run)] == ["step-00000024.h5", "step-00000020.h5"]
 
 
 def test_on_other_numbers_of_ranks_every_sample_is_seen_once_and_losses_agree(

@@ -7,38 +7,40 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 
+import h5py
 import pytest
 import torch
 
 from hpc_train.core.records import read_metrics
 from hpc_train.core.rundir import RunDir
-from tests import jobs
+from hpc_train.train.run.checkpoint import format
+from tests import checkpoints
 from tests.conftest import FaultTable
 from tests.faults.conftest import Reference
 from tests.faults.harness import STEPS, Job, assert_continuous, until
 
-# Calls that one save makes, in order: sync state, sync facts, sync folder, sync metrics and step records, rename, sync
-# parent, then the third save renames the oldest one away and removes it. Counted over the saves of steps 5, 10 and 15.
+# Calls that one save makes, in order: sync file, sync metrics and step records, rename, sync folder, then the third
+# save removes the oldest one. Counted over the saves of steps 5, 10 and 15. A save writes 9 times: three pages of the
+# frame, four tensors, table, header.
 STAGES = {
-    "writing the state of the second": "torch.save:2",
-    "state written, not synced": "os.fsync:7",
-    "state synced, facts not": "os.fsync:8",
-    "folder not synced": "os.fsync:9",
-    "records not synced": "os.fsync:10",
+    "making the file of the second": "os.ftruncate:2",
+    "its tensors half written": "os.pwrite:15",
+    "before its header is written": "os.pwrite:18",
+    "written, not synced": "os.fsync:5",
+    "records not synced": "os.fsync:6",
     "before the rename": "os.rename:2",
     "after the rename": "os.rename:2:after",
-    "before the oldest is moved away": "os.rename:4",
-    "oldest moved, not removed": "os.rename:4:after",
+    "before the oldest is removed": "os.unlink:1",
+    "oldest removed": "os.unlink:1:after",
 }
 
 
-_ALWAYS = {"before the rename", "oldest moved, not removed"}
+_ALWAYS = {"before the rename", "oldest removed"}
 
 
 @pytest.mark.parametrize(
@@ -104,42 +106,41 @@ def test_ranks_that_stop_together_finish_a_save_under_way(tmp_path: Path, digits
 def assert_ends_as(run: RunDir, reference: Job) -> None:
     """Asserts steps, losses and weights of the undisturbed run."""
     assert read_metrics(run.metrics) == read_metrics(reference.run.metrics)
-    ours = torch.load(run.checkpoint(STEPS) / "state.pt", weights_only=True)["model"]
+    ours = checkpoints.weights(run.checkpoint(STEPS))
     assert all(torch.equal(ours[name], theirs) for name, theirs in reference.weights().items())
 
 
 Damage = Callable[[Path], object]
 
 
-def flip_a_bit(folder: Path) -> None:
-    data = bytearray((folder / "state.pt").read_bytes())
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    (folder / "state.pt").write_bytes(data)
+    path.write_bytes(data)
 
 
-def alter_facts(folder: Path) -> None:
-    facts = (folder / "checkpoint.json").read_text()
-    (folder / "checkpoint.json").write_text(facts.replace('"global_batch": 400', '"global_batch": 401'))
+def alter_facts(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file["loader"].attrs.modify("global_batch", 401)
 
 
-def put_another_models(folder: Path) -> None:
+def alter_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"bytes"', b'"bytez"', 1))
+
+
+def put_another_models(path: Path) -> None:
     """Replaces it by an intact checkpoint of another model."""
-    script = (
-        "import sys, json, pathlib, torch\nfrom hpc_train.train.run.checkpoint import format\n"
-        "folder = pathlib.Path(sys.argv[1])\nfacts = json.loads((folder / 'checkpoint.json').read_text())\n"
-        "facts = {key: facts[key] for key in ('step', 'size', 'global_batch', 'num_samples')}\n"
-        "state = {'model': {'other': torch.zeros(3)}, 'optimizer': {}, 'loss_scale': [1.0, 0], 'task': {}}\n"
-        "format.write(folder, state, facts)\n"
-    )
-    subprocess.run([sys.executable, "-c", script, folder], check=True, timeout=60, cwd=jobs.ROOT)
+    _, facts = format.read(path)
+    state = {"model": {"other": torch.zeros(3)}, "optimizer": {}, "loss_scale": [1.0, 0], "task": {}}
+    format.write(path, state, facts)
 
 
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "a bit flipped": (flip_a_bit, "its checksum differs"),
-    "truncated": (lambda folder: os.truncate(folder / "state.pt", 1000), "has 1000 of"),
-    "state missing": (lambda folder: (folder / "state.pt").unlink(), "is incomplete"),
-    "facts damaged": (lambda folder: (folder / "checkpoint.json").write_text("{"), "cannot be read"),
-    "facts altered": (alter_facts, "checkpoint.json is damaged: its checksum differs"),
+    "a bit flipped": (flip_a_bit, "model/1.weight is damaged in bytes 0 to"),
+    "truncated": (lambda path: os.truncate(path, 5000), "it has 5000 of"),
+    "emptied": (lambda path: path.write_bytes(b""), "does not begin as a checkpoint"),
+    "header damaged": (alter_header, "its header is damaged"),
+    "facts altered": (alter_facts, "its names and facts are damaged: their checksum differs"),
     "of another model": (put_another_models, "of another model"),
 }
 
@@ -158,15 +159,15 @@ def test_damaged_checkpoints_are_refused_with_the_reason_and_the_newest_good_one
         damage, reason = DAMAGES[name]
         copy = tmp_path / name.replace(" ", "-")
         shutil.copytree(job.run.path, copy)
-        damage(copy / "checkpoints" / f"step-{newest:08d}")
+        damage(RunDir(copy).checkpoint(newest))
         ended = Job(0, copy / "jobs", digits, "--resume", str(copy)).end()
         assert ended.code == 0, ended
         assert f"checkpoint skipped: {copy}" in ended.out and reason in ended.out
         assert "Continuing at step 10" in ended.out
         assert_ends_as(RunDir(copy), reference(0))
         survived(f"newest checkpoint {name}", "refused with the reason, the one before it is used", None, newest - 10)
-    for folder in job.run.checkpoints_dir.iterdir():
-        flip_a_bit(folder)
+    for path in job.run.checkpoints_dir.iterdir():
+        flip_a_bit(path)
     refused = Job(0, tmp_path, digits, "--resume", "auto").end()
     assert refused.code == 2 and "no checkpoint of" in refused.err and refused.err.count("checksum differs") == 2
 
@@ -217,7 +218,7 @@ def test_records_are_cut_back_to_the_checkpoint_that_a_run_goes_on_from(
     job = Job(0, tmp_path, digits, "--set", "train.log_every=1", TRACE_DELAY="0.1").wait_for_step(14)
     job.process.kill()
     job.process.communicate()
-    shutil.rmtree(job.run.checkpoint(15), ignore_errors=True)
+    job.run.checkpoint(15).unlink(missing_ok=True)
     metrics = job.run.metrics
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_bytes("".join(lines[:12] + lines[5:7]).encode() + b"\0" * 30)  # steps 0 to 10; 4 and 5 twice; zeros

@@ -1,6 +1,5 @@
 """Checkpoints: damaged ones, which must not be used, and ones with valid checksums whose content is wrong."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from hpc_train.train.run.checkpoint.format import MANIFEST, STATE, write
+from hpc_train.train.run.checkpoint.format import read, write
+from tests import checkpoints
 from tests.fuzz.damage import Damage, byte_damages, text_damages
 from tests.fuzz.play import Case, Fault, Play, finite_losses
 
@@ -22,21 +22,26 @@ def _begin(play: Play) -> Path:
     (play.folder / "job.toml").write_bytes((play.materials / "job.toml").read_bytes())
     (play.folder / "data.h5").symlink_to(play.materials / "data-plain.h5")
     (run,) = (play.folder / "runs/job").iterdir()
-    shutil.rmtree(run / "checkpoints/step-00000004")
+    (run / "checkpoints/step-00000004.h5").unlink()
     (run / "summary.json").unlink()
     return run
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints/step-00000004" / STATE, weights_only=True)["model"]
+    return checkpoints.weights(run / "checkpoints/step-00000004.h5")
 
 
 def _damaged(file: str, damages: list[Damage]) -> Case:
-    """Whatever the damage, the run resumes from the checkpoint before, and ends like an undamaged one."""
+    """file: of a folder of format 2, or "" for a checkpoint of format 3.
+
+    Whatever the damage, the run resumes from the checkpoint before, and ends like an undamaged one.
+    """
 
     def act(play: Play) -> None:
         run = _begin(play)
-        path = run / "checkpoints/step-00000002" / file
+        path = run / "checkpoints/step-00000002.h5"
+        if file:
+            path = checkpoints.as_format_2(path) / file
         for _, damage in damages:
             path.write_bytes(damage(path.read_bytes()))
         if play.hpc_train("train", "job.toml", "--resume", "auto").code == 0:
@@ -46,7 +51,7 @@ def _damaged(file: str, damages: list[Damage]) -> Case:
             if not all(torch.equal(ours[name], theirs[name]) for name in theirs):
                 raise Fault("the weights are not those of a run that nobody damaged")
 
-    return f"{file}: {', '.join(what for what, _ in damages)}", act
+    return f"{file or 'h5'}: {', '.join(what for what, _ in damages)}", act
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -76,16 +81,13 @@ _VALUES: dict[str, Callable[[Any], Any]] = {
 def _sealed(changes: list[tuple[str, int, str]]) -> Case:
     def act(play: Play) -> None:
         run = _begin(play)
-        folder = run / "checkpoints/step-00000002"
-        state = torch.load(folder / STATE, weights_only=True)
-        facts = json.loads((folder / MANIFEST).read_text())
+        path = run / "checkpoints/step-00000002.h5"
+        state, facts = read(path)
         for which, number, what in changes:
             _change(state if which == "state" else facts, number, what)
-        shutil.rmtree(folder)
+        path.unlink()
         try:
-            write(
-                folder, state, {key: value for key, value in facts.items() if key not in ("sha256", "files", "format")}
-            )
+            write(path, state, facts)
         except Exception:  # noqa: BLE001  not even our own writer writes it
             return
         if play.hpc_train("train", "job.toml", "--resume", "auto").code == 0:
@@ -108,8 +110,8 @@ def _change(told: dict[str, Any], number: int, what: str) -> None:
 
 _changes = st.tuples(st.sampled_from(["state", "state", "facts"]), st.integers(0, 60), st.sampled_from(sorted(_VALUES)))
 cases: st.SearchStrategy[Case] = st.one_of(
-    st.builds(_damaged, st.just(STATE), st.lists(byte_damages, min_size=1, max_size=2)),
-    st.builds(_damaged, st.just(MANIFEST), st.lists(text_damages, min_size=1, max_size=2)),
+    st.builds(_damaged, st.sampled_from(["", "", "state.pt"]), st.lists(byte_damages, min_size=1, max_size=2)),
+    st.builds(_damaged, st.just("checkpoint.json"), st.lists(text_damages, min_size=1, max_size=2)),
     st.builds(_sealed, st.lists(_changes, min_size=1, max_size=2)),
     st.builds(_sealed, st.lists(_changes, min_size=1, max_size=1)),
 )

@@ -91,6 +91,8 @@ _LINES = [
         "train job.toml --set run.root=@",
         "train job.toml --resume @",
         "generate @",
+        "export @ a.pt",
+        "train job.toml --set train.init_from=@",
         "data check @",
         "data info @",
         "data check data.h5 @",

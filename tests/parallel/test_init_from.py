@@ -20,13 +20,13 @@ def test_every_strategy_begins_with_the_weights_of_the_file(context: Context, sh
     out = shared_path / "weights.safetensors"
     context.on_root(lambda: export(first.path, out, Form()))
     begun = {}
-    for strategy in ("mpi", "sharded", "horovod"):
+    for strategy, stage in (("mpi", 1), ("horovod", 1), ("sharded", 1), ("sharded", 3)):
         for name, source in (("file", out), ("run", first.path)):
-            root = shared_path / f"{strategy}-{name}"
-            more = {"train__init_from": source, "reduce__strategy": strategy, "seed": 5}
-            begun[strategy, name] = losses(run(context, root, digits, "mlp-mnist.toml", **(keys | more)))
+            root = shared_path / f"{strategy}-{stage}-{name}"
+            more = {"train__init_from": source, "reduce__strategy": strategy, "reduce__stage": stage, "seed": 5}
+            begun[strategy, stage, name] = losses(run(context, root, digits, "mlp-mnist.toml", **(keys | more)))
     anew = losses(run(context, shared_path / "anew", digits, "mlp-mnist.toml", reduce__strategy="mpi", seed=5, **keys))
-    expected = begun["mpi", "file"]
+    expected = begun["mpi", 1, "file"]
     assert expected[0] < anew[0] - 0.01, "trained for three steps"
     for case, found in begun.items():
         assert found[0] == pytest.approx(expected[0], abs=1e-6), case

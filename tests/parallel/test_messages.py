@@ -14,6 +14,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mpi_library import mpi
 from hpc_train.train.reduce.horovod_library import load_horovod
 from hpc_train.train.reduce.transports import HorovodTransport, MpiTransport, SplittingTransport
+from tests import checkpoints
 from tests.parallel.test_train import losses, run
 
 ABOVE_BYTES = (1 << 31) + (1 << 20)  # more than 32 bits with a sign count
@@ -111,7 +112,7 @@ def test_a_training_in_pieces_is_one_of_whole_messages(
     monkeypatch.setattr(messages, "MOST_BYTES", 4096)
     cut = train_in(root=shared_path / "cut")
     assert np.allclose(losses(cut), losses(whole), rtol=1e-6 if "reduce__compression" not in keys else 1e-2)
-    states = [torch.load(each.checkpoint(4) / "state.pt", weights_only=True) for each in (whole, cut)]
+    states = [checkpoints.state(each.checkpoint(4)) for each in (whole, cut)]
     for name, weights in states[0]["model"].items():
         assert torch.allclose(states[1]["model"][name], weights, atol=1e-4)
     for name, kept in states[0]["optimizer"].items():

@@ -21,6 +21,7 @@ from hpc_train.train.reduce.fully_sharded import FullySharded
 from hpc_train.train.reduce.shard_blocks import find_blocks, parameters_of
 from hpc_train.train.reduce.transports import MpiTransport, SplittingTransport
 from hpc_train.train.tasks.classification import Classification
+from tests import checkpoints
 from tests.parallel.test_train import CONFIGS, losses, run
 
 STEPS = 8
@@ -31,9 +32,6 @@ class Layers(Classification):
 
     def model(self) -> nn.Module:
         return Residual()
-
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        return super().loss(model, batch)
 
 
 class Residual(nn.Module):
@@ -333,7 +331,7 @@ def test_a_checkpoint_of_stage_3_is_read_without_mpi(context: Context, shared_pa
     keys = KEYS | {"reduce__strategy": "local"} if context.world.size == 1 else KEYS | sharded(3)
     made = run(context, shared_path, digits, "mlp-mnist.toml", **keys)
     assert isinstance(made, RunDir)
-    state = torch.load(made.checkpoint(STEPS) / "state.pt", weights_only=True)
+    state = checkpoints.state(made.checkpoint(STEPS))
     model = Residual()
     model.load_state_dict(state["model"])
     assert torch.equal(state["model"]["second.weight"], state["model"]["first.weight"])

@@ -18,8 +18,11 @@ from hpc_train.core.rundir import RunDir
 from hpc_train.core.signals import CONTINUE
 from hpc_train.core.timing_log import read_timings
 from hpc_train.train.comm.context import Context
+from hpc_train.train.initial_weights import build
 from hpc_train.train.loop import train
+from hpc_train.train.models.mlp import Mlp
 from hpc_train.train.tasks.classification import Classification
+from tests import checkpoints
 from tests.parallel.test_train import CONFIGS, losses, losses_alone, run
 
 SMALL = {"task__options": "{hidden=[64]}", "train__threads": 1}
@@ -66,7 +69,7 @@ def test_a_prolonged_run_is_a_long_one_to_the_bit(
     settings = tuple(f"{key.replace('__', '.')}={value}" for key, value in more.items())
     assert train(load(CONFIGS / "mlp-mnist.toml", settings), context, str(begun.path)) == 0
     context.barrier()
-    ours, theirs = (torch.load(each.checkpoint(8) / "state.pt", weights_only=True) for each in (begun, whole))
+    ours, theirs = (checkpoints.state(each.checkpoint(8)) for each in (begun, whole))
     assert losses(begun).tolist() == losses(whole).tolist()
     for part in ("model", "optimizer"):
         assert ours[part].keys() == theirs[part].keys()
@@ -189,7 +192,7 @@ def test_an_infinite_gradient_is_left_out_by_all_ranks_alike(
     made = run(context, shared_path, digits, "mlp-mnist.toml", train__on_nonfinite="skip", **keys)
     found = losses(made)
     assert len(found) == 8 and np.isfinite(found).all() and found[-1] < found[0]
-    state = torch.load(made.checkpoint(8) / "state.pt", weights_only=True)
+    state = checkpoints.state(made.checkpoint(8))
     assert all(
         kept["step"].item() == 7 and torch.isfinite(kept["exp_avg"]).all() for kept in state["optimizer"].values()
     )
@@ -234,3 +237,16 @@ def test_too_few_ranks_for_the_servers(context: Context, shared_path: Path, digi
     keys = {"reduce__strategy": "parameter_server", "reduce__servers": 4}
     with pytest.raises(UserError, match=r"reduce\.servers = 4 would serve, and none train"):
         run(context, shared_path, digits, "mlp-mnist.toml", **SMALL, train__steps=2, **keys)
+
+
+@pytest.mark.parametrize("strategy", ["horovod", "mpi", *SPREAD])
+def test_a_run_begins_with_the_weights_of_its_seed(
+    context: Context, shared_path: Path, digits: Path, strategy: str
+) -> None:
+    """Weights before the first step: a learning rate of (almost) 0 leaves them as they were drawn."""
+    keys = {**SMALL, "train__steps": 1, "train__lr": 1e-30, "train__weight_decay": 0.0, "seed": 11}
+    made = run(context, shared_path, digits, "mlp-mnist.toml", **keys, **keys_of(strategy, context.world.size))
+    kept = checkpoints.state(made.checkpoint(1))["model"]
+    alone = build(lambda: Mlp((28, 28), 10, hidden=[64]), 11)
+    for name, value in kept.items():
+        assert torch.allclose(value, alone.draw(name), rtol=0, atol=1e-25), name

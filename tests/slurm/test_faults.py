@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hpc_train.core.timing_log import read_timings
-from tests import jobs
+from tests import checkpoints, jobs
 from tests.conftest import FaultTable
 from tests.slurm.slurm import Cluster, until
 
@@ -96,8 +96,8 @@ def moment(written: str) -> float:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (path,) = folder.glob(f"runs/*/*/checkpoints/step-{STEPS:08d}/state.pt")
-    return torch.load(path, weights_only=True)["model"]
+    (path,) = folder.glob(f"runs/*/*/checkpoints/step-{STEPS:08d}.h5")
+    return checkpoints.weights(path)
 
 
 def test_time_limit(cluster: Cluster, digits: Path, tmp_path: Path, quiet: Path, survived: FaultTable) -> None:

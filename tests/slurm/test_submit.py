@@ -85,20 +85,20 @@ def test_a_job_asked_to_stop_comes_back_and_finishes_the_same_run(
 @pytest.mark.thorough
 def test_a_cancelled_job_keeps_its_work_and_does_not_come_back(cluster: Cluster, digits: Path, folder: Path) -> None:
     job, run = submit(cluster, folder, "srun", *settings(digits, train__steps=1000000, checkpoint__every_steps=20))
-    until(lambda: list(run.glob("checkpoints/*/checkpoint.json")), "a checkpoint", LONG_S)
+    until(lambda: list(run.glob("checkpoints/step-*.h5")), "a checkpoint", LONG_S)
     cluster.shape(None)
     cluster.cancel(job)
     until(lambda: cluster.accounted(job) == ["CANCELLED"], "CANCELLED in the accounting", LONG_S)
     assert cluster.show(job)["Restarts"] == "0"
     assert "requeued" not in (run / f"job-{job}.out").read_text()
-    assert list(run.glob("checkpoints/*/checkpoint.json"))
+    assert list(run.glob("checkpoints/step-*.h5"))
 
 
 def test_the_same_script_again_continues_the_same_run(cluster: Cluster, digits: Path, folder: Path) -> None:
     """The script contains all options, so the job is the same from any shell, whatever ended it before."""
     job, run = submit(cluster, folder, "srun", *settings(digits, train__steps=300, checkpoint__every_steps=20))
     trains(cluster, job, run)
-    until(lambda: list(run.glob("checkpoints/*/checkpoint.json")), "a checkpoint", LONG_S)
+    until(lambda: list(run.glob("checkpoints/step-*.h5")), "a checkpoint", LONG_S)
     cluster.on("head", "scancel", "--signal=KILL", job)
     cluster.shape(None)
     cluster.wait(job, "FAILED", "CANCELLED", timeout_s=LONG_S)

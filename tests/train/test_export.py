@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,8 +28,9 @@ from hpc_train.train.initial_from import load_weights
 from hpc_train.train.loop import train
 from hpc_train.train.models.gpt import Gpt
 from hpc_train.train.models.mlp import Mlp
-from hpc_train.train.weights_file import open_weights, read_run
+from hpc_train.train.weights_file import open_run, open_weights
 from tests import jobs
+from tests.checkpoints import as_format_2
 
 ALONE = Context(World())
 VOCAB, CONTEXT, HEADS = 50, 16, 2
@@ -81,8 +84,8 @@ def run(job: Path) -> RunDir:
 @pytest.fixture(scope="module")
 def weights(run: RunDir) -> dict[str, torch.Tensor]:
     """Of the newest checkpoint, under our names."""
-    checkpoint = read_run(run)
-    return {name: checkpoint.read(name) for name in checkpoint.names()}
+    with open_run(run) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint.names()}
 
 
 def gpt(weights: dict[str, torch.Tensor]) -> Gpt:
@@ -250,20 +253,48 @@ def test_a_disk_that_refuses_leaves_nothing(run: RunDir, suffix: str, tmp_path: 
     assert os.listdir(tmp_path) == []
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_named(job: Path, tmp_path: Path) -> None:
+    assert train(load(job, (f"run.root={tmp_path / 'runs'}",)), ALONE) == 0
+    (run,) = find([tmp_path / "runs"])
+    newest = run.path / "checkpoints" / "step-00000004.h5"
+    content = bytearray(newest.read_bytes())
+    with h5py.File(newest) as file:
+        content[file["model/blocks.1.wide.weight"].id.get_offset() + 9] ^= 1
+    newest.write_bytes(content)
+    damage = r"model/blocks\.1\.wide\.weight is damaged in bytes"
+    lines = export(run.path, tmp_path / "a.safetensors", Form())
+    assert re.search(damage, lines[0]) and "step 2 of" in lines[-1]
+    with pytest.raises(UserError, match=damage):
+        export(run.path, tmp_path / "b.safetensors", Form(step=4))
+    for path in (newest, shutil.copy(newest, tmp_path / "copy.h5")):
+        with pytest.raises(UserError, match=rf"train\.init_from = .*{damage}"):
+            load_weights(Gpt(VOCAB, **OPTIONS), str(path))
+    load_weights(Gpt(VOCAB, **OPTIONS), str(run.path / "checkpoints" / "step-00000002.h5"))
+
+
+def test_checkpoints_of_earlier_versions_are_exported(
+    run: RunDir, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    as_format_2(tmp_path / "run" / "checkpoints" / "step-00000004.h5")
+    assert "step 4 of" in export(tmp_path / "run", tmp_path / "a.safetensors", Form("ours"))[-1]
+    assert equal(loaded(tmp_path / "a.safetensors"), weights)
+
+
 # Stops the export in the middle of its file by a signal to itself, once half the tensors are read.
 STOPPED = """
 import os, signal, sys
 from pathlib import Path
 from hpc_train.train import weights_file
 from hpc_train.train.export import Form, export
-read, count = weights_file.LoadedWeights.read, 0
+read, count = weights_file.CheckpointWeights.read, 0
 def stopping(self, name):
     global count
     count += 1
     if count == 10:
         os.kill(os.getpid(), getattr(signal, sys.argv[3]))
     return read(self, name)
-weights_file.LoadedWeights.read = stopping
+weights_file.CheckpointWeights.read = stopping
 export(Path(sys.argv[1]), Path(sys.argv[2]), Form("ours", force=True))
 """
 
@@ -369,10 +400,26 @@ def test_all_that_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
     assert equal(model.state_dict(), before), "converted to the model's own type"
 
 
+def test_hdf5_files_of_others_are_read(tmp_path: Path) -> None:
+    """Without a group `model`; 16-bit numbers that HDF5 has no type for are stored as integers, with their type."""
+    model = nn.Linear(3, 2)
+    rounded = {name: each.bfloat16() for name, each in model.state_dict().items()}
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, each in rounded.items():
+            file[name] = each.view(torch.uint16).numpy()
+            file[name].attrs["dtype"] = "bfloat16"
+    load_weights(model, str(tmp_path / "a.h5"))
+    assert equal(model.state_dict(), {name: each.float() for name, each in rounded.items()})
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file["names"] = ["a", "b"]
+    with pytest.raises(UserError, match=r"a\.h5: names is of type object, no tensor"):
+        load_weights(model, str(tmp_path / "a.h5"))
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
 def test_what_is_no_file_of_weights_is_refused(run: RunDir, suffix: str, tmp_path: Path) -> None:
     model, path = Gpt(VOCAB, **OPTIONS), tmp_path / f"a{suffix}"
-    with pytest.raises(UserError, match=f"a{suffix} does not exist"):
+    with pytest.raises(UserError, match=rf"train\.init_from = '.*a{suffix}' does not exist"):
         load_weights(model, str(path))
     with pytest.raises(UserError, match="is no run directory"):
         load_weights(model, str(tmp_path))
@@ -380,11 +427,11 @@ def test_what_is_no_file_of_weights_is_refused(run: RunDir, suffix: str, tmp_pat
     whole = path.read_bytes()
     for damaged in (b"", whole[:100], whole[: len(whole) // 2], bytes(len(whole))):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=rf"a{suffix} cannot be read"), open_weights(path) as file:
+        with pytest.raises(UserError, match="this one cannot be read"), open_weights(path, "this one") as file:
             for name in file.names():
                 file.read(name)
     path.rename(tmp_path / "a.bin")
-    with pytest.raises(UserError, match=r"a\.bin is no file of weights"):
+    with pytest.raises(UserError, match=r"a\.bin' is no file of weights"):
         load_weights(model, str(tmp_path / "a.bin"))
 
 

@@ -256,7 +256,8 @@ class FullySharded:
         self._begin_gather(block)
         if block.name in self._gathering:
             buffer, pending = self._gathering.pop(block.name)
-            pending.wait()
+            with self._context.waiting:
+                pending.wait()
             block.set(buffer)
 
     def _free(self, block: BlockWeights | None) -> None:
@@ -281,7 +282,9 @@ class FullySharded:
 
     def _receive(self) -> None:
         sending = self._sending.popleft()
-        block, received = sending.block, sending.pending.wait()
+        block = sending.block
+        with self._context.waiting:
+            received = sending.pending.wait()
         if block.has_gradient:
             block.gradient += received
         block.has_gradient = True

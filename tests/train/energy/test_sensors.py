@@ -251,7 +251,7 @@ def test_samples_are_joules_since_the_beginning(tmp_path: Path) -> None:
     assert float(often[0][2]) == 0 and 8 <= len(often) <= 13
     assert 3 <= len([row for row in written if row[1] == "nodes"]) <= 4, "first, last and each 0.3 s"
     assert float(often[-1][2]) == pytest.approx(100 * seconds, rel=0.05)
-    assert 0 <= time.time() - float(often[-1][0]) < 5
+    assert -0.001 <= time.time() - float(often[-1][0]) < 5, "written in milliseconds, rounded up or down"
     assert written[2][3:5] == ["estimated", "x (in part; power cap changed)"]
     assert energy_of(path).quality == "estimated"
 

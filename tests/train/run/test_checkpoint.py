@@ -1,16 +1,20 @@
 """Saving and reading back, without a job around it."""
 
 import json
+import os
 import threading
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
+from random import Random
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any, cast
 
+import h5py
+import numpy as np
 import pytest
 import torch
+import xxhash
 from torch import nn
 
 from hpc_train.core.config import load
@@ -23,12 +27,12 @@ from hpc_train.train.optimize import Optimizer
 from hpc_train.train.reduce.sharded_weights import whole_parameters
 from hpc_train.train.run.checkpoint import format
 from hpc_train.train.run.checkpoint.copy import HostCopy
-from hpc_train.train.run.checkpoint.format import UnusableCheckpoint
-from hpc_train.train.run.checkpoint.pieces import Piece, assemble, local_pieces, skeleton
+from hpc_train.train.run.checkpoint.pieces import Piece, UnusableCheckpoint, assemble, local_pieces, skeleton
 from hpc_train.train.run.checkpoint.restore import broadcast, read_newest
-from hpc_train.train.run.checkpoint.retention import checkpoints
+from hpc_train.train.run.checkpoint.retention import checkpoints, path_of
 from hpc_train.train.run.checkpoint.saver import Saver
 from hpc_train.train.training_state import TrainingState
+from tests import checkpoints as checkpoints_of
 from tests import jobs
 
 FACTS = {"size": 1, "global_batch": 8, "num_samples": 100}
@@ -60,7 +64,7 @@ def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, object]:
 def test_what_is_read_is_what_was_saved(tmp_path: Path, optimizer: str) -> None:
     model, chosen = trained(optimizer=optimizer, momentum=0.9)
     with saver(tmp_path) as saves:
-        assert saves.save_now(7, state_of(model, chosen)) == f"Saved: {tmp_path}/checkpoints/step-00000007."
+        assert saves.save_now(7, state_of(model, chosen)) == f"Saved: {tmp_path}/checkpoints/step-00000007.h5."
     again, other = trained(optimizer=optimizer, momentum=0.9)
     state, facts = read_newest(RunDir(tmp_path), again, print)
     again.load_state_dict(state["model"])
@@ -142,7 +146,7 @@ def test_weights_that_are_no_numbers_never_displace_good_ones(tmp_path: Path) ->
             next(model.parameters())[0, 0] = float("nan")
         saves.save(2, state_of(model, chosen))
     assert "holds NaN or infinity" in said[0]
-    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000001"]
+    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000001.h5"]
 
 
 def test_the_newest_are_kept_and_nothing_is_saved_where_none_is_wanted(tmp_path: Path) -> None:
@@ -150,7 +154,7 @@ def test_the_newest_are_kept_and_nothing_is_saved_where_none_is_wanted(tmp_path:
     with saver(tmp_path, keep=2) as saves:
         for step in (1, 2, 3, 12):
             saves.save_now(step, state_of(model, chosen))
-    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000012", "step-00000003"]
+    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000012.h5", "step-00000003.h5"]
     with saver(tmp_path, keep=0, every_steps=1) as saves:
         assert not saves.is_due_after(20) and not saves.is_due_by_time
         assert "Nothing is saved" in saves.save_now(20, state_of(model, chosen))
@@ -169,33 +173,163 @@ def test_a_refused_checkpoint_counts_for_none_that_are_kept(tmp_path: Path) -> N
     with saver(tmp_path, keep=2) as saves:
         for step in (10, 20):
             saves.save_now(step, state_of(model, chosen))
-    (RunDir(tmp_path).checkpoint(20) / "state.pt").write_bytes(b"")
+    RunDir(tmp_path).checkpoint(20).write_bytes(b"")
     with saver(tmp_path, keep=1) as saves:
         saves.save_now(13, state_of(model, chosen))
-    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000020", "step-00000013"]
+    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000020.h5", "step-00000013.h5"]
     _, facts = read_newest(RunDir(tmp_path), model, print)
     assert facts["step"] == 13
     with saver(tmp_path, keep=1) as saves:
         saves.save_now(21, state_of(model, chosen))
-    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000021"]
+    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000021.h5"]
 
 
-def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_anywhere_is_refused_and_one_in_a_tensor_names_it(tmp_path: Path) -> None:
+    model, chosen = trained(width=40, optimizer="adamw")
+    with saver(tmp_path) as saves:
+        saves.save_now(3, state_of(model, chosen))
+    path = RunDir(tmp_path).checkpoint(3)
+    whole = path.read_bytes()
+    with h5py.File(path) as file:
+        begin = file["model/0.weight"].id.get_offset()
+    inside = range(begin, begin + 40 * 40 * 4)
+    header = len(whole[:4096].rstrip(b"\0"))
+    draw = Random(0)
+    places = [*range(header + 8), *(draw.randrange(4096, len(whole)) for _ in range(3000)), *draw.choices(inside, k=20)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(UnusableCheckpoint) as refused:
+            format.read(path)
+        if place in inside:
+            assert str(refused.value).startswith("model/0.weight is damaged in bytes 0 to 6400")
+    for length in (0, 1, 4095, 4096, 5000, len(whole) - 1, len(whole) + 1):
+        path.write_bytes((whole + b"\0")[:length])
+        with pytest.raises(UnusableCheckpoint):
+            format.read(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UnusableCheckpoint, match=r"cannot be read|does not begin"):
+        format.read(path)
+
+
+def test_any_program_reads_the_tensors(tmp_path: Path) -> None:
+    """As h5py does, by the parameters' own names; a tensor larger than a piece and some that HDF5 has no dtype for."""
+    large = torch.randn(1500, 1001)
+    last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    weights = {"blocks.0.attn.qkv.weight": large, "mask": torch.tensor([True, False]), "none": torch.empty(0, 3)}
+    weights |= {"half": torch.randn(5).bfloat16(), "channels_last": last}
+    optimizer = {name: {"step": torch.tensor(7.0), "exp_avg": torch.randn(3)} for name in ("a/b", "c")}
+    task = {"replay": torch.arange(3), "num": [1, None, float("inf")], 5: (b"x", True, "\udcff")}
+    state = {"model": weights, "optimizer": optimizer, "loss_scale": [1.5, 0], "task": task}
+    path = tmp_path / "step-00000009.h5"
+    format.write(path, state, {"step": 9, **FACTS})
+    with h5py.File(path) as file:
+        assert (file["model/blocks.0.attn.qkv.weight"][:] == large.numpy()).all()
+        assert (file["model/channels_last"][:] == last.numpy()).all()
+        assert file["model/half"].dtype == np.uint16 and file["model/half"].attrs["dtype"] == "bfloat16"
+        assert (file["optimizer/exp_avg/c"][:] == optimizer["c"]["exp_avg"].numpy()).all()
+        assert file["optimizer/step"][:].tolist() == [7, 7] and file["optimizer/step.rows"][:].tolist() == [
+            b"a/b",
+            b"c",
+        ]
+        assert (file.attrs["format"], file.attrs["step"], file["loader"].attrs["global_batch"]) == (3, 9, 8)
+        table = file["pieces"][:]
+        rows = table[table["data_set"] == b"model/blocks.0.attn.qkv.weight"]
+        assert rows["begin"].tolist() == [0, 4 << 20] and rows["end"].tolist() == [4 << 20, large.nbytes]
+    again, facts = format.read(path)
+    assert facts["format"] == 3 and {key: facts[key] for key in FACTS} == FACTS
+    assert again["task"].pop("replay").tolist() == [0, 1, 2] and again["loss_scale"] == [1.5, 0]
+    assert again["task"] == {key: value for key, value in task.items() if key != "replay"}
+    for name, tensor in weights.items():
+        assert again["model"][name].dtype == tensor.dtype and torch.equal(again["model"][name], tensor)
+    assert again["optimizer"]["a/b"]["step"].shape == () and again["optimizer"].keys() == optimizer.keys()
+
+
+def seal(path: Path) -> None:
+    """Gives an altered file the checksums that fit it, as somebody who means harm would."""
+    content = path.read_bytes()
+    facts = json.loads(content[:4096].split(b"\n")[1])
+    begin, length = facts["pieces_offset"], facts["pieces_bytes"]
+    table = content[begin : begin + length]
+    covered = [(each.offset, each.end - each.begin) for each in format._rows(table, facts["num_pieces"])]
+    facts |= {"bytes": len(content), "pieces_xxh3": xxhash.xxh3_64_intdigest(table)}
+    facts["others_xxh3"] = format._checksum_of_others(
+        covered, (begin, length), len(content), lambda first, last: content[first:last]
+    )
+    path.write_bytes(format._header(facts) + content[4096:])
+
+
+def _replaced(file: h5py.File, **keys: Any) -> None:
+    del file["model/0.weight"]
+    file.create_dataset("model/0.weight", **keys).attrs["dtype"] = "float32"
+
+
+def _linked_out(file: h5py.File) -> None:
+    del file["model/0.weight"]
+    file["model/0.weight"] = h5py.ExternalLink("x.h5", "y")
+
+
+def _structure(file: h5py.File, content: Any) -> None:
+    del file["structure"]
+    file["structure"] = content
+
+
+HOSTILE: dict[str, Callable[[h5py.File], object]] = {
+    "missing": lambda file: file.pop("model/0.weight"),
+    "in chunks": lambda file: _replaced(file, data=np.ones((8, 8), "f4"), chunks=(4, 4)),
+    "huge and empty": lambda file: _replaced(file, shape=(1 << 20, 1 << 20), dtype="f4", chunks=(1, 1)),
+    "huge and not allocated": lambda file: _replaced(file, shape=(1 << 20, 1 << 20), dtype="f4"),
+    "in another file": lambda file: _replaced(file, shape=(8, 8), dtype="f4", external="/etc/passwd"),
+    "a link out": _linked_out,
+    "of another dtype": lambda file: file["model/0.weight"].attrs.modify("dtype", "float64"),
+    "of no dtype": lambda file: file["model/0.weight"].attrs.modify("dtype", "Tensor"),
+    "another step": lambda file: file.attrs.modify("step", 4),
+    "no format": lambda file: file.attrs.pop("format"),
+    "no structure": lambda file: file.pop("structure"),
+    "structure of a number": lambda file: _structure(file, 3),
+    "deep structure": lambda file: _structure(file, np.bytes_(b"[" * 100000)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_with_checksums_that_fit_is_refused(tmp_path: Path, name: str) -> None:
     model, chosen = trained()
     with saver(tmp_path) as saves:
         saves.save_now(3, state_of(model, chosen))
-    folder = RunDir(tmp_path).checkpoint(3)
-    path = folder / "checkpoint.json"
-    whole = path.read_bytes()
-    for bit in range(8 * len(whole)):
-        damaged = bytearray(whole)
-        damaged[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(damaged)
-        try:
-            format.read(folder)
-        except UnusableCheckpoint:
-            continue
-        assert json.loads(damaged) == json.loads(whole), "white space alone"
+    path = RunDir(tmp_path).checkpoint(3)
+    seal(path)
+    format.read(path)
+    with h5py.File(path, "r+") as file:
+        HOSTILE[name](file)
+    with pytest.raises(UnusableCheckpoint, match=r"damaged|bytes"):
+        format.read(path)
+    seal(path)
+    with pytest.raises(UnusableCheckpoint):
+        format.read(path)
+
+
+def test_checkpoints_of_earlier_versions_are_read_and_count(tmp_path: Path) -> None:
+    model, chosen = trained(optimizer="adamw")
+    run = RunDir(tmp_path)
+    with saver(tmp_path, keep=2) as saves:
+        for step in (1, 2):
+            saves.save_now(step, state_of(model, chosen))
+            checkpoints_of.as_format_2(run.checkpoint(step))
+        assert [each.name for each in checkpoints(run)] == ["step-00000002", "step-00000001"]
+        assert path_of(run, 2) == run.checkpoints_dir / "step-00000002"
+        state, facts = read_newest(run, model, print)
+        assert facts["step"] == 2 and facts["format"] == 2
+        assert all(torch.equal(state["model"][name], each) for name, each in model.state_dict().items())
+        saves.save_now(3, state_of(model, chosen))
+        assert [each.name for each in checkpoints(run)] == ["step-00000003.h5", "step-00000002"]
+    (run.checkpoints_dir / "step-00000002/state.pt").write_bytes(b"")
+    with saver(tmp_path, keep=9) as saves:
+        saves.save_now(2, state_of(model, chosen))
+    assert [each.name for each in checkpoints(run)] == ["step-00000003.h5", "step-00000002.h5"], (
+        "the refused one is gone"
+    )
 
 
 class Counts(nn.Linear):
@@ -218,19 +352,11 @@ def test_a_models_extra_state_is_kept_and_what_cannot_be_saved_is_told(tmp_path:
         state, _ = read_newest(RunDir(tmp_path), model, print)
         assert state["model"]["_extra_state"] == 7
         model.state = threading.Lock()
-        with pytest.raises(UserError, match="the checkpoint of step 2 was not written: TypeError: cannot pickle"):
+        with pytest.raises(
+            UserError, match="the checkpoint of step 2 was not written: TypeError: model/_extra_state is of type lock"
+        ):
             saves.save_now(2, state_of(model, chosen))
-    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000001"]
-
-
-def reseal(folder: Path, content: object) -> None:
-    """Puts other content into a checkpoint, with a checksum that fits."""
-    state, path = folder / "state.pt", folder / "checkpoint.json"
-    state.write_bytes(content) if isinstance(content, bytes) else torch.save(content, state)
-    facts = json.loads(path.read_text())
-    del facts["sha256"]
-    facts["files"] = {"state.pt": {"bytes": state.stat().st_size, "sha256": sha256(state.read_bytes()).hexdigest()}}
-    path.write_text(json.dumps({**facts, "sha256": format.manifest_checksum(facts)}))
+    assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000001.h5"]
 
 
 _OTHERS = {"optimizer": {}, "loss_scale": [1.0, 0], "task": {}}
@@ -241,14 +367,10 @@ _OTHERS = {"optimizer": {}, "loss_scale": [1.0, 0], "task": {}}
 )
 def test_what_another_program_wrote_is_refused(tmp_path: Path, content: object) -> None:
     """Even with a checksum that fits."""
-    model, chosen = trained()
-    with saver(tmp_path) as saves:
-        saves.save_now(3, state_of(model, chosen))
-    folder = RunDir(tmp_path).checkpoint(3)
-    reseal(folder, content)
+    checkpoints_of.write_format_2(tmp_path / "checkpoints/step-00000003", content, {"step": 3, **FACTS})
     said: list[str] = []
     with pytest.raises(UserError, match="no checkpoint of"):
-        read_newest(RunDir(tmp_path), model, said.append)
+        read_newest(RunDir(tmp_path), trained()[0], said.append)
     assert "skipped" in said[0]
 
 
@@ -286,22 +408,37 @@ RESEALED = {
 }
 
 
-@pytest.mark.parametrize("name", RESEALED)
-def test_a_checkpoint_sealed_again_with_another_state_is_passed_over(tmp_path: Path, name: str) -> None:
+NO_TENSORS = {"sparse weights", "weights without memory"}
+ONLY_2 = {"weights to be trained", "one number for many"}  # format 3 writes what they hold, or runs out of memory
+
+
+@pytest.mark.parametrize(
+    ("name", "is_format_2"), [(name, old) for name in RESEALED for old in (False, True) if old or name not in ONLY_2]
+)
+def test_a_checkpoint_sealed_again_with_another_state_is_passed_over(
+    tmp_path: Path, name: str, is_format_2: bool
+) -> None:
     """Its checksum is right; what it holds is not what this job wants, and the one before it is used."""
     model, chosen = trained(optimizer="adamw")
     with saver(tmp_path) as saves:
         saves.save_now(3, state_of(model, chosen))
-    whole = torch.load(RunDir(tmp_path).checkpoint(3) / "state.pt", weights_only=True)
-    damaged = RESEALED[name](whole)
-    format.write(RunDir(tmp_path).checkpoint(4), state_of(model, chosen), {"step": 4, **FACTS})
-    reseal(RunDir(tmp_path).checkpoint(4), damaged)
+    damaged = RESEALED[name](checkpoints_of.state(RunDir(tmp_path).checkpoint(3)))
+    facts = {"step": 4, **FACTS}
+    if is_format_2:
+        checkpoints_of.write_format_2(tmp_path / "checkpoints/step-00000004", damaged, facts)
+    elif name in NO_TENSORS:
+        with pytest.raises((TypeError, RuntimeError)):
+            format.write(RunDir(tmp_path).checkpoint(4), damaged, facts)
+        assert not list(RunDir(tmp_path).checkpoints_dir.glob(".*")), "what was begun is removed"
+        return
+    else:
+        format.write(RunDir(tmp_path).checkpoint(4), damaged, facts)
     config = load(jobs.CONFIGS / "softmax-mnist.toml", ("train.optimizer=adamw",)).config
     job = cast(Any, SimpleNamespace(task=SimpleNamespace(keeps_state=False), model=model, config=config))
     training = TrainingState(job, cast(Any, None), chosen)
     said: list[str] = []
     state, facts = read_newest(RunDir(tmp_path), model, said.append, training.misfit)
-    assert facts["step"] == 3 and "step-00000004: " in said[0], said
+    assert facts["step"] == 3 and "step-00000004" in said[0], said
     chosen.load(broadcast(state, Context(World()))["optimizer"])
     RunDir(tmp_path).checkpoint(3).rename(tmp_path / "gone")
     with pytest.raises(UserError, match="no checkpoint of"):
@@ -314,10 +451,8 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "harm",))
 
     folder = tmp_path / "checkpoints" / "step-00000001"
-    folder.parent.mkdir()
-    format.write(
-        folder, {"model": {}, "optimizer": {}, "loss_scale": [], "task": {}, "harm": Harm()}, {"step": 1, **FACTS}
-    )
+    harmful = {"model": {}, "optimizer": {}, "loss_scale": [], "task": {}, "harm": Harm()}
+    checkpoints_of.write_format_2(folder, harmful, {"step": 1, **FACTS})
     with pytest.raises(UnusableCheckpoint, match=r"holds no tensors"):
         format.read(folder)
     assert not (tmp_path / "harm").exists()
@@ -328,6 +463,6 @@ def test_no_checkpoint_at_all_is_a_beginning_and_none_that_is_good_an_error(tmp_
     assert read_newest(RunDir(tmp_path), model, print) == ({}, {})
     with saver(tmp_path) as saves:
         saves.save_now(3, state_of(model, chosen))
-    (RunDir(tmp_path).checkpoint(3) / "checkpoint.json").write_text("[]")
+    RunDir(tmp_path).checkpoint(3).write_text("[]")
     with pytest.raises(UserError, match="no checkpoint of"):
         read_newest(RunDir(tmp_path), model, print)

@@ -8,6 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+PARTS = {"model", "optimizer", "loss_scale", "task"}  # of the state that a checkpoint holds
+
+
+class UnusableCheckpoint(Exception):
+    """Why a checkpoint cannot be written or used, in words."""
+
 
 class Piece(NamedTuple):
     """The part of a tensor that one rank holds; all of it where the offset is 0 and the shapes agree."""

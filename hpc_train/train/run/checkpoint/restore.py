@@ -9,8 +9,8 @@ from torch import nn
 from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
 from hpc_train.train.comm.context import Context
-from hpc_train.train.run.checkpoint.format import STATE, UnusableCheckpoint, read
-from hpc_train.train.run.checkpoint.pieces import Blank, local_pieces, map_leaves, skeleton
+from hpc_train.train.run.checkpoint.format import read
+from hpc_train.train.run.checkpoint.pieces import Blank, UnusableCheckpoint, local_pieces, map_leaves, skeleton
 from hpc_train.train.run.checkpoint.retention import checkpoints
 
 
@@ -31,7 +31,7 @@ def read_newest(
             state, manifest = read(folder)
             _check_fits(state, model)
             if why := misfit(state):
-                raise UnusableCheckpoint(f"{STATE}: {why}")
+                raise UnusableCheckpoint(why)
         except UnusableCheckpoint as error:
             refused.append(f"{folder}: {error}")
             log(f"warning: checkpoint skipped: {refused[-1]}")
@@ -47,7 +47,7 @@ def read_newest(
 
 def _check_fits(state: dict[str, Any], model: nn.Module) -> None:
     if not isinstance(state["model"], dict):
-        raise UnusableCheckpoint(f"{STATE} holds no model")
+        raise UnusableCheckpoint("it holds no model")
     saved, expected = _kinds(state["model"]), _kinds(model.state_dict())
     for name in [*expected, *saved]:
         if expected.get(name) != saved.get(name):

@@ -8,13 +8,25 @@ from hpc_train.core.rundir import RunDir
 
 
 def checkpoints(run: RunDir) -> list[Path]:
-    """The checkpoint folders of a run, the newest first. Only reading one shows whether it is intact."""
-    folders = run.checkpoints_dir.glob("step-*")
-    return sorted((each for each in folders if each.name[5:].isdecimal()), key=step_of, reverse=True)
+    """The checkpoints of a run, the newest first: files, and the folders of earlier versions.
+
+    Only reading one shows whether it is intact.
+    """
+    found = [each for each in run.checkpoints_dir.glob("step-*") if _number(each).isdecimal()]
+    return sorted(found, key=lambda path: (step_of(path), path.suffix), reverse=True)
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name[5:])
+def path_of(run: RunDir, step: int) -> Path:
+    """The checkpoint of this step, in whichever format there is one; where it would be if there is none."""
+    return next((each for each in checkpoints(run) if step_of(each) == step), run.checkpoint(step))
+
+
+def step_of(path: Path) -> int:
+    return int(_number(path))
+
+
+def _number(path: Path) -> str:
+    return path.name[5:].removesuffix(".h5")
 
 
 def remove_old(run: RunDir, num_kept: int, step: int) -> None:
@@ -22,22 +34,28 @@ def remove_old(run: RunDir, num_kept: int, step: int) -> None:
 
     Later ones were refused when the run resumed from before them: they neither count nor are removed.
     """
-    for folder in [each for each in checkpoints(run) if step_of(each) <= step][num_kept:]:
-        hidden = hidden_name(folder)  # renamed first: a folder that is half removed must not carry its final name
-        os.rename(folder, hidden)
-        shutil.rmtree(hidden)
+    for path in [each for each in checkpoints(run) if step_of(each) <= step][num_kept:]:
+        remove(path)
 
 
-def hidden_name(folder: Path) -> Path:
-    """Where a checkpoint is moved before it is removed."""
-    return folder.with_name(f".{folder.name}.old")
+def remove(path: Path) -> None:
+    """Removes a checkpoint."""
+    if not path.is_dir():
+        path.unlink()
+        return
+    hidden = path.with_name(f".{path.name}.old")  # a folder that is half removed must not carry its final name
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
 
 
 def remove_unfinished(run: RunDir) -> None:
     """Removes what a killed job left half-written or half-removed. Only for the holder of the run's lock."""
     for pattern in (".step-*.partial", ".step-*.old"):
-        for folder in run.checkpoints_dir.glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in run.checkpoints_dir.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def newest_in_words(run: RunDir) -> str:

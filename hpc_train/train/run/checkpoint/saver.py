@@ -16,8 +16,8 @@ from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Checkpoint
 from hpc_train.train.comm.context import raised_on_all_ranks
 from hpc_train.train.run.checkpoint.copy import HostCopy
-from hpc_train.train.run.checkpoint.format import UnusableCheckpoint, write
-from hpc_train.train.run.checkpoint.pieces import assemble, local_pieces, skeleton
+from hpc_train.train.run.checkpoint.format import write
+from hpc_train.train.run.checkpoint.pieces import UnusableCheckpoint, assemble, local_pieces, skeleton
 from hpc_train.train.run.checkpoint.retention import newest_in_words, remove_old
 
 

@@ -1,0 +1,142 @@
+"""Memory of a rank and time of a step by strategy and stage: a GPT of 85M parameters, AdamW, fp32, a thread a rank.
+
+    python -m tests.benchmarks.large [--ranks 1 2 4] [--rounds 2]
+
+Each row is a job under mpirun. Memory is the peak of a rank's anonymous memory (RssAnon, read 500 times a second)
+during the steps, less what it had before the model was made; the largest rank counts. Stages take turns; times are
+medians.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+STEPS, FIRST = 5, 2  # the steps after the first two are measured
+MODEL = {"layers": 12, "heads": 12, "width": 768, "context": 128}
+VARIANTS = {
+    "mpi": {"reduce.strategy": "mpi"},
+    **{f"stage {stage}": {"reduce.strategy": "sharded", "reduce.stage": stage} for stage in (1, 2, 3)},
+}
+
+
+# ------------------------------------------------------------------------------------------------- a rank's part
+
+
+def anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError("RssAnon")
+
+
+class Watch(threading.Thread):
+    """The peak of this process's anonymous memory since the latest `begin`."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+
+    def begin(self) -> None:
+        self.peak = 0
+
+    def run(self) -> None:
+        while True:
+            self.peak = max(self.peak, anonymous_bytes())
+            time.sleep(0.002)
+
+
+def rank_main(job: Path) -> None:
+    from mpi4py import MPI
+
+    from hpc_train.core.config import load
+    from hpc_train.core.world import World
+    from hpc_train.train import loop
+    from hpc_train.train.comm.context import Context
+
+    comm, facts = MPI.COMM_WORLD, {}
+    watch, number = Watch(), 0
+    begin_step = loop.Recorder.end_step
+
+    def end_step(recorder: Any, *arguments: Any) -> None:
+        nonlocal number
+        begin_step(recorder, *arguments)
+        number += 1
+        if number == FIRST:
+            watch.begin()
+            facts["begun"] = time.perf_counter()
+        if number == STEPS:
+            facts["step_s"] = (time.perf_counter() - facts.pop("begun")) / (STEPS - FIRST)
+            facts["peak"] = watch.peak
+
+    loop.Recorder.end_step = end_step
+    base = anonymous_bytes()
+    watch.start()
+    world = World(rank=comm.rank, size=comm.size, local_rank=comm.rank, local_size=comm.size)
+    loop.train(load(job), Context(world, comm))
+    everyone = comm.gather((facts["peak"] - base, facts["step_s"]))
+    if comm.rank == 0:
+        peaks, times = zip(*everyone, strict=True)
+        print("RESULT", json.dumps({"peak_bytes": max(peaks), "step_s": max(times)}), flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------- the table
+
+
+def measure(folder: Path, ranks: int, variant: str) -> dict[str, float]:
+    keys = VARIANTS[variant] if ranks > 1 else {"reduce.strategy": "local"}
+    lines = ['name = "large"', "data.file = " + json.dumps(str(folder / "text.h5")), 'task.kind = "language"']
+    lines += ['task.model = "gpt"', "task.options = {" + ", ".join(f"{k} = {v}" for k, v in MODEL.items()) + "}"]
+    lines += [f"train.steps = {STEPS}", "train.batch_per_rank = 1", 'train.optimizer = "adamw"', "train.lr = 1e-4"]
+    lines += ["train.threads = 1", "checkpoint.keep = 0", f"run.root = {json.dumps(str(folder / 'runs'))}"]
+    lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+    job = folder / "job.toml"
+    job.write_text("\n".join(lines) + "\n")
+    command = ["mpirun", "--quiet", "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
+    command += [sys.executable, "-m", "mpi4py", "-m", "tests.benchmarks.large", "--job", str(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    if not found:
+        sys.exit(done.stdout + done.stderr)
+    return json.loads(found[0].removeprefix("RESULT"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--job", type=Path)
+    chosen = parser.parse_args()
+    if chosen.job:
+        rank_main(chosen.job)
+        return
+    folder = Path("runs/large")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    text = folder / "text"
+    text.mkdir()
+    for path in Path(json.__file__).parent.glob("*.py"):  # Python's own source: nothing to fetch
+        shutil.copy(path, text)
+    subprocess.run(["hpc-train", "prepare", "text", str(folder / "text.h5"), "--from", str(text)], check=True)
+    print(f"{'ranks':>5}  {'strategy':9} {'peak of a rank, MB':>19}  {'step, s (median, range)':>24}", flush=True)
+    for ranks in chosen.ranks:
+        variants = list(VARIANTS) if ranks > 1 else ["mpi"]
+        found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+        for _ in range(chosen.rounds):
+            for variant in variants:
+                found[variant].append(measure(folder, ranks, variant))
+        for variant, rows in found.items():
+            times = [row["step_s"] for row in rows]
+            peak = max(row["peak_bytes"] for row in rows) / 1e6
+            shown = f"{median(times):.2f} ({min(times):.2f}-{max(times):.2f})"
+            print(f"{ranks:5}  {variant if ranks > 1 else 'local':9} {peak:19,.0f}  {shown:>24}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
