@@ -24,7 +24,7 @@ from hpc_train.train.reduce.reducer import open_reducer
 from hpc_train.train.run.attempt import log, open_attempt
 from hpc_train.train.run.checkpoint.saver import Saver
 from hpc_train.train.run.cleanup import remove_stale_segments
-from hpc_train.train.run.peak_memory import peak_gpu_bytes, peak_resident_bytes
+from hpc_train.train.run.peak_memory import peak_anonymous_bytes, peak_gpu_bytes, peak_resident_bytes
 from hpc_train.train.run.recorder import Recorder
 from hpc_train.train.run.sanity_checks import (
     MAX_SKIPPED_IN_A_ROW,
@@ -179,16 +179,16 @@ def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder,
     # The minimum over ranks: with an asynchronous parameter server each rank knows only of its own updates.
     if min(context.all_gather(optimizer.num_skipped_in_a_row)) >= num_steps and stopped_by is None:
         raise_for_run_without_updates(num_steps, context)
+    peaks = {  # of the steps, and of the checkpoints between them
+        "peak_resident_bytes": context.all_gather(peak_resident_bytes()),
+        "peak_anonymous_bytes": context.all_gather(peak_anonymous_bytes()),
+        "peak_gpu_bytes": context.all_gather(peak_gpu_bytes(training.job.device)),
+    }
     # Saved before the test: a test that fails costs no training.
     state = training.gather()
     saved = context.on_root(partial(saver.save_now, num_steps, state))
     outcome = "complete" if stopped_by is None else f"stopped by {stopped_by}"
-    recorder.stop(
-        outcome,
-        optimizer_bytes=context.all_gather(optimizer.num_bytes),
-        peak_resident_bytes=context.all_gather(peak_resident_bytes()),
-        peak_gpu_bytes=context.all_gather(peak_gpu_bytes(training.job.device)),
-    )
+    recorder.stop(outcome, optimizer_bytes=context.all_gather(optimizer.num_bytes), **peaks)
     if stopped_by is not None:
         context.on_root(partial(recorder.log, f"Stopped by {stopped_by} after step {num_steps - 1}. {saved}"))
         return CONTINUE if saver.is_enabled else TERMINATED

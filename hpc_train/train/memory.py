@@ -1,13 +1,15 @@
 """The memory that a rank needs to train a job, from shapes alone: no weight is allocated and no MPI started.
 
 The loss of one micro-batch and its backward pass run on torch's fake tensors, which have a shape, a type and a device
-but no bytes. What would be alive at a time is added up, and the largest sum counts.
+but no bytes. What would be alive at a time is added up, and the largest sum counts. Around it stands what the strategy
+keeps, by a formula. Weights, gradients and states of N ranks: Rajbhandari et al., "ZeRO", SC 2020, section 5.
 """
 
 import weakref
-from collections.abc import Callable
+from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,27 +23,34 @@ from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.device_queue import map_tensors
 from hpc_train.train.device import autocast, recompute_blocks
+from hpc_train.train.heap import Heap
 from hpc_train.train.reduce.buckets import trainable_parameters
 from hpc_train.train.reduce.shard_blocks import find_blocks, parameters_of
-from hpc_train.train.run.peak_memory import resident_bytes
+from hpc_train.train.run.peak_memory import anonymous_bytes
 from hpc_train.train.tasks import Task, open_task
 
-_IN_PLACE_BYTES = 1 << 20  # as `reduce.buckets` sends them: smaller gradients are copied into messages
-_NUM_BATCHES = 2  # the one in use, and the next, which a thread reads ahead
+_ALONE_BYTES = 1 << 20  # as in `reduce.buckets`: smaller gradients are copied into messages, which stay
+_NUM_STEPS = 3  # the heap has found its size by then
+_MPI_COPIES = 2  # of a message under way, at the root: Open MPI's own sum of what comes in
+_NUM_BATCHES = 2  # the one in use, and the next
 _MOST_RANKS = 1 << 20  # that are tried for the smallest number that fits
+# Measured on x86-64 with torch 2.13, Open MPI 4.1 and Horovod 0.28 (make bench-memory prints what is left over):
+_STARTED_BYTES = 20 << 20  # a rank's MPI, threads and kernels beyond what the command itself takes
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank at its peak, by what they are for."""
+    """Bytes of a rank at its fullest moment, by what they are for."""
 
     weights: int  # and buffers, such as running statistics
     gradients: int
     optimizer: int
-    activations: int  # what forward keeps for backward, and temporary results at the peak, such as logits
-    messages: int  # copies of gradients or weights for other ranks
+    activations: int  # what forward keeps for backward, and temporary results at that moment, such as logits
+    messages: int  # copies of gradients or weights for other ranks, and what MPI works in
+    gaps: int  # that malloc leaves between tensors: see `heap`
+    checkpoint: int  # the copy of a rank's share that is written while training goes on
     input: int  # batches
-    base: int  # interpreter, torch and open data, as this process has them: MPI adds to it
+    base: int  # interpreter, torch, MPI and open data
 
     @property
     def total(self) -> int:
@@ -53,23 +62,18 @@ class Trial:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        remedy = "Train a few steps: the run's meta.json states the peak of every rank (peak_anonymous_bytes)."
         if config.reduce.strategy == "parameter_server":
-            raise UserError(
-                "reduce.strategy = 'parameter_server': its memory is not known before the run",
-                "Train a few steps: the run's meta.json states the peak of every rank (peak_resident_bytes).",
-            )
+            raise UserError("reduce.strategy = 'parameter_server': its memory is not known before the run", remedy)
         self._task: Task = open_task(config, Context(World()))
         if self._task.in_step:
-            raise UserError(
-                f"task.kind = '{config.task.kind}': its batches depend on the weights, not on shapes alone",
-                "Train a few steps: the run's meta.json states the peak of every rank (peak_resident_bytes).",
-            )
-        self.base = resident_bytes() or 0
+            kind = config.task.kind
+            raise UserError(f"task.kind = '{kind}': its batches depend on the weights, not on shapes alone", remedy)
+        self.base = (anonymous_bytes() or 0) + _STARTED_BYTES
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:
             self.model = self._task.model()
         self.parameters = trainable_parameters(self.model)
-        self._whole: dict[tuple[int, bool], int] = {}
         if config.train.activation_checkpointing:
             recompute_blocks(self.model)
 
@@ -77,91 +81,70 @@ class Trial:
         """Of one of `num_ranks` ranks. Raises UserError for a number that the job cannot train on."""
         check_ranks(self.config, num_ranks)
         train, reduce = self.config.train, self.config.reduce
-        num_workers = reduce.num_workers(num_ranks)
-        share = -(-self.config.global_batch(num_ranks) // num_workers)
-        part = -(-share // train.accumulate)
-        all_bytes = sum(each.nbytes for each in self.parameters.values())
-        model_bytes = sum(each.nbytes for each in (*self.model.parameters(), *self.model.buffers()))
-        batch = self._task.batch(np.arange(part), 0)
-        batch_bytes: list[int] = []
-        map_tensors(batch, lambda tensor: batch_bytes.append(tensor.nbytes))
-        frees = reduce.strategy == "sharded" and reduce.stage > 1
-        peak = self._peak(part, frees, batch)
-        held = _STAGES[reduce.stage if reduce.strategy == "sharded" else 0](self, all_bytes, num_ranks)
+        share = -(-self.config.global_batch(num_ranks) // num_ranks)
+        batch = self._task.batch(np.arange(-(-share // train.accumulate)), 0)
+        stage = reduce.stage if reduce.strategy == "sharded" and num_ranks > 1 else 0
+        all_bytes, shards = num_bytes(self.parameters.values()), num_ranks if stage else 1
+        held = self._held(stage, num_ranks)
+        optimizer = states(self.config) * (all_bytes // shards)
+        made = self._steps(batch, stage, num_ranks)
+        moving = optimizer + (held.gradients if stage < 2 else 0)  # of what the steps make
         return Memory(
-            weights=held.weights + model_bytes - all_bytes,
+            weights=held.weights + num_bytes((*self.model.parameters(), *self.model.buffers())) - all_bytes,
             gradients=held.gradients,
-            optimizer=_states(self.config) * (all_bytes // (num_ranks if reduce.strategy == "sharded" else 1)),
-            activations=peak if frees else max(0, peak - held.gradients),
+            optimizer=optimizer,
+            activations=max(0, made.peak - moving),
             messages=held.messages,
-            input=_NUM_BATCHES * train.accumulate * sum(batch_bytes),
+            gaps=made.heap.peak - made.peak,
+            checkpoint=(all_bytes // shards + optimizer) if self.config.checkpoint.keep else 0,
+            input=_NUM_BATCHES * train.accumulate * _bytes_of(batch),
             base=self.base,
         )
 
-    def _peak(self, part: int, frees: bool, batch: Any) -> int:
-        """The most bytes alive in the passes over `part` samples, beyond weights and batch; frees: gradients go."""
-        if (part, frees) not in self._whole:
-            self._whole[part, frees] = self._measure(frees, batch)
-        return self._whole[part, frees]
-
-    def _measure(self, frees: bool, batch: Any) -> int:
-        train = self.config.train
-        hooks = []
-        for each in self.parameters.values():
-            if frees or (each.nbytes < _IN_PLACE_BYTES and train.accumulate == 1):
-                hooks.append(each.register_post_accumulate_grad_hook(_free))
+    def _steps(self, batch: Any, stage: int, num_ranks: int) -> "_Allocations":
+        """What the trial of the first batch and the first steps allocate, on tensors without bytes."""
+        train, kept = self.config.train, []
         cast = autocast(train, torch.device("cpu"))
-        try:
-            with self._fake:
-                fake = map_tensors(batch, self._fake.from_tensor)
-                with _LiveBytes() as live:
-                    for _ in range(min(2, train.accumulate)):  # the second finds gradients of the first
+        groups = [[each] for each in self.parameters.values()]
+        if stage > 1:
+            groups = [list(group.values()) for name, group in self._blocks().items() if name]
+        with self._fake, _Gradients(self.parameters, groups, stage, num_ranks) as gradients:
+            fake = map_tensors(batch, self._fake.from_tensor)
+            with _Allocations() as made:
+                for step in range(-1, _NUM_STEPS):  # the trial of the first batch comes before
+                    for number in range(train.accumulate)[-2:]:  # the second finds gradients of the first
+                        gradients.is_last = number == train.accumulate - 1
                         with cast():
                             loss = self._task.loss(self.model, fake)
                         loss.backward()
                         del loss
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self.model.zero_grad()
-        return live.peak
+                        gradients.end_pass()
+                    if step == 0:
+                        sizes = [each.numel() // (num_ranks if stage else 1) for each in self.parameters.values()]
+                        kept += [torch.empty(size) for size in sizes for _ in range(states(self.config))]
+                    self.model.zero_grad()
+                    gradients.end_step()
+        return made
 
+    def _blocks(self) -> dict[str, dict[str, torch.nn.Parameter]]:
+        return parameters_of(self.model, find_blocks(self.model, self.config.reduce.shard_blocks))
 
-def _free(parameter: torch.Tensor) -> None:
-    parameter.grad = None
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Adds up the bytes of tensors that are made inside and still referred to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._now = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given: set[int] = set()
-        map_tensors((*args, *(kwargs or {}).values()), lambda each: given.add(id(each.untyped_storage())))
-        found = func(*args, **(kwargs or {}))
-        map_tensors(found, lambda each: self._add(each.untyped_storage(), given))
-        return found
-
-    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        key = id(storage)
-        if key in given or key in self._known:
-            return  # a view, or changed in place
-        num_bytes = storage.nbytes()
-        self._known.add(key)
-        self._now += num_bytes
-        self.peak = max(self.peak, self._now)
-        weakref.finalize(storage, self._remove, key, num_bytes)
-
-    def _remove(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
-        self._now -= num_bytes
-
-
-# ------------------------------------------------------------------------------------- what a strategy keeps
+    def _held(self, stage: int, num_ranks: int) -> "_Held":
+        """What stays from step to step, but for the optimizer's; gradients of a step at stages 0 and 1."""
+        all_bytes = num_bytes(self.parameters.values())
+        if num_ranks == 1:
+            return _Held(all_bytes, all_bytes, 0)
+        part = all_bytes // num_ranks
+        if stage > 1:  # see `block_weights.Buffers`
+            blocks = {name: num_bytes(group.values()) for name, group in self._blocks().items()}
+            root, block = blocks.pop("", 0), max(blocks.values(), default=0)
+            if stage == 2:  # gradients of two blocks on their way
+                return _Held(all_bytes, part, block + max(root, block))
+            # And weights of the block that is computed, of the next one, and of what is in no block.
+            return _Held(part, part, 3 * block + max(root, block) + root)
+        small = sum(each.nbytes for each in self.parameters.values() if each.nbytes < _ALONE_BYTES)
+        copies = all_bytes if self.config.reduce.compression != "none" else 0  # half the size to send, and to receive
+        return _Held(all_bytes, all_bytes - small, small + copies)
 
 
 @dataclass(frozen=True)
@@ -171,48 +154,106 @@ class _Held:
     messages: int
 
 
-def _whole(trial: Trial, all_bytes: int, num_ranks: int) -> _Held:
-    """Every rank has all weights; large gradients are sent in place, small ones from flat messages that keep them."""
-    reduce = trial.config.reduce
-    small = sum(each.nbytes for each in trial.parameters.values() if each.nbytes < _IN_PLACE_BYTES)
-    if trial.config.train.accumulate > 1:
-        gradients, messages = all_bytes, small  # small ones are added up before they are copied
-    else:
-        gradients, messages = all_bytes - small, small
-    if reduce.compression != "none":
-        messages += all_bytes  # a copy of half the size to send, and one to receive
-    return _Held(all_bytes, gradients, messages)
+class _Gradients:
+    """Where a strategy lets a pass's gradients go, and what it and MPI allocate for them on the way.
+
+    groups: parameters whose gradients leave together, as soon as they are complete; others leave at the end of a pass.
+    """
+
+    def __init__(
+        self, parameters: dict[str, torch.nn.Parameter], groups: list[list[torch.nn.Parameter]], stage: int, size: int
+    ) -> None:
+        self.is_last = True  # pass of a step
+        self._groups, self._stage, self._size = groups, stage, size
+        in_groups = {id(each) for group in groups for each in group}
+        self._others = [each for each in parameters.values() if id(each) not in in_groups]
+        self._working: deque[torch.Tensor] = deque(maxlen=2)  # of MPI, for the messages under way
+        self._parts: list[torch.Tensor] = []  # of gradients, summed
+        self._old_parts: list[torch.Tensor] = []
+
+    def __enter__(self) -> Self:
+        on = [(each, group) for group in self._groups for each in group] if self._size > 1 else []
+        self._hooks = [
+            each.register_post_accumulate_grad_hook(partial(self._on_gradient, group)) for each, group in on
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _on_gradient(self, group: list[torch.nn.Parameter], parameter: torch.Tensor) -> None:
+        if (self.is_last or self._stage > 1) and all(each.grad is not None for each in group):
+            self._send(group)
+
+    def _send(self, group: list[torch.nn.Parameter]) -> None:
+        length = sum(each.numel() for each in group)
+        if self._stage:
+            self._working.append(torch.empty(_MPI_COPIES * length))
+        if self._stage == 1:
+            self._parts.append(torch.empty(length // self._size))
+        if self._stage > 1 or group[0].nbytes < _ALONE_BYTES:
+            for each in group:
+                each.grad = None
+
+    def end_pass(self) -> None:
+        if self._stage > 1:
+            self._send(self._others)
+            self._working.clear()
+
+    def end_step(self) -> None:
+        self._working.clear()
+        self._old_parts, self._parts = self._parts, []
+        if self._stage == 1:
+            _ = [torch.empty(each.numel() * self._size) for each in self._old_parts]  # weights, from all ranks
 
 
-def _stage_1(trial: Trial, all_bytes: int, num_ranks: int) -> _Held:
-    """As `_whole`, and the summed part of the gradients. Weights arrive after the update, when gradients are gone."""
-    held = _whole(trial, all_bytes, num_ranks)
-    return _Held(held.weights, held.gradients, held.messages + all_bytes // num_ranks)
+def num_bytes(tensors: Any) -> int:
+    return sum(each.nbytes for each in tensors)
 
 
-def _stage_2(trial: Trial, all_bytes: int, num_ranks: int) -> _Held:
-    """All weights; a part of the gradients, and those of three blocks: one that is computed, two being sent."""
-    return _Held(all_bytes, all_bytes // num_ranks, 3 * _largest_block(trial))
+def _bytes_of(batch: Any) -> int:
+    found: list[int] = []
+    map_tensors(batch, lambda tensor: found.append(tensor.nbytes))
+    return sum(found)
 
 
-def _stage_3(trial: Trial, all_bytes: int, num_ranks: int) -> _Held:
-    """Parts of weights and gradients; two blocks' and the root group's weights, and three blocks' gradients."""
-    groups = parameters_of(trial.model, find_blocks(trial.model, trial.config.reduce.shard_blocks))
-    root = sum(each.nbytes for each in groups.get("", {}).values())
-    return _Held(all_bytes // num_ranks, all_bytes // num_ranks, root + 5 * _largest_block(trial))
-
-
-def _largest_block(trial: Trial) -> int:
-    groups = parameters_of(trial.model, find_blocks(trial.model, trial.config.reduce.shard_blocks))
-    return max(sum(each.nbytes for each in group.values()) for group in groups.values())
-
-
-_STAGES: dict[int, Callable[[Trial, int, int], _Held]] = {0: _whole, 1: _stage_1, 2: _stage_2, 3: _stage_3}
-
-
-def _states(config: Config) -> int:
+def states(config: Config) -> int:
     """How many numbers the optimizer keeps for each weight."""
     return 2 if config.train.optimizer in ("adamw", "lamb") else int(config.train.momentum > 0)
+
+
+class _Allocations(TorchDispatchMode):
+    """Keeps the heap of tensors that are made inside, until nothing refers to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heap = Heap()
+        self.peak = self._now = 0  # of their bytes
+        self._known: dict[int, int] = {}  # storage -> its key in the heap
+        self._num_made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given: set[int] = set()
+        map_tensors((*args, *(kwargs or {}).values()), lambda each: given.add(id(each.untyped_storage())))
+        found = func(*args, **(kwargs or {}))
+        map_tensors(found, lambda each: self._add(each.untyped_storage(), given))
+        return found
+
+    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        if id(storage) in given or id(storage) in self._known:
+            return  # a view, or changed in place
+        num_bytes = storage.nbytes()
+        self._num_made += 1
+        self._known[id(storage)] = self._num_made
+        self.heap.allocate(self._num_made, num_bytes)
+        self._now += num_bytes
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._remove, id(storage), num_bytes)
+
+    def _remove(self, storage: int, num_bytes: int) -> None:
+        self.heap.free(self._known.pop(storage))
+        self._now -= num_bytes
 
 
 def smallest(trial: Trial, ranks_per_node: int, node_bytes: float) -> tuple[int, Memory] | None:
