@@ -26,8 +26,10 @@ class TrainingState:
     def gather(self) -> dict[str, Any]:
         """Collective. All that resuming needs, complete on the root."""
         optimizer, shards = self.optimizer.state(), self.reducer.shards
+        model: dict[str, Any] = {}
         if shards:
-            model, optimizer = shards.gather(self.job.model, optimizer, self.job.mesh.ranks)
+            holders = self.job.mesh.first_copy
+            model, optimizer = shards.gather(self.job.model, optimizer, holders) if holders else ({}, {})
         else:
             model = self.job.model.state_dict()
         return {

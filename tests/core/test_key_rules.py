@@ -35,6 +35,8 @@ def job(keys: dict[str, object]) -> Loaded:
         SERVER | {"train.optimizer": "lamb"},
         {"reduce.strategy": "sharded", "reduce.compression": "fp16"},
         {"reduce.strategy": "mpi", "reduce.stage": 3},
+        {"reduce.strategy": "mpi", "reduce.shard_within": "node"},
+        {"reduce.strategy": "horovod", "reduce.shard_within": 1},
         {"reduce.strategy": "horovod", "reduce.transport": "mpi"},
         {"reduce.strategy": "sharded", "reduce.shard_blocks": ["a"]},
         {"reduce.strategy": "sharded", "reduce.stage": 2, "train.compile": True},
