@@ -93,9 +93,6 @@ def _shard_keys(config: Config) -> Iterator[str]:
         yield f"train.compile = true does not go with {stage}, whose hooks in the model torch.compile cannot trace"
     if config.task.kind in ("policy_gradient", "dqn"):
         yield f"task.kind = '{config.task.kind}' does not go with {stage}: ranks play episodes of unlike length"
-    if reduce.stage == 3 and train.check_weights_every:
-        every = train.check_weights_every
-        yield f"train.check_weights_every = {every} does not go with {stage}: no two ranks hold the same weights"
 
 
 def _energy_keys(config: Config) -> Iterator[str]:

@@ -40,7 +40,6 @@ def job(keys: dict[str, object]) -> Loaded:
         {"reduce.strategy": "horovod", "reduce.transport": "mpi"},
         {"reduce.strategy": "sharded", "reduce.shard_blocks": ["a"]},
         {"reduce.strategy": "sharded", "reduce.stage": 2, "train.compile": True},
-        {"reduce.strategy": "sharded", "reduce.stage": 3, "train.check_weights_every": 5},
         DQN | {"reduce.strategy": "sharded", "reduce.stage": 3},
         SERVER | {"train.precision": "fp16"},
         SERVER | {"train.check_weights_every": 5},

@@ -1,7 +1,9 @@
 """Several copies of divided weights (`reduce.shard_within`): the numbers of one copy, and little between the copies."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from hpc_train.core.settings import Reduce
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mesh import open_mesh
 from hpc_train.train.loop import train
-from tests.parallel.test_sharded import KEYS, sharded, stage_3
+from hpc_train.train.reduce.block_weights import BlockWeights
+from tests.parallel.test_sharded import KEYS, Layers, sharded, stage_3
 from tests.parallel.test_train import CONFIGS, losses, run
 
 
@@ -125,3 +128,51 @@ def test_only_sums_of_parts_leave_a_copy(context: Context) -> None:
         assert replicas.num_bytes == pytest.approx(2 * (num_copies - 1) / num_copies * num_bytes / within, rel=0.02)
         sent_within = (3 - 1 / 6) * (within - 1) / within * num_bytes  # the last block is gathered once
         assert shards.num_bytes == pytest.approx(sent_within, rel=0.02)
+
+
+# ------------------------------------------------------------------------------- weights that should be alike
+
+
+class BrokenMemory(Layers):
+    """In step 5 a bit flips in what the last rank holds of a block."""
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config, context)
+        self.is_last = context.world.rank == context.world.size - 1
+
+    def batch(self, rows: np.ndarray, step: int) -> Any:
+        self.breaks = self.is_last and step == 5
+        return super().batch(rows, step)
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        if self.breaks:
+            self.flip(model)
+        return super().loss(model, batch)
+
+    def flip(self, model: nn.Module) -> None:
+        blocks = [each for each in gc.get_objects() if isinstance(each, BlockWeights)]
+        (block,) = [each for each in blocks if each.parameters.get("enter.weight") is model.enter.weight]
+        block.own.view(torch.int32)[7] ^= 1
+
+
+class BrokenFrozenWeight(BrokenMemory):
+    def flip(self, model: nn.Module) -> None:
+        model.frozen.weight.view(torch.int32)[0, 0] ^= 1
+
+
+@pytest.mark.parametrize("kind", [BrokenMemory, BrokenFrozenWeight])
+def test_a_rank_whose_part_differs_from_that_of_another_copy_is_named(
+    context: Context, shared_path: Path, digits: Path, kind: type
+) -> None:
+    size = context.world.size
+    keys = KEYS | {"task__kind": f"{__name__}:{kind.__name__}", "train__check_weights_every": 4}
+    for within in group_sizes(context):
+        with pytest.raises(UserError, match=f"weights after 8 steps differ between ranks: rank {size - 1} on .* from"):
+            run(context, shared_path / str(within), digits, "mlp-mnist.toml", **keys, **hybrid(3, within))
+
+
+def test_what_is_alike_at_stage_3_passes(context: Context, shared_path: Path, digits: Path) -> None:
+    keys = KEYS | {"train__check_weights_every": 1}
+    for within in [*group_sizes(context), context.world.size]:
+        found = losses(run(context, shared_path / str(within), digits, "mlp-mnist.toml", **keys, **hybrid(3, within)))
+        assert len(found) == keys["train__steps"]
