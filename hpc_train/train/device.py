@@ -90,7 +90,9 @@ def count_flops(loss: Callable[[], torch.Tensor], model: nn.Module) -> int:
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with _FlopCounter() as counter:
-        loss().backward()
+        value = loss()
+        counter.in_backward = True
+        value.backward()
     model.zero_grad()
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
@@ -106,6 +108,7 @@ class _FlopCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.num_flops = 0
+        self.in_backward = False
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts attention of GPUs only
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         self._known = flop_registry | {
@@ -122,7 +125,8 @@ class _FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         count = self._known.get(func._overloadpacket)
-        if count is not None:
+        is_recomputed = self.in_backward and torch.is_grad_enabled()  # see `recompute_blocks`
+        if count is not None and not is_recomputed:
             self.num_flops += int(count(*args, **(kwargs or {}), out_val=found))
         return found
 

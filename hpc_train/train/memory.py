@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +25,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.data.device_queue import map_tensors
 from hpc_train.train.device import autocast, recompute_blocks
 from hpc_train.train.heap import Heap
+from hpc_train.train.initial_weights import build
 from hpc_train.train.reduce.buckets import trainable_parameters
 from hpc_train.train.reduce.shard_blocks import find_blocks, parameters_of
 from hpc_train.train.run.peak_memory import anonymous_bytes
@@ -71,11 +73,26 @@ class Trial:
             raise UserError(f"task.kind = '{kind}': its batches depend on the weights, not on shapes alone", remedy)
         self.base = (anonymous_bytes() or 0) + _STARTED_BYTES
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._fake:
-            self.model = self._task.model()
+        self.model = self._without_bytes(build(self._task.model, config.seed).model)
         self.parameters = trainable_parameters(self.model)
         if config.train.activation_checkpointing:
             recompute_blocks(self.model)
+
+    def _without_bytes(self, model: nn.Module) -> nn.Module:
+        """`model` with fake tensors of the CPU in place of its own; what was tied still is."""
+        twins: dict[int, torch.Tensor] = {}
+        with self._fake:
+            for module in model.modules():
+                for own in (module._parameters, module._buffers):
+                    for name, each in own.items():
+                        if each is None:
+                            continue
+                        if id(each) not in twins:
+                            empty = torch.empty_strided(each.shape, each.stride(), dtype=each.dtype)
+                            is_weight = isinstance(each, nn.Parameter)
+                            twins[id(each)] = nn.Parameter(empty, each.requires_grad) if is_weight else empty
+                        own[name] = twins[id(each)]
+        return model
 
     def memory(self, num_ranks: int) -> Memory:
         """Of one of `num_ranks` ranks. Raises UserError for a number that the job cannot train on."""
@@ -126,7 +143,7 @@ class Trial:
                     gradients.end_step()
         return made
 
-    def _blocks(self) -> dict[str, dict[str, torch.nn.Parameter]]:
+    def _blocks(self) -> dict[str, dict[str, nn.Parameter]]:
         return parameters_of(self.model, find_blocks(self.model, self.config.reduce.shard_blocks))
 
     def _held(self, stage: int, num_ranks: int) -> "_Held":
@@ -161,7 +178,7 @@ class _Gradients:
     """
 
     def __init__(
-        self, parameters: dict[str, torch.nn.Parameter], groups: list[list[torch.nn.Parameter]], stage: int, size: int
+        self, parameters: dict[str, nn.Parameter], groups: list[list[nn.Parameter]], stage: int, size: int
     ) -> None:
         self.is_last = True  # pass of a step
         self._groups, self._stage, self._size = groups, stage, size
@@ -182,11 +199,11 @@ class _Gradients:
         for hook in self._hooks:
             hook.remove()
 
-    def _on_gradient(self, group: list[torch.nn.Parameter], parameter: torch.Tensor) -> None:
+    def _on_gradient(self, group: list[nn.Parameter], parameter: torch.Tensor) -> None:
         if (self.is_last or self._stage > 1) and all(each.grad is not None for each in group):
             self._send(group)
 
-    def _send(self, group: list[torch.nn.Parameter]) -> None:
+    def _send(self, group: list[nn.Parameter]) -> None:
         length = sum(each.numel() for each in group)
         if self._stage:
             self._working.append(torch.empty(_MPI_COPIES * length))

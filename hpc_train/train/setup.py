@@ -152,13 +152,13 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
     one rank in the loop. The trial also counts the operations of a step.
     """
     train, batch = job.config.train, batches.peek()
+    if train.activation_checkpointing:  # before the trial, which may take no more memory than a step
+        job.context.on_all(partial(recompute_blocks, job.model))
     if reducer.lockstep:  # an error of one rank ends the job: the others may wait for it within a pass
         num_flops = _try_batch(job, batch)
         reducer.lockstep.end_trial()
     else:
         num_flops = job.context.on_all(partial(_try_batch, job, batch))
-    if train.activation_checkpointing:
-        job.context.on_all(partial(recompute_blocks, job.model))
     model = compile_model(job.model, job.device) if train.compile else job.model
     num_tried = -(-batch.num_samples // len(batch.parts)) if batch and batch.parts else 0
     peak, source = peak_flops(train, job.device)

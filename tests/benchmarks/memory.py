@@ -20,9 +20,9 @@ import h5py
 import numpy as np
 
 STEPS = 4
-GPT = ("gpt", {"layers": 6, "heads": 8, "width": 640, "context": 128})  # 30M weights, 118 MB
-BERT = ("bert", {"layers": 6, "heads": 8, "width": 640, "context": 128})
-MLP = ("mlp", {"hidden": [3072, 3072, 3072]})  # 22M, 87 MB
+GPT = ("gpt", {"layers": 6, "heads": 8, "width": 512, "context": 128})  # 19M weights, 76 MB
+BERT = ("bert", {"layers": 6, "heads": 8, "width": 512, "context": 128})
+MLP = ("mlp", {"hidden": [3072, 2048, 2048]})  # 20M, 80 MB
 RESNET = ("resnet", {"depth": 50, "width": 64, "stem": "small"})  # 24M, 94 MB
 VGG = ("vgg", {"depth": 11, "width": 64, "hidden": [2048, 2048], "dropout": 0.0})  # 15M, 58 MB
 
