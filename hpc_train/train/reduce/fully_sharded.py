@@ -10,7 +10,7 @@ the ranks at each block; from then on a rank that leaves it raises an error inst
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -108,12 +108,21 @@ class _Sending:
 
 
 class FullySharded:
-    """See `reducer.Reducer`. context: the ranks of the mesh's axis `shard`, which the transport joins, too."""
+    """See `reducer.Reducer`. context: the ranks of the mesh's axis `shard`, which the transport joins, too.
+
+    draw: see `BlockWeights`. Raises UserError on all ranks alike if a part of the weights cannot be made.
+    """
 
     num_updates = 1
 
     def __init__(
-        self, transport: Transport, settings: Reduce, model: nn.Module, context: Context, control: ControlFlags
+        self,
+        transport: Transport,
+        settings: Reduce,
+        model: nn.Module,
+        context: Context,
+        control: ControlFlags,
+        draw: Callable[[str], torch.Tensor] | None = None,
     ) -> None:
         self._transport, self._context, self._control = transport, context, control
         self.lockstep = self
@@ -122,7 +131,9 @@ class FullySharded:
         modules = find_blocks(model, settings.shard_blocks)
         groups = parameters_of(model, modules)
         world = context.world
-        blocks = {name: BlockWeights(name, group, world.size, world.rank) for name, group in groups.items()}
+        blocks = context.on_all(
+            lambda: {name: BlockWeights(name, group, world.size, world.rank, draw) for name, group in groups.items()}
+        )
         self._root = blocks.pop("", None)
         self._blocks = {block.name: block for block in blocks.values()}
         self.shards = BlockShards([*([self._root] if self._root else []), *blocks.values()])

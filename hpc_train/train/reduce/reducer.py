@@ -1,6 +1,6 @@
 """Gradient reduction, by `reduce.strategy`: the interface that the loop uses, and which class implements it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -71,12 +71,28 @@ class Reducer(Protocol):
         """
 
 
+def keeps_parts(settings: Reduce, size: int) -> bool:
+    """Whether a rank makes its parts of the first weights alone, so that the model need not be whole anywhere."""
+    return settings.strategy == "sharded" and settings.stage > 1 and size > 1
+
+
 @contextmanager
-def open_reducer(settings: Reduce, model: nn.Module, mesh: Mesh, control: ControlFlags) -> Iterator[Reducer]:
-    """Collective. Sends the root's weights to all ranks, then reduces by `reduce.strategy` until the end."""
+def open_reducer(
+    settings: Reduce,
+    model: nn.Module,
+    mesh: Mesh,
+    control: ControlFlags,
+    draw: Callable[[str], torch.Tensor] | None = None,
+) -> Iterator[Reducer]:
+    """Collective. Sends the root's weights to all ranks, then reduces by `reduce.strategy` until the end.
+
+    draw: the initial value of each trainable parameter, if the model has their shapes alone (see `keeps_parts`). They
+    are then not sent: each of a parameter's numbers comes from the rank that keeps it.
+    """
     strategy, size = settings.strategy, mesh.ranks.world.size
     hvd = open_horovod(settings, model, mesh.ranks) if _uses_horovod(settings, model) else None
-    broadcast_model(model, mesh.ranks)
+    held = [each for each in (*model.parameters(), *model.buffers()) if not (draw and each.requires_grad)]
+    broadcast_tensors(held, mesh.ranks)
     if size == 1:
         # Its gradients are the sum already. Sending them through Horovod all the same made the one rank's step a tenth
         # longer, and every speedup over that baseline too good.
@@ -89,7 +105,7 @@ def open_reducer(settings: Reduce, model: nn.Module, mesh: Mesh, control: Contro
         if settings.stage == 1:
             yield Sharded(transport, model, mesh.shard.context, control)
         else:
-            yield FullySharded(transport, settings, model, mesh.shard.context, control)
+            yield FullySharded(transport, settings, model, mesh.shard.context, control, draw)
     else:
         assert mesh.replica.context is not None
         yield AllReduce(_open_transport(hvd, mesh.replica.context), settings, model, control)
