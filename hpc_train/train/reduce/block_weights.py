@@ -53,12 +53,12 @@ class BlockWeights:
         self.dtype, self.device = first.dtype, first.device
         self.weights: torch.Tensor | None = None
         self.own = torch.zeros(self.part_length, dtype=self.dtype, device=self.device)
+        self.gradient = torch.zeros_like(self.own)
         for each, parameter in parameters.items():
             begin, end = self.span(each)
             if begin < end:  # one whole tensor at a time, and only those of which this rank has a part
                 value = draw(each) if draw else parameter.detach()
                 self.segment(self.own, each).copy_(value.reshape(-1)[begin:end])
-        self.gradient = torch.zeros_like(self.own)
         self.has_gradient = False
         self.owned = [
             ParamShard(each, nn.Parameter(self.segment(self.own, each)), has_weight_decay(parameter))
