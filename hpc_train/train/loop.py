@@ -29,7 +29,6 @@ from hpc_train.train.run.recorder import Recorder
 from hpc_train.train.run.sanity_checks import (
     MAX_SKIPPED_IN_A_ROW,
     SkippedUpdate,
-    check_weights_agree,
     fault_in_test,
     raise_for_run_without_updates,
     raise_for_test,
@@ -125,7 +124,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                     _skip_update(skipped, training, saver)
                 recorder.end_step(step, flags.loss, num_samples, num_global)
                 if config.train.check_weights_every and (step + 1) % config.train.check_weights_every == 0:
-                    check_weights_agree(step + 1, model, context)
+                    training.check_weights(step + 1)
                 if flags.save or saver.is_due_after(step + 1):
                     recorder.flush()
                     saver.save(step + 1, training.gather())

@@ -7,11 +7,13 @@ from typing import Any
 from hpc_train.core.errors import UserError
 from hpc_train.core.resume_rules import said
 from hpc_train.train.optimize import Optimizer, loss_scale_misfit, optimizer_misfit
+from hpc_train.train.reduce.block_weights import BlockShards
 from hpc_train.train.reduce.buckets import trainable_parameters
 from hpc_train.train.reduce.reducer import Reducer
 from hpc_train.train.run.attempt import Attempt, check_resumes, log, require_first_start
 from hpc_train.train.run.checkpoint.restore import broadcast, read_newest
 from hpc_train.train.run.checkpoint.retention import path_of
+from hpc_train.train.run.sanity_checks import check_weights_agree
 from hpc_train.train.setup import Job
 
 
@@ -26,8 +28,10 @@ class TrainingState:
     def gather(self) -> dict[str, Any]:
         """Collective. All that resuming needs, complete on the root."""
         optimizer, shards = self.optimizer.state(), self.reducer.shards
+        model: dict[str, Any] = {}
         if shards:
-            model, optimizer = shards.gather(self.job.model, optimizer, self.job.mesh.ranks)
+            holders = self.job.mesh.first_copy
+            model, optimizer = shards.gather(self.job.model, optimizer, holders) if holders else ({}, {})
         else:
             model = self.job.model.state_dict()
         return {
@@ -46,6 +50,20 @@ class TrainingState:
             return f"it holds no state of task.kind = '{kind}'"
         parameters, train = trainable_parameters(self.job.model), self.job.config.train
         return loss_scale_misfit(state["loss_scale"]) or optimizer_misfit(state["optimizer"], train, parameters)
+
+    def check_weights(self, step: int) -> None:
+        """Collective. Raises UserError if weights of which several ranks hold the same differ in any bit.
+
+        step: how many are done. At stage 3 those are frozen weights, and the parts of several copies.
+        """
+        job, shards = self.job, self.reducer.shards
+        divided = shards.divided if isinstance(shards, BlockShards) else []
+        in_parts = {id(parameter) for block in divided for parameter in block.parameters.values()}
+        whole = [parameter for parameter in job.model.parameters() if id(parameter) not in in_parts]
+        check_weights_agree(step, whole, job.context)
+        if divided and job.mesh.replica.size > 1 and job.mesh.shard.context:
+            own = [block.own for block in divided]
+            check_weights_agree(step, own, job.context, job.mesh.shard.context.world.rank)
 
     def load(self, state: dict[str, Any], with_loss_scale: bool) -> None:
         """The inverse of `gather`, on every rank alone."""

@@ -1,6 +1,7 @@
 """Stages 2 and 3 of the strategy sharded: the numbers of an all-reduce, and an error where ranks would hang."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Reduce
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mesh import open_mesh
 from hpc_train.train.loop import train
 from hpc_train.train.reduce.block_weights import BlockWeights, Buffers
 from hpc_train.train.reduce.fully_sharded import FullySharded
@@ -226,6 +228,10 @@ class Counting(MpiTransport):
 
     num_bytes = 0.0
 
+    def sum(self, message: torch.Tensor, name: str, is_last: bool = False) -> Any:
+        self.num_bytes += 2 * message.nbytes * (self.size - 1) / self.size
+        return super().sum(message, name, is_last)
+
     def reduce_scatter(self, message: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Any:
         self.num_bytes += message.nbytes * (self.size - 1) / self.size
         return super().reduce_scatter(message, name, into)
@@ -239,6 +245,18 @@ class NoFlags:
     stop = save = False
 
 
+@contextmanager
+def stage_3(
+    model: nn.Module, context: Context, within: int | str = "job"
+) -> Iterator[tuple[FullySharded, Counting, Counting]]:
+    """The reducer, and what counts the bytes between the ranks of a copy and between the copies."""
+    settings = Reduce(strategy="sharded", stage=3, shard_within=within)
+    with open_mesh(settings, context) as mesh:
+        shards, replicas = Counting(mesh.shard.context), Counting(mesh.replica.context)
+        between = SplittingTransport(replicas) if mesh.replica.size > 1 else None
+        yield FullySharded(SplittingTransport(shards), between, settings, model, mesh, NoFlags()), shards, replicas
+
+
 def test_a_step_sends_three_times_the_weights_and_holds_two_blocks(context: Context) -> None:
     if context.world.size == 1:
         pytest.skip("one rank sends nothing")
@@ -248,21 +266,19 @@ def test_a_step_sends_three_times_the_weights_and_holds_two_blocks(context: Cont
     model.forward = lambda x: model.blocks(x)
     num_bytes = sum(each.nbytes for each in model.parameters())
     block_bytes = num_bytes / 6
-    transport = Counting(context)
-    settings = Reduce(strategy="sharded", stage=3)
-    reducer = FullySharded(SplittingTransport(transport), settings, model, context, NoFlags())
     alive: list[int] = []
+    with stage_3(model, context) as (reducer, transport, _):
 
-    def step() -> None:
-        loss = model(torch.ones(8, 64)).sum()
-        alive.append(sum(block.weights is not None for block in reducer.shards.blocks))
-        reducer.begin_step(loss.detach())
-        loss.backward()
-        reducer.reduce_gradients()
+        def step() -> None:
+            loss = model(torch.ones(8, 64)).sum()
+            alive.append(sum(block.weights is not None for block in reducer.shards.blocks))
+            reducer.begin_step(loss.detach())
+            loss.backward()
+            reducer.reduce_gradients()
 
-    step()
-    transport.num_bytes = 0
-    step()
+        step()
+        transport.num_bytes = 0
+        step()
     size = context.world.size
     # The last block is still there when backward begins: it is gathered once.
     expected = (3 * num_bytes - block_bytes) * (size - 1) / size
@@ -291,13 +307,12 @@ def test_without_a_gradient_of_their_own_ranks_send_zeros(context: Context) -> N
     model = nn.Module()
     model.blocks = nn.Sequential(Some(), Some())
     model.forward = lambda x: model.blocks(x)
-    settings = Reduce(strategy="sharded", stage=3)
-    reducer = FullySharded(SplittingTransport(MpiTransport(context)), settings, model, context, NoFlags())
-    for _ in range(3):
-        loss = model(torch.ones(4, 8)).sum()
-        reducer.begin_step(loss.detach())
-        loss.backward()
-        reducer.reduce_gradients()
+    with stage_3(model, context) as (reducer, _, _):
+        for _ in range(3):
+            loss = model(torch.ones(4, 8)).sum()
+            reducer.begin_step(loss.detach())
+            loss.backward()
+            reducer.reduce_gradients()
     assert all(torch.isfinite(owned.parameter.grad).all() for owned in reducer.shards.owned)
 
 

@@ -129,6 +129,11 @@ class BlockShards:
     def owned(self) -> list[ParamShard]:
         return [owned for block in self.blocks for owned in block.owned]
 
+    @property
+    def divided(self) -> list[BlockWeights]:
+        """Between two steps: the blocks of which a rank holds nothing but its part."""
+        return [block for block in self.blocks if block.weights is None]
+
     def gather(self, model: nn.Module, state: State, context: Context) -> tuple[dict[str, Any], State]:
         """Collective. On the root: the model's state, and the optimizer's by parameters; ({}, {}) elsewhere."""
         weights: dict[str, torch.Tensor] = {}

@@ -23,11 +23,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Reduce
 from hpc_train.train.comm.context import Context, joint
+from hpc_train.train.comm.mesh import Mesh
 from hpc_train.train.reduce.block_weights import BlockShards, BlockWeights, Buffers
 from hpc_train.train.reduce.buckets import Bucket
 from hpc_train.train.reduce.shard_blocks import find_blocks, parameters_of
 from hpc_train.train.reduce.step_flags import NUM_FLAGS, ControlFlags, StepFlags
-from hpc_train.train.reduce.transports import Pending, Transport
+from hpc_train.train.reduce.transports import Pending, Transport, arriving_in
 
 _MAX_SENDING = 2  # blocks whose gradients are on their way: each holds a whole block's gradients
 
@@ -105,11 +106,14 @@ class _Sending:
     block: BlockWeights
     message: torch.Tensor
     pending: Pending
+    completes: bool  # the gradients of a step: nothing will be added
 
 
 class FullySharded:
-    """See `reducer.Reducer`. context: the ranks of the mesh's axis `shard`, which the transport joins, too.
+    """See `reducer.Reducer`.
 
+    transport: along the mesh's axis `shard`, which gathers do not leave. between: along its axis `replica`, on which
+    the parts of gradients are summed once a step; None if there is one copy of the weights.
     draw: see `BlockWeights`. Raises UserError on all ranks alike if a part of the weights cannot be made.
     """
 
@@ -118,20 +122,23 @@ class FullySharded:
     def __init__(
         self,
         transport: Transport,
+        between: Transport | None,
         settings: Reduce,
         model: nn.Module,
-        context: Context,
+        mesh: Mesh,
         control: ControlFlags,
         draw: Callable[[str], torch.Tensor] | None = None,
     ) -> None:
-        self._transport, self._context, self._control = transport, context, control
+        assert mesh.shard.context is not None
+        context = mesh.shard.context
+        self._transport, self._between, self._context, self._control = transport, between, context, control
         self.lockstep = self
         self._frees = settings.stage == 3
         self.sends_weights = not self._frees
         modules = find_blocks(model, settings.shard_blocks)
         groups = parameters_of(model, modules)
         world = context.world
-        blocks = context.on_all(
+        blocks = mesh.ranks.on_all(
             lambda: {name: BlockWeights(name, group, world.size, world.rank, draw) for name, group in groups.items()}
         )
         self._root = blocks.pop("", None)
@@ -140,7 +147,9 @@ class FullySharded:
         self._buffers = Buffers()
         self._gathering: dict[str, tuple[torch.Tensor, Pending]] = {}
         self._sending: deque[_Sending] = deque()
-        self._order = VisitOrder(context)
+        self._is_last_pass = False  # of a step
+        self._summing: list[Pending] = []  # over the copies
+        self._order = VisitOrder(mesh.ranks)
         self._in_backward: BlockWeights | None = None  # whose gradients arrive now
         self._missing: dict[str, int] = {}  # block -> how many of its gradients have not arrived in this pass
         self._sent: set[str] = set()  # blocks, in this pass
@@ -219,14 +228,14 @@ class FullySharded:
         self._visit(Visit("backward", block.name), block)
 
     def _pack(self, block: BlockWeights, saved: torch.Tensor) -> Any:
-        self._transport.progress()
+        self._progress()
         weights = block.weights
         if weights is None or saved.untyped_storage().data_ptr() != weights.untyped_storage().data_ptr():
             return saved
         return saved.storage_offset(), saved.shape, saved.stride()
 
     def _unpack(self, block: BlockWeights, packed: Any) -> torch.Tensor:
-        self._transport.progress()
+        self._progress()
         if isinstance(packed, torch.Tensor):
             return packed
         if block.weights is None:
@@ -234,6 +243,11 @@ class FullySharded:
         assert block.weights is not None
         offset, shape, stride = packed
         return block.weights.as_strided(shape, stride, offset)
+
+    def _progress(self) -> None:
+        self._transport.progress()
+        if self._between:
+            self._between.progress()
 
     def _on_gradient(self, block: BlockWeights, parameter: torch.Tensor) -> None:
         if block is self._root or block.name not in self._missing:
@@ -287,7 +301,7 @@ class FullySharded:
         # The first part of a batch is received in place, later ones are added.
         into = torch.empty_like(block.gradient) if block.has_gradient else block.gradient
         pending = self._transport.reduce_scatter(message, f"{block.name}.gradients", into)
-        self._sending.append(_Sending(block, message, pending))
+        self._sending.append(_Sending(block, message, pending, self._is_last_pass))
         if block is not self._root:  # its weights serve all parts of a batch
             self._free(block)
 
@@ -300,6 +314,9 @@ class FullySharded:
             block.gradient += received
         block.has_gradient = True
         self._buffers.give(sending.message)
+        if self._between and sending.completes:
+            pending = self._between.sum(block.gradient, f"{block.name}.between")
+            self._summing.append(arriving_in(pending, block.gradient))
 
     def _end_pass(self) -> None:
         """Sends what is left of a forward and backward pass, and checks that it came to every block."""
@@ -325,15 +342,22 @@ class FullySharded:
     # ------------------------------------------------------------------------------------------------ the interface
 
     def begin_step(self, loss: torch.Tensor) -> None:
+        self._is_last_pass = True
         self._flags.write_flags(loss, self._control)
 
     def reduce_gradients(self) -> StepFlags:
         self._finish()
+        for summing in self._summing:
+            summing.wait()
+        self._summing.clear()
+        self._is_last_pass = False
         for block in self.shards.blocks:
             for owned in block.owned:
                 owned.parameter.grad = block.segment(block.gradient, owned.name) if block.has_gradient else None
             block.has_gradient = False
-        self._transport.sum(self._flags.fill().view(-1), self._flags.name, is_last=True).wait()
+        flags = self._flags.fill().view(-1)
+        for transport in filter(None, (self._transport, self._between)):
+            arriving_in(transport.sum(flags, self._flags.name, is_last=True), flags).wait()
         return self._flags.read_flags()
 
     def end_trial(self) -> None:

@@ -87,7 +87,7 @@ def open_reducer(
     """Collective. Sends the root's weights to all ranks, then reduces by `reduce.strategy` until the end.
 
     draw: the initial value of each trainable parameter, if the model has their shapes alone (see `keeps_parts`). They
-    are then not sent: each of a parameter's numbers comes from the rank that keeps it.
+    are then not sent: each rank draws what it keeps.
     """
     strategy, size = settings.strategy, mesh.ranks.world.size
     hvd = open_horovod(settings, model, mesh.ranks) if _uses_horovod(settings, model) else None
@@ -100,12 +100,12 @@ def open_reducer(
     elif strategy == "parameter_server":
         yield Worker(settings, model, mesh, control) if mesh.trains else Server(settings, model, mesh, control)
     elif strategy == "sharded":
-        assert mesh.shard.context is not None
-        transport = _open_transport(hvd, mesh.shard.context)
+        within, between = _open_transports(hvd, mesh)
         if settings.stage == 1:
-            yield Sharded(transport, model, mesh.shard.context, control)
+            assert mesh.shard.context is not None
+            yield Sharded(within, between, model, mesh.shard.context, control)
         else:
-            yield FullySharded(transport, settings, model, mesh.shard.context, control, draw)
+            yield FullySharded(within, between, settings, model, mesh, control, draw)
     else:
         assert mesh.replica.context is not None
         yield AllReduce(_open_transport(hvd, mesh.replica.context), settings, model, control)
@@ -121,7 +121,36 @@ def _open_transport(hvd: Any, context: Context) -> Transport:
     """Collective. hvd: Horovod's library, which joins the same ranks; None for MPI."""
     if hvd is None:
         return SplittingTransport(MpiTransport(context))
-    return SplittingTransport(HorovodTransport(start_horovod(hvd), context.world.size))
+    start_horovod(hvd)
+    return SplittingTransport(HorovodTransport(hvd, context.world.size))
+
+
+def _open_transports(hvd: Any, mesh: Mesh) -> tuple[Transport, Transport | None]:
+    """Collective. Along the mesh's axis `shard`, and along `replica`; None with one replica."""
+    shard, replica = mesh.shard.context, mesh.replica.context
+    assert shard is not None and replica is not None
+    if replica.world.size == 1:
+        return _open_transport(hvd, shard), None
+    if hvd is None:
+        return _open_transport(None, shard), _open_transport(None, replica)
+    axes = [axis for axis in (shard, replica) if axis.world.size < mesh.ranks.world.size]
+    groups = [group for axis in axes for group in _groups(axis, mesh.ranks)]
+    sets = dict(zip(groups, start_horovod(hvd, groups), strict=True))
+    within, between = (
+        SplittingTransport(HorovodTransport(hvd, axis.world.size, sets.get(_members(axis, mesh.ranks))))
+        for axis in (shard, replica)
+    )
+    return within, between
+
+
+def _members(axis: Context, ranks: Context) -> tuple[int, ...]:
+    """Collective along an axis. Which of all `ranks` are on it."""
+    return tuple(axis.all_gather(ranks.world.rank))
+
+
+def _groups(axis: Context, ranks: Context) -> list[tuple[int, ...]]:
+    """Collective. The members of every axis of this kind."""
+    return sorted(set(ranks.all_gather(_members(axis, ranks))))
 
 
 def broadcast_model(model: nn.Module, context: Context) -> None:
