@@ -79,6 +79,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             task, clock, stopped = job.task, recorder.clock, False
             # Strategies that send nothing after the update are not timed there: the timer itself takes 200 ns.
             sync = clock.sync if reducer.sends_weights else nullcontext()
+            forward, backward = clock.passes(reducer.lockstep.waits if reducer.lockstep else None)
             recorder.start(first_step, model, job.facts | facts | {"reading": task.reading})
             if task.reading:
                 context.on_root(partial(log, f"Data: {task.reading}"))
@@ -92,11 +93,11 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                     own_loss = torch.zeros((), device=job.device)
 
                 for number, part in enumerate(parts, 1):
-                    with clock.forward, job.autocast():
+                    with forward, job.autocast():
                         # Divide the summed loss by the size of the global batch: gradients then add up over ranks to
                         # the exact mean, even where shares differ by a sample.
                         loss = task.loss(model, part) / num_global
-                    with clock.backward:
+                    with backward:
                         own_loss += loss.detach()
                         if number == len(parts):
                             # Gradients of earlier parts only accumulate. In this last backward pass the reducer sends

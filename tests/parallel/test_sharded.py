@@ -1,5 +1,6 @@
 """Stages 2 and 3 of the strategy sharded: the numbers of an all-reduce, and an error where ranks would hang."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from hpc_train.core.config import load
 from hpc_train.core.errors import JointFailure, UserError
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Reduce
+from hpc_train.core.timing_log import read_timings
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mesh import open_mesh
@@ -351,3 +353,35 @@ def test_a_checkpoint_of_stage_3_is_read_without_mpi(context: Context, shared_pa
     model.load_state_dict(state["model"])
     assert torch.equal(state["model"]["second.weight"], state["model"]["first.weight"])
     assert all(torch.isfinite(each).all() for each in model.parameters())
+
+
+class Late(Layers):
+    """The last rank comes late to every forward pass."""
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config, context)
+        self.is_last = context.world.rank == context.world.size - 1
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        if self.is_last:
+            time.sleep(LATE_S)
+        return super().loss(model, batch)
+
+
+LATE_S, PASSES = 0.2, ("forward", "backward")
+
+
+def test_waiting_for_weights_is_exposed_communication(context: Context, shared_path: Path, digits: Path) -> None:
+    if context.world.size == 1:
+        pytest.skip("one rank waits for nobody")
+    keys = KEYS | {"task__kind": f"{__name__}:Late"}
+    made = run(context, shared_path, digits, "mlp-mnist.toml", **keys, **sharded(3))
+    timings = read_timings(made.timings(context.world.rank))
+    reduce_s, forward_s, backward_s = (np.median(timings[f"{each}_ns"]) / 1e9 for each in ("reduce", *PASSES))
+    durations = timings.phases_ns.sum(axis=1)
+    assert (timings["start_ns"][1:] == timings["start_ns"][:-1] + durations[:-1]).all()
+    assert (timings.phases_ns >= 0).all()
+    if context.world.rank < context.world.size - 1:
+        assert reduce_s > 0.9 * LATE_S and forward_s + backward_s < 0.5 * LATE_S
+    else:
+        assert forward_s > LATE_S

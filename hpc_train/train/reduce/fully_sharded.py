@@ -21,6 +21,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from hpc_train.core.errors import UserError
+from hpc_train.core.phase_clock import Phase
 from hpc_train.core.settings import Reduce
 from hpc_train.train.comm.context import Context, joint
 from hpc_train.train.comm.mesh import Mesh
@@ -132,7 +133,7 @@ class FullySharded:
         assert mesh.shard.context is not None
         context = mesh.shard.context
         self._transport, self._between, self._context, self._control = transport, between, context, control
-        self.lockstep = self
+        self.lockstep, self.waits = self, Phase()
         self._frees = settings.stage == 3
         self.sends_weights = not self._frees
         modules = find_blocks(model, settings.shard_blocks)
@@ -281,7 +282,7 @@ class FullySharded:
         self._begin_gather(block)
         if block.name in self._gathering:
             buffer, pending = self._gathering.pop(block.name)
-            with self._context.waiting:
+            with self.waits, self._context.waiting:
                 pending.wait()
             block.set(buffer)
 
@@ -308,7 +309,7 @@ class FullySharded:
     def _receive(self) -> None:
         sending = self._sending.popleft()
         block = sending.block
-        with self._context.waiting:
+        with self.waits, self._context.waiting:
             received = sending.pending.wait()
         if block.has_gradient:
             block.gradient += received

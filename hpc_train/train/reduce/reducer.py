@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from hpc_train.core.phase_clock import Phase
 from hpc_train.core.settings import Reduce
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mesh import Mesh
@@ -24,6 +25,8 @@ from hpc_train.train.reduce.transports import HorovodTransport, MpiTransport, Sp
 
 class Lockstep(Protocol):
     """What a reducer needs whose ranks communicate within forward and backward passes: all make the same passes."""
+
+    waits: Phase  # the time in which this rank waited for others, in passes too: exposed communication
 
     def end_trial(self) -> None:
         """Collective. Forgets the gradients of the trial of the first batch."""
