@@ -130,7 +130,10 @@ def main() -> None:
     for path in Path(json.__file__).parent.glob("*.py"):  # Python's own source: nothing to fetch
         shutil.copy(path, text)
     subprocess.run(["hpc-train", "prepare", "text", str(folder / "text.h5"), "--from", str(text)], check=True)
-    print(f"{'ranks':>5}  {'strategy':9} {'peak of a rank, MB: start':>25} {'steps':>7}  {'step, s (median, range)':>24}", flush=True)
+    print(
+        f"{'ranks':>5}  {'strategy':9} {'peak of a rank, MB: start':>25} {'steps':>7}  {'step, s (median, range)':>24}",
+        flush=True,
+    )
     for ranks in chosen.ranks:
         variants = list(VARIANTS) if ranks > 1 else ["mpi"]
         found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
@@ -141,7 +144,9 @@ def main() -> None:
             times = [row["step_s"] for row in rows]
             start, peak = (max(row[key] for row in rows) / 1e6 for key in ("start_bytes", "peak_bytes"))
             shown = f"{median(times):.2f} ({min(times):.2f}-{max(times):.2f})"
-            print(f"{ranks:5}  {variant if ranks > 1 else 'local':9} {start:25,.0f} {peak:7,.0f}  {shown:>24}", flush=True)
+            print(
+                f"{ranks:5}  {variant if ranks > 1 else 'local':9} {start:25,.0f} {peak:7,.0f}  {shown:>24}", flush=True
+            )
 
 
 if __name__ == "__main__":
