@@ -24,7 +24,6 @@ from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.device_queue import map_tensors
 from hpc_train.train.device import autocast, recompute_blocks
-from hpc_train.train.heap import Heap
 from hpc_train.train.initial_weights import build
 from hpc_train.train.reduce.buckets import trainable_parameters
 from hpc_train.train.reduce.shard_blocks import find_blocks, parameters_of
@@ -32,11 +31,13 @@ from hpc_train.train.run.peak_memory import anonymous_bytes
 from hpc_train.train.tasks import Task, open_task
 
 _ALONE_BYTES = 1 << 20  # as in `reduce.buckets`: smaller gradients are copied into messages, which stay
-_NUM_STEPS = 3  # the heap has found its size by then
+_NUM_STEPS = 2  # the second finds what the first one keeps
 _MPI_COPIES = 2  # of a message under way, at the root: Open MPI's own sum of what comes in
 _NUM_BATCHES = 2  # the one in use, and the next
 _MOST_RANKS = 1 << 20  # that are tried for the smallest number that fits
 # Measured on x86-64 with torch 2.13, Open MPI 4.1 and Horovod 0.28 (make bench-memory prints what is left over):
+_GAPS = 0.4  # of what moves in the heap: malloc's gaps between freed and living tensors, which stay with the process
+_PAGES_OF_ITS_OWN = 32 << 20  # bytes from which on malloc takes none of the heap, at the latest (mallopt(3))
 _STARTED_BYTES = 20 << 20  # a rank's MPI, threads and kernels beyond what the command itself takes
 
 
@@ -49,7 +50,7 @@ class Memory:
     optimizer: int
     activations: int  # what forward keeps for backward, and temporary results at that moment, such as logits
     messages: int  # copies of gradients or weights for other ranks, and what MPI works in
-    gaps: int  # that malloc leaves between tensors: see `heap`
+    gaps: int  # that malloc leaves between tensors: measured, see `_GAPS`
     checkpoint: int  # the copy of a rank's share that is written while training goes on
     input: int  # batches
     base: int  # interpreter, torch, MPI and open data
@@ -104,31 +105,31 @@ class Trial:
         all_bytes, shards = num_bytes(self.parameters.values()), num_ranks if stage else 1
         held = self._held(stage, num_ranks)
         optimizer = states(self.config) * (all_bytes // shards)
-        made = self._steps(batch, stage, num_ranks)
-        moving = optimizer + (held.gradients if stage < 2 else 0)  # of what the steps make
+        live = self._steps(batch, stage, num_ranks)
+        moving = held.gradients if stage < 2 else 0  # of what the steps make
         return Memory(
             weights=held.weights + num_bytes((*self.model.parameters(), *self.model.buffers())) - all_bytes,
             gradients=held.gradients,
             optimizer=optimizer,
-            activations=max(0, made.peak - moving),
+            activations=max(0, int(live.peak) - moving),
             messages=held.messages,
-            gaps=made.heap.peak - made.peak,
+            gaps=int(live.peak_with_gaps - live.peak),
             checkpoint=(all_bytes // shards + optimizer) if self.config.checkpoint.keep else 0,
             input=_NUM_BATCHES * train.accumulate * _bytes_of(batch),
             base=self.base,
         )
 
-    def _steps(self, batch: Any, stage: int, num_ranks: int) -> "_Allocations":
+    def _steps(self, batch: Any, stage: int, num_ranks: int) -> "_LiveBytes":
         """What the trial of the first batch and the first steps allocate, on tensors without bytes."""
-        train, kept = self.config.train, []
+        train = self.config.train
         cast = autocast(train, torch.device("cpu"))
         groups = [[each] for each in self.parameters.values()]
         if stage > 1:
             groups = [list(group.values()) for name, group in self._blocks().items() if name]
         with self._fake, _Gradients(self.parameters, groups, stage, num_ranks) as gradients:
             fake = map_tensors(batch, self._fake.from_tensor)
-            with _Allocations() as made:
-                for step in range(-1, _NUM_STEPS):  # the trial of the first batch comes before
+            with _LiveBytes(0.0 if train.activation_checkpointing else _GAPS) as live:
+                for step in range(_NUM_STEPS):
                     for number in range(train.accumulate)[-2:]:  # the second finds gradients of the first
                         gradients.is_last = number == train.accumulate - 1
                         with cast():
@@ -136,12 +137,9 @@ class Trial:
                         loss.backward()
                         del loss
                         gradients.end_pass()
-                    if step == 0:
-                        sizes = [each.numel() // (num_ranks if stage else 1) for each in self.parameters.values()]
-                        kept += [torch.empty(size) for size in sizes for _ in range(states(self.config))]
                     self.model.zero_grad()
                     gradients.end_step()
-        return made
+        return live
 
     def _blocks(self) -> dict[str, dict[str, nn.Parameter]]:
         return parameters_of(self.model, find_blocks(self.model, self.config.reduce.shard_blocks))
@@ -240,15 +238,14 @@ def states(config: Config) -> int:
     return 2 if config.train.optimizer in ("adamw", "lamb") else int(config.train.momentum > 0)
 
 
-class _Allocations(TorchDispatchMode):
-    """Keeps the heap of tensors that are made inside, until nothing refers to them."""
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the bytes of tensors that are made inside and still referred to, and what malloc leaves between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, gaps: float) -> None:
         super().__init__()
-        self.heap = Heap()
-        self.peak = self._now = 0  # of their bytes
-        self._known: dict[int, int] = {}  # storage -> its key in the heap
-        self._num_made = 0
+        self.peak = self.peak_with_gaps = 0.0
+        self._gaps, self._now, self._now_in_heap = gaps, 0, 0
+        self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given: set[int] = set()
@@ -258,19 +255,22 @@ class _Allocations(TorchDispatchMode):
         return found
 
     def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        if id(storage) in given or id(storage) in self._known:
+        key = id(storage)
+        if key in given or key in self._known:
             return  # a view, or changed in place
-        num_bytes = storage.nbytes()
-        self._num_made += 1
-        self._known[id(storage)] = self._num_made
-        self.heap.allocate(self._num_made, num_bytes)
-        self._now += num_bytes
-        self.peak = max(self.peak, self._now)
-        weakref.finalize(storage, self._remove, id(storage), num_bytes)
+        self._known.add(key)
+        self._count(storage.nbytes())
+        weakref.finalize(storage, self._remove, key, storage.nbytes())
 
-    def _remove(self, storage: int, num_bytes: int) -> None:
-        self.heap.free(self._known.pop(storage))
-        self._now -= num_bytes
+    def _remove(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self._count(-num_bytes)
+
+    def _count(self, num_bytes: int) -> None:
+        self._now += num_bytes
+        self._now_in_heap += num_bytes if abs(num_bytes) < _PAGES_OF_ITS_OWN else 0
+        self.peak = max(self.peak, self._now)
+        self.peak_with_gaps = max(self.peak_with_gaps, self._now + self._gaps * self._now_in_heap)
 
 
 def smallest(trial: Trial, ranks_per_node: int, node_bytes: float) -> tuple[int, Memory] | None:
