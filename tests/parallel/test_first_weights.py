@@ -30,6 +30,7 @@ JOBS: dict[str, list[str]] = {
     "gpt-text": [],
     "gpt-shakespeare": [],
     "gpt2-124m": [TINY],
+    "gpt2-xl": [TINY],
     "dqn-cartpole": ["rl.replay_start=60"],
     "reinforce-cartpole": [],
 }
