@@ -19,7 +19,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.watchdog import open_watchdog
 from hpc_train.train.device import open_clock, seed_noise
 from hpc_train.train.evaluate import evaluate
-from hpc_train.train.initial_from import begin_from
+from hpc_train.train.initial_from import begin_from, begin_parts_from
 from hpc_train.train.reduce.reducer import open_reducer
 from hpc_train.train.run.attempt import log, open_attempt
 from hpc_train.train.run.checkpoint.saver import Saver
@@ -53,7 +53,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
         context.duplicate() as recorder_context,  # its messages never meet a reducer's or a task's
         open_attempt(loaded, context, resume) as attempt,
     ):
-        context.on_root(partial(begin_from, job.model, config.train.init_from, attempt))
+        begin_from(job, attempt)
         recorder = Recorder(loaded, recorder_context, job.placements, attempt, open_clock(config.train, job.device))
         is_root = context.world.is_root
         saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.log, recorder.sync_records)
@@ -61,11 +61,12 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             recorder,
             saver,
             StopRequest() as stop,  # from here on a signal sets a flag
-            # From here on all ranks have the root's weights.
-            open_reducer(config.reduce, job.model, job.mesh, Control(stop, saver)) as reducer,
+            # From here on all ranks have the root's weights, or their parts of the weights.
+            open_reducer(config.reduce, job.model, job.mesh, Control(stop, saver), job.draw) as reducer,
             open_watchdog(context, config.run, recorder.log) as watchdog,
         ):
             optimizer = make_optimizer(job, reducer)
+            begin_parts_from(job, reducer, attempt)
             training = TrainingState(job, reducer, optimizer)
             first_step = restore(training, attempt)
             if first_step >= config.train.steps and context.on_root(partial(is_complete, attempt.run)):

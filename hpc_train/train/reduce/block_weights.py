@@ -1,6 +1,6 @@
 """A block's weights in one flat tensor that is divided among the ranks, and blocks as a checkpoint sees them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import nan
 from typing import Any
 
@@ -22,9 +22,18 @@ class BlockWeights:
 
     The optimizer updates `own`, this rank's part, through `owned`: the segments of parameters that lie in it. While
     `weights` is a tensor, the parameters are views of it; else they have their shapes and no memory.
+
+    draw: the initial value of a parameter, by name; None if the parameters have theirs.
     """
 
-    def __init__(self, name: str, parameters: dict[str, nn.Parameter], num_shards: int, shard: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameters: dict[str, nn.Parameter],
+        num_shards: int,
+        shard: int,
+        draw: Callable[[str], torch.Tensor] | None = None,
+    ) -> None:
         self.name, self.parameters, self.shard = name or "root", parameters, shard
         dtypes = {parameter.dtype for parameter in parameters.values()}
         if len(dtypes) != 1:
@@ -43,11 +52,13 @@ class BlockWeights:
         first = next(iter(parameters.values()))
         self.dtype, self.device = first.dtype, first.device
         self.weights: torch.Tensor | None = None
-        whole = torch.zeros(self.length, dtype=self.dtype, device=self.device)
-        for each, parameter in parameters.items():
-            self.view(whole, each).copy_(parameter.detach())
-        self.own = self._part(whole).clone()
+        self.own = torch.zeros(self.part_length, dtype=self.dtype, device=self.device)
         self.gradient = torch.zeros_like(self.own)
+        for each, parameter in parameters.items():
+            begin, end = self.span(each)
+            if begin < end:  # one whole tensor at a time, and only those of which this rank has a part
+                value = draw(each) if draw else parameter.detach()
+                self.segment(self.own, each).copy_(value.reshape(-1)[begin:end])
         self.has_gradient = False
         self.owned = [
             ParamShard(each, nn.Parameter(self.segment(self.own, each)), has_weight_decay(parameter))

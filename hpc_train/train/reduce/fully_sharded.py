@@ -10,7 +10,7 @@ the ranks at each block; from then on a rank that leaves it raises an error inst
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -116,6 +116,7 @@ class FullySharded:
 
     transport: along the mesh's axis `shard`, which gathers do not leave. between: along its axis `replica`, on which
     the parts of gradients are summed once a step; None if there is one copy of the weights.
+    draw: see `BlockWeights`. Raises UserError on all ranks alike if a part of the weights cannot be made.
     """
 
     num_updates = 1
@@ -128,6 +129,7 @@ class FullySharded:
         model: nn.Module,
         mesh: Mesh,
         control: ControlFlags,
+        draw: Callable[[str], torch.Tensor] | None = None,
     ) -> None:
         assert mesh.shard.context is not None
         context = mesh.shard.context
@@ -138,7 +140,9 @@ class FullySharded:
         modules = find_blocks(model, settings.shard_blocks)
         groups = parameters_of(model, modules)
         world = context.world
-        blocks = {name: BlockWeights(name, group, world.size, world.rank) for name, group in groups.items()}
+        blocks = mesh.ranks.on_all(
+            lambda: {name: BlockWeights(name, group, world.size, world.rank, draw) for name, group in groups.items()}
+        )
         self._root = blocks.pop("", None)
         self._blocks = {block.name: block for block in blocks.values()}
         self.shards = BlockShards([*([self._root] if self._root else []), *blocks.values()])

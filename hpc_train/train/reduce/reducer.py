@@ -1,6 +1,6 @@
 """Gradient reduction, by `reduce.strategy`: the interface that the loop uses, and which class implements it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -74,12 +74,28 @@ class Reducer(Protocol):
         """
 
 
+def keeps_parts(settings: Reduce, size: int) -> bool:
+    """Whether a rank makes its parts of the first weights alone, so that the model need not be whole anywhere."""
+    return settings.strategy == "sharded" and settings.stage > 1 and size > 1
+
+
 @contextmanager
-def open_reducer(settings: Reduce, model: nn.Module, mesh: Mesh, control: ControlFlags) -> Iterator[Reducer]:
-    """Collective. Sends the root's weights to all ranks, then reduces by `reduce.strategy` until the end."""
+def open_reducer(
+    settings: Reduce,
+    model: nn.Module,
+    mesh: Mesh,
+    control: ControlFlags,
+    draw: Callable[[str], torch.Tensor] | None = None,
+) -> Iterator[Reducer]:
+    """Collective. Sends the root's weights to all ranks, then reduces by `reduce.strategy` until the end.
+
+    draw: the initial value of each trainable parameter, if the model has their shapes alone (see `keeps_parts`). They
+    are then not sent: each rank draws what it keeps.
+    """
     strategy, size = settings.strategy, mesh.ranks.world.size
     hvd = open_horovod(settings, model, mesh.ranks) if _uses_horovod(settings, model) else None
-    broadcast_model(model, mesh.ranks)
+    held = [each for each in (*model.parameters(), *model.buffers()) if not (draw and each.requires_grad)]
+    broadcast_tensors(held, mesh.ranks)
     if size == 1:
         # Its gradients are the sum already. Sending them through Horovod all the same made the one rank's step a tenth
         # longer, and every speedup over that baseline too good.
@@ -92,7 +108,7 @@ def open_reducer(settings: Reduce, model: nn.Module, mesh: Mesh, control: Contro
             assert mesh.shard.context is not None
             yield Sharded(within, between, model, mesh.shard.context, control)
         else:
-            yield FullySharded(within, between, settings, model, mesh, control)
+            yield FullySharded(within, between, settings, model, mesh, control, draw)
     else:
         assert mesh.replica.context is not None
         yield AllReduce(_open_transport(hvd, mesh.replica.context), settings, model, control)
