@@ -96,9 +96,10 @@ class BlockWeights:
         parameter, begin = self.parameters[name], self.begins[name]
         return whole[begin : begin + parameter.numel()].view(parameter.shape)
 
-    def span(self, name: str) -> tuple[int, int]:
-        """Which of a parameter's numbers lie in this rank's part: (begin, end), equal if none do."""
-        begin, num = self.shard * self.part_length - self.begins[name], self.parameters[name].numel()
+    def span(self, name: str, shard: int | None = None) -> tuple[int, int]:
+        """Which of a parameter's numbers lie in a part: (begin, end), equal if none do. shard: default this rank's."""
+        part = self.shard if shard is None else shard
+        begin, num = part * self.part_length - self.begins[name], self.parameters[name].numel()
         return min(max(0, begin), num), max(0, min(num, begin + self.part_length))
 
     def segment(self, part: torch.Tensor, name: str) -> torch.Tensor:
@@ -202,16 +203,18 @@ class Buffers:
     def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
 
-    def take(self, block: BlockWeights) -> torch.Tensor:
-        """A tensor of the length of the block's weights."""
-        fitting = [each for each in self._free if len(each) >= block.length and each.dtype == block.dtype]
+    def take(self, block: BlockWeights, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor of the length of the block's weights. dtype: default theirs."""
+        dtype = dtype or block.dtype
+        alike = [each for each in self._free if each.dtype == dtype]
+        fitting = [each for each in alike if len(each) >= block.length]
         if fitting:
             chosen = min(fitting, key=len)
         else:
             # A buffer that is too small gives way, so that there are never more than are used at a time.
-            chosen = torch.empty(block.length, dtype=block.dtype, device=block.device)
-            if self._free:
-                self._remove(max(self._free, key=len))
+            chosen = torch.empty(block.length, dtype=dtype, device=block.device)
+            if alike:
+                self._remove(max(alike, key=len))
             return chosen
         self._remove(chosen)
         return chosen[: block.length]
