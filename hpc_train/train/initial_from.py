@@ -38,8 +38,8 @@ def begin_parts_from(job: Job, reducer: Reducer, attempt: Attempt) -> None:
     if init_from is None or not job.draw or job.context.on_root(partial(_resumes, attempt)):
         return
     assert isinstance(shards, BlockShards)
-    source = job.context.on_root(partial(check_weights, job.model, init_from))
-    job.context.on_all(partial(load_parts, job.model, shards, init_from))
+    source, step = job.context.on_root(partial(check_weights, job.model, init_from))
+    job.context.on_all(partial(load_parts, job.model, shards, init_from, step))
     reducer.sync_weights(True)  # stage 2 computes with whole weights
     job.context.on_root(partial(log, f"Weights of {source}"))
 
@@ -64,16 +64,19 @@ def load_weights(model: nn.Module, init_from: str) -> str:
         return weights.source
 
 
-def check_weights(model: nn.Module, init_from: str) -> str:
-    """What `load_weights` raises and returns; reads shapes only."""
+def check_weights(model: nn.Module, init_from: str) -> tuple[str, int | None]:
+    """What `load_weights` raises and returns, and the step of a checkpoint. No tensor is loaded."""
     with _open_fitting(model, init_from) as weights:
-        return weights.source
+        return weights.source, weights.step
 
 
-def load_parts(model: nn.Module, shards: BlockShards, init_from: str) -> None:
-    """`load_weights` for a rank that keeps its parts alone: it holds one more tensor at most."""
-    with _open_fitting(model, init_from) as weights:
-        targets = _targets(model)
+def load_parts(model: nn.Module, shards: BlockShards, init_from: str, step: int | None) -> None:
+    """`load_weights` for a rank that keeps parts of the weights: it reads those alone.
+
+    step: of the checkpoint, of a run that goes on meanwhile.
+    """
+    with _open_fitting(model, init_from, step) as weights:
+        kinds, targets = weights.names(), _targets(model)
         name_of = {id(each): name for block in shards.blocks for name, each in block.parameters.items()}
         tied = dict(model.named_parameters(remove_duplicate=False))
         _load_whole(model, weights, [name for name in targets if id(tied.get(name)) not in name_of])
@@ -81,17 +84,25 @@ def load_parts(model: nn.Module, shards: BlockShards, init_from: str) -> None:
             for name, parameter in block.parameters.items():
                 begin, end = block.span(name)
                 if begin < end:
-                    block.segment(block.own, name).copy_(_part(weights, name, parameter, begin, end))
+                    found = _part if kinds[name].shape == parameter.shape else _part_of_padded
+                    block.segment(block.own, name).copy_(found(weights, name, parameter, begin, end))
 
 
 def _part(weights: WeightsFile, name: str, parameter: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    """The numbers [begin, end) of a parameter, whose tensor in the file may have fewer rows."""
-    found = weights.read(name)
-    if found.shape != parameter.shape:
-        padded = torch.empty(parameter.shape, dtype=parameter.dtype)
-        _fill_padded(padded, found)
-        found = padded
-    return found.reshape(-1)[begin:end]
+    """The numbers [begin, end) of a parameter: its rows are read in which they lie."""
+    if parameter.ndim == 0:
+        return weights.read(name).reshape(1)
+    num_of_row = parameter.shape[1:].numel()
+    first, last = begin // num_of_row, -(-end // num_of_row)
+    rows = weights.read(name, (slice(first, last),)).reshape(-1)
+    return rows[begin - first * num_of_row : end - first * num_of_row]
+
+
+def _part_of_padded(weights: WeightsFile, name: str, parameter: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """The same of a parameter that has more rows than the file: their mean takes all of them."""
+    padded = torch.empty(parameter.shape, dtype=parameter.dtype)
+    _fill_padded(padded, weights.read(name))
+    return padded.view(-1)[begin:end]
 
 
 def _load_whole(model: nn.Module, weights: WeightsFile, names: Iterable[str]) -> None:
@@ -110,10 +121,10 @@ def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _open_fitting(model: nn.Module, init_from: str) -> Iterator[WeightsFile]:
+def _open_fitting(model: nn.Module, init_from: str, step: int | None = None) -> Iterator[WeightsFile]:
     """The file, whose tensors are those of the model. Raises UserError if they are not."""
     key = f"train.init_from = '{init_from}'"
-    with open_weights(expanded(Path(init_from)), key) as found:
+    with open_weights(expanded(Path(init_from)), key, step) as found:
         weights: WeightsFile = (
             FromGpt2(found) if isinstance(model, Gpt) and gpt2_names.is_gpt2(found.names()) else found
         )

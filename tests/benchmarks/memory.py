@@ -35,7 +35,7 @@ class Case(NamedTuple):
     batch: int  # of a rank
     strategy: str
     stage: int = 1
-    keys: dict[str, Any] = {}
+    keys: dict[str, Any] = {}  # noqa: RUF012  # never changed
 
     @property
     def label(self) -> str:
@@ -149,7 +149,9 @@ def main() -> None:
             total, base = parts["total"], parts["base"]
             errors.append(total / peak - 1)
             without = (total - base) / (peak - base) - 1
-            print(f"{total / 1e6:9,.0f} {peak / 1e6:9,.0f} {errors[-1]:+7.1%} {without:+13.1%}  {case.label}", flush=True)
+            print(
+                f"{total / 1e6:9,.0f} {peak / 1e6:9,.0f} {errors[-1]:+7.1%} {without:+13.1%}  {case.label}", flush=True
+            )
             if chosen.parts:
                 print("   ", {key: round(value / 1e6) for key, value in parts.items()}, flush=True)
     sizes = sorted(map(abs, errors))

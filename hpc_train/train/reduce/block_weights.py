@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from math import nan
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -96,9 +96,10 @@ class BlockWeights:
         parameter, begin = self.parameters[name], self.begins[name]
         return whole[begin : begin + parameter.numel()].view(parameter.shape)
 
-    def span(self, name: str) -> tuple[int, int]:
-        """Which of a parameter's numbers lie in this rank's part: (begin, end), equal if none do."""
-        begin, num = self.shard * self.part_length - self.begins[name], self.parameters[name].numel()
+    def span(self, name: str, shard: int | None = None) -> tuple[int, int]:
+        """Which of a parameter's numbers lie in a part: (begin, end), equal if none do. shard: default this rank's."""
+        part = self.shard if shard is None else shard
+        begin, num = part * self.part_length - self.begins[name], self.parameters[name].numel()
         return min(max(0, begin), num), max(0, min(num, begin + self.part_length))
 
     def segment(self, part: torch.Tensor, name: str) -> torch.Tensor:
@@ -196,22 +197,37 @@ class BlockShards:
                 block.segment(block.own, name).copy_(state[name].reshape(-1)[begin:end])
 
 
+class Flat(NamedTuple):
+    """So much as `Buffers` must know of a block, here of one on a device without memory."""
+
+    length: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("meta")
+
+
 class Buffers:
     """Memory that is used again and again: fresh memory of this size takes as long to be mapped as to be filled."""
 
     def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
 
-    def take(self, block: BlockWeights) -> torch.Tensor:
-        """A tensor of the length of the block's weights."""
-        fitting = [each for each in self._free if len(each) >= block.length and each.dtype == block.dtype]
+    @property
+    def num_bytes(self) -> int:
+        """Of what is free."""
+        return sum(each.nbytes for each in self._free)
+
+    def take(self, block: BlockWeights | Flat, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor of the length of the block's weights. dtype: default theirs."""
+        dtype = dtype or block.dtype
+        alike = [each for each in self._free if each.dtype == dtype]
+        fitting = [each for each in alike if len(each) >= block.length]
         if fitting:
             chosen = min(fitting, key=len)
         else:
             # A buffer that is too small gives way, so that there are never more than are used at a time.
-            chosen = torch.empty(block.length, dtype=block.dtype, device=block.device)
-            if self._free:
-                self._remove(max(self._free, key=len))
+            chosen = torch.empty(block.length, dtype=dtype, device=block.device)
+            if alike:
+                self._remove(max(alike, key=len))
             return chosen
         self._remove(chosen)
         return chosen[: block.length]

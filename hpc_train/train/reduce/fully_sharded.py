@@ -27,6 +27,7 @@ from hpc_train.train.comm.context import Context, joint
 from hpc_train.train.comm.mesh import Mesh
 from hpc_train.train.reduce.block_weights import BlockShards, BlockWeights, Buffers
 from hpc_train.train.reduce.buckets import Bucket
+from hpc_train.train.reduce.cast_weights import CastWeights
 from hpc_train.train.reduce.shard_blocks import find_blocks, parameters_of
 from hpc_train.train.reduce.step_flags import NUM_FLAGS, ControlFlags, StepFlags
 from hpc_train.train.reduce.transports import Pending, Transport, arriving_in
@@ -148,6 +149,9 @@ class FullySharded:
         self._buffers = Buffers()
         self._gathering: dict[str, tuple[torch.Tensor, Pending]] = {}
         self._sending: deque[_Sending] = deque()
+        cast = [CastWeights(model, block, world.size) for block in self._blocks.values()] if self._frees else []
+        self._cast = {each.name: each for each in cast if each.saves_bytes}
+        self._autocast_dtype: torch.dtype | None = None  # of this pass
         self._is_last_pass = False  # of a step
         self._summing: list[Pending] = []  # over the copies
         self._order = VisitOrder(mesh.ranks)
@@ -186,6 +190,8 @@ class FullySharded:
                 "Call the model once for all samples of a batch, or use reduce.stage = 1.",
             )
         self._end_pass()  # that of the part of the batch before this one
+        kind = self.shards.blocks[0].device.type
+        self._autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self._order.begin_pass()
         if self._root:
             self._gather(self._root)
@@ -274,8 +280,12 @@ class FullySharded:
 
     def _begin_gather(self, block: BlockWeights) -> None:
         if self._frees and block.weights is None and block.name not in self._gathering:
-            buffer = self._buffers.take(block)
-            pending = self._transport.all_gather(block.own, f"{block.name}.weights", buffer)
+            if self._autocast_dtype and block.name in self._cast:
+                buffer = self._buffers.take(block, self._autocast_dtype)
+                pending = self._cast[block.name].begin(self._transport, buffer)
+            else:
+                buffer = self._buffers.take(block)
+                pending = self._transport.all_gather(block.own, f"{block.name}.weights", buffer)
             self._gathering[block.name] = buffer, pending
 
     def _gather(self, block: BlockWeights) -> None:
@@ -284,7 +294,8 @@ class FullySharded:
             buffer, pending = self._gathering.pop(block.name)
             with self.waits, self._context.waiting:
                 pending.wait()
-            block.set(buffer)
+            if block.weights is None:
+                block.set(buffer)
 
     def _free(self, block: BlockWeights | None) -> None:
         if self._frees and block is not None and block.weights is not None:
