@@ -30,6 +30,7 @@ JOBS: dict[str, list[str]] = {
     "gpt-text": [],
     "gpt-shakespeare": [],
     "gpt2-124m": [TINY],
+    "gpt2-xl": [TINY],
     "dqn-cartpole": ["rl.replay_start=60"],
     "reinforce-cartpole": [],
 }
@@ -69,7 +70,7 @@ def data(context: Context, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def loaded(name: str, data: dict[str, Path], *overrides: str) -> Loaded:
     file = data["text" if "text" in name or "gpt" in name or "bert" in name else "pictures"]
     kept = (f"data.file={file}",) if "cartpole" not in name else ()
-    return load(CONFIGS / f"{name}.toml", (*kept, *JOBS[name], "train.precision=fp32", *overrides))
+    return load(CONFIGS / f"{name}.toml", (*kept, *JOBS[name], "reduce.stage=1", *overrides))
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:

@@ -1,9 +1,13 @@
-"""Divided weights over a network: what a copy on each node sends, and where the time of a slow link is counted."""
+"""Divided weights over a network: what a copy on each node sends, where the time of a slow link is counted, and the
+shipped job that divides its weights.
+"""
 
+import json
 from pathlib import Path
 
 import numpy as np
 
+from hpc_train.core.config import load
 from hpc_train.core.records import read_metrics
 from hpc_train.core.rundir import RunDir, find
 from hpc_train.core.timing_log import PHASES, read_timings
@@ -49,3 +53,24 @@ def test_a_slow_link_is_exposed_communication_and_no_pass(cluster: Cluster, digi
     fast, slow = spent["None"], spent["100mbit"]
     assert slow["reduce"] > fast["reduce"] + 0.3, spent
     assert slow["forward"] + slow["backward"] < 2 * (fast["forward"] + fast["backward"]) + 0.02, spent
+
+
+def test_gpt2_xl_by_the_shipped_script(cluster: Cluster, tmp_path: Path) -> None:
+    """Its shipped settings but for the size, on four nodes."""
+    files = sorted(Path(json.__file__).parent.glob("*.py"))
+    words = [word for path in files for word in ("--from", path)]
+    done = jobs.run(1, "prepare", "text", tmp_path / "text.h5", *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    small = {"layers": 2, "heads": 2, "width": 32, "context": 64, "vocab_size": 256}
+    keys: dict[str, object] = {f"task__options__{key}": value for key, value in small.items()}
+    keys |= {"data__file": tmp_path / "text.h5", "run__root": tmp_path / "runs", "train__batch_per_rank": 2}
+    keys |= {"train__steps": 4, "train__lr_warmup_steps": 1}
+    script, config = jobs.ROOT / "slurm/train.sbatch", jobs.CONFIGS / "gpt2-xl.toml"
+    job = cluster.sbatch("--nodes=4", script, config, *jobs.settings(**keys), cwd=tmp_path)
+    cluster.ends(job, "COMPLETED", timeout_s=120)
+    (run,) = find([tmp_path / "runs"])
+    losses = np.array(read_metrics(run.metrics)[1])
+    assert len(losses) == 4 and losses[-1] < losses[0] and run.checkpoint(4).exists()
+    meta = json.loads(run.meta.read_text())
+    assert len({rank["host"] for rank in meta["ranks"]}) == 4 and meta["precision"] == "bf16"
+    assert load(run.config).config.reduce.stage == 3
