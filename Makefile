@@ -6,6 +6,7 @@
 # make bench-plan  predict published scaling series from their small sizes, Extra-P beside (it gets an environment of its own)
 # make bench-link  train over limited links against what bench allreduce predicts (root, a quiet machine)
 # make bench-large  memory of a rank and time of a step by strategy and stage (a quiet machine; 15 minutes)
+# make bench-memory  memory that `hpc-train memory` tells against what ranks take, 18 jobs (8 minutes)
 # make test-rdma  train over InfiniBand verbs between two emulated guests (root, 8 minutes)
 # make test-all  every test, each command started as a process of its own, every fault, and 5,000 inputs that nobody would write
 # make test-fuzz  those inputs alone (15 minutes)
@@ -114,8 +115,10 @@ bench-io:
 	@./install.sh test
 	python -m tests.benchmarks.io
 
+# What `hpc-train memory` tells against what ranks take, 18 jobs: 8 minutes.
 bench-memory:
-	$(VENV)/bin/python tests/benchmarks/memory.py data/python.h5 data/mnist-5k.h5
+	@./install.sh test
+	python -m tests.benchmarks.memory
 
 bench-plan:
 	@./install.sh test

@@ -66,6 +66,7 @@ CASES = [
     Case(RESNET, 1, 16, "local", keys=BF16),
     Case(VGG, 2, 32, "sharded", 3),
 ]
+FAST = [CASES[12], CASES[14]]
 
 
 def write_data(folder: Path) -> None:
