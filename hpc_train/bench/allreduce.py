@@ -98,7 +98,7 @@ def _all_reduce(hvd: Any, team: RankGroup, message: torch.Tensor) -> Method:
 def _sharded(hvd: Any, team: RankGroup, message: torch.Tensor) -> Method:
     model, loss = _model(message), torch.zeros(())
     (parameter,) = model.parameters()
-    reducer = Sharded(SplittingTransport(HorovodTransport(hvd, team.size)), model, team.context, NoFlags())
+    reducer = Sharded(SplittingTransport(HorovodTransport(hvd, team.size)), None, model, team.context, NoFlags())
 
     def exchange(update: bool) -> None:
         parameter.grad = message

@@ -75,12 +75,13 @@ def _strategy_keys(config: Config) -> Iterator[str]:
 def _shard_keys(config: Config) -> Iterator[str]:
     train, reduce = config.train, config.reduce
     if reduce.strategy != "sharded":
-        for key, value in (
-            ("stage", reduce.stage),
-            ("shard_blocks", reduce.shard_blocks),
-            ("transport", reduce.transport),
+        for key, value, default in (
+            ("stage", reduce.stage, 1),
+            ("shard_within", reduce.shard_within, "job"),
+            ("shard_blocks", reduce.shard_blocks, None),
+            ("transport", reduce.transport, "auto"),
         ):
-            if value not in (1, None, "auto"):
+            if value not in (default, None):
                 yield f"reduce.{key} = {value!r} needs reduce.strategy = 'sharded', not '{reduce.strategy}'"
         return
     stage = f"reduce.stage = {reduce.stage}"
@@ -92,9 +93,6 @@ def _shard_keys(config: Config) -> Iterator[str]:
         yield f"train.compile = true does not go with {stage}, whose hooks in the model torch.compile cannot trace"
     if config.task.kind in ("policy_gradient", "dqn"):
         yield f"task.kind = '{config.task.kind}' does not go with {stage}: ranks play episodes of unlike length"
-    if reduce.stage == 3 and train.check_weights_every:
-        every = train.check_weights_every
-        yield f"train.check_weights_every = {every} does not go with {stage}: no two ranks hold the same weights"
 
 
 def _energy_keys(config: Config) -> Iterator[str]:
@@ -125,6 +123,11 @@ def check_ranks(config: Config, num_ranks: int) -> None:
         raise UserError(
             f"reduce.adasum = true, and {num_ranks} ranks are no power of two",
             "Start 2, 4, 8 ... ranks, or leave it out.",
+        )
+    if isinstance(reduce.shard_within, int) and num_ranks % reduce.shard_within:
+        raise UserError(
+            f"reduce.shard_within = {reduce.shard_within}: {ranks} cannot be divided into groups of that size",
+            f"Start a multiple of {reduce.shard_within} ranks, or set it to a divisor of {num_ranks}.",
         )
     batch_size = train.batch_size(num_workers)
     if batch_size < num_workers:

@@ -1,12 +1,15 @@
 """Times the phases of a step, in nanoseconds of the monotonic clock."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from time import perf_counter_ns
 
 from hpc_train.core.timing_log import PHASES, StepRecord
 
 
-class _Phase:
+class Phase:
+    """`with phase: ...` adds the time inside to `spent_ns`."""
+
     __slots__ = ("began_ns", "spent_ns")
 
     def __init__(self) -> None:
@@ -20,7 +23,7 @@ class _Phase:
         self.spent_ns += perf_counter_ns() - self.began_ns
 
 
-class _SynchronizedPhase(_Phase):
+class _SynchronizedPhase(Phase):
     """Waits for the device at both ends: exact on a GPU, at the cost of the overlap that it measures."""
 
     __slots__ = ("synchronize",)
@@ -38,7 +41,7 @@ class _SynchronizedPhase(_Phase):
         super().__exit__(*error)
 
 
-class _UntimedPhase(_Phase):
+class _UntimedPhase(Phase):
     """Records no time: the host's time says nothing about work that a device does asynchronously."""
 
     __slots__ = ()
@@ -47,10 +50,28 @@ class _UntimedPhase(_Phase):
         pass
 
 
-def _make_phase(synchronize: Callable[[], None] | None, times_phases: bool) -> _Phase:
+def _make_phase(synchronize: Callable[[], None] | None, times_phases: bool) -> Phase:
     if not times_phases:
         return _UntimedPhase()
-    return _SynchronizedPhase(synchronize) if synchronize else _Phase()
+    return _SynchronizedPhase(synchronize) if synchronize else Phase()
+
+
+class _PhaseWithWaits:
+    """A phase, less the time in which the rank waited for others within it: that is added to `reduce`."""
+
+    __slots__ = ("phase", "reduce", "waits")
+
+    def __init__(self, phase: Phase, waits: Phase, reduce: Phase) -> None:
+        self.phase, self.waits, self.reduce = phase, waits, reduce
+
+    def __enter__(self) -> None:
+        self.waits.spent_ns = 0  # of another phase
+        self.phase.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.phase.__exit__(*error)
+        self.phase.spent_ns -= self.waits.spent_ns
+        self.reduce.spent_ns += self.waits.spent_ns
 
 
 class Clock:
@@ -64,6 +85,13 @@ class Clock:
         phases = [_make_phase(synchronize, times_phases) for phase in PHASES if phase != "other"]
         self.data, self.forward, self.backward, self.reduce, self.optimizer, self.sync = phases
         self._step_began_ns = perf_counter_ns()
+        self._times_phases = times_phases
+
+    def passes(self, waits: Phase | None) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """(forward, backward), of which the time inside `waits` counts as `reduce`: it is exposed communication."""
+        if waits is None or not self._times_phases:
+            return self.forward, self.backward
+        return _PhaseWithWaits(self.forward, waits, self.reduce), _PhaseWithWaits(self.backward, waits, self.reduce)
 
     def restart(self) -> None:
         """Begins the first step now: earlier time belongs to no step."""

@@ -107,6 +107,7 @@ class Reduce(_Section):
     compression: Literal["none", "fp16", "bf16"] = "none"  # of gradients in messages; accumulated in FP32
     # Of the strategy sharded.
     stage: Literal[1, 2, 3] = 1  # what each rank keeps 1/N of: 1 the optimizer's state, 2 gradients too, 3 weights too
+    shard_within: Literal["job", "node"] | Count = "job"  # ranks that share one copy: all, a node's, or so many
     shard_blocks: list[Text] | None = None  # modules whose weights are gathered together, as patterns: "encoder.*"
     transport: Literal["auto", "mpi", "horovod"] = "auto"  # auto: horovod on GPUs, mpi on CPUs
     # Horovod's, named after horovodrun's options.

@@ -1,5 +1,8 @@
 """`train.init_from`: a new run begins with the weights of a file or of another run."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,17 +12,45 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.paths import expanded
 from hpc_train.train.models import gpt2_names
 from hpc_train.train.models.gpt import Gpt
+from hpc_train.train.reduce.block_weights import BlockShards
+from hpc_train.train.reduce.reducer import Reducer
 from hpc_train.train.run.attempt import Attempt, log
 from hpc_train.train.run.checkpoint.retention import checkpoints
+from hpc_train.train.setup import Job
 from hpc_train.train.weights_file import FromGpt2, Kind, WeightsFile, open_weights
 
 _MOST_NAMED = 5  # tensors of a kind in a message
 
 
-def begin_from(model: nn.Module, init_from: str | None, attempt: Attempt) -> None:
-    """Loads `train.init_from`, unless a checkpoint is resumed. On the root, before the reducer sends its weights."""
-    if init_from is not None and not (attempt.source and checkpoints(attempt.source)):
+def begin_from(job: Job, attempt: Attempt) -> None:
+    """Collective. Loads `train.init_from`, unless a checkpoint is resumed, before the reducer sends the root's weights.
+
+    Not if `Job.draw`: see `begin_parts_from`.
+    """
+    init_from = job.config.train.init_from
+    if init_from is not None and not job.draw:
+        job.context.on_root(partial(_begin_whole, job.model, init_from, attempt))
+
+
+def begin_parts_from(job: Job, reducer: Reducer, attempt: Attempt) -> None:
+    """Collective. The same for weights that the reducer has divided: every rank reads its own parts of the file."""
+    init_from, shards = job.config.train.init_from, reducer.shards
+    if init_from is None or not job.draw or job.context.on_root(partial(_resumes, attempt)):
+        return
+    assert isinstance(shards, BlockShards)
+    source, step = job.context.on_root(partial(check_weights, job.model, init_from))
+    job.context.on_all(partial(load_parts, job.model, shards, init_from, step))
+    reducer.sync_weights(True)  # stage 2 computes with whole weights
+    job.context.on_root(partial(log, f"Weights of {source}"))
+
+
+def _begin_whole(model: nn.Module, init_from: str, attempt: Attempt) -> None:
+    if not _resumes(attempt):
         log(f"Weights of {load_weights(model, init_from)}")
+
+
+def _resumes(attempt: Attempt) -> bool:
+    return bool(attempt.source and checkpoints(attempt.source))
 
 
 def load_weights(model: nn.Module, init_from: str) -> str:
@@ -28,25 +59,81 @@ def load_weights(model: nn.Module, init_from: str) -> str:
     Floating-point numbers are converted to the model's type. Raises UserError if tensors are missing, unexpected or of
     another shape, before it changes the model.
     """
+    with _open_fitting(model, init_from) as weights:
+        _load_whole(model, weights, _targets(model).keys())
+        return weights.source
+
+
+def check_weights(model: nn.Module, init_from: str) -> tuple[str, int | None]:
+    """What `load_weights` raises and returns, and the step of a checkpoint. No tensor is loaded."""
+    with _open_fitting(model, init_from) as weights:
+        return weights.source, weights.step
+
+
+def load_parts(model: nn.Module, shards: BlockShards, init_from: str, step: int | None) -> None:
+    """`load_weights` for a rank that keeps parts of the weights: it reads those alone.
+
+    step: of the checkpoint, of a run that goes on meanwhile.
+    """
+    with _open_fitting(model, init_from, step) as weights:
+        kinds, targets = weights.names(), _targets(model)
+        name_of = {id(each): name for block in shards.blocks for name, each in block.parameters.items()}
+        tied = dict(model.named_parameters(remove_duplicate=False))
+        _load_whole(model, weights, [name for name in targets if id(tied.get(name)) not in name_of])
+        for block in shards.blocks:
+            for name, parameter in block.parameters.items():
+                begin, end = block.span(name)
+                if begin < end:
+                    found = _part if kinds[name].shape == parameter.shape else _part_of_padded
+                    block.segment(block.own, name).copy_(found(weights, name, parameter, begin, end))
+
+
+def _part(weights: WeightsFile, name: str, parameter: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """The numbers [begin, end) of a parameter: its rows are read in which they lie."""
+    if parameter.ndim == 0:
+        return weights.read(name).reshape(1)
+    num_of_row = parameter.shape[1:].numel()
+    first, last = begin // num_of_row, -(-end // num_of_row)
+    rows = weights.read(name, (slice(first, last),)).reshape(-1)
+    return rows[begin - first * num_of_row : end - first * num_of_row]
+
+
+def _part_of_padded(weights: WeightsFile, name: str, parameter: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """The same of a parameter that has more rows than the file: their mean takes all of them."""
+    padded = torch.empty(parameter.shape, dtype=parameter.dtype)
+    _fill_padded(padded, weights.read(name))
+    return padded.view(-1)[begin:end]
+
+
+def _load_whole(model: nn.Module, weights: WeightsFile, names: Iterable[str]) -> None:
+    targets = _targets(model)
+    for name in names:
+        found, target = weights.read(name), targets[name]
+        with torch.no_grad():
+            if found.shape == target.shape:
+                target.copy_(found)
+            else:
+                _fill_padded(target, found)
+
+
+def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+@contextmanager
+def _open_fitting(model: nn.Module, init_from: str, step: int | None = None) -> Iterator[WeightsFile]:
+    """The file, whose tensors are those of the model. Raises UserError if they are not."""
     key = f"train.init_from = '{init_from}'"
-    with open_weights(expanded(Path(init_from)), key) as found:
+    with open_weights(expanded(Path(init_from)), key, step) as found:
         weights: WeightsFile = (
             FromGpt2(found) if isinstance(model, Gpt) and gpt2_names.is_gpt2(found.names()) else found
         )
-        kinds, padded = weights.names(), _padded_rows(model)
-        targets = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-        if faults := _faults(kinds, targets, padded):
+        if faults := _faults(weights.names(), _targets(model), _padded_rows(model)):
             raise UserError(
                 f"{key} is of another model:\n    " + "\n    ".join(faults),
                 "Set task.model and task.options as they were there, or name weights of this model.",
             )
-        for name, target in targets.items():
-            with torch.no_grad():
-                if kinds[name].shape == target.shape:
-                    target.copy_(weights.read(name))
-                else:
-                    _fill_padded(target, weights.read(name))
-        return weights.source
+        yield weights
 
 
 def _padded_rows(model: nn.Module) -> dict[str, int]:

@@ -10,7 +10,8 @@ import inspect
 import sys
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from math import nan
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hpc_train.core.errors import UserError
 
 _META = torch.device("meta")
 _aten = torch.ops.aten
@@ -155,6 +158,15 @@ class _Recorder(TorchDispatchMode):
                 left.extend(more)
         return needed
 
+    def digest(self) -> str:
+        """The same wherever the constructor did the same, with the same values."""
+        whole = hashlib.sha256()
+        for operation in self.operations:
+            leaves = pytree.tree_leaves(operation.args, is_leaf=lambda each: isinstance(each, _Place))
+            name = getattr(operation.function, "__name__", None)  # of torch's operations and of those in torch.nn.init
+            whole.update(f"{name} {[_told(each) for each in leaves]}".encode())
+        return whole.hexdigest()
+
     def is_empty(self, operations: set[int]) -> bool:
         """Whether they only take memory."""
         functions = [self.operations[index].function for index in operations]
@@ -173,6 +185,16 @@ def _kept(value: Any, before: dict[int, _Place]) -> Any:
     if isinstance(value, torch.Tensor):
         return before[id(value)] if id(value) in before else value.detach().clone()
     return torch.device("cpu") if value == _META and isinstance(value, torch.device) else value
+
+
+def _told(value: Any) -> Any:
+    """An argument without the addresses in it."""
+    if isinstance(value, _Place):
+        return value[1:]
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return value.dtype, tuple(value.shape), hashlib.sha256(data.tobytes()).hexdigest()
+    return value
 
 
 class _Questions(TorchFunctionMode):
@@ -220,6 +242,7 @@ class InitialWeights:
     def __init__(self, make: Callable[[], nn.Module], seed: int) -> None:
         self._make, self._seed = make, seed
         self._recorder = _Recorder()
+        self._left: dict[str, _Place] = {}
         self.whole_because: str | None = None
         try:
             torch.manual_seed(seed)  # of tensors that a constructor puts on a real device in spite of meta
@@ -230,28 +253,58 @@ class InitialWeights:
             self._make_whole(error)
 
     def draw(self, name: str) -> torch.Tensor:
-        """The whole initial value of a parameter or buffer, on the CPU. Raises KeyError for an unknown name."""
-        tensor = dict(_named_tensors(self.model))[name]
-        if not tensor.is_meta:
-            return tensor.detach()
-        place = self._recorder.place(tensor)
-        return place.on(self._replay(place.storage))
+        """The whole initial value of a parameter or buffer, on the CPU.
 
-    def materialise(self) -> nn.Module:
-        """The model with all its values, on the CPU: tensors that were tied or views of each other still are."""
+        Raises KeyError for an unknown name, and UserError if the CPU cannot do what gives it its value.
+        """
+        place = self._left.get(name)
+        if place is None:
+            tensor = dict(_named_tensors(self.model))[name]
+            if not tensor.is_meta:
+                return tensor.detach()
+            place = self._recorder.place(tensor)
+        try:
+            return place.on(self._replay(place.storage))
+        except Exception as error:  # any operation of a user's constructor
+            raise UserError(
+                f"the initial value of {name} cannot be made without the whole model: {error}",
+                "Use reduce.stage = 1, or write the constructor with functions of torch.nn.init.",
+            ) from error
+
+    def materialise(self, leave: Collection[str] = (), device: torch.device | None = None) -> nn.Module:
+        """The model with all its values, on the CPU: tensors that were tied or views of each other still are.
+
+        leave: names of parameters that get their shape on `device`, no memory, and NaN as their value: `draw` knows
+        them. Not if `whole_because` says why they cannot be drawn.
+        """
         if self.whole_because is not None:
             return self.model
         try:
+            left = {id(each): name for name, each in _named_tensors(self.model) if name in leave}
             tensors = {id(each): each for each in _all_tensors(self.model) if each.is_meta}
             places = {key: self._recorder.place(each) for key, each in tensors.items()}
             storages: dict[int, torch.UntypedStorage] = {}
             for key, tensor in tensors.items():
                 place = places[key]
+                if key in left:
+                    self._left[left[key]] = place
+                    _fill(tensor, torch.full((), nan, dtype=place.dtype, device=device).expand(place.shape))
+                    continue
                 if place.storage not in storages:
                     storages[place.storage] = self._replay(place.storage)
                 _fill(tensor, place.on(storages[place.storage]))
         except Exception as error:  # noqa: BLE001  # of an operation that the CPU cannot do
             self._make_whole(error)
+        return self.model
+
+    def digest(self) -> str:
+        """Equal on two ranks if `draw` is."""
+        return self._recorder.digest()
+
+    def make_whole(self) -> nn.Module:
+        """The whole model, made anew unless it is whole already: for ranks of which another could not do otherwise."""
+        if self.whole_because is None:
+            self._make_whole(_NotReplayable("another rank cannot draw its weights one by one"))
         return self.model
 
     def _make_whole(self, error: Exception) -> None:

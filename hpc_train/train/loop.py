@@ -19,7 +19,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.watchdog import open_watchdog
 from hpc_train.train.device import open_clock, seed_noise
 from hpc_train.train.evaluate import evaluate
-from hpc_train.train.initial_from import begin_from
+from hpc_train.train.initial_from import begin_from, begin_parts_from
 from hpc_train.train.reduce.reducer import open_reducer
 from hpc_train.train.run.attempt import log, open_attempt
 from hpc_train.train.run.checkpoint.saver import Saver
@@ -29,7 +29,6 @@ from hpc_train.train.run.recorder import Recorder
 from hpc_train.train.run.sanity_checks import (
     MAX_SKIPPED_IN_A_ROW,
     SkippedUpdate,
-    check_weights_agree,
     fault_in_test,
     raise_for_run_without_updates,
     raise_for_test,
@@ -56,18 +55,19 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
         context.duplicate() as saver_context,
         open_attempt(loaded, context, resume) as attempt,
     ):
-        context.on_root(partial(begin_from, job.model, config.train.init_from, attempt))
+        begin_from(job, attempt)
         recorder = Recorder(loaded, recorder_context, job.placements, attempt, open_clock(config.train, job.device))
         saver = Saver(attempt.run, config.checkpoint, job.facts, saver_context, recorder.log, recorder.sync_records)
         with (
             recorder,
             saver,
             StopRequest() as stop,  # from here on a signal sets a flag
-            # From here on all ranks have the root's weights.
-            open_reducer(config.reduce, job.model, job.mesh, Control(stop, saver)) as reducer,
+            # From here on all ranks have the root's weights, or their parts of the weights.
+            open_reducer(config.reduce, job.model, job.mesh, Control(stop, saver), job.draw) as reducer,
             open_watchdog(context, config.run, recorder.log) as watchdog,
         ):
             optimizer = make_optimizer(job, reducer)
+            begin_parts_from(job, reducer, attempt)
             training = TrainingState(job, reducer, optimizer)
             first_step = restore(training, attempt)
             if first_step >= config.train.steps and context.on_root(partial(is_complete, attempt.run)):
@@ -80,6 +80,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             task, clock, stopped = job.task, recorder.clock, False
             # Strategies that send nothing after the update are not timed there: the timer itself takes 200 ns.
             sync = clock.sync if reducer.sends_weights else nullcontext()
+            forward, backward = clock.passes(reducer.lockstep.waits if reducer.lockstep else None)
             recorder.start(first_step, model, job.facts | facts | {"reading": task.reading})
             if task.reading:
                 context.on_root(partial(log, f"Data: {task.reading}"))
@@ -93,11 +94,11 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                     own_loss = torch.zeros((), device=job.device)
 
                 for number, part in enumerate(parts, 1):
-                    with clock.forward, job.autocast():
+                    with forward, job.autocast():
                         # Divide the summed loss by the size of the global batch: gradients then add up over ranks to
                         # the exact mean, even where shares differ by a sample.
                         loss = task.loss(model, part) / num_global
-                    with clock.backward:
+                    with backward:
                         own_loss += loss.detach()
                         if number == len(parts):
                             # Gradients of earlier parts only accumulate. In this last backward pass the reducer sends
@@ -125,7 +126,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                     _skip_update(skipped, training, saver)
                 recorder.end_step(step, flags.loss, num_samples, num_global)
                 if config.train.check_weights_every and (step + 1) % config.train.check_weights_every == 0:
-                    check_weights_agree(step + 1, model, context)
+                    training.check_weights(step + 1)
                 if flags.save or saver.is_due_after(step + 1):
                     recorder.flush()
                     saver.save(step + 1, training.share())

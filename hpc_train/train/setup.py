@@ -24,7 +24,8 @@ from hpc_train.train.device import autocast, count_flops, open_device, peak_flop
 from hpc_train.train.initial_weights import build
 from hpc_train.train.onednn import compile_model, warn_of_channels_last
 from hpc_train.train.optimize import Optimizer
-from hpc_train.train.reduce.reducer import Reducer
+from hpc_train.train.reduce.buckets import trainable_parameters
+from hpc_train.train.reduce.reducer import Reducer, keeps_parts
 from hpc_train.train.reduce.sharded_weights import whole_parameters
 from hpc_train.train.tasks import Task, open_task
 from hpc_train.train.tasks.first_batch import checked_loss
@@ -41,6 +42,7 @@ class Job:
     device: torch.device
     task: Task
     model: nn.Module
+    draw: Callable[[str], torch.Tensor] | None  # if the model has the shapes of its parameters alone: their values
     batch_size: int  # of all ranks together
     facts: dict[str, Any]  # that every checkpoint records, and that must agree to resume
     autocast: Callable[[], AbstractContextManager[Any]]  # around forward passes
@@ -58,16 +60,15 @@ def open_job(config: Config, context: Context) -> Iterator[Job]:
     with open_mesh(config.reduce, context) as mesh:
         task = _open_task(config, mesh, context)
         batch_size = _batch_size(config, task, context)
-        model = _make_model(task, config.seed, context).to(device)
+        model, draw = _make_model(task, config, context, device)
         facts = {
             "size": context.world.size,
             "global_batch": batch_size,
             "num_samples": task.num_samples,
             "order": str(task.order),
         }
-        yield Job(
-            config, context, mesh, placements, device, task, model, batch_size, facts, autocast(config.train, device)
-        )
+        precision = autocast(config.train, device)
+        yield Job(config, context, mesh, placements, device, task, model, draw, batch_size, facts, precision)
 
 
 def _warn(context: Context, warning: str) -> None:
@@ -109,13 +110,35 @@ def _check_batch_size(config: Config, batch_size: int, num_samples: int) -> None
         )
 
 
-def _make_model(task: Task, seed: int, context: Context) -> nn.Module:
-    """Collective. The task's model. Raises UserError if ranks made different ones: gradients could not be summed."""
-    initial = context.on_all(partial(build, task.model, seed))
+def _make_model(
+    task: Task, config: Config, context: Context, device: torch.device
+) -> tuple[nn.Module, Callable[[str], torch.Tensor] | None]:
+    """Collective. The task's model on the device, and `Job.draw`.
+
+    Raises UserError if ranks made different ones: gradients could not be summed.
+    """
+    initial = context.on_all(partial(build, task.model, config.seed))
     mine = [(name, tuple(p.shape), str(p.dtype)) for name, p in initial.model.named_parameters()]
     roots = context.on_root(lambda: mine)
     context.on_all(partial(_check_same_model, mine, roots, context.world.rank))
-    return context.on_all(initial.materialise)
+    if not keeps_parts(config.reduce, context.world.size):
+        return context.on_all(initial.materialise).to(device), None
+    model = context.on_all(partial(initial.materialise, trainable_parameters(initial.model), device)).to(device)
+    reasons = [why for why in context.all_gather(initial.whole_because) if why]
+    if reasons:
+        _warn(context, f"Every rank makes the whole model before it keeps its part: {reasons[0]}")
+        return context.on_all(initial.make_whole).to(device), None
+    roots_digest = context.on_root(initial.digest)
+    context.on_all(partial(_check_same_values, initial.digest(), roots_digest, context.world.rank))
+    return model, initial.draw
+
+
+def _check_same_values(mine: str, roots: str, rank: int) -> None:
+    if mine != roots:
+        raise UserError(
+            f"the model differs between ranks: its constructor uses other values on rank {rank} than on rank 0",
+            "Random numbers of numpy or Python need a seed that is the same on every rank.",
+        )
 
 
 def _check_same_model(mine: list[Any], roots: list[Any], rank: int) -> None:

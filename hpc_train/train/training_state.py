@@ -14,6 +14,7 @@ from hpc_train.core.rundir import RunDir
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.optimize import Optimizer, loss_scale_misfit, optimizer_misfit
+from hpc_train.train.reduce.block_weights import BlockShards
 from hpc_train.train.reduce.buckets import trainable_parameters
 from hpc_train.train.reduce.reducer import Reducer
 from hpc_train.train.reduce.sharded_weights import ParamShard, State, whole_parameters
@@ -22,6 +23,7 @@ from hpc_train.train.run.checkpoint.encoding import data_set_name
 from hpc_train.train.run.checkpoint.reading import StoredTensor
 from hpc_train.train.run.checkpoint.restore import Alike, Plan, Wanted, check_fits, load_newest, plan_model, readable
 from hpc_train.train.run.checkpoint.shares import Part, Share, UnusableCheckpoint, divide, map_leaves
+from hpc_train.train.run.sanity_checks import check_weights_agree
 from hpc_train.train.setup import Job
 
 
@@ -99,6 +101,20 @@ class TrainingState:
             for name, parameter in trainable_parameters(self.job.model).items()
             if name in kinds
         }
+
+    def check_weights(self, step: int) -> None:
+        """Collective. Raises UserError if weights of which several ranks hold the same differ in any bit.
+
+        step: how many are done. At stage 3 those are frozen weights, and the parts of several copies.
+        """
+        job, shards = self.job, self.reducer.shards
+        divided = shards.divided if isinstance(shards, BlockShards) else []
+        in_parts = {id(parameter) for block in divided for parameter in block.parameters.values()}
+        whole = [parameter for parameter in job.model.parameters() if id(parameter) not in in_parts]
+        check_weights_agree(step, whole, job.context)
+        if divided and job.mesh.replica.size > 1 and job.mesh.shard.context:
+            own = [block.own for block in divided]
+            check_weights_agree(step, own, job.context, job.mesh.shard.context.world.rank)
 
     # ------------------------------------------------------------------------------------------------ loading
 

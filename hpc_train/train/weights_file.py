@@ -1,7 +1,7 @@
 """Files of weights, read one tensor at a time: safetensors, HDF5 and the checkpoints of a run.
 
 A reader holds no tensors of its own (but for checkpoints of format 2, which are loaded whole), so that a
-rank can read what it needs and no more.
+rank can read what it needs and no more: a tensor, or some rows and columns of it.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,6 +32,9 @@ _DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # as a safetensors file calls them
 
 
+Index = tuple[slice, ...]  # of a tensor's first dimensions; () for all of it
+
+
 class Kind(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,17 +43,21 @@ class Kind(NamedTuple):
 class WeightsFile(Protocol):
     source: str  # what is read, for messages
 
+    @property
+    def step(self) -> int | None:
+        """Of a checkpoint; None for another file."""
+
     def names(self) -> dict[str, Kind]:
         """Shape and dtype of each tensor, in the order of the file. Reads no tensor."""
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, in host memory."""
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        """One tensor in host memory, or the part of it that `index` selects."""
 
 
 @contextmanager
-def open_weights(path: Path, told: str) -> Iterator[WeightsFile]:
-    """The weights of a .safetensors file, an HDF5 file, or a run directory (its newest good checkpoint), under the
-    names that they have there.
+def open_weights(path: Path, told: str, step: int | None = None) -> Iterator[WeightsFile]:
+    """The weights of a .safetensors file, an HDF5 file, or a run directory (its newest good checkpoint, or that of
+    `step`), under the names that they have there.
 
     told: what messages call the path, such as "train.init_from = 'x.h5'". Raises UserError, also for an error
     that reading meets inside the block.
@@ -61,7 +68,7 @@ def open_weights(path: Path, told: str) -> Iterator[WeightsFile]:
     if path.is_dir() and not rundir.is_run(path):
         raise UserError(f"{told} is no run directory: no meta.json, or no folder timings/", remedy)
     if path.is_dir():
-        with open_run(RunDir(path)) as weights:
+        with open_run(RunDir(path), step) as weights:
             yield weights
         return
     if not path.is_file() or path.suffix not in (".safetensors", ".h5"):
@@ -81,6 +88,8 @@ def open_weights(path: Path, told: str) -> Iterator[WeightsFile]:
 
 
 class SafetensorsWeights:
+    step = None
+
     def __init__(self, source: str, file: Any) -> None:
         self.source, self._file = source, file
 
@@ -90,8 +99,8 @@ class SafetensorsWeights:
             name: Kind(tuple(each.get_shape()), self._dtype(name, each.get_dtype())) for name, each in slices.items()
         }
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name)
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        return self._file.get_slice(name)[index] if index else self._file.get_tensor(name)
 
     def _dtype(self, name: str, code: str) -> torch.dtype:
         if code not in _DTYPES:
@@ -101,6 +110,8 @@ class SafetensorsWeights:
 
 class Hdf5Weights:
     """The data sets below `/model`, or those of the whole file if it has no such group."""
+
+    step = None
 
     def __init__(self, source: str, file: h5py.File) -> None:
         self.source = source
@@ -116,9 +127,10 @@ class Hdf5Weights:
         self._group.visititems(visit)
         return found
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
         data_set = self._group[name]
-        stored = torch.from_numpy(np.ascontiguousarray(data_set[()]).reshape(data_set.shape))
+        found = np.asarray(data_set[index])
+        stored = torch.from_numpy(np.ascontiguousarray(found).reshape(found.shape))  # which makes a number a vector
         return stored.view(self._dtype(name, data_set))
 
     def _dtype(self, name: str, data_set: h5py.Dataset) -> torch.dtype:
@@ -145,8 +157,8 @@ class LoadedWeights:
     def names(self) -> dict[str, Kind]:
         return {name: Kind(tuple(value.shape), value.dtype) for name, value in self._state.items()}
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._state[name]
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        return self._state[name][index]
 
 
 class CheckpointWeights:
@@ -159,10 +171,10 @@ class CheckpointWeights:
     def names(self) -> dict[str, Kind]:
         return {name: Kind(*kind) for name, kind in self._model.names().items()}
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
         """Raises UserError for damage since it was opened."""
         try:
-            return self._model.read(name)
+            return self._model.read(name)[index]
         except UnusableCheckpoint as error:
             raise UserError(f"{self.source}: {error}", "Try again: an older checkpoint takes its place.") from None
 
@@ -218,7 +230,7 @@ class AsGpt2:
     """
 
     def __init__(self, weights: WeightsFile, vocab_size: int) -> None:
-        self.source, self._weights, self._vocab_size = weights.source, weights, vocab_size
+        self.source, self.step, self._weights, self._vocab_size = weights.source, weights.step, weights, vocab_size
         self._ours = {gpt2_names.to_gpt2(name): name for name in weights.names()}
 
     def names(self) -> dict[str, Kind]:
@@ -230,11 +242,11 @@ class AsGpt2:
             return Kind((self._vocab_size, *shape[1:]), dtype)
         return Kind(shape[::-1] if gpt2_names.is_transposed(self._ours[theirs]) else shape, dtype)
 
-    def read(self, name: str) -> torch.Tensor:
-        tensor = self._weights.read(self._ours[name])
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        ours = self._ours[name]
         if name == gpt2_names.EMBEDDING:
-            return tensor[: self._vocab_size]
-        return tensor.T if gpt2_names.is_transposed(self._ours[name]) else tensor
+            return self._weights.read(ours)[: self._vocab_size][index]
+        return _read_transposed(self._weights, ours, index, gpt2_names.is_transposed(ours))
 
 
 class FromGpt2:
@@ -242,16 +254,14 @@ class FromGpt2:
 
     def __init__(self, weights: WeightsFile) -> None:
         """Raises UserError if its head is not the embedding."""
-        self.source, self._weights = weights.source, weights
+        self.source, self.step, self._weights = weights.source, weights.step, weights
         kinds = weights.names()
         self._theirs = {
             gpt2_names.from_gpt2(name) or name: name
             for name in kinds
             if name != gpt2_names.HEAD and not gpt2_names.is_constant(name)
         }
-        if gpt2_names.HEAD in kinds and not torch.equal(
-            weights.read(gpt2_names.HEAD), weights.read(self._theirs["tokens.weight"])
-        ):
+        if gpt2_names.HEAD in kinds and not _are_equal(weights, gpt2_names.HEAD, self._theirs["tokens.weight"]):
             raise UserError(
                 f"{self.source}: {gpt2_names.HEAD} differs from the embedding, and a gpt has one tensor for both",
                 "Name a GPT-2 with tie_word_embeddings = true, as OpenAI's are.",
@@ -264,6 +274,21 @@ class FromGpt2:
     def _kind(self, ours: str, shape: tuple[int, ...], dtype: torch.dtype) -> Kind:
         return Kind(shape[::-1] if gpt2_names.is_transposed(ours) else shape, dtype)
 
-    def read(self, name: str) -> torch.Tensor:
-        tensor = self._weights.read(self._theirs[name])
-        return tensor.T if gpt2_names.is_transposed(name) else tensor
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        return _read_transposed(self._weights, self._theirs[name], index, gpt2_names.is_transposed(name))
+
+
+def _read_transposed(weights: WeightsFile, name: str, index: Index, is_transposed: bool) -> torch.Tensor:
+    """`index` of a matrix or its transpose; another tensor is read as it is."""
+    if not is_transposed:
+        return weights.read(name, index)
+    return weights.read(name, (*index, slice(None), slice(None))[1::-1] if index else ()).T
+
+
+def _are_equal(weights: WeightsFile, one: str, other: str) -> bool:
+    """Whether two matrices are; some rows of each are read at a time."""
+    kinds, num_rows = weights.names(), 1024
+    rows = [(slice(first, first + num_rows),) for first in range(0, kinds[one].shape[0], num_rows)]
+    return kinds[one] == kinds[other] and all(
+        torch.equal(weights.read(one, each), weights.read(other, each)) for each in rows
+    )

@@ -23,10 +23,11 @@ SHORT: dict[str, Keys] = {
 }
 # What makes the model of a job small enough for a test.
 SMALLER: dict[str, Keys] = {
-    "gpt2-124m": {
+    name: {
         f"task__options__{key}": value
         for key, value in {"layers": 2, "heads": 2, "width": 32, "context": 64, "vocab_size": 256}.items()
     }
+    for name in ("gpt2-124m", "gpt2-xl")
 }
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_train.core.phase_clock import Clock
+from hpc_train.core.phase_clock import Clock, Phase
 from hpc_train.core.timing_log import PHASES, TIMING_COLUMNS, TimingLog
 
 
@@ -45,6 +45,22 @@ def test_time_spent_in_a_phase_that_raises_is_counted() -> None:
         time.sleep(0.002)
         raise ZeroDivisionError
     assert dict(zip(TIMING_COLUMNS[:-1], clock.end_step(0, 1), strict=True))["forward_ns"] >= 2e6
+
+
+def test_waits_within_passes_belong_to_reduce() -> None:
+    clock, waits = Clock(), Phase()
+    forward, backward = clock.passes(waits)
+    with forward, waits:
+        first_ns = slept_ns(0.01)
+    with backward:
+        computed_ns = slept_ns(0.005)
+        with waits:
+            second_ns = slept_ns(0.01)
+    with clock.reduce, waits:
+        third_ns = slept_ns(0.01)
+    record = dict(zip(TIMING_COLUMNS[:-1], clock.end_step(0, 1), strict=True))
+    assert 0 <= record["reduce_ns"] - first_ns - second_ns - third_ns < 2e6
+    assert 0 <= record["backward_ns"] - computed_ns < 2e6 and 0 <= record["forward_ns"] < 2e6
 
 
 def test_a_device_is_synchronised_at_both_ends_of_a_phase() -> None:
@@ -105,8 +121,8 @@ def test_a_ranks_log_costs_under_two_microseconds_a_step(tmp_path: Path) -> None
 
 
 def test_without_phases_all_of_a_step_is_other() -> None:
-    clock = Clock(times_phases=False)
-    with clock.forward, clock.sync:
+    clock, waits = Clock(times_phases=False), Phase()
+    with clock.sync, clock.passes(waits)[0], waits:
         time.sleep(0.001)
     record = dict(zip(TIMING_COLUMNS[:-1], clock.end_step(0, 1), strict=True))
     assert record["other_ns"] >= 1e6 and record["forward_ns"] == record["reduce_ns"] == 0

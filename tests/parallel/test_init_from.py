@@ -36,6 +36,8 @@ def test_every_strategy_begins_with_the_weights_of_the_file(context: Context, sh
 def test_a_file_of_another_model_ends_all_ranks_alike(context: Context, shared_path: Path, digits: Path) -> None:
     first = run(context, shared_path / "first", digits, "softmax-mnist.toml", reduce__strategy="mpi", train__steps=2)
     job = (f"data.file={digits}", f"run.root={shared_path / 'second'}", f"train.init_from={first.path}")
-    with pytest.raises(UserError, match=r"is of another model:\n    missing: ") as refused:
-        train(load(CONFIGS / "mlp-mnist.toml", job), context)
-    assert refused.value.joint
+    for stage in ("strategy=mpi", "strategy=sharded", "stage=3"):
+        job = (*job, f"reduce.{stage}")
+        with pytest.raises(UserError, match=r"is of another model:\n    missing: ") as refused:
+            train(load(CONFIGS / "mlp-mnist.toml", job), context)
+        assert refused.value.joint

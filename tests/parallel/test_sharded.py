@@ -1,6 +1,8 @@
 """Stages 2 and 3 of the strategy sharded: the numbers of an all-reduce, and an error where ranks would hang."""
 
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from hpc_train.core.config import load
 from hpc_train.core.errors import JointFailure, UserError
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Reduce
+from hpc_train.core.timing_log import read_timings
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.mesh import open_mesh
 from hpc_train.train.loop import train
 from hpc_train.train.reduce.block_weights import BlockWeights, Buffers
 from hpc_train.train.reduce.fully_sharded import FullySharded
@@ -226,6 +230,10 @@ class Counting(MpiTransport):
 
     num_bytes = 0.0
 
+    def sum(self, message: torch.Tensor, name: str, is_last: bool = False) -> Any:
+        self.num_bytes += 2 * message.nbytes * (self.size - 1) / self.size
+        return super().sum(message, name, is_last)
+
     def reduce_scatter(self, message: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Any:
         self.num_bytes += message.nbytes * (self.size - 1) / self.size
         return super().reduce_scatter(message, name, into)
@@ -239,6 +247,18 @@ class NoFlags:
     stop = save = False
 
 
+@contextmanager
+def stage_3(
+    model: nn.Module, context: Context, within: int | str = "job"
+) -> Iterator[tuple[FullySharded, Counting, Counting]]:
+    """The reducer, and what counts the bytes between the ranks of a copy and between the copies."""
+    settings = Reduce(strategy="sharded", stage=3, shard_within=within)
+    with open_mesh(settings, context) as mesh:
+        shards, replicas = Counting(mesh.shard.context), Counting(mesh.replica.context)
+        between = SplittingTransport(replicas) if mesh.replica.size > 1 else None
+        yield FullySharded(SplittingTransport(shards), between, settings, model, mesh, NoFlags()), shards, replicas
+
+
 def test_a_step_sends_three_times_the_weights_and_holds_two_blocks(context: Context) -> None:
     if context.world.size == 1:
         pytest.skip("one rank sends nothing")
@@ -248,21 +268,19 @@ def test_a_step_sends_three_times_the_weights_and_holds_two_blocks(context: Cont
     model.forward = lambda x: model.blocks(x)
     num_bytes = sum(each.nbytes for each in model.parameters())
     block_bytes = num_bytes / 6
-    transport = Counting(context)
-    settings = Reduce(strategy="sharded", stage=3)
-    reducer = FullySharded(SplittingTransport(transport), settings, model, context, NoFlags())
     alive: list[int] = []
+    with stage_3(model, context) as (reducer, transport, _):
 
-    def step() -> None:
-        loss = model(torch.ones(8, 64)).sum()
-        alive.append(sum(block.weights is not None for block in reducer.shards.blocks))
-        reducer.begin_step(loss.detach())
-        loss.backward()
-        reducer.reduce_gradients()
+        def step() -> None:
+            loss = model(torch.ones(8, 64)).sum()
+            alive.append(sum(block.weights is not None for block in reducer.shards.blocks))
+            reducer.begin_step(loss.detach())
+            loss.backward()
+            reducer.reduce_gradients()
 
-    step()
-    transport.num_bytes = 0
-    step()
+        step()
+        transport.num_bytes = 0
+        step()
     size = context.world.size
     # The last block is still there when backward begins: it is gathered once.
     expected = (3 * num_bytes - block_bytes) * (size - 1) / size
@@ -271,6 +289,49 @@ def test_a_step_sends_three_times_the_weights_and_holds_two_blocks(context: Cont
     held = sum(len(buffer) for buffer in reducer._buffers._free) * 4
     assert held <= 4.01 * block_bytes, "two blocks' weights, and two blocks' gradients on their way"
     assert sum(each.untyped_storage().nbytes() for each in {p.data_ptr(): p for p in model.parameters()}.values()) < 100
+
+
+class Normed(nn.Module):
+    """Of 8 million weights that autocast casts, and a few that it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.enter, self.leave = nn.LayerNorm(1024), nn.Linear(1024, 4096), nn.Linear(4096, 1024)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.leave(torch.relu(self.enter(self.norm(x))))
+
+
+def anonymous_bytes() -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:")]
+    return int(line.split()[1]) * 1024
+
+
+def test_under_autocast_weights_travel_in_16_bits_and_none_is_kept_for_backward(context: Context) -> None:
+    """Autograd would keep autocast's copy of every weight, 67 MB: the first forward pass added 102 MB, not 27."""
+    if context.world.size == 1:
+        pytest.skip("one rank sends nothing")
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.blocks = nn.Sequential(*[Normed() for _ in range(4)])
+    model.forward = lambda x: model.blocks(x)
+    num_weights, size = sum(each.numel() for each in model.parameters()), context.world.size
+    kept = []
+    with stage_3(model, context) as (reducer, transport, _):
+        for _ in range(3):
+            transport.num_bytes = 0
+            before = anonymous_bytes()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(torch.ones(2, 1024)).sum()
+            kept.append(anonymous_bytes() - before)
+            reducer.begin_step(loss.detach())
+            loss.backward()
+            reducer.reduce_gradients()
+    # Two gathers of 2 bytes, but one of the last block, and a reduce-scatter of 4.
+    expected = (2 * 2 - 2 / 4 + 4) * num_weights * (size - 1) / size
+    assert abs(transport.num_bytes / expected - 1) < 0.02
+    assert kept[0] < 50e6, "two buffers of a block; the C library keeps what was used once"
+    assert {each.dtype for each in model.parameters()} == {torch.float32}
 
 
 def test_without_a_gradient_of_their_own_ranks_send_zeros(context: Context) -> None:
@@ -291,13 +352,12 @@ def test_without_a_gradient_of_their_own_ranks_send_zeros(context: Context) -> N
     model = nn.Module()
     model.blocks = nn.Sequential(Some(), Some())
     model.forward = lambda x: model.blocks(x)
-    settings = Reduce(strategy="sharded", stage=3)
-    reducer = FullySharded(SplittingTransport(MpiTransport(context)), settings, model, context, NoFlags())
-    for _ in range(3):
-        loss = model(torch.ones(4, 8)).sum()
-        reducer.begin_step(loss.detach())
-        loss.backward()
-        reducer.reduce_gradients()
+    with stage_3(model, context) as (reducer, _, _):
+        for _ in range(3):
+            loss = model(torch.ones(4, 8)).sum()
+            reducer.begin_step(loss.detach())
+            loss.backward()
+            reducer.reduce_gradients()
     assert all(torch.isfinite(owned.parameter.grad).all() for owned in reducer.shards.owned)
 
 
@@ -336,3 +396,35 @@ def test_a_checkpoint_of_stage_3_is_read_without_mpi(context: Context, shared_pa
     model.load_state_dict(state["model"])
     assert torch.equal(state["model"]["second.weight"], state["model"]["first.weight"])
     assert all(torch.isfinite(each).all() for each in model.parameters())
+
+
+class Late(Layers):
+    """The last rank comes late to every forward pass."""
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config, context)
+        self.is_last = context.world.rank == context.world.size - 1
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        if self.is_last:
+            time.sleep(LATE_S)
+        return super().loss(model, batch)
+
+
+LATE_S, PASSES = 0.2, ("forward", "backward")
+
+
+def test_waiting_for_weights_is_exposed_communication(context: Context, shared_path: Path, digits: Path) -> None:
+    if context.world.size == 1:
+        pytest.skip("one rank waits for nobody")
+    keys = KEYS | {"task__kind": f"{__name__}:Late"}
+    made = run(context, shared_path, digits, "mlp-mnist.toml", **keys, **sharded(3))
+    timings = read_timings(made.timings(context.world.rank))
+    reduce_s, forward_s, backward_s = (np.median(timings[f"{each}_ns"]) / 1e9 for each in ("reduce", *PASSES))
+    durations = timings.phases_ns.sum(axis=1)
+    assert (timings["start_ns"][1:] == timings["start_ns"][:-1] + durations[:-1]).all()
+    assert (timings.phases_ns >= 0).all()
+    if context.world.rank < context.world.size - 1:
+        assert reduce_s > 0.9 * LATE_S and forward_s + backward_s < 0.5 * LATE_S
+    else:
+        assert forward_s > LATE_S

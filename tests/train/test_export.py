@@ -24,10 +24,12 @@ from hpc_train.core.rundir import RunDir, find
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.export import Form, export
-from hpc_train.train.initial_from import load_weights
+from hpc_train.train.initial_from import check_weights, load_parts, load_weights
 from hpc_train.train.loop import train
 from hpc_train.train.models.gpt import Gpt
 from hpc_train.train.models.mlp import Mlp
+from hpc_train.train.reduce.block_weights import BlockShards, BlockWeights
+from hpc_train.train.reduce.shard_blocks import find_blocks, parameters_of
 from hpc_train.train.weights_file import open_run, open_weights
 from tests import jobs
 from tests.checkpoints import as_format_2
@@ -340,6 +342,48 @@ def test_a_model_begins_with_exactly_these_weights(
         assert torch.equal(added, there[VOCAB:])
     else:
         assert torch.allclose(added, there[:VOCAB].mean(0).expand_as(added), atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["ours.safetensors", "gpt2.safetensors", "ours.h5", "gpt2.h5", "run"])
+@pytest.mark.parametrize("num_shards", [2, 7])
+def test_ranks_read_their_parts_of_these_weights(run: RunDir, form: str, num_shards: int, tmp_path: Path) -> None:
+    """Together they are what one process reads. Seven shards cut rows, and leave out whole tensors."""
+    path = run.path if form == "run" else tmp_path / form
+    if form != "run":
+        export(run.path, path, Form("gpt2" if form.startswith("gpt2") else "ours"))
+    expected = Gpt(VOCAB, **OPTIONS)
+    load_weights(expected, str(path))
+    state = expected.state_dict()
+    parts: dict[str, list[torch.Tensor]] = {}
+    for shard in range(num_shards):
+        model = Gpt(VOCAB, **OPTIONS)
+        groups = parameters_of(model, find_blocks(model, None))
+        shards = BlockShards([BlockWeights(block, group, num_shards, shard) for block, group in groups.items()])
+        _, step = check_weights(model, str(path))
+        load_parts(model, shards, str(path), step)
+        for block in shards.blocks:
+            for name in block.parameters:
+                parts.setdefault(name, []).append(block.segment(block.own, name))
+    assert equal({name: torch.cat(each).view(state[name].shape) for name, each in parts.items()}, state)
+
+
+def test_a_rank_reads_no_more_than_its_part(tmp_path: Path) -> None:
+    def read_bytes() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(512, 1024), nn.Linear(1024, 512))
+
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, each in model().state_dict().items():
+            file[f"model/{name}"] = each.numpy()
+    num_bytes = (tmp_path / "a.h5").stat().st_size
+    for shard in range(4):
+        here = model()
+        shards = BlockShards([BlockWeights("", dict(here.named_parameters()), 4, shard)])
+        before = read_bytes()
+        load_parts(here, shards, str(tmp_path / "a.h5"), None)
+        assert 0.25 * num_bytes - 10_000 < read_bytes() - before < 0.26 * num_bytes
 
 
 def test_added_tokens_take_little_of_the_probability(run: RunDir, tmp_path: Path) -> None:

@@ -135,6 +135,23 @@ def test_a_weight_depends_on_its_name_and_no_other_weight() -> None:
         initial.draw("absent")
 
 
+def test_parameters_that_are_left_out_take_no_memory() -> None:
+    whole = build(Own, 3).materialise().state_dict()
+    initial = build(Own, 3)
+    left = {name for name, each in initial.model.named_parameters() if each.requires_grad}
+    model: Any = initial.materialise(left)
+    assert initial.whole_because is None and model.output.weight is model.tokens.weight
+    for name, each in model.named_parameters():
+        if name in left:
+            assert each.untyped_storage().nbytes() == 4 and each.requires_grad and each.isnan().all()
+            assert torch.equal(initial.draw(name), whole[name])
+    state = model.state_dict()
+    assert state.keys() == whole.keys()
+    tied_or_left = left | {"output.weight"}
+    assert all(torch.equal(state[name], value) for name, value in whole.items() if name not in tied_or_left)
+    assert build(Own, 3).digest() == build(Own, 4).digest() == initial.digest() != build(SHIPPED["mlp"], 3).digest()
+
+
 def test_the_callers_random_numbers_are_left_alone() -> None:
     initial = build(SHIPPED["mlp"], 1)
     torch.manual_seed(5)

@@ -1,12 +1,14 @@
 """Which ranks share a batch and which share the weights: named axes over the ranks of a job, by `reduce.strategy`."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Reduce
 from hpc_train.core.world import World
-from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.context import Context, joint
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,11 @@ class Mesh:
     Of N ranks:
         strategy           data   replica   shard
         local, mpi, horovod   N         N       1
-        sharded               N         1       N    (replica * shard = data, as with fully sharded parameters)
+        sharded               N        N/S      S    (S ranks share one copy: `reduce.shard_within`, default N)
         parameter_server      W         W       S    (the last S = N - W ranks are servers and train on nothing)
+
+    With `sharded`, ranks with equal numbers on the axis `shard` hold equal parts, one in each copy: they are the axis
+    `replica`. The root is the first rank of the first copy.
 
     `ranks`, `peers` (which `data` uses) and the other axes have a communicator each: a task's messages on `peers` never
     meet a reducer's.
@@ -64,6 +69,32 @@ def open_mesh(settings: Reduce, context: Context) -> Iterator[Mesh]:
             replica = Axis(num_workers, None if is_server else own)
             yield Mesh(ranks, peers, data, replica, shard=Axis(settings.servers, own if is_server else None))
         elif settings.strategy == "sharded":
-            yield Mesh(ranks, peers, Axis(size, peers), replica=alone, shard=Axis(size, own))
+            copies = _copies(settings, context)
+            of_copy = stack.enter_context(own.split(copies[own.world.rank]))
+            of_part = stack.enter_context(own.split(of_copy.world.rank))
+            replica, shard = Axis(of_part.world.size, of_part), Axis(of_copy.world.size, of_copy)
+            yield Mesh(ranks, peers, Axis(size, peers), replica, shard)
         else:
             yield Mesh(ranks, peers, Axis(size, peers), replica=Axis(size, own), shard=alone)
+
+
+def _copies(settings: Reduce, context: Context) -> list[int]:
+    """Collective. In which copy of the weights each rank holds a part. Raises UserError if they differ in size."""
+    ranks = range(context.world.size)
+    if settings.shard_within == "job":
+        return [0 for _ in ranks]
+    if settings.shard_within != "node":
+        return [rank // settings.shard_within for rank in ranks]
+    hosts = context.all_gather(context.world.host)
+    num_ranks = Counter(hosts)
+    most, fewest = max(num_ranks, key=num_ranks.__getitem__), min(num_ranks, key=num_ranks.__getitem__)
+    if num_ranks[most] != num_ranks[fewest]:
+        raise joint(
+            UserError(
+                f"reduce.shard_within = 'node': {most} has {num_ranks[most]} ranks and {fewest} {num_ranks[fewest]}, "
+                "and each node holds one copy of the weights in equal parts",
+                "Start as many ranks on every node (srun --ntasks-per-node), or set reduce.shard_within to 'job'.",
+            )
+        )
+    number = {host: index for index, host in enumerate(num_ranks)}
+    return [number[host] for host in hosts]

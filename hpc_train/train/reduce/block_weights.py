@@ -1,6 +1,6 @@
 """A block's weights in one flat tensor that is divided among the ranks, and blocks as a checkpoint sees them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import nan
 
 import torch
@@ -20,9 +20,18 @@ class BlockWeights:
 
     The optimizer updates `own`, this rank's part, through `owned`: the segments of parameters that lie in it. While
     `weights` is a tensor, the parameters are views of it; else they have their shapes and no memory.
+
+    draw: the initial value of a parameter, by name; None if the parameters have theirs.
     """
 
-    def __init__(self, name: str, parameters: dict[str, nn.Parameter], num_shards: int, shard: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameters: dict[str, nn.Parameter],
+        num_shards: int,
+        shard: int,
+        draw: Callable[[str], torch.Tensor] | None = None,
+    ) -> None:
         self.name, self.parameters, self.shard = name or "root", parameters, shard
         dtypes = {parameter.dtype for parameter in parameters.values()}
         if len(dtypes) != 1:
@@ -41,11 +50,13 @@ class BlockWeights:
         first = next(iter(parameters.values()))
         self.dtype, self.device = first.dtype, first.device
         self.weights: torch.Tensor | None = None
-        whole = torch.zeros(self.length, dtype=self.dtype, device=self.device)
-        for each, parameter in parameters.items():
-            self.view(whole, each).copy_(parameter.detach())
-        self.own = self._part(whole).clone()
+        self.own = torch.zeros(self.part_length, dtype=self.dtype, device=self.device)
         self.gradient = torch.zeros_like(self.own)
+        for each, parameter in parameters.items():
+            begin, end = self.span(each)
+            if begin < end:  # one whole tensor at a time, and only those of which this rank has a part
+                value = draw(each) if draw else parameter.detach()
+                self.segment(self.own, each).copy_(value.reshape(-1)[begin:end])
         self.has_gradient = False
         self.owned = [
             ParamShard(
@@ -88,9 +99,10 @@ class BlockWeights:
         parameter, begin = self.parameters[name], self.begins[name]
         return whole[begin : begin + parameter.numel()].view(parameter.shape)
 
-    def span(self, name: str) -> tuple[int, int]:
-        """Which of a parameter's numbers lie in this rank's part: (begin, end), equal if none do."""
-        begin, num = self.shard * self.part_length - self.begins[name], self.parameters[name].numel()
+    def span(self, name: str, shard: int | None = None) -> tuple[int, int]:
+        """Which of a parameter's numbers lie in a part: (begin, end), equal if none do. shard: default this rank's."""
+        part = self.shard if shard is None else shard
+        begin, num = part * self.part_length - self.begins[name], self.parameters[name].numel()
         return min(max(0, begin), num), max(0, min(num, begin + self.part_length))
 
     def segment(self, part: torch.Tensor, name: str) -> torch.Tensor:
@@ -122,9 +134,14 @@ class BlockShards:
         return [owned for block in self.blocks for owned in block.owned]
 
     @property
+    def divided(self) -> list[BlockWeights]:
+        """Between two steps: the blocks of which a rank holds nothing but its part."""
+        return [block for block in self.blocks if block.weights is None]
+
+    @property
     def freed(self) -> frozenset[str]:
-        """The parameters that the model holds no memory for at this moment."""
-        return frozenset(name for block in self.blocks if block.weights is None for name in block.parameters)
+        """Their parameters, which the model holds no memory for."""
+        return frozenset(name for block in self.divided for name in block.parameters)
 
 
 class Buffers:
@@ -133,16 +150,18 @@ class Buffers:
     def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
 
-    def take(self, block: BlockWeights) -> torch.Tensor:
-        """A tensor of the length of the block's weights."""
-        fitting = [each for each in self._free if len(each) >= block.length and each.dtype == block.dtype]
+    def take(self, block: BlockWeights, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor of the length of the block's weights. dtype: default theirs."""
+        dtype = dtype or block.dtype
+        alike = [each for each in self._free if each.dtype == dtype]
+        fitting = [each for each in alike if len(each) >= block.length]
         if fitting:
             chosen = min(fitting, key=len)
         else:
             # A buffer that is too small gives way, so that there are never more than are used at a time.
-            chosen = torch.empty(block.length, dtype=block.dtype, device=block.device)
-            if self._free:
-                self._remove(max(self._free, key=len))
+            chosen = torch.empty(block.length, dtype=dtype, device=block.device)
+            if alike:
+                self._remove(max(alike, key=len))
             return chosen
         self._remove(chosen)
         return chosen[: block.length]

@@ -10,7 +10,7 @@ the ranks at each block; from then on a rank that leaves it raises an error inst
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,13 +21,16 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from hpc_train.core.errors import UserError
+from hpc_train.core.phase_clock import Phase
 from hpc_train.core.settings import Reduce
 from hpc_train.train.comm.context import Context, joint
+from hpc_train.train.comm.mesh import Mesh
 from hpc_train.train.reduce.block_weights import BlockShards, BlockWeights, Buffers
 from hpc_train.train.reduce.buckets import Bucket
+from hpc_train.train.reduce.cast_weights import CastWeights
 from hpc_train.train.reduce.shard_blocks import find_blocks, parameters_of
 from hpc_train.train.reduce.step_flags import NUM_FLAGS, ControlFlags, StepFlags
-from hpc_train.train.reduce.transports import Pending, Transport
+from hpc_train.train.reduce.transports import Pending, Transport, arriving_in
 
 _MAX_SENDING = 2  # blocks whose gradients are on their way: each holds a whole block's gradients
 
@@ -105,31 +108,53 @@ class _Sending:
     block: BlockWeights
     message: torch.Tensor
     pending: Pending
+    completes: bool  # the gradients of a step: nothing will be added
 
 
 class FullySharded:
-    """See `reducer.Reducer`. context: the ranks of the mesh's axis `shard`, which the transport joins, too."""
+    """See `reducer.Reducer`.
+
+    transport: along the mesh's axis `shard`, which gathers do not leave. between: along its axis `replica`, on which
+    the parts of gradients are summed once a step; None if there is one copy of the weights.
+    draw: see `BlockWeights`. Raises UserError on all ranks alike if a part of the weights cannot be made.
+    """
 
     num_updates = 1
 
     def __init__(
-        self, transport: Transport, settings: Reduce, model: nn.Module, context: Context, control: ControlFlags
+        self,
+        transport: Transport,
+        between: Transport | None,
+        settings: Reduce,
+        model: nn.Module,
+        mesh: Mesh,
+        control: ControlFlags,
+        draw: Callable[[str], torch.Tensor] | None = None,
     ) -> None:
-        self._transport, self._context, self._control = transport, context, control
-        self.lockstep = self
+        assert mesh.shard.context is not None
+        context = mesh.shard.context
+        self._transport, self._between, self._context, self._control = transport, between, context, control
+        self.lockstep, self.waits = self, Phase()
         self._frees = settings.stage == 3
         self.sends_weights = not self._frees
         modules = find_blocks(model, settings.shard_blocks)
         groups = parameters_of(model, modules)
         world = context.world
-        blocks = {name: BlockWeights(name, group, world.size, world.rank) for name, group in groups.items()}
+        blocks = mesh.ranks.on_all(
+            lambda: {name: BlockWeights(name, group, world.size, world.rank, draw) for name, group in groups.items()}
+        )
         self._root = blocks.pop("", None)
         self._blocks = {block.name: block for block in blocks.values()}
         self.shards = BlockShards([*([self._root] if self._root else []), *blocks.values()])
         self._buffers = Buffers()
         self._gathering: dict[str, tuple[torch.Tensor, Pending]] = {}
         self._sending: deque[_Sending] = deque()
-        self._order = VisitOrder(context)
+        cast = [CastWeights(model, block, world.size) for block in self._blocks.values()] if self._frees else []
+        self._cast = {each.name: each for each in cast if each.saves_bytes}
+        self._autocast_dtype: torch.dtype | None = None  # of this pass
+        self._is_last_pass = False  # of a step
+        self._summing: list[Pending] = []  # over the copies
+        self._order = VisitOrder(mesh.ranks)
         self._in_backward: BlockWeights | None = None  # whose gradients arrive now
         self._missing: dict[str, int] = {}  # block -> how many of its gradients have not arrived in this pass
         self._sent: set[str] = set()  # blocks, in this pass
@@ -165,6 +190,8 @@ class FullySharded:
                 "Call the model once for all samples of a batch, or use reduce.stage = 1.",
             )
         self._end_pass()  # that of the part of the batch before this one
+        kind = self.shards.blocks[0].device.type
+        self._autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self._order.begin_pass()
         if self._root:
             self._gather(self._root)
@@ -208,14 +235,14 @@ class FullySharded:
         self._visit(Visit("backward", block.name), block)
 
     def _pack(self, block: BlockWeights, saved: torch.Tensor) -> Any:
-        self._transport.progress()
+        self._progress()
         weights = block.weights
         if weights is None or saved.untyped_storage().data_ptr() != weights.untyped_storage().data_ptr():
             return saved
         return saved.storage_offset(), saved.shape, saved.stride()
 
     def _unpack(self, block: BlockWeights, packed: Any) -> torch.Tensor:
-        self._transport.progress()
+        self._progress()
         if isinstance(packed, torch.Tensor):
             return packed
         if block.weights is None:
@@ -223,6 +250,11 @@ class FullySharded:
         assert block.weights is not None
         offset, shape, stride = packed
         return block.weights.as_strided(shape, stride, offset)
+
+    def _progress(self) -> None:
+        self._transport.progress()
+        if self._between:
+            self._between.progress()
 
     def _on_gradient(self, block: BlockWeights, parameter: torch.Tensor) -> None:
         if block is self._root or block.name not in self._missing:
@@ -248,17 +280,22 @@ class FullySharded:
 
     def _begin_gather(self, block: BlockWeights) -> None:
         if self._frees and block.weights is None and block.name not in self._gathering:
-            buffer = self._buffers.take(block)
-            pending = self._transport.all_gather(block.own, f"{block.name}.weights", buffer)
+            if self._autocast_dtype and block.name in self._cast:
+                buffer = self._buffers.take(block, self._autocast_dtype)
+                pending = self._cast[block.name].begin(self._transport, buffer)
+            else:
+                buffer = self._buffers.take(block)
+                pending = self._transport.all_gather(block.own, f"{block.name}.weights", buffer)
             self._gathering[block.name] = buffer, pending
 
     def _gather(self, block: BlockWeights) -> None:
         self._begin_gather(block)
         if block.name in self._gathering:
             buffer, pending = self._gathering.pop(block.name)
-            with self._context.waiting:
+            with self.waits, self._context.waiting:
                 pending.wait()
-            block.set(buffer)
+            if block.weights is None:
+                block.set(buffer)
 
     def _free(self, block: BlockWeights | None) -> None:
         if self._frees and block is not None and block.weights is not None:
@@ -276,19 +313,22 @@ class FullySharded:
         # The first part of a batch is received in place, later ones are added.
         into = torch.empty_like(block.gradient) if block.has_gradient else block.gradient
         pending = self._transport.reduce_scatter(message, f"{block.name}.gradients", into)
-        self._sending.append(_Sending(block, message, pending))
+        self._sending.append(_Sending(block, message, pending, self._is_last_pass))
         if block is not self._root:  # its weights serve all parts of a batch
             self._free(block)
 
     def _receive(self) -> None:
         sending = self._sending.popleft()
         block = sending.block
-        with self._context.waiting:
+        with self.waits, self._context.waiting:
             received = sending.pending.wait()
         if block.has_gradient:
             block.gradient += received
         block.has_gradient = True
         self._buffers.give(sending.message)
+        if self._between and sending.completes:
+            pending = self._between.sum(block.gradient, f"{block.name}.between")
+            self._summing.append(arriving_in(pending, block.gradient))
 
     def _end_pass(self) -> None:
         """Sends what is left of a forward and backward pass, and checks that it came to every block."""
@@ -314,15 +354,22 @@ class FullySharded:
     # ------------------------------------------------------------------------------------------------ the interface
 
     def begin_step(self, loss: torch.Tensor) -> None:
+        self._is_last_pass = True
         self._flags.write_flags(loss, self._control)
 
     def reduce_gradients(self) -> StepFlags:
         self._finish()
+        for summing in self._summing:
+            summing.wait()
+        self._summing.clear()
+        self._is_last_pass = False
         for block in self.shards.blocks:
             for owned in block.owned:
                 owned.parameter.grad = block.segment(block.gradient, owned.name) if block.has_gradient else None
             block.has_gradient = False
-        self._transport.sum(self._flags.fill().view(-1), self._flags.name, is_last=True).wait()
+        flags = self._flags.fill().view(-1)
+        for transport in filter(None, (self._transport, self._between)):
+            arriving_in(transport.sum(flags, self._flags.name, is_last=True), flags).wait()
         return self._flags.read_flags()
 
     def end_trial(self) -> None:

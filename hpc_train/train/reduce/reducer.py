@@ -1,12 +1,13 @@
 """Gradient reduction, by `reduce.strategy`: the interface that the loop uses, and which class implements it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from hpc_train.core.phase_clock import Phase
 from hpc_train.core.settings import Reduce
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mesh import Mesh
@@ -24,6 +25,8 @@ from hpc_train.train.reduce.transports import HorovodTransport, MpiTransport, Sp
 
 class Lockstep(Protocol):
     """What a reducer needs whose ranks communicate within forward and backward passes: all make the same passes."""
+
+    waits: Phase  # the time in which this rank waited for others, in passes too: exposed communication
 
     def end_trial(self) -> None:
         """Collective. Forgets the gradients of the trial of the first batch."""
@@ -71,12 +74,28 @@ class Reducer(Protocol):
         """
 
 
+def keeps_parts(settings: Reduce, size: int) -> bool:
+    """Whether a rank makes its parts of the first weights alone, so that the model need not be whole anywhere."""
+    return settings.strategy == "sharded" and settings.stage > 1 and size > 1
+
+
 @contextmanager
-def open_reducer(settings: Reduce, model: nn.Module, mesh: Mesh, control: ControlFlags) -> Iterator[Reducer]:
-    """Collective. Sends the root's weights to all ranks, then reduces by `reduce.strategy` until the end."""
+def open_reducer(
+    settings: Reduce,
+    model: nn.Module,
+    mesh: Mesh,
+    control: ControlFlags,
+    draw: Callable[[str], torch.Tensor] | None = None,
+) -> Iterator[Reducer]:
+    """Collective. Sends the root's weights to all ranks, then reduces by `reduce.strategy` until the end.
+
+    draw: the initial value of each trainable parameter, if the model has their shapes alone (see `keeps_parts`). They
+    are then not sent: each rank draws what it keeps.
+    """
     strategy, size = settings.strategy, mesh.ranks.world.size
     hvd = open_horovod(settings, model, mesh.ranks) if _uses_horovod(settings, model) else None
-    broadcast_model(model, mesh.ranks)
+    held = [each for each in (*model.parameters(), *model.buffers()) if not (draw and each.requires_grad)]
+    broadcast_tensors(held, mesh.ranks)
     if size == 1:
         # Its gradients are the sum already. Sending them through Horovod all the same made the one rank's step a tenth
         # longer, and every speedup over that baseline too good.
@@ -84,12 +103,12 @@ def open_reducer(settings: Reduce, model: nn.Module, mesh: Mesh, control: Contro
     elif strategy == "parameter_server":
         yield Worker(settings, model, mesh, control) if mesh.trains else Server(settings, model, mesh, control)
     elif strategy == "sharded":
-        assert mesh.shard.context is not None
-        transport = _open_transport(hvd, mesh.shard.context)
+        within, between = _open_transports(hvd, mesh)
         if settings.stage == 1:
-            yield Sharded(transport, model, mesh.shard.context, control)
+            assert mesh.shard.context is not None
+            yield Sharded(within, between, model, mesh.shard.context, control)
         else:
-            yield FullySharded(transport, settings, model, mesh.shard.context, control)
+            yield FullySharded(within, between, settings, model, mesh, control, draw)
     else:
         assert mesh.replica.context is not None
         yield AllReduce(_open_transport(hvd, mesh.replica.context), settings, model, control)
@@ -105,7 +124,36 @@ def _open_transport(hvd: Any, context: Context) -> Transport:
     """Collective. hvd: Horovod's library, which joins the same ranks; None for MPI."""
     if hvd is None:
         return SplittingTransport(MpiTransport(context))
-    return SplittingTransport(HorovodTransport(start_horovod(hvd), context.world.size))
+    start_horovod(hvd)
+    return SplittingTransport(HorovodTransport(hvd, context.world.size))
+
+
+def _open_transports(hvd: Any, mesh: Mesh) -> tuple[Transport, Transport | None]:
+    """Collective. Along the mesh's axis `shard`, and along `replica`; None with one replica."""
+    shard, replica = mesh.shard.context, mesh.replica.context
+    assert shard is not None and replica is not None
+    if replica.world.size == 1:
+        return _open_transport(hvd, shard), None
+    if hvd is None:
+        return _open_transport(None, shard), _open_transport(None, replica)
+    axes = [axis for axis in (shard, replica) if axis.world.size < mesh.ranks.world.size]
+    groups = [group for axis in axes for group in _groups(axis, mesh.ranks)]
+    sets = dict(zip(groups, start_horovod(hvd, groups), strict=True))
+    within, between = (
+        SplittingTransport(HorovodTransport(hvd, axis.world.size, sets.get(_members(axis, mesh.ranks))))
+        for axis in (shard, replica)
+    )
+    return within, between
+
+
+def _members(axis: Context, ranks: Context) -> tuple[int, ...]:
+    """Collective along an axis. Which of all `ranks` are on it."""
+    return tuple(axis.all_gather(ranks.world.rank))
+
+
+def _groups(axis: Context, ranks: Context) -> list[tuple[int, ...]]:
+    """Collective. The members of every axis of this kind."""
+    return sorted(set(ranks.all_gather(_members(axis, ranks))))
 
 
 def broadcast_model(model: nn.Module, context: Context) -> None:

@@ -5,6 +5,8 @@ all-gather sends the parts to all ranks. Together they move as much as a ring al
 the optimizer's state.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import nn
@@ -17,15 +19,20 @@ from hpc_train.train.reduce.transports import Pending, Transport
 
 
 class Sharded:
-    """See `reducer.Reducer`. context: the ranks of the mesh's axis `shard`, which the transport joins, too."""
+    """See `reducer.Reducer`. context: the ranks of the mesh's axis `shard`, which the transport joins, too.
+
+    between: joins the ranks that own the same part in other copies; None if there is one copy.
+    """
 
     num_updates = 1
     sends_weights = True
     lockstep = None
 
-    def __init__(self, transport: Transport, model: nn.Module, context: Context, control: ControlFlags) -> None:
-        self._transport, self._context = transport, context
-        buckets = make_buckets(model, transport.size, group_by=has_weight_decay)
+    def __init__(
+        self, transport: Transport, between: Transport | None, model: nn.Module, context: Context, control: ControlFlags
+    ) -> None:
+        self._transport, self._between, self._context = transport, between, context
+        self._buckets = buckets = make_buckets(model, transport.size, group_by=has_weight_decay)
         self.shards = ShardedWeights(model, buckets[:-1], transport.size, context.world.rank)
         self._scheduler = BucketScheduler(buckets, self._send, control)
         self._sent: list[Pending] = []
@@ -40,6 +47,9 @@ class Sharded:
 
     def reduce_gradients(self) -> StepFlags:
         self._scheduler.send_rest()
+        if self._between:
+            sums = [partial(self._between.sum, name=f"{bucket.name}.between") for bucket in self._buckets]
+            self._sent = [begin(pending.wait()) for begin, pending in zip(sums, self._sent, strict=True)]
         *gradients, _ = [pending.wait() for pending in self._sent]  # the last are the flags
         self._sent.clear()
         for owned, gradient in zip(self.shards.owned, gradients, strict=True):

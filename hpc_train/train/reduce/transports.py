@@ -85,13 +85,13 @@ class MpiTransport:
         host = message.cpu()
         received = _on_host(into, len(host) // self.size, host.dtype)
         begin = partial(messages.begin_reduce_scatter, self._comm, host.numpy(), received.numpy())
-        return _into(self._queue([begin], received, host), into)
+        return arriving_in(self._queue([begin], received, host), into)
 
     def all_gather(self, part: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
         host = part.cpu()
         received = _on_host(into, len(host) * self.size, host.dtype)
         begin = partial(messages.begin_all_gather, self._comm, _bytes(host), _bytes(received))
-        return _into(self._queue([begin], received, host), into)
+        return arriving_in(self._queue([begin], received, host), into)
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Pending:
         host = message.cpu()
@@ -168,7 +168,8 @@ class _Copied:
         return self.into if result.data_ptr() == self.into.data_ptr() else self.into.copy_(result)
 
 
-def _into(pending: Pending, into: torch.Tensor | None) -> Pending:
+def arriving_in(pending: Pending, into: torch.Tensor | None) -> Pending:
+    """The same collective, whose result arrives in `into`, if given."""
     return pending if into is None else _Copied(pending, into)
 
 
@@ -182,24 +183,26 @@ def _bytes(tensor: torch.Tensor) -> np.ndarray:
 class HorovodTransport:
     """Horovod's ring all-reduce in a background thread; from GPUs by NCCL if Horovod was built with it.
 
-    hvd: horovod.torch, from `horovod_library`.
+    hvd: horovod.torch, from `horovod_library`. ranks: Horovod's set of the ranks that send; default: all.
     """
 
-    def __init__(self, hvd: Any, size: int) -> None:
+    def __init__(self, hvd: Any, size: int, ranks: Any = None) -> None:
         self._hvd, self.size = hvd, size
+        self._among = {} if ranks is None else {"process_set": ranks}
 
     def sum(self, message: torch.Tensor, name: str, is_last: bool = False) -> Pending:
-        return self._pending(self._hvd.allreduce_async_(message, name=name, op=self._hvd.Sum))
+        return self._pending(self._hvd.allreduce_async_(message, name=name, op=self._hvd.Sum, **self._among))
 
     def adasum(self, message: torch.Tensor, name: str) -> Pending:
         return self._pending(self._hvd.allreduce_async_(message, name=name, op=self._hvd.Adasum))
 
     def reduce_scatter(self, message: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
-        return _into(self._pending(self._hvd.reducescatter_async(message, name=name, op=self._hvd.Sum)), into)
+        handle = self._hvd.reducescatter_async(message, name=name, op=self._hvd.Sum, **self._among)
+        return arriving_in(self._pending(handle), into)
 
     def all_gather(self, part: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
-        pending = self._pending(self._hvd.allgather_async(_as_fp16(part), name=f"{name}.gather"), part.dtype)
-        return _into(pending, into)
+        handle = self._hvd.allgather_async(_as_fp16(part), name=f"{name}.gather", **self._among)
+        return arriving_in(self._pending(handle, part.dtype), into)
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Pending:
         return self._pending(self._hvd.alltoall_async(_as_fp16(message), name=f"{name}.to_all"), message.dtype)
@@ -255,12 +258,12 @@ class SplittingTransport:
         if self._is_short(message.nbytes):
             return self._transport.reduce_scatter(message, name, into)
         rows = message.view(self.size, -1)
-        return _into(self._by_columns(self._transport.reduce_scatter, rows, name, num_rows=1), into)
+        return arriving_in(self._by_columns(self._transport.reduce_scatter, rows, name, num_rows=1), into)
 
     def all_gather(self, part: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
         if self._is_short(part.nbytes * self.size):
             return self._transport.all_gather(part, name, into)
-        return _into(self._by_columns(self._transport.all_gather, part[None], name, num_rows=self.size), into)
+        return arriving_in(self._by_columns(self._transport.all_gather, part[None], name, num_rows=self.size), into)
 
     def all_to_all(self, message: torch.Tensor, name: str) -> Pending:
         return self._by_columns(self._transport.all_to_all, message.view(self.size, -1), name, num_rows=self.size)

@@ -2,11 +2,10 @@
 
 import math
 import zlib
+from collections.abc import Iterable
 from typing import NamedTuple, NoReturn
 
-import numpy as np
 import torch
-from torch import nn
 
 from hpc_train.core.errors import UserError
 from hpc_train.train.comm.context import Context
@@ -93,33 +92,41 @@ def _raise_together(what: str, remedy: str, context: Context) -> NoReturn:
     raise AssertionError("unreachable")
 
 
-def check_weights_agree(step: int, model: nn.Module, context: Context) -> None:
+def check_weights_agree(step: int, weights: Iterable[torch.Tensor], context: Context, part: int = 0) -> None:
     """Collective. Raises UserError naming the ranks whose weights differ in any bit from those of the majority.
 
     With two ranks there is no majority: then rank 1 is named, as differing from rank 0.
+    part: which part of all weights these are; those of ranks with equal numbers are compared.
     """
-    checksums = context.all_gather(_checksum(model))
-    values, counts = np.unique(checksums, return_counts=True)
-    if len(values) == 1:
-        return
-    most_common = values[counts == counts.max()]
-    expected = checksums[0] if checksums[0] in most_common else most_common[0]
+    everyone = context.all_gather((part, _checksum(weights)))
+    by_part: dict[int, dict[int, int]] = {}  # part -> rank -> checksum
+    for rank, (each, checksum) in enumerate(everyone):
+        by_part.setdefault(each, {})[rank] = checksum
+    for checksums in by_part.values():
+        if len(set(checksums.values())) > 1:
+            _raise_for_weights(step, checksums, context)
+
+
+def _raise_for_weights(step: int, checksums: dict[int, int], context: Context) -> NoReturn:
+    """Collective. checksums: by rank, of weights that should be equal."""
+    values = list(checksums.values())
+    expected = max(values, key=values.count)  # of several, that of the lowest rank
     hosts = context.all_gather(context.world.host)
-    wrong = [f"rank {rank} on {hosts[rank]}" for rank, value in enumerate(checksums) if value != expected]
+    wrong = [f"rank {rank} on {hosts[rank]}" for rank, value in checksums.items() if value != expected]
+    right = [rank for rank, value in checksums.items() if value == expected]
     shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-    num_others = len(checksums) - len(wrong) - 1
     _raise_together(
         f"the weights after {step} steps differ between ranks: {shown} differ{'s' * (len(wrong) == 1)} from rank "
-        f"{checksums.index(expected)} and {num_others} more",
+        f"{right[0]} and {len(right) - 1} more",
         "Its memory or its network may be broken: exclude that node (sbatch --exclude) and continue from a "
         "checkpoint before it. A task that draws different numbers on each rank has the same effect.",
         context,
     )
 
 
-def _checksum(model: nn.Module) -> int:
+def _checksum(weights: Iterable[torch.Tensor]) -> int:
     checksum = 0
-    for tensor in model.parameters():
+    for tensor in weights:
         data = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data
         checksum = zlib.crc32(data, checksum)
     return checksum

@@ -76,6 +76,8 @@ def contents(path: Path) -> dict[str, np.ndarray]:
         (lambda: Gpt(50257, layers=24, heads=16, width=1024), 354_823_168),
         (lambda: Bert(30522), 109_514_298),
         (lambda: Gpt(**load(jobs.CONFIGS / "gpt2-124m.toml").config.task.options), 124_439_808 + 47 * 768),
+        (lambda: Gpt(50257, layers=48, heads=25, width=1600), 1_557_611_200),
+        (lambda: Gpt(**load(jobs.CONFIGS / "gpt2-xl.toml").config.task.options), 1_557_611_200 + 47 * 1600),
     ],
 )
 def test_parameter_counts_are_the_papers(make: Any, count: int) -> None:

@@ -20,6 +20,7 @@ from hpc_train.core.settings import Checkpoint
 from hpc_train.train.comm.context import Context, raised_on_all_ranks
 from hpc_train.train.run.checkpoint.copy import HostCopy
 from hpc_train.train.run.checkpoint.encoding import Encoded, encode
+from hpc_train.train.run.checkpoint.format import Layout
 from hpc_train.train.run.checkpoint.retention import newest_in_words, remove_old
 from hpc_train.train.run.checkpoint.shares import Part, Share, UnusableCheckpoint
 from hpc_train.train.run.checkpoint.writing import Draft, Extent, Orders, own_parts, write_parts
@@ -54,7 +55,8 @@ class Saver:
         self._sync_records = sync_records
         self._is_root = context.world.is_root
         self._host_copy = HostCopy()
-        self._draft: Draft | None = None  # on the root
+        self._draft: Draft | None = None  # on the root, as is `_layout`
+        self._layout: Layout | None = None  # of the save before
         self._thread: threading.Thread | None = None
         self._under_way: Iterator[bool] = iter(())  # the stages to come: see `_stages`
         self._error: UserError | None = None
@@ -152,7 +154,9 @@ class Saver:
             if isinstance(encoded, TypeError):
                 raise encoded
             assert encoded is not None
-            self._draft = Draft(self._run.checkpoint(step), encoded, extents, {"step": step, **self._manifest})
+            manifest = {"step": step, **self._manifest}
+            self._draft = Draft(self._run.checkpoint(step), encoded, extents, manifest, self._layout)
+            self._layout = self._draft.layout
         except Exception as error:  # noqa: BLE001  training goes on without this checkpoint
             num_bytes = sum(each.end - each.begin for of_rank in extents for each in of_rank)
             self._error = self._as_user_error(step, self._in_words(error, num_bytes))

@@ -15,7 +15,7 @@ import torch
 
 from hpc_train import __version__
 from hpc_train.train.run.checkpoint.encoding import Encoded, encode
-from hpc_train.train.run.checkpoint.format import FORMAT, lay_out, seal
+from hpc_train.train.run.checkpoint.format import FORMAT, Layout, lay_out, seal
 from hpc_train.train.run.checkpoint.ranges import bytes_of, checksum, cut, write_all
 from hpc_train.train.run.checkpoint.retention import remove
 from hpc_train.train.run.checkpoint.shares import Part, Share, UnusableCheckpoint
@@ -55,26 +55,34 @@ def own_parts(share: Share, encoded: Encoded) -> list[Part]:
 class Draft:
     """A checkpoint under a temporary name, on the root."""
 
-    def __init__(self, path: Path, encoded: Encoded, extents: list[list[Extent]], manifest: dict[str, Any]) -> None:
-        """Creates the file without its data. extents: of each rank, in the order of its parts.
+    def __init__(
+        self,
+        path: Path,
+        encoded: Encoded,
+        extents: list[list[Extent]],
+        manifest: dict[str, Any],
+        before: Layout | None = None,
+    ) -> None:
+        """Creates the file without its data. extents: of each rank, in the order of its parts. before: see `lay_out`.
 
         Raises TypeError for a value that a checkpoint cannot hold, and OSError if the disk refuses.
         """
         _check_complete(encoded, extents)
         pieces = [(each.data_set, *piece) for of_rank in extents for each in of_rank for piece in cut(*each[1:])]
         self.path = path
-        self._layout = lay_out(encoded, len(pieces), {"format": FORMAT, "hpc_train": __version__, **manifest})
-        offsets = {name: place.offset for name, place in self._layout.places.items()}
+        facts = {"format": FORMAT, "hpc_train": __version__, **manifest}
+        self.layout = lay_out(encoded, len(pieces), facts, before)
+        offsets = {name: place.offset for name, place in self.layout.places.items()}
         self._table = np.array(
-            [(name.encode(), begin, end, offsets[name] + begin, 0) for name, begin, end in pieces], self._layout.row
+            [(name.encode(), begin, end, offsets[name] + begin, 0) for name, begin, end in pieces], self.layout.row
         )
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")  # not the name another job uses
-        self.orders = Orders(partial, self._layout.image.num_bytes, offsets)
+        self.orders = Orders(partial, self.layout.image.num_bytes, offsets)
         path.parent.mkdir(exist_ok=True)
         with self._discarded_on_error(), _opened(partial, os.O_CREAT | os.O_EXCL) as handle:
-            os.ftruncate(handle, self._layout.image.num_bytes)
+            os.ftruncate(handle, self.layout.image.num_bytes)
             # Before the data: its pages may overlap the edges of tensors.
-            for offset, page in self._layout.image.pages():
+            for offset, page in self.layout.image.pages():
                 write_all(handle, page, offset)
 
     def seal(self, checksums: np.ndarray, before_rename: Callable[[], None] = lambda: None) -> None:
@@ -85,7 +93,7 @@ class Draft:
         self._table["xxh3"] = checksums
         with self._discarded_on_error():
             with _opened(self.orders.path) as handle:
-                seal(handle, self._layout, self._table)
+                seal(handle, self.layout, self._table)
                 os.fsync(handle)
             before_rename()
             os.rename(self.orders.path, self.path)  # over a damaged checkpoint of the same step
