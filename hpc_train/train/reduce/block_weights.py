@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from hpc_train.core.errors import UserError
-from hpc_train.train.reduce.buckets import has_weight_decay
+from hpc_train.train.reduce.buckets import aligned, has_weight_decay
 from hpc_train.train.reduce.sharded_weights import ParamShard, Segment
 
 # Parameters begin, and are cut, at multiples of so many numbers: torch's fused optimizers compute the last few numbers
 # of a tensor one by one, which rounds them otherwise than a vector of 16. So a cut changes no bit of an update.
-_ALIGNMENT = 16
+ALIGNMENT = 16
 
 
 class BlockWeights:
@@ -44,8 +44,8 @@ class BlockWeights:
         end = 0
         for each, parameter in parameters.items():
             self.begins[each] = end
-            end += parameter.numel() + -parameter.numel() % _ALIGNMENT
-        self.length = end + -end % (num_shards * _ALIGNMENT)
+            end += aligned(parameter.numel(), ALIGNMENT)
+        self.length = aligned(end, num_shards * ALIGNMENT)
         self.part_length = self.length // num_shards
         first = next(iter(parameters.values()))
         self.dtype, self.device = first.dtype, first.device
@@ -70,6 +70,15 @@ class BlockWeights:
         ]
         self._unset = torch.full((), nan, dtype=self.dtype, device=self.device)
         self.unset()
+
+    def new_whole(self) -> torch.Tensor:
+        """Memory for the weights of the block."""
+        return torch.empty(self.length, dtype=self.dtype, device=self.device)
+
+    def give_gradients(self) -> None:
+        """Gives the optimizer this rank's part of `gradient`, which holds the sum over ranks."""
+        for owned in self.owned:
+            owned.parameter.grad = self.segment(self.gradient, owned.name)
 
     def keep(self, whole: torch.Tensor) -> None:
         """Makes `whole`, which holds the block's weights, their memory for good; `own` becomes a part of it."""

@@ -20,18 +20,21 @@ class Bucket:
     The model alone decides which parameters share a bucket, and so the order of every sum. Horovod's own fusion takes
     whatever happens to be ready: on three or more ranks, two runs of one job then differ in their last bits.
 
-    num_extra: numbers behind the gradients, for `StepFlags` or as padding.
+    num_extra: numbers behind the gradients, for `StepFlags` or as padding. alignment: each gradient begins at a
+    multiple of so many numbers.
     """
 
-    def __init__(self, name: str, parameters: list[nn.Parameter], num_extra: int, device: torch.device) -> None:
+    def __init__(
+        self, name: str, parameters: list[nn.Parameter], num_extra: int, device: torch.device, alignment: int = 1
+    ) -> None:
         self.name, self.parameters = name, parameters
         self._flat: torch.Tensor | None = None
-        if num_extra or len(parameters) != 1:
-            sizes = [parameter.numel() for parameter in parameters]
+        sizes = [aligned(parameter.numel(), alignment) for parameter in parameters]
+        if num_extra or len(parameters) != 1 or sizes[0] > parameters[0].numel():
             dtype = parameters[0].dtype if parameters else torch.float32
             self._flat = torch.zeros(sum(sizes) + num_extra, dtype=dtype, device=device)
             *views, self._extra = self._flat.split([*sizes, num_extra])
-            self._views = [view.view_as(p) for view, p in zip(views, parameters, strict=True)]
+            self._views = [view[: p.numel()].view_as(p) for view, p in zip(views, parameters, strict=True)]
 
     def fill(self) -> torch.Tensor:
         """The message with this step's gradients in it; zeros for parameters that this rank did not use."""
@@ -63,19 +66,27 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def aligned(length: int, alignment: int) -> int:
+    """The next multiple of `alignment`."""
+    return length + -length % alignment
+
+
 def has_weight_decay(parameter: torch.Tensor) -> bool:
     """Whether weight decay applies: to matrices and kernels, not to biases and norms."""
     return parameter.ndim >= 2
 
 
 def make_buckets(
-    model: nn.Module, pad_to_multiple_of: int = 1, group_by: Callable[[torch.Tensor], object] | None = None
+    model: nn.Module,
+    pad_to_multiple_of: int = 1,
+    group_by: Callable[[torch.Tensor], object] | None = None,
+    alignment: int = 1,
 ) -> list[Bucket]:
     """Buckets of the model's parameters, the last parameters first: backward computes their gradients first.
 
     The last bucket carries the step's flags: behind gradients, or alone if `pad_to_multiple_of` or `group_by` is set.
     pad_to_multiple_of: messages of gradients are padded to a multiple of this length.
-    group_by: only parameters with the same value of it share a bucket.
+    group_by: only parameters with the same value of it share a bucket. alignment: see `Bucket`.
     """
     parameters = list(reversed(trainable_parameters(model).values()))
     full: list[list[nn.Parameter]] = []
@@ -94,8 +105,8 @@ def make_buckets(
     device = parameters[0].device
     buckets = []
     for number, group in enumerate([*full, *open_groups.values()]):
-        num_padding = -sum(each.numel() for each in group) % pad_to_multiple_of
-        buckets.append(Bucket(f"gradients.{number}", group, num_padding, device))
+        num_padding = -sum(aligned(each.numel(), alignment) for each in group) % pad_to_multiple_of
+        buckets.append(Bucket(f"gradients.{number}", group, num_padding, device, alignment))
     return [*buckets, Bucket("gradients", with_flags, NUM_FLAGS, device)]
 
 

@@ -163,12 +163,8 @@ class FullySharded:
         self._flags = Bucket("gradients", [], NUM_FLAGS, self.shards.blocks[0].device)
         for block in self.shards.blocks:
             if not self._frees:
-                block.keep(self._whole(block))
+                block.keep(transport.all_gather(block.own, f"{block.name}.weights", block.new_whole()).wait())
         self._attach(model, {name: modules[name] for name in blocks})
-
-    def _whole(self, block: BlockWeights) -> torch.Tensor:
-        into = torch.empty(block.length, dtype=block.dtype, device=block.device)
-        return self._transport.all_gather(block.own, f"{block.name}.weights", into).wait()
 
     # --------------------------------------------------------------------------------------------- hooks in the model
 

@@ -5,17 +5,15 @@ all-gather sends the parts to all ranks. Together they move as much as a ring al
 the optimizer's state.
 """
 
-from functools import partial
-
 import numpy as np
 import torch
 from torch import nn
 
 from hpc_train.train.comm.context import Context
-from hpc_train.train.reduce.buckets import Bucket, BucketScheduler, has_weight_decay, make_buckets
-from hpc_train.train.reduce.sharded_weights import ShardedWeights
+from hpc_train.train.reduce.block_weights import ALIGNMENT, BlockShards, BlockWeights
+from hpc_train.train.reduce.buckets import Bucket, BucketScheduler, make_buckets, trainable_parameters
 from hpc_train.train.reduce.step_flags import ControlFlags, StepFlags
-from hpc_train.train.reduce.transports import Pending, Transport
+from hpc_train.train.reduce.transports import Pending, Transport, arriving_in
 
 
 class Sharded:
@@ -32,35 +30,58 @@ class Sharded:
         self, transport: Transport, between: Transport | None, model: nn.Module, context: Context, control: ControlFlags
     ) -> None:
         self._transport, self._between, self._context = transport, between, context
-        self._buckets = buckets = make_buckets(model, transport.size, group_by=has_weight_decay)
-        self.shards = ShardedWeights(model, buckets[:-1], transport.size, context.world.rank)
-        self._scheduler = BucketScheduler(buckets, self._send, control)
-        self._sent: list[Pending] = []
+        *buckets, flags = make_buckets(model, transport.size * ALIGNMENT, alignment=ALIGNMENT)
+        names = {parameter: name for name, parameter in trainable_parameters(model).items()}
+        self._blocks: dict[str, BlockWeights] = {}
+        for bucket in buckets:
+            parameters = {names[each]: each for each in bucket.parameters}
+            values = {name: parameter.detach() for name, parameter in parameters.items()}
+            block = BlockWeights(bucket.name, parameters, transport.size, context.world.rank)
+            whole = block.new_whole()
+            for name, value in values.items():
+                block.view(whole, name).copy_(value)
+            block.keep(whole)
+            self._blocks[bucket.name] = block
+        self.shards = BlockShards(self._blocks.values())
+        self._scheduler = BucketScheduler([*buckets, flags], self._send, control)
+        self._sent: list[tuple[str, Pending]] = []
 
     def begin_step(self, loss: torch.Tensor) -> None:
         self._scheduler.begin_step(loss)
 
     def _send(self, bucket: Bucket) -> None:
-        message = bucket.fill().view(-1)
-        begin = self._transport.reduce_scatter if bucket.parameters else self._transport.sum
-        self._sent.append(begin(message, bucket.name))
+        message, block = bucket.fill().view(-1), self._blocks.get(bucket.name)
+        if block is None:
+            pending = arriving_in(self._transport.sum(message, bucket.name), message)  # the flags
+        else:
+            pending = self._transport.reduce_scatter(message, bucket.name, block.gradient)
+        self._sent.append((bucket.name, pending))
 
     def reduce_gradients(self) -> StepFlags:
         self._scheduler.send_rest()
         if self._between:
-            sums = [partial(self._between.sum, name=f"{bucket.name}.between") for bucket in self._buckets]
-            self._sent = [begin(pending.wait()) for begin, pending in zip(sums, self._sent, strict=True)]
-        *gradients, _ = [pending.wait() for pending in self._sent]  # the last are the flags
+            self._sent = [self._sum_between(name, pending.wait()) for name, pending in self._sent]
+        for _, pending in self._sent:
+            pending.wait()
         self._sent.clear()
-        for owned, gradient in zip(self.shards.owned, gradients, strict=True):
-            owned.parameter.grad = gradient
+        for block in self.shards.blocks:
+            block.give_gradients()
         return self._scheduler.read_flags()
+
+    def _sum_between(self, name: str, part: torch.Tensor) -> tuple[str, Pending]:
+        """Begins to sum a part over the copies."""
+        assert self._between is not None
+        return name, arriving_in(self._between.sum(part, f"{name}.between"), part)
 
     def sum_over_shards(self, value: float) -> float:
         return float(self._context.sum(np.array([value]))[0])
 
     def sync_weights(self, made: bool) -> bool:
-        parts = [self._transport.all_gather(each.parameter.detach(), each.name) for each in self.shards.owned]
-        for weights, pending in zip(self.shards.flat, parts, strict=True):
-            weights.copy_(pending.wait())
+        # Copies are sent, since MPI must not read where it writes.
+        sent = [
+            self._transport.all_gather(block.own.clone(), f"{block.name}.weights", block.weights)
+            for block in self.shards.blocks
+        ]
+        for pending in sent:
+            pending.wait()
         return made
