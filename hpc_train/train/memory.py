@@ -56,7 +56,7 @@ class Memory:
     activations: int  # what forward keeps for backward, and temporary results at that moment, such as logits
     messages: int  # copies of gradients or weights for other ranks, and what MPI works in
     gaps: int  # that malloc leaves between tensors: measured, see `_GAPS`
-    checkpoint: int  # the copy of a rank's share that is written while training goes on
+    checkpoint: int  # the copy of a rank's share of the state, which is written while training goes on
     input: int  # batches
     base: int  # interpreter, torch, MPI and open data
 
@@ -127,10 +127,16 @@ class Trial:
             activations=max(0, int(live.peak) - moving),
             messages=in_messages + self._messages(divided),
             gaps=int(live.peak_with_gaps - live.peak),
-            checkpoint=all_bytes // divided.shards + certain.optimizer if self.config.checkpoint.keep else 0,
+            checkpoint=(1 + states(self.config)) * all_bytes // num_ranks if self._saves_while_training else 0,
             input=_NUM_BATCHES * train.accumulate * _bytes_of(batch),
             base=self.base,
         )
+
+    @property
+    def _saves_while_training(self) -> bool:
+        """Else the only copy is made at the end, when activations and gradients are gone."""
+        checkpoint = self.config.checkpoint
+        return checkpoint.keep > 0 and (checkpoint.every_steps > 0 or checkpoint.every_minutes > 0)
 
     def _steps(self, batch: Any, divided: "Division") -> "_LiveBytes":
         """What the first steps allocate, on tensors without bytes."""
