@@ -38,7 +38,7 @@ _ALONE_BYTES = 1 << 20  # as in `reduce.buckets`: smaller gradients are copied i
 _NUM_STEPS = 2  # the second finds what the first one keeps
 _NUM_BATCHES = 2  # the one in use, and the next
 _MOST_RANKS = 1 << 20  # that are tried for the smallest number that fits
-_STILL_SHRINKS = 0.98  # of a rank's memory: with less, twice as many ranks do not help
+_TRIED_NODES, _STILL_SHRINKS = 8, 0.98  # beyond so many nodes, twice as many must need less of a rank
 # Measured on x86-64 with torch 2.13, Open MPI 4.1 and Horovod 0.28 (make bench-memory prints what is left over):
 _GAPS = 0.45  # of what moves in the heap: malloc's gaps between freed and living tensors, which stay with the process
 _GAPS_RECOMPUTED = 0.3  # the same with activation checkpointing: see `device.give_back_freed_memory`
@@ -354,7 +354,7 @@ def smallest(trial: Trial, ranks_per_node: int, node_bytes: float) -> tuple[int,
             memory = trial.memory(num_ranks, ranks_per_node)
             if memory.total * min(num_ranks, ranks_per_node) <= node_bytes:
                 return num_ranks, memory
-            if num_ranks > ranks_per_node and memory.total > _STILL_SHRINKS * before:
+            if num_ranks > _TRIED_NODES * ranks_per_node and memory.total > _STILL_SHRINKS * before:
                 return None
             before = memory.total
         num_ranks *= 2

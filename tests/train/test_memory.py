@@ -100,7 +100,7 @@ def test_ranks_take_what_the_benchmark_was_told(case: memory.Case, tmp_path: Pat
 
 
 def test_the_fewest_ranks_are_found_for_each_strategy(job: Path) -> None:
-    trial = Trial(load(job, ("reduce.strategy=mpi", "task.options={hidden=[2048, 2048]}")).config)
+    trial = Trial(load(job, ("reduce.strategy=mpi", f"task.options={{hidden={[1024] * 12}}}")).config)
     largest = trial.memory(1).total
     found = smallest_by_strategy(trial, 1, largest * 0.9)
     few = found["sharded, stage 3"]
