@@ -40,7 +40,7 @@ ALLOWED = {
     "horovod": {"train/reduce/horovod_library.py", "doctor/software.py"},
     "h5py": {f"train/data/{file}.py" for file in ("chunk_cache", "files", "filters", "hdf5_faults", "parallel_hdf5")}
     | {"train/data/readers.py", "train/weights_file.py", "train/export.py"}
-    | {f"train/run/checkpoint/{file}.py" for file in ("format", "image")}
+    | {f"train/run/checkpoint/{file}.py" for file in ("format", "image", "reading")}
     | {"train/data/collective.py", "bench/file_layouts.py", "doctor/storage.py"}
     | {f"datasets/prepare/{file}.py" for file in ("layout", "prepare", "writer")}
     | {f"datasets/inspect/{file}.py" for file in ("check", "checks", "chunk_ranges", "info", "structure")},
@@ -135,7 +135,7 @@ BUFFERS |= {"Send", "Ssend", "Bsend", "Rsend", "Recv", "Sendrecv", "Sendrecv_rep
 COMMON_WORDS = {"Reduce", "Get", "Put", "Scan"}  # of what is no communicator, too
 # What Python pickles: small things only. Where, and how it is known to be small.
 PICKLED = {
-    "train/comm/context.py": "answers of functions, errors, facts: arrays go by broadcast_array and gather_arrays",
+    "train/comm/context.py": "answers of functions, errors, facts: arrays go by broadcast_array and begin_gather",
     "train/comm/messages.py": "numbers",
     "doctor/__main__.py": "a rank's answers",
     "datasets/prepare/writer.py": "the chunks of one block",

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -15,7 +15,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import open_files
 from hpc_train.train.data.tokenizer import Tokenizer
 from hpc_train.train.models.gpt import Gpt
-from hpc_train.train.run.checkpoint.restore import read_newest
+from hpc_train.train.run.checkpoint.restore import Alike, Plan, check_fits, load_newest, plan_model
 from hpc_train.train.tasks.language import Language
 
 
@@ -50,10 +50,15 @@ def generate(path: Path, overrides: tuple[str, ...], prompt: str, decoding: Deco
         )
     tokenizer = Tokenizer(str(facts["tokenizer"]), int(facts["vocab_size"]), facts.get("json", ""))
     model = cast(Gpt, Language(config, Context(World())).model())
-    state, stated = read_newest(run, model, _say)
-    if not state:
+    alone = Context(World())
+
+    def plan(state: dict[str, Any]) -> Plan:
+        wanted, finish = plan_model(model, state["model"])
+        return Plan([Alike(alone, wanted)], finish)
+
+    stated = load_newest(run, alone, lambda state, _: check_fits(state, model), plan, _say)
+    if not stated:
         raise UserError(f"{run.path} has no checkpoint", "It was not saved: train again, with checkpoint.keep = 1.")
-    model.load_state_dict(state["model"])
     _say(f"Step {stated['step']} of {run.path}")
     tokens = [tokenizer.end_of_text, *map(int, tokenizer.encode("--prompt", prompt.encode(errors="surrogateescape")))]
     return tokenizer.decode(_sample(model.eval(), tokens, decoding, tokenizer.end_of_text)[1:])

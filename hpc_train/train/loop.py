@@ -50,13 +50,14 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
         remove_stale_segments()  # shared memory of killed jobs, which would fill the node
     with (
         open_job(config, context) as job,
-        context.duplicate() as recorder_context,  # its messages never meet a reducer's or a task's
+        # Communicators of their own: their messages never meet a reducer's or a task's.
+        context.duplicate() as recorder_context,
+        context.duplicate() as saver_context,
         open_attempt(loaded, context, resume) as attempt,
     ):
         begin_from(job, attempt)
         recorder = Recorder(loaded, recorder_context, job.placements, attempt, open_clock(config.train, job.device))
-        is_root = context.world.is_root
-        saver = Saver(attempt.run, config.checkpoint, job.facts, is_root, recorder.log, recorder.sync_records)
+        saver = Saver(attempt.run, config.checkpoint, job.facts, saver_context, recorder.log, recorder.sync_records)
         with (
             recorder,
             saver,
@@ -128,7 +129,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                     training.check_weights(step + 1)
                 if flags.save or saver.is_due_after(step + 1):
                     recorder.flush()
-                    saver.save(step + 1, training.gather())
+                    saver.save(step + 1, training.share())
+                saver.poll()
                 # The flags are sums over ranks: all ranks stop after the same step.
                 if stopped := flags.stop > 0 and step + 1 < config.train.steps:
                     break
@@ -168,8 +170,7 @@ def _skip_update(skipped: SkippedUpdate, training: TrainingState, saver: Saver) 
     elif config.reduce.asynchronous:
         raise_on_this_rank(skipped, context)
     else:
-        state = training.gather()
-        saved = context.on_root(partial(saver.save_now_or_explain, skipped.step, state))
+        saved = saver.save_now_or_explain(skipped.step, training.share())
         raise_for_update(skipped, saved, context)
 
 
@@ -181,8 +182,7 @@ def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder,
     if min(context.all_gather(optimizer.num_skipped_in_a_row)) >= num_steps and stopped_by is None:
         raise_for_run_without_updates(num_steps, context)
     # Saved before the test: a test that fails costs no training.
-    state = training.gather()
-    saved = context.on_root(partial(saver.save_now, num_steps, state))
+    saved = saver.save_now(num_steps, training.share())
     outcome = "complete" if stopped_by is None else f"stopped by {stopped_by}"
     recorder.stop(
         outcome,

@@ -137,7 +137,7 @@ class Optimizer:
         return {name: dict(kept) for name, kept in self._states.items() if kept}
 
     def load(self, state: State) -> None:
-        """Continues from a `state`; the learning rate and other settings stay as configured."""
+        """Continues from a `state`, which it keeps; the learning rate and other settings stay as configured."""
         for each in self._owned:
             kept = state.get(each.name, {})
             self._states[each.name] = {key: _like(each.parameter, value) for key, value in kept.items()}
@@ -149,9 +149,11 @@ class Optimizer:
 
 
 def _like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A copy of `value` on the parameter's device and in its memory layout; a number stays where it is."""
+    """`value` on the parameter's device and in its memory layout; a number stays where it is."""
     if not value.ndim:
         return value.clone()
+    if (value.device, value.stride()) == (parameter.device, parameter.stride()):
+        return value
     return torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
 
 

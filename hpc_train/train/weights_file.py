@@ -20,9 +20,9 @@ from hpc_train.core.paths import exists
 from hpc_train.core.rundir import RunDir
 from hpc_train.train.data.hdf5_faults import HDF5_ERRORS
 from hpc_train.train.models import gpt2_names
-from hpc_train.train.run.checkpoint.format import ModelTensors, is_checkpoint, open_model, read
-from hpc_train.train.run.checkpoint.pieces import UnusableCheckpoint
+from hpc_train.train.run.checkpoint.reading import ModelTensors, is_checkpoint, open_model, read
 from hpc_train.train.run.checkpoint.retention import checkpoints, step_of
+from hpc_train.train.run.checkpoint.shares import UnusableCheckpoint
 
 MODEL = "model"  # the group of an HDF5 file that holds the weights, one data set each
 _DTYPES = {

@@ -18,21 +18,23 @@ import torch
 
 from hpc_train.core.records import read_metrics
 from hpc_train.core.rundir import RunDir
-from hpc_train.train.run.checkpoint import format
+from hpc_train.train.run.checkpoint.reading import read
+from hpc_train.train.run.checkpoint.writing import write
 from tests import checkpoints
 from tests.conftest import FaultTable
 from tests.faults.conftest import Reference
 from tests.faults.harness import STEPS, Job, assert_continuous, until
 
-# Calls that one save makes, in order: sync file, sync metrics and step records, rename, sync folder, then the third
-# save removes the oldest one. Counted over the saves of steps 5, 10 and 15. A save writes 9 times: three pages of the
-# frame, four tensors, table, header.
+# Calls that one save makes besides making the file, in order: sync tensors, sync the sealed file, sync metrics and step
+# records, rename, sync folder, then the third save removes the oldest one. Counted over the saves of steps 5, 10 and
+# 15, in threads. There a save writes 6 times: four tensors, table, header.
 STAGES = {
     "making the file of the second": "os.ftruncate:2",
-    "its tensors half written": "os.pwrite:15",
-    "before its header is written": "os.pwrite:18",
-    "written, not synced": "os.fsync:5",
-    "records not synced": "os.fsync:6",
+    "its tensors half written": "os.pwrite:9",
+    "its tensors not synced": "os.fsync:6",
+    "before its header is written": "os.pwrite:12",
+    "sealed, not synced": "os.fsync:7",
+    "records not synced": "os.fsync:8",
     "before the rename": "os.rename:2",
     "after the rename": "os.rename:2:after",
     "before the oldest is removed": "os.unlink:1",
@@ -78,6 +80,48 @@ def test_killed_in_a_save_on_two_ranks(
     assert_continuous(again, reference(2))
     lost = reached - again.meta()["attempts"][-1]["first_step"]
     survived("root of 2 ranks killed in a save", "the newest whole one is used", again.seconds_to_first_step(), lost)
+
+
+SHARDED = ("--set", "reduce.strategy=sharded", "--set", "reduce.stage=3", "--set", "train.optimizer=adamw")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("victim", range(4))
+@pytest.mark.parametrize("stage", ["os.pwrite", "os.fsync", "os.fsync:after"])
+def test_any_of_four_ranks_killed_in_a_save(
+    victim: int, stage: str, tmp_path: Path, digits: Path, survived: FaultTable
+) -> None:
+    """Each writes its own ranges of the file. Killed in the second save, the first one is used."""
+    name, _, when = stage.partition(":")
+    whole = Job(4, tmp_path / "whole", digits, *SHARDED)
+    assert whole.end().code == 0
+    job = Job(
+        4,
+        tmp_path / "killed",
+        digits,
+        *SHARDED,
+        KILL_AT=":".join([name, "1", *filter(None, [when])]),
+        KILL_RANK=str(victim),
+        KILL_IN_SAVE="2",
+        TRACE_DELAY="0.05",
+    )
+    assert job.end().code not in (0, 75)
+    assert [each.name for each in job.run.checkpoints_dir.glob("step-*")] == ["step-00000005.h5"]
+    again = Job(4, tmp_path / "killed", digits, *SHARDED, "--resume", "auto")
+    assert again.end().code == 0
+    assert_ends_as(again.run, whole)
+    survived(f"rank {victim} of 4 killed in a save at {stage}", "the newest whole one is used", None, None)
+
+
+def test_a_rank_that_cannot_write_its_share_is_named(tmp_path: Path, digits: Path) -> None:
+    """Training goes on, and the checkpoint before is the newest."""
+    full = Job(2, tmp_path, digits, *SHARDED, FULL_DISK="1:2", TRACE_DELAY="0.02")
+    ended = full.end()
+    assert ended.code == 0, ended
+    named = rf"No space left on device; .* \(rank 1 on {re.escape(socket.gethostname())}\)"
+    assert re.search(rf"warning: the checkpoint of step 10 could not be written to .*: {named}", ended.out), ended.out
+    assert not list(full.run.checkpoints_dir.glob(".*")), "what the others wrote is removed"
+    assert full.run.checkpoint(STEPS).exists() and full.newest() == STEPS
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -130,9 +174,9 @@ def alter_header(path: Path) -> None:
 
 def put_another_models(path: Path) -> None:
     """Replaces it by an intact checkpoint of another model."""
-    _, facts = format.read(path)
+    _, facts = read(path)
     state = {"model": {"other": torch.zeros(3)}, "optimizer": {}, "loss_scale": [1.0, 0], "task": {}}
-    format.write(path, state, facts)
+    write(path, state, facts)
 
 
 DAMAGES: dict[str, tuple[Damage, str]] = {

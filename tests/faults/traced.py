@@ -8,8 +8,12 @@ Its settings come from the environment, so that the configuration stays that of 
   ELSEWHERE     name of the machine that this process takes itself to be on, when it looks at locks
   SLOW_SAVE     seconds that each sync of a checkpoint takes
   KILL_AT       FUNCTION:NUMBER, e.g. os.rename:1, kills the process before that call of it; os.rename:1:after, after it
+  KILL_RANK     of KILL_AT; 0 without it
+  KILL_IN_SAVE  calls of KILL_AT count from this save on
+  FULL_DISK     RANK:SAVE, whose first write the disk refuses
 """
 
+import errno
 import os
 import shutil
 import signal
@@ -29,6 +33,7 @@ from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.dataset import Batch
+from hpc_train.train.run.checkpoint import saver
 from hpc_train.train.tasks.classification import Classification
 
 
@@ -41,8 +46,10 @@ class Traced(Classification):
         self._step = -1
         if "ELSEWHERE" in os.environ:
             lock._system = lambda: os.environ["ELSEWHERE"]
-        if "KILL_AT" in os.environ and self._rank == 0:
+        if "KILL_AT" in os.environ and self._rank == int(os.environ.get("KILL_RANK", "0")):
             _kill_at(*os.environ["KILL_AT"].split(":"))
+        if os.environ.get("FULL_DISK", "").startswith(f"{self._rank}:"):
+            _refuse_writes(int(os.environ["FULL_DISK"].partition(":")[2]))
         if "SLOW_SAVE" in os.environ:
             _sync_slowly(float(os.environ["SLOW_SAVE"]))
 
@@ -105,15 +112,16 @@ def _sync_slowly(seconds: float) -> None:
 
 
 def _kill_at(function: str, number: str, when: str = "before") -> None:
-    """Kills this process at a call of `function` by the thread that saves checkpoints."""
+    """Kills this process at a call of `function` by a thread that saves checkpoints, or by the one that makes them."""
     module_name, name = function.split(".")
     module: Any = {"os": os, "shutil": shutil, "torch": torch}[module_name]
     original = getattr(module, name)
-    calls = 0
+    num_saves, calls = _count_saves(), 0
 
     def replaced(*words: Any, **options: Any) -> Any:
         nonlocal calls
-        if threading.current_thread().name == "checkpoint":
+        is_saving = threading.current_thread().name == "checkpoint" or name == "ftruncate"
+        if is_saving and num_saves[0] >= int(os.environ.get("KILL_IN_SAVE", "0")):
             calls += 1
             if calls == int(number):
                 if when == "after":
@@ -122,3 +130,26 @@ def _kill_at(function: str, number: str, when: str = "before") -> None:
         return original(*words, **options)
 
     setattr(module, name, replaced)
+
+
+def _refuse_writes(save: int) -> None:
+    original, num_saves = os.pwrite, _count_saves()
+
+    def replaced(*words: Any) -> int:
+        if num_saves[0] == save and threading.current_thread().name == "checkpoint":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*words)
+
+    os.pwrite = replaced
+
+
+def _count_saves() -> list[int]:
+    """One number: how many saves this rank has begun."""
+    original, count = saver.write_parts, [0]
+
+    def replaced(*words: Any) -> Any:
+        count[0] += 1
+        return original(*words)
+
+    saver.write_parts = replaced
+    return count

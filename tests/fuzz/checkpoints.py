@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from hpc_train.train.run.checkpoint.format import read, write
+from hpc_train.train.run.checkpoint.reading import read
+from hpc_train.train.run.checkpoint.writing import write
 from tests import checkpoints
 from tests.fuzz.damage import Damage, byte_damages, text_damages
 from tests.fuzz.play import Case, Fault, Play, finite_losses

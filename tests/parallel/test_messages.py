@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,19 +29,27 @@ def mine(context: Context, num: int, dtype: type = np.float64) -> np.ndarray:
 
 
 @pytest.mark.parametrize("num", [0, 1, 8, 9, 100])
-def test_sums_broadcasts_and_gathered_arrays(context: Context, short: None, num: int) -> None:
-    size, rank = context.world.size, context.world.rank
+def test_sums_and_broadcasts(context: Context, short: None, num: int) -> None:
+    size = context.world.size
     expected = np.arange(num) * 10.0 * size + sum(range(size))
     assert np.array_equal(context.sum(mine(context, num)), expected)
     assert np.array_equal(context.sum(mine(context, num).reshape(1, num)), expected[None])
     of_root = mine(context, num, np.uint8)
     context.broadcast_array(of_root)
     assert np.array_equal(of_root, (np.arange(num) * 10).astype(np.uint8))
-    gives = rank != 1  # one has nothing
-    places: list[Any] = [None if each == 1 else np.zeros(num) for each in range(size)] if context.world.is_root else []
-    context.gather_arrays(mine(context, num) if gives else None, places)
-    for each, place in enumerate(places):
-        assert place is None or np.array_equal(place, np.arange(num) * 10.0 + each)
+    of_last = mine(context, num)
+    context.broadcast_array(of_last, size - 1)
+    assert np.array_equal(of_last, np.arange(num) * 10.0 + size - 1)
+
+
+def test_arrays_of_different_lengths_are_gathered_in_rank_order(context: Context) -> None:
+    size, rank = context.world.size, context.world.rank
+    counts = [3 * (each != 1) + each for each in range(size)]
+    request, received = context.begin_gather(mine(context, counts[rank], np.uint64), counts)
+    while not request.Test():
+        pass
+    expected = [number * 10 + each for each in range(size) for number in range(counts[each])]
+    assert received.tolist() == (expected if rank == 0 else [])
 
 
 def test_messages_between_two_ranks(context: Context, short: None) -> None:
@@ -129,11 +136,13 @@ def test_messages_above_what_32_bits_count(context: Context) -> None:
     context.broadcast_array(long)
     assert long[0] == long[-1] == 1 and long[1 << 31] == 1
     long[-1] = 5 + context.world.rank
-    place = np.zeros(ABOVE_BYTES, np.uint8) if context.world.is_root else None
-    context.gather_arrays(None if context.world.is_root else long, [None, place] if context.world.is_root else [])
-    if place is not None:
+    if context.world.is_root:
+        place = np.zeros(ABOVE_BYTES, np.uint8)
+        messages.receive(context.comm, place, source=1)
         assert place[0] == place[1 << 31] == 1 and place[-1] == 6
-    del place
+        del place
+    else:
+        messages.send(context.comm, long, dest=0)
     received, theirs = context.exchange(long, np.array([0, ABOVE_BYTES]) if context.world.is_root else np.array([0, 0]))
     if not context.world.is_root:
         assert theirs.tolist() == [ABOVE_BYTES, 0] and received[1 << 31] == 1 and received[-1] == 5

@@ -12,12 +12,15 @@ from torch import nn
 
 from hpc_train.core.rundir import RunDir, find
 from hpc_train.core.settings import Checkpoint, Train
+from hpc_train.core.world import World
+from hpc_train.train.comm.context import Context
 from hpc_train.train.device import peak_flops
 from hpc_train.train.energy.sensors.choose import choose_meters
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.reduce.sharded_weights import whole_parameters
-from hpc_train.train.run.checkpoint import format
+from hpc_train.train.run.checkpoint.reading import read
 from hpc_train.train.run.checkpoint.saver import Saver
+from hpc_train.train.run.checkpoint.shares import Part, Share
 from tests import jobs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -110,15 +113,17 @@ def test_an_update_with_clipping_makes_the_loop_wait_for_nothing(keys: dict[str,
 
 def test_a_checkpoint_leaves_a_gpu_through_memory_that_is_kept(tmp_path: Path) -> None:
     settings = Checkpoint.model_validate({"keep": 2})
-    with Saver(RunDir(tmp_path), settings, {}, True, print) as saver:
+    with Saver(RunDir(tmp_path), settings, {}, Context(World()), print) as saver:
         for step in (1, 2):
             weights = torch.full((1 << 20,), float(step), device=CUDA)
-            saver.save(step, {"model": {"w": weights}, "optimizer": {}, "loss_scale": [1.0, 0], "task": {}})
+            blank = torch.empty_like(weights, device="meta")
+            state = {"model": {"w": blank}, "optimizer": {}, "loss_scale": [1.0, 0], "task": {}}
+            saver.save(step, Share(state, [Part("model/w", 0, weights)]))
             weights.fill_(-1.0)  # as the next step would
-            saver._wait()
-            place = saver._host_copy._buffers["model/w"]
+            saver._finish()
+            place = saver._host_copy._buffers["model/w", 0]
             assert place.is_pinned()
-            state, _ = format.read(RunDir(tmp_path).checkpoint(step))
+            state, _ = read(RunDir(tmp_path).checkpoint(step))
             assert torch.equal(state["model"]["w"], torch.full((1 << 20,), float(step)))
 
 

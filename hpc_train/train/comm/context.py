@@ -18,6 +18,13 @@ E = TypeVar("E", bound=Exception)
 _POLL_S = 0.002
 
 
+class _Done:
+    """A request of one process."""
+
+    def Test(self) -> bool:
+        return True
+
+
 class Waiting:
     """Whether this rank waits for other ranks: true inside `with context.waiting:`, which may be nested.
 
@@ -108,27 +115,21 @@ class Context:
         """Collective. The element-wise maximum over ranks, on every rank."""
         return np.max(self.all_gather(values), axis=0)
 
-    def broadcast_array(self, array: np.ndarray) -> None:
-        """Collective. Overwrites `array` with the root's."""
+    def broadcast_array(self, array: np.ndarray, root: int = 0) -> None:
+        """Collective. Overwrites `array` with that of rank `root`."""
         if self.comm is not None:
             with self.waiting:
-                messages.broadcast(self.comm, array)
+                messages.broadcast(self.comm, array, root)
 
-    def gather_arrays(self, mine: np.ndarray | None, into: list[np.ndarray | None]) -> None:
-        """Collective. Copies each rank's array into `into[rank]` on the root, one rank after another.
+    def begin_gather(self, mine: np.ndarray, counts: list[int]) -> tuple[Any, np.ndarray]:
+        """Collective. A request to test, and the array that holds all ranks' arrays, in rank order, once it is done.
 
-        into: contiguous arrays by rank, None for a rank whose `mine` is None; an empty list on the other ranks.
+        counts: how many numbers each rank sends. Only the root receives, and only the root needs `counts`.
         """
-        with self.waiting:
-            if not self.world.is_root:
-                if mine is not None:
-                    messages.send(self.comm, mine, dest=0)
-                return
-            for rank, array in enumerate(into):
-                if array is not None and rank:
-                    messages.receive(self.comm, array, source=rank)
-                elif array is not None:
-                    array[...] = mine
+        if self.comm is None:
+            return _Done(), mine
+        received = np.empty(sum(counts) if self.world.is_root else 0, mine.dtype)
+        return messages.begin_gather(self.comm, mine, received, counts), received
 
     def exchange(self, rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Collective. Sends the first counts[0] of `rows` to rank 0, the next counts[1] to rank 1, and so on.

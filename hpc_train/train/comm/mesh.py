@@ -52,13 +52,6 @@ class Mesh:
         """Whether this rank computes gradients."""
         return self.data.context is not None
 
-    @property
-    def first_copy(self) -> Context | None:
-        """The ranks that hold the first copy of divided weights together; None on the ranks of other copies."""
-        if self.shard.context is None or self.replica.context is None:
-            return self.ranks  # workers hold no part
-        return None if self.replica.context.world.rank else self.shard.context
-
 
 @contextmanager
 def open_mesh(settings: Reduce, context: Context) -> Iterator[Mesh]:

@@ -20,10 +20,10 @@ def pieces(array: np.ndarray) -> list[np.ndarray]:
     return [flat[begin : begin + max_length] for begin in range(0, max(1, len(flat)), max_length)]
 
 
-def broadcast(comm: Any, array: np.ndarray) -> None:
-    """Collective. Overwrites `array` with the root's."""
+def broadcast(comm: Any, array: np.ndarray, root: int = 0) -> None:
+    """Collective. Overwrites `array` with that of rank `root`."""
     for piece in pieces(array):
-        comm.Bcast(piece, root=0)
+        comm.Bcast(piece, root=root)
 
 
 def all_reduce(comm: Any, array: np.ndarray, total: np.ndarray) -> None:
@@ -128,6 +128,13 @@ def begin_all_reduce(comm: Any, array: np.ndarray) -> Any:
 
     assert array.nbytes <= _max_bytes(comm)
     return comm.Iallreduce(MPI.IN_PLACE, array)
+
+
+def begin_gather(comm: Any, array: np.ndarray, received: np.ndarray, counts: list[int]) -> Any:
+    """Collective. `received` becomes, on rank 0, the arrays of all ranks, which send `counts` numbers each."""
+    assert received.nbytes <= _max_bytes(comm)
+    is_root = comm.rank == 0
+    return comm.Igatherv(array, [received, counts] if is_root else None, root=0)
 
 
 def begin_reduce_scatter(comm: Any, array: np.ndarray, received: np.ndarray) -> Any:

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from math import nan
-from typing import Any
 
 import torch
 from torch import nn
 
 from hpc_train.core.errors import UserError
-from hpc_train.train.comm.context import Context
 from hpc_train.train.reduce.buckets import aligned, has_weight_decay
-from hpc_train.train.reduce.sharded_weights import ParamShard, State, gather_parts
+from hpc_train.train.reduce.sharded_weights import ParamShard, Segment
 
 # Parameters begin, and are cut, at multiples of so many numbers: torch's fused optimizers compute the last few numbers
 # of a tensor one by one, which rounds them otherwise than a vector of 16. So a cut changes no bit of an update.
@@ -61,7 +59,12 @@ class BlockWeights:
                 self.segment(self.own, each).copy_(value.reshape(-1)[begin:end])
         self.has_gradient = False
         self.owned = [
-            ParamShard(each, nn.Parameter(self.segment(self.own, each)), has_weight_decay(parameter))
+            ParamShard(
+                each,
+                nn.Parameter(self.segment(self.own, each)),
+                has_weight_decay(parameter),
+                (Segment(each, self.span(each)[0], 0, len(self.segment(self.own, each))),),
+            )
             for each, parameter in parameters.items()
             if len(self.segment(self.own, each))
         ]
@@ -144,66 +147,10 @@ class BlockShards:
         """Between two steps: the blocks of which a rank holds nothing but its part."""
         return [block for block in self.blocks if block.weights is None]
 
-    def gather(self, model: nn.Module, state: State, context: Context) -> tuple[dict[str, Any], State]:
-        """Collective. On the root: the model's state, and the optimizer's by parameters; ({}, {}) elsewhere."""
-        weights: dict[str, torch.Tensor] = {}
-        optimizer: State = {}
-        own_keys = {key for kept in state.values() for key, value in kept.items() if value.ndim}
-        keys = sorted(set[str]().union(*context.all_gather(own_keys)))
-        for block in self.blocks:
-            parts, numbers = self._parts_of(block, state, keys)
-            joined = gather_parts({"weights": block.own, **parts}, context)
-            numbers = {name: values for each in context.gather(numbers) for name, values in each.items()}
-            if not context.world.is_root:
-                continue
-            for name in block.parameters:
-                of_parameter = {key: block.view(flat, name) for key, flat in joined.items()}
-                weights[name] = of_parameter.pop("weights")
-                optimizer[name] = {**numbers.get(name, {}), **of_parameter}
-        context.barrier()
-        if not context.world.is_root:
-            return {}, {}
-        name_of = {id(parameter): name for block in self.blocks for name, parameter in block.parameters.items()}
-        tied = dict(model.named_parameters(remove_duplicate=False))
-        whole = {name: weights[name_of[id(each)]] for name, each in tied.items() if id(each) in name_of}
-        return model.state_dict() | whole, {name: kept for name, kept in optimizer.items() if kept}
-
-    def _parts_of(self, block: BlockWeights, state: State, keys: list[str]) -> tuple[dict[str, torch.Tensor], State]:
-        """What the optimizer keeps of this rank's part, as tensors of its length by key; and numbers by parameter."""
-        parts = {key: torch.zeros_like(block.own) for key in keys}
-        numbers: State = {}
-        for owned in block.owned:
-            for key, value in state.get(owned.name, {}).items():
-                if value.ndim:
-                    block.segment(parts[key], owned.name).copy_(value)
-                else:
-                    numbers.setdefault(owned.name, {})[key] = value.cpu()
-        return parts, numbers
-
-    def scatter(self, state: State) -> State:
-        """On every rank alone: what the optimizer keeps of this rank's parts, from a state by parameters."""
-        own: State = {}
-        for block in self.blocks:
-            for owned in block.owned:
-                begin, end = block.span(owned.name)
-                kept = state.get(owned.name, {})
-                own[owned.name] = {
-                    key: value.reshape(-1)[begin:end] if value.ndim else value for key, value in kept.items()
-                }
-        return own
-
-    def load_model(self, model: nn.Module, state: dict[str, Any]) -> None:
-        """Takes this rank's parts out of a whole model's state."""
-        of_blocks = {id(parameter) for block in self.blocks for parameter in block.parameters.values()}
-        tied = dict(model.named_parameters(remove_duplicate=False))
-        others = {name: each for name, each in state.items() if name not in tied or id(tied[name]) not in of_blocks}
-        model.load_state_dict(others, strict=False)
-        for block in self.blocks:
-            for name in block.parameters:
-                if block.weights is not None:
-                    block.view(block.weights, name).copy_(state[name])
-                begin, end = block.span(name)
-                block.segment(block.own, name).copy_(state[name].reshape(-1)[begin:end])
+    @property
+    def freed(self) -> frozenset[str]:
+        """Their parameters, which the model holds no memory for."""
+        return frozenset(name for block in self.divided for name in block.parameters)
 
 
 class Buffers:

@@ -25,12 +25,13 @@ from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.reduce.sharded_weights import whole_parameters
-from hpc_train.train.run.checkpoint import format
+from hpc_train.train.run.checkpoint import format, writing
 from hpc_train.train.run.checkpoint.copy import HostCopy
-from hpc_train.train.run.checkpoint.pieces import Piece, UnusableCheckpoint, assemble, local_pieces, skeleton
-from hpc_train.train.run.checkpoint.restore import broadcast, read_newest
+from hpc_train.train.run.checkpoint.reading import read
 from hpc_train.train.run.checkpoint.retention import checkpoints, path_of
 from hpc_train.train.run.checkpoint.saver import Saver
+from hpc_train.train.run.checkpoint.shares import Part, Share, UnusableCheckpoint, divide
+from hpc_train.train.run.checkpoint.writing import write
 from hpc_train.train.training_state import TrainingState
 from tests import checkpoints as checkpoints_of
 from tests import jobs
@@ -42,7 +43,7 @@ def saver(path: Path, said: list[str] | None = None, **settings: object) -> Save
     run = RunDir(path)
     run.checkpoints_dir.mkdir(exist_ok=True)
     chosen = Checkpoint.model_validate(settings)
-    return Saver(run, chosen, FACTS, is_root=True, log=(said if said is not None else []).append)
+    return Saver(run, chosen, FACTS, Context(World()), (said if said is not None else []).append)
 
 
 def trained(width: int = 8, **keys: object) -> tuple[nn.Module, Optimizer]:
@@ -56,8 +57,9 @@ def trained(width: int = 8, **keys: object) -> tuple[nn.Module, Optimizer]:
     return model, chosen
 
 
-def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, object]:
-    return {"model": model.state_dict(), "optimizer": optimizer.state(), "loss_scale": [1.0, 0], "task": {}}
+def state_of(model: nn.Module, optimizer: Optimizer) -> Share:
+    """All of a state, as one rank holds it."""
+    return Share({"model": model.state_dict(), "optimizer": optimizer.state(), "loss_scale": [1.0, 0], "task": {}}, [])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars", "lamb"])
@@ -66,9 +68,9 @@ def test_what_is_read_is_what_was_saved(tmp_path: Path, optimizer: str) -> None:
     with saver(tmp_path) as saves:
         assert saves.save_now(7, state_of(model, chosen)) == f"Saved: {tmp_path}/checkpoints/step-00000007.h5."
     again, other = trained(optimizer=optimizer, momentum=0.9)
-    state, facts = read_newest(RunDir(tmp_path), again, print)
+    state, facts = checkpoints_of.read_newest(RunDir(tmp_path), again, print)
     again.load_state_dict(state["model"])
-    other.load(broadcast(state, Context(World()))["optimizer"])
+    other.load(state["optimizer"])
     assert facts["step"] == 7 and facts["global_batch"] == 8
     for ours, theirs in zip(again.state_dict().values(), model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
@@ -84,8 +86,8 @@ def test_the_caller_waits_for_the_copy_alone_and_the_write_is_finished_at_the_en
     """64 MB, on a disk that takes them slowly: the writer's calls are slowed from outside."""
     model, chosen = nn.Linear(4000, 4000), trained(optimizer="sgd")[1]
     release = threading.Event()
-    original = format._sync_folder
-    format._sync_folder = lambda folder: (release.wait(20), original(folder))[1]
+    original = writing._sync_folder
+    writing._sync_folder = lambda folder: (release.wait(20), original(folder))[1]
     said: list[str] = []
     try:
         copies = []
@@ -103,38 +105,42 @@ def test_the_caller_waits_for_the_copy_alone_and_the_write_is_finished_at_the_en
             release.set()
         assert RunDir(tmp_path).checkpoint(1).exists(), "finished before the end"
     finally:
-        format._sync_folder = original
+        writing._sync_folder = original
     assert took_s < 10 * max(copies) + 0.1, (took_s, copies)
-    format.read(RunDir(tmp_path).checkpoint(1))
+    read(RunDir(tmp_path).checkpoint(1))
 
 
-def test_a_copy_reuses_the_memory_of_the_one_before_where_tensors_are_alike() -> None:
+def test_a_copy_reuses_the_memory_of_the_one_before_where_parts_are_alike() -> None:
     host_copy = HostCopy()
-    first = host_copy.take(
-        local_pieces({"model": {"a": torch.zeros(3), "b": torch.zeros(2)}, "more": [torch.zeros(1), 1]})
-    )
-    state = {"model": {"a": torch.arange(3.0), "b": torch.ones(4), "c": torch.ones(1)}, "more": [torch.ones(1), 2]}
-    copies = host_copy.take(local_pieces(state))
-    again = assemble(skeleton(state), copies)
-    assert again["model"]["a"].data_ptr() == first[0].tensor.data_ptr() != state["model"]["a"].data_ptr()
-    assert again["model"]["b"].shape == (4,) and again["more"][1] == 2
-    assert all(torch.equal(again["model"][name], state["model"][name]) for name in "abc")
-    assert again["more"][0].item() == 1
-
-
-def test_a_state_is_assembled_from_the_pieces_that_several_ranks_hold() -> None:
-    whole = torch.arange(24.0).reshape(4, 6)
-    state = {"model": {"0.weight": whole, "0.bias": torch.ones(4)}, "loss_scale": [1.0, 0]}
-    name, global_shape, _, _ = local_pieces(state)[0]
-    assert (name, global_shape) == ("model/0.weight", (4, 6))
+    first = host_copy.take([Part("model/a", 0, torch.zeros(3)), Part("model/b", 0, torch.zeros(2))])
     parts = [
-        Piece(name, global_shape, (top, left), whole[top : top + 2, left : left + 3])
-        for top in (0, 2)
-        for left in (0, 3)
+        Part("model/a", 0, torch.arange(3.0)),
+        Part("model/b", 0, torch.ones(4)),
+        Part("model/b", 4, torch.ones(1)),
     ]
-    again = assemble(skeleton(state), [*parts, *local_pieces(state)[1:]])
-    assert torch.equal(again["model"]["0.weight"], whole)
-    assert again["loss_scale"] == [1.0, 0]
+    copies = host_copy.take(parts)
+    assert copies[0].numbers.data_ptr() == first[0].numbers.data_ptr() != parts[0].numbers.data_ptr()
+    for copied, part in zip(copies, parts, strict=True):
+        assert copied[:2] == part[:2] and torch.equal(copied.numbers, part.numbers)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 64])
+def test_ranks_that_hold_the_same_divide_it_into_equal_contiguous_parts(num_ranks: int) -> None:
+    lengths = [5, 11_000_001, 0, 1, 9_000_000, 3]
+    tensors = [torch.empty(length, dtype=torch.int8 if length == 9_000_000 else torch.float32) for length in lengths]
+    divided = divide(tensors, num_ranks)
+    assert [each for of_rank in divided for each in of_rank if each[0] == 0] == [(0, 0, 5)]
+    at = dict.fromkeys(range(len(lengths)), 0)
+    for number, begin, end in (each for of_rank in divided for each in of_rank):
+        assert begin == at[number] < end
+        at[number] = end
+    assert list(at.values()) == lengths
+    loads = [sum((end - begin) * tensors[number].itemsize for number, begin, end in of_rank) for of_rank in divided]
+    busy = [load for load in loads if load]
+    assert len(busy) == min(num_ranks, 53_000_040 >> 24), "16 MiB each at least"
+    assert max(busy) - min(busy) <= 8
+    if num_ranks == 64:
+        assert [rank for rank, load in enumerate(loads) if load] == [0, 21, 42], "on different nodes"
 
 
 def test_weights_that_are_no_numbers_never_displace_good_ones(tmp_path: Path) -> None:
@@ -177,7 +183,7 @@ def test_a_refused_checkpoint_counts_for_none_that_are_kept(tmp_path: Path) -> N
     with saver(tmp_path, keep=1) as saves:
         saves.save_now(13, state_of(model, chosen))
     assert [each.name for each in checkpoints(RunDir(tmp_path))] == ["step-00000020.h5", "step-00000013.h5"]
-    _, facts = read_newest(RunDir(tmp_path), model, print)
+    _, facts = checkpoints_of.read_newest(RunDir(tmp_path), model, print)
     assert facts["step"] == 13
     with saver(tmp_path, keep=1) as saves:
         saves.save_now(21, state_of(model, chosen))
@@ -201,17 +207,17 @@ def test_a_flipped_bit_anywhere_is_refused_and_one_in_a_tensor_names_it(tmp_path
         damaged[place] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         with pytest.raises(UnusableCheckpoint) as refused:
-            format.read(path)
+            read(path)
         if place in inside:
             assert str(refused.value).startswith("model/0.weight is damaged in bytes 0 to 6400")
     for length in (0, 1, 4095, 4096, 5000, len(whole) - 1, len(whole) + 1):
         path.write_bytes((whole + b"\0")[:length])
         with pytest.raises(UnusableCheckpoint):
-            format.read(path)
+            read(path)
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(UnusableCheckpoint, match=r"cannot be read|does not begin"):
-        format.read(path)
+        read(path)
 
 
 def test_any_program_reads_the_tensors(tmp_path: Path) -> None:
@@ -224,7 +230,7 @@ def test_any_program_reads_the_tensors(tmp_path: Path) -> None:
     task = {"replay": torch.arange(3), "num": [1, None, float("inf")], 5: (b"x", True, "\udcff")}
     state = {"model": weights, "optimizer": optimizer, "loss_scale": [1.5, 0], "task": task}
     path = tmp_path / "step-00000009.h5"
-    format.write(path, state, {"step": 9, **FACTS})
+    write(path, state, {"step": 9, **FACTS})
     with h5py.File(path) as file:
         assert (file["model/blocks.0.attn.qkv.weight"][:] == large.numpy()).all()
         assert (file["model/channels_last"][:] == last.numpy()).all()
@@ -238,7 +244,7 @@ def test_any_program_reads_the_tensors(tmp_path: Path) -> None:
         table = file["pieces"][:]
         rows = table[table["data_set"] == b"model/blocks.0.attn.qkv.weight"]
         assert rows["begin"].tolist() == [0, 4 << 20] and rows["end"].tolist() == [4 << 20, large.nbytes]
-    again, facts = format.read(path)
+    again, facts = read(path)
     assert facts["format"] == 3 and {key: facts[key] for key in FACTS} == FACTS
     assert again["task"].pop("replay").tolist() == [0, 1, 2] and again["loss_scale"] == [1.5, 0]
     assert again["task"] == {key: value for key, value in task.items() if key != "replay"}
@@ -253,10 +259,10 @@ def seal(path: Path) -> None:
     facts = json.loads(content[:4096].split(b"\n")[1])
     begin, length = facts["pieces_offset"], facts["pieces_bytes"]
     table = content[begin : begin + length]
-    covered = [(each.offset, each.end - each.begin) for each in format._rows(table, facts["num_pieces"])]
+    rows = format._rows(table, facts["num_pieces"])
     facts |= {"bytes": len(content), "pieces_xxh3": xxhash.xxh3_64_intdigest(table)}
     facts["others_xxh3"] = format._checksum_of_others(
-        covered, (begin, length), len(content), lambda first, last: content[first:last]
+        rows, (begin, length), len(content), lambda first, last: content[first:last]
     )
     path.write_bytes(format._header(facts) + content[4096:])
 
@@ -300,14 +306,14 @@ def test_a_hostile_file_with_checksums_that_fit_is_refused(tmp_path: Path, name:
         saves.save_now(3, state_of(model, chosen))
     path = RunDir(tmp_path).checkpoint(3)
     seal(path)
-    format.read(path)
+    read(path)
     with h5py.File(path, "r+") as file:
         HOSTILE[name](file)
     with pytest.raises(UnusableCheckpoint, match=r"damaged|bytes"):
-        format.read(path)
+        read(path)
     seal(path)
     with pytest.raises(UnusableCheckpoint):
-        format.read(path)
+        read(path)
 
 
 def test_checkpoints_of_earlier_versions_are_read_and_count(tmp_path: Path) -> None:
@@ -319,7 +325,7 @@ def test_checkpoints_of_earlier_versions_are_read_and_count(tmp_path: Path) -> N
             checkpoints_of.as_format_2(run.checkpoint(step))
         assert [each.name for each in checkpoints(run)] == ["step-00000002", "step-00000001"]
         assert path_of(run, 2) == run.checkpoints_dir / "step-00000002"
-        state, facts = read_newest(run, model, print)
+        state, facts = checkpoints_of.read_newest(run, model, print)
         assert facts["step"] == 2 and facts["format"] == 2
         assert all(torch.equal(state["model"][name], each) for name, each in model.state_dict().items())
         saves.save_now(3, state_of(model, chosen))
@@ -349,7 +355,7 @@ def test_a_models_extra_state_is_kept_and_what_cannot_be_saved_is_told(tmp_path:
     chosen = trained(optimizer="sgd")[1]
     with saver(tmp_path) as saves:
         saves.save_now(1, state_of(model, chosen))
-        state, _ = read_newest(RunDir(tmp_path), model, print)
+        state, _ = checkpoints_of.read_newest(RunDir(tmp_path), model, print)
         assert state["model"]["_extra_state"] == 7
         model.state = threading.Lock()
         with pytest.raises(
@@ -370,7 +376,7 @@ def test_what_another_program_wrote_is_refused(tmp_path: Path, content: object) 
     checkpoints_of.write_format_2(tmp_path / "checkpoints/step-00000003", content, {"step": 3, **FACTS})
     said: list[str] = []
     with pytest.raises(UserError, match="no checkpoint of"):
-        read_newest(RunDir(tmp_path), trained()[0], said.append)
+        checkpoints_of.read_newest(RunDir(tmp_path), trained()[0], said.append)
     assert "skipped" in said[0]
 
 
@@ -428,21 +434,21 @@ def test_a_checkpoint_sealed_again_with_another_state_is_passed_over(
         checkpoints_of.write_format_2(tmp_path / "checkpoints/step-00000004", damaged, facts)
     elif name in NO_TENSORS:
         with pytest.raises((TypeError, RuntimeError)):
-            format.write(RunDir(tmp_path).checkpoint(4), damaged, facts)
+            write(RunDir(tmp_path).checkpoint(4), damaged, facts)
         assert not list(RunDir(tmp_path).checkpoints_dir.glob(".*")), "what was begun is removed"
         return
     else:
-        format.write(RunDir(tmp_path).checkpoint(4), damaged, facts)
+        write(RunDir(tmp_path).checkpoint(4), damaged, facts)
     config = load(jobs.CONFIGS / "softmax-mnist.toml", ("train.optimizer=adamw",)).config
     job = cast(Any, SimpleNamespace(task=SimpleNamespace(keeps_state=False), model=model, config=config))
-    training = TrainingState(job, cast(Any, None), chosen)
+    check = TrainingState(job, cast(Any, None), chosen).check
     said: list[str] = []
-    state, facts = read_newest(RunDir(tmp_path), model, said.append, training.misfit)
+    state, facts = checkpoints_of.read_newest(RunDir(tmp_path), model, said.append, check)
     assert facts["step"] == 3 and "step-00000004" in said[0], said
-    chosen.load(broadcast(state, Context(World()))["optimizer"])
+    chosen.load(state["optimizer"])
     RunDir(tmp_path).checkpoint(3).rename(tmp_path / "gone")
     with pytest.raises(UserError, match="no checkpoint of"):
-        read_newest(RunDir(tmp_path), model, said.append, training.misfit)
+        checkpoints_of.read_newest(RunDir(tmp_path), model, said.append, check)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
@@ -454,15 +460,15 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     harmful = {"model": {}, "optimizer": {}, "loss_scale": [], "task": {}, "harm": Harm()}
     checkpoints_of.write_format_2(folder, harmful, {"step": 1, **FACTS})
     with pytest.raises(UnusableCheckpoint, match=r"holds no tensors"):
-        format.read(folder)
+        read(folder)
     assert not (tmp_path / "harm").exists()
 
 
 def test_no_checkpoint_at_all_is_a_beginning_and_none_that_is_good_an_error(tmp_path: Path) -> None:
     model, chosen = trained()
-    assert read_newest(RunDir(tmp_path), model, print) == ({}, {})
+    assert checkpoints_of.read_newest(RunDir(tmp_path), model, print) == ({}, {})
     with saver(tmp_path) as saves:
         saves.save_now(3, state_of(model, chosen))
     RunDir(tmp_path).checkpoint(3).write_text("[]")
     with pytest.raises(UserError, match="no checkpoint of"):
-        read_newest(RunDir(tmp_path), model, print)
+        checkpoints_of.read_newest(RunDir(tmp_path), model, print)

@@ -7,26 +7,33 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hpc_train.train.run.checkpoint.pieces import UnusableCheckpoint
+from hpc_train.train.run.checkpoint.shares import UnusableCheckpoint
 
 _DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 
 
 class Encoded(NamedTuple):
-    """tensors: by the names of their data sets. rows: names of what the elements of a data set belong to."""
+    """tensors: by the names of their data sets. rows: names of what the elements of a data set belong to.
+
+    links: further names of data sets.
+    """
 
     structure: Any
     tensors: dict[str, torch.Tensor]
     rows: dict[str, list[str]]
+    links: dict[str, str]
 
 
 def encode(state: dict[str, Any]) -> Encoded:
     """`structure` is the nesting with {"tensor": NAME} for each tensor. Raises TypeError for what no JSON holds.
 
     The optimizer's tensors are named by what they are, then by parameter: `optimizer/exp_avg/0.weight`. Its numbers of
-    one kind, such as every parameter's count of steps, are one vector.
+    one kind, such as every parameter's count of steps, are one vector. A tensor that the state holds twice, such as a
+    tied embedding, is one data set with two names.
     """
     tensors: dict[str, torch.Tensor] = {}
+    links: dict[str, str] = {}
+    first_name: dict[int, str] = {}
     vectors = _vectors(state.get("optimizer"))
 
     def named(parts: tuple[Any, ...], tensor: torch.Tensor) -> dict[str, Any]:
@@ -35,9 +42,13 @@ def encode(state: dict[str, Any]) -> Encoded:
             if key in vectors:
                 return {"tensor": f"optimizer/{_segment(key)}", "index": vectors[key].index(parameter)}
             parts = ("optimizer", key, parameter)
-        name = "/".join(map(_segment, parts))
-        if name in tensors:
+        name = data_set_name(*parts)
+        if name in tensors or name in links:
             raise TypeError(f"two keys of the state are both written as {name}")
+        if id(tensor) in first_name:
+            links[name] = first_name[id(tensor)]
+            return {"tensor": links[name]}
+        first_name[id(tensor)] = name
         tensors[name] = _plain(tensor, name)
         return {"tensor": name}
 
@@ -47,7 +58,7 @@ def encode(state: dict[str, Any]) -> Encoded:
         name = f"optimizer/{_segment(key)}"
         tensors[name] = torch.stack([_plain(state["optimizer"][each][key], name) for each in parameters])
         rows[name] = [str(each) for each in parameters]
-    return Encoded(structure, tensors, rows)
+    return Encoded(structure, tensors, rows, links)
 
 
 def _vectors(optimizer: Any) -> dict[str, list[Any]]:
@@ -80,15 +91,18 @@ def _encoded(value: Any, parts: tuple[Any, ...], named: Callable[[tuple[Any, ...
     raise TypeError(f"{'/'.join(map(str, parts))} is of type {type(value).__name__}, which no checkpoint holds")
 
 
-def decode(structure: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
-    """The state of a structure. tensor: by name of a data set. Raises `UnusableCheckpoint`."""
+def decode(structure: Any, tensor: Callable[[str], Any], number: Callable[[str, int], Any]) -> Any:
+    """The state of a structure. tensor: by name of a data set. number: by name of a vector and index in it.
+
+    Raises `UnusableCheckpoint`.
+    """
 
     def decoded(node: Any) -> Any:
         if not isinstance(node, dict):
             return node
         match node:
             case {"tensor": str(name), "index": int(index)}:
-                return tensor(name)[index].clone()
+                return number(name, index)
             case {"tensor": str(name)}:
                 return tensor(name)
             case {"dict": dict(items)}:
@@ -106,6 +120,11 @@ def decode(structure: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
     return decoded(structure)
 
 
+def data_set_name(*keys: Any) -> str:
+    """Where a tensor under these keys of the state lies: ("model", "0.weight") in model/0.weight."""
+    return "/".join(map(_segment, keys))
+
+
 def _segment(key: Any) -> str:
     """A key as one part of an HDF5 path: dots stay, what HDF5 takes for itself is written as in a URL."""
     text = str(key).replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
@@ -113,9 +132,9 @@ def _segment(key: Any) -> str:
 
 
 def _plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+    if tensor.layout != torch.strided or tensor.is_quantized:
         raise TypeError(f"{name} is no plain tensor")
-    return tensor.detach().cpu().contiguous()
+    return tensor.detach() if tensor.is_meta else tensor.detach().cpu().contiguous()
 
 
 # ------------------------------------------------------------------------------------------------ dtypes

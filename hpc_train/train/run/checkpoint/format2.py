@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from hpc_train.train.run.checkpoint.pieces import PARTS, UnusableCheckpoint, leaves
 from hpc_train.train.run.checkpoint.retention import step_of
+from hpc_train.train.run.checkpoint.shares import STATE_KEYS, UnusableCheckpoint, leaves
 
 FORMAT = 2
 STATE, MANIFEST = "state.pt", "checkpoint.json"
@@ -45,7 +45,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UnusableCheckpoint(f"it is incomplete: {error!r}") from None
     if isinstance(state, Exception):
         raise UnusableCheckpoint(f"{STATE} holds no tensors: {state!r}")
-    if not isinstance(state, dict) or set(state) != PARTS:
+    if not isinstance(state, dict) or set(state) != STATE_KEYS:
         raise UnusableCheckpoint(f"{STATE} holds no model and optimizer")
     for name, value in leaves(state):
         if isinstance(value, torch.Tensor) and not _is_plain(value, num_bytes):
@@ -65,7 +65,7 @@ def _read_state(path: Path, num_bytes: int, checksum: str) -> Any:
     with ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(_sha256, path)
         try:
-            state: Any = torch.load(path, map_location="cpu", weights_only=True)
+            state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # noqa: BLE001  a damaged file makes torch raise any kind of exception
             state = error
         if hashed.result() != checksum:
@@ -82,3 +82,9 @@ def _is_plain(tensor: torch.Tensor, most_bytes: int) -> bool:
     """Whether a job could have written it: others (sparse, meta, expanded) claim memory that their file never had."""
     is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     return is_dense and not tensor.requires_grad and tensor.numel() * tensor.element_size() <= most_bytes
+
+
+def mapped_state(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint that `read` found intact, with its tensors mapped: only what is used is read."""
+    state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
+    return state

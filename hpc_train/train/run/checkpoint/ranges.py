@@ -1,33 +1,26 @@
-"""Pieces of data sets at their offsets in a checkpoint: written and read without HDF5, each with its checksum.
-
-Any process that knows a data set's offset can do its part with these: no lock, no library state, no MPI.
-"""
+"""Ranges of a file, written and read without HDF5: by any process that knows the offsets, without a lock or MPI."""
 
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import xxhash
 
-from hpc_train.train.run.checkpoint.pieces import UnusableCheckpoint
+from hpc_train.train.run.checkpoint.shares import UnusableCheckpoint
 
-PIECE_BYTES = 4 << 20
-
-
-class Range(NamedTuple):
-    """One row of the table `/pieces`: bytes `begin` to `end` of a data set, where they lie, and their checksum."""
-
-    data_set: str
-    begin: int
-    end: int
-    offset: int
-    xxh3: int
+PIECE_BYTES = 4 << 20  # the most of one checksum
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor of the CPU."""
     return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+def cut(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """The pieces of a range of bytes that one rank writes."""
+    for first in range(begin, end, PIECE_BYTES):
+        yield first, min(first + PIECE_BYTES, end)
 
 
 def write_all(handle: int, data: memoryview | bytes, offset: int) -> None:
@@ -45,23 +38,6 @@ def read_all(handle: int, into: memoryview, offset: int) -> None:
         if not done:
             raise UnusableCheckpoint("it was cut short while it was read")
         into, offset = into[done:], offset + done
-
-
-def write_pieces(handle: int, name: str, data: memoryview, offset: int) -> Iterator[Range]:
-    """Writes a data set that begins at `offset` and yields its rows of the table. Raises OSError."""
-    for begin in range(0, len(data), PIECE_BYTES):
-        piece = data[begin : begin + PIECE_BYTES]
-        write_all(handle, piece, offset + begin)
-        yield Range(name, begin, begin + len(piece), offset + begin, checksum(piece))
-
-
-def read_piece(handle: int, piece: Range, into: memoryview) -> None:
-    """Reads a piece and compares its checksum. Raises `UnusableCheckpoint` with the data set's name, and OSError."""
-    read_all(handle, into, piece.offset)
-    if checksum(into) != piece.xxh3:
-        raise UnusableCheckpoint(
-            f"{piece.data_set} is damaged in bytes {piece.begin} to {piece.end}: its checksum differs"
-        )
 
 
 def checksum(data: Any) -> int:

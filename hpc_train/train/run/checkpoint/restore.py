@@ -1,51 +1,129 @@
-"""From a run's checkpoints to a state on every rank: the newest one that is intact and fits."""
+"""From disk to a state on every rank: the newest checkpoint that is intact and fits."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
-from hpc_train.train.comm.context import Context
-from hpc_train.train.run.checkpoint.format import read
-from hpc_train.train.run.checkpoint.pieces import Blank, UnusableCheckpoint, local_pieces, map_leaves, skeleton
+from hpc_train.train.comm.context import Context, joint
+from hpc_train.train.run.checkpoint.reading import Index, StoredTensor, check_name, opened_state, read_index
 from hpc_train.train.run.checkpoint.retention import checkpoints
+from hpc_train.train.run.checkpoint.shares import UnusableCheckpoint, divide
+
+State = dict[str, Any]
 
 
-def read_newest(
+class Wanted(NamedTuple):
+    """Numbers of a stored tensor, from place `begin` on, and the flat tensor of the CPU that they are read into."""
+
+    stored: StoredTensor
+    begin: int
+    into: torch.Tensor
+
+
+class Alike(NamedTuple):
+    """What all ranks of a context want alike: each reads a part of it and sends that to the others."""
+
+    context: Context
+    wanted: list[Wanted]
+
+
+class Plan(NamedTuple):
+    """What a rank reads. finish: puts it in its place."""
+
+    alike: list[Alike]
+    finish: Callable[[], None]
+
+
+def load_newest(
     run: RunDir,
-    model: nn.Module,
+    context: Context,
+    check: Callable[[State, dict[str, Any]], None],
+    plan: Callable[[State], Plan],
     log: Callable[[str], None],
-    misfit: Callable[[dict[str, Any]], str | None] = lambda state: None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, manifest) of the newest intact checkpoint that fits `model`; ({}, {}) if a run has none.
+) -> dict[str, Any]:
+    """Collective. Loads the newest checkpoint that is intact and fits; returns its manifest, {} if the run has none.
 
-    misfit: why the rest of a state does not fit, None if it does. log: receives a warning for each checkpoint that was
-    skipped. Raises UserError if there are some and none can be used: starting over in silence would discard work.
+    check: on the root, with a state of tensors without memory and the manifest; raises `UnusableCheckpoint` to have
+    the checkpoint before it, UserError to end. plan: on every rank, with a state of `StoredTensor`s; not collective.
+    log: receives, on the root, a warning for each checkpoint that was skipped. Raises UserError if there are some and
+    none can be used: starting over in silence would discard work.
     """
     refused = []
-    for folder in checkpoints(run):
-        try:
-            state, manifest = read(folder)
-            _check_fits(state, model)
-            if why := misfit(state):
-                raise UnusableCheckpoint(why)
-        except UnusableCheckpoint as error:
-            refused.append(f"{folder}: {error}")
+    for path in context.on_root(partial(checkpoints, run)):
+        index, fault = context.on_root(partial(_checked_index, path, check))
+        if index is not None:
+            fault = _load(index, context, plan)
+            if not fault:
+                return index.manifest
+        refused.append(f"{path}: {fault}")
+        if context.world.is_root:
             log(f"warning: checkpoint skipped: {refused[-1]}")
-            continue
-        return state, manifest
     if refused:
-        raise UserError(
-            f"no checkpoint of {run.path} can be used:\n    " + "\n    ".join(refused),
-            "Begin another run (--resume never), or move these away to begin this one again.",
+        raise joint(
+            UserError(
+                f"no checkpoint of {run.path} can be used:\n    " + "\n    ".join(refused),
+                "Begin another run (--resume never), or move these away to begin this one again.",
+            )
         )
-    return {}, {}
+    return {}
 
 
-def _check_fits(state: dict[str, Any], model: nn.Module) -> None:
+def _checked_index(path: Path, check: Callable[[State, dict[str, Any]], None]) -> tuple[Index | None, str]:
+    try:
+        index, state = read_index(path)
+        check_name(index)
+        check(state, index.manifest)
+    except UnusableCheckpoint as error:
+        return None, str(error)
+    return index, ""
+
+
+def _load(index: Index, context: Context, plan: Callable[[State], Plan]) -> str:
+    """Collective. Returns why the checkpoint is damaged, or "" once all ranks have loaded it."""
+    planned, fault = None, ""
+    try:
+        with opened_state(index) as state:
+            planned = plan(state)
+            for alike in planned.alike:
+                for wanted in _divided(alike)[alike.context.world.rank]:
+                    wanted.stored.read(wanted.begin, wanted.into)
+    except UnusableCheckpoint as error:
+        world = context.world
+        fault = f"{error} (rank {world.rank} on {world.host})" if world.size > 1 else str(error)
+    if faults := [each for each in context.all_gather(fault) if each]:
+        return faults[0]
+    assert planned is not None
+    for alike in planned.alike:
+        for reader, of_rank in enumerate(_divided(alike)):
+            for wanted in of_rank:
+                alike.context.broadcast_array(wanted.into.view(torch.uint8).numpy(), reader)
+    context.on_all(planned.finish)
+    return ""
+
+
+def _divided(alike: Alike) -> list[list[Wanted]]:
+    """By rank: what each reads."""
+    wanted = alike.wanted
+    return [
+        [
+            Wanted(wanted[number].stored, wanted[number].begin + begin, wanted[number].into[begin:end])
+            for number, begin, end in of_rank
+        ]
+        for of_rank in divide([each.into for each in wanted], alike.context.world.size)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def check_fits(state: State, model: nn.Module) -> None:
+    """Raises `UnusableCheckpoint` if a state is of another model."""
     if not isinstance(state["model"], dict):
         raise UnusableCheckpoint("it holds no model")
     saved, expected = _kinds(state["model"]), _kinds(model.state_dict())
@@ -64,14 +142,27 @@ def _kinds(entries: dict[str, Any]) -> dict[str, object]:
     }
 
 
-def broadcast(state: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Collective. The root's state on every rank, over MPI: a thousand ranks that read one file would queue."""
-    bones = context.on_root(lambda: skeleton(state))
-    copy: dict[str, Any] = state if context.world.is_root else map_leaves(_allocated, bones)
-    for piece in local_pieces(copy):
-        context.broadcast_array(piece.tensor.reshape(-1).view(torch.uint8).numpy())
-    return copy
+def plan_model(
+    model: nn.Module, stored: dict[str, Any], without: Collection[str] = ()
+) -> tuple[list[Wanted], Callable[[], None]]:
+    """What to read for a model that this rank holds whole, and what puts it into the model.
+
+    without: names of entries that it does not hold.
+    """
+    wanted: dict[int, Wanted] = {}
+    loaded: dict[str, Any] = {}
+    for name, entry in model.state_dict().items():
+        if name in without:
+            continue
+        loaded[name] = stored[name]
+        if isinstance(entry, torch.Tensor):
+            loaded[name], flat = readable(entry)
+            wanted[flat.data_ptr()] = Wanted(stored[name], 0, flat)  # a tied weight once
+    return list(wanted.values()), partial(model.load_state_dict, loaded, strict=not without)
 
 
-def _allocated(name: str, leaf: Any) -> Any:
-    return torch.empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Blank) else leaf
+def readable(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor of this shape to read into and its flat view: `tensor` itself unless it lies on a device or strided."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return tensor, tensor.view(-1)
