@@ -11,7 +11,7 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from math import inf
+from math import ceil, inf
 from typing import Any, Self
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import amount
 from hpc_train.core.key_rules import check_ranks
 from hpc_train.core.settings import Config, Reduce
 from hpc_train.core.world import World
@@ -38,6 +39,7 @@ _ALONE_BYTES = 1 << 20  # as in `reduce.buckets`: smaller gradients are copied i
 _NUM_STEPS = 2  # the second finds what the first one keeps
 _NUM_BATCHES = 2  # the one in use, and the next
 _MOST_RANKS = 1 << 20  # that are tried for the smallest number that fits
+_USABLE = 0.75  # of a rank's memory, for weights, gradients and optimizer: what is proposed leaves some for the rest
 _TRIED_NODES, _STILL_SHRINKS = 8, 0.98  # beyond so many nodes, twice as many must need less of a rank
 # Measured on x86-64 with torch 2.13, Open MPI 4.1 and Horovod 0.28 (make bench-memory prints what is left over):
 _GAPS = 0.45  # of what moves in the heap: malloc's gaps between freed and living tensors, which stay with the process
@@ -202,12 +204,46 @@ class Certain:
 
 
 def certain_bytes(config: Config, all_bytes: int, divided: Division) -> Certain:
-    """Of `all_bytes` of trainable weights (ZeRO, SC 2020, figure 1): stage 1 divides the optimizer's state, ..."""
+    """Of `all_bytes` of trainable weights: stage 1 divides the optimizer's state, 2 gradients, too, 3 weights, too."""
     part = all_bytes // divided.shards
     return Certain(
         weights=part if divided.stage == 3 else all_bytes,
         gradients=part if divided.stage >= 2 else all_bytes,
         optimizer=states(config) * (part if divided.stage else all_bytes),
+    )
+
+
+def require_room(config: Config, model: nn.Module, divided: Division, available: int) -> None:
+    """Raises UserError if what a rank certainly holds is more than the `available` bytes, with what would fit.
+
+    What depends on a batch, on libraries and on malloc is not counted: a job that may fit is not refused.
+    """
+    if not config.run.check_memory or config.reduce.strategy in ("parameter_server", "own"):
+        return
+    all_bytes = num_bytes(trainable_parameters(model).values())
+    needed = certain_bytes(config, all_bytes, divided)
+    total = sum(vars(needed).values())
+    if total <= available:
+        return
+    parts = ", ".join(f"{name} {amount(each, 'B')}" for name, each in vars(needed).items())
+    raise UserError(
+        f"this job needs {amount(total, 'B')} a rank before activations and messages ({parts}), and a rank has "
+        f"{amount(available, 'B')}",
+        f"{_what_fits(config, all_bytes, divided, available)} hpc-train memory prints all parts; "
+        "run.check_memory = false tries all the same.",
+    )
+
+
+def _what_fits(config: Config, all_bytes: int, divided: Division, available: int) -> str:
+    usable = _USABLE * available
+    for stage in range(divided.stage + 1, 4):
+        needed = sum(vars(certain_bytes(config, all_bytes, Division(stage, divided.size, divided.size))).values())
+        if divided.size > 1 and (needed <= usable or (stage == 3 and needed <= available)):
+            return f"Set reduce.strategy = 'sharded' and reduce.stage = {stage}: {amount(needed, 'B')} a rank."
+    num_ranks = ceil((2 + states(config)) * all_bytes / max(1, usable))
+    return (
+        f"Start {num_ranks:,} ranks or more with as much memory each, with reduce.strategy = 'sharded' and "
+        "reduce.stage = 3."
     )
 
 

@@ -20,6 +20,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mesh import Mesh, open_mesh
 from hpc_train.train.comm.placement import RankPlacement, crowding_warnings, place_ranks
 from hpc_train.train.data.batches import Batches, StepBatch
+from hpc_train.train.data.node_memory import available_bytes_per_rank
 from hpc_train.train.device import (
     autocast,
     count_flops,
@@ -29,6 +30,7 @@ from hpc_train.train.device import (
     recompute_blocks,
 )
 from hpc_train.train.initial_weights import build
+from hpc_train.train.memory import Division, require_room
 from hpc_train.train.onednn import compile_model, warn_of_channels_last
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.reduce.buckets import trainable_parameters
@@ -67,7 +69,7 @@ def open_job(config: Config, context: Context) -> Iterator[Job]:
     with open_mesh(config.reduce, context) as mesh:
         task = _open_task(config, mesh, context)
         batch_size = _batch_size(config, task, context)
-        model, draw = _make_model(task, config, context, device)
+        model, draw = _make_model(task, config, mesh, device)
         facts = {
             "size": context.world.size,
             "global_batch": batch_size,
@@ -118,16 +120,18 @@ def _check_batch_size(config: Config, batch_size: int, num_samples: int) -> None
 
 
 def _make_model(
-    task: Task, config: Config, context: Context, device: torch.device
+    task: Task, config: Config, mesh: Mesh, device: torch.device
 ) -> tuple[nn.Module, Callable[[str], torch.Tensor] | None]:
     """Collective. The task's model on the device, and `Job.draw`.
 
-    Raises UserError if ranks made different ones: gradients could not be summed.
+    Raises UserError if ranks made different ones, whose gradients could not be summed, or if they cannot hold it.
     """
+    context = mesh.ranks
     initial = context.on_all(partial(build, task.model, config.seed))
     mine = [(name, tuple(p.shape), str(p.dtype)) for name, p in initial.model.named_parameters()]
     roots = context.on_root(lambda: mine)
     context.on_all(partial(_check_same_model, mine, roots, context.world.rank))
+    context.on_all(partial(_require_room, config, initial.model, mesh, _room(context, device)))
     if not keeps_parts(config.reduce, context.world.size):
         return context.on_all(initial.materialise).to(device), None
     model = context.on_all(partial(initial.materialise, trainable_parameters(initial.model), device)).to(device)
@@ -138,6 +142,18 @@ def _make_model(
     roots_digest = context.on_root(initial.digest)
     context.on_all(partial(_check_same_values, initial.digest(), roots_digest, context.world.rank))
     return model, initial.draw
+
+
+def _room(context: Context, device: torch.device) -> int:
+    """Collective. How many bytes of weights, gradients and states each rank may hold at least."""
+    available = available_bytes_per_rank(context)
+    return available if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0])
+
+
+def _require_room(config: Config, model: nn.Module, mesh: Mesh, available: int) -> None:
+    size = mesh.ranks.world.size
+    stage = config.reduce.stage if config.reduce.strategy == "sharded" and size > 1 else 0
+    require_room(config, model, Division(stage, mesh.shard.size if stage else 1, size), available)
 
 
 def _check_same_values(mine: str, roots: str, rank: int) -> None:
