@@ -129,16 +129,10 @@ class Trial:
             activations=max(0, int(live.peak) - moving),
             messages=in_messages + self._messages(divided),
             gaps=int(live.peak_with_gaps - live.peak),
-            checkpoint=(1 + states(self.config)) * all_bytes // num_ranks if self._saves_while_training else 0,
+            checkpoint=(1 + states(self.config)) * all_bytes // num_ranks if saves_while_training(self.config) else 0,
             input=_NUM_BATCHES * train.accumulate * _bytes_of(batch),
             base=self.base,
         )
-
-    @property
-    def _saves_while_training(self) -> bool:
-        """Else the only copy is made at the end, when activations and gradients are gone."""
-        checkpoint = self.config.checkpoint
-        return checkpoint.keep > 0 and (checkpoint.every_steps > 0 or checkpoint.every_minutes > 0)
 
     def _steps(self, batch: Any, divided: "Division") -> "_LiveBytes":
         """What the first steps allocate, on tensors without bytes."""
@@ -232,6 +226,25 @@ def require_room(config: Config, model: nn.Module, divided: Division, available:
         f"{_what_fits(config, all_bytes, divided, available)} hpc-train memory prints all parts; "
         "run.check_memory = false tries all the same.",
     )
+
+
+def expected_peak_bytes(config: Config, model: nn.Module, divided: Division, tried: int) -> int:
+    """The largest memory that this rank expects to take, told before its first step.
+
+    tried: what it took at most until the end of the trial of the first batch, which holds everything but the
+    optimizer's state and the copy for a checkpoint. On a CPU the state fills gaps that the next pass misses.
+    """
+    all_bytes = num_bytes(trainable_parameters(model).values())
+    copy = (1 + states(config)) * all_bytes // divided.size if saves_while_training(config) else 0
+    is_on_cpu = next(model.parameters()).device.type == "cpu"
+    gaps = (_GAPS_RECOMPUTED if config.train.activation_checkpointing else _GAPS) if is_on_cpu else 0.0
+    return tried + int((1 + gaps) * certain_bytes(config, all_bytes, divided).optimizer) + (copy if is_on_cpu else 0)
+
+
+def saves_while_training(config: Config) -> bool:
+    """Else the only copy for a checkpoint is made at the end, when activations and gradients are gone."""
+    checkpoint = config.checkpoint
+    return checkpoint.keep > 0 and (checkpoint.every_steps > 0 or checkpoint.every_minutes > 0)
 
 
 def _what_fits(config: Config, all_bytes: int, divided: Division, available: int) -> str:

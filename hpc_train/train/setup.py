@@ -30,12 +30,13 @@ from hpc_train.train.device import (
     recompute_blocks,
 )
 from hpc_train.train.initial_weights import build
-from hpc_train.train.memory import Division, require_room
+from hpc_train.train.memory import Division, expected_peak_bytes, require_room
 from hpc_train.train.onednn import compile_model, warn_of_channels_last
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.reduce.buckets import trainable_parameters
 from hpc_train.train.reduce.reducer import Reducer, keeps_parts
 from hpc_train.train.reduce.sharded_weights import whole_parameters
+from hpc_train.train.run.peak_memory import peak_anonymous_bytes, peak_gpu_bytes
 from hpc_train.train.tasks import Task, open_task
 from hpc_train.train.tasks.first_batch import checked_loss
 
@@ -151,9 +152,13 @@ def _room(context: Context, device: torch.device) -> int:
 
 
 def _require_room(config: Config, model: nn.Module, mesh: Mesh, available: int) -> None:
+    require_room(config, model, _division(config, mesh), available)
+
+
+def _division(config: Config, mesh: Mesh) -> Division:
     size = mesh.ranks.world.size
     stage = config.reduce.stage if config.reduce.strategy == "sharded" and size > 1 else 0
-    require_room(config, model, Division(stage, mesh.shard.size if stage else 1, size), available)
+    return Division(stage, mesh.shard.size if stage else 1, size)
 
 
 def _check_same_values(mine: str, roots: str, rank: int) -> None:
@@ -206,6 +211,7 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
         reducer.lockstep.end_trial()
     else:
         num_flops = job.context.on_all(partial(_try_batch, job, batch))
+    expected = _expected_peak_bytes(job)
     model = compile_model(job.model, job.device) if train.compile else job.model
     num_tried = -(-batch.num_samples // len(batch.parts)) if batch and batch.parts else 0
     peak, source = peak_flops(train, job.device)
@@ -218,8 +224,17 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
         "flops_per_sample": num_flops / num_tried if num_flops and num_tried else None,
         "peak_flops": peak,
         "peak_source": source,
+        "expected_peak_bytes": job.context.all_gather(expected),
     }
     return model, facts
+
+
+def _expected_peak_bytes(job: Job) -> int | None:
+    """None if unknown, as where servers hold what workers do not."""
+    tried = peak_gpu_bytes(job.device) or peak_anonymous_bytes()
+    if tried is None or job.config.reduce.strategy == "parameter_server":
+        return None
+    return expected_peak_bytes(job.config, job.model, _division(job.config, job.mesh), tried)
 
 
 def _try_batch(job: Job, batch: StepBatch | None) -> int:
