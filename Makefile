@@ -6,6 +6,8 @@
 # make bench-plan  predict published scaling series from their small sizes, Extra-P beside (it gets an environment of its own)
 # make bench-link  train over limited links against what bench allreduce predicts (root, a quiet machine)
 # make bench-large  memory of a rank and time of a step by strategy and stage (a quiet machine; 15 minutes)
+# make bench-memory  memory that `hpc-train memory` tells against what ranks take, 18 jobs (8 minutes)
+# make bench-large  memory of a rank and time of a step by strategy and stage; as root over links, too (a quiet machine; 40 minutes)
 # make test-rdma  train over InfiniBand verbs between two emulated guests (root, 8 minutes)
 # make test-all  every test, each command started as a process of its own, every fault, and 5,000 inputs that nobody would write
 # make test-fuzz  those inputs alone (15 minutes)
@@ -14,7 +16,7 @@
 # make check   install, ruff and mypy
 # make docs    the documentation as HTML: docs/_build/html
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo models bench bench-io bench-plan bench-link bench-large test test-serial test-parallel test-cluster test-all test-faults test-fuzz test-kills test-rdma check docs install clean
+.PHONY: demo models bench bench-io bench-plan bench-link bench-large bench-memory test test-serial test-parallel test-cluster test-all test-faults test-fuzz test-kills test-rdma check docs install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -114,6 +116,11 @@ bench-io:
 	@./install.sh test
 	python -m tests.benchmarks.io
 
+# What `hpc-train memory` tells against what ranks take, 18 jobs: 8 minutes.
+bench-memory:
+	@./install.sh test
+	python -m tests.benchmarks.memory
+
 bench-plan:
 	@./install.sh test
 	python -m tests.benchmarks.plan
@@ -123,10 +130,12 @@ bench-link:
 	@./install.sh test
 	python -m tests.benchmarks.link
 
-# A rank's memory and a step's time by strategy and stage: a quiet machine of 12 GB, 15 minutes.
+# A rank's memory and a step's time by strategy and stage: a quiet machine of 12 GB, 15 minutes. For root also over the
+# links of the test cluster, with FSDP2 beside it: 25 minutes more.
 bench-large:
 	@./install.sh test
 	python -m tests.benchmarks.large
+	if [ $$(id -u) = 0 ]; then python -m tests.benchmarks.large_network; fi
 
 check:
 	@./install.sh test check

@@ -32,7 +32,7 @@ ALIASES = {
     "analysis/load.py": "analysis/runs/load.py",
     "train/dataset.py": "train/data/dataset.py",
 }
-LOOP = {"train/loop.py", "train/setup.py", "train/recording.py", "train/generate.py", "train/export.py"}
+LOOP = {f"train/{file}.py" for file in ("loop", "setup", "recording", "generate", "export", "memory")}
 
 # A third-party or system module -> the only places that may import it.
 ALLOWED = {

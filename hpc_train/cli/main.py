@@ -19,6 +19,7 @@ from hpc_train.cli.config import config
 from hpc_train.cli.data import data
 from hpc_train.cli.doctor import doctor
 from hpc_train.cli.export import export
+from hpc_train.cli.memory import memory
 from hpc_train.cli.options import CommandGroup
 from hpc_train.cli.plan import plan
 from hpc_train.cli.prepare import prepare, stage
@@ -45,7 +46,8 @@ def cli() -> None:
     """
 
 
-for command in (prepare, stage, data, train, generate, export, submit, scale, report, plan, doctor, bench, config):
+_COMMANDS = (prepare, stage, data, train, generate, export, submit, scale, report, plan, memory, doctor, bench, config)
+for command in _COMMANDS:
     cli.add_command(command)
 
 

@@ -24,7 +24,7 @@ from hpc_train.train.reduce.reducer import open_reducer
 from hpc_train.train.run.attempt import log, open_attempt
 from hpc_train.train.run.checkpoint.saver import Saver
 from hpc_train.train.run.cleanup import remove_stale_segments
-from hpc_train.train.run.peak_memory import peak_gpu_bytes, peak_resident_bytes
+from hpc_train.train.run.peak_memory import peak_anonymous_bytes, peak_gpu_bytes, peak_resident_bytes
 from hpc_train.train.run.recorder import Recorder
 from hpc_train.train.run.sanity_checks import (
     MAX_SKIPPED_IN_A_ROW,
@@ -188,6 +188,7 @@ def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder,
         outcome,
         optimizer_bytes=context.all_gather(optimizer.num_bytes),
         peak_resident_bytes=context.all_gather(peak_resident_bytes()),
+        peak_anonymous_bytes=context.all_gather(peak_anonymous_bytes()),
         peak_gpu_bytes=context.all_gather(peak_gpu_bytes(training.job.device)),
     )
     if stopped_by is not None:

@@ -20,7 +20,14 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mesh import Mesh, open_mesh
 from hpc_train.train.comm.placement import RankPlacement, crowding_warnings, place_ranks
 from hpc_train.train.data.batches import Batches, StepBatch
-from hpc_train.train.device import autocast, count_flops, open_device, peak_flops, recompute_blocks
+from hpc_train.train.device import (
+    autocast,
+    count_flops,
+    give_back_freed_memory,
+    open_device,
+    peak_flops,
+    recompute_blocks,
+)
 from hpc_train.train.initial_weights import build
 from hpc_train.train.onednn import compile_model, warn_of_channels_last
 from hpc_train.train.optimize import Optimizer
@@ -175,13 +182,14 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
     one rank in the loop. The trial also counts the operations of a step.
     """
     train, batch = job.config.train, batches.peek()
+    if train.activation_checkpointing:  # before the trial, which may take no more memory than a step
+        give_back_freed_memory()
+        job.context.on_all(partial(recompute_blocks, job.model))
     if reducer.lockstep:  # an error of one rank ends the job: the others may wait for it within a pass
         num_flops = _try_batch(job, batch)
         reducer.lockstep.end_trial()
     else:
         num_flops = job.context.on_all(partial(_try_batch, job, batch))
-    if train.activation_checkpointing:
-        job.context.on_all(partial(recompute_blocks, job.model))
     model = compile_model(job.model, job.device) if train.compile else job.model
     num_tried = -(-batch.num_samples // len(batch.parts)) if batch and batch.parts else 0
     peak, source = peak_flops(train, job.device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from math import nan
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -153,13 +154,26 @@ class BlockShards:
         return frozenset(name for block in self.divided for name in block.parameters)
 
 
+class Flat(NamedTuple):
+    """So much as `Buffers` must know of a block, here of one on a device without memory."""
+
+    length: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("meta")
+
+
 class Buffers:
     """Memory that is used again and again: fresh memory of this size takes as long to be mapped as to be filled."""
 
     def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
 
-    def take(self, block: BlockWeights, dtype: torch.dtype | None = None) -> torch.Tensor:
+    @property
+    def num_bytes(self) -> int:
+        """Of what is free."""
+        return sum(each.nbytes for each in self._free)
+
+    def take(self, block: BlockWeights | Flat, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A tensor of the length of the block's weights. dtype: default theirs."""
         dtype = dtype or block.dtype
         alike = [each for each in self._free if each.dtype == dtype]

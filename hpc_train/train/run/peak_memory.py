@@ -12,7 +12,22 @@ def peak_resident_bytes() -> int | None:
 
     Not getrusage's maximum, which a process inherits from the one that started it.
     """
-    return _field("VmHWM")
+    return _fields().get("VmHWM")
+
+
+def peak_anonymous_bytes() -> int | None:
+    """The part of that peak that is this process's own: without pages of files and of shared memory.
+
+    The kernel keeps a peak of all pages only. Files and shared memory, once mapped, stay: what they take now is what
+    they took at the peak, or a little more.
+    """
+    found = _fields()
+    return found["VmHWM"] - found["RssFile"] - found["RssShmem"] if "VmHWM" in found else None
+
+
+def anonymous_bytes() -> int | None:
+    """The resident memory of this process's own now (RssAnon)."""
+    return _fields().get("RssAnon")
 
 
 def peak_gpu_bytes(device: torch.device) -> int | None:
@@ -20,8 +35,9 @@ def peak_gpu_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def _field(name: str) -> int | None:
+def _fields() -> dict[str, int]:
+    """What /proc/self/status states in kB, in bytes by name; {} if there is none."""
     if not _STATUS.is_file():
-        return None
-    lines = (line.split() for line in _STATUS.read_text().splitlines())
-    return next((int(words[1]) * 1024 for words in lines if words[0] == f"{name}:"), None)
+        return {}
+    words = (line.split() for line in _STATUS.read_text().splitlines())
+    return {each[0].rstrip(":"): int(each[1]) * 1024 for each in words if len(each) == 3 and each[2] == "kB"}

@@ -1,0 +1,92 @@
+"""`hpc-train memory`: what a job's ranks need, before they are asked for."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hpc_train.cli.options import MAX_RANKS, UserPath, job_file, on_first_rank, overrides_option
+from hpc_train.core.errors import require
+from hpc_train.core.formatting import amount, plural
+
+if TYPE_CHECKING:
+    from hpc_train.train.memory import Memory
+
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def _num_bytes(ctx: click.Context, param: click.Parameter, words: str | None) -> float | None:
+    """ "64GB" -> 64e9."""
+    if words is None:
+        return None
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT]?I?)B?", words.strip().upper(), re.ASCII)
+    if not found or found[2] not in _UNITS or float(found[1]) == 0:
+        raise click.BadParameter("write a size such as 64GB or 512GiB")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+@click.command()
+@click.argument("config", type=UserPath())
+@click.option("--ranks", type=click.IntRange(1, MAX_RANKS), default=1, metavar="N", help="Ranks; default: 1.")
+@click.option("--ranks-per-node", type=click.IntRange(1, MAX_RANKS), metavar="R", help="Default: all on one node.")
+@click.option("--node-memory", callback=_num_bytes, metavar="SIZE", help="Find the fewest ranks that fit: 64GB.")
+@click.option("--json", "as_json", is_flag=True, help="Print bytes as JSON.")
+@overrides_option
+@on_first_rank
+def memory(
+    config: Path,
+    ranks: int,
+    ranks_per_node: int | None,
+    node_memory: float | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Print the memory that a rank of the job CONFIG needs, part by part.
+
+    It follows from the shapes of the model and of a batch, which are read from the data, and is told within about 10%
+    for a job on CPUs. Nothing is trained or allocated, and MPI is not needed. With GPUs, all but the base and gaps lies
+    in the GPU's memory.
+
+    \b
+    Example: hpc-train memory configs/gpt-text.toml --ranks 8 --ranks-per-node 4
+    """
+    require("torch", "h5py")
+    from hpc_train.core.config import load
+    from hpc_train.train.comm.startup import open_context
+
+    with open_context(use_mpi=False):
+        from hpc_train.train.memory import Trial, smallest_by_strategy
+
+        trial = Trial(load(job_file(config), overrides).config)
+        needed = trial.memory(ranks, ranks_per_node)
+        on_node = min(ranks, ranks_per_node or ranks)
+        fits = smallest_by_strategy(trial, on_node, node_memory) if node_memory else {}
+    if as_json:
+        found = {"ranks": ranks, "rank_bytes": vars(needed) | {"total": needed.total}}
+        found |= {"ranks_on_node": on_node, "node_bytes": needed.total * on_node}
+        smallest = {name: fitting and fitting[0] for name, fitting in fits.items()}
+        click.echo(json.dumps(found | ({"smallest_ranks": smallest} if node_memory else {}), indent=2))
+        return
+    _print_parts(needed, ranks, on_node)
+    if node_memory:
+        click.echo(
+            f"\nFewest ranks, in powers of two, that fit {amount(node_memory, 'B')} a node, {on_node:,} on each:"
+        )
+    for name, fitting in fits.items():
+        click.echo(
+            f"  {name:17}" + (f"{fitting[0]:>9,}  {amount(fitting[1].total, 'B')} each" if fitting else "     none")
+        )
+
+
+def _print_parts(needed: "Memory", ranks: int, on_node: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Memory with {plural(ranks, 'rank')}, {on_node:,} on a node", title_justify="left")
+    for name, justify in (("", "left"), ("a rank", "right"), ("a node", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name, num_bytes in (*vars(needed).items(), ("total", needed.total)):
+        table.add_row(name, amount(num_bytes, "B"), amount(num_bytes * on_node, "B"))
+    Console().print(table)
