@@ -23,6 +23,7 @@ from hpc_train.train.run.checkpoint.encoding import Encoded, encode
 from hpc_train.train.run.checkpoint.format import Layout
 from hpc_train.train.run.checkpoint.retention import newest_in_words, remove_old
 from hpc_train.train.run.checkpoint.shares import Part, Share, UnusableCheckpoint
+from hpc_train.train.run.checkpoint.together import write_parts_together
 from hpc_train.train.run.checkpoint.writing import Draft, Extent, Orders, own_parts, write_parts
 
 _POLL_S = 0.002
@@ -59,6 +60,8 @@ class Saver:
         self._layout: Layout | None = None  # of the save before
         self._thread: threading.Thread | None = None
         self._under_way: Iterator[bool] = iter(())  # the stages to come: see `_stages`
+        self._is_under_way = False
+        self._is_collective = settings.write == "collective" and context.comm is not None
         self._error: UserError | None = None
         self._saved_step = -1  # on the root
         self._saved_s = monotonic()
@@ -107,13 +110,13 @@ class Saver:
         self._finish()
         self._report()
         self._begin(step, share)
-        if self._thread is None:
+        if not self._is_under_way:
             self._report()
 
     def poll(self) -> None:
         """After each step: takes the next stage of a save under way if that needs no waiting."""
-        if self._thread is not None and next(self._under_way, None) is None:
-            self._thread = None
+        if self._is_under_way and next(self._under_way, None) is None:
+            self._is_under_way = False
             self._report()
 
     def save_now(self, step: int, share: Share) -> str:
@@ -143,7 +146,7 @@ class Saver:
         if orders is not None:
             num_pieces = [sum(each.num_pieces for each in of_rank) for of_rank in extents]
             self._under_way = self._stages(step, orders, self._host_copy.take(parts), num_pieces)
-            next(self._under_way)
+            self._is_under_way = next(self._under_way, None) is not None
 
     def _orders(self, step: int, encoded: Encoded | TypeError | None, extents: list[list[Extent]]) -> Orders | None:
         """On the root: creates the file. None if nothing is to be written."""
@@ -169,7 +172,11 @@ class Saver:
         num_pieces: of each rank, on the root.
         """
         outcome = np.zeros(_FAULT_WORDS + sum(Extent.of(part).num_pieces for part in parts), np.uint64)
-        yield from self._in_thread(partial(self._write, orders, parts, outcome))
+        write = partial(self._write, orders, parts, outcome)
+        if self._is_collective:
+            write()
+        else:
+            yield from self._in_thread(write)
         counts = [_FAULT_WORDS + num for num in num_pieces]
         request, received = self._context.begin_gather(outcome, counts)
         while not request.Test():
@@ -188,7 +195,7 @@ class Saver:
     def _write(self, orders: Orders, parts: list[Part], outcome: np.ndarray) -> None:
         # Every exception is kept: nobody hears a thread's, and a checkpoint that failed must not pass for saved.
         try:
-            outcome[_FAULT_WORDS:] = write_parts(orders, parts)
+            outcome[_FAULT_WORDS:] = self._write_parts(orders, parts)
             if not self._is_root:
                 with suppress(UserError):  # the root reports a lost lock; this rank meets it at its next step
                     self._sync_records()
@@ -197,6 +204,11 @@ class Saver:
             where = f" (rank {world.rank} on {world.host})" if world.size > 1 else ""
             text = (self._in_words(error, orders.num_bytes) + where).encode()[: 8 * _FAULT_WORDS]
             outcome.view(np.uint8)[: len(text)] = np.frombuffer(text, np.uint8)
+
+    def _write_parts(self, orders: Orders, parts: list[Part]) -> np.ndarray:
+        if self._is_collective:
+            return write_parts_together(orders, parts, self._context)
+        return write_parts(orders, parts)
 
     def _seal(self, step: int, outcomes: list[np.ndarray]) -> None:
         assert self._draft is not None
@@ -222,7 +234,7 @@ class Saver:
                     sleep(_POLL_S)
             else:
                 sleep(_POLL_S)
-        self._thread = None
+        self._is_under_way = False
 
     # ------------------------------------------------------------------------------------------------ faults in words
 
