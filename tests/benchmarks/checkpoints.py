@@ -7,7 +7,9 @@ Rows, for each number of ranks, of a state of GPT-like tensors that the ranks ho
 - rate over raw: `save_now`, over as many processes that `pwrite` the same bytes in pieces of 4 MiB and sync
 - stall: how long `save` keeps the loop waiting, over copying the rank's share into memory that is there
 - memory: the peak of a rank's anonymous memory in a save beside the one before it, over its share
-- resume: loading, over reading the rank's share of the file; both out of the page cache
+- resume: loading, over reading the rank's share of the file; neither from the page cache
+- DCP save, DCP load: torch.distributed.checkpoint over gloo, with the same tensors as DTensors and its files synced,
+  over this program's time
 
 Each round takes all of them in turn; figures are medians over rounds, with the smallest and the largest.
 """
@@ -28,6 +30,7 @@ from statistics import median
 from typing import Any
 
 BARS = {"rate over raw": (">=", 0.9), "stall": ("<=", 1.2), "memory": ("<=", 1.1), "resume": ("<=", 1.5)}
+PEERS = {"DCP save": (">=", 1.0), "DCP load": (">=", 1.0)}
 LAYERS, PIECE_BYTES = 12, 4 << 20
 
 
@@ -46,7 +49,7 @@ def rank_main(folder: Path, megabytes: int, rounds: int) -> None:
         num_bytes = sum(part.numbers.nbytes for part in share.parts)
         run = RunDir(folder)
         context.on_root(lambda: run.checkpoints_dir.mkdir(exist_ok=True))
-        copy, figures = HostCopy(), []
+        copy, figures, dcp = HostCopy(), [], _Dcp(context, folder / "dcp", share)
         copy.take(share.parts)
         with Saver(run, Checkpoint(keep=1), {}, own, print) as saver:
             for number in range(rounds + 1):
@@ -62,6 +65,9 @@ def rank_main(folder: Path, megabytes: int, rounds: int) -> None:
                 read_s = _timed(context, partial(_read_raw, path, context, num_bytes))
                 context.on_root(partial(_leave_cache, path))
                 load_s = _timed(context, lambda: _load(run, context, share))
+                dcp_saved_s = _timed(context, dcp.save)
+                context.on_root(dcp.leave_cache)
+                dcp_load_s = _timed(context, dcp.load)
                 rate = sum(context.all_gather(num_bytes)) / saved_s / 1e6
                 figures.append(
                     {
@@ -69,6 +75,9 @@ def rank_main(folder: Path, megabytes: int, rounds: int) -> None:
                         "stall": stall_s / copy_s,
                         "memory": max(context.all_gather((num_bytes + added) / num_bytes)),
                         "resume": load_s / read_s,
+                        "DCP save": dcp_saved_s / saved_s,
+                        "DCP load": dcp_load_s / load_s,
+                        "DCP files": dcp.num_files,
                         "MB/s": rate,
                         "stall ms": 1e3 * stall_s,
                     }
@@ -166,6 +175,51 @@ def _leave_cache(path: Path) -> None:
     os.close(handle)
 
 
+class _Dcp:
+    """The same state in torch.distributed.checkpoint: each tensor is cut among the ranks along its first axis."""
+
+    def __init__(self, context: Any, path: Path, share: Any) -> None:
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        from tests.hdfs import free_ports
+
+        rank, size = context.world.rank, context.world.size
+        address = context.on_root(lambda: f"tcp://127.0.0.1:{free_ports(1)[0]}")
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+        mesh = init_device_mesh("cpu", (size,))
+        self._path, self._is_root = path, context.world.is_root
+        shapes = context.on_root(lambda: {name: tuple(each.shape) for name, each in share.state["model"].items()})
+        self._state = {
+            f"{kind}.{name}": distribute_tensor(torch.rand(shape), mesh, [Shard(0)])
+            for name, shape in shapes.items()
+            for kind in ("model", "exp_avg", "exp_avg_sq")
+        }
+
+    def save(self) -> None:
+        from torch.distributed import checkpoint
+
+        if self._is_root:
+            shutil.rmtree(self._path, ignore_errors=True)  # as the checkpoint before is removed
+        writer = checkpoint.FileSystemWriter(self._path, single_file_per_rank=True, sync_files=True, overwrite=True)
+        checkpoint.save(self._state, storage_writer=writer)
+
+    def load(self) -> None:
+        from torch.distributed import checkpoint
+
+        checkpoint.load(self._state, storage_reader=checkpoint.FileSystemReader(self._path))
+
+    @property
+    def num_files(self) -> int:
+        return sum(each.is_file() for each in self._path.rglob("*"))
+
+    def leave_cache(self) -> None:
+        for each in self._path.rglob("*"):
+            _leave_cache(each)
+
+
 class _Peak:
     """How far this process's anonymous memory rises, in bytes."""
 
@@ -205,7 +259,9 @@ def main() -> None:
         rank_main(chosen.folder, chosen.megabytes, chosen.rounds)
         return
     print(f"state of {chosen.megabytes} MB, {chosen.rounds} rounds: median (smallest to largest)\n")
-    print(f"| ranks | {' | '.join(BARS)} | MB/s | stall ms |\n|---|{'---|' * (len(BARS) + 2)}")
+    print(
+        f"| ranks | {' | '.join(BARS | PEERS)} | DCP files | MB/s | stall ms |\n|---|{'---|' * (len(BARS | PEERS) + 3)}"
+    )
     for ranks in chosen.ranks:
         folder = Path(tempfile.mkdtemp(dir=chosen.folder))
         try:
@@ -215,7 +271,7 @@ def main() -> None:
             print(f"| {ranks} | {' | '.join(_cells(json.loads((folder / 'figures.json').read_text())))} |", flush=True)
         finally:
             shutil.rmtree(folder)
-    print("\nbars: " + ", ".join(f"{name} {sign} {bar}" for name, (sign, bar) in BARS.items()))
+    print("\nbars: " + ", ".join(f"{name} {sign} {bar}" for name, (sign, bar) in (BARS | PEERS).items()))
 
 
 def _cells(figures: list[dict[str, float]]) -> list[str]:
