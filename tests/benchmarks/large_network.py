@@ -41,7 +41,8 @@ ROWS: dict[str, tuple[int, dict[str, object] | None]] = {  # name -> (nodes, key
     "stage 3, 2 nodes": (2, {"strategy": "sharded", "stage": 3}),
     "stage 3, 2 nodes, within node": (2, {"strategy": "sharded", "stage": 3, "shard_within": "node"}),
 }
-if importlib.util.find_spec("deepspeed"):
+DEEPSPEED = importlib.util.find_spec("deepspeed")
+if DEEPSPEED:
     ROWS["DeepSpeed ZeRO-3"] = (4, None)
 
 
@@ -157,7 +158,8 @@ def main() -> None:
     if reason := why_not():
         raise SystemExit(f"no cluster here: {reason}")
     folder = Path(tempfile.mkdtemp(prefix="hpc-train-large-"))
-    cluster = Cluster(shared=[folder])
+    # The nodes have a /tmp of their own.
+    cluster = Cluster(shared=[folder, *([Path(DEEPSPEED.origin).parents[1]] if DEEPSPEED else [])])
     try:
         write_job(folder)
         print("| link | | step (s) | of it exposed communication (s) |\n|---|---|---|---|", flush=True)
