@@ -15,11 +15,11 @@ def physical_bytes() -> int:
 
 def available_bytes_per_rank(context: Context) -> int:
     """Collective. How much each rank may allocate if all do, on the node with the least available memory per rank."""
-    mine = _available_bytes() // context.world.local_size
+    mine = available_bytes() // context.world.local_size
     return int(-context.max(np.array([-mine]))[0])
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """What the system could still give this process, within the limits of its cgroup."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     found = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
