@@ -134,6 +134,7 @@ bench-link:
 bench-large:
 	@./install.sh test
 	python -m tests.benchmarks.large
+	python -m tests.benchmarks.checkpoints
 	if [ $$(id -u) = 0 ]; then python -m tests.benchmarks.large_network; fi
 
 check:

@@ -52,7 +52,7 @@ def read_small(path: Path, remedy: str, max_bytes: int = _MAX_BYTES) -> bytes:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
             if other_kind(status.st_mode) is None and status.st_size <= max_bytes:
-                return file.read(max_bytes)
+                return file.read(status.st_size)  # with max_bytes, Python would ask for so much memory first
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", remedy) from None
     except OSError as error:

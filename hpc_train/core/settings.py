@@ -130,6 +130,9 @@ class Checkpoint(_Section):
     every_steps: Whole = 0  # steps between checkpoints; 0: by time only
     every_minutes: Amount = 10.0  # minutes between checkpoints; 0: by steps only
     keep: Annotated[int, Field(ge=0, le=1000)] = 2  # number of checkpoints to keep; 0: write none
+    # Each rank writes its ranges of the file from a thread while it trains on; or all together by MPI-IO, and train
+    # on afterwards: for file systems that take few large writes better than many.
+    write: Literal["independent", "collective"] = "independent"
 
 
 class Energy(_Section):

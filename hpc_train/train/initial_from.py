@@ -73,9 +73,9 @@ def check_weights(model: nn.Module, init_from: str) -> tuple[str, int | None]:
 def load_parts(model: nn.Module, shards: BlockShards, init_from: str, step: int | None) -> None:
     """`load_weights` for a rank that keeps parts of the weights: it reads those alone.
 
-    step: of the checkpoint, of a run that goes on meanwhile.
+    step: of the checkpoint, of a run that goes on meanwhile. Verifies what it reads: `check_weights` has read all.
     """
-    with _open_fitting(model, init_from, step) as weights:
+    with _open_fitting(model, init_from, step, verifies=False) as weights:
         kinds, targets = weights.names(), _targets(model)
         name_of = {id(each): name for block in shards.blocks for name, each in block.parameters.items()}
         tied = dict(model.named_parameters(remove_duplicate=False))
@@ -121,10 +121,12 @@ def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _open_fitting(model: nn.Module, init_from: str, step: int | None = None) -> Iterator[WeightsFile]:
+def _open_fitting(
+    model: nn.Module, init_from: str, step: int | None = None, verifies: bool = True
+) -> Iterator[WeightsFile]:
     """The file, whose tensors are those of the model. Raises UserError if they are not."""
     key = f"train.init_from = '{init_from}'"
-    with open_weights(expanded(Path(init_from)), key, step) as found:
+    with open_weights(expanded(Path(init_from)), key, step, verifies) as found:
         weights: WeightsFile = (
             FromGpt2(found) if isinstance(model, Gpt) and gpt2_names.is_gpt2(found.names()) else found
         )

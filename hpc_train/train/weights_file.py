@@ -6,6 +6,7 @@ rank can read what it needs and no more: a tensor, or some rows and columns of i
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -55,12 +56,12 @@ class WeightsFile(Protocol):
 
 
 @contextmanager
-def open_weights(path: Path, told: str, step: int | None = None) -> Iterator[WeightsFile]:
+def open_weights(path: Path, told: str, step: int | None = None, verifies: bool = True) -> Iterator[WeightsFile]:
     """The weights of a .safetensors file, an HDF5 file, or a run directory (its newest good checkpoint, or that of
     `step`), under the names that they have there.
 
     told: what messages call the path, such as "train.init_from = 'x.h5'". Raises UserError, also for an error
-    that reading meets inside the block.
+    that reading meets inside the block. verifies: see `open_model`.
     """
     remedy = "Name a .safetensors file, an .h5 file, or a run directory."
     if not exists(path):
@@ -68,14 +69,14 @@ def open_weights(path: Path, told: str, step: int | None = None) -> Iterator[Wei
     if path.is_dir() and not rundir.is_run(path):
         raise UserError(f"{told} is no run directory: no meta.json, or no folder timings/", remedy)
     if path.is_dir():
-        with open_run(RunDir(path), step) as weights:
+        with open_run(RunDir(path), step, verifies=verifies) as weights:
             yield weights
         return
     if not path.is_file() or path.suffix not in (".safetensors", ".h5"):
         raise UserError(f"{told} is no file of weights that can be read", remedy)
     try:
         if path.suffix == ".h5" and is_checkpoint(path):
-            with open_model(path) as model:
+            with open_model(path, verifies) as model:
                 yield CheckpointWeights(str(path), model)
         elif path.suffix == ".h5":
             with h5py.File(path, "r") as file:
@@ -174,18 +175,28 @@ class CheckpointWeights:
     def read(self, name: str, index: Index = ()) -> torch.Tensor:
         """Raises UserError for damage since it was opened."""
         try:
-            return self._model.read(name)[index]
+            return self._rows(name, *index) if len(index) == 1 else self._model.read(name)[index]
         except UnusableCheckpoint as error:
             raise UserError(f"{self.source}: {error}", "Try again: an older checkpoint takes its place.") from None
+
+    def _rows(self, name: str, rows: slice) -> torch.Tensor:
+        stored = self._model[name]
+        first, last, _ = rows.indices(stored.shape[0])
+        found = torch.empty((last - first, *stored.shape[1:]), dtype=stored.dtype)
+        stored.read(first * prod(stored.shape[1:]), found.view(-1))
+        return found
 
 
 @contextmanager
 def open_run(
-    run: RunDir, step: int | None = None, log: Callable[[str], None] = lambda line: print(line, flush=True)
+    run: RunDir,
+    step: int | None = None,
+    log: Callable[[str], None] = lambda line: print(line, flush=True),
+    verifies: bool = True,
 ) -> Iterator[CheckpointWeights | LoadedWeights]:
     """The weights of a run's newest good checkpoint, or of the one after `step` steps. Raises UserError.
 
-    log: receives a warning for each newer checkpoint that is damaged.
+    log: receives a warning for each newer checkpoint that is damaged. verifies: see `open_model`.
     """
     there = checkpoints(run)
     asked = [each for each in there if step in (None, step_of(each))]
@@ -200,7 +211,7 @@ def open_run(
     with ExitStack() as stack:
         for path in asked:
             try:
-                weights = _open_checkpoint(path, stack)
+                weights = _open_checkpoint(path, stack, verifies)
             except UnusableCheckpoint as error:
                 refused.append(f"{path}: {error}")
                 log(f"warning: checkpoint skipped: {refused[-1]}")
@@ -212,10 +223,10 @@ def open_run(
     )
 
 
-def _open_checkpoint(path: Path, stack: ExitStack) -> CheckpointWeights | LoadedWeights:
+def _open_checkpoint(path: Path, stack: ExitStack, verifies: bool) -> CheckpointWeights | LoadedWeights:
     """Raises `UnusableCheckpoint`."""
     if not path.is_dir():
-        return CheckpointWeights(str(path), stack.enter_context(open_model(path)))
+        return CheckpointWeights(str(path), stack.enter_context(open_model(path, verifies)))
     state, manifest = read(path)
     return LoadedWeights(str(path), state["model"], manifest["step"])
 

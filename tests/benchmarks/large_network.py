@@ -1,20 +1,24 @@
-"""Time of a step with divided weights over a network, PyTorch's FSDP2 over gloo beside it; a Markdown table.
+"""Time of a step with divided weights over a network, FSDP2 and DeepSpeed over gloo beside it; a Markdown table.
 
     python -m tests.benchmarks.large_network [--rounds N] [--links unlimited,1gbit]
 
 A GPT of 21M parameters, AdamW, fp32, a thread a rank, on four ranks: on four nodes of the test cluster, and on two of
 them with two ranks each, where a copy on each node is possible. The cluster is namespaces of this machine
 (tests/slurm), so it is for root. Rows take turns; a figure is the median over rounds of the mean step, with its range.
-Batches are small, so that communication counts: with larger ones every ratio is nearer to 1.
+DeepSpeed is measured if PYTHONPATH has it. Batches are small, so that communication counts: with larger ones every
+ratio is nearer to 1.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -36,8 +40,10 @@ ROWS: dict[str, tuple[int, dict[str, object] | None]] = {  # name -> (nodes, key
     "FSDP2": (4, None),
     "stage 3, 2 nodes": (2, {"strategy": "sharded", "stage": 3}),
     "stage 3, 2 nodes, within node": (2, {"strategy": "sharded", "stage": 3, "shard_within": "node"}),
-    "FSDP2, 2 nodes": (2, None),
 }
+DEEPSPEED = importlib.util.find_spec("deepspeed")
+if DEEPSPEED:
+    ROWS["DeepSpeed ZeRO-3"] = (4, None)
 
 
 def step_s(cluster: Cluster, folder: Path, row: str) -> tuple[float, float]:
@@ -50,7 +56,7 @@ def step_s(cluster: Cluster, folder: Path, row: str) -> tuple[float, float]:
         shutil.rmtree(runs, ignore_errors=True)
         try:
             if keys is None:
-                out = cluster.on("head", *launch, "python", "-m", __spec__.name, "--peer", timeout_s=400)
+                out = cluster.on("head", *launch, "python", "-m", __spec__.name, "--peer", row, timeout_s=400)
                 times = [float(line.split()[1]) for line in out.splitlines() if line.startswith("STEP ")]
                 return max(times), math.nan
             words = ["--set", "run.root=" + str(runs), *jobs.settings(**{f"reduce__{key}": keys[key] for key in keys})]
@@ -63,35 +69,69 @@ def step_s(cluster: Cluster, folder: Path, row: str) -> tuple[float, float]:
     raise ChildProcessError(f"{row}: Open MPI crashed three times")
 
 
-def peer() -> None:
-    """FSDP2's rank: the same model and optimizer, on tokens of no meaning."""
+def peer(name: str) -> None:
+    """A rank of a peer: the same model and optimizer, on tokens of no meaning."""
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     from hpc_train.train.models.gpt import Gpt
 
     torch.set_num_threads(1)
-    rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-    os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
-    dist.init_process_group("gloo", init_method="tcp://10.77.0.1:29511", rank=rank, world_size=size)
+    local = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    os.environ |= {key: os.environ[theirs] for key, theirs in local.items()}
+    os.environ |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": "eth0"}
     torch.manual_seed(0)
-    model, mesh = Gpt(256, **MODEL), init_device_mesh("cpu", (size,))
+    prepare = fsdp2 if name.startswith("FSDP2") else deepspeed
+    step = prepare(Gpt(256, **MODEL))
+    tokens = torch.randint(256, (1, MODEL["context"] + 1))
+    for number in range(STEPS):
+        if number == FIRST:
+            began = time.perf_counter()
+        step(tokens)
+    dist.barrier()
+    print("STEP", (time.perf_counter() - began) / (STEPS - FIRST), flush=True)
+    dist.destroy_process_group()
+
+
+def loss_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def fsdp2(model: torch.nn.Module) -> Callable[[torch.Tensor], None]:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(256, (1, MODEL["context"] + 1))
-    for step in range(STEPS):
-        if step == FIRST:
-            began = time.perf_counter()
-        logits = model(tokens[:, :-1])
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+
+    def step(tokens: torch.Tensor) -> None:
+        loss_of(model, tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
-    dist.barrier()
-    print("STEP", (time.perf_counter() - began) / (STEPS - FIRST), flush=True)
-    dist.destroy_process_group()
+
+    return step
+
+
+def deepspeed(model: torch.nn.Module) -> Callable[[torch.Tensor], None]:
+    """From a folder on PYTHONPATH: the project does not need it. It compiles a part of itself when it first starts."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed as library
+
+    library.init_distributed(dist_backend="gloo")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    engine, *_ = library.initialize(model=model, optimizer=optimizer, config=settings)
+
+    def step(tokens: torch.Tensor) -> None:
+        engine.backward(loss_of(engine, tokens))
+        engine.step()
+
+    return step
 
 
 def write_job(folder: Path) -> None:
@@ -110,15 +150,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--links", default="unlimited,1gbit")
     parser.add_argument("--rows", default="|".join(ROWS))
-    parser.add_argument("--peer", action="store_true", help="be a rank of FSDP2")
+    parser.add_argument("--peer", help="be a rank of FSDP2 or DeepSpeed")
     chosen = parser.parse_args()
     if chosen.peer:
-        peer()
+        peer(chosen.peer)
         return
     if reason := why_not():
         raise SystemExit(f"no cluster here: {reason}")
     folder = Path(tempfile.mkdtemp(prefix="hpc-train-large-"))
-    cluster = Cluster(shared=[folder])
+    # The nodes have a /tmp of their own.
+    cluster = Cluster(shared=[folder, *([Path(DEEPSPEED.origin).parents[1]] if DEEPSPEED else [])])
     try:
         write_job(folder)
         print("| link | | step (s) | of it exposed communication (s) |\n|---|---|---|---|", flush=True)
@@ -128,6 +169,7 @@ def main() -> None:
             for _ in range(chosen.rounds):
                 for row, measured in found.items():
                     measured.append(step_s(cluster, folder, row))
+                    print(f"{link}, {row}: {measured[-1][0]:.2f} s", file=sys.stderr, flush=True)
             for row, measured in found.items():
                 steps, exposed = np.array(measured).T
                 shown = f"{median(steps):.2f} ({min(steps):.2f} to {max(steps):.2f})"

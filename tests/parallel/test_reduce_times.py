@@ -80,7 +80,7 @@ def test_mpi_sums_in_pieces_what_one_message_would(context: Context, length: int
 
 
 def test_memory_is_that_of_the_fullest_node(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_memory, "_available_bytes", lambda: (1 + context.world.rank) << 30)
+    monkeypatch.setattr(node_memory, "available_bytes", lambda: (1 + context.world.rank) << 30)
     assert node_memory.available_bytes_per_rank(context) == (1 << 30) // context.world.local_size
     monkeypatch.undo()
-    assert 0 < node_memory._available_bytes() < 1 << 50
+    assert 0 < node_memory.available_bytes() < 1 << 50

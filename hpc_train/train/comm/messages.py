@@ -137,10 +137,12 @@ def begin_gather(comm: Any, array: np.ndarray, received: np.ndarray, counts: lis
     return comm.Igatherv(array, [received, counts] if is_root else None, root=0)
 
 
-def begin_reduce_scatter(comm: Any, array: np.ndarray, received: np.ndarray) -> Any:
-    """Collective. `received` becomes this rank's part of the sum over ranks, one of equal parts."""
+def begin_all_to_all_in_place(comm: Any, array: np.ndarray) -> Any:
+    """Collective. Sends the n-th of equal parts of `array` to rank n; the parts from all ranks take their places."""
+    from mpi4py import MPI
+
     assert array.nbytes <= _max_bytes(comm)
-    return comm.Ireduce_scatter_block(array, received)
+    return comm.Ialltoall(MPI.IN_PLACE, array)
 
 
 def begin_all_to_all(comm: Any, array: np.ndarray, received: np.ndarray) -> Any:

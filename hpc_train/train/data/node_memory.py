@@ -18,7 +18,7 @@ def physical_bytes() -> int:
 
 def available_bytes_per_rank(context: Context) -> int:
     """Collective. How much each rank may allocate if all do: the least of all ranks, by their nodes and own limits."""
-    mine = min(_available_bytes() // context.world.local_size, _within_own_limits())
+    mine = min(available_bytes() // context.world.local_size, _within_own_limits())
     return int(-context.max(np.array([-mine]))[0])
 
 
@@ -33,7 +33,7 @@ def _within_own_limits() -> int:
     return max(0, min(left))
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """What the system could still give this process, within the limits of its cgroup."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     found = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

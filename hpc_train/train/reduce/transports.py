@@ -35,7 +35,10 @@ class Transport(Protocol):
         """Adasum (Maleki et al., MLSys 2021): adds what is orthogonal and averages what is parallel."""
 
     def reduce_scatter(self, message: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
-        """This rank's part of the sum, of `size` equal parts. into: where it goes; default: a new tensor."""
+        """This rank's part of the sum, of `size` equal parts. into: where it goes; default: a new tensor.
+
+        `message` may be overwritten.
+        """
 
     def all_gather(self, part: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
         """The parts of all ranks, in rank order. into: where they go; default: a new tensor."""
@@ -82,10 +85,12 @@ class MpiTransport:
         raise AssertionError("only Horovod has Adasum")
 
     def reduce_scatter(self, message: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
+        # Open MPI 4.1 makes MPI_Ireduce_scatter_block of a tree to one rank, which then scatters: 7 MB over 4 nodes at
+        # 1 Gbit/s took 170 ms. All-to-all in place, and a sum on each rank, takes 60 ms and no memory.
         host = message.cpu()
-        received = _on_host(into, len(host) // self.size, host.dtype)
-        begin = partial(messages.begin_reduce_scatter, self._comm, host.numpy(), received.numpy())
-        return arriving_in(self._queue([begin], received, host), into)
+        begin = partial(messages.begin_all_to_all_in_place, self._comm, _bytes(host))
+        into = torch.empty(len(host) // self.size, dtype=host.dtype, device=message.device) if into is None else into
+        return _SumOfRows(self._queue([begin], host.view(self.size, -1), host), into)
 
     def all_gather(self, part: torch.Tensor, name: str, into: torch.Tensor | None = None) -> Pending:
         host = part.cpu()
@@ -140,6 +145,16 @@ class _Queued:
     def wait(self) -> torch.Tensor:
         self.transport.wait_for(self.number)
         return self.result
+
+
+@dataclass
+class _SumOfRows:
+    pending: Pending
+    into: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        rows = self.pending.wait()
+        return self.into.copy_(rows.sum(0)) if self.into.device != rows.device else torch.sum(rows, 0, out=self.into)
 
 
 @dataclass

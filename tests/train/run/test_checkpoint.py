@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,25 @@ def test_the_caller_waits_for_the_copy_alone_and_the_write_is_finished_at_the_en
         writing._sync_folder = original
     assert took_s < 10 * max(copies) + 0.1, (took_s, copies)
     read(RunDir(tmp_path).checkpoint(1))
+
+
+def test_without_memory_for_a_copy_the_caller_waits_for_the_write(tmp_path: Path) -> None:
+    weight, said = torch.rand(32 << 20), list[str]()
+    state = {"model": {"weight": weight.to("meta")}, "optimizer": {}, "loss_scale": [1.0, 0], "task": {}}
+    share = Share(state, [Part("model/weight", 0, weight)])
+    limits, lines = resource.getrlimit(resource.RLIMIT_DATA), Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData:"))
+    expected = weight[:5].tolist()
+    with saver(tmp_path, said) as saves:
+        resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20), limits[1]))
+        try:
+            saves.save(2, share)
+            weight.zero_()  # as the next step would
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, limits)
+    assert said == ["No memory for a copy of what rank 0 saves: training waits while checkpoints are written"]
+    found = read(tmp_path / "checkpoints/step-00000002.h5")[0]["model"]["weight"]
+    assert found[:5].tolist() == expected and found.min() >= 0 and found.max() > 0.99
 
 
 def test_a_copy_reuses_the_memory_of_the_one_before_where_parts_are_alike() -> None:

@@ -2,6 +2,7 @@
 
 import torch
 
+from hpc_train.train.data.node_memory import available_bytes
 from hpc_train.train.run.checkpoint.shares import Part
 
 
@@ -10,6 +11,22 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
+
+    def has_room(self, parts: list[Part], num_local_ranks: int) -> bool:
+        """Whether this rank may have memory for a copy beside all that it holds.
+
+        num_local_ranks: that copy at the same time on this node.
+        """
+        num_bytes = sum(part.numbers.nbytes for part in parts) - sum(each.nbytes for each in self._buffers.values())
+        if num_bytes <= 0:
+            return True
+        if num_bytes > available_bytes() // num_local_ranks:
+            return False
+        try:
+            torch.empty(num_bytes, dtype=torch.uint8)  # freed untouched: a limit of this process (ulimit -d) refuses it
+        except RuntimeError:
+            return False
+        return True
 
     def take(self, parts: list[Part]) -> list[Part]:
         """The same parts in host memory, valid until the next call."""

@@ -49,29 +49,34 @@ class Layout(NamedTuple):
     kind: Any
 
 
-def lay_out(encoded: Encoded, num_pieces: int, facts: dict[str, Any], before: Layout | None = None) -> Layout:
+def lay_out(
+    encoded: Encoded, num_pieces: int, facts: dict[str, Any], alignment: int = 1, before: Layout | None = None
+) -> Layout:
     """Where every byte of a checkpoint goes. Only shapes and dtypes of the tensors are looked at.
 
-    before: the layout of an earlier checkpoint, which is used again, and changed, if this one is alike: a new one takes
-    0.3 ms a tensor. Raises TypeError for a fact that no attribute holds.
+    alignment: large data sets begin at a multiple of so many bytes. before: the layout of an earlier checkpoint, which
+    is used again, and changed, if this one is alike: a new one takes 0.3 ms a tensor. Raises TypeError for a fact that
+    no attribute holds.
     """
     text = json.dumps(encoded.structure).encode()
     text = text.ljust(len(text) + -len(text) % _TEXT_BYTES)  # room for a loss scale of more digits
     tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in encoded.tensors.items()}
-    kind = (tensors, encoded.rows, encoded.links, num_pieces, facts | {"step": None}, len(text))
+    kind = (tensors, encoded.rows, encoded.links, num_pieces, facts | {"step": None}, len(text), alignment)
     if before is None or before.kind != kind:
-        return _new_layout(encoded, num_pieces, facts, text, kind)
+        return _new_layout(encoded, num_pieces, facts, text, kind, alignment)
     with h5py.File(before.image, "r+", locking=False) as file:
         file.attrs.modify("step", facts["step"])
         file[STRUCTURE][()] = np.frombuffer(text, f"S{len(text)}")[0]
     return before
 
 
-def _new_layout(encoded: Encoded, num_pieces: int, facts: dict[str, Any], text: bytes, kind: Any) -> Layout:
+def _new_layout(
+    encoded: Encoded, num_pieces: int, facts: dict[str, Any], text: bytes, kind: Any, alignment: int
+) -> Layout:
     image, places = Image(), {}
     width = max((len(name.encode()) for name in encoded.tensors), default=1)
     row = np.dtype([("data_set", f"S{width}"), *((field, "<u8") for field in _NUMBERS)])
-    with create(image) as file:
+    with create(image, alignment) as file:
         loader = file.create_group(LOADER)
         for key, value in facts.items():
             if type(value) not in (bool, int, float, str):

@@ -71,15 +71,18 @@ class Image(io.RawIOBase):
         return parts
 
 
-def create(image: Image) -> h5py.File:
-    """A new HDF5 file in `image`, which HDF5 1.10 and all later versions read. Large data sets begin on a page."""
+def create(image: Image, alignment: int) -> h5py.File:
+    """A new HDF5 file in `image`, which HDF5 1.10 and all later versions read.
+
+    Data sets of at least `alignment` bytes, and 64 KiB, begin at a multiple of `alignment`, or of a page.
+    """
     return h5py.File(
         image,
         "w",
         libver=("v108", "v110"),
         userblock_size=HEADER_BYTES,
-        alignment_threshold=1 << 16,
-        alignment_interval=_PAGE,
+        alignment_threshold=max(1 << 16, alignment),
+        alignment_interval=max(_PAGE, alignment),
     )
 
 
@@ -89,6 +92,7 @@ def allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)  # the same state is the same file
     group, _, last = name.rpartition("/")
     parent = file.require_group(group or "/")
     kind = h5py.h5t.py_create(dtype, logical=True)

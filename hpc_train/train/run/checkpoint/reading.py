@@ -208,15 +208,17 @@ class ModelTensors:
 
 
 @contextmanager
-def open_model(path: Path) -> Iterator[ModelTensors]:
+def open_model(path: Path, verifies: bool = True) -> Iterator[ModelTensors]:
     """The model of a checkpoint of this format, every byte of which is as it was written.
 
-    Raises `UnusableCheckpoint`, also for damage that is met inside the block.
+    verifies: whether to read all of it before; else only what is read later is verified. Raises `UnusableCheckpoint`,
+    also for damage that is met inside the block.
     """
     index, _ = read_index(path)
     with _refusing_io(), opened(path) as handle:
         model = ModelTensors(handle, index)
-        model.verify()
+        if verifies:
+            model.verify()
         yield model
 
 

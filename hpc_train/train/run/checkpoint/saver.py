@@ -23,6 +23,7 @@ from hpc_train.train.run.checkpoint.encoding import Encoded, encode
 from hpc_train.train.run.checkpoint.format import Layout
 from hpc_train.train.run.checkpoint.retention import newest_in_words, remove_old
 from hpc_train.train.run.checkpoint.shares import Part, Share, UnusableCheckpoint
+from hpc_train.train.run.checkpoint.together import write_parts_together
 from hpc_train.train.run.checkpoint.writing import Draft, Extent, Orders, own_parts, write_parts
 
 _POLL_S = 0.002
@@ -59,7 +60,10 @@ class Saver:
         self._layout: Layout | None = None  # of the save before
         self._thread: threading.Thread | None = None
         self._under_way: Iterator[bool] = iter(())  # the stages to come: see `_stages`
+        self._is_under_way = False
+        self._is_collective = settings.write == "collective" and context.comm is not None
         self._error: UserError | None = None
+        self._has_told_of_room = False
         self._saved_step = -1  # on the root
         self._saved_s = monotonic()
 
@@ -95,25 +99,34 @@ class Saver:
         return self.is_enabled and every > 0 and step % every == 0
 
     def save(self, step: int, share: Share) -> None:
-        """Collective. Starts to save the state after `step` steps. Waits only while this rank's share is copied."""
+        """Collective. Starts to save the state after `step` steps. Waits only while this rank's share is copied.
+
+        A rank without memory for a copy waits until its share is written.
+        """
         if not self.is_enabled:
             return
         is_writing = self._thread is not None and self._thread.is_alive()
-        if any(self._context.all_gather(is_writing)):
+        num_local = self._context.world.local_size
+        has_room = self._is_collective or self._host_copy.has_room(share.parts, num_local)
+        told = self._context.all_gather((is_writing, has_room))
+        if any(is_writing for is_writing, _ in told):
             if self._is_root:
                 last = self._saved_step
                 self.log(f"Checkpoint of step {step} skipped: that of step {last} is still being written")
             return
         self._finish()
         self._report()
-        self._begin(step, share)
-        if self._thread is None:
+        self._tell_of_room([rank for rank, (_, has_room) in enumerate(told) if not has_room])
+        self._begin(step, share, copies=has_room and not self._is_collective)
+        if not self._is_under_way:
             self._report()
+        elif not has_room and self._thread is not None:
+            self._thread.join()
 
     def poll(self) -> None:
         """After each step: takes the next stage of a save under way if that needs no waiting."""
-        if self._thread is not None and next(self._under_way, None) is None:
-            self._thread = None
+        if self._is_under_way and next(self._under_way, None) is None:
+            self._is_under_way = False
             self._report()
 
     def save_now(self, step: int, share: Share) -> str:
@@ -122,7 +135,7 @@ class Saver:
             return "Nothing is saved: checkpoint.keep = 0."
         self._finish()
         self._report()
-        self._begin(step, share)
+        self._begin(step, share, copies=False)
         self._finish()
         return self._context.on_root(partial(self._saved_in_words, step))
 
@@ -133,17 +146,29 @@ class Saver:
         except UserError as error:
             return f"{error.what[:1].upper()}{error.what[1:]}. {error.remedy}"
 
+    def _tell_of_room(self, without: list[int]) -> None:
+        """without: the ranks that have no memory for a copy."""
+        if without and self._is_root and not self._has_told_of_room:
+            self._has_told_of_room = True
+            whose = "rank " + str(without[0]) if len(without) == 1 else f"{len(without)} ranks"
+            self.log(f"No memory for a copy of what {whose} saves: training waits while checkpoints are written")
+
     # ------------------------------------------------------------------------------------------------ stages
 
-    def _begin(self, step: int, share: Share) -> None:
-        """Collective. Drafts the file and starts to write it, unless the root finds a reason not to."""
+    def _begin(self, step: int, share: Share, copies: bool) -> None:
+        """Collective. Drafts the file and starts to write it, unless the root finds a reason not to.
+
+        copies: whether to write from a copy of this rank's share, so that training may go on.
+        """
         encoded, parts = _encoded(share)
         extents = self._context.gather([Extent.of(part) for part in parts])
         orders = self._context.on_root(partial(self._orders, step, encoded, extents))
         if orders is not None:
             num_pieces = [sum(each.num_pieces for each in of_rank) for of_rank in extents]
-            self._under_way = self._stages(step, orders, self._host_copy.take(parts), num_pieces)
-            next(self._under_way)
+            if copies or any(part.numbers.is_cuda for part in parts):
+                parts = self._host_copy.take(parts)
+            self._under_way = self._stages(step, orders, parts, num_pieces)
+            self._is_under_way = next(self._under_way, None) is not None
 
     def _orders(self, step: int, encoded: Encoded | TypeError | None, extents: list[list[Extent]]) -> Orders | None:
         """On the root: creates the file. None if nothing is to be written."""
@@ -169,7 +194,11 @@ class Saver:
         num_pieces: of each rank, on the root.
         """
         outcome = np.zeros(_FAULT_WORDS + sum(Extent.of(part).num_pieces for part in parts), np.uint64)
-        yield from self._in_thread(partial(self._write, orders, parts, outcome))
+        write = partial(self._write, orders, parts, outcome)
+        if self._is_collective:
+            write()
+        else:
+            yield from self._in_thread(write)
         counts = [_FAULT_WORDS + num for num in num_pieces]
         request, received = self._context.begin_gather(outcome, counts)
         while not request.Test():
@@ -188,7 +217,7 @@ class Saver:
     def _write(self, orders: Orders, parts: list[Part], outcome: np.ndarray) -> None:
         # Every exception is kept: nobody hears a thread's, and a checkpoint that failed must not pass for saved.
         try:
-            outcome[_FAULT_WORDS:] = write_parts(orders, parts)
+            outcome[_FAULT_WORDS:] = self._write_parts(orders, parts)
             if not self._is_root:
                 with suppress(UserError):  # the root reports a lost lock; this rank meets it at its next step
                     self._sync_records()
@@ -197,6 +226,11 @@ class Saver:
             where = f" (rank {world.rank} on {world.host})" if world.size > 1 else ""
             text = (self._in_words(error, orders.num_bytes) + where).encode()[: 8 * _FAULT_WORDS]
             outcome.view(np.uint8)[: len(text)] = np.frombuffer(text, np.uint8)
+
+    def _write_parts(self, orders: Orders, parts: list[Part]) -> np.ndarray:
+        if self._is_collective:
+            return write_parts_together(orders, parts, self._context)
+        return write_parts(orders, parts)
 
     def _seal(self, step: int, outcomes: list[np.ndarray]) -> None:
         assert self._draft is not None
@@ -222,7 +256,7 @@ class Saver:
                     sleep(_POLL_S)
             else:
                 sleep(_POLL_S)
-        self._thread = None
+        self._is_under_way = False
 
     # ------------------------------------------------------------------------------------------------ faults in words
 
