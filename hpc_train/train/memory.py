@@ -56,7 +56,7 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int  # what forward keeps for backward, and temporary results at that moment, such as logits
-    messages: int  # copies of gradients or weights for other ranks, and what MPI works in
+    messages: int  # copies of gradients or weights for other ranks
     gaps: int  # that malloc leaves between tensors: measured, see `_GAPS`
     checkpoint: int  # the copy of a rank's share of the state, which is written while training goes on
     input: int  # batches
@@ -304,9 +304,6 @@ class _Gradients:
         self._is_sent = divided.size > 1
         in_groups = {id(each) for group in groups for each in group}
         self._others = [each for each in parameters.values() if id(each) not in in_groups]
-        self._working: deque[torch.Tensor] = deque(
-            maxlen=2
-        )  # of Open MPI's reduce-scatter at its root: what comes in, and its sum
         self._parts: list[torch.Tensor] = []  # of gradients, summed
         self._old_parts: list[torch.Tensor] = []
 
@@ -324,11 +321,8 @@ class _Gradients:
             self._send(group)
 
     def _send(self, group: list[nn.Parameter]) -> None:
-        length = sum(each.numel() for each in group)
-        if self._stage:
-            self._working.append(torch.empty(length * min(2, self._shards - 1)))
         if self._stage == 1:
-            self._parts.append(torch.empty(length // self._shards))
+            self._parts.append(torch.empty(sum(each.numel() for each in group) // self._shards))
         if self._stage > 1 or group[0].nbytes < _ALONE_BYTES:
             for each in group:
                 each.grad = None
@@ -336,10 +330,8 @@ class _Gradients:
     def end_pass(self) -> None:
         if self._stage > 1:
             self._send(self._others)
-            self._working.clear()
 
     def end_step(self) -> None:
-        self._working.clear()
         self._old_parts, self._parts = self._parts, []
         if self._stage == 1:
             _ = [torch.empty(each.numel() * self._shards) for each in self._old_parts]  # weights, from all ranks
