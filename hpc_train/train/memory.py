@@ -27,6 +27,7 @@ from hpc_train.core.settings import Config, Reduce
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.device_queue import map_tensors
+from hpc_train.train.data.node_memory import available_bytes_per_rank
 from hpc_train.train.device import autocast, recompute_blocks
 from hpc_train.train.initial_weights import build
 from hpc_train.train.reduce.block_weights import Buffers, Flat
@@ -205,6 +206,12 @@ def certain_bytes(config: Config, all_bytes: int, divided: Division) -> Certain:
         gradients=part if divided.stage >= 2 else all_bytes,
         optimizer=states(config) * (part if divided.stage else all_bytes),
     )
+
+
+def room_bytes(context: Context, device: torch.device) -> int:
+    """Collective. How many bytes of weights, gradients and states each rank may hold at least, on `device`."""
+    available = available_bytes_per_rank(context)
+    return available if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0])
 
 
 def require_room(config: Config, model: nn.Module, divided: Division, available: int) -> None:

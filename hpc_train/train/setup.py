@@ -20,7 +20,6 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mesh import Mesh, open_mesh
 from hpc_train.train.comm.placement import RankPlacement, crowding_warnings, place_ranks
 from hpc_train.train.data.batches import Batches, StepBatch
-from hpc_train.train.data.node_memory import available_bytes_per_rank
 from hpc_train.train.device import (
     autocast,
     count_flops,
@@ -30,7 +29,7 @@ from hpc_train.train.device import (
     recompute_blocks,
 )
 from hpc_train.train.initial_weights import build
-from hpc_train.train.memory import Division, expected_peak_bytes, require_room
+from hpc_train.train.memory import Division, expected_peak_bytes, require_room, room_bytes
 from hpc_train.train.onednn import compile_model, warn_of_channels_last
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.reduce.buckets import trainable_parameters
@@ -132,7 +131,7 @@ def _make_model(
     mine = [(name, tuple(p.shape), str(p.dtype)) for name, p in initial.model.named_parameters()]
     roots = context.on_root(lambda: mine)
     context.on_all(partial(_check_same_model, mine, roots, context.world.rank))
-    context.on_all(partial(_require_room, config, initial.model, mesh, _room(context, device)))
+    context.on_all(partial(_require_room, config, initial.model, mesh, room_bytes(context, device)))
     if not keeps_parts(config.reduce, context.world.size):
         return context.on_all(initial.materialise).to(device), None
     model = context.on_all(partial(initial.materialise, trainable_parameters(initial.model), device)).to(device)
@@ -143,12 +142,6 @@ def _make_model(
     roots_digest = context.on_root(initial.digest)
     context.on_all(partial(_check_same_values, initial.digest(), roots_digest, context.world.rank))
     return model, initial.draw
-
-
-def _room(context: Context, device: torch.device) -> int:
-    """Collective. How many bytes of weights, gradients and states each rank may hold at least."""
-    available = available_bytes_per_rank(context)
-    return available if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0])
 
 
 def _require_room(config: Config, model: nn.Module, mesh: Mesh, available: int) -> None:
