@@ -80,8 +80,10 @@ def traffic(row: Row, keys: dict[str, Any]) -> Traffic | None:
     Ring all-reduce: a rank sends 2(N-1)/N B and receives as many; no all-reduce does with less, so that is the least
     for MPI's and for Adasum, too (Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
     workstations", Journal of Parallel and Distributed Computing 69(2), 2009). Sharded: the two halves of the ring,
-    reduce-scatter and all-gather, (N-1)/N B each. Parameter server (Li et al., OSDI 2014): each of S servers takes B/S
-    from each of W workers and gives B/S to each, 2 B W/S together; a worker moves 2 B. In each direction that is half.
+    reduce-scatter and all-gather, (N-1)/N B each; at stage 3 there are two all-gathers, in 16 bits of at least half as
+    many bytes. Copies that S ranks share: S in place of N, and 2(n-1)/n B/S between n of them. Parameter server (Li et
+    al., OSDI 2014): each of S servers takes B/S from each of W workers and gives B/S to each, 2 B W/S together; a
+    worker moves 2 B. In each direction that is half.
     """
     num_parameters = row.stated("num_parameters")
     if num_parameters is None:
@@ -91,8 +93,21 @@ def traffic(row: Row, keys: dict[str, Any]) -> Traffic | None:
     if strategy == "parameter_server":
         both_ways = 2 * num_bytes * max((row.size - num_servers) / num_servers, 1.0)
         return Traffic(both_ways, both_ways / 2, is_least=False)
+    if strategy == "sharded":
+        return _sharded_traffic(row, keys, num_bytes)
     ring = 2 * (row.size - 1) / row.size * num_bytes
     return Traffic(ring, ring, is_least=row.size > 1 and (strategy == "mpi" or bool(keys.get("reduce.adasum"))))
+
+
+def _sharded_traffic(row: Row, keys: dict[str, Any], num_bytes: float) -> Traffic:
+    within = keys.get("reduce.shard_within", "job")
+    num_hosts = len(row.runs[0].meta["hosts"])
+    shards = row.size if within == "job" else max(1, row.size // num_hosts) if within == "node" else int(within)
+    copies = max(1, row.size // shards)
+    is_half = keys.get("reduce.stage") == 3 and keys.get("train.precision") in ("fp16", "bf16")
+    gathered = (2 if keys.get("reduce.stage") == 3 else 1) * (0.5 if is_half else 1.0)
+    moved = (1 + gathered) * (shards - 1) / shards * num_bytes + 2 * (copies - 1) / copies * num_bytes / shards
+    return Traffic(moved, moved, is_least=is_half)
 
 
 def _bytes_by_rank(run: Run) -> list[float] | None:

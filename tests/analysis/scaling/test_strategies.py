@@ -122,6 +122,13 @@ def test_weak_scaling_counts_the_workers_batches(tmp_path: Path) -> None:
         (Recipe(size=4, reduce={"adasum": True}), 1.5 * GRADIENTS, 1.5 * GRADIENTS, True),
         (Recipe(size=2, strategy="mpi"), 1.0 * GRADIENTS, 1.0 * GRADIENTS, True),
         (Recipe(size=8, strategy="sharded"), 1.75 * GRADIENTS, 1.75 * GRADIENTS, False),
+        (Recipe(size=4, strategy="sharded", reduce={"stage": 3}), 2.25 * GRADIENTS, 2.25 * GRADIENTS, False),
+        (
+            Recipe(size=4, strategy="sharded", reduce={"stage": 3, "shard_within": 2}),
+            2.0 * GRADIENTS,
+            2.0 * GRADIENTS,
+            False,
+        ),
         (replace(SERVER, size=4, servers=1), 6.0 * GRADIENTS, 3.0 * GRADIENTS, False),
         (replace(SERVER, size=5, servers=2), 3.0 * GRADIENTS, 1.5 * GRADIENTS, False),
         (replace(SERVER, size=5, servers=4), 2.0 * GRADIENTS, 1.0 * GRADIENTS, False),  # the worker is the busiest

@@ -103,8 +103,9 @@ def _missing_notes(entries: Sequence[Entry]) -> Iterator[str]:
 def theory_notes(comparison: Comparison) -> list[str]:
     notes = [
         "Theory: each of N ranks of a ring sends 2(N-1)/N of the gradients' bytes and receives as many; the sharded"
-        " strategy's reduce-scatter and all-gather are the two halves of a ring all-reduce. For MPI this is a lower"
-        " bound: its library chooses the algorithm."
+        " strategy's reduce-scatter and all-gather are the two halves of a ring all-reduce, and stage 3 gathers twice."
+        " With reduce.shard_within, both stay within a copy, and parts are summed between copies. For MPI this is a"
+        " lower bound: its library chooses the algorithm."
     ]
     if any(entry.row.num_servers for entry in comparison.entries):
         notes += [
