@@ -255,16 +255,17 @@ def saves_while_training(config: Config) -> bool:
 
 
 def _what_fits(config: Config, all_bytes: int, divided: Division, available: int) -> str:
-    usable = _USABLE * available
-    for stage in range(divided.stage + 1, 4):
+    usable, keys = _USABLE * available, "reduce.strategy = 'sharded'"
+    first = divided.stage + 1
+    if config.reduce.shard_within != "job":
+        keys += ", reduce.shard_within = 'job'"
+        first = max(1, divided.stage)  # the same stage among more ranks
+    for stage in range(first, 4):
         needed = sum(vars(certain_bytes(config, all_bytes, Division(stage, divided.size, divided.size))).values())
         if divided.size > 1 and (needed <= usable or (stage == 3 and needed <= available)):
-            return f"Set reduce.strategy = 'sharded' and reduce.stage = {stage}: {amount(needed, 'B')} a rank."
+            return f"Set {keys} and reduce.stage = {stage}: {amount(needed, 'B')} a rank."
     num_ranks = ceil((2 + states(config)) * all_bytes / max(1, usable))
-    return (
-        f"Start {num_ranks:,} ranks or more with as much memory each, with reduce.strategy = 'sharded' and "
-        "reduce.stage = 3."
-    )
+    return f"Start {num_ranks:,} ranks or more with as much memory each, with {keys} and reduce.stage = 3."
 
 
 def _buffer_bytes(lengths: list[int], root: int, gathered: torch.dtype | None) -> int:

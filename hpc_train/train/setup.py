@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import amount
 from hpc_train.core.key_rules import check_ranks
 from hpc_train.core.sampling import BatchSampler, Shares
 from hpc_train.core.settings import Config
@@ -35,7 +36,7 @@ from hpc_train.train.optimize import Optimizer
 from hpc_train.train.reduce.buckets import trainable_parameters
 from hpc_train.train.reduce.reducer import Reducer, keeps_parts
 from hpc_train.train.reduce.sharded_weights import whole_parameters
-from hpc_train.train.run.peak_memory import peak_anonymous_bytes, peak_gpu_bytes
+from hpc_train.train.run.peak_memory import anonymous_bytes, peak_anonymous_bytes, peak_gpu_bytes
 from hpc_train.train.tasks import Task, open_task
 from hpc_train.train.tasks.first_batch import checked_loss
 
@@ -204,7 +205,8 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
         reducer.lockstep.end_trial()
     else:
         num_flops = job.context.on_all(partial(_try_batch, job, batch))
-    expected = _expected_peak_bytes(job)
+    expected = job.context.all_gather(_expected_peak_bytes(job))
+    _warn_of_memory(job, expected)
     model = compile_model(job.model, job.device) if train.compile else job.model
     num_tried = -(-batch.num_samples // len(batch.parts)) if batch and batch.parts else 0
     peak, source = peak_flops(train, job.device)
@@ -217,7 +219,7 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
         "flops_per_sample": num_flops / num_tried if num_flops and num_tried else None,
         "peak_flops": peak,
         "peak_source": source,
-        "expected_peak_bytes": job.context.all_gather(expected),
+        "expected_peak_bytes": expected,
     }
     return model, facts
 
@@ -228,6 +230,21 @@ def _expected_peak_bytes(job: Job) -> int | None:
     if tried is None or job.config.reduce.strategy == "parameter_server":
         return None
     return expected_peak_bytes(job.config, job.model, _division(job.config, job.mesh), tried)
+
+
+def _warn_of_memory(job: Job, expected: list[int | None]) -> None:
+    """Collective. Warns if a rank expects to take more than there is: gaps and kernels are estimates."""
+    is_on_cpu = job.device.type == "cpu"
+    taken = (anonymous_bytes() or 0) if is_on_cpu else torch.cuda.memory_reserved(job.device)
+    own, room = expected[job.context.world.rank], room_bytes(job.context, job.device)
+    missing = int(job.context.max(np.array([(own or 0) - taken - room]))[0])
+    if missing > 0:
+        _warn(
+            job.context,
+            f"warning: a rank expects to take {amount(max(filter(None, expected)), 'B')}, {amount(missing, 'B')} more "
+            "than there is: hpc-train memory prints what for; smaller batches, train.accumulate or a higher reduce.stage "
+            "need less.",
+        )
 
 
 def _try_batch(job: Job, batch: StepBatch | None) -> int:

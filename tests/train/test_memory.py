@@ -119,6 +119,10 @@ def test_what_cannot_fit_is_refused_with_what_would(job: Path) -> None:
     with pytest.raises(UserError) as refused:
         require_room(config, model, Division(0, 1, 1), 1_000_000)
     assert "Start 22 ranks or more" in refused.value.remedy
+    with pytest.raises(UserError) as refused:
+        within = load(job, ("reduce.strategy=sharded", "reduce.stage=3", "reduce.shard_within=2")).config
+        require_room(within, model, Division(3, 2, 4), 7_000_000)
+    assert "reduce.shard_within = 'job' and reduce.stage = 3: 4.00 MB a rank" in refused.value.remedy
     require_room(config, model, Division(0, 1, 4), 16_000_000)
     require_room(config, model, Division(3, 4, 4), 4_000_000)
     require_room(load(job, ("run.check_memory=false",)).config, model, Division(0, 1, 1), 0)
