@@ -269,12 +269,19 @@ def _what_fits(config: Config, all_bytes: int, divided: Division, available: int
 
 
 def _buffer_bytes(lengths: list[int], root: int, gathered: torch.dtype | None) -> int:
-    """What `Buffers` holds after a forward and a backward pass of `fully_sharded.FullySharded`.
+    """What `Buffers` holds after forward and backward passes of `fully_sharded.FullySharded`.
 
     lengths: of blocks, in the model's order; root: of what is in no block. gathered: as what type weights are, one
     block ahead; None if they stay.
     """
-    buffers, sending = Buffers(), deque[torch.Tensor]()
+    buffers = Buffers()
+    for _ in range(_NUM_STEPS):  # buffers of the first are not those that the second would choose
+        _pass_through(buffers, lengths, root, gathered)
+    return buffers.num_bytes
+
+
+def _pass_through(buffers: Buffers, lengths: list[int], root: int, gathered: torch.dtype | None) -> None:
+    sending = deque[torch.Tensor]()
     weights: dict[int, torch.Tensor] = {}
     own = [buffers.take(Flat(root))] if gathered and root else []
     order = [*range(len(lengths)), *reversed(range(len(lengths)))]
@@ -284,18 +291,19 @@ def _buffer_bytes(lengths: list[int], root: int, gathered: torch.dtype | None) -
                 if each not in weights:
                     weights[each] = buffers.take(Flat(lengths[each]), gathered)
         if place >= len(lengths):
-            if len(sending) == 2:
-                buffers.give(sending.popleft())
-            sending.append(buffers.take(Flat(lengths[block])))
+            _send(buffers, sending, lengths[block])
         if gathered and order[place + 1 : place + 2] != [block]:
             buffers.give(weights.pop(block))
     if root:
-        if len(sending) == 2:
-            buffers.give(sending.popleft())
-        sending.append(buffers.take(Flat(root)))
+        _send(buffers, sending, root)
     for each in (*sending, *own):
         buffers.give(each)
-    return buffers.num_bytes
+
+
+def _send(buffers: Buffers, sending: deque[torch.Tensor], length: int) -> None:
+    if len(sending) == 2:
+        buffers.give(sending.popleft())
+    sending.append(buffers.take(Flat(length)))
 
 
 class _Gradients:
@@ -312,6 +320,7 @@ class _Gradients:
         self._is_sent = divided.size > 1
         in_groups = {id(each) for group in groups for each in group}
         self._others = [each for each in parameters.values() if id(each) not in in_groups]
+        self._working: deque[torch.Tensor] = deque(maxlen=2)  # of Open MPI's all-to-all in place: a rank's part
         self._parts: list[torch.Tensor] = []  # of gradients, summed
         self._old_parts: list[torch.Tensor] = []
 
@@ -329,8 +338,11 @@ class _Gradients:
             self._send(group)
 
     def _send(self, group: list[nn.Parameter]) -> None:
+        part_length = sum(each.numel() for each in group) // self._shards
+        if self._stage:
+            self._working.append(torch.empty(part_length))
         if self._stage == 1:
-            self._parts.append(torch.empty(sum(each.numel() for each in group) // self._shards))
+            self._parts.append(torch.empty(part_length))
         if self._stage > 1 or group[0].nbytes < _ALONE_BYTES:
             for each in group:
                 each.grad = None
@@ -338,8 +350,10 @@ class _Gradients:
     def end_pass(self) -> None:
         if self._stage > 1:
             self._send(self._others)
+            self._working.clear()
 
     def end_step(self) -> None:
+        self._working.clear()
         self._old_parts, self._parts = self._parts, []
         if self._stage == 1:
             _ = [torch.empty(each.numel() * self._shards) for each in self._old_parts]  # weights, from all ranks

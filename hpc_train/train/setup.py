@@ -242,8 +242,7 @@ def _warn_of_memory(job: Job, expected: list[int | None]) -> None:
         _warn(
             job.context,
             f"warning: a rank expects to take {amount(max(filter(None, expected)), 'B')}, {amount(missing, 'B')} more "
-            "than there is: hpc-train memory prints what for; smaller batches, train.accumulate or a higher reduce.stage "
-            "need less.",
+            "than there is. Smaller batches, train.accumulate or a higher reduce.stage need less: hpc-train memory.",
         )
 
 
