@@ -5,7 +5,6 @@
 # make bench-io  measure reading and writing of HDF5 against bounds and other libraries (a quiet machine; 4 minutes)
 # make bench-plan  predict published scaling series from their small sizes, Extra-P beside (it gets an environment of its own)
 # make bench-link  train over limited links against what bench allreduce predicts (root, a quiet machine)
-# make bench-large  memory of a rank and time of a step by strategy and stage (a quiet machine; 15 minutes)
 # make bench-memory  memory that `hpc-train memory` tells against what ranks take, 18 jobs (8 minutes)
 # make bench-large  memory of a rank and time of a step by strategy and stage; as root over links, too (a quiet machine; 40 minutes)
 # make test-rdma  train over InfiniBand verbs between two emulated guests (root, 8 minutes)

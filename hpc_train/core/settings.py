@@ -163,6 +163,7 @@ class Run(_Section):
     stall_s: Annotated[float, AfterValidator(_stall), Field(ge=0, allow_inf_nan=False)] = 600.0
     # Of rank 0's host, on which it hears of dead and late ranks on other hosts; default: the address of its host name.
     interface: Text | None = None
+    check_memory: bool = True  # refuse a job whose weights, gradients and optimizer do not fit a rank
 
 
 class Config(_Section):

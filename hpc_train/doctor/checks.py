@@ -1,6 +1,6 @@
 """All checks in order: what later ones depend on comes first."""
 
-from hpc_train.doctor import disk_space, hardware, job, network, software, storage
+from hpc_train.doctor import disk_space, hardware, job, memory, network, software, storage
 from hpc_train.doctor.check import Check
 
 _NETWORK = "export OMPI_MCA_btl_tcp_if_include=INTERFACE   # one that hosts share: ip -br addr; is there a firewall?"
@@ -28,6 +28,7 @@ CHECKS = (
     Check("file locks", storage.probe_locks, storage.evaluate_locks, _FILES),
     Check("stripes", storage.probe_stripes, storage.evaluate_stripes, _FILES),
     Check("disk space", disk_space.probe_disk_space, disk_space.evaluate_disk_space, _FILES, ("torch", "h5py")),
+    Check("memory", memory.probe_memory, memory.evaluate_memory, "free -g", ("torch", "h5py"), limit_s=60.0),
     Check("energy meters", hardware.probe_meters, hardware.evaluate_meters, "nvidia-smi"),
     Check("Slurm", job.probe_slurm, job.evaluate_slurm, ""),
     Check("clocks", job.probe_clocks, job.evaluate_clocks, _NETWORK, _MPI),

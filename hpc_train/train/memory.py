@@ -11,7 +11,7 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from math import inf
+from math import ceil, inf
 from typing import Any, Self
 
 import numpy as np
@@ -21,11 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import amount
 from hpc_train.core.key_rules import check_ranks
 from hpc_train.core.settings import Config, Reduce
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.device_queue import map_tensors
+from hpc_train.train.data.node_memory import available_bytes_per_rank
 from hpc_train.train.device import autocast, recompute_blocks
 from hpc_train.train.initial_weights import build
 from hpc_train.train.reduce.block_weights import Buffers, Flat
@@ -38,6 +40,7 @@ _ALONE_BYTES = 1 << 20  # as in `reduce.buckets`: smaller gradients are copied i
 _NUM_STEPS = 2  # the second finds what the first one keeps
 _NUM_BATCHES = 2  # the one in use, and the next
 _MOST_RANKS = 1 << 20  # that are tried for the smallest number that fits
+_USABLE = 0.75  # of a rank's memory, for weights, gradients and optimizer: what is proposed leaves some for the rest
 _TRIED_NODES, _STILL_SHRINKS = 8, 0.98  # beyond so many nodes, twice as many must need less of a rank
 # Measured on x86-64 with torch 2.13, Open MPI 4.1 and Horovod 0.28 (make bench-memory prints what is left over):
 _GAPS = 0.45  # of what moves in the heap: malloc's gaps between freed and living tensors, which stay with the process
@@ -54,7 +57,7 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int  # what forward keeps for backward, and temporary results at that moment, such as logits
-    messages: int  # copies of gradients or weights for other ranks, and what MPI works in
+    messages: int  # copies of gradients or weights for other ranks
     gaps: int  # that malloc leaves between tensors: measured, see `_GAPS`
     checkpoint: int  # the copy of a rank's share of the state, which is written while training goes on
     input: int  # batches
@@ -127,16 +130,10 @@ class Trial:
             activations=max(0, int(live.peak) - moving),
             messages=in_messages + self._messages(divided),
             gaps=int(live.peak_with_gaps - live.peak),
-            checkpoint=(1 + states(self.config)) * all_bytes // num_ranks if self._saves_while_training else 0,
+            checkpoint=(1 + states(self.config)) * all_bytes // num_ranks if saves_while_training(self.config) else 0,
             input=_NUM_BATCHES * train.accumulate * _bytes_of(batch),
             base=self.base,
         )
-
-    @property
-    def _saves_while_training(self) -> bool:
-        """Else the only copy is made at the end, when activations and gradients are gone."""
-        checkpoint = self.config.checkpoint
-        return checkpoint.keep > 0 and (checkpoint.every_steps > 0 or checkpoint.every_minutes > 0)
 
     def _steps(self, batch: Any, divided: "Division") -> "_LiveBytes":
         """What the first steps allocate, on tensors without bytes."""
@@ -202,12 +199,71 @@ class Certain:
 
 
 def certain_bytes(config: Config, all_bytes: int, divided: Division) -> Certain:
-    """Of `all_bytes` of trainable weights (ZeRO, SC 2020, figure 1): stage 1 divides the optimizer's state, ..."""
+    """Of `all_bytes` of trainable weights: stage 1 divides the optimizer's state, 2 gradients, too, 3 weights, too."""
     part = all_bytes // divided.shards
     return Certain(
         weights=part if divided.stage == 3 else all_bytes,
         gradients=part if divided.stage >= 2 else all_bytes,
         optimizer=states(config) * (part if divided.stage else all_bytes),
+    )
+
+
+def room_bytes(context: Context, device: torch.device) -> int:
+    """Collective. How many bytes of weights, gradients and states each rank may hold at least, on `device`."""
+    available = available_bytes_per_rank(context)
+    return available if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0])
+
+
+def require_room(config: Config, model: nn.Module, divided: Division, available: int) -> None:
+    """Raises UserError if what a rank certainly holds is more than the `available` bytes, with what would fit.
+
+    What depends on a batch, on libraries and on malloc is not counted: a job that may fit is not refused.
+    """
+    if not config.run.check_memory or config.reduce.strategy in ("parameter_server", "own"):
+        return
+    all_bytes = num_bytes(trainable_parameters(model).values())
+    needed = certain_bytes(config, all_bytes, divided)
+    total = sum(vars(needed).values())
+    if total <= available:
+        return
+    parts = ", ".join(f"{name} {amount(each, 'B')}" for name, each in vars(needed).items())
+    raise UserError(
+        f"this job needs {amount(total, 'B')} a rank before activations and messages ({parts}), and a rank has "
+        f"{amount(available, 'B')}",
+        f"{_what_fits(config, all_bytes, divided, available)} hpc-train memory prints all parts; "
+        "run.check_memory = false tries all the same.",
+    )
+
+
+def expected_peak_bytes(config: Config, model: nn.Module, divided: Division, tried: int) -> int:
+    """The largest memory that this rank expects to take, told before its first step.
+
+    tried: what it took at most until the end of the trial of the first batch, which holds everything but the
+    optimizer's state and the copy for a checkpoint. On a CPU the state fills gaps that the next pass misses.
+    """
+    all_bytes = num_bytes(trainable_parameters(model).values())
+    copy = (1 + states(config)) * all_bytes // divided.size if saves_while_training(config) else 0
+    is_on_cpu = next(model.parameters()).device.type == "cpu"
+    gaps = (_GAPS_RECOMPUTED if config.train.activation_checkpointing else _GAPS) if is_on_cpu else 0.0
+    return tried + int((1 + gaps) * certain_bytes(config, all_bytes, divided).optimizer) + (copy if is_on_cpu else 0)
+
+
+def saves_while_training(config: Config) -> bool:
+    """Else the only copy for a checkpoint is made at the end, when activations and gradients are gone."""
+    checkpoint = config.checkpoint
+    return checkpoint.keep > 0 and (checkpoint.every_steps > 0 or checkpoint.every_minutes > 0)
+
+
+def _what_fits(config: Config, all_bytes: int, divided: Division, available: int) -> str:
+    usable = _USABLE * available
+    for stage in range(divided.stage + 1, 4):
+        needed = sum(vars(certain_bytes(config, all_bytes, Division(stage, divided.size, divided.size))).values())
+        if divided.size > 1 and (needed <= usable or (stage == 3 and needed <= available)):
+            return f"Set reduce.strategy = 'sharded' and reduce.stage = {stage}: {amount(needed, 'B')} a rank."
+    num_ranks = ceil((2 + states(config)) * all_bytes / max(1, usable))
+    return (
+        f"Start {num_ranks:,} ranks or more with as much memory each, with reduce.strategy = 'sharded' and "
+        "reduce.stage = 3."
     )
 
 
@@ -255,9 +311,6 @@ class _Gradients:
         self._is_sent = divided.size > 1
         in_groups = {id(each) for group in groups for each in group}
         self._others = [each for each in parameters.values() if id(each) not in in_groups]
-        self._working: deque[torch.Tensor] = deque(
-            maxlen=2
-        )  # of Open MPI's reduce-scatter at its root: what comes in, and its sum
         self._parts: list[torch.Tensor] = []  # of gradients, summed
         self._old_parts: list[torch.Tensor] = []
 
@@ -275,11 +328,8 @@ class _Gradients:
             self._send(group)
 
     def _send(self, group: list[nn.Parameter]) -> None:
-        length = sum(each.numel() for each in group)
-        if self._stage:
-            self._working.append(torch.empty(length * min(2, self._shards - 1)))
         if self._stage == 1:
-            self._parts.append(torch.empty(length // self._shards))
+            self._parts.append(torch.empty(sum(each.numel() for each in group) // self._shards))
         if self._stage > 1 or group[0].nbytes < _ALONE_BYTES:
             for each in group:
                 each.grad = None
@@ -287,10 +337,8 @@ class _Gradients:
     def end_pass(self) -> None:
         if self._stage > 1:
             self._send(self._others)
-            self._working.clear()
 
     def end_step(self) -> None:
-        self._working.clear()
         self._old_parts, self._parts = self._parts, []
         if self._stage == 1:
             _ = [torch.empty(each.numel() * self._shards) for each in self._old_parts]  # weights, from all ranks

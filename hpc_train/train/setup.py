@@ -29,11 +29,13 @@ from hpc_train.train.device import (
     recompute_blocks,
 )
 from hpc_train.train.initial_weights import build
+from hpc_train.train.memory import Division, expected_peak_bytes, require_room, room_bytes
 from hpc_train.train.onednn import compile_model, warn_of_channels_last
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.reduce.buckets import trainable_parameters
 from hpc_train.train.reduce.reducer import Reducer, keeps_parts
 from hpc_train.train.reduce.sharded_weights import whole_parameters
+from hpc_train.train.run.peak_memory import peak_anonymous_bytes, peak_gpu_bytes
 from hpc_train.train.tasks import Task, open_task
 from hpc_train.train.tasks.first_batch import checked_loss
 
@@ -67,7 +69,7 @@ def open_job(config: Config, context: Context) -> Iterator[Job]:
     with open_mesh(config.reduce, context) as mesh:
         task = _open_task(config, mesh, context)
         batch_size = _batch_size(config, task, context)
-        model, draw = _make_model(task, config, context, device)
+        model, draw = _make_model(task, config, mesh, device)
         facts = {
             "size": context.world.size,
             "global_batch": batch_size,
@@ -118,16 +120,18 @@ def _check_batch_size(config: Config, batch_size: int, num_samples: int) -> None
 
 
 def _make_model(
-    task: Task, config: Config, context: Context, device: torch.device
+    task: Task, config: Config, mesh: Mesh, device: torch.device
 ) -> tuple[nn.Module, Callable[[str], torch.Tensor] | None]:
     """Collective. The task's model on the device, and `Job.draw`.
 
-    Raises UserError if ranks made different ones: gradients could not be summed.
+    Raises UserError if ranks made different ones, whose gradients could not be summed, or if they cannot hold it.
     """
+    context = mesh.ranks
     initial = context.on_all(partial(build, task.model, config.seed))
     mine = [(name, tuple(p.shape), str(p.dtype)) for name, p in initial.model.named_parameters()]
     roots = context.on_root(lambda: mine)
     context.on_all(partial(_check_same_model, mine, roots, context.world.rank))
+    context.on_all(partial(_require_room, config, initial.model, mesh, room_bytes(context, device)))
     if not keeps_parts(config.reduce, context.world.size):
         return context.on_all(initial.materialise).to(device), None
     model = context.on_all(partial(initial.materialise, trainable_parameters(initial.model), device)).to(device)
@@ -138,6 +142,16 @@ def _make_model(
     roots_digest = context.on_root(initial.digest)
     context.on_all(partial(_check_same_values, initial.digest(), roots_digest, context.world.rank))
     return model, initial.draw
+
+
+def _require_room(config: Config, model: nn.Module, mesh: Mesh, available: int) -> None:
+    require_room(config, model, _division(config, mesh), available)
+
+
+def _division(config: Config, mesh: Mesh) -> Division:
+    size = mesh.ranks.world.size
+    stage = config.reduce.stage if config.reduce.strategy == "sharded" and size > 1 else 0
+    return Division(stage, mesh.shard.size if stage else 1, size)
 
 
 def _check_same_values(mine: str, roots: str, rank: int) -> None:
@@ -190,6 +204,7 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
         reducer.lockstep.end_trial()
     else:
         num_flops = job.context.on_all(partial(_try_batch, job, batch))
+    expected = _expected_peak_bytes(job)
     model = compile_model(job.model, job.device) if train.compile else job.model
     num_tried = -(-batch.num_samples // len(batch.parts)) if batch and batch.parts else 0
     peak, source = peak_flops(train, job.device)
@@ -202,8 +217,17 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
         "flops_per_sample": num_flops / num_tried if num_flops and num_tried else None,
         "peak_flops": peak,
         "peak_source": source,
+        "expected_peak_bytes": job.context.all_gather(expected),
     }
     return model, facts
+
+
+def _expected_peak_bytes(job: Job) -> int | None:
+    """None if unknown, as where servers hold what workers do not."""
+    tried = peak_gpu_bytes(job.device) or peak_anonymous_bytes()
+    if tried is None or job.config.reduce.strategy == "parameter_server":
+        return None
+    return expected_peak_bytes(job.config, job.model, _division(job.config, job.mesh), tried)
 
 
 def _try_batch(job: Job, batch: StepBatch | None) -> int:

@@ -19,7 +19,7 @@ from tests import jobs
 MLP = jobs.CONFIGS / "mlp-mnist.toml"
 CHECKS = (
     *("installed", "one MPI", "threads of MPI", "all-reduce", "transport", "cores", "convolutions", "GPU", "Horovod"),
-    *("parallel file", "file locks", "stripes", "disk space", "energy meters", "Slurm", "clocks", "fork"),
+    *("parallel file", "file locks", "stripes", "disk space", "memory", "energy meters", "Slurm", "clocks", "fork"),
 )
 Found = dict[str, dict[str, Any]]
 

@@ -16,7 +16,17 @@ import torch
 from hpc_train.core.filesystem import stripe_count
 from hpc_train.core.settings import Config, Data, Task, Train
 from hpc_train.core.world import World
-from hpc_train.doctor import disk_space, hardware, job, network, software, storage, supervisor, transport_counters
+from hpc_train.doctor import (
+    disk_space,
+    hardware,
+    job,
+    memory,
+    network,
+    software,
+    storage,
+    supervisor,
+    transport_counters,
+)
 from hpc_train.doctor.check import Answer, Finding, Subject, places, spans, time_text
 from hpc_train.train.comm.context import Context
 from hpc_train.train.optimize import Optimizer
@@ -311,6 +321,15 @@ def test_the_size_of_a_checkpoint(tmp_path: Path, optimizer: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------- software and job
+
+
+def test_weights_gradients_and_moments_must_fit_a_rank() -> None:
+    told = {"available": 400 * MIB, "needed": 100 * MIB}
+    assert memory.evaluate_memory(ranks(told)).status == "ok"
+    assert memory.evaluate_memory(ranks(told | {"needed": 350 * MIB})).status == "warn"
+    refused = memory.evaluate_memory(ranks(told | {"needed": 401 * MIB}))
+    assert refused.status == "fail" and "420 MB of 419 MB" in refused.seen and "hpc-train memory" in refused.remedy
+    assert memory.evaluate_memory(ranks(told | {"needed": None})).status == "n/a"
 
 
 def test_horovod_without_what_the_job_needs() -> None:

@@ -1,15 +1,18 @@
 """The memory of a rank that shapes tell, against what ranks of real jobs take."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from torch import nn
 
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
-from hpc_train.train.memory import Trial, smallest, smallest_by_strategy
+from hpc_train.train.memory import Division, Trial, require_room, smallest, smallest_by_strategy
 from tests import jobs
 from tests.benchmarks import memory
 
@@ -106,3 +109,23 @@ def test_the_fewest_ranks_are_found_for_each_strategy(job: Path) -> None:
     few = found["sharded, stage 3"]
     assert few and few[0] > 1 and few[1].total <= largest * 0.9
     assert found["mpi"] is None or found["mpi"][0] >= few[0]
+
+
+def test_what_cannot_fit_is_refused_with_what_would(job: Path) -> None:
+    config, model = load(job, ("reduce.strategy=mpi",)).config, nn.Linear(1000, 1000, bias=False)  # 4 MB, with AdamW 16
+    with pytest.raises(UserError, match=r"16.0 MB a rank .*weights 4.00 MB.* has 10.0 MB") as refused:
+        require_room(config, model, Division(0, 1, 4), 10_000_000)
+    assert "reduce.stage = 2: 7.00 MB a rank" in refused.value.remedy
+    with pytest.raises(UserError) as refused:
+        require_room(config, model, Division(0, 1, 1), 1_000_000)
+    assert "Start 22 ranks or more" in refused.value.remedy
+    require_room(config, model, Division(0, 1, 4), 16_000_000)
+    require_room(config, model, Division(3, 4, 4), 4_000_000)
+    require_room(load(job, ("run.check_memory=false",)).config, model, Division(0, 1, 1), 0)
+
+
+def test_a_job_beyond_the_limit_of_a_process_ends_before_its_weights_are_made(job: Path) -> None:
+    wide = jobs.settings(**{"task.options": "{hidden=[8192, 8192]}"})  # 1.1 GB of weights, gradients and moments
+    command = [sys.executable, "-m", "hpc_train", "train", str(job), *wide]
+    ended = subprocess.run(["prlimit", "--data=1000000000", *command], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "this job needs" in ended.stderr and "Start 2 ranks" in ended.stderr

@@ -1,11 +1,14 @@
 """The memory of a node, and how much of it is available to each of this job's ranks."""
 
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
 
 from hpc_train.train.comm.context import Context
+
+_STATUS = Path("/proc/self/status")
 
 
 def physical_bytes() -> int:
@@ -14,9 +17,20 @@ def physical_bytes() -> int:
 
 
 def available_bytes_per_rank(context: Context) -> int:
-    """Collective. How much each rank may allocate if all do, on the node with the least available memory per rank."""
-    mine = available_bytes() // context.world.local_size
+    """Collective. How much each rank may allocate if all do: the least of all ranks, by their nodes and own limits."""
+    mine = min(available_bytes() // context.world.local_size, _within_own_limits())
     return int(-context.max(np.array([-mine]))[0])
+
+
+def _within_own_limits() -> int:
+    """What this process may still take by `ulimit -d` and `ulimit -v` (setrlimit(2)); very much without a limit."""
+    fields = status_bytes()
+    left = [1 << 62]
+    for limit, used in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY and used in fields:
+            left.append(soft - fields[used])
+    return max(0, min(left))
 
 
 def available_bytes() -> int:
@@ -32,3 +46,11 @@ def available_bytes() -> int:
         if limit.isdecimal():
             found = min(found, int(limit) - int(used))
     return max(found, 0)
+
+
+def status_bytes() -> dict[str, int]:
+    """What /proc/self/status states in kB, in bytes by name; {} if there is none."""
+    if not _STATUS.is_file():
+        return {}
+    words = (line.split() for line in _STATUS.read_text().splitlines())
+    return {each[0].rstrip(":"): int(each[1]) * 1024 for each in words if len(each) == 3 and each[2] == "kB"}

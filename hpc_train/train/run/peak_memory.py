@@ -1,10 +1,8 @@
 """How much memory a rank used at most: of the node as the kernel counts it, and of its GPU as torch does."""
 
-from pathlib import Path
-
 import torch
 
-_STATUS = Path("/proc/self/status")
+from hpc_train.train.data.node_memory import status_bytes
 
 
 def peak_resident_bytes() -> int | None:
@@ -12,7 +10,7 @@ def peak_resident_bytes() -> int | None:
 
     Not getrusage's maximum, which a process inherits from the one that started it.
     """
-    return _fields().get("VmHWM")
+    return status_bytes().get("VmHWM")
 
 
 def peak_anonymous_bytes() -> int | None:
@@ -21,23 +19,15 @@ def peak_anonymous_bytes() -> int | None:
     The kernel keeps a peak of all pages only. Files and shared memory, once mapped, stay: what they take now is what
     they took at the peak, or a little more.
     """
-    found = _fields()
+    found = status_bytes()
     return found["VmHWM"] - found["RssFile"] - found["RssShmem"] if "VmHWM" in found else None
 
 
 def anonymous_bytes() -> int | None:
     """The resident memory of this process's own now (RssAnon)."""
-    return _fields().get("RssAnon")
+    return status_bytes().get("RssAnon")
 
 
 def peak_gpu_bytes(device: torch.device) -> int | None:
     """The most that tensors of this process took on `device` at a time; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def _fields() -> dict[str, int]:
-    """What /proc/self/status states in kB, in bytes by name; {} if there is none."""
-    if not _STATUS.is_file():
-        return {}
-    words = (line.split() for line in _STATUS.read_text().splitlines())
-    return {each[0].rstrip(":"): int(each[1]) * 1024 for each in words if len(each) == 3 and each[2] == "kB"}

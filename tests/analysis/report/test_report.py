@@ -356,3 +356,14 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Pat
     with pytest.raises(UserError) as error:
         write_report(made, tmp_path / "file" / "report")
     assert str(tmp_path / "file" / "report") in error.value.what
+
+
+def test_the_page_shows_the_largest_peak_beside_what_was_expected(tmp_path: Path) -> None:
+    peaks = {
+        "peak_anonymous_bytes": [700e6, 683e6],
+        "peak_resident_bytes": [900e6, 880e6],
+        "peak_gpu_bytes": [None] * 2,
+    }
+    told = {"expected_peak_bytes": [660e6, 650e6]}
+    shown = Page(page(report(tmp_path, *pair(meta=peaks | told)), tmp_path)).text
+    assert "700 MB of its own, 900 MB resident with files; 660 MB expected of its own" in shown

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.model import Metadata
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.meta_json import dict_at, positive_number, text_at
+from hpc_train.analysis.runs.meta_json import dict_at, list_at, positive_number, text_at
 from hpc_train.core.formatting import amount, listed
 
 
@@ -49,14 +49,21 @@ def run_metadata(run: Run) -> Metadata:
 
 
 def _peak_text(run: Run) -> str:
-    """The largest of the ranks' peaks; empty for runs that did not record any."""
-    kinds = {"resident": run.meta.get("peak_resident_bytes"), "on its GPU": run.meta.get("peak_gpu_bytes")}
-    largest = {
-        kind: max(filter(None, map(positive_number, values)), default=None)
-        for kind, values in kinds.items()
-        if isinstance(values, list)
-    }
-    return ", ".join(f"{amount(peak, 'B')} {kind}" for kind, peak in largest.items() if peak)
+    """The largest of the ranks' peaks, and what was expected before the first step; empty for older runs."""
+    kinds = {"of its own": "anonymous", "resident with files": "resident", "on its GPU": "gpu"}
+    told = {kind: _largest(run, f"peak_{key}_bytes") for kind, key in kinds.items()}
+    peaks = [f"{amount(peak, 'B')} {kind}" for kind, peak in told.items() if peak]
+    expected = _largest(run, "expected_peak_bytes")
+    if not peaks or not expected:
+        return ", ".join(peaks)
+    return f"{', '.join(peaks)}; {amount(expected, 'B')} expected " + (
+        "on its GPU" if told["on its GPU"] else "of its own"
+    )
+
+
+def _largest(run: Run, key: str) -> float | None:
+    """Of the values of all ranks."""
+    return max(filter(None, map(positive_number, list_at(run.meta, key))), default=None)
 
 
 def _servers_text(run: Run) -> str:
