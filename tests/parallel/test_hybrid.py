@@ -20,6 +20,8 @@ from hpc_train.train.reduce.block_weights import BlockWeights
 from tests.parallel.test_sharded import KEYS, Layers, sharded, stage_3
 from tests.parallel.test_train import CONFIGS, losses, run
 
+BF16: dict[str, object] = {"train__precision": "bf16"}
+
 
 def group_sizes(context: Context) -> list[int]:
     """How many ranks may share one copy such that there are several copies."""
@@ -73,7 +75,7 @@ def test_ranks_that_make_no_whole_groups_are_refused(context: Context, shared_pa
         run(context, shared_path, digits, "mlp-mnist.toml", **KEYS, **hybrid(2, size + 1))
 
 
-@pytest.mark.parametrize("keys", [{}, {"train__clip_norm": 0.5}, {"train__accumulate": 3}], ids=str)
+@pytest.mark.parametrize("keys", [{}, {"train__clip_norm": 0.5}, {"train__accumulate": 3}, BF16], ids=str)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_several_copies_train_as_one_does(
     context: Context, shared_path: Path, digits: Path, stage: int, keys: dict[str, object]
@@ -83,8 +85,9 @@ def test_several_copies_train_as_one_does(
     for within in group_sizes(context):
         path = shared_path / str(within)
         found = losses(run(context, path, digits, "mlp-mnist.toml", **keys, **hybrid(stage, within)))
-        is_exact = context.world.size == 2 and (keys == KEYS or (stage == 1 and "train__clip_norm" not in keys))
-        assert np.abs(found / expected - 1).max() <= (0 if is_exact else 1e-5), within
+        adds_up_alike = "train__clip_norm" not in keys and (stage == 1 or "train__accumulate" not in keys)
+        most = 1e-2 if BF16.items() <= keys.items() else 1e-5
+        assert np.abs(found / expected - 1).max() <= (0 if context.world.size == 2 and adds_up_alike else most), within
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -150,8 +150,8 @@ class Saver:
         """without: the ranks that have no memory for a copy."""
         if without and self._is_root and not self._has_told_of_room:
             self._has_told_of_room = True
-            whose = "rank " + str(without[0]) if len(without) == 1 else f"{len(without)} ranks"
-            self.log(f"No memory for a copy of what {whose} saves: training waits while checkpoints are written")
+            whose = f"rank {without[0]} saves" if len(without) == 1 else f"{len(without)} ranks save"
+            self.log(f"No memory for a copy of what {whose}: training waits while checkpoints are written")
 
     # ------------------------------------------------------------------------------------------------ stages
 
