@@ -62,7 +62,7 @@ def rank_main(folder: Path, megabytes: int, rounds: int) -> None:
                 added = memory.end()
                 path = run.checkpoint(2 * number + 2)
                 context.on_root(partial(_leave_cache, path))
-                read_s = _timed(context, partial(_read_raw, path, context, num_bytes))
+                read_s = _timed(context, partial(_read_raw, path, context, share.parts))
                 context.on_root(partial(_leave_cache, path))
                 load_s = _timed(context, lambda: _load(run, context, share))
                 dcp_saved_s = _timed(context, dcp.save)
@@ -145,12 +145,16 @@ def _write_raw(folder: Path, context: Any, parts: list[Any]) -> None:
     context.barrier()
 
 
-def _read_raw(path: Path, context: Any, num_bytes: int) -> None:
+def _read_raw(path: Path, context: Any, parts: list[Any]) -> None:
+    """As many bytes as the rank's share, into the same memory."""
+    from hpc_train.train.run.checkpoint.ranges import bytes_of
+
     handle = os.open(path, os.O_RDONLY)
-    buffer = memoryview(bytearray(num_bytes))
-    done, at = 0, num_bytes * context.world.rank
-    while done < num_bytes:
-        done += os.preadv(handle, [buffer[done : done + PIECE_BYTES]], at + done) or num_bytes
+    at = context.world.rank * sum(part.numbers.nbytes for part in parts)
+    for part in parts:
+        data = bytes_of(part.numbers)
+        for begin in range(0, len(data), PIECE_BYTES):
+            at += os.preadv(handle, [data[begin : begin + PIECE_BYTES]], at)
     os.close(handle)
 
 
@@ -190,7 +194,7 @@ class _Dcp:
         address = context.on_root(lambda: f"tcp://127.0.0.1:{free_ports(1)[0]}")
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
         mesh = init_device_mesh("cpu", (size,))
-        self._path, self._is_root = path, context.world.is_root
+        self._path, self._context = path, context
         shapes = context.on_root(lambda: {name: tuple(each.shape) for name, each in share.state["model"].items()})
         self._state = {
             f"{kind}.{name}": distribute_tensor(torch.rand(shape), mesh, [Shard(0)])
@@ -201,8 +205,9 @@ class _Dcp:
     def save(self) -> None:
         from torch.distributed import checkpoint
 
-        if self._is_root:
+        if self._context.world.is_root:
             shutil.rmtree(self._path, ignore_errors=True)  # as the checkpoint before is removed
+        self._context.barrier()
         writer = checkpoint.FileSystemWriter(self._path, single_file_per_rank=True, sync_files=True, overwrite=True)
         checkpoint.save(self._state, storage_writer=writer)
 
