@@ -235,17 +235,20 @@ def require_room(config: Config, model: nn.Module, divided: Division, available:
     )
 
 
-def expected_peak_bytes(config: Config, model: nn.Module, divided: Division, tried: int) -> int:
+def expected_peak_bytes(config: Config, model: nn.Module, divided: Division, tried: int, most: int) -> int:
     """The largest memory that this rank expects to take, told before its first step.
 
     tried: what it took at most until the end of the trial of the first batch, which holds everything but the
     optimizer's state and the copy for a checkpoint. On a CPU the state fills gaps that the next pass misses.
+    most: what it may take: a copy that would exceed it is not made.
     """
     all_bytes = num_bytes(trainable_parameters(model).values())
-    copy = (1 + states(config)) * all_bytes // divided.size if saves_while_training(config) else 0
     is_on_cpu = next(model.parameters()).device.type == "cpu"
     gaps = (_GAPS_RECOMPUTED if config.train.activation_checkpointing else _GAPS) if is_on_cpu else 0.0
-    return tried + int((1 + gaps) * certain_bytes(config, all_bytes, divided).optimizer) + (copy if is_on_cpu else 0)
+    needed = tried + int((1 + gaps) * certain_bytes(config, all_bytes, divided).optimizer)
+    is_copied = is_on_cpu and saves_while_training(config)
+    copy = (1 + states(config)) * all_bytes // divided.size if is_copied else 0
+    return needed + copy if needed + copy <= most else needed
 
 
 def saves_while_training(config: Config) -> bool:

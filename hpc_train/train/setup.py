@@ -205,8 +205,6 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
         reducer.lockstep.end_trial()
     else:
         num_flops = job.context.on_all(partial(_try_batch, job, batch))
-    expected = job.context.all_gather(_expected_peak_bytes(job))
-    _warn_of_memory(job, expected)
     model = compile_model(job.model, job.device) if train.compile else job.model
     num_tried = -(-batch.num_samples // len(batch.parts)) if batch and batch.parts else 0
     peak, source = peak_flops(train, job.device)
@@ -219,31 +217,28 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
         "flops_per_sample": num_flops / num_tried if num_flops and num_tried else None,
         "peak_flops": peak,
         "peak_source": source,
-        "expected_peak_bytes": expected,
+        "expected_peak_bytes": _expect_memory(job),
     }
     return model, facts
 
 
-def _expected_peak_bytes(job: Job) -> int | None:
-    """None if unknown, as where servers hold what workers do not."""
-    tried = peak_gpu_bytes(job.device) or peak_anonymous_bytes()
-    if tried is None or job.config.reduce.strategy == "parameter_server":
-        return None
-    return expected_peak_bytes(job.config, job.model, _division(job.config, job.mesh), tried)
-
-
-def _warn_of_memory(job: Job, expected: list[int | None]) -> None:
-    """Collective. Warns if a rank expects to take more than there is: gaps and kernels are estimates."""
+def _expect_memory(job: Job) -> list[int | None]:
+    """Collective. What each rank expects to take at most; None if unknown. Warns if that is more than there is."""
     is_on_cpu = job.device.type == "cpu"
     taken = (anonymous_bytes() or 0) if is_on_cpu else torch.cuda.memory_reserved(job.device)
-    own, room = expected[job.context.world.rank], room_bytes(job.context, job.device)
-    missing = int(job.context.max(np.array([(own or 0) - taken - room]))[0])
+    most = taken + room_bytes(job.context, job.device)
+    own, tried = None, peak_gpu_bytes(job.device) or peak_anonymous_bytes()
+    if tried and job.config.reduce.strategy != "parameter_server":  # servers hold what workers do not
+        own = expected_peak_bytes(job.config, job.model, _division(job.config, job.mesh), tried, most)
+    expected = job.context.all_gather(own)
+    missing = int(job.context.max(np.array([(own or 0) - most]))[0])
     if missing > 0:
         _warn(
             job.context,
             f"warning: a rank expects to take {amount(max(filter(None, expected)), 'B')}, {amount(missing, 'B')} more "
             "than there is. Smaller batches, train.accumulate or a higher reduce.stage need less: hpc-train memory.",
         )
+    return expected
 
 
 def _try_batch(job: Job, batch: StepBatch | None) -> int:
