@@ -59,7 +59,7 @@ class Jobs:
         return subprocess.Popen(
             line,
             cwd=self.folder,
-            env=jobs.environment(MALLOC_ARENA_MAX="2"),
+            env=jobs.environment(MALLOC_ARENA_MAX="2", MALLOC_MMAP_THRESHOLD_=str(1 << 20)),  # few gaps in the heap
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
