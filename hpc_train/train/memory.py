@@ -214,6 +214,13 @@ def room_bytes(context: Context, device: torch.device) -> int:
     return available if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0])
 
 
+def divided_bytes(config: Config, all_bytes: int, stage: int) -> int:
+    """Bytes of all shards together that a stage divides among ranks; 0 of stage 0."""
+    # One rank of two keeps the half of them, and all of the rest.
+    kept = (sum(vars(certain_bytes(config, all_bytes, Division(stage, shards, shards))).values()) for shards in (1, 2))
+    return 2 * (next(kept) - next(kept))
+
+
 def require_room(config: Config, model: nn.Module, divided: Division, available: int) -> None:
     """Raises UserError if what a rank certainly holds is more than the `available` bytes, with what would fit.
 

@@ -30,7 +30,7 @@ from hpc_train.train.device import (
     recompute_blocks,
 )
 from hpc_train.train.initial_weights import build
-from hpc_train.train.memory import Division, expected_peak_bytes, require_room, room_bytes
+from hpc_train.train.memory import Division, divided_bytes, expected_peak_bytes, require_room, room_bytes
 from hpc_train.train.onednn import compile_model, warn_of_channels_last
 from hpc_train.train.optimize import Optimizer
 from hpc_train.train.reduce.buckets import trainable_parameters
@@ -217,13 +217,17 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
         "flops_per_sample": num_flops / num_tried if num_flops and num_tried else None,
         "peak_flops": peak,
         "peak_source": source,
-        "expected_peak_bytes": _expect_memory(job),
+        **_expect_memory(job),
     }
     return model, facts
 
 
-def _expect_memory(job: Job) -> list[int | None]:
-    """Collective. What each rank expects to take at most; None if unknown. Warns if that is more than there is."""
+def _expect_memory(job: Job) -> dict[str, Any]:
+    """Collective. Facts for meta.json; warns if a rank expects to take more memory than there is.
+
+    expected_peak_bytes: what each rank expects to take at most; None if unknown. rank_room_bytes: what it may take.
+    divided_bytes: what of the state of all ranks more ranks would divide further.
+    """
     is_on_cpu = job.device.type == "cpu"
     taken = (anonymous_bytes() or 0) if is_on_cpu else torch.cuda.memory_reserved(job.device)
     most = taken + room_bytes(job.context, job.device)
@@ -232,13 +236,19 @@ def _expect_memory(job: Job) -> list[int | None]:
         own = expected_peak_bytes(job.config, job.model, _division(job.config, job.mesh), tried, most)
     expected = job.context.all_gather(own)
     missing = int(job.context.max(np.array([(own or 0) - most]))[0])
+    least_room = int(-job.context.max(np.array([-most]))[0])
+    all_bytes = sum(each.nbytes for each in trainable_parameters(job.model).values())
     if missing > 0:
         _warn(
             job.context,
             f"warning: a rank expects to take {amount(max(filter(None, expected)), 'B')}, {amount(missing, 'B')} more "
             "than there is. Smaller batches, train.accumulate or a higher reduce.stage need less: hpc-train memory.",
         )
-    return expected
+    return {
+        "expected_peak_bytes": expected,
+        "rank_room_bytes": least_room,
+        "divided_bytes": divided_bytes(job.config, all_bytes, _division(job.config, job.mesh).stage),
+    }
 
 
 def _try_batch(job: Job, batch: StepBatch | None) -> int:

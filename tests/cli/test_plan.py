@@ -14,6 +14,7 @@ from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.models.measurement_table import read_table
 from hpc_train.analysis.models.predict import curve_sizes, predict
 from hpc_train.analysis.planning.budget import Work, power, read_network, samples_work, steps_work
+from hpc_train.analysis.planning.memory import RankMemory
 from hpc_train.analysis.planning.plan import Limits, make_plan
 from hpc_train.analysis.report.notes.plan import why_not_larger, why_not_smaller
 from hpc_train.analysis.report.sections.next_run import next_run
@@ -50,6 +51,33 @@ def test_the_essays_case(tmp_path: Path) -> None:
     assert low <= 1e8 <= high and hundred["extrapolation"] == 12.5
     told = run_plan("--table", path, "--samples", "1e10", "--predict", "100").output
     assert told.startswith("100 nodes (100 ranks): 3.17 years (")  # 10^8 s
+
+
+@pytest.mark.parametrize("shard_within", ["job", "node", 16])
+def test_no_size_is_chosen_on_which_a_rank_lacks_memory(tmp_path: Path, shard_within: str | int) -> None:
+    """16 GB of state, divided by 16 ranks on 4 nodes."""
+    foreseen = predict(read_table(table(tmp_path, WEAK)))
+    memory = RankMemory(2e9, 16e9, 5.1e9, 16, 4, shard_within)
+    assert memory.at(16) == 2e9
+    if shard_within == "job":
+        assert [memory.at(ranks) for ranks in (4, 8, 32)] == [5e9, 3e9, 1.5e9]
+        assert [memory.room(ranks) for ranks in (1, 4, 64)] == [20.4e9, 5.1e9, 5.1e9]
+    if shard_within == "node":
+        assert memory.at(64) == 2e9 == memory.at(4), "more nodes divide nothing further"
+    if shard_within == 16:
+        assert memory.at(8) == 3e9 and memory.at(64) == 2e9
+    few = RankMemory(2e9, 16e9, 2.5e9, 16, 4, shard_within)
+    made = make_plan(foreseen, samples_work(1e8), Limits(max_nodes=4), memory=few)
+    broken = {option.nodes: [each.name for each in option.broken] for option in made.options}
+    lacking = {"job": {1, 2}, "node": set(), 16: {1, 2}}[shard_within]
+    assert {nodes for nodes, names in broken.items() if names == ["memory"]} == lacking
+    assert made.chosen is not None and made.chosen.nodes == 4
+    if lacking:
+        cheapest = make_plan(foreseen, samples_work(1e8), Limits(max_nodes=4, deadline_s=1e9), memory=few)
+        assert cheapest.chosen is not None and cheapest.chosen.nodes == 3
+        assert "2 nodes: may break the memory of a rank, 2.50 GB (it would take 3.00 GB)" in why_not_smaller(cheapest)
+        none = make_plan(foreseen, samples_work(1e8), memory=RankMemory(2e9, 0.0, 1e9, 16, 4, "job"))
+        assert none.chosen is None
 
 
 def test_limits_and_the_reasons_for_no_other_number(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import numpy as np
 from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.analysis.models.predict import Forecast, Prediction
 from hpc_train.analysis.planning.budget import Power, Work, node_counts, power
+from hpc_train.analysis.planning.memory import RankMemory
 from hpc_train.analysis.stats.repeats import NORMAL_95
 from hpc_train.core.errors import UserError
 from hpc_train.core.statistics import Interval
 
 FAR = 4.0  # times the largest measured size: only --max-nodes considers more
 _MOST_WORK_ERROR = 0.9  # of the work, downwards: beyond it the work would be less than nothing
-LimitName = Literal["deadline", "energy", "node_hours"]
+LimitName = Literal["deadline", "energy", "node_hours", "memory"]
 Criterion = Literal["forecast", "none", "deadline", "budget", "knee"]
 
 
@@ -35,11 +36,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class BrokenLimit:
-    """A limit that an option may break, in seconds, joules or node-hours."""
+    """A limit that an option may break, in seconds, joules, node-hours or bytes of a rank."""
 
     name: LimitName
     limit: float
-    worst: float  # the upper end of the option's interval
+    worst: float  # the upper end of the option's interval; of memory what a rank would take
 
 
 @dataclass(frozen=True)
@@ -102,21 +103,28 @@ class Plan:
 
 
 def make_plan(
-    prediction: Prediction, work: Work | None = None, limits: Limits | None = None, sizes: Sequence[int] = ()
+    prediction: Prediction,
+    work: Work | None = None,
+    limits: Limits | None = None,
+    sizes: Sequence[int] = (),
+    memory: RankMemory | None = None,
 ) -> Plan:
     """Considers whole nodes up to `limits.max_nodes` (by default `FAR` times the largest measured), or `sizes` alone.
 
     With a deadline the fewest nodes that meet it are chosen, with budgets alone the fastest option within them. Without
     either it is the knee, the largest speedup x efficiency, beyond which nodes cost more than they save (Eager,
     Zahorjan and Lazowska, "Speedup versus efficiency in parallel systems", IEEE Transactions on Computers 38(3), 1989).
-    A limit is kept if the upper end of the 95% interval keeps it. Raises `UserError` for a limit on what is unknown.
+    A limit is kept if the upper end of the 95% interval keeps it. No size is chosen on which a rank would take more
+    `memory` than it may. Raises `UserError` for a limit on what is unknown.
     """
     limits = limits or Limits()
     measured_power = power(prediction.measurements)
     _check(limits, work, measured_power)
     forecasts = prediction.at(_sizes(prediction, limits, sizes))
     options = [_option(forecast, prediction.measurements, work, measured_power) for forecast in forecasts]
-    judged = tuple(replace(option, broken=_broken(option, limits)) for option in options)
+    judged = tuple(
+        replace(option, broken=(*_broken(option, limits), *_without_room(option, memory))) for option in options
+    )
     chosen, criterion = (None, "forecast") if sizes and not limits.any_budget else _choose(judged, limits)
     return Plan(prediction, work, limits, measured_power, judged, chosen, criterion)
 
@@ -218,6 +226,13 @@ def _broken(option: Option, limits: Limits) -> tuple[BrokenLimit, ...]:
         for name, limit, interval in candidates
         if limit is not None and interval is not None and interval[1] > limit
     )
+
+
+def _without_room(option: Option, memory: RankMemory | None) -> tuple[BrokenLimit, ...]:
+    ranks = option.forecast.ranks
+    if memory is None or memory.at(ranks) <= memory.room(ranks):
+        return ()
+    return (BrokenLimit("memory", memory.room(ranks), memory.at(ranks)),)
 
 
 def _choose(options: Sequence[Option], limits: Limits) -> tuple[Option | None, Criterion]:

@@ -4,7 +4,7 @@ from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.analysis.models.predict import Prediction
 from hpc_train.analysis.planning.plan import FAR, BrokenLimit, Criterion, Option, Plan
 from hpc_train.analysis.report.notes.prediction import prediction_notes
-from hpc_train.core.formatting import duration_text, percent, plural, significant, watt_hours_text
+from hpc_train.core.formatting import amount, duration_text, percent, plural, significant, watt_hours_text
 
 _CRITERIA: dict[Criterion, str] = {
     "forecast": "these sizes were asked about",
@@ -30,6 +30,8 @@ def limit_text(broken: BrokenLimit) -> str:
         return f"the deadline of {duration_text(broken.limit)} (up to {duration_text(broken.worst)})"
     if broken.name == "energy":
         return f"the energy budget of {watt_hours_text(broken.limit)} (up to {watt_hours_text(broken.worst)})"
+    if broken.name == "memory":
+        return f"the memory of a rank, {amount(broken.limit, 'B')} (it would take {amount(broken.worst, 'B')})"
     limit, worst = significant(broken.limit), significant(broken.worst)
     return f"the budget of {limit} node-hours (up to {worst} node-hours)"
 
