@@ -75,7 +75,10 @@ def test_the_weights_of_blocks_and_of_tied_layers_count_once(job: Path) -> None:
     text = load(job, ()).config
     whole, third = (Trial(load(job, ("reduce.strategy=sharded", f"reduce.stage={each}")).config) for each in (1, 3))
     assert whole.memory(8).weights == 8 * third.memory(8).weights == Trial(text).memory(1).weights
-    assert third.memory(8).total < whole.memory(8).total
+    # So small a model takes more for the messages of blocks than it saves.
+    kept = [each.memory(8) for each in (third, whole)]
+    assert kept[0].gradients < kept[1].gradients and kept[0].optimizer == kept[1].optimizer
+    assert kept[0].messages > kept[1].messages
 
 
 def test_a_copy_on_each_node_is_divided_among_the_ranks_of_a_node(job: Path) -> None:
