@@ -14,7 +14,7 @@ from hpc_train.core.formatting import amount, plural
 if TYPE_CHECKING:
     from hpc_train.train.memory import Memory
 
-_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def _num_bytes(ctx: click.Context, param: click.Parameter, words: str | None) -> float | None:
@@ -23,7 +23,7 @@ def _num_bytes(ctx: click.Context, param: click.Parameter, words: str | None) ->
         return None
     found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT]?I?)B?", words.strip().upper(), re.ASCII)
     if not found or found[2] not in _UNITS or float(found[1]) == 0:
-        raise click.BadParameter("write a size such as 64GB or 512GiB")
+        raise click.BadParameter(f"{words}: write a size with its unit, such as 64GB or 512GiB")
     return float(found[1]) * _UNITS[found[2]]
 
 
@@ -31,7 +31,7 @@ def _num_bytes(ctx: click.Context, param: click.Parameter, words: str | None) ->
 @click.argument("config", type=UserPath())
 @click.option("--ranks", type=click.IntRange(1, MAX_RANKS), default=1, metavar="N", help="Ranks; default: 1.")
 @click.option("--ranks-per-node", type=click.IntRange(1, MAX_RANKS), metavar="R", help="Default: all on one node.")
-@click.option("--node-memory", callback=_num_bytes, metavar="SIZE", help="Find the fewest ranks that fit: 64GB.")
+@click.option("--node-memory", callback=_num_bytes, metavar="SIZE", help="Find the fewest full nodes that fit: 64GB.")
 @click.option("--json", "as_json", is_flag=True, help="Print bytes as JSON.")
 @overrides_option
 @on_first_rank
@@ -72,7 +72,7 @@ def memory(
     _print_parts(needed, ranks, on_node)
     if node_memory:
         click.echo(
-            f"\nFewest ranks, in powers of two, that fit {amount(node_memory, 'B')} a node, {on_node:,} on each:"
+            f"\nFewest ranks that fit nodes of {amount(node_memory, 'B')} with {on_node:,} on each, in powers of two nodes:"
         )
     for name, fitting in fits.items():
         click.echo(

@@ -273,7 +273,7 @@ def _what_fits(config: Config, all_bytes: int, divided: Division, available: int
     for stage in range(first, 4):
         needed = sum(vars(certain_bytes(config, all_bytes, Division(stage, divided.size, divided.size))).values())
         if divided.size > 1 and (needed <= usable or (stage == 3 and needed <= available)):
-            return f"Set {keys} and reduce.stage = {stage}: {amount(needed, 'B')} a rank."
+            return f"Set {keys} and reduce.stage = {stage}, which needs {amount(needed, 'B')} of these."
     num_ranks = ceil((2 + states(config)) * all_bytes / max(1, usable))
     return f"Start {num_ranks:,} ranks or more with as much memory each, with {keys} and reduce.stage = 3."
 
@@ -420,12 +420,12 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def smallest(trial: Trial, ranks_per_node: int, node_bytes: float) -> tuple[int, Memory] | None:
-    """(the smallest number of ranks, in powers of two, of which a node holds its own, their memory); None if none."""
-    num_ranks, before = 1, inf
+    """(the ranks of the fewest full nodes that hold their own, in powers of two; the memory of one); None if none."""
+    num_ranks, before = ranks_per_node, inf
     while num_ranks <= _MOST_RANKS:
         with suppress(UserError):  # not a number that the job can train on
             memory = trial.memory(num_ranks, ranks_per_node)
-            if memory.total * min(num_ranks, ranks_per_node) <= node_bytes:
+            if memory.total * ranks_per_node <= node_bytes:
                 return num_ranks, memory
             if num_ranks > _TRIED_NODES * ranks_per_node and memory.total > _STILL_SHRINKS * before:
                 return None
