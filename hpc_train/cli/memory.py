@@ -72,7 +72,7 @@ def memory(
     _print_parts(needed, ranks, on_node)
     if node_memory:
         click.echo(
-            f"\nFewest ranks that fit nodes of {amount(node_memory, 'B')} with {on_node:,} on each, in powers of two nodes:"
+            f"\nFewest ranks that fit, {on_node:,} on each node of {amount(node_memory, 'B')}, in powers of two nodes:"
         )
     for name, fitting in fits.items():
         click.echo(
