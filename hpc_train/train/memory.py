@@ -273,7 +273,8 @@ def _what_fits(config: Config, all_bytes: int, divided: Division, available: int
     for stage in range(first, 4):
         needed = sum(vars(certain_bytes(config, all_bytes, Division(stage, divided.size, divided.size))).values())
         if divided.size > 1 and (needed <= usable or (stage == 3 and needed <= available)):
-            return f"Set {keys} and reduce.stage = {stage}: {amount(needed, 'B')} a rank, with activations and messages still to come."
+            told = f"{amount(needed, 'B')} a rank, with activations and messages still to come."
+            return f"Set {keys} and reduce.stage = {stage}: {told}"
     num_ranks = ceil((2 + states(config)) * all_bytes / max(1, usable))
     return f"Start {num_ranks:,} ranks or more with as much memory each, with {keys} and reduce.stage = 3."
 
