@@ -1,10 +1,10 @@
 """Memory of a rank and time of a step by strategy and stage: a GPT of 85M parameters, AdamW, fp32, a thread a rank.
 
-    python -m tests.benchmarks.large [--ranks 1 2 4] [--rounds 2]
+    python -m tests.benchmarks.large [--ranks 1 2 4] [--rounds 2] [--layers 16 --width 1024] [--only "stage 3"]
 
 Each row is a job under mpirun. Memory is the peak of a rank's anonymous memory (RssAnon, read 500 times a second) less
 what it had before the model was made: until it has its first weights, and during the steps; the largest rank counts.
-Stages take turns; times are medians.
+Stages take turns; times are medians. formula: what docs/how-to/large-models.md promises of stage 3.
 """
 
 import argparse
@@ -113,15 +113,32 @@ def measure(folder: Path, ranks: int, variant: str) -> dict[str, float]:
     return json.loads(found[0].removeprefix("RESULT"))
 
 
+def formula_bytes(job: Path, ranks: int) -> float:
+    """16 bytes of each parameter over N, weights and gradients of the two largest blocks, and activations."""
+    from hpc_train.core.config import load
+    from hpc_train.train.memory import Trial
+    from hpc_train.train.reduce.shard_blocks import find_blocks, parameters_of
+
+    trial = Trial(load(job).config)
+    groups = parameters_of(trial.model, find_blocks(trial.model, None)).values()
+    sizes = sorted(sum(each.numel() for each in group.values()) for group in groups)
+    in_blocks = 8 * sum(sizes[-2:]) if ranks > 1 else 0
+    return 16 * sum(sizes) / ranks + in_blocks + trial.memory(ranks).activations
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=MODEL["layers"])
+    parser.add_argument("--width", type=int, default=MODEL["width"])
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), help="strategies, such as 'stage 3'")
     parser.add_argument("--job", type=Path)
     chosen = parser.parse_args()
     if chosen.job:
         rank_main(chosen.job)
         return
+    MODEL.update(layers=chosen.layers, width=chosen.width, heads=chosen.width // 64)
     folder = Path("runs/large")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -131,11 +148,12 @@ def main() -> None:
         shutil.copy(path, text)
     subprocess.run(["hpc-train", "prepare", "text", str(folder / "text.h5"), "--from", str(text)], check=True)
     print(
-        f"{'ranks':>5}  {'strategy':9} {'peak of a rank, MB: start':>25} {'steps':>7}  {'step, s (median, range)':>24}",
+        f"{'ranks':>5}  {'strategy':9} {'peak of a rank, MB: start':>25} {'steps':>7} {'formula':>8}  "
+        f"{'step, s (median, range)':>24}",
         flush=True,
     )
     for ranks in chosen.ranks:
-        variants = list(VARIANTS) if ranks > 1 else ["mpi"]
+        variants = chosen.only if ranks > 1 else ["mpi"]
         found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
         for _ in range(chosen.rounds):
             for variant in variants:
@@ -144,9 +162,12 @@ def main() -> None:
             times = [row["step_s"] for row in rows]
             start, peak = (max(row[key] for row in rows) / 1e6 for key in ("start_bytes", "peak_bytes"))
             shown = f"{median(times):.2f} ({min(times):.2f}-{max(times):.2f})"
-            print(
-                f"{ranks:5}  {variant if ranks > 1 else 'local':9} {start:25,.0f} {peak:7,.0f}  {shown:>24}", flush=True
+            # The formula of stage 3, and of one rank, which divides nothing.
+            told = (
+                f"{formula_bytes(folder / 'job.toml', ranks) / 1e6:,.0f}" if ranks == 1 or variant == "stage 3" else ""
             )
+            name = variant if ranks > 1 else "local"
+            print(f"{ranks:5}  {name:9} {start:25,.0f} {peak:7,.0f} {told:>8}  {shown:>24}", flush=True)
 
 
 if __name__ == "__main__":
