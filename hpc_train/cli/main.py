@@ -27,7 +27,7 @@ from hpc_train.cli.report import report
 from hpc_train.cli.scale import scale
 from hpc_train.cli.submit import submit
 from hpc_train.cli.train import generate, train
-from hpc_train.core.errors import JointFailure, UserError, refused
+from hpc_train.core.errors import JointFailure, UserError, out_of_memory, refused
 from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.output import drop_unread
 from hpc_train.core.redaction import message
@@ -79,7 +79,9 @@ def main() -> None:
             remedy = "Make room there, or redirect the output elsewhere."
             _end_refused(UserError(f"output cannot be written: {error.strerror}", remedy), job)
         _end(traceback.format_exc(), 1)
-    except Exception:  # noqa: BLE001  a bug of ours: print all of it
+    except Exception as error:  # noqa: BLE001  a bug of ours, but for memory: print all of it
+        if found := out_of_memory(error):
+            _end_refused(found, job)
         _end(traceback.format_exc(), 1)
 
 

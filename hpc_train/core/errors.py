@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +34,18 @@ def refused(error: OSError) -> UserError | None:
         return None
     remedy = "`ls -ld` and `df` show the cause."
     return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}", remedy)
+
+
+def out_of_memory(error: BaseException) -> UserError | None:
+    """The error of a process that the system gives no more memory; None for any other. Not of a GPU."""
+    asked = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(error))  # torch's, on a CPU
+    if not asked and not isinstance(error, MemoryError):
+        return None
+    size = f" for {amount(int(asked[1]), 'B')} more" if asked else ""
+    return UserError(
+        f"there is no memory{size}",
+        "Smaller batches, train.accumulate, a higher reduce.stage or more ranks need less: hpc-train memory CONFIG.",
+    )
 
 
 def not_written(path: str | Path, error: OSError, num_bytes: int) -> UserError:

@@ -1,6 +1,7 @@
 """The memory of a rank that shapes tell, against what ranks of real jobs take."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +137,12 @@ def test_a_job_beyond_the_limit_of_a_process_ends_before_its_weights_are_made(jo
     command = [sys.executable, "-m", "hpc_train", "train", str(job), *wide]
     ended = subprocess.run(["prlimit", "--data=1000000000", *command], capture_output=True, text=True, check=False)
     assert ended.returncode == 2 and "this job needs" in ended.stderr and "Start 2 ranks" in ended.stderr
+
+
+def test_a_rank_without_memory_in_a_step_says_so(job: Path) -> None:
+    """A batch of activations that no limit holds: one sentence instead of torch's traceback."""
+    keys = ["--set", "train.global_batch=1000", "--set", "train.steps=1", "--set", "task.options={hidden=[200000]}"]
+    command = [sys.executable, "-m", "hpc_train", "train", str(job), *keys, "--set", "run.check_memory=false"]
+    ended = subprocess.run(["prlimit", "--data=1500000000", *command], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+    assert re.search(r"there is no memory for \d.* more\n  Smaller batches, ", ended.stderr), ended.stderr

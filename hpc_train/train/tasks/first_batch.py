@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpc_train.core.errors import UserError
+from hpc_train.core.errors import UserError, out_of_memory
 from hpc_train.core.settings import Config
 
 
@@ -23,6 +23,8 @@ def checked_loss(config: Config, task: Any, model: nn.Module, batch: Any) -> tor
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError) as error:  # torch's, for shapes or types that disagree
+        if found := out_of_memory(error):
+            raise found from None
         raise _does_not_fit(config, model, batch, f"{error}, {user_line(error)}") from None
     if not isinstance(loss, torch.Tensor) or loss.shape != () or not loss.requires_grad:
         raise _does_not_fit(config, model, batch, f"the loss is {_shown(loss)}, and not a differentiable number")
