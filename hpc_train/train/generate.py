@@ -15,7 +15,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import open_files
 from hpc_train.train.data.tokenizer import Tokenizer
 from hpc_train.train.models.gpt import Gpt
-from hpc_train.train.run.checkpoint.restore import Alike, Plan, check_fits, load_newest, plan_model
+from hpc_train.train.run.checkpoint.restore import Plan, Replicated, check_fits, load_newest, plan_model
 from hpc_train.train.tasks.language import Language
 
 
@@ -54,7 +54,7 @@ def generate(path: Path, overrides: tuple[str, ...], prompt: str, decoding: Deco
 
     def plan(state: dict[str, Any]) -> Plan:
         wanted, finish = plan_model(model, state["model"])
-        return Plan([Alike(alone, wanted)], finish)
+        return Plan([Replicated(alone, wanted)], finish)
 
     stated = load_newest(run, alone, lambda state, _: check_fits(state, model), plan, _say)
     if not stated:

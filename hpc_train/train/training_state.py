@@ -21,7 +21,15 @@ from hpc_train.train.reduce.sharded_weights import ParamShard, State, whole_para
 from hpc_train.train.run.attempt import Attempt, check_resumes, log, require_first_start
 from hpc_train.train.run.checkpoint.encoding import data_set_name
 from hpc_train.train.run.checkpoint.reading import StoredTensor
-from hpc_train.train.run.checkpoint.restore import Alike, Plan, Wanted, check_fits, load_newest, plan_model, readable
+from hpc_train.train.run.checkpoint.restore import (
+    Plan,
+    Replicated,
+    Wanted,
+    check_fits,
+    load_newest,
+    plan_model,
+    readable,
+)
 from hpc_train.train.run.checkpoint.shares import Part, Share, UnusableCheckpoint, divide, map_leaves
 from hpc_train.train.run.sanity_checks import check_weights_agree
 from hpc_train.train.setup import Job
@@ -154,7 +162,7 @@ class TrainingState:
                 self.job.task.load_state(task)
 
         copies = mesh.replica.context or Context(World(host=mesh.ranks.world.host))
-        return Plan([Alike(mesh.ranks, whole), Alike(copies, owned)], finish)
+        return Plan([Replicated(mesh.ranks, whole), Replicated(copies, owned)], finish)
 
 
 def _blank(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -161,13 +161,15 @@ def _read_raw(path: Path, context: Any, parts: list[Any]) -> None:
 def _load(run: Any, context: Any, share: Any) -> None:
     from hpc_train.core.world import World
     from hpc_train.train.comm.context import Context
-    from hpc_train.train.run.checkpoint.restore import Alike, Plan, Wanted, load_newest
+    from hpc_train.train.run.checkpoint.restore import Plan, Replicated, Wanted, load_newest
 
     def plan(state: dict[str, Any]) -> Plan:
         stored = {f"model/{name}": each for name, each in state["model"].items()}
         for name, kept in state["optimizer"].items():
             stored |= {f"optimizer/{key}/{name}": each for key, each in kept.items()}
-        return Plan([Alike(Context(World()), [Wanted(stored[name], at, into) for name, at, into in share.parts])], list)
+        return Plan(
+            [Replicated(Context(World()), [Wanted(stored[name], at, into) for name, at, into in share.parts])], list
+        )
 
     load_newest(run, context, lambda state, manifest: None, plan, print)
 

@@ -59,7 +59,7 @@ def copied(training: TrainingState, source: RunDir, target: Path, **settings: ob
     def plan(state: dict[str, Any]) -> Any:
         nonlocal num_read
         planned = training.plan(state)
-        for alike in planned.alike:
+        for alike in planned.replicated:
             mine = shares.divide([each.into for each in alike.wanted], alike.context.world.size)
             for number, begin, end in mine[alike.context.world.rank]:
                 num_read += (end - begin) * alike.wanted[number].into.itemsize
@@ -169,7 +169,7 @@ def test_a_rank_that_cannot_read_its_ranges_is_named_and_the_checkpoint_before_i
             planned = training.plan(state)
             if context.world.rank == last and not failed:
                 failed.append(True)
-                planned.alike[1].wanted[0].stored._handle = -1
+                planned.replicated[1].wanted[0].stored._handle = -1
             return planned
 
         facts = load_newest(source, context, lambda state, _: training.check(state), plan, said.append)

@@ -137,7 +137,7 @@ class FullySharded:
         self.lockstep, self.waits = self, Phase()
         self._frees = settings.stage == 3
         self.sends_weights = not self._frees
-        modules = find_blocks(model, settings.shard_blocks)
+        modules = mesh.ranks.on_all(partial(find_blocks, model, settings.shard_blocks))
         groups = parameters_of(model, modules)
         world = context.world
         blocks = mesh.ranks.on_all(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +17,6 @@ from hpc_train.train.reduce.fully_sharded import FullySharded
 from hpc_train.train.reduce.horovod_library import open_horovod, start_horovod
 from hpc_train.train.reduce.local import Local
 from hpc_train.train.reduce.parameter_server import Server, Worker
-from hpc_train.train.reduce.shard_blocks import find_blocks
 from hpc_train.train.reduce.sharded import Sharded
 from hpc_train.train.reduce.sharded_weights import ShardedWeights
 from hpc_train.train.reduce.step_flags import ControlFlags, StepFlags
@@ -110,7 +108,6 @@ def open_reducer(
             assert mesh.shard.context is not None
             yield Sharded(within, between, model, mesh.shard.context, control)
         else:
-            mesh.ranks.on_all(partial(find_blocks, model, settings.shard_blocks))  # a mistake ends all ranks alike
             yield FullySharded(within, between, settings, model, mesh, control, draw)
     else:
         assert mesh.replica.context is not None

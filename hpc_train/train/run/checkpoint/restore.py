@@ -26,7 +26,7 @@ class Wanted(NamedTuple):
     into: torch.Tensor
 
 
-class Alike(NamedTuple):
+class Replicated(NamedTuple):
     """What all ranks of a context want alike: each reads a part of it and sends that to the others."""
 
     context: Context
@@ -36,7 +36,7 @@ class Alike(NamedTuple):
 class Plan(NamedTuple):
     """What a rank reads. finish: puts it in its place."""
 
-    alike: list[Alike]
+    replicated: list[Replicated]
     finish: Callable[[], None]
 
 
@@ -90,7 +90,7 @@ def _load(index: Index, context: Context, plan: Callable[[State], Plan]) -> str:
     try:
         with opened_state(index) as state:
             planned = plan(state)
-            for alike in planned.alike:
+            for alike in planned.replicated:
                 for wanted in _divided(alike)[alike.context.world.rank]:
                     wanted.stored.read(wanted.begin, wanted.into)
     except UnusableCheckpoint as error:
@@ -99,7 +99,7 @@ def _load(index: Index, context: Context, plan: Callable[[State], Plan]) -> str:
     if faults := [each for each in context.all_gather(fault) if each]:
         return faults[0]
     assert planned is not None
-    for alike in planned.alike:
+    for alike in planned.replicated:
         for reader, of_rank in enumerate(_divided(alike)):
             for wanted in of_rank:
                 alike.context.broadcast_array(wanted.into.view(torch.uint8).numpy(), reader)
@@ -107,7 +107,7 @@ def _load(index: Index, context: Context, plan: Callable[[State], Plan]) -> str:
     return ""
 
 
-def _divided(alike: Alike) -> list[list[Wanted]]:
+def _divided(alike: Replicated) -> list[list[Wanted]]:
     """By rank: what each reads."""
     wanted = alike.wanted
     return [
