@@ -59,10 +59,10 @@ def copied(training: TrainingState, source: RunDir, target: Path, **settings: ob
     def plan(state: dict[str, Any]) -> Any:
         nonlocal num_read
         planned = training.plan(state)
-        for alike in planned.replicated:
-            mine = shares.divide([each.into for each in alike.wanted], alike.context.world.size)
-            for number, begin, end in mine[alike.context.world.rank]:
-                num_read += (end - begin) * alike.wanted[number].into.itemsize
+        for group in planned.replicated:
+            mine = shares.divide([each.into for each in group.wanted], group.context.world.size)
+            for number, begin, end in mine[group.context.world.rank]:
+                num_read += (end - begin) * group.wanted[number].into.itemsize
         return planned
 
     run_of = RunDir(target)

@@ -90,8 +90,8 @@ def _load(index: Index, context: Context, plan: Callable[[State], Plan]) -> str:
     try:
         with opened_state(index) as state:
             planned = plan(state)
-            for alike in planned.replicated:
-                for wanted in _divided(alike)[alike.context.world.rank]:
+            for group in planned.replicated:
+                for wanted in _divided(group)[group.context.world.rank]:
                     wanted.stored.read(wanted.begin, wanted.into)
     except UnusableCheckpoint as error:
         world = context.world
@@ -99,23 +99,23 @@ def _load(index: Index, context: Context, plan: Callable[[State], Plan]) -> str:
     if faults := [each for each in context.all_gather(fault) if each]:
         return faults[0]
     assert planned is not None
-    for alike in planned.replicated:
-        for reader, of_rank in enumerate(_divided(alike)):
+    for group in planned.replicated:
+        for reader, of_rank in enumerate(_divided(group)):
             for wanted in of_rank:
-                alike.context.broadcast_array(wanted.into.view(torch.uint8).numpy(), reader)
+                group.context.broadcast_array(wanted.into.view(torch.uint8).numpy(), reader)
     context.on_all(planned.finish)
     return ""
 
 
-def _divided(alike: Replicated) -> list[list[Wanted]]:
+def _divided(group: Replicated) -> list[list[Wanted]]:
     """By rank: what each reads."""
-    wanted = alike.wanted
+    wanted = group.wanted
     return [
         [
             Wanted(wanted[number].stored, wanted[number].begin + begin, wanted[number].into[begin:end])
             for number, begin, end in of_rank
         ]
-        for of_rank in divide([each.into for each in wanted], alike.context.world.size)
+        for of_rank in divide([each.into for each in wanted], group.context.world.size)
     ]
 
 

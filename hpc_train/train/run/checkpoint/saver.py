@@ -24,7 +24,7 @@ from hpc_train.train.run.checkpoint.format import Layout
 from hpc_train.train.run.checkpoint.retention import newest_in_words, remove_old
 from hpc_train.train.run.checkpoint.shares import Part, Share, UnusableCheckpoint
 from hpc_train.train.run.checkpoint.together import write_parts_together
-from hpc_train.train.run.checkpoint.writing import Draft, Extent, Orders, own_parts, write_parts
+from hpc_train.train.run.checkpoint.writing import Draft, Extent, Target, own_parts, write_parts
 
 _POLL_S = 0.002
 _FAULT_WORDS = 64  # of 8 bytes, for the reason why a rank could not write
@@ -162,15 +162,15 @@ class Saver:
         """
         encoded, parts = _encoded(share)
         extents = self._context.gather([Extent.of(part) for part in parts])
-        orders = self._context.on_root(partial(self._orders, step, encoded, extents))
-        if orders is not None:
+        target = self._context.on_root(partial(self._target, step, encoded, extents))
+        if target is not None:
             num_pieces = [sum(each.num_pieces for each in of_rank) for of_rank in extents]
             if copies or any(part.numbers.is_cuda for part in parts):
                 parts = self._host_copy.take(parts)
-            self._under_way = self._stages(step, orders, parts, num_pieces)
+            self._under_way = self._stages(step, target, parts, num_pieces)
             self._is_under_way = next(self._under_way, None) is not None
 
-    def _orders(self, step: int, encoded: Encoded | TypeError | None, extents: list[list[Extent]]) -> Orders | None:
+    def _target(self, step: int, encoded: Encoded | TypeError | None, extents: list[list[Extent]]) -> Target | None:
         """On the root: creates the file. None if nothing is to be written."""
         if step == self._saved_step:
             return None
@@ -186,15 +186,15 @@ class Saver:
             num_bytes = sum(each.end - each.begin for of_rank in extents for each in of_rank)
             self._error = self._as_user_error(step, self._in_words(error, num_bytes))
             return None
-        return self._draft.orders
+        return self._draft.target
 
-    def _stages(self, step: int, orders: Orders, parts: list[Part], num_pieces: list[int]) -> Iterator[bool]:
+    def _stages(self, step: int, target: Target, parts: list[Part], num_pieces: list[int]) -> Iterator[bool]:
         """One save from the copy to its end. Yields where it would have to wait: whether for other ranks.
 
         num_pieces: of each rank, on the root.
         """
         outcome = np.zeros(_FAULT_WORDS + sum(Extent.of(part).num_pieces for part in parts), np.uint64)
-        write = partial(self._write, orders, parts, outcome)
+        write = partial(self._write, target, parts, outcome)
         if self._is_collective:
             write()
         else:
@@ -214,23 +214,23 @@ class Saver:
         while self._thread.is_alive():
             yield False
 
-    def _write(self, orders: Orders, parts: list[Part], outcome: np.ndarray) -> None:
+    def _write(self, target: Target, parts: list[Part], outcome: np.ndarray) -> None:
         # Every exception is kept: nobody hears a thread's, and a checkpoint that failed must not pass for saved.
         try:
-            outcome[_FAULT_WORDS:] = self._write_parts(orders, parts)
+            outcome[_FAULT_WORDS:] = self._write_parts(target, parts)
             if not self._is_root:
                 with suppress(UserError):  # the root reports a lost lock; this rank meets it at its next step
                     self._sync_records()
         except Exception as error:  # noqa: BLE001
             world = self._context.world
             where = f" (rank {world.rank} on {world.host})" if world.size > 1 else ""
-            text = (self._in_words(error, orders.num_bytes) + where).encode()[: 8 * _FAULT_WORDS]
+            text = (self._in_words(error, target.num_bytes) + where).encode()[: 8 * _FAULT_WORDS]
             outcome.view(np.uint8)[: len(text)] = np.frombuffer(text, np.uint8)
 
-    def _write_parts(self, orders: Orders, parts: list[Part]) -> np.ndarray:
+    def _write_parts(self, target: Target, parts: list[Part]) -> np.ndarray:
         if self._is_collective:
-            return write_parts_together(orders, parts, self._context)
-        return write_parts(orders, parts)
+            return write_parts_together(target, parts, self._context)
+        return write_parts(target, parts)
 
     def _seal(self, step: int, outcomes: list[np.ndarray]) -> None:
         assert self._draft is not None
@@ -246,7 +246,7 @@ class Saver:
         except UserError as error:
             self._error = error
         except Exception as error:  # noqa: BLE001
-            self._error = self._as_user_error(step, self._in_words(error, draft.orders.num_bytes))
+            self._error = self._as_user_error(step, self._in_words(error, draft.target.num_bytes))
 
     def _finish(self) -> None:
         """Collective. Takes all stages to come."""

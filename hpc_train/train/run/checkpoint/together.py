@@ -14,10 +14,10 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mpi_library import mpi
 from hpc_train.train.run.checkpoint.ranges import checksum
 from hpc_train.train.run.checkpoint.shares import Part, UnusableCheckpoint
-from hpc_train.train.run.checkpoint.writing import Orders, pieces_of
+from hpc_train.train.run.checkpoint.writing import Target, pieces_of
 
 
-def write_parts_together(orders: Orders, parts: list[Part], context: Context) -> np.ndarray:
+def write_parts_together(target: Target, parts: list[Part], context: Context) -> np.ndarray:
     """Collective. Writes and syncs all ranks' parts; returns the checksums of this rank's pieces.
 
     Raises, on the rank that it concerns, `UnusableCheckpoint` or OSError, once all ranks have made the same calls.
@@ -26,12 +26,12 @@ def write_parts_together(orders: Orders, parts: list[Part], context: Context) ->
     pieces: list[tuple[int, memoryview]] = []
     fault: UnusableCheckpoint | OSError | None = None
     try:
-        pieces = list(pieces_of(orders, parts))
+        pieces = list(pieces_of(target, parts))
     except UnusableCheckpoint as error:
         fault = error  # the others must not wait for this rank
     num_rounds = max(context.all_gather(len(pieces)))
     try:
-        file = MPI.File.Open(context.comm, str(orders.path), MPI.MODE_WRONLY)
+        file = MPI.File.Open(context.comm, str(target.path), MPI.MODE_WRONLY)
     except MPI.Exception as error:
         raise _as_os_error(error) from None
     writes = [partial(file.Write_at_all, *(piece or (0, b""))) for _, piece in zip_longest(range(num_rounds), pieces)]

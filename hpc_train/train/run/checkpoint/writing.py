@@ -40,7 +40,7 @@ class Extent(NamedTuple):
         return len(list(cut(self.begin, self.end)))
 
 
-class Orders(NamedTuple):
+class Target(NamedTuple):
     """What every rank must know to write its parts: the file, its size, and where its data sets begin."""
 
     path: Path
@@ -81,7 +81,7 @@ class Draft:
             [(name.encode(), begin, end, offsets[name] + begin, 0) for name, begin, end in pieces], self.layout.row
         )
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")  # not the name another job uses
-        self.orders = Orders(partial, self.layout.image.num_bytes, offsets)
+        self.target = Target(partial, self.layout.image.num_bytes, offsets)
         with self._discarded_on_error(), _opened(partial, os.O_CREAT | os.O_EXCL) as handle:
             os.ftruncate(handle, self.layout.image.num_bytes)
             # Before the data: its pages may overlap the edges of tensors.
@@ -95,18 +95,18 @@ class Draft:
         """
         self._table["xxh3"] = checksums
         with self._discarded_on_error():
-            with _opened(self.orders.path) as handle:
+            with _opened(self.target.path) as handle:
                 seal(handle, self.layout, self._table)
                 os.fsync(handle)
             before_rename()
-            os.rename(self.orders.path, self.path)  # over a damaged checkpoint of the same step
+            os.rename(self.target.path, self.path)  # over a damaged checkpoint of the same step
         _sync_folder(self.path.parent)
         if (folder := self.path.with_suffix("")).is_dir():  # of format 2, of the same step, which was refused
             remove(folder)
 
     def discard(self) -> None:
         with suppress(OSError):
-            self.orders.path.unlink(missing_ok=True)
+            self.target.path.unlink(missing_ok=True)
 
     @contextmanager
     def _discarded_on_error(self) -> Any:
@@ -117,7 +117,7 @@ class Draft:
             raise
 
 
-def write_parts(orders: Orders, parts: list[Part]) -> np.ndarray:
+def write_parts(target: Target, parts: list[Part]) -> np.ndarray:
     """Writes and syncs one rank's parts; returns the checksums of their pieces.
 
     Raises `UnusableCheckpoint` if a weight is NaN or infinite, and OSError if the disk refuses.
@@ -125,22 +125,22 @@ def write_parts(orders: Orders, parts: list[Part]) -> np.ndarray:
     if not parts:
         return np.empty(0, np.uint64)
     checksums = []
-    with _opened(orders.path) as handle:
-        for offset, piece in pieces_of(orders, parts):
+    with _opened(target.path) as handle:
+        for offset, piece in pieces_of(target, parts):
             write_all(handle, piece, offset)
             checksums.append(checksum(piece))
         os.fsync(handle)
     return np.array(checksums, np.uint64)
 
 
-def pieces_of(orders: Orders, parts: list[Part]) -> Iterator[tuple[int, memoryview]]:
+def pieces_of(target: Target, parts: list[Part]) -> Iterator[tuple[int, memoryview]]:
     """(offset in the file, bytes) of each piece. Raises `UnusableCheckpoint` if a weight is NaN or infinite."""
     for part in parts:
         extent, data = Extent.of(part), bytes_of(part.numbers)
         for begin, end in cut(extent.begin, extent.end):
             piece = data[begin - extent.begin : end - extent.begin]
             _check_finite(part, piece)  # while its weights are on their way through the cache
-            yield orders.offsets[part.data_set] + begin, piece
+            yield target.offsets[part.data_set] + begin, piece
 
 
 def write(path: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -149,7 +149,7 @@ def write(path: Path, state: dict[str, Any], manifest: dict[str, Any]) -> None:
     parts = own_parts(Share(state, []), encoded)
     draft = Draft(path, encoded, [[Extent.of(part) for part in parts]], manifest)
     try:
-        checksums = write_parts(draft.orders, parts)
+        checksums = write_parts(draft.target, parts)
     except BaseException:
         draft.discard()
         raise
