@@ -1,4 +1,4 @@
-"""`make bench-plan`: the largest sizes of published series, predicted from those up to a quarter and up to a half of it.
+"""`make bench-plan`: largest sizes of published series, predicted from those up to a quarter and up to a half of it.
 
 Two tables. In the first the constants of `hpc-train plan` are those estimated on series of other sources
 (`plan_priors.py`), in the second those that it ships with. Simple laws and Extra-P stand beside.
@@ -84,10 +84,13 @@ class Guess:
     holds: bool | None = None
 
 
-def by_plan(case: Case, model: ModelName | None = None) -> Guess | None:
-    """What `hpc-train plan` says; None if `model` cannot be fitted."""
-    made = predict.predict(case.known, model)
-    (ahead,) = made.at([case.ahead])
+def by_model(case: Case, model: ModelName = "mechanistic") -> Guess | None:
+    """What `hpc-train plan` says; None if the model cannot be fitted."""
+    chosen = predict.candidate(model, case.known)
+    if chosen.fit is None:
+        return None
+    drift = predict.observed_drift(case.known, chosen)
+    (ahead,) = predict.Prediction(case.known, chosen, (chosen,), drift, "").at([case.ahead])
     low, high = ahead.step_interval_s
     return Guess(ahead.step_s / case.truth_s - 1, (high - low) / case.truth_s, low <= case.truth_s <= high)
 
@@ -135,7 +138,10 @@ def extra_p(cases: list[Case]) -> list[Guess | None]:
     )
     ran.check_returncode()
     shares = [case.known.share(np.array([case.ahead]))[0] for case in possible]
-    errors = [guess * share / case.truth_s - 1 for guess, share, case in zip(json.loads(ran.stdout), shares, possible, strict=True)]
+    errors = [
+        guess * share / case.truth_s - 1
+        for guess, share, case in zip(json.loads(ran.stdout), shares, possible, strict=True)
+    ]
     found = dict(zip(map(id, possible), map(Guess, errors), strict=True))
     return [found.get(id(case)) for case in cases]
 
@@ -163,7 +169,11 @@ def print_errors(title: str, cases: list[Case], columns: dict[str, list[Guess | 
     for kind in sorted({case.series.kind for case in cases}):
         for part in ("AB", *PARTS):
             for share in SHARES:
-                rows = [i for i, case in enumerate(cases) if case.series.kind == kind and case.series.part in part and case.share == share]
+                rows = [
+                    i
+                    for i, case in enumerate(cases)
+                    if case.series.kind == kind and case.series.part in part and case.share == share
+                ]
                 if rows:
                     cells = [errors_text([guesses[i] for i in rows]) for guesses in columns.values()]
                     table.add_row(kind if part == "AB" else f"  part {part}", share, str(len(rows)), *cells)
@@ -171,14 +181,27 @@ def print_errors(title: str, cases: list[Case], columns: dict[str, list[Guess | 
 
 
 def print_coverage(title: str, cases: list[Case], guesses: list[Guess]) -> None:
-    table = Table("series", "from sizes up to", "number", "intervals that hold", "median width", "/ median error", title=title)
+    table = Table(
+        "series", "from sizes up to", "number", "intervals that hold", "median width", "/ median error", title=title
+    )
     for kind in ("", *sorted({case.series.kind for case in cases})):
         for share in SHARES:
-            chosen = [guess for guess, case in zip(guesses, cases, strict=True) if case.series.kind.startswith(kind) and case.share == share]
+            chosen = [
+                guess
+                for guess, case in zip(guesses, cases, strict=True)
+                if case.series.kind.startswith(kind) and case.share == share
+            ]
             width = float(np.median([guess.width or 0.0 for guess in chosen]))
             error = float(np.median([abs(guess.error) for guess in chosen]))
             held = np.mean([bool(guess.holds) for guess in chosen])
-            table.add_row(kind or "all", share, str(len(chosen)), f"{100 * held:.0f}%", f"{100 * width:.1f}%", f"{width / error:.1f}")
+            table.add_row(
+                kind or "all",
+                share,
+                str(len(chosen)),
+                f"{100 * held:.0f}%",
+                f"{100 * width:.1f}%",
+                f"{width / error:.1f}",
+            )
     Console(width=170).print(table)
 
 
@@ -188,13 +211,13 @@ def main() -> None:
     apart: list[Guess | None] = []
     for case in cases:
         use_priors(other[case.series.part])
-        apart.append(by_plan(case))
+        apart.append(by_model(case))
     use_priors("all")
-    shipped = [by_plan(case) for case in cases]
+    shipped = [by_model(case) for case in cases]
     laws: dict[str, list[Guess | None]] = {}
-    for model in ("amdahl", "usl"):
-        needed = 2 if model == "amdahl" else 3
-        laws[model] = [by_plan(case, model) if len(case.known.ranks) >= needed else None for case in cases]
+    models: tuple[ModelName, ...] = ("amdahl", "usl")
+    for model in models:
+        laws[model] = [by_model(case, model) for case in cases]
     for name, law in LAWS.items():
         laws[name] = [Guess(law(case.known, case.ahead) / case.truth_s - 1) for case in cases]
     laws["Extra-P"] = extra_p(cases)

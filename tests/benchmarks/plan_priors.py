@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.plan_priors > tests/benchmarks/plan_priors.json
 
-A coordinate search over the priors of `mechanistic_model.py`, for the error of sizes up to 8 times the largest one that a
-fit has seen. It is done on parts A and B of the series, which differ in their sources, so that `make bench-plan` judges the
-constants of each on the other, and on all, which are those of the package.
+A coordinate search over the priors of `mechanistic_model.py`, for the error of sizes up to 8 times the largest one that
+a fit has seen. It is done on parts A and B of the series, which differ in their sources, so that `make bench-plan`
+judges the constants of each on the other, and on all, which are those of the package.
 """
 
 import json
@@ -22,6 +22,7 @@ from tests.published import Series, all_series
 _NUM_CHAINS, _NUM_SWEEPS = 24, 80
 _LEAST_BEYOND, _MOST_BEYOND = 1.9, 8.1
 _SMALL_ERROR = 0.01  # smaller ones do not matter: runs differ by as much
+_MOST_PRESENCE = 0.9
 _FACTORS = (2.5, 1.6, 1.3)  # by which a constant is changed
 
 
@@ -54,7 +55,7 @@ class Folds:
 
     def loss(self, values: dict[str, float]) -> float:
         """The mean logarithm of errors."""
-        regression = replace(priors(self.weak).regression, noise=values["noise"], degrees=values["degrees"])
+        regression = replace(priors(self.weak).regression, noise=values["noise"], presence=values["presence"])
         scales = np.array([[1.0, *(values[name] for name in self.parts)]])
         rows = np.repeat(self.known, _NUM_CHAINS, axis=0)
         sampler = Sampler(rows, np.zeros(rows.shape[1]), scales, regression, len(rows))
@@ -83,8 +84,8 @@ def priors(weak: bool) -> mechanistic_model.Priors:
 
 
 def use(weak: bool, values: dict[str, float]) -> None:
-    """Makes the model use other constants: the scales of its parts, noise and degrees."""
-    regression = replace(priors(weak).regression, noise=values["noise"], degrees=values["degrees"])
+    """Makes the model use other constants: the scales of its parts, noise and presence."""
+    regression = replace(priors(weak).regression, noise=values["noise"], presence=values["presence"])
     made = mechanistic_model.Priors({part: values[part] for part in priors(weak).scales}, regression)
     setattr(mechanistic_model, "WEAK" if weak else "STRONG", made)
 
@@ -92,12 +93,14 @@ def use(weak: bool, values: dict[str, float]) -> None:
 def search(series: list[Series]) -> dict[str, float]:
     """The constants with the least loss found, from those that the package has."""
     folds, start = Folds(series), priors(series[0].weak)
-    best = {**start.scales, "noise": start.regression.noise, "degrees": start.regression.degrees}
+    best = {**start.scales, "noise": start.regression.noise, "presence": start.regression.presence}
     least = folds.loss(best)
     for factor in _FACTORS:
         for name in best:
             for change in (factor, 1 / factor):
                 tried = {**best, name: float(f"{best[name] * change:.2g}")}
+                if tried["presence"] > _MOST_PRESENCE:
+                    continue
                 found = folds.loss(tried)
                 if found < least - 1e-3:
                     least, best = found, tried

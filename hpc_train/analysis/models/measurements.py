@@ -69,7 +69,7 @@ class Measurements:
 
     def share(self, ranks: FloatArray | IntArray) -> FloatArray:
         """Samples of the fullest rank in a step, relative to those at the smallest measured size."""
-        return np.asarray(self._per_rank(np.asarray(ranks)) / self._per_rank(self.ranks[:1]))
+        return np.asarray(self._per_rank(ranks) / self._per_rank(self.ranks[:1]))
 
     def _per_rank(self, ranks: FloatArray | IntArray) -> FloatArray:
         per_rank = self.samples(ranks) / ranks

@@ -26,25 +26,18 @@ class Priors:
 # Estimated by `tests/benchmarks/plan_priors.py` on published series; `make bench-plan` shows what they do on others.
 WEAK = Priors(
     {
-        "imbalance_s": 0.062,
-        "transfer_s": 0.3,
+        "imbalance_s": 0.033,
+        "transfer_s": 0.75,
         "transfer_between_s": 0.1,
-        "tree_between_s": 0.005,
+        "tree_between_s": 0.008,
         "ring_s": 0.00025,
         "ring_between_s": 0.0002,
     },
-    Prior(degrees=1.0, noise=0.004, noise_degrees=3.0, outlier_degrees=4.0),
+    Prior(presence=0.64, degrees=1.0, noise=0.004, noise_degrees=3.0, outlier_degrees=4.0),
 )
 STRONG = Priors(
-    {
-        "fixed_s": 0.0008,
-        "imbalance_s": 0.001,
-        "tree_s": 2.2e-05,
-        "ring_s": 9.4e-07,
-        "cache_s": 0.02,
-        "between_s": 0.01,
-    },
-    Prior(degrees=0.5, noise=0.004, noise_degrees=3.0, outlier_degrees=4.0),
+    {"fixed_s": 0.01, "imbalance_s": 0.0063, "tree_s": 0.0004, "ring_s": 0.0001, "cache_s": 0.05, "between_s": 0.032},
+    Prior(presence=0.4, degrees=1.0, noise=0.01, noise_degrees=3.0, outlier_degrees=4.0),
 )
 
 
@@ -100,8 +93,8 @@ def parts_of_a_step(measurements: Measurements, ranks: IntArray) -> dict[str, Fl
     """{part: (n,) seconds of it in a step for each second of its coefficient}.
 
     imbalance: ranks wait for the slowest, whose lead grows like log N. transfer: the volume of an all-reduce, which is
-    2 (N-1)/N of the gradients. tree, ring: latencies of log2 N and of N messages. between: what is nothing while all ranks
-    share a node. fixed: what more ranks do not divide (Amdahl). cache: what a rank saves when its share of
+    2 (N-1)/N of the gradients. tree, ring: latencies of log2 N and of N messages. between: what is nothing while all
+    ranks share a node. fixed: what more ranks do not divide (Amdahl). cache: what a rank saves when its share of
     the samples becomes small enough for a faster memory.
     """
     n, first = np.asarray(ranks, dtype=float), float(measurements.ranks[0])
@@ -158,7 +151,10 @@ def _known_s(measurements: Measurements, ranks: IntArray) -> FloatArray:
     """
     waits_s = _input_s(measurements, ranks)
     first = measurements.ranks[:1]
-    first_s, whole_s = float(measurements.step_s[0] - _input_s(measurements, first)[0]), _all_reduce_s(measurements, first)
+    first_s, whole_s = (
+        float(measurements.step_s[0] - _input_s(measurements, first)[0]),
+        _all_reduce_s(measurements, first),
+    )
     share = measurements.share(np.asarray(ranks, dtype=float))
     # The computation at the smallest size is what its step leaves: if it hides all of C, else if it hides a part.
     last_s, rest_s = _LAST_MESSAGE_SHARE * whole_s[0], (1 - _LAST_MESSAGE_SHARE) * whole_s[0]

@@ -18,11 +18,12 @@ _NOISE_GRID = np.geomspace(0.001, 0.3, 24)  # relative standard deviations of on
 class Prior:
     """What is known before the data.
 
-    Coefficients are half-Student with `degrees` of freedom around 0: most are near 0 and a few may be large, as with the
-    horseshoe (Carvalho, Polson and Scott, "The horseshoe estimator for sparse signals", Biometrika 97(2), 2010).
-    Relative deviations of measurements are Student with `outlier_degrees` and a scale that is itself half-Student.
+    A term is there at all with probability `presence` (Mitchell and Beauchamp, "Bayesian variable selection in linear
+    regression", JASA 83, 1988), and then its coefficient is half-Student with `degrees` of freedom
+    around 0. Relative deviations of measurements are Student with `outlier_degrees` and a scale that is half-Student.
     """
 
+    presence: float
     degrees: float
     noise: float
     noise_degrees: float
@@ -52,9 +53,10 @@ def sample_posterior(
 
 
 class Sampler:
-    """Chains that run at a time, one a row. Rows may be of several sets of measurements, of which some have fewer sizes.
+    """Chains that run at a time, one a row. Rows may be of several sets of measurements, some with fewer sizes.
 
-    columns: (rows or 1, n, terms) relative to the measurements, 0 where there is none. error: (n,). scales: (rows or 1, terms).
+    columns: (rows or 1, n, terms) relative to the measurements, 0 where there is none. error: (n,).
+    scales: (rows or 1, terms).
     """
 
     def __init__(self, columns: FloatArray, error: FloatArray, scales: FloatArray, prior: Prior, num_rows: int) -> None:
@@ -98,13 +100,29 @@ class Sampler:
             weighted = weights * column
             precision = (weighted * column).sum(axis=1) + self._scales[:, term] ** -2
             mean = (weighted * self._residuals).sum(axis=1) / precision
-            self._values[:, term] = _truncated_normal(mean, precision**-0.5, self._random)
+            drawn = _truncated_normal(mean, precision**-0.5, self._random)
+            if term > 0:
+                drawn *= self._is_present(mean * np.sqrt(precision), self._scales[:, term] * np.sqrt(precision))
+            self._values[:, term] = drawn
             self._residuals -= self._values[:, term, None] * column
 
+    def _is_present(self, standardised: FloatArray, widening: FloatArray) -> NDArray[np.bool_]:
+        """Whether a term is there at all, given the others: the prior's odds times the Bayes factor of its values.
+
+        standardised: the conditional mean over its deviation. widening: the prior's scale over that deviation.
+        """
+        from scipy.special import log_ndtr
+
+        log_factor = np.log(2) + log_ndtr(standardised) + standardised**2 / 2 - np.log(widening)
+        log_odds = log_factor + np.log(self._prior.presence / (1 - self._prior.presence))
+        return np.asarray(self._random.logistic(size=len(log_odds)) < log_odds)
+
     def _draw_scales(self) -> None:
-        degrees = self._prior.degrees
-        spread = self._values[:, 1:] ** 2 + degrees * self._prior_scales[:, 1:] ** 2
-        self._scales[:, 1:] = np.sqrt(spread / 2 / self._random.gamma((degrees + 1) / 2, size=spread.shape))
+        """Of the terms that are there; of the others from the prior."""
+        degrees, values = self._prior.degrees, self._values[:, 1:]
+        spread = values**2 + degrees * self._prior_scales[:, 1:] ** 2
+        shape = (degrees + (values > 0)) / 2
+        self._scales[:, 1:] = np.sqrt(spread / 2 / np.maximum(self._random.gamma(shape), 1e-12))
 
     def _draw_noise(self) -> None:
         """The weight of each measurement, then the noise they share, from a grid."""

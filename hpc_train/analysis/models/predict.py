@@ -8,13 +8,7 @@ import numpy as np
 
 from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.analysis.models.mechanistic_model import crosses_unseen_boundary, fit_mechanistic
-from hpc_train.analysis.models.scaling_models import (
-    Fit,
-    ModelName,
-    TooFewSizes,
-    fit_contention,
-    fit_extra_p,
-)
+from hpc_train.analysis.models.scaling_models import Fit, ModelName, TooFewSizes, fit_contention, fit_extra_p
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
 from hpc_train.core.records import FloatArray, IntArray
@@ -74,9 +68,9 @@ class Forecast:
 class Drift:
     """By how much a model misses beyond the data: a Student distribution of relative errors.
 
-    Its variance at one doubling is least^2 + (of_overhead x overhead)^2, and grows with the number of doublings. overhead:
-    the share of a step that ideal scaling from the smallest size would not take. weight: how many held-out sizes what is
-    known of other series counts for.
+    Its variance at one doubling is least^2 + (of_overhead x overhead)^2, and grows with the number of doublings.
+    overhead: the share of a step that ideal scaling from the smallest size would not take. weight: how many held-out
+    sizes what is known of other series counts for.
     """
 
     least: float
@@ -89,7 +83,7 @@ class Drift:
         return np.asarray(self.least**2 + (self.of_overhead * overhead) ** 2)
 
     def updated(self, squares: Sequence[float]) -> "Drift":
-        """With the errors of held-out sizes: squares, over the variances expected of them. One of them counts 25 at most."""
+        """With the errors of held-out sizes: squares, over the variances expected of them, each counting 25 at most."""
         total = self.weight + sum(min(square, 25.0) for square in squares)
         factor = float(np.sqrt(total / (self.weight + len(squares))))
         weight, degrees = self.weight + len(squares), self.degrees + len(squares)
@@ -97,7 +91,7 @@ class Drift:
 
 
 # Of a series of which nothing is known: estimated on published series, see `make bench-plan`.
-DRIFT = Drift(least=0.02, of_overhead=0.28, weight=1.0, degrees=2.2)
+DRIFT = Drift(least=0.02, of_overhead=0.2, weight=1.0, degrees=2.2)
 
 
 @dataclass(frozen=True, eq=False)

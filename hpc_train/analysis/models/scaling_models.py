@@ -57,7 +57,9 @@ class Fit(ABC):
 # ---------------------------------------------------------------------------------------------- Amdahl, USL
 
 _FREE = 1e3  # prior scale of sigma and kappa: nothing draws them to 0
-_LAW_PRIOR = Prior(degrees=1.0, noise=0.004, noise_degrees=3.0, outlier_degrees=30.0)  # nearly least squares
+_LAW_PRIOR = Prior(
+    presence=1 - 1e-9, degrees=1.0, noise=0.004, noise_degrees=3.0, outlier_degrees=30.0
+)  # nearly least squares
 
 
 def fit_contention(measurements: Measurements, with_coherence: bool) -> Fit:

@@ -15,7 +15,7 @@ _NOTICEABLE = 0.9  # an interval that stays wider than this share of its width i
 
 @dataclass(frozen=True)
 class FurtherRun:
-    """A run that has not been made. interval_ratio: width of the answer's interval after it, as expected, over that before."""
+    """A run that has not been made. interval_ratio: expected width of the answer's interval after it, over that now."""
 
     ranks: int
     nodes: int

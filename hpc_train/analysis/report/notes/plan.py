@@ -93,13 +93,13 @@ def further_run_text(plan: Plan) -> str:
     run = plan.further
     if run is None:
         return ""
-    repeat = "another run of " if run.repeats else ""
-    nodes = plural(run.ranks, "rank")
-    if plan.prediction.measurements.ranks_per_node and run.ranks >= plan.prediction.measurements.ranks_per_node:
-        nodes = f"{plural(run.nodes, 'node')} ({nodes})"
+    repeat = "a repeat of " if run.repeats else ""
+    per_node, size = plan.prediction.measurements.ranks_per_node, plural(run.ranks, "rank")
+    if per_node and run.ranks >= per_node:
+        size = f"{plural(run.nodes, 'node')} ({size})"
     return (
-        f"The run that would tell most: {repeat}{run.steps:,.0f} steps on {nodes}, {significant(run.node_hours)} node-hours;"
-        f" the interval would be about {percent(1 - run.interval_ratio, 0)} narrower (hpc-train scale --next runs it)."
+        f"The run that would tell most: {repeat}{run.steps:,.0f} steps on {size}, about {significant(run.node_hours)}"
+        f" node-hours. It would narrow the interval by about {percent(1 - run.interval_ratio, 0)} (scale --next)."
     )
 
 
@@ -127,8 +127,8 @@ def _model_warnings(prediction: Prediction, option: Option) -> list[str]:
     warnings, chosen, forecast = [], prediction.chosen, option.forecast
     if forecast.step_interval_s[1] > _WIDE * forecast.step_s:
         warnings.append(
-            f"Sizes up to {prediction.measurements.largest} ranks do not show what {forecast.ranks} cost: the interval is wide. A"
-            " larger size narrows it."
+            f"Sizes up to {prediction.measurements.largest} ranks do not show what {forecast.ranks} cost: the interval"
+            " is wide. A larger size narrows it."
         )
     if chosen.error is None:
         warnings.append(f"The model could not be tested on sizes that it had not seen: {chosen.reason}.")

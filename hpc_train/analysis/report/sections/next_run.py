@@ -47,7 +47,9 @@ def _next_run(group: Group) -> NextRun:
     try:
         measurements = measurements_of(group)
         memory = rank_memory(group, measurements.ranks_per_node)
-        plan = make_plan(predict(measurements), planned_work(group, measurements), memory=memory, run_steps=run_steps(group))
+        plan = make_plan(
+            predict(measurements), planned_work(group, measurements), memory=memory, run_steps=run_steps(group)
+        )
     except UserError as error:
         return NextRun(reason=f"No plan for the next run: {error.what}.")
     missed = plan.prediction.chosen.error
