@@ -74,8 +74,8 @@ def _cautions(comparison: RunComparison) -> list[str]:
     speed = comparison.speed
     if speed.smallest_shown is not None and speed.smallest_shown > comparison.threshold:
         lines.append(
-            f"Runs of a side differ so much that only a {speed.name} that changes by {percent(speed.smallest_shown)} shows;"
-            f" more repeats would show {percent(comparison.threshold)}."
+            f"Runs of a side differ so much that a change of the {speed.name} shows from {percent(speed.smallest_shown)} on;"
+            f" more repeats show one of {percent(comparison.threshold)}."
         )
     if 1 in (len(comparison.before.runs), len(comparison.after.runs)):
         lines.append("The single run is taken to vary as the repeats of the other side do.")
