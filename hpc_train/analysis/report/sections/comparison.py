@@ -74,7 +74,7 @@ def _cautions(comparison: RunComparison) -> list[str]:
     speed = comparison.speed
     if speed.smallest_shown is not None and speed.smallest_shown > comparison.threshold:
         lines.append(
-            f"Runs of a side differ so much that a change of the {speed.name} shows from {percent(speed.smallest_shown)} on;"
+            f"Runs of a side differ: a change of the {speed.name} shows from {percent(speed.smallest_shown)} on;"
             f" more repeats show one of {percent(comparison.threshold)}."
         )
     if 1 in (len(comparison.before.runs), len(comparison.after.runs)):
