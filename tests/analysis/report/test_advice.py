@@ -70,5 +70,5 @@ def test_the_figures_say_what_they_show(study: Report) -> None:
 def test_the_page_stays_small(study: Report, tmp_path: Path) -> None:
     html = write_report(study, tmp_path).read_text()
     assert len(html) < 400_000 and "<script" not in html
-    assert html.count("data:image/png;base64,") == 1
+    assert html.count("data:image/png;base64,") == 2  # maps of arrivals, and of ranks by phases
     assert not re.search(r"""(src|href)=["'](?!#|data:image/png;base64,)""", html), "nothing is fetched"

@@ -9,6 +9,7 @@ from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.notes.efficiency import pop_missing_notes, straggler_notes
 from hpc_train.analysis.report.plots.arrivals import arrivals_plot
 from hpc_train.analysis.report.plots.efficiency import efficiency_plot
+from hpc_train.analysis.report.plots.rank_phases import rank_phases_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.analysis.scaling.compare import Group
@@ -33,11 +34,13 @@ _FACTOR_LABELS = {  # indented below the factor that they multiply to
 
 
 def add_efficiency(section: SectionBuilder, group: Group) -> None:
+    section.part("Efficiency factors and stragglers")
     section.table("pop", pop_table, group)
     section.table("stragglers", straggler_table, group)
     section.notes("pop-missing", "caution", pop_missing_notes, group)
     section.notes("stragglers", "method", straggler_notes, group)
     section.plot("pop-efficiencies", efficiency_plot, group)
+    section.plot("rank-phases", rank_phases_plot, group)
     section.plot("late-ranks", arrivals_plot, group)
 
 
