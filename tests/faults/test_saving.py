@@ -214,6 +214,7 @@ def test_damaged_checkpoints_are_refused_with_the_reason_and_the_newest_good_one
         flip_a_bit(path)
     refused = Job(0, tmp_path, digits, "--resume", "auto").end()
     assert refused.code == 2 and "no checkpoint of" in refused.err and refused.err.count("checksum differs") == 2
+    assert refused.out.count("checksum differs") == 1  # of the newest: the older one was tried then
 
 
 def test_the_second_job_in_a_run_directory_is_refused_and_told_of_the_first(
