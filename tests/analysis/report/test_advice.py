@@ -36,7 +36,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Report:
 def test_the_headline_answers_all_three_questions(study: Report) -> None:
     (line,) = study.headlines
     assert re.fullmatch(
-        r"16 ranks: \d+\.\d+x over 1 rank \(\d+% efficiency\).*; \d+% lost to waiting for rank 5 on c2;"
+        r"16 ranks: \d+\.\d+x over 1 rank \(95% interval [\d.-]+ within one run, \d+% efficiency\)"
+        r".*; \d+% lost to waiting for rank 5 on c2;"
         r" ask for \d+ nodes?",
         line,
     ), line

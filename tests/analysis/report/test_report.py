@@ -33,13 +33,17 @@ def pair(**second: object) -> tuple[Recipe, Recipe]:
 def test_the_headline_answers_first(tmp_path: Path) -> None:
     (line,) = report(tmp_path, *pair()).headlines
     assert re.fullmatch(
-        r"2 ranks: 1\.6\dx over 1 rank \(8\d% efficiency\); 10% of the step is exposed communication", line
+        r"2 ranks: 1\.6\dx over 1 rank \(95% interval [\d.-]+ within one run, 8\d% efficiency\)"
+        r"; 10% of the step is exposed communication",
+        line,
     )
 
 
 def test_a_slowdown_is_called_slower_and_says_what_grew(tmp_path: Path) -> None:
     (line,) = report(tmp_path, *pair(step_s=0.020, shares={**SLOW, "data": 0.2, "backward": 0.1})).headlines
-    assert line.startswith("2 ranks: slower than 1 rank, 0.50x its speed (25% efficiency)")
+    assert line.startswith(
+        "2 ranks: slower than 1 rank, 0.50x its speed (95% interval 0.50-0.50 within one run, 25% efficiency)"
+    )
     assert "50% of the step is exposed communication" in line
     assert re.search(r"data grew from (1\.0|0\.99)\d* to (4\.0|3\.9)\d* ms", line)
     assert "backward grew" not in line
