@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import exp, hypot, log
+from functools import partial
+from math import log
 from typing import Literal
 
 import numpy as np
 
 from hpc_train.analysis.comparison.differences import Difference, differences
-from hpc_train.analysis.comparison.log_change import LogChange, change, geometric_mean_of, holm_levels
 from hpc_train.analysis.comparison.places import PlaceChange, place_changes, same_hosts
 from hpc_train.analysis.comparison.run_figures import RunFigures
 from hpc_train.analysis.comparison.sides import Side
-from hpc_train.core.statistics import Interval, mean_interval
+from hpc_train.analysis.comparison.significance import holm_levels, p_value, relative, relative_interval, smallest_shown
+from hpc_train.analysis.stats.estimate import Estimate, of_series, of_value, over_runs, ratio
+from hpc_train.core.statistics import Interval
 from hpc_train.core.timing_log import PHASES
 
 Verdict = Literal["regression", "improvement", "below the threshold", "no difference shown", "not judged"]
@@ -36,11 +38,11 @@ class Metric:
     unit: Unit
     before: float | None  # None: not every run of the side has it
     after: float | None
-    relative: float | None  # the change: 0.05 for 5% more
-    interval: Interval | None  # of `relative`; with one run a side only within these runs
-    level: float  # the interval's confidence is 1 - level
-    smallest_shown: float | None  # the smallest increase that would have been shown
-    verdict: Verdict
+    relative: float | None = None  # the change: 0.05 for 5% more
+    interval: Interval | None = None  # of `relative`; with one run a side only within these runs
+    level: float = LEVEL  # the interval's confidence is 1 - level
+    smallest_shown: float | None = None  # the smallest increase that would have been shown
+    verdict: Verdict = "not judged"
     why: str = ""  # why it is not judged
 
 
@@ -49,6 +51,7 @@ class PlaceVerdict:
     """A phase on a host or a rank."""
 
     of: PlaceChange
+    relative: float
     interval: Interval
     level: float
     verdict: Verdict
@@ -85,7 +88,7 @@ class RunComparison:
     def changed_places(self) -> list[PlaceVerdict]:
         """Regressions and improvements, the costliest first."""
         changed = [place for place in self.places if place.verdict in ("regression", "improvement")]
-        return sorted(changed, key=lambda place: -abs(place.of.change.difference) * place.of.before_s)
+        return sorted(changed, key=lambda place: -abs(place.of.ratio.log) * place.of.before_s)
 
 
 def compare_sides(before: Side, after: Side, threshold: float) -> RunComparison:
@@ -104,68 +107,81 @@ def compare_sides(before: Side, after: Side, threshold: float) -> RunComparison:
 
 @dataclass(frozen=True)
 class _Quantity:
-    """A metric before it is judged."""
+    """What is compared. of: one run's value, with the error within the run if its steps tell it; None: unknown."""
 
     name: str
     unit: Unit
-    of: Callable[[RunFigures], float | None]
+    of: Callable[[RunFigures], Estimate | None]
     more_is_better: bool = False
-    least: float = 0.0  # a difference below, in the metric's unit, is not judged
+    least: float = 0.0  # a change by less, in the unit, is not judged
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A quantity of both sides, before it is judged."""
+
+    quantity: _Quantity
+    before: float | None
+    after: float | None
+    ratio: Estimate | None  # None: it means another thing on the other side, or is not known on both
+    why: str = ""
 
 
 def _metrics(before: Side, after: Side, threshold: float) -> list[Metric]:
-    step_s = geometric_mean_of([run.step_s for run in before.runs])
-    least_s = LEAST_SHARE * step_s
-    quantities = [
-        _Quantity(STEP_TIME, "s", lambda run: run.step_s),
-        _Quantity(THROUGHPUT, "1/s", lambda run: run.samples_per_s, more_is_better=True),
-    ]
+    least_s = LEAST_SHARE * over_runs([_step_time(run) for run in before.runs]).value
+    speeds = [_Quantity(STEP_TIME, "s", _step_time), _Quantity(THROUGHPUT, "1/s", _throughput, more_is_better=True)]
     entered = [phase for phase in PHASES if any(phase in run.phases_s for run in [*before.runs, *after.runs])]
-    phases = [_Quantity(phase, "s", _phase(phase), least=least_s) for phase in entered]
-    others = [
-        _Quantity("energy per sample", "J", lambda run: run.joules_per_sample),
-        _Quantity("final loss", "", lambda run: run.loss),
-        _Quantity("peak memory of a rank", "B", lambda run: run.peak_resident_bytes),
-        _Quantity("peak GPU memory of a rank", "B", lambda run: run.peak_gpu_bytes),
+    details = [
+        *(_Quantity(phase, "s", partial(_phase_time, phase), least=least_s) for phase in entered),
+        _Quantity("energy per sample", "J", lambda run: _positive(run.joules_per_sample)),
+        _Quantity("final loss", "", lambda run: _positive(run.loss)),
+        _Quantity("peak memory of a rank", "B", lambda run: _positive(run.peak_resident_bytes)),
+        _Quantity("peak GPU memory of a rank", "B", lambda run: _positive(run.peak_gpu_bytes)),
     ]
-    details = [each for each in [*phases, *others] if _known(each, before) or _known(each, after)]
+    compared = [_compared(each, before, after) for each in details]
+    known = [each for each in compared if each.before is not None or each.after is not None]
+    levels = holm_levels([p_value(each.ratio) if each.ratio else 1.0 for each in known], _METRICS_LEVEL)
     return [
-        *(_metric(each, before, after, threshold, LEVEL) for each in quantities),
-        *_corrected(details, before, after, threshold),
+        *(_judged(_compared(each, before, after), LEVEL, threshold) for each in speeds),
+        *(_judged(each, level, threshold) for each, level in zip(known, levels, strict=True)),
     ]
 
 
-def _phase(phase: str) -> Callable[[RunFigures], float | None]:
-    return lambda run: run.mean_phase_s(phase) or None
+def _step_time(run: RunFigures) -> Estimate:
+    return replace(of_series(np.array(run.step_blocks_s)), log=log(run.step_s))
 
 
-def _known(quantity: _Quantity, side: Side) -> list[float] | None:
-    """One value of each run; None if a run lacks it, or has none that is positive."""
-    values = [quantity.of(run) for run in side.runs]
-    known = [value for value in values if value is not None and value > 0]
-    return known if len(known) == len(values) else None
+def _throughput(run: RunFigures) -> Estimate:
+    step_time = _step_time(run)
+    return replace(step_time, log=log(run.global_batch) - step_time.log)
 
 
-def _corrected(quantities: Sequence[_Quantity], before: Side, after: Side, threshold: float) -> list[Metric]:
-    changes = [_change(each, before, after) for each in quantities]
-    judged = [index for index, each in enumerate(changes) if each is not None]
-    levels = dict(zip(judged, holm_levels([_p(changes[index]) for index in judged], _METRICS_LEVEL), strict=True))
-    return [_metric(each, before, after, threshold, levels.get(index, LEVEL)) for index, each in enumerate(quantities)]
+def _phase_time(phase: str, run: RunFigures) -> Estimate | None:
+    return _positive(run.mean_phase_s(phase))
 
 
-def _p(of: LogChange | None) -> float:
-    return 1.0 if of is None else of.p_value()
+def _positive(value: float | None) -> Estimate | None:
+    """None for a value of which there is no ratio."""
+    return of_value(value) if value is not None and value > 0 else None
 
 
-def _change(quantity: _Quantity, before: Side, after: Side) -> LogChange | None:
-    values = _known(quantity, before), _known(quantity, after)
-    if values[0] is None or values[1] is None or _why_apart(quantity, before, after):
-        return None
-    return change(values[0], values[1])
+def _compared(quantity: _Quantity, before: Side, after: Side) -> _Compared:
+    ours, theirs = _known(quantity, after), _known(quantity, before)
+    values = [over_runs(each).value if each else None for each in (theirs, ours)]
+    if not ours or not theirs:
+        return _Compared(quantity, values[0], values[1], None, "not known on both sides")
+    why = _why_apart(quantity, before, after)
+    return _Compared(quantity, values[0], values[1], None if why else ratio(ours, theirs), why)
+
+
+def _known(quantity: _Quantity, side: Side) -> list[Estimate]:
+    """One of each run; [] if it is unknown of any."""
+    known = [each for run in side.runs if (each := quantity.of(run)) is not None]
+    return known if len(known) == len(side.runs) else []
 
 
 def _why_apart(quantity: _Quantity, before: Side, after: Side) -> str:
-    """Why the metric means another thing on the other side."""
+    """Why the quantity means another thing on the other side."""
     if quantity.unit == "s" and before.runs[0].global_batch != after.runs[0].global_batch:
         return "the global batch differs"
     if quantity.unit == "J" and len({run.energy_quality for run in [*before.runs, *after.runs]}) > 1:
@@ -173,58 +189,35 @@ def _why_apart(quantity: _Quantity, before: Side, after: Side) -> str:
     return ""
 
 
-def _metric(quantity: _Quantity, before: Side, after: Side, threshold: float, level: float) -> Metric:
-    values = _known(quantity, before), _known(quantity, after)
-    means = [None if each is None else geometric_mean_of(each) for each in values]
-    relative = means[1] / means[0] - 1 if means[0] and means[1] else None
-    metric = Metric(quantity.name, quantity.unit, means[0], means[1], relative, None, level, None, "not judged")
-    if relative is None:
-        return replace(metric, why="not known on both sides")
-    if why := _why_apart(quantity, before, after):
-        return replace(metric, why=why)
-    of = _change(quantity, before, after)
-    if of is None:
-        return _alone(metric, quantity, before, after, threshold)
-    interval = of.interval(level)
-    verdict = _verdict(of, level, threshold, quantity.more_is_better)
-    if verdict != "no difference shown" and abs((means[1] or 0.0) - (means[0] or 0.0)) < quantity.least:
-        verdict = "below the threshold"
-    return replace(metric, interval=interval, smallest_shown=of.smallest_shown(level), verdict=verdict)
-
-
-def _verdict(of: LogChange, level: float, threshold: float, more_is_better: bool = False) -> Verdict:
-    if of.p_value() >= level:
-        return "no difference shown"
-    if abs(of.relative) < threshold:
-        return "below the threshold"
-    return "improvement" if (of.difference > 0) == more_is_better else "regression"
-
-
-def _alone(metric: Metric, quantity: _Quantity, before: Side, after: Side, threshold: float) -> Metric:
-    """With one run a side: how far chance moves a run is unknown, so only a large change of the step time counts."""
-    if quantity.name not in (STEP_TIME, THROUGHPUT):
-        return replace(metric, why=ONE_RUN_EACH)
-    interval = _within_runs(before.runs[0], after.runs[0])
-    if quantity.name == THROUGHPUT:
-        more = after.runs[0].global_batch / before.runs[0].global_batch
-        interval = more / interval[1], more / interval[0]
-    low, high = interval[0] - 1, interval[1] - 1
-    relative = metric.relative or 0.0
-    metric = replace(metric, interval=(low, high), why=ONE_RUN_EACH)
-    needed = max(threshold, ALONE_THRESHOLD)
-    if not (low > needed or high < -needed):
+def _judged(compared: _Compared, level: float, threshold: float) -> Metric:
+    quantity, change = compared.quantity, compared.ratio
+    metric = Metric(quantity.name, quantity.unit, compared.before, compared.after, why=compared.why, level=level)
+    if change is None:
         return metric
-    return replace(metric, verdict="improvement" if (relative > 0) == quantity.more_is_better else "regression", why="")
+    metric = replace(metric, relative=relative(change), interval=relative_interval(change, level))
+    if not change.between_runs:
+        return _judged_alone(metric, threshold, quantity.more_is_better)
+    verdict = _verdict(change, level, threshold, quantity.more_is_better)
+    if verdict != "no difference shown" and abs((compared.after or 0.0) - (compared.before or 0.0)) < quantity.least:
+        verdict = "below the threshold"
+    return replace(metric, smallest_shown=smallest_shown(change, level), verdict=verdict)
 
 
-def _within_runs(before: RunFigures, after: RunFigures) -> Interval:
-    """The 95% interval of the ratio of the mean step times of two runs, from the intervals within each."""
-    ratio, half_widths = after.step_s / before.step_s, []
-    for run in (before, after):
-        low, _, high = mean_interval(np.array(run.step_blocks_s))
-        half_widths.append(log(high / low) / 2 if low and high else 0.0)
-    factor = exp(hypot(*half_widths))
-    return ratio / factor, ratio * factor
+def _judged_alone(metric: Metric, threshold: float, more_is_better: bool) -> Metric:
+    """With one run a side: how far chance moves a run is unknown, so only a large change of the step time counts."""
+    needed = max(threshold, ALONE_THRESHOLD)
+    low, high = metric.interval or (0.0, 0.0)
+    if not (low > needed or high < -needed):
+        return replace(metric, why=ONE_RUN_EACH)
+    return replace(metric, verdict="improvement" if (low > 0) == more_is_better else "regression")
+
+
+def _verdict(change: Estimate, level: float, threshold: float, more_is_better: bool = False) -> Verdict:
+    if p_value(change) >= level:
+        return "no difference shown"
+    if abs(relative(change)) < threshold:
+        return "below the threshold"
+    return "improvement" if (change.log > 0) == more_is_better else "regression"
 
 
 # ---------------------------------------------------------------------------------------------- places
@@ -232,12 +225,14 @@ def _within_runs(before: RunFigures, after: RunFigures) -> Interval:
 
 def _judged_places(places: Sequence[PlaceChange], kind: str, threshold: float, step_s: float) -> list[PlaceVerdict]:
     of_kind = [each for each in places if each.place.kind == kind]
-    levels = holm_levels([each.change.p_value() for each in of_kind], _PLACES_LEVEL)
+    levels = holm_levels([p_value(each.ratio) for each in of_kind], _PLACES_LEVEL)
     judged = []
     for each, level in zip(of_kind, levels, strict=True):
-        verdict = _verdict(each.change, level, threshold)
-        cost_s = abs(each.change.relative) * each.before_s
+        verdict = _verdict(each.ratio, level, threshold)
+        cost_s = abs(relative(each.ratio)) * each.before_s
         if verdict != "no difference shown" and cost_s < LEAST_SHARE * step_s:
             verdict = "below the threshold"
-        judged.append(PlaceVerdict(each, each.change.interval(level), level, verdict))
+        interval = relative_interval(each.ratio, level)
+        assert interval is not None, "places are compared with repeats on a side"
+        judged.append(PlaceVerdict(each, relative(each.ratio), interval, level, verdict))
     return judged

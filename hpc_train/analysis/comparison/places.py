@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from hpc_train.analysis.comparison.log_change import LogChange
 from hpc_train.analysis.comparison.run_figures import RunFigures
+from hpc_train.analysis.stats.estimate import Estimate
 from hpc_train.core.records import FloatArray, IntArray
 from hpc_train.core.timing_log import COMMUNICATION, PHASES
 
@@ -38,7 +38,7 @@ class PlaceChange:
     place: Place
     before_s: float  # mean seconds of a step
     after_s: float
-    change: LogChange  # against its neighbours
+    ratio: Estimate  # after over before, against its neighbours
 
 
 def place_changes(before: Sequence[RunFigures], after: Sequence[RunFigures]) -> list[PlaceChange]:
@@ -132,7 +132,7 @@ def _changes(
     sides = (by_run[:num_before], by_run[num_before:])
     num_spare = sum(len(side) - 1 for side in sides)
     own = np.sum([((side - side.mean(axis=0)) ** 2).sum(axis=0) for side in sides], axis=0) / num_spare
-    errors = np.sqrt(np.maximum(own, own.mean()) * sum(1 / len(side) for side in sides))
+    squared_errors = np.maximum(own, own.mean()) * sum(1 / len(side) for side in sides)
     differences = sides[1].mean(axis=0) - sides[0].mean(axis=0)
     return [
         PlaceChange(
@@ -140,7 +140,7 @@ def _changes(
             Place(kind, names[move.place], move.place),
             float(values[:num_before, move.place].mean()),
             float(values[num_before:, move.place].mean()),
-            LogChange(float(differences[index]), float(errors[index]), float(num_spare * num_free)),
+            Estimate(float(differences[index]), float(squared_errors[index]), float(num_spare * num_free), True),
         )
         for index, move in enumerate(moves)
     ]

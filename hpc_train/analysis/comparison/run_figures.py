@@ -12,7 +12,7 @@ from hpc_train.analysis.runs.meta_json import list_at, positive_number, text_at
 from hpc_train.analysis.runs.repeats import Facts, recorded_facts
 from hpc_train.core import config
 from hpc_train.core.energy_records import Quality
-from hpc_train.core.statistics import NUM_BLOCKS
+from hpc_train.core.statistics import block_means
 from hpc_train.core.timing_log import PHASES, read_timings
 
 
@@ -56,7 +56,6 @@ def figures_of(run: Run) -> RunFigures:
     num_workers = run.size - run.num_servers
     steady = [read_timings(run.dir.timings(rank)).steady.phases_ns for rank in range(num_workers)]
     phases_s = np.stack([rows.mean(axis=0) for rows in steady]) / 1e9
-    blocks = np.array_split(run.step_s, min(NUM_BLOCKS, len(run.step_s)))
     summary = run.summary
     energy = summary.joules if summary.energy_quality != "missing" else None
     loss = summary.loss if run.config.task.kind not in NO_PROGRESS else None
@@ -66,7 +65,7 @@ def figures_of(run: Run) -> RunFigures:
         size=run.size,
         global_batch=summary.global_batch,
         step_s=float(run.step_s.mean()),
-        step_blocks_s=[float(block.mean()) for block in blocks],
+        step_blocks_s=block_means(run.step_s).tolist(),
         phases_s={phase: phases_s[:, index].tolist() for index, phase in enumerate(PHASES) if phases_s[:, index].any()},
         hosts=hosts_of(run.meta, run.size)[:num_workers],
         joules_per_sample=energy / summary.num_samples if energy and summary.num_samples else None,

@@ -8,9 +8,9 @@ import numpy as np
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.load_balance import LoadBalance
 from hpc_train.analysis.runs.rank_records import waits
-from hpc_train.analysis.stats.bootstrap import block_counts
+from hpc_train.analysis.stats.estimate import Estimate, of_blocks, over_runs, ratio
 from hpc_train.core.records import FloatArray
-from hpc_train.core.statistics import LEVELS
+from hpc_train.core.statistics import Interval
 
 # The tree in order: global = parallel x computational, parallel = load balance x input x communication,
 # communication = serialisation x transfer. The value is a factor's depth.
@@ -24,31 +24,35 @@ FACTORS = {
     "transfer": 3,
     "computational": 1,
 }
-_MOST_CELLS = 8_000_000  # of one matrix of draws and ranks
+_SAMPLES_PER_USEFUL, _SAMPLES_PER_WHOLE = "samples per useful second", "samples per second of all ranks"
 
 
 @dataclass(frozen=True, eq=False)
 class Efficiencies:
     """The factors of all runs of one size; 1: no loss. An unknown factor is absent.
 
-    intervals: 95%, by bootstrap over runs and blocks of consecutive steps. missing: why there are no factors.
+    estimates: geometric means over runs, so that they multiply as the factors of one run do. missing: why there are
+    none.
     """
 
-    factors: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    estimates: dict[str, Estimate] = field(default_factory=dict)
     missing: str | None = None
 
+    @property
+    def factors(self) -> dict[str, float]:
+        return {name: estimate.value for name, estimate in self.estimates.items()}
 
-@dataclass(frozen=True, eq=False)
-class _Sums:
-    """Seconds over runs and steps, each (resamples,): C_i is the useful time of rank i, T the whole time."""
-
-    mean_useful: FloatArray  # mean(C)
-    max_useful: FloatArray  # max(C)
-    ideal: FloatArray  # T_ideal
-    ideal_input: FloatArray  # T_input
-    whole: FloatArray  # T
-    useful_of_sample: FloatArray  # sum of all ranks' useful time over the samples trained
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """95%, of what runs as long as these come to. Ranks lose no less than nothing: only the factors that compare
+        with a baseline can exceed 1.
+        """
+        found = {}
+        for name, estimate in self.estimates.items():
+            if estimate.interval is not None:
+                low, high = estimate.interval
+                found[name] = (low, high if name in ("global", "computational") else min(high, 1.0))
+        return found
 
 
 def efficiencies(runs: Sequence[Run], baseline: Sequence[Run] | None) -> Efficiencies:
@@ -82,29 +86,15 @@ def efficiencies(runs: Sequence[Run], baseline: Sequence[Run] | None) -> Efficie
     """
     if missing := _missing(runs):
         return Efficiencies(missing=missing)
-    exact, drawn = _sums(runs, None), _sums(runs, seed=2 * runs[0].size + 1)
-    factors = [_factors(sums, _in_step(runs[0])) for sums in (exact, drawn)]
-    if baseline and not _missing(baseline):
-        # Seeds by size: equal ones would draw the same blocks of both and hide part of the noise.
-        is_baseline = list(baseline) == list(runs)
-        references = (exact, drawn) if is_baseline else (_sums(baseline, None), _sums(baseline, 2 * baseline[0].size))
-        for each, sums, reference in zip(factors, (exact, drawn), references, strict=True):
-            each["computational"] = reference.useful_of_sample / sums.useful_of_sample
-            each["global"] = each["parallel"] * each["computational"]
-    known, draws = factors
-    values = {name: float(known[name][0]) for name in FACTORS if name in known}
-    several = sum(len(_balance(run).whole_s) for run in runs) > 1
-    return Efficiencies(values, {name: _span(name, draws[name], values[name]) for name in values if several})
-
-
-def _span(name: str, draws: FloatArray, value: float) -> tuple[float, float]:
-    """The 95% interval, shifted so that the draws' median is the value.
-
-    Resampling biases a maximum: the busiest of many ranks is even busier in a sample drawn from a sample.
-    """
-    low, middle, high = (float(end) for end in np.quantile(draws, (LEVELS[0], 0.5, LEVELS[1])))
-    most = np.inf if name in ("global", "computational") else 1.0
-    return value + low - middle, max(value, min(value + high - middle, most))
+    of_runs = [_of_run(run) for run in runs]
+    found = {name: over_runs([each[name] for each in of_runs]) for name in FACTORS if name in of_runs[0]}
+    if baseline is not None and list(baseline) == list(runs):
+        found |= {"computational": Estimate(0.0, 0.0, 1.0), "global": found["parallel"]}  # by definition
+    elif baseline and not _missing(baseline):
+        useful = [_of_run(run)[_SAMPLES_PER_USEFUL] for run in baseline]
+        found["computational"] = ratio([each[_SAMPLES_PER_USEFUL] for each in of_runs], useful)
+        found["global"] = ratio([each[_SAMPLES_PER_WHOLE] for each in of_runs], useful)
+    return Efficiencies({name: found[name] for name in FACTORS if name in found})
 
 
 def _missing(runs: Sequence[Run]) -> str | None:
@@ -124,48 +114,44 @@ def _in_step(run: Run) -> bool:
     return len(balance.ranks) == 1 or waits(run.config.reduce, len(balance.ranks))
 
 
-def _factors(sums: _Sums, in_step: bool) -> dict[str, FloatArray]:
-    factors = {
-        "parallel": sums.mean_useful / sums.whole,
-        "load_balance": sums.mean_useful / sums.max_useful,
-        "communication": sums.max_useful / sums.whole,
-    }
-    if in_step:
-        serialisation, transfer = sums.max_useful / sums.ideal, sums.ideal_input / sums.whole
-        factors |= {"serialisation": serialisation, "transfer": transfer, "communication": serialisation * transfer}
-        factors["input"] = sums.ideal / sums.ideal_input
-    return factors
-
-
 def _balance(run: Run) -> LoadBalance:
     assert run.load_balance is not None
     return run.load_balance
 
 
-def _sums(runs: Sequence[Run], seed: int | None) -> _Sums:
-    """Over all steps of all runs, (1,); or over NUM_RESAMPLES bootstrap samples of runs and of their blocks of steps.
-
-    Each run has its own slowest rank.
-    """
-    num_blocks = [len(_balance(run).whole_s) for run in runs]
-    draws = [np.ones((1, blocks)) for blocks in num_blocks] if seed is None else block_counts(num_blocks, seed)
-    total = np.zeros((5, len(draws[0])))
-    useful, samples = np.zeros(len(draws[0])), np.zeros(len(draws[0]))
-    for run, counts in zip(runs, draws, strict=True):
-        balance = _balance(run)
-        mean = counts @ balance.useful_blocks_s.mean(axis=0)
-        ideals = (counts @ balance.ideal_s, counts @ balance.ideal_input_s)
-        total += np.stack([mean, _largest(counts, balance.useful_blocks_s), *ideals, counts @ balance.whole_s])
-        useful += mean * len(balance.ranks)
-        samples += counts @ balance.steps * run.summary.global_batch
-    mean, largest, ideal, ideal_input, whole = total
-    return _Sums(mean, largest, ideal, ideal_input, whole, useful / samples)
+def _of_run(run: Run) -> dict[str, Estimate]:
+    """The factors of one run that need no baseline, and samples per second of all ranks' useful and whole time."""
+    balance = _balance(run)
+    samples = balance.steps * float(run.summary.global_batch)
+    blocks = (balance.useful_blocks_s, balance.ideal_s, balance.ideal_input_s, balance.whole_s, samples)
+    totals = [each.sum(axis=-1, keepdims=True) for each in blocks]
+    whole = _logarithms(_in_step(run), *totals)
+    without = _logarithms(_in_step(run), *(total - each for total, each in zip(totals, blocks, strict=True)))
+    return {name: of_blocks(float(whole[name][0]), without[name]) for name in whole}
 
 
-def _largest(counts: FloatArray, useful: FloatArray) -> FloatArray:
-    """(resamples,) the useful time of the busiest rank; in parts, to bound the memory."""
-    if len(counts) == 1:
-        return np.asarray((useful @ counts[0]).max(keepdims=True))
-    part = max(1, _MOST_CELLS // len(useful))
-    parts = [(counts[at : at + part] @ useful.T).max(axis=1) for at in range(0, len(counts), part)]
-    return np.concatenate(parts)
+def _logarithms(
+    in_step: bool,
+    useful_s: FloatArray,
+    ideal_s: FloatArray,
+    ideal_input_s: FloatArray,
+    whole_s: FloatArray,
+    samples: FloatArray,
+) -> dict[str, FloatArray]:
+    """The logarithms (K,) of the factors from K sums each: useful_s (R, K), the others (K,)."""
+    mean, largest, num_ranks = useful_s.mean(axis=0), useful_s.max(axis=0), len(useful_s)
+    parts = {
+        "parallel": (mean, whole_s),
+        "load_balance": (mean, largest),
+        "communication": (largest, whole_s),
+        _SAMPLES_PER_USEFUL: (samples, mean * num_ranks),
+        _SAMPLES_PER_WHOLE: (samples, whole_s * num_ranks),
+    }
+    if in_step:
+        parts |= {
+            "input": (ideal_s, ideal_input_s),
+            "serialisation": (largest, ideal_s),
+            "transfer": (ideal_input_s, whole_s),
+            "communication": (largest * ideal_input_s, ideal_s * whole_s),  # serialisation x transfer
+        }
+    return {name: np.log(upper / lower) for name, (upper, lower) in parts.items()}

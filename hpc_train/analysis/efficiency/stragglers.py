@@ -13,8 +13,8 @@ import numpy as np
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.load_balance import Arrivals, Latest, LoadBalance
 from hpc_train.analysis.runs.rank_records import waits
-from hpc_train.analysis.stats.bootstrap import ratio_of_sums_interval
 from hpc_train.analysis.stats.chance_threshold import largest_total_threshold
+from hpc_train.analysis.stats.estimate import of_ratio
 from hpc_train.core.records import FloatArray, IntArray
 from hpc_train.core.statistics import Interval
 
@@ -79,10 +79,16 @@ def find_stragglers(run: Run) -> StragglerAnalysis:
     return StragglerAnalysis(
         tuple(_straggler(balance, arrivals, blamed, index) for index in range(len(blamed.members))),
         share,
-        ratio_of_sums_interval(saved_s, arrivals.step_s),
+        _saved_share_interval(saved_s, arrivals),
         clock_error_s=clock_error_s,
         unaligned=arrivals.unaligned,
     )
+
+
+def _saved_share_interval(saved_s: FloatArray, arrivals: Arrivals) -> Interval | None:
+    """95%, of the time saved as a share of the time of the steps; it saves no less than nothing."""
+    left = of_ratio(arrivals.step_s - saved_s, arrivals.step_s).interval
+    return None if left is None else (max(0.0, 1 - left[1]), max(0.0, 1 - left[0]))
 
 
 def _why_no_waits(run: Run, num_ranks: int) -> str | None:
@@ -203,7 +209,7 @@ def _straggler(balance: LoadBalance, arrivals: Arrivals, blamed: _Blamed, index:
         late_s=float(late_s[is_last].mean()) if is_last.any() else 0.0,
         cost_s=cost_s / arrivals.num_steps,
         share=cost_s / arrivals.whole_s,
-        share_interval=ratio_of_sums_interval(saved_s, arrivals.step_s),
+        share_interval=_saved_share_interval(saved_s, arrivals),
         cause=cause,
         excess=excess,
     )

@@ -99,7 +99,8 @@ def test_speedup_by_time_to_target_beside_that_by_throughput(tmp_path: Path) -> 
     # 60 J a second: 120 J in 2 s, as tests/synthetic.py has it.
     assert large.joules is not None and large.joules.measured == pytest.approx(0.612 * 60)
     assert target_headline(found) == (
-        "4 ranks (batch 400): 1.65x over 1 rank (batch 100) in time to a loss of 1.00 (41% efficiency, 83% by"
+        "4 ranks (batch 400): 1.65x over 1 rank (batch 100) in time to a loss of 1.00 (no interval"
+        " without repeats, 41% efficiency, 83% by"
         " samples/s); it takes 2.02 times the samples"
     )
 

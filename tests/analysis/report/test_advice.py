@@ -36,7 +36,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Report:
 def test_the_headline_answers_all_three_questions(study: Report) -> None:
     (line,) = study.headlines
     assert re.fullmatch(
-        r"16 ranks: \d+\.\d+x over 1 rank \(\d+% efficiency\).*; \d+% lost to waiting for rank 5 on c2;"
+        r"16 ranks: \d+\.\d+x over 1 rank \(95% interval [\d.-]+ within one run, \d+% efficiency\)"
+        r".*; \d+% lost to waiting for rank 5 on c2;"
         r" ask for \d+ nodes?",
         line,
     ), line
@@ -70,5 +71,5 @@ def test_the_figures_say_what_they_show(study: Report) -> None:
 def test_the_page_stays_small(study: Report, tmp_path: Path) -> None:
     html = write_report(study, tmp_path).read_text()
     assert len(html) < 400_000 and "<script" not in html
-    assert html.count("data:image/png;base64,") == 1
+    assert html.count("data:image/png;base64,") == 2  # maps of arrivals, and of ranks by phases
     assert not re.search(r"""(src|href)=["'](?!#|data:image/png;base64,)""", html), "nothing is fetched"

@@ -295,7 +295,7 @@ def test_repeats_are_pooled_and_their_differences_widen_the_interval(tmp_path: P
 def test_a_single_run_keeps_the_interval_of_its_summary(tmp_path: Path) -> None:
     group = only_group(tmp_path, Recipe(size=1))
     summary = group.rows[0].runs[0].summary
-    assert group.rows[0].step_interval_s == (summary.step_low_s, summary.step_high_s)
+    assert group.rows[0].step_interval_s == pytest.approx((summary.step_low_s, summary.step_high_s))
 
 
 def test_different_jobs_are_not_compared_and_the_keys_are_named(tmp_path: Path) -> None:

@@ -190,8 +190,8 @@ def test_the_report_leads_with_the_strategies_and_leaves_no_run_alone(tmp_path: 
     recipes = (Recipe(size=4, step_s=0.010), replace(MPI, step_s=0.0125), replace(SERVER, step_s=0.020))
     made, facts = report_and_facts(tmp_path, *recipes)
     assert made.headlines[0] == (
-        f"4 ranks on equal work, speed against horovod: horovod {_ms(facts)} ms a step, mpi 0.80x,"
-        " parameter server (3+1) 0.50x"
+        "4 ranks on equal work, speed against horovod (95% intervals within one run):"
+        f" horovod {_ms(facts)} ms a step, mpi 0.80x (0.79-0.80), parameter server (3+1) 0.50x (0.50-0.50)"
     )
     assert not made.notes  # nothing is left without a comparison
     parsed = Page(page(made, tmp_path))

@@ -1,9 +1,10 @@
 """The answers of a report, one sentence a section."""
 
 from collections.abc import Iterator
+from math import inf
 
 from hpc_train.analysis.convergence.target import TargetRow, TargetStudy
-from hpc_train.analysis.report.labels import straggler_text, worst_run
+from hpc_train.analysis.report.labels import WITHIN, interval_words, straggler_text, worst_run
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.analysis.scaling.strategies import Comparison, Entry
@@ -27,14 +28,14 @@ def _answer(group: Group) -> str:
     assert row.speedup is not None
     ranks, over = plural(row.size, "rank"), plural(baseline.size, "rank")
     efficiency, times = f"{percent(row.efficiency, 0)} efficiency", ratio_text(row.speedup)
-    low, high = row.speedup_interval or (row.speedup, row.speedup)
-    if low <= 1 <= high:
-        interval = f"95% interval {ratio_interval_text(row.speedup_interval)}"
-        speed = f"not measurably faster than {over} ({times}, {interval}, {efficiency})"
-    elif row.speedup < 1:
-        speed = f"slower than {over}, {times} its speed ({efficiency})"
+    known = f"{interval_words(row.relative_speed)}, {efficiency}"
+    low, high = row.speedup_interval or (0.0, inf)
+    if row.speedup_interval is not None and low <= 1 <= high:
+        speed = f"not measurably faster than {over} ({times}, {known})"
+    elif high < 1:
+        speed = f"slower than {over}, {times} its speed ({known})"
     else:
-        return f"{ranks}: {times} over {over}{' in samples/s' * group.weak} ({efficiency}){_lost(row)}"
+        return f"{ranks}: {times} over {over}{' in samples/s' * group.weak} ({known}){_lost(row)}"
     grown = "".join(f", {growth}" for growth in _growths(row, baseline))
     return f"{ranks}: {speed}{_lost(row)}{grown}"
 
@@ -87,13 +88,17 @@ def strategy_headline(comparison: Comparison, named: bool = False) -> str:
     entries.sort(key=lambda entry: -(entry.ratio or 0))
     speeds = ", ".join(f"{entry.where} {_speed_text(entry)}" for entry in entries)
     name = f"{plain(comparison.label)}: " if named else ""
-    return f"{name}{plural(size, 'rank')} on equal work, speed against {comparison.reference}: {speeds}"
+    within = all(not entry.relative_speed.between_runs for entry in entries if entry.relative_speed)
+    intervals = f"95% intervals{f' {WITHIN}' * within}"
+    return f"{name}{plural(size, 'rank')} on equal work, speed against {comparison.reference} ({intervals}): {speeds}"
 
 
 def _speed_text(entry: Entry) -> str:
     speed = f"{ms_text(entry.row.step_s)} ms a step" if entry.is_reference else ratio_text(entry.ratio or 0.0)
-    low, high = entry.ratio_interval or (0.0, 0.0)
-    return f"{speed} (no measurable difference)" if low <= 1 <= high else speed
+    if entry.ratio_interval is None:
+        return speed
+    low, high = entry.ratio_interval
+    return f"{speed} ({ratio_interval_text((low, high))}{', no measurable difference' * (low <= 1 <= high)})"
 
 
 def target_headline(study: TargetStudy) -> str:
@@ -103,7 +108,7 @@ def target_headline(study: TargetStudy) -> str:
         return ""
     sizes = plural(row.size, "rank") + _batch(study, row), plural(reference.size, "rank") + _batch(study, reference)
     speed = f"{sizes[0]}: {ratio_text(row.speedup)} over {sizes[1]} in time to a loss of {significant(study.target)}"
-    efficiencies = f"{percent(row.efficiency, 0)} efficiency"
+    efficiencies = f"{interval_words(row.relative_speed)}, {percent(row.efficiency, 0)} efficiency"
     if row.throughput_efficiency is not None:
         efficiencies += f", {percent(row.throughput_efficiency, 0)} by samples/s"
     more = 1 / row.statistical if row.statistical else 1.0

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
-from hpc_train.analysis.report.labels import MARK
+from hpc_train.analysis.report.labels import MARK, WITHIN
 from hpc_train.analysis.runs.clocks import hosts_of
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.repeats import differing_facts
@@ -25,6 +25,17 @@ def group_notes(group: Group) -> list[str]:
         *(note for row in group.rows for note in _row_notes(row)),
         *mismatch_notes(group.runs),
         *_ranks_per_host_notes(group.runs),
+    ]
+
+
+def interval_notes(group: Group) -> list[str]:
+    """Why an interval holds within one run only, and what would tell more."""
+    alone = [row for row in group.rows if row.step is not None and len(row.runs) == 1]
+    if not alone:
+        return []
+    return [
+        f"An interval {WITHIN} is from how the run's steps vary: the next run may lie outside. Two more runs of"
+        f" {_sizes_text({row.size for row in alone})} would tell how runs differ."
     ]
 
 

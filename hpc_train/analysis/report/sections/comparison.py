@@ -54,7 +54,7 @@ def _names(comparison: RunComparison, verdict: str) -> str:
     metrics = [f"{each.name} {_change_text(each.relative or 0.0)}" for each in comparison.metrics]
     named = [name for name, each in zip(metrics, comparison.metrics, strict=True) if each.verdict == verdict]
     places = [each for each in comparison.changed_places if each.verdict == verdict]
-    found = [f"{_place_text(each)} {_change_text(each.of.change.relative)}" for each in places]
+    found = [f"{_place_text(each)} {_change_text(each.relative)}" for each in places]
     return ", ".join(named + ([listed(found, _MOST_PLACES)] if found else []))
 
 
@@ -117,7 +117,7 @@ def places_table(comparison: RunComparison) -> Table:
         text("phase", lambda each: _place_text(each)),
         number("before (ms)", lambda each: ms_text(each.of.before_s)),
         number("after (ms)", lambda each: ms_text(each.of.after_s)),
-        number("change", lambda each: _change_text(each.of.change.relative)),
+        number("change", lambda each: _change_text(each.relative)),
         number("interval", lambda each: _interval_text(each.interval)),
         text("verdict", lambda each: each.verdict),
     ]
@@ -180,7 +180,7 @@ def _place_record(each: PlaceVerdict) -> dict[str, Any]:
         "place": each.of.place.name,
         "before_s": each.of.before_s,
         "after_s": each.of.after_s,
-        "relative": each.of.change.relative,
+        "relative": each.relative,
         "interval": each.interval,
         "level": each.level,
         "verdict": each.verdict,

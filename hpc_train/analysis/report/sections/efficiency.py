@@ -4,11 +4,12 @@ from typing import Any
 
 from hpc_train.analysis.efficiency.pop import FACTORS
 from hpc_train.analysis.efficiency.stragglers import Straggler
-from hpc_train.analysis.report.labels import ranks_text, straggler_text, worst_run
+from hpc_train.analysis.report.labels import WITHIN, ranks_text, straggler_text, worst_run
 from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.notes.efficiency import pop_missing_notes, straggler_notes
 from hpc_train.analysis.report.plots.arrivals import arrivals_plot
 from hpc_train.analysis.report.plots.efficiency import efficiency_plot
+from hpc_train.analysis.report.plots.rank_phases import rank_phases_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.analysis.scaling.compare import Group
@@ -33,11 +34,13 @@ _FACTOR_LABELS = {  # indented below the factor that they multiply to
 
 
 def add_efficiency(section: SectionBuilder, group: Group) -> None:
+    section.part("Efficiency factors and stragglers")
     section.table("pop", pop_table, group)
     section.table("stragglers", straggler_table, group)
     section.notes("pop-missing", "caution", pop_missing_notes, group)
     section.notes("stragglers", "method", straggler_notes, group)
     section.plot("pop-efficiencies", efficiency_plot, group)
+    section.plot("rank-phases", rank_phases_plot, group)
     section.plot("late-ranks", arrivals_plot, group)
 
 
@@ -48,7 +51,7 @@ def pop_table(group: Group) -> Table | None:
         return None
     last = rows[-1]
     sizes = ["1 rank" if row.size == 1 else f"{ranks_text(row)} ranks" for row in rows]
-    columns = [Column("factor", is_text=True), *number_columns(*sizes, f"95% interval ({ranks_text(last)})")]
+    columns = [Column("factor", is_text=True), *number_columns(*sizes, _interval_title(last))]
     lines = []
     for factor in FACTORS:
         if any(factor in row.pop.factors for row in rows):
@@ -60,6 +63,11 @@ def pop_table(group: Group) -> Table | None:
         label = "speedup efficiency: global / baseline's global"
         lines.append((label, *(_factor_text(row.efficiency) for row in rows), "-"))
     return Table("pop", "POP efficiencies (1: no loss)", tuple(columns), tuple(lines))
+
+
+def _interval_title(row: Row) -> str:
+    between_runs = row.pop.estimates["parallel"].between_runs
+    return f"95% interval{'' if between_runs else f' {WITHIN}'} ({ranks_text(row)})"
 
 
 def _factor_text(value: float | None) -> str:
@@ -79,7 +87,7 @@ def straggler_table(group: Group) -> Table | None:
         number("last in", lambda pair: percent(pair[1].share_last)),
         number("late by (ms)", lambda pair: ms_text(pair[1].late_s)),
         number("cost", lambda pair: percent(pair[1].share)),
-        number("95% interval", lambda pair: "-".join(map(percent, pair[1].share_interval or ())) or "-"),
+        number(f"95% interval {WITHIN}", lambda pair: "-".join(map(percent, pair[1].share_interval or ())) or "-"),
         text("cause", lambda pair: _cause_text(pair[1])),
     ]
     title = "Stragglers (last in: share of the steps in which it arrives last; cost: share of the job's time)"

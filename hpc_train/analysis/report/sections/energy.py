@@ -45,6 +45,7 @@ COST_COLUMNS = (
 
 
 def add_energy(section: SectionBuilder, energy: GroupEnergy) -> None:
+    section.part("Energy in detail")
     section.notes("more-hardware", "finding", verdict_notes, energy)
     section.notes("meters", "method", run_notes, energy)
     if not energy.known:

@@ -2,10 +2,10 @@
 
 from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Table
-from hpc_train.analysis.report.notes.scaling import group_notes, incomplete_notes, server_notes
+from hpc_train.analysis.report.notes.scaling import group_notes, incomplete_notes, interval_notes, server_notes
 from hpc_train.analysis.report.plots.speedup import speedup_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number
+from hpc_train.analysis.report.sections.columns import CellColumn, interval, make_table, number
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import (
@@ -22,9 +22,11 @@ from hpc_train.core.formatting import (
 
 def add_scaling(section: SectionBuilder, group: Group) -> None:
     section.overview(overview_table, group)
+    section.part("Speedup and efficiency")
     section.table("scaling", scaling_table, group)
     section.notes("incomplete-mark", "caution", incomplete_notes, group)
     section.notes("comparison", "caution", group_notes, group)
+    section.notes("intervals", "method", interval_notes, group)
     section.notes("servers", "method", server_notes, group)
     section.plot("speedup", speedup_plot, group)
 
@@ -36,7 +38,7 @@ def overview_table(group: Group) -> Table:
         number("step (ms)", lambda row: ms_text(row.step_s)),
         number("samples/s", lambda row: significant(row.samples_per_s, 4)),
         number("speedup", _speedup_text),
-        number("95% interval", _speedup_interval_text),
+        interval(group.rows, lambda row: row.relative_speed, ratio_interval_text),
         number("efficiency", lambda row: percent(row.efficiency)),
         number("exposed", lambda row: percent(row.exposed_share)),
     ]
@@ -52,10 +54,10 @@ def scaling_table(group: Group) -> Table:
         number("ranks", ranks_text),
         number("runs", lambda row: str(len(row.runs))),
         number("step (ms)", lambda row: ms_text(row.step_s)),
-        number("95% interval", lambda row: interval_text(row.step_interval_s, 1e3)),
+        interval(group.rows, lambda row: row.step, lambda ends: interval_text(ends, 1e3)),
         number("samples/s", lambda row: significant(row.samples_per_s, 4)),
         number(f"speedup vs {baseline}" if baseline else "speedup", _speedup_text),
-        number("95% interval", _speedup_interval_text),
+        interval(group.rows, lambda row: row.relative_speed, ratio_interval_text),
         number("speedup efficiency", lambda row: percent(row.efficiency)),
     ]
     return make_table("scaling", _kind(group), group.rows, columns)
@@ -71,7 +73,3 @@ def _speedup_text(row: Row) -> str:
     if row.is_baseline:
         return "baseline"
     return "no baseline" if row.speedup is None else ratio_text(row.speedup)
-
-
-def _speedup_interval_text(row: Row) -> str:
-    return "-" if row.is_baseline else ratio_interval_text(row.speedup_interval)

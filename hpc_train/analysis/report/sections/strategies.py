@@ -9,7 +9,7 @@ from hpc_train.analysis.report.notes.headlines import strategy_headline
 from hpc_train.analysis.report.notes.strategies import comparison_notes, theory_notes
 from hpc_train.analysis.report.plots.strategies import strategy_bytes_plot, strategy_times_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
+from hpc_train.analysis.report.sections.columns import CellColumn, interval, make_table, number, text
 from hpc_train.analysis.report.sections.result import measure_column, measures_of
 from hpc_train.analysis.scaling.strategies import Comparison, Entry, Traffic
 from hpc_train.core.formatting import (
@@ -42,10 +42,10 @@ def strategy_table(comparison: Comparison) -> Table:
         text("strategy", lambda entry: entry.strategy),
         number("ranks", lambda entry: ranks_text(entry.row)),
         number("step (ms)", lambda entry: ms_text(entry.row.step_s)),
-        number("95% interval", lambda entry: interval_text(entry.row.step_interval_s, 1e3)),
+        interval(comparison.entries, lambda entry: entry.row.step, lambda ends: interval_text(ends, 1e3)),
         number("samples/s", lambda entry: significant(entry.row.samples_per_s, 4)),
         number(f"speed vs {comparison.reference}", _ratio_text),
-        number("95% interval", lambda entry: ratio_interval_text(entry.ratio_interval)),
+        interval(comparison.entries, lambda entry: entry.relative_speed, ratio_interval_text),
         number("exposed", lambda entry: percent(entry.row.exposed_share)),
     ]
     title = f"Strategies on equal work ({_work_text(comparison)})"

@@ -11,7 +11,7 @@ from hpc_train.analysis.report.notes.headlines import target_headline
 from hpc_train.analysis.report.notes.target import headline_notes, target_notes
 from hpc_train.analysis.report.plots.target import target_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number
+from hpc_train.analysis.report.sections.columns import CellColumn, interval, make_table, number
 from hpc_train.core.formatting import percent, plural, ratio_interval_text, ratio_text, significant
 
 TARGET_COLUMNS = (
@@ -43,6 +43,7 @@ def target_section(study: TargetStudy, guard: SectionGuard) -> Section:
 
 def add_target(section: SectionBuilder, study: TargetStudy) -> None:
     """A study of one group alone, as a part of that group's section."""
+    section.part("Time to a loss")
     section.notes("time-to-loss", "finding", headline_notes, study)
     _add_tables(section, study)
 
@@ -76,7 +77,7 @@ def target_speedup_table(study: TargetStudy) -> Table | None:
     columns: list[CellColumn[TargetRow]] = [
         *_name_columns(study),
         number("by time to target", lambda row: _times(row.speedup)),
-        number("95% interval", lambda row: ratio_interval_text(row.speedup_interval)),
+        interval(study.rows, lambda row: row.relative_speed, ratio_interval_text),
         number("efficiency", lambda row: percent(row.efficiency)),
         number("by samples/s", lambda row: _times(row.throughput)),
         number("efficiency", lambda row: percent(row.throughput_efficiency)),
