@@ -52,7 +52,7 @@ def test_gustafsons_serial_part_is_found_relative_to_a_baseline_of_two_ranks(tmp
 
 def test_a_law_through_two_points_says_so_and_is_measured_against_those_it_misses(tmp_path: Path) -> None:
     two = group_of(tmp_path / "a", (1, 0.01), (2, 0.006))
-    assert "drawn through both points, so nothing checks it" in law_text(two)
+    assert "drawn through both measurements, so nothing checks it" in law_text(two)
     kink = group_of(tmp_path / "b", (1, 0.010), (2, 0.005), (4, 0.005))  # which Amdahl's law does not describe
     law = fitted(kink)
     assert law is not None and law.worst > 0.1 and "misses by up to" in law_text(kink)

@@ -55,7 +55,7 @@ def arrivals_plot(group: Group) -> Plot | None:
     latest = np.argsort(-arrivals.late_s)[:3]
     lateness = ", ".join(f"rank {ranks[at]} by {significant(scale * arrivals.late_s[at])} {unit}" for at in latest)
     how = "by arrival" if arrivals.basis == "arrival" else "by how long each waited, since clocks are not comparable"
-    named = f" Waited for: {' and '.join(found.stragglers)}." if found.stragglers else ""
+    named = f" Stragglers: {' and '.join(found.stragglers)}." if found.stragglers else ""
     arrows = " Arrows point at them." if found.stragglers else ""
     num_lines = len(arrivals.map_s)
     lines = "" if len(ranks) == num_lines else f" A line is {len(ranks) / num_lines:.3g} ranks."

@@ -41,7 +41,7 @@ def _values_text(row: Row, factors: list[str]) -> str:
 
 
 def _label(factor: str) -> str:
-    return factor.replace("_", " ")
+    return "computation scaling" if factor == "computational" else factor.replace("_", " ")
 
 
 def _paint(axes: "Axes", rows: list[Row], factors: list[str]) -> None:

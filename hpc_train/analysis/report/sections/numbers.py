@@ -3,22 +3,14 @@
 They are those of the largest complete size.
 """
 
+from hpc_train.analysis.report.labels import interval_words
 from hpc_train.analysis.report.model import KeyNumber
 from hpc_train.analysis.report.notes.plan import criterion_text, nodes_text
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.next_run import NextRun
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.core.formatting import (
-    energy_text,
-    ms_text,
-    percent,
-    plain,
-    plural,
-    ratio_interval_text,
-    ratio_text,
-    significant,
-)
+from hpc_train.core.formatting import energy_text, ms_text, percent, plain, plural, ratio_text, significant
 
 
 def add_numbers(section: SectionBuilder, group: Group, advice: NextRun) -> None:
@@ -34,7 +26,7 @@ def _speedup(group: Group, row: Row) -> KeyNumber:
         return KeyNumber("Speedup", "no baseline", "a speedup needs steady steps of two sizes")
     detail = f"{percent(row.efficiency, 0)} efficiency on {plural(row.size, 'rank')}"
     if row.speedup_interval is not None:
-        detail += f", 95% interval {ratio_interval_text(row.speedup_interval)}"
+        detail += f", {interval_words(row.relative_speed)}"
     return KeyNumber(f"Speedup over {plural(group.baseline.size, 'rank')}", ratio_text(row.speedup), detail)
 
 
