@@ -239,3 +239,18 @@ def test_holm_rejects_what_the_paper_rejects() -> None:
     assert holm_levels([0.04, 0.01, 0.03], 0.05) == pytest.approx([0.025, 0.05 / 3, 0.025]), (
         "none after the first that fails"
     )
+
+
+def test_intervals_of_places_hold_the_true_change(tmp_path: Path) -> None:
+    """Of a host's phase that takes 5% longer; each interval has the level at which Holm tests it, 95% or more."""
+    held, widths, num_found = 0, [], 30
+    slow = {("c2", "forward"): 1.05}
+    for seed in range(num_found):
+        before = write_repeats(tmp_path / f"a{seed}", Noisy(steps=60, host_noise=0.01), 2 * seed)
+        after = write_repeats(tmp_path / f"b{seed}", Noisy(steps=60, host_noise=0.01, slower=slow), 2 * seed + 1)
+        places = compared(before, after).places
+        (of,) = [each for each in places if (each.of.phase, each.of.place.name) == ("forward", "c2")]
+        low, high = of.interval
+        held += low < 0.05 < high
+        widths.append(high - low)
+    assert held >= 0.9 * num_found and np.mean(widths) < 0.15, (held, widths)

@@ -19,7 +19,7 @@ from hpc_train.core.formatting import amount, listed, ms_text, percent, plural, 
 from hpc_train.core.statistics import Interval
 
 SCHEMA = 1
-_MOST_PLACES = 3  # in the answer
+_MOST_PLACES, _MOST_ROWS = 3, 20  # in the answer, in the table
 
 
 def answer(comparison: RunComparison) -> list[str]:
@@ -121,8 +121,10 @@ def places_table(comparison: RunComparison) -> Table:
         number("interval", lambda each: _interval_text(each.interval)),
         text("verdict", lambda each: each.verdict),
     ]
-    title = "Hosts and ranks that changed against their neighbours (95% intervals, Holm's correction)"
-    return make_table("comparison-places", title, comparison.changed_places, columns)
+    changed = comparison.changed_places
+    cut = f"; the costliest {_MOST_ROWS} of {len(changed)}" if len(changed) > _MOST_ROWS else ""
+    title = f"Hosts and ranks that changed against their neighbours (95% intervals, Holm's correction{cut})"
+    return make_table("comparison-places", title, changed[:_MOST_ROWS], columns)
 
 
 def differences_table(comparison: RunComparison) -> Table:
