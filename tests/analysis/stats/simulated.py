@@ -86,3 +86,8 @@ class Coverage:
         ends = np.array(intervals)
         held = (ends[:, 0] <= truth) & (truth <= ends[:, 1])
         return cls(float(held.mean()), float(np.median(np.log(ends[:, 1] / ends[:, 0])) / (2 * half_width)))
+
+
+def oracle_of(values: Sequence[float]) -> float:
+    """Half of the 95% interval of someone who knows how these estimates spread, in their logarithms."""
+    return NORMAL_95 * float(np.std(np.log(values)))
