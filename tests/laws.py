@@ -107,6 +107,10 @@ class Laws:
         """What is left of it once the last rank has arrived. Asking alone takes a microsecond, on one rank, too."""
         return max(1e-6, self.ring_s - self.overlap * PARTS["backward"] * self.useful_s)
 
+    def parts(self, rank: int) -> dict[str, float]:
+        """The phases' shares of a rank's useful time."""
+        return PARTS
+
     def work(self, rank: int) -> tuple[FloatArray, FloatArray]:
         """(useful time, wait for input) of every step of a rank in seconds, each (steps,)."""
         draws = np.random.default_rng([self.seed, self.ranks, rank])
@@ -206,9 +210,10 @@ def study(root: Path, laws: Laws, sizes: tuple[int, ...]) -> dict[int, tuple[Run
     return {size: write(root, replace(laws, ranks=size)) for size in sizes}
 
 
-def _before_and_after(laws: Laws, useful_s: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _before_and_after(laws: Laws, rank: int, useful_s: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Useful time before the reduction of a step, and after it."""
-    before = useful_s * (PARTS["forward"] + PARTS["backward"])
+    parts = laws.parts(rank)
+    before = useful_s * (parts["forward"] + parts["backward"])
     return before, useful_s - before
 
 
@@ -223,7 +228,7 @@ def _reductions(laws: Laws) -> tuple[FloatArray, Truth]:
     first = laws.warmup
     for rank in range(laws.ranks):
         useful, stall = laws.work(rank)
-        before, after = _before_and_after(laws, useful)
+        before, after = _before_and_after(laws, rank, useful)
         stretch = before.copy()
         stretch[1:] += after[:-1]
         np.maximum(longest, stretch + stall, out=longest)
@@ -268,11 +273,11 @@ class _Clocks:
 def _rows(laws: Laws, rank: int, leave_s: FloatArray, clocks: _Clocks, num_samples: int) -> FloatArray:
     """(steps, len(TIMING_COLUMNS)) the records of a rank, by its own clock."""
     useful, stall = laws.work(rank)
-    before, after = _before_and_after(laws, useful)
+    before, after = _before_and_after(laws, rank, useful)
     began = np.concatenate([[0.0], leave_s[:-1] + after[:-1]])
-    forward = useful * PARTS["forward"]
+    forward = useful * laws.parts(rank)["forward"]
     moments = [began, began + stall, began + stall + forward, began + stall + before]  # data, forward, backward end
-    updated = leave_s + useful * PARTS["optimizer"]
+    updated = leave_s + useful * laws.parts(rank)["optimizer"]
     moments += [leave_s, updated, updated, leave_s + after]  # reduce, optimizer, sync (none), other
     shown = clocks.shown_ns(rank // laws.ranks_per_host, np.stack(moments))
     shown[-1, :-1] = shown[0, 1:]  # steps follow each other without a gap

@@ -47,11 +47,11 @@ def error_of_series(values: FloatArray) -> tuple[float, float]:
     return variance / (effective - 1), effective - 1
 
 
-def half_width(squared_error: float, degrees_of_freedom: float) -> float:
-    """Of the 95% interval by Student's t."""
+def half_width(squared_error: float, degrees_of_freedom: float, level: float = 0.05) -> float:
+    """Of the interval with a confidence of 1 - level, by Student's t."""
     from scipy.special import stdtrit  # a third of a second to import, and most commands print no interval
 
-    return float(stdtrit(degrees_of_freedom, LEVELS[1])) * sqrt(squared_error)
+    return float(stdtrit(degrees_of_freedom, 1 - level / 2)) * sqrt(squared_error)
 
 
 def mean_interval(values: FloatArray) -> tuple[float | None, ...]:

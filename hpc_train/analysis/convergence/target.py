@@ -29,7 +29,7 @@ TUNING = (
     *("train.lr_milestones", "train.lr_decay", "train.momentum", "train.betas", "train.weight_decay"),
     "train.clip_norm",
 )
-_NO_PROGRESS = ("policy_gradient", "dqn")  # task.kind whose loss does not fall as the policy improves
+NO_PROGRESS = ("policy_gradient", "dqn")  # task.kind whose loss does not fall as the policy improves
 _LEAST_WINDOW, _MOST_WINDOW = 9, 1001
 NOT_REACHED = "not reached"
 
@@ -217,7 +217,7 @@ class _Goal:
 
 def _common_goal(runs: Sequence[Run], num_rows: int) -> _Goal | None:
     """The worst of the complete runs' best smoothed losses; None if there is nothing to compare."""
-    if num_rows < 2 or runs[0].config.task.kind in _NO_PROGRESS:
+    if num_rows < 2 or runs[0].config.task.kind in NO_PROGRESS:
         return None
     best = {run: float(smoothed(run)[1].min(initial=np.inf)) for run in runs if run.incomplete is None}
     known = [run for run, loss in best.items() if isfinite(loss)]

@@ -22,8 +22,9 @@ from hpc_train.core.timing_log import PHASES
 
 P = ParamSpec("P")
 # 2: test_<measure> for every test measure; 3: step_s is the mean, step_median_s the median; 4: share_sync, joules_sync
-# (before, part of share_reduce and joules_reduce)
-REPORT_SCHEMA = 4
+# (before, part of share_reduce and joules_reduce); 5: straggler, time_lost, joules_dynamic and volume_bytes (before,
+# waiting_for, waiting_share, joules_net and must_move_bytes)
+REPORT_SCHEMA = 5
 SCALING_COLUMNS = (
     "group",
     "scaling",

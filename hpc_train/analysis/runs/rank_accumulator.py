@@ -24,8 +24,8 @@ class RankAccumulator:
         self._hosts, self._clocks, self._waits = hosts, clocks, waits
         self._ranks: list[int] = []
         self._useful_s: list[FloatArray] = []  # of each rank: (B,)
-        self._input_ns: list[int] = []
-        self._exposed_ns: list[int] = []
+        self._phases_ns: list[IntArray] = []  # of each rank: (len(PHASES),)
+        self._exposed_ns = 0
         self._marked_ns = 0  # in phases that the loop marked itself
         self._stretches: _StretchAccumulator | None = None
         self._step_ns = np.zeros(0)
@@ -43,8 +43,8 @@ class RankAccumulator:
         self._useful_s.append(self._stretches.add(spent) / 1e9)
         self._step_ns += spent.step
         self._ranks.append(rank)
-        self._input_ns.append(int(spent.input_wait.sum()))
-        self._exposed_ns.append(int(spent.exposed.sum()))
+        self._phases_ns.append(rows.phases_ns.sum(axis=0))
+        self._exposed_ns += int(spent.exposed.sum())
         self._marked_ns += int((spent.step - rows["other_ns"]).sum())
         if not spent.has_arrivals:  # one rank without them leaves nothing to compare
             self._arrivals = None
@@ -58,7 +58,7 @@ class RankAccumulator:
         order = np.argsort(self._ranks)
         ranks = np.array(self._ranks, dtype=np.int64)[order]
         several = len(ranks) > 1
-        timed = self._marked_ns > 0 and (sum(self._exposed_ns) > 0 or not several or not self._waits)
+        timed = self._marked_ns > 0 and (self._exposed_ns > 0 or not several or not self._waits)
         arrivals = self._arrivals.arrivals(order, self._step_ns) if self._arrivals and timed and several else None
         useful_s = np.stack(self._useful_s)[order]
         ideal_s, ideal_input_s = self._stretches.ideal_s()
@@ -67,8 +67,7 @@ class RankAccumulator:
             ranks,
             hosts=tuple(self._hosts[rank] for rank in ranks),
             useful_blocks_s=useful_s,
-            input_s=np.array(self._input_ns)[order] / 1e9,
-            exposed_s=np.array(self._exposed_ns)[order] / 1e9,
+            phases_s=np.stack(self._phases_ns)[order] / 1e9,
             ideal_s=ideal_s,
             ideal_input_s=ideal_input_s,
             whole_s=self._stretches.whole_s(len(ranks)),

@@ -22,7 +22,7 @@ _REFERENCES = ("horovod", "mpi", "sharded", "parameter_server", "local")  # the 
 class Traffic:
     """Bytes that the busiest rank must move in a step, in theory."""
 
-    must_move_bytes: float  # as `traffic` counts them
+    volume_bytes: float  # as `traffic` counts them
     each_way_bytes: float  # sent, and as many received
     is_least: bool  # a lower bound: the library chooses the algorithm
 

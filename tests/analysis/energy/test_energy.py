@@ -98,7 +98,7 @@ def test_idle_that_was_given_makes_an_estimate_and_an_unknown_one_makes_missing(
     assert energy(run).net == EnergyAmount(estimated=525 - 2.5 * 90)
     tell(run, energy={"idle_w": {"a": {"package-0": 40.0, "dram": 10.0}}, "idle_quality": "measured"})
     net = energy(run).net
-    assert net.total is None and net.lacking == ("b package-0 at rest",) and net.known == 400 - 2.5 * 50
+    assert net.total is None and net.lacking == ("b package-0 when idle",) and net.known == 400 - 2.5 * 50
 
 
 def test_a_meter_that_stops_leaves_the_part_known(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_words_and_records_agree(tmp_path: Path) -> None:
     found = sizes(tmp_path, 100.0, 200.0)
     record = cost_record(found.rows[1])
     assert tuple(record) == COST_COLUMNS
-    assert (record["joules_measured"], record["joules_estimated"], record["joules_net"]) == (1200.0, 0.0, None)
+    assert (record["joules_measured"], record["joules_estimated"], record["joules_dynamic"]) == (1200.0, 0.0, None)
     assert record["mean_w"] == 200.0 and record["joules_reduce"] == pytest.approx(120, rel=1e-3)
     parts, power, phases, places = energy_section(found).tables
     assert (

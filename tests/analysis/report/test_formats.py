@@ -63,7 +63,7 @@ def test_the_tables_say_where_the_page_and_the_figures_are(runs: Path, tmp_path:
     done = said(runs, "--figures", str(tmp_path / "proposal"))
     assert f"Report: {runs / 'report' / 'report.html'}" in done.output
     made = list((tmp_path / "proposal").glob("*.[ps][dv][fg]"))
-    assert f"Figures: {len(made)} files in {tmp_path / 'proposal'}" in done.output and len(made) == 14
+    assert f"Figures: {len(made)} files in {tmp_path / 'proposal'}" in done.output and len(made) == 18
 
 
 def test_the_terminal_shows_one_screen_unless_asked_for_everything(runs: Path) -> None:

@@ -138,8 +138,8 @@ def test_a_straggler_s_cost(slow: Slow, autocorrelation: float, num_studies: int
     runs = [find_stragglers(recorded(replace(law, seed=seed))).stragglers for seed in range(num_studies)]
     found = [stragglers[0] for stragglers in runs if stragglers]
     assert len(found) > 0.85 * num_studies and all(each.ranks == (slow.rank,) for each in found)
-    intervals = [each.share_interval for each in found if each.share_interval]
-    coverage = Coverage.of(intervals, truth.share, oracle_of([each.share for each in found]))
+    left = [(1 - each.share_interval[1], 1 - each.share_interval[0]) for each in found if each.share_interval]
+    coverage = Coverage.of(left, 1 - truth.share, oracle_of([1 - each.share for each in found]))
     check(coverage, "straggler", num_studies)
 
 

@@ -59,9 +59,9 @@ def lacking_notes(energy: GroupEnergy) -> list[str]:
             meters = listed(lacking, _MOST_LACKING)
             notes.append(f"{size}: energy missing of {meters}. Missing is not zero: the known part is a lower bound.")
         idle = tuple(meter for meter in row.net.lacking if meter not in lacking)
-        # If no meter at all has its idle draw, the user did not ask to measure it.
+        # If no meter at all has its idle power, the user did not ask to measure it.
         if idle and len(idle) < sum(len(run.readings) for run in row.runs):
-            notes.append(f"{size}: energy above idle is missing: no {listed(idle, _MOST_LACKING)}.")
+            notes.append(f"{size}: dynamic energy is missing: no {listed(idle, _MOST_LACKING)}.")
     return notes
 
 
@@ -93,7 +93,7 @@ def _peak_note(energy: GroupEnergy) -> str:
     periods_s = [run.peak[1] for row in energy.rows for run in row.runs if run.peak]
     span = f" of means over {significant(max(periods_s))} s, the slowest meter's interval" if periods_s else ""
     with_idle = any(row.net.total is not None for row in energy.rows)
-    idle = "" if with_idle else " The idle draw of nodes is unknown: energy.idle_s measures it before the loop."
+    idle = "" if with_idle else " The idle power of nodes is unknown: energy.idle_s measures it before the loop."
     return f"Peak power is the highest{span}; mean power is gross joules over the metered time.{idle}"
 
 

@@ -50,11 +50,11 @@ def _answer_without_baseline(group: Group) -> str:
 
 def _lost(row: Row) -> str:
     """What keeps the row from the ideal: exposed communication, and the stragglers that cause most of it."""
-    share, waiting = row.exposed_share, waiting_text(row)
+    share, lost = row.exposed_share, time_lost_text(row)
     most = max((each.share for each in row.stragglers), default=0.0)
-    if share is None or (waiting and most >= 0.5 * share):  # exposed communication is then mostly that wait
-        return waiting
-    return f"; {percent(share, 0)} of the step is exposed communication{waiting}"
+    if share is None or (lost and most >= 0.5 * share):  # exposed communication is then mostly that wait
+        return lost
+    return f"; {percent(share, 0)} of the step is exposed communication{lost}"
 
 
 def _growths(row: Row, baseline: Row) -> Iterator[str]:
@@ -66,8 +66,8 @@ def _growths(row: Row, baseline: Row) -> Iterator[str]:
             yield f"{phase} grew from {ms_text(before[phase])} to {ms_text(after[phase])} ms"
 
 
-def waiting_text(row: Row) -> str:
-    """ "; 14% lost to waiting for rank 5 on c3", "" without stragglers."""
+def time_lost_text(row: Row) -> str:
+    """ "; 14% of the time lost to straggler rank 5 on c3", "" without stragglers."""
     worst = worst_run(row)
     if worst is None or not worst.stragglers:
         return ""
@@ -76,7 +76,8 @@ def waiting_text(row: Row) -> str:
     last = f"{num_more} more" if num_more else names.pop()
     whom = f"{', '.join(names)} and {last}" if names else last
     is_sporadic = not any(straggler.persistent for straggler in worst.stragglers)
-    return f"; {percent(worst.share, 0)} lost to waiting for {whom}{', sporadically' if is_sporadic else ''}"
+    what = f"{'sporadic ' * is_sporadic}straggler{'s' * (len(worst.stragglers) > 1)}"
+    return f"; {percent(worst.share, 0)} of the time lost to {what} {whom}"
 
 
 def strategy_headline(comparison: Comparison, named: bool = False) -> str:

@@ -81,7 +81,7 @@ def mismatch_notes(runs: Sequence[Run]) -> list[str]:
         sizes: dict[str, set[int]] = defaultdict(set)
         for run, value in zip(runs, values, strict=True):
             sizes[value].add(run.size)
-        notes.append(_unlike(name, dict(sorted(sizes.items(), key=lambda item: min(item[1])))))
+        notes.append(_mismatch(name, dict(sorted(sizes.items(), key=lambda item: min(item[1])))))
     return notes
 
 
@@ -100,12 +100,12 @@ def _ranks_per_host_notes(runs: Sequence[Run]) -> list[str]:
             sizes[num].add(run.size)
     if len(sizes) < 2:
         return []
-    return [_unlike("ranks per host", {str(num): sizes[num] for num in sorted(sizes)})]
+    return [_mismatch("rank placement, ranks per host", {str(num): sizes[num] for num in sorted(sizes)})]
 
 
-def _unlike(name: str, sizes_by_value: dict[str, set[int]]) -> str:
+def _mismatch(name: str, sizes_by_value: dict[str, set[int]]) -> str:
     values = "; ".join(f"{value} ({_sizes_text(sizes)})" for value, sizes in sizes_by_value.items())
-    return f"Not alike: {name}: {values}."
+    return f"Configuration mismatch: {name}: {values}."
 
 
 def _sizes_text(sizes: set[int]) -> str:

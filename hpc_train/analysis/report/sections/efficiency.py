@@ -9,6 +9,7 @@ from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.notes.efficiency import pop_missing_notes, straggler_notes
 from hpc_train.analysis.report.plots.arrivals import arrivals_plot
 from hpc_train.analysis.report.plots.efficiency import efficiency_plot
+from hpc_train.analysis.report.plots.rank_phases import rank_phases_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.analysis.scaling.compare import Group
@@ -17,7 +18,7 @@ from hpc_train.core.formatting import ms_text, percent, ratio_text
 
 EFFICIENCY_COLUMNS = (
     *(f"pop_{factor}{end}" for factor in FACTORS for end in ("", "_low", "_high")),
-    *("waiting_for", "waiting_share", "waiting_share_low", "waiting_share_high", "noise"),
+    *("straggler", "time_lost", "time_lost_low", "time_lost_high", "noise"),
 )
 _MOST_LINES = 12
 _FACTOR_LABELS = {  # indented below the factor that they multiply to
@@ -28,16 +29,18 @@ _FACTOR_LABELS = {  # indented below the factor that they multiply to
     "communication": "  x communication",
     "serialisation": "    = serialisation",
     "transfer": "    x transfer",
-    "computational": "x computational",
+    "computational": "x computation scaling",
 }
 
 
 def add_efficiency(section: SectionBuilder, group: Group) -> None:
+    section.part("Efficiency factors and stragglers")
     section.table("pop", pop_table, group)
     section.table("stragglers", straggler_table, group)
     section.notes("pop-missing", "caution", pop_missing_notes, group)
     section.notes("stragglers", "method", straggler_notes, group)
     section.plot("pop-efficiencies", efficiency_plot, group)
+    section.plot("rank-phases", rank_phases_plot, group)
     section.plot("late-ranks", arrivals_plot, group)
 
 
@@ -83,11 +86,11 @@ def straggler_table(group: Group) -> Table | None:
         text("kind", lambda pair: "persistent" if pair[1].persistent else "sporadic"),
         number("last in", lambda pair: percent(pair[1].share_last)),
         number("late by (ms)", lambda pair: ms_text(pair[1].late_s)),
-        number("cost", lambda pair: percent(pair[1].share)),
+        number("time lost", lambda pair: percent(pair[1].share)),
         number(f"95% interval {WITHIN}", lambda pair: "-".join(map(percent, pair[1].share_interval or ())) or "-"),
         text("cause", lambda pair: _cause_text(pair[1])),
     ]
-    title = "Stragglers (last in: share of the steps in which it arrives last; cost: share of the job's time)"
+    title = "Stragglers (last in: share of the steps in which it arrives last; time lost: share of the job's)"
     return make_table("stragglers", title, found[:_MOST_LINES], columns)
 
 
@@ -114,10 +117,10 @@ def efficiency_record(row: Row) -> dict[str, Any]:
     noises = [run.load_balance.noise for run in row.runs if run.load_balance and run.load_balance.noise is not None]
     return {
         **record,
-        "waiting_for": " + ".join(map(straggler_text, worst.stragglers)) if worst and worst.stragglers else None,
-        "waiting_share": worst.share if worst and is_known else None,
-        "waiting_share_low": low,
-        "waiting_share_high": high,
+        "straggler": " + ".join(map(straggler_text, worst.stragglers)) if worst and worst.stragglers else None,
+        "time_lost": worst.share if worst and is_known else None,
+        "time_lost_low": low,
+        "time_lost_high": high,
         "noise": sum(noises) / len(noises) if noises else None,
     }
 

@@ -27,8 +27,8 @@ COST_COLUMNS = (
     "joules_estimated",
     "joules_shared",
     "joules_loop",
-    "joules_net",
-    "joules_net_quality",
+    "joules_dynamic",
+    "joules_dynamic_quality",
     "mean_w",
     "peak_w",
     "edp_js",
@@ -45,6 +45,7 @@ COST_COLUMNS = (
 
 
 def add_energy(section: SectionBuilder, energy: GroupEnergy) -> None:
+    section.part("Energy in detail")
     section.notes("more-hardware", "finding", verdict_notes, energy)
     section.notes("meters", "method", run_notes, energy)
     if not energy.known:
@@ -73,9 +74,9 @@ def run_table(energy: GroupEnergy) -> Table:
     ]
     idle = ""
     if any(row.net.total is not None for row in energy.rows):
-        columns.append(number("above idle", lambda row: row.net.text()))
-        columns.append(number("above idle per sample", lambda row: row.net_per_sample.text()))
-        idle = "; above idle: gross minus the idle draw"
+        columns.append(number("dynamic", lambda row: row.net.text()))
+        columns.append(number("dynamic per sample", lambda row: row.net_per_sample.text()))
+        idle = "; dynamic: gross minus idle"
     title = f"Energy per run (gross: the whole run; loop: the steps{idle})"
     return make_table("energy", title, energy.rows, columns)
 
@@ -211,8 +212,8 @@ def cost_record(row: RowEnergy) -> dict[str, Any]:
         "joules_estimated": gross.estimated or 0.0 if is_known else None,
         "joules_shared": gross.shared,
         "joules_loop": row.loop.total,
-        "joules_net": row.net.total,
-        "joules_net_quality": row.net.quality,
+        "joules_dynamic": row.net.total,
+        "joules_dynamic_quality": row.net.quality,
         "mean_w": row.mean_w,
         "peak_w": row.peak_w,
         "edp_js": row.edp_js,

@@ -17,6 +17,7 @@ FLOPS_COLUMNS = ("flops_per_sample", "flops_per_s_per_rank", "peak_flops", "peak
 
 def add_flops(section: SectionBuilder, group: Group) -> None:
     if counts_flops(group):
+        section.part("Model FLOPs and MFU")
         section.table("flops", flops_table, group)
         section.notes("flops", "method", flops_notes, group)
 

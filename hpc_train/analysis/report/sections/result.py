@@ -14,6 +14,7 @@ from hpc_train.core.formatting import energy_text, percent, plain, significant
 
 
 def add_result(section: SectionBuilder, group: Group) -> None:
+    section.part("Energy and result")
     section.table("result", result_table, group)
     section.notes("energy-missing", "caution", missing_notes, group)
     section.notes("energy-estimated", "method", estimate_notes, group)

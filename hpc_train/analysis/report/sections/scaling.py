@@ -22,6 +22,7 @@ from hpc_train.core.formatting import (
 
 def add_scaling(section: SectionBuilder, group: Group) -> None:
     section.overview(overview_table, group)
+    section.part("Speedup and efficiency")
     section.table("scaling", scaling_table, group)
     section.notes("incomplete-mark", "caution", incomplete_notes, group)
     section.notes("comparison", "caution", group_notes, group)

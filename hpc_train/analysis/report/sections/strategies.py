@@ -71,12 +71,12 @@ def strategy_traffic_table(comparison: Comparison) -> Table:
     columns: list[CellColumn[Entry]] = [
         text("strategy", lambda entry: entry.strategy),
         number("ranks", lambda entry: ranks_text(entry.row)),
-        number("traffic per step", lambda entry: _traffic_text(entry.traffic)),
+        number("communication volume", lambda entry: _traffic_text(entry.traffic)),
         number("optimizer state", lambda entry: amount(max(entry.optimizer_bytes or [], default=None), "B")),
         number("loss", lambda entry: significant(entry.row.loss, 7)),
         *map(_measure_column, measures_of([entry.row for entry in comparison.entries])),
     ]
-    title = "Traffic of the busiest rank (theory), largest optimizer state of a rank, and result"
+    title = "Communication volume of the busiest rank in a step (theory), largest optimizer state of a rank, and result"
     return make_table("strategies-traffic", title, comparison.entries, columns)
 
 
@@ -88,7 +88,7 @@ def _measure_column(measure: str) -> CellColumn[Entry]:
 def _traffic_text(traffic: Traffic | None) -> str:
     if traffic is None:
         return "missing"
-    return ("at least " if traffic.is_least else "") + amount(traffic.must_move_bytes, "B")
+    return ("at least " if traffic.is_least else "") + amount(traffic.volume_bytes, "B")
 
 
 def strategy_notes(comparison: Comparison) -> list[str]:
@@ -126,9 +126,9 @@ def _entry_record(entry: Entry) -> dict[str, Any]:
         "ratio_high": ratio_high,
         "share_reduce": row.phase_share.get("reduce"),
         "share_sync": row.phase_share.get("sync"),
-        "must_move_bytes": traffic.must_move_bytes if traffic else None,
+        "volume_bytes": traffic.volume_bytes if traffic else None,
         "each_way_bytes": traffic.each_way_bytes if traffic else None,
-        "must_move_is_least": traffic.is_least if traffic else None,
+        "volume_is_least": traffic.is_least if traffic else None,
         "optimizer_bytes": entry.optimizer_bytes,
         "loss": row.loss,
         **{f"test_{measure}": value for measure, value in row.test.items()},

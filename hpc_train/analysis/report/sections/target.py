@@ -43,6 +43,7 @@ def target_section(study: TargetStudy, guard: SectionGuard) -> Section:
 
 def add_target(section: SectionBuilder, study: TargetStudy) -> None:
     """A study of one group alone, as a part of that group's section."""
+    section.part("Time to a loss")
     section.notes("time-to-loss", "finding", headline_notes, study)
     _add_tables(section, study)
 
