@@ -144,11 +144,12 @@ def _estimated(run: Run) -> dict[str, Estimate]:
     return {name: of_blocks(float(whole[name][0]), without[name]) for name in whole}
 
 
-def _blocks(run: Run) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]:
+def _blocks(run: Run) -> list[FloatArray]:
     """(B,) each: mean useful time, T_ideal, T_input, T, samples."""
     balance = _balance(run)
     samples = balance.steps * float(run.summary.global_batch)
-    return balance.useful_blocks_s.mean(axis=0), balance.ideal_s, balance.ideal_input_s, balance.whole_s, samples
+    mean_s = np.asarray(balance.useful_blocks_s.mean(axis=0))
+    return [mean_s, balance.ideal_s, balance.ideal_input_s, balance.whole_s, samples]
 
 
 def _busiest_s(useful_s: FloatArray) -> FloatArray:
@@ -160,7 +161,7 @@ def _busiest_s(useful_s: FloatArray) -> FloatArray:
     num_blocks = useful_s.shape[1]
     is_odd = np.arange(num_blocks) * _NUM_TURNS // num_blocks % 2 == 1
     chosen = [int(np.argmax(useful_s[:, half].sum(axis=1))) for half in (is_odd, ~is_odd)]
-    return np.where(is_odd, useful_s[chosen[1]], useful_s[chosen[0]])
+    return np.asarray(np.where(is_odd, useful_s[chosen[1]], useful_s[chosen[0]]))
 
 
 def _logarithms(
