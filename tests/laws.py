@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.signal import lfilter
 
 from hpc_train.core import config, records, timing_log
 from hpc_train.core.energy_records import ENERGY_COLUMNS
@@ -51,7 +52,10 @@ class Laws:
     serial: float = 0.0
     weak: bool = False
     batch: int = 4096  # global (strong), per rank (weak)
-    noise: float = 0.0  # standard deviation of each rank's useful time in each step, relative; independent
+    noise: float = 0.0  # standard deviation of each rank's useful time in each step, relative; independent of others
+    autocorrelation: float = 0.0  # of that noise from one step to the next (first-order autoregressive)
+    run_noise: float = 0.0  # standard deviation of the whole run's useful time, relative: how repeats differ
+    bursts: float = 0.0  # probability that 20 slow steps of a rank, 1.5 times as long, begin in a step
     slow: tuple[Slow, ...] = ()
     input_s: float = 0.0005  # in every step, on every rank
     # Ring: 2 (N - 1) alpha + 2 (N - 1) / N message_bytes beta; from two hosts on with the costs between them.
@@ -110,7 +114,11 @@ class Laws:
     def work(self, rank: int) -> tuple[FloatArray, FloatArray]:
         """(useful time, wait for input) of every step of a rank in seconds, each (steps,)."""
         draws = np.random.default_rng([self.seed, self.ranks, rank])
-        useful = self.useful_s * np.maximum(0.05, 1 + self.noise * draws.standard_normal(self.steps))
+        useful = self.useful_s * np.maximum(0.05, 1 + self.noise * self._settled_noise(draws))
+        useful *= np.exp(self.run_noise * np.random.default_rng([self.seed, self.ranks, 1 << 31]).standard_normal())
+        if self.bursts:
+            begins = draws.random(self.steps) < self.bursts
+            useful[np.convolve(begins, np.ones(20))[: self.steps] > 0] *= 1.5
         useful[: self.warmup] *= 3  # would show in any mean that counts it
         stall = np.full(self.steps, self.input_s)
         for slow in self.slow:
@@ -122,6 +130,14 @@ class Laws:
                 else:
                     useful += more
         return useful, stall
+
+    def _settled_noise(self, draws: np.random.Generator) -> FloatArray:
+        """(steps,) of standard deviation 1."""
+        series = draws.standard_normal(self.steps)
+        if not self.autocorrelation:
+            return series
+        series[1:] *= (1 - self.autocorrelation**2) ** 0.5
+        return np.asarray(lfilter([1.0], [1.0, -self.autocorrelation], series))
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +194,15 @@ def write(root: Path, laws: Laws) -> tuple[RunDir, Truth]:
     if laws.complete:
         run.summary.write_text(json.dumps({"loss": float(losses[-1]), "complete": True, "schema": records.SCHEMA}))
     return run, truth
+
+
+def rows(laws: Laws) -> Iterator[FloatArray]:
+    """The records of each rank in turn, (steps, len(TIMING_COLUMNS)), as `write` writes them."""
+    leave_s, _ = _reductions(laws)
+    clocks = _Clocks(laws, float(leave_s[-1]))
+    share = _shares(laws.batch, laws.ranks)
+    for rank in range(laws.ranks):
+        yield _rows(laws, rank, leave_s, clocks, share[rank])
 
 
 def study(root: Path, laws: Laws, sizes: tuple[int, ...]) -> dict[int, tuple[RunDir, Truth]]:

@@ -1,7 +1,8 @@
 """POP efficiencies: the useful part of the ranks' time, and where the rest is lost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 
@@ -24,34 +25,34 @@ FACTORS = {
     "transfer": 3,
     "computational": 1,
 }
+_NUM_TURNS = 10  # of the two halves of a run
 _SAMPLES_PER_USEFUL, _SAMPLES_PER_WHOLE = "samples per useful second", "samples per second of all ranks"
 
 
 @dataclass(frozen=True, eq=False)
 class Efficiencies:
-    """The factors of all runs of one size; 1: no loss. An unknown factor is absent.
+    """The factors of all runs of one size; 1: no loss. An unknown factor is absent. missing: why there are none.
 
-    estimates: geometric means over runs, so that they multiply as the factors of one run do. missing: why there are
-    none.
+    factors: as measured, geometric means over runs, so that they multiply as the factors of one run do. estimates: the
+    same, but for the busiest rank, whose time is taken from steps that did not choose it (`_busiest_s`).
     """
 
+    factors: dict[str, float] = field(default_factory=dict)
     estimates: dict[str, Estimate] = field(default_factory=dict)
     missing: str | None = None
 
     @property
-    def factors(self) -> dict[str, float]:
-        return {name: estimate.value for name, estimate in self.estimates.items()}
-
-    @property
     def intervals(self) -> dict[str, Interval]:
-        """95%, of what runs as long as these come to. Ranks lose no less than nothing: only the factors that compare
-        with a baseline can exceed 1.
+        """95%, of runs that go on. The busiest rank's true time lies between its own, which is the largest by chance,
+        too, and that on steps that did not choose it: intervals reach below the smaller and above the larger of the two
+        factors. Only factors that compare with a baseline can exceed 1, since ranks lose no less than nothing.
         """
         found = {}
         for name, estimate in self.estimates.items():
             if estimate.interval is not None:
-                low, high = estimate.interval
-                found[name] = (low, high if name in ("global", "computational") else min(high, 1.0))
+                (low, high), chosen = estimate.interval, self.factors[name] / estimate.value
+                most = inf if name in ("global", "computational") else 1.0
+                found[name] = low * min(chosen, 1.0), max(min(high * max(chosen, 1.0), most), self.factors[name])
         return found
 
 
@@ -86,15 +87,23 @@ def efficiencies(runs: Sequence[Run], baseline: Sequence[Run] | None) -> Efficie
     """
     if missing := _missing(runs):
         return Efficiencies(missing=missing)
-    of_runs = [_of_run(run) for run in runs]
-    found = {name: over_runs([each[name] for each in of_runs]) for name in FACTORS if name in of_runs[0]}
+    sides = [_of_runs(runs, baseline, of_run) for of_run in (_measured, _estimated)]
+    measured, estimated = ({name: side[name] for name in FACTORS if name in side} for side in sides)
+    return Efficiencies({name: each.value for name, each in measured.items()}, estimated)
+
+
+def _of_runs(
+    runs: Sequence[Run], baseline: Sequence[Run] | None, of_run: Callable[[Run], dict[str, Estimate]]
+) -> dict[str, Estimate]:
+    of_runs = [of_run(run) for run in runs]
+    found = {name: over_runs([each[name] for each in of_runs]) for name in of_runs[0]}
     if baseline is not None and list(baseline) == list(runs):
         found |= {"computational": Estimate(0.0, 0.0, 1.0), "global": found["parallel"]}  # by definition
     elif baseline and not _missing(baseline):
-        useful = [_of_run(run)[_SAMPLES_PER_USEFUL] for run in baseline]
+        useful = [of_run(run)[_SAMPLES_PER_USEFUL] for run in baseline]
         found["computational"] = ratio([each[_SAMPLES_PER_USEFUL] for each in of_runs], useful)
         found["global"] = ratio([each[_SAMPLES_PER_WHOLE] for each in of_runs], useful)
-    return Efficiencies({name: found[name] for name in FACTORS if name in found})
+    return found
 
 
 def _missing(runs: Sequence[Run]) -> str | None:
@@ -119,39 +128,65 @@ def _balance(run: Run) -> LoadBalance:
     return run.load_balance
 
 
-def _of_run(run: Run) -> dict[str, Estimate]:
+def _measured(run: Run) -> dict[str, Estimate]:
     """The factors of one run that need no baseline, and samples per second of all ranks' useful and whole time."""
-    balance = _balance(run)
-    samples = balance.steps * float(run.summary.global_batch)
-    blocks = (balance.useful_blocks_s, balance.ideal_s, balance.ideal_input_s, balance.whole_s, samples)
-    totals = [each.sum(axis=-1, keepdims=True) for each in blocks]
-    whole = _logarithms(_in_step(run), *totals)
-    without = _logarithms(_in_step(run), *(total - each for total, each in zip(totals, blocks, strict=True)))
+    useful_s = _balance(run).useful_s
+    logarithms = _logarithms(run, useful_s.max(keepdims=True), *(each.sum(keepdims=True) for each in _blocks(run)))
+    return {name: Estimate(float(each[0])) for name, each in logarithms.items()}
+
+
+def _estimated(run: Run) -> dict[str, Estimate]:
+    """The same with the busiest rank of `_busiest_s`, and their errors."""
+    blocks = (_busiest_s(_balance(run).useful_blocks_s), *_blocks(run))
+    totals = [each.sum(keepdims=True) for each in blocks]
+    whole = _logarithms(run, *totals)
+    without = _logarithms(run, *(total - each for total, each in zip(totals, blocks, strict=True)))
     return {name: of_blocks(float(whole[name][0]), without[name]) for name in whole}
 
 
+def _blocks(run: Run) -> list[FloatArray]:
+    """(B,) each: mean useful time, T_ideal, T_input, T, samples."""
+    balance = _balance(run)
+    samples = balance.steps * float(run.summary.global_batch)
+    mean_s = np.asarray(balance.useful_blocks_s.mean(axis=0))
+    return [mean_s, balance.ideal_s, balance.ideal_input_s, balance.whole_s, samples]
+
+
+def _busiest_s(useful_s: FloatArray) -> FloatArray:
+    """(B,) the useful time of the busiest rank, chosen for each half of the blocks by the other half; useful_s: (R, B).
+
+    The busiest of ranks that are alike is busier than they by chance, in the blocks that chose it and in no others. The
+    halves alternate every few blocks.
+    """
+    num_blocks = useful_s.shape[1]
+    is_odd = np.arange(num_blocks) * _NUM_TURNS // num_blocks % 2 == 1
+    chosen = [int(np.argmax(useful_s[:, half].sum(axis=1))) for half in (is_odd, ~is_odd)]
+    return np.asarray(np.where(is_odd, useful_s[chosen[1]], useful_s[chosen[0]]))
+
+
 def _logarithms(
-    in_step: bool,
-    useful_s: FloatArray,
+    run: Run,
+    busiest_s: FloatArray,
+    mean_s: FloatArray,
     ideal_s: FloatArray,
     ideal_input_s: FloatArray,
     whole_s: FloatArray,
     samples: FloatArray,
 ) -> dict[str, FloatArray]:
-    """The logarithms (K,) of the factors from K sums each: useful_s (R, K), the others (K,)."""
-    mean, largest, num_ranks = useful_s.mean(axis=0), useful_s.max(axis=0), len(useful_s)
+    """The logarithms of the factors, (K,) as every argument."""
+    num_ranks = len(_balance(run).ranks)
     parts = {
-        "parallel": (mean, whole_s),
-        "load_balance": (mean, largest),
-        "communication": (largest, whole_s),
-        _SAMPLES_PER_USEFUL: (samples, mean * num_ranks),
+        "parallel": (mean_s, whole_s),
+        "load_balance": (mean_s, busiest_s),
+        "communication": (busiest_s, whole_s),
+        _SAMPLES_PER_USEFUL: (samples, mean_s * num_ranks),
         _SAMPLES_PER_WHOLE: (samples, whole_s * num_ranks),
     }
-    if in_step:
+    if _in_step(run):
         parts |= {
             "input": (ideal_s, ideal_input_s),
-            "serialisation": (largest, ideal_s),
+            "serialisation": (busiest_s, ideal_s),
             "transfer": (ideal_input_s, whole_s),
-            "communication": (largest * ideal_input_s, ideal_s * whole_s),  # serialisation x transfer
+            "communication": (busiest_s * ideal_input_s, ideal_s * whole_s),  # serialisation x transfer
         }
     return {name: np.log(upper / lower) for name, (upper, lower) in parts.items()}

@@ -61,7 +61,9 @@ class LoadBalance:
     """How the ranks that train spent the steady steps. R ranks, B (at most 50) blocks of consecutive steps.
 
     Useful time is forward, backward, optimizer and other; input is the wait for data; the rest of a step is exposed
-    communication, waiting and sending together. A stretch is the useful time between two reductions.
+    communication, waiting and sending together. A stretch is the useful time between two reductions. Blocks end where
+    reductions do: what a rank does after the last reduction of a block counts in the next, and after the last of all in
+    the first.
     """
 
     ranks: IntArray  # (R,)
@@ -70,7 +72,7 @@ class LoadBalance:
     phases_s: FloatArray  # (R, len(PHASES)) sums over the steps
     ideal_s: FloatArray  # (B,) useful time of each stretch's slowest rank, summed
     ideal_input_s: FloatArray  # (B,) the same with the wait for input
-    whole_s: FloatArray  # (B,) time of the steps, mean over ranks
+    whole_s: FloatArray  # (B,) all time, mean over ranks
     steps: IntArray  # (B,) numbers of steps
     # Standard deviation over ranks of the useful time of a stretch, over its mean, pooled over the steps; None: 1 rank.
     noise: float | None

@@ -12,7 +12,7 @@ from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.energy.run_energy import RunEnergy, energy_of
 from hpc_train.analysis.report.notes.energy import verdict
 from hpc_train.analysis.report.notes.meters import meter_notes
-from hpc_train.analysis.report.sections.energy import COST_COLUMNS, cost_record
+from hpc_train.analysis.report.sections.quantities import COST, record
 from hpc_train.analysis.runs.load import load, load_all
 from hpc_train.analysis.scaling.compare import compare
 from hpc_train.core.energy_records import ENERGY_COLUMNS, container
@@ -302,16 +302,15 @@ def test_every_number_with_a_shared_node_says_so(tmp_path: Path) -> None:
     for each in energy_section(found).tables:
         for _, *cells in each.rows:
             assert all("shared" in cell for cell in cells if cell not in ("-", "missing")), cells
-    assert all(cost_record(row)["joules_shared"] for row in found.rows)
+    assert all(record(COST, row)["joules_shared"] for row in found.rows)
     assert "shared" in verdict(found)
 
 
 def test_words_and_records_agree(tmp_path: Path) -> None:
     found = sizes(tmp_path, 100.0, 200.0)
-    record = cost_record(found.rows[1])
-    assert tuple(record) == COST_COLUMNS
-    assert (record["joules_measured"], record["joules_estimated"], record["joules_dynamic"]) == (1200.0, 0.0, None)
-    assert record["mean_w"] == 200.0 and record["joules_reduce"] == pytest.approx(120, rel=1e-3)
+    told = record(COST, found.rows[1])
+    assert (told["joules_measured"], told["joules_estimated"], told["joules_dynamic"]) == (1200.0, 0.0, None)
+    assert told["mean_w"] == 200.0 and told["joules_reduce"] == pytest.approx(120, rel=1e-3)
     parts, power, phases, places = energy_section(found).tables
     assert (
         parts.rows[1] == ("2", "1.20 kJ", "1.20 kJ", "0 J") and [c.title for c in parts.columns][-1] == "outside steps"
@@ -327,4 +326,4 @@ def test_without_any_meter_there_is_nothing_to_show(tmp_path: Path) -> None:
     found = cost_of(group)
     section = energy_section(found)
     assert (section.tables, section.notes, section.plots) == ((), (), ())
-    assert cost_record(found.rows[0])["joules_measured"] is None and found.rows[0].gross.lacking == ("node01",)
+    assert record(COST, found.rows[0])["joules_measured"] is None and found.rows[0].gross.lacking == ("node01",)

@@ -12,8 +12,10 @@ from scipy.signal import lfilter
 from scipy.special import stdtrit
 
 from hpc_train.analysis.runs.load import Run, load
+from hpc_train.analysis.runs.rank_accumulator import RankAccumulator
 from hpc_train.core.records import FloatArray
 from hpc_train.core.statistics import Interval
+from hpc_train.core.timing_log import Timings
 from tests import laws
 from tests.laws import Laws
 
@@ -51,6 +53,18 @@ def template(ranks: int = 1) -> Run:
         return load(directory)
 
 
+def recorded(law: Laws) -> Run:
+    """The run of a law, as if it had been written and loaded, without phases and energy."""
+    run = template(law.ranks)
+    accumulator = RankAccumulator([law.host_of(rank) for rank in range(law.ranks)], None, waits=law.ranks > 1)
+    step_ns = np.zeros(law.steps - law.warmup)
+    for rank, values in enumerate(laws.rows(law)):
+        timings = Timings(np.asarray(values, dtype=np.int64), truncated=False)
+        accumulator.add(rank, timings)
+        step_ns += timings.steady.phases_ns.sum(axis=1)
+    return replace(run, step_s=step_ns / law.ranks / 1e9, load_balance=accumulator.load_balance())
+
+
 def timed(ranks: int, steps_s: FloatArray) -> Run:
     return replace(template(ranks), step_s=steps_s)
 
@@ -72,3 +86,8 @@ class Coverage:
         ends = np.array(intervals)
         held = (ends[:, 0] <= truth) & (truth <= ends[:, 1])
         return cls(float(held.mean()), float(np.median(np.log(ends[:, 1] / ends[:, 0])) / (2 * half_width)))
+
+
+def oracle_of(values: Sequence[float]) -> float:
+    """Half of the 95% interval of someone who knows how these estimates spread, in their logarithms."""
+    return NORMAL_95 * float(np.std(np.log(values)))

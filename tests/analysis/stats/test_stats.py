@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hpc_train.analysis.stats.bootstrap import refit_draws
-from hpc_train.analysis.stats.chance_threshold import largest_total_threshold
+from hpc_train.analysis.stats.chance_threshold import block_length, largest_total_threshold
 from hpc_train.analysis.stats.estimate import (
     Estimate,
     of_blocks,
@@ -97,9 +97,25 @@ def test_chance_alone_exceeds_the_threshold_in_one_case_of_a_hundred() -> None:
     for seed in range(300):
         draws = np.random.default_rng(seed)
         amounts = draws.exponential(1.0, 60)
-        totals = np.bincount(draws.integers(0, 8, 60), amounts, 8)
-        exceeded += totals.max() > largest_total_threshold(amounts, 8)
-    assert exceeded <= 12
+        who = draws.integers(0, 8, 60)
+        exceeded += np.bincount(who, amounts).max() > largest_total_threshold(amounts, who, 8, 1, error_rate=0.01)
+    assert exceeded <= 9  # 3 expected
+
+
+def test_a_block_is_as_long_as_what_disturbs_its_steps() -> None:
+    draws = np.random.default_rng(0)
+    single = draws.exponential(1.0, 1000), draws.integers(0, 8, 1000)
+    assert block_length(*single) == 1
+    bursts = single[0], np.repeat(single[1][:50], 20)
+    assert 16 <= block_length(*bursts) <= 128
+    always = np.where(draws.random(1000) < 0.5, 3, single[1])  # member 3 bears most all the time: no disturbance
+    assert block_length(single[0], always) == 1
+
+
+def test_what_falls_on_one_member_in_one_block_is_chance() -> None:
+    amounts, who = np.ones(60), np.repeat([2, 0, 1], 20)
+    assert largest_total_threshold(amounts, who, 3, 20, error_rate=0.01) == 60, "they may all have fallen on one"
+    assert largest_total_threshold(amounts, who, 3, 1, error_rate=0.01) < 40
 
 
 def test_refits_spread_as_the_values_do() -> None:
