@@ -7,6 +7,7 @@ import hpc_train
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.facts import Facts
+from hpc_train.analysis.report.labels import WITHIN
 from hpc_train.analysis.report.model import Note, Section
 from hpc_train.analysis.report.notes.energy import verdict
 from hpc_train.analysis.report.sections.efficiency import EFFICIENCY_COLUMNS, efficiency_record, straggler_records
@@ -16,6 +17,7 @@ from hpc_train.analysis.report.sections.result import measures_of
 from hpc_train.analysis.report.sections.strategies import comparison_record
 from hpc_train.analysis.report.sections.target import TARGET_COLUMNS, records_by_run, study_record
 from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.laws import serial_parts
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import plural
 from hpc_train.core.timing_log import PHASES
@@ -45,7 +47,11 @@ SCALING_COLUMNS = (
     "speedup",
     "speedup_low",
     "speedup_high",
+    "interval_from",
     "efficiency",
+    "serial_part",
+    "serial_low",
+    "serial_high",
     *(f"share_{phase}" for phase in PHASES),
     "servers_busy",
 )
@@ -155,6 +161,7 @@ def row_record(group: Group, row: Row) -> dict[str, Any]:
     """A row's speed and result as plain values under `SCALING_COLUMNS`, `ENERGY_COLUMNS` and test_<measure>."""
     low, high = row.step_interval_s or (None, None)
     speedup_low, speedup_high = row.speedup_interval or (None, None)
+    serial = next((each for each in serial_parts(group) if each.row is row), None)
     return {
         "group": group.label,
         "scaling": "weak" if group.weak else "strong",
@@ -175,7 +182,11 @@ def row_record(group: Group, row: Row) -> dict[str, Any]:
         "speedup": row.speedup,
         "speedup_low": speedup_low,
         "speedup_high": speedup_high,
+        "interval_from": None if row.step is None else "repeats" if row.step.between_runs else WITHIN,
         "efficiency": row.efficiency,
+        "serial_part": serial.part if serial else None,
+        "serial_low": serial.interval[0] if serial and serial.interval else None,
+        "serial_high": serial.interval[1] if serial and serial.interval else None,
         **{f"share_{phase}": row.phase_share.get(phase) for phase in PHASES},
         "servers_busy": row.servers_busy,
         "joules": row.energy.joules,

@@ -25,6 +25,8 @@ from hpc_train.core.timing_log import PHASES
 COST_COLUMNS = (
     "joules_measured",
     "joules_estimated",
+    "joules_low",
+    "joules_high",
     "joules_shared",
     "joules_loop",
     "joules_dynamic",
@@ -68,6 +70,7 @@ def run_table(energy: GroupEnergy) -> Table:
     columns: list[CellColumn[RowEnergy]] = [
         number("ranks", _ranks_text),
         number("gross", lambda row: row.gross.text()),
+        *([number("95% interval", _joules_interval_text)] if _has_repeats(energy) else []),
         number("loop", lambda row: row.loop.text()),
         # 0 J has no quality of its own: this cell has that of the whole run.
         number("outside steps", lambda row: _marked(row.outside.total, "J", row.gross.mark())),
@@ -81,6 +84,16 @@ def run_table(energy: GroupEnergy) -> Table:
     return make_table("energy", title, energy.rows, columns)
 
 
+def _has_repeats(energy: GroupEnergy) -> bool:
+    return any(row.joules is not None and row.joules.interval is not None for row in energy.rows)
+
+
+def _joules_interval_text(row: RowEnergy) -> str:
+    if row.joules is None or row.joules.interval is None:
+        return "-"
+    return " to ".join(amount(end, "J") for end in row.joules.interval) + row.gross.mark()
+
+
 def power_table(energy: GroupEnergy) -> Table:
     columns: list[CellColumn[RowEnergy]] = [
         number("ranks", _ranks_text),
@@ -88,7 +101,7 @@ def power_table(energy: GroupEnergy) -> Table:
         number("peak power", lambda row: _marked(row.peak_w, "W", row.gross.mark())),
         number("energy-delay product", lambda row: _marked(row.edp_js, "Js", row.loop.mark())),
     ]
-    if any(row.pays is not None for row in energy.rows):
+    if any(row.change is not None for row in energy.rows):
         columns.append(number("energy per unit of speedup", _marginal_text))
     return make_table("power", "Power, and what speedup costs", energy.rows, columns)
 
@@ -104,7 +117,7 @@ def _marked(value: float | None, unit: str, mark: str) -> str:
 def _marginal_text(row: RowEnergy) -> str:
     if row.marginal is not None:
         return row.marginal.text()
-    return "-" if row.pays is None else "no faster"
+    return "-" if row.change is None else "not measurably faster"
 
 
 def phase_table(energy: GroupEnergy) -> Table:
@@ -206,10 +219,13 @@ def _total(amounts: dict[str, EnergyAmount]) -> EnergyAmount:
 def cost_record(row: RowEnergy) -> dict[str, Any]:
     """A row's energy as plain values under `COST_COLUMNS`, in base units."""
     gross, phases, tariff = row.gross, row.phases, row.tariff
+    low, high = (row.joules.interval if row.joules else None) or (None, None)
     is_known = bool(gross.known) or not gross.lacking
     return {
         "joules_measured": gross.measured or 0.0 if is_known else None,
         "joules_estimated": gross.estimated or 0.0 if is_known else None,
+        "joules_low": low,
+        "joules_high": high,
         "joules_shared": gross.shared,
         "joules_loop": row.loop.total,
         "joules_dynamic": row.net.total,
