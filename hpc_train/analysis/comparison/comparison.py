@@ -20,6 +20,7 @@ from hpc_train.core.timing_log import PHASES
 Verdict = Literal["regression", "improvement", "below the threshold", "no difference shown", "not judged"]
 Unit = Literal["s", "1/s", "J", "B", ""]
 
+DEFAULT_THRESHOLD = 0.03
 LEVEL = 0.05
 # Three families of tests, each corrected within itself; the step time is judged alone. Hosts and ranks share one chance
 # of a false verdict.

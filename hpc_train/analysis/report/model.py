@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NoteKind = Literal["caution", "finding", "method"]
-SectionKind = Literal["group", "strategies", "target"]
+SectionKind = Literal["group", "comparison", "strategies", "target"]
 
 
 @dataclass(frozen=True)

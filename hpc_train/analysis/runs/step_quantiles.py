@@ -20,3 +20,8 @@ def step_quantiles(step_s: Sequence[FloatArray]) -> dict[str, float]:
         for name, share in QUANTILES.items()
         if len(steps) * (1 - share) >= 1 - 1e-9
     }
+
+
+def slowest_step(step_s: Sequence[FloatArray]) -> float | None:
+    """Seconds of the slowest steady step; None without one."""
+    return max((float(each.max()) for each in step_s if len(each)), default=None)

@@ -75,25 +75,18 @@ class SerialPart:
     that grows with the ranks is no serial part but overhead, which a law with one part cannot describe.
     """
 
-    row: Row
     part: float
     interval: Interval | None  # 95%: the part at the ends of the speedup's interval
 
 
-def serial_parts(group: Group) -> list[SerialPart]:
-    """Of each complete row but the baseline's size."""
-    if group.baseline is None:
-        return []
-    found = []
-    for row in group.rows:
-        if row.relative_speed is None or row.incomplete or row.size == group.baseline.size:
-            continue
-        times = row.size / group.baseline.size
-        low, high = row.speedup_interval or (None, None)
-        ends = None if low is None or high is None or not low else (high, low)
-        interval = None if ends is None else (_serial(ends[0], times, group.weak), _serial(ends[1], times, group.weak))
-        found.append(SerialPart(row, _serial(row.relative_speed.value, times, group.weak), interval))
-    return found
+def serial_part(row: Row) -> SerialPart | None:
+    """Of a complete row of another size than its baseline's; None of others."""
+    if row.relative_speed is None or row.incomplete or row.baseline_size is None or row.baseline_size == row.size:
+        return None
+    speedup, ends = row.relative_speed.value, row.speedup_interval
+    times, weak = row.size / row.baseline_size, row.runs[0].config.train.batch_per_rank is not None
+    interval = None if ends is None or not ends[0] else (_serial(ends[1], times, weak), _serial(ends[0], times, weak))
+    return SerialPart(_serial(speedup, times, weak), interval)
 
 
 def _serial(speedup: float, times: float, weak: bool) -> float:

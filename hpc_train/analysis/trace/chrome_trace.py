@@ -17,9 +17,9 @@ import numpy as np
 
 from hpc_train.analysis.runs.clocks import hosts_of
 from hpc_train.analysis.runs.load import Run, host_traces
-from hpc_train.analysis.runs.meta_json import attempts, dict_at, positive_number, text_at
+from hpc_train.analysis.runs.meta_json import dict_at, positive_number, text_at
 from hpc_train.analysis.runs.step_timeline import StepTimeline, timeline_of
-from hpc_train.analysis.trace.trace_clock import TraceClock, trace_clock
+from hpc_train.analysis.trace.trace_clock import TraceClock, entries_by_attempt, trace_clock
 from hpc_train.core.energy_records import JOB_WIDE, Trace
 from hpc_train.core.errors import UserError, not_written
 from hpc_train.core.records import IntArray
@@ -170,7 +170,7 @@ def _formatted(line: str, begin_ns: IntArray, end_ns: IntArray, more: Sequence[I
 def _job_events(run: Run, clock: TraceClock, timeline: StepTimeline) -> Iterator[dict[str, Any]]:
     """Attempts as slices, checkpoints and stalls as instants, losses as a counter."""
     yield _name("thread", _JOB_PID, _JOB_PID, "attempts")
-    entries = {entry.get("attempt"): entry for entry in attempts(run.meta)}
+    entries = entries_by_attempt(run)
     for loop in clock.loops:
         begin_ns = clock.begin_ns[loop.attempt]
         facts = {key: entries.get(loop.attempt, {}).get(key) for key in ("started", "outcome", "first_step", "hosts")}
@@ -203,7 +203,7 @@ def _is_saved(run: Run, num_steps: int) -> bool:
     """Whether a checkpoint of the state after so many steps was due, is there, or began an attempt."""
     settings = run.config.checkpoint
     is_due = settings.keep > 0 and settings.every_steps > 0 and num_steps % settings.every_steps == 0
-    resumed = [entry.get("first_step") for entry in attempts(run.meta)]
+    resumed = [entry.get("first_step") for entry in entries_by_attempt(run).values()]
     return is_due or num_steps in resumed or run.dir.checkpoint(num_steps).exists()
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def trace_clock(run: Run) -> TraceClock:
 
 def _begins(run: Run, loops: tuple[Loop, ...]) -> dict[int, int]:
     """When each attempt's loop began, from the reference rank's clock, or the time of day if that clock restarted."""
-    entries = {entry.get("attempt"): entry for entry in attempts(run.meta)}
+    entries = entries_by_attempt(run)
     begins: dict[int, int] = {}
     for before, loop in zip((None, *loops), loops, strict=False):
         if before is None:
@@ -68,10 +69,15 @@ def _begins(run: Run, loops: tuple[Loop, ...]) -> dict[int, int]:
     return begins
 
 
+def entries_by_attempt(run: Run) -> dict[int, dict[str, Any]]:
+    """What meta.json says of each attempt."""
+    return {number: entry for entry in attempts(run.meta) if type(number := entry.get("attempt")) is int}
+
+
 def _apart_ns(one: str | None, other: str | None) -> int:
     """Between two times as meta.json has them; 0 if one is unknown."""
     try:
         moments = [datetime.fromisoformat(text or "") for text in (one, other)]
-    except ValueError:
+        return round((moments[1] - moments[0]).total_seconds() * 1e9)
+    except (ValueError, TypeError):  # TypeError: one has a time zone
         return 0
-    return round((moments[1] - moments[0]).total_seconds() * 1e9)

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from hpc_train.analysis.comparison.comparison import RunComparison, compare_sides
 from hpc_train.analysis.comparison.sides import load_side
 from hpc_train.analysis.comparison.significance import holm_levels, p_value, relative_interval
+from hpc_train.analysis.report.report import make_report
 from hpc_train.analysis.stats.estimate import of_value, ratio
 from hpc_train.cli.main import cli
 from hpc_train.core.errors import UserError
@@ -239,3 +240,35 @@ def test_holm_rejects_what_the_paper_rejects() -> None:
     assert holm_levels([0.04, 0.01, 0.03], 0.05) == pytest.approx([0.025, 0.05 / 3, 0.025]), (
         "none after the first that fails"
     )
+
+
+def test_intervals_of_places_hold_the_true_change(tmp_path: Path) -> None:
+    """Of a host's phase that takes 5% longer; each interval has the level at which Holm tests it, 95% or more."""
+    held, widths, num_found = 0, [], 30
+    slow = {("c2", "forward"): 1.05}
+    for seed in range(num_found):
+        before = write_repeats(tmp_path / f"a{seed}", Noisy(steps=60, host_noise=0.01), 2 * seed)
+        after = write_repeats(tmp_path / f"b{seed}", Noisy(steps=60, host_noise=0.01, slower=slow), 2 * seed + 1)
+        places = compared(before, after).places
+        (of,) = [each for each in places if (each.of.phase, each.of.place.name) == ("forward", "c2")]
+        low, high = of.interval
+        held += low < 0.05 < high
+        widths.append(high - low)
+    assert held >= 0.9 * num_found and np.mean(widths) < 0.15, (held, widths)
+
+
+def test_a_report_compares_two_commits_of_one_job(tmp_path: Path) -> None:
+    """At the largest size that both ran on; the commit that was run first is the one before."""
+    other = {"git": {"commit": "1234567890abcdef", "dirty": False}, "started": "2026-12-01T00:00:00Z"}
+    for size in (4, 8):
+        write_repeats(tmp_path / f"{size}", Noisy(ranks=size), size)
+    slower = Noisy(slower={("c2", "forward"): 1.08}, meta=other)
+    after = write_repeats(tmp_path / "after", slower, 20)
+    told = make_report([tmp_path / "4", tmp_path / "8", after])
+    (section,) = [section for section in told.sections if section.kind == "comparison"]
+    assert "git commit: 1234567890ab" in section.label.partition(" against ")[0]
+    assert {table.id for table in section.tables} == {"comparison", "comparison-places", "comparison-differences"}
+    assert any("forward on c2" in note.text and note.kind == "finding" for note in section.notes)
+    assert section.headline in told.headlines and "3 runs against" in section.headline
+    alone = make_report([tmp_path / "4", tmp_path / "8"])
+    assert not [section for section in alone.sections if section.kind == "comparison"]

@@ -13,7 +13,7 @@ from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.energy.run_energy import RunEnergy, energy_of
 from hpc_train.analysis.report.notes.energy import verdict
 from hpc_train.analysis.report.notes.meters import meter_notes
-from hpc_train.analysis.report.sections.energy import COST_COLUMNS, cost_record
+from hpc_train.analysis.report.sections.quantities import COST, record
 from hpc_train.analysis.runs.load import load, load_all
 from hpc_train.analysis.scaling.compare import compare
 from hpc_train.core.energy_records import ENERGY_COLUMNS, container
@@ -275,8 +275,8 @@ def test_where_more_hardware_stops_paying(tmp_path: Path) -> None:
     assert [column.title for column in energies.columns][:3] == ["ranks", "gross", "95% interval"]
     # 1% of 1 kJ by sqrt(3), times Student's 4.30 for two degrees of freedom.
     assert energies.rows[0][1:3] == ("1.00 kJ", "975 J to 1.03 kJ")
-    record = cost_record(found.rows[0])
-    assert (record["joules_low"], record["joules_high"]) == pytest.approx((975.5, 1025.1), abs=1)
+    exported = record(COST, found.rows[0])
+    assert (exported["joules_low"], exported["joules_high"]) == pytest.approx((975.5, 1025.1), abs=1)
     assert found.rows[0].per_sample.total == pytest.approx(1000 / 120_000)
 
 
@@ -324,16 +324,15 @@ def test_every_number_with_a_shared_node_says_so(tmp_path: Path) -> None:
     for each in energy_section(found).tables:
         for _, *cells in each.rows:
             assert all("shared" in cell for cell in cells if cell not in ("-", "missing")), cells
-    assert all(cost_record(row)["joules_shared"] for row in found.rows)
+    assert all(record(COST, row)["joules_shared"] for row in found.rows)
     assert "shared" in verdict(found)
 
 
 def test_words_and_records_agree(tmp_path: Path) -> None:
     found = sizes(tmp_path, 100.0, 200.0)
-    record = cost_record(found.rows[1])
-    assert tuple(record) == COST_COLUMNS
-    assert (record["joules_measured"], record["joules_estimated"], record["joules_dynamic"]) == (1200.0, 0.0, None)
-    assert record["mean_w"] == 200.0 and record["joules_reduce"] == pytest.approx(120, rel=1e-3)
+    told = record(COST, found.rows[1])
+    assert (told["joules_measured"], told["joules_estimated"], told["joules_dynamic"]) == (1200.0, 0.0, None)
+    assert told["mean_w"] == 200.0 and told["joules_reduce"] == pytest.approx(120, rel=1e-3)
     parts, power, phases, places = energy_section(found).tables
     assert (
         parts.rows[1] == ("2", "1.20 kJ", "1.20 kJ", "0 J") and [c.title for c in parts.columns][-1] == "outside steps"
@@ -349,4 +348,4 @@ def test_without_any_meter_there_is_nothing_to_show(tmp_path: Path) -> None:
     found = cost_of(group)
     section = energy_section(found)
     assert (section.tables, section.notes, section.plots) == ((), (), ())
-    assert cost_record(found.rows[0])["joules_measured"] is None and found.rows[0].gross.lacking == ("node01",)
+    assert record(COST, found.rows[0])["joules_measured"] is None and found.rows[0].gross.lacking == ("node01",)

@@ -8,7 +8,7 @@ import pytest
 from hpc_train.analysis.report.sections.scaling import serial_table
 from hpc_train.analysis.runs.load import load_all
 from hpc_train.analysis.scaling.compare import Group, compare
-from hpc_train.analysis.scaling.laws import fitted, serial_parts
+from hpc_train.analysis.scaling.laws import fitted, serial_part
 from tests import laws
 from tests.laws import Laws
 
@@ -24,9 +24,9 @@ def group_of(root: Path, law: Laws, *sizes: int) -> Group:
 
 def test_karp_and_flatt_find_amdahl_s_part_at_every_size(tmp_path: Path) -> None:
     group = group_of(tmp_path, replace(AMDAHL, noise=0.0), 1, 2, 8)
-    parts = serial_parts(group)
-    assert [each.row.size for each in parts] == [2, 8]
-    assert [each.part for each in parts] == pytest.approx([0.1, 0.1], abs=1e-3)
+    parts = [serial_part(row) for row in group.rows]
+    assert parts[0] is None
+    assert [each.part for each in parts if each] == pytest.approx([0.1, 0.1], abs=1e-3)
     law = fitted(group)
     assert law is not None and law.serial == pytest.approx(0.1, abs=1e-3)
     table = serial_table(group)
@@ -38,9 +38,10 @@ def test_karp_and_flatt_find_amdahl_s_part_at_every_size(tmp_path: Path) -> None
 
 
 def test_the_interval_of_the_serial_part_is_that_of_the_speedup(tmp_path: Path) -> None:
-    (part,) = serial_parts(group_of(tmp_path, AMDAHL, 1, 4))
-    assert part.interval is not None and part.row.speedup_interval is not None
-    low, high = part.row.speedup_interval
+    row = group_of(tmp_path, AMDAHL, 1, 4).rows[1]
+    part = serial_part(row)
+    assert part is not None and part.interval is not None and row.speedup_interval is not None
+    low, high = row.speedup_interval
     assert part.interval == pytest.approx(((1 / high - 0.25) / 0.75, (1 / low - 0.25) / 0.75))
     assert part.interval[0] < part.part < part.interval[1]
 
@@ -50,6 +51,7 @@ def test_weak_scaling_has_gustafson_s_part(tmp_path: Path) -> None:
     laws.write(tmp_path, replace(AMDAHL, weak=True, noise=0.0, ranks=1))
     laws.write(tmp_path, replace(AMDAHL, weak=True, noise=0.0, ranks=4, work_s=0.09))
     (group,) = compare(load_all([tmp_path])).groups
-    (part,) = serial_parts(group)
-    assert part.part == pytest.approx((4 - 4 / 1.125) / 3, abs=1e-3)
-    assert serial_parts(group_of(tmp_path / "one", AMDAHL, 4)) == [], "no baseline"
+    part = serial_part(group.rows[1])
+    assert part is not None and part.part == pytest.approx((4 - 4 / 1.125) / 3, abs=1e-3)
+    alone = group_of(tmp_path / "one", AMDAHL, 4)
+    assert serial_part(alone.rows[0]) is None and serial_table(alone) is None, "no baseline"

@@ -10,7 +10,7 @@ from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.canvas import BLACK, BLUE, GREY, ORANGE, SKY, VERMILLION, legend_above
 from hpc_train.analysis.report.plots.step_time import bars_by_size
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.step_quantiles import step_quantiles
+from hpc_train.analysis.runs.step_quantiles import slowest_step, step_quantiles
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import ms_text, plural
@@ -81,18 +81,17 @@ def step_distribution_plot(group: Group) -> Plot | None:
 
 def _told(row: Row) -> str:
     found = step_quantiles([run.step_s for run in row.runs])
-    return ", ".join(f"{name} {ms_text(value)}" for name, value in found.items()) + f", slowest {ms_text(slowest(row))}"
+    return ", ".join(f"{name} {ms_text(value)}" for name, value in {**found, "slowest": _slowest(row)}.items())
 
 
-def slowest(row: Row) -> float:
-    """Seconds of the row's slowest steady step."""
-    return max(float(run.step_s.max()) for run in row.runs if len(run.step_s))
+def _slowest(row: Row) -> float | None:
+    return slowest_step([run.step_s for run in row.runs])
 
 
 def _paint_distribution(axes: "Axes", rows: Sequence[Row]) -> None:
     places = range(len(rows))
     found = [step_quantiles([run.step_s for run in row.runs]) for row in rows]
-    highs = [slowest(row) / each["p50"] for row, each in zip(rows, found, strict=True)]
+    highs = [(_slowest(row) or 0.0) / each["p50"] for row, each in zip(rows, found, strict=True)]
     axes.axhline(1, color=BLUE, linewidth=1.3, label="p50")
     axes.vlines(places, 1, highs, color=GREY, linewidth=1.2)
     for name in ("p95", "p99"):

@@ -10,29 +10,47 @@ from hpc_train.analysis.comparison.comparison import (
     Metric,
     PlaceVerdict,
     RunComparison,
+    Verdict,
 )
 from hpc_train.analysis.comparison.differences import Difference
 from hpc_train.analysis.comparison.sides import Side
-from hpc_train.analysis.report.model import Table
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.report.model import Section, Table
+from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.core.formatting import amount, listed, ms_text, percent, plural, significant
 from hpc_train.core.statistics import Interval
 
 SCHEMA = 1
-_MOST_PLACES = 3  # in the answer
+_MOST_PLACES, _MOST_ROWS = 3, 20  # in the answer, in the table
+
+
+def comparison_section(comparison: RunComparison, guard: SectionGuard) -> Section:
+    """One kind of runs of a job against another, for a report."""
+    section = SectionBuilder("comparison", f"{comparison.after.name} against {comparison.before.name}", guard)
+    section.headline(headline, comparison)
+    section.notes("comparison-verdicts", "finding", verdicts, comparison)
+    section.notes("comparison-cautions", "caution", cautions, comparison)
+    section.table("comparison", metrics_table, comparison)
+    section.table("comparison-places", places_table, comparison)
+    section.table("comparison-differences", differences_table, comparison)
+    return section.build()
 
 
 def answer(comparison: RunComparison) -> list[str]:
     """The answer in sentences, the verdict first."""
-    speed, threshold = comparison.speed, percent(comparison.threshold, 1)
-    runs = f"{_runs_text(comparison.before)} against {_runs_text(comparison.after)}"
-    lines = [f"{_speed_text(speed)} ({runs})"]
-    if names := _names(comparison, "regression"):
-        lines.append(f"Regressions beyond {threshold}: {names}.")
-    if names := _names(comparison, "improvement"):
-        lines.append(f"Improvements beyond {threshold}: {names}.")
-    lines += _cautions(comparison)
-    return lines
+    return [headline(comparison), *verdicts(comparison), *cautions(comparison)]
+
+
+def headline(comparison: RunComparison) -> str:
+    runs = f"{_runs_text(comparison.after)} against {_runs_text(comparison.before)}"
+    return f"{_speed_text(comparison.speed)} ({runs})"
+
+
+def verdicts(comparison: RunComparison) -> list[str]:
+    kinds: tuple[tuple[Verdict, str], ...] = (("regression", "Regressions"), ("improvement", "Improvements"))
+    named = [(words, _names(comparison, kind)) for kind, words in kinds]
+    return [f"{words} beyond {percent(comparison.threshold, 1)}: {names}." for words, names in named if names]
 
 
 def _speed_text(speed: Metric) -> str:
@@ -50,7 +68,7 @@ def _runs_text(side: Side) -> str:
     return f"{side.name}: {plural(len(side.runs), 'run')}"
 
 
-def _names(comparison: RunComparison, verdict: str) -> str:
+def _names(comparison: RunComparison, verdict: Verdict) -> str:
     metrics = [f"{each.name} {_change_text(each.relative or 0.0)}" for each in comparison.metrics]
     named = [name for name, each in zip(metrics, comparison.metrics, strict=True) if each.verdict == verdict]
     places = [each for each in comparison.changed_places if each.verdict == verdict]
@@ -63,7 +81,7 @@ def _place_text(each: PlaceVerdict) -> str:
     return f"{each.of.phase} on {'rank ' if place.kind == 'rank' else ''}{place.name}"
 
 
-def _cautions(comparison: RunComparison) -> list[str]:
+def cautions(comparison: RunComparison) -> list[str]:
     if comparison.one_run_each:
         return [
             "With one run a side intervals hold within these runs: by how much runs differ by chance is unknown, so"
@@ -85,12 +103,8 @@ def _cautions(comparison: RunComparison) -> list[str]:
 
 
 def comparison_tables(comparison: RunComparison) -> list[Table]:
-    tables = [metrics_table(comparison)]
-    if comparison.changed_places:
-        tables.append(places_table(comparison))
-    if comparison.differences:
-        tables.append(differences_table(comparison))
-    return tables
+    tables = [metrics_table(comparison), places_table(comparison), differences_table(comparison)]
+    return [table for table in tables if table is not None]
 
 
 def metrics_table(comparison: RunComparison) -> Table:
@@ -112,7 +126,9 @@ def _verdict_text(metric: Metric) -> str:
     return f"{metric.verdict}: {metric.why}" if metric.why and not of_all else metric.verdict
 
 
-def places_table(comparison: RunComparison) -> Table:
+def places_table(comparison: RunComparison) -> Table | None:
+    if not comparison.changed_places:
+        return None
     columns: list[CellColumn[PlaceVerdict]] = [
         text("phase", lambda each: _place_text(each)),
         number("before (ms)", lambda each: ms_text(each.of.before_s)),
@@ -121,11 +137,15 @@ def places_table(comparison: RunComparison) -> Table:
         number("interval", lambda each: _interval_text(each.interval)),
         text("verdict", lambda each: each.verdict),
     ]
-    title = "Hosts and ranks that changed against their neighbours (95% intervals, Holm's correction)"
-    return make_table("comparison-places", title, comparison.changed_places, columns)
+    changed = comparison.changed_places
+    cut = f"; the costliest {_MOST_ROWS} of {len(changed)}" if len(changed) > _MOST_ROWS else ""
+    title = f"Hosts and ranks that changed against their neighbours (95% intervals, Holm's correction{cut})"
+    return make_table("comparison-places", title, changed[:_MOST_ROWS], columns)
 
 
-def differences_table(comparison: RunComparison) -> Table:
+def differences_table(comparison: RunComparison) -> Table | None:
+    if not comparison.differences:
+        return None
     columns: list[CellColumn[Difference]] = [
         text("what differs", lambda each: f"{each.kind}: {each.name}"),
         text("before", lambda each: each.before),

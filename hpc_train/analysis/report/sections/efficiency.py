@@ -4,7 +4,7 @@ from typing import Any
 
 from hpc_train.analysis.efficiency.pop import FACTORS
 from hpc_train.analysis.efficiency.stragglers import Straggler
-from hpc_train.analysis.report.labels import WITHIN, ranks_text, straggler_text, worst_run
+from hpc_train.analysis.report.labels import WITHIN, ranks_text, straggler_text
 from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.notes.efficiency import pop_missing_notes, straggler_notes
 from hpc_train.analysis.report.plots.arrivals import arrivals_plot
@@ -16,10 +16,6 @@ from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import ms_text, percent, ratio_text
 
-EFFICIENCY_COLUMNS = (
-    *(f"pop_{factor}{end}" for factor in FACTORS for end in ("", "_low", "_high")),
-    *("straggler", "time_lost", "time_lost_low", "time_lost_high", "noise"),
-)
 _MOST_LINES = 12
 _FACTOR_LABELS = {  # indented below the factor that they multiply to
     "global": "global",
@@ -103,26 +99,6 @@ def _cause_text(straggler: Straggler) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- for programs
-
-
-def efficiency_record(row: Row) -> dict[str, Any]:
-    """A row's factors as plain values under `EFFICIENCY_COLUMNS`; None is unknown."""
-    record: dict[str, Any] = {}
-    for factor in FACTORS:
-        low, high = row.pop.intervals.get(factor, (None, None))
-        record |= {f"pop_{factor}": row.pop.factors.get(factor), f"pop_{factor}_low": low, f"pop_{factor}_high": high}
-    worst = worst_run(row)
-    is_known = worst is not None and (worst.stragglers or worst.clock_error_s is not None or worst.unaligned)
-    low, high = (worst.share_interval if worst else None) or (None, None)
-    noises = [run.load_balance.noise for run in row.runs if run.load_balance and run.load_balance.noise is not None]
-    return {
-        **record,
-        "straggler": " + ".join(map(straggler_text, worst.stragglers)) if worst and worst.stragglers else None,
-        "time_lost": worst.share if worst and is_known else None,
-        "time_lost_low": low,
-        "time_lost_high": high,
-        "noise": sum(noises) / len(noises) if noises else None,
-    }
 
 
 def straggler_records(row: Row) -> list[dict[str, Any]]:

@@ -3,24 +3,17 @@
 from typing import Any
 
 from hpc_train.analysis.guard import SectionGuard
-from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Section, Table
 from hpc_train.analysis.report.notes.headlines import strategy_headline
 from hpc_train.analysis.report.notes.strategies import comparison_notes, theory_notes
 from hpc_train.analysis.report.plots.strategies import strategy_bytes_plot, strategy_times_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, interval, make_table, number, text
+from hpc_train.analysis.report.sections.quantities import EXPOSED, RANKS, SAMPLES, STEP
 from hpc_train.analysis.report.sections.result import measure_column, measures_of
+from hpc_train.analysis.scaling.rows import Row
 from hpc_train.analysis.scaling.strategies import Comparison, Entry, Traffic
-from hpc_train.core.formatting import (
-    amount,
-    interval_text,
-    ms_text,
-    percent,
-    ratio_interval_text,
-    ratio_text,
-    significant,
-)
+from hpc_train.core.formatting import amount, interval_text, ratio_interval_text, ratio_text, significant
 
 
 def strategy_section(comparison: Comparison, named: bool, guard: SectionGuard) -> Section:
@@ -40,16 +33,20 @@ def strategy_section(comparison: Comparison, named: bool, guard: SectionGuard) -
 def strategy_table(comparison: Comparison) -> Table:
     columns: list[CellColumn[Entry]] = [
         text("strategy", lambda entry: entry.strategy),
-        number("ranks", lambda entry: ranks_text(entry.row)),
-        number("step (ms)", lambda entry: ms_text(entry.row.step_s)),
+        RANKS.of(_row).column,
+        STEP.of(_row).column,
         interval(comparison.entries, lambda entry: entry.row.step, lambda ends: interval_text(ends, 1e3)),
-        number("samples/s", lambda entry: significant(entry.row.samples_per_s, 4)),
+        SAMPLES.of(_row).column,
         number(f"speed vs {comparison.reference}", _ratio_text),
         interval(comparison.entries, lambda entry: entry.relative_speed, ratio_interval_text),
-        number("exposed", lambda entry: percent(entry.row.exposed_share)),
+        EXPOSED.of(_row).column,
     ]
     title = f"Strategies on equal work ({_work_text(comparison)})"
     return make_table("strategies", title, comparison.entries, columns)
+
+
+def _row(entry: Entry) -> Row:
+    return entry.row
 
 
 def _work_text(comparison: Comparison) -> str:
@@ -70,7 +67,7 @@ def _ratio_text(entry: Entry) -> str:
 def strategy_traffic_table(comparison: Comparison) -> Table:
     columns: list[CellColumn[Entry]] = [
         text("strategy", lambda entry: entry.strategy),
-        number("ranks", lambda entry: ranks_text(entry.row)),
+        RANKS.of(_row).column,
         number("communication volume", lambda entry: _traffic_text(entry.traffic)),
         number("optimizer state", lambda entry: amount(max(entry.optimizer_bytes or [], default=None), "B")),
         number("loss", lambda entry: significant(entry.row.loss, 7)),
