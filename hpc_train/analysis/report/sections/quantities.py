@@ -16,6 +16,7 @@ from hpc_train.analysis.runs.loop_use import loop_use
 from hpc_train.analysis.runs.memory import peak_memory
 from hpc_train.analysis.runs.step_quantiles import slowest_step, step_quantiles
 from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.laws import serial_part
 from hpc_train.analysis.scaling.mfu import flops_of
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import amount, energy_text, ms_text, percent, plain, ratio_text, significant
@@ -194,6 +195,14 @@ DISTRIBUTION = (
     _quantile("p99", "1 step in 100 takes longer; unknown from fewer than 100 steps"),
     SLOWEST,
 )
+SERIAL_PART: Quantity[Row] = Quantity(
+    "serial_part",
+    "",
+    "serial part of the baseline's time by Karp and Flatt, of weak scaling by Gustafson",
+    lambda row: _serial(row),
+    "serial part",
+    lambda row: percent(_serial(row)),
+)
 SHARES = {phase: _share(phase) for phase in PHASES}
 _WITHIN = "95% interval: between runs, or within the one run"
 SPEED: tuple[Quantity[Row], ...] = (
@@ -207,10 +216,23 @@ SPEED: tuple[Quantity[Row], ...] = (
     Quantity("speedup_low", "", f"lower end of its {_WITHIN}", lambda row: _end(row.speedup_interval, 0)),
     Quantity("speedup_high", "", "upper end", lambda row: _end(row.speedup_interval, 1)),
     EFFICIENCY,
+    SERIAL_PART,
+    Quantity("serial_low", "", f"lower end of its {_WITHIN}", lambda row: _serial_end(row, 0)),
+    Quantity("serial_high", "", "upper end", lambda row: _serial_end(row, 1)),
     *SHARES.values(),
     EXPOSED,
     SERVERS_BUSY,
 )
+
+
+def _serial(row: Row) -> float | None:
+    found = serial_part(row)
+    return found.part if found else None
+
+
+def _serial_end(row: Row, index: int) -> float | None:
+    found = serial_part(row)
+    return _end(found.interval, index) if found else None
 
 
 def _scaling(group: Group) -> str:
@@ -418,6 +440,14 @@ LOOP: Quantity[RowEnergy] = Quantity(
     "loop",
     lambda row: row.loop.text(),
 )
+GROSS_INTERVAL: Quantity[RowEnergy] = Quantity(
+    "joules_low",
+    "J",
+    "lower end of the 95% interval of gross, from repeats",
+    lambda row: _joules_end(row, 0),
+    "95% interval",
+    lambda row: _joules_interval_text(row),
+)
 DYNAMIC: Quantity[RowEnergy] = Quantity(
     "joules_dynamic",
     "J",
@@ -500,6 +530,8 @@ COST: tuple[Quantity[RowEnergy], ...] = (
     Quantity(
         "joules_estimated", "J", "the part that rests on an assumption", lambda row: _known(row, row.gross.estimated)
     ),
+    GROSS_INTERVAL,
+    Quantity("joules_high", "J", "upper end", lambda row: _joules_end(row, 1)),
     Quantity("joules_shared", "", "whether other jobs may have used the same nodes", lambda row: row.gross.shared),
     LOOP,
     DYNAMIC,
@@ -528,7 +560,17 @@ COST: tuple[Quantity[RowEnergy], ...] = (
 def _marginal_text(row: RowEnergy) -> str:
     if row.marginal is not None:
         return row.marginal.text()
-    return "-" if row.pays is None else "no faster"
+    return "-" if row.change is None else "not measurably faster"
+
+
+def _joules_interval_text(row: RowEnergy) -> str:
+    if row.joules is None or row.joules.interval is None:
+        return "-"
+    return " to ".join(amount(end, "J") for end in row.joules.interval) + row.gross.mark()
+
+
+def _joules_end(row: RowEnergy, index: int) -> float | None:
+    return _end(row.joules.interval, index) if row.joules else None
 
 
 def _price_text(row: RowEnergy) -> str:
