@@ -4,15 +4,26 @@ The quick form draws a thousand studies, the thorough form several thousands.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hpc_train.analysis.convergence.target import studies_of
 from hpc_train.analysis.efficiency.pop import Efficiencies, efficiencies
 from hpc_train.analysis.efficiency.stragglers import find_stragglers
+from hpc_train.analysis.energy.cost import UNKNOWN, RowEnergy
+from hpc_train.analysis.energy.readings import Reading
+from hpc_train.analysis.energy.run_energy import RunEnergy
+from hpc_train.analysis.runs.load import Run
+from hpc_train.analysis.runs.step_timeline import EMPTY_TIMELINE, StepTimeline
+from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row, pooled_row, with_speedup
+from hpc_train.core import config
+from hpc_train.core.energy_records import Trace
+from hpc_train.core.rundir import RunDir
 from hpc_train.core.statistics import Interval
-from tests.analysis.stats.simulated import Coverage, Steps, oracle_half_width, oracle_of, recorded, timed
+from tests.analysis.stats.simulated import Coverage, Steps, oracle_half_width, oracle_of, recorded, template, timed
 from tests.laws import Laws, Slow
 
 LEAST, MOST = 0.90, 0.98  # of intervals that hold the truth, at nominal 95%
@@ -160,3 +171,58 @@ def test_nobody_is_named_among_ranks_that_are_alike(law: Laws, num_runs: int) ->
     """In more than 5% of runs, though 20 slow steps of one rank follow each other."""
     named = sum(bool(find_stragglers(recorded(replace(law, seed=seed))).stragglers) for seed in range(num_runs))
     assert named <= 0.05 * num_runs, named
+
+
+@pytest.mark.parametrize("num_studies", NUM_STUDIES)
+@pytest.mark.parametrize("num_runs", [2, 3, 5])
+def test_joules(num_runs: int, num_studies: int) -> None:
+    """Of runs whose meters tell 100 J, give or take 3%."""
+    generator = np.random.default_rng(num_runs)
+    intervals: list[Interval] = []
+    run = template()
+    for _ in range(num_studies):
+        totals = 100 * np.exp(0.03 * generator.standard_normal(num_runs))
+        row = RowEnergy(pooled_row([run]), tuple(metered(run, float(total)) for total in totals), UNKNOWN)
+        assert row.joules is not None and row.joules.interval is not None
+        intervals.append(row.joules.interval)
+    check(
+        Coverage.of(intervals, 100.0, oracle_half_width(0.03**2 / num_runs, num_runs - 1)), f"{num_runs}", num_studies
+    )
+
+
+def metered(run: Run, joules: float) -> RunEnergy:
+    trace = Trace("node", 1, "meter", "measured", np.array([0.0, 10.0]), np.array([0.0, joules]), 0.0, 10.0)
+    return RunEnergy(run, EMPTY_TIMELINE, (Reading("c0", trace, lead_s=0.0, loop_s=10.0, shared=False),))
+
+
+@pytest.mark.parametrize("num_studies", [300, pytest.param(3000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("num_runs", [(2, 2), (3, 3), (1, 3)])
+def test_the_speedup_to_a_loss(num_runs: tuple[int, int], num_studies: int) -> None:
+    """Of runs that differ by 3% in the time of a step and by 2% in how fast their loss falls."""
+    steps, generator = Steps(200, run_noise=0.03), np.random.default_rng(num_runs)
+    intervals: list[Interval] = []
+    for _ in range(num_studies):
+        groups = [learning(ranks, count, steps, generator) for ranks, count in zip((1, 4), num_runs, strict=True)]
+        energies = {each.run.dir.path: each for group in groups for each in group}
+        rows = [pooled_row([each.run for each in group]) for group in groups]
+        keys = config.comparable(rows[0].runs[0].config)
+        (study,) = studies_of([Group("laws", keys, False, tuple(rows), None)], energies, target=1.0)
+        assert study.largest is not None and study.largest.speedup_interval is not None
+        intervals.append(study.largest.speedup_interval)
+    error = sum((0.03**2 + 0.02**2) / count for count in num_runs)
+    coverage = Coverage.of(intervals, 1.0, oracle_half_width(error, sum(num_runs) - 2))
+    check(coverage, "time to a loss", num_studies)
+
+
+def learning(ranks: int, num_runs: int, steps: Steps, generator: np.random.Generator) -> list[RunEnergy]:
+    """Runs whose smoothed loss reaches 1 after about 100 steps, with the times of their steps."""
+    found = []
+    for index, step_s in enumerate(steps.draw(generator, num_runs)):
+        pace = 0.01 * np.exp(0.02 * generator.standard_normal())
+        losses = 2 - pace * np.arange(steps.count)
+        metrics = (list(range(steps.count)), losses.tolist())
+        run = replace(timed(ranks, step_s), metrics=metrics, dir=RunDir(Path(f"{ranks}-{index}")))
+        numbers = np.arange(steps.count)
+        timeline = StepTimeline(numbers, np.ones(steps.count, np.int64), np.cumsum(step_s), (), 0)
+        found.append(RunEnergy(run, timeline))
+    return found

@@ -26,6 +26,7 @@ from hpc_train.analysis.report.sections.quantities import (
     DYNAMIC_PER_SAMPLE,
     FACILITY,
     GROSS,
+    GROSS_INTERVAL,
     LOOP,
     MARGINAL,
     MEAN_POWER,
@@ -62,7 +63,9 @@ def add_energy(section: SectionBuilder, energy: GroupEnergy) -> None:
 
 
 def run_table(energy: GroupEnergy) -> Table:
-    columns = [_RANKS.column, GROSS.column, LOOP.column, OUTSIDE.column]
+    has_interval = any(row.joules is not None and row.joules.interval is not None for row in energy.rows)
+    columns = [_RANKS.column, GROSS.column, *([GROSS_INTERVAL.column] if has_interval else [])]
+    columns += [LOOP.column, OUTSIDE.column]
     idle = ""
     if any(row.net.total is not None for row in energy.rows):
         columns += [DYNAMIC.column, DYNAMIC_PER_SAMPLE.column]
@@ -73,7 +76,7 @@ def run_table(energy: GroupEnergy) -> Table:
 
 def power_table(energy: GroupEnergy) -> Table:
     columns = [_RANKS.column, MEAN_POWER.column, PEAK_POWER.column, DELAY_PRODUCT.column]
-    if any(row.pays is not None for row in energy.rows):
+    if any(row.change is not None for row in energy.rows):
         columns.append(MARGINAL.column)
     return make_table("power", "Power, and what speedup costs", energy.rows, columns)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any, Generic, TypeVar
 
 from hpc_train.analysis.convergence.target import NOT_REACHED, TargetRow, TargetStudy
@@ -11,9 +12,11 @@ from hpc_train.analysis.energy.cost import RowEnergy
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.report.labels import ranks_text, straggler_text, worst_run
 from hpc_train.analysis.report.sections.columns import CellColumn, number
+from hpc_train.analysis.runs.loop_use import loop_use
 from hpc_train.analysis.runs.memory import peak_memory
 from hpc_train.analysis.runs.step_quantiles import slowest_step, step_quantiles
 from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.laws import serial_part
 from hpc_train.analysis.scaling.mfu import flops_of
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import amount, energy_text, ms_text, percent, plain, ratio_text, significant
@@ -192,6 +195,14 @@ DISTRIBUTION = (
     _quantile("p99", "1 step in 100 takes longer; unknown from fewer than 100 steps"),
     SLOWEST,
 )
+SERIAL_PART: Quantity[Row] = Quantity(
+    "serial_part",
+    "",
+    "serial part of the baseline's time by Karp and Flatt, of weak scaling by Gustafson",
+    lambda row: _serial(row),
+    "serial part",
+    lambda row: percent(_serial(row)),
+)
 SHARES = {phase: _share(phase) for phase in PHASES}
 _WITHIN = "95% interval: between runs, or within the one run"
 SPEED: tuple[Quantity[Row], ...] = (
@@ -205,10 +216,23 @@ SPEED: tuple[Quantity[Row], ...] = (
     Quantity("speedup_low", "", f"lower end of its {_WITHIN}", lambda row: _end(row.speedup_interval, 0)),
     Quantity("speedup_high", "", "upper end", lambda row: _end(row.speedup_interval, 1)),
     EFFICIENCY,
+    SERIAL_PART,
+    Quantity("serial_low", "", f"lower end of its {_WITHIN}", lambda row: _serial_end(row, 0)),
+    Quantity("serial_high", "", "upper end", lambda row: _serial_end(row, 1)),
     *SHARES.values(),
     EXPOSED,
     SERVERS_BUSY,
 )
+
+
+def _serial(row: Row) -> float | None:
+    found = serial_part(row)
+    return found.part if found else None
+
+
+def _serial_end(row: Row, index: int) -> float | None:
+    found = serial_part(row)
+    return _end(found.interval, index) if found else None
 
 
 def _scaling(group: Group) -> str:
@@ -283,6 +307,39 @@ MEMORY: tuple[Quantity[Row], ...] = (
     _peak("peak_resident_bytes", "the same with files and shared memory", "resident_bytes"),
     _peak("peak_gpu_bytes", "most memory of tensors that a rank took on its GPU", "gpu_bytes"),
     _peak("rank_room_bytes", "what a rank may take: its share of the node, or its GPU", "room_bytes"),
+)
+
+
+def _use(name: str, unit: str, meaning: str, attribute: str, title: str, show: Callable[[float], str]) -> Quantity[Row]:
+    """Mean over the runs that recorded it."""
+
+    def value(row: Row) -> float | None:
+        known = [found for run in row.runs if (found := getattr(loop_use(run), attribute)) is not None]
+        return fmean(known) if known else None
+
+    def cell(row: Row) -> str:
+        mean = value(row)
+        return "-" if mean is None else show(mean)
+
+    return Quantity(name, unit, meaning, value, title, cell)
+
+
+def _bytes(num_bytes: float) -> str:
+    return amount(num_bytes, "B")
+
+
+def _rate(bytes_per_s: float) -> str:
+    return amount(bytes_per_s, "B/s")
+
+
+_STORAGE = "all ranks during the loop, the last checkpoint included; without the page cache"
+USE: tuple[Quantity[Row], ...] = (
+    _use("cores_busy", "", "cores that a rank keeps busy, mean", "cores_busy", "cores busy", significant),
+    _use("cores_per_rank", "", "cores that a rank may use", "num_cores", "of", significant),
+    _use("storage_read_bytes", "B", f"read from storage by {_STORAGE}", "read_bytes", "read", _bytes),
+    _use("storage_read_bytes_per_s", "B/s", "that over the loop's time", "read_bytes_per_s", "read rate", _rate),
+    _use("storage_written_bytes", "B", f"written to storage by {_STORAGE}", "written_bytes", "written", _bytes),
+    _use("storage_written_bytes_per_s", "B/s", "that over the time", "written_bytes_per_s", "write rate", _rate),
 )
 FLOPS: tuple[Quantity[Row], ...] = (
     Quantity(
@@ -383,6 +440,14 @@ LOOP: Quantity[RowEnergy] = Quantity(
     "loop",
     lambda row: row.loop.text(),
 )
+GROSS_INTERVAL: Quantity[RowEnergy] = Quantity(
+    "joules_low",
+    "J",
+    "lower end of the 95% interval of gross, from repeats",
+    lambda row: _joules_end(row, 0),
+    "95% interval",
+    lambda row: _joules_interval_text(row),
+)
 DYNAMIC: Quantity[RowEnergy] = Quantity(
     "joules_dynamic",
     "J",
@@ -465,6 +530,8 @@ COST: tuple[Quantity[RowEnergy], ...] = (
     Quantity(
         "joules_estimated", "J", "the part that rests on an assumption", lambda row: _known(row, row.gross.estimated)
     ),
+    GROSS_INTERVAL,
+    Quantity("joules_high", "J", "upper end", lambda row: _joules_end(row, 1)),
     Quantity("joules_shared", "", "whether other jobs may have used the same nodes", lambda row: row.gross.shared),
     LOOP,
     DYNAMIC,
@@ -493,7 +560,17 @@ COST: tuple[Quantity[RowEnergy], ...] = (
 def _marginal_text(row: RowEnergy) -> str:
     if row.marginal is not None:
         return row.marginal.text()
-    return "-" if row.pays is None else "no faster"
+    return "-" if row.change is None else "not measurably faster"
+
+
+def _joules_interval_text(row: RowEnergy) -> str:
+    if row.joules is None or row.joules.interval is None:
+        return "-"
+    return " to ".join(amount(end, "J") for end in row.joules.interval) + row.gross.mark()
+
+
+def _joules_end(row: RowEnergy, index: int) -> float | None:
+    return _end(row.joules.interval, index) if row.joules else None
 
 
 def _price_text(row: RowEnergy) -> str:
@@ -538,7 +615,7 @@ FAMILIES: dict[str, Sequence[Quantity[Any]]] = {  # in the order of scaling.csv
     "Runs": (*GROUP, *RUNS),
     "Speed": SPEED,
     "Balance": BALANCE,
-    "Memory": MEMORY,
+    "Memory, processors and storage": (*MEMORY, *USE),
     "Model FLOPs": FLOPS,
     "Energy and result": RESULT,
     "Energy in detail": COST,

@@ -1,10 +1,11 @@
 """How a group scaled: the answer in one sentence, the overview of a short report, the table of speedups."""
 
+from hpc_train.analysis.report.labels import WITHIN
 from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.notes.scaling import group_notes, incomplete_notes, interval_notes, server_notes
 from hpc_train.analysis.report.plots.speedup import speedup_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.report.sections.columns import interval, make_table
+from hpc_train.analysis.report.sections.columns import interval, make_table, number
 from hpc_train.analysis.report.sections.quantities import (
     EFFICIENCY,
     ENERGY_PER_SAMPLE,
@@ -12,17 +13,21 @@ from hpc_train.analysis.report.sections.quantities import (
     NUM_RUNS,
     RANKS,
     SAMPLES,
+    SERIAL_PART,
     SPEEDUP,
     STEP,
 )
 from hpc_train.analysis.scaling.compare import Group
-from hpc_train.core.formatting import interval_text, plural, ratio_interval_text
+from hpc_train.analysis.scaling.laws import fitted, serial_part
+from hpc_train.analysis.scaling.rows import Row
+from hpc_train.core.formatting import interval_text, percent, plural, ratio_interval_text
 
 
 def add_scaling(section: SectionBuilder, group: Group) -> None:
     section.overview(overview_table, group)
     section.part("Speedup and efficiency")
     section.table("scaling", scaling_table, group)
+    section.table("serial", serial_table, group)
     section.notes("incomplete-mark", "caution", incomplete_notes, group)
     section.notes("comparison", "caution", group_notes, group)
     section.notes("intervals", "method", interval_notes, group)
@@ -53,6 +58,27 @@ def scaling_table(group: Group) -> Table:
         EFFICIENCY.titled("speedup efficiency"),
     ]
     return make_table("scaling", _kind(group), group.rows, columns)
+
+
+def serial_table(group: Group) -> Table | None:
+    """The serial part by size beside the law's, which is the same at all sizes; None without a speedup."""
+    rows = [row for row in group.rows if serial_part(row) is not None]
+    if not rows:
+        return None
+    law = fitted(group)
+    fit = f"; {law.name}'s law, fitted to all sizes: {percent(law.serial)}" if law else ""
+    within = not any(row.relative_speed.between_runs for row in rows if row.relative_speed)
+    columns = [
+        *(RANKS.column, SERIAL_PART.column),
+        number(f"95% interval{f' {WITHIN}' * within}", _serial_interval_text),
+    ]
+    by = "Gustafson's law" if group.weak else "Karp-Flatt"
+    return make_table("serial", f"Serial part of the baseline's time, by {by} at each size{fit}", rows, columns)
+
+
+def _serial_interval_text(row: Row) -> str:
+    part = serial_part(row)
+    return "-" if part is None or part.interval is None else " to ".join(map(percent, part.interval))
 
 
 def _kind(group: Group) -> str:
