@@ -33,6 +33,7 @@ LAYOUT = (Path(__file__).parent / "layout.js").read_text()
 TALLEST_PX = 16_000  # of a picture: Chromium paints no taller surface
 PAPER_PX = 680  # 180 mm, A4 without its margins
 GPU = {"peak_gpu_bytes": [31e9], "rank_room_bytes": 42e9, "peak_anonymous_bytes": [2e9], "expected_peak_bytes": [29e9]}
+USE = {"loop_time_s": [9.0], "loop_cpu_s": [8.1], "loop_read_bytes": [3e9], "loop_written_bytes": [41e6]}
 STUDY = Laws(
     name="gpt-medium",
     steps=130,
@@ -40,7 +41,7 @@ STUDY = Laws(
     serial=0.02,
     message_bytes=4e5,
     idle_w={"package-0": 60.0, "dram": 8.0},
-    meta={**GPU, "flops_per_sample": 6e9, "peak_flops": 1.2e13, "peak_source": "data sheet"},
+    meta={**GPU, **USE, "flops_per_sample": 6e9, "peak_flops": 1.2e13, "peak_source": "data sheet"},
 )
 
 

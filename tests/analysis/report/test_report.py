@@ -372,3 +372,18 @@ def test_the_page_shows_the_largest_peak_beside_what_was_expected(tmp_path: Path
     told = {"expected_peak_bytes": [660e6, 650e6]}
     shown = Page(page(report(tmp_path, *pair(meta=peaks | told)), tmp_path)).text
     assert "700 MB of its own, 900 MB resident with files; 660 MB expected of its own" in shown
+
+
+def test_cores_and_storage_are_told_with_their_rates(tmp_path: Path) -> None:
+    told = {"loop_time_s": [10.0, 10.0], "loop_cpu_s": [9.0, 5.0], "loop_read_bytes": [3_000_000_000, 0]}
+    used = told | {"loop_written_bytes": [20_000_000, 20_000_000]}
+    old, new = pair(meta=used)
+    made = report(tmp_path, old, new)
+    (row,) = table(made.sections[0], "use").rows
+    assert row == ("2", "0.700", "1.00", "3.00 GB", "300 MB/s", "40.0 MB", "4.00 MB/s")
+    one, two = made.rows
+    assert one["cores_busy"] is None and one["storage_read_bytes"] is None
+    assert two["storage_read_bytes_per_s"] == pytest.approx(3e8) and two["cores_per_rank"] == 1
+    damage = {"loop_cpu_s": [1.0]}, {"loop_time_s": [0, 0]}, {"loop_time_s": 7}
+    for number, damaged in enumerate(damage):
+        assert "use" not in report(tmp_path / f"d{number}", old, replace(new, meta=used | damaged)).table_ids

@@ -9,8 +9,8 @@ from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.efficiency import add_efficiency
 from hpc_train.analysis.report.sections.energy import add_energy
 from hpc_train.analysis.report.sections.flops import add_flops
-from hpc_train.analysis.report.sections.memory import add_memory
 from hpc_train.analysis.report.sections.next_run import add_next_run, next_run
+from hpc_train.analysis.report.sections.node_use import add_node_use
 from hpc_train.analysis.report.sections.numbers import add_numbers
 from hpc_train.analysis.report.sections.result import add_result
 from hpc_train.analysis.report.sections.scaling import add_scaling
@@ -31,7 +31,7 @@ def group_section(energy: GroupEnergy, study: TargetStudy | None, named: bool, g
     add_step_time(section, group)
     add_efficiency(section, group)
     add_flops(section, group)
-    add_memory(section, group)
+    add_node_use(section, group)
     add_result(section, group)
     add_energy(section, energy)
     add_next_run(section, advice)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any, Generic, TypeVar
 
 from hpc_train.analysis.convergence.target import NOT_REACHED, TargetRow, TargetStudy
@@ -11,6 +12,7 @@ from hpc_train.analysis.energy.cost import RowEnergy
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.report.labels import ranks_text, straggler_text, worst_run
 from hpc_train.analysis.report.sections.columns import CellColumn, number
+from hpc_train.analysis.runs.loop_use import loop_use
 from hpc_train.analysis.runs.memory import peak_memory
 from hpc_train.analysis.runs.step_quantiles import slowest_step, step_quantiles
 from hpc_train.analysis.scaling.compare import Group
@@ -306,6 +308,39 @@ MEMORY: tuple[Quantity[Row], ...] = (
     _peak("peak_gpu_bytes", "most memory of tensors that a rank took on its GPU", "gpu_bytes"),
     _peak("rank_room_bytes", "what a rank may take: its share of the node, or its GPU", "room_bytes"),
 )
+
+
+def _use(name: str, unit: str, meaning: str, attribute: str, title: str, show: Callable[[float], str]) -> Quantity[Row]:
+    """Mean over the runs that recorded it."""
+
+    def value(row: Row) -> float | None:
+        known = [found for run in row.runs if (found := getattr(loop_use(run), attribute)) is not None]
+        return fmean(known) if known else None
+
+    def cell(row: Row) -> str:
+        mean = value(row)
+        return "-" if mean is None else show(mean)
+
+    return Quantity(name, unit, meaning, value, title, cell)
+
+
+def _bytes(num_bytes: float) -> str:
+    return amount(num_bytes, "B")
+
+
+def _rate(bytes_per_s: float) -> str:
+    return amount(bytes_per_s, "B/s")
+
+
+_STORAGE = "all ranks during the loop, the last checkpoint included; without the page cache"
+USE: tuple[Quantity[Row], ...] = (
+    _use("cores_busy", "", "cores that a rank keeps busy, mean", "cores_busy", "cores busy", significant),
+    _use("cores_per_rank", "", "cores that a rank may use", "num_cores", "of", significant),
+    _use("storage_read_bytes", "B", f"read from storage by {_STORAGE}", "read_bytes", "read", _bytes),
+    _use("storage_read_bytes_per_s", "B/s", "that over the loop's time", "read_bytes_per_s", "read rate", _rate),
+    _use("storage_written_bytes", "B", f"written to storage by {_STORAGE}", "written_bytes", "written", _bytes),
+    _use("storage_written_bytes_per_s", "B/s", "that over the time", "written_bytes_per_s", "write rate", _rate),
+)
 FLOPS: tuple[Quantity[Row], ...] = (
     Quantity(
         "flops_per_sample",
@@ -580,7 +615,7 @@ FAMILIES: dict[str, Sequence[Quantity[Any]]] = {  # in the order of scaling.csv
     "Runs": (*GROUP, *RUNS),
     "Speed": SPEED,
     "Balance": BALANCE,
-    "Memory": MEMORY,
+    "Memory, processors and storage": (*MEMORY, *USE),
     "Model FLOPs": FLOPS,
     "Energy and result": RESULT,
     "Energy in detail": COST,

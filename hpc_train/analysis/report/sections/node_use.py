@@ -1,19 +1,21 @@
-"""How much memory a rank took at its peak, beside what it may take."""
+"""What ranks took of their nodes: memory at the peak, processors, storage."""
 
 from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Plot, Table
 from hpc_train.analysis.report.plots.memory import memory_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number
+from hpc_train.analysis.report.sections.quantities import RANKS, USE
 from hpc_train.analysis.runs.memory import PeakMemory, peak_memory
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import amount, percent
 
 
-def add_memory(section: SectionBuilder, group: Group) -> None:
-    section.part("Memory")
+def add_node_use(section: SectionBuilder, group: Group) -> None:
+    section.part("Memory, processors and storage")
     section.table("memory", memory_table, group)
+    section.table("use", use_table, group)
     section.plot("memory", _memory_plot, group)
 
 
@@ -36,6 +38,13 @@ def memory_table(group: Group) -> Table | None:
     ]
     title = "Peak memory of the largest rank (room: what a rank may take of its node or GPU)"
     return make_table("memory", title, rows, columns)
+
+
+def use_table(group: Group) -> Table | None:
+    """None if no run recorded it."""
+    rows = [row for row in group.rows if any(each.value(row) is not None for each in USE)]
+    title = "Processors and storage during the loop (cores: of a rank; bytes: of all ranks, without the page cache)"
+    return make_table("use", title, rows, [RANKS.column, *(each.column for each in USE)]) if rows else None
 
 
 def _peaks(group: Group) -> list[tuple[Row, PeakMemory]]:
