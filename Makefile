@@ -8,6 +8,7 @@
 # make bench-memory  memory that `hpc-train memory` tells against what ranks take, 18 jobs (8 minutes)
 # make bench-large  memory of a rank and time of a step by strategy and stage; as root over links, too (a quiet machine; 40 minutes)
 # make test-rdma  train over InfiniBand verbs between two emulated guests (root, 8 minutes)
+# make test-browser  the report's page in Chromium, on a screen, a phone and paper; a trace in Perfetto; screenshots in runs/screenshots
 # make test-all  every test, each command started as a process of its own, every fault, and 5,000 inputs that nobody would write
 # make test-fuzz  those inputs alone (15 minutes)
 # make test-kills  ranks and mpirun killed at any moment, for MINUTES (30)
@@ -15,7 +16,7 @@
 # make check   install, ruff and mypy
 # make docs    the documentation as HTML: docs/_build/html
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo models bench bench-io bench-plan bench-link bench-large bench-memory test test-serial test-parallel test-cluster test-all test-faults test-fuzz test-kills test-rdma check docs install clean
+.PHONY: demo models bench bench-io bench-plan bench-link bench-large bench-memory test test-serial test-parallel test-cluster test-all test-faults test-fuzz test-kills test-rdma test-browser check docs install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -99,6 +100,11 @@ test-cluster:
 test-rdma:
 	@./install.sh test rdma
 	python -m pytest -s tests/rdma
+
+# Chromium is 110 MB, from Debian: `make test` runs these where a browser is, and skips them elsewhere.
+test-browser:
+	@./install.sh test browser
+	python -m pytest tests/analysis/report/test_browser.py tests/analysis/trace/test_perfetto.py
 
 # What is complete is not trained again: runs/models.
 models:

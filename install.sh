@@ -2,7 +2,7 @@
 # Installs hpc-train and the compiled stack below it into .venv, all of it against ONE MPI:
 # Open MPI (or any MPI with mpicc), parallel HDF5, torch, mpi4py, h5py with MPI, Horovod with MPI.
 #
-#   ./install.sh [test] [check] [docs] [rdma]     what `make install`, `make test`, `make check` and `make docs` call
+#   ./install.sh [test] [check] [docs] [rdma] [browser]     what `make install`, `make test`, `make check` ... call
 #
 # Read from the environment (or `make install NAME=value`):
 #   PYTHON    python3 >= 3.11            MPICC     mpicc of the MPI to build against
@@ -93,6 +93,10 @@ if [[ $want == *" rdma "* ]] && have apt-get && [ "$(id -u)" = 0 ]; then    # tw
     done
     ((${#guests[@]} == 0)) || need "QEMU and verbs, for the tests over RDMA" "${guests[@]}"
 fi
+# A browser of one's own counts, too: tests/analysis/report/test_browser.py.
+if [[ $want == *" browser "* ]] && ! have chromium && ! have chromium-browser && ! have google-chrome; then
+    need "Chromium, for the tests of the report's page" chromium fonts-dejavu-core
+fi
 sudo=""
 if ((${#packages[@]})); then
     if [ "$(id -u)" != 0 ]; then sudo="sudo -n"; fi
@@ -146,6 +150,7 @@ libraries() {
     [[ $want == *" test "* ]] && extras+=,test
     [[ $want == *" check "* ]] && extras+=,check
     [[ $want == *" docs "* ]] && extras+=,docs
+    [[ $want == *" browser "* ]] && extras+=,browser
     # h5py and Horovod are built below without isolation: isolated, h5py would compile its own mpi4py (19 GB of memory).
     "$venv/bin/pip" install "$torch" "numpy>=1.26,<3" "mpi4py>=4.1,<5" "nvidia-ml-py>=12" psutil pyyaml cloudpickle \
         "xxhash>=3.4,<4" "safetensors>=0.4.3,<1" \

@@ -32,4 +32,16 @@ def draw_figures() -> None:
     (folder / "gallery.md").write_text("\n\n".join([*pictures, captions]))
 
 
+def list_columns() -> None:
+    """The table of reference/report-columns.md, from the same quantities as the files that it describes."""
+    from hpc_train.analysis.report.sections.quantities import FAMILIES
+
+    lines = []
+    for family, quantities in FAMILIES.items():
+        lines += [f"\n## {family}\n", "| column | unit | |", "|---|---|---|"]
+        lines += [f"| `{each.name}` | {each.unit} | {each.meaning} |" for each in quantities]
+    (HERE / "_figures" / "columns.md").write_text("\n".join(lines) + "\n")
+
+
 draw_figures()
+list_columns()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.signal import lfilter
 
 from hpc_train.core import config, records, timing_log
 from hpc_train.core.energy_records import ENERGY_COLUMNS
@@ -51,7 +52,10 @@ class Laws:
     serial: float = 0.0
     weak: bool = False
     batch: int = 4096  # global (strong), per rank (weak)
-    noise: float = 0.0  # standard deviation of each rank's useful time in each step, relative; independent
+    noise: float = 0.0  # standard deviation of each rank's useful time in each step, relative; independent of others
+    autocorrelation: float = 0.0  # of that noise from one step to the next (first-order autoregressive)
+    run_noise: float = 0.0  # standard deviation of the whole run's useful time, relative: how repeats differ
+    bursts: float = 0.0  # probability that 20 slow steps of a rank, 1.5 times as long, begin in a step
     slow: tuple[Slow, ...] = ()
     input_s: float = 0.0005  # in every step, on every rank
     # Ring: 2 (N - 1) alpha + 2 (N - 1) / N message_bytes beta; from two hosts on with the costs between them.
@@ -103,10 +107,18 @@ class Laws:
         """What is left of it once the last rank has arrived. Asking alone takes a microsecond, on one rank, too."""
         return max(1e-6, self.ring_s - self.overlap * PARTS["backward"] * self.useful_s)
 
+    def parts(self, rank: int) -> dict[str, float]:
+        """The phases' shares of a rank's useful time."""
+        return PARTS
+
     def work(self, rank: int) -> tuple[FloatArray, FloatArray]:
         """(useful time, wait for input) of every step of a rank in seconds, each (steps,)."""
         draws = np.random.default_rng([self.seed, self.ranks, rank])
-        useful = self.useful_s * np.maximum(0.05, 1 + self.noise * draws.standard_normal(self.steps))
+        useful = self.useful_s * np.maximum(0.05, 1 + self.noise * self._settled_noise(draws))
+        useful *= np.exp(self.run_noise * np.random.default_rng([self.seed, self.ranks, 1 << 31]).standard_normal())
+        if self.bursts:
+            begins = draws.random(self.steps) < self.bursts
+            useful[np.convolve(begins, np.ones(20))[: self.steps] > 0] *= 1.5
         useful[: self.warmup] *= 3  # would show in any mean that counts it
         stall = np.full(self.steps, self.input_s)
         for slow in self.slow:
@@ -118,6 +130,14 @@ class Laws:
                 else:
                     useful += more
         return useful, stall
+
+    def _settled_noise(self, draws: np.random.Generator) -> FloatArray:
+        """(steps,) of standard deviation 1."""
+        series = draws.standard_normal(self.steps)
+        if not self.autocorrelation:
+            return series
+        series[1:] *= (1 - self.autocorrelation**2) ** 0.5
+        return np.asarray(lfilter([1.0], [1.0, -self.autocorrelation], series))
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,14 +196,24 @@ def write(root: Path, laws: Laws) -> tuple[RunDir, Truth]:
     return run, truth
 
 
+def rows(laws: Laws) -> Iterator[FloatArray]:
+    """The records of each rank in turn, (steps, len(TIMING_COLUMNS)), as `write` writes them."""
+    leave_s, _ = _reductions(laws)
+    clocks = _Clocks(laws, float(leave_s[-1]))
+    share = _shares(laws.batch, laws.ranks)
+    for rank in range(laws.ranks):
+        yield _rows(laws, rank, leave_s, clocks, share[rank])
+
+
 def study(root: Path, laws: Laws, sizes: tuple[int, ...]) -> dict[int, tuple[RunDir, Truth]]:
     """The same laws on several numbers of ranks."""
     return {size: write(root, replace(laws, ranks=size)) for size in sizes}
 
 
-def _before_and_after(laws: Laws, useful_s: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _before_and_after(laws: Laws, rank: int, useful_s: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Useful time before the reduction of a step, and after it."""
-    before = useful_s * (PARTS["forward"] + PARTS["backward"])
+    parts = laws.parts(rank)
+    before = useful_s * (parts["forward"] + parts["backward"])
     return before, useful_s - before
 
 
@@ -198,7 +228,7 @@ def _reductions(laws: Laws) -> tuple[FloatArray, Truth]:
     first = laws.warmup
     for rank in range(laws.ranks):
         useful, stall = laws.work(rank)
-        before, after = _before_and_after(laws, useful)
+        before, after = _before_and_after(laws, rank, useful)
         stretch = before.copy()
         stretch[1:] += after[:-1]
         np.maximum(longest, stretch + stall, out=longest)
@@ -243,11 +273,11 @@ class _Clocks:
 def _rows(laws: Laws, rank: int, leave_s: FloatArray, clocks: _Clocks, num_samples: int) -> FloatArray:
     """(steps, len(TIMING_COLUMNS)) the records of a rank, by its own clock."""
     useful, stall = laws.work(rank)
-    before, after = _before_and_after(laws, useful)
+    before, after = _before_and_after(laws, rank, useful)
     began = np.concatenate([[0.0], leave_s[:-1] + after[:-1]])
-    forward = useful * PARTS["forward"]
+    forward = useful * laws.parts(rank)["forward"]
     moments = [began, began + stall, began + stall + forward, began + stall + before]  # data, forward, backward end
-    updated = leave_s + useful * PARTS["optimizer"]
+    updated = leave_s + useful * laws.parts(rank)["optimizer"]
     moments += [leave_s, updated, updated, leave_s + after]  # reduce, optimizer, sync (none), other
     shown = clocks.shown_ns(rank // laws.ranks_per_host, np.stack(moments))
     shown[-1, :-1] = shown[0, 1:]  # steps follow each other without a gap

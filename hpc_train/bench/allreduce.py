@@ -32,7 +32,11 @@ from hpc_train.train.reduce.sharded import Sharded
 from hpc_train.train.reduce.transports import HorovodTransport, MpiTransport, SplittingTransport
 
 _SERVERS = Reduce(strategy="parameter_server")
-_SAMPLE_S, _MAX_CALLS = 5e-3, 200  # a sample is as many calls as take about that long
+_SAMPLE_S = 5e-3  # a sample is as many calls as take about that long, within a node
+# Between nodes links may let a burst pass faster than their limit (a token bucket of 128 KiB fills in 10 ms at 100
+# Mbit/s): calls that are not timed use it up first, and a sample is longer than it takes to fill again.
+_SAMPLE_BETWEEN_S = 2e-2
+_MAX_CALLS = 200
 _GLOO_CONNECT_S, _GLOO_SUM_S = 60, 3600  # time limits of its rendezvous, and of a sum over the slowest link
 _PATTERN = (np.arange(1 << 18) % 251).astype(np.float32)  # a rank adds it 1 to 4 times: sums are exact in FP32
 
@@ -95,10 +99,11 @@ def _all_reduce(hvd: Any, team: RankGroup, message: torch.Tensor) -> Method:
     return Method(exchange, lambda: _gradient(parameter), team.size, hvd is not None)
 
 
-def _sharded(hvd: Any, team: RankGroup, message: torch.Tensor) -> Method:
+def _sharded(team: RankGroup, message: torch.Tensor) -> Method:
+    """Over MPI, as `reduce.transport` chooses on CPUs."""
     model, loss = _model(message), torch.zeros(())
     (parameter,) = model.parameters()
-    reducer = Sharded(SplittingTransport(HorovodTransport(hvd, team.size)), None, model, team.context, NoFlags())
+    reducer = Sharded(SplittingTransport(MpiTransport(team.context)), None, model, team.context, NoFlags())
 
     def exchange(update: bool) -> None:
         parameter.grad = message
@@ -108,7 +113,7 @@ def _sharded(hvd: Any, team: RankGroup, message: torch.Tensor) -> Method:
             _set_weights(reducer)
         reducer.sync_weights(True)
 
-    return Method(exchange, lambda: parameter.detach(), team.size, True)
+    return Method(exchange, lambda: parameter.detach(), team.size)
 
 
 def _parameter_server(team: RankGroup, message: torch.Tensor) -> Method:
@@ -191,13 +196,13 @@ def measure(
     """
     torch.set_num_threads(1)
     hvd = None
-    if {"horovod", "sharded"} & set(strategies):
+    if "horovod" in strategies:
         hvd = context.on_all(partial(restartable_horovod, Reduce()))
     makes: dict[str, Make] = {
         "horovod": partial(_all_reduce, hvd),
         "mpi": partial(_all_reduce, None),
         "parameter_server": _parameter_server,
-        "sharded": partial(_sharded, hvd),
+        "sharded": _sharded,
         "plain_mpi": _plain_mpi,
         "ddp_gloo": _ddp_gloo,
     }
@@ -276,7 +281,8 @@ def _measure_size(makes: dict[str, Make], team: RankGroup, num_bytes: int, repea
         with _horovod(method, team, hvd):
             _check(name, method, team, message)
     message.zero_()  # repeated sums of zeros do not overflow
-    calls = {name: _num_calls(_sample(method, team, 1, hvd)) for name, method in methods.items()}
+    sample_s = _SAMPLE_S if team.nodes == 1 else _SAMPLE_BETWEEN_S
+    calls = {name: _num_calls(_sample(method, team, 1, hvd), sample_s) for name, method in methods.items()}
     samples: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(repeat):
         for name in list(methods)[:: -1 if turn % 2 else 1]:
@@ -290,9 +296,10 @@ def _horovod(method: Method, team: RankGroup, hvd: Any) -> Any:
 
 
 def _sample(method: Method, team: RankGroup, calls: int, hvd: Any) -> float:
-    """Collective in the group. Seconds per call: the slowest rank's mean over `calls`."""
+    """Collective in the group. Seconds per call: the slowest rank's mean over `calls`, after as many untimed ones."""
     with _horovod(method, team, hvd):
-        method.exchange(False)  # Horovod negotiates each new message once
+        for _ in range(calls if team.nodes > 1 else 1):  # at least one: Horovod negotiates each new message once
+            method.exchange(False)
         team.context.barrier()
         began = perf_counter()
         for _ in range(calls):
@@ -301,8 +308,8 @@ def _sample(method: Method, team: RankGroup, calls: int, hvd: Any) -> float:
     return float(team.context.max(np.array([mine]))[0]) * method.share / calls
 
 
-def _num_calls(seconds: float) -> int:
-    return int(min(max(_SAMPLE_S / seconds, 1), _MAX_CALLS))
+def _num_calls(seconds: float, sample_s: float) -> int:
+    return int(min(max(sample_s / seconds, 1), _MAX_CALLS))
 
 
 def _check(name: str, method: Method, team: RankGroup, message: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ import click
 
 from hpc_train import __version__
 from hpc_train.cli.bench import bench
+from hpc_train.cli.compare import compare
 from hpc_train.cli.config import config
 from hpc_train.cli.data import data
 from hpc_train.cli.doctor import doctor
@@ -46,7 +47,10 @@ def cli() -> None:
     """
 
 
-_COMMANDS = (prepare, stage, data, train, generate, export, submit, scale, report, plan, memory, doctor, bench, config)
+_COMMANDS = (
+    *(prepare, stage, data, train, generate, export, submit, scale, report, compare, plan),
+    *(memory, doctor, bench, config),
+)
 for command in _COMMANDS:
     cli.add_command(command)
 

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from hpc_train.cli.options import FiniteNumber, UserPath, on_first_rank
+from hpc_train.core.errors import UserError
 from hpc_train.core.redaction import printable
 
 
@@ -18,6 +19,12 @@ from hpc_train.core.redaction import printable
     type=UserPath(),
     metavar="DIR",
     help="Write every figure there too, as PDF and SVG one column wide, for a proposal.",
+)
+@click.option(
+    "--trace",
+    type=UserPath(),
+    metavar="FILE",
+    help="Write every rank's steps as a timeline for Perfetto (ui.perfetto.dev): trace.json.gz.",
 )
 @click.option(
     "--format",
@@ -44,6 +51,7 @@ def report(
     runs: tuple[Path, ...],
     output: Path | None,
     figures: Path | None,
+    trace: Path | None,
     kind: str | None,
     full: bool,
     as_json: bool,
@@ -65,7 +73,7 @@ def report(
     kind = "json" if as_json else kind or "table"
     if full and kind != "table":
         raise click.UsageError(f"--full is for the terminal's tables; --format {kind} always has everything.")
-    print_report(runs, output, figures, kind, full, **options)
+    print_report(runs, output, figures, kind, full, trace=trace, **options)
 
 
 def print_report(
@@ -75,6 +83,7 @@ def print_report(
     kind: str,
     full: bool = False,
     target_loss: Any = None,
+    trace: Path | None = None,
     **tariff: Any,
 ) -> None:
     """Prints the report as `kind` and writes its files, whose paths the terminal's tables end with."""
@@ -99,6 +108,21 @@ def print_report(
         if drawn is not None:
             found = f"{len(drawn)} files in {figures}" if drawn else "none, no step was timed."
             click.echo(printable(f"Figures: {found}"))
+    if trace is not None:
+        _write_trace(runs, trace)
+        if kind == "table":
+            click.echo(printable(f"Trace: {trace}"))
     if report.guard.faults:
         click.echo("\n".join(["hpc-train: the report is not complete.", *report.guard.faults]), err=True)
         sys.exit(1)
+
+
+def _write_trace(runs: tuple[Path, ...], path: Path) -> None:
+    from hpc_train.analysis.runs.load import load
+    from hpc_train.analysis.trace.chrome_trace import write_trace
+    from hpc_train.core.rundir import find
+
+    found = find(list(runs))
+    if len(found) > 1:
+        raise UserError(f"--trace draws one run, and these are {len(found)}", f"Name one of them: {found[0].path}")
+    write_trace(load(found[0]), path)

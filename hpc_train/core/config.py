@@ -63,7 +63,8 @@ def _validated(tree: dict[str, Any], file: str, origin: dict[str, str], remedy: 
     except ValidationError as error:
         raise UserError(_explain(error, file, origin), remedy) from None
     if faults := broken_rules(config):
-        raise UserError("\n".join(f"{file}: {fault}" for fault in faults), remedy)
+        remedies = " ".join(dict.fromkeys(fault.remedy for fault in faults))
+        raise UserError("\n".join(f"{file}: {fault.what}" for fault in faults), remedies)
     return config
 
 
@@ -195,21 +196,21 @@ def _section(tree: dict[str, Any], name: str, key: str) -> dict[str, Any]:
 
 def _explain(error: ValidationError, file: str, origin: dict[str, str]) -> str:
     """One line for each wrong key."""
-    lines = []
+    lines: dict[str, list[str]] = {}  # a union reports the same key once for each of its types
     for fault in error.errors(include_url=False):
         if fault["type"] == "extra_forbidden":
             key = ".".join(str(part) for part in fault["loc"])
-            lines.append(f"{origin.get(key, f'file {file}')}: {unknown_key(key, _known_keys())}")
-            continue
-        key = _dotted(fault["loc"])
-        if fault["type"] == "missing":
-            lines.append(f"{file}: {key} is required and not set")
+            what, why = f"{origin.get(key, f'file {file}')}: {unknown_key(key, _known_keys())}", ""
+        elif fault["type"] == "missing":
+            what, why = f"{file}: {_dotted(fault['loc'])} is required and not set", ""
         elif fault["type"] == "value_error":
-            lines.append(f"{file}: {fault['ctx']['error']}")
+            what, why = f"{file}: {fault['ctx']['error']}", ""
         else:
+            key = _dotted(fault["loc"])
+            what = f"{origin.get(key, f'file {file}')}: {key} = {shown(fault['input'])}"
             why = f"should be a table [{key}]" if fault["type"] == "model_type" else _lower_first(fault["msg"])
-            lines.append(f"{origin.get(key, f'file {file}')}: {key} = {shown(fault['input'])}: {why}")
-    return "\n".join(dict.fromkeys(lines))  # a union reports the same key once for each of its types
+        lines.setdefault(what, []).append(why)
+    return "\n".join(what + (f": {', or '.join(why)}" if all(why) else "") for what, why in lines.items())
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:

@@ -14,65 +14,110 @@ _KINDS_WITH_DATA = ("classification", "language", "masked_language")
 _KINDS_WITH_TOKENS = ("language", "masked_language")
 
 
-def broken_rules(config: Config) -> list[str]:
-    """What does not go together, one line each with its keys and values."""
+def broken_rules(config: Config) -> list[UserError]:
+    """What does not go together: each with its keys and values, and the remedy."""
     return [*_required_keys(config), *_task_keys(config), *_strategy_keys(config), *_energy_keys(config)]
 
 
-def _required_keys(config: Config) -> Iterator[str]:
+def _required_keys(config: Config) -> Iterator[UserError]:
     train, data, is_recorded = config.train, config.data, config.task.kind == RECORDED
     if (train.global_batch is None) == (train.batch_per_rank is None):
-        yield "set exactly one of train.global_batch (strong scaling) and train.batch_per_rank (weak)"
+        found = "neither is set" if train.global_batch is None else "both are set"
+        yield UserError(
+            f"exactly one of train.global_batch and train.batch_per_rank is needed, and {found}",
+            "Set train.global_batch for strong scaling, or train.batch_per_rank for weak scaling.",
+        )
     if data.file is None and config.task.kind in _KINDS_WITH_DATA:
-        yield "data.file is required and not set"
+        yield UserError("data.file is required and not set", "Set it to an HDF5 file: hpc-train prepare --help.")
     if "://" in (data.file or ""):
-        yield f"data.file = '{data.file}' is a URL, but training reads files: copy it with hpc-train stage first"
+        yield UserError(
+            f"data.file = '{data.file}' is a URL, but training reads files", "Copy it first: hpc-train stage --help."
+        )
     if is_recorded != (config.reduce.strategy == "own"):
-        yield f"task.kind = '{RECORDED}' and reduce.strategy = 'own' need each other"
+        yield UserError(
+            f"task.kind = '{config.task.kind}' and reduce.strategy = '{config.reduce.strategy}': "
+            f"'{RECORDED}' and 'own' need each other",
+            "Leave both out, and call hpc_train.recording in your own loop.",
+        )
 
 
-def _task_keys(config: Config) -> Iterator[str]:
+def _task_keys(config: Config) -> Iterator[UserError]:
     train, data, rl, kind = config.train, config.data, config.rl, config.task.kind
     if kind == "classification" and (isinstance(data.inputs, list) or isinstance(data.test_inputs, list)):
-        yield f"data.inputs = {data.inputs}: the models of task.kind = 'classification' take one data set"
+        yield UserError(
+            f"data.inputs = {data.inputs}: the models of task.kind = 'classification' take one data set",
+            "Name one data set, or write a task of your own: configs/README.md.",
+        )
     if kind in _KINDS_WITH_TOKENS and data.read != "auto":
-        yield f"data.read = '{data.read}' does not go with task.kind = '{kind}': leave data.read out"
+        yield UserError(f"data.read = '{data.read}' does not go with task.kind = '{kind}'", "Leave data.read out.")
     # Ranks with shares of unlike length would read a different number of times, and collective reads would hang.
+    if data.read == "collective" and data.missing != "refuse":
+        yield UserError(
+            f"data.missing = '{data.missing}' does not go with data.read = '{data.read}'", "Leave one of them out."
+        )
     if data.read == "collective" and train.accumulate > 1:
-        yield f"train.accumulate = {train.accumulate} does not go with data.read = 'collective'"
+        yield UserError(
+            f"train.accumulate = {train.accumulate} does not go with data.read = 'collective'", "Leave one of them out."
+        )
     if kind == "policy_gradient" and train.accumulate > 1:
-        yield f"train.accumulate = {train.accumulate}: policy_gradient normalises advantages over a whole step"
+        yield UserError(
+            f"train.accumulate = {train.accumulate}: policy_gradient normalises advantages over a whole step",
+            "Leave train.accumulate out.",
+        )
     if kind == "dqn" and rl.replay_start > rl.replay_size:
-        yield f"rl.replay_start = {rl.replay_start} is more than rl.replay_size = {rl.replay_size}: no step would begin"
+        yield UserError(
+            f"rl.replay_start = {rl.replay_start} is more than rl.replay_size = {rl.replay_size}: no step would begin",
+            f"Set rl.replay_start to at most {rl.replay_size}.",
+        )
 
 
-def _strategy_keys(config: Config) -> Iterator[str]:
+def _strategy_keys(config: Config) -> Iterator[UserError]:
     train, reduce = config.train, config.reduce
     strategy = f"reduce.strategy = '{reduce.strategy}'"
     if reduce.strategy in ("parameter_server", "sharded"):
         if train.optimizer in ("lars", "lamb"):
-            yield f"train.optimizer = '{train.optimizer}' needs whole layers, which {strategy} cuts"
+            yield UserError(
+                f"train.optimizer = '{train.optimizer}' needs whole layers, which {strategy} cuts",
+                "Use adamw or sgd, or reduce.strategy = 'horovod' or 'mpi'.",
+            )
         if reduce.compression != "none":
-            yield f"reduce.compression = '{reduce.compression}' does not go with {strategy}: leave it out"
+            yield UserError(
+                f"reduce.compression = '{reduce.compression}' does not go with {strategy}", "Leave compression out."
+            )
     if reduce.strategy == "parameter_server":
         if train.precision == "fp16":
-            yield f"train.precision = 'fp16' does not go with {strategy}: use bf16"
+            yield UserError(f"train.precision = 'fp16' does not go with {strategy}", "Use bf16.")
         if train.check_weights_every:
-            every = train.check_weights_every
-            yield f"train.check_weights_every = {every} does not go with {strategy}: only servers hold weights"
+            yield UserError(
+                f"train.check_weights_every = {train.check_weights_every} does not go with {strategy}: only servers "
+                "hold weights",
+                "Leave train.check_weights_every out.",
+            )
         if reduce.asynchronous and train.clip_norm:
-            norm = train.clip_norm
-            yield f"train.clip_norm = {norm:g} does not go with reduce.asynchronous: no rank has all gradients"
+            yield UserError(
+                f"train.clip_norm = {train.clip_norm:g} does not go with reduce.asynchronous: no rank has all "
+                "gradients",
+                "Leave one of them out.",
+            )
         if config.data.read != "auto":
-            yield f"data.read = '{config.data.read}' does not go with {strategy}: servers read no data"
+            yield UserError(
+                f"data.read = '{config.data.read}' does not go with {strategy}: servers read no data",
+                "Leave data.read out.",
+            )
     yield from _shard_keys(config)
     if reduce.adasum and reduce.strategy != "horovod":
-        yield f"reduce.adasum = true does not go with {strategy}: only Horovod has it"
+        yield UserError(
+            f"reduce.adasum = true does not go with {strategy}: only Horovod has it",
+            "Set reduce.strategy to 'horovod', or leave reduce.adasum out.",
+        )
     if reduce.adasum and reduce.compression != "none":
-        yield f"reduce.adasum = true does not go with reduce.compression = '{reduce.compression}': leave one out"
+        yield UserError(
+            f"reduce.adasum = true does not go with reduce.compression = '{reduce.compression}'",
+            "Leave one of them out.",
+        )
 
 
-def _shard_keys(config: Config) -> Iterator[str]:
+def _shard_keys(config: Config) -> Iterator[UserError]:
     train, reduce = config.train, config.reduce
     if reduce.strategy != "sharded":
         for key, value, default in (
@@ -82,25 +127,42 @@ def _shard_keys(config: Config) -> Iterator[str]:
             ("transport", reduce.transport, "auto"),
         ):
             if value not in (default, None):
-                yield f"reduce.{key} = {value!r} needs reduce.strategy = 'sharded', not '{reduce.strategy}'"
+                yield UserError(
+                    f"reduce.{key} = {value!r} needs reduce.strategy = 'sharded', not '{reduce.strategy}'",
+                    f"Set reduce.strategy to 'sharded', or leave reduce.{key} out.",
+                )
         return
     stage = f"reduce.stage = {reduce.stage}"
     if reduce.stage == 1:
         if reduce.shard_blocks:
-            yield f"reduce.shard_blocks = {reduce.shard_blocks} does not go with {stage}: it needs stage 2 or 3"
+            yield UserError(
+                f"reduce.shard_blocks = {reduce.shard_blocks} does not go with {stage}",
+                "Set reduce.stage to 2 or 3, or leave reduce.shard_blocks out.",
+            )
         return
     if train.compile:
-        yield f"train.compile = true does not go with {stage}, whose hooks in the model torch.compile cannot trace"
+        yield UserError(
+            f"train.compile = true does not go with {stage}, whose hooks in the model torch.compile cannot trace",
+            "Set reduce.stage to 1, or leave train.compile out.",
+        )
     if config.task.kind in ("policy_gradient", "dqn"):
-        yield f"task.kind = '{config.task.kind}' does not go with {stage}: ranks play episodes of unlike length"
+        yield UserError(
+            f"task.kind = '{config.task.kind}' does not go with {stage}: ranks play episodes of unlike length",
+            "Set reduce.stage to 1.",
+        )
 
 
-def _energy_keys(config: Config) -> Iterator[str]:
+def _energy_keys(config: Config) -> Iterator[UserError]:
     energy = config.energy
     if energy.idle_s and energy.idle_w is not None:
-        yield "set one of energy.idle_s (measure) and energy.idle_w (given), not both"
+        yield UserError(
+            f"energy.idle_s = {energy.idle_s:g} (measure) and energy.idle_w = {energy.idle_w:g} (given) are both set",
+            "Leave one of them out.",
+        )
     if energy.price_per_kwh is not None and energy.currency is None:
-        yield 'energy.price_per_kwh needs energy.currency, such as "EUR"'
+        yield UserError(
+            f"energy.price_per_kwh = {energy.price_per_kwh:g} has no energy.currency", 'Set it, such as "EUR".'
+        )
 
 
 def check_ranks(config: Config, num_ranks: int) -> None:

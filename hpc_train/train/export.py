@@ -236,7 +236,7 @@ def _vocab_size(config: Config) -> int:
     """How many tokens the data have, without the rows that `vocab_multiple` adds."""
     stated = config.task.options.get("vocab_size")
     if stated is None:
-        stated = open_files(config, Context(World()), "python-source").tokenizer_attributes.get("vocab_size")
+        stated = open_files(config, Context(World())).tokenizer_attributes.get("vocab_size")
     if stated is None:
         raise UserError(
             f"data.file = '{config.data.file}' does not say how many different tokens it has",

@@ -42,7 +42,7 @@ def generate(path: Path, overrides: tuple[str, ...], prompt: str, decoding: Deco
             f"{run.path} is a run of task.kind = '{config.task.kind}', which generates no text",
             "Name a run of task.kind = 'language', such as one of configs/gpt-text.toml.",
         )
-    facts = open_files(config, Context(World()), "python-source").tokenizer_attributes
+    facts = open_files(config, Context(World())).tokenizer_attributes
     if "tokenizer" not in facts:
         raise UserError(
             f"data.file = '{config.data.file}' has no tokenizer",

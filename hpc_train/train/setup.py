@@ -225,8 +225,8 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
 def _expect_memory(job: Job) -> dict[str, Any]:
     """Collective. Facts for meta.json; warns if a rank expects to take more memory than there is.
 
-    expected_peak_bytes: what each rank expects to take at most; None if unknown. rank_room_bytes: what it may take.
-    divided_bytes: what of the state of all ranks more ranks would divide further.
+    expected_peak_bytes: what each rank expects to take at most; None if unknown. rank_room_bytes: what every rank may
+    take. divided_bytes: what of the state of all ranks more ranks would divide further.
     """
     is_on_cpu = job.device.type == "cpu"
     taken = (anonymous_bytes() or 0) if is_on_cpu else torch.cuda.memory_reserved(job.device)
@@ -235,18 +235,17 @@ def _expect_memory(job: Job) -> dict[str, Any]:
     if tried and job.config.reduce.strategy != "parameter_server":  # servers hold what workers do not
         own = expected_peak_bytes(job.config, job.model, _division(job.config, job.mesh), tried, most)
     expected = job.context.all_gather(own)
-    missing = int(job.context.max(np.array([(own or 0) - most]))[0])
-    least_room = int(-job.context.max(np.array([-most]))[0])
+    most_expected, room = (int(each) for each in job.context.max(np.array([own or 0, -most])) * [1, -1])
     all_bytes = sum(each.nbytes for each in trainable_parameters(job.model).values())
-    if missing > 0:
+    if most_expected > room:
         _warn(
             job.context,
-            f"warning: a rank expects to take {amount(max(filter(None, expected)), 'B')}, {amount(missing, 'B')} more "
+            f"warning: a rank expects to take {amount(most_expected, 'B')}, {amount(most_expected - room, 'B')} more "
             "than there is. Smaller batches, train.accumulate or a higher reduce.stage need less: hpc-train memory.",
         )
     return {
         "expected_peak_bytes": expected,
-        "rank_room_bytes": least_room,
+        "rank_room_bytes": room,
         "divided_bytes": divided_bytes(job.config, all_bytes, _division(job.config, job.mesh).stage),
     }
 

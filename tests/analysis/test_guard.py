@@ -26,7 +26,7 @@ PARTS = {
     "report.sections.next_run.predict": "text",
     "report.sections.step_time.phase_table": "text",
     "report.sections.energy.power_table": "text",
-    "report.records.cost_record": "",
+    "report.sections.quantities.worst_run": "",
     "report.sections.scaling.speedup_plot": "page",
     "report.plots.speedup._paint": "page",
 }

@@ -11,7 +11,8 @@ Rows, for each number of ranks, of a state of GPT-like tensors that the ranks ho
 - DCP save, DCP load: torch.distributed.checkpoint over gloo, with the same tensors as DTensors and its files synced,
   over this program's time
 
-Each round takes all of them in turn; figures are medians over rounds, with the smallest and the largest.
+Each round takes all of them in turn, the writes in another order each time and with nothing left to be written. Figures
+are medians over rounds, with the smallest and the largest.
 """
 
 import argparse
@@ -53,8 +54,18 @@ def rank_main(folder: Path, megabytes: int, rounds: int) -> None:
         copy.take(share.parts)
         with Saver(run, Checkpoint(keep=1), {}, own, print) as saver:
             for number in range(rounds + 1):
-                raw_s = _timed(context, lambda: _write_raw(folder, context, share.parts))
-                saved_s = _timed(context, partial(saver.save_now, 2 * number + 1, share))
+                writes = [
+                    lambda: _write_raw(folder, context, share.parts),
+                    partial(saver.save_now, 2 * number + 1, share),
+                    dcp.save,
+                ]
+                first = number % len(writes)  # none always comes after the same other
+                written_s = {}
+                for which in [*range(first, len(writes)), *range(first)]:
+                    _settle(context)
+                    written_s[which] = _timed(context, writes[which])
+                raw_s, saved_s, dcp_saved_s = written_s[0], written_s[1], written_s[2]
+                _settle(context)
                 copy_s = _timed(context, lambda: copy.take(share.parts))
                 memory = _Peak()
                 stall_s = _timed(context, partial(saver.save, 2 * number + 2, share))
@@ -65,7 +76,6 @@ def rank_main(folder: Path, megabytes: int, rounds: int) -> None:
                 read_s = _timed(context, partial(_read_raw, path, context, share.parts))
                 context.on_root(partial(_leave_cache, path))
                 load_s = _timed(context, lambda: _load(run, context, share))
-                dcp_saved_s = _timed(context, dcp.save)
                 context.on_root(dcp.leave_cache)
                 dcp_load_s = _timed(context, dcp.load)
                 rate = sum(context.all_gather(num_bytes)) / saved_s / 1e6
@@ -114,6 +124,11 @@ def _share(context: Any, megabytes: int) -> Any:
             parts.append(Part(data_set_name(*keys, name), begin, torch.rand(end - begin)))
     state = {"model": model, "optimizer": optimizer, "loss_scale": [1.0, 0, 0], "task": {}}
     return Share(state if context.world.is_root else None, parts)
+
+
+def _settle(context: Any) -> None:
+    """Collective. Waits until nothing is left to be written: one write's dirty pages would slow the next."""
+    context.on_root(os.sync)
 
 
 def _timed(context: Any, work: Callable[[], Any]) -> float:

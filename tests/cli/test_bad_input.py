@@ -50,7 +50,7 @@ FILES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda path: small(path, test_targets=np.array([0, 7])),
         ["label 7 in test/targets", "3 classes"],
     ),
-    "float labels": (lambda path: small(path, targets=np.zeros(20)), ["train/targets is float64 (20,)"]),
+    "float labels": (lambda path: small(path, targets=np.full(20, 0.5)), ["0.5 in train/targets", "row 0"]),
     "empty": (lambda path: small(path, inputs=np.zeros((0, 4)), targets=np.zeros(0, int)), ["has 0 samples"]),
     "no such data set": (
         lambda path: h5py.File(path, "w").close(),

@@ -55,6 +55,15 @@ def test_keys_that_do_not_go_together(keys: dict[str, object]) -> None:
     with pytest.raises(UserError) as caught:
         job(keys)
     assert any(key in caught.value.what for key in keys), caught.value
+    assert "config show" not in caught.value.remedy  # which would not say what to do
+
+
+@pytest.mark.parametrize("value", [0, "foo"])
+def test_a_key_of_two_types_is_named_once(value: object) -> None:
+    with pytest.raises(UserError) as caught:
+        job({"reduce.strategy": "sharded", "reduce.shard_within": value})
+    (line,) = caught.value.what.splitlines()
+    assert f"reduce.shard_within = {value!r}: input should be 'job' or 'node', or input should be" in line
 
 
 def test_every_broken_rule_is_named() -> None:

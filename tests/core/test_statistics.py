@@ -1,9 +1,9 @@
-"""Block bootstrap and non-negative least squares: known values, coverage, columns of unlike size."""
+"""The interval of a mean and non-negative least squares: known values, coverage, columns of unlike size."""
 
 import numpy as np
 import pytest
 
-from hpc_train.core.statistics import block_sums, mean_interval, nonnegative_least_squares
+from hpc_train.core.statistics import block_means, block_sums, mean_interval, nonnegative_least_squares
 
 
 def test_the_interval_of_a_mean() -> None:
@@ -31,9 +31,9 @@ def test_blocks_that_resemble_themselves_widen_the_interval() -> None:
 
 
 def test_blocks_are_consecutive() -> None:
-    sums, counts = block_sums(np.array([1.0, 2.0, 3.0, 10.0, 20.0]), 2)
-    assert (sums.tolist(), counts.tolist()) == ([6.0, 30.0], [3.0, 2.0])
-    assert len(block_sums(np.arange(7.0))[0]) == 7
+    values = np.array([1.0, 2.0, 3.0, 10.0, 20.0])
+    assert (block_sums(values, 2).tolist(), block_means(values, 2).tolist()) == ([6.0, 30.0], [2.0, 15.0])
+    assert len(block_sums(np.arange(7.0))) == 7
 
 
 def test_negative_coefficients_are_zero_and_columns_may_differ_by_any_power_of_ten() -> None:

@@ -86,6 +86,12 @@ class Job:
         assert self.process.poll() is None, self.process.communicate()
         return self
 
+    def wait_for_checkpoint(self, step: int) -> "Job":
+        """Waits until the checkpoint of `step` has its final name: it is written while training goes on."""
+        until(lambda: self.run.checkpoint(step).exists() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.process.communicate()
+        return self
+
     def pid(self, rank: int) -> int:
         until(lambda: len(self.meta().get("attempts", [])) > self._before)
         return int(self.meta()["ranks"][rank]["pid"])

@@ -35,7 +35,7 @@ def resume(job: Job, digits: Path, reference: Reference) -> tuple[float, int]:
 def test_a_killed_rank_ends_the_job_at_once_and_is_named(
     ranks: int, victim: int, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
-    job = Job(ranks, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(8)
+    job = Job(ranks, tmp_path, digits, TRACE_DELAY="0.2").wait_for_step(7).wait_for_checkpoint(5)
     os.kill(job.pid(victim), signal.SIGKILL)
     killed_s = monotonic()
     ended = job.end()

@@ -214,6 +214,7 @@ def test_damaged_checkpoints_are_refused_with_the_reason_and_the_newest_good_one
         flip_a_bit(path)
     refused = Job(0, tmp_path, digits, "--resume", "auto").end()
     assert refused.code == 2 and "no checkpoint of" in refused.err and refused.err.count("checksum differs") == 2
+    assert refused.out.count("checksum differs") == 1  # of the newest: the older one was tried then
 
 
 def test_the_second_job_in_a_run_directory_is_refused_and_told_of_the_first(
@@ -321,7 +322,7 @@ def test_a_disk_without_room_leaves_the_old_checkpoint_valid(
     small_disk: Path, tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
     """It holds the whole run directory: the job cannot continue, and reports the room that it needs."""
-    job = Job(0, tmp_path, digits, runs=small_disk, TRACE_DELAY="0.1").wait_for_step(7)
+    job = Job(0, tmp_path, digits, runs=small_disk, TRACE_DELAY="0.1").wait_for_step(7).wait_for_checkpoint(5)
     with fill(small_disk):
         ended = job.end()
     assert ended.code == 2 and "could not be written" in ended.err and "No space left on device" in ended.err, ended
@@ -400,7 +401,7 @@ def test_over_quota_the_training_goes_on_and_the_old_checkpoint_stays(
     tmp_path: Path, digits: Path, reference: Reference, survived: FaultTable
 ) -> None:
     """A limit on file sizes acts as a quota: it refuses checkpoints and lets logs grow."""
-    job = Job(0, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(7)
+    job = Job(0, tmp_path, digits, TRACE_DELAY="0.1").wait_for_step(7).wait_for_checkpoint(5)
     resource.prlimit(job.pid(0), resource.RLIMIT_FSIZE, (100_000, 100_000))
     ended = job.end()
     assert ended.code == 2, ended

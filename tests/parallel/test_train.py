@@ -90,6 +90,9 @@ def test_the_run_directory_is_whole(context: Context, softmax_run: RunDir) -> No
     assert meta["size"] == size and [rank["rank"] for rank in meta["ranks"]] == list(range(size))
     assert all(rank["cores"] and rank["threads"] >= 1 for rank in meta["ranks"])
     assert len(meta["clock_offsets_ns"]["start"]) == len(meta["clock_offsets_ns"]["end"]) == size
+    used = [meta[f"loop_{name}"] for name in ("time_s", "cpu_s", "read_bytes", "written_bytes")]
+    assert all(len(ranks) == size for ranks in used)
+    assert all(0 < cpu_s < 64 * time_s for time_s, cpu_s in zip(*used[:2], strict=True))
     assert meta["versions"]["horovod"] and meta["mpi"]["library"].startswith("/") and meta["num_parameters"] == 7850
     assert sorted(path.name for path in softmax_run.timings_dir.iterdir()) == [f"rank-{r:05d}.csv" for r in range(size)]
     assert load(softmax_run.config).config.train.steps == 50, "the resolved configuration is one that can be run again"

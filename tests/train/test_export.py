@@ -491,6 +491,13 @@ def test_what_is_no_file_of_weights_is_refused(run: RunDir, suffix: str, tmp_pat
         load_weights(model, str(tmp_path / "a.bin"))
 
 
+def test_a_mistake_before_the_first_step_leaves_no_run_directory(job: Path) -> None:
+    root = job.parent / "unbegun"
+    with pytest.raises(UserError, match=r"train\.init_from = '/nowhere' does not exist"):
+        train(load(job, ("train.init_from=/nowhere", f"run.root={root}")), ALONE)
+    assert [path.relative_to(root).parts[1:] for path in root.rglob("*")] == [()]  # the folder of the job's runs alone
+
+
 def test_a_run_goes_on_where_another_ended(job: Path, run: RunDir, weights: dict[str, torch.Tensor]) -> None:
     """Its first loss is that of the other run's weights; resuming it reads its own checkpoint, not the file."""
     out = job.parent / "begin.safetensors"

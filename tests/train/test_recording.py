@@ -277,8 +277,8 @@ def test_a_loop_without_steps_is_recorded_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({}, "set exactly one of train.global_batch"),
-        ({"global_batch": 4, "batch_per_rank": 4}, "set exactly one of train.global_batch"),
+        ({}, "exactly one of train.global_batch"),
+        ({"global_batch": 4, "batch_per_rank": 4}, "exactly one of train.global_batch"),
         ({"global_batch": 0}, "recording(): train.global_batch = 0"),
         ({"global_batch": 4, "steps": 0}, "recording(): train.steps = 0"),
         ({"global_batch": 4, "layers": object()}, "task.options"),

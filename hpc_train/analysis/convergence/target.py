@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
-from statistics import fmean, geometric_mean
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from hpc_train.analysis.runs.meta_json import attempts, positive_number
 from hpc_train.analysis.runs.step_timeline import timeline_of
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.labels import labels
-from hpc_train.analysis.stats.repeats import ratio_of_geometric_means_interval
+from hpc_train.analysis.stats.estimate import Estimate, of_series, of_value, over_runs, ratio
 from hpc_train.core.records import FloatArray, IntArray
 from hpc_train.core.statistics import Interval
 
@@ -29,7 +29,7 @@ TUNING = (
     *("train.lr_milestones", "train.lr_decay", "train.momentum", "train.betas", "train.weight_decay"),
     "train.clip_norm",
 )
-_NO_PROGRESS = ("policy_gradient", "dqn")  # task.kind whose loss does not fall as the policy improves
+NO_PROGRESS = ("policy_gradient", "dqn")  # task.kind whose loss does not fall as the policy improves
 _LEAST_WINDOW, _MOST_WINDOW = 9, 1001
 NOT_REACHED = "not reached"
 
@@ -56,11 +56,22 @@ class TargetRow:
     incomplete: bool
     tuning: dict[str, Any]  # the keys of TUNING except for the seed
     reaches: tuple[Reach, ...]
-    speedup: float | None = None  # by time to target, relative to the study's reference
-    speedup_interval: Interval | None = None  # 95%, from repeats
+    relative_speed: Estimate | None = None  # by time to target, relative to the study's reference; None of itself, too
     throughput: float | None = None  # speedup by samples per second
     statistical: float | None = None  # samples that the reference took over samples that this row took
     reference_size: int = 1
+    is_reference: bool = False
+
+    @property
+    def speedup(self) -> float | None:
+        if self.is_reference:
+            return 1.0
+        return None if self.relative_speed is None else self.relative_speed.value
+
+    @property
+    def speedup_interval(self) -> Interval | None:
+        """95%; None without repeats, since one run has one time to target."""
+        return None if self.relative_speed is None else self.relative_speed.interval
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -93,8 +104,7 @@ class TargetRow:
     @property
     def seconds(self) -> float | None:
         """The geometric mean, since speedups are ratios of it."""
-        known = [reach.seconds for reach in self.reaches if reach.seconds]
-        return geometric_mean(known) if len(known) == len(self.reaches) else None
+        return over_runs(_seconds(self)).value if self.reached else None
 
     @property
     def joules(self) -> EnergyAmount | None:
@@ -112,9 +122,9 @@ class TargetRow:
 
     @property
     def samples_per_s(self) -> float | None:
-        """Global batch over the mean steady step of all runs."""
-        steps = np.concatenate([reach.run.step_s for reach in self.reaches])
-        return self.global_batch / float(steps.mean()) if len(steps) else None
+        """Global batch over the mean steady step; of several runs the geometric mean."""
+        timed = [reach.run.step_s for reach in self.reaches if len(reach.run.step_s)]
+        return self.global_batch / over_runs([of_series(each) for each in timed]).value if timed else None
 
     def _per_rank(self, speedup: float | None) -> float | None:
         return None if speedup is None else speedup * self.reference_size / self.size
@@ -207,7 +217,7 @@ class _Goal:
 
 def _common_goal(runs: Sequence[Run], num_rows: int) -> _Goal | None:
     """The worst of the complete runs' best smoothed losses; None if there is nothing to compare."""
-    if num_rows < 2 or runs[0].config.task.kind in _NO_PROGRESS:
+    if num_rows < 2 or runs[0].config.task.kind in NO_PROGRESS:
         return None
     best = {run: float(smoothed(run)[1].min(initial=np.inf)) for run in runs if run.incomplete is None}
     known = [run for run, loss in best.items() if isfinite(loss)]
@@ -297,17 +307,14 @@ def _with_speedup(row: TargetRow, reference: TargetRow) -> TargetRow:
     rate, reference_rate = row.samples_per_s, reference.samples_per_s
     return replace(
         row,
-        speedup=reference.seconds / row.seconds if row.seconds else None,
-        speedup_interval=None if row is reference else _speedup_interval(row, reference),
+        relative_speed=None if row is reference or not row.reached else ratio(_seconds(reference), _seconds(row)),
         throughput=rate / reference_rate if rate and reference_rate else None,
         statistical=reference.num_samples / row.num_samples if row.num_samples else None,
         reference_size=reference.size,
+        is_reference=row is reference,
     )
 
 
-def _speedup_interval(row: TargetRow, reference: TargetRow) -> Interval | None:
-    """95%, from how repeats differ; None if a run did not reach the target."""
-    if not row.reached:
-        return None
-    ours, theirs = ([reach.seconds or 0.0 for reach in each.reaches] for each in (row, reference))
-    return ratio_of_geometric_means_interval(theirs, ours)
+def _seconds(row: TargetRow) -> list[Estimate]:
+    """Of each run, all of which reached the target."""
+    return [of_value(reach.seconds) for reach in row.reaches if reach.seconds]

@@ -1,16 +1,17 @@
 """POP efficiencies: the useful part of the ranks' time, and where the rest is lost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.load_balance import LoadBalance
 from hpc_train.analysis.runs.rank_records import waits
-from hpc_train.analysis.stats.bootstrap import block_counts
+from hpc_train.analysis.stats.estimate import Estimate, of_blocks, over_runs, ratio
 from hpc_train.core.records import FloatArray
-from hpc_train.core.statistics import LEVELS
+from hpc_train.core.statistics import Interval
 
 # The tree in order: global = parallel x computational, parallel = load balance x input x communication,
 # communication = serialisation x transfer. The value is a factor's depth.
@@ -24,31 +25,35 @@ FACTORS = {
     "transfer": 3,
     "computational": 1,
 }
-_MOST_CELLS = 8_000_000  # of one matrix of draws and ranks
+_NUM_TURNS = 10  # of the two halves of a run
+_SAMPLES_PER_USEFUL, _SAMPLES_PER_WHOLE = "samples per useful second", "samples per second of all ranks"
 
 
 @dataclass(frozen=True, eq=False)
 class Efficiencies:
-    """The factors of all runs of one size; 1: no loss. An unknown factor is absent.
+    """The factors of all runs of one size; 1: no loss. An unknown factor is absent. missing: why there are none.
 
-    intervals: 95%, by bootstrap over runs and blocks of consecutive steps. missing: why there are no factors.
+    factors: as measured, geometric means over runs, so that they multiply as the factors of one run do. estimates: the
+    same, but for the busiest rank, whose time is taken from steps that did not choose it (`_busiest_s`).
     """
 
     factors: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    estimates: dict[str, Estimate] = field(default_factory=dict)
     missing: str | None = None
 
-
-@dataclass(frozen=True, eq=False)
-class _Sums:
-    """Seconds over runs and steps, each (resamples,): C_i is the useful time of rank i, T the whole time."""
-
-    mean_useful: FloatArray  # mean(C)
-    max_useful: FloatArray  # max(C)
-    ideal: FloatArray  # T_ideal
-    ideal_input: FloatArray  # T_input
-    whole: FloatArray  # T
-    useful_of_sample: FloatArray  # sum of all ranks' useful time over the samples trained
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """95%, of runs that go on. The busiest rank's true time lies between its own, which is the largest by chance,
+        too, and that on steps that did not choose it: intervals reach below the smaller and above the larger of the two
+        factors. Only factors that compare with a baseline can exceed 1, since ranks lose no less than nothing.
+        """
+        found = {}
+        for name, estimate in self.estimates.items():
+            if estimate.interval is not None:
+                (low, high), chosen = estimate.interval, self.factors[name] / estimate.value
+                most = inf if name in ("global", "computational") else 1.0
+                found[name] = low * min(chosen, 1.0), max(min(high * max(chosen, 1.0), most), self.factors[name])
+        return found
 
 
 def efficiencies(runs: Sequence[Run], baseline: Sequence[Run] | None) -> Efficiencies:
@@ -82,29 +87,23 @@ def efficiencies(runs: Sequence[Run], baseline: Sequence[Run] | None) -> Efficie
     """
     if missing := _missing(runs):
         return Efficiencies(missing=missing)
-    exact, drawn = _sums(runs, None), _sums(runs, seed=2 * runs[0].size + 1)
-    factors = [_factors(sums, _in_step(runs[0])) for sums in (exact, drawn)]
-    if baseline and not _missing(baseline):
-        # Seeds by size: equal ones would draw the same blocks of both and hide part of the noise.
-        is_baseline = list(baseline) == list(runs)
-        references = (exact, drawn) if is_baseline else (_sums(baseline, None), _sums(baseline, 2 * baseline[0].size))
-        for each, sums, reference in zip(factors, (exact, drawn), references, strict=True):
-            each["computational"] = reference.useful_of_sample / sums.useful_of_sample
-            each["global"] = each["parallel"] * each["computational"]
-    known, draws = factors
-    values = {name: float(known[name][0]) for name in FACTORS if name in known}
-    several = sum(len(_balance(run).whole_s) for run in runs) > 1
-    return Efficiencies(values, {name: _span(name, draws[name], values[name]) for name in values if several})
+    sides = [_of_runs(runs, baseline, of_run) for of_run in (_measured, _estimated)]
+    measured, estimated = ({name: side[name] for name in FACTORS if name in side} for side in sides)
+    return Efficiencies({name: each.value for name, each in measured.items()}, estimated)
 
 
-def _span(name: str, draws: FloatArray, value: float) -> tuple[float, float]:
-    """The 95% interval, shifted so that the draws' median is the value.
-
-    Resampling biases a maximum: the busiest of many ranks is even busier in a sample drawn from a sample.
-    """
-    low, middle, high = (float(end) for end in np.quantile(draws, (LEVELS[0], 0.5, LEVELS[1])))
-    most = np.inf if name in ("global", "computational") else 1.0
-    return value + low - middle, max(value, min(value + high - middle, most))
+def _of_runs(
+    runs: Sequence[Run], baseline: Sequence[Run] | None, of_run: Callable[[Run], dict[str, Estimate]]
+) -> dict[str, Estimate]:
+    of_runs = [of_run(run) for run in runs]
+    found = {name: over_runs([each[name] for each in of_runs]) for name in of_runs[0]}
+    if baseline is not None and list(baseline) == list(runs):
+        found |= {"computational": Estimate(0.0, 0.0, 1.0), "global": found["parallel"]}  # by definition
+    elif baseline and not _missing(baseline):
+        useful = [of_run(run)[_SAMPLES_PER_USEFUL] for run in baseline]
+        found["computational"] = ratio([each[_SAMPLES_PER_USEFUL] for each in of_runs], useful)
+        found["global"] = ratio([each[_SAMPLES_PER_WHOLE] for each in of_runs], useful)
+    return found
 
 
 def _missing(runs: Sequence[Run]) -> str | None:
@@ -124,48 +123,70 @@ def _in_step(run: Run) -> bool:
     return len(balance.ranks) == 1 or waits(run.config.reduce, len(balance.ranks))
 
 
-def _factors(sums: _Sums, in_step: bool) -> dict[str, FloatArray]:
-    factors = {
-        "parallel": sums.mean_useful / sums.whole,
-        "load_balance": sums.mean_useful / sums.max_useful,
-        "communication": sums.max_useful / sums.whole,
-    }
-    if in_step:
-        serialisation, transfer = sums.max_useful / sums.ideal, sums.ideal_input / sums.whole
-        factors |= {"serialisation": serialisation, "transfer": transfer, "communication": serialisation * transfer}
-        factors["input"] = sums.ideal / sums.ideal_input
-    return factors
-
-
 def _balance(run: Run) -> LoadBalance:
     assert run.load_balance is not None
     return run.load_balance
 
 
-def _sums(runs: Sequence[Run], seed: int | None) -> _Sums:
-    """Over all steps of all runs, (1,); or over NUM_RESAMPLES bootstrap samples of runs and of their blocks of steps.
+def _measured(run: Run) -> dict[str, Estimate]:
+    """The factors of one run that need no baseline, and samples per second of all ranks' useful and whole time."""
+    useful_s = _balance(run).useful_s
+    logarithms = _logarithms(run, useful_s.max(keepdims=True), *(each.sum(keepdims=True) for each in _blocks(run)))
+    return {name: Estimate(float(each[0])) for name, each in logarithms.items()}
 
-    Each run has its own slowest rank.
+
+def _estimated(run: Run) -> dict[str, Estimate]:
+    """The same with the busiest rank of `_busiest_s`, and their errors."""
+    blocks = (_busiest_s(_balance(run).useful_blocks_s), *_blocks(run))
+    totals = [each.sum(keepdims=True) for each in blocks]
+    whole = _logarithms(run, *totals)
+    without = _logarithms(run, *(total - each for total, each in zip(totals, blocks, strict=True)))
+    return {name: of_blocks(float(whole[name][0]), without[name]) for name in whole}
+
+
+def _blocks(run: Run) -> list[FloatArray]:
+    """(B,) each: mean useful time, T_ideal, T_input, T, samples."""
+    balance = _balance(run)
+    samples = balance.steps * float(run.summary.global_batch)
+    mean_s = np.asarray(balance.useful_blocks_s.mean(axis=0))
+    return [mean_s, balance.ideal_s, balance.ideal_input_s, balance.whole_s, samples]
+
+
+def _busiest_s(useful_s: FloatArray) -> FloatArray:
+    """(B,) the useful time of the busiest rank, chosen for each half of the blocks by the other half; useful_s: (R, B).
+
+    The busiest of ranks that are alike is busier than they by chance, in the blocks that chose it and in no others. The
+    halves alternate every few blocks.
     """
-    num_blocks = [len(_balance(run).whole_s) for run in runs]
-    draws = [np.ones((1, blocks)) for blocks in num_blocks] if seed is None else block_counts(num_blocks, seed)
-    total = np.zeros((5, len(draws[0])))
-    useful, samples = np.zeros(len(draws[0])), np.zeros(len(draws[0]))
-    for run, counts in zip(runs, draws, strict=True):
-        balance = _balance(run)
-        mean = counts @ balance.useful_blocks_s.mean(axis=0)
-        ideals = (counts @ balance.ideal_s, counts @ balance.ideal_input_s)
-        total += np.stack([mean, _largest(counts, balance.useful_blocks_s), *ideals, counts @ balance.whole_s])
-        useful += mean * len(balance.ranks)
-        samples += counts @ balance.steps * run.summary.global_batch
-    mean, largest, ideal, ideal_input, whole = total
-    return _Sums(mean, largest, ideal, ideal_input, whole, useful / samples)
+    num_blocks = useful_s.shape[1]
+    is_odd = np.arange(num_blocks) * _NUM_TURNS // num_blocks % 2 == 1
+    chosen = [int(np.argmax(useful_s[:, half].sum(axis=1))) for half in (is_odd, ~is_odd)]
+    return np.asarray(np.where(is_odd, useful_s[chosen[1]], useful_s[chosen[0]]))
 
 
-def _largest(counts: FloatArray, useful: FloatArray) -> FloatArray:
-    """(resamples,) the useful time of the busiest rank; in parts, to bound the memory."""
-    if len(counts) == 1:
-        return np.asarray((useful @ counts[0]).max(keepdims=True))
-    part = max(1, _MOST_CELLS // len(useful))
-    parts = [(counts[at : at + part] @ useful.T).max(axis=1) for at in range(0, len(counts), part)]
-    return np.concatenate(parts)
+def _logarithms(
+    run: Run,
+    busiest_s: FloatArray,
+    mean_s: FloatArray,
+    ideal_s: FloatArray,
+    ideal_input_s: FloatArray,
+    whole_s: FloatArray,
+    samples: FloatArray,
+) -> dict[str, FloatArray]:
+    """The logarithms of the factors, (K,) as every argument."""
+    num_ranks = len(_balance(run).ranks)
+    parts = {
+        "parallel": (mean_s, whole_s),
+        "load_balance": (mean_s, busiest_s),
+        "communication": (busiest_s, whole_s),
+        _SAMPLES_PER_USEFUL: (samples, mean_s * num_ranks),
+        _SAMPLES_PER_WHOLE: (samples, whole_s * num_ranks),
+    }
+    if _in_step(run):
+        parts |= {
+            "input": (ideal_s, ideal_input_s),
+            "serialisation": (busiest_s, ideal_s),
+            "transfer": (ideal_input_s, whole_s),
+            "communication": (busiest_s * ideal_input_s, ideal_s * whole_s),  # serialisation x transfer
+        }
+    return {name: np.log(upper / lower) for name, (upper, lower) in parts.items()}

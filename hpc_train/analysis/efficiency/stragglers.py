@@ -13,13 +13,14 @@ import numpy as np
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.load_balance import Arrivals, Latest, LoadBalance
 from hpc_train.analysis.runs.rank_records import waits
-from hpc_train.analysis.stats.bootstrap import ratio_of_sums_interval
-from hpc_train.analysis.stats.chance_threshold import largest_total_threshold
+from hpc_train.analysis.stats.chance_threshold import block_length, largest_total_threshold
+from hpc_train.analysis.stats.estimate import of_ratio
 from hpc_train.core.records import FloatArray, IntArray
 from hpc_train.core.statistics import Interval
 
 LEAST_SHARE = 0.01  # of the job's time: a straggler that costs less is not named
 _CLOCK_FACTOR = 3.0  # a rank must be late by this many times the clocks' error, in the steps in which it is last
+_ERROR_RATE = 0.01  # of runs of ranks that are alike, in which somebody may be named
 _NEGLIGIBLE = 0.9  # of the cost of all: who adds less to those named before stays unnamed
 Cause = Literal["computing", "input"]
 
@@ -59,7 +60,8 @@ def find_stragglers(run: Run) -> StragglerAnalysis:
     In each step the last rank to arrive is blamed for what the others would save if it were as early as the next. Equal
     ranks would share the blame by chance (`largest_total_threshold`). Whoever bears more is set aside, and the search
     continues without it: so several slow ranks are found, though each hides behind the others. A host is named instead
-    of its ranks if more than half of them are late by half of what its latest rank is.
+    of its ranks if more than half of them are late by half of what its latest rank is. What those named cost is added
+    up over steps that did not choose them (`_held_out_saved_s`): the worst of many looks worse than it is.
     """
     balance = run.load_balance
     if balance is None:
@@ -70,19 +72,28 @@ def find_stragglers(run: Run) -> StragglerAnalysis:
     if arrivals is None:
         return StragglerAnalysis(none_because="arrivals at the reductions were not recorded")
     blamed = _blamed(arrivals, len(balance.ranks))
-    saved_s = _saved_s(blamed.latest, blamed.members)
-    share = float(saved_s.sum()) / arrivals.whole_s
+    saved_s = _held_out_saved_s(blamed.latest, blamed.members)
+    share = float(saved_s[-1].sum()) / arrivals.whole_s
     clock_error_s = _typical_clock_error(arrivals)
     if not blamed.members or share < LEAST_SHARE:
         reason = f"no rank costs the others {LEAST_SHARE:.0%} of their time by more than chance"
         return StragglerAnalysis(none_because=reason, clock_error_s=clock_error_s, unaligned=arrivals.unaligned)
     return StragglerAnalysis(
-        tuple(_straggler(balance, arrivals, blamed, index) for index in range(len(blamed.members))),
+        tuple(
+            _straggler(balance, arrivals, blamed, index, saved_s[index + 1] - saved_s[index])
+            for index in range(len(blamed.members))
+        ),
         share,
-        ratio_of_sums_interval(saved_s, arrivals.step_s),
+        _saved_share_interval(saved_s[-1], arrivals),
         clock_error_s=clock_error_s,
         unaligned=arrivals.unaligned,
     )
+
+
+def _saved_share_interval(saved_s: FloatArray, arrivals: Arrivals) -> Interval | None:
+    """95%, of the time saved as a share of the time of the steps; it saves no less than nothing."""
+    left = of_ratio(arrivals.step_s - saved_s, arrivals.step_s).interval
+    return None if left is None else (max(0.0, 1 - left[1]), max(0.0, 1 - left[0]))
 
 
 def _why_no_waits(run: Run, num_ranks: int) -> str | None:
@@ -116,13 +127,16 @@ class _Blamed:
 def _blamed(arrivals: Arrivals, num_ranks: int) -> _Blamed:
     """Whole hosts if there are any, else ranks."""
     errors_s = arrivals.clock_error_s * (len(arrivals.hosts) > 1)  # one host has one clock
-    hosts = _search(arrivals, arrivals.latest_hosts, len(arrivals.hosts), _host_errors(arrivals, errors_s))
+    host_errors_s = _host_errors(arrivals, errors_s)
+    families = 1 + (len(arrivals.hosts) > 1)  # searched for the same thing, so they share the error rate
+    hosts = _search(arrivals, arrivals.latest_hosts, len(arrivals.hosts), host_errors_s, _ERROR_RATE / families)
     if any(_is_whole(arrivals, host) for host in hosts):
         return _Blamed(arrivals.latest_hosts, hosts, by_host=True)
-    return _Blamed(arrivals.latest, _search(arrivals, arrivals.latest, num_ranks, errors_s), by_host=False)
+    ranks = _search(arrivals, arrivals.latest, num_ranks, errors_s, _ERROR_RATE / families)
+    return _Blamed(arrivals.latest, ranks, by_host=False)
 
 
-def _search(arrivals: Arrivals, latest: Latest, num_members: int, errors_s: FloatArray) -> list[int]:
+def _search(arrivals: Arrivals, latest: Latest, num_members: int, errors_s: FloatArray, error_rate: float) -> list[int]:
     found: list[int] = []
     shares: list[float] = []
     # The last row of `latest` has nobody behind it to compare with.
@@ -132,7 +146,9 @@ def _search(arrivals: Arrivals, latest: Latest, num_members: int, errors_s: Floa
         blame_s = np.bincount(who[known], late_s[known], num_members)
         worst = int(np.argmax(blame_s))
         times_last = int(np.count_nonzero(who == worst))
-        if blame_s[worst] <= largest_total_threshold(late_s[known], num_members - len(found)):
+        amounts, others = late_s[known], who[known] - np.searchsorted(np.sort(found), who[known])  # numbered anew
+        length = block_length(amounts, others)
+        if blame_s[worst] <= largest_total_threshold(amounts, others, num_members - len(found), length, error_rate):
             break
         if blame_s[worst] < _CLOCK_FACTOR * errors_s[worst] * times_last:
             break
@@ -142,6 +158,38 @@ def _search(arrivals: Arrivals, latest: Latest, num_members: int, errors_s: Floa
         if share >= _NEGLIGIBLE * shares[-1]:
             return found[: index + 1]
     return found
+
+
+def _held_out_saved_s(latest: Latest, members: Sequence[int]) -> list[FloatArray]:
+    """For the first 0, 1 ... of the members, (steps,) what is saved without them, on steps that did not choose them.
+
+    Cross-fitting: for each half of the steps, as many members as were blamed are found anew in the other half. The
+    halves alternate in blocks of consecutive steps, so that a disturbance hardly reaches into both.
+    """
+    num_steps = latest.who.shape[1]
+    who, late_s = _last_without(latest, [])
+    length = min(block_length(late_s, who), num_steps // 4 + 1)
+    is_odd = np.arange(num_steps) // length % 2 == 1
+    saved_s = [np.zeros(num_steps) for _ in range(len(members) + 1)]
+    for half in (is_odd, ~is_odd):
+        chosen = _most_blamed(latest, np.flatnonzero(~half), len(members))
+        # In the order of the members as far as they are the same, so that each has its own cost.
+        chosen.sort(key=lambda member: members.index(member) if member in members else len(members))
+        for count in range(len(members) + 1):
+            saved_s[count][half] = _saved_s(latest, chosen[:count])[half]
+    return saved_s
+
+
+def _most_blamed(latest: Latest, steps: IntArray, count: int) -> list[int]:
+    """Up to `count` members, each the one that bears most blame in these steps once those before are set aside."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        who, late_s = (values[steps] for values in _last_without(latest, chosen))
+        known = who >= 0
+        if not known.any():
+            break
+        chosen.append(int(np.argmax(np.bincount(who[known], late_s[known]))))
+    return chosen
 
 
 def _last_without(latest: Latest, aside: Sequence[int]) -> tuple[IntArray, FloatArray]:
@@ -184,11 +232,10 @@ def _is_whole(arrivals: Arrivals, host: int) -> bool:
 # ---------------------------------------------------------------------------------------------- one straggler
 
 
-def _straggler(balance: LoadBalance, arrivals: Arrivals, blamed: _Blamed, index: int) -> Straggler:
-    """The one at `index` of those blamed; its cost is on top of those before it."""
+def _straggler(balance: LoadBalance, arrivals: Arrivals, blamed: _Blamed, index: int, saved_s: FloatArray) -> Straggler:
+    """The one at `index` of those blamed. saved_s: (steps,) what it costs on top of those before it."""
     member = blamed.members[index]
     ranks = _ranks_of(arrivals, blamed, member)
-    saved_s = _saved_s(blamed.latest, blamed.members[: index + 1]) - _saved_s(blamed.latest, blamed.members[:index])
     cost_s = float(saved_s.sum())
     others = [other for other in blamed.members if other != member]
     who, late_s = _last_without(blamed.latest, others)
@@ -203,7 +250,7 @@ def _straggler(balance: LoadBalance, arrivals: Arrivals, blamed: _Blamed, index:
         late_s=float(late_s[is_last].mean()) if is_last.any() else 0.0,
         cost_s=cost_s / arrivals.num_steps,
         share=cost_s / arrivals.whole_s,
-        share_interval=ratio_of_sums_interval(saved_s, arrivals.step_s),
+        share_interval=_saved_share_interval(saved_s, arrivals),
         cause=cause,
         excess=excess,
     )

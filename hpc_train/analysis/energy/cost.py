@@ -10,7 +10,8 @@ from hpc_train.analysis.energy.run_energy import RunEnergy, energy_of, unknown_e
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.scaling.compare import Group
-from hpc_train.analysis.scaling.rows import Row
+from hpc_train.analysis.scaling.rows import Row, relative_speed
+from hpc_train.analysis.stats.estimate import Estimate, of_value, over_runs, ratio
 from hpc_train.core.formatting import plural
 from hpc_train.core.timing_log import PHASES
 
@@ -47,9 +48,24 @@ class RowEnergy:
     row: Row
     runs: tuple[RunEnergy, ...]
     tariff: Tariff
-    # For each unit of speedup gained over the row before, for the same number of samples.
+    # For each unit of speedup gained over the row before, for the same number of samples; None if it is not measurably
+    # faster.
     marginal: EnergyAmount | None = None
-    pays: bool | None = None  # whether energy x time per sample is less than at the row before
+    change: Estimate | None = None  # joules times seconds per sample, over those of the row before
+
+    @property
+    def pays(self) -> bool | None:
+        """Whether joules times seconds per sample fall against the row before; None if the interval leaves it open."""
+        if self.change is None or self.change.interval is None:
+            return None
+        low, high = self.change.interval
+        return True if high < 1 else False if low > 1 else None
+
+    @property
+    def joules(self) -> Estimate | None:
+        """Gross, with its interval: a meter tells one number a run, so only repeats give it one."""
+        totals = [run.gross.total for run in self.runs]
+        return over_runs([of_value(total) for total in totals if total]) if all(totals) else None
 
     @property
     def gross(self) -> EnergyAmount:
@@ -179,11 +195,24 @@ def _with_marginal(row: RowEnergy, before: RowEnergy, group: Group) -> RowEnergy
     num_samples = fmean(run.summary.num_samples for run in group.baseline.runs)
     gained = row.row.speedup - before.row.speedup
     more = (row.per_sample - before.per_sample) * num_samples
-    after_j, before_j = row.per_sample.total, before.per_sample.total
-    if after_j is None or before_j is None:
+    after, earlier = _joule_seconds(row), _joule_seconds(before)
+    if not after or not earlier:
         return row
-    pays = after_j / row.row.speedup < before_j / before.row.speedup
-    return replace(row, marginal=more * (1 / gained) if gained > 0 else None, pays=pays)
+    faster = relative_speed(row.row, before.row)
+    is_faster = faster is not None and faster.interval is not None and faster.interval[0] > 1
+    return replace(row, marginal=more * (1 / gained) if is_faster else None, change=ratio(after, earlier))
+
+
+def _joule_seconds(row: RowEnergy) -> list[Estimate]:
+    """Joules per sample times seconds per sample of each run; [] if any is unknown."""
+    found = []
+    for each in row.runs:
+        joules, summary = each.gross.total, each.run.summary
+        if not joules or not summary.num_samples or not len(each.run.step_s):
+            return []
+        seconds = float(each.run.step_s.mean()) / summary.global_batch
+        found.append(of_value(joules / summary.num_samples * seconds))
+    return found
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -222,7 +222,7 @@ def _above_idle(readings: Sequence[Reading], draws_w: dict[str, Any], is_given: 
 def _domain_above_idle(reading: Reading, draws_w: dict[str, Any], is_given: bool) -> EnergyAmount:
     gross, idle_w = reading.gross, positive_number(draws_w.get(reading.trace.domain))
     if idle_w is None:
-        return EnergyAmount(lacking=(f"{reading.host} {reading.trace.domain} at rest",), shared=gross.shared)
+        return EnergyAmount(lacking=(f"{reading.host} {reading.trace.domain} when idle",), shared=gross.shared)
     idle_j = idle_w * reading.known_s
     if is_given or gross.estimated is not None:
         return gross.attributed() - EnergyAmount(estimated=idle_j)

@@ -10,7 +10,6 @@ from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.meta_json import dict_at, positive_number
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.analysis.stats.repeats import NORMAL_95
 from hpc_train.core.errors import UserError
 from hpc_train.core.records import FloatArray, IntArray
 
@@ -104,7 +103,7 @@ def from_group(group: Group) -> Measurements:
         label=group.label,
         ranks=np.array([row.size for row in rows]),
         step_s=np.array([row.step_s for row in rows], dtype=float),
-        error=np.array([_relative_error(row) for row in rows]),
+        error=np.array([row.step.relative_error if row.step else 0.0 for row in rows]),
         weak=group.weak,
         batch=rows[0].global_batch / rows[0].size if group.weak else rows[0].global_batch,
         # A full node has as many ranks as any run had on one host; a run on a single host may not fill it.
@@ -122,13 +121,6 @@ def from_group(group: Group) -> Measurements:
 
 def _ranks_per_node(runs: Iterable[Run]) -> list[int]:
     return sorted({-(-run.size // run.summary.num_hosts) for run in runs})
-
-
-def _relative_error(row: Row) -> float:
-    if row.step_interval_s is None or not row.step_s:
-        return 0.0
-    low, high = row.step_interval_s
-    return (high - low) / (2 * NORMAL_95 * row.step_s)
 
 
 def _joules_per_step(row: Row) -> float:

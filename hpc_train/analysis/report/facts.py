@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hpc_train.analysis.comparison.between_groups import compare_groups
+from hpc_train.analysis.comparison.comparison import RunComparison
 from hpc_train.analysis.convergence.target import TargetStudy, studies_of
 from hpc_train.analysis.energy.cost import UNKNOWN, GroupEnergy, Tariff, cost_of
 from hpc_train.analysis.guard import SectionGuard
@@ -21,6 +23,7 @@ class Facts:
     energies: tuple[GroupEnergy, ...]  # one a group, in the groups' order
     strategies: tuple[Comparison, ...]
     targets: tuple[TargetStudy, ...]
+    comparisons: tuple[RunComparison, ...] = ()  # of one job on unequal terms
     skipped: tuple[str, ...] = ()  # sentences: runs that could not be read, comparisons that could not be made
 
 
@@ -42,7 +45,8 @@ def gather(
     nothing = partial(_note_failure, skipped)  # no section can say so in its place
     targets = guard.call("times to a loss", nothing, studies_of, scaling.groups, energy_by_run, target_loss)
     strategies = guard.call("strategies on equal work", nothing, compare_strategies, scaling.groups)
-    return Facts(tuple(runs), scaling, energies, tuple(strategies), tuple(targets), tuple(skipped))
+    comparisons = guard.call("what changed between runs of one job", nothing, compare_groups, scaling.groups)
+    return Facts(tuple(runs), scaling, energies, tuple(strategies), tuple(targets), tuple(comparisons), tuple(skipped))
 
 
 def _note_failure(skipped: list[str], why: str) -> list[Any]:

@@ -4,15 +4,24 @@ from collections.abc import Iterable
 
 from hpc_train.analysis.efficiency.stragglers import Straggler, StragglerAnalysis
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.core.formatting import plain, plural
+from hpc_train.analysis.stats.estimate import Estimate
+from hpc_train.core.formatting import plain, plural, ratio_interval_text
 
 MARK = "*"  # on the number of ranks of an incomplete row
+WITHIN = "within one run"  # of an interval that repeats say nothing about
 
 
 def ranks_text(row: Row) -> str:
     """ "4", a parameter server's "3+1" (workers + servers), marked if the runs are incomplete."""
     ranks = f"{row.size - row.num_servers}+{row.num_servers}" if row.num_servers else str(row.size)
     return ranks + MARK * row.incomplete
+
+
+def interval_words(estimate: Estimate | None) -> str:
+    """ "95% interval 1.54-1.58 within one run", "no interval without repeats"."""
+    if estimate is None or estimate.interval is None:
+        return "no interval without repeats"
+    return f"95% interval {ratio_interval_text(estimate.interval)}{'' if estimate.between_runs else f' {WITHIN}'}"
 
 
 def communication_text(phases: Iterable[str]) -> str:

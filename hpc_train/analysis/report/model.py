@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NoteKind = Literal["caution", "finding", "method"]
-SectionKind = Literal["group", "strategies", "target"]
+SectionKind = Literal["group", "comparison", "strategies", "target"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,25 @@ class Plot:
             object.__setattr__(self, name, plain(getattr(self, name)))
 
 
+@dataclass(frozen=True)
+class KeyNumber:
+    """One of the few numbers that a page begins with. detail: what it holds for, and how sure it is."""
+
+    title: str  # "speedup over 1 rank"
+    value: str  # "3.31x"
+    detail: str  # "83% efficiency on 4 ranks"
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One subject of a section, which a page folds under its title."""
+
+    title: str
+    tables: tuple[Table, ...] = ()
+    notes: tuple[Note, ...] = ()
+    plots: tuple[Plot, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Section:
     """All about one group of runs, one comparison of strategies, or one comparison of times to a loss."""
@@ -67,10 +86,22 @@ class Section:
     kind: SectionKind
     label: str
     headline: str = ""  # the answer in one sentence; "" if there is none
+    numbers: tuple[KeyNumber, ...] = ()
     overview: Table | None = None  # the one table of a short report
-    tables: tuple[Table, ...] = ()
-    notes: tuple[Note, ...] = ()
-    plots: tuple[Plot, ...] = ()
+    leading: tuple[str, ...] = ()  # ids of the plots that a page shows first, if it has them
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        return tuple(table for part in self.parts for table in part.tables)
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        return tuple(note for part in self.parts for note in part.notes)
+
+    @property
+    def plots(self) -> tuple[Plot, ...]:
+        return tuple(plot for part in self.parts for plot in part.plots)
 
 
 Metadata = list[tuple[str, str]]  # (name, value) of a run: when, where and with what it ran

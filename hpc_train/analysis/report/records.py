@@ -1,7 +1,7 @@
 """A report as plain values in base units: the rows of scaling.csv and the tree of summary.json. None is unknown."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import hpc_train
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
@@ -9,56 +9,40 @@ from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.facts import Facts
 from hpc_train.analysis.report.model import Note, Section
 from hpc_train.analysis.report.notes.energy import verdict
-from hpc_train.analysis.report.sections.efficiency import EFFICIENCY_COLUMNS, efficiency_record, straggler_records
-from hpc_train.analysis.report.sections.energy import COST_COLUMNS, cost_record, node_record
-from hpc_train.analysis.report.sections.flops import FLOPS_COLUMNS, flops_record
+from hpc_train.analysis.report.sections.efficiency import straggler_records
+from hpc_train.analysis.report.sections.energy import node_record
+from hpc_train.analysis.report.sections.quantities import (
+    BALANCE,
+    COST,
+    FAMILIES,
+    FLOPS,
+    GROUP,
+    MEMORY,
+    RESULT,
+    RUNS,
+    SPEED,
+    TARGET,
+    USE,
+    Quantity,
+    names,
+    record,
+)
 from hpc_train.analysis.report.sections.result import measures_of
 from hpc_train.analysis.report.sections.strategies import comparison_record
-from hpc_train.analysis.report.sections.target import TARGET_COLUMNS, records_by_run, study_record
+from hpc_train.analysis.report.sections.target import records_by_run, study_record
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import plural
-from hpc_train.core.timing_log import PHASES
 
 P = ParamSpec("P")
+T = TypeVar("T")
 # 2: test_<measure> for every test measure; 3: step_s is the mean, step_median_s the median; 4: share_sync, joules_sync
-# (before, part of share_reduce and joules_reduce)
-REPORT_SCHEMA = 4
-SCALING_COLUMNS = (
-    "group",
-    "scaling",
-    "strategy",
-    "ranks",
-    "num_servers",
-    "num_runs",
-    "num_hosts",
-    "global_batch",
-    "incomplete",
-    "num_steps",
-    "step_s",
-    "step_low_s",
-    "step_high_s",
-    "step_median_s",
-    "samples_per_s",
-    "baseline_ranks",
-    "speedup",
-    "speedup_low",
-    "speedup_high",
-    "efficiency",
-    *(f"share_{phase}" for phase in PHASES),
-    "servers_busy",
-)
-ENERGY_COLUMNS = ("joules", "joules_per_sample", "energy_quality", "energy_source", "loss")
+# (before, part of share_reduce and joules_reduce); 5: straggler, time_lost, joules_dynamic and volume_bytes (before,
+# waiting_for, waiting_share, joules_net and must_move_bytes)
+REPORT_SCHEMA = 5
 NOT_MADE = "not_made"  # sentences about what could not be made, whose cells are empty
-CSV_COLUMNS = (  # and test_<measure> for every measure of any run
-    *SCALING_COLUMNS,
-    *EFFICIENCY_COLUMNS,
-    *FLOPS_COLUMNS,
-    *ENERGY_COLUMNS,
-    *COST_COLUMNS,
-    *TARGET_COLUMNS,
-    NOT_MADE,
-)
+# And test_<measure> for every measure of any run.
+CSV_COLUMNS = (*(each.name for family in FAMILIES.values() for each in family), NOT_MADE)
 
 
 class Records:
@@ -98,11 +82,17 @@ class Records:
     def _row(self, group: Group, energy: RowEnergy) -> dict[str, Any]:
         row = energy.row
         return {
-            **self._values(row, "speed and result", (*SCALING_COLUMNS, *ENERGY_COLUMNS), row_record, group, row),
-            **self._values(row, "balance", EFFICIENCY_COLUMNS, efficiency_record, row),
-            **self._values(row, "model FLOPs", FLOPS_COLUMNS, flops_record, row),
-            **self._values(row, "energy", COST_COLUMNS, cost_record, energy),
-            **self._target_by_run.get(str(row.runs[0].dir.path), dict.fromkeys(TARGET_COLUMNS)),
+            **self._values(row, "group", GROUP, (group, row)),
+            **self._values(row, "runs", RUNS, row),
+            **self._values(row, "speed", SPEED, row),
+            **self._values(row, "balance", BALANCE, row),
+            **self._values(row, "memory", MEMORY, row),
+            **self._values(row, "processors and storage", USE, row),
+            **self._values(row, "model FLOPs", FLOPS, row),
+            **self._values(row, "energy and result", RESULT, row),
+            **{f"test_{measure}": value for measure, value in row.test.items()},
+            **self._values(row, "energy", COST, energy),
+            **self._target_by_run.get(str(row.runs[0].dir.path), dict.fromkeys(names(TARGET))),
         }
 
     def _group(self, energy: GroupEnergy, notes: list[str], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -119,12 +109,15 @@ class Records:
         row = energy.row
         return {
             **record,
-            **self._values(row, "energy by node", (), node_record, energy),
-            **self._values(row, "stragglers", ("stragglers",), _stragglers, row),
+            **self._call(row, "energy by node", (), node_record, energy),
+            **self._call(row, "stragglers", ("stragglers",), _stragglers, row),
             "runs": [str(run.dir.path) for run in row.runs],
         }
 
-    def _values(
+    def _values(self, row: Row, what: str, quantities: Sequence[Quantity[T]], of: T) -> dict[str, Any]:
+        return self._call(row, what, names(quantities), record, quantities, of)
+
+    def _call(
         self,
         row: Row,
         what: str,
@@ -148,39 +141,3 @@ def _nothing(why: str) -> dict[str, dict[str, Any]]:
 
 def _stragglers(row: Row) -> dict[str, Any]:
     return {"stragglers": straggler_records(row)}
-
-
-def row_record(group: Group, row: Row) -> dict[str, Any]:
-    """A row's speed and result as plain values under `SCALING_COLUMNS`, `ENERGY_COLUMNS` and test_<measure>."""
-    low, high = row.step_interval_s or (None, None)
-    speedup_low, speedup_high = row.speedup_interval or (None, None)
-    return {
-        "group": group.label,
-        "scaling": "weak" if group.weak else "strong",
-        "strategy": group.keys.get("reduce.strategy"),
-        "ranks": row.size,
-        "num_servers": row.num_servers,
-        "num_runs": len(row.runs),
-        "num_hosts": max(run.summary.num_hosts for run in row.runs),
-        "global_batch": row.global_batch,
-        "incomplete": row.incomplete,
-        "num_steps": sum(len(run.step_s) for run in row.runs),
-        "step_s": row.step_s,
-        "step_low_s": low,
-        "step_high_s": high,
-        "step_median_s": row.step_median_s,
-        "samples_per_s": row.samples_per_s,
-        "baseline_ranks": group.baseline.size if group.baseline else None,
-        "speedup": row.speedup,
-        "speedup_low": speedup_low,
-        "speedup_high": speedup_high,
-        "efficiency": row.efficiency,
-        **{f"share_{phase}": row.phase_share.get(phase) for phase in PHASES},
-        "servers_busy": row.servers_busy,
-        "joules": row.energy.joules,
-        "joules_per_sample": row.joules_per_sample,
-        "energy_quality": row.energy.quality,
-        "energy_source": row.energy.source,
-        "loss": row.loss,
-        **{f"test_{measure}": value for measure, value in row.test.items()},
-    }

@@ -9,6 +9,7 @@ from hpc_train.analysis.report.facts import Facts, gather
 from hpc_train.analysis.report.model import Note, Report, Section
 from hpc_train.analysis.report.notes.scaling import scaling_notes
 from hpc_train.analysis.report.records import Records
+from hpc_train.analysis.report.sections.comparison import comparison_section
 from hpc_train.analysis.report.sections.group import group_section
 from hpc_train.analysis.report.sections.run_metadata import runs_metadata
 from hpc_train.analysis.report.sections.strategies import strategy_section
@@ -47,7 +48,7 @@ def build_report(facts: Facts, guard: SectionGuard | None = None) -> Report:
 
 
 def _sections(facts: Facts, guard: SectionGuard) -> list[Section]:
-    """Strategies with an answer, the groups, other strategies, times to a loss of several groups.
+    """Strategies with an answer, the groups, what changed between these, other strategies, times to a loss.
 
     A study of one group alone is a part of that group's section.
     """
@@ -59,6 +60,7 @@ def _sections(facts: Facts, guard: SectionGuard) -> list[Section]:
     return [
         *(section for section in of_strategies if section.headline),
         *of_groups,
+        *(comparison_section(each, guard) for each in facts.comparisons),
         *(section for section in of_strategies if not section.headline),
         *(target_section(study, guard) for study in between_groups),
     ]

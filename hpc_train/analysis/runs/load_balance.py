@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from hpc_train.core.records import FloatArray, IntArray
+from hpc_train.core.timing_log import PHASES
 
 Basis = Literal["arrival", "wait"]
 
@@ -59,24 +60,30 @@ class Arrivals:
 class LoadBalance:
     """How the ranks that train spent the steady steps. R ranks, B (at most 50) blocks of consecutive steps.
 
-    Useful time is forward, backward, optimizer and other; input is the wait for data; exposed is the time in the
-    reduction, waiting and sending together. A stretch is the useful time between two reductions.
+    Useful time is forward, backward, optimizer and other; input is the wait for data; the rest of a step is exposed
+    communication, waiting and sending together. A stretch is the useful time between two reductions. Blocks end where
+    reductions do: what a rank does after the last reduction of a block counts in the next, and after the last of all in
+    the first.
     """
 
     ranks: IntArray  # (R,)
     hosts: tuple[str | None, ...]  # (R,)
     useful_blocks_s: FloatArray  # (R, B)
-    input_s: FloatArray  # (R,)
-    exposed_s: FloatArray  # (R,)
+    phases_s: FloatArray  # (R, len(PHASES)) sums over the steps
     ideal_s: FloatArray  # (B,) useful time of each stretch's slowest rank, summed
     ideal_input_s: FloatArray  # (B,) the same with the wait for input
-    whole_s: FloatArray  # (B,) time of the steps, mean over ranks
+    whole_s: FloatArray  # (B,) all time, mean over ranks
     steps: IntArray  # (B,) numbers of steps
     # Standard deviation over ranks of the useful time of a stretch, over its mean, pooled over the steps; None: 1 rank.
     noise: float | None
     imbalance: float | None  # the part of it that persists: of the ranks' sums
     phases_timed: bool  # False: exposed communication was not timed, so useful time is unknown
     arrivals: Arrivals | None  # None: arrival times were not recorded
+
+    @property
+    def input_s(self) -> FloatArray:
+        """(R,) wait of each rank for its input."""
+        return np.asarray(self.phases_s[:, PHASES.index("data")])
 
     @property
     def useful_s(self) -> FloatArray:

@@ -24,8 +24,8 @@ class RankAccumulator:
         self._hosts, self._clocks, self._waits = hosts, clocks, waits
         self._ranks: list[int] = []
         self._useful_s: list[FloatArray] = []  # of each rank: (B,)
-        self._input_ns: list[int] = []
-        self._exposed_ns: list[int] = []
+        self._phases_ns: list[IntArray] = []  # of each rank: (len(PHASES),)
+        self._exposed_ns = 0
         self._marked_ns = 0  # in phases that the loop marked itself
         self._stretches: _StretchAccumulator | None = None
         self._step_ns = np.zeros(0)
@@ -40,12 +40,11 @@ class RankAccumulator:
             self._stretches, self._step_ns = _StretchAccumulator(rows["attempt"]), np.zeros(len(rows.values))
             self._arrivals = ArrivalAccumulator(rows["attempt"], self._hosts, self._clocks) if self._waits else None
         spent = _Spent.of(rows)
-        self._stretches.add(spent)
+        self._useful_s.append(self._stretches.add(spent) / 1e9)
         self._step_ns += spent.step
         self._ranks.append(rank)
-        self._useful_s.append(self._stretches.block_sums(spent.useful) / 1e9)
-        self._input_ns.append(int(spent.input_wait.sum()))
-        self._exposed_ns.append(int(spent.exposed.sum()))
+        self._phases_ns.append(rows.phases_ns.sum(axis=0))
+        self._exposed_ns += int(spent.exposed.sum())
         self._marked_ns += int((spent.step - rows["other_ns"]).sum())
         if not spent.has_arrivals:  # one rank without them leaves nothing to compare
             self._arrivals = None
@@ -59,7 +58,7 @@ class RankAccumulator:
         order = np.argsort(self._ranks)
         ranks = np.array(self._ranks, dtype=np.int64)[order]
         several = len(ranks) > 1
-        timed = self._marked_ns > 0 and (sum(self._exposed_ns) > 0 or not several or not self._waits)
+        timed = self._marked_ns > 0 and (self._exposed_ns > 0 or not several or not self._waits)
         arrivals = self._arrivals.arrivals(order, self._step_ns) if self._arrivals and timed and several else None
         useful_s = np.stack(self._useful_s)[order]
         ideal_s, ideal_input_s = self._stretches.ideal_s()
@@ -68,11 +67,10 @@ class RankAccumulator:
             ranks,
             hosts=tuple(self._hosts[rank] for rank in ranks),
             useful_blocks_s=useful_s,
-            input_s=np.array(self._input_ns)[order] / 1e9,
-            exposed_s=np.array(self._exposed_ns)[order] / 1e9,
+            phases_s=np.stack(self._phases_ns)[order] / 1e9,
             ideal_s=ideal_s,
             ideal_input_s=ideal_input_s,
-            whole_s=self._stretches.block_sums(self._step_ns) / len(ranks) / 1e9,
+            whole_s=self._stretches.whole_s(len(ranks)),
             steps=self._stretches.block_sizes(),
             noise=self._stretches.noise(len(ranks)) if timed else None,
             imbalance=float(sums.std(ddof=1) / sums.mean()) if timed and several and sums.any() else None,
@@ -120,14 +118,18 @@ class _StretchAccumulator:
         self._last = np.flatnonzero(np.diff(attempts, append=-1) != 0)
         block = np.arange(num_steps) * min(NUM_BLOCKS, num_steps) // num_steps
         self._block_of_step = block
-        self._block_of_stretch = np.concatenate([block, block[self._last]])
+        # They complete the attempt's first stretch, which lacks the work before it: so no block is out of the ordinary.
+        begin = np.flatnonzero(np.diff(attempts, prepend=-1) != 0)
+        self._block_of_stretch = np.concatenate([block, block[begin]])
         self._num_blocks = int(block[-1]) + 1
         num_stretches = len(self._block_of_stretch)
         self._slowest, self._slowest_with_input = np.zeros(num_stretches), np.zeros(num_stretches)
+        self._whole = np.zeros(num_stretches)  # summed over ranks
         self._first: FloatArray | None = None
         self._sum, self._sum_of_squares = np.zeros(num_steps), np.zeros(num_steps)
 
-    def add(self, spent: _Spent) -> None:
+    def add(self, spent: _Spent) -> FloatArray:
+        """(B,) the rank's useful time."""
         stretch = spent.before.astype(np.float64)
         after = (spent.useful - spent.before).astype(np.float64)
         stretch[self._follows] += after[self._follows - 1]
@@ -139,10 +141,16 @@ class _StretchAccumulator:
         with_input = np.concatenate([stretch + spent.input_wait, rest])
         np.maximum(self._slowest, np.concatenate([stretch, rest]), out=self._slowest)
         np.maximum(self._slowest_with_input, with_input, out=self._slowest_with_input)
+        self._whole += np.concatenate([stretch + spent.input_wait + spent.exposed, rest])
+        return self._block_sums(np.concatenate([stretch, rest]))
 
-    def block_sums(self, values: FloatArray | IntArray) -> FloatArray:
-        """(B,) sums of one value a step."""
-        return np.asarray(np.bincount(self._block_of_step, values, self._num_blocks), dtype=np.float64)
+    def _block_sums(self, values: FloatArray) -> FloatArray:
+        """(B,) sums of one value a stretch."""
+        return np.asarray(np.bincount(self._block_of_stretch, values, self._num_blocks), dtype=np.float64)
+
+    def whole_s(self, num_ranks: int) -> FloatArray:
+        """(B,) mean over ranks."""
+        return self._block_sums(self._whole) / num_ranks / 1e9
 
     def block_sizes(self) -> IntArray:
         """(B,) numbers of steps."""
@@ -150,8 +158,7 @@ class _StretchAccumulator:
 
     def ideal_s(self) -> tuple[FloatArray, FloatArray]:
         """(B,) sums of the slowest rank's useful time, and of its useful time and input."""
-        ideal = np.bincount(self._block_of_stretch, self._slowest, self._num_blocks) / 1e9
-        return ideal, np.bincount(self._block_of_stretch, self._slowest_with_input, self._num_blocks) / 1e9
+        return self._block_sums(self._slowest) / 1e9, self._block_sums(self._slowest_with_input) / 1e9
 
     def noise(self, num_ranks: int) -> float | None:
         if num_ranks < 2 or self._first is None:

@@ -78,9 +78,14 @@ def _more_facts(run: Run) -> Facts:
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
+def recorded_facts(run: Run) -> Facts:
+    """All facts of one run that decide whether another is its repeat."""
+    return facts_of(run) | _more_facts(run)
+
+
 def all_facts(runs: Sequence[Run]) -> list[Facts]:
-    """All facts that decide whether runs are repeats. A variable that a run did not record was unset."""
-    facts = [facts_of(run) | _more_facts(run) for run in runs]
+    """The recorded facts of each run. A variable that a run did not record was unset."""
+    facts = [recorded_facts(run) for run in runs]
     variables = {name for each in facts for name in each if name.startswith("environment ")}
     for run, each in zip(runs, facts, strict=True):
         if isinstance(run.meta.get("environment"), dict):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpc_train.analysis.scaling.compare import Group
+from hpc_train.analysis.scaling.rows import Row
+from hpc_train.core.statistics import Interval
 
 _CLOSE = 0.01  # to the ideal speedup: a law that stays closer adds nothing to the ideal
 
@@ -62,3 +64,30 @@ def fitted(group: Group) -> Law | None:
         return None
     worst = float(np.max(np.abs(np.array([law.speedup(each) for each in r]) / measured - 1)))
     return Law(group.weak, serial, len(rows), worst)
+
+
+@dataclass(frozen=True)
+class SerialPart:
+    """The part of the baseline's time that one row's speedup leaves serial; below 0: a speedup beyond the ideal.
+
+    Strong scaling: e = (1 / S - 1 / r) / (1 - 1 / r) (Karp and Flatt, "Measuring parallel processor performance",
+    Communications of the ACM 33(5), 1990, there for r processors). Weak scaling: Gustafson's law solved for it. A part
+    that grows with the ranks is no serial part but overhead, which a law with one part cannot describe.
+    """
+
+    part: float
+    interval: Interval | None  # 95%: the part at the ends of the speedup's interval
+
+
+def serial_part(row: Row) -> SerialPart | None:
+    """Of a complete row of another size than its baseline's; None of others."""
+    if row.relative_speed is None or row.incomplete or row.baseline_size is None or row.baseline_size == row.size:
+        return None
+    speedup, ends = row.relative_speed.value, row.speedup_interval
+    times, weak = row.size / row.baseline_size, row.runs[0].config.train.batch_per_rank is not None
+    interval = None if ends is None or not ends[0] else (_serial(ends[1], times, weak), _serial(ends[0], times, weak))
+    return SerialPart(_serial(speedup, times, weak), interval)
+
+
+def _serial(speedup: float, times: float, weak: bool) -> float:
+    return (times - speedup) / (times - 1) if weak else (1 / speedup - 1 / times) / (1 - 1 / times)

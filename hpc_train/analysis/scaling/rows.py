@@ -10,24 +10,24 @@ from hpc_train.analysis.efficiency.pop import Efficiencies
 from hpc_train.analysis.efficiency.stragglers import StragglerAnalysis
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.meta_json import positive_number
-from hpc_train.analysis.stats.bootstrap import bootstrap_means, pooled_mean_interval
+from hpc_train.analysis.stats.estimate import Estimate, of_series, over_runs, ratio
 from hpc_train.core.energy_records import Energy, total_energy
 from hpc_train.core.records import FloatArray
-from hpc_train.core.statistics import Interval, percentile_interval
+from hpc_train.core.statistics import Interval
 from hpc_train.core.timing_log import COMMUNICATION, PHASES
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """All runs of one size. Repeats (`runs/repeats.py`) are pooled, incomplete runs apart. None is unknown."""
+    """All runs of one size: repeats of each other (`runs/repeats.py`), incomplete runs apart. None is unknown."""
 
     size: int
     runs: tuple[Run, ...]
     incomplete: bool
-    step_s: float | None  # mean over the steady steps of all runs and over ranks: steps add up to it
-    step_interval_s: Interval | None  # 95%
+    # Seconds of a step: of each run the mean over its steady steps and over ranks, which add up to its time; of
+    # several runs the geometric mean of these, since speedups are ratios of it.
+    step: Estimate | None
     step_median_s: float | None  # a typical step: a description, nothing is computed from it
-    samples_per_s: float | None  # global batch / step_s
     # Of the time in steady steps of all ranks that train; sums to 1. Without phases that took no time: a recorded loop
     # did not mark them, or no weights had to be synchronised.
     phase_share: dict[str, float]
@@ -35,12 +35,53 @@ class Row:
     servers_busy: float | None  # share of the servers' time outside of communication
     energy: Energy  # mean per run
     joules_per_sample: float | None  # whole run over all its samples, warm-up included
-    speedup: float | None = None  # samples/s relative to the group's baseline
-    speedup_interval: Interval | None = None  # 95%
-    efficiency: float | None = None  # speedup efficiency: speedup * baseline size / size
-    is_baseline: bool = False
+    relative_speed: Estimate | None = None  # samples/s relative to the group's baseline; None of the baseline, too
+    baseline_size: int | None = None
     pop: Efficiencies = field(default_factory=Efficiencies)
     stragglers: tuple[StragglerAnalysis, ...] = ()  # one a run
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.baseline_size is not None and self.relative_speed is None
+
+    @property
+    def step_s(self) -> float | None:
+        return None if self.step is None else self.step.value
+
+    @property
+    def step_interval_s(self) -> Interval | None:
+        """95%."""
+        return None if self.step is None else self.step.interval
+
+    @property
+    def samples_per_s(self) -> float | None:
+        return self.global_batch / self.step_s if self.step_s else None
+
+    @property
+    def speedup(self) -> float | None:
+        if self.is_baseline:
+            return 1.0
+        return None if self.relative_speed is None else self.relative_speed.value
+
+    @property
+    def speedup_interval(self) -> Interval | None:
+        """95%; None of the baseline, too."""
+        return None if self.relative_speed is None else self.relative_speed.interval
+
+    @property
+    def efficiency(self) -> float | None:
+        """Speedup efficiency: speedup * baseline size / size."""
+        if self.speedup is None or self.baseline_size is None:
+            return None
+        return self.speedup * self.baseline_size / self.size
+
+    @property
+    def efficiency_interval(self) -> Interval | None:
+        """95%; None of the baseline, too."""
+        if self.speedup_interval is None or self.baseline_size is None:
+            return None
+        low, high = self.speedup_interval
+        return low * self.baseline_size / self.size, high * self.baseline_size / self.size
 
     @property
     def global_batch(self) -> int:
@@ -86,7 +127,7 @@ class Row:
 def pooled_row(runs: Sequence[Run]) -> Row:
     """The row of runs of one size, all complete or all incomplete, without a speedup."""
     summaries = [run.summary for run in runs]
-    low, mean, high = pooled_mean_interval([run.step_s for run in runs])
+    timed = [run.step_s for run in runs if len(run.step_s)]
     phases_s = np.sum([run.phases_s for run in runs], axis=0)
     total_s = float(phases_s.sum())
     num_rank_steps = sum(len(run.step_s) * (run.size - run.num_servers) for run in runs)
@@ -96,10 +137,8 @@ def pooled_row(runs: Sequence[Run]) -> Row:
         size=runs[0].size,
         runs=tuple(runs),
         incomplete=runs[0].incomplete is not None,
-        step_s=mean,
-        step_interval_s=(low, high) if low is not None and high is not None else None,
-        step_median_s=float(np.median(np.concatenate([run.step_s for run in runs]))) if mean else None,
-        samples_per_s=summaries[0].global_batch / mean if mean else None,
+        step=over_runs([of_series(each) for each in timed]) if timed else None,
+        step_median_s=float(np.median(np.concatenate(timed))) if timed else None,
         phase_share={phase: float(spent) / total_s for phase, spent in zip(PHASES, phases_s, strict=True) if spent},
         phase_s=dict(zip(PHASES, (phases_s / num_rank_steps).tolist(), strict=True)) if total_s else {},
         servers_busy=_servers_busy(np.sum([run.servers_s for run in runs], axis=0)),
@@ -130,21 +169,13 @@ def with_speedup(row: Row, baseline: Row) -> Row:
     here. T is the mean step, as in `efficiency/pop.py`: E is POP's global efficiency over the baseline's own.
     """
     if row is baseline:
-        return replace(row, speedup=1.0, efficiency=1.0, is_baseline=True)
-    speedup, interval = relative_speed(row, baseline)
-    efficiency = None if speedup is None else speedup * baseline.size / row.size
-    return replace(row, speedup=speedup, speedup_interval=interval, efficiency=efficiency)
+        return replace(row, baseline_size=row.size)
+    return replace(row, relative_speed=relative_speed(row, baseline), baseline_size=baseline.size)
 
 
-def relative_speed(row: Row, to: Row) -> tuple[float | None, Interval | None]:
-    """The ratio of samples per second, and its 95% interval from independent bootstrap draws of both means."""
-    if not row.step_s or not to.step_s:
-        return None, None
-    more = row.global_batch / to.global_batch
-    ratio = more * to.step_s / row.step_s
-    if row.step_interval_s is None or to.step_interval_s is None:
-        return ratio, None
-    # Seeds by size: with equal seeds both would draw the same blocks and hide part of the noise.
-    before = bootstrap_means([run.step_s for run in to.runs], seed=2 * to.size)
-    after = bootstrap_means([run.step_s for run in row.runs], seed=2 * row.size + 1)
-    return ratio, percentile_interval(more * before / after, ratio)
+def relative_speed(row: Row, to: Row) -> Estimate | None:
+    """The ratio of samples per second."""
+    if row.step is None or to.step is None:
+        return None
+    before, after = ([of_series(run.step_s) for run in each.runs if len(run.step_s)] for each in (to, row))
+    return ratio(before, after).times(row.global_batch / to.global_batch)

@@ -11,6 +11,7 @@ from hpc_train.analysis.runs.repeats import differing_facts
 from hpc_train.analysis.scaling.compare import Group, equal_work
 from hpc_train.analysis.scaling.labels import differing_keys, labels, work
 from hpc_train.analysis.scaling.rows import Row, relative_speed
+from hpc_train.analysis.stats.estimate import Estimate
 from hpc_train.core.statistics import Interval
 
 LOSS_TOLERANCE = 1e-5  # relative: the order of sums may change a loss by this much
@@ -21,7 +22,7 @@ _REFERENCES = ("horovod", "mpi", "sharded", "parameter_server", "local")  # the 
 class Traffic:
     """Bytes that the busiest rank must move in a step, in theory."""
 
-    must_move_bytes: float  # as `traffic` counts them
+    volume_bytes: float  # as `traffic` counts them
     each_way_bytes: float  # sent, and as many received
     is_least: bool  # a lower bound: the library chooses the algorithm
 
@@ -34,9 +35,20 @@ class Entry:
     keys: dict[str, Any]  # config.comparable of its runs
     row: Row
     traffic: Traffic | None
-    ratio: float | None = None  # samples/s relative to the reference at the same number of ranks
-    ratio_interval: Interval | None = None  # 95%
+    relative_speed: Estimate | None = None  # samples/s relative to the reference at the same number of ranks
     is_reference: bool = False
+
+    @property
+    def ratio(self) -> float | None:
+        """1 of the reference itself."""
+        if self.is_reference:
+            return 1.0 if self.row.step_s and not self.row.incomplete else None
+        return None if self.relative_speed is None else self.relative_speed.value
+
+    @property
+    def ratio_interval(self) -> Interval | None:
+        """95%."""
+        return None if self.relative_speed is None else self.relative_speed.interval
 
     @property
     def optimizer_bytes(self) -> list[float] | None:
@@ -137,12 +149,9 @@ def _reference_order(named: tuple[str, Group]) -> tuple[int, int, str]:
 
 def _entry(name: str, group: Group, row: Row, reference: Row | None, is_reference: bool) -> Entry:
     entry = Entry(name, group.keys, row, traffic(row, group.keys), is_reference=is_reference)
-    if is_reference:
-        return replace(entry, ratio=1.0 if row is reference and row.step_s else None)
-    if reference is None:
+    if is_reference or reference is None:
         return entry
-    ratio, interval = relative_speed(row, reference)
-    return replace(entry, ratio=ratio, ratio_interval=interval)
+    return replace(entry, relative_speed=relative_speed(row, reference))
 
 
 def _strategy(group: Group) -> str:

@@ -12,13 +12,14 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpc_train.core.labels import MAX_CLASSES
 from hpc_train.core.progress import StepProgress
 from hpc_train.core.sampling import rank_span
 from hpc_train.datasets.inspect import checks
 from hpc_train.datasets.inspect.chunk_ranges import RangeReader, RangeValues, num_ranges, ranges_between
 from hpc_train.datasets.inspect.duplicates import Duplicates, find_duplicates, keep_one_in
 from hpc_train.datasets.inspect.faults import Fault
-from hpc_train.datasets.inspect.statistics import MAX_CLASSES, Limits, Statistics, role_of
+from hpc_train.datasets.inspect.statistics import Limits, Statistics, role_of
 from hpc_train.datasets.inspect.structure import (
     DatasetInfo,
     FileStructure,

@@ -7,10 +7,11 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpc_train.core.labels import MAX_CLASSES, NoClasses, find_classes
 from hpc_train.datasets.inspect.chunk_ranges import verified_by
 from hpc_train.datasets.inspect.duplicates import Duplicates
 from hpc_train.datasets.inspect.faults import PREPARE_AGAIN, Fault
-from hpc_train.datasets.inspect.statistics import MAX_CLASSES, Statistics
+from hpc_train.datasets.inspect.statistics import Statistics
 from hpc_train.datasets.inspect.structure import DatasetInfo, FileStructure
 
 _RARE_SHARE = 0.05  # of the samples of the median class
@@ -90,7 +91,8 @@ def describe(facts: Facts) -> dict[str, dict[str, Any]]:
 def value_faults(facts: Facts) -> Iterator[Fault]:
     """What the values of data sets show to be wrong."""
     for name, statistics in facts.statistics.items():
-        yield from statistics.faults
+        is_class = _class_values(facts, name) is not None  # as training reads labels: any number may name a class
+        yield from (fault for fault in statistics.faults if not (is_class and fault.kind == "out of range"))
         if statistics.role == "samples":
             yield from _constant_values(facts, name)
         if _has_classes(statistics):
@@ -156,6 +158,19 @@ def _has_classes(statistics: Statistics) -> bool:
     return statistics.role == "labels" and len(statistics.labels) <= MAX_CLASSES
 
 
+def _class_values(facts: Facts, name: str) -> np.ndarray | None:
+    """The stored label of each class, where labels of data set `name` are not class numbers; None where they are."""
+    name = next((other for other in _same_kind(facts, name) if other.startswith("train")), name)
+    statistics = facts.statistics[name]
+    if not _has_classes(statistics) or not statistics.labels:
+        return None
+    try:
+        found = find_classes(np.array(sorted(statistics.labels), np.int64), None, statistics.num_rows)
+    except (NoClasses, OverflowError):  # labels beyond 63 bits are none
+        return None
+    return found.values
+
+
 def _same_kind(facts: Facts, name: str) -> list[str]:
     """The data sets of other parts with the same name, such as train/targets for test/targets."""
     base_name = name.rpartition("/")[2]
@@ -169,7 +184,7 @@ def _unknown_labels(facts: Facts, name: str) -> Iterator[Fault]:
     if train is None or not _has_classes(facts.statistics[train]) or not facts.is_fully_read(train):
         return
     known = facts.statistics[train].labels
-    unknown = sorted(label for label in facts.statistics[name].labels if label >= 0 and label not in known)
+    unknown = sorted(label for label in facts.statistics[name].labels if label not in known)
     if unknown:
         what = f"no sample of {train} has its label{'s' * (len(unknown) != 1)} {_listed(unknown)}"
         remedy = "Split the data again, with every class in each part."
@@ -180,7 +195,9 @@ def _class_balance(facts: Facts, name: str) -> Iterator[Fault]:
     """Classes without samples, rare classes, and a single class."""
     where, labels = facts.files(name), facts.statistics[name].labels
     highest = max(facts.statistics[each].max or 0 for each in (name, *_same_kind(facts, name)))
-    counts = {label: labels.get(label, 0) for label in range(min(int(highest), MAX_CLASSES) + 1)}
+    values = _class_values(facts, name)
+    known = range(min(int(highest), MAX_CLASSES) + 1) if values is None else values.tolist()
+    counts = {label: labels.get(label, 0) for label in known}
     present = [count for count in counts.values() if count]
     if not present:
         return

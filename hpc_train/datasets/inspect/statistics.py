@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from hpc_train.core.formatting import plural
+from hpc_train.core.labels import MAX_CLASSES
 from hpc_train.datasets.inspect.chunk_ranges import RangeValues
 from hpc_train.datasets.inspect.faults import PREPARE_AGAIN, Fault
 from hpc_train.datasets.inspect.structure import DatasetInfo
 from hpc_train.train.comm.context import Context
 
-MAX_CLASSES = 1 << 16  # more different labels are not classes
 _MAX_FEATURE_BYTES = 16 << 20
 _MAX_VALUE = 1e18  # the square of a larger value, which training computes, is infinite in float32
 _MAX_LISTED = 10

@@ -216,9 +216,10 @@ class Watchdog:
         if not self._is_root and self._context.world.rank > 1:
             sleep(_RANK_1_FIRST_S)  # rank 1 ends the job meanwhile
         peer = self._peers.get(rank, Peer(self._context.world.host))
-        ago_s = peer.silent_s if own_stack is None else 0
+        ago_s, step = (peer.silent_s, peer.step) if own_stack is None else (0, self.step)
         stack = peer.stack if own_stack is None else own_stack
-        lines = [f"hpc-train: where rank {rank} was {ago_s:.0f} s ago, innermost first:", stack] if stack else []
+        at = "outside the steps" if step is None else f"at step {step}"
+        lines = [f"hpc-train: where rank {rank} was {ago_s:.0f} s ago, {at}, innermost first:", stack] if stack else []
         try:
             sys.stderr.write("\n".join([*lines, f"hpc-train: rank {rank} on {peer.host} {what}", ""]))
             sys.stderr.flush()

@@ -15,25 +15,42 @@ from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import Files, chunk_cache_bytes
 from hpc_train.train.data.reader_interface import Reader
+from hpc_train.train.data.readers import StringReader, is_strings
 
-MAX_CLASSES = 1 << 16  # unless there are more samples: a larger label is an identifier, or damaged
 _MAX_CHUNKS_MIXED = 64  # with each other: more make no better batches
 _SCAN_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Samples as stored: `inputs` (n, *input_shape) of the file's dtype, `targets` (n,) int64. n may be 0.
+class Filling:
+    """values: stored numbers that stand for no value, as NaN does. mean: what is put in their place, (*input_shape)."""
 
-    A stored input s means s * scale + offset (the attributes scale_factor and add_offset of the CF conventions).
-    Small integers are copied to the device as they are and become floats there, by `floats`. If data.inputs names
-    several data sets, inputs, scale and offset are tuples.
+    values: tuple[float, ...]
+    mean: torch.Tensor
+
+    def filled(self, stored: torch.Tensor, floats: torch.Tensor) -> torch.Tensor:
+        """`floats`, the numbers `stored` as float32, with the mean where a value is missing."""
+        missing = torch.isnan(floats)
+        for value in self.values:
+            missing |= stored == torch.tensor(value, dtype=stored.dtype, device=stored.device)
+        return torch.where(missing, self.mean, floats)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples as stored: `inputs` (n, *input_shape) of the file's dtype, `targets` (n, ...). n may be 0.
+
+    Targets that are whole numbers are int64, real ones float32. A stored input s means s * scale + offset (the
+    attributes scale_factor and add_offset of the CF conventions). Small integers are copied to the device as they are
+    and become floats there, by `floats`. If data.inputs names several data sets, inputs, scale and offset are tuples.
+    filling: see data.missing = "mean".
     """
 
     inputs: Any
     targets: torch.Tensor
     scale: Any
     offset: Any
+    filling: Filling | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -42,11 +59,13 @@ class Batch:
         """The values that the stored inputs mean, float32, on their device; a tuple for several inputs."""
         if isinstance(self.inputs, tuple):
             return tuple(map(_unscaled, self.inputs, self.scale, self.offset))
-        return _unscaled(self.inputs, self.scale, self.offset)
+        return _unscaled(self.inputs, self.scale, self.offset, self.filling)
 
 
-def _unscaled(stored: torch.Tensor, scale: float, offset: float) -> torch.Tensor:
+def _unscaled(stored: torch.Tensor, scale: float, offset: float, filling: Filling | None = None) -> torch.Tensor:
     values = stored.to(torch.float32)
+    if filling is not None:
+        values = filling.filled(stored, values)
     return values if (scale, offset) == (1.0, 0.0) else values * scale + offset
 
 
@@ -90,6 +109,7 @@ class Split:
     check_unchanged: Callable[[], None]
     buffers: Buffers = field(default_factory=Buffers)
     begin_step: Callable[[int], None] | None = None  # collective: the ranks exchange the samples of the coming steps
+    filling: Filling | None = None
 
     def __len__(self) -> int:
         return int(self.targets.shape[0])
@@ -107,10 +127,11 @@ class Split:
         self.check_unchanged()
         if self.begin_step is not None:
             self.begin_step(step)
-        targets = torch.from_numpy(self.targets.take(rows).astype(np.int64, copy=False))
+        kind = np.float32 if self.targets.dtype.kind == "f" else np.int64
+        targets = torch.from_numpy(self.targets.take(rows).astype(kind, copy=False))
         inputs = tuple(torch.from_numpy(self._take(reader, rows)) for reader in self.inputs)
         if len(inputs) == 1:
-            return Batch(inputs[0], targets, self.scale[0], self.offset[0])
+            return Batch(inputs[0], targets, self.scale[0], self.offset[0], self.filling)
         return Batch(inputs, targets, self.scale, self.offset)
 
     def prefetch(self, rows: np.ndarray) -> None:
@@ -123,34 +144,36 @@ class Split:
 
 
 def open_split(files: Files, inputs: str | list[str], targets: str, keys: tuple[str, str]) -> Split:
-    """Opens the data sets `inputs` and `targets` for reading. Raises `UserError` if they are not samples with labels.
+    """Opens the data sets `inputs` and `targets` for reading. Raises `UserError` if they are not samples and targets.
 
-    keys: the configuration keys that named them, for messages.
+    keys: the configuration keys that named them, for messages. Targets are numbers, or strings for a task that reads
+    them (`labels.open_classes`).
     """
     names = [inputs] if isinstance(inputs, str) else inputs
     cache_bytes = files.memory_bytes // len(names)
     readers = {name: files.reader(name, keys[0], cache_bytes) for name in names}
     is_opened = targets in readers
-    labels = readers[targets] if is_opened else files.reader(targets, keys[1], cache_bytes // 8)  # one number a sample
+    labels = readers[targets] if is_opened else _open_targets(files, targets, keys[1], cache_bytes // 8)
     for name, reader in readers.items():
         _check_samples(files, (name, reader), (targets, labels))
     scales, offsets = zip(*(files.scale(name) for name in names), strict=True)
     return Split(tuple(readers[name] for name in names), labels, scales, offsets, files.check_unchanged)
 
 
+def _open_targets(files: Files, name: str, key: str, memory_bytes: int) -> Reader:
+    parts = files.datasets(name, key)
+    if is_strings(parts[0]):
+        return StringReader(list(zip(files.paths, parts, strict=True)))
+    return files.reader(name, key, memory_bytes)
+
+
 def _check_samples(files: Files, inputs: tuple[str, Reader], targets: tuple[str, Reader]) -> None:
     """Raises `UserError` unless these (name, reader) pairs are inputs and their labels."""
     (name, x), (target_name, y), path = inputs, targets, files.paths[0]
-    if y.dtype.kind == "f" and (found := first_outside(y, 0, MAX_CLASSES)):
-        raise UserError(
-            f"{path}: {found[1]:g} in {target_name}, row {found[0]:,}, is no label",
-            "Labels are whole numbers from 0, stored as integers: fix the data.",
-        )
-    is_number = x.dtype.kind in "biuf" and x.dtype.itemsize <= 8
-    if len(x.shape) < 2 or len(y.shape) != 1 or y.dtype.kind not in "iu" or not is_number:
+    if len(x.shape) < 2 or x.dtype.itemsize > 8 or y.dtype.itemsize > 8:
         raise UserError(
             f"{path}: {name} is {x.dtype} {x.shape}, {target_name} is {y.dtype} {y.shape}",
-            "Inputs are numbers of at most 8 bytes, of shape (samples, ...), targets integers of shape (samples,).",
+            "Inputs are numbers of at most 8 bytes, of shape (samples, ...), targets one or several for each sample.",
         )
     if len(x) != len(y) or len(y) == 0:
         raise UserError(
@@ -187,16 +210,3 @@ def value_range(values: Reader, context: Context) -> tuple[int, int]:
         low, high = max(-limit, min(low, int(part.min()))), max(high, min(int(part.max()), limit))
     lowest, highest = context.max(np.array([-low, high], dtype=np.int64))
     return -int(lowest), int(highest)
-
-
-def first_outside(values: Reader, low: int, stop: int) -> tuple[int, Any] | None:
-    """(row, value) of the first of `values` that is not a whole number of [low, stop); None if all are."""
-    for begin in range(0, len(values), _SCAN_ROWS):
-        part = values[begin : begin + _SCAN_ROWS]
-        is_inside = (part >= low) & (part < stop)
-        if part.dtype.kind == "f":
-            is_inside &= part == np.trunc(part)
-        if not is_inside.all():
-            row = int(np.argmin(is_inside))
-            return begin + row, part[row].item()
-    return None

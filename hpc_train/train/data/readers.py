@@ -54,6 +54,11 @@ def require_numbers(path: Path, dataset: h5py.Dataset) -> None:
             f"{path}: {dataset.name} holds {dataset.dtype}, and no numbers",
             "Name a data set of integers or floats, or prepare the file again.",
         )
+    require_stored(path, dataset)
+
+
+def require_stored(path: Path, dataset: h5py.Dataset) -> None:
+    """Raises `UserError` unless `dataset` has rows, no more than its file can hold, all in this file."""
     if dataset.external:
         raise UserError(
             f"{path}: the values of {dataset.name} are in other files ({dataset.external[0][0]})",
@@ -234,3 +239,34 @@ def _has_equal_chunks(data: h5py.Dataset, first: h5py.Dataset) -> bool:
     """Whether `data` is in chunks of the same shape and type as those of `first`."""
     is_chunked = data.chunks is not None and data.size > 0 and not data.is_virtual and not data.external
     return is_chunked and (data.chunks, data.shape[1:], data.dtype) == (first.chunks, first.shape[1:], first.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ strings
+
+
+class StringReader(Reader):
+    """Strings of fixed or variable length, of one data set or several, one after the other; read in slices alone."""
+
+    description = "strings"
+
+    def __init__(self, parts: Sequence[tuple[Path, h5py.Dataset]]) -> None:
+        for path, part in parts:
+            require_stored(path, part)
+        self._parts = [part for _, part in parts]
+        self._ends = np.cumsum([len(part) for part in self._parts])
+        self.shape, self.dtype = (int(self._ends[-1]), *self._parts[0].shape[1:]), np.dtype(object)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(len(self))
+        found = [np.zeros(0, "U1")]
+        for part, end in zip(self._parts, self._ends, strict=True):
+            first = int(end) - len(part)
+            begin, until = max(start, first) - first, min(stop, int(end)) - first
+            if begin < until:
+                found.append(part.asstr(errors="replace")[begin:until].astype(str))
+        return np.concatenate(found)
+
+
+def is_strings(dataset: h5py.Dataset) -> bool:
+    """Whether a data set holds strings, of fixed or of variable length."""
+    return h5py.check_string_dtype(dataset.dtype) is not None

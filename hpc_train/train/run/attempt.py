@@ -19,7 +19,7 @@ from hpc_train.core.sampling import Order
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.run.checkpoint.retention import checkpoints, remove_unfinished
-from hpc_train.train.run.cleanup import remove_stale_runs
+from hpc_train.train.run.cleanup import remove_stale_runs, remove_unbegun
 from hpc_train.train.run.meta_json import read_meta
 
 
@@ -53,6 +53,7 @@ def open_attempt(loaded: Loaded, context: Context, resume: str) -> Iterator[Atte
             choice = _choose(loaded.config, context.world.size, resume)
             if choice.source is not None:
                 rundir.require_regular_files(choice.source)
+            stack.callback(remove_unbegun, choice.run)  # once the lock is released
             leases.append(stack.enter_context(lock.hold(choice.run.lock, log)))
             return _begin(choice, leases[0])
 

@@ -1,4 +1,4 @@
-"""Removes what killed jobs left behind: run directories without a step, and shared memory of ranks that have ended."""
+"""Removes what jobs left behind: run directories without a step, and shared memory of ranks that have ended."""
 
 import os
 import stat
@@ -38,12 +38,19 @@ def _is_stale(folder: Path, now_s: float) -> bool:
     return lock.is_held_by_dead_process(folder / "lock") or now_s - (folder / "lock").stat().st_mtime > _STALE_S
 
 
+def remove_unbegun(run: RunDir) -> None:
+    """Removes the directory of a run that ended before its start was recorded, as by a user's mistake: it is empty."""
+    if not run.meta.exists():
+        with suppress(OSError):
+            _remove_empty(run.path)
+
+
 def _remove_empty(folder: Path) -> None:
     """Removes the lock last: a folder that is not empty after all raises OSError, and keeps its lock."""
     for name in ("timings", "energy", "checkpoints"):
         with suppress(FileNotFoundError):
             (folder / name).rmdir()
-    (folder / "lock").unlink()
+    (folder / "lock").unlink(missing_ok=True)
     folder.rmdir()
 
 

@@ -25,6 +25,9 @@ from hpc_train.train.energy.node_energy import NodeEnergy
 from hpc_train.train.run.attempt import Attempt
 from hpc_train.train.run.gather_summary import gather_summary
 from hpc_train.train.run.meta_writer import MetaWriter, now
+from hpc_train.train.run.process_use import ProcessUse
+
+_USED = ("time_s", "cpu_s", "read_bytes", "written_bytes")
 
 
 class Recorder:
@@ -84,6 +87,7 @@ class Recorder:
         self._stack.enter_context(self._energy.recorded(self._run.energy(host), number, check))
         self._progress.begin(first_step)
         self._context.barrier()
+        self._use_before = ProcessUse.now()
         self.clock.restart()
 
     def _close_timings(self) -> None:
@@ -140,10 +144,13 @@ class Recorder:
         What follows counts neither as the loop's time nor as its energy.
         """
         self.flush()
+        used = self._context.gather(ProcessUse.now().since(self._use_before))
         self._stack.close()
         lost = {str(rank): streams for rank, streams in enumerate(self._context.gather(lost_streams())) if streams}
         facts = {"outcome": outcome, "last_step": self.num_steps_done - 1, "ended": now(), **metadata}
         facts |= {"output_lost": lost} if lost else {}
+        # Of each rank, from the first step of this attempt to the end of its loop.
+        facts |= {f"loop_{name}": [getattr(rank, name) for rank in used] for name in _USED}
         self._meta.write_end(self._energy.metadata_at_end(), facts)
 
     def finish(self, test: dict[str, float], fault: str | None = None) -> None:

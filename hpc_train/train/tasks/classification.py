@@ -1,5 +1,6 @@
 """Classification of arrays, from HDF5."""
 
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,44 +15,41 @@ from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.collective import choose_read_mode, with_shared_reader
-from hpc_train.train.data.dataset import MAX_CLASSES, Batch, Split, first_outside, open_order, open_split, value_range
+from hpc_train.train.data.dataset import Batch, Split, open_order, open_split
 from hpc_train.train.data.files import Files, describe, open_files
-from hpc_train.train.data.reader_interface import Reader
+from hpc_train.train.data.labels import open_classes
+from hpc_train.train.data.missing import handle_missing
+from hpc_train.train.data.mixing import poor_mixing
 
 _TEST_BATCH = 1024
 
 
 class Classification:
-    """Trains with cross-entropy on inputs and integer labels."""
+    """Trains with cross-entropy on inputs and labels.
+
+    classes: the stored label of each class; None if labels are class numbers.
+    """
 
     def __init__(self, config: Config, context: Context) -> None:
         """Collective. Opens the data and checks all labels, each rank a part of them."""
         self.config = config
         files, self.train, self.held_out = context.on_all(lambda: _open(config, context))
+        self.train, self.held_out, missing = handle_missing(self.train, self.held_out, files, config.data, context)
         self.num_samples = len(self.train)
         mode, why = choose_read_mode(self.train.inputs[0], files, config, context)
         self.in_step = mode != "auto"  # all ranks read together, and only the loop may call MPI
         if self.in_step:
             self.train = with_shared_reader(self.train, mode, files, config, context)
-        self.reading = describe(files, str(config.data.inputs), self.train.inputs[0]) + f", {why}" * bool(why)
+        reading = describe(files, str(config.data.inputs), self.train.inputs[0]) + f", {why}" * bool(why)
         self.order = open_order(self.train.inputs, self.num_samples, config)
-        labels = {config.data.targets: self.train.targets}
-        if self.held_out is not None:
-            labels[config.data.test_targets] = self.held_out.targets
-        ranges = {name: value_range(values, context) for name, values in labels.items()}
-        limit = config.task.num_classes or max(self.num_samples, MAX_CLASSES)
-        self.num_classes = int(config.task.num_classes or min(ranges[config.data.targets][1] + 1, limit))
-        context.on_all(lambda: self._check_labels(labels, ranges))
-
-    def _check_labels(self, labels: dict[str, Reader], ranges: dict[str, tuple[int, int]]) -> None:
-        for name, (low, high) in ranges.items():
-            if low < 0 or high >= self.num_classes:
-                row, wrong = first_outside(labels[name], 0, self.num_classes) or (0, high)
-                raise UserError(
-                    f"{self.config.data.file}: label {wrong} in {name}, row {row:,}, is out of range for "
-                    f"{self.num_classes:,} classes",
-                    "Labels are 0 to num_classes - 1: fix the data or set task.num_classes.",
-                )
+        names = (config.data.targets, config.data.test_targets)
+        self.train, self.held_out, classes = open_classes(
+            self.train, self.held_out, names, files.paths[0], config.task.num_classes, context
+        )
+        self.num_classes, self.classes = classes.num, classes.listed()
+        if why := poor_mixing(self.train.targets, config.data.targets, self.order, self.num_classes, context):
+            _warn_of_order(why, config, context)
+        self.reading = "; ".join(filter(None, (reading, missing, classes.describe(config.data.targets))))
 
     def model(self) -> nn.Module:
         task = self.config.task
@@ -77,6 +75,14 @@ class Classification:
         logits = model(batch.floats())
         loss = functional.cross_entropy(logits, batch.targets, reduction="sum")
         return len(batch), {"loss": loss.item(), "accuracy": (logits.argmax(1) == batch.targets).sum().item()}
+
+
+def _warn_of_order(why: str, config: Config, context: Context) -> None:
+    remedy = "data.shuffle_chunks and data.memory_mb mix more"
+    if config.data.read == "collective":
+        remedy = "without data.read = 'collective' all samples are mixed"
+    if context.world.is_root:
+        print(f"warning: {why}: {remedy}, or store the samples in random order.", file=sys.stderr, flush=True)
 
 
 def _open(config: Config, context: Context) -> tuple[Files, Split, Split | None]:

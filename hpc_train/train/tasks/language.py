@@ -54,7 +54,7 @@ def open_text(config: Config, context: Context, known: dict[str, Callable[..., n
     """
     task, options = config.task, dict(config.task.options)
     stated = options.pop("vocab_size", None)
-    files = context.on_all(lambda: open_files(config, context, "python-source"))
+    files = context.on_all(lambda: open_files(config, context))
     vocab_size = context.on_all(lambda: _vocab_size(config, files, stated, masked))
     length = context.on_all(lambda: _window_length(config, known))
     train, test = context.on_all(lambda: _open_windows(config, files, length, masked))

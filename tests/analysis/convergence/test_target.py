@@ -17,13 +17,8 @@ from hpc_train.analysis.report.notes.target import target_notes
 from hpc_train.analysis.report.records import CSV_COLUMNS
 from hpc_train.analysis.report.renderers.files import summary_tree, to_csv, write_report
 from hpc_train.analysis.report.report import build_report, make_report
-from hpc_train.analysis.report.sections.target import (
-    TARGET_COLUMNS,
-    study_record,
-    target_record,
-    target_section,
-    target_table,
-)
+from hpc_train.analysis.report.sections.quantities import TARGET, names, record
+from hpc_train.analysis.report.sections.target import study_record, target_section, target_table
 from hpc_train.analysis.runs.load import Run, load, load_all
 from hpc_train.analysis.scaling.compare import compare
 from hpc_train.core.records import FloatArray
@@ -99,7 +94,8 @@ def test_speedup_by_time_to_target_beside_that_by_throughput(tmp_path: Path) -> 
     # 60 J a second: 120 J in 2 s, as tests/synthetic.py has it.
     assert large.joules is not None and large.joules.measured == pytest.approx(0.612 * 60)
     assert target_headline(found) == (
-        "4 ranks (batch 400): 1.65x over 1 rank (batch 100) in time to a loss of 1.00 (41% efficiency, 83% by"
+        "4 ranks (batch 400): 1.65x over 1 rank (batch 100) in time to a loss of 1.00 (no interval"
+        " without repeats, 41% efficiency, 83% by"
         " samples/s); it takes 2.02 times the samples"
     )
 
@@ -137,13 +133,8 @@ def test_not_reached_is_not_missing(tmp_path: Path) -> None:
     assert NOT_REACHED in cells and "missing" not in cells
     assert target_headline(found) == ""
     assert any("4 ranks, batch 400" in note and "Not reached" in note for note in target_notes(found))
-    record = target_record(found, found.rows[1])
-    assert tuple(record) == TARGET_COLUMNS
-    assert (record["num_reached"], record["seconds_to_target"], record["joules_to_target_quality"]) == (
-        0,
-        None,
-        NOT_REACHED,
-    )
+    told = record(TARGET, (found, found.rows[1]))
+    assert (told["num_reached"], told["seconds_to_target"], told["joules_to_target_quality"]) == (0, None, NOT_REACHED)
     assert study(tmp_path, 0.01).reference is None
 
 
@@ -213,7 +204,7 @@ def test_the_report_has_it_in_words_csv_and_json(tmp_path: Path) -> None:
     assert json.dumps(study_record(of_both))
     lines = [line.split(",") for line in to_csv(made).splitlines()]
     column = lines[0].index("seconds_to_target")
-    assert set(TARGET_COLUMNS) <= set(CSV_COLUMNS) and float(lines[1][column]) > 0
+    assert set(names(TARGET)) <= set(CSV_COLUMNS) and float(lines[1][column]) > 0
     assert "in time to a loss of 1.00" in write_report(made, tmp_path / "report").read_text()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from hpc_train.analysis.efficiency.stragglers import StragglerAnalysis, find_stragglers
 from hpc_train.analysis.report.facts import gather
-from hpc_train.analysis.report.notes.headlines import waiting_text
+from hpc_train.analysis.report.notes.headlines import time_lost_text
 from hpc_train.analysis.report.renderers.files import summary_tree, write_report
 from hpc_train.analysis.report.report import build_report, make_report
 from hpc_train.analysis.runs.load import Run, load, load_all
@@ -196,16 +196,16 @@ def test_the_report_says_it_in_words_tables_and_records(tmp_path: Path) -> None:
     facts = gather([tmp_path])
     report = build_report(facts)
     (line,) = report.headlines
-    assert "; 19% lost to waiting for rank 5 on c1" in line
+    assert "; 19% of the time lost to straggler rank 5 on c1" in line
     (section,) = report.sections
     assert [row[:3] for row in table(section, "stragglers").rows] == [("8", "rank 5 on c1", "persistent")]
     assert any("4 ranks" in note for note in notes(section, "stragglers"))
     row = summary_tree(report)["groups"][0]["rows"][-1]
-    assert row["stragglers"][0]["ranks"] == [5] and row["waiting_for"] == "rank 5 on c1"
-    assert row["waiting_share"] == pytest.approx(0.19, abs=0.01)
+    assert row["stragglers"][0]["ranks"] == [5] and row["straggler"] == "rank 5 on c1"
+    assert row["time_lost"] == pytest.approx(0.19, abs=0.01)
     written = write_report(report, tmp_path / "out").parent / "scaling.csv"
     assert "rank 5 on c1" in written.read_text() and "pop_load_balance_low" in written.read_text()
-    assert waiting_text(facts.scaling.groups[0].rows[0]) == ""
+    assert time_lost_text(facts.scaling.groups[0].rows[0]) == ""
 
 
 def test_the_map_is_bright_where_the_slow_rank_is(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.energy.run_energy import RunEnergy, energy_of
 from hpc_train.analysis.report.notes.energy import verdict
 from hpc_train.analysis.report.notes.meters import meter_notes
-from hpc_train.analysis.report.sections.energy import COST_COLUMNS, cost_record
+from hpc_train.analysis.report.sections.quantities import COST, record
 from hpc_train.analysis.runs.load import load, load_all
 from hpc_train.analysis.scaling.compare import compare
 from hpc_train.core.energy_records import ENERGY_COLUMNS, container
@@ -98,7 +99,7 @@ def test_idle_that_was_given_makes_an_estimate_and_an_unknown_one_makes_missing(
     assert energy(run).net == EnergyAmount(estimated=525 - 2.5 * 90)
     tell(run, energy={"idle_w": {"a": {"package-0": 40.0, "dram": 10.0}}, "idle_quality": "measured"})
     net = energy(run).net
-    assert net.total is None and net.lacking == ("b package-0 at rest",) and net.known == 400 - 2.5 * 50
+    assert net.total is None and net.lacking == ("b package-0 when idle",) and net.known == 400 - 2.5 * 50
 
 
 def test_a_meter_that_stops_leaves_the_part_known(tmp_path: Path) -> None:
@@ -242,38 +243,59 @@ def test_runs_of_known_laws_give_their_watts_back(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- sizes
 
 
-def sizes(root: Path, *watts: float, tariff: Tariff = UNKNOWN, **facts: Any) -> GroupEnergy:
-    """1, 2, 4 ... ranks of 10 s, 6 s, 4 s: speedups 1, 5/3, 2.5; every run draws its constant watts."""
-    for index, power in enumerate(watts):
-        seconds = (10.0, 6.0, 4.0)[index]
-        recipe = Recipe(size=2**index, step_s=seconds / 1000, steps=1000, warmup=0, noise=0.0, joules=None)
+def sizes(
+    root: Path, *watts: float, tariff: Tariff = UNKNOWN, repeats: tuple[float, ...] = (1.0,), **facts: Any
+) -> GroupEnergy:
+    """1, 2, 4 ... ranks of 10 s, 6 s, 4 s: speedups 1, 5/3, 2.5; every run draws constant watts, times `repeats`."""
+    for (index, base), (repeat, factor) in product(enumerate(watts), enumerate(repeats)):
+        seconds, power = (10.0, 6.0, 4.0)[index], base * factor
+        stamp = f"2026112{repeat}T210000Z"
+        recipe = Recipe(size=2**index, step_s=seconds / 1000, steps=1000, warmup=0, noise=0.0, joules=None, stamp=stamp)
         run = write_run(root, recipe)
         rows = [f"{t},package-0,{power * t},measured,RAPL,1" for t in (*range(int(seconds)), seconds)]
         run.energy("node01").write_text("\n".join([",".join(ENERGY_COLUMNS), *rows, ""]))
-        tell(run, **facts)
+        tell(run, repeat=repeat, **facts)  # else it would be a copy
     (group,) = compare(load_all([root])).groups
     return cost_of(group, tariff)
 
 
 def test_where_more_hardware_stops_paying(tmp_path: Path) -> None:
     # 1000, 1200 and 2400 J: 300 J, then 1440 J for each 1x; joules times seconds 10000, 7200, 9600.
-    found = sizes(tmp_path, 100.0, 200.0, 600.0)
-    assert [row.gross.total for row in found.rows] == [1000.0, 1200.0, 2400.0]
+    found = sizes(tmp_path, 100.0, 200.0, 600.0, repeats=(0.99, 1.0, 1.01))
+    assert [row.gross.total for row in found.rows] == pytest.approx([1000.0, 1200.0, 2400.0])
     assert [row.edp_js for row in found.rows] == pytest.approx([10_000, 7200, 9600])
     marginal = [row.marginal.total for row in found.rows if row.marginal]
     assert marginal == pytest.approx([300, 1440], rel=1e-3)
     assert [row.pays for row in found.rows] == [None, True, False]
     assert verdict(found) == (
-        "More hardware stops paying beyond 2 ranks (joules times seconds grow): from 2 to 4 ranks each unit of"
-        " speedup gained costs 1.44 kJ; before that a unit cost 300 J"
+        "More hardware stops paying beyond 2 ranks (joules times seconds per sample: 1.33x, 95% interval 1.30-1.36):"
+        " from 2 to 4 ranks each unit of speedup gained costs 1.44 kJ; before that a unit cost 300 J"
     )
+    energies = table(energy_section(found), "energy")
+    assert [column.title for column in energies.columns][:3] == ["ranks", "gross", "95% interval"]
+    # 1% of 1 kJ by sqrt(3), times Student's 4.30 for two degrees of freedom.
+    assert energies.rows[0][1:3] == ("1.00 kJ", "975 J to 1.03 kJ")
+    exported = record(COST, found.rows[0])
+    assert (exported["joules_low"], exported["joules_high"]) == pytest.approx((975.5, 1025.1), abs=1)
     assert found.rows[0].per_sample.total == pytest.approx(1000 / 120_000)
 
 
 def test_hardware_that_still_pays_and_that_saves(tmp_path: Path) -> None:
-    assert verdict(sizes(tmp_path, 100.0, 100.0)) == (
-        "More hardware still pays at 2 ranks, the largest size (1.67x): from 1 to 2 ranks each unit of speedup gained"
-        " saves 600 J"
+    assert verdict(sizes(tmp_path, 100.0, 100.0, repeats=(0.99, 1.0, 1.01))) == (
+        "More hardware still pays at 2 ranks, the largest size (joules times seconds per sample: 0.36x, 95% interval"
+        " 0.35-0.37): from 1 to 2 ranks each unit of speedup gained saves 600 J"
+    )
+
+
+def test_no_verdict_without_an_interval_behind_it(tmp_path: Path) -> None:
+    alone = sizes(tmp_path / "a", 100.0, 200.0)
+    assert alone.rows[1].pays is None and alone.rows[1].joules is not None and alone.rows[1].joules.interval is None
+    assert verdict(alone).startswith("Whether more hardware still pays at 2 ranks cannot be told without repeats (")
+    assert "95% interval" not in [column.title for column in table(energy_section(alone), "energy").columns]
+    wide = sizes(tmp_path / "b", 100.0, 250.0, repeats=(0.8, 1.0, 1.25))
+    assert wide.rows[1].change is not None and wide.rows[1].change.value == pytest.approx(0.9, abs=0.01)
+    assert wide.rows[1].pays is None and verdict(wide).startswith(
+        "Whether more hardware still pays at 2 ranks is not measurable (joules times seconds per sample: 0.90x, 95%"
     )
 
 
@@ -302,16 +324,15 @@ def test_every_number_with_a_shared_node_says_so(tmp_path: Path) -> None:
     for each in energy_section(found).tables:
         for _, *cells in each.rows:
             assert all("shared" in cell for cell in cells if cell not in ("-", "missing")), cells
-    assert all(cost_record(row)["joules_shared"] for row in found.rows)
+    assert all(record(COST, row)["joules_shared"] for row in found.rows)
     assert "shared" in verdict(found)
 
 
 def test_words_and_records_agree(tmp_path: Path) -> None:
     found = sizes(tmp_path, 100.0, 200.0)
-    record = cost_record(found.rows[1])
-    assert tuple(record) == COST_COLUMNS
-    assert (record["joules_measured"], record["joules_estimated"], record["joules_net"]) == (1200.0, 0.0, None)
-    assert record["mean_w"] == 200.0 and record["joules_reduce"] == pytest.approx(120, rel=1e-3)
+    told = record(COST, found.rows[1])
+    assert (told["joules_measured"], told["joules_estimated"], told["joules_dynamic"]) == (1200.0, 0.0, None)
+    assert told["mean_w"] == 200.0 and told["joules_reduce"] == pytest.approx(120, rel=1e-3)
     parts, power, phases, places = energy_section(found).tables
     assert (
         parts.rows[1] == ("2", "1.20 kJ", "1.20 kJ", "0 J") and [c.title for c in parts.columns][-1] == "outside steps"
@@ -327,4 +348,4 @@ def test_without_any_meter_there_is_nothing_to_show(tmp_path: Path) -> None:
     found = cost_of(group)
     section = energy_section(found)
     assert (section.tables, section.notes, section.plots) == ((), (), ())
-    assert cost_record(found.rows[0])["joules_measured"] is None and found.rows[0].gross.lacking == ("node01",)
+    assert record(COST, found.rows[0])["joules_measured"] is None and found.rows[0].gross.lacking == ("node01",)

@@ -1,4 +1,4 @@
-"""What a report says of the next run and whom all waited for: the answer in one sentence, and its figures."""
+"""What a report says of the next run and of stragglers: the answer in one sentence, and its figures."""
 
 import re
 from dataclasses import replace
@@ -36,7 +36,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Report:
 def test_the_headline_answers_all_three_questions(study: Report) -> None:
     (line,) = study.headlines
     assert re.fullmatch(
-        r"16 ranks: \d+\.\d+x over 1 rank \(\d+% efficiency\).*; \d+% lost to waiting for rank 5 on c2;"
+        r"16 ranks: \d+\.\d+x over 1 rank \(95% interval [\d.-]+ within one run, \d+% efficiency\)"
+        r".*; \d+% of the time lost to straggler rank 5 on c2;"
         r" ask for \d+ nodes?",
         line,
     ), line
@@ -57,12 +58,12 @@ def test_the_figures_say_what_they_show(study: Report) -> None:
     assert re.search(r"16 ranks: global \d+%, parallel \d+%, load balance \d+%", tree.description)
     assert (
         "latest on average over the median rank: rank 5 by" in late.description
-        and "Waited for: rank 5 on c2" in late.caption
+        and "Stragglers: rank 5 on c2" in late.caption
     )
     assert (
         "ask for" in plan.caption and "before it had seen them" in plan.caption and "95% interval" in plan.description
     )
-    assert "above idle" in made["energy-per-sample"].description
+    assert "dynamic" in made["energy-per-sample"].description
     assert all("est." in part for part in made["energy-by-phase"].description.split(": ")[2].split(", ")[:5])
     assert "16 ranks" in made["energy-against-speedup"].description
 
@@ -70,5 +71,5 @@ def test_the_figures_say_what_they_show(study: Report) -> None:
 def test_the_page_stays_small(study: Report, tmp_path: Path) -> None:
     html = write_report(study, tmp_path).read_text()
     assert len(html) < 400_000 and "<script" not in html
-    assert html.count("data:image/png;base64,") == 1
+    assert html.count("data:image/png;base64,") == 2  # maps of arrivals, and of ranks by phases
     assert not re.search(r"""(src|href)=["'](?!#|data:image/png;base64,)""", html), "nothing is fetched"

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from hpc_train.analysis.report.renderers.markdown import to_markdown
 from hpc_train.analysis.report.report import make_report
+from hpc_train.analysis.report.sections.quantities import FAMILIES
 from hpc_train.cli.main import cli
 from tests.synthetic import Recipe, write_run
 
@@ -63,7 +64,7 @@ def test_the_tables_say_where_the_page_and_the_figures_are(runs: Path, tmp_path:
     done = said(runs, "--figures", str(tmp_path / "proposal"))
     assert f"Report: {runs / 'report' / 'report.html'}" in done.output
     made = list((tmp_path / "proposal").glob("*.[ps][dv][fg]"))
-    assert f"Figures: {len(made)} files in {tmp_path / 'proposal'}" in done.output and len(made) == 14
+    assert f"Figures: {len(made)} files in {tmp_path / 'proposal'}" in done.output and len(made) == 18
 
 
 def test_the_terminal_shows_one_screen_unless_asked_for_everything(runs: Path) -> None:
@@ -85,3 +86,62 @@ def test_the_terminal_shows_one_screen_unless_asked_for_everything(runs: Path) -
 def test_full_is_for_the_terminal(runs: Path) -> None:
     done = said(runs, "--full", "--format", "md")
     assert done.exit_code == 2 and "--format md always has everything" in done.output
+
+
+# ---------------------------------------------------------------------------------------------- columns
+
+UNITS = {"_s": "s", "_w": "W", "_g": "g", "_bytes": "B", "_js": "J s"}
+
+
+def test_every_column_is_explained_and_its_name_carries_its_unit(runs: Path) -> None:
+    quantities = [each for family in FAMILIES.values() for each in family]
+    columns = [each.name for each in quantities]
+    assert len(columns) == len(set(columns))
+    (header, *_) = csv.reader(io.StringIO(said(runs, "--format", "csv").output))
+    assert header == [*columns, "not_made", "test_accuracy"]
+    for each in quantities:
+        assert len(each.meaning) > 8 or each.meaning == "upper end", each.name
+        for ending, unit in UNITS.items():
+            if each.name.endswith(ending) and not each.name.endswith("per_s"):
+                assert each.unit == unit, each.name
+        is_energy = "joules" in each.name and not each.name.endswith(("quality", "shared"))
+        assert (each.unit == "J") == is_energy, each.name
+
+
+def test_tables_show_the_exported_values(runs: Path) -> None:
+    """A column of a table and one of scaling.csv are one quantity: what a cell shows is what the file has, rounded."""
+    made = make_report([runs])
+    lines = list(csv.DictReader(io.StringIO(said(runs, "--format", "csv").output)))
+    (section,) = made.sections
+    titles = {each.title: each for family in FAMILIES.values() for each in family if each.title}
+    compared = set()
+    assert section.overview is not None
+    for table in (section.overview, *section.tables):
+        for place, column in enumerate(table.columns):
+            quantity = titles.get(column.title)
+            if (
+                quantity is None
+                or len(table.rows) != len(lines)
+                or table.id.startswith(("energy-by", "target", "plan"))
+            ):
+                continue
+            for row, line in zip(table.rows, lines, strict=True):
+                shown = re.fullmatch(r"([\d.]+)(x|%| [mku]?(?:J|W|Js|FLOP))?(?: est\.)?\*?", row[place])
+                if shown is None:
+                    assert row[place] in ("baseline", "missing", "-", "4*"), (table.id, column.title, row[place])
+                    continue
+                exported = float(line[quantity.name])
+                scale = {"%": 0.01, " m": 1e-3, " k": 1e3, " u": 1e-6}.get((shown[2] or "")[:2], 1.0)
+                scale *= 1e-3 if quantity.unit == "s" else 1.0
+                assert float(shown[1]) * scale == pytest.approx(exported, rel=6e-3, abs=6e-4), (table.id, column.title)
+                compared.add(quantity.name)
+    assert {
+        "ranks",
+        "step_s",
+        "samples_per_s",
+        "efficiency",
+        "share_reduce",
+        "joules",
+        "joules_loop",
+        "mean_w",
+    } <= compared

@@ -52,7 +52,7 @@ def test_gustafsons_serial_part_is_found_relative_to_a_baseline_of_two_ranks(tmp
 
 def test_a_law_through_two_points_says_so_and_is_measured_against_those_it_misses(tmp_path: Path) -> None:
     two = group_of(tmp_path / "a", (1, 0.01), (2, 0.006))
-    assert "drawn through both points, so nothing checks it" in law_text(two)
+    assert "drawn through both measurements, so nothing checks it" in law_text(two)
     kink = group_of(tmp_path / "b", (1, 0.010), (2, 0.005), (4, 0.005))  # which Amdahl's law does not describe
     law = fitted(kink)
     assert law is not None and law.worst > 0.1 and "misses by up to" in law_text(kink)
@@ -98,7 +98,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path, lis
 def test_every_figure_is_a_pdf_and_an_svg_whose_name_says_what_it_is(written: tuple[Report, Path, list[Path]]) -> None:
     made, folder, paths = written
     expected = [plot.id for section in made.sections for plot in section.plots]
-    first = ["speedup", "time-per-step", "share-of-step", "pop-efficiencies"]
+    first = ["speedup", "time-per-step", "share-of-step", "step-times", "step-distribution", "pop-efficiencies"]
     energy = ["energy-per-sample", "energy-by-phase", "energy-against-speedup"]
     assert expected == [*first, "training-loss", *energy]
     assert [path.suffix for path in paths] == [".pdf", ".svg"] * len(expected)
@@ -147,7 +147,7 @@ def test_every_figure_has_its_words_and_units(written: tuple[Report, Path, list[
             axes = Figure().subplots()
             plot.paint(axes)
             labels = f"{axes.get_xlabel()} {axes.get_ylabel()}"
-            assert re.search(r"\((ms|us|%|in %|J|mJ|B|kB|MB)\)|ranks|step", labels), plot.id
+            assert re.search(r"\((ms|us|%|in %|J|mJ|B|kB|MB)\)|ranks?|step", labels), plot.id
             assert len(plot.description) > 20 and len(plot.caption) > 20
             assert axes.get_title() == "", "a caption says what a title would"
 
@@ -188,4 +188,4 @@ def test_many_groups_have_few_figures_each_on_the_page_and_all_in_files(tmp_path
     batches = (60, 120, 180, 240)
     recipes = [Recipe(steps=40, global_batch=batch, stamp=f"20261123T{batch:03}000Z") for batch in batches]
     html = write_report(report(tmp_path, *recipes), tmp_path / "out").read_text()
-    assert "The first figures of each group" in html
+    assert "The first figures of this group" in html

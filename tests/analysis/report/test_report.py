@@ -33,13 +33,17 @@ def pair(**second: object) -> tuple[Recipe, Recipe]:
 def test_the_headline_answers_first(tmp_path: Path) -> None:
     (line,) = report(tmp_path, *pair()).headlines
     assert re.fullmatch(
-        r"2 ranks: 1\.6\dx over 1 rank \(8\d% efficiency\); 10% of the step is exposed communication", line
+        r"2 ranks: 1\.6\dx over 1 rank \(95% interval [\d.-]+ within one run, 8\d% efficiency\)"
+        r"; 10% of the step is exposed communication",
+        line,
     )
 
 
 def test_a_slowdown_is_called_slower_and_says_what_grew(tmp_path: Path) -> None:
     (line,) = report(tmp_path, *pair(step_s=0.020, shares={**SLOW, "data": 0.2, "backward": 0.1})).headlines
-    assert line.startswith("2 ranks: slower than 1 rank, 0.50x its speed (25% efficiency)")
+    assert line.startswith(
+        "2 ranks: slower than 1 rank, 0.50x its speed (95% interval 0.50-0.50 within one run, 25% efficiency)"
+    )
     assert "50% of the step is exposed communication" in line
     assert re.search(r"data grew from (1\.0|0\.99)\d* to (4\.0|3\.9)\d* ms", line)
     assert "backward grew" not in line
@@ -226,8 +230,8 @@ def test_ids_are_not_shared_between_figures(tmp_path: Path) -> None:
 def test_every_figure_has_a_title_a_description_and_units(tmp_path: Path) -> None:
     parsed = Page(page(report(tmp_path, *pair()), tmp_path))
     labels = [value for tag, name, value in parsed.attributes if tag == "svg" and name == "aria-label"]
-    assert len(labels) == parsed.tags.count("svg") == parsed.tags.count("figcaption") == 7
-    assert parsed.tags.count("title") == 8
+    assert len(labels) == parsed.tags.count("svg") == parsed.tags.count("figcaption") == 9
+    assert parsed.tags.count("title") == 10
     for axis in (
         "speedup over 1 rank",
         "ranks",
@@ -242,8 +246,9 @@ def test_every_figure_has_a_title_a_description_and_units(tmp_path: Path) -> Non
 def test_the_page_is_in_order(tmp_path: Path) -> None:
     html = page(report(tmp_path, *pair()), tmp_path)
     text = Page(html).text
-    places = [html.index(f'id="{section}"') for section in ("figures", "tables", "notes", "methods", "runs")]
-    assert html.index("<h1>") < places[0] and places == sorted(places)
+    parts = ('class="numbers"', "<h1>", 'id="figures"', 'id="notes"', 'class="part"', 'id="methods"', 'id="runs"')
+    places = [html.index(part) for part in parts]
+    assert places == sorted(places)
     for words in ("node01", "torch 2.10.0", "Open MPI v4.1.4", "b0f1e82c0ffe", "10 of them warm-up"):
         assert words in text
 
@@ -367,3 +372,18 @@ def test_the_page_shows_the_largest_peak_beside_what_was_expected(tmp_path: Path
     told = {"expected_peak_bytes": [660e6, 650e6]}
     shown = Page(page(report(tmp_path, *pair(meta=peaks | told)), tmp_path)).text
     assert "700 MB of its own, 900 MB resident with files; 660 MB expected of its own" in shown
+
+
+def test_cores_and_storage_are_told_with_their_rates(tmp_path: Path) -> None:
+    told = {"loop_time_s": [10.0, 10.0], "loop_cpu_s": [9.0, 5.0], "loop_read_bytes": [3_000_000_000, 0]}
+    used = told | {"loop_written_bytes": [20_000_000, 20_000_000]}
+    old, new = pair(meta=used)
+    made = report(tmp_path, old, new)
+    (row,) = table(made.sections[0], "use").rows
+    assert row == ("2", "0.700", "1.00", "3.00 GB", "300 MB/s", "40.0 MB", "4.00 MB/s")
+    one, two = made.rows
+    assert one["cores_busy"] is None and one["storage_read_bytes"] is None
+    assert two["storage_read_bytes_per_s"] == pytest.approx(3e8) and two["cores_per_rank"] == 1
+    damage = {"loop_cpu_s": [1.0]}, {"loop_time_s": [0, 0]}, {"loop_time_s": 7}
+    for number, damaged in enumerate(damage):
+        assert "use" not in report(tmp_path / f"d{number}", old, replace(new, meta=used | damaged)).table_ids

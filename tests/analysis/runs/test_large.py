@@ -63,7 +63,7 @@ def report_of(root: Path, ranks: int, steps: int) -> Cost:
     wall_s = float(done.stderr.split("real")[1].split()[0])
     cpu, peak, _ = done.stdout.split()
     told = (root / f"report-{ranks}.txt").read_text()
-    assert "lost to waiting for rank 5 on c0" in " ".join(told.split())
+    assert "of the time lost to straggler rank 5 on c0" in " ".join(told.split())
     cost = Cost(float(cpu), int(peak), wall_s)
     print(f"{ranks} ranks x {steps} steps: {cost.wall_s:.1f} s, {cost.cpu_s:.1f} s of a core, {peak_mb(cost):.0f} MB")
     return cost

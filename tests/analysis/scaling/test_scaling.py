@@ -295,7 +295,7 @@ def test_repeats_are_pooled_and_their_differences_widen_the_interval(tmp_path: P
 def test_a_single_run_keeps_the_interval_of_its_summary(tmp_path: Path) -> None:
     group = only_group(tmp_path, Recipe(size=1))
     summary = group.rows[0].runs[0].summary
-    assert group.rows[0].step_interval_s == (summary.step_low_s, summary.step_high_s)
+    assert group.rows[0].step_interval_s == pytest.approx((summary.step_low_s, summary.step_high_s))
 
 
 def test_different_jobs_are_not_compared_and_the_keys_are_named(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_different_jobs_are_not_compared_and_the_keys_are_named(tmp_path: Path) 
 def test_a_mismatch_is_named(tmp_path: Path, meta: dict[str, Any], words: tuple[str, ...]) -> None:
     group = only_group(tmp_path, Recipe(size=1), Recipe(size=2, step_s=0.005, meta=meta))
     assert group.rows[1].speedup == pytest.approx(2.0, rel=0.02)
-    (note,) = [note for note in group_notes(group) if note.startswith("Not alike: ") and words[0] in note]
+    (note,) = [note for note in group_notes(group) if note.startswith("Configuration mismatch: ") and words[0] in note]
     assert all(word in note for word in words)
 
 

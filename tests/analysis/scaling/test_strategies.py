@@ -113,7 +113,7 @@ def test_weak_scaling_counts_the_workers_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "must_move", "each_way", "is_least"),
+    ("recipe", "volume", "each_way", "is_least"),
     [
         (Recipe(size=4), 1.5 * GRADIENTS, 1.5 * GRADIENTS, False),
         (Recipe(size=1), 0.0, 0.0, False),
@@ -134,14 +134,14 @@ def test_weak_scaling_counts_the_workers_batches(tmp_path: Path) -> None:
         (replace(SERVER, size=5, servers=4), 2.0 * GRADIENTS, 1.0 * GRADIENTS, False),  # the worker is the busiest
     ],
 )
-def test_what_theory_says_must_move(
-    tmp_path: Path, recipe: Recipe, must_move: float, each_way: float, is_least: bool
+def test_the_communication_volume_by_theory(
+    tmp_path: Path, recipe: Recipe, volume: float, each_way: float, is_least: bool
 ) -> None:
     (group,) = compare([load(write_run(tmp_path, recipe))]).groups
     theory = traffic(group.rows[0], group.keys)
     assert theory is not None
-    told = (theory.must_move_bytes, theory.each_way_bytes, theory.is_least)
-    assert told == (pytest.approx(must_move), pytest.approx(each_way), is_least)
+    told = (theory.volume_bytes, theory.each_way_bytes, theory.is_least)
+    assert told == (pytest.approx(volume), pytest.approx(each_way), is_least)
 
 
 def test_strategies_stand_side_by_side_at_each_number_of_ranks(tmp_path: Path) -> None:
@@ -190,8 +190,8 @@ def test_the_report_leads_with_the_strategies_and_leaves_no_run_alone(tmp_path: 
     recipes = (Recipe(size=4, step_s=0.010), replace(MPI, step_s=0.0125), replace(SERVER, step_s=0.020))
     made, facts = report_and_facts(tmp_path, *recipes)
     assert made.headlines[0] == (
-        f"4 ranks on equal work, speed against horovod: horovod {_ms(facts)} ms a step, mpi 0.80x,"
-        " parameter server (3+1) 0.50x"
+        "4 ranks on equal work, speed against horovod (95% intervals within one run):"
+        f" horovod {_ms(facts)} ms a step, mpi 0.80x (0.79-0.80), parameter server (3+1) 0.50x (0.50-0.50)"
     )
     assert not made.notes  # nothing is left without a comparison
     parsed = Page(page(made, tmp_path))
@@ -205,8 +205,8 @@ def test_the_report_leads_with_the_strategies_and_leaves_no_run_alone(tmp_path: 
     assert strategies["reference"] == "horovod" and strategies["config"]["train.global_batch"] == 120
     horovod, mpi, server = strategies["rows"]
     assert mpi["ratio"] == pytest.approx(0.8, rel=0.02) and mpi["ratio_low"] < mpi["ratio"] < mpi["ratio_high"]
-    assert (server["must_move_bytes"], server["each_way_bytes"]) == (6 * GRADIENTS, 3 * GRADIENTS)
-    assert (horovod["ratio"], horovod["optimizer_bytes"], mpi["must_move_is_least"]) == (1.0, None, True)
+    assert (server["volume_bytes"], server["each_way_bytes"]) == (6 * GRADIENTS, 3 * GRADIENTS)
+    assert (horovod["ratio"], horovod["optimizer_bytes"], mpi["volume_is_least"]) == (1.0, None, True)
     json.dumps(summary_tree(made), allow_nan=False)
 
 
@@ -317,6 +317,6 @@ def test_odd_counts_are_missing_and_never_zero(tmp_path: Path, held: Any) -> Non
     mpi = made.entries[1]
     assert (mpi.traffic, mpi.optimizer_bytes) == (None, None)
     row = cells(made, "strategies-traffic", "mpi")
-    assert (row["traffic per step"], row["optimizer state"]) == ("missing", "missing")
-    assert any("Traffic missing for mpi:" in note for note in comparison_notes(made))
+    assert (row["communication volume"], row["optimizer state"]) == ("missing", "missing")
+    assert any("Communication volume missing for mpi:" in note for note in comparison_notes(made))
     assert any("Optimizer state missing for horovod, mpi:" in note for note in comparison_notes(made))

@@ -1,6 +1,7 @@
 """What tasks get from files: one or many, one input or several, documents; and data that do not fit together."""
 
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hpc_train.train.data.dataset import Buffers, Split, open_order, open_split
 from hpc_train.train.data.files import Files, open_files
 from hpc_train.train.data.tokens import StreamName, open_tokens
 from hpc_train.train.tasks.classification import Classification
+from tests import jobs
 
 ALONE = Context(World())
 STREAM = StreamName("train/inputs", "data.inputs", "train/inputs_offsets")
@@ -188,6 +190,18 @@ def test_what_is_no_file_is_said_at_once(tmp_path: Path) -> None:
         if path.name != "empty.h5":
             with pytest.raises(UserError, match=says):
                 expand([str(path)])
+
+
+@pytest.mark.parametrize("job_file", sorted(jobs.CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_job_is_told_the_command_that_its_first_lines_show(job_file: Path) -> None:
+    job_config = config.load(job_file).config
+    shown = re.search(r"^#   (hpc-train prepare .*?)( && .*)?$", job_file.read_text(), re.MULTILINE)
+    if job_config.data.file is None or shown is None:
+        return  # it reads no file, or names the command of another job
+    name = f"elsewhere/{Path(job_config.data.file).name}"
+    with pytest.raises(UserError) as caught:
+        open_files(job_config.model_copy(update={"data": job_config.data.model_copy(update={"file": name})}), ALONE)
+    assert caught.value.remedy == f"Make it: {shown[1]}".replace("data/", "elsewhere/")
 
 
 @pytest.mark.parametrize("where", ["train/inputs", "train/targets"])

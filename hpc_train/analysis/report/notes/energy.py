@@ -1,7 +1,7 @@
 """Whether more hardware pays, which energy is missing or estimated, and how its tables are to be read."""
 
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy, Tariff
-from hpc_train.analysis.report.labels import sizes_by_reason
+from hpc_train.analysis.report.labels import interval_words, sizes_by_reason
 from hpc_train.analysis.report.notes.meters import meter_notes
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
@@ -13,26 +13,35 @@ _MOST_LACKING = 4  # meters of a run that a note names
 
 def verdict(energy: GroupEnergy) -> str:
     """Whether more hardware pays, in one sentence: it pays while joules times seconds fall. "" if unknown."""
-    judged = [row for row in energy.rows if row.pays is not None]
+    judged = [row for row in energy.rows if row.change is not None]
     if not judged:
         return ""
     complete = [row for row in energy.rows if not row.row.incomplete]
-    worse = next((row for row in judged if not row.pays), None)
+    worse = next((row for row in judged if row.pays is False), None)
     row = worse or judged[-1]
     last = complete[complete.index(row) - 1]
     price = f"from {last.row.size} to {plural(row.row.size, 'rank')} {_price_text(row)}"
+    assert row.change is not None
+    change = f"joules times seconds per sample: {ratio_text(row.change.value)}"
+    if row.change.interval is None:
+        at = plural(row.row.size, "rank")
+        return f"Whether more hardware still pays at {at} cannot be told without repeats ({change}): {price}"
+    change += f", {interval_words(row.change)}"
+    if row.pays is None:
+        return (
+            f"Whether more hardware still pays at {plural(row.row.size, 'rank')} is not measurable ({change}): {price}"
+        )
     if worse is None:
-        speed = ratio_text(row.row.speedup or 1.0)
-        return f"More hardware still pays at {plural(row.row.size, 'rank')}, the largest size ({speed}): {price}"
+        return f"More hardware still pays at {plural(row.row.size, 'rank')}, the largest size ({change}): {price}"
     earlier = judged[judged.index(row) - 1] if judged.index(row) else None
     if earlier and earlier.marginal is not None and earlier.marginal.known > 0:
         price += f"; before that a unit cost {earlier.marginal.text()}"
-    return f"More hardware stops paying beyond {plural(last.row.size, 'rank')} (joules times seconds grow): {price}"
+    return f"More hardware stops paying beyond {plural(last.row.size, 'rank')} ({change}): {price}"
 
 
 def _price_text(row: RowEnergy) -> str:
     if row.marginal is None:
-        return "nothing is gained"
+        return "no speed is measurably gained"
     if row.marginal.known < 0:
         return f"each unit of speedup gained saves {(row.marginal * -1).text()}"
     return f"each unit of speedup gained costs {row.marginal.text()}"
@@ -59,9 +68,9 @@ def lacking_notes(energy: GroupEnergy) -> list[str]:
             meters = listed(lacking, _MOST_LACKING)
             notes.append(f"{size}: energy missing of {meters}. Missing is not zero: the known part is a lower bound.")
         idle = tuple(meter for meter in row.net.lacking if meter not in lacking)
-        # If no meter at all has its idle draw, the user did not ask to measure it.
+        # If no meter at all has its idle power, the user did not ask to measure it.
         if idle and len(idle) < sum(len(run.readings) for run in row.runs):
-            notes.append(f"{size}: energy above idle is missing: no {listed(idle, _MOST_LACKING)}.")
+            notes.append(f"{size}: dynamic energy is missing: no {listed(idle, _MOST_LACKING)}.")
     return notes
 
 
@@ -93,7 +102,7 @@ def _peak_note(energy: GroupEnergy) -> str:
     periods_s = [run.peak[1] for row in energy.rows for run in row.runs if run.peak]
     span = f" of means over {significant(max(periods_s))} s, the slowest meter's interval" if periods_s else ""
     with_idle = any(row.net.total is not None for row in energy.rows)
-    idle = "" if with_idle else " The idle draw of nodes is unknown: energy.idle_s measures it before the loop."
+    idle = "" if with_idle else " The idle power of nodes is unknown: energy.idle_s measures it before the loop."
     return f"Peak power is the highest{span}; mean power is gross joules over the metered time.{idle}"
 
 

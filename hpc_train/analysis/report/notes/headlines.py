@@ -1,9 +1,10 @@
 """The answers of a report, one sentence a section."""
 
 from collections.abc import Iterator
+from math import inf
 
 from hpc_train.analysis.convergence.target import TargetRow, TargetStudy
-from hpc_train.analysis.report.labels import straggler_text, worst_run
+from hpc_train.analysis.report.labels import WITHIN, interval_words, straggler_text, worst_run
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.analysis.scaling.strategies import Comparison, Entry
@@ -27,14 +28,14 @@ def _answer(group: Group) -> str:
     assert row.speedup is not None
     ranks, over = plural(row.size, "rank"), plural(baseline.size, "rank")
     efficiency, times = f"{percent(row.efficiency, 0)} efficiency", ratio_text(row.speedup)
-    low, high = row.speedup_interval or (row.speedup, row.speedup)
-    if low <= 1 <= high:
-        interval = f"95% interval {ratio_interval_text(row.speedup_interval)}"
-        speed = f"not measurably faster than {over} ({times}, {interval}, {efficiency})"
-    elif row.speedup < 1:
-        speed = f"slower than {over}, {times} its speed ({efficiency})"
+    known = f"{interval_words(row.relative_speed)}, {efficiency}"
+    low, high = row.speedup_interval or (0.0, inf)
+    if row.speedup_interval is not None and low <= 1 <= high:
+        speed = f"not measurably faster than {over} ({times}, {known})"
+    elif high < 1:
+        speed = f"slower than {over}, {times} its speed ({known})"
     else:
-        return f"{ranks}: {times} over {over}{' in samples/s' * group.weak} ({efficiency}){_lost(row)}"
+        return f"{ranks}: {times} over {over}{' in samples/s' * group.weak} ({known}){_lost(row)}"
     grown = "".join(f", {growth}" for growth in _growths(row, baseline))
     return f"{ranks}: {speed}{_lost(row)}{grown}"
 
@@ -49,11 +50,11 @@ def _answer_without_baseline(group: Group) -> str:
 
 def _lost(row: Row) -> str:
     """What keeps the row from the ideal: exposed communication, and the stragglers that cause most of it."""
-    share, waiting = row.exposed_share, waiting_text(row)
+    share, lost = row.exposed_share, time_lost_text(row)
     most = max((each.share for each in row.stragglers), default=0.0)
-    if share is None or (waiting and most >= 0.5 * share):  # exposed communication is then mostly that wait
-        return waiting
-    return f"; {percent(share, 0)} of the step is exposed communication{waiting}"
+    if share is None or (lost and most >= 0.5 * share):  # exposed communication is then mostly that wait
+        return lost
+    return f"; {percent(share, 0)} of the step is exposed communication{lost}"
 
 
 def _growths(row: Row, baseline: Row) -> Iterator[str]:
@@ -65,8 +66,8 @@ def _growths(row: Row, baseline: Row) -> Iterator[str]:
             yield f"{phase} grew from {ms_text(before[phase])} to {ms_text(after[phase])} ms"
 
 
-def waiting_text(row: Row) -> str:
-    """ "; 14% lost to waiting for rank 5 on c3", "" without stragglers."""
+def time_lost_text(row: Row) -> str:
+    """ "; 14% of the time lost to straggler rank 5 on c3", "" without stragglers."""
     worst = worst_run(row)
     if worst is None or not worst.stragglers:
         return ""
@@ -75,7 +76,8 @@ def waiting_text(row: Row) -> str:
     last = f"{num_more} more" if num_more else names.pop()
     whom = f"{', '.join(names)} and {last}" if names else last
     is_sporadic = not any(straggler.persistent for straggler in worst.stragglers)
-    return f"; {percent(worst.share, 0)} lost to waiting for {whom}{', sporadically' if is_sporadic else ''}"
+    what = f"{'sporadic ' * is_sporadic}straggler{'s' * (len(worst.stragglers) > 1)}"
+    return f"; {percent(worst.share, 0)} of the time lost to {what} {whom}"
 
 
 def strategy_headline(comparison: Comparison, named: bool = False) -> str:
@@ -87,13 +89,17 @@ def strategy_headline(comparison: Comparison, named: bool = False) -> str:
     entries.sort(key=lambda entry: -(entry.ratio or 0))
     speeds = ", ".join(f"{entry.where} {_speed_text(entry)}" for entry in entries)
     name = f"{plain(comparison.label)}: " if named else ""
-    return f"{name}{plural(size, 'rank')} on equal work, speed against {comparison.reference}: {speeds}"
+    within = all(not entry.relative_speed.between_runs for entry in entries if entry.relative_speed)
+    intervals = f"95% intervals{f' {WITHIN}' * within}"
+    return f"{name}{plural(size, 'rank')} on equal work, speed against {comparison.reference} ({intervals}): {speeds}"
 
 
 def _speed_text(entry: Entry) -> str:
     speed = f"{ms_text(entry.row.step_s)} ms a step" if entry.is_reference else ratio_text(entry.ratio or 0.0)
-    low, high = entry.ratio_interval or (0.0, 0.0)
-    return f"{speed} (no measurable difference)" if low <= 1 <= high else speed
+    if entry.ratio_interval is None:
+        return speed
+    low, high = entry.ratio_interval
+    return f"{speed} ({ratio_interval_text((low, high))}{', no measurable difference' * (low <= 1 <= high)})"
 
 
 def target_headline(study: TargetStudy) -> str:
@@ -103,7 +109,7 @@ def target_headline(study: TargetStudy) -> str:
         return ""
     sizes = plural(row.size, "rank") + _batch(study, row), plural(reference.size, "rank") + _batch(study, reference)
     speed = f"{sizes[0]}: {ratio_text(row.speedup)} over {sizes[1]} in time to a loss of {significant(study.target)}"
-    efficiencies = f"{percent(row.efficiency, 0)} efficiency"
+    efficiencies = f"{interval_words(row.relative_speed)}, {percent(row.efficiency, 0)} efficiency"
     if row.throughput_efficiency is not None:
         efficiencies += f", {percent(row.throughput_efficiency, 0)} by samples/s"
     more = 1 / row.statistical if row.statistical else 1.0

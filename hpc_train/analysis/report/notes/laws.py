@@ -16,7 +16,7 @@ def law_text(group: Group) -> str:
 def _described(law: Law) -> str:
     fit = f"fitted to {law.num_sizes} sizes, which it misses by {_up_to(law.worst)}"
     if law.num_sizes == 2:
-        fit = "drawn through both points, so nothing checks it"
+        fit = "drawn through both measurements, so nothing checks it"
     return f"{law.name}'s law with a serial part of {percent(law.serial)} of the baseline's time, {fit}"
 
 

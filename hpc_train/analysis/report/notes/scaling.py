@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
-from hpc_train.analysis.report.labels import MARK
+from hpc_train.analysis.report.labels import MARK, WITHIN
 from hpc_train.analysis.runs.clocks import hosts_of
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.repeats import differing_facts
@@ -25,6 +25,17 @@ def group_notes(group: Group) -> list[str]:
         *(note for row in group.rows for note in _row_notes(row)),
         *mismatch_notes(group.runs),
         *_ranks_per_host_notes(group.runs),
+    ]
+
+
+def interval_notes(group: Group) -> list[str]:
+    """Why an interval holds within one run only, and what would tell more."""
+    alone = [row for row in group.rows if row.step is not None and len(row.runs) == 1]
+    if not alone:
+        return []
+    return [
+        f"An interval {WITHIN} is from how the run's steps vary: the next run may lie outside. Two more runs of"
+        f" {_sizes_text({row.size for row in alone})} would tell how runs differ."
     ]
 
 
@@ -56,7 +67,8 @@ def _row_notes(row: Row) -> Iterator[str]:
             f"{size}: steps take {ms_text(row.step_s)} ms on average, which counts, and {ms_text(row.step_median_s)} ms"
             " in the median: few of them cause most of the difference."
         )
-    if row.efficiency and row.efficiency > _SUPERLINEAR:
+    is_above_ideal = row.efficiency_interval is not None and row.efficiency_interval[0] > 1
+    if is_above_ideal and (row.efficiency or 0.0) > _SUPERLINEAR:
         yield (
             f"{size}: sharing the work does not explain a speedup efficiency above 100%. Smaller shares may fit the"
             " caches, or the baseline was disturbed: repeat the baseline to tell."
@@ -70,7 +82,7 @@ def mismatch_notes(runs: Sequence[Run]) -> list[str]:
         sizes: dict[str, set[int]] = defaultdict(set)
         for run, value in zip(runs, values, strict=True):
             sizes[value].add(run.size)
-        notes.append(_unlike(name, dict(sorted(sizes.items(), key=lambda item: min(item[1])))))
+        notes.append(_mismatch(name, dict(sorted(sizes.items(), key=lambda item: min(item[1])))))
     return notes
 
 
@@ -89,12 +101,12 @@ def _ranks_per_host_notes(runs: Sequence[Run]) -> list[str]:
             sizes[num].add(run.size)
     if len(sizes) < 2:
         return []
-    return [_unlike("ranks per host", {str(num): sizes[num] for num in sorted(sizes)})]
+    return [_mismatch("rank placement, ranks per host", {str(num): sizes[num] for num in sorted(sizes)})]
 
 
-def _unlike(name: str, sizes_by_value: dict[str, set[int]]) -> str:
+def _mismatch(name: str, sizes_by_value: dict[str, set[int]]) -> str:
     values = "; ".join(f"{value} ({_sizes_text(sizes)})" for value, sizes in sizes_by_value.items())
-    return f"Not alike: {name}: {values}."
+    return f"Configuration mismatch: {name}: {values}."
 
 
 def _sizes_text(sizes: set[int]) -> str:

@@ -80,7 +80,7 @@ def _ratio_notes(comparison: Comparison) -> Iterator[str]:
 def _mismatch_notes(entries: Sequence[Entry]) -> Iterator[str]:
     for name, strategies_by_value in differing_facts_by_strategy(entries).items():
         values = "; ".join(f"{value} ({', '.join(names)})" for value, names in strategies_by_value.items())
-        yield f"Not alike: {name}: {values}."
+        yield f"Configuration mismatch: {name}: {values}."
 
 
 def _batch_notes(entries: Sequence[Entry]) -> Iterator[str]:
@@ -94,7 +94,7 @@ def _batch_notes(entries: Sequence[Entry]) -> Iterator[str]:
 def _missing_notes(entries: Sequence[Entry]) -> Iterator[str]:
     without_traffic = dict.fromkeys(entry.where for entry in entries if entry.traffic is None)
     if without_traffic:
-        yield f"Traffic missing for {', '.join(without_traffic)}: meta.json states no num_parameters."
+        yield f"Communication volume missing for {', '.join(without_traffic)}: meta.json states no num_parameters."
     without_state = dict.fromkeys(entry.where for entry in entries if entry.optimizer_bytes is None)
     if without_state:
         yield f"Optimizer state missing for {', '.join(without_state)}: meta.json states no optimizer_bytes."

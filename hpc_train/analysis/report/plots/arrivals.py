@@ -9,7 +9,7 @@ import numpy as np
 from hpc_train.analysis.efficiency.stragglers import StragglerAnalysis
 from hpc_train.analysis.report.labels import straggler_text
 from hpc_train.analysis.report.model import Plot
-from hpc_train.analysis.report.plots.canvas import BLACK, BLUE, GREY, VERMILLION, WHITE
+from hpc_train.analysis.report.plots.canvas import BLACK, GREY, diverging
 from hpc_train.analysis.runs.load_balance import Arrivals
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.core.formatting import plural, significant
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_STRAGGLERS = 3  # in the caption and with an arrow
-_NUM_SHADES = 15  # of the map: more are not distinguishable, and fewer make a smaller page
 _MOST_HOSTS = 32  # separated by lines
 _MOST_TIMES = 200  # columns of the map, as `load_balance` makes it
 
@@ -56,7 +55,7 @@ def arrivals_plot(group: Group) -> Plot | None:
     latest = np.argsort(-arrivals.late_s)[:3]
     lateness = ", ".join(f"rank {ranks[at]} by {significant(scale * arrivals.late_s[at])} {unit}" for at in latest)
     how = "by arrival" if arrivals.basis == "arrival" else "by how long each waited, since clocks are not comparable"
-    named = f" Waited for: {' and '.join(found.stragglers)}." if found.stragglers else ""
+    named = f" Stragglers: {' and '.join(found.stragglers)}." if found.stragglers else ""
     arrows = " Arrows point at them." if found.stragglers else ""
     num_lines = len(arrivals.map_s)
     lines = "" if len(ranks) == num_lines else f" A line is {len(ranks) / num_lines:.3g} ranks."
@@ -85,16 +84,14 @@ def _find(group: Group) -> _Map | None:
 
 
 def _paint(axes: "Axes", found: _Map, scale: float, unit: str) -> None:
-    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator
 
     arrivals, values = found.arrivals, scale * found.arrivals.map_s
     most = float(np.quantile(np.abs(values), 0.99)) or float(np.abs(values).max()) or 1.0
-    colors = LinearSegmentedColormap.from_list("late", [BLUE, WHITE, VERMILLION], N=_NUM_SHADES)
     stride = -(-arrivals.num_steps // _MOST_TIMES)
     extent = (0.0, float(stride * values.shape[1]), len(found.ranks) - 0.5, -0.5)
     style: dict[str, Any] = {"aspect": "auto", "interpolation": "none", "extent": extent}
-    image = axes.imshow(values, cmap=colors, vmin=-most, vmax=most, **style)
+    image = axes.imshow(values, cmap=diverging(), vmin=-most, vmax=most, **style)
     bounds = np.flatnonzero(np.diff(arrivals.host_of)) + 0.5
     if len(bounds) < _MOST_HOSTS:
         axes.hlines(bounds, *extent[:2], color=GREY, linewidth=0.6)

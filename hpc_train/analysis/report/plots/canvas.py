@@ -16,6 +16,7 @@ from hpc_train.analysis.report.model import Plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
@@ -23,6 +24,17 @@ T = TypeVar("T")
 # Okabe and Ito, "Color universal design" (2008): distinct with any colour vision.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 GREY, PURPLE, WHITE = "#999999", "#CC79A7", "#FFFFFF"
+_NUM_SHADES = 15  # of a map: more are not distinguishable, and fewer make a smaller page
+
+# What the page's light and dark modes change: the colours of `_STYLE`, black and white. Data keep theirs.
+_MODES = {
+    "#000000": "var(--ink)",
+    "#222222": "var(--ink)",
+    "#444444": "var(--soft)",
+    "#555555": "var(--soft)",
+    "#e4e4e4": "var(--line)",
+    "#ffffff": "var(--paper)",
+}
 
 PAGE_WIDTH = 4.4  # inches, as drawn: the page scales it to its column
 COLUMN_WIDTH = 3.35  # inches, 85 mm: one column of a proposal in two
@@ -81,10 +93,15 @@ def inline_svg(plot: Plot, ident: str) -> Markup:
     text = re.sub(r'(xlink:)?href="#', f'href="#{ident}-', text)
     text = text.replace("url(#", f"url(#{ident}-")
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 system-ui, Arial, sans-serif", text)
+    text = re.sub(r"\b(fill|stroke)(: |=\")(#[0-9a-f]{6})", _by_mode, text)
     head, tail = text.split(">", 1)
     head = re.sub(r' (width|height|version)="[^"]*"', "", head)
     title = escape(plot.description)
     return Markup(f'{head} role="img" aria-label="{title}"><title>{title}</title>{tail}')
+
+
+def _by_mode(found: re.Match[str]) -> str:
+    return f"{found[1]}{found[2]}{_MODES.get(found[3], found[3])}"
 
 
 def figure_files(plot: Plot) -> dict[str, bytes]:
@@ -131,6 +148,14 @@ def legend_above(axes: "Axes", columns: int) -> None:
 def label_bar(axes: "Axes", place: float, height: float, text: str) -> None:
     """Text on top of a bar."""
     axes.annotate(text, (place, height), (0, 3), textcoords="offset points", ha="center", fontsize="small")
+
+
+def diverging() -> "Colormap":
+    """From blue over nothing to vermillion: in the middle the paper shows, white or dark."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    stops = [(0.0, to_rgba(BLUE)), (0.5, to_rgba(BLUE, 0)), (0.5, to_rgba(VERMILLION, 0)), (1.0, to_rgba(VERMILLION))]
+    return LinearSegmentedColormap.from_list("late", stops, N=_NUM_SHADES)
 
 
 def thinned(places: list[float], least: float) -> list[int]:

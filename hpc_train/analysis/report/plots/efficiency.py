@@ -29,7 +29,7 @@ def efficiency_plot(group: Group) -> Plot | None:
     values = "; ".join(f"{plural(row.size, 'rank')}: {_values_text(row, factors)}" for row in rows)
     return Plot(
         "pop-efficiencies",
-        "POP efficiencies: each is the product of those below it in the tree; darker means more loss.",
+        "POP efficiencies: each is the product of those below it in the tree; the deeper its colour, the more is lost.",
         f"POP efficiencies, each the product of those below it. {values}.",
         partial(_paint, rows=rows, factors=factors),
         height=0.16 + 0.075 * len(factors),
@@ -41,7 +41,7 @@ def _values_text(row: Row, factors: list[str]) -> str:
 
 
 def _label(factor: str) -> str:
-    return factor.replace("_", " ")
+    return "computation scaling" if factor == "computational" else factor.replace("_", " ")
 
 
 def _paint(axes: "Axes", rows: list[Row], factors: list[str]) -> None:
@@ -49,7 +49,7 @@ def _paint(axes: "Axes", rows: list[Row], factors: list[str]) -> None:
         for column, row in enumerate(rows):
             value = row.pop.factors.get(factor)
             loss = 0.0 if value is None else min(1.0, max(0.0, (1 - value) / (1 - _WORST)))
-            axes.barh(line, 0.94, 0.88, column - 0.47, color=_blend(VERMILLION, loss), edgecolor="none")
+            axes.barh(line, 0.94, 0.88, column - 0.47, color=(VERMILLION, loss), edgecolor="none")
             text = "-" if value is None else percent(value, 0)
             color = WHITE if loss > 0.75 else BLACK
             axes.annotate(text, (column, line), ha="center", va="center", color=color, fontsize="medium")
@@ -79,10 +79,3 @@ def _paint_branches(axes: "Axes", factors: list[str]) -> None:
             x = indent - 0.03
             bend = ([x, x, indent - 0.008], [above[-1] + 0.35, line, line])
             axes.plot(*bend, transform=place, color=GREY, linewidth=0.8, clip_on=False)
-
-
-def _blend(color: str, share: float) -> tuple[float, float, float]:
-    """The colour over white, `share` of it."""
-    whole = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    red, green, blue = (1 - share * (1 - each) for each in whole)
-    return red, green, blue

@@ -16,7 +16,7 @@ from hpc_train.core.timing_log import COMMUNICATION, PHASES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLORS = {"above idle": GREEN, "idle": SKY, "measured": GREEN, "estimated": GREEN}
+_COLORS = {"dynamic": GREEN, "idle": SKY, "measured": GREEN, "estimated": GREEN}
 _OUTSIDE = "outside steps"
 _HEIGHT = 0.75
 
@@ -42,7 +42,7 @@ def energy_by_size_plot(cost: GroupEnergy) -> Plot:
     qualities = _qualities([row.per_sample for row in rows]) or "partly missing"
     with_idle = any(row.net.total is not None for row in rows)
     is_hatched = any(_is_estimate(amount) for row in rows for _, amount in _pieces(row))
-    split = " Green is above idle, light blue the idle draw of the nodes." if with_idle else ""
+    split = " Green is dynamic, light blue the idle energy of the nodes." if with_idle else ""
     hatched = " Hatched is estimated, not read from a meter." if is_hatched else ""
     amounts = ", ".join(f"{plural(row.row.size, 'rank')} {_amount_text(row)}" for row in rows)
     return Plot(
@@ -55,12 +55,12 @@ def energy_by_size_plot(cost: GroupEnergy) -> Plot:
 
 
 def _amount_text(row: RowEnergy) -> str:
-    net = f" of which above idle {row.net_per_sample.text()}" if row.net.total is not None else ""
+    net = f" of which dynamic {row.net_per_sample.text()}" if row.net.total is not None else ""
     return row.per_sample.text() + net
 
 
 def _pieces(row: RowEnergy) -> list[tuple[str, EnergyAmount]]:
-    """The pieces of a bar, bottom first: by idle draw if that is known, else by quality."""
+    """The pieces of a bar, bottom first: by idle power if that is known, else by quality."""
     whole = row.per_sample
     if row.net.total is None or whole.total is None:
         return [
@@ -70,7 +70,7 @@ def _pieces(row: RowEnergy) -> list[tuple[str, EnergyAmount]]:
     net = row.net_per_sample
     idle_j = whole.known - net.known
     idle = EnergyAmount(estimated=idle_j) if _is_estimate(net) else EnergyAmount(measured=idle_j)
-    return [("above idle", net), ("idle", idle)]
+    return [("dynamic", net), ("idle", idle)]
 
 
 def _is_estimate(amount: EnergyAmount) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 from hpc_train.analysis.models.predict import Prediction, curve_sizes
 from hpc_train.analysis.planning.plan import Plan
 from hpc_train.analysis.report.model import Plot
-from hpc_train.analysis.report.plots.canvas import BLACK, BLUE, GREY, SKY, VERMILLION, WHITE, thinned
+from hpc_train.analysis.report.plots.canvas import BLACK, BLUE, GREY, SKY, VERMILLION, WHITE, legend_above, thinned
 from hpc_train.core.formatting import percent, plural, significant
 
 if TYPE_CHECKING:
@@ -102,4 +102,4 @@ def _scale(axes: "Axes", sizes: list[int]) -> None:
     shown = [sizes[index] for index in thinned(places, (places[-1] - places[0]) / 11)]
     axes.set_xticks(shown, [str(size) for size in shown])
     axes.set(xlabel="ranks", ylabel="samples/s")
-    axes.legend(loc="upper left", fontsize="small")
+    legend_above(axes, 2)

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpc_train.analysis.report.labels import interval_words
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.notes.laws import law_text
 from hpc_train.analysis.report.plots.canvas import BLUE, GREY, VERMILLION, WHITE, thinned
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.laws import Law, fitted
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.core.formatting import percent, plural, ratio_interval_text, ratio_text
+from hpc_train.core.formatting import percent, plural, ratio_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +38,7 @@ def speedup_plot(group: Group) -> Plot | None:
 
 
 def _interval(row: Row) -> str:
-    return "" if row.speedup_interval is None else f" (95% interval {ratio_interval_text(row.speedup_interval)})"
+    return "" if row.speedup_interval is None else f" ({interval_words(row.relative_speed)})"
 
 
 def _paint(axes: "Axes", group: Group, rows: list[Row], law: Law | None) -> None:

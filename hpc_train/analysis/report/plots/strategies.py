@@ -1,4 +1,4 @@
-"""Strategies on equal work, side by side: step time, and the bytes that theory says must move."""
+"""Strategies on equal work, side by side: step time, and the communication volume by theory."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -43,8 +43,8 @@ def strategy_bytes_plot(comparison: Comparison) -> Plot | None:
     traffic = "; ".join(f"{_where(entry)}: {_traffic_text(entry, scale)} {unit}" for entry in entries)
     return Plot(
         "strategies-bytes",
-        "The bytes that theory says the busiest rank must move in a step, by strategy and number of ranks.",
-        f"Strategies on equal work, traffic per step: {traffic}.",
+        "Communication volume of a step by theory: the bytes of the busiest rank, by strategy and number of ranks.",
+        f"Strategies on equal work, communication volume of a step: {traffic}.",
         partial(_paint_bytes, entries=entries, scale=scale, unit=unit),
         _height(entries),
     )
@@ -67,7 +67,7 @@ def _computing_ms(entry: Entry) -> float:
 
 
 def _traffic_bytes(entry: Entry) -> float:
-    return entry.traffic.must_move_bytes if entry.traffic else 0.0
+    return entry.traffic.volume_bytes if entry.traffic else 0.0
 
 
 def _height(entries: Sequence[Entry]) -> float:
@@ -91,7 +91,7 @@ def _paint_bytes(axes: "Axes", entries: Sequence[Entry], scale: float, unit: str
         text = _traffic_text(entry, scale)
         axes.annotate(text, (each, place), (3, 0), textcoords="offset points", va="center", fontsize="small")
     axes.margins(x=0.16)
-    _label_axes(axes, entries, f"traffic per step ({unit})")
+    _label_axes(axes, entries, f"communication volume of a step ({unit})")
 
 
 def _places(entries: Sequence[Entry]) -> list[float]:
@@ -110,7 +110,7 @@ def _traffic_text(entry: Entry, scale: float) -> str:
     if entry.traffic is None:
         return "missing"
     least = "\N{GREATER-THAN OR EQUAL TO} " if entry.traffic.is_least else ""
-    return least + significant(entry.traffic.must_move_bytes / scale)
+    return least + significant(entry.traffic.volume_bytes / scale)
 
 
 def _byte_unit(most: float) -> tuple[float, str]:

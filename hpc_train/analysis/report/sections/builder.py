@@ -5,7 +5,7 @@ from functools import partial
 from typing import ParamSpec
 
 from hpc_train.analysis.guard import SectionGuard
-from hpc_train.analysis.report.model import Column, Note, NoteKind, Plot, Section, SectionKind, Table
+from hpc_train.analysis.report.model import Column, KeyNumber, Note, NoteKind, Part, Plot, Section, SectionKind, Table
 from hpc_train.analysis.report.plots.canvas import unmade_plot
 
 P = ParamSpec("P")
@@ -17,14 +17,33 @@ class SectionBuilder:
     def __init__(self, kind: SectionKind, label: str, guard: SectionGuard) -> None:
         self._kind, self._label, self._guard = kind, label, guard
         self._headline = ""
+        self._numbers: list[KeyNumber] = []
         self._overview: Table | None = None
+        self._leading: tuple[str, ...] = ()
+        self._parts: list[Part] = []
         self._tables: list[Table] = []
         self._notes: list[Note] = []
         self._plots: list[Plot] = []
+        self._title = label
 
     def headline(self, make: Callable[P, str], *args: P.args, **kwargs: P.kwargs) -> None:
         what = f"the answer for {self._label}"
         self._headline = self._guard.call(what, _sentence, make, *args, **kwargs)
+
+    def number(self, title: str, make: Callable[P, KeyNumber], *args: P.args, **kwargs: P.kwargs) -> None:
+        what = f"the number '{title}' of {self._label}"
+        unmade = partial(KeyNumber, title, "missing")
+        self._numbers.append(self._guard.call(what, unmade, make, *args, **kwargs))
+
+    def lead(self, *ids: str) -> None:
+        """The plots that a page shows first, in this order: as many as it has room for."""
+        self._leading = ids
+
+    def part(self, title: str) -> None:
+        """What follows belongs to this part."""
+        if self._tables or self._notes or self._plots:
+            self._parts.append(Part(self._title, tuple(self._tables), tuple(self._notes), tuple(self._plots)))
+        self._title, self._tables, self._notes, self._plots = title, [], [], []
 
     def overview(self, make: Callable[P, Table], *args: P.args, **kwargs: P.kwargs) -> None:
         what = f"the overview of {self._label}"
@@ -45,9 +64,11 @@ class SectionBuilder:
         self._plots += [plot] if plot is not None else []
 
     def build(self) -> Section:
-        overview = self._overview or next(iter(self._tables), None)
-        contents = (tuple(self._tables), tuple(self._notes), tuple(self._plots))
-        return Section(self._kind, self._label, self._headline, overview, *contents)
+        self.part("")
+        tables = (table for part in self._parts for table in part.tables)
+        overview = self._overview or next(tables, None)
+        first = (self._kind, self._label, self._headline, tuple(self._numbers), overview, self._leading)
+        return Section(*first, tuple(self._parts))
 
 
 def _sentence(why: str) -> str:

@@ -4,21 +4,18 @@ from typing import Any
 
 from hpc_train.analysis.efficiency.pop import FACTORS
 from hpc_train.analysis.efficiency.stragglers import Straggler
-from hpc_train.analysis.report.labels import ranks_text, straggler_text, worst_run
+from hpc_train.analysis.report.labels import WITHIN, ranks_text, straggler_text
 from hpc_train.analysis.report.model import Column, Table, number_columns
 from hpc_train.analysis.report.notes.efficiency import pop_missing_notes, straggler_notes
 from hpc_train.analysis.report.plots.arrivals import arrivals_plot
 from hpc_train.analysis.report.plots.efficiency import efficiency_plot
+from hpc_train.analysis.report.plots.rank_phases import rank_phases_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import ms_text, percent, ratio_text
 
-EFFICIENCY_COLUMNS = (
-    *(f"pop_{factor}{end}" for factor in FACTORS for end in ("", "_low", "_high")),
-    *("waiting_for", "waiting_share", "waiting_share_low", "waiting_share_high", "noise"),
-)
 _MOST_LINES = 12
 _FACTOR_LABELS = {  # indented below the factor that they multiply to
     "global": "global",
@@ -28,16 +25,18 @@ _FACTOR_LABELS = {  # indented below the factor that they multiply to
     "communication": "  x communication",
     "serialisation": "    = serialisation",
     "transfer": "    x transfer",
-    "computational": "x computational",
+    "computational": "x computation scaling",
 }
 
 
 def add_efficiency(section: SectionBuilder, group: Group) -> None:
+    section.part("Efficiency factors and stragglers")
     section.table("pop", pop_table, group)
     section.table("stragglers", straggler_table, group)
     section.notes("pop-missing", "caution", pop_missing_notes, group)
     section.notes("stragglers", "method", straggler_notes, group)
     section.plot("pop-efficiencies", efficiency_plot, group)
+    section.plot("rank-phases", rank_phases_plot, group)
     section.plot("late-ranks", arrivals_plot, group)
 
 
@@ -57,9 +56,10 @@ def pop_table(group: Group) -> Table | None:
             lines.append((*cells, "-" if interval is None else "-".join(map(_factor_text, interval))))
     is_served = any(row.num_servers for row in rows)
     if group.baseline is not None and "global" in group.baseline.pop.factors and not is_served:
-        label = "speedup efficiency: global / baseline's global"
-        lines.append((label, *(_factor_text(row.efficiency) for row in rows), "-"))
-    return Table("pop", "POP efficiencies (1: no loss)", tuple(columns), tuple(lines))
+        lines.append(("speedup efficiency", *(_factor_text(row.efficiency) for row in rows), "-"))
+    within = "" if last.pop.estimates["parallel"].between_runs else f"; interval {WITHIN}"
+    title = f"POP efficiencies (1: no loss; speedup efficiency: global over the baseline's{within})"
+    return Table("pop", title, tuple(columns), tuple(lines))
 
 
 def _factor_text(value: float | None) -> str:
@@ -78,11 +78,11 @@ def straggler_table(group: Group) -> Table | None:
         text("kind", lambda pair: "persistent" if pair[1].persistent else "sporadic"),
         number("last in", lambda pair: percent(pair[1].share_last)),
         number("late by (ms)", lambda pair: ms_text(pair[1].late_s)),
-        number("cost", lambda pair: percent(pair[1].share)),
-        number("95% interval", lambda pair: "-".join(map(percent, pair[1].share_interval or ())) or "-"),
+        number("time lost", lambda pair: percent(pair[1].share)),
+        number(f"95% interval {WITHIN}", lambda pair: "-".join(map(percent, pair[1].share_interval or ())) or "-"),
         text("cause", lambda pair: _cause_text(pair[1])),
     ]
-    title = "Stragglers (last in: share of the steps in which it arrives last; cost: share of the job's time)"
+    title = "Stragglers (last in: share of the steps in which it arrives last; time lost: share of the job's)"
     return make_table("stragglers", title, found[:_MOST_LINES], columns)
 
 
@@ -95,26 +95,6 @@ def _cause_text(straggler: Straggler) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- for programs
-
-
-def efficiency_record(row: Row) -> dict[str, Any]:
-    """A row's factors as plain values under `EFFICIENCY_COLUMNS`; None is unknown."""
-    record: dict[str, Any] = {}
-    for factor in FACTORS:
-        low, high = row.pop.intervals.get(factor, (None, None))
-        record |= {f"pop_{factor}": row.pop.factors.get(factor), f"pop_{factor}_low": low, f"pop_{factor}_high": high}
-    worst = worst_run(row)
-    is_known = worst is not None and (worst.stragglers or worst.clock_error_s is not None or worst.unaligned)
-    low, high = (worst.share_interval if worst else None) or (None, None)
-    noises = [run.load_balance.noise for run in row.runs if run.load_balance and run.load_balance.noise is not None]
-    return {
-        **record,
-        "waiting_for": " + ".join(map(straggler_text, worst.stragglers)) if worst and worst.stragglers else None,
-        "waiting_share": worst.share if worst and is_known else None,
-        "waiting_share_low": low,
-        "waiting_share_high": high,
-        "noise": sum(noises) / len(noises) if noises else None,
-    }
 
 
 def straggler_records(row: Row) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.energy.run_energy import RunEnergy
-from hpc_train.analysis.report.labels import communication_text, ranks_text
+from hpc_train.analysis.report.labels import communication_text
 from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.notes.energy import (
     lacking_notes,
@@ -19,32 +19,31 @@ from hpc_train.analysis.report.notes.energy import (
 from hpc_train.analysis.report.plots.energy import energy_by_phase_plot, energy_by_size_plot, energy_by_speedup_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
+from hpc_train.analysis.report.sections.quantities import (
+    CO2,
+    DELAY_PRODUCT,
+    DYNAMIC,
+    DYNAMIC_PER_SAMPLE,
+    FACILITY,
+    GROSS,
+    GROSS_INTERVAL,
+    LOOP,
+    MARGINAL,
+    MEAN_POWER,
+    OUTSIDE,
+    PEAK_POWER,
+    PRICE,
+    RANKS,
+    Quantity,
+)
 from hpc_train.core.formatting import amount, plain, significant
 from hpc_train.core.timing_log import PHASES
 
-COST_COLUMNS = (
-    "joules_measured",
-    "joules_estimated",
-    "joules_shared",
-    "joules_loop",
-    "joules_net",
-    "joules_net_quality",
-    "mean_w",
-    "peak_w",
-    "edp_js",
-    "joules_per_speedup",
-    *(f"joules_{phase}" for phase in PHASES),
-    "joules_servers",
-    "joules_outside_steps",
-    "pue",
-    "facility_joules",
-    "co2_g",
-    "price",
-    "currency",
-)
+_RANKS: Quantity[RowEnergy] = RANKS.of(lambda energy: energy.row)
 
 
 def add_energy(section: SectionBuilder, energy: GroupEnergy) -> None:
+    section.part("Energy in detail")
     section.notes("more-hardware", "finding", verdict_notes, energy)
     section.notes("meters", "method", run_notes, energy)
     if not energy.known:
@@ -64,46 +63,22 @@ def add_energy(section: SectionBuilder, energy: GroupEnergy) -> None:
 
 
 def run_table(energy: GroupEnergy) -> Table:
-    columns: list[CellColumn[RowEnergy]] = [
-        number("ranks", _ranks_text),
-        number("gross", lambda row: row.gross.text()),
-        number("loop", lambda row: row.loop.text()),
-        # 0 J has no quality of its own: this cell has that of the whole run.
-        number("outside steps", lambda row: _marked(row.outside.total, "J", row.gross.mark())),
-    ]
+    has_interval = any(row.joules is not None and row.joules.interval is not None for row in energy.rows)
+    columns = [_RANKS.column, GROSS.column, *([GROSS_INTERVAL.column] if has_interval else [])]
+    columns += [LOOP.column, OUTSIDE.column]
     idle = ""
     if any(row.net.total is not None for row in energy.rows):
-        columns.append(number("above idle", lambda row: row.net.text()))
-        columns.append(number("above idle per sample", lambda row: row.net_per_sample.text()))
-        idle = "; above idle: gross minus the idle draw"
+        columns += [DYNAMIC.column, DYNAMIC_PER_SAMPLE.column]
+        idle = "; dynamic: gross minus idle"
     title = f"Energy per run (gross: the whole run; loop: the steps{idle})"
     return make_table("energy", title, energy.rows, columns)
 
 
 def power_table(energy: GroupEnergy) -> Table:
-    columns: list[CellColumn[RowEnergy]] = [
-        number("ranks", _ranks_text),
-        number("mean power", lambda row: _marked(row.mean_w, "W", row.gross.mark())),
-        number("peak power", lambda row: _marked(row.peak_w, "W", row.gross.mark())),
-        number("energy-delay product", lambda row: _marked(row.edp_js, "Js", row.loop.mark())),
-    ]
-    if any(row.pays is not None for row in energy.rows):
-        columns.append(number("energy per unit of speedup", _marginal_text))
+    columns = [_RANKS.column, MEAN_POWER.column, PEAK_POWER.column, DELAY_PRODUCT.column]
+    if any(row.change is not None for row in energy.rows):
+        columns.append(MARGINAL.column)
     return make_table("power", "Power, and what speedup costs", energy.rows, columns)
-
-
-def _ranks_text(row: RowEnergy) -> str:
-    return ranks_text(row.row)
-
-
-def _marked(value: float | None, unit: str, mark: str) -> str:
-    return "missing" if value is None else amount(value, unit) + mark
-
-
-def _marginal_text(row: RowEnergy) -> str:
-    if row.marginal is not None:
-        return row.marginal.text()
-    return "-" if row.pays is None else "no faster"
 
 
 def phase_table(energy: GroupEnergy) -> Table:
@@ -111,10 +86,7 @@ def phase_table(energy: GroupEnergy) -> Table:
     phases = [phase for phase in PHASES if any(phase in row.phases for row in energy.rows)]
     most = max((joules.known for row in energy.rows for joules in row.phases.values()), default=0.0)
     scale, unit = next((pair for pair in ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J")) if most >= pair[0]), (1e-3, "mJ"))
-    columns: list[CellColumn[RowEnergy]] = [
-        number("ranks", _ranks_text),
-        *(_phase_column(phase, scale) for phase in phases),
-    ]
+    columns: list[CellColumn[RowEnergy]] = [_RANKS.column, *(_phase_column(phase, scale) for phase in phases)]
     if any(row.servers for row in energy.rows):
         columns.append(number("servers", lambda row: _number_text(_total(row.servers), scale)))
     explained = f"estimates, attributed by time; {communication_text(phases)}: exposed communication"
@@ -136,7 +108,7 @@ def node_table(energy: GroupEnergy) -> Table:
     rest = f"; the rest of its node is divided {' or '.join(rules)} among ranks, which no meter confirms"
     title = f"Energy by node and rank (a rank has its GPU's joules{rest if rules else ''})"
     columns: list[CellColumn[RowEnergy]] = [
-        number("ranks", _ranks_text),
+        _RANKS.column,
         text("per node", _nodes_text),
         text("per rank", _per_rank_text),
     ]
@@ -172,27 +144,15 @@ def _range_text(amounts: Sequence[tuple[str, EnergyAmount]], mark: str | None = 
 def cost_table(energy: GroupEnergy) -> Table | None:
     """Facility energy, CO2 and price, each if the centre's figure for it is known."""
     tariffs = [row.tariff for row in energy.rows]
-    columns: list[CellColumn[RowEnergy]] = []
+    columns = []
     if any(tariff.pue is not None for tariff in tariffs):
-        columns.append(number("facility energy", _facility_text))
+        columns.append(FACILITY.column)
     if any(tariff.co2_g_per_kwh is not None for tariff in tariffs):
-        columns.append(number("CO2", lambda row: _marked(row.co2_g, "g", row.gross.mark())))
+        columns.append(CO2.column)
     if any(tariff.price_per_kwh is not None for tariff in tariffs):
-        columns.append(number("price", _bill_text))
-    if not columns:
-        return None
+        columns.append(PRICE.column)
     title = "Facility energy, CO2 and price of a run"
-    return make_table("cost", title, energy.rows, [number("ranks", _ranks_text), *columns])
-
-
-def _facility_text(row: RowEnergy) -> str:
-    return _marked(None if row.facility_j is None else row.facility_j / 3600, "Wh", row.gross.mark())
-
-
-def _bill_text(row: RowEnergy) -> str:
-    if row.price is None:
-        return "missing"
-    return f"{significant(row.price)} {plain(row.tariff.currency or '')}{row.gross.mark()}"
+    return make_table("cost", title, energy.rows, [_RANKS.column, *columns]) if columns else None
 
 
 def _total(amounts: dict[str, EnergyAmount]) -> EnergyAmount:
@@ -200,32 +160,6 @@ def _total(amounts: dict[str, EnergyAmount]) -> EnergyAmount:
 
 
 # ---------------------------------------------------------------------------------------------- for programs
-
-
-def cost_record(row: RowEnergy) -> dict[str, Any]:
-    """A row's energy as plain values under `COST_COLUMNS`, in base units."""
-    gross, phases, tariff = row.gross, row.phases, row.tariff
-    is_known = bool(gross.known) or not gross.lacking
-    return {
-        "joules_measured": gross.measured or 0.0 if is_known else None,
-        "joules_estimated": gross.estimated or 0.0 if is_known else None,
-        "joules_shared": gross.shared,
-        "joules_loop": row.loop.total,
-        "joules_net": row.net.total,
-        "joules_net_quality": row.net.quality,
-        "mean_w": row.mean_w,
-        "peak_w": row.peak_w,
-        "edp_js": row.edp_js,
-        "joules_per_speedup": row.marginal.total if row.marginal else None,
-        **{f"joules_{phase}": phases[phase].total if phase in phases else None for phase in PHASES},
-        "joules_servers": _total(row.servers).total if row.servers else None,
-        "joules_outside_steps": row.outside.total,
-        "pue": tariff.pue,
-        "facility_joules": row.facility_j,
-        "co2_g": row.co2_g,
-        "price": row.price,
-        "currency": tariff.currency,
-    }
 
 
 def node_record(row: RowEnergy) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from hpc_train.analysis.report.sections.efficiency import add_efficiency
 from hpc_train.analysis.report.sections.energy import add_energy
 from hpc_train.analysis.report.sections.flops import add_flops
 from hpc_train.analysis.report.sections.next_run import add_next_run, next_run
+from hpc_train.analysis.report.sections.node_use import add_node_use
+from hpc_train.analysis.report.sections.numbers import add_numbers
 from hpc_train.analysis.report.sections.result import add_result
 from hpc_train.analysis.report.sections.scaling import add_scaling
 from hpc_train.analysis.report.sections.step_time import add_step_time
@@ -22,10 +24,14 @@ def group_section(energy: GroupEnergy, study: TargetStudy | None, named: bool, g
     advice = next_run(group, guard)
     section = SectionBuilder("group", group.label, guard)
     section.headline(headline, group, named, advice.short)
+    add_numbers(section, group, advice)
+    forecast = ("forecast",) if advice.trusted else ()
+    section.lead("speedup", "time-per-step", "energy-per-sample", *forecast, "rank-phases", "step-times")
     add_scaling(section, group)
     add_step_time(section, group)
     add_efficiency(section, group)
     add_flops(section, group)
+    add_node_use(section, group)
     add_result(section, group)
     add_energy(section, energy)
     add_next_run(section, advice)

@@ -60,6 +60,7 @@ def _next_run(group: Group) -> NextRun:
 
 
 def add_next_run(section: SectionBuilder, advice: NextRun) -> None:
+    section.part("The next run")
     if advice.reason:
         section.notes("next-run", "finding", list, [advice.reason])
     if advice.plan is None:

@@ -104,7 +104,7 @@ def models_table(prediction: Prediction) -> Table:
     used = prediction.chosen.model
     columns: list[CellColumn[Candidate]] = [
         text("model", lambda candidate: candidate.model + " <-" * (candidate.model == used)),
-        number("error", lambda candidate: percent(candidate.error)),
+        number("extrapolation error", lambda candidate: percent(candidate.error)),
         number("held out", lambda candidate: ", ".join(str(each.ranks) for each in candidate.held_out) or "none"),
         text("step time", lambda each: each.fit.form if each.fit else f"not fitted: {each.reason}"),
     ]

@@ -2,18 +2,19 @@
 
 from collections.abc import Sequence
 
-from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.notes.energy import estimate_notes, missing_notes
 from hpc_train.analysis.report.plots.loss import loss_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
+from hpc_train.analysis.report.sections.quantities import ENERGY, ENERGY_PER_SAMPLE, LOSS, RANKS
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.core.formatting import energy_text, percent, plain, significant
+from hpc_train.core.formatting import percent, plain, significant
 
 
 def add_result(section: SectionBuilder, group: Group) -> None:
+    section.part("Energy and result")
     section.table("result", result_table, group)
     section.notes("energy-missing", "caution", missing_notes, group)
     section.notes("energy-estimated", "method", estimate_notes, group)
@@ -21,14 +22,10 @@ def add_result(section: SectionBuilder, group: Group) -> None:
 
 
 def result_table(group: Group) -> Table:
-    columns: list[CellColumn[Row]] = [
-        number("ranks", ranks_text),
-        number("energy per run", lambda row: energy_text(row.energy.joules, row.energy.quality)),
-        number("per sample", lambda row: energy_text(row.joules_per_sample, row.energy.quality)),
-        text("meter", lambda row: plain(row.energy.source)),
-    ]
+    columns = [RANKS.column, ENERGY.column, ENERGY_PER_SAMPLE.titled("per sample")]
+    columns.append(text("meter", lambda row: plain(row.energy.source)))
     if any(row.loss is not None for row in group.rows):
-        columns.append(number("loss", lambda row: significant(row.loss, 4)))
+        columns.append(LOSS.column)
     columns += map(measure_column, measures_of(group.rows))
     return make_table("result", "Energy and result", group.rows, columns)
 

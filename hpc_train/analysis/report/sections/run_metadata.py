@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.model import Metadata
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.meta_json import dict_at, list_at, positive_number, text_at
+from hpc_train.analysis.runs.memory import peak_memory
+from hpc_train.analysis.runs.meta_json import dict_at, text_at
 from hpc_train.core.formatting import amount, listed
 
 
@@ -50,20 +51,13 @@ def run_metadata(run: Run) -> Metadata:
 
 def _peak_text(run: Run) -> str:
     """The largest of the ranks' peaks, and what was expected before the first step; empty for older runs."""
-    kinds = {"of its own": "anonymous", "resident with files": "resident", "on its GPU": "gpu"}
-    told = {kind: _largest(run, f"peak_{key}_bytes") for kind, key in kinds.items()}
-    peaks = [f"{amount(peak, 'B')} {kind}" for kind, peak in told.items() if peak]
-    expected = _largest(run, "expected_peak_bytes")
-    if not peaks or not expected:
+    peak = peak_memory(run)
+    kinds = {"of its own": peak.own_bytes, "resident with files": peak.resident_bytes, "on its GPU": peak.gpu_bytes}
+    peaks = [f"{amount(most, 'B')} {kind}" for kind, most in kinds.items() if most]
+    if not peaks or not peak.expected_bytes:
         return ", ".join(peaks)
-    return f"{', '.join(peaks)}; {amount(expected, 'B')} expected " + (
-        "on its GPU" if told["on its GPU"] else "of its own"
-    )
-
-
-def _largest(run: Run, key: str) -> float | None:
-    """Of the values of all ranks."""
-    return max(filter(None, map(positive_number, list_at(run.meta, key))), default=None)
+    where = "on its GPU" if peak.on_gpu else "of its own"
+    return f"{', '.join(peaks)}; {amount(peak.expected_bytes, 'B')} expected {where}"
 
 
 def _servers_text(run: Run) -> str:

@@ -3,24 +3,17 @@
 from typing import Any
 
 from hpc_train.analysis.guard import SectionGuard
-from hpc_train.analysis.report.labels import ranks_text
 from hpc_train.analysis.report.model import Section, Table
 from hpc_train.analysis.report.notes.headlines import strategy_headline
 from hpc_train.analysis.report.notes.strategies import comparison_notes, theory_notes
 from hpc_train.analysis.report.plots.strategies import strategy_bytes_plot, strategy_times_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
+from hpc_train.analysis.report.sections.columns import CellColumn, interval, make_table, number, text
+from hpc_train.analysis.report.sections.quantities import EXPOSED, RANKS, SAMPLES, STEP
 from hpc_train.analysis.report.sections.result import measure_column, measures_of
+from hpc_train.analysis.scaling.rows import Row
 from hpc_train.analysis.scaling.strategies import Comparison, Entry, Traffic
-from hpc_train.core.formatting import (
-    amount,
-    interval_text,
-    ms_text,
-    percent,
-    ratio_interval_text,
-    ratio_text,
-    significant,
-)
+from hpc_train.core.formatting import amount, interval_text, ratio_interval_text, ratio_text, significant
 
 
 def strategy_section(comparison: Comparison, named: bool, guard: SectionGuard) -> Section:
@@ -40,16 +33,20 @@ def strategy_section(comparison: Comparison, named: bool, guard: SectionGuard) -
 def strategy_table(comparison: Comparison) -> Table:
     columns: list[CellColumn[Entry]] = [
         text("strategy", lambda entry: entry.strategy),
-        number("ranks", lambda entry: ranks_text(entry.row)),
-        number("step (ms)", lambda entry: ms_text(entry.row.step_s)),
-        number("95% interval", lambda entry: interval_text(entry.row.step_interval_s, 1e3)),
-        number("samples/s", lambda entry: significant(entry.row.samples_per_s, 4)),
+        RANKS.of(_row).column,
+        STEP.of(_row).column,
+        interval(comparison.entries, lambda entry: entry.row.step, lambda ends: interval_text(ends, 1e3)),
+        SAMPLES.of(_row).column,
         number(f"speed vs {comparison.reference}", _ratio_text),
-        number("95% interval", lambda entry: ratio_interval_text(entry.ratio_interval)),
-        number("exposed", lambda entry: percent(entry.row.exposed_share)),
+        interval(comparison.entries, lambda entry: entry.relative_speed, ratio_interval_text),
+        EXPOSED.of(_row).column,
     ]
     title = f"Strategies on equal work ({_work_text(comparison)})"
     return make_table("strategies", title, comparison.entries, columns)
+
+
+def _row(entry: Entry) -> Row:
+    return entry.row
 
 
 def _work_text(comparison: Comparison) -> str:
@@ -70,13 +67,13 @@ def _ratio_text(entry: Entry) -> str:
 def strategy_traffic_table(comparison: Comparison) -> Table:
     columns: list[CellColumn[Entry]] = [
         text("strategy", lambda entry: entry.strategy),
-        number("ranks", lambda entry: ranks_text(entry.row)),
-        number("traffic per step", lambda entry: _traffic_text(entry.traffic)),
+        RANKS.of(_row).column,
+        number("communication volume", lambda entry: _traffic_text(entry.traffic)),
         number("optimizer state", lambda entry: amount(max(entry.optimizer_bytes or [], default=None), "B")),
         number("loss", lambda entry: significant(entry.row.loss, 7)),
         *map(_measure_column, measures_of([entry.row for entry in comparison.entries])),
     ]
-    title = "Traffic of the busiest rank (theory), largest optimizer state of a rank, and result"
+    title = "Communication volume of the busiest rank in a step (theory), largest optimizer state of a rank, and result"
     return make_table("strategies-traffic", title, comparison.entries, columns)
 
 
@@ -88,7 +85,7 @@ def _measure_column(measure: str) -> CellColumn[Entry]:
 def _traffic_text(traffic: Traffic | None) -> str:
     if traffic is None:
         return "missing"
-    return ("at least " if traffic.is_least else "") + amount(traffic.must_move_bytes, "B")
+    return ("at least " if traffic.is_least else "") + amount(traffic.volume_bytes, "B")
 
 
 def strategy_notes(comparison: Comparison) -> list[str]:
@@ -126,9 +123,9 @@ def _entry_record(entry: Entry) -> dict[str, Any]:
         "ratio_high": ratio_high,
         "share_reduce": row.phase_share.get("reduce"),
         "share_sync": row.phase_share.get("sync"),
-        "must_move_bytes": traffic.must_move_bytes if traffic else None,
+        "volume_bytes": traffic.volume_bytes if traffic else None,
         "each_way_bytes": traffic.each_way_bytes if traffic else None,
-        "must_move_is_least": traffic.is_least if traffic else None,
+        "volume_is_least": traffic.is_least if traffic else None,
         "optimizer_bytes": entry.optimizer_bytes,
         "loss": row.loss,
         **{f"test_{measure}": value for measure, value in row.test.items()},

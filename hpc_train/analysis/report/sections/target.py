@@ -11,25 +11,9 @@ from hpc_train.analysis.report.notes.headlines import target_headline
 from hpc_train.analysis.report.notes.target import headline_notes, target_notes
 from hpc_train.analysis.report.plots.target import target_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number
+from hpc_train.analysis.report.sections.columns import CellColumn, interval, make_table, number
+from hpc_train.analysis.report.sections.quantities import TARGET, record
 from hpc_train.core.formatting import percent, plural, ratio_interval_text, ratio_text, significant
-
-TARGET_COLUMNS = (
-    "target_loss",
-    "num_reached",
-    "steps_to_target",
-    "samples_to_target",
-    "epochs_to_target",
-    "seconds_to_target",
-    "joules_to_target",
-    "joules_to_target_quality",
-    "target_reference_ranks",
-    "target_speedup",
-    "target_speedup_low",
-    "target_speedup_high",
-    "target_efficiency",
-    "statistical_efficiency",
-)
 
 
 def target_section(study: TargetStudy, guard: SectionGuard) -> Section:
@@ -43,6 +27,7 @@ def target_section(study: TargetStudy, guard: SectionGuard) -> Section:
 
 def add_target(section: SectionBuilder, study: TargetStudy) -> None:
     """A study of one group alone, as a part of that group's section."""
+    section.part("Time to a loss")
     section.notes("time-to-loss", "finding", headline_notes, study)
     _add_tables(section, study)
 
@@ -76,7 +61,7 @@ def target_speedup_table(study: TargetStudy) -> Table | None:
     columns: list[CellColumn[TargetRow]] = [
         *_name_columns(study),
         number("by time to target", lambda row: _times(row.speedup)),
-        number("95% interval", lambda row: ratio_interval_text(row.speedup_interval)),
+        interval(study.rows, lambda row: row.relative_speed, ratio_interval_text),
         number("efficiency", lambda row: percent(row.efficiency)),
         number("by samples/s", lambda row: _times(row.throughput)),
         number("efficiency", lambda row: percent(row.throughput_efficiency)),
@@ -134,27 +119,6 @@ def _times(speedup: float | None) -> str:
 # ---------------------------------------------------------------------------------------------- for programs
 
 
-def target_record(study: TargetStudy, row: TargetRow) -> dict[str, Any]:
-    """A row as plain values under `TARGET_COLUMNS`, in base units; None is unknown or not reached."""
-    low, high = row.speedup_interval or (None, None)
-    return {
-        "target_loss": study.target,
-        "num_reached": row.num_reached,
-        "steps_to_target": row.num_steps,
-        "samples_to_target": row.num_samples,
-        "epochs_to_target": row.epochs,
-        "seconds_to_target": row.seconds,
-        "joules_to_target": row.joules.total if row.joules else None,
-        "joules_to_target_quality": row.joules.quality if row.joules else NOT_REACHED,
-        "target_reference_ranks": study.reference.size if study.reference else None,
-        "target_speedup": row.speedup,
-        "target_speedup_low": low,
-        "target_speedup_high": high,
-        "target_efficiency": row.efficiency,
-        "statistical_efficiency": row.statistical,
-    }
-
-
 def study_record(study: TargetStudy) -> dict[str, Any]:
     return {
         "label": study.label,
@@ -172,7 +136,7 @@ def _row_record(study: TargetStudy, row: TargetRow) -> dict[str, Any]:
         "global_batch": row.global_batch,
         "tuning": row.tuning,
         "incomplete": row.incomplete,
-        **target_record(study, row),
+        **record(TARGET, (study, row)),
         "throughput_speedup": row.throughput,
         "throughput_efficiency": row.throughput_efficiency,
         "runs": [
@@ -189,5 +153,6 @@ def _row_record(study: TargetStudy, row: TargetRow) -> dict[str, Any]:
 
 
 def records_by_run(studies: Sequence[TargetStudy]) -> dict[str, dict[str, Any]]:
-    """`target_record` of the row that each run directory belongs to."""
-    return {str(run.dir.path): target_record(study, row) for study in studies for row in study.rows for run in row.runs}
+    """The quantities of the row that each run directory belongs to."""
+    rows = [(study, row) for study in studies for row in study.rows]
+    return {str(run.dir.path): record(TARGET, pair) for pair in rows for run in pair[1].runs}

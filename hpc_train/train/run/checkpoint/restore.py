@@ -51,19 +51,19 @@ def load_newest(
 
     check: on the root, with a state of tensors without memory and the manifest; raises `UnusableCheckpoint` to have
     the checkpoint before it, UserError to end. plan: on every rank, with a state of `StoredTensor`s; not collective.
-    log: receives, on the root, a warning for each checkpoint that was skipped. Raises UserError if there are some and
-    none can be used: starting over in silence would discard work.
+    log: receives, on the root, a warning for each checkpoint that was skipped for an older one. Raises UserError if
+    there are some and none can be used: starting over in silence would discard work.
     """
-    refused = []
+    refused: list[str] = []
     for path in context.on_root(partial(checkpoints, run)):
+        if refused and context.world.is_root:
+            log(f"warning: checkpoint skipped: {refused[-1]}")
         index, fault = context.on_root(partial(_checked_index, path, check))
         if index is not None:
             fault = _load(index, context, plan)
             if not fault:
                 return index.manifest
         refused.append(f"{path}: {fault}")
-        if context.world.is_root:
-            log(f"warning: checkpoint skipped: {refused[-1]}")
     if refused:
         raise joint(
             UserError(

@@ -1,0 +1,239 @@
+"""Two sides compared: every metric, every place, and what each difference amounts to."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import log
+from typing import Literal
+
+import numpy as np
+
+from hpc_train.analysis.comparison.differences import Difference, differences
+from hpc_train.analysis.comparison.places import PlaceChange, place_changes, same_hosts
+from hpc_train.analysis.comparison.run_figures import RunFigures
+from hpc_train.analysis.comparison.sides import Side
+from hpc_train.analysis.comparison.significance import holm_levels, p_value, relative, relative_interval, smallest_shown
+from hpc_train.analysis.stats.estimate import Estimate, of_series, of_value, over_runs, ratio
+from hpc_train.core.statistics import Interval
+from hpc_train.core.timing_log import PHASES
+
+Verdict = Literal["regression", "improvement", "below the threshold", "no difference shown", "not judged"]
+Unit = Literal["s", "1/s", "J", "B", ""]
+
+DEFAULT_THRESHOLD = 0.03
+LEVEL = 0.05
+# Three families of tests, each corrected within itself; the step time is judged alone. Hosts and ranks share one chance
+# of a false verdict.
+_METRICS_LEVEL, _PLACES_LEVEL = LEVEL, LEVEL / 2
+ALONE_THRESHOLD = 0.15  # with one run a side: runs of the same job commonly differ by several percent
+LEAST_SHARE = 0.001  # of a step: a phase whose change amounts to less is not judged
+STEP_TIME, THROUGHPUT = "step time", "samples/s"
+ONE_RUN_EACH = "one run a side"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One quantity of the whole job; before and after are geometric means over repeats."""
+
+    name: str
+    unit: Unit
+    before: float | None  # None: not every run of the side has it
+    after: float | None
+    relative: float | None = None  # the change: 0.05 for 5% more
+    interval: Interval | None = None  # of `relative`; with one run a side only within these runs
+    level: float = LEVEL  # the interval's confidence is 1 - level
+    smallest_shown: float | None = None  # the smallest increase that would have been shown
+    verdict: Verdict = "not judged"
+    why: str = ""  # why it is not judged
+
+
+@dataclass(frozen=True)
+class PlaceVerdict:
+    """A phase on a host or a rank."""
+
+    of: PlaceChange
+    relative: float
+    interval: Interval
+    level: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True, eq=False)
+class RunComparison:
+    before: Side
+    after: Side
+    threshold: float
+    metrics: tuple[Metric, ...]
+    places: tuple[PlaceVerdict, ...]
+    differences: tuple[Difference, ...]
+
+    @property
+    def one_run_each(self) -> bool:
+        return len(self.before.runs) == len(self.after.runs) == 1
+
+    @property
+    def same_hosts(self) -> bool:
+        return same_hosts([*self.before.runs, *self.after.runs])
+
+    @property
+    def is_regression(self) -> bool:
+        return "regression" in [*(metric.verdict for metric in self.metrics), *(place.verdict for place in self.places)]
+
+    @property
+    def speed(self) -> Metric:
+        """The step time, or the throughput if the sides take different global batches."""
+        step_time, throughput, *_ = self.metrics
+        return throughput if step_time.interval is None else step_time
+
+    @property
+    def changed_places(self) -> list[PlaceVerdict]:
+        """Regressions and improvements, the costliest first."""
+        changed = [place for place in self.places if place.verdict in ("regression", "improvement")]
+        return sorted(changed, key=lambda place: -abs(place.of.ratio.log) * place.of.before_s)
+
+
+def compare_sides(before: Side, after: Side, threshold: float) -> RunComparison:
+    """threshold: the relative change, such as 0.03, from which on a difference counts."""
+    metrics = _metrics(before, after, threshold)
+    step_s = metrics[0].before or 0.0
+    places = place_changes(before.runs, after.runs)
+    judged = [each for kind in ("host", "rank") for each in _judged_places(places, kind, threshold, step_s)]
+    return RunComparison(
+        before, after, threshold, tuple(metrics), tuple(judged), tuple(differences(before.runs, after.runs))
+    )
+
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+
+@dataclass(frozen=True)
+class _Quantity:
+    """What is compared. of: one run's value, with the error within the run if its steps tell it; None: unknown."""
+
+    name: str
+    unit: Unit
+    of: Callable[[RunFigures], Estimate | None]
+    more_is_better: bool = False
+    least: float = 0.0  # a change by less, in the unit, is not judged
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A quantity of both sides, before it is judged."""
+
+    quantity: _Quantity
+    before: float | None
+    after: float | None
+    ratio: Estimate | None  # None: it means another thing on the other side, or is not known on both
+    why: str = ""
+
+
+def _metrics(before: Side, after: Side, threshold: float) -> list[Metric]:
+    least_s = LEAST_SHARE * over_runs([_step_time(run) for run in before.runs]).value
+    speeds = [_Quantity(STEP_TIME, "s", _step_time), _Quantity(THROUGHPUT, "1/s", _throughput, more_is_better=True)]
+    entered = [phase for phase in PHASES if any(phase in run.phases_s for run in [*before.runs, *after.runs])]
+    details = [
+        *(_Quantity(phase, "s", partial(_phase_time, phase), least=least_s) for phase in entered),
+        _Quantity("energy per sample", "J", lambda run: _positive(run.joules_per_sample)),
+        _Quantity("final loss", "", lambda run: _positive(run.loss)),
+        _Quantity("peak memory of a rank", "B", lambda run: _positive(run.peak_resident_bytes)),
+        _Quantity("peak GPU memory of a rank", "B", lambda run: _positive(run.peak_gpu_bytes)),
+    ]
+    compared = [_compared(each, before, after) for each in details]
+    known = [each for each in compared if each.before is not None or each.after is not None]
+    levels = holm_levels([p_value(each.ratio) if each.ratio else 1.0 for each in known], _METRICS_LEVEL)
+    return [
+        *(_judged(_compared(each, before, after), LEVEL, threshold) for each in speeds),
+        *(_judged(each, level, threshold) for each, level in zip(known, levels, strict=True)),
+    ]
+
+
+def _step_time(run: RunFigures) -> Estimate:
+    return replace(of_series(np.array(run.step_blocks_s)), log=log(run.step_s))
+
+
+def _throughput(run: RunFigures) -> Estimate:
+    step_time = _step_time(run)
+    return replace(step_time, log=log(run.global_batch) - step_time.log)
+
+
+def _phase_time(phase: str, run: RunFigures) -> Estimate | None:
+    return _positive(run.mean_phase_s(phase))
+
+
+def _positive(value: float | None) -> Estimate | None:
+    """None for a value of which there is no ratio."""
+    return of_value(value) if value is not None and value > 0 else None
+
+
+def _compared(quantity: _Quantity, before: Side, after: Side) -> _Compared:
+    ours, theirs = _known(quantity, after), _known(quantity, before)
+    values = [over_runs(each).value if each else None for each in (theirs, ours)]
+    if not ours or not theirs:
+        return _Compared(quantity, values[0], values[1], None, "not known on both sides")
+    why = _why_apart(quantity, before, after)
+    return _Compared(quantity, values[0], values[1], None if why else ratio(ours, theirs), why)
+
+
+def _known(quantity: _Quantity, side: Side) -> list[Estimate]:
+    """One of each run; [] if it is unknown of any."""
+    known = [each for run in side.runs if (each := quantity.of(run)) is not None]
+    return known if len(known) == len(side.runs) else []
+
+
+def _why_apart(quantity: _Quantity, before: Side, after: Side) -> str:
+    """Why the quantity means another thing on the other side."""
+    if quantity.unit == "s" and before.runs[0].global_batch != after.runs[0].global_batch:
+        return "the global batch differs"
+    if quantity.unit == "J" and len({run.energy_quality for run in [*before.runs, *after.runs]}) > 1:
+        return "measured on one side, estimated on the other"
+    return ""
+
+
+def _judged(compared: _Compared, level: float, threshold: float) -> Metric:
+    quantity, change = compared.quantity, compared.ratio
+    metric = Metric(quantity.name, quantity.unit, compared.before, compared.after, why=compared.why, level=level)
+    if change is None:
+        return metric
+    metric = replace(metric, relative=relative(change), interval=relative_interval(change, level))
+    if not change.between_runs:
+        return _judged_alone(metric, threshold, quantity.more_is_better)
+    verdict = _verdict(change, level, threshold, quantity.more_is_better)
+    if verdict != "no difference shown" and abs((compared.after or 0.0) - (compared.before or 0.0)) < quantity.least:
+        verdict = "below the threshold"
+    return replace(metric, smallest_shown=smallest_shown(change, level), verdict=verdict)
+
+
+def _judged_alone(metric: Metric, threshold: float, more_is_better: bool) -> Metric:
+    """With one run a side: how far chance moves a run is unknown, so only a large change of the step time counts."""
+    needed = max(threshold, ALONE_THRESHOLD)
+    low, high = metric.interval or (0.0, 0.0)
+    if not (low > needed or high < -needed):
+        return replace(metric, why=ONE_RUN_EACH)
+    return replace(metric, verdict="improvement" if (low > 0) == more_is_better else "regression")
+
+
+def _verdict(change: Estimate, level: float, threshold: float, more_is_better: bool = False) -> Verdict:
+    if p_value(change) >= level:
+        return "no difference shown"
+    if abs(relative(change)) < threshold:
+        return "below the threshold"
+    return "improvement" if (change.log > 0) == more_is_better else "regression"
+
+
+# ---------------------------------------------------------------------------------------------- places
+
+
+def _judged_places(places: Sequence[PlaceChange], kind: str, threshold: float, step_s: float) -> list[PlaceVerdict]:
+    of_kind = [each for each in places if each.place.kind == kind]
+    levels = holm_levels([p_value(each.ratio) for each in of_kind], _PLACES_LEVEL)
+    judged = []
+    for each, level in zip(of_kind, levels, strict=True):
+        verdict = _verdict(each.ratio, level, threshold)
+        cost_s = abs(relative(each.ratio)) * each.before_s
+        if verdict != "no difference shown" and cost_s < LEAST_SHARE * step_s:
+            verdict = "below the threshold"
+        interval = relative_interval(each.ratio, level)
+        assert interval is not None, "places are compared with repeats on a side"
+        judged.append(PlaceVerdict(each, relative(each.ratio), interval, level, verdict))
+    return judged

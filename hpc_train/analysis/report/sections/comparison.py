@@ -1,0 +1,207 @@
+"""A comparison of two sides as sentences, tables and plain values, for `hpc-train compare`."""
+
+from dataclasses import asdict
+from typing import Any
+
+from hpc_train.analysis.comparison.comparison import (
+    ALONE_THRESHOLD,
+    ONE_RUN_EACH,
+    THROUGHPUT,
+    Metric,
+    PlaceVerdict,
+    RunComparison,
+    Verdict,
+)
+from hpc_train.analysis.comparison.differences import Difference
+from hpc_train.analysis.comparison.sides import Side
+from hpc_train.analysis.guard import SectionGuard
+from hpc_train.analysis.report.model import Section, Table
+from hpc_train.analysis.report.sections.builder import SectionBuilder
+from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
+from hpc_train.core.formatting import amount, listed, ms_text, percent, plural, significant
+from hpc_train.core.statistics import Interval
+
+SCHEMA = 1
+_MOST_PLACES, _MOST_ROWS = 3, 20  # in the answer, in the table
+
+
+def comparison_section(comparison: RunComparison, guard: SectionGuard) -> Section:
+    """One kind of runs of a job against another, for a report."""
+    section = SectionBuilder("comparison", f"{comparison.after.name} against {comparison.before.name}", guard)
+    section.headline(headline, comparison)
+    section.notes("comparison-verdicts", "finding", verdicts, comparison)
+    section.notes("comparison-cautions", "caution", cautions, comparison)
+    section.table("comparison", metrics_table, comparison)
+    section.table("comparison-places", places_table, comparison)
+    section.table("comparison-differences", differences_table, comparison)
+    return section.build()
+
+
+def answer(comparison: RunComparison) -> list[str]:
+    """The answer in sentences, the verdict first."""
+    return [headline(comparison), *verdicts(comparison), *cautions(comparison)]
+
+
+def headline(comparison: RunComparison) -> str:
+    runs = f"{_runs_text(comparison.after)} against {_runs_text(comparison.before)}"
+    return f"{_speed_text(comparison.speed)} ({runs})"
+
+
+def verdicts(comparison: RunComparison) -> list[str]:
+    kinds: tuple[tuple[Verdict, str], ...] = (("regression", "Regressions"), ("improvement", "Improvements"))
+    named = [(words, _names(comparison, kind)) for kind, words in kinds]
+    return [f"{words} beyond {percent(comparison.threshold, 1)}: {names}." for words, names in named if names]
+
+
+def _speed_text(speed: Metric) -> str:
+    if speed.relative is None or speed.interval is None:
+        return f"The {speed.name} is not judged: {speed.why}"
+    if speed.verdict == "no difference shown":
+        return f"No difference of the {speed.name} is shown; one of {percent(speed.smallest_shown)} would be"
+    more = "more" if speed.relative > 0 else "fewer" if speed.name == THROUGHPUT else "less"
+    what = f"{more} samples/s" if speed.name == THROUGHPUT else f"{more} time a step"
+    verdict = "" if speed.verdict == "not judged" else f": {speed.verdict}"
+    return f"{percent(abs(speed.relative))} {what}, 95% interval {_interval_text(speed.interval)}{verdict}"
+
+
+def _runs_text(side: Side) -> str:
+    return f"{side.name}: {plural(len(side.runs), 'run')}"
+
+
+def _names(comparison: RunComparison, verdict: Verdict) -> str:
+    metrics = [f"{each.name} {_change_text(each.relative or 0.0)}" for each in comparison.metrics]
+    named = [name for name, each in zip(metrics, comparison.metrics, strict=True) if each.verdict == verdict]
+    places = [each for each in comparison.changed_places if each.verdict == verdict]
+    found = [f"{_place_text(each)} {_change_text(each.relative)}" for each in places]
+    return ", ".join(named + ([listed(found, _MOST_PLACES)] if found else []))
+
+
+def _place_text(each: PlaceVerdict) -> str:
+    place = each.of.place
+    return f"{each.of.phase} on {'rank ' if place.kind == 'rank' else ''}{place.name}"
+
+
+def cautions(comparison: RunComparison) -> list[str]:
+    if comparison.one_run_each:
+        return [
+            "With one run a side intervals hold within these runs: by how much runs differ by chance is unknown, so"
+            f" only a step time that differs by more than {percent(max(comparison.threshold, ALONE_THRESHOLD), 0)}"
+            " counts. Three repeats a side show less."
+        ]
+    lines = []
+    speed = comparison.speed
+    if speed.smallest_shown is not None and speed.smallest_shown > comparison.threshold:
+        lines.append(
+            f"Runs of a side differ: a change of the {speed.name} shows from {percent(speed.smallest_shown)} on;"
+            f" more repeats show one of {percent(comparison.threshold)}."
+        )
+    if 1 in (len(comparison.before.runs), len(comparison.after.runs)):
+        lines.append("The single run is taken to vary as the repeats of the other side do.")
+    if not comparison.same_hosts and comparison.places:
+        lines.append("The runs used different hosts: node 0 is the host of rank 0, and so on.")
+    return lines
+
+
+def comparison_tables(comparison: RunComparison) -> list[Table]:
+    tables = [metrics_table(comparison), places_table(comparison), differences_table(comparison)]
+    return [table for table in tables if table is not None]
+
+
+def metrics_table(comparison: RunComparison) -> Table:
+    columns: list[CellColumn[Metric]] = [
+        text("metric", lambda each: f"{each.name} (ms)" if each.unit == "s" else each.name),
+        number("before", lambda each: _value_text(each, each.before)),
+        number("after", lambda each: _value_text(each, each.after)),
+        number("change", lambda each: "-" if each.relative is None else _change_text(each.relative)),
+        number("interval", lambda each: "-" if each.interval is None else _interval_text(each.interval)),
+        number("shows from", lambda each: percent(each.smallest_shown)),
+        text("verdict", _verdict_text),
+    ]
+    kind = "within these runs" if comparison.one_run_each else "Holm's correction"
+    return make_table("comparison", f"The whole job (95% intervals, {kind})", comparison.metrics, columns)
+
+
+def _verdict_text(metric: Metric) -> str:
+    of_all = metric.why == ONE_RUN_EACH  # a caution says it
+    return f"{metric.verdict}: {metric.why}" if metric.why and not of_all else metric.verdict
+
+
+def places_table(comparison: RunComparison) -> Table | None:
+    if not comparison.changed_places:
+        return None
+    columns: list[CellColumn[PlaceVerdict]] = [
+        text("phase", lambda each: _place_text(each)),
+        number("before (ms)", lambda each: ms_text(each.of.before_s)),
+        number("after (ms)", lambda each: ms_text(each.of.after_s)),
+        number("change", lambda each: _change_text(each.relative)),
+        number("interval", lambda each: _interval_text(each.interval)),
+        text("verdict", lambda each: each.verdict),
+    ]
+    changed = comparison.changed_places
+    cut = f"; the costliest {_MOST_ROWS} of {len(changed)}" if len(changed) > _MOST_ROWS else ""
+    title = f"Hosts and ranks that changed against their neighbours (95% intervals, Holm's correction{cut})"
+    return make_table("comparison-places", title, changed[:_MOST_ROWS], columns)
+
+
+def differences_table(comparison: RunComparison) -> Table | None:
+    if not comparison.differences:
+        return None
+    columns: list[CellColumn[Difference]] = [
+        text("what differs", lambda each: f"{each.kind}: {each.name}"),
+        text("before", lambda each: each.before),
+        text("after", lambda each: each.after),
+    ]
+    title = "What differs in configuration, software and hardware"
+    return make_table("comparison-differences", title, comparison.differences, columns)
+
+
+def _value_text(metric: Metric, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if metric.unit == "s":
+        return ms_text(value)
+    return amount(value, metric.unit) if metric.unit in ("J", "B") else significant(value, 4)
+
+
+def _change_text(relative: float) -> str:
+    return f"{100 * relative:+.1f}%" if relative < 9.995 else f"x {significant(1 + relative)}"
+
+
+def _interval_text(interval: Interval) -> str:
+    return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}%"
+
+
+# ---------------------------------------------------------------------------------------------- for programs
+
+
+def record(comparison: RunComparison) -> dict[str, Any]:
+    """The comparison as plain values for JSON; None is what is not known."""
+    return {
+        "schema": SCHEMA,
+        "answer": answer(comparison),
+        "is_regression": comparison.is_regression,
+        "threshold": comparison.threshold,
+        "before": _side_record(comparison.before),
+        "after": _side_record(comparison.after),
+        "metrics": [asdict(metric) for metric in comparison.metrics],
+        "places": [_place_record(place) for place in comparison.places],
+        "differences": [asdict(difference) for difference in comparison.differences],
+    }
+
+
+def _side_record(side: Side) -> dict[str, Any]:
+    return {"name": side.name, "ranks": side.size, "runs": [run.label for run in side.runs]}
+
+
+def _place_record(each: PlaceVerdict) -> dict[str, Any]:
+    return {
+        "phase": each.of.phase,
+        "kind": each.of.place.kind,
+        "place": each.of.place.name,
+        "before_s": each.of.before_s,
+        "after_s": each.of.after_s,
+        "relative": each.relative,
+        "interval": each.interval,
+        "level": each.level,
+        "verdict": each.verdict,
+    }

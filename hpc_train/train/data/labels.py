@@ -1,0 +1,191 @@
+"""Class labels as files store them, read as class numbers: whole numbers, one-hot rows or strings."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_train.core.errors import UserError
+from hpc_train.core.labels import MAX_CLASSES, Classes, NoClasses, find_classes
+from hpc_train.core.sampling import rank_span
+from hpc_train.train.comm.context import Context, joint
+from hpc_train.train.data.dataset import Split
+from hpc_train.train.data.reader_interface import Reader
+from hpc_train.train.data.readers import MmapReader
+
+_TOO_LARGE = 1 << 62
+_SCAN_ROWS = 1 << 20  # of numbers
+_REMEDY = (
+    "Labels are whole numbers, one-hot rows or strings, one a sample: correct the data, or set data.targets to another "
+    "data set."
+)
+
+
+class ClassReader(Reader):
+    """Class numbers, int64 of shape (n,), of stored labels. values: see `Classes`."""
+
+    def __init__(self, stored: Reader, values: np.ndarray | None) -> None:
+        self._stored, self._values = stored, values
+        self.shape, self.dtype = (len(stored),), np.dtype(np.int64)
+        self.description, self.chunk_edges = stored.description, stored.chunk_edges
+
+    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        labels = whole_numbers(self._stored.take(rows))
+        if self._values is not None:
+            labels = np.searchsorted(self._values, labels)
+        if out is None:
+            return labels
+        out[...] = labels
+        return out
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        self._stored.prefetch(rows)
+
+    def close(self) -> None:
+        self._stored.close()
+
+
+def whole_numbers(stored: np.ndarray) -> np.ndarray:
+    """Labels (n,), int64, of rows of numbers (n,), (n, 1) or one-hot (n, classes)."""
+    if stored.ndim == 2:
+        stored = stored[:, 0] if stored.shape[1] == 1 else stored.argmax(axis=1)
+    return stored.astype(np.int64, copy=False)
+
+
+def is_label(stored: np.ndarray) -> np.ndarray:
+    """(n,) whether each row of numbers is a label: a whole number, or one-hot."""
+    if stored.ndim == 2 and stored.shape[1] > 1:
+        return np.asarray(((stored == 1).sum(axis=1) == 1) & ((stored != 0).sum(axis=1) == 1))
+    flat = stored.reshape(len(stored))
+    if flat.dtype.kind == "f":
+        return np.asarray((np.trunc(flat) == flat) & (np.abs(flat) < _TOO_LARGE))
+    return np.asarray(flat < _TOO_LARGE) if flat.dtype == np.uint64 else np.ones(len(flat), bool)
+
+
+# ------------------------------------------------------------------------------------------------ opening
+
+
+def open_classes(
+    train: Split, held_out: Split | None, names: Sequence[str], path: Path, num_classes: int | None, context: Context
+) -> tuple[Split, Split | None, Classes]:
+    """Collective. The splits with class numbers as targets, and the classes. Reads all labels, each rank a part.
+
+    names: the data sets of the training and the test labels. num_classes: as the user says; None: as found. Raises
+    `UserError` for a value that is no label, and for a label of `held_out` that the training samples do not have.
+    """
+    labels = _Stored(path, names[0], train.targets)
+    distinct = labels.distinct(context)
+    width = labels.num_columns  # of one-hot rows, of which some classes may have none
+    try:
+        classes = find_classes(distinct, num_classes or width, len(train))
+    except NoClasses as error:
+        if error.odd is not None:
+            raise labels.odd(error.odd, "numbers from 0, as most labels are", context) from None
+        raise joint(labels.no_classes(distinct, num_classes)) from None
+    parts = [labels] if held_out is None else [labels, _Stored(path, names[1], held_out.targets)]
+    known = np.arange(classes.num) if classes.values is None else classes.values
+    for part in parts:
+        found = distinct if part is labels else part.distinct(context)
+        unknown = found[~np.isin(found, known)]
+        if len(unknown):
+            raise part.odd(unknown[0].item(), f"the {classes.num:,} classes", context)
+    readers = [part.as_class_numbers(classes.values, context) for part in parts]
+    return (
+        replace(train, targets=readers[0]),
+        None if held_out is None else replace(held_out, targets=readers[1]),
+        classes,
+    )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The labels of data set `name`, as stored."""
+
+    path: Path
+    name: str
+    reader: Reader
+
+    @property
+    def num_columns(self) -> int | None:
+        """Of one-hot rows; None for other labels."""
+        is_one_hot = len(self.reader.shape) == 2 and self.reader.shape[1] > 1
+        return self.reader.shape[1] if is_one_hot else None
+
+    @property
+    def _are_strings(self) -> bool:
+        return self.reader.dtype.kind == "O"
+
+    def distinct(self, context: Context) -> np.ndarray:
+        """Collective. The distinct labels, sorted; all ranks raise `UserError` for a value that is none."""
+        mine = context.on_all(partial(self._distinct_of_my_part, context))
+        return np.asarray(np.unique(np.concatenate(context.all_gather(mine))))
+
+    def _distinct_of_my_part(self, context: Context) -> np.ndarray:
+        shape = self.reader.shape
+        if len(shape) != 1 and not (len(shape) == 2 and shape[1] and not self._are_strings):
+            raise UserError(f"{self.path}: {self.name} is {self.reader.dtype} {shape}, and no labels", _REMEDY)
+        found = np.zeros(0, "U1" if self._are_strings else np.int64)
+        for begin, part in self._my_parts(context):
+            if not self._are_strings:
+                wrong = np.flatnonzero(~is_label(part))
+                if len(wrong):
+                    what = f"{part[wrong[0]]} in {self.name}, row {begin + wrong[0]:,}, is no label"
+                    raise UserError(f"{self.path}: {what}", _REMEDY)
+                part = whole_numbers(part)
+            found = np.union1d(found, _unique(part))
+            if len(found) > max(MAX_CLASSES, len(self.reader)):
+                break
+        return found
+
+    def _my_parts(self, context: Context) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, values) of this rank's part of all rows, block by block."""
+        start, stop = rank_span(len(self.reader), context.world.rank, context.world.size)
+        for begin in range(start, stop, _SCAN_ROWS):
+            yield begin, self.reader[begin : min(begin + _SCAN_ROWS, stop)]
+
+    def as_class_numbers(self, values: np.ndarray | None, context: Context) -> Reader:
+        """Collective. A reader of class numbers; those of strings are kept in memory. values: see `Classes`."""
+        if self._are_strings:
+            assert values is not None
+            numbers = [np.searchsorted(values, part).astype(np.int32) for _, part in self._my_parts(context)]
+            mine = np.concatenate([np.zeros(0, np.int32), *numbers])
+            return MmapReader(np.concatenate(context.all_gather(mine)))
+        is_stored_so = self.reader.dtype.kind in "iu" and len(self.reader.shape) == 1 and values is None
+        return self.reader if is_stored_so else ClassReader(self.reader, values)
+
+    def odd(self, label: Any, others: str, context: Context) -> UserError:
+        """Collective. The error of a label that is none of the `others`."""
+        row = context.on_root(partial(self._first_row, label))
+        return joint(
+            UserError(
+                f"{self.path}: label {label!r} in {self.name}, row {row:,}, is none of {others}",
+                "Correct the data, or set task.num_classes to one more than the largest label.",
+            )
+        )
+
+    def _first_row(self, label: Any) -> int:
+        for begin in range(0, len(self.reader), _SCAN_ROWS):
+            part = self.reader[begin : begin + _SCAN_ROWS]
+            where = np.flatnonzero((part if self._are_strings else whole_numbers(part)) == label)
+            if len(where):
+                return begin + int(where[0])
+        raise AssertionError(f"no row has label {label}, which was found in one")
+
+    def no_classes(self, distinct: np.ndarray, num_classes: int | None) -> UserError:
+        shown = ", ".join(repr(each) for each in distinct[:3].tolist())
+        limit = "" if num_classes is None else f", and task.num_classes = {num_classes:,}"
+        return UserError(
+            f"{self.path}: {self.name} has {len(distinct):,} different labels ({shown}, ...){limit}: they name no "
+            "classes",
+            _REMEDY,
+        )
+
+
+def _unique(labels: np.ndarray) -> np.ndarray:
+    """Distinct labels, sorted. Small numbers are counted, which is ten times as fast as sorting them."""
+    if labels.dtype.kind == "i" and labels.min() >= 0 and labels.max() < MAX_CLASSES:
+        return np.flatnonzero(np.bincount(labels))
+    return np.unique(labels)

@@ -1,0 +1,274 @@
+"""A planted slowdown is found and named; alike runs raise no alarm. Runs have run-to-run and autocorrelated noise."""
+
+import json
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from hpc_train.analysis.comparison.comparison import RunComparison, compare_sides
+from hpc_train.analysis.comparison.sides import load_side
+from hpc_train.analysis.comparison.significance import holm_levels, p_value, relative_interval
+from hpc_train.analysis.report.report import make_report
+from hpc_train.analysis.stats.estimate import of_value, ratio
+from hpc_train.cli.main import cli
+from hpc_train.core.errors import UserError
+from hpc_train.core.records import FloatArray
+from hpc_train.core.rundir import RunDir
+from tests import laws
+from tests.laws import PARTS, Laws
+
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Noisy(Laws):
+    """Runs that differ: as wholes, by host and by rank; and whose steps resemble the step before."""
+
+    ranks: int = 8
+    ranks_per_host: int = 2
+    noise: float = 0.03
+    autocorrelation: float = 0.8  # of the noise, from one step to the next
+    run_noise: float = 0.02  # standard deviation of a run's speed, relative
+    host_noise: float = 0.004  # of a host's in a run
+    slower: dict[tuple[str, str], float] = field(default_factory=dict)  # (host, phase) -> how many times as long
+
+    def parts(self, rank: int) -> dict[str, float]:
+        longer = {part: share * self.slower.get((self.host_of(rank), part), 1.0) for part, share in PARTS.items()}
+        return {part: share / sum(longer.values()) for part, share in longer.items()}
+
+    def work(self, rank: int) -> tuple[FloatArray, FloatArray]:
+        draws = np.random.default_rng([self.seed, self.ranks, rank])
+        useful = self.useful_s * self._speeds[rank // self.ranks_per_host] * (1 + self._autoregressive(draws))
+        host = self.host_of(rank)
+        useful *= sum(share * self.slower.get((host, part), 1.0) for part, share in PARTS.items())
+        useful *= next((slow.factor for slow in self.slow if slow.rank == rank), 1.0)
+        useful[: self.warmup] *= 3
+        return useful, np.full(self.steps, self.input_s) * (1 + 0.2 * np.abs(draws.standard_normal(self.steps)))
+
+    @cached_property
+    def _speeds(self) -> FloatArray:
+        draws = np.random.default_rng([self.seed, 99])
+        hosts = draws.standard_normal(len(self.hosts))
+        return np.asarray(np.exp(self.run_noise * draws.standard_normal() + self.host_noise * hosts))
+
+    def _autoregressive(self, draws: np.random.Generator) -> FloatArray:
+        shocks = draws.standard_normal(self.steps) * self.noise * (1 - self.autocorrelation**2) ** 0.5
+        shocks[0] = draws.standard_normal() * self.noise
+        for step in range(1, self.steps):
+            shocks[step] += self.autocorrelation * shocks[step - 1]
+        return np.asarray(shocks)
+
+
+def write_repeats(folder: Path, law: Laws, seed: int, num_runs: int = REPEATS) -> Path:
+    folder.mkdir()
+    for index in range(num_runs):
+        laws.write(folder, replace(law, seed=100 * seed + index, stamp=f"2026112{index}T210000Z"))
+    return folder
+
+
+def compared(before: Path, after: Path, threshold: float = 0.03) -> RunComparison:
+    return compare_sides(load_side(before)[0], load_side(after)[0], threshold)
+
+
+def run_compare(*words: object) -> Result:
+    return CliRunner().invoke(cli, ["compare", *map(str, words)])
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_a_phase_that_takes_five_percent_longer_on_one_host_is_found_in_three_repeats(
+    tmp_path: Path, phase: str
+) -> None:
+    found = 0
+    for seed in range(5):
+        before = write_repeats(tmp_path / f"a{seed}", Noisy(), 2 * seed)
+        after = write_repeats(tmp_path / f"b{seed}", Noisy(slower={("c2", phase): 1.05}), 2 * seed + 1)
+        comparison = compared(before, after)
+        changed = comparison.changed_places
+        named = [(each.of.phase, each.of.place.name, each.verdict) for each in changed]
+        found += named == [(phase, "c2", "regression")] and comparison.is_regression
+        if found:
+            low, high = changed[0].interval
+            assert 0.03 < changed[0].relative < 0.07 and 0 < low < 0.05 < high < 0.1
+    assert found == 5, found
+
+
+def test_twenty_pairs_of_alike_runs_raise_at_most_one_alarm(tmp_path: Path) -> None:
+    alarms = []
+    for seed in range(20):
+        before = write_repeats(tmp_path / f"a{seed}", Noisy(), 2 * seed)
+        after = write_repeats(tmp_path / f"b{seed}", Noisy(), 2 * seed + 1)
+        if compared(before, after).is_regression:
+            alarms.append(seed)
+    assert len(alarms) <= 1, alarms
+
+
+def test_a_slow_rank_is_named_with_its_host(tmp_path: Path) -> None:
+    """Against the other ranks of its host, which is no slower as a whole than a quarter of that."""
+    slow = Noisy(ranks_per_host=4, slow=(laws.Slow(5, 1.1),))
+    before = write_repeats(tmp_path / "a", Noisy(ranks_per_host=4), 1)
+    after = write_repeats(tmp_path / "b", slow, 2)
+    places = compared(before, after).changed_places
+    assert {each.of.place.name for each in places} == {"5 on c1"}
+    assert {each.of.phase for each in places} == set(PARTS) and all(each.verdict == "regression" for each in places)
+
+
+def test_what_all_hosts_have_in_common_is_a_change_of_the_job(tmp_path: Path) -> None:
+    before = write_repeats(tmp_path / "a", Noisy(run_noise=0.003), 1)
+    after = write_repeats(tmp_path / "b", Noisy(run_noise=0.003, work_s=0.088), 2)
+    comparison = compared(before, after)
+    assert comparison.speed.name == "step time" and comparison.speed.verdict == "regression"
+    low, high = comparison.speed.interval or (0.0, 0.0)
+    assert low < 0.1 * 0.095 / 0.1 < high and not comparison.changed_places
+    throughput = comparison.metrics[1]
+    assert throughput.verdict == "regression" and throughput.relative == pytest.approx(
+        1 / (1 + (comparison.speed.relative or 0.0)) - 1
+    )
+    assert compared(after, before).speed.verdict == "improvement"
+    assert not compared(after, before).is_regression
+    assert compared(before, after, threshold=0.2).speed.verdict == "below the threshold"
+
+
+def test_a_baseline_holds_what_its_runs_hold(tmp_path: Path) -> None:
+    before = write_repeats(tmp_path / "a", Noisy(), 1)
+    after = write_repeats(tmp_path / "b", Noisy(slower={("c2", "forward"): 1.05}), 2)
+    baseline = tmp_path / "baseline.json"
+    assert run_compare(before, "--save", baseline).exit_code == 0
+    of_runs, of_baseline = (run_compare(side, after, "--json") for side in (before, baseline))
+    trees = [json.loads(told.stdout) for told in (of_runs, of_baseline)]
+    assert of_runs.exit_code == of_baseline.exit_code == 1 and trees[0]["is_regression"]
+    assert {**trees[0], "answer": 0, "before": 0} == {**trees[1], "answer": 0, "before": 0}
+    (named,) = [place for place in trees[1]["places"] if place["verdict"] == "regression"]
+    assert (named["phase"], named["kind"], named["place"]) == ("forward", "host", "c2")
+
+
+def test_one_new_run_is_judged_by_how_the_baseline_varies(tmp_path: Path) -> None:
+    before = write_repeats(tmp_path / "a", Noisy(run_noise=0.003), 1, num_runs=5)
+    same = write_repeats(tmp_path / "b", Noisy(run_noise=0.003), 2, num_runs=1)
+    slow = write_repeats(tmp_path / "c", Noisy(run_noise=0.003, work_s=0.088), 3, num_runs=1)
+    assert run_compare(before, same).exit_code == 0
+    told = run_compare(before, slow)
+    assert told.exit_code == 1 and "The single run is taken to vary as the repeats of the other side do." in told.output
+
+
+def test_with_one_run_each_only_a_large_change_counts(tmp_path: Path) -> None:
+    one = write_repeats(tmp_path / "a", Noisy(), 1, num_runs=1)
+    slightly = write_repeats(tmp_path / "b", Noisy(work_s=0.085), 2, num_runs=1)
+    much = write_repeats(tmp_path / "c", Noisy(work_s=0.120), 3, num_runs=1)
+    told = run_compare(one, slightly)
+    assert told.exit_code == 0 and "With one run a side" in told.output
+    comparison = compared(one, slightly)
+    assert {metric.verdict for metric in comparison.metrics} == {"not judged"} and not comparison.places
+    low, high = comparison.speed.interval or (0.0, 0.0)
+    assert low < (comparison.speed.relative or 0.0) < high < low + 0.05
+    assert run_compare(one, much).exit_code == 1
+
+
+def test_what_differs_is_named_by_kind(tmp_path: Path) -> None:
+    git = {"git": {"commit": "1234567890abcdef", "dirty": False}, "cpu_model": "Grace", "environment": {"OMP_X": "1"}}
+    before = write_repeats(tmp_path / "a", Noisy(meta={"environment": {"NCCL_Y": "2"}}), 1, 2)
+    after = write_repeats(tmp_path / "b", Noisy(batch=8192, meta=git), 2, 2)
+    told = {(each.kind, each.name): (each.before, each.after) for each in compared(before, after).differences}
+    assert told == {
+        ("configuration", "train.global_batch"): ("4096", "8192"),
+        ("software", "git commit"): ("b0f1e82c0ffe", "1234567890ab"),
+        ("software", "environment OMP_X"): ("not set", "1"),
+        ("software", "environment NCCL_Y"): ("2", "not set"),
+        ("hardware", "CPU"): ("AMD EPYC 7763 64-Core Processor", "Grace"),
+    }
+    comparison = compared(before, after)
+    assert comparison.speed.name == "samples/s" and comparison.metrics[0].why == "the global batch differs"
+
+
+def test_hosts_of_another_allocation_are_compared_by_position(tmp_path: Path) -> None:
+    before = write_repeats(tmp_path / "a", Noisy(), 1)
+    after = write_repeats(tmp_path / "b", Noisy(slower={("c2", "forward"): 1.08}), 2)
+    for run in after.glob("*/*"):
+        meta = RunDir(run).meta
+        meta.write_text(meta.read_text().replace('"c', '"node'))
+    told = run_compare(before, after)
+    assert told.exit_code == 1 and "forward on node 2" in told.output and "different hosts" in told.output
+
+
+def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path: Path) -> None:
+    mixed = write_repeats(tmp_path / "a", Noisy(), 1, 1)
+    laws.write(mixed, Noisy(ranks=4, stamp="20261201T000000Z"))
+    with pytest.raises(UserError, match="its runs are no repeats: ranks is"):
+        load_side(mixed)
+    crashed = write_repeats(tmp_path / "b", Noisy(complete=False), 1, 1)
+    with pytest.raises(UserError, match=r"nothing to compare: Left out: .*no summary\.json"):
+        load_side(crashed)
+    damaged = tmp_path / "baseline.json"
+    for content, told in (
+        ("{", "not JSON"),
+        ("[]", "no baseline"),
+        ('{"hpc_train_baseline": 99}', "a later hpc-train"),
+    ):
+        damaged.write_text(content)
+        with pytest.raises(UserError, match=told):
+            load_side(damaged)
+    good = tmp_path / "good.json"
+    assert run_compare(write_repeats(tmp_path / "c", Noisy(), 1, 1), "--save", good).exit_code == 0
+    tree = json.loads(good.read_text())
+    tree["runs"][0]["step_s"] = -1
+    damaged.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"no baseline: runs\.0\.step_s: "):
+        load_side(damaged)
+
+
+def test_nineteen_of_twenty_intervals_hold_the_true_change() -> None:
+    draws = np.random.default_rng(0)
+    for num_before, num_after in ((3, 3), (2, 5), (4, 1)):
+        held, num_tests = 0, 0
+        for _ in range(1000):
+            before = np.exp(0.02 * draws.standard_normal(num_before))
+            after = 1.05 * np.exp(0.02 * draws.standard_normal(num_after))
+            change = ratio(list(map(of_value, after.tolist())), list(map(of_value, before.tolist())))
+            low, high = relative_interval(change, 0.05) or (0.0, 0.0)
+            held += low < 0.05 < high
+            num_tests += (p_value(change) < 0.05) == (not low < 0 < high)
+        assert 900 <= held <= 985, (num_before, num_after, held)
+        assert num_tests == 1000, "the test and the interval agree"
+
+
+def test_holm_rejects_what_the_paper_rejects() -> None:
+    """p = 0.01, 0.02, 0.04: at 5% the first is below 0.05 / 3, the second below 0.05 / 2, the third below 0.05."""
+    assert holm_levels([0.04, 0.01, 0.02], 0.05) == pytest.approx([0.05, 0.05 / 3, 0.025])
+    assert holm_levels([0.04, 0.01, 0.03], 0.05) == pytest.approx([0.025, 0.05 / 3, 0.025]), (
+        "none after the first that fails"
+    )
+
+
+def test_intervals_of_places_hold_the_true_change(tmp_path: Path) -> None:
+    """Of a host's phase that takes 5% longer; each interval has the level at which Holm tests it, 95% or more."""
+    held, widths, num_found = 0, [], 30
+    slow = {("c2", "forward"): 1.05}
+    for seed in range(num_found):
+        before = write_repeats(tmp_path / f"a{seed}", Noisy(steps=60, host_noise=0.01), 2 * seed)
+        after = write_repeats(tmp_path / f"b{seed}", Noisy(steps=60, host_noise=0.01, slower=slow), 2 * seed + 1)
+        places = compared(before, after).places
+        (of,) = [each for each in places if (each.of.phase, each.of.place.name) == ("forward", "c2")]
+        low, high = of.interval
+        held += low < 0.05 < high
+        widths.append(high - low)
+    assert held >= 0.9 * num_found and np.mean(widths) < 0.15, (held, widths)
+
+
+def test_a_report_compares_two_commits_of_one_job(tmp_path: Path) -> None:
+    """At the largest size that both ran on; the commit that was run first is the one before."""
+    other = {"git": {"commit": "1234567890abcdef", "dirty": False}, "started": "2026-12-01T00:00:00Z"}
+    for size in (4, 8):
+        write_repeats(tmp_path / f"{size}", Noisy(ranks=size), size)
+    slower = Noisy(slower={("c2", "forward"): 1.08}, meta=other)
+    after = write_repeats(tmp_path / "after", slower, 20)
+    told = make_report([tmp_path / "4", tmp_path / "8", after])
+    (section,) = [section for section in told.sections if section.kind == "comparison"]
+    assert "git commit: 1234567890ab" in section.label.partition(" against ")[0]
+    assert {table.id for table in section.tables} == {"comparison", "comparison-places", "comparison-differences"}
+    assert any("forward on c2" in note.text and note.kind == "finding" for note in section.notes)
+    assert section.headline in told.headlines and "3 runs against" in section.headline
+    alone = make_report([tmp_path / "4", tmp_path / "8"])
+    assert not [section for section in alone.sections if section.kind == "comparison"]

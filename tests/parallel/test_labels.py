@@ -1,0 +1,58 @@
+"""Labels and missing values are found by parts: every rank finds the same."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from hpc_train.core import config
+from hpc_train.core.errors import UserError
+from hpc_train.train.comm.context import Context
+from hpc_train.train.tasks.classification import Classification
+
+NAMES = np.array(["oak", "ash", "elm", "fir"])
+
+
+@pytest.mark.parametrize("kind", ["strings", "numbers"])
+def test_every_rank_finds_the_same_classes(kind: str, context: Context, shared_path: Path) -> None:
+    """Sorted by class, so that a rank sees a part of the classes alone."""
+    names = np.sort(NAMES.repeat(10))
+    classes = np.arange(4).repeat(10)
+    stored = names.astype("S") if kind == "strings" else classes * 7 - 70
+    context.on_root(lambda: write(shared_path / "a.h5", stored))
+    job = {"name": "a", "data": {"file": str(shared_path / "a.h5")}, "train": {"steps": 1, "global_batch": 4}}
+    task = Classification(config.from_values(job, "test").config, context)
+    assert task.classes == (["ash", "elm", "fir", "oak"] if kind == "strings" else [-70, -63, -56, -49])
+    assert task.batch(np.arange(40), 0).targets.tolist() == classes.tolist()
+
+
+def test_a_value_that_one_rank_meets_is_told_on_all(context: Context, shared_path: Path) -> None:
+    context.on_root(lambda: write(shared_path / "a.h5", np.r_[np.arange(39) % 4, 0.5]))
+    job = {"name": "a", "data": {"file": str(shared_path / "a.h5")}, "train": {"steps": 1, "global_batch": 4}}
+    with pytest.raises(UserError, match=r"0\.5 in train/targets, row 39, is no label"):
+        Classification(config.from_values(job, "test").config, context)
+
+
+def test_samples_with_missing_values_are_left_out_on_every_rank(context: Context, shared_path: Path) -> None:
+    """A row in the first rank's part, and one in the last rank's."""
+    context.on_root(lambda: write(shared_path / "a.h5", np.arange(40) % 4, missing=(2, 37)))
+    data = {"file": str(shared_path / "a.h5")}
+    job = {"name": "a", "data": data, "train": {"steps": 1, "global_batch": 4}}
+    with pytest.raises(UserError, match=r"2 of 40 samples of train/inputs lack values, .* the first is row 2"):
+        Classification(config.from_values(job, "test").config, context)
+    data["missing"] = "drop"
+    task = Classification(config.from_values(job, "test").config, context)
+    kept = np.delete(np.arange(40), (2, 37))
+    assert task.num_samples == 38 and task.batch(np.arange(38), 0).inputs[:, 0].tolist() == kept.tolist()
+    data["missing"] = "mean"
+    task = Classification(config.from_values(job, "test").config, context)
+    assert task.batch(np.array([37]), 0).floats()[0, 0].item() == pytest.approx(kept.mean())
+
+
+def write(path: Path, targets: np.ndarray, missing: tuple[int, ...] = ()) -> None:
+    inputs = np.repeat(np.arange(len(targets), dtype=np.float32)[:, None], 3, axis=1)
+    inputs[list(missing)] = -1
+    with h5py.File(path, "w") as file:
+        file["train/inputs"], file["train/targets"] = inputs, targets
+        file["train/inputs"].attrs["_FillValue"] = np.float32(-1)
