@@ -8,7 +8,7 @@
 # make bench-memory  memory that `hpc-train memory` tells against what ranks take, 18 jobs (8 minutes)
 # make bench-large  memory of a rank and time of a step by strategy and stage; as root over links, too (a quiet machine; 40 minutes)
 # make test-rdma  train over InfiniBand verbs between two emulated guests (root, 8 minutes)
-# make test-browser  the report's page in Chromium, on a screen, a phone and paper; screenshots in runs/screenshots
+# make test-browser  the report's page in Chromium, on a screen, a phone and paper; a trace in Perfetto; screenshots in runs/screenshots
 # make test-all  every test, each command started as a process of its own, every fault, and 5,000 inputs that nobody would write
 # make test-fuzz  those inputs alone (15 minutes)
 # make test-kills  ranks and mpirun killed at any moment, for MINUTES (30)
@@ -104,7 +104,7 @@ test-rdma:
 # Chromium is 110 MB, from Debian: `make test` runs these where a browser is, and skips them elsewhere.
 test-browser:
 	@./install.sh test browser
-	python -m pytest tests/analysis/report/test_browser.py
+	python -m pytest tests/analysis/report/test_browser.py tests/analysis/trace/test_perfetto.py
 
 # What is complete is not trained again: runs/models.
 models:

@@ -188,7 +188,7 @@ def _job_events(run: Run, clock: TraceClock, timeline: StepTimeline) -> Iterator
         if stall_s and seconds >= stall_s:
             yield _instant(f"stall: step {step} took {seconds:.0f} s", shown_ns)
         if step in losses and np.isfinite(losses[step]):
-            yield _counter("loss", _JOB_PID, shown_ns, losses[step])
+            yield _counter("training", "loss", _JOB_PID, shown_ns, losses[step])
 
 
 def _step_ends_ns(clock: TraceClock, timeline: StepTimeline) -> IntArray:
@@ -211,8 +211,9 @@ def _instant(name: str, shown_ns: int) -> dict[str, Any]:
     return {"ph": "i", "s": "p", "name": name, "pid": _JOB_PID, "tid": _JOB_PID, "ts": _us(shown_ns)}
 
 
-def _counter(name: str, pid: int, shown_ns: int, value: float) -> dict[str, Any]:
-    return {"ph": "C", "name": name, "pid": pid, "ts": _us(shown_ns), "args": {"value": value}}
+def _counter(name: str, unit: str, pid: int, shown_ns: int, value: float) -> dict[str, Any]:
+    """Perfetto shows it as "name unit"."""
+    return {"ph": "C", "name": name, "pid": pid, "ts": _us(shown_ns), "args": {unit: value}}
 
 
 # ---------------------------------------------------------------------------------------------- energy
@@ -228,10 +229,10 @@ def _energy_events(run: Run, hosts: Sequence[str], pids: dict[str, int], clock: 
                 continue  # a host of an earlier attempt alone has no process
             shown_ns = _reading_times_ns(run, host, hosts, trace, clock, positive_number(epochs_s.get(host)))
             for at_ns, joules in zip(shown_ns.tolist(), trace.joules.tolist(), strict=True):
-                yield _counter(f"{trace.domain} (J)", pid, at_ns, joules)
+                yield _counter(f"energy of {trace.domain}", "J", pid, at_ns, joules)
             watts = np.diff(trace.joules) / np.maximum(np.diff(trace.time_s), 1e-9)
             for at_ns, power in zip(shown_ns.tolist(), [*watts.tolist(), 0.0], strict=True):
-                yield _counter(f"{trace.domain} (W)", pid, at_ns, power)
+                yield _counter(f"power of {trace.domain}", "W", pid, at_ns, power)
 
 
 def _reading_times_ns(

@@ -3,9 +3,7 @@
 `make test-browser` installs what this needs. Screenshots and PDF pages stay in runs/screenshots, for a person to see.
 """
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +15,14 @@ from hpc_train.analysis.report.model import Report
 from hpc_train.analysis.report.renderers.files import write_report
 from hpc_train.analysis.report.report import make_report
 from tests import jobs
+from tests.chromium import INSTALL, chromium
 from tests.laws import Laws, Slow, write
 from tests.synthetic import Recipe, write_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-INSTALL = "`make test-browser` installs it"
-sync_api = pytest.importorskip("playwright.sync_api", reason=f"Playwright is not installed: {INSTALL}")
+pytest.importorskip("playwright.sync_api", reason=f"Playwright is not installed: {INSTALL}")
 axe = pytest.importorskip("axe_playwright_python.base", reason=f"axe-core is not installed: {INSTALL}")
 pdfium = pytest.importorskip("pypdfium2", reason=f"pypdfium2 is not installed: {INSTALL}")
 
@@ -87,16 +85,8 @@ REPORTS = {each.__name__.replace("_", "-"): each for each in (study, many_ranks,
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
-    """The system's Chromium, or Playwright's own."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    with sync_api.sync_playwright() as playwright:
-        if found is None and not Path(playwright.chromium.executable_path).exists():
-            pytest.skip(f"no Chromium on this machine: {INSTALL}")
-        flags = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses root otherwise
-        opened = playwright.chromium.launch(executable_path=found, args=flags)
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module", params=[*REPORTS, "recorded"])

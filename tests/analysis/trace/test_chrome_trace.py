@@ -127,13 +127,13 @@ def test_joules_and_losses_are_counters(tmp_path: Path) -> None:
     pids = {each["args"]["name"]: each["pid"] for each in trace.of("M", name="process_name")}
     for host in SKEWED.hosts:
         for meter in read_traces(run.energy(host)):
-            joules = trace.of("C", name=f"{meter.domain} (J)", pid=pids[host])
-            assert [each["args"]["value"] for each in joules] == meter.joules.tolist()
-            watts = [each["args"]["value"] for each in trace.of("C", name=f"{meter.domain} (W)", pid=pids[host])]
+            joules = trace.of("C", name=f"energy of {meter.domain}", pid=pids[host])
+            assert [each["args"]["J"] for each in joules] == meter.joules.tolist()
+            watts = [each["args"]["W"] for each in trace.of("C", name=f"power of {meter.domain}", pid=pids[host])]
             assert watts[0] == pytest.approx(SKEWED.watts[meter.domain], rel=1e-3) and watts[-1] == 0
-    losses = trace.of("C", name="loss")
+    losses = trace.of("C", name="training")
     recorded = load(run).metrics[1]
-    assert [each["args"]["value"] for each in losses] == recorded
+    assert [each["args"]["loss"] for each in losses] == recorded
     ends = {each["args"]["step"]: each["ts"] + each["dur"] for each in trace.threads()["rank 0"] if "args" in each}
     assert [each["ts"] for each in losses] == pytest.approx([ends[step] for step in load(run).metrics[0]], abs=5)
 
