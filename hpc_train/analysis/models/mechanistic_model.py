@@ -26,9 +26,9 @@ class Priors:
 # Estimated by `tests/benchmarks/plan_priors.py` on published series; `make bench-plan` shows what they do on others.
 WEAK = Priors(
     {
-        "imbalance_s": 0.033,
+        "imbalance_s": 0.052,
         "transfer_s": 0.75,
-        "transfer_between_s": 0.1,
+        "transfer_between_s": 0.052,
         "tree_between_s": 0.008,
         "ring_s": 0.00025,
         "ring_between_s": 0.0002,
@@ -36,7 +36,7 @@ WEAK = Priors(
     Prior(presence=0.64, degrees=1.0, noise=0.004, noise_degrees=3.0, outlier_degrees=4.0),
 )
 STRONG = Priors(
-    {"fixed_s": 0.01, "imbalance_s": 0.0063, "tree_s": 0.0004, "ring_s": 0.0001, "cache_s": 0.05, "between_s": 0.032},
+    {"fixed_s": 0.01, "imbalance_s": 0.0025, "tree_s": 0.0004, "ring_s": 0.0001, "cache_s": 0.12, "between_s": 0.02},
     Prior(presence=0.4, degrees=1.0, noise=0.01, noise_degrees=3.0, outlier_degrees=4.0),
 )
 

@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 from hpc_train.core.records import FloatArray
 
-NUM_CHAINS = 125
+NUM_CHAINS = 64
 NUM_SWEEPS = 160
 _NUM_LINES = 2  # moves of all coefficients at a time, each sweep
-NUM_KEPT = 4  # draws of a chain
+NUM_KEPT = 8  # draws of a chain
 NUM_DRAWS = NUM_CHAINS * NUM_KEPT
 _NOISE_GRID = np.geomspace(0.001, 0.3, 24)  # relative standard deviations of one measurement
 
@@ -124,9 +124,9 @@ class Sampler:
         root = np.linalg.cholesky(precision)
         drawn = self._random.standard_normal((*prior.shape, 1))
         direction = np.linalg.solve(np.swapaxes(root, 1, 2), drawn)[:, :, 0] * is_there
-        along = np.einsum("rnt,rt->rn", np.broadcast_to(self._columns, weighted.shape), direction)
-        slope = np.einsum("rnt,rn,rt->r", weighted, self._residuals, direction)
-        slope -= (prior * self._values * direction).sum(axis=1)
+        along = (self._columns @ direction[:, :, None])[:, :, 0]
+        gradient = (self._residuals[:, None, :] @ weighted)[:, 0] - prior * self._values
+        slope = (gradient * direction).sum(axis=1)
         deviation = (drawn[:, :, 0] ** 2 * is_there).sum(axis=1) ** -0.5
         with np.errstate(divide="ignore", invalid="ignore"):
             bounds = -self._values / direction

@@ -16,6 +16,7 @@ from hpc_train.core.statistics import LEVELS, Interval
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)  # in the order of preference among equals
 _NUM_FOLDS = 3  # at most so many of the largest sizes are held out, one after the other
+_NOISE_DEGREES = 4.0  # of freedom: a new run may be an outlier as measured ones may
 _DRAWS_EACH = 8  # of the errors, for each draw of the parameters
 
 
@@ -94,7 +95,7 @@ class Drift:
 
 
 # Of a series of which nothing is known: estimated on published series, see `make bench-plan`.
-DRIFT = Drift(least=0.02, of_overhead=0.2, weight=1.0, degrees=2.2)
+DRIFT = Drift(least=0.02, of_overhead=0.12, weight=1.0, degrees=2.2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,11 +171,12 @@ class Prediction:
         """
         random = np.random.default_rng(0)
         step_s = np.tile(fit.predict(fit.draws, ranks), (_DRAWS_EACH, 1))
-        noise = np.tile(fit.noise, _DRAWS_EACH)[:, None]
-        scale = np.sqrt(noise**2 + self.doubling_variance(ranks) * np.log2(beyond))
-        student = random.standard_t(self.drift.degrees, size=(len(step_s), 1))
+        noise = np.tile(fit.noise, _DRAWS_EACH)[:, None] * random.standard_t(_NOISE_DEGREES, size=(len(step_s), 1))
+        drift = np.sqrt(self.doubling_variance(ranks) * np.log2(beyond))
+        drift = drift * random.standard_t(self.drift.degrees, size=(len(step_s), 1))
         # A draw may predict no time at all (Extra-P's may be negative): it counts as almost none.
-        low, high = np.quantile(np.maximum(step_s, 1e-300) * np.exp(np.minimum(scale * student, 50.0)), LEVELS, axis=0)
+        new_s = np.maximum(step_s, 1e-300) * np.exp(np.clip(noise + drift, -50.0, 50.0))
+        low, high = np.quantile(new_s, LEVELS, axis=0)
         return low, high
 
 
@@ -258,11 +260,13 @@ def _hold_out(model: ModelName, measurements: Measurements) -> tuple[tuple[HeldO
 
 def observed_drift(measurements: Measurements, chosen: Candidate, drift: Drift | None = None) -> Drift:
     """The drift of series at large or of a site, and how the errors at the sizes that were held out compare with it."""
-    squares, known = [], drift or DRIFT
+    assert chosen.fit is not None
+    squares, known, noise = [], drift or DRIFT, float(np.median(chosen.fit.noise))
     for each in chosen.held_out:
         before = int(measurements.ranks[measurements.ranks < each.ranks].max())
         overhead = _overhead(measurements, np.array([each.ranks]), np.array([each.measured_s]))
         # Logarithms, but a guess below 0 has none.
         error = float(np.log(max(each.predicted_s / each.measured_s, 1e-3)))
-        squares.append(error**2 / np.log2(each.ranks / before) / float(known.variance(overhead)[0]))
+        expected = np.log2(each.ranks / before) * float(known.variance(overhead)[0]) + noise**2
+        squares.append(error**2 / expected)
     return known.updated(squares)

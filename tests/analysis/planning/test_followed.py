@@ -73,7 +73,9 @@ def test_later_plans_learn_from_it(tmp_path: Path, slower: float, wider: bool) -
     job = planned(tmp_path)
     with pytest.raises(UserError, match="no run there has followed a plan"):
         site_drift(tmp_path)
-    write(tmp_path, 16, slower)
+    options = json.loads((job / "plan.json").read_text())["options"]
+    (foreseen,) = [option["step_s"] for option in options if option["ranks"] == 16]
+    write(tmp_path, 16, slower * foreseen / step_s(16))
     found = site_drift(tmp_path)
     assert found.degrees == DRIFT.degrees + 1
     assert (found.least > DRIFT.least) == wider
