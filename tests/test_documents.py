@@ -43,6 +43,20 @@ GUIDES = [page.read_text() for folder in ("tutorials", "how-to") for page in PAG
 SESSIONS = {"README": [README], "all": [README, JOBS, *GUIDES]}
 
 
+def test_the_shown_reports_are_those_of_the_recorded_runs(tmp_path: Path) -> None:
+    """README.md shows what the command above it prints, and a tutorial a table of the whole report."""
+    runs = jobs.ROOT / "tests" / "runs" / "mlp-mnist"
+    two = jobs.run(0, "report", *sorted(runs.glob("*-np[12]")), "--output", tmp_path / "two", cwd=tmp_path)
+    whole = jobs.run(0, "report", runs, "--full", "--output", tmp_path / "whole", cwd=tmp_path)
+    tutorial = (jobs.ROOT / "docs" / "tutorials" / "reading-a-report.md").read_text()
+    for document, printed, first in ((README, two.out, "2 ranks: "), (tutorial, whole.out, " factor ")):
+        block = first + document.partition(f"```\n{first}")[2].partition("```")[0]
+        shown = [line.rstrip() for line in block.splitlines() if line.strip()]
+        lines = [line.rstrip() for line in printed.splitlines() if line.strip()]
+        begin = next(index for index, line in enumerate(lines) if line.startswith(first))
+        assert lines[begin : begin + len(shown)] == shown
+
+
 @pytest.mark.timeout(600)  # three minutes on two quiet cores
 @pytest.mark.parametrize("name", ["README", pytest.param("all", marks=pytest.mark.thorough)])
 def test_commands_run_as_they_stand(name: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_train.core.statistics import LEVELS, NUM_RESAMPLES, Interval, nonnegative_least_squares
+from hpc_train.core.statistics import FloatArray, Interval, half_width, nonnegative_least_squares
 
 SCHEMA = 1
 OURS = ("horovod", "mpi", "parameter_server", "sharded")  # reduce.strategy
@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fit:
-    """Alpha and beta of one strategy on one number of ranks, with 95% bootstrap intervals over the sizes.
+    """Alpha and beta of one strategy on one number of ranks, with 95% intervals; None from 2 sizes, which fit exactly.
 
     error: the median over sizes of |predicted - measured| / measured.
     """
@@ -73,8 +73,8 @@ class Fit:
     alpha_s: float
     beta_s_per_byte: float
     error: float
-    alpha_interval_s: Interval
-    beta_interval_s_per_byte: Interval
+    alpha_interval_s: Interval | None
+    beta_interval_s_per_byte: Interval | None
 
     def seconds(self, message_bytes: float) -> float:
         return float(_shape(self.ranks, np.array([message_bytes]))[0] @ (self.alpha_s, self.beta_s_per_byte))
@@ -89,21 +89,33 @@ def fit(rows: Sequence[Row]) -> Fit:
     """Alpha and beta from one strategy's rows on the same ranks, with two sizes or more.
 
     Non-negative least squares of relative errors, so that every size counts alike: times span six powers of ten.
+    Intervals are Student's of a linear regression, whose residuals tell the error, as far as they are above 0.
     """
     times_s = np.array([row.time_s for row in rows])
     scaled = _shape(rows[0].ranks, np.array([row.message_bytes for row in rows], float)) / times_s[:, None]
     ones = np.ones(len(rows))
     alpha_s, beta = nonnegative_least_squares(scaled, ones)
-    drawn = np.random.default_rng(0).integers(0, len(rows), (NUM_RESAMPLES, len(rows)))
-    refits = np.array([nonnegative_least_squares(scaled[sizes], ones) for sizes in drawn])
-    intervals = np.quantile(refits, LEVELS, axis=0)
     first = rows[0]
     return Fit(
         *(first.strategy, first.ranks, first.nodes, first.ranks_per_node, float(alpha_s), float(beta)),
         error=float(np.median(np.abs(scaled @ (alpha_s, beta) - 1))),
-        alpha_interval_s=(float(intervals[0, 0]), float(intervals[1, 0])),
-        beta_interval_s_per_byte=(float(intervals[0, 1]), float(intervals[1, 1])),
+        alpha_interval_s=_interval(scaled, (alpha_s, beta), 0),
+        beta_interval_s_per_byte=_interval(scaled, (alpha_s, beta), 1),
     )
+
+
+def _interval(scaled: FloatArray, fitted: Sequence[float], column: int) -> Interval | None:
+    """scaled: (sizes, 2), of which `fitted` makes about 1 each."""
+    spare = len(scaled) - 2
+    if not spare:
+        return None
+    residuals = scaled @ fitted - 1
+    # Relative to the fit's columns, which differ by any power of ten.
+    scales = np.abs(scaled).max(axis=0)
+    inverse = np.linalg.pinv((scaled / scales).T @ (scaled / scales))
+    squared_error = float(residuals @ residuals) / spare * float(inverse[column, column]) / float(scales[column]) ** 2
+    half = half_width(squared_error, spare)
+    return max(0.0, float(fitted[column]) - half), float(fitted[column]) + half
 
 
 def fits(rows: Sequence[Row]) -> list[Fit]:

@@ -30,6 +30,7 @@ _RULES = {
     "data.inputs": Rule.REFUSED,
     "data.targets": Rule.REFUSED,
     "data.offsets": Rule.REFUSED,
+    "data.missing": Rule.REFUSED,
     "data.test_": Rule.TEST,
     "data.read": Rule.SPEED,
     "data.memory_mb": Rule.COMPARED,

@@ -32,6 +32,8 @@ class Data(_Section):
     test_targets: Text = "test/targets"
     offsets: Text | None = None  # document starts and the end, in tokens; then no window spans two
     test_offsets: Text | None = None
+    # Values that the file declares as missing (_FillValue, missing_value), and NaN: drop leaves their samples out.
+    missing: Literal["refuse", "drop", "mean"] = "refuse"
     # collective: all ranks read each batch together; memory: each rank holds a part of the data and ranks exchange
     # samples; auto: memory map or decoded chunks, or memory if the data exceed every node's memory.
     read: Literal["auto", "collective", "memory"] = "auto"

@@ -12,7 +12,6 @@ FloatArray = npt.NDArray[np.float64]
 Interval = tuple[float, float]
 
 LEVELS = (0.025, 0.975)  # the quantiles that bound a 95% interval
-NUM_RESAMPLES = 1000
 NUM_BLOCKS = 50
 
 

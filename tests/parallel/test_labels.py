@@ -1,4 +1,4 @@
-"""Labels are read by parts: every rank finds the same classes."""
+"""Labels and missing values are found by parts: every rank finds the same."""
 
 from pathlib import Path
 
@@ -34,6 +34,25 @@ def test_a_value_that_one_rank_meets_is_told_on_all(context: Context, shared_pat
         Classification(config.from_values(job, "test").config, context)
 
 
-def write(path: Path, targets: np.ndarray) -> None:
+def test_samples_with_missing_values_are_left_out_on_every_rank(context: Context, shared_path: Path) -> None:
+    """A row in the first rank's part, and one in the last rank's."""
+    context.on_root(lambda: write(shared_path / "a.h5", np.arange(40) % 4, missing=(2, 37)))
+    data = {"file": str(shared_path / "a.h5")}
+    job = {"name": "a", "data": data, "train": {"steps": 1, "global_batch": 4}}
+    with pytest.raises(UserError, match=r"2 of 40 samples of train/inputs lack values, .* the first is row 2"):
+        Classification(config.from_values(job, "test").config, context)
+    data["missing"] = "drop"
+    task = Classification(config.from_values(job, "test").config, context)
+    kept = np.delete(np.arange(40), (2, 37))
+    assert task.num_samples == 38 and task.batch(np.arange(38), 0).inputs[:, 0].tolist() == kept.tolist()
+    data["missing"] = "mean"
+    task = Classification(config.from_values(job, "test").config, context)
+    assert task.batch(np.array([37]), 0).floats()[0, 0].item() == pytest.approx(kept.mean())
+
+
+def write(path: Path, targets: np.ndarray, missing: tuple[int, ...] = ()) -> None:
+    inputs = np.repeat(np.arange(len(targets), dtype=np.float32)[:, None], 3, axis=1)
+    inputs[list(missing)] = -1
     with h5py.File(path, "w") as file:
-        file["train/inputs"], file["train/targets"] = np.ones((len(targets), 3), np.float32), targets
+        file["train/inputs"], file["train/targets"] = inputs, targets
+        file["train/inputs"].attrs["_FillValue"] = np.float32(-1)

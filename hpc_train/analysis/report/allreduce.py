@@ -125,9 +125,9 @@ def _fit_table(found: Sequence[Fit]) -> Table:
     rows = []
     for fit in found:
         cells = [place_text((fit.ranks, fit.nodes, fit.ranks_per_node)), name_of(fit.strategy)]
-        cells += [significant(fit.alpha_s * 1e6), "-".join(significant(end * 1e6) for end in fit.alpha_interval_s)]
-        cells.append(_inverse(fit.beta_s_per_byte))
-        cells.append("-".join(_inverse(end) for end in reversed(fit.beta_interval_s_per_byte)))
+        latencies, betas = fit.alpha_interval_s or (), fit.beta_interval_s_per_byte or ()
+        cells += [significant(fit.alpha_s * 1e6), "-".join(significant(end * 1e6) for end in latencies) or "-"]
+        cells += [_inverse(fit.beta_s_per_byte), "-".join(_inverse(end) for end in reversed(betas)) or "-"]
         rows.append((*cells, percent(fit.error, 0)))
     title = "T = 2 (N-1) latency + 2 (N-1)/N bytes / bandwidth, fitted; error: the median over sizes"
     return Table("allreduce-fit", title, columns, tuple(rows))

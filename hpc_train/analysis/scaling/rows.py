@@ -76,6 +76,14 @@ class Row:
         return self.speedup * self.baseline_size / self.size
 
     @property
+    def efficiency_interval(self) -> Interval | None:
+        """95%; None of the baseline, too."""
+        if self.speedup_interval is None or self.baseline_size is None:
+            return None
+        low, high = self.speedup_interval
+        return low * self.baseline_size / self.size, high * self.baseline_size / self.size
+
+    @property
     def global_batch(self) -> int:
         return self.runs[0].summary.global_batch
 

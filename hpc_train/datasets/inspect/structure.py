@@ -27,6 +27,7 @@ from hpc_train.train.data.hdf5_faults import (
 CHECKSUMS = "checksums"  # the group that holds a data set of CRC-32 values for each contiguous data set
 _CF_ATTRIBUTES = ("scale_factor", "add_offset")
 _SHOWN_ATTRIBUTES = (*_CF_ATTRIBUTES, "block_rows", "algorithm")
+_BARE_DIMENSION = b"This is a netCDF dimension but not a netCDF variable"  # what the netCDF C library writes
 _LEVEL_PARAMETER = {"gzip": 0, "zstd": 0, "blosc": 4, "blosc2": 4, "bzip2": 0}  # index of a filter's level
 _MAX_LISTED = 20
 _NAME_FILES = "Name HDF5 files, or a pattern such as data/part-*.h5"
@@ -188,11 +189,21 @@ def _walk(
             faults.append(Fault("unreadable", str(path), full, what, RESTORE))
             continue
         if isinstance(item, h5py.Dataset):
+            if _is_bare_dimension(item):
+                continue
             info = _dataset_info(item, path, full)
             datasets.append(info)
             faults += _structural_faults(item, info)
         elif isinstance(item, h5py.Group) and full != CHECKSUMS:
             _walk(item, path, datasets, faults, above | {address})
+
+
+def _is_bare_dimension(dataset: h5py.Dataset) -> bool:
+    """Whether it is a dimension of a netCDF-4 file and holds no values: nobody ever writes it."""
+    try:
+        return bytes(dataset.attrs.get("NAME", b"")).startswith(_BARE_DIMENSION)
+    except (*HDF5_ERRORS, UnicodeError):  # an attribute of another type, or a damaged one
+        return False
 
 
 def _dataset_info(dataset: h5py.Dataset, path: Path, name: str) -> DatasetInfo:

@@ -22,20 +22,35 @@ _SCAN_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
+class Filling:
+    """values: stored numbers that stand for no value, as NaN does. mean: what is put in their place, (*input_shape)."""
+
+    values: tuple[float, ...]
+    mean: torch.Tensor
+
+    def filled(self, stored: torch.Tensor, floats: torch.Tensor) -> torch.Tensor:
+        """`floats`, the numbers `stored` as float32, with the mean where a value is missing."""
+        missing = torch.isnan(floats)
+        for value in self.values:
+            missing |= stored == torch.tensor(value, dtype=stored.dtype, device=stored.device)
+        return torch.where(missing, self.mean, floats)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Samples as stored: `inputs` (n, *input_shape) of the file's dtype, `targets` (n, ...). n may be 0.
 
-    targets: whole numbers are int64, real ones float32.
-
-    A stored input s means s * scale + offset (the attributes scale_factor and add_offset of the CF conventions).
-    Small integers are copied to the device as they are and become floats there, by `floats`. If data.inputs names
-    several data sets, inputs, scale and offset are tuples.
+    Targets that are whole numbers are int64, real ones float32. A stored input s means s * scale + offset (the
+    attributes scale_factor and add_offset of the CF conventions). Small integers are copied to the device as they are
+    and become floats there, by `floats`. If data.inputs names several data sets, inputs, scale and offset are tuples.
+    filling: see data.missing = "mean".
     """
 
     inputs: Any
     targets: torch.Tensor
     scale: Any
     offset: Any
+    filling: Filling | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -44,11 +59,13 @@ class Batch:
         """The values that the stored inputs mean, float32, on their device; a tuple for several inputs."""
         if isinstance(self.inputs, tuple):
             return tuple(map(_unscaled, self.inputs, self.scale, self.offset))
-        return _unscaled(self.inputs, self.scale, self.offset)
+        return _unscaled(self.inputs, self.scale, self.offset, self.filling)
 
 
-def _unscaled(stored: torch.Tensor, scale: float, offset: float) -> torch.Tensor:
+def _unscaled(stored: torch.Tensor, scale: float, offset: float, filling: Filling | None = None) -> torch.Tensor:
     values = stored.to(torch.float32)
+    if filling is not None:
+        values = filling.filled(stored, values)
     return values if (scale, offset) == (1.0, 0.0) else values * scale + offset
 
 
@@ -92,6 +109,7 @@ class Split:
     check_unchanged: Callable[[], None]
     buffers: Buffers = field(default_factory=Buffers)
     begin_step: Callable[[int], None] | None = None  # collective: the ranks exchange the samples of the coming steps
+    filling: Filling | None = None
 
     def __len__(self) -> int:
         return int(self.targets.shape[0])
@@ -113,7 +131,7 @@ class Split:
         targets = torch.from_numpy(self.targets.take(rows).astype(kind, copy=False))
         inputs = tuple(torch.from_numpy(self._take(reader, rows)) for reader in self.inputs)
         if len(inputs) == 1:
-            return Batch(inputs[0], targets, self.scale[0], self.offset[0])
+            return Batch(inputs[0], targets, self.scale[0], self.offset[0], self.filling)
         return Batch(inputs, targets, self.scale, self.offset)
 
     def prefetch(self, rows: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """Classification of arrays, from HDF5."""
 
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,8 @@ from hpc_train.train.data.collective import choose_read_mode, with_shared_reader
 from hpc_train.train.data.dataset import Batch, Split, open_order, open_split
 from hpc_train.train.data.files import Files, describe, open_files
 from hpc_train.train.data.labels import open_classes
+from hpc_train.train.data.missing import handle_missing
+from hpc_train.train.data.mixing import poor_mixing
 
 _TEST_BATCH = 1024
 
@@ -31,20 +34,22 @@ class Classification:
         """Collective. Opens the data and checks all labels, each rank a part of them."""
         self.config = config
         files, self.train, self.held_out = context.on_all(lambda: _open(config, context))
+        self.train, self.held_out, missing = handle_missing(self.train, self.held_out, files, config.data, context)
         self.num_samples = len(self.train)
         mode, why = choose_read_mode(self.train.inputs[0], files, config, context)
         self.in_step = mode != "auto"  # all ranks read together, and only the loop may call MPI
         if self.in_step:
             self.train = with_shared_reader(self.train, mode, files, config, context)
-        self.reading = describe(files, str(config.data.inputs), self.train.inputs[0]) + f", {why}" * bool(why)
+        reading = describe(files, str(config.data.inputs), self.train.inputs[0]) + f", {why}" * bool(why)
         self.order = open_order(self.train.inputs, self.num_samples, config)
         names = (config.data.targets, config.data.test_targets)
         self.train, self.held_out, classes = open_classes(
             self.train, self.held_out, names, files.paths[0], config.task.num_classes, context
         )
         self.num_classes, self.classes = classes.num, classes.listed()
-        if said := classes.describe(config.data.targets):
-            self.reading += f"; {said}"
+        if why := poor_mixing(self.train.targets, config.data.targets, self.order, self.num_classes, context):
+            _warn_of_order(why, config, context)
+        self.reading = "; ".join(filter(None, (reading, missing, classes.describe(config.data.targets))))
 
     def model(self) -> nn.Module:
         task = self.config.task
@@ -70,6 +75,14 @@ class Classification:
         logits = model(batch.floats())
         loss = functional.cross_entropy(logits, batch.targets, reduction="sum")
         return len(batch), {"loss": loss.item(), "accuracy": (logits.argmax(1) == batch.targets).sum().item()}
+
+
+def _warn_of_order(why: str, config: Config, context: Context) -> None:
+    remedy = "data.shuffle_chunks and data.memory_mb mix more"
+    if config.data.read == "collective":
+        remedy = "without data.read = 'collective' all samples are mixed"
+    if context.world.is_root:
+        print(f"warning: {why}: {remedy}, or store the samples in random order.", file=sys.stderr, flush=True)
 
 
 def _open(config: Config, context: Context) -> tuple[Files, Split, Split | None]:

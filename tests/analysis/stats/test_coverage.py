@@ -49,6 +49,7 @@ def test_speedup_and_efficiency_of_repeats(num_runs: tuple[int, int], autocorrel
         baseline = with_row(steps, generator, 1, num_runs[0])
         row = with_speedup(with_row(steps, generator, 4, num_runs[1]), baseline)
         assert row.speedup_interval is not None and row.relative_speed is not None and row.relative_speed.between_runs
+        assert row.efficiency_interval == pytest.approx([end / 4 for end in row.speedup_interval])
         intervals.append(row.speedup_interval)
     error = sum(map(steps.squared_error, num_runs))
     check(Coverage.of(intervals, 1.0, oracle_half_width(error, sum(num_runs) - 2)), "speedup", num_studies)

@@ -67,7 +67,8 @@ def _row_notes(row: Row) -> Iterator[str]:
             f"{size}: steps take {ms_text(row.step_s)} ms on average, which counts, and {ms_text(row.step_median_s)} ms"
             " in the median: few of them cause most of the difference."
         )
-    if row.efficiency and row.efficiency > _SUPERLINEAR:
+    is_above_ideal = row.efficiency_interval is not None and row.efficiency_interval[0] > 1
+    if is_above_ideal and (row.efficiency or 0.0) > _SUPERLINEAR:
         yield (
             f"{size}: sharing the work does not explain a speedup efficiency above 100%. Smaller shares may fit the"
             " caches, or the baseline was disturbed: repeat the baseline to tell."

@@ -47,7 +47,7 @@ def pop_table(group: Group) -> Table | None:
         return None
     last = rows[-1]
     sizes = ["1 rank" if row.size == 1 else f"{ranks_text(row)} ranks" for row in rows]
-    columns = [Column("factor", is_text=True), *number_columns(*sizes, _interval_title(last))]
+    columns = [Column("factor", is_text=True), *number_columns(*sizes, f"95% interval ({ranks_text(last)})")]
     lines = []
     for factor in FACTORS:
         if any(factor in row.pop.factors for row in rows):
@@ -56,14 +56,10 @@ def pop_table(group: Group) -> Table | None:
             lines.append((*cells, "-" if interval is None else "-".join(map(_factor_text, interval))))
     is_served = any(row.num_servers for row in rows)
     if group.baseline is not None and "global" in group.baseline.pop.factors and not is_served:
-        label = "speedup efficiency: global / baseline's global"
-        lines.append((label, *(_factor_text(row.efficiency) for row in rows), "-"))
-    return Table("pop", "POP efficiencies (1: no loss)", tuple(columns), tuple(lines))
-
-
-def _interval_title(row: Row) -> str:
-    between_runs = row.pop.estimates["parallel"].between_runs
-    return f"95% interval{'' if between_runs else f' {WITHIN}'} ({ranks_text(row)})"
+        lines.append(("speedup efficiency", *(_factor_text(row.efficiency) for row in rows), "-"))
+    within = "" if last.pop.estimates["parallel"].between_runs else f"; interval {WITHIN}"
+    title = f"POP efficiencies (1: no loss; speedup efficiency: global over the baseline's{within})"
+    return Table("pop", title, tuple(columns), tuple(lines))
 
 
 def _factor_text(value: float | None) -> str:

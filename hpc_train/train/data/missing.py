@@ -1,0 +1,159 @@
+"""Values that a file declares as missing, and NaN: named, left out, or replaced by the mean.
+
+CF conventions: a stored number equal to the attribute _FillValue or missing_value stands for no value. In netCDF-4
+files, floats that nobody wrote have a value of their own without such an attribute (NC_FILL_FLOAT of netcdf.h).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from hpc_train.core.errors import UserError
+from hpc_train.core.sampling import rank_span
+from hpc_train.core.settings import Data
+from hpc_train.train.comm.context import Context, joint
+from hpc_train.train.data.dataset import Filling, Split
+from hpc_train.train.data.files import Files
+from hpc_train.train.data.hdf5_faults import damage_as_user_error
+from hpc_train.train.data.reader_interface import Reader
+
+_ATTRIBUTES = ("_FillValue", "missing_value")
+_NETCDF_FILL = 9.969209968386869e36
+_SCAN_BYTES = 64 << 20
+
+
+class SelectedReader(Reader):
+    """The rows `kept` of a reader, in increasing order."""
+
+    def __init__(self, reader: Reader, kept: np.ndarray) -> None:
+        self._reader, self._kept = reader, kept
+        self.shape, self.dtype = (len(kept), *reader.shape[1:]), reader.dtype
+        self.description = reader.description
+        if reader.chunk_edges is not None:
+            self.chunk_edges = np.unique(np.searchsorted(kept, reader.chunk_edges))
+
+    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        return self._reader.take(self._kept[rows], out)
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        self._reader.prefetch(self._kept[rows])
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+@dataclass(frozen=True)
+class _Scanned:
+    """What one data set lacks.
+
+    values: stored numbers that stand for none. rows: those with a missing value, increasing. mean: of the other values,
+    by their place in a sample, as stored; None if it was not asked for.
+    """
+
+    values: tuple[float, ...]
+    rows: np.ndarray
+    mean: np.ndarray | None = None
+
+
+def handle_missing(
+    train: Split, held_out: Split | None, files: Files, data: Data, context: Context
+) -> tuple[Split, Split | None, str]:
+    """Collective. The splits as data.missing asks, and what was done, for the log; "" if nothing is missing.
+
+    All values are read for it, each rank a part, if the file declares which are missing or data.missing is set. Raises
+    `UserError` if there are some and data.missing is "refuse". A sample without a target is left out in any case.
+    """
+    scan = partial(_scan, files, data.missing, context)
+    inputs, targets = scan(str(data.inputs), train.inputs[0]), scan(data.targets, train.targets)
+    filling = None
+    if data.missing == "mean" and inputs.mean is not None:
+        filling = Filling(inputs.values, torch.from_numpy(inputs.mean.astype(np.float32)))
+    train, said = _handled(train, inputs, targets, filling, str(data.inputs))
+    if held_out is None:
+        return train, None, said
+    test_inputs = scan(str(data.test_inputs), held_out.inputs[0])
+    test_targets = scan(data.test_targets, held_out.targets)
+    held_out, also = _handled(held_out, test_inputs, test_targets, filling, str(data.test_inputs))
+    return train, held_out, "; ".join(filter(None, (said, also)))
+
+
+def _handled(
+    split: Split, inputs: _Scanned, targets: _Scanned, filling: Filling | None, name: str
+) -> tuple[Split, str]:
+    """The split without what is missing, and what was done."""
+    num_samples = len(split)
+    left_out = targets.rows if filling else np.union1d(inputs.rows, targets.rows)
+    said = []
+    if filling:
+        split = replace(split, filling=filling)
+        if len(inputs.rows):
+            said.append(f"the mean stands for missing values in {len(inputs.rows):,} of {num_samples:,} of {name}")
+    if len(left_out):
+        kept = np.delete(np.arange(num_samples), left_out)
+        readers = [SelectedReader(reader, kept) for reader in (*split.inputs, split.targets)]
+        split = replace(split, inputs=tuple(readers[:-1]), targets=readers[-1])
+        said.append(f"{len(left_out):,} of {num_samples:,} samples of {name} are left out, as they lack values")
+    return split, "; ".join(said)
+
+
+def _scan(files: Files, mode: str, context: Context, name: str, reader: Reader) -> _Scanned:
+    """Collective. Raises `UserError` if a value is missing and `mode` is "refuse"."""
+    values = context.on_all(partial(declared_missing, files, name))
+    if reader.dtype.kind == "O" or not (values or (mode != "refuse" and reader.dtype.kind == "f")):
+        return _Scanned(values, np.zeros(0, np.int64))
+    rows = [np.zeros(0, np.int64)]
+    total, count = np.zeros(reader.shape[1:]), np.zeros(reader.shape[1:])
+    for begin, part in _my_parts(reader, context):
+        missing = is_missing(part, values)
+        rows.append(begin + np.flatnonzero(missing.reshape(len(part), -1).any(axis=1)))
+        if mode == "mean":
+            total += np.where(missing, 0, part).sum(axis=0)
+            count += (~missing).sum(axis=0)
+    found = np.concatenate(context.all_gather(np.concatenate(rows)))
+    if len(found) and mode == "refuse":
+        raise joint(_refused(files, name, values, found, len(reader)))
+    if mode != "mean":
+        return _Scanned(values, found)
+    return _Scanned(values, found, context.sum(total) / np.maximum(context.sum(count), 1))
+
+
+def _my_parts(reader: Reader, context: Context) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, values) of this rank's part of all rows, block by block."""
+    start, stop = rank_span(len(reader), context.world.rank, context.world.size)
+    num_rows = max(1, _SCAN_BYTES // max(1, reader.row_bytes))
+    for begin in range(start, stop, num_rows):
+        yield begin, reader[begin : min(begin + num_rows, stop)]
+
+
+def is_missing(stored: np.ndarray, values: tuple[float, ...]) -> np.ndarray:
+    """Where stored numbers stand for no value; NaN always does."""
+    missing = np.isnan(stored) if stored.dtype.kind == "f" else np.zeros(stored.shape, bool)
+    for value in values:
+        missing |= stored == np.asarray(value).astype(stored.dtype)
+    return missing
+
+
+def declared_missing(files: Files, name: str) -> tuple[float, ...]:
+    """The stored numbers that stand for no value in data set `name`, without NaN. Raises `UserError`."""
+    found: set[float] = set()
+    for path, file, dataset in zip(files.paths, files.opened, files.datasets(name, "data"), strict=True):
+        for attribute in _ATTRIBUTES:
+            with damage_as_user_error(path, f"attribute {attribute} of {name}"):
+                stored = np.ravel(dataset.attrs.get(attribute, []))
+            if stored.dtype.kind in "iuf":
+                found.update(stored[~np.isnan(stored)].tolist())
+        if dataset.dtype.kind == "f" and "_NCProperties" in file.attrs and "_FillValue" not in dataset.attrs:
+            found.add(_NETCDF_FILL)
+    return tuple(sorted(found))
+
+
+def _refused(files: Files, name: str, values: tuple[float, ...], rows: np.ndarray, num_rows: int) -> UserError:
+    declared = " or ".join([*(f"{value:g}" for value in values), "NaN"])
+    return UserError(
+        f"{files.paths[0]}: {len(rows):,} of {num_rows:,} samples of {name} lack values, which are stored as "
+        f"{declared}; the first is row {rows[0]:,}",
+        'data.missing = "drop" leaves them out, "mean" puts the mean of the others in their place.',
+    )
