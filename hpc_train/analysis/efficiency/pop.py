@@ -139,9 +139,12 @@ def _estimated(run: Run) -> dict[str, Estimate]:
     """The same with the busiest rank of `_busiest_s`, and their errors."""
     blocks = (_busiest_s(_balance(run).useful_blocks_s), *_blocks(run))
     totals = [each.sum(keepdims=True) for each in blocks]
-    whole = _logarithms(run, *totals)
-    without = _logarithms(run, *(total - each for total, each in zip(totals, blocks, strict=True)))
-    return {name: of_blocks(float(whole[name][0]), without[name]) for name in whole}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        whole = _logarithms(run, *totals)
+        without = _logarithms(run, *(total - each for total, each in zip(totals, blocks, strict=True)))
+    # All useful time in one block, or in one half of them, tells no error.
+    known = [name for name in whole if np.isfinite(whole[name]).all() and np.isfinite(without[name]).all()]
+    return _measured(run) | {name: of_blocks(float(whole[name][0]), without[name]) for name in known}
 
 
 def _blocks(run: Run) -> list[FloatArray]:
