@@ -1,5 +1,6 @@
 """Classification of arrays, from HDF5."""
 
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,6 +19,7 @@ from hpc_train.train.data.dataset import Batch, Split, open_order, open_split
 from hpc_train.train.data.files import Files, describe, open_files
 from hpc_train.train.data.labels import open_classes
 from hpc_train.train.data.missing import handle_missing
+from hpc_train.train.data.mixing import poor_mixing
 
 _TEST_BATCH = 1024
 
@@ -45,6 +47,8 @@ class Classification:
             self.train, self.held_out, names, files.paths[0], config.task.num_classes, context
         )
         self.num_classes, self.classes = classes.num, classes.listed()
+        if why := poor_mixing(self.train.targets, config.data.targets, self.order, self.num_classes, context):
+            _warn_of_order(why, config, context)
         self.reading = "; ".join(filter(None, (reading, missing, classes.describe(config.data.targets))))
 
     def model(self) -> nn.Module:
@@ -71,6 +75,14 @@ class Classification:
         logits = model(batch.floats())
         loss = functional.cross_entropy(logits, batch.targets, reduction="sum")
         return len(batch), {"loss": loss.item(), "accuracy": (logits.argmax(1) == batch.targets).sum().item()}
+
+
+def _warn_of_order(why: str, config: Config, context: Context) -> None:
+    remedy = "data.shuffle_chunks and data.memory_mb mix more"
+    if config.data.read == "collective":
+        remedy = "without data.read = 'collective' all samples are mixed"
+    if context.world.is_root:
+        print(f"warning: {why}: {remedy}, or store the samples in random order.", file=sys.stderr, flush=True)
 
 
 def _open(config: Config, context: Context) -> tuple[Files, Split, Split | None]:

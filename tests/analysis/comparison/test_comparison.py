@@ -272,3 +272,20 @@ def test_a_report_compares_two_commits_of_one_job(tmp_path: Path) -> None:
     assert section.headline in told.headlines and "3 runs against" in section.headline
     alone = make_report([tmp_path / "4", tmp_path / "8"])
     assert not [section for section in alone.sections if section.kind == "comparison"]
+
+
+def test_a_damaged_baseline_is_refused_or_compared_and_nothing_else(tmp_path: Path) -> None:
+    """Each number, list, object and text of it in turn is something else."""
+    runs = write_repeats(tmp_path / "a", Noisy(ranks=4, steps=20), 1, 2)
+    baseline, damaged = tmp_path / "baseline.json", tmp_path / "damaged.json"
+    assert run_compare(runs, "--save", baseline).exit_code == 0
+    refused = 0
+    for key in json.loads(baseline.read_text())["runs"][0]:
+        for value in (None, -1.0, 0, 1e300, 1e-300, "text", [], [1.0], {}, {"forward": [1.0]}, True):
+            tree = json.loads(baseline.read_text())
+            tree["runs"][0][key] = value
+            damaged.write_text(json.dumps(tree))
+            told = run_compare(damaged, runs)
+            assert isinstance(told.exception, UserError | SystemExit | None), (key, value, told.exception)
+            refused += isinstance(told.exception, UserError)
+    assert refused > 100

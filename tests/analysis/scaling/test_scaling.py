@@ -57,7 +57,7 @@ def test_a_whole_run_is_rebuilt_from_its_records(tmp_path: Path) -> None:
 
 
 def test_runs_recorded_before_schema_3_keep_their_accuracy() -> None:
-    runs = load_all([Path(__file__).parents[2] / "runs"])
+    runs = load_all([Path(__file__).parents[2] / "runs" / "mlp-mnist"])
     assert len(runs) >= 3 and all(run.incomplete is None for run in runs)
     for run in runs:
         assert run.meta["schema"] == 2
