@@ -80,7 +80,17 @@ def lone(root: Path) -> None:
     write_run(root, Recipe(size=2, joules=None))
 
 
-REPORTS = {each.__name__.replace("_", "-"): each for each in (study, many_ranks, many_groups, strategies, lone)}
+def commits(root: Path) -> None:
+    """One job on two commits, three runs each: what changed between them, and by how much."""
+    for commit, factor in (("a" * 40, 1.0), ("b" * 40, 1.1)):
+        meta = {**STUDY.meta, "git": {"commit": commit, "dirty": False}}
+        for seed in range(3):
+            stamp = f"20261123T2{int(10 * factor) % 10}000{seed}Z"
+            write(root, replace(STUDY, ranks=8, seed=seed, stamp=stamp, work_s=0.08 * factor, meta=meta))
+
+
+KINDS = (study, many_ranks, many_groups, strategies, commits, lone)
+REPORTS = {each.__name__.replace("_", "-"): each for each in KINDS}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """A comparison of two sides as sentences, tables and plain values, for `hpc-train compare`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from hpc_train.analysis.comparison.comparison import (
@@ -23,12 +23,14 @@ from hpc_train.core.statistics import Interval
 
 SCHEMA = 1
 _MOST_PLACES, _MOST_ROWS = 3, 20  # in the answer, in the table
+_MOST_OVERVIEW = 6  # metrics in a short report
 
 
 def comparison_section(comparison: RunComparison, guard: SectionGuard) -> Section:
     """One kind of runs of a job against another, for a report."""
     section = SectionBuilder("comparison", f"{comparison.after.name} against {comparison.before.name}", guard)
     section.headline(headline, comparison)
+    section.overview(overview_table, comparison)
     section.notes("comparison-verdicts", "finding", verdicts, comparison)
     section.notes("comparison-cautions", "caution", cautions, comparison)
     section.table("comparison", metrics_table, comparison)
@@ -105,6 +107,17 @@ def cautions(comparison: RunComparison) -> list[str]:
 def comparison_tables(comparison: RunComparison) -> list[Table]:
     tables = [metrics_table(comparison), places_table(comparison), differences_table(comparison)]
     return [table for table in tables if table is not None]
+
+
+def overview_table(comparison: RunComparison) -> Table:
+    """Of the metrics of the whole job those that differ: what a first look needs."""
+    whole = metrics_table(comparison)
+    rows = [
+        row
+        for row, each in zip(whole.rows, comparison.metrics, strict=True)
+        if each is comparison.speed or each.verdict in ("regression", "improvement")
+    ]
+    return replace(whole, id="overview", rows=tuple(rows[:_MOST_OVERVIEW]))
 
 
 def metrics_table(comparison: RunComparison) -> Table:
