@@ -289,3 +289,13 @@ def test_a_damaged_baseline_is_refused_or_compared_and_nothing_else(tmp_path: Pa
             assert isinstance(told.exception, UserError | SystemExit | None), (key, value, told.exception)
             refused += isinstance(told.exception, UserError)
     assert refused > 100
+
+
+def test_a_host_that_always_was_slower_hides_no_change_of_another(tmp_path: Path) -> None:
+    """Hosts of two generations: the median of their times would be that of two hosts alone."""
+    older = {("c0", part): 1.3 for part in PARTS} | {("c1", part): 1.15 for part in PARTS}
+    before = write_repeats(tmp_path / "a", Noisy(slower=older), 1)
+    after = write_repeats(tmp_path / "b", Noisy(slower={**older, ("c1", "forward"): 1.15 * 1.06}), 2)
+    (found,) = compared(before, after).changed_places
+    assert (found.of.phase, found.of.place.name) == ("forward", "c1")
+    assert found.interval[0] < 0.06 < found.interval[1] and found.relative > 0.04
