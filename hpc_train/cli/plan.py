@@ -91,7 +91,7 @@ _Amount = FiniteNumber(0, 1e18, min_open=True)
 @click.option(
     "--model",
     type=click.Choice(["mechanistic", "extra-p", "amdahl", "usl"]),
-    help="Model to fit; default: the one that best predicts the largest sizes from the smaller ones.",
+    help="Model to fit; default: mechanistic.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @on_first_rank
@@ -122,6 +122,7 @@ def plan(
              hpc-train plan --table scaling.csv --predict 32,64
     """
     from hpc_train.analysis.models.predict import predict as fit_and_predict
+    from hpc_train.analysis.planning.budget import run_steps
     from hpc_train.analysis.planning.memory import rank_memory
     from hpc_train.analysis.planning.plan import Limits, make_plan
     from hpc_train.analysis.report.sections.plan import record
@@ -131,16 +132,16 @@ def plan(
     if sum(each is not None for each in (steps, samples, target_loss)) > 1:
         raise UserError("--steps, --samples and --target-loss each say how much to train", "Keep one of them.")
     training = _Training(steps, samples, target_loss)
-    memory = None
+    memory = num_steps = None
     if table is not None:
         measurements = _from_table(table, network, ranks_per_node, gradient_bytes)
         work = training.of_table(measurements)
     else:
         group = _only_group(runs)
         measurements, work = training.of_group(group, network)
-        memory = rank_memory(group, measurements.ranks_per_node)
+        memory, num_steps = rank_memory(group, measurements.ranks_per_node), run_steps(group)
     limits = Limits(deadline, energy, node_hours, max_nodes)
-    made = make_plan(fit_and_predict(measurements, model), work, limits, predict, memory)
+    made = make_plan(fit_and_predict(measurements, model), work, limits, predict, memory, num_steps)
     if as_json:
         click.echo(json.dumps(record(made), indent=2))
     else:

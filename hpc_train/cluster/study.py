@@ -45,8 +45,7 @@ def plan(loaded: Loaded, sizes: list[int], repeats: int, queue: Mapping[str, str
 
     queue: the jobs that have not ended, from `Scheduler.waiting_jobs`; None if runs are started here.
     """
-    config = loaded.config
-    folder = expanded(config.run.root) / f"scale-{config.name}"
+    config, folder = loaded.config, folder_of(loaded.config)
     num_done = dict.fromkeys(sizes, 0)
     unfinished: dict[int, list[RunDir]] = {}
     waiting = []
@@ -65,6 +64,16 @@ def plan(loaded: Loaded, sizes: list[int], repeats: int, queue: Mapping[str, str
     todo = [(size, repeat) for repeat in range(repeats) for size in sizes if repeat >= num_done[size]]
     num_complete = sum(min(count, repeats) for count in num_done.values()) - len(waiting)
     return Study(loaded, folder, todo, num_complete, waiting, unfinished)
+
+
+def folder_of(config: Config) -> Path:
+    return expanded(config.run.root) / f"scale-{config.name}"
+
+
+def sizes(config: Config) -> list[int]:
+    """The numbers of ranks of the complete runs in the study's folder."""
+    runs = [RunDir(path.parent) for path in sorted(folder_of(config).glob("*/config.toml"))]
+    return [run.size for run in runs if is_complete(run)]
 
 
 def weak_batch(config: Config, sizes: list[int]) -> int:

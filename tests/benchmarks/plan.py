@@ -1,4 +1,7 @@
-"""`make bench-plan`: published series, extrapolated by our models, by Extra-P itself and by a + b log2 N.
+"""`make bench-plan`: largest sizes of published series, predicted from those up to a quarter and up to a half of it.
+
+Two tables. In the first the constants of `hpc-train plan` are those estimated on series of other sources
+(`plan_priors.py`), in the second those that it ships with. Simple laws and Extra-P stand beside.
 
 Extra-P wants an older NumPy than ours: it runs in a virtual environment of its own, under `runs/bench-plan`.
 """
@@ -6,23 +9,26 @@ Extra-P wants an older NumPy than ours: it runs in a virtual environment of its 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hpc_train.analysis.models import predict as prediction
-from tests.analysis.models.test_predict import (  # the same series, read alike
-    is_disturbed,
-    log_law,
-    measurements,
-    published,
-)
+from hpc_train.analysis.models import predict
+from hpc_train.analysis.models.measurements import Measurements
+from hpc_train.analysis.models.scaling_models import ModelName
+from tests.benchmarks import plan_priors
+from tests.published import PARTS, Series, all_series
 
 FOLDER = Path("runs/bench-plan")
 EXTRAP = "extrap==4.2.5"
-# Run by Extra-P's own Python: [[sizes], [step times]] on stdin, its model's step time at 32 on stdout, one a series.
+SHARES = {"a quarter": 0.25, "a half": 0.5}
+PRIORS = json.loads((Path(__file__).parent / "plan_priors.json").read_text())
+EXTRA_P_SIZES = 5  # fewer are against its method
+# Run by Extra-P's own Python: [[sizes], [times], size] on stdin, its model's time at that size on stdout, one a series.
 PEER = """
 import contextlib, json, sys
 from extrap.entities.callpath import Callpath
@@ -33,7 +39,7 @@ from extrap.entities.metric import Metric
 from extrap.entities.parameter import Parameter
 from extrap.modelers.model_generator import ModelGenerator
 found = []
-for sizes, times in json.load(sys.stdin):
+for sizes, times, ahead in json.load(sys.stdin):
     experiment, callpath, metric = Experiment(), Callpath("step"), Metric("time")
     experiment.add_parameter(Parameter("ranks"))
     experiment.add_callpath(callpath)
@@ -44,51 +50,181 @@ for sizes, times in json.load(sys.stdin):
     generator = ModelGenerator(experiment)
     with contextlib.redirect_stdout(sys.stderr):
         generator.model_all()
-    found.append(float(generator.models[callpath, metric].hypothesis.function.evaluate(32)))
+    found.append(float(generator.models[callpath, metric].hypothesis.function.evaluate(ahead)))
 json.dump(found, sys.stdout)
 """
 
 
-def extra_p(series: list[tuple[list[int], list[float]]]) -> list[float]:
-    """Extra-P's predictions at 32, by its default modeler."""
+@dataclass(frozen=True, eq=False)
+class Case:
+    """The largest size of a series, to be predicted from its sizes up to a share of it."""
+
+    series: Series
+    share: str
+
+    @property
+    def known(self) -> Measurements:
+        return self.series.measurements.smallest(self.series.num_up_to(SHARES[self.share]))
+
+    @property
+    def truth_s(self) -> float:
+        return float(self.series.step_s[-1])
+
+    @property
+    def ahead(self) -> int:
+        return int(self.series.ranks[-1])
+
+
+@dataclass(frozen=True)
+class Guess:
+    """error: relative. width: of the 95% interval, relative to the truth; None of a law without one."""
+
+    error: float
+    width: float | None = None
+    holds: bool | None = None
+
+
+def by_model(case: Case, model: ModelName = "mechanistic") -> Guess | None:
+    """What `hpc-train plan` says; None if the model cannot be fitted."""
+    chosen = predict.candidate(model, case.known)
+    if chosen.fit is None:
+        return None
+    drift = predict.observed_drift(case.known, chosen)
+    (ahead,) = predict.Prediction(case.known, chosen, (chosen,), drift, "").at([case.ahead])
+    low, high = ahead.step_interval_s
+    return Guess(ahead.step_s / case.truth_s - 1, (high - low) / case.truth_s, low <= case.truth_s <= high)
+
+
+# ---------------------------------------------------------------------------------------------- simple laws
+
+
+def log_law(known: Measurements, ahead: int) -> float:
+    """a + b log2 N in weak scaling, its time divided by the growth of ranks in strong scaling."""
+    return _least_squares(known, ahead, np.log2)
+
+
+def linear_law(known: Measurements, ahead: int) -> float:
+    return _least_squares(known, ahead, lambda n: n)
+
+
+def constant_efficiency(known: Measurements, ahead: int) -> float:
+    per_sample = known.step_s[-1] / known.share(known.ranks[-1:])[0]
+    return float(per_sample * known.share(np.array([ahead]))[0])
+
+
+def _least_squares(known: Measurements, ahead: int, term: Callable[[np.ndarray], np.ndarray]) -> float:
+    columns = np.stack([np.ones(len(known.ranks)), term(known.ranks.astype(float))], axis=1)
+    per_sample = known.step_s / known.share(known.ranks)
+    found = np.linalg.lstsq(columns, per_sample, rcond=None)[0] @ [1, term(np.array([float(ahead)]))[0]]
+    return float(found * known.share(np.array([ahead]))[0])
+
+
+LAWS = {"a + b log2 N": log_law, "linear": linear_law, "constant efficiency": constant_efficiency}
+
+
+def extra_p(cases: list[Case]) -> list[Guess | None]:
+    """Extra-P's predictions of the time per sample, by its default modeler; None for fewer sizes than it asks for."""
     python = FOLDER / "venv" / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", FOLDER / "venv"], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", EXTRAP], check=True)
+    possible = [case for case in cases if len(case.known.ranks) >= EXTRA_P_SIZES]
+    asked = []
+    for case in possible:
+        known = case.known
+        asked.append([known.ranks.tolist(), (known.step_s / known.share(known.ranks)).tolist(), case.ahead])
     ran = subprocess.run(
-        [python, "-c", PEER], input=json.dumps(series), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [python, "-c", PEER], input=json.dumps(asked), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     ran.check_returncode()
-    return list(json.loads(ran.stdout))
+    shares = [case.known.share(np.array([case.ahead]))[0] for case in possible]
+    errors = [
+        guess * share / case.truth_s - 1
+        for guess, share, case in zip(json.loads(ran.stdout), shares, possible, strict=True)
+    ]
+    found = dict(zip(map(id, possible), map(Guess, errors), strict=True))
+    return [found.get(id(case)) for case in cases]
 
 
-def errors(name: str, most: int, per_node: int) -> dict[str, np.ndarray]:
-    """{model: (series,) |predicted / measured - 1| at 32 GPUs}, fitted to the sizes up to `most`."""
-    truth, series, guesses = [], [], []
-    for measured in published(name).values():
-        sizes = [size for size in sorted(measured) if size <= most]
-        known = measurements(sizes, [64 * size / measured[size] for size in sizes], ranks_per_node=per_node)
-        made = prediction.predict(known)
-        fits = [made.chosen, *made.candidates]
-        there = [float(each.fit(np.array([32]))[0]) if each.fit else float("nan") for each in fits]
-        guesses.append([*there, log_law(known, 32)])
-        series.append((sizes, known.step_s.tolist()))
-        truth.append(64 * 32 / measured[32])
-    names = ["chosen by hpc-train plan", *(f"  {name}" for name in prediction.MODELS), "a + b log2 N", "Extra-P"]
-    columns = [*np.array(guesses).T, np.array(extra_p(series))]
-    return {name: np.abs(column / np.array(truth) - 1) for name, column in zip(names, columns, strict=True)}
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def use_priors(part: str) -> None:
+    """The constants that `plan_priors.py` estimated on a part of the series."""
+    plan_priors.use(True, PRIORS[part]["weak"])
+    plan_priors.use(False, PRIORS[part]["strong"])
+
+
+def errors_text(guesses: list[Guess | None]) -> str:
+    known = [abs(guess.error) for guess in guesses if guess is not None]
+    if not known:
+        return "-"
+    fewer = f" ({len(known)})" if len(known) < len(guesses) else ""
+    return f"{100 * np.median(known):.1f}/{100 * np.quantile(known, 0.9):.0f}%{fewer}"
+
+
+def print_errors(title: str, cases: list[Case], columns: dict[str, list[Guess | None]]) -> None:
+    """A row for each kind of series and share, all parts and each: median and 90th percentile of absolute errors."""
+    table = Table("series", "from sizes up to", "number", *columns, title=title)
+    for kind in sorted({case.series.kind for case in cases}):
+        for part in ("AB", *PARTS):
+            for share in SHARES:
+                rows = [
+                    i
+                    for i, case in enumerate(cases)
+                    if case.series.kind == kind and case.series.part in part and case.share == share
+                ]
+                if rows:
+                    cells = [errors_text([guesses[i] for i in rows]) for guesses in columns.values()]
+                    table.add_row(kind if part == "AB" else f"  part {part}", share, str(len(rows)), *cells)
+    Console(width=170).print(table)
+
+
+def print_coverage(title: str, cases: list[Case], guesses: list[Guess]) -> None:
+    table = Table(
+        "series", "from sizes up to", "number", "intervals that hold", "median width", "/ median error", title=title
+    )
+    for kind in ("", *sorted({case.series.kind for case in cases})):
+        for share in SHARES:
+            chosen = [
+                guess
+                for guess, case in zip(guesses, cases, strict=True)
+                if case.series.kind.startswith(kind) and case.share == share
+            ]
+            width = float(np.median([guess.width or 0.0 for guess in chosen]))
+            error = float(np.median([abs(guess.error) for guess in chosen]))
+            held = np.mean([bool(guess.holds) for guess in chosen])
+            table.add_row(
+                kind or "all",
+                share,
+                str(len(chosen)),
+                f"{100 * held:.0f}%",
+                f"{100 * width:.1f}%",
+                f"{width / error:.1f}",
+            )
+    Console(width=170).print(table)
 
 
 def main() -> None:
-    prediction.NUM_RESAMPLES = 2  # the middle alone is looked at
-    for name, most, per_node in (("horovod-azure", 8, 4), ("horovod-azure", 16, 4), ("dlperf", 16, 8)):
-        sound = np.array([name != "horovod-azure" or not is_disturbed(key) for key in published(name)])
-        title = f"{name}: step time at 32 GPUs from {most} and fewer, {len(sound)} series, {sound.sum()} undisturbed"
-        table = Table("model", "median", "90th percentile", "median, undisturbed", "90th, undisturbed", title=title)
-        for model, each in errors(name, most, per_node).items():
-            cells = [np.quantile(part, q) for part in (each, each[sound]) for q in (0.5, 0.9)]
-            table.add_row(model, *(f"{100 * cell:.1f}%" for cell in cells))
-        Console(width=110).print(table)
+    cases = [Case(series, share) for series in all_series() for share in SHARES]
+    other = {"A": "B", "B": "A"}
+    apart: list[Guess | None] = []
+    for case in cases:
+        use_priors(other[case.series.part])
+        apart.append(by_model(case))
+    use_priors("all")
+    shipped = [by_model(case) for case in cases]
+    laws: dict[str, list[Guess | None]] = {}
+    models: tuple[ModelName, ...] = ("amdahl", "usl")
+    for model in models:
+        laws[model] = [by_model(case, model) for case in cases]
+    for name, law in LAWS.items():
+        laws[name] = [Guess(law(case.known, case.ahead) / case.truth_s - 1) for case in cases]
+    laws["Extra-P"] = extra_p(cases)
+    columns = {"plan, chosen on the other part": apart, "plan, as shipped": shipped, **laws}
+    print_errors("Error of the step time at the largest size: median/90th percentile", cases, columns)
+    for name in list(columns)[:2]:
+        print_coverage(f"95% intervals of {name}", cases, [guess for guess in columns[name] if guess is not None])
 
 
 if __name__ == "__main__":

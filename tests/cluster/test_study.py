@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -65,6 +66,24 @@ def test_again_runs_only_what_is_missing(ended_study: tuple[Path, jobs.Ended], d
     assert new.endswith("-np1")
     other = jobs.run(0, *words(digits, "--ranks", "1", "--set", "train.lr=0.25"), cwd=folder)
     assert other.code == 0 and "0 runs complete, 1 to do" in other.out, "another job is another study"
+
+
+def test_the_run_that_would_tell_most_is_made(digits: Path, tmp_path: Path) -> None:
+    """Real runs on 1 and 2 ranks: --next runs what it names, unless it says that no run would tell more."""
+    none = jobs.run(0, *words(digits, "--next"), cwd=tmp_path)
+    assert none.code == 2 and "runs/scale-softmax-mnist does not exist" in none.err
+    both = jobs.run(0, *words(digits, "--next", "--ranks", "1"), cwd=tmp_path)
+    assert both.code == 2 and "--ranks or --next, one of them" in both.err
+    assert jobs.run(0, *words(digits, "--ranks", "1,2"), cwd=tmp_path).code == 0
+    before = run_names(tmp_path)
+    done = jobs.run(0, *words(digits, "--next"), cwd=tmp_path)
+    assert done.code == 0, done.err
+    new = sorted(set(run_names(tmp_path)) - set(before))
+    if "nothing to do" in done.out:
+        assert not new
+    else:
+        (named,) = re.findall(r"The run that would tell most: (?:a repeat of )?20 steps on .*?(\d+) rank", done.out)
+        assert [name.rpartition("-np")[2] for name in new] == [named]
 
 
 def test_sizes_take_turns(tmp_path: Path) -> None:

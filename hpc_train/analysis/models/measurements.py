@@ -67,9 +67,13 @@ class Measurements:
         return np.asarray(ranks * self.batch if self.weak else np.full(len(ranks), self.batch), dtype=float)
 
     def share(self, ranks: FloatArray | IntArray) -> FloatArray:
-        """Samples of one rank in a step, relative to those at the smallest measured size."""
+        """Samples of the fullest rank in a step, relative to those at the smallest measured size."""
+        return np.asarray(self._per_rank(ranks) / self._per_rank(self.ranks[:1]))
+
+    def _per_rank(self, ranks: FloatArray | IntArray) -> FloatArray:
         per_rank = self.samples(ranks) / ranks
-        return np.asarray(per_rank / (self.samples(self.ranks[:1])[0] / self.ranks[0]))
+        # A batch that does not divide evenly gives some ranks a sample more, and all wait for these.
+        return np.ceil(per_rank - 1e-9) if self.batch > 1 and not self.weak else per_rank
 
     def nodes(self, ranks: FloatArray | IntArray) -> IntArray:
         """Nodes that so many ranks occupy; every rank counts as a node if ranks_per_node is unknown."""

@@ -1,4 +1,4 @@
-"""Prediction of step times beyond what was measured: the model is chosen on sizes that its fit has not seen."""
+"""Prediction of step times beyond what was measured, with intervals for a new run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,32 +6,17 @@ from typing import get_args
 
 import numpy as np
 
-from hpc_train.analysis.models.analytic_model import crosses_unseen_boundary, fit_analytic_model
 from hpc_train.analysis.models.measurements import Measurements
-from hpc_train.analysis.models.scaling_models import (
-    Algorithm,
-    Fit,
-    ModelName,
-    TooFewSizes,
-    fit_contention,
-    fit_extra_p,
-    residual_scale,
-)
-from hpc_train.analysis.stats.bootstrap import refit_draws
-from hpc_train.analysis.stats.repeats import NORMAL_95
+from hpc_train.analysis.models.mechanistic_model import crosses_unseen_boundary, fit_mechanistic
+from hpc_train.analysis.models.scaling_models import Fit, ModelName, TooFewSizes, fit_contention, fit_extra_p
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
 from hpc_train.core.records import FloatArray, IntArray
 from hpc_train.core.statistics import LEVELS, Interval
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)  # in the order of preference among equals
-NUM_RESAMPLES = 200
 _NUM_FOLDS = 3  # at most so many of the largest sizes are held out, one after the other
-_CLEARLY = 0.5  # a model replaces one before it in the order when it misses by less than this share of its error
-_NOTICEABLE = 0.02  # and by this much less: what two runs of one job may differ by anyway
-# Least relative standard deviation of a prediction per square root of a doubling beyond the data: by so much the model
-# misses published series (both of tests/scaling). More if no size could be held out.
-DRIFT, UNTESTED_DRIFT = 0.03, 0.04
+_DRAWS_EACH = 8  # of the errors, for each draw of the parameters
 
 
 @dataclass(frozen=True)
@@ -57,7 +42,6 @@ class Candidate:
     fit: Fit | None
     held_out: tuple[HeldOut, ...]
     reason: str | None = None  # why it could not be fitted, or not be tested
-    algorithm: Algorithm = "ring"
 
     @property
     def error(self) -> float | None:
@@ -80,6 +64,36 @@ class Forecast:
     extrapolation: float  # ranks / largest measured; 1 within the data
 
 
+@dataclass(frozen=True)
+class Drift:
+    """By how much a model misses beyond the data: a Student distribution of relative errors.
+
+    Its variance at one doubling is least^2 + (of_overhead x overhead)^2, and grows with the number of doublings.
+    overhead: the share of a step that ideal scaling from the smallest size would not take. weight: how many held-out
+    sizes what is known of other series counts for.
+    """
+
+    least: float
+    of_overhead: float
+    weight: float
+    degrees: float
+
+    def variance(self, overhead: FloatArray) -> FloatArray:
+        """Of one doubling."""
+        return np.asarray(self.least**2 + (self.of_overhead * overhead) ** 2)
+
+    def updated(self, squares: Sequence[float]) -> "Drift":
+        """With the errors of held-out sizes: squares, over the variances expected of them, each counting 25 at most."""
+        total = self.weight + sum(min(square, 25.0) for square in squares)
+        factor = float(np.sqrt(total / (self.weight + len(squares))))
+        weight, degrees = self.weight + len(squares), self.degrees + len(squares)
+        return Drift(self.least * factor, self.of_overhead * factor, weight, degrees)
+
+
+# Of a series of which nothing is known: estimated on published series, see `make bench-plan`.
+DRIFT = Drift(least=0.02, of_overhead=0.2, weight=1.0, degrees=2.2)
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """The chosen model with its intervals, and the candidates that it was chosen from."""
@@ -87,8 +101,7 @@ class Prediction:
     measurements: Measurements
     chosen: Candidate
     candidates: tuple[Candidate, ...]  # in the order of `MODELS`
-    draws: FloatArray  # (NUM_RESAMPLES, parameters) bootstrap
-    drift: float  # relative standard deviation per square root of a doubling beyond the largest size
+    drift: Drift
     why: str  # why this model
 
     @property
@@ -96,11 +109,8 @@ class Prediction:
         """Each parameter: (low, value, high), 95%."""
         fit = self.chosen.fit
         assert fit is not None
-        low, high = np.quantile(self.draws, LEVELS, axis=0)
-        return {
-            name: (min(float(low[i]), float(value)), float(value), max(float(high[i]), float(value)))
-            for i, (name, value) in enumerate(zip(fit.names, fit.values, strict=True))
-        }
+        low, middle, high = np.quantile(fit.draws, (LEVELS[0], 0.5, LEVELS[1]), axis=0)
+        return {name: (float(low[i]), float(middle[i]), float(high[i])) for i, name in enumerate(fit.names)}
 
     def reachable(self, ranks: int) -> bool:
         """Whether the measurements say anything about the cost of so many ranks."""
@@ -119,7 +129,7 @@ class Prediction:
                 "Choose another --model, or measure larger sizes.",
             )
         beyond = np.maximum(ranks / measurements.largest, 1.0)
-        low_s, high_s = self._interval_s(fit, ranks, step_s, beyond)
+        low_s, high_s = self._interval_s(fit, ranks, beyond)
         samples, nodes = measurements.samples(ranks), measurements.nodes(ranks)
         smallest = measurements.ranks[:1]
         base = measurements.samples(smallest)[0] / fit(smallest)[0] / smallest[0]
@@ -139,16 +149,30 @@ class Prediction:
             for i, size in enumerate(ranks.tolist())
         )
 
-    def _interval_s(
-        self, fit: Fit, ranks: IntArray, step_s: FloatArray, beyond: FloatArray
-    ) -> tuple[FloatArray, FloatArray]:
-        """95% interval of step times, in logarithms: the parameters' bootstrap and the drift are independent."""
-        draws = np.stack([fit.predict(values, ranks) for values in self.draws])
-        # A parameter draw may predict no time at all (Extra-P's may be negative): it counts as almost none.
-        low, high = np.log(np.maximum(np.quantile(draws, LEVELS, axis=0), 1e-300) / step_s)
-        drift = NORMAL_95 * self.drift * np.sqrt(np.log2(beyond))
-        below, above = np.hypot(np.minimum(low, 0), drift), np.hypot(np.maximum(high, 0), drift)
-        return step_s * np.exp(-below), step_s * np.exp(above)
+    def doubling_variance(self, ranks: IntArray) -> FloatArray:
+        """(n,) of the drift at each number of ranks."""
+        fit = self.chosen.fit
+        assert fit is not None
+        return self.drift.variance(_overhead(self.measurements, ranks, fit(ranks)))
+
+    def _interval_s(self, fit: Fit, ranks: IntArray, beyond: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """95% interval of the step time of a new run.
+
+        Three errors, in logarithms: of the parameters, of one run, and beyond the data of the model itself.
+        """
+        random = np.random.default_rng(0)
+        step_s = np.tile(fit.predict(fit.draws, ranks), (_DRAWS_EACH, 1))
+        noise = np.tile(fit.noise, _DRAWS_EACH)[:, None]
+        scale = np.sqrt(noise**2 + self.doubling_variance(ranks) * np.log2(beyond))
+        student = random.standard_t(self.drift.degrees, size=(len(step_s), 1))
+        # A draw may predict no time at all (Extra-P's may be negative): it counts as almost none.
+        low, high = np.quantile(np.maximum(step_s, 1e-300) * np.exp(np.minimum(scale * student, 50.0)), LEVELS, axis=0)
+        return low, high
+
+
+def _overhead(measurements: Measurements, ranks: IntArray, step_s: FloatArray) -> FloatArray:
+    ideal_s = measurements.step_s[0] * measurements.share(np.asarray(ranks))
+    return np.asarray(1 - ideal_s / np.maximum(step_s, 1e-300))
 
 
 def curve_sizes(prediction: Prediction, beyond: float = 4.0, num_sizes: int = 60) -> list[int]:
@@ -159,68 +183,55 @@ def curve_sizes(prediction: Prediction, beyond: float = 4.0, num_sizes: int = 60
 
 
 def predict(measurements: Measurements, model: ModelName | None = None) -> Prediction:
-    """Chooses a model by leave-largest-out cross-validation, or takes `model`, and bootstraps its parameters.
+    """Fits the mechanistic model, of which the others are special cases, or `model`; the others stand beside it.
 
-    Raises `UserError` with the reason when the sizes are too few for it.
+    A model that cannot be fitted hands over to the next in `MODELS`. Raises `UserError` with the reasons if none can.
     """
-    candidates = tuple(_candidate(name, measurements) for name in MODELS)
-    if model is not None:
-        chosen = next(each for each in candidates if each.model == model)
-        why = "chosen by --model"
-    else:
-        chosen, why = _choose(candidates)
+    candidates = tuple(candidate(name, measurements) for name in MODELS)
+    wanted = [each for each in candidates if model in (None, each.model)]
+    chosen = next((each for each in wanted if each.fit is not None), wanted[0])
     if chosen.fit is None:
         sizes = ", ".join(map(str, measurements.ranks))
         raise UserError(
             f"{measurements.label}: the {chosen.model} model cannot be fitted to {sizes} ranks: {chosen.reason}",
             "Measure more sizes (hpc-train scale), or the cost of an all-reduce: --network.",
         )
-    drift = max(DRIFT, _observed_drift(measurements, chosen)) if chosen.held_out else UNTESTED_DRIFT
-    draws = _bootstrap(measurements, chosen.fit)
-    return Prediction(measurements, chosen, candidates, draws, drift, why)
+    why = "chosen by --model" if model else "the first that could be fitted"
+    return Prediction(measurements, chosen, candidates, observed_drift(measurements, chosen), why)
 
 
-# ---------------------------------------------------------------------------------------------- choosing
-
-
-def _fit(model: ModelName, measurements: Measurements, algorithm: Algorithm = "ring") -> Fit:
+def _fit(model: ModelName, measurements: Measurements) -> Fit:
     if model == "mechanistic":
-        return fit_analytic_model(measurements, algorithm)
+        return fit_mechanistic(measurements)
     if model == "extra-p":
         return fit_extra_p(measurements)
     return fit_contention(measurements, with_coherence=model == "usl")
 
 
-def _candidate(model: ModelName, measurements: Measurements) -> Candidate:
-    algorithms: tuple[Algorithm, ...] = ("ring", "tree") if model == "mechanistic" else ("ring",)
-    tried = []
-    for algorithm in algorithms:
-        try:
-            whole = _fit(model, measurements, algorithm)
-        except TooFewSizes as error:
-            return Candidate(model, None, (), str(error))
-        held_out, reason = _hold_out(model, measurements, algorithm)
-        tried.append(Candidate(model, whole, held_out, reason, algorithm))
-    # The ring, unless a tree is clearly closer to what was held out.
-    return tried[-1] if len(tried) > 1 and _is_clearly_better(tried[1].error, tried[0].error) else tried[0]
+def candidate(model: ModelName, measurements: Measurements) -> Candidate:
+    try:
+        fit = _fit(model, measurements)
+    except TooFewSizes as error:
+        return Candidate(model, None, (), str(error))
+    except (np.linalg.LinAlgError, FloatingPointError) as error:
+        return Candidate(model, None, (), f"its arithmetic failed ({error})")
+    return Candidate(model, fit, *_hold_out(model, measurements))
 
 
-def _hold_out(
-    model: ModelName, measurements: Measurements, algorithm: Algorithm
-) -> tuple[tuple[HeldOut, ...], str | None]:
+def _hold_out(model: ModelName, measurements: Measurements) -> tuple[tuple[HeldOut, ...], str | None]:
     """The largest sizes, each predicted from all smaller ones.
 
     A size on several nodes is held out only if smaller ones are on several nodes, too: sizes on one node do not show
     the cost of communication between nodes, and a model that guesses it is no better for that.
     """
-    found, reason = [], "fewer than 4 sizes: none can be held out"
-    for kept in range(len(measurements.ranks) - 1, max(2, len(measurements.ranks) - 1 - _NUM_FOLDS), -1):
+    found, reason = [], "fewer than 3 sizes: none can be held out"
+    for kept in range(len(measurements.ranks) - 1, max(1, len(measurements.ranks) - 1 - _NUM_FOLDS), -1):
         training, ranks = measurements.smallest(kept), int(measurements.ranks[kept])
         if measurements.ranks_per_node and crosses_unseen_boundary(training, ranks):
             reason = "only one size is on several nodes: it cannot be held out"
             break
         try:
-            guess = _fit(model, training, algorithm)(np.array([ranks]))[0]
+            guess = _fit(model, training)(np.array([ranks]))[0]
         except TooFewSizes as error:
             reason = f"without the largest size: {error}"
             break
@@ -228,54 +239,13 @@ def _hold_out(
     return tuple(found), None if found else reason
 
 
-def _is_clearly_better(error: float | None, than: float | None) -> bool:
-    return error is not None and than is not None and error < _CLEARLY * than and error < than - _NOTICEABLE
-
-
-def _choose(candidates: tuple[Candidate, ...]) -> tuple[Candidate, str]:
-    """The first in the order of preference, unless a later one is clearly closer to the sizes that were held out.
-
-    One size is no evidence: a law without nodes may come near it by luck. Of the published series with one size to hold
-    out, 3 of 46 would get such a law, and predictions wrong by a factor of 1.6 to 2.2.
-    """
-    possible = [each for each in candidates if each.fit is not None]
-    if not possible:
-        return candidates[0], "the first choice"
-    tested = [each for each in possible if each.error is not None]
-    if not tested:
-        return possible[0], f"not tested ({possible[0].reason}); the first choice"
-    best = tested[0]
-    for other in tested[1:]:
-        sizes = {each.ranks for each in other.held_out} & {each.ranks for each in best.held_out}
-        if len(sizes) > 1 and _is_clearly_better(_error_at(other, sizes), _error_at(best, sizes)):
-            best = other
-    return best, "no other is clearly closer" if len(tested) > 1 else "the only one that could be tested"
-
-
-def _error_at(candidate: Candidate, sizes: set[int]) -> float:
-    return float(np.mean([abs(each.error) for each in candidate.held_out if each.ranks in sizes]))
-
-
-# ---------------------------------------------------------------------------------------------- uncertainty
-
-
-def _observed_drift(measurements: Measurements, candidate: Candidate) -> float:
-    """Relative standard deviation per square root of a doubling, from the sizes that were held out."""
+def observed_drift(measurements: Measurements, chosen: Candidate) -> Drift:
+    """The drift of series at large, and how the errors at the sizes that were held out compare with it."""
     squares = []
-    for each in candidate.held_out:
+    for each in chosen.held_out:
         before = int(measurements.ranks[measurements.ranks < each.ranks].max())
-        squares.append(each.error**2 / np.log2(each.ranks / before))
-    return float(np.sqrt(np.mean(squares))) if squares else 0.0
-
-
-def _bootstrap(measurements: Measurements, fit: Fit) -> FloatArray:
-    """(NUM_RESAMPLES, parameters) fits to step times drawn around the fitted ones.
-
-    Each deviates by the uncertainty of its measurement or by the residual of the fit, whichever is larger.
-    """
-    fitted = fit(measurements.ranks)
-    left_over = np.abs(measurements.step_s / fitted - 1)
-    spare = len(measurements.ranks) - len(fit.values)
-    missed = float(np.sqrt(np.sum(left_over**2) / spare)) if spare > 0 else 0.0
-    scale = np.maximum(residual_scale(measurements), min(missed, 0.5))
-    return refit_draws(fitted, scale, fit.refit, NUM_RESAMPLES)
+        overhead = _overhead(measurements, np.array([each.ranks]), np.array([each.measured_s]))
+        # Logarithms, but a guess below 0 has none.
+        error = float(np.log(max(each.predicted_s / each.measured_s, 1e-3)))
+        squares.append(error**2 / np.log2(each.ranks / before) / float(DRIFT.variance(overhead)[0]))
+    return DRIFT.updated(squares)

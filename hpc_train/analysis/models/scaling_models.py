@@ -5,21 +5,18 @@ in strong scaling. `analytic_model.py` has the mechanistic model.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import product
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 
 from hpc_train.analysis.models.measurements import Measurements
+from hpc_train.analysis.models.nonnegative_regression import NUM_DRAWS, Prior, sample_posterior
+from hpc_train.analysis.stats.bootstrap import refit_draws
 from hpc_train.core.records import FloatArray, IntArray
-from hpc_train.core.statistics import nonnegative_least_squares
 
-REPEATABILITY = 0.01  # repeated runs of one job differ by about this much: no measured size is more certain
-# The gradients of the layers next to the input are ready last, so no computation is left to hide their communication.
-LAST_MESSAGE_SHARE = 0.05
 ModelName = Literal["mechanistic", "extra-p", "amdahl", "usl"]
-Algorithm = Literal["ring", "tree"]
 
 
 class TooFewSizes(Exception):
@@ -31,7 +28,8 @@ class Fit(ABC):
     """A model fitted to measurements. Calling it gives the seconds of a step at any numbers of ranks."""
 
     measurements: Measurements
-    values: FloatArray = field(default_factory=lambda: np.zeros(0))  # (parameters,); empty before `fitted`
+    draws: FloatArray  # (draws, parameters) equally likely values of the parameters
+    noise: FloatArray  # (draws,) relative deviation of one run from the model
 
     @property
     @abstractmethod
@@ -48,26 +46,20 @@ class Fit(ABC):
         """The formula in words."""
 
     @abstractmethod
-    def predict(self, values: FloatArray, ranks: IntArray) -> FloatArray:
-        """Seconds of a step with these parameters."""
-
-    @abstractmethod
-    def refit(self, step_s: FloatArray) -> FloatArray:
-        """The parameters for other step times of the same sizes."""
+    def predict(self, draws: FloatArray, ranks: IntArray) -> FloatArray:
+        """(draws, n) seconds of a step with each of these parameters."""
 
     def __call__(self, ranks: IntArray) -> FloatArray:
-        return self.predict(self.values, np.asarray(ranks))
-
-    def fitted(self) -> Self:
-        return replace(self, values=self.refit(self.measurements.step_s))
-
-
-def residual_scale(measurements: Measurements) -> FloatArray:
-    """(n,) relative deviation within which each measured step time is trusted."""
-    return np.hypot(measurements.error, REPEATABILITY)
+        """(n,) the median over the draws."""
+        return np.asarray(np.median(self.predict(self.draws, np.asarray(ranks)), axis=0))
 
 
 # ---------------------------------------------------------------------------------------------- Amdahl, USL
+
+_FREE = 1e3  # prior scale of sigma and kappa: nothing draws them to 0
+_LAW_PRIOR = Prior(
+    presence=1 - 1e-9, degrees=1.0, noise=0.004, noise_degrees=3.0, outlier_degrees=30.0
+)  # nearly least squares
 
 
 def fit_contention(measurements: Measurements, with_coherence: bool) -> Fit:
@@ -76,7 +68,17 @@ def fit_contention(measurements: Measurements, with_coherence: bool) -> Fit:
     if num_sizes < num_parameters:
         were = "was" if num_sizes == 1 else "were"
         raise TooFewSizes(f"{num_parameters} parameters need {num_parameters} sizes, and {num_sizes} {were} measured")
-    return _ContentionFit(measurements, with_coherence=with_coherence).fitted()
+    columns = _contention_columns(measurements, measurements.ranks)[:, :num_parameters]
+    scales = np.full(num_parameters, _FREE * measurements.step_s[0])
+    posterior = sample_posterior(columns, measurements.step_s, measurements.error, scales, _LAW_PRIOR)
+    whole_s, *losses = posterior.coefficients.T
+    draws = np.stack([whole_s, *(loss / np.maximum(whole_s, 1e-300) for loss in losses)], axis=1)
+    return _ContentionFit(measurements, draws, posterior.noise)
+
+
+def _contention_columns(measurements: Measurements, ranks: IntArray) -> FloatArray:
+    n = np.asarray(ranks, dtype=float)
+    return np.stack([np.ones_like(n), n - 1, n * (n - 1)], axis=1) * measurements.share(n)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,52 +89,70 @@ class _ContentionFit(Fit):
     Gunther's ("A general theory of computational scalability based on rational functions", arXiv:0808.1431, 2008).
     """
 
-    with_coherence: bool = False
-
     @property
     def model(self) -> ModelName:
-        return "usl" if self.with_coherence else "amdahl"
+        return "usl" if self.draws.shape[1] == 3 else "amdahl"
 
     @property
     def names(self) -> tuple[str, ...]:
-        return ("T1_s", "sigma", "kappa") if self.with_coherence else ("T1_s", "sigma")
+        return ("T1_s", "sigma", "kappa")[: self.draws.shape[1]]
 
     @property
     def form(self) -> str:
-        return "T1 share (1 + sigma (N-1)" + (" + kappa N (N-1))" if self.with_coherence else ")")
+        return "T1 share (1 + sigma (N-1)" + (" + kappa N (N-1))" if self.model == "usl" else ")")
 
-    def predict(self, values: FloatArray, ranks: IntArray) -> FloatArray:
-        return np.asarray(self._columns(ranks) @ np.concatenate([values[:1], values[0] * values[1:]]))
-
-    def refit(self, step_s: FloatArray) -> FloatArray:
-        weights = 1 / (step_s * residual_scale(self.measurements))
-        columns = self._columns(self.measurements.ranks) * weights[:, None]
-        linear = nonnegative_least_squares(columns, step_s * weights)  # T1, T1 sigma, T1 kappa
-        return np.concatenate([linear[:1], linear[1:] / max(linear[0], 1e-300)])
-
-    def _columns(self, ranks: IntArray) -> FloatArray:
-        n = np.asarray(ranks, dtype=float)
-        columns = [np.ones_like(n), n - 1, n * (n - 1)][: len(self.names)]
-        return np.stack(columns, axis=1) * self.measurements.share(ranks)[:, None]
+    def predict(self, draws: FloatArray, ranks: IntArray) -> FloatArray:
+        linear = np.concatenate([draws[:, :1], draws[:, :1] * draws[:, 1:]], axis=1)
+        return np.asarray(linear @ _contention_columns(self.measurements, ranks)[:, : draws.shape[1]].T)
 
 
 # ---------------------------------------------------------------------------------------------- Extra-P
 
 _POWERS = (0, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 1, 5 / 4, 4 / 3, 3 / 2, 5 / 3, 2, 5 / 2, 3)
 _LOGS = (0, 1, 2)
+_LEAST_SIZES = 5
+_LEAST_NOISE = 0.004
 
 
 def fit_extra_p(measurements: Measurements) -> Fit:
-    """Extra-P's normal form with one term, chosen from its search space. Raises `TooFewSizes`.
+    """Extra-P's normal form with one term or none, chosen from its search space. Raises `TooFewSizes`.
 
     Calotoiu et al., "Using automated performance modeling to find scalability bugs in complex codes", SC 2013. As
-    there, the term is the one with the least error over leave-one-out fits.
+    there, five sizes are needed, and the term is the one with the least error over leave-one-out fits.
     """
-    num_sizes = len(measurements.ranks)
-    if num_sizes < 3:
-        raise TooFewSizes(f"3 parameters (c0, c1 and a term) need 3 sizes, and there are {num_sizes}")
-    terms = [_ExtraPFit(measurements, power=i, log=j) for i, j in product(_POWERS, _LOGS) if (i, j) != (0, 0)]
-    return min(terms, key=_ExtraPFit.leave_one_out_error).fitted()
+    num_sizes, step_s = len(measurements.ranks), measurements.step_s
+    if num_sizes < _LEAST_SIZES:
+        raise TooFewSizes(f"Extra-P's method needs {_LEAST_SIZES} sizes, and there are {num_sizes}")
+    power, log = min(product(_POWERS, _LOGS), key=lambda term: _leave_one_out_error(measurements, *term))
+    columns = _extra_p_columns(measurements, measurements.ranks, power, log)
+    fitted_s = columns @ _least_squares(columns, step_s, step_s)
+    missed = float(np.sqrt(np.sum((step_s / fitted_s - 1) ** 2) / (num_sizes - columns.shape[1])))
+    scale = np.hypot(measurements.error, max(missed, _LEAST_NOISE))
+    draws = refit_draws(fitted_s, scale, lambda drawn_s: _least_squares(columns, drawn_s, step_s), NUM_DRAWS)
+    return _ExtraPFit(measurements, draws, np.full(NUM_DRAWS, max(missed, _LEAST_NOISE)), power, log)
+
+
+def _leave_one_out_error(measurements: Measurements, power: float, log: int) -> float:
+    """The mean relative error at each size of a fit to the others."""
+    columns, step_s = _extra_p_columns(measurements, measurements.ranks, power, log), measurements.step_s
+    errors = []
+    for left_out in range(len(step_s)):
+        kept = np.arange(len(step_s)) != left_out
+        guess = columns[left_out] @ _least_squares(columns[kept], step_s[kept], step_s[kept])
+        errors.append(abs(guess / step_s[left_out] - 1))
+    return float(np.mean(errors))
+
+
+def _extra_p_columns(measurements: Measurements, ranks: IntArray, power: float, log: int) -> FloatArray:
+    """(n, 2), or (n, 1) of the constant hypothesis."""
+    n, share = np.asarray(ranks, dtype=float), measurements.share(ranks)
+    has_term = (power, log) != (0, 0)
+    return np.stack([share, share * n**power * np.log2(n) ** log][: 1 + has_term], axis=1)
+
+
+def _least_squares(columns: FloatArray, wanted: FloatArray, scale: FloatArray) -> FloatArray:
+    """Of residuals relative to `scale`."""
+    return np.asarray(np.linalg.lstsq(columns / scale[:, None], wanted / scale, rcond=None)[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,38 +168,15 @@ class _ExtraPFit(Fit):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return ("c0_s", "c1_s")
+        return ("c0_s", "c1_s")[: self.draws.shape[1]]
 
     @property
     def form(self) -> str:
+        if len(self.names) == 1:
+            return "share c0"
         power = f" N^{self.power:.3g}" if self.power else ""
         log = f" log2(N)^{self.log}" if self.log else ""
         return f"share (c0 + c1{power}{log})"
 
-    def predict(self, values: FloatArray, ranks: IntArray) -> FloatArray:
-        return np.asarray(self.measurements.share(ranks) * (values[0] + values[1] * self._term(ranks)))
-
-    def refit(self, step_s: FloatArray) -> FloatArray:
-        return self._solve(step_s, np.ones(len(step_s)))
-
-    def leave_one_out_error(self) -> float:
-        """The mean relative error at each size of a fit to the others."""
-        step_s, ranks = self.measurements.step_s, self.measurements.ranks
-        errors = []
-        for left_out in range(len(ranks)):
-            kept = np.ones(len(ranks))
-            kept[left_out] = 0
-            guess = self.predict(self._solve(step_s, kept), ranks)[left_out]
-            errors.append(abs(guess / step_s[left_out] - 1))
-        return float(np.mean(errors))
-
-    def _term(self, ranks: IntArray) -> FloatArray:
-        n = np.asarray(ranks, dtype=float)
-        return np.asarray(n**self.power * np.log2(n) ** self.log)
-
-    def _solve(self, step_s: FloatArray, kept: FloatArray) -> FloatArray:
-        """Least squares of relative residuals at the sizes that are kept (1; else 0)."""
-        share = self.measurements.share(self.measurements.ranks)
-        weights = np.sqrt(kept) / (step_s * residual_scale(self.measurements))
-        columns = np.stack([share, share * self._term(self.measurements.ranks)], axis=1) * weights[:, None]
-        return np.asarray(np.linalg.lstsq(columns, step_s * weights, rcond=None)[0])
+    def predict(self, draws: FloatArray, ranks: IntArray) -> FloatArray:
+        return np.asarray(draws @ _extra_p_columns(self.measurements, ranks, self.power, self.log).T)

@@ -73,9 +73,14 @@ def samples_work(samples: float) -> Work:
 
 def planned_work(group: Group, measurements: Measurements) -> Work | None:
     """The steps that the runs were set to; None if they differ or a recorded loop did not know them."""
+    steps = run_steps(group)
+    return None if steps is None else steps_work(measurements, steps)
+
+
+def run_steps(group: Group) -> float | None:
+    """The steps that all runs of a group were set to; None if these differ or are unknown."""
     steps = {run.config.train.steps for row in group.rows for run in row.runs}
-    known = len(steps) == 1 and UNKNOWN_STEPS not in steps
-    return steps_work(measurements, steps.pop()) if known else None
+    return steps.pop() if len(steps) == 1 and UNKNOWN_STEPS not in steps else None
 
 
 def target_work(group: Group, loss: float) -> Work:

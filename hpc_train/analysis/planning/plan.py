@@ -9,6 +9,7 @@ import numpy as np
 from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.analysis.models.predict import Forecast, Prediction
 from hpc_train.analysis.planning.budget import Power, Work, node_counts, power
+from hpc_train.analysis.planning.further_run import FurtherRun, further_run
 from hpc_train.analysis.planning.memory import RankMemory
 from hpc_train.analysis.stats.repeats import NORMAL_95
 from hpc_train.core.errors import UserError
@@ -82,6 +83,12 @@ class Plan:
     options: tuple[Option, ...]  # by nodes
     chosen: Option | None  # None: no option keeps the limits, or nothing is to be chosen
     criterion: Criterion  # what the choice was made by; "forecast": sizes were named and no budget
+    further: FurtherRun | None = None  # None: no run would tell much more
+
+    @property
+    def answer(self) -> Option:
+        """The chosen option; the largest if none was chosen."""
+        return self.chosen or self.options[-1]
 
     @property
     def is_forecast(self) -> bool:
@@ -108,6 +115,7 @@ def make_plan(
     limits: Limits | None = None,
     sizes: Sequence[int] = (),
     memory: RankMemory | None = None,
+    run_steps: float | None = None,
 ) -> Plan:
     """Considers whole nodes up to `limits.max_nodes` (by default `FAR` times the largest measured), or `sizes` alone.
 
@@ -115,7 +123,7 @@ def make_plan(
     either it is the knee, the largest speedup x efficiency, beyond which nodes cost more than they save (Eager,
     Zahorjan and Lazowska, "Speedup versus efficiency in parallel systems", IEEE Transactions on Computers 38(3), 1989).
     A limit is kept if the upper end of the 95% interval keeps it. No size is chosen on which a rank would take more
-    `memory` than it may. Raises `UserError` for a limit on what is unknown.
+    `memory` than it may. run_steps: of the measured runs. Raises `UserError` for a limit on what is unknown.
     """
     limits = limits or Limits()
     measured_power = power(prediction.measurements)
@@ -126,7 +134,15 @@ def make_plan(
         replace(option, broken=(*_broken(option, limits), *_without_room(option, memory))) for option in options
     )
     chosen, criterion = (None, "forecast") if sizes and not limits.any_budget else _choose(judged, limits)
-    return Plan(prediction, work, limits, measured_power, judged, chosen, criterion)
+    plan = Plan(prediction, work, limits, measured_power, judged, chosen, criterion)
+    return replace(plan, further=_further_run(plan, run_steps))
+
+
+def _further_run(plan: Plan, run_steps: float | None) -> FurtherRun | None:
+    answer, measured = plan.answer, plan.prediction.measurements.ranks.tolist()
+    considered = [*measured, *(option.forecast.ranks for option in plan.options)]
+    sizes = [size for size in considered if size <= max(answer.forecast.ranks, measured[0])]
+    return further_run(plan.prediction, answer.forecast, sizes, run_steps, answer.node_hours)
 
 
 def _check(limits: Limits, work: Work | None, measured_power: Power | None) -> None:

@@ -272,3 +272,30 @@ def test_a_report_compares_two_commits_of_one_job(tmp_path: Path) -> None:
     assert section.headline in told.headlines and "3 runs against" in section.headline
     alone = make_report([tmp_path / "4", tmp_path / "8"])
     assert not [section for section in alone.sections if section.kind == "comparison"]
+
+
+def test_a_damaged_baseline_is_refused_or_compared_and_nothing_else(tmp_path: Path) -> None:
+    """Each number, list, object and text of it in turn is something else."""
+    runs = write_repeats(tmp_path / "a", Noisy(ranks=4, steps=20), 1, 2)
+    baseline, damaged = tmp_path / "baseline.json", tmp_path / "damaged.json"
+    assert run_compare(runs, "--save", baseline).exit_code == 0
+    refused = 0
+    for key in json.loads(baseline.read_text())["runs"][0]:
+        for value in (None, -1.0, 0, 1e300, 1e-300, "text", [], [1.0], {}, {"forward": [1.0]}, True):
+            tree = json.loads(baseline.read_text())
+            tree["runs"][0][key] = value
+            damaged.write_text(json.dumps(tree))
+            told = run_compare(damaged, runs)
+            assert isinstance(told.exception, UserError | SystemExit | None), (key, value, told.exception)
+            refused += isinstance(told.exception, UserError)
+    assert refused > 100
+
+
+def test_a_host_that_always_was_slower_hides_no_change_of_another(tmp_path: Path) -> None:
+    """Hosts of two generations: the median of their times would be that of two hosts alone."""
+    older = {("c0", part): 1.3 for part in PARTS} | {("c1", part): 1.15 for part in PARTS}
+    before = write_repeats(tmp_path / "a", Noisy(slower=older), 1)
+    after = write_repeats(tmp_path / "b", Noisy(slower={**older, ("c1", "forward"): 1.15 * 1.06}), 2)
+    (found,) = compared(before, after).changed_places
+    assert (found.of.phase, found.of.place.name) == ("forward", "c1")
+    assert found.interval[0] < 0.06 < found.interval[1] and found.relative > 0.04

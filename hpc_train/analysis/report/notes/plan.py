@@ -88,6 +88,21 @@ def why_not_smaller(plan: Plan) -> str:
     return f"{slower} for {percent(-dearer, 0)} fewer node-hours"
 
 
+def further_run_text(plan: Plan) -> str:
+    """ "The run that would tell most: 50 steps on 8 nodes (32 ranks), about 0.02 node-hours. ...", "" if none would."""
+    run = plan.further
+    if run is None:
+        return ""
+    repeat = "a repeat of " if run.repeats else ""
+    per_node, size = plan.prediction.measurements.ranks_per_node, plural(run.ranks, "rank")
+    if per_node and run.ranks >= per_node:
+        size = f"{plural(run.nodes, 'node')} ({size})"
+    return (
+        f"The run that would tell most: {repeat}{run.steps:,.0f} steps on {size}, about {significant(run.node_hours)}"
+        f" node-hours. It would narrow the interval by about {percent(1 - run.interval_ratio, 0)} (scale --next)."
+    )
+
+
 def plan_warnings(plan: Plan) -> list[str]:
     """What limits the answer, the most important first."""
     option, prediction = plan.chosen or plan.options[-1], plan.prediction
@@ -110,10 +125,10 @@ def _extrapolation_warnings(prediction: Prediction, option: Option) -> list[str]
 
 def _model_warnings(prediction: Prediction, option: Option) -> list[str]:
     warnings, chosen, forecast = [], prediction.chosen, option.forecast
-    if chosen.model == "mechanistic" and forecast.step_interval_s[1] > _WIDE * forecast.step_s:
+    if forecast.step_interval_s[1] > _WIDE * forecast.step_s:
         warnings.append(
-            f"Up to {prediction.measurements.largest} ranks communication may be hidden behind the backward pass, and"
-            " these sizes do not show where it no longer is. A larger size, or --network, narrows the interval."
+            f"Sizes up to {prediction.measurements.largest} ranks do not show what {forecast.ranks} cost: the interval"
+            " is wide. A larger size narrows it."
         )
     if chosen.error is None:
         warnings.append(f"The model could not be tested on sizes that it had not seen: {chosen.reason}.")

@@ -55,7 +55,7 @@ def step_share_plot(group: Group) -> Plot | None:
     shares = "; ".join(f"{plural(row.size, 'rank')}: {_shares_text(row)}" for row in rows)
     return Plot(
         "share-of-step",
-        "The same as shares of a step. Hatched: exposed communication.",
+        "Shares of a step by phase. Hatched: exposed communication.",
         f"Shares of a step by phase: {shares}.",
         partial(_paint_shares, rows=rows),
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.models.predict import predict
-from hpc_train.analysis.planning.budget import measurements_of, planned_work
+from hpc_train.analysis.planning.budget import measurements_of, planned_work, run_steps
 from hpc_train.analysis.planning.memory import rank_memory
 from hpc_train.analysis.planning.plan import Plan, make_plan
 from hpc_train.analysis.report.notes.plan import plan_warnings
@@ -47,7 +47,9 @@ def _next_run(group: Group) -> NextRun:
     try:
         measurements = measurements_of(group)
         memory = rank_memory(group, measurements.ranks_per_node)
-        plan = make_plan(predict(measurements), planned_work(group, measurements), memory=memory)
+        plan = make_plan(
+            predict(measurements), planned_work(group, measurements), memory=memory, run_steps=run_steps(group)
+        )
     except UserError as error:
         return NextRun(reason=f"No plan for the next run: {error.what}.")
     missed = plan.prediction.chosen.error

@@ -9,6 +9,7 @@ from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.notes.plan import (
     broken_text,
     criterion_text,
+    further_run_text,
     limit_text,
     nodes_text,
     plan_warnings,
@@ -43,7 +44,7 @@ def answer(plan: Plan) -> list[str]:
     if plan.power is not None and chosen.energy_j is not None:
         kind = "estimated by the runs" if plan.power.quality == "estimated" else "measured by the runs' meters"
         lines.append(f"Energy: {kind}; {plan.power.assumed}.")
-    return lines
+    return [*lines, *filter(None, [further_run_text(plan)])]
 
 
 def _where(option: Option, plan: Plan) -> str:
@@ -139,6 +140,7 @@ def record(plan: Plan) -> dict[str, Any]:
         "limits": asdict(plan.limits),
         "work": asdict(plan.work) if plan.work else None,
         "power": asdict(plan.power) if plan.power else None,
+        "further_run": asdict(plan.further) if plan.further else None,
         "options": [_option_record(option) for option in plan.options],
         **prediction_record(plan.prediction),
         "warnings": plan_warnings(plan),
@@ -153,7 +155,6 @@ def prediction_record(prediction: Prediction) -> dict[str, Any]:
         "scaling": "weak" if measurements.weak else "strong",
         "ranks_per_node": measurements.ranks_per_node,
         "model": prediction.chosen.model,
-        "algorithm": prediction.chosen.algorithm if prediction.chosen.model == "mechanistic" else None,
         "why_model": prediction.why,
         "parameters": {
             name: {"value": middle, "low": low, "high": high}

@@ -1,0 +1,153 @@
+"""Bayesian regression on terms that can only add time: non-negative coefficients, most of them nearly 0."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_train.core.records import FloatArray
+
+NUM_CHAINS = 125
+NUM_SWEEPS = 160
+NUM_KEPT = 4  # draws of a chain
+NUM_DRAWS = NUM_CHAINS * NUM_KEPT
+_NOISE_GRID = np.geomspace(0.001, 0.3, 24)  # relative standard deviations of one measurement
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is known before the data.
+
+    A term is there at all with probability `presence` (Mitchell and Beauchamp, "Bayesian variable selection in linear
+    regression", JASA 83, 1988), and then its coefficient is half-Student with `degrees` of freedom
+    around 0. Relative deviations of measurements are Student with `outlier_degrees` and a scale that is half-Student.
+    """
+
+    presence: float
+    degrees: float
+    noise: float
+    noise_degrees: float
+    outlier_degrees: float
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """Draws from the posterior: coefficients (draws, terms), and the relative scale of a measurement (draws,)."""
+
+    coefficients: FloatArray
+    noise: FloatArray
+
+
+def sample_posterior(
+    columns: FloatArray, measured: FloatArray, error: FloatArray, scales: FloatArray, prior: Prior
+) -> Posterior:
+    """Gibbs sampling of measured = columns @ coefficients, coefficients >= 0, with relative deviations.
+
+    columns: (n, terms); nothing draws the first coefficient to 0. error: (n,) the known relative standard error of each
+    measurement, to which the noise adds. scales: (terms,) of the coefficients' prior, in units of `measured`.
+    Each coefficient given the others is a truncated normal; the scales of the Student distributions are inverse gamma
+    (Makalic and Schmidt, "A simple sampler for the horseshoe estimator", IEEE Signal Processing Letters 23(1), 2016).
+    """
+    sampler = Sampler(columns[None] / measured[:, None], error, np.asarray(scales)[None], prior, NUM_CHAINS)
+    return sampler.run(NUM_SWEEPS)
+
+
+class Sampler:
+    """Chains that run at a time, one a row. Rows may be of several sets of measurements, some with fewer sizes.
+
+    columns: (rows or 1, n, terms) relative to the measurements, 0 where there is none. error: (n,).
+    scales: (rows or 1, terms).
+    """
+
+    def __init__(self, columns: FloatArray, error: FloatArray, scales: FloatArray, prior: Prior, num_rows: int) -> None:
+        self._random = np.random.default_rng(0)
+        self._columns, self._error, self._prior = columns, error, prior
+        self._is_there = (np.abs(columns).sum(axis=2) > 0).astype(float)  # (rows or 1, n)
+        _, num_sizes, num_terms = columns.shape
+        self._prior_scales = np.broadcast_to(scales, (num_rows, num_terms))
+        self._scales = self._prior_scales.copy()
+        # Chains start at a first term that explains the data alone, which no prior draws to 0.
+        self._values = np.zeros((num_rows, num_terms))
+        self._values[:, 0] = self._is_there.sum(axis=1) / columns[:, :, 0].sum(axis=1)
+        self._scales[:, 0] = 100 * self._values[:, 0]
+        self._residuals = self._is_there - self._values[:, None, 0] * columns[:, :, 0]
+        self._noise = np.full(num_rows, prior.noise)
+        # Of each measurement, relative: low for outliers, 0 for none.
+        self._precision = np.broadcast_to(self._is_there, (num_rows, num_sizes))
+        self._log_prior = np.log(_NOISE_GRID) - (prior.noise_degrees + 1) / 2 * np.log1p(
+            (_NOISE_GRID / prior.noise) ** 2 / prior.noise_degrees
+        )
+
+    def run(self, num_sweeps: int) -> Posterior:
+        """The draws of the second half: `NUM_KEPT` of each row, those of all rows together, then the next."""
+        values, noise = [], []
+        every = num_sweeps // 2 // NUM_KEPT
+        for sweep in range(num_sweeps):
+            self._draw_coefficients()
+            self._draw_scales()
+            self._draw_noise()
+            if sweep >= num_sweeps - every * NUM_KEPT and (num_sweeps - 1 - sweep) % every == 0:
+                values.append(self._values.copy())
+                noise.append(self._noise)
+        return Posterior(np.concatenate(values), np.concatenate(noise))
+
+    def _draw_coefficients(self) -> None:
+        weights = self._precision / (self._noise[:, None] ** 2 + self._error**2)
+        for term in range(self._values.shape[1]):
+            column = self._columns[:, :, term]
+            # What is left to explain without this term.
+            self._residuals += self._values[:, term, None] * column
+            weighted = weights * column
+            precision = (weighted * column).sum(axis=1) + self._scales[:, term] ** -2
+            mean = (weighted * self._residuals).sum(axis=1) / precision
+            drawn = _truncated_normal(mean, precision**-0.5, self._random)
+            if term > 0:
+                drawn *= self._is_present(mean * np.sqrt(precision), self._scales[:, term] * np.sqrt(precision))
+            self._values[:, term] = drawn
+            self._residuals -= self._values[:, term, None] * column
+
+    def _is_present(self, standardised: FloatArray, widening: FloatArray) -> NDArray[np.bool_]:
+        """Whether a term is there at all, given the others: the prior's odds times the Bayes factor of its values.
+
+        standardised: the conditional mean over its deviation. widening: the prior's scale over that deviation.
+        """
+        from scipy.special import log_ndtr
+
+        log_factor = np.log(2) + log_ndtr(standardised) + standardised**2 / 2 - np.log(widening)
+        log_odds = log_factor + np.log(self._prior.presence / (1 - self._prior.presence))
+        return np.asarray(self._random.logistic(size=len(log_odds)) < log_odds)
+
+    def _draw_scales(self) -> None:
+        """Of the terms that are there; of the others from the prior."""
+        degrees, values = self._prior.degrees, self._values[:, 1:]
+        spread = values**2 + degrees * self._prior_scales[:, 1:] ** 2
+        shape = (degrees + (values > 0)) / 2
+        self._scales[:, 1:] = np.sqrt(spread / 2 / np.maximum(self._random.gamma(shape), 1e-12))
+
+    def _draw_noise(self) -> None:
+        """The weight of each measurement, then the noise they share, from a grid."""
+        degrees = self._prior.outlier_degrees
+        squares = self._residuals**2
+        variance = self._noise[:, None] ** 2 + self._error**2
+        drawn = self._random.gamma((degrees + 1) / 2, size=squares.shape)
+        self._precision = self._is_there * drawn / ((degrees + squares / variance) / 2)
+        variances = _NOISE_GRID**2 + self._error[:, None] ** 2  # (n, grid)
+        fit = (self._precision * squares) @ (1 / variances) + self._is_there @ np.log(variances)
+        self._noise = _NOISE_GRID[_categorical(self._log_prior - fit / 2, self._random)]
+
+
+def _truncated_normal(mean: FloatArray, deviation: FloatArray, random: np.random.Generator) -> FloatArray:
+    """Draws of normals that are at least 0. Far in the tail they are nearly exponential."""
+    from scipy.special import ndtr, ndtri  # a third of a second to import, and only models need it
+
+    below = ndtr(-mean / deviation)
+    levels = np.clip(below + (1 - below) * random.random(len(mean)), 1e-16, 1 - 1e-12)
+    in_tail = random.exponential(size=len(mean)) * deviation**2 / np.maximum(-mean, deviation)
+    drawn = np.where(mean < -6 * deviation, in_tail, mean + deviation * ndtri(levels))
+    return np.asarray(np.maximum(drawn, 0.0))
+
+
+def _categorical(log_weights: FloatArray, random: np.random.Generator) -> NDArray[np.intp]:
+    """(rows,) an index drawn in each row, by weights given as logarithms."""
+    weights = np.cumsum(np.exp(log_weights - log_weights.max(axis=1, keepdims=True)), axis=1)
+    return np.asarray((random.random((len(weights), 1)) * weights[:, -1:] > weights).sum(axis=1))
