@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex
 from hpc_train.analysis.models.predict import curve_sizes, predict
 from hpc_train.analysis.planning.budget import measurements_of
 from hpc_train.analysis.planning.plan import Limits, make_plan
+from hpc_train.analysis.report.allreduce import paint
 from hpc_train.analysis.report.facts import Facts, gather
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.arrivals import arrivals_plot
@@ -32,6 +33,7 @@ from hpc_train.analysis.runs.memory import peak_memory
 from hpc_train.analysis.runs.step_quantiles import step_quantiles
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.laws import fitted
+from hpc_train.core.allreduce_times import Row as Transfer
 from hpc_train.core.formatting import percent
 from hpc_train.core.timing_log import PHASES
 from tests.laws import Laws, Slow, write
@@ -422,3 +424,22 @@ def test_strategies_side_by_side(tmp_path: Path) -> None:
         assert axes.get_xlabel() == "communication volume of a step (kB)"
     volumes = [entry.traffic.volume_bytes / 1e3 for entry in comparison.entries if entry.traffic]
     assert widths == close(volumes) and widths[-1] == close(1.5 * 4 * 7.850)
+
+
+def test_bus_bandwidth_is_drawn_with_its_quartiles_and_limits() -> None:
+    seconds = {1024: (1e-5, 2e-5, 4e-5), 65536: (1e-4, 2e-4, 3e-4)}
+    rows = [Transfer("mpi", 4, 1, 4, size, samples) for size, samples in seconds.items()]
+    rows += [Transfer("memory", 4, 1, 4, size, (1e-6,) * 3) for size in seconds]
+    rows += [Transfer("mpi", 8, 2, 4, size, (1.0,) * 3) for size in seconds]  # another place
+    with styled((4.4, 3.0), 8, {}) as figure:
+        axes = figure.subplots()
+        paint(axes, rows, (4, 1, 4))
+        figure.draw_without_rendering()
+        ring = 2 * 3 / 4 / 1e9
+        assert line(axes, "mpi") == ([1024, 65536], close([ring * 1024 / 2e-5, ring * 65536 / 2e-4]))
+        assert line(axes, "memory copy") == ([1024, 65536], close([1024 / 1e-6 / 1e9, 65536 / 1e-6 / 1e9]))
+        edges: dict[float, set[float]] = {}
+        for x, y in axes.collections[0].get_paths()[0].vertices:
+            edges.setdefault(float(x), set()).add(float(y))
+        # Quartiles of three values are the means of neighbours.
+        assert sorted(edges[1024]) == close([ring * 1024 / 3e-5, ring * 1024 / 1.5e-5])
