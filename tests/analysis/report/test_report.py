@@ -274,6 +274,15 @@ def test_the_page_is_in_order(tmp_path: Path) -> None:
         assert words in text
 
 
+def test_an_interval_stays_on_one_line_of_the_page(tmp_path: Path) -> None:
+    made = report(tmp_path, *pair())
+    html = page(made, tmp_path)
+    (interval,) = re.findall(r"95% interval ([\d.]+-[\d.]+)", made.headlines[0])
+    heading = re.findall(r"<h1>(.*)</h1>", html)[0]
+    assert f'95% interval <span class="whole">{interval}</span>' in heading
+    assert made.headlines[0] in Page(html).text
+
+
 def test_hostile_names_are_text_on_the_page(tmp_path: Path) -> None:
     evil = '"><script>alert(1)</script><img src=x onerror=y>'
     recipes = pair(
