@@ -24,7 +24,7 @@ def standardized(
     Of the training samples: of each feature of samples (features,), of each channel of images, of all numbers of
     others. A constant feature becomes 0.
     """
-    found = moments(train.inputs[0], missing, context, _pooled_axes(train.input_shape))
+    found = moments(train.inputs[0], missing, context, pooled_axes(train.input_shape))
     std = np.where(found.std > 0, found.std, 1.0)
     scale, offset = (torch.from_numpy(each.astype(np.float32)) for each in (1 / std, -found.mean / std))
     facts = {"mean": found.mean.tolist(), "std": std.tolist()}
@@ -35,9 +35,9 @@ def standardized(
     return scaled(train), None if held_out is None else scaled(held_out), facts
 
 
-def _pooled_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+def pooled_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes of a sample over which values count as one: not those of features and channels."""
-    if len(shape) == 1:
+    if len(shape) < 2:
         return ()
     channels = [axis for axis in (0, len(shape) - 1) if len(shape) == 3 and shape[axis] * _MOST_CHANNELS <= shape[1]]
     return tuple(axis for axis in range(len(shape)) if [axis] != channels)

@@ -21,9 +21,11 @@ from hpc_train.train.tasks.dqn import Dqn
 from hpc_train.train.tasks.first_batch import user_line
 from hpc_train.train.tasks.language import Language, MaskedLanguage
 from hpc_train.train.tasks.policy_gradient import PolicyGradient
+from hpc_train.train.tasks.regression import Regression
 
 BUILT_IN: dict[str, Callable[[Config, Context], Any]] = {
     "classification": Classification,
+    "regression": Regression,
     "language": Language,
     "masked_language": MaskedLanguage,
     "policy_gradient": PolicyGradient,
