@@ -39,6 +39,7 @@ class RunFigures(BaseModel):
     loss: Amount | None  # the last training loss, where a lower one is better
     peak_resident_bytes: Amount | None  # of the rank that took most
     peak_gpu_bytes: Amount | None
+    start_up_s: Amount | None = None  # of the rank that took longest, until the first step
     settings: dict[str, str]  # what decides how long a step takes and what it computes, by dotted key
     facts: Facts  # software, hardware, and the rest of what repeats have in common
 
@@ -84,6 +85,7 @@ def figures_of(run: Run) -> RunFigures:
         loss=loss if loss is not None and isfinite(loss) else None,
         peak_resident_bytes=_largest(run, "peak_resident_bytes"),
         peak_gpu_bytes=_largest(run, "peak_gpu_bytes"),
+        start_up_s=_largest(run, "start_up_s"),
         settings={key: str(value) for key, value in config.comparable(run.config).items()},
         facts=recorded_facts(run),
     )
