@@ -38,7 +38,7 @@ def list_columns() -> None:
 
     lines = []
     for family, quantities in FAMILIES.items():
-        lines += [f"\n## {family}\n", "| column | unit | |", "|---|---|---|"]
+        lines += [f"\n## {family}\n", "| column | unit | meaning |", "|---|---|---|"]
         lines += [f"| `{each.name}` | {each.unit} | {each.meaning} |" for each in quantities]
     (HERE / "_figures" / "columns.md").write_text("\n".join(lines) + "\n")
 

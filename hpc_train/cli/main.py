@@ -20,6 +20,7 @@ from hpc_train.cli.config import config
 from hpc_train.cli.data import data
 from hpc_train.cli.doctor import doctor
 from hpc_train.cli.export import export
+from hpc_train.cli.init import init
 from hpc_train.cli.memory import memory
 from hpc_train.cli.options import CommandGroup
 from hpc_train.cli.plan import plan
@@ -48,7 +49,7 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    *(prepare, stage, data, train, generate, export, submit, scale, report, compare, plan),
+    *(init, prepare, stage, data, train, generate, export, submit, scale, report, compare, plan),
     *(memory, doctor, bench, config),
 )
 for command in _COMMANDS:

@@ -10,7 +10,8 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
 from hpc_train.core.settings import RECORDED, Config, Rl
 
-_KINDS_WITH_DATA = ("classification", "language", "masked_language")
+_KINDS_WITH_DATA = ("classification", "regression", "language", "masked_language")
+_KINDS_OF_ARRAYS = ("classification", "regression")
 _KINDS_WITH_TOKENS = ("language", "masked_language")
 
 
@@ -43,9 +44,9 @@ def _required_keys(config: Config) -> Iterator[UserError]:
 
 def _task_keys(config: Config) -> Iterator[UserError]:
     train, data, rl, kind = config.train, config.data, config.rl, config.task.kind
-    if kind == "classification" and (isinstance(data.inputs, list) or isinstance(data.test_inputs, list)):
+    if kind in _KINDS_OF_ARRAYS and (isinstance(data.inputs, list) or isinstance(data.test_inputs, list)):
         yield UserError(
-            f"data.inputs = {data.inputs}: the models of task.kind = 'classification' take one data set",
+            f"data.inputs = {data.inputs}: the models of task.kind = '{kind}' take one data set",
             "Name one data set, or write a task of your own: configs/README.md.",
         )
     if kind in _KINDS_WITH_TOKENS and data.read != "auto":
@@ -63,6 +64,10 @@ def _task_keys(config: Config) -> Iterator[UserError]:
         yield UserError(
             f"train.accumulate = {train.accumulate}: policy_gradient normalises advantages over a whole step",
             "Leave train.accumulate out.",
+        )
+    if kind != "regression" and config.task.loss != "mse":
+        yield UserError(
+            f"task.loss = '{config.task.loss}' is for task.kind = 'regression', not '{kind}'", "Leave task.loss out."
         )
     if kind == "dqn" and rl.replay_start > rl.replay_size:
         yield UserError(

@@ -31,6 +31,7 @@ _RULES = {
     "data.targets": Rule.REFUSED,
     "data.offsets": Rule.REFUSED,
     "data.missing": Rule.REFUSED,
+    "data.normalize": Rule.REFUSED,
     "data.test_": Rule.TEST,
     "data.read": Rule.SPEED,
     "data.memory_mb": Rule.COMPARED,

@@ -43,7 +43,7 @@ class RunSummary(RunResult, RunShape):
     num_repeated: int = 0
     num_samples: int
     step_s: float | None  # mean over steady steps of the mean duration over the ranks that train
-    step_low_s: float | None  # 95% interval of that mean
+    step_low_s: float | None  # 95% interval of that mean, within this run
     step_high_s: float | None
     samples_per_s: float | None  # global batch / step_s
     step_median_s: float | None = None  # a typical step; unlike the mean, it does not add up to the run's duration

@@ -34,6 +34,8 @@ class Data(_Section):
     test_offsets: Text | None = None
     # Values that the file declares as missing (_FillValue, missing_value), and NaN: drop leaves their samples out.
     missing: Literal["refuse", "drop", "mean"] = "refuse"
+    # scale_factor: as the file's attributes say; standardize: mean 0, deviation 1 over the training samples.
+    normalize: Literal["none", "scale_factor", "standardize"] = "scale_factor"
     # collective: all ranks read each batch together; memory: each rank holds a part of the data and ranks exchange
     # samples; auto: memory map or decoded chunks, or memory if the data exceed every node's memory.
     read: Literal["auto", "collective", "memory"] = "auto"
@@ -44,6 +46,7 @@ class Data(_Section):
 class Task(_Section):
     kind: str = "classification"  # or "mypackage.mytask:MyTask"
     model: str = "softmax"
+    loss: Literal["mse", "mae", "huber"] = "mse"  # of regression
     num_classes: Annotated[int, Field(ge=1, le=10**8)] | None = None  # default: one more than the largest label
     options: dict[str, Option] = {}  # keyword arguments of the model: see its docstring
 

@@ -81,7 +81,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             # Strategies that send nothing after the update are not timed there: the timer itself takes 200 ns.
             sync = clock.sync if reducer.sends_weights else nullcontext()
             forward, backward = clock.passes(reducer.lockstep.waits if reducer.lockstep else None)
-            recorder.start(first_step, model, job.facts | facts | {"reading": task.reading, "classes": task.classes})
+            recorder.start(first_step, model, job.facts | facts | (task.facts or {}) | {"reading": task.reading})
             if task.reading:
                 context.on_root(partial(log, f"Data: {task.reading}"))
 

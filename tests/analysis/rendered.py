@@ -32,12 +32,14 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self.styles: list[str] = []
         self.open: list[str] = []
+        self.goes_on = False  # within a line: a <span> begins or ends nothing
         self.problems: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.goes_on = tag == "span"
         if tag not in VOID:
             self.open.append(tag)
 
@@ -46,11 +48,17 @@ class Page(HTMLParser):
         self.attributes += [(tag, name, value or "") for name, value in attrs]
 
     def handle_endtag(self, tag: str) -> None:
+        self.goes_on = tag == "span"
         if not self.open or self.open.pop() != tag:
             self.problems.append(tag)
 
     def handle_data(self, data: str) -> None:
-        (self.styles if self.open and self.open[-1] == "style" else self.words).append(data)
+        if self.open and self.open[-1] == "style":
+            self.styles.append(data)
+        elif self.goes_on and self.words:
+            self.words[-1] += data
+        else:
+            self.words.append(data)
 
     @property
     def text(self) -> str:

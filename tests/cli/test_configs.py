@@ -16,6 +16,7 @@ Keys = dict[str, object]
 # What makes a job of each kind short. Another kind needs a line here, and data below where it reads any.
 SHORT: dict[str, Keys] = {
     "classification": {"train__global_batch": 6},
+    "regression": {"train__global_batch": 6},
     "language": {"train__global_batch": 6},
     "masked_language": {"train__global_batch": 6},
     "dqn": {"train__global_batch": 30, "rl__replay_start": 60, "rl__test_episodes": 3},
@@ -42,9 +43,17 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "json.h5"
 
 
+@pytest.fixture(scope="module")
+def cars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cars")
+    done = jobs.run(0, "prepare", "auto-mpg", folder / "auto-mpg.h5", cwd=folder)
+    assert done.code == 0, done.err
+    return folder / "auto-mpg.h5"
+
+
 def data(kind: str, request: pytest.FixtureRequest) -> Keys:
     """The keys that name real data for a task of this kind; prepared once."""
-    of_kind = {"classification": "digits", "language": "tokens", "masked_language": "tokens"}
+    of_kind = {"classification": "digits", "regression": "cars", "language": "tokens", "masked_language": "tokens"}
     return {"data__file": request.getfixturevalue(of_kind[kind])} if kind in of_kind else {}
 
 

@@ -511,3 +511,18 @@ def test_a_disk_that_fills_up_at_any_moment(digits: Path, tmp_path: Path, disk_o
         if done.code == 0:
             assert contents(disk / "x.h5") == contents(digits)
     assert codes == sorted(codes, reverse=True) and set(codes) == {0, 2}
+
+
+def test_real_targets_stay_real(tmp_path: Path) -> None:
+    """In a CSV file and in NumPy's, of one column or several."""
+    pytest.importorskip("pyarrow")
+    rng = np.random.default_rng(0)
+    rows, several = rng.random((60, 3)).round(3), rng.random((60, 2), np.float32)
+    lines = [",".join(map(str, row)) for row in rows]
+    (tmp_path / "t.csv").write_text("\n".join(["a,b,c", *lines]))
+    np.savez(tmp_path / "t.npz", inputs=rows, targets=several)
+    with h5py.File(table_of(tmp_path / "t.csv", target="c", test_fraction=0)) as file:
+        assert file["train/targets"].dtype == np.float32
+        assert np.allclose(file["train/targets"][:], rows[:, 2]) and file["train/inputs"].shape == (60, 2)
+    with h5py.File(table_of(tmp_path / "t.npz", "npz.h5", target=None, test_fraction=0)) as file:
+        assert np.array_equal(file["train/targets"][:], several)

@@ -106,7 +106,7 @@ def fault_of(ended: Ended, codes: tuple[int, ...], numbers: bool) -> str | None:
     if ended.code == 2 and ended.err.startswith("hpc-train: ") and not _REMEDY.search(ended.err):
         return "a message without a remedy"
     # Quotes contain a damaged line of a run that was skipped.
-    if ended.code == 0 and numbers and (found := _NO_NUMBER.search(re.sub(r"'[^']*'", "", ended.out))):
+    if ended.code == 0 and numbers and (found := _NO_NUMBER.search(re.sub(r"'[^'\n]*'", "", ended.out))):
         return f"{found[0]} is printed as if all was well"
     return None
 

@@ -52,6 +52,12 @@ def _case(size: int, changes: list[tuple[str, str, list[Damage]]], words: list[s
             _act_on(broken / file, how, damages)
         if command == "plan":
             play.hpc_train("plan", "runs", "--predict", "8,16", codes=(0, 1, 2))
+        elif command == "compare":
+            whole = next(run for run in (play.materials / "measured").iterdir() if run.name == broken.name)
+            play.hpc_train("compare", whole, broken, "--save", "baseline.json", codes=(0, 1, 2))
+            play.hpc_train("compare", broken, whole, "--json", codes=(0, 1, 2))
+        elif command == "trace":
+            play.hpc_train("report", broken, "--trace", "trace.json")
         else:
             play.hpc_train("report", "runs", *words)
 
@@ -72,5 +78,9 @@ _changes = st.lists(
     max_size=2,
 )
 cases: st.SearchStrategy[Case] = st.builds(
-    _case, st.sampled_from([1, 2, 2, 4]), _changes, st.sampled_from(_WORDS), st.sampled_from(["report"] * 3 + ["plan"])
+    _case,
+    st.sampled_from([1, 2, 2, 4]),
+    _changes,
+    st.sampled_from(_WORDS),
+    st.sampled_from(["report"] * 3 + ["plan", "compare", "trace"]),
 )

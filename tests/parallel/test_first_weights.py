@@ -24,6 +24,7 @@ TINY = "task.options = { layers = 2, heads = 2, width = 32, context = 24, vocab_
 JOBS: dict[str, list[str]] = {
     "softmax-mnist": [],
     "mlp-mnist": [],
+    "mlp-auto-mpg": ["data.normalize=scale_factor"],
     "resnet-fashion": [],
     "vgg-fashion": [],
     "bert-text": [],

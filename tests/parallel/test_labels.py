@@ -5,9 +5,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from hpc_train.core import config
 from hpc_train.core.errors import UserError
+from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.tasks.classification import Classification
 
@@ -23,7 +25,7 @@ def test_every_rank_finds_the_same_classes(kind: str, context: Context, shared_p
     context.on_root(lambda: write(shared_path / "a.h5", stored))
     job = {"name": "a", "data": {"file": str(shared_path / "a.h5")}, "train": {"steps": 1, "global_batch": 4}}
     task = Classification(config.from_values(job, "test").config, context)
-    assert task.classes == (["ash", "elm", "fir", "oak"] if kind == "strings" else [-70, -63, -56, -49])
+    assert task.facts["classes"] == (["ash", "elm", "fir", "oak"] if kind == "strings" else [-70, -63, -56, -49])
     assert task.batch(np.arange(40), 0).targets.tolist() == classes.tolist()
 
 
@@ -48,6 +50,19 @@ def test_samples_with_missing_values_are_left_out_on_every_rank(context: Context
     data["missing"] = "mean"
     task = Classification(config.from_values(job, "test").config, context)
     assert task.batch(np.array([37]), 0).floats()[0, 0].item() == pytest.approx(kept.mean())
+
+
+def test_standardised_inputs_are_the_same_to_the_bit_on_any_number_of_ranks(
+    context: Context, shared_path: Path
+) -> None:
+    context.on_root(lambda: write(shared_path / "a.h5", np.arange(1000) % 4, missing=(5,)))
+    data = {"file": str(shared_path / "a.h5"), "normalize": "standardize", "missing": "mean"}
+    job = {"name": "a", "data": data, "train": {"steps": 1, "global_batch": 4}}
+    together = Classification(config.from_values(job, "test").config, context)
+    alone = Classification(config.from_values(job, "test").config, Context(World()))
+    rows = np.arange(1000)
+    assert torch.equal(together.batch(rows, 0).floats(), alone.batch(rows, 0).floats())
+    assert together.facts == alone.facts
 
 
 def write(path: Path, targets: np.ndarray, missing: tuple[int, ...] = ()) -> None:

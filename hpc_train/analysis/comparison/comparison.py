@@ -138,6 +138,7 @@ def _metrics(before: Side, after: Side, threshold: float) -> list[Metric]:
         _Quantity("final loss", "", lambda run: _positive(run.loss)),
         _Quantity("peak memory of a rank", "B", lambda run: _positive(run.peak_resident_bytes)),
         _Quantity("peak GPU memory of a rank", "B", lambda run: _positive(run.peak_gpu_bytes)),
+        _Quantity("start-up (s)", "", lambda run: _positive(run.start_up_s)),
     ]
     compared = [_compared(each, before, after) for each in details]
     known = [each for each in compared if each.before is not None or each.after is not None]

@@ -1,9 +1,10 @@
 """What a comparison needs of one run, few enough numbers to be saved as a baseline."""
 
 from math import isfinite
+from typing import Annotated, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hpc_train.analysis.convergence.target import NO_PROGRESS
 from hpc_train.analysis.runs.clocks import hosts_of
@@ -15,6 +16,10 @@ from hpc_train.core.energy_records import Quality
 from hpc_train.core.statistics import block_means
 from hpc_train.core.timing_log import PHASES, read_timings
 
+_LARGEST = 1e30  # a larger number is damage
+Positive = Annotated[float, Field(gt=0, lt=_LARGEST)]
+Amount = Annotated[float, Field(gt=-_LARGEST, lt=_LARGEST)]
+
 
 class RunFigures(BaseModel):
     """One run. Times are means over steady steps; a phase that no rank entered is absent; None is unknown."""
@@ -23,19 +28,26 @@ class RunFigures(BaseModel):
 
     label: str
     started: str
-    size: int = Field(gt=0)
-    global_batch: int = Field(gt=0)
-    step_s: float = Field(gt=0)
-    step_blocks_s: list[float]  # means of at most 50 blocks of consecutive steps
-    phases_s: dict[str, list[float]]  # by phase: of each rank that trains
-    hosts: list[str | None]  # of each rank that trains
-    joules_per_sample: float | None
+    size: int = Field(gt=0, lt=10**15)
+    global_batch: int = Field(gt=0, lt=10**15)
+    step_s: Positive
+    step_blocks_s: list[Positive] = Field(min_length=1)  # means of at most 50 blocks of consecutive steps
+    phases_s: dict[str, list[Annotated[float, Field(ge=0, lt=_LARGEST)]]]  # by phase: of each rank that trains
+    hosts: list[str | None] = Field(min_length=1)  # of each rank that trains
+    joules_per_sample: Amount | None
     energy_quality: Quality
-    loss: float | None  # the last training loss, where a lower one is better
-    peak_resident_bytes: float | None  # of the rank that took most
-    peak_gpu_bytes: float | None
+    loss: Amount | None  # the last training loss, where a lower one is better
+    peak_resident_bytes: Amount | None  # of the rank that took most
+    peak_gpu_bytes: Amount | None
+    start_up_s: Amount | None = None  # of the rank that took longest, until the first step
     settings: dict[str, str]  # what decides how long a step takes and what it computes, by dotted key
     facts: Facts  # software, hardware, and the rest of what repeats have in common
+
+    @model_validator(mode="after")
+    def _one_value_a_rank(self) -> Self:
+        if wrong := [phase for phase, values in self.phases_s.items() if len(values) != len(self.hosts)]:
+            raise ValueError(f"phases_s.{wrong[0]} and hosts are of unequal length")
+        return self
 
     @property
     def samples_per_s(self) -> float:
@@ -73,6 +85,7 @@ def figures_of(run: Run) -> RunFigures:
         loss=loss if loss is not None and isfinite(loss) else None,
         peak_resident_bytes=_largest(run, "peak_resident_bytes"),
         peak_gpu_bytes=_largest(run, "peak_gpu_bytes"),
+        start_up_s=_largest(run, "start_up_s"),
         settings={key: str(value) for key, value in config.comparable(run.config).items()},
         facts=recorded_facts(run),
     )

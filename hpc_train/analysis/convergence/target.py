@@ -123,7 +123,7 @@ class TargetRow:
     @property
     def samples_per_s(self) -> float | None:
         """Global batch over the mean steady step; of several runs the geometric mean."""
-        timed = [reach.run.step_s for reach in self.reaches if len(reach.run.step_s)]
+        timed = [reach.run.step_s for reach in self.reaches if reach.run.step_s.any()]
         return self.global_batch / over_runs([of_series(each) for each in timed]).value if timed else None
 
     def _per_rank(self, speedup: float | None) -> float | None:

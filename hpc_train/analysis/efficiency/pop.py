@@ -34,7 +34,7 @@ class Efficiencies:
     """The factors of all runs of one size; 1: no loss. An unknown factor is absent. missing: why there are none.
 
     factors: as measured, geometric means over runs, so that they multiply as the factors of one run do. estimates: the
-    same, but for the busiest rank, whose time is taken from steps that did not choose it (`_busiest_s`).
+    same of a run that goes on, with the busiest rank's time from steps that did not choose it (`_estimated`).
     """
 
     factors: dict[str, float] = field(default_factory=dict)
@@ -44,8 +44,9 @@ class Efficiencies:
     @property
     def intervals(self) -> dict[str, Interval]:
         """95%, of runs that go on. The busiest rank's true time lies between its own, which is the largest by chance,
-        too, and that on steps that did not choose it: intervals reach below the smaller and above the larger of the two
-        factors. Only factors that compare with a baseline can exceed 1, since ranks lose no less than nothing.
+        too, and that on steps that did not choose it: intervals reach below the smaller and above the larger of the
+        measured factor and the estimate. Only factors that compare with a baseline can exceed 1, since ranks lose no
+        less than nothing.
         """
         found = {}
         for name, estimate in self.estimates.items():
@@ -136,12 +137,18 @@ def _measured(run: Run) -> dict[str, Estimate]:
 
 
 def _estimated(run: Run) -> dict[str, Estimate]:
-    """The same with the busiest rank of `_busiest_s`, and their errors."""
-    blocks = (_busiest_s(_balance(run).useful_blocks_s), *_blocks(run))
+    """The same with the busiest rank of `_busiest_s`, and their errors, without the first block: there ranks still wait
+    for each other's warm-up, which a run that goes on does not.
+    """
+    blocks = [_busiest_s(_balance(run).useful_blocks_s), *_blocks(run)]
+    blocks = [each[1:] if len(each) > 2 else each for each in blocks]
     totals = [each.sum(keepdims=True) for each in blocks]
-    whole = _logarithms(run, *totals)
-    without = _logarithms(run, *(total - each for total, each in zip(totals, blocks, strict=True)))
-    return {name: of_blocks(float(whole[name][0]), without[name]) for name in whole}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        whole = _logarithms(run, *totals)
+        without = _logarithms(run, *(total - each for total, each in zip(totals, blocks, strict=True)))
+    # All useful time in one block, or in one half of them, tells no error.
+    known = [name for name in whole if np.isfinite(whole[name]).all() and np.isfinite(without[name]).all()]
+    return _measured(run) | {name: of_blocks(float(whole[name][0]), without[name]) for name in known}
 
 
 def _blocks(run: Run) -> list[FloatArray]:

@@ -208,7 +208,7 @@ def _joule_seconds(row: RowEnergy) -> list[Estimate]:
     found = []
     for each in row.runs:
         joules, summary = each.gross.total, each.run.summary
-        if not joules or not summary.num_samples or not len(each.run.step_s):
+        if not joules or not summary.num_samples or not each.run.step_s.any():
             return []
         seconds = float(each.run.step_s.mean()) / summary.global_batch
         found.append(of_value(joules / summary.num_samples * seconds))

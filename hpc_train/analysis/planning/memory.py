@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.meta_json import list_at, positive_number
+from hpc_train.analysis.runs.memory import peak_memory
+from hpc_train.analysis.runs.meta_json import positive_number
 from hpc_train.analysis.scaling.compare import Group
 
 
@@ -46,16 +47,11 @@ def rank_memory(group: Group, ranks_per_node: int | None) -> RankMemory | None:
 
 
 def _of_run(run: Run, ranks_per_node: int) -> RankMemory | None:
-    on_gpu = _largest(run, "peak_gpu_bytes")
-    peak = on_gpu or _largest(run, "peak_anonymous_bytes")
-    room = positive_number(run.meta.get("rank_room_bytes"))
-    if peak is None or room is None:
+    memory = peak_memory(run)
+    if memory.peak_bytes is None or memory.room_bytes is None:
         return None
     divided = positive_number(run.meta.get("divided_bytes")) or 0.0
-    within = run.config.reduce.shard_within
-    return RankMemory(peak, divided, room, run.size, ranks_per_node, within, shares_node=on_gpu is None)
-
-
-def _largest(run: Run, key: str) -> float | None:
-    """Of the values of all ranks."""
-    return max(filter(None, map(positive_number, list_at(run.meta, key))), default=None)
+    within, shares_node = run.config.reduce.shard_within, not memory.on_gpu
+    return RankMemory(
+        memory.peak_bytes, divided, memory.room_bytes, run.size, ranks_per_node, within, shares_node=shares_node
+    )

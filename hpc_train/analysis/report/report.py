@@ -27,7 +27,9 @@ def build_report(facts: Facts, guard: SectionGuard | None = None) -> Report:
     guard = guard or SectionGuard()
     runs = facts.runs
     sections = _sections(facts, guard)
-    notes = tuple(Note("all-runs", "caution", text) for text in (*scaling_notes(facts.scaling), *facts.skipped))
+    compared = {side.name for each in facts.comparisons for side in (each.before, each.after)}
+    of_all_runs = (*scaling_notes(facts.scaling, compared), *facts.skipped)
+    notes = tuple(Note("all-runs", "caution", text) for text in of_all_runs)
     records = Records(facts, guard)
     rows = records.rows()
     shared, metadata = runs_metadata(runs, guard)
@@ -50,17 +52,19 @@ def build_report(facts: Facts, guard: SectionGuard | None = None) -> Report:
 def _sections(facts: Facts, guard: SectionGuard) -> list[Section]:
     """Strategies with an answer, the groups, what changed between these, other strategies, times to a loss.
 
-    A study of one group alone is a part of that group's section.
+    What changed comes before the groups if no group has a speedup: then it is the answer. A study of one group alone is
+    a part of that group's section.
     """
     groups = facts.scaling.groups
     study_of = {group: study for group in groups for study in facts.targets if study.is_of(group)}
     of_groups = [group_section(energy, study_of.get(energy.group), len(groups) > 1, guard) for energy in facts.energies]
     of_strategies = [strategy_section(each, len(facts.strategies) > 1, guard) for each in facts.strategies]
     between_groups = [study for study in facts.targets if study not in study_of.values()]
+    changes = [comparison_section(each, guard) for each in facts.comparisons]
+    has_speedup = any(group.baseline for group in groups)
     return [
         *(section for section in of_strategies if section.headline),
-        *of_groups,
-        *(comparison_section(each, guard) for each in facts.comparisons),
+        *([*of_groups, *changes] if has_speedup else [*changes, *of_groups]),
         *(section for section in of_strategies if not section.headline),
         *(target_section(study, guard) for study in between_groups),
     ]

@@ -127,7 +127,7 @@ class Row:
 def pooled_row(runs: Sequence[Run]) -> Row:
     """The row of runs of one size, all complete or all incomplete, without a speedup."""
     summaries = [run.summary for run in runs]
-    timed = [run.step_s for run in runs if len(run.step_s)]
+    timed = _step_times(runs)
     phases_s = np.sum([run.phases_s for run in runs], axis=0)
     total_s = float(phases_s.sum())
     num_rank_steps = sum(len(run.step_s) * (run.size - run.num_servers) for run in runs)
@@ -173,9 +173,14 @@ def with_speedup(row: Row, baseline: Row) -> Row:
     return replace(row, relative_speed=relative_speed(row, baseline), baseline_size=baseline.size)
 
 
+def _step_times(runs: Sequence[Run]) -> list[FloatArray]:
+    """The steady steps of each run that has some and whose clock went on."""
+    return [run.step_s for run in runs if run.step_s.any()]
+
+
 def relative_speed(row: Row, to: Row) -> Estimate | None:
     """The ratio of samples per second."""
     if row.step is None or to.step is None:
         return None
-    before, after = ([of_series(run.step_s) for run in each.runs if len(run.step_s)] for each in (to, row))
+    before, after = ([of_series(step_s) for step_s in _step_times(each.runs)] for each in (to, row))
     return ratio(before, after).times(row.global_batch / to.global_batch)

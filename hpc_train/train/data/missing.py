@@ -18,6 +18,7 @@ from hpc_train.train.comm.context import Context, joint
 from hpc_train.train.data.dataset import Filling, Split
 from hpc_train.train.data.files import Files
 from hpc_train.train.data.hdf5_faults import damage_as_user_error
+from hpc_train.train.data.moments import is_missing, moments
 from hpc_train.train.data.reader_interface import Reader
 
 _ATTRIBUTES = ("_FillValue", "missing_value")
@@ -60,8 +61,8 @@ class _Scanned:
 
 def handle_missing(
     train: Split, held_out: Split | None, files: Files, data: Data, context: Context
-) -> tuple[Split, Split | None, str]:
-    """Collective. The splits as data.missing asks, and what was done, for the log; "" if nothing is missing.
+) -> tuple[Split, Split | None, tuple[float, ...], str]:
+    """Collective. The splits as data.missing asks, the inputs' values that stand for none, and what was done.
 
     All values are read for it, each rank a part, if the file declares which are missing or data.missing is set. Raises
     `UserError` if there are some and data.missing is "refuse". A sample without a target is left out in any case.
@@ -73,11 +74,11 @@ def handle_missing(
         filling = Filling(inputs.values, torch.from_numpy(inputs.mean.astype(np.float32)))
     train, said = _handled(train, inputs, targets, filling, str(data.inputs))
     if held_out is None:
-        return train, None, said
+        return train, None, inputs.values, said
     test_inputs = scan(str(data.test_inputs), held_out.inputs[0])
     test_targets = scan(data.test_targets, held_out.targets)
     held_out, also = _handled(held_out, test_inputs, test_targets, filling, str(data.test_inputs))
-    return train, held_out, "; ".join(filter(None, (said, also)))
+    return train, held_out, inputs.values, "; ".join(filter(None, (said, also)))
 
 
 def _handled(
@@ -105,19 +106,15 @@ def _scan(files: Files, mode: str, context: Context, name: str, reader: Reader) 
     if reader.dtype.kind == "O" or not (values or (mode != "refuse" and reader.dtype.kind == "f")):
         return _Scanned(values, np.zeros(0, np.int64))
     rows = [np.zeros(0, np.int64)]
-    total, count = np.zeros(reader.shape[1:]), np.zeros(reader.shape[1:])
     for begin, part in _my_parts(reader, context):
         missing = is_missing(part, values)
         rows.append(begin + np.flatnonzero(missing.reshape(len(part), -1).any(axis=1)))
-        if mode == "mean":
-            total += np.where(missing, 0, part).sum(axis=0)
-            count += (~missing).sum(axis=0)
     found = np.concatenate(context.all_gather(np.concatenate(rows)))
     if len(found) and mode == "refuse":
         raise joint(_refused(files, name, values, found, len(reader)))
     if mode != "mean":
         return _Scanned(values, found)
-    return _Scanned(values, found, context.sum(total) / np.maximum(context.sum(count), 1))
+    return _Scanned(values, found, moments(reader, values, context).mean)
 
 
 def _my_parts(reader: Reader, context: Context) -> Iterator[tuple[int, np.ndarray]]:
@@ -126,14 +123,6 @@ def _my_parts(reader: Reader, context: Context) -> Iterator[tuple[int, np.ndarra
     num_rows = max(1, _SCAN_BYTES // max(1, reader.row_bytes))
     for begin in range(start, stop, num_rows):
         yield begin, reader[begin : min(begin + num_rows, stop)]
-
-
-def is_missing(stored: np.ndarray, values: tuple[float, ...]) -> np.ndarray:
-    """Where stored numbers stand for no value; NaN always does."""
-    missing = np.isnan(stored) if stored.dtype.kind == "f" else np.zeros(stored.shape, bool)
-    for value in values:
-        missing |= stored == np.asarray(value).astype(stored.dtype)
-    return missing
 
 
 def declared_missing(files: Files, name: str) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ from hpc_train.train.models.softmax import Softmax
 from hpc_train.train.models.vgg import Vgg
 
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"softmax": Softmax, "mlp": Mlp, "resnet": ResNet, "vgg": Vgg}
+REGRESSORS: dict[str, Callable[..., nn.Module]] = {"linear": Softmax, "mlp": Mlp, "resnet": ResNet, "vgg": Vgg}
 CAUSAL: dict[str, Callable[..., nn.Module]] = {"gpt": Gpt}  # predict the next token
 MASKED: dict[str, Callable[..., nn.Module]] = {"bert": Bert}  # predict masked tokens
 
@@ -22,6 +23,11 @@ MASKED: dict[str, Callable[..., nn.Module]] = {"bert": Bert}  # predict masked t
 def classifier(name: str, input_shape: tuple[int, ...], num_classes: int, options: dict[str, Any]) -> nn.Module:
     """The model `task.model` names, for inputs of `input_shape` and `num_classes` classes. Raises `UserError`."""
     return make_model(CLASSIFIERS, name, (input_shape, num_classes), options)
+
+
+def regressor(name: str, input_shape: tuple[int, ...], num_outputs: int, options: dict[str, Any]) -> nn.Module:
+    """The model `task.model` names, for inputs of `input_shape` and `num_outputs` numbers. Raises `UserError`."""
+    return make_model(REGRESSORS, name, (input_shape, num_outputs), options)
 
 
 def make_model(

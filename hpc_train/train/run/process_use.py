@@ -1,11 +1,13 @@
 """What a rank's process used of its processors and its storage, since it began."""
 
+import os
 import resource
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import CLOCK_BOOTTIME, clock_gettime, perf_counter
 
-_IO = Path("/proc/self/io")
+_IO, _STAT = Path("/proc/self/io"), Path("/proc/self/stat")
+_STARTED = 22  # field of /proc/self/stat: when the process started, in ticks since the machine did (proc(5))
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ class ProcessUse:
             _less(self.read_bytes, before.read_bytes),
             _less(self.written_bytes, before.written_bytes),
         )
+
+
+def seconds_since_start() -> float | None:
+    """Since this process was made, which includes loading Python and torch; None if the kernel does not tell."""
+    try:
+        fields = _STAT.read_text().rpartition(")")[2].split()  # the name before it may hold anything
+    except OSError:
+        return None
+    return clock_gettime(CLOCK_BOOTTIME) - int(fields[_STARTED - 3]) / os.sysconf("SC_CLK_TCK")
 
 
 def _less(after: int | None, before: int | None) -> int | None:

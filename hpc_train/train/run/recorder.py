@@ -25,7 +25,7 @@ from hpc_train.train.energy.node_energy import NodeEnergy
 from hpc_train.train.run.attempt import Attempt
 from hpc_train.train.run.gather_summary import gather_summary
 from hpc_train.train.run.meta_writer import MetaWriter, now
-from hpc_train.train.run.process_use import ProcessUse
+from hpc_train.train.run.process_use import ProcessUse, seconds_since_start
 
 _USED = ("time_s", "cpu_s", "read_bytes", "written_bytes")
 
@@ -87,6 +87,7 @@ class Recorder:
         self._stack.enter_context(self._energy.recorded(self._run.energy(host), number, check))
         self._progress.begin(first_step)
         self._context.barrier()
+        self._start_up_s = seconds_since_start()
         self._use_before = ProcessUse.now()
         self.clock.restart()
 
@@ -145,12 +146,13 @@ class Recorder:
         """
         self.flush()
         used = self._context.gather(ProcessUse.now().since(self._use_before))
+        start_up_s = self._context.gather(self._start_up_s)
         self._stack.close()
         lost = {str(rank): streams for rank, streams in enumerate(self._context.gather(lost_streams())) if streams}
         facts = {"outcome": outcome, "last_step": self.num_steps_done - 1, "ended": now(), **metadata}
         facts |= {"output_lost": lost} if lost else {}
-        # Of each rank, from the first step of this attempt to the end of its loop.
-        facts |= {f"loop_{name}": [getattr(rank, name) for rank in used] for name in _USED}
+        # Of each rank: from the start of its process to this attempt's first step, and from there to the loop's end.
+        facts |= {"start_up_s": start_up_s} | {f"loop_{name}": [getattr(rank, name) for rank in used] for name in _USED}
         self._meta.write_end(self._energy.metadata_at_end(), facts)
 
     def finish(self, test: dict[str, float], fault: str | None = None) -> None:

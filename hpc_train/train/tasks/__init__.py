@@ -21,9 +21,11 @@ from hpc_train.train.tasks.dqn import Dqn
 from hpc_train.train.tasks.first_batch import user_line
 from hpc_train.train.tasks.language import Language, MaskedLanguage
 from hpc_train.train.tasks.policy_gradient import PolicyGradient
+from hpc_train.train.tasks.regression import Regression
 
 BUILT_IN: dict[str, Callable[[Config, Context], Any]] = {
     "classification": Classification,
+    "regression": Regression,
     "language": Language,
     "masked_language": MaskedLanguage,
     "policy_gradient": PolicyGradient,
@@ -62,7 +64,7 @@ class Task(Protocol):
 
     order: Order  # of the samples in an epoch: `dataset.open_order` for data in chunks. Default: Order(num_samples)
     reading: str | None = None  # a line for the log: which data are read, and how
-    classes: list[Any] | None = None  # the stored label of each class, if labels are not class numbers: for meta.json
+    facts: dict[str, Any] | None = None  # more for meta.json: what the data's classes or scales were found to be
     in_step: bool = False  # batches depend on the weights, or need all ranks: the loop itself asks, at each step
 
     def prefetch(self, rows: np.ndarray) -> None:
@@ -95,7 +97,7 @@ def complete(task: Any) -> Task:
     defaults = {
         "order": Order(task.num_samples),
         "reading": None,
-        "classes": None,
+        "facts": None,
         "in_step": False,
         "prefetch": partial(Task.prefetch, task),
         "keeps_state": hasattr(task, "load_state"),

@@ -272,3 +272,65 @@ def test_a_report_compares_two_commits_of_one_job(tmp_path: Path) -> None:
     assert section.headline in told.headlines and "3 runs against" in section.headline
     alone = make_report([tmp_path / "4", tmp_path / "8"])
     assert not [section for section in alone.sections if section.kind == "comparison"]
+
+
+def test_a_damaged_baseline_is_refused_or_compared_and_nothing_else(tmp_path: Path) -> None:
+    """Each number, list, object and text of it in turn is something else."""
+    runs = write_repeats(tmp_path / "a", Noisy(ranks=4, steps=20), 1, 2)
+    baseline, damaged = tmp_path / "baseline.json", tmp_path / "damaged.json"
+    assert run_compare(runs, "--save", baseline).exit_code == 0
+    refused = 0
+    for key in json.loads(baseline.read_text())["runs"][0]:
+        for value in (None, -1.0, 0, 1e300, 1e-300, "text", [], [1.0], {}, {"forward": [1.0]}, True):
+            tree = json.loads(baseline.read_text())
+            tree["runs"][0][key] = value
+            damaged.write_text(json.dumps(tree))
+            told = run_compare(damaged, runs)
+            assert isinstance(told.exception, UserError | SystemExit | None), (key, value, told.exception)
+            refused += isinstance(told.exception, UserError)
+    assert refused > 100
+
+
+def test_a_host_that_always_was_slower_hides_no_change_of_another(tmp_path: Path) -> None:
+    """Hosts of two generations: the median of their times would be that of two hosts alone."""
+    older = {("c0", part): 1.3 for part in PARTS} | {("c1", part): 1.15 for part in PARTS}
+    before = write_repeats(tmp_path / "a", Noisy(slower=older), 1)
+    after = write_repeats(tmp_path / "b", Noisy(slower={**older, ("c1", "forward"): 1.15 * 1.06}), 2)
+    (found,) = compared(before, after).changed_places
+    assert (found.of.phase, found.of.place.name) == ("forward", "c1")
+    assert found.interval[0] < 0.06 < found.interval[1] and found.relative > 0.04
+
+
+def test_alike_hosts_that_vary_by_more_than_the_threshold_raise_at_most_one_alarm(tmp_path: Path) -> None:
+    """Three runs a side tell little of how one host varies: the others tell more."""
+    alarms = []
+    law = Noisy(ranks=24, ranks_per_host=1, steps=40, host_noise=0.03)
+    for seed in range(10):
+        before = write_repeats(tmp_path / f"a{seed}", law, 2 * seed)
+        after = write_repeats(tmp_path / f"b{seed}", law, 2 * seed + 1)
+        alarms += [seed] if compared(before, after).changed_places else []
+    assert len(alarms) <= 1, alarms
+
+
+def test_a_change_of_less_than_a_thousandth_of_a_step_is_below_the_threshold(tmp_path: Path) -> None:
+    """`other` takes 2.6% of a step, and 3.5% longer."""
+    quiet = Noisy(noise=0.001, run_noise=0.0003, host_noise=0.0003, steps=60)
+    before = write_repeats(tmp_path / "a", quiet, 1)
+    one = write_repeats(tmp_path / "b", replace(quiet, slower={("c2", "other"): 1.035}), 2)
+    (of,) = [each for each in compared(before, one).places if (each.of.phase, each.of.place.name) == ("other", "c2")]
+    assert of.relative > 0.03 and of.interval[0] > 0 and of.verdict == "below the threshold"
+    every = {(host, "other"): 1.035 for host in quiet.hosts}
+    after = write_repeats(tmp_path / "c", replace(quiet, slower=every), 3)
+    (metric,) = [each for each in compared(before, after).metrics if each.name == "other"]
+    assert (metric.relative or 0.0) > 0.03 and (metric.interval or (0.0,))[0] > 0
+    assert metric.verdict == "below the threshold"
+
+
+def test_measured_joules_are_not_compared_with_estimated_ones(tmp_path: Path) -> None:
+    before, after = (write_repeats(tmp_path / name, Noisy(steps=40), seed) for name, seed in (("a", 1), ("b", 2)))
+    for path in after.glob("*/*/energy/*.csv"):
+        path.write_text(path.read_text().replace("measured", "estimated"))
+    (metric,) = [each for each in compared(before, after).metrics if each.name == "energy per sample"]
+    assert (metric.verdict, metric.why) == ("not judged", "measured on one side, estimated on the other")
+    (metric,) = [each for each in compared(before, before).metrics if each.name == "energy per sample"]
+    assert metric.verdict == "no difference shown" and metric.relative == 0

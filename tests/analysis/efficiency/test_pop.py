@@ -13,6 +13,7 @@ from hpc_train.analysis.runs.load import load, load_all
 from hpc_train.analysis.scaling.compare import Group, compare
 from tests import laws
 from tests.analysis.rendered import notes, table
+from tests.analysis.stats.simulated import recorded
 from tests.laws import Laws, Slow, Truth
 from tests.synthetic import Recipe, write_run
 
@@ -218,10 +219,21 @@ def test_a_run_without_a_steady_step_has_none(tmp_path: Path) -> None:
 
 def test_recorded_runs_have_factors_that_can_be() -> None:
     """A real MLP on 1, 2 and 4 ranks of a machine with 2 cores, where 4 ranks take turns: they compute half as fast."""
-    (group,) = compare(load_all([Path(__file__).parents[2] / "runs"])).groups
+    (group,) = compare(load_all([Path(__file__).parents[2] / "runs" / "mlp-mnist"])).groups
     for row in group.rows:
         factors = row.pop.factors
         assert set(factors) == set(FACTORS)
         assert all(0 < factors[name] < 1.0005 for name in FACTORS)
         assert factors["global"] / group.rows[0].pop.factors["global"] == pytest.approx(row.efficiency, rel=1e-9)
     assert 0.4 < group.rows[2].pop.factors["computational"] < 0.55 and group.rows[1].pop.factors["computational"] > 0.9
+
+
+def test_one_step_and_useful_time_in_one_block_tell_no_error() -> None:
+    law = Laws(ranks=3, noise=0.1, steps=11)
+    single = efficiencies([recorded(law)], None)
+    assert 0 < single.factors["load_balance"] < 1 and single.intervals == {}
+    run = recorded(replace(law, steps=60))
+    assert run.load_balance is not None
+    useful_s = np.where(np.arange(50) == 3, run.load_balance.useful_blocks_s, 0.0)
+    found = efficiencies([replace(run, load_balance=replace(run.load_balance, useful_blocks_s=useful_s))], None)
+    assert set(found.factors) > {"parallel", "load_balance"} and "parallel" not in found.intervals

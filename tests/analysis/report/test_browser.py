@@ -29,6 +29,7 @@ pdfium = pytest.importorskip("pypdfium2", reason=f"pypdfium2 is not installed: {
 PICTURES = jobs.ROOT / "runs" / "screenshots"
 LAYOUT = (Path(__file__).parent / "layout.js").read_text()
 TALLEST_PX = 16_000  # of a picture: Chromium paints no taller surface
+INK, DARK_INK = "getComputedStyle(document.body).color", "rgb(28, 33, 38)"
 PAPER_PX = 680  # 180 mm, A4 without its margins
 GPU = {"peak_gpu_bytes": [31e9], "rank_room_bytes": 42e9, "peak_anonymous_bytes": [2e9], "expected_peak_bytes": [29e9]}
 USE = {"loop_time_s": [9.0], "loop_cpu_s": [8.1], "loop_read_bytes": [3e9], "loop_written_bytes": [41e6]}
@@ -80,7 +81,17 @@ def lone(root: Path) -> None:
     write_run(root, Recipe(size=2, joules=None))
 
 
-REPORTS = {each.__name__.replace("_", "-"): each for each in (study, many_ranks, many_groups, strategies, lone)}
+def commits(root: Path) -> None:
+    """One job on two commits, three runs each: what changed between them, and by how much."""
+    for commit, factor in (("a" * 40, 1.0), ("b" * 40, 1.1)):
+        meta = {**STUDY.meta, "git": {"commit": commit, "dirty": False}}
+        for seed in range(3):
+            stamp = f"20261123T2{int(10 * factor) % 10}000{seed}Z"
+            write(root, replace(STUDY, ranks=8, seed=seed, stamp=stamp, work_s=0.08 * factor, meta=meta))
+
+
+KINDS = (study, many_ranks, many_groups, strategies, commits, lone)
+REPORTS = {each.__name__.replace("_", "-"): each for each in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +182,11 @@ def test_paper_has_everything_unfolded_and_nothing_beyond_its_edges(
     browser: "Browser", shown: tuple[str, Report, Path]
 ) -> None:
     name, made, path = shown
-    page, _ = opened(browser, path, PAPER_PX)
+    page, _ = opened(browser, path, PAPER_PX, "dark")
     try:
+        assert page.evaluate(INK) != DARK_INK, "on a dark screen"
         page.emulate_media(media="print")
+        assert page.evaluate(INK) == DARK_INK, "paper is white"
         assert page.evaluate(LAYOUT) == []
         paper = PICTURES / f"{name}.pdf"
         page.pdf(path=paper, prefer_css_page_size=True)

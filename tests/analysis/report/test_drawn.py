@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex
 from hpc_train.analysis.models.predict import curve_sizes, predict
 from hpc_train.analysis.planning.budget import measurements_of
 from hpc_train.analysis.planning.plan import Limits, make_plan
+from hpc_train.analysis.report.allreduce import paint
 from hpc_train.analysis.report.facts import Facts, gather
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.arrivals import arrivals_plot
@@ -32,6 +33,7 @@ from hpc_train.analysis.runs.memory import peak_memory
 from hpc_train.analysis.runs.step_quantiles import step_quantiles
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.laws import fitted
+from hpc_train.core.allreduce_times import Row as Transfer
 from hpc_train.core.formatting import percent
 from hpc_train.core.timing_log import PHASES
 from tests.laws import Laws, Slow, write
@@ -123,6 +125,19 @@ def test_speedups_with_their_intervals_the_ideal_and_the_law(group: Group) -> No
         assert curve == close([law.speedup(size) for size in sizes]) and sizes[-1] == close(8)
 
 
+def test_the_law_is_relative_to_a_baseline_of_two_ranks(tmp_path: Path) -> None:
+    for size in (2, 4, 8):
+        write_run(tmp_path, Recipe(size=size, step_s=0.1 * (0.2 + 0.8 * 2 / size), noise=1e-4, steps=60))
+    (only,) = gather([tmp_path]).scaling.groups
+    law = fitted(only)
+    assert law is not None
+    with painted(speedup_plot(only)) as axes:
+        sizes, curve = line(axes, f"Amdahl, {percent(law.serial)} serial")
+        assert (sizes[0], curve[0]) == (close(2), close(1))
+        assert curve[-1] == pytest.approx(1 / (0.2 + 0.8 / 4), rel=0.02)
+        assert line(axes, "ideal: T/N") == ([2, 4, 8], [1, 2, 4])
+
+
 def test_an_incomplete_size_is_hollow_and_apart(tmp_path: Path) -> None:
     for recipe in (Recipe(), Recipe(size=2, step_s=0.006), Recipe(size=4, step_s=0.004, complete=False)):
         write_run(tmp_path, recipe)
@@ -176,6 +191,7 @@ def test_steps_in_order_and_their_percentiles(group: Group) -> None:
         (series,) = [each for each in axes.lines if to_hex(each.get_color()) == GREY]
         assert series.get_ydata() == close(times_ms) and len(times_ms) == 120
         levels = {str(each.get_label()).split()[0]: each.get_ydata() for each in axes.lines if each is not series}
+        assert len({each.get_color() for each in axes.lines}) == len(axes.lines), "each its own colour"
         assert {name: float(ends[0]) for name, ends in levels.items()} == {
             "p50": close(np.quantile(times_ms, 0.5)),
             "p95": close(np.quantile(times_ms, 0.95)),
@@ -250,6 +266,13 @@ def test_the_map_of_ranks_and_phases_shows_the_distance_from_the_mean_rank(group
     assert plot is not None and "rank 5 in backward" in plot.description
 
 
+def test_the_rank_that_stands_out_is_named_with_its_phase_however_short_that_is(tmp_path: Path) -> None:
+    write(tmp_path, replace(LAWS, ranks=4, slow=(Slow(2, 1.1, input_stall=True),)))
+    (only,) = gather([tmp_path]).scaling.groups
+    plot = rank_phases_plot(only)
+    assert plot is not None and "Furthest above the mean rank: rank 2 in data" in plot.description
+
+
 def test_a_thousand_ranks_are_drawn_as_means_of_neighbours(tmp_path: Path) -> None:
     write(tmp_path, replace(LAWS, ranks=520, ranks_per_host=8, steps=20, slow=(Slow(260, 1.5),)))
     (only,) = gather([tmp_path]).scaling.groups
@@ -317,6 +340,20 @@ def test_energy_by_phase_adds_up_to_the_run(facts: Facts) -> None:
         assert [bar.get_height() for bar in drawn[name]] == close(expected), name
     tops = [sum(bar.get_height() for bar in each) for each in zip(*drawn.values(), strict=True)]
     assert tops == close([1e3 * row.per_sample.known for row in energy.rows])
+
+
+def test_energy_by_phase_has_the_servers_share(tmp_path: Path) -> None:
+    served = Recipe(size=4, strategy="parameter_server", servers=1, servers_busy=0.25, steps=60)
+    write_run(tmp_path, served)
+    (energy,) = gather([tmp_path]).energies
+    (row,) = energy.rows
+    with painted(energy_by_phase_plot(energy)) as axes:
+        drawn = {name: each[0].get_height() for name, each in bars(axes).items()}
+    scale = 1e3 / row.row.runs[0].summary.num_samples
+    for phase in ("reduce", "optimizer"):  # the phases of a server
+        of_servers = row.servers[phase].known
+        assert of_servers > 0 and drawn[phase] == close(scale * (row.phases[phase].known + of_servers))
+    assert drawn["forward"] == close(scale * row.phases["forward"].known)
 
 
 def test_energy_against_speedup_and_the_line_of_equal_products(facts: Facts) -> None:
@@ -422,3 +459,22 @@ def test_strategies_side_by_side(tmp_path: Path) -> None:
         assert axes.get_xlabel() == "communication volume of a step (kB)"
     volumes = [entry.traffic.volume_bytes / 1e3 for entry in comparison.entries if entry.traffic]
     assert widths == close(volumes) and widths[-1] == close(1.5 * 4 * 7.850)
+
+
+def test_bus_bandwidth_is_drawn_with_its_quartiles_and_limits() -> None:
+    seconds = {1024: (1e-5, 2e-5, 4e-5), 65536: (1e-4, 2e-4, 3e-4)}
+    rows = [Transfer("mpi", 4, 1, 4, size, samples) for size, samples in seconds.items()]
+    rows += [Transfer("memory", 4, 1, 4, size, (1e-6,) * 3) for size in seconds]
+    rows += [Transfer("mpi", 8, 2, 4, size, (1.0,) * 3) for size in seconds]  # another place
+    with styled((4.4, 3.0), 8, {}) as figure:
+        axes = figure.subplots()
+        paint(axes, rows, (4, 1, 4))
+        figure.draw_without_rendering()
+        ring = 2 * 3 / 4 / 1e9
+        assert line(axes, "mpi") == ([1024, 65536], close([ring * 1024 / 2e-5, ring * 65536 / 2e-4]))
+        assert line(axes, "memory copy") == ([1024, 65536], close([1024 / 1e-6 / 1e9, 65536 / 1e-6 / 1e9]))
+        edges: dict[float, set[float]] = {}
+        for x, y in axes.collections[0].get_paths()[0].vertices:
+            edges.setdefault(float(x), set()).add(float(y))
+        # Quartiles of three values are the means of neighbours.
+        assert sorted(edges[1024]) == close([ring * 1024 / 3e-5, ring * 1024 / 1.5e-5])

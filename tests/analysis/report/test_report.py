@@ -243,6 +243,27 @@ def test_every_figure_has_a_title_a_description_and_units(tmp_path: Path) -> Non
         assert axis in parsed.words, axis
 
 
+def test_four_numbers_of_the_largest_complete_size_begin_the_page(tmp_path: Path) -> None:
+    made = report(tmp_path, *pair(), Recipe(size=4, step_s=0.004, complete=False))
+    speedup, rate, energy, request = made.sections[0].numbers
+    row = made.rows[1]
+    assert speedup.title == "Speedup over 1 rank" and speedup.value == f"{row['speedup']:.2f}x"
+    assert f"{100 * row['efficiency']:.0f}% efficiency on 2 ranks, 95% interval" in speedup.detail
+    assert rate.title == "Samples per second" and rate.value == f"{row['samples_per_s']:,.0f}"
+    assert (energy.title, energy.detail) == ("Energy per sample", "RAPL package-0")
+    assert float(energy.value.removesuffix(" mJ")) == pytest.approx(1e3 * row["joules_per_sample"], rel=5e-3)
+    assert (request.title, request.value) == ("Ask for", "no advice") and "not tested" in request.detail
+    text = Page(page(made, tmp_path)).text
+    places = [text.index(number.value) for number in made.sections[0].numbers]
+    assert places == sorted(places) and places[-1] < text.rindex(made.headlines[0])
+
+
+def test_a_number_that_is_not_known_says_what_it_needs(tmp_path: Path) -> None:
+    numbers = report(tmp_path, Recipe(size=2, joules=None)).sections[0].numbers
+    assert [number.value for number in numbers] == ["no baseline", "11,993", "missing", "no advice"]
+    assert "two sizes" in numbers[0].detail and "two sizes" in numbers[3].detail
+
+
 def test_the_page_is_in_order(tmp_path: Path) -> None:
     html = page(report(tmp_path, *pair()), tmp_path)
     text = Page(html).text
@@ -251,6 +272,15 @@ def test_the_page_is_in_order(tmp_path: Path) -> None:
     assert places == sorted(places)
     for words in ("node01", "torch 2.10.0", "Open MPI v4.1.4", "b0f1e82c0ffe", "10 of them warm-up"):
         assert words in text
+
+
+def test_an_interval_stays_on_one_line_of_the_page(tmp_path: Path) -> None:
+    made = report(tmp_path, *pair())
+    html = page(made, tmp_path)
+    (interval,) = re.findall(r"95% interval ([\d.]+-[\d.]+)", made.headlines[0])
+    heading = re.findall(r"<h1>(.*)</h1>", html)[0]
+    assert f'95% interval <span class="whole">{interval}</span>' in heading
+    assert made.headlines[0] in Page(html).text
 
 
 def test_hostile_names_are_text_on_the_page(tmp_path: Path) -> None:

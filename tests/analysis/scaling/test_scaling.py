@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from hpc_train.analysis.report.notes.scaling import group_notes, scaling_notes
 from hpc_train.analysis.report.renderers.files import default_output
 from hpc_train.analysis.runs.load import load, load_all
 from hpc_train.analysis.scaling.compare import Group, Scaling, compare
+from hpc_train.analysis.scaling.rows import pooled_row
 from hpc_train.analysis.scaling.strategies import compare_strategies
 from hpc_train.core.errors import UserError
 from hpc_train.core.records import BadRecord
+from tests.analysis.stats.simulated import template
 from tests.synthetic import SHARES, Recipe, write_run
 
 
@@ -54,7 +57,7 @@ def test_a_whole_run_is_rebuilt_from_its_records(tmp_path: Path) -> None:
 
 
 def test_runs_recorded_before_schema_3_keep_their_accuracy() -> None:
-    runs = load_all([Path(__file__).parents[2] / "runs"])
+    runs = load_all([Path(__file__).parents[2] / "runs" / "mlp-mnist"])
     assert len(runs) >= 3 and all(run.incomplete is None for run in runs)
     for run in runs:
         assert run.meta["schema"] == 2
@@ -213,6 +216,21 @@ def test_an_efficiency_above_one_is_explained(tmp_path: Path) -> None:
     group = only_group(tmp_path, Recipe(size=1), Recipe(size=2, step_s=0.004))
     (note,) = group_notes(group)
     assert note.startswith("2 ranks: ") and "efficiency above 100%" in note and "repeat the baseline" in note
+
+
+def test_an_efficiency_that_may_be_below_one_needs_no_explanation(tmp_path: Path) -> None:
+    recipes = [
+        Recipe(size=size, step_s=step_s * factor, stamp=f"2026112{index}T210000Z")
+        for size, step_s in ((1, 0.010), (2, 0.0045))
+        for index, factor in enumerate((0.9, 1.1))
+    ]
+    group = only_group(tmp_path, *recipes)
+    assert (group.rows[1].efficiency or 0) > 1.05 and not any("above 100%" in note for note in group_notes(group))
+
+
+def test_a_clock_that_stood_still_leaves_no_speed() -> None:
+    row = pooled_row([replace(template(), step_s=np.zeros(20))])
+    assert row.step is None and row.samples_per_s is None
 
 
 def test_weak_scaling_compares_throughput(tmp_path: Path) -> None:

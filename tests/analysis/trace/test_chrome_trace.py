@@ -155,6 +155,13 @@ def test_attempts_and_checkpoints_of_a_real_run(tmp_path: Path, digits: Path) ->
     own = read_timings(run.timings(0))
     between_ns = own["start_ns"][10] - own["start_ns"][0]
     assert two["ts"] - one["ts"] == pytest.approx(between_ns / 1e3, abs=1), "the same clock, a restart apart"
+    meta = json.loads(run.meta.read_text())
+    ((host, epoch_s),) = meta["energy"]["epoch_s"].items()
+    read_s = np.concatenate([meter.time_s for meter in read_traces(run.energy(host))])
+    shown = sorted(each["ts"] for each in trace.events if each["ph"] == "C" and each["name"].startswith("energy"))
+    at_us = (np.sort(read_s) - epoch_s) * 1e6 - own["start_ns"][0] / 1e3 + one["ts"]
+    assert shown == pytest.approx(at_us.tolist(), abs=2), "the meters' time of day, on the ranks' clock"
+    assert shown[0] < one["ts"] and shown[-1] > two["ts"] + two["dur"]
     saved = [each["name"] for each in trace.of("i")]
     assert saved == [f"checkpoint after step {step}" for step in (3, 7, 9, 11, 15)]
 
@@ -207,3 +214,14 @@ def test_a_thousand_ranks_of_a_hundred_steps(tmp_path: Path) -> None:
     assert cpu_s < 60 and peak_bytes < 2e9
     with gzip.open(tmp_path / "trace.json.gz") as file:
         assert sum(b'"name":"step"' in line for line in file) == 1000 * 100
+
+
+def test_a_reduction_that_waits_within_the_passes_nests_too(tmp_path: Path) -> None:
+    """At stage 3 of `sharded` waits inside the passes count as reduce: it began before the passes ended."""
+    run, _ = laws.write(tmp_path, replace(SKEWED, ranks=2))
+    lines = [line.split(",") for line in run.timings(0).read_text().splitlines()]
+    start, arrived = lines[0].index("start_ns"), lines[0].index("arrived_ns")
+    for cells in lines[1:]:
+        cells[arrived] = cells[start]
+    run.timings(0).write_text("\n".join(map(",".join, lines)) + "\n")
+    check_records(traced(run, tmp_path / "trace.json"), run, 2)

@@ -57,7 +57,7 @@ def test_labels_of_every_kind_are_class_numbers(kind: str, tmp_path: Path) -> No
     stored, values = KINDS[kind]
     task = opened(tmp_path, stored, test=np.asarray(stored)[:8])
     expected = CLASSES if kind != "bytes" else np.array([3, 0, 1, 2])[CLASSES]
-    assert task.num_classes == 4 and task.classes == values
+    assert task.num_classes == 4 and task.facts["classes"] == values
     rows = np.array([5, 2, 39, 0])
     assert task.batch(rows, 0).targets.tolist() == expected[rows].tolist()
     (held_out,) = task.test_batches(World())
@@ -74,7 +74,7 @@ def test_booleans_are_two_classes(tmp_path: Path) -> None:
 
 def test_strings_of_variable_length_are_classes(tmp_path: Path) -> None:
     task = opened(tmp_path, [str(name) for name in NAMES[CLASSES]])
-    assert task.classes == ["ash", "elm", "fir", "oak"]
+    assert task.facts["classes"] == ["ash", "elm", "fir", "oak"]
     assert task.batch(np.arange(4), 0).targets.tolist() == [3, 0, 1, 2]
 
 

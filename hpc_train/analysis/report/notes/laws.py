@@ -30,5 +30,5 @@ def _why_none(group: Group) -> str:
     if largest is None:
         return "only one size is complete"
     if (largest.speedup or 0) < 1:
-        return f"it does not describe a job that is slower than on {plural(group.baseline.size, 'rank')}"
+        return f"it describes no speedup below 1 over {plural(group.baseline.size, 'rank')}"
     return "these speedups show no serial part"

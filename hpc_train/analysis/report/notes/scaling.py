@@ -1,7 +1,7 @@
 """What limits a comparison of sizes: missing baselines, incomplete runs, runs on unequal terms."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from hpc_train.analysis.report.labels import MARK, WITHIN
 from hpc_train.analysis.runs.clocks import hosts_of
@@ -118,10 +118,14 @@ def _sizes_text(sizes: set[int]) -> str:
 # ---------------------------------------------------------------------------------------------- between groups
 
 
-def scaling_notes(scaling: Scaling) -> list[str]:
-    """What could not be computed, why runs are no repeats, why groups are not compared."""
+def scaling_notes(scaling: Scaling, compared: Collection[str] = ()) -> list[str]:
+    """What could not be computed, why runs are no repeats, why groups are not compared.
+
+    compared: labels of groups of which another section says what changed.
+    """
     groups = scaling.groups
-    return [*scaling.not_made, *_not_pooled_notes(groups), *_not_compared_notes(groups), *_lone_notes(groups)]
+    lone = _lone_notes(groups, compared)
+    return [*scaling.not_made, *_not_pooled_notes(groups), *_not_compared_notes(groups), *lone]
 
 
 def _not_pooled_notes(groups: Sequence[Group]) -> list[str]:
@@ -145,9 +149,10 @@ def _not_compared_notes(groups: Sequence[Group]) -> list[str]:
     return notes
 
 
-def _lone_notes(groups: Sequence[Group]) -> list[str]:
-    compared = {group for members in equal_work(groups) for group in members}
-    lone = [run.label for group in groups if group.baseline is None and group not in compared for run in group.runs]
+def _lone_notes(groups: Sequence[Group], compared: Collection[str]) -> list[str]:
+    on_equal_work = {group for members in equal_work(groups) for group in members}
+    alone = [group for group in groups if group.baseline is None and group not in on_equal_work]
+    lone = [run.label for group in alone if group.label not in compared for run in group.runs]
     return [f"Left without a comparison: {', '.join(lone)}."] if lone else []
 
 

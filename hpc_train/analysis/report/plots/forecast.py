@@ -47,7 +47,10 @@ def _test_text(prediction: Prediction) -> str:
     error = prediction.chosen.error
     if error is None:
         return "It was not tested on sizes that it had not seen."
-    return f"White squares are its predictions of sizes before it had seen them, off by {percent(error)} on average."
+    return (
+        "White squares are its predictions of sizes before it had seen them: an extrapolation error of"
+        f" {percent(error)} on average."
+    )
 
 
 def _forecast_text(plan: Plan) -> str:

@@ -1,10 +1,11 @@
 """report.html: one file with everything inside it; figures as inline SVG, no script, nothing fetched."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import hpc_train
 from hpc_train.analysis.guard import SectionGuard
@@ -28,6 +29,7 @@ def render_page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["unbroken"] = _unbroken
     is_brief = sum(section.kind == "group" for section in report.sections) > _MOST_WHOLE
     first = next((section for section in report.sections if section.numbers), None)
     leading = _leading(first) if first else []
@@ -46,6 +48,11 @@ def render_page(report: Report) -> str:
         is_brief=is_brief,
         tables=report.table_ids,
     )
+
+
+def _unbroken(text: str) -> Markup:
+    """The text, escaped, whose intervals ("1.97-2.01") stay on one line."""
+    return Markup(re.sub(r"\b\d[\d.]*-\d[\d.]*\b", r'<span class="whole">\g<0></span>', str(escape(plain(text)))))
 
 
 def _leading(section: Section) -> list[Plot]:

@@ -1,6 +1,6 @@
 """A comparison of two sides as sentences, tables and plain values, for `hpc-train compare`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from hpc_train.analysis.comparison.comparison import (
@@ -23,12 +23,14 @@ from hpc_train.core.statistics import Interval
 
 SCHEMA = 1
 _MOST_PLACES, _MOST_ROWS = 3, 20  # in the answer, in the table
+_MOST_OVERVIEW = 6  # metrics in a short report
 
 
 def comparison_section(comparison: RunComparison, guard: SectionGuard) -> Section:
     """One kind of runs of a job against another, for a report."""
     section = SectionBuilder("comparison", f"{comparison.after.name} against {comparison.before.name}", guard)
     section.headline(headline, comparison)
+    section.overview(overview_table, comparison)
     section.notes("comparison-verdicts", "finding", verdicts, comparison)
     section.notes("comparison-cautions", "caution", cautions, comparison)
     section.table("comparison", metrics_table, comparison)
@@ -57,7 +59,7 @@ def _speed_text(speed: Metric) -> str:
     if speed.relative is None or speed.interval is None:
         return f"The {speed.name} is not judged: {speed.why}"
     if speed.verdict == "no difference shown":
-        return f"No difference of the {speed.name} is shown; one of {percent(speed.smallest_shown)} would be"
+        return f"No difference of the {speed.name} is shown; one of {_shown_text(speed.smallest_shown)} would be"
     more = "more" if speed.relative > 0 else "fewer" if speed.name == THROUGHPUT else "less"
     what = f"{more} samples/s" if speed.name == THROUGHPUT else f"{more} time a step"
     verdict = "" if speed.verdict == "not judged" else f": {speed.verdict}"
@@ -86,13 +88,13 @@ def cautions(comparison: RunComparison) -> list[str]:
         return [
             "With one run a side intervals hold within these runs: by how much runs differ by chance is unknown, so"
             f" only a step time that differs by more than {percent(max(comparison.threshold, ALONE_THRESHOLD), 0)}"
-            " counts. Three repeats a side show less."
+            " counts. Three repeats a side show smaller changes."
         ]
     lines = []
     speed = comparison.speed
     if speed.smallest_shown is not None and speed.smallest_shown > comparison.threshold:
         lines.append(
-            f"Runs of a side differ: a change of the {speed.name} shows from {percent(speed.smallest_shown)} on;"
+            f"Runs of a side differ: a change of the {speed.name} shows from {_shown_text(speed.smallest_shown)} on;"
             f" more repeats show one of {percent(comparison.threshold)}."
         )
     if 1 in (len(comparison.before.runs), len(comparison.after.runs)):
@@ -107,6 +109,17 @@ def comparison_tables(comparison: RunComparison) -> list[Table]:
     return [table for table in tables if table is not None]
 
 
+def overview_table(comparison: RunComparison) -> Table:
+    """Of the metrics of the whole job those that differ: what a first look needs."""
+    whole = metrics_table(comparison)
+    rows = [
+        row
+        for row, each in zip(whole.rows, comparison.metrics, strict=True)
+        if each is comparison.speed or each.verdict in ("regression", "improvement")
+    ]
+    return replace(whole, id="overview", rows=tuple(rows[:_MOST_OVERVIEW]))
+
+
 def metrics_table(comparison: RunComparison) -> Table:
     columns: list[CellColumn[Metric]] = [
         text("metric", lambda each: f"{each.name} (ms)" if each.unit == "s" else each.name),
@@ -114,7 +127,7 @@ def metrics_table(comparison: RunComparison) -> Table:
         number("after", lambda each: _value_text(each, each.after)),
         number("change", lambda each: "-" if each.relative is None else _change_text(each.relative)),
         number("interval", lambda each: "-" if each.interval is None else _interval_text(each.interval)),
-        number("shows from", lambda each: percent(each.smallest_shown)),
+        number("shows from", lambda each: _shown_text(each.smallest_shown)),
         text("verdict", _verdict_text),
     ]
     kind = "within these runs" if comparison.one_run_each else "Holm's correction"
@@ -163,12 +176,26 @@ def _value_text(metric: Metric, value: float | None) -> str:
     return amount(value, metric.unit) if metric.unit in ("J", "B") else significant(value, 4)
 
 
+_LARGE = 1.995  # from a factor of 3 on, "x 3.4" reads better than "+240%"
+
+
 def _change_text(relative: float) -> str:
-    return f"{100 * relative:+.1f}%" if relative < 9.995 else f"x {significant(1 + relative)}"
+    return f"{100 * relative:+.1f}%" if relative < _LARGE else _factor_text(relative)
 
 
 def _interval_text(interval: Interval) -> str:
-    return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}%"
+    low, high = interval
+    if high < _LARGE:
+        return f"{100 * low:+.1f} to {100 * high:+.1f}%"
+    return f"{_factor_text(low)} to {significant(1 + high, 2)}"
+
+
+def _shown_text(relative: float | None) -> str:
+    return "-" if relative is None else _change_text(relative).removeprefix("+")
+
+
+def _factor_text(relative: float) -> str:
+    return f"x {significant(1 + relative, 2)}"
 
 
 # ---------------------------------------------------------------------------------------------- for programs

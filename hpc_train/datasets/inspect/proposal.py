@@ -1,0 +1,245 @@
+"""What a file looks like as data to train on: inputs and targets by names and shapes, and a job that fits them."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import ceil, log2
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import plural
+from hpc_train.core.labels import NoClasses, find_classes
+from hpc_train.datasets.inspect.structure import DatasetInfo, FileStructure
+
+_INPUT_WORDS = {"inputs", "input", "x", "data", "images", "image", "features", "samples", "signals"}
+_TARGET_WORDS = {"targets", "target", "labels", "label", "y", "class", "classes", "outputs", "output"}
+_TEST_WORDS = {"test", "testing", "valid", "validation", "val", "eval", "holdout"}
+_TRAIN_WORDS = {"train", "training"}
+_MISSING = ("_FillValue", "missing_value")
+_LABELS_READ, _SAMPLES_READ, _BYTES_READ = 1 << 20, 1024, 64 << 20
+_LEAST_PIXELS = 8  # on an edge of an image
+_SMALL_IMAGE = 64  # pixels on an edge: for larger ones ResNet has another stem
+_MOST_BATCH, _STEPS_AN_EPOCH = 256, 20
+_LARGE = 20.0  # numbers from which on models train badly: see `train.data.normalize`
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The data sets to learn from and to aim at, the task, and why: `said` is what the file is taken for."""
+
+    path: Path
+    inputs: DatasetInfo
+    targets: DatasetInfo
+    test: tuple[DatasetInfo, DatasetInfo] | None
+    kind: str
+    model: str
+    options: str
+    normalize: str
+    drops_missing: bool
+    said: tuple[str, ...]
+
+    @property
+    def batch(self) -> int:
+        """A power of two, so that an epoch has some steps."""
+        return int(min(_MOST_BATCH, 2 ** int(log2(max(1, self.inputs.num_rows / _STEPS_AN_EPOCH)))))
+
+    @property
+    def epochs(self) -> int:
+        return 5 if self.model == "resnet" else 20
+
+    def job(self, name: str, file: str) -> str:
+        """The job file: TOML with comments."""
+        steps = max(100, ceil(self.epochs * self.inputs.num_rows / self.batch))
+        test = self.test or (None, None)
+        names = {"inputs": self.inputs, "targets": self.targets, "test_inputs": test[0], "test_targets": test[1]}
+        lines = [*(f"# {line}" for line in self.said), f"name = {_quoted(name)}", "seed = 0", "", "[data]"]
+        lines.append(f"file = {_quoted(file)}")
+        lines += [f"{key} = {_quoted(info.name)}" for key, info in names.items() if info]
+        if self.normalize != "scale_factor":
+            lines.append(f'normalize = "{self.normalize}"')
+        if self.drops_missing:
+            lines.append('missing = "drop"                 # or "mean": the mean of the others in their place')
+        lines += ["", "[task]", f'kind = "{self.kind}"', f'model = "{self.model}"', f"options = {self.options}"]
+        lines += ["", "[train]", f"steps = {steps:<24} # {plural(self.epochs, 'epoch')}, at least 100 steps"]
+        lines += [f"global_batch = {self.batch:<17} # of all ranks together"]
+        lines += ['optimizer = "adamw"', "lr = 0.001", 'schedule = "cosine"', f"log_every = {max(1, steps // 20)}"]
+        return "\n".join([*lines, "", "[run]", 'root = "runs"', ""])
+
+
+def _quoted(text: str) -> str:
+    """A string in TOML, which takes the escapes of JSON."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def propose(file: FileStructure) -> Proposal:
+    """A job for the data sets of one file. Raises `UserError` if no two of them look like samples and targets."""
+    inputs, targets = _pair(file)
+    test = _test_pair(file, inputs, targets)
+    with h5py.File(file.path, "r") as opened:
+        kind, why = _kind(opened[targets.name], targets)
+        rows = _first_rows(opened[inputs.name])
+        lacks = _lacks_values(opened[inputs.name], rows)
+    image_edge = _image_edge(inputs.shape[1:])
+    if image_edge:
+        stem = "small" if image_edge <= _SMALL_IMAGE else "imagenet"
+        model, options = "resnet", f'{{ depth = 18, width = 16, stem = "{stem}" }}'
+    else:
+        model, options = "mlp", "{ hidden = [256, 256] }"
+    is_table = len(inputs.shape) == 2
+    is_large = inputs.meaning == (1.0, 0.0) and float(np.nanmax(np.abs(rows), initial=0.0)) > _LARGE
+    shape = " x ".join(f"{size:,}" for size in inputs.shape[1:])
+    what = "images" if image_edge else "features" if is_table else "numbers"
+    said = [
+        f"{inputs.name}: {plural(inputs.num_rows, 'sample')} of {shape} {what}, {inputs.dtype}",
+        f"{targets.name}: {why}",
+        f"{test[0].name}: {plural(test[0].num_rows, 'sample')} to test on" if test else "no samples to test on",
+    ]
+    if lacks:
+        said.append(f"{inputs.name} lacks values: samples with one are left out")
+    normalize = "standardize" if is_table or is_large else "scale_factor"
+    return Proposal(file.path, inputs, targets, test, kind, model, options, normalize, lacks, tuple(said))
+
+
+# ------------------------------------------------------------------------------------------------ which data sets
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[\W_]+", name.lower()))
+
+
+def _pair(file: FileStructure) -> tuple[DatasetInfo, DatasetInfo]:
+    """The likeliest inputs and targets: of as many rows, by their names, their group and their shapes."""
+    usable = [
+        info for info in file.datasets if info.shape and info.num_rows > 1 and not _words(info.name) & _TEST_WORDS
+    ]
+    pairs = [(x, y) for x, y in product(usable, usable) if x is not y and _can_be(x, y)]
+    if not pairs:
+        listed = ", ".join(f"{info.name} {info.dtype} {info.shape}" for info in file.datasets[:8]) or "nothing"
+        raise UserError(
+            f"{file.path} holds no samples with as many targets: {listed}",
+            "Inputs are numbers (samples, ...), targets one row for each: hpc-train prepare --help makes such a file.",
+        )
+    return max(pairs, key=lambda pair: _likeliness(*pair))
+
+
+def _can_be(inputs: DatasetInfo, targets: DatasetInfo) -> bool:
+    are_targets = targets.is_numeric or (_holds_strings(targets) and len(targets.shape) == 1)
+    return inputs.is_numeric and len(inputs.shape) > 1 and are_targets and inputs.num_rows == targets.num_rows
+
+
+def _holds_strings(info: DatasetInfo) -> bool:
+    return h5py.check_string_dtype(info.dtype) is not None
+
+
+def _likeliness(inputs: DatasetInfo, targets: DatasetInfo) -> tuple[int, int]:
+    """Names and groups count first; of equal ones the larger inputs with the smaller targets."""
+    hints = 2 * bool(_words(inputs.base_name) & _INPUT_WORDS) + 2 * bool(_words(targets.base_name) & _TARGET_WORDS)
+    hints += (inputs.group == targets.group) + (len(targets.shape) == 1)
+    hints -= 2 * bool(_words(inputs.base_name) & _TARGET_WORDS) + 2 * bool(_words(targets.base_name) & _INPUT_WORDS)
+    return hints, inputs.row_bytes - targets.row_bytes
+
+
+def _test_pair(
+    file: FileStructure, inputs: DatasetInfo, targets: DatasetInfo
+) -> tuple[DatasetInfo, DatasetInfo] | None:
+    """The data sets called like those to train on, with "test" or the like for "train"."""
+
+    def find(like: DatasetInfo) -> list[DatasetInfo]:
+        rest = _words(like.name) - _TRAIN_WORDS
+        return [
+            info
+            for info in file.datasets
+            if _words(info.name) & _TEST_WORDS and _words(info.name) - _TEST_WORDS == rest
+            and info.shape[1:] == like.shape[1:] and info.dtype.kind == like.dtype.kind
+        ]  # fmt: skip
+
+    pairs = [(x, y) for x, y in product(find(inputs), find(targets)) if x.num_rows == y.num_rows]
+    is_test = [pair for pair in pairs if _words(pair[0].name) & {"test", "testing"}]
+    return next(iter(is_test or pairs), None)
+
+
+# ------------------------------------------------------------------------------------------------ what they hold
+
+
+def _kind(targets: h5py.Dataset, info: DatasetInfo) -> tuple[str, str]:
+    """(task.kind, why)."""
+    if _holds_strings(info):
+        return _of_labels(np.unique(targets.asstr(errors="replace")[:_LABELS_READ].astype(str)), info)
+    values = targets[:_LABELS_READ]
+    is_table = len(info.shape) == 2 and info.shape[1] > 1
+    if is_table and ((values == 1).sum(1) == 1).all() and ((values != 0).sum(1) == 1).all():
+        return "classification", f"one-hot rows of {info.shape[1]:,} classes"
+    if info.shape[1:] not in ((), (1,)):
+        return "regression", f"{' x '.join(map(str, info.shape[1:]))} numbers a sample"
+    values = values.reshape(-1)
+    if values.dtype.kind == "f" and not (values == np.floor(values)).all():
+        return "regression", f"real numbers, {np.nanmin(values):g} to {np.nanmax(values):g}"
+    return _of_labels(np.unique(values.astype(np.int64)), info)
+
+
+def _of_labels(distinct: np.ndarray, info: DatasetInfo) -> tuple[str, str]:
+    try:
+        classes = find_classes(distinct, None, info.num_rows)
+    except NoClasses as error:
+        if error.odd is None and distinct.dtype.kind == "i":
+            return "regression", f"{len(distinct):,} different whole numbers, too many for classes"
+        why = f"label {error.odd!r} does not go with the others" if error.odd is not None else "no classes"
+        raise UserError(
+            f"{info.path}: {info.name} has {len(distinct):,} different labels: {why}",
+            f"hpc-train data check {info.path} names the rows.",
+        ) from None
+    is_number = "" if classes.values is not None else '; for amounts, set task.kind to "regression"'
+    return "classification", f"labels of {classes.num:,} classes{is_number}"
+
+
+def _image_edge(shape: Sequence[int]) -> int | None:
+    """The longer edge of an image stored as (h, w), (h, w, c) or (c, h, w), in pixels; None for another shape."""
+    channels = [axis for axis in (0, 2) if len(shape) == 3 and shape[axis] in (1, 3)]
+    if len(shape) != 2 and len(channels) != 1:
+        return None
+    edges = [size for axis, size in enumerate(shape) if axis not in channels]
+    return max(edges) if min(edges) >= _LEAST_PIXELS else None
+
+
+def _first_rows(inputs: h5py.Dataset) -> np.ndarray:
+    row_bytes = max(1, inputs.dtype.itemsize * int(np.prod(inputs.shape[1:])))
+    return np.asarray(inputs[: min(_SAMPLES_READ, max(1, _BYTES_READ // row_bytes))], np.float64)
+
+
+def _lacks_values(inputs: h5py.Dataset, rows: np.ndarray) -> bool:
+    """Whether one of the first rows lacks a value: NaN, or as the attributes say."""
+    declared = [np.ravel(inputs.attrs[name]) for name in _MISSING if name in inputs.attrs]
+    numbers = [value for values in declared if values.dtype.kind in "iuf" for value in values.tolist()]
+    return bool(np.isnan(rows).any() or np.isin(rows, numbers).any())
+
+
+# ------------------------------------------------------------------------------------------------ other files
+
+
+def preparation(path: Path) -> str | None:
+    """The command that makes an HDF5 file of a table or a folder of pictures; None for HDF5 and what is unknown."""
+    suffix, output = path.suffix.lower(), f"data/{path.stem or path.name}.h5"
+    if path.is_dir():
+        return f"hpc-train prepare images data/{path.name}.h5 --from {path}"
+    if suffix == ".csv":
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            columns = [column.strip().strip('"') for column in file.readline().strip().split(",")]
+        target = next((each for each in reversed(columns) if _words(each) & _TARGET_WORDS), columns[-1])
+        return f"hpc-train prepare table {output} --from {path} --target {target}"
+    if suffix in (".npz", ".npy", ".parquet"):
+        target = {".npz": "", ".npy": " --target COLUMN_NUMBER", ".parquet": " --target COLUMN"}[suffix]
+        return f"hpc-train prepare table {output} --from {path}{target}"
+    return None
+
+
+def lines_of(proposal: Proposal) -> Iterator[str]:
+    """What the file is taken for, for the terminal."""
+    yield f"{proposal.path}:"
+    yield from (f"  {line}" for line in proposal.said)
+    how = {"standardize": ", inputs standardised", "scale_factor": ""}[proposal.normalize]
+    yield f"  {proposal.kind} with task.model = {proposal.model}{how}"

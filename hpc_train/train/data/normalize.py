@@ -1,0 +1,70 @@
+"""Inputs at a scale at which models train: as the file's attributes say, or standardised."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpc_train.train.comm.context import Context
+from hpc_train.train.data.dataset import Batch, Split
+from hpc_train.train.data.moments import moments
+
+_LARGE = 20.0  # root mean square of inputs from which on weights of the usual size make losses explode
+_UNLIKE = 1000.0  # times as much does one feature vary as another
+_NUM_LOOKED_AT = 256  # samples
+_MOST_CHANNELS = 4  # an image is at least so many times as long as it has channels
+
+
+def standardized(
+    train: Split, held_out: Split | None, missing: tuple[float, ...], context: Context
+) -> tuple[Split, Split | None, dict[str, Any]]:
+    """Collective. Splits whose inputs have mean 0 and standard deviation 1, and both, as stored, for meta.json.
+
+    Of the training samples: of each feature of samples (features,), of each channel of images, of all numbers of
+    others. A constant feature becomes 0.
+    """
+    found = moments(train.inputs[0], missing, context, pooled_axes(train.input_shape))
+    std = np.where(found.std > 0, found.std, 1.0)
+    scale, offset = (torch.from_numpy(each.astype(np.float32)) for each in (1 / std, -found.mean / std))
+    facts = {"mean": found.mean.tolist(), "std": std.tolist()}
+
+    def scaled(split: Split) -> Split:
+        return replace(split, scale=(scale,), offset=(offset,))
+
+    return scaled(train), None if held_out is None else scaled(held_out), facts
+
+
+def pooled_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a sample over which values count as one: not those of features and channels."""
+    if len(shape) < 2:
+        return ()
+    channels = [axis for axis in (0, len(shape) - 1) if len(shape) == 3 and shape[axis] * _MOST_CHANNELS <= shape[1]]
+    return tuple(axis for axis in range(len(shape)) if [axis] != channels)
+
+
+def unusual_scale(split: Split, name: str, context: Context) -> str:
+    """Collective. What is unusual about the scale of inputs `name`, and the remedy; "" if it is usual.
+
+    The root looks at some samples, evenly spaced.
+    """
+
+    def look() -> str:
+        rows = np.unique(np.linspace(0, len(split) - 1, _NUM_LOOKED_AT).astype(np.int64))
+        stored = torch.from_numpy(split.inputs[0].take(rows))
+        values = Batch(stored, torch.zeros(0), split.scale[0], split.offset[0], split.filling).floats().double()
+        known = values[torch.isfinite(values)]
+        if not len(known):
+            return ""
+        size, low, high = float(known.square().mean().sqrt()), float(known.min()), float(known.max())
+        if size > _LARGE:
+            return f"{name} are large numbers, {low:g} to {high:g}"
+        deviations = values.std(0)
+        deviations = deviations[torch.isfinite(deviations) & (deviations > 0)]
+        if values.ndim == 2 and len(deviations) > 1 and deviations.max() > _UNLIKE * deviations.min():
+            unlike = float(deviations.max() / deviations.min())
+            return f"{name} has features of unlike scale: one varies {unlike:,.0f} times as much as another"
+        return ""
+
+    why = context.on_root(look)
+    return f'{why}, with which models train badly: data.normalize = "standardize" mends it.' if why else ""

@@ -1,0 +1,86 @@
+"""The samples of a job, opened: what is missing, at what scale, how ranks read them and in which order."""
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hpc_train.core.errors import UserError
+from hpc_train.core.sampling import Order
+from hpc_train.core.settings import Config, Data
+from hpc_train.train.comm.context import Context
+from hpc_train.train.data.collective import choose_read_mode, with_shared_reader
+from hpc_train.train.data.dataset import Split, open_order, open_split
+from hpc_train.train.data.files import Files, describe, open_files
+from hpc_train.train.data.missing import handle_missing
+from hpc_train.train.data.normalize import standardized, unusual_scale
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The training samples and those to test on, if the files have them.
+
+    in_step: whether all ranks read together, as only the training loop may. reading: what is read and how, for the log.
+    facts: for meta.json.
+    """
+
+    files: Files
+    train: Split
+    held_out: Split | None
+    order: Order
+    in_step: bool
+    reading: list[str]
+    facts: dict[str, Any]
+
+
+def open_samples(config: Config, context: Context) -> Samples:
+    """Collective. Opens data.inputs with data.targets, and those to test on. Raises `UserError`."""
+    data, name = config.data, str(config.data.inputs)
+    files, train, held_out = context.on_all(lambda: _open(config, context))
+    train, held_out, missing_values, missing = handle_missing(train, held_out, files, data, context)
+    facts: dict[str, Any] = {}
+    if data.normalize == "standardize":
+        train, held_out, facts["standardized"] = standardized(train, held_out, missing_values, context)
+    elif why := unusual_scale(train, name, context):
+        warn(context, why)
+    mode, why = choose_read_mode(train.inputs[0], files, config, context)
+    in_step = mode != "auto"  # all ranks read together, and only the loop may call MPI
+    if in_step:
+        train = with_shared_reader(train, mode, files, config, context)
+    reading = [describe(files, name, train.inputs[0]) + f", {why}" * bool(why), *filter(None, [missing])]
+    if data.normalize == "standardize":
+        reading.append(f"{name} standardised")
+    order = open_order(train.inputs, len(train), config)
+    return Samples(files, train, held_out, order, in_step, reading, facts)
+
+
+def warn(context: Context, why: str) -> None:
+    """Prints a warning, on the root."""
+    if context.world.is_root:
+        print(f"warning: {why}", file=sys.stderr, flush=True)
+
+
+def _open(config: Config, context: Context) -> tuple[Files, Split, Split | None]:
+    """(the files, the training samples, the test samples if the files have them). Raises `UserError`."""
+    data = config.data
+    if isinstance(data.inputs, list) or isinstance(data.test_inputs, list):
+        raise UserError(
+            f"data.inputs = {data.inputs}: the models of task.kind = '{config.task.kind}' take one data set",
+            "Name one, or write a task of your own: it gets all of them.",
+        )
+    files = open_files(config, context)
+    train = open_split(files, data.inputs, data.targets, ("data.inputs", "data.targets"))
+    if not files.has(data.test_inputs) and not files.has(data.test_targets):
+        return files, _unscaled(train, data), None
+    test = open_split(files, data.test_inputs, data.test_targets, ("data.test_inputs", "data.test_targets"))
+    if test.input_shape != train.input_shape:
+        raise UserError(
+            f"{files.paths[0]}: {data.inputs} has samples of {train.input_shape}, not {test.input_shape}",
+            f"Samples of {data.test_inputs} must have the same shape.",
+        )
+    files.require_same_scale(data.inputs, data.test_inputs)
+    return files, _unscaled(train, data), _unscaled(test, data)
+
+
+def _unscaled(split: Split, data: Data) -> Split:
+    """The split without its attributes' scale, if data.normalize says so."""
+    return replace(split, scale=(1.0,), offset=(0.0,)) if data.normalize == "none" else split

@@ -1,0 +1,129 @@
+"""Regression of arrays on arrays, from HDF5."""
+
+from collections.abc import Callable, Iterator
+from math import prod
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hpc_train.core.errors import UserError
+from hpc_train.core.sampling import rank_span
+from hpc_train.core.settings import Config
+from hpc_train.core.world import World
+from hpc_train.train import models
+from hpc_train.train.comm.context import Context
+from hpc_train.train.data.dataset import Batch, Split
+from hpc_train.train.data.moments import Moments, moments
+from hpc_train.train.data.normalize import pooled_axes
+from hpc_train.train.data.samples import open_samples
+
+_TEST_BATCH = 1024
+_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "mse": functional.mse_loss,
+    "mae": functional.l1_loss,
+    "huber": functional.huber_loss,
+}
+
+
+class Regression:
+    """Trains with task.loss on targets of any shape, each brought to mean 0 and deviation 1 over the training samples.
+
+    Measures are in the units of the targets. r2 is the coefficient of determination, by the variance of the test
+    targets, averaged over outputs (as scikit-learn's r2_score).
+    """
+
+    def __init__(self, config: Config, context: Context) -> None:
+        """Collective. Opens the data; each rank reads a part of the targets for their mean and deviation."""
+        self.config, name = config, config.data.targets
+        samples = open_samples(config, context)
+        self.train, self.held_out, self.order, self.in_step = (
+            samples.train,
+            samples.held_out,
+            samples.order,
+            samples.in_step,
+        )
+        self.num_samples = len(self.train)
+        context.on_all(self._check_targets)
+        self.scale, self.offset = context.on_all(lambda: samples.files.scale(name))
+        found = _moments(self.train, context)
+        std = np.where(found.std > 0, found.std, 1.0)
+        self._mean, self._std = _tensor(found.mean), _tensor(std)
+        self.facts = samples.facts | {"targets_standardized": {"mean": found.mean.tolist(), "std": std.tolist()}}
+        self.reading = "; ".join((*samples.reading, f"{name}: {prod(self._target_shape):,} a sample"))
+        self._test_variance = _tensor(_moments(self.held_out or self.train, context).std ** 2)
+
+    @property
+    def _target_shape(self) -> tuple[int, ...]:
+        return tuple(self.train.targets.shape[1:])
+
+    def _check_targets(self) -> None:
+        data, path = self.config.data, self.config.data.file
+        for name, split in ((data.targets, self.train), (data.test_targets, self.held_out)):
+            if split is None:
+                continue
+            if split.targets.dtype.kind not in "biuf":
+                raise UserError(
+                    f"{path}: {name} holds strings, and task.kind = 'regression' aims at numbers",
+                    "Set task.kind to 'classification', or data.targets to another data set.",
+                )
+            if split.targets.shape[1:] != self.train.targets.shape[1:]:
+                raise UserError(
+                    f"{path}: {name} has targets of {split.targets.shape[1:]}, not {self._target_shape}",
+                    f"Targets of {data.test_targets} must have the same shape.",
+                )
+
+    def model(self) -> nn.Module:
+        task = self.config.task
+        return models.regressor(task.model, self.train.input_shape, prod(self._target_shape), dict(task.options))
+
+    def batch(self, rows: np.ndarray, step: int) -> Batch:
+        return self.train.batch(rows, step)
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        self.train.prefetch(rows)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        wanted = (batch.targets.float() - self._mean.to(batch.targets.device)) / self._std.to(batch.targets.device)
+        return self._loss(model(batch.floats()).view(wanted.shape), wanted)
+
+    def _loss(self, predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """The sum over samples of the mean over a sample's outputs."""
+        return _LOSSES[self.config.task.loss](predicted, wanted, reduction="sum") / prod(self._target_shape)
+
+    def test_batches(self, world: World) -> Iterator[Batch]:
+        if self.held_out is None:
+            return
+        start, stop = rank_span(len(self.held_out), world.rank, world.size)
+        for begin in range(start, stop, _TEST_BATCH):
+            yield self.held_out.batch(np.arange(begin, min(begin + _TEST_BATCH, stop)))
+
+    def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
+        device = batch.targets.device
+        mean, std, variance = (each.to(device) for each in (self._mean, self._std, self._test_variance))
+        wanted = (batch.targets.float() - mean) / std
+        predicted = model(batch.floats()).float().view(wanted.shape)
+        errors = (predicted - wanted) * std  # as stored
+        unit = abs(self.scale)
+        unexplained = errors.square() / torch.where(variance > 0, variance, 1.0)
+        return len(batch), {
+            "loss": self._loss(predicted, wanted).item(),
+            "mse": _sum_of_means(errors.square()) * unit**2,
+            "mae": _sum_of_means(errors.abs()) * unit,
+            "r2": len(batch) - _sum_of_means(unexplained),
+        }
+
+
+def _moments(split: Split, context: Context) -> Moments:
+    """Collective. Of the targets: for each of several, or of all numbers of a field."""
+    return moments(split.targets, (), context, pooled_axes(tuple(split.targets.shape[1:])))
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(values, np.float32))
+
+
+def _sum_of_means(values: torch.Tensor) -> float:
+    """The sum over samples of the mean over each one's values."""
+    return float(values.reshape(len(values), -1).mean(1).double().sum()) if len(values) else 0.0

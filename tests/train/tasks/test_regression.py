@@ -1,0 +1,119 @@
+"""Regression: losses and measures against numpy's, targets of any shape, and what is refused."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hpc_train.core import config
+from hpc_train.core.errors import UserError
+from hpc_train.core.world import World
+from hpc_train.datasets.prepare.mlxtend_wheel import auto_mpg
+from hpc_train.train.comm.context import Context
+from hpc_train.train.tasks.regression import Regression
+
+ALONE = Context(World())
+RNG = np.random.default_rng(0)
+
+
+def opened(path: Path, loss: str = "mse", model: str = "linear", **data: object) -> Regression:
+    job = {
+        "name": "a",
+        "task": {"kind": "regression", "model": model, "loss": loss},
+        "data": {"file": str(path), **data},
+        "train": {"steps": 1, "global_batch": 4},
+    }
+    return Regression(config.from_values(job, "test").config, ALONE)
+
+
+def write(path: Path, targets: np.ndarray, test: np.ndarray | None = None, scale: float | None = None) -> Path:
+    with h5py.File(path, "w") as file:
+        for part, rows in (("train", targets), ("test", targets[:10] if test is None else test)):
+            file[f"{part}/inputs"], file[f"{part}/targets"] = RNG.random((len(rows), 5), np.float32), rows
+            if scale:
+                file[f"{part}/targets"].attrs["scale_factor"] = scale
+    return path
+
+
+def measures(task: Regression, model: nn.Module) -> dict[str, float]:
+    count, sums = 0, dict[str, float]()
+    with torch.no_grad():
+        for batch in task.test_batches(World()):
+            num, found = task.test(model, batch)
+            count += num
+            sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
+    return {name: value / count for name, value in sums.items()}
+
+
+def test_measures_of_least_squares_on_real_cars_are_numpys(tmp_path: Path) -> None:
+    path = tmp_path / "cars.h5"
+    arrays = {name: array.read(0, array.shape[0]) for name, array in auto_mpg(None).arrays.items()}
+    with h5py.File(path, "w") as file:
+        for name, values in arrays.items():
+            file[name] = values
+    x, y, test_x, test_y = (
+        arrays[f"{part}/{name}"].astype(float) for part in ("train", "test") for name in ("inputs", "targets")
+    )
+    assert (len(x), len(test_x), x.shape[1]) == (314, 78, 7)
+    task = opened(path, normalize="standardize")
+    standard = (x - x.mean(0)) / x.std(0)
+    weights, *_ = np.linalg.lstsq(np.c_[standard, np.ones(len(x))], (y - y.mean()) / y.std(), rcond=None)
+    model = task.model()
+    (linear,) = (each for each in model.modules() if isinstance(each, nn.Linear))
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor(weights[None, :-1]))
+        linear.bias.copy_(torch.tensor(weights[-1:]))
+    predicted = np.c_[(test_x - x.mean(0)) / x.std(0), np.ones(len(test_x))] @ weights * y.std() + y.mean()
+    errors = predicted - test_y
+    found = measures(task, model)
+    assert found["mse"] == pytest.approx((errors**2).mean(), rel=1e-4)
+    assert found["mae"] == pytest.approx(np.abs(errors).mean(), rel=1e-4)
+    assert found["r2"] == pytest.approx(1 - (errors**2).sum() / ((test_y - test_y.mean()) ** 2).sum(), rel=1e-4)
+    assert found["loss"] == pytest.approx((errors**2).mean() / y.var(), rel=1e-4)
+    assert 0.8 < found["r2"] < 0.9
+
+
+@pytest.mark.parametrize("loss", ["mse", "mae", "huber"])
+@pytest.mark.parametrize("shape", [(), (3,), (4, 6)])
+def test_targets_of_any_shape_have_a_loss_of_deviation_one(loss: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    targets = RNG.normal(size=(40, *shape)) * 1000 + 7e5
+    task = opened(write(tmp_path / "a.h5", targets.astype("f4")), loss)
+    batch = task.batch(np.arange(40), 0)
+    model = task.model()
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.zero_()
+    axis = None if len(shape) == 2 else 0
+    standard = (targets - targets.mean(axis)) / targets.std(axis)
+    size = np.abs(standard)
+    expected = {"mse": size**2, "mae": size, "huber": np.where(size < 1, size**2 / 2, size - 0.5)}[loss]
+    assert task.loss(model, batch).item() / 40 == pytest.approx(expected.mean(), rel=1e-3)
+    assert measures(task, model)["mse"] == pytest.approx(np.mean((targets[:10] - targets.mean(axis)) ** 2), rel=1e-2)
+
+
+def test_measures_are_in_the_units_that_stored_targets_mean(tmp_path: Path) -> None:
+    targets = RNG.integers(0, 100, (40, 2)).astype("i2")
+    plain = opened(write(tmp_path / "a.h5", targets))
+    scaled = opened(write(tmp_path / "b.h5", targets, scale=0.1))
+    with torch.no_grad():
+        models = [task.model() for task in (plain, scaled)]
+        for weights in (each for model in models for each in model.parameters()):
+            weights.zero_()
+    one, other = measures(plain, models[0]), measures(scaled, models[1])
+    assert other["mae"] == pytest.approx(one["mae"] / 10) and other["mse"] == pytest.approx(one["mse"] / 100)
+    assert other["r2"] == pytest.approx(one["r2"])
+
+
+def test_what_cannot_be_aimed_at_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train/targets holds strings"):
+        opened(write(tmp_path / "a.h5", np.array([b"a", b"b"] * 10)))
+    with pytest.raises(UserError, match=r"test/targets has targets of \(2,\), not \(3,\)"):
+        opened(write(tmp_path / "b.h5", np.ones((20, 3), "f4"), test=np.ones((5, 2), "f4")))
+    with pytest.raises(UserError, match=r"task\.loss = 'mae' is for task\.kind = 'regression'"):
+        job = {"name": "a", "data": {"file": "x"}, "train": {"steps": 1, "global_batch": 4}, "task": {"loss": "mae"}}
+        config.from_values(job, "test")
+    with pytest.raises(UserError, match=r"task\.model = 'softmax' is unknown"):
+        opened(write(tmp_path / "c.h5", np.ones(20, "f4")), model="softmax").model()
