@@ -32,6 +32,7 @@ class Data(_Section):
     test_targets: Text = "test/targets"
     offsets: Text | None = None  # document starts and the end, in tokens; then no window spans two
     test_offsets: Text | None = None
+    hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share of the training samples to validate on
     # Values that the file declares as missing (_FillValue, missing_value), and NaN: drop leaves their samples out.
     missing: Literal["refuse", "drop", "mean"] = "refuse"
     # scale_factor: as the file's attributes say; standardize: mean 0, deviation 1 over the training samples.
@@ -140,6 +141,10 @@ class Checkpoint(_Section):
     write: Literal["independent", "collective"] = "independent"
 
 
+class Validation(_Section):
+    every_steps: Whole = 0  # steps between validations on the samples of data.hold_out; 0: none
+
+
 class Energy(_Section):
     sample_hz: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
     watts_per_core: Rate = 10.0  # assumed power for the estimate if no meter can be read
@@ -181,6 +186,7 @@ class Config(_Section):
     train: Train
     rl: Rl = Rl()
     reduce: Reduce = Reduce()
+    validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     energy: Energy = Energy()
     run: Run = Run()

@@ -19,6 +19,7 @@ from hpc_train.core.run_summary import RunResult, RunShape, RunSummary
 from hpc_train.core.rundir import sync, write_atomic
 from hpc_train.core.settings import UNKNOWN_STEPS
 from hpc_train.core.timing_log import TimingLog
+from hpc_train.core.validation_log import append_validation, keep_validation_until
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement
 from hpc_train.train.energy.node_energy import NodeEnergy
@@ -128,6 +129,16 @@ class Recorder:
                 raise not_written(self._run.metrics, error, len(text)) from None
         self._losses.clear()
 
+    def validated(self, num_steps: int, measures: dict[str, float], seconds: float) -> None:
+        """Keeps the measures of the model after `num_steps` steps. The time since the last step belongs to none."""
+        self._attempt.lease.check()
+        if self._context.world.is_root and measures:
+            self._attempt.lease.confirm()
+            append_validation(self._run.validation, num_steps, measures, seconds)
+            told = ", ".join(f"{name.replace('_', ' ')} {value:.5f}" for name, value in measures.items())
+            self.log(f"Validation after {num_steps} steps: {told}")
+        self.clock.restart()
+
     def sync_records(self) -> None:
         """Waits until flushed records are on disk. Raises UserError if another job has the run, or the disk refuses.
 
@@ -198,6 +209,7 @@ class Recorder:
         """Replaces config.toml and metrics.csv. Only on the root."""
         self._attempt.lease.confirm()
         write_atomic(self._run.config, dumps(loaded))
+        keep_validation_until(self._run.validation, self.num_steps_done)
         write_atomic(self._run.metrics, ",".join(METRIC_COLUMNS) + "\n" + _metric_lines(losses))
 
 
