@@ -93,6 +93,9 @@ _Amount = FiniteNumber(0, 1e18, min_open=True)
     type=click.Choice(["mechanistic", "extra-p", "amdahl", "usl"]),
     help="Model to fit; default: mechanistic.",
 )
+@click.option(
+    "--history", type=UserPath(), help="A folder with earlier plans and their runs: intervals learn from them."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @on_first_rank
 def plan(
@@ -110,6 +113,7 @@ def plan(
     ranks_per_node: int | None,
     gradient_bytes: float | None,
     model: Literal["mechanistic", "extra-p", "amdahl", "usl"] | None,
+    history: Path | None,
     as_json: bool,
 ) -> None:
     """How many nodes to ask for, from RUNS of several sizes or a table: time, energy and node-hours with intervals.
@@ -123,6 +127,7 @@ def plan(
     """
     from hpc_train.analysis.models.predict import predict as fit_and_predict
     from hpc_train.analysis.planning.budget import run_steps
+    from hpc_train.analysis.planning.followed import site_drift
     from hpc_train.analysis.planning.memory import rank_memory
     from hpc_train.analysis.planning.plan import Limits, make_plan
     from hpc_train.analysis.report.sections.plan import record
@@ -141,7 +146,8 @@ def plan(
         measurements, work = training.of_group(group, network)
         memory, num_steps = rank_memory(group, measurements.ranks_per_node), run_steps(group)
     limits = Limits(deadline, energy, node_hours, max_nodes)
-    made = make_plan(fit_and_predict(measurements, model), work, limits, predict, memory, num_steps)
+    drift = None if history is None else site_drift(history)
+    made = make_plan(fit_and_predict(measurements, model, drift), work, limits, predict, memory, num_steps)
     if as_json:
         click.echo(json.dumps(record(made), indent=2))
     else:

@@ -1,5 +1,6 @@
 """`hpc-train scale`: a scaling study."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,8 +82,10 @@ def _further_run(folder: Path, weak: bool) -> "FurtherRun | None":
     from hpc_train.analysis.guard import SectionGuard
     from hpc_train.analysis.report.notes.plan import further_run_text
     from hpc_train.analysis.report.sections.next_run import next_run
+    from hpc_train.analysis.report.sections.plan import record
     from hpc_train.analysis.runs.load import load_known
     from hpc_train.analysis.scaling.compare import compare
+    from hpc_train.core.rundir import write_atomic
 
     known, _ = load_known((folder,), SectionGuard())
     groups = [group for group in compare(known).groups if group.weak == weak and group.baseline is not None]
@@ -94,5 +97,9 @@ def _further_run(folder: Path, weak: bool) -> "FurtherRun | None":
     advice = next_run(groups[0], SectionGuard())
     if advice.plan is None:
         raise UserError(f"--next: {advice.reason}", "Measure sizes with --ranks.")
-    click.echo(further_run_text(advice.plan))
-    return advice.plan.further
+    further = advice.plan.further
+    if further is not None:
+        click.echo(further_run_text(advice.plan))
+        # The report of the run compares the two.
+        write_atomic(folder / f"plan-{further.ranks}.json", json.dumps(record(advice.plan), indent=2) + "\n")
+    return further

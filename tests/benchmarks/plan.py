@@ -20,6 +20,7 @@ from rich.table import Table
 from hpc_train.analysis.models import predict
 from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.analysis.models.scaling_models import ModelName
+from hpc_train.analysis.planning.budget import power
 from tests.benchmarks import plan_priors
 from tests.published import PARTS, Series, all_series
 
@@ -205,6 +206,27 @@ def print_coverage(title: str, cases: list[Case], guesses: list[Guess]) -> None:
     Console(width=170).print(table)
 
 
+def print_energy(cases: list[Case]) -> None:
+    """Joules at the largest size: as planned, and from the same power with the time that was measured."""
+    table = Table("series", "from sizes up to", "plan", "plan's power, measured time", "same power, measured time")
+    table.title = "Error of the joules of a step at the largest size"
+    for case in cases:
+        measured_power = power(case.known)
+        if measured_power is None:
+            continue
+        chosen, ranks = predict.candidate("mechanistic", case.known), np.array([case.ahead])
+        assert chosen.fit is not None
+        nodes, samples = case.known.nodes(ranks).astype(float), case.known.samples(ranks)
+        times = (chosen.fit(ranks), np.array([case.truth_s]))
+        guesses = [measured_power.joules(nodes, time_s, samples)[0] for time_s in times]
+        known = case.known
+        watts = known.joules_per_step[-1] / known.step_s[-1] / known.nodes(known.ranks[-1:])[0]
+        guesses.append(watts * nodes[0] * case.truth_s)
+        truth = case.series.joules[-1]
+        table.add_row(case.series.name, case.share, *(f"{100 * (guess / truth - 1):+.0f}%" for guess in guesses))
+    Console(width=170).print(table)
+
+
 def main() -> None:
     cases = [Case(series, share) for series in all_series() for share in SHARES]
     other = {"A": "B", "B": "A"}
@@ -225,6 +247,7 @@ def main() -> None:
     print_errors("Error of the step time at the largest size: median/90th percentile", cases, columns)
     for name in list(columns)[:2]:
         print_coverage(f"95% intervals of {name}", cases, [guess for guess in columns[name] if guess is not None])
+    print_energy(cases)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Step times by number of ranks: what a model is fitted to. `measurement_table.py` reads them from a CSV file."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,8 @@ class Measurements:
     ranks_per_node: int | None
     joules_per_step: FloatArray  # (n,) of all nodes, nan if missing
     input_s: FloatArray | None = None  # (n,) wait for input per step
+    computing_s: FloatArray | None = None  # (n,) of a step, neither waiting for input nor for other ranks
+    job: Mapping[str, Any] | None = None  # what decides how long a step takes (`config.comparable`)
     noise: float | None = None  # relative standard deviation over ranks of a step's useful time
     overlap: float = BACKWARD_SHARE  # the share of computation that communication can hide behind
     gradient_bytes: float | None = None
@@ -88,6 +91,7 @@ class Measurements:
             error=self.error[:count],
             joules_per_step=self.joules_per_step[:count],
             input_s=None if self.input_s is None else self.input_s[:count],
+            computing_s=None if self.computing_s is None else self.computing_s[:count],
         )
 
 
@@ -110,6 +114,8 @@ def from_group(group: Group) -> Measurements:
         ranks_per_node=max(on_several_nodes or _ranks_per_node(runs)),
         joules_per_step=np.array([_joules_per_step(row) for row in rows]),
         input_s=None if None in waits else np.array(waits, dtype=float),
+        computing_s=_computing_s(rows),
+        job=group.keys,
         noise=_noise(runs),
         overlap=_overlap(rows),
         gradient_bytes=_gradient_bytes(group, rows),
@@ -117,6 +123,13 @@ def from_group(group: Group) -> Measurements:
         energy_quality="estimated" if any(row.energy.quality == "estimated" for row in rows) else "measured",
         notes=tuple(_notes(rows, on_several_nodes)),
     )
+
+
+def _computing_s(rows: Sequence[Row]) -> FloatArray | None:
+    """None if a size did not time its communication, as a recorded loop."""
+    if any(row.exposed_share is None and row.size > 1 for row in rows):
+        return None
+    return np.array([(row.step_s or 0.0) - row.exposed_s - row.phase_s.get("data", 0.0) for row in rows])
 
 
 def _ranks_per_node(runs: Iterable[Run]) -> list[int]:

@@ -26,9 +26,9 @@ class Priors:
 # Estimated by `tests/benchmarks/plan_priors.py` on published series; `make bench-plan` shows what they do on others.
 WEAK = Priors(
     {
-        "imbalance_s": 0.033,
+        "imbalance_s": 0.052,
         "transfer_s": 0.75,
-        "transfer_between_s": 0.1,
+        "transfer_between_s": 0.052,
         "tree_between_s": 0.008,
         "ring_s": 0.00025,
         "ring_between_s": 0.0002,
@@ -36,7 +36,7 @@ WEAK = Priors(
     Prior(presence=0.64, degrees=1.0, noise=0.004, noise_degrees=3.0, outlier_degrees=4.0),
 )
 STRONG = Priors(
-    {"fixed_s": 0.01, "imbalance_s": 0.0063, "tree_s": 0.0004, "ring_s": 0.0001, "cache_s": 0.05, "between_s": 0.032},
+    {"fixed_s": 0.01, "imbalance_s": 0.0025, "tree_s": 0.0004, "ring_s": 0.0001, "cache_s": 0.12, "between_s": 0.02},
     Prior(presence=0.4, degrees=1.0, noise=0.01, noise_degrees=3.0, outlier_degrees=4.0),
 )
 
@@ -149,10 +149,10 @@ def _known_s(measurements: Measurements, ranks: IntArray) -> FloatArray:
 
     exposed = 0.05 C + max(0, 0.95 C - overlap compute share): what the backward pass does not hide of C seconds.
     """
-    waits_s = _input_s(measurements, ranks)
+    waits_s = input_s(measurements, ranks)
     first = measurements.ranks[:1]
     first_s, whole_s = (
-        float(measurements.step_s[0] - _input_s(measurements, first)[0]),
+        float(measurements.step_s[0] - input_s(measurements, first)[0]),
         _all_reduce_s(measurements, first),
     )
     share = measurements.share(np.asarray(ranks, dtype=float))
@@ -188,7 +188,7 @@ def _ring_s(n: FloatArray, alpha_s: float | None, beta_s_per_byte: float | None,
     return np.asarray(2 * (n - 1) * ((alpha_s or 0.0) + (beta_s_per_byte or 0.0) * num_bytes / n))
 
 
-def _input_s(measurements: Measurements, ranks: IntArray) -> FloatArray:
+def input_s(measurements: Measurements, ranks: IntArray) -> FloatArray:
     """(n,) wait for input: per sample of a rank, plus a part that grows with the ranks that share the file system."""
     if measurements.input_s is None or not measurements.input_s.any():
         return np.zeros(len(ranks))

@@ -7,9 +7,10 @@ from numpy.typing import NDArray
 
 from hpc_train.core.records import FloatArray
 
-NUM_CHAINS = 125
+NUM_CHAINS = 64
 NUM_SWEEPS = 160
-NUM_KEPT = 4  # draws of a chain
+_NUM_LINES = 2  # moves of all coefficients at a time, each sweep
+NUM_KEPT = 8  # draws of a chain
 NUM_DRAWS = NUM_CHAINS * NUM_KEPT
 _NOISE_GRID = np.geomspace(0.001, 0.3, 24)  # relative standard deviations of one measurement
 
@@ -84,6 +85,8 @@ class Sampler:
         every = num_sweeps // 2 // NUM_KEPT
         for sweep in range(num_sweeps):
             self._draw_coefficients()
+            for _ in range(_NUM_LINES):
+                self._move_along_a_line()
             self._draw_scales()
             self._draw_noise()
             if sweep >= num_sweeps - every * NUM_KEPT and (num_sweeps - 1 - sweep) % every == 0:
@@ -105,6 +108,33 @@ class Sampler:
                 drawn *= self._is_present(mean * np.sqrt(precision), self._scales[:, term] * np.sqrt(precision))
             self._values[:, term] = drawn
             self._residuals -= self._values[:, term, None] * column
+
+    def _move_along_a_line(self) -> None:
+        """Moves all terms that are there at a time, which single ones that can stand for each other hardly do.
+
+        Hit-and-run (Smith, "Efficient Monte Carlo procedures for generating points uniformly distributed over bounded
+        regions", Operations Research 32(6), 1984): a direction from the posterior without its bound at 0, and along it
+        a draw between the points where a coefficient becomes 0.
+        """
+        is_there = self._values > 0
+        weighted = (self._precision / (self._noise[:, None] ** 2 + self._error**2))[:, :, None] * self._columns
+        prior = self._scales**-2
+        precision = np.swapaxes(weighted, 1, 2) @ self._columns * (is_there[:, :, None] & is_there[:, None, :])
+        precision += np.eye(prior.shape[1]) * np.where(is_there, prior, 1.0)[:, None, :]
+        root = np.linalg.cholesky(precision)
+        drawn = self._random.standard_normal((*prior.shape, 1))
+        direction = np.linalg.solve(np.swapaxes(root, 1, 2), drawn)[:, :, 0] * is_there
+        along = (self._columns @ direction[:, :, None])[:, :, 0]
+        gradient = (self._residuals[:, None, :] @ weighted)[:, 0] - prior * self._values
+        slope = (gradient * direction).sum(axis=1)
+        deviation = (drawn[:, :, 0] ** 2 * is_there).sum(axis=1) ** -0.5
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bounds = -self._values / direction
+        least = np.max(np.where(direction < 0, -np.inf, np.where(direction > 0, bounds, -np.inf)), axis=1)
+        most = np.min(np.where(direction < 0, bounds, np.inf), axis=1)
+        length = _between(slope * deviation**2, deviation, least, most, self._random)
+        self._values = np.maximum(self._values + length[:, None] * direction, 1e-300 * is_there)
+        self._residuals = self._residuals - length[:, None] * along
 
     def _is_present(self, standardised: FloatArray, widening: FloatArray) -> NDArray[np.bool_]:
         """Whether a term is there at all, given the others: the prior's odds times the Bayes factor of its values.
@@ -145,6 +175,17 @@ def _truncated_normal(mean: FloatArray, deviation: FloatArray, random: np.random
     in_tail = random.exponential(size=len(mean)) * deviation**2 / np.maximum(-mean, deviation)
     drawn = np.where(mean < -6 * deviation, in_tail, mean + deviation * ndtri(levels))
     return np.asarray(np.maximum(drawn, 0.0))
+
+
+def _between(
+    mean: FloatArray, deviation: FloatArray, least: FloatArray, most: FloatArray, random: np.random.Generator
+) -> FloatArray:
+    """Draws of normals between bounds that enclose 0. Where nearly nothing of the normal lies between them: 0."""
+    from scipy.special import ndtr, ndtri
+
+    low, high = ndtr((least - mean) / deviation), ndtr((most - mean) / deviation)
+    drawn = mean + deviation * ndtri(np.clip(low + (high - low) * random.random(len(mean)), 1e-16, 1 - 1e-12))
+    return np.asarray(np.where(high - low < 1e-9, 0.0, np.clip(drawn, least, most)))
 
 
 def _categorical(log_weights: FloatArray, random: np.random.Generator) -> NDArray[np.intp]:

@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 
 from hpc_train.analysis.models.measurements import Measurements
-from hpc_train.analysis.models.mechanistic_model import crosses_unseen_boundary, fit_mechanistic
+from hpc_train.analysis.models.mechanistic_model import crosses_unseen_boundary, fit_mechanistic, input_s
 from hpc_train.analysis.models.scaling_models import Fit, ModelName, TooFewSizes, fit_contention, fit_extra_p
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
@@ -16,6 +16,7 @@ from hpc_train.core.statistics import LEVELS, Interval
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)  # in the order of preference among equals
 _NUM_FOLDS = 3  # at most so many of the largest sizes are held out, one after the other
+_NOISE_DEGREES = 4.0  # of freedom: a new run may be an outlier as measured ones may
 _DRAWS_EACH = 8  # of the errors, for each draw of the parameters
 
 
@@ -62,6 +63,9 @@ class Forecast:
     efficiency: float  # samples/s per rank, relative to the model's at the smallest measured size
     measured_s: float | None  # if this size was measured
     extrapolation: float  # ranks / largest measured; 1 within the data
+    drift: float  # relative standard deviation of series at large, of so many doublings with this overhead
+    computing_s: float | None = None  # of the step; None if the measured sizes do not say it
+    input_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Drift:
 
 
 # Of a series of which nothing is known: estimated on published series, see `make bench-plan`.
-DRIFT = Drift(least=0.02, of_overhead=0.2, weight=1.0, degrees=2.2)
+DRIFT = Drift(least=0.02, of_overhead=0.12, weight=1.0, degrees=2.2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +134,8 @@ class Prediction:
             )
         beyond = np.maximum(ranks / measurements.largest, 1.0)
         low_s, high_s = self._interval_s(fit, ranks, beyond)
+        drift = np.sqrt(DRIFT.variance(_overhead(measurements, ranks, step_s)) * np.log2(beyond))
+        waits_s, computing_s = input_s(measurements, ranks), _computing_s(measurements, ranks)
         samples, nodes = measurements.samples(ranks), measurements.nodes(ranks)
         smallest = measurements.ranks[:1]
         base = measurements.samples(smallest)[0] / fit(smallest)[0] / smallest[0]
@@ -145,6 +151,9 @@ class Prediction:
                 efficiency=float(samples[i] / step_s[i] / size / base),
                 measured_s=measured.get(size),
                 extrapolation=float(beyond[i]),
+                drift=float(drift[i]),
+                computing_s=None if computing_s is None else float(min(computing_s[i], step_s[i])),
+                input_s=None if measurements.input_s is None else float(waits_s[i]),
             )
             for i, size in enumerate(ranks.tolist())
         )
@@ -162,12 +171,21 @@ class Prediction:
         """
         random = np.random.default_rng(0)
         step_s = np.tile(fit.predict(fit.draws, ranks), (_DRAWS_EACH, 1))
-        noise = np.tile(fit.noise, _DRAWS_EACH)[:, None]
-        scale = np.sqrt(noise**2 + self.doubling_variance(ranks) * np.log2(beyond))
-        student = random.standard_t(self.drift.degrees, size=(len(step_s), 1))
+        noise = np.tile(fit.noise, _DRAWS_EACH)[:, None] * random.standard_t(_NOISE_DEGREES, size=(len(step_s), 1))
+        drift = np.sqrt(self.doubling_variance(ranks) * np.log2(beyond))
+        drift = drift * random.standard_t(self.drift.degrees, size=(len(step_s), 1))
         # A draw may predict no time at all (Extra-P's may be negative): it counts as almost none.
-        low, high = np.quantile(np.maximum(step_s, 1e-300) * np.exp(np.minimum(scale * student, 50.0)), LEVELS, axis=0)
+        new_s = np.maximum(step_s, 1e-300) * np.exp(np.clip(noise + drift, -50.0, 50.0))
+        low, high = np.quantile(new_s, LEVELS, axis=0)
         return low, high
+
+
+def _computing_s(measurements: Measurements, ranks: IntArray) -> FloatArray | None:
+    """A rank computes on each sample as long as it did at the largest size."""
+    if measurements.computing_s is None:
+        return None
+    per_share = measurements.computing_s[-1] / measurements.share(measurements.ranks[-1:])[0]
+    return np.asarray(per_share * measurements.share(ranks))
 
 
 def _overhead(measurements: Measurements, ranks: IntArray, step_s: FloatArray) -> FloatArray:
@@ -182,9 +200,10 @@ def curve_sizes(prediction: Prediction, beyond: float = 4.0, num_sizes: int = 60
     return [size for size in sorted(wanted) if prediction.reachable(size)]
 
 
-def predict(measurements: Measurements, model: ModelName | None = None) -> Prediction:
+def predict(measurements: Measurements, model: ModelName | None = None, drift: Drift | None = None) -> Prediction:
     """Fits the mechanistic model, of which the others are special cases, or `model`; the others stand beside it.
 
+    drift: of the site, from earlier plans; by default that of published series.
     A model that cannot be fitted hands over to the next in `MODELS`. Raises `UserError` with the reasons if none can.
     """
     candidates = tuple(candidate(name, measurements) for name in MODELS)
@@ -197,7 +216,7 @@ def predict(measurements: Measurements, model: ModelName | None = None) -> Predi
             "Measure more sizes (hpc-train scale), or the cost of an all-reduce: --network.",
         )
     why = "chosen by --model" if model else "the first that could be fitted"
-    return Prediction(measurements, chosen, candidates, observed_drift(measurements, chosen), why)
+    return Prediction(measurements, chosen, candidates, observed_drift(measurements, chosen, drift or DRIFT), why)
 
 
 def _fit(model: ModelName, measurements: Measurements) -> Fit:
@@ -239,13 +258,15 @@ def _hold_out(model: ModelName, measurements: Measurements) -> tuple[tuple[HeldO
     return tuple(found), None if found else reason
 
 
-def observed_drift(measurements: Measurements, chosen: Candidate) -> Drift:
-    """The drift of series at large, and how the errors at the sizes that were held out compare with it."""
-    squares = []
+def observed_drift(measurements: Measurements, chosen: Candidate, drift: Drift | None = None) -> Drift:
+    """The drift of series at large or of a site, and how the errors at the sizes that were held out compare with it."""
+    assert chosen.fit is not None
+    squares, known, noise = [], drift or DRIFT, float(np.median(chosen.fit.noise))
     for each in chosen.held_out:
         before = int(measurements.ranks[measurements.ranks < each.ranks].max())
         overhead = _overhead(measurements, np.array([each.ranks]), np.array([each.measured_s]))
         # Logarithms, but a guess below 0 has none.
         error = float(np.log(max(each.predicted_s / each.measured_s, 1e-3)))
-        squares.append(error**2 / np.log2(each.ranks / before) / float(DRIFT.variance(overhead)[0]))
-    return DRIFT.updated(squares)
+        expected = np.log2(each.ranks / before) * float(known.variance(overhead)[0]) + noise**2
+        squares.append(error**2 / expected)
+    return known.updated(squares)

@@ -56,7 +56,7 @@ def why_not_larger(plan: Plan) -> str:
         return f"{name} may break {broken_text(larger)}"
     faster, dearer = larger.against(plan.chosen)
     if faster <= 0:
-        return f"{name}: no faster"
+        return f"{name}: predicted to be no faster"
     return f"{name}: {percent(faster, 0)} faster for {percent(dearer, 0)} more node-hours"
 
 

@@ -152,6 +152,7 @@ def prediction_record(prediction: Prediction) -> dict[str, Any]:
     measurements = prediction.measurements
     return {
         "label": measurements.label,
+        "job": measurements.job,
         "scaling": "weak" if measurements.weak else "strong",
         "ranks_per_node": measurements.ranks_per_node,
         "model": prediction.chosen.model,
