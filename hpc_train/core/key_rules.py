@@ -72,6 +72,9 @@ def _task_keys(config: Config) -> Iterator[UserError]:
             f"'{kind}' holds none out",
             f"Set data.hold_out, such as 0.1, with {' or '.join(_KINDS_OF_ARRAYS)}; or leave it out.",
         )
+    for key, value in (("train.stop_after", train.stop_after), ("checkpoint.keep_best", config.checkpoint.keep_best)):
+        if value and not config.validation.every_steps:
+            yield UserError(f"{key} = {value!r} needs validation.every_steps", "Set both, or leave it out.")
     if config.validation.every_steps and config.reduce.strategy == "parameter_server":
         yield UserError(
             f"{validation} does not go with reduce.strategy = 'parameter_server': its workers are not at the same step",

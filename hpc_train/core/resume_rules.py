@@ -39,6 +39,7 @@ _RULES = {
     "data.shuffle_chunks": Rule.COMPARED,
     "task.": Rule.REFUSED,
     "train.steps": Rule.UPDATES,  # refused if a schedule ends with them: see `_rule`
+    "train.stop_after": Rule.FREE,
     "train.init_from": Rule.REFUSED,  # what it named is not read again once there is a checkpoint
     "train.global_batch": Rule.COMPARED,
     "train.batch_per_rank": Rule.COMPARED,

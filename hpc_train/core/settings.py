@@ -54,6 +54,7 @@ class Task(_Section):
 
 class Train(_Section):
     steps: Count
+    stop_after: Whole = 0  # validations in a row that are no better, after which training ends; 0: never
     init_from: Text | None = None  # weights that a new run begins with: .safetensors, .h5 or a run directory
     global_batch: Count | None = None  # samples per step on any number of ranks (strong scaling)
     batch_per_rank: Count | None = None  # samples per step and rank (weak scaling)
@@ -136,6 +137,7 @@ class Checkpoint(_Section):
     every_steps: Whole = 0  # steps between checkpoints; 0: by time only
     every_minutes: Amount = 10.0  # minutes between checkpoints; 0: by steps only
     keep: Annotated[int, Field(ge=0, le=1000)] = 2  # number of checkpoints to keep; 0: write none
+    keep_best: Text | None = None  # such as "validation.loss": the best state is saved, and kept beside the newest
     # Each rank writes its ranges of the file from a thread while it trains on; or all together by MPI-IO, and train
     # on afterwards: for file systems that take few large writes better than many.
     write: Literal["independent", "collective"] = "independent"

@@ -2,11 +2,14 @@
 
 import csv
 import io
+from collections.abc import Sequence
+from math import inf, isfinite
 from pathlib import Path
 
 from hpc_train.core.errors import not_written
 from hpc_train.core.rundir import write_atomic
 
+_SCORES = ("accuracy", "r2")  # of which more is better
 _FIRST = ("step", "seconds")  # after so many steps; what it took. A column for each measure follows
 
 
@@ -37,6 +40,12 @@ def read_validation(path: Path) -> list[dict[str, float]]:
         except ValueError:  # cut, or damaged
             continue
     return found
+
+
+def best_of(rows: Sequence[dict[str, float]], measure: str) -> dict[str, float]:
+    """The first of the rows with the best value: the highest of an accuracy or R2, the lowest of a loss or an error."""
+    sign = -1 if measure.endswith(_SCORES) else 1
+    return min(rows, key=lambda row: sign * row[measure] if isfinite(row[measure]) else inf)
 
 
 def keep_validation_until(path: Path, num_steps: int) -> None:

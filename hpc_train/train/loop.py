@@ -86,7 +86,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             if task.reading:
                 context.on_root(partial(log, f"Data: {task.reading}"))
 
-            validation = Validation(job, reducer, recorder)
+            validation = Validation(training, recorder, saver)
             for step in range(first_step, config.train.steps):
                 watchdog.step = step
                 with clock.data:
@@ -138,6 +138,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                 saver.poll()
                 # The flags are sums over ranks: all ranks stop after the same step.
                 if stopped := flags.stop > 0 and step + 1 < config.train.steps:
+                    break
+                if validation.is_over:
                     break
 
             watchdog.step = None

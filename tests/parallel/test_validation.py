@@ -9,12 +9,13 @@ import pytest
 from hpc_train.core.config import Loaded, load
 from hpc_train.core.errors import UserError
 from hpc_train.core.records import read_metrics
-from hpc_train.core.rundir import RunDir, find
+from hpc_train.core.rundir import RunDir, find, is_complete
 from hpc_train.core.timing_log import read_timings
 from hpc_train.core.validation_log import read_validation
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.loop import train
+from hpc_train.train.run.checkpoint.retention import checkpoints, step_of
 from hpc_train.train.setup import open_job
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -121,3 +122,27 @@ def test_what_cannot_be_validated_is_refused(cars: Path, shared_path: Path) -> N
     ):
         with pytest.raises(UserError, match=says):
             job(cars, shared_path, *keys)
+
+
+def test_the_best_state_is_kept_and_training_ends_without_a_better_one(
+    context: Context, cars: Path, shared_path: Path
+) -> None:
+    """A learning rate that is far too high: the first validation is the best."""
+    keys = ("train.lr=3.0", "train.steps=40", "checkpoint.every_steps=2", "checkpoint.keep=1", "train.stop_after=2")
+    loaded = job(cars, shared_path, "reduce.strategy=mpi", "checkpoint.keep_best=validation.loss", *keys)
+    run = trained(context, loaded)
+    rows = context.on_root(lambda: read_validation(run.validation))
+    best = min(rows, key=lambda row: row["loss"])
+    assert len(rows) < 10 and [row["step"] > best["step"] for row in rows[-3:]] == [False, True, True]
+    kept = context.on_root(lambda: [step_of(path) for path in checkpoints(run)])
+    assert kept == [rows[-1]["step"], best["step"]]
+    if context.world.is_root:
+        assert is_complete(run)
+    with pytest.raises(
+        UserError, match=r"keep_best = 'validation\.accuracy': there is no such measure\n.*validation\.r2"
+    ):
+        trained(
+            context, job(cars, shared_path / "b", "reduce.strategy=mpi", "checkpoint.keep_best=validation.accuracy")
+        )
+    with pytest.raises(UserError, match=r"train\.stop_after = 2 needs validation\.every_steps"):
+        job(cars, shared_path, "validation.every_steps=0", "train.stop_after=2")
