@@ -65,6 +65,25 @@ def _task_keys(config: Config) -> Iterator[UserError]:
             f"train.accumulate = {train.accumulate}: policy_gradient normalises advantages over a whole step",
             "Leave train.accumulate out.",
         )
+    validation = f"validation.every_steps = {config.validation.every_steps}"
+    if config.validation.every_steps and not (data.hold_out and kind in _KINDS_OF_ARRAYS):
+        yield UserError(
+            f"{validation} needs samples to validate on, and data.hold_out = {data.hold_out:g} with task.kind = "
+            f"'{kind}' holds none out",
+            f"Set data.hold_out, such as 0.1, with {' or '.join(_KINDS_OF_ARRAYS)}; or leave it out.",
+        )
+    for key, value in (("train.stop_after", train.stop_after), ("checkpoint.keep_best", config.checkpoint.keep_best)):
+        if value and not config.validation.every_steps:
+            yield UserError(f"{key} = {value!r} needs validation.every_steps", "Set both, or leave it out.")
+    if config.validation.every_steps and config.reduce.strategy == "parameter_server":
+        yield UserError(
+            f"{validation} does not go with reduce.strategy = 'parameter_server': its workers are not at the same step",
+            "Leave validation.every_steps out.",
+        )
+    if data.read == "collective" and data.hold_out:
+        yield UserError(
+            f"data.hold_out = {data.hold_out:g} does not go with data.read = 'collective'", "Leave one of them out."
+        )
     if kind != "regression" and config.task.loss != "mse":
         yield UserError(
             f"task.loss = '{config.task.loss}' is for task.kind = 'regression', not '{kind}'", "Leave task.loss out."

@@ -30,6 +30,7 @@ _RULES = {
     "data.inputs": Rule.REFUSED,
     "data.targets": Rule.REFUSED,
     "data.offsets": Rule.REFUSED,
+    "data.hold_out": Rule.REFUSED,
     "data.missing": Rule.REFUSED,
     "data.normalize": Rule.REFUSED,
     "data.test_": Rule.TEST,
@@ -38,6 +39,7 @@ _RULES = {
     "data.shuffle_chunks": Rule.COMPARED,
     "task.": Rule.REFUSED,
     "train.steps": Rule.UPDATES,  # refused if a schedule ends with them: see `_rule`
+    "train.stop_after": Rule.FREE,
     "train.init_from": Rule.REFUSED,  # what it named is not read again once there is a checkpoint
     "train.global_batch": Rule.COMPARED,
     "train.batch_per_rank": Rule.COMPARED,
@@ -67,6 +69,7 @@ _RULES = {
     "reduce.adasum": Rule.UPDATES,
     "reduce.asynchronous": Rule.UPDATES,
     "reduce.autotune_log_file": Rule.FREE,
+    "validation.": Rule.FREE,
     "checkpoint.": Rule.FREE,
     "energy.": Rule.FREE,
     "run.": Rule.FREE,

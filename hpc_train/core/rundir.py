@@ -37,6 +37,10 @@ class RunDir:
         return self.path / "metrics.csv"
 
     @property
+    def validation(self) -> Path:
+        return self.path / "validation.csv"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -104,7 +108,7 @@ def make_folders(run: RunDir) -> None:
 
 def remove_temporaries(run: RunDir) -> None:
     """Removes what `write_atomic` left of a killed job. Only for the holder of the run's lock."""
-    for final in (run.meta, run.metrics, run.summary):
+    for final in (run.meta, run.metrics, run.validation, run.summary):
         for temporary in run.path.glob(f".{final.name}.*"):
             temporary.unlink(missing_ok=True)
 

@@ -233,6 +233,9 @@ def noise_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest())
 
 
+HOLD_OUT = -1  # in place of a step: numbers that say which rows are held out
+
+
 def row_noise(seed: int, step: int, rows: npt.NDArray[np.integer], num: int) -> npt.NDArray[np.uint64]:
     """`num` random 64-bit numbers for each of `rows`, (rows, num): functions of (seed, step, row), whatever the rank.
 

@@ -32,6 +32,7 @@ class Data(_Section):
     test_targets: Text = "test/targets"
     offsets: Text | None = None  # document starts and the end, in tokens; then no window spans two
     test_offsets: Text | None = None
+    hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share of the training samples to validate on
     # Values that the file declares as missing (_FillValue, missing_value), and NaN: drop leaves their samples out.
     missing: Literal["refuse", "drop", "mean"] = "refuse"
     # scale_factor: as the file's attributes say; standardize: mean 0, deviation 1 over the training samples.
@@ -53,6 +54,7 @@ class Task(_Section):
 
 class Train(_Section):
     steps: Count
+    stop_after: Whole = 0  # validations in a row that are no better, after which training ends; 0: never
     init_from: Text | None = None  # weights that a new run begins with: .safetensors, .h5 or a run directory
     global_batch: Count | None = None  # samples per step on any number of ranks (strong scaling)
     batch_per_rank: Count | None = None  # samples per step and rank (weak scaling)
@@ -135,9 +137,14 @@ class Checkpoint(_Section):
     every_steps: Whole = 0  # steps between checkpoints; 0: by time only
     every_minutes: Amount = 10.0  # minutes between checkpoints; 0: by steps only
     keep: Annotated[int, Field(ge=0, le=1000)] = 2  # number of checkpoints to keep; 0: write none
+    keep_best: Text | None = None  # such as "validation.loss": the best state is saved, and kept beside the newest
     # Each rank writes its ranges of the file from a thread while it trains on; or all together by MPI-IO, and train
     # on afterwards: for file systems that take few large writes better than many.
     write: Literal["independent", "collective"] = "independent"
+
+
+class Validation(_Section):
+    every_steps: Whole = 0  # steps between validations on the samples of data.hold_out; 0: none
 
 
 class Energy(_Section):
@@ -181,6 +188,7 @@ class Config(_Section):
     train: Train
     rl: Rl = Rl()
     reduce: Reduce = Reduce()
+    validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     energy: Energy = Energy()
     run: Run = Run()

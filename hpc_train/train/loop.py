@@ -37,6 +37,7 @@ from hpc_train.train.run.sanity_checks import (
 )
 from hpc_train.train.setup import make_optimizer, open_batches, open_job, prepare_model
 from hpc_train.train.training_state import TrainingState, restore
+from hpc_train.train.validation import Validation
 
 
 def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
@@ -85,6 +86,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             if task.reading:
                 context.on_root(partial(log, f"Data: {task.reading}"))
 
+            validation = Validation(training, recorder, saver)
             for step in range(first_step, config.train.steps):
                 watchdog.step = step
                 with clock.data:
@@ -127,12 +129,17 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                 recorder.end_step(step, flags.loss, num_samples, num_global)
                 if config.train.check_weights_every and (step + 1) % config.train.check_weights_every == 0:
                     training.check_weights(step + 1)
+                if validation.is_due_after(step + 1):
+                    watchdog.step = None
+                    validation.run(step + 1)
                 if flags.save or saver.is_due_after(step + 1):
                     recorder.flush()
                     saver.save(step + 1, training.share())
                 saver.poll()
                 # The flags are sums over ranks: all ranks stop after the same step.
                 if stopped := flags.stop > 0 and step + 1 < config.train.steps:
+                    break
+                if validation.is_over:
                     break
 
             watchdog.step = None

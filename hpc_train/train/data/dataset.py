@@ -1,8 +1,8 @@
 """Samples from HDF5 as tasks see them: splits of inputs and targets, and the order of an epoch."""
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -12,13 +12,15 @@ import torch
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import Order, rank_span
 from hpc_train.core.settings import Config
+from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import Files, chunk_cache_bytes
 from hpc_train.train.data.reader_interface import Reader
-from hpc_train.train.data.readers import StringReader, is_strings
+from hpc_train.train.data.readers import SelectedReader, StringReader, is_strings
 
 _MAX_CHUNKS_MIXED = 64  # with each other: more make no better batches
 _SCAN_ROWS = 1 << 20
+_TEST_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,11 @@ class Split:
             return Batch(inputs[0], targets, self.scale[0], self.offset[0], self.filling)
         return Batch(inputs, targets, self.scale, self.offset)
 
+    def select(self, rows: np.ndarray) -> "Split":
+        """The samples at `rows`, in increasing order, as a split of their own."""
+        *inputs, targets = (SelectedReader(reader, rows) for reader in (*self.inputs, self.targets))
+        return replace(self, inputs=tuple(inputs), targets=targets)
+
     def prefetch(self, rows: np.ndarray) -> None:
         """A hint: these rows are needed soon."""
         for reader in (*self.inputs, self.targets):
@@ -181,6 +188,15 @@ def _check_samples(files: Files, inputs: tuple[str, Reader], targets: tuple[str,
             f"{path}: {name} has {len(x)} samples and {target_name} has {len(y)}",
             "Each input needs one target: prepare the file again.",
         )
+
+
+def test_batches(split: Split | None, world: World) -> Iterator[Batch]:
+    """This rank's share of a split's samples, in order; none of None."""
+    if split is None:
+        return
+    start, stop = rank_span(len(split), world.rank, world.size)
+    for begin in range(start, stop, _TEST_BATCH):
+        yield split.batch(np.arange(begin, min(begin + _TEST_BATCH, stop)))
 
 
 def open_order(readers: Sequence[Reader], num_samples: int, config: Config, rows_per_sample: int = 1) -> Order:

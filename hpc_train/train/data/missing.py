@@ -26,26 +26,6 @@ _NETCDF_FILL = 9.969209968386869e36
 _SCAN_BYTES = 64 << 20
 
 
-class SelectedReader(Reader):
-    """The rows `kept` of a reader, in increasing order."""
-
-    def __init__(self, reader: Reader, kept: np.ndarray) -> None:
-        self._reader, self._kept = reader, kept
-        self.shape, self.dtype = (len(kept), *reader.shape[1:]), reader.dtype
-        self.description = reader.description
-        if reader.chunk_edges is not None:
-            self.chunk_edges = np.unique(np.searchsorted(kept, reader.chunk_edges))
-
-    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        return self._reader.take(self._kept[rows], out)
-
-    def prefetch(self, rows: np.ndarray) -> None:
-        self._reader.prefetch(self._kept[rows])
-
-    def close(self) -> None:
-        self._reader.close()
-
-
 @dataclass(frozen=True)
 class _Scanned:
     """What one data set lacks.
@@ -93,9 +73,7 @@ def _handled(
         if len(inputs.rows):
             said.append(f"the mean stands for missing values in {len(inputs.rows):,} of {num_samples:,} of {name}")
     if len(left_out):
-        kept = np.delete(np.arange(num_samples), left_out)
-        readers = [SelectedReader(reader, kept) for reader in (*split.inputs, split.targets)]
-        split = replace(split, inputs=tuple(readers[:-1]), targets=readers[-1])
+        split = split.select(np.delete(np.arange(num_samples), left_out))
         said.append(f"{len(left_out):,} of {num_samples:,} samples of {name} are left out, as they lack values")
     return split, "; ".join(said)
 

@@ -193,6 +193,26 @@ class ConcatReader(Reader):
         return found
 
 
+class SelectedReader(Reader):
+    """The rows `kept` of a reader, in increasing order."""
+
+    def __init__(self, reader: Reader, kept: np.ndarray) -> None:
+        self._reader, self._kept = reader, kept
+        self.shape, self.dtype = (len(kept), *reader.shape[1:]), reader.dtype
+        self.description = reader.description
+        if reader.chunk_edges is not None:
+            self.chunk_edges = np.unique(np.searchsorted(kept, reader.chunk_edges))
+
+    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        return self._reader.take(self._kept[rows], out)
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        self._reader.prefetch(self._kept[rows])
+
+    def close(self) -> None:
+        self._reader.close()
+
+
 def _chunk_starts(reader: Reader) -> np.ndarray:
     """The first row of each chunk; of a reader without chunks, every row."""
     return np.arange(len(reader)) if reader.chunk_edges is None else reader.chunk_edges[:-1]
@@ -245,7 +265,7 @@ def _has_equal_chunks(data: h5py.Dataset, first: h5py.Dataset) -> bool:
 
 
 class StringReader(Reader):
-    """Strings of fixed or variable length, of one data set or several, one after the other; read in slices alone."""
+    """Strings of fixed or variable length, of one data set or several, one after the other; read in slices."""
 
     description = "strings"
 
@@ -255,6 +275,11 @@ class StringReader(Reader):
         self._parts = [part for _, part in parts]
         self._ends = np.cumsum([len(part) for part in self._parts])
         self.shape, self.dtype = (int(self._ends[-1]), *self._parts[0].shape[1:]), np.dtype(object)
+
+    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        require_rows(rows, len(self))
+        first = int(rows.min(initial=0 if not len(rows) else int(rows[0])))
+        return self[first : int(rows.max(initial=first)) + 1][rows - first]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(len(self))

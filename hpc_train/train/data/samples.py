@@ -1,11 +1,14 @@
 """The samples of a job, opened: what is missing, at what scale, how ranks read them and in which order."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import Order
+from hpc_train.core.sampling import HOLD_OUT, Order, row_noise
 from hpc_train.core.settings import Config, Data
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.collective import choose_read_mode, with_shared_reader
@@ -14,10 +17,12 @@ from hpc_train.train.data.files import Files, describe, open_files
 from hpc_train.train.data.missing import handle_missing
 from hpc_train.train.data.normalize import standardized, unusual_scale
 
+ReadTargets = Callable[[Files, Split, Split | None], tuple[Split, Split | None]]
+
 
 @dataclass(frozen=True)
 class Samples:
-    """The training samples and those to test on, if the files have them.
+    """The training samples, those of them held out to validate on, and those to test on if the files have them.
 
     in_step: whether all ranks read together, as only the training loop may. reading: what is read and how, for the log.
     facts: for meta.json.
@@ -25,6 +30,7 @@ class Samples:
 
     files: Files
     train: Split
+    validation: Split | None
     held_out: Split | None
     order: Order
     in_step: bool
@@ -32,8 +38,11 @@ class Samples:
     facts: dict[str, Any]
 
 
-def open_samples(config: Config, context: Context) -> Samples:
-    """Collective. Opens data.inputs with data.targets, and those to test on. Raises `UserError`."""
+def open_samples(config: Config, context: Context, read_targets: ReadTargets) -> Samples:
+    """Collective. Opens data.inputs with data.targets, and those to test on. Raises `UserError`.
+
+    read_targets: collective; the training and the test samples with targets as the task takes them.
+    """
     data, name = config.data, str(config.data.inputs)
     files, train, held_out = context.on_all(lambda: _open(config, context))
     train, held_out, missing_values, missing = handle_missing(train, held_out, files, data, context)
@@ -42,15 +51,34 @@ def open_samples(config: Config, context: Context) -> Samples:
         train, held_out, facts["standardized"] = standardized(train, held_out, missing_values, context)
     elif why := unusual_scale(train, name, context):
         warn(context, why)
+    train, held_out = read_targets(files, train, held_out)
+    train, validation = _hold_out(train, data.hold_out, config.seed)
     mode, why = choose_read_mode(train.inputs[0], files, config, context)
     in_step = mode != "auto"  # all ranks read together, and only the loop may call MPI
     if in_step:
         train = with_shared_reader(train, mode, files, config, context)
     reading = [describe(files, name, train.inputs[0]) + f", {why}" * bool(why), *filter(None, [missing])]
+    if validation is not None:
+        reading.append(f"{len(validation):,} samples are held out to validate on")
     if data.normalize == "standardize":
         reading.append(f"{name} standardised")
     order = open_order(train.inputs, len(train), config)
-    return Samples(files, train, held_out, order, in_step, reading, facts)
+    return Samples(files, train, validation, held_out, order, in_step, reading, facts)
+
+
+def _hold_out(train: Split, share: float, seed: int) -> tuple[Split, Split | None]:
+    """(the samples to train on, those to validate on): which row is which depends on (seed, row) alone."""
+    if not share:
+        return train, None
+    numbers = row_noise(seed, HOLD_OUT, np.arange(len(train)), 1)[:, 0]
+    is_held_out = numbers < np.uint64(share * 2.0**64)
+    if is_held_out.all() or not is_held_out.any():
+        raise UserError(
+            f"data.hold_out = {share:g} of {len(train):,} samples leaves {np.count_nonzero(is_held_out):,} to validate "
+            "on",
+            "Set it so that samples remain on both sides.",
+        )
+    return train.select(np.flatnonzero(~is_held_out)), train.select(np.flatnonzero(is_held_out))
 
 
 def warn(context: Context, why: str) -> None:

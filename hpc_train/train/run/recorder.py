@@ -19,6 +19,7 @@ from hpc_train.core.run_summary import RunResult, RunShape, RunSummary
 from hpc_train.core.rundir import sync, write_atomic
 from hpc_train.core.settings import UNKNOWN_STEPS
 from hpc_train.core.timing_log import TimingLog
+from hpc_train.core.validation_log import append_validation, keep_validation_until
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement
 from hpc_train.train.energy.node_energy import NodeEnergy
@@ -42,7 +43,7 @@ class Recorder:
     ) -> None:
         """Collective. Takes `energy.idle_s` seconds."""
         self._loaded, self._context, self._attempt = loaded, context, attempt
-        self._train, self._run = loaded.config.train, attempt.run
+        self._train, self.run = loaded.config.train, attempt.run
         self._losses: list[tuple[int, float | torch.Tensor]] = []  # (step, loss), not yet written
         self.num_steps_done = 0  # of the run, earlier attempts included
         self._meta = MetaWriter(attempt, context, places)
@@ -80,11 +81,11 @@ class Recorder:
         }
         self._meta.write_start(first_step, self._energy.metadata_at_start(), facts)
         rank, host, number = self._context.world.rank, self._context.world.host, self._attempt.number
-        self._timings = TimingLog(self._run.timings(rank), number)
+        self._timings = TimingLog(self.run.timings(rank), number)
         self._stack.callback(self._close_timings)  # after any error, too: recorded steps are kept
         # On other ranks a lease is renewed by their steps, so a thread beside them must not check it.
         check = self._attempt.lease.check if rank == 0 else None
-        self._stack.enter_context(self._energy.recorded(self._run.energy(host), number, check))
+        self._stack.enter_context(self._energy.recorded(self.run.energy(host), number, check))
         self._progress.begin(first_step)
         self._context.barrier()
         self._start_up_s = seconds_since_start()
@@ -122,11 +123,21 @@ class Recorder:
             self._attempt.lease.confirm()
             text = _metric_lines(self._losses)
             try:
-                with self._run.metrics.open("a", encoding="ascii") as file:
+                with self.run.metrics.open("a", encoding="ascii") as file:
                     file.write(text)
             except OSError as error:
-                raise not_written(self._run.metrics, error, len(text)) from None
+                raise not_written(self.run.metrics, error, len(text)) from None
         self._losses.clear()
+
+    def validated(self, num_steps: int, measures: dict[str, float], seconds: float) -> None:
+        """Keeps the measures of the model after `num_steps` steps. The time since the last step belongs to none."""
+        self._attempt.lease.check()
+        if self._context.world.is_root and measures:
+            self._attempt.lease.confirm()
+            append_validation(self.run.validation, num_steps, measures, seconds)
+            told = ", ".join(f"{name.replace('_', ' ')} {value:.5f}" for name, value in measures.items())
+            self.log(f"Validation after {num_steps} steps: {told}")
+        self.clock.restart()
 
     def sync_records(self) -> None:
         """Waits until flushed records are on disk. Raises UserError if another job has the run, or the disk refuses.
@@ -135,7 +146,7 @@ class Recorder:
         its records.
         """
         self._attempt.lease.confirm()
-        for path in (self._run.metrics, self._run.timings(self._context.world.rank)):
+        for path in (self.run.metrics, self.run.timings(self._context.world.rank)):
             if path.exists():
                 sync(path)
 
@@ -158,7 +169,7 @@ class Recorder:
     def finish(self, test: dict[str, float], fault: str | None = None) -> None:
         """Collective, after `stop`. Writes summary.json; fault: why a run that reached its end did not succeed."""
         context, config = self._context, self._loaded.config
-        losses = read_metrics(self._run.metrics)[1] if context.world.is_root else []
+        losses = read_metrics(self.run.metrics)[1] if context.world.is_root else []
         shape = RunShape(
             name=config.name,
             size=context.world.size,
@@ -169,27 +180,27 @@ class Recorder:
         loss = losses[-1] if losses else None
         result = RunResult(loss=loss, test=test, complete=fault is None, fault=fault)
         num_workers = config.reduce.num_workers(context.world.size)
-        summary = gather_summary(self._run, self._meta.content, shape, result, num_workers, context)
+        summary = gather_summary(self.run, self._meta.content, shape, result, num_workers, context)
         if summary is not None:
             self._attempt.lease.confirm()
-            write_atomic(self._run.summary, summary.to_json() + "\n")
-            _print_summary(summary, self._run.path)
+            write_atomic(self.run.summary, summary.to_json() + "\n")
+            _print_summary(summary, self.run.path)
 
     def _open_logs(self) -> None:
         """Writes config.toml, and ends metrics.csv before this attempt's first step: each step has one line."""
         self._attempt.lease.confirm()
-        self._run.summary.unlink(missing_ok=True)  # of a complete run that is trained further
+        self.run.summary.unlink(missing_ok=True)  # of a complete run that is trained further
         self.rewrite(self._loaded, self._losses_so_far())
 
     def _losses_so_far(self) -> list[tuple[int, float]]:
         """(step, loss) of every step before this attempt's first, each once; warns if some were lost."""
         attempts = self._attempt.meta.get("attempts", [])
         steps = range(attempts[0]["first_step"] if attempts else self.num_steps_done, self.num_steps_done)
-        losses = read_intact_metrics(self._run.metrics)
+        losses = read_intact_metrics(self.run.metrics)
         missing = [step for step in steps if step not in losses]
         if missing:
             self.log(
-                f"warning: {self._run.metrics} was cut or damaged: the losses of {len(missing)} steps from "
+                f"warning: {self.run.metrics} was cut or damaged: the losses of {len(missing)} steps from "
                 f"{missing[0]} to {missing[-1]} are lost. The weights are not: the checkpoint is whole."
             )
         return [(step, losses[step]) for step in steps if step in losses]
@@ -197,8 +208,9 @@ class Recorder:
     def rewrite(self, loaded: Loaded, losses: Iterable[tuple[int, float]]) -> None:
         """Replaces config.toml and metrics.csv. Only on the root."""
         self._attempt.lease.confirm()
-        write_atomic(self._run.config, dumps(loaded))
-        write_atomic(self._run.metrics, ",".join(METRIC_COLUMNS) + "\n" + _metric_lines(losses))
+        write_atomic(self.run.config, dumps(loaded))
+        keep_validation_until(self.run.validation, self.num_steps_done)
+        write_atomic(self.run.metrics, ",".join(METRIC_COLUMNS) + "\n" + _metric_lines(losses))
 
 
 def _metric_lines(losses: Iterable[tuple[int, float | torch.Tensor]]) -> str:

@@ -62,6 +62,10 @@ class Task(Protocol):
 
     # Optional, with these defaults:
 
+    def validation_batches(self, world: World) -> Iterator[Any]:
+        """This rank's share of the samples that are held out to validate on, as often as asked; empty if none are."""
+        return iter(())
+
     order: Order  # of the samples in an epoch: `dataset.open_order` for data in chunks. Default: Order(num_samples)
     reading: str | None = None  # a line for the log: which data are read, and how
     facts: dict[str, Any] | None = None  # more for meta.json: what the data's classes or scales were found to be
@@ -99,6 +103,7 @@ def complete(task: Any) -> Task:
         "reading": None,
         "facts": None,
         "in_step": False,
+        "validation_batches": partial(Task.validation_batches, task),
         "prefetch": partial(Task.prefetch, task),
         "keeps_state": hasattr(task, "load_state"),
         "state": partial(Task.state, task),

@@ -1,23 +1,22 @@
 """Classification of arrays, from HDF5."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from hpc_train.core.sampling import rank_span
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.dataset import Batch
+from hpc_train.train.data.dataset import Batch, Split, test_batches
+from hpc_train.train.data.files import Files
 from hpc_train.train.data.labels import open_classes
 from hpc_train.train.data.mixing import poor_mixing
 from hpc_train.train.data.samples import open_samples, warn
-
-_TEST_BATCH = 1024
 
 
 class Classification:
@@ -26,19 +25,24 @@ class Classification:
     def __init__(self, config: Config, context: Context) -> None:
         """Collective. Opens the data and checks all labels, each rank a part of them."""
         self.config, data = config, config.data
-        samples = open_samples(config, context)
-        self.order, self.in_step = samples.order, samples.in_step
-        names = (data.targets, data.test_targets)
-        self.train, self.held_out, classes = open_classes(
-            samples.train, samples.held_out, names, samples.files.paths[0], config.task.num_classes, context
-        )
-        self.num_samples, self.num_classes = len(self.train), classes.num
-        self.reading = "; ".join(filter(None, (*samples.reading, classes.describe(data.targets))))
-        self.facts = samples.facts | {"classes": classes.listed()}
+        samples = open_samples(config, context, partial(self._read_labels, context))
+        self.train, self.validation, self.held_out = samples.train, samples.validation, samples.held_out
+        self.order, self.in_step, self.num_samples = samples.order, samples.in_step, len(self.train)
+        self.reading = "; ".join(filter(None, (*samples.reading, self._classes.describe(data.targets))))
+        self.facts = samples.facts | {"classes": self._classes.listed()}
         if why := poor_mixing(self.train.targets, data.targets, self.order, self.num_classes, context):
             is_collective = data.read == "collective"
             remedy = "leave data.read out" if is_collective else "data.shuffle_chunks and data.memory_mb mix more"
             warn(context, f"{why}: {remedy}, or store the samples in random order.")
+
+    def _read_labels(
+        self, context: Context, files: Files, train: Split, held_out: Split | None
+    ) -> tuple[Split, Split | None]:
+        data, limit = self.config.data, self.config.task.num_classes
+        names = (data.targets, data.test_targets)
+        train, held_out, self._classes = open_classes(train, held_out, names, files.paths[0], limit, context)
+        self.num_classes = self._classes.num
+        return train, held_out
 
     def model(self) -> nn.Module:
         task = self.config.task
@@ -54,11 +58,10 @@ class Classification:
         return functional.cross_entropy(model(batch.floats()), batch.targets, reduction="sum")
 
     def test_batches(self, world: World) -> Iterator[Batch]:
-        if self.held_out is None:
-            return
-        start, stop = rank_span(len(self.held_out), world.rank, world.size)
-        for begin in range(start, stop, _TEST_BATCH):
-            yield self.held_out.batch(np.arange(begin, min(begin + _TEST_BATCH, stop)))
+        return test_batches(self.held_out, world)
+
+    def validation_batches(self, world: World) -> Iterator[Batch]:
+        return test_batches(self.validation, world)
 
     def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
         logits = model(batch.floats())

@@ -1,6 +1,7 @@
 """Regression of arrays on arrays, from HDF5."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -9,17 +10,16 @@ from torch import nn
 from torch.nn import functional
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import rank_span
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.dataset import Batch, Split
+from hpc_train.train.data.dataset import Batch, Split, test_batches
+from hpc_train.train.data.files import Files
 from hpc_train.train.data.moments import Moments, moments
 from hpc_train.train.data.normalize import pooled_axes
 from hpc_train.train.data.samples import open_samples
 
-_TEST_BATCH = 1024
 _LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "mse": functional.mse_loss,
     "mae": functional.l1_loss,
@@ -37,30 +37,35 @@ class Regression:
     def __init__(self, config: Config, context: Context) -> None:
         """Collective. Opens the data; each rank reads a part of the targets for their mean and deviation."""
         self.config, name = config, config.data.targets
-        samples = open_samples(config, context)
-        self.train, self.held_out, self.order, self.in_step = (
-            samples.train,
-            samples.held_out,
-            samples.order,
-            samples.in_step,
-        )
-        self.num_samples = len(self.train)
-        context.on_all(self._check_targets)
-        self.scale, self.offset = context.on_all(lambda: samples.files.scale(name))
+        samples = open_samples(config, context, partial(self._checked, context))
+        self.train, self.validation, self.held_out = samples.train, samples.validation, samples.held_out
+        self.order, self.in_step, self.num_samples = samples.order, samples.in_step, len(self.train)
+        self._unit = abs(context.on_all(lambda: samples.files.scale(name))[0])
         found = _moments(self.train, context)
         std = np.where(found.std > 0, found.std, 1.0)
         self._mean, self._std = _tensor(found.mean), _tensor(std)
         self.facts = samples.facts | {"targets_standardized": {"mean": found.mean.tolist(), "std": std.tolist()}}
         self.reading = "; ".join((*samples.reading, f"{name}: {prod(self._target_shape):,} a sample"))
-        self._test_variance = _tensor(_moments(self.held_out or self.train, context).std ** 2)
+        # By which r2 divides: of the samples that are measured.
+        self._variance = {
+            id(split): _tensor(_moments(split, context).std ** 2) for split in (self.validation, self.held_out) if split
+        }
+        self._measured: Split | None = None
 
     @property
     def _target_shape(self) -> tuple[int, ...]:
         return tuple(self.train.targets.shape[1:])
 
-    def _check_targets(self) -> None:
-        data, path = self.config.data, self.config.data.file
-        for name, split in ((data.targets, self.train), (data.test_targets, self.held_out)):
+    def _checked(
+        self, context: Context, files: Files, train: Split, held_out: Split | None
+    ) -> tuple[Split, Split | None]:
+        """Collective. The splits. Raises `UserError` if their targets are no numbers, or of two shapes."""
+        context.on_all(partial(self._check_targets, train, held_out))
+        return train, held_out
+
+    def _check_targets(self, train: Split, held_out: Split | None) -> None:
+        data, path, shape = self.config.data, self.config.data.file, train.targets.shape[1:]
+        for name, split in ((data.targets, train), (data.test_targets, held_out)):
             if split is None:
                 continue
             if split.targets.dtype.kind not in "biuf":
@@ -68,9 +73,9 @@ class Regression:
                     f"{path}: {name} holds strings, and task.kind = 'regression' aims at numbers",
                     "Set task.kind to 'classification', or data.targets to another data set.",
                 )
-            if split.targets.shape[1:] != self.train.targets.shape[1:]:
+            if split.targets.shape[1:] != shape:
                 raise UserError(
-                    f"{path}: {name} has targets of {split.targets.shape[1:]}, not {self._target_shape}",
+                    f"{path}: {name} has targets of {split.targets.shape[1:]}, not {shape}",
                     f"Targets of {data.test_targets} must have the same shape.",
                 )
 
@@ -93,24 +98,25 @@ class Regression:
         return _LOSSES[self.config.task.loss](predicted, wanted, reduction="sum") / prod(self._target_shape)
 
     def test_batches(self, world: World) -> Iterator[Batch]:
-        if self.held_out is None:
-            return
-        start, stop = rank_span(len(self.held_out), world.rank, world.size)
-        for begin in range(start, stop, _TEST_BATCH):
-            yield self.held_out.batch(np.arange(begin, min(begin + _TEST_BATCH, stop)))
+        self._measured = self.held_out
+        return test_batches(self.held_out, world)
+
+    def validation_batches(self, world: World) -> Iterator[Batch]:
+        self._measured = self.validation
+        return test_batches(self.validation, world)
 
     def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
         device = batch.targets.device
-        mean, std, variance = (each.to(device) for each in (self._mean, self._std, self._test_variance))
+        variance = self._variance[id(self._measured)]
+        mean, std, variance = (each.to(device) for each in (self._mean, self._std, variance))
         wanted = (batch.targets.float() - mean) / std
         predicted = model(batch.floats()).float().view(wanted.shape)
         errors = (predicted - wanted) * std  # as stored
-        unit = abs(self.scale)
         unexplained = errors.square() / torch.where(variance > 0, variance, 1.0)
         return len(batch), {
             "loss": self._loss(predicted, wanted).item(),
-            "mse": _sum_of_means(errors.square()) * unit**2,
-            "mae": _sum_of_means(errors.abs()) * unit,
+            "mse": _sum_of_means(errors.square()) * self._unit**2,
+            "mae": _sum_of_means(errors.abs()) * self._unit,
             "r2": len(batch) - _sum_of_means(unexplained),
         }
 

@@ -29,12 +29,13 @@ def _number(path: Path) -> str:
     return path.name[5:].removesuffix(".h5")
 
 
-def remove_old(run: RunDir, num_kept: int, step: int) -> None:
-    """Keeps the newest `num_kept` checkpoints up to `step`.
+def remove_old(run: RunDir, num_kept: int, step: int, best_step: int | None = None) -> None:
+    """Keeps the newest `num_kept` checkpoints up to `step`, and that of `best_step`.
 
     Later ones were refused when the run resumed from before them: they neither count nor are removed.
     """
-    for path in [each for each in checkpoints(run) if step_of(each) <= step][num_kept:]:
+    others = [each for each in checkpoints(run) if step_of(each) <= step and step_of(each) != best_step]
+    for path in others[num_kept:]:
         remove(path)
 
 

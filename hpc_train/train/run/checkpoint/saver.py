@@ -64,6 +64,7 @@ class Saver:
         self._is_collective = settings.write == "collective" and context.comm is not None
         self._error: UserError | None = None
         self._has_told_of_room = False
+        self.best_step: int | None = None  # whose checkpoint stays, however old
         self._saved_step = -1  # on the root
         self._saved_s = monotonic()
 
@@ -242,7 +243,7 @@ class Saver:
                 return
         try:
             draft.seal(np.concatenate([outcome[_FAULT_WORDS:] for outcome in outcomes]), self._sync_records)
-            remove_old(self._run, self._settings.keep, step)
+            remove_old(self._run, self._settings.keep, step, self.best_step)
         except UserError as error:
             self._error = error
         except Exception as error:  # noqa: BLE001
