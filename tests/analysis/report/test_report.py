@@ -274,6 +274,12 @@ def test_the_page_is_in_order(tmp_path: Path) -> None:
         assert words in text
 
 
+def test_the_page_names_the_method_of_its_intervals(tmp_path: Path) -> None:
+    """The same as the documentation: no bootstrap is drawn for a measured quantity (`stats/estimate.py`)."""
+    text = Page(page(report(tmp_path, *pair()), tmp_path)).text
+    assert "Student’s t of the logarithms" in text and "Welch’s t interval" in text and "ootstrap" not in text
+
+
 def test_an_interval_stays_on_one_line_of_the_page(tmp_path: Path) -> None:
     made = report(tmp_path, *pair())
     html = page(made, tmp_path)
