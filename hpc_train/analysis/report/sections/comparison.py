@@ -3,13 +3,7 @@
 from dataclasses import asdict, replace
 from typing import Any
 
-from hpc_train.analysis.comparison.comparison import (
-    ONE_RUN_EACH,
-    Metric,
-    PlaceVerdict,
-    RunComparison,
-    Verdict,
-)
+from hpc_train.analysis.comparison.comparison import ONE_RUN_EACH, Metric, PlaceVerdict, RunComparison, Verdict
 from hpc_train.analysis.comparison.differences import Difference
 from hpc_train.analysis.comparison.sides import Side
 from hpc_train.analysis.guard import SectionGuard
