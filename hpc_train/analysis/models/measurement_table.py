@@ -108,6 +108,7 @@ def read_table(path: Path, ranks_per_node: int | None = None, network: Network |
         batch=batch,
         ranks_per_node=per_node,
         joules_per_step=np.array([_mean_joules(by_ranks[size]) for size in ranks]),
+        num_runs=np.array([len(by_ranks[size]) for size in ranks]),
         network=network,
         notes=tuple(_notes(lines, per_node)),
     )
