@@ -24,6 +24,7 @@ from hpc_train.analysis.scaling.compare import compare
 from hpc_train.cli.main import cli
 from hpc_train.cli.plan import duration_s, joules
 from hpc_train.core.errors import UserError
+from tests.published import all_series
 from tests.synthetic import Recipe, write_run
 
 WEAK = "ranks,samples_per_s,ranks_per_node\n1,100,4\n2,199,4\n4,392,4\n8,740,4\n16,1430,4\n32,2780,4\n"
@@ -216,9 +217,54 @@ def test_odd_tables_are_read_and_what_is_odd_is_said(tmp_path: Path) -> None:
     assert measurements.ranks.tolist() == [4, 6, 8, 16] and measurements.step_s[0] == pytest.approx(1.05)
     assert measurements.nodes(measurements.ranks).tolist() == [1, 2, 2, 4]
     told = " ".join(measurements.notes)
-    assert "4 ranks: 2 lines, of which the mean is taken" in told and "Taken as weak scaling" in told
+    assert "4 ranks: 2 lines, of which the mean is taken" in told
+    assert measurements.weak and "weak scaling, since steps do not get shorter" in " ".join(measurements.assumed)
     assert "6 ranks do not fill whole nodes of 4" in told
     assert "No ranks_per_node" in " ".join(read_table(table(tmp_path, "ranks,step_s\n1,1\n2,1\n")).notes)
+
+
+def test_what_a_table_leaves_open_is_told_at_the_top(tmp_path: Path) -> None:
+    """Steps that halve are strong scaling, though no column says so."""
+    halving = table(tmp_path, "ranks,step_s\n1,8\n2,4.1\n4,2.1\n")
+    told = " ".join(run_plan("--table", halving, "--steps", "1000").output.split())
+    assert told.index("Assumed: strong scaling, since steps get shorter") < told.index("Why: ")
+    assert told.index("every rank is a node (the column ranks_per_node, or") < told.index("Why: ")
+    # Eight steps of 8 s on one rank, and of 2.1 s on four: in weak scaling these would be four times the samples.
+    made = json.loads(run_plan("--table", halving, "--steps", "8", "--predict", "1,4", "--json").output)
+    assert [each["time_s"] for each in made["options"]] == pytest.approx([64, 8 * 2.1])
+    stated = table(tmp_path, "ranks,step_s,scaling,ranks_per_node\n1,8,strong,1\n2,4.1,strong,1\n4,2.1,strong,1\n")
+    assert "Assumed" not in run_plan("--table", stated, "--steps", "1000").output
+    open_table = table(tmp_path, "ranks,step_s\n1,8\n2,6.8\n")
+    with pytest.raises(UserError, match=r"step is 85.0% of that on 1 rank, which may be weak or strong") as asked:
+        read_table(open_table)
+    assert "Add a column scaling" in (asked.value.remedy or "")
+
+
+@pytest.mark.parametrize("columns", ["global_batch", "samples_per_s"])
+@pytest.mark.parametrize("weak", [True, False])
+def test_batches_tell_the_kind_of_scaling(tmp_path: Path, columns: str, weak: bool) -> None:
+    lines = []
+    for ranks, step_s in ((1, 1.0), (2, 0.8), (4, 0.7)):
+        batch = 64 * (ranks if weak else 1)
+        lines.append(f"{ranks},{step_s},2,{batch if columns == 'global_batch' else batch / step_s}")
+    read = read_table(table(tmp_path, "\n".join([f"ranks,step_s,ranks_per_node,{columns}", *lines, ""])))
+    assert read.weak == weak and not read.assumed
+
+
+def test_no_published_series_is_taken_for_the_other_kind(tmp_path: Path) -> None:
+    """By its times alone: it is recognised, or asked about."""
+    right = asked = 0
+    for series in all_series():
+        seconds = series.step_s / series.step_s.max()
+        lines = [f"{n},{t:.9f}" for n, t in zip(series.ranks.tolist(), seconds.tolist(), strict=True)]
+        try:
+            read = read_table(table(tmp_path, "\n".join(["ranks,step_s", *lines, ""])))
+        except UserError:
+            asked += 1
+        else:
+            assert read.weak == series.weak, series.name
+            right += 1
+    assert right > 5 * asked
 
 
 def test_a_rate_that_was_rounded_or_averaged_otherwise_is_no_contradiction(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ class Measurements:
     network: Network | None = None
     idle_w: float | None = None  # of one node
     energy_quality: str = "measured"
+    assumed: tuple[str, ...] = ()  # what a table did not state and the answer depends on
     notes: tuple[str, ...] = ()
 
     @property

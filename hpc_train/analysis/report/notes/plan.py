@@ -43,8 +43,9 @@ def broken_text(option: Option) -> str:
 
 
 def caveats(plan: Plan) -> list[str]:
-    """What the first lines must say: a fit that contradicts the measurements."""
-    return _missed_notes(plan)
+    """What the first lines must say: what a table left open, and a fit that contradicts the measurements."""
+    assumed = plan.prediction.measurements.assumed
+    return [*([f"Assumed: {'; '.join(assumed)}."] if assumed else []), *_missed_notes(plan)]
 
 
 def _missed_notes(plan: Plan) -> list[str]:
