@@ -202,7 +202,7 @@ def _load(run: RunDir) -> Run:
 
 
 def _num_samples(times: StepTimes, written: dict[str, Any], num_workers: int) -> int:
-    """The samples of an incomplete run that its energy was spent on: meters count what ranks without records do, too."""
+    """The samples that an incomplete run's energy was spent on: meters count what ranks without records do, too."""
     if told := _count_of(written, "num_samples"):
         return max(told, times.num_samples)
     return round(times.num_samples * num_workers / max(1, times.num_ranks))

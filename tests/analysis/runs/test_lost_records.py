@@ -1,4 +1,4 @@
-"""A real run whose records were lost afterwards: it does not pass as complete, and its energy is not laid on few samples."""
+"""A real run whose records were lost: it does not pass as complete, and its energy is not laid on few samples."""
 
 import shutil
 from pathlib import Path
