@@ -39,7 +39,7 @@ def compare(before: Path, after: Path | None, threshold: float, save: Path | Non
     Each is a run, a folder of repeats, or a baseline (.json) that --save wrote. Prints what changed and by how much:
     step time, phases, energy, loss, memory, single hosts and ranks; and what differs in configuration, software and
     hardware. A change counts if it is beyond the threshold and its 95% interval excludes no change: take three
-    repeats a side. The exit code is 1 for a regression, and 2 if the runs cannot be compared.
+    repeats a side; one a side judges nothing. The exit code is 1 for a regression, and 2 for runs of unlike jobs.
 
     \b
     Example: hpc-train compare runs/main --save baseline.json

@@ -94,8 +94,11 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def comparable(config: Config) -> dict[str, Any]:
-    """The dotted keys that decide how long a step takes and what it computes. Runs are compared only if these agree."""
-    ignored = {"name", "train.log_every", "train.steps", "train.peak_tflops", "reduce.autotune_log_file"}
+    """The dotted keys that decide how long a step takes and what it computes. Runs are compared only if these agree.
+
+    Runs that differ in their seed alone are repeats: they do the same work on other random numbers.
+    """
+    ignored = {"name", "seed", "train.log_every", "train.steps", "train.peak_tflops", "reduce.autotune_log_file"}
     return {
         key: value
         for key, value in flatten(as_dict(config)).items()

@@ -162,7 +162,10 @@ def test_two_mistakes_are_told_at_once(job: Path) -> None:
 
 def test_runs_are_compared_by_what_decides_a_steps_cost(job: Path) -> None:
     base = comparable(load(job).config)
-    assert comparable(load(job, ("run.root=other", "name=y", "train.log_every=7", "energy.sample_hz=2")).config) == base
+    assert (
+        comparable(load(job, ("run.root=other", "name=y", "seed=3", "train.log_every=7", "energy.sample_hz=2")).config)
+        == base
+    )
     of_the_centre = ("energy.pue=1.2", "energy.idle_s=5", "energy.price_per_kwh=0.3", "energy.currency=EUR")
     assert comparable(load(job, of_the_centre).config) == base
     assert comparable(load(job, ("train.global_batch=8",)).config) != base

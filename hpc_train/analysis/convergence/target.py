@@ -24,7 +24,7 @@ from hpc_train.core.statistics import Interval
 
 # Keys that change how fast the loss falls, not what it means: runs that differ in these alone have the same target.
 TUNING = (
-    *("seed", "train.global_batch", "train.batch_per_rank", "train.accumulate"),
+    *("train.global_batch", "train.batch_per_rank", "train.accumulate"),
     *("train.optimizer", "train.lr", "train.lr_reference_batch", "train.lr_warmup_steps", "train.schedule"),
     *("train.lr_milestones", "train.lr_decay", "train.momentum", "train.betas", "train.weight_decay"),
     "train.clip_norm",
@@ -54,7 +54,7 @@ class TargetRow:
 
     size: int
     incomplete: bool
-    tuning: dict[str, Any]  # the keys of TUNING except for the seed
+    tuning: dict[str, Any]  # the keys of TUNING
     reaches: tuple[Reach, ...]
     relative_speed: Estimate | None = None  # by time to target, relative to the study's reference; None of itself, too
     throughput: float | None = None  # speedup by samples per second
@@ -240,7 +240,7 @@ def _rows_by_tuning(runs: Sequence[Run]) -> dict[RowKey, list[Run]]:
 
 def _tuning(run: Run) -> dict[str, Any]:
     sections = run.config.model_dump(mode="json")
-    keys = [key.partition(".")[::2] for key in TUNING if key != "seed"]
+    keys = [key.partition(".")[::2] for key in TUNING]
     return {f"{section}.{key}": sections[section][key] for section, key in keys}
 
 

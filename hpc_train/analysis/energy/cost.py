@@ -51,6 +51,7 @@ class RowEnergy:
     # For each unit of speedup gained over the row before, for the same number of samples; None if it is not measurably
     # faster.
     marginal: EnergyAmount | None = None
+    speed: Estimate | None = None  # samples/s, over those of the row before
     change: Estimate | None = None  # joules times seconds per sample, over those of the row before
 
     @property
@@ -60,6 +61,11 @@ class RowEnergy:
             return None
         low, high = self.change.interval
         return True if high < 1 else False if low > 1 else None
+
+    @property
+    def is_slower(self) -> bool:
+        """Measurably, than the row before."""
+        return self.speed is not None and self.speed.interval is not None and self.speed.interval[1] < 1
 
     @property
     def joules(self) -> Estimate | None:
@@ -198,9 +204,9 @@ def _with_marginal(row: RowEnergy, before: RowEnergy, group: Group) -> RowEnergy
     after, earlier = _joule_seconds(row), _joule_seconds(before)
     if not after or not earlier:
         return row
-    faster = relative_speed(row.row, before.row)
-    is_faster = faster is not None and faster.interval is not None and faster.interval[0] > 1
-    return replace(row, marginal=more * (1 / gained) if is_faster else None, change=ratio(after, earlier))
+    speed = relative_speed(row.row, before.row)
+    is_faster = speed is not None and speed.interval is not None and speed.interval[0] > 1
+    return replace(row, marginal=more * (1 / gained) if is_faster else None, speed=speed, change=ratio(after, earlier))
 
 
 def _joule_seconds(row: RowEnergy) -> list[Estimate]:

@@ -63,7 +63,7 @@ class Forecast:
     efficiency: float  # samples/s per rank, relative to the model's at the smallest measured size
     measured_s: float | None  # if this size was measured
     extrapolation: float  # ranks / largest measured; 1 within the data
-    drift: float  # relative standard deviation of series at large, of so many doublings with this overhead
+    drift: float  # relative standard deviation of series at large, of so many doublings with this growth
     computing_s: float | None = None  # of the step; None if the measured sizes do not say it
     input_s: float | None = None
 
@@ -72,30 +72,30 @@ class Forecast:
 class Drift:
     """By how much a model misses beyond the data: a Student distribution of relative errors.
 
-    Its variance at one doubling is least^2 + (of_overhead x overhead)^2, and grows with the number of doublings.
-    overhead: the share of a step that ideal scaling from the smallest size would not take. weight: how many held-out
-    sizes what is known of other series counts for.
+    Its variance at one doubling is least^2 + (of_growth x growth)^2, and grows with the number of doublings.
+    growth: the share of a step that it would not take at the efficiency of the largest measured size. weight: how many
+    held-out sizes what is known of other series counts for.
     """
 
     least: float
-    of_overhead: float
+    of_growth: float
     weight: float
     degrees: float
 
-    def variance(self, overhead: FloatArray) -> FloatArray:
+    def variance(self, growth: FloatArray) -> FloatArray:
         """Of one doubling."""
-        return np.asarray(self.least**2 + (self.of_overhead * overhead) ** 2)
+        return np.asarray(self.least**2 + (self.of_growth * growth) ** 2)
 
     def updated(self, squares: Sequence[float]) -> "Drift":
         """With the errors of held-out sizes: squares, over the variances expected of them, each counting 25 at most."""
         total = self.weight + sum(min(square, 25.0) for square in squares)
         factor = float(np.sqrt(total / (self.weight + len(squares))))
         weight, degrees = self.weight + len(squares), self.degrees + len(squares)
-        return Drift(self.least * factor, self.of_overhead * factor, weight, degrees)
+        return Drift(self.least * factor, self.of_growth * factor, weight, degrees)
 
 
-# Of a series of which nothing is known: estimated on published series, see `make bench-plan`.
-DRIFT = Drift(least=0.02, of_overhead=0.12, weight=1.0, degrees=2.2)
+# Of a series of which nothing is known, chosen by hand: `make bench-plan` prints how many published sizes it holds.
+DRIFT = Drift(least=0.02, of_growth=0.2, weight=1.0, degrees=2.2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ class Prediction:
             )
         beyond = np.maximum(ranks / measurements.largest, 1.0)
         low_s, high_s = self._interval_s(fit, ranks, beyond)
-        drift = np.sqrt(DRIFT.variance(_overhead(measurements, ranks, step_s)) * np.log2(beyond))
+        drift = np.sqrt(DRIFT.variance(_growth(measurements, ranks, step_s)) * np.log2(beyond))
         waits_s, computing_s = input_s(measurements, ranks), _computing_s(measurements, ranks)
         samples, nodes = measurements.samples(ranks), measurements.nodes(ranks)
         smallest = measurements.ranks[:1]
@@ -162,7 +162,7 @@ class Prediction:
         """(n,) of the drift at each number of ranks."""
         fit = self.chosen.fit
         assert fit is not None
-        return self.drift.variance(_overhead(self.measurements, ranks, fit(ranks)))
+        return self.drift.variance(_growth(self.measurements, ranks, fit(ranks)))
 
     def _interval_s(self, fit: Fit, ranks: IntArray, beyond: FloatArray) -> tuple[FloatArray, FloatArray]:
         """95% interval of the step time of a new run.
@@ -188,9 +188,10 @@ def _computing_s(measurements: Measurements, ranks: IntArray) -> FloatArray | No
     return np.asarray(per_share * measurements.share(ranks))
 
 
-def _overhead(measurements: Measurements, ranks: IntArray, step_s: FloatArray) -> FloatArray:
-    ideal_s = measurements.step_s[0] * measurements.share(np.asarray(ranks))
-    return np.asarray(1 - ideal_s / np.maximum(step_s, 1e-300))
+def _growth(measurements: Measurements, ranks: IntArray, step_s: FloatArray) -> FloatArray:
+    ranks = np.asarray(ranks)
+    same_s = measurements.step_s[-1] * measurements.share(ranks) / measurements.share(measurements.ranks[-1:])[0]
+    return np.asarray(1 - same_s / np.maximum(step_s, 1e-300))
 
 
 def curve_sizes(prediction: Prediction, beyond: float = 4.0, num_sizes: int = 60) -> list[int]:
@@ -263,10 +264,10 @@ def observed_drift(measurements: Measurements, chosen: Candidate, drift: Drift |
     assert chosen.fit is not None
     squares, known, noise = [], drift or DRIFT, float(np.median(chosen.fit.noise))
     for each in chosen.held_out:
-        before = int(measurements.ranks[measurements.ranks < each.ranks].max())
-        overhead = _overhead(measurements, np.array([each.ranks]), np.array([each.measured_s]))
+        known_sizes = measurements.smallest(int((measurements.ranks < each.ranks).sum()))
+        growth = _growth(known_sizes, np.array([each.ranks]), np.array([each.predicted_s]))
         # Logarithms, but a guess below 0 has none.
         error = float(np.log(max(each.predicted_s / each.measured_s, 1e-3)))
-        expected = np.log2(each.ranks / before) * float(known.variance(overhead)[0]) + noise**2
+        expected = np.log2(each.ranks / known_sizes.largest) * float(known.variance(growth)[0]) + noise**2
         squares.append(error**2 / expected)
     return known.updated(squares)

@@ -1,7 +1,7 @@
 """Models of a step's time over the number of ranks N, and how their parameters are fitted.
 
 share(N) is the samples of one rank in a step, relative to the smallest measured size: 1 in weak scaling, falling as 1/N
-in strong scaling. `analytic_model.py` has the mechanistic model.
+in strong scaling. `mechanistic_model.py` has the mechanistic model.
 """
 
 from abc import ABC, abstractmethod
@@ -111,7 +111,7 @@ class _ContentionFit(Fit):
 _POWERS = (0, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 1, 5 / 4, 4 / 3, 3 / 2, 5 / 3, 2, 5 / 2, 3)
 _LOGS = (0, 1, 2)
 _LEAST_SIZES = 5
-_LEAST_NOISE = 0.004
+_LEAST_NOISE, _MOST_NOISE = 0.004, 0.5  # relative
 
 
 def fit_extra_p(measurements: Measurements) -> Fit:
@@ -127,9 +127,10 @@ def fit_extra_p(measurements: Measurements) -> Fit:
     columns = _extra_p_columns(measurements, measurements.ranks, power, log)
     fitted_s = columns @ _least_squares(columns, step_s, step_s)
     missed = float(np.sqrt(np.sum((step_s / fitted_s - 1) ** 2) / (num_sizes - columns.shape[1])))
-    scale = np.hypot(measurements.error, max(missed, _LEAST_NOISE))
+    noise = min(max(missed, _LEAST_NOISE), _MOST_NOISE)
+    scale = np.hypot(measurements.error, noise)
     draws = refit_draws(fitted_s, scale, lambda drawn_s: _least_squares(columns, drawn_s, step_s), NUM_DRAWS)
-    return _ExtraPFit(measurements, draws, np.full(NUM_DRAWS, max(missed, _LEAST_NOISE)), power, log)
+    return _ExtraPFit(measurements, draws, np.full(NUM_DRAWS, noise), power, log)
 
 
 def _leave_one_out_error(measurements: Measurements, power: float, log: int) -> float:

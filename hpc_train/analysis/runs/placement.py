@@ -1,6 +1,7 @@
 """Where ranks ran, from meta.json."""
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from hpc_train.analysis.runs.load import Run
@@ -13,6 +14,15 @@ class RankPlacement:
     host: str
     local_rank: int
     cores: frozenset[int]
+
+
+@dataclass(frozen=True)
+class CrowdedHost:
+    """A host with more ranks than cores: each waits for the others."""
+
+    host: str
+    num_ranks: int
+    num_cores: int
 
 
 def hosts_of_attempt(meta: dict[str, Any], attempt: int) -> list[str]:
@@ -34,6 +44,21 @@ def placements(run: Run) -> tuple[RankPlacement, ...]:
         return ()
     is_complete = sorted(each.rank for each in found) == list(range(run.size))
     return tuple(found) if is_complete else ()
+
+
+def crowded_hosts(run: Run) -> tuple[CrowdedHost, ...]:
+    """The hosts of which training said the same in a warning; () if the cores of a rank there were not recorded."""
+    found = []
+    for host, ranks in groupby(sorted(placements(run), key=_host), key=_host):
+        cores = [rank.cores for rank in ranks]
+        num_cores = len(frozenset().union(*cores))
+        if all(cores) and len(cores) > num_cores:
+            found.append(CrowdedHost(host, len(cores), num_cores))
+    return tuple(found)
+
+
+def _host(placement: RankPlacement) -> str:
+    return placement.host
 
 
 def _placement(entry: dict[str, Any]) -> RankPlacement:

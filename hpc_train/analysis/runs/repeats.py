@@ -1,4 +1,4 @@
-"""Which runs are repeats: alike in everything that their times, losses and energy depend on.
+"""Which runs are repeats: alike in everything that their times, losses and energy depend on, except for the seed.
 
 Repeats are pooled in one row. Runs on other software, hardware or settings are no repeats, even of the same job file:
 they form a group of their own, whose label says how it differs.
@@ -102,8 +102,9 @@ def assign_series(runs: Sequence[Run]) -> list[int]:
     facts, usual = all_facts(runs), {name for run in runs for name in facts_of(run)}
     jobs: dict[str, dict[tuple[int, bool], list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, run in enumerate(runs):
-        keys = {key: value for key, value in config.comparable(run.config).items() if key != "seed"}
-        jobs[json.dumps(keys, sort_keys=True)][run.size, run.incomplete is not None].append(index)
+        jobs[json.dumps(config.comparable(run.config), sort_keys=True)][run.size, run.incomplete is not None].append(
+            index
+        )
     slots, wholes = [], []  # of jobs with a conflict: the kinds of each size; of the others: all of their runs
     for by_size in jobs.values():
         kinds = [_kinds(facts, members) for _, members in sorted(by_size.items())]

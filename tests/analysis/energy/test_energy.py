@@ -268,8 +268,9 @@ def test_where_more_hardware_stops_paying(tmp_path: Path) -> None:
     assert marginal == pytest.approx([300, 1440], rel=1e-3)
     assert [row.pays for row in found.rows] == [None, True, False]
     assert verdict(found) == (
-        "More hardware stops paying beyond 2 ranks (joules times seconds per sample: 1.33x, 95% interval 1.30-1.36):"
-        " from 2 to 4 ranks each unit of speedup gained costs 1.44 kJ; before that a unit cost 300 J"
+        "More hardware stops paying beyond 2 ranks (joules times seconds per sample, which fall while it pays: 1.33x,"
+        " 95% interval 1.30-1.36): from 2 to 4 ranks each unit of speedup gained costs 1.44 kJ; before that a unit cost"
+        " 300 J"
     )
     energies = table(energy_section(found), "energy")
     assert [column.title for column in energies.columns][:3] == ["ranks", "gross", "95% interval"]
@@ -282,8 +283,8 @@ def test_where_more_hardware_stops_paying(tmp_path: Path) -> None:
 
 def test_hardware_that_still_pays_and_that_saves(tmp_path: Path) -> None:
     assert verdict(sizes(tmp_path, 100.0, 100.0, repeats=(0.99, 1.0, 1.01))) == (
-        "More hardware still pays at 2 ranks, the largest size (joules times seconds per sample: 0.36x, 95% interval"
-        " 0.35-0.37): from 1 to 2 ranks each unit of speedup gained saves 600 J"
+        "More hardware still pays at 2 ranks, the largest size (joules times seconds per sample, which fall while it"
+        " pays: 0.36x, 95% interval 0.35-0.37): from 1 to 2 ranks each unit of speedup gained saves 600 J"
     )
 
 
@@ -295,7 +296,7 @@ def test_no_verdict_without_an_interval_behind_it(tmp_path: Path) -> None:
     wide = sizes(tmp_path / "b", 100.0, 250.0, repeats=(0.8, 1.0, 1.25))
     assert wide.rows[1].change is not None and wide.rows[1].change.value == pytest.approx(0.9, abs=0.01)
     assert wide.rows[1].pays is None and verdict(wide).startswith(
-        "Whether more hardware still pays at 2 ranks is not measurable (joules times seconds per sample: 0.90x, 95%"
+        "Whether more hardware still pays at 2 ranks is not measurable (joules times seconds per sample, which fall"
     )
 
 

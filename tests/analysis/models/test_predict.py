@@ -142,6 +142,21 @@ def test_the_fullest_rank_sets_the_pace() -> None:
     assert predict(uneven).at([5])[0].step_s == pytest.approx(2.0, rel=0.02)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_was_measured_has_a_finite_interval(seed: int) -> None:
+    """Sizes, times, errors and benchmarks drawn over many powers of ten."""
+    random = np.random.default_rng(seed)
+    ranks = np.unique(random.integers(1, 10 ** random.integers(1, 7), 6))
+    step_s = 10 ** random.uniform(-6, 5) * np.exp(random.normal(0, (0.0, 0.01, 1.0, 8.0)[seed % 4], len(ranks)))
+    network = Network(1e-5, 10 ** random.uniform(-12, 0), 1e-3, 10 ** random.uniform(-12, 0), "bench")
+    known = measurements(
+        ranks.tolist(), step_s, weak=seed < 4, batch=1e9, network=network if seed % 2 else None, gradient_bytes=1e8
+    )
+    for forecast in predict(known).at([int(ranks[0]), int(ranks[-1]), 4 * int(ranks[-1])]):
+        low, high = forecast.step_interval_s
+        assert 0 <= low <= forecast.step_s <= high < np.inf and forecast.step_s > 0
+
+
 # ---------------------------------------------------------------------------------------------- the sampler
 
 

@@ -34,9 +34,43 @@ def test_the_headline_answers_first(tmp_path: Path) -> None:
     (line,) = report(tmp_path, *pair()).headlines
     assert re.fullmatch(
         r"2 ranks: 1\.6\dx over 1 rank \(95% interval [\d.-]+ within one run, 8\d% efficiency\)"
-        r"; 10% of the step is exposed communication",
+        r"; computing a sample takes 1\.20x the time; 10% of the step is exposed communication",
         line,
     )
+
+
+def test_the_headline_names_the_larger_loss_and_the_cores_that_ranks_share() -> None:
+    """Recorded on two cores: computing suffers more (0.464) than communication (0.735)."""
+    (section,) = make_report([Path("tests/runs/mlp-mnist")]).sections
+    assert (
+        "; computing a sample takes 2.15x the time (4 ranks share 2 cores of vm); 32% of the step is"
+        in section.headline
+    )
+    notes = [note.text for note in section.notes]
+    assert sum("share 2 cores" in note for note in notes) == 1, "2 ranks had a core each"
+    slower = next(note for note in notes if "4 ranks are slower than 2 (" in note)
+    assert "(0.71x the speed, 95% interval" in slower and "which fall while it pays: 2.08x" in slower
+    assert table(section, "power").rows[2][-1] == "slower"
+
+
+@pytest.mark.parametrize(
+    ("threads", "step_s", "told"),
+    [
+        (
+            2,
+            0.004,
+            "do not quote an efficiency above 100% on unequal terms (threads per rank: 2 (1 rank); 1 (2 ranks))",
+        ),
+        (1, 0.004, "repeat the baseline before you quote an efficiency above 100%"),
+        (2, 0.006, ""),
+    ],
+)
+def test_an_efficiency_above_100_percent_warns_in_the_headline(
+    tmp_path: Path, threads: int, step_s: float, told: str
+) -> None:
+    baseline = Recipe(step_s=0.010, meta={"ranks": [{"rank": 0, "threads": threads}]})
+    (line,) = report(tmp_path, baseline, Recipe(size=2, step_s=step_s)).headlines
+    assert (told in line) if told else ("above 100%" not in line)
 
 
 def test_a_slowdown_is_called_slower_and_says_what_grew(tmp_path: Path) -> None:
@@ -272,6 +306,12 @@ def test_the_page_is_in_order(tmp_path: Path) -> None:
     assert places == sorted(places)
     for words in ("node01", "torch 2.10.0", "Open MPI v4.1.4", "b0f1e82c0ffe", "10 of them warm-up"):
         assert words in text
+
+
+def test_the_page_names_the_method_of_its_intervals(tmp_path: Path) -> None:
+    """The same as the documentation: no bootstrap is drawn for a measured quantity (`stats/estimate.py`)."""
+    text = Page(page(report(tmp_path, *pair()), tmp_path)).text
+    assert "Student’s t of the logarithms" in text and "Welch’s t interval" in text and "ootstrap" not in text
 
 
 def test_an_interval_stays_on_one_line_of_the_page(tmp_path: Path) -> None:

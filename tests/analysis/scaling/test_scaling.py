@@ -12,6 +12,7 @@ import pytest
 
 from hpc_train.analysis.report.notes.scaling import group_notes, scaling_notes
 from hpc_train.analysis.report.renderers.files import default_output
+from hpc_train.analysis.report.report import make_report
 from hpc_train.analysis.runs.load import load, load_all
 from hpc_train.analysis.scaling.compare import Group, Scaling, compare
 from hpc_train.analysis.scaling.rows import pooled_row
@@ -308,6 +309,22 @@ def test_repeats_are_pooled_and_their_differences_widen_the_interval(tmp_path: P
     assert row.step_interval_s[0] < 0.0102 and row.step_interval_s[1] > 0.0118
     assert row.energy.joules == pytest.approx(101.0)
     assert row.joules_per_sample == pytest.approx(101.0 / (210 * 120))
+
+
+def test_runs_of_other_seeds_are_repeats(tmp_path: Path) -> None:
+    for size in (1, 2):
+        for seed in (1, 2, 3):
+            run = write_run(
+                tmp_path, Recipe(size=size, step_s=(0.01 + 0.0001 * seed) / size, stamp=f"2026112{seed}T210000Z")
+            )
+            run.config.write_text(run.config.read_text().replace("seed = 0", f"seed = {seed}"))
+    runs = load_all([tmp_path])
+    assert sorted({run.config.seed for run in runs}) == [1, 2, 3]
+    (group,) = compare(runs).groups
+    assert group.label == "softmax-mnist" and [len(row.runs) for row in group.rows] == [3, 3]
+    assert group.rows[1].relative_speed is not None and group.rows[1].relative_speed.between_runs
+    (section,) = make_report([tmp_path]).sections
+    assert "within one run" not in section.headline and "(95% interval " in section.headline
 
 
 def test_a_single_run_keeps_the_interval_of_its_summary(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_strategies_stand_side_by_side_at_each_number_of_ranks(tmp_path: Path) -
         assert entry.ratio_interval is not None and entry.ratio is not None
         assert entry.ratio_interval[0] <= entry.ratio <= entry.ratio_interval[1]
     speed, work = section(made).tables
-    assert speed.title == "Strategies on equal work (global batch 120, seed 0, 210 steps)"
+    assert speed.title == "Strategies on equal work (global batch 120, 210 steps)"
     server = cells(made, "strategies", "parameter server")
     assert (server["ranks"], server["speed vs horovod"], server["exposed"]) == ("3+1", "0.50x", "20.0%")
     assert {row[5] for row in speed.rows[:2]} == {"reference"}

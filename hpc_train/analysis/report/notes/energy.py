@@ -21,8 +21,11 @@ def verdict(energy: GroupEnergy) -> str:
     row = worse or judged[-1]
     last = complete[complete.index(row) - 1]
     price = f"from {last.row.size} to {plural(row.row.size, 'rank')} {_price_text(row)}"
+    if row.is_slower and row.speed is not None:
+        speed = f"{ratio_text(row.speed.value)} the speed, {interval_words(row.speed)}"
+        price = f"{plural(row.row.size, 'rank')} are slower than {last.row.size} ({speed})"
     assert row.change is not None
-    change = f"joules times seconds per sample: {ratio_text(row.change.value)}"
+    change = f"joules times seconds per sample, which fall while it pays: {ratio_text(row.change.value)}"
     if row.change.interval is None:
         at = plural(row.row.size, "rank")
         return f"Whether more hardware still pays at {at} cannot be told without repeats ({change}): {price}"

@@ -5,6 +5,7 @@ from math import inf
 
 from hpc_train.analysis.convergence.target import TargetRow, TargetStudy
 from hpc_train.analysis.report.labels import WITHIN, interval_words, straggler_text, worst_run
+from hpc_train.analysis.report.notes.scaling import crowding_text, not_to_quote_text
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.analysis.scaling.strategies import Comparison, Entry
@@ -13,6 +14,8 @@ from hpc_train.core.timing_log import COMMUNICATION, PHASES
 
 _GROWN = 0.05  # of the baseline's step: a phase that grew by less is not worth a clause in the headline
 _MOST_NAMES = 3
+_MOSTLY = 0.9  # of the exposed communication: stragglers who cause that much are its explanation
+_SLOWER_COMPUTING = 0.95  # computation scaling: a smaller loss is not worth a clause
 
 
 def headline(group: Group, named: bool = False, advice: str = "") -> str:
@@ -29,15 +32,17 @@ def _answer(group: Group) -> str:
     ranks, over = plural(row.size, "rank"), plural(baseline.size, "rank")
     efficiency, times = f"{percent(row.efficiency, 0)} efficiency", ratio_text(row.speedup)
     known = f"{interval_words(row.relative_speed)}, {efficiency}"
+    unquotable = not_to_quote_text(row, baseline)
+    lost = f"; {unquotable}" * bool(unquotable) + _slower_computing(row) + _lost(row)
     low, high = row.speedup_interval or (0.0, inf)
     if row.speedup_interval is not None and low <= 1 <= high:
         speed = f"not measurably faster than {over} ({times}, {known})"
     elif high < 1:
         speed = f"slower than {over}, {times} its speed ({known})"
     else:
-        return f"{ranks}: {times} over {over}{' in samples/s' * group.weak} ({known}){_lost(row)}"
+        return f"{ranks}: {times} over {over}{' in samples/s' * group.weak} ({known}){lost}"
     grown = "".join(f", {growth}" for growth in _growths(row, baseline))
-    return f"{ranks}: {speed}{_lost(row)}{grown}"
+    return f"{ranks}: {speed}{lost}{grown}"
 
 
 def _answer_without_baseline(group: Group) -> str:
@@ -52,9 +57,19 @@ def _lost(row: Row) -> str:
     """What keeps the row from the ideal: exposed communication, and the stragglers that cause most of it."""
     share, lost = row.exposed_share, time_lost_text(row)
     most = max((each.share for each in row.stragglers), default=0.0)
-    if share is None or (lost and most >= 0.5 * share):  # exposed communication is then mostly that wait
+    if share is None or (lost and most >= _MOSTLY * share):  # exposed communication is then mostly that wait
         return lost
     return f"; {percent(share, 0)} of the step is exposed communication{lost}"
+
+
+def _slower_computing(row: Row) -> str:
+    """A clause if more is lost to computing than to communication: the same samples take more of the ranks' time."""
+    computing, communication = (row.pop.factors.get(name, 1.0) for name in ("computational", "communication"))
+    if computing >= min(communication, _SLOWER_COMPUTING):
+        return ""
+    crowded = crowding_text(row)
+    why = f" ({crowded})" if crowded else ""
+    return f"; computing a sample takes {ratio_text(1 / computing)} the time{why}"
 
 
 def _growths(row: Row, baseline: Row) -> Iterator[str]:

@@ -6,24 +6,26 @@ from collections.abc import Collection, Iterator, Sequence
 from hpc_train.analysis.report.labels import MARK, WITHIN
 from hpc_train.analysis.runs.clocks import hosts_of
 from hpc_train.analysis.runs.load import Run
+from hpc_train.analysis.runs.placement import crowded_hosts
 from hpc_train.analysis.runs.repeats import differing_facts
 from hpc_train.analysis.scaling.compare import Group, Scaling, equal_work
 from hpc_train.analysis.scaling.labels import differing_keys, work
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.core.formatting import ms_text, plural
+from hpc_train.core.formatting import listed, ms_text, plain, plural
 from hpc_train.core.settings import RECORDED
 from hpc_train.core.timing_log import PHASES
 
 _UNEVEN = 0.1  # the mean step over the median one, relative
 _SUPERLINEAR = 1.05  # speedup efficiency
+_MOST_UNEQUAL = 2  # facts that a sentence names
 
 
 def group_notes(group: Group) -> list[str]:
     return [
         *_baseline_notes(group),
         *_run_notes(group.runs),
-        *(note for row in group.rows for note in _row_notes(row)),
         *mismatch_notes(group.runs),
+        *(note for row in group.rows for note in _row_notes(row)),
         *_ranks_per_host_notes(group.runs),
     ]
 
@@ -67,23 +69,52 @@ def _row_notes(row: Row) -> Iterator[str]:
             f"{size}: steps take {ms_text(row.step_s)} ms on average, which counts, and {ms_text(row.step_median_s)} ms"
             " in the median: few of them cause most of the difference."
         )
-    is_above_ideal = row.efficiency_interval is not None and row.efficiency_interval[0] > 1
-    if is_above_ideal and (row.efficiency or 0.0) > _SUPERLINEAR:
+    if _is_above_ideal(row):
         yield (
             f"{size}: sharing the work does not explain a speedup efficiency above 100%. Smaller shares may fit the"
             " caches, or the baseline was disturbed: repeat the baseline to tell."
         )
+    if crowded := crowding_text(row):
+        yield f"{crowded} and wait for each other's computing (runs of {size})."
+
+
+def _is_above_ideal(row: Row) -> bool:
+    return bool(row.efficiency_interval and row.efficiency_interval[0] > 1 and (row.efficiency or 0.0) > _SUPERLINEAR)
+
+
+def not_to_quote_text(row: Row, baseline: Row) -> str:
+    """Why an efficiency above 100% says nothing about scaling; "" if it is not above, or only by chance."""
+    if row is baseline or (row.efficiency or 0.0) <= _SUPERLINEAR:
+        return ""
+    unequal = mismatch_values([*baseline.runs, *row.runs])
+    if unequal:
+        return f"do not quote an efficiency above 100% on unequal terms ({listed(unequal, _MOST_UNEQUAL)})"
+    return "repeat the baseline before you quote an efficiency above 100%" if _is_above_ideal(row) else ""
+
+
+def crowding_text(row: Row) -> str:
+    """ "4 ranks share 2 cores of vm" on the most crowded host of any run; "" if no host has fewer cores than ranks."""
+    hosts = [host for run in row.runs for host in crowded_hosts(run)]
+    worst = max(hosts, key=lambda host: host.num_ranks / host.num_cores, default=None)
+    if worst is None:
+        return ""
+    return f"{plural(worst.num_ranks, 'rank')} share {plural(worst.num_cores, 'core')} of {plain(worst.host)}"
 
 
 def mismatch_notes(runs: Sequence[Run]) -> list[str]:
-    """What differs between runs besides their size: each fact with its values and the sizes that have them."""
-    notes = []
+    """What differs between runs besides their size."""
+    return [f"Configuration mismatch: {values}." for values in mismatch_values(runs)]
+
+
+def mismatch_values(runs: Sequence[Run]) -> list[str]:
+    """Each fact that differs, with its values and the sizes that have them."""
+    found = []
     for name, values in differing_facts(runs).items():
         sizes: dict[str, set[int]] = defaultdict(set)
         for run, value in zip(runs, values, strict=True):
             sizes[value].add(run.size)
-        notes.append(_mismatch(name, dict(sorted(sizes.items(), key=lambda item: min(item[1])))))
-    return notes
+        found.append(_values_text(name, dict(sorted(sizes.items(), key=lambda item: min(item[1])))))
+    return found
 
 
 def _ranks_per_host_notes(runs: Sequence[Run]) -> list[str]:
@@ -101,12 +132,14 @@ def _ranks_per_host_notes(runs: Sequence[Run]) -> list[str]:
             sizes[num].add(run.size)
     if len(sizes) < 2:
         return []
-    return [_mismatch("rank placement, ranks per host", {str(num): sizes[num] for num in sorted(sizes)})]
+    values = _values_text("rank placement, ranks per host", {str(num): sizes[num] for num in sorted(sizes)})
+    return [f"Configuration mismatch: {values}."]
 
 
-def _mismatch(name: str, sizes_by_value: dict[str, set[int]]) -> str:
+def _values_text(name: str, sizes_by_value: dict[str, set[int]]) -> str:
+    """ "threads per rank: 2 (1 rank); 1 (2 and 4 ranks)"."""
     values = "; ".join(f"{value} ({_sizes_text(sizes)})" for value, sizes in sizes_by_value.items())
-    return f"Configuration mismatch: {name}: {values}."
+    return f"{name}: {values}"
 
 
 def _sizes_text(sizes: set[int]) -> str:

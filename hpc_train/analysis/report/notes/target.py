@@ -30,8 +30,6 @@ def target_notes(study: TargetStudy) -> list[str]:
         notes.append("Intervals are from how repeats differ; seconds of repeats are their geometric mean.")
     if any(row.incomplete for row in study.rows):
         notes.append(f"{MARK} incomplete: shown, never the reference.")
-    if any(len({run.config.seed for run in row.runs}) > 1 for row in study.rows):
-        notes.append("Runs that differ in seed alone are repeats here.")
     return notes + mismatch_notes(study.runs) if study.num_groups > 1 else notes
 
 

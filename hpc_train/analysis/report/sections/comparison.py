@@ -3,15 +3,7 @@
 from dataclasses import asdict, replace
 from typing import Any
 
-from hpc_train.analysis.comparison.comparison import (
-    ALONE_THRESHOLD,
-    ONE_RUN_EACH,
-    THROUGHPUT,
-    Metric,
-    PlaceVerdict,
-    RunComparison,
-    Verdict,
-)
+from hpc_train.analysis.comparison.comparison import ONE_RUN_EACH, Metric, PlaceVerdict, RunComparison, Verdict
 from hpc_train.analysis.comparison.differences import Difference
 from hpc_train.analysis.comparison.sides import Side
 from hpc_train.analysis.guard import SectionGuard
@@ -60,10 +52,10 @@ def _speed_text(speed: Metric) -> str:
         return f"The {speed.name} is not judged: {speed.why}"
     if speed.verdict == "no difference shown":
         return f"No difference of the {speed.name} is shown; one of {_shown_text(speed.smallest_shown)} would be"
-    more = "more" if speed.relative > 0 else "fewer" if speed.name == THROUGHPUT else "less"
-    what = f"{more} samples/s" if speed.name == THROUGHPUT else f"{more} time a step"
-    verdict = "" if speed.verdict == "not judged" else f": {speed.verdict}"
-    return f"{percent(abs(speed.relative))} {what}, 95% interval {_interval_text(speed.interval)}{verdict}"
+    change = f"{percent(abs(speed.relative))} {'more' if speed.relative > 0 else 'less'} time a step"
+    if speed.why == ONE_RUN_EACH:
+        return f"{change}, which one run a side cannot tell from chance" if speed.relative else "The same time a step"
+    return f"{change}, 95% interval {_interval_text(speed.interval)}: {speed.verdict}"
 
 
 def _runs_text(side: Side) -> str:
@@ -86,9 +78,8 @@ def _place_text(each: PlaceVerdict) -> str:
 def cautions(comparison: RunComparison) -> list[str]:
     if comparison.one_run_each:
         return [
-            "With one run a side intervals hold within these runs: by how much runs differ by chance is unknown, so"
-            f" only a step time that differs by more than {percent(max(comparison.threshold, ALONE_THRESHOLD), 0)}"
-            " counts. Three repeats a side show smaller changes."
+            "With one run a side nothing is judged: by how much runs differ by chance is unknown, and intervals hold"
+            " within these runs alone. Take three repeats a side, or three before and one after."
         ]
     lines = []
     speed = comparison.speed

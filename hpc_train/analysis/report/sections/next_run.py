@@ -55,7 +55,7 @@ def _next_run(group: Group) -> NextRun:
     missed = plan.prediction.chosen.error
     if missed is None or missed > _TRUSTED:
         why = "not tested" if missed is None else f"off by {percent(missed, 0)} on sizes that it had not seen"
-        return NextRun(plan, False, f"The plan for the next run rests on a model that was {why}: see hpc-train plan.")
+        return NextRun(plan, False, f"The model behind a plan for the next run was {why}: see hpc-train plan.")
     return NextRun(plan, True)
 
 

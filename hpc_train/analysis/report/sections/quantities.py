@@ -560,7 +560,9 @@ COST: tuple[Quantity[RowEnergy], ...] = (
 def _marginal_text(row: RowEnergy) -> str:
     if row.marginal is not None:
         return row.marginal.text()
-    return "-" if row.change is None else "not measurably faster"
+    if row.change is None:
+        return "-"
+    return "slower" if row.is_slower else "not measurably faster"
 
 
 def _joules_interval_text(row: RowEnergy) -> str:

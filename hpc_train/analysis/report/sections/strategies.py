@@ -50,12 +50,12 @@ def _row(entry: Entry) -> Row:
 
 
 def _work_text(comparison: Comparison) -> str:
-    """ "global batch 120, seed 0, 210 steps"."""
+    """ "global batch 120, 210 steps"."""
     keys = comparison.keys
     weak = keys.get("train.batch_per_rank")
     batch = f"batch per rank {weak}" if weak else f"global batch {keys.get('train.global_batch')}"
     steps = sorted({run.config.train.steps for entry in comparison.entries for run in entry.row.runs})
-    return f"{batch}, seed {keys.get('seed')}, {' or '.join(map(str, steps))} steps"
+    return f"{batch}, {' or '.join(map(str, steps))} steps"
 
 
 def _ratio_text(entry: Entry) -> str:
