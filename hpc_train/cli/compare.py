@@ -19,8 +19,8 @@ def _percent(ctx: click.Context, param: click.Parameter, value: str) -> float:
         percent = float(value.strip().removesuffix("%"))
     except ValueError:
         percent = -1.0
-    if not 0 <= percent <= 1000:
-        raise click.BadParameter(f"{value}: write a percentage, such as 3%")
+    if not value.strip().endswith("%") or not 0 <= percent <= 1000:  # is 0.05 a twentieth, or 0.05%?
+        raise click.BadParameter(f"{value}: write a percentage with its sign, such as 3%")
     return percent / 100
 
 
@@ -39,7 +39,7 @@ def compare(before: Path, after: Path | None, threshold: float, save: Path | Non
     Each is a run, a folder of repeats, or a baseline (.json) that --save wrote. Prints what changed and by how much:
     step time, phases, energy, loss, memory, single hosts and ranks; and what differs in configuration, software and
     hardware. A change counts if it is beyond the threshold and its 95% interval excludes no change: take three
-    repeats a side. The exit code is 1 for a regression, and 2 if the runs cannot be compared.
+    repeats a side; one a side judges nothing. The exit code is 1 for a regression, and 2 for runs of unlike jobs.
 
     \b
     Example: hpc-train compare runs/main --save baseline.json

@@ -152,7 +152,7 @@ def plan(
         click.echo(json.dumps(record(made), indent=2))
     else:
         _print(made)
-    if made.chosen is None and not made.is_forecast:
+    if made.chosen is None and not made.was_asked:
         sys.exit(1)
 
 

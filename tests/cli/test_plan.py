@@ -24,6 +24,7 @@ from hpc_train.analysis.scaling.compare import compare
 from hpc_train.cli.main import cli
 from hpc_train.cli.plan import duration_s, joules
 from hpc_train.core.errors import UserError
+from tests.published import all_series
 from tests.synthetic import Recipe, write_run
 
 WEAK = "ranks,samples_per_s,ranks_per_node\n1,100,4\n2,199,4\n4,392,4\n8,740,4\n16,1430,4\n32,2780,4\n"
@@ -76,7 +77,7 @@ def test_no_size_is_chosen_on_which_a_rank_lacks_memory(tmp_path: Path, shard_wi
         cheapest = make_plan(foreseen, samples_work(1e8), Limits(max_nodes=4, deadline_s=1e9), memory=few)
         assert cheapest.chosen is not None and cheapest.chosen.nodes == 3
         assert "2 nodes: may break the memory of a rank, 2.50 GB (it would take 3.00 GB)" in why_not_smaller(cheapest)
-        none = make_plan(foreseen, samples_work(1e8), memory=RankMemory(2e9, 0.0, 1e9, 16, 4, "job"))
+        none = make_plan(foreseen, samples_work(1e8), memory=RankMemory(2e9, 0.0, 4e8, 16, 4, "job"))
         assert none.chosen is None
 
 
@@ -88,7 +89,7 @@ def test_limits_and_the_reasons_for_no_other_number(tmp_path: Path) -> None:
     assert "4 times the largest measured" in why_not_larger(freely) and "slower" in why_not_smaller(freely)
     in_time = make_plan(foreseen, work, Limits(deadline_s=14 * 3600.0))
     assert in_time.chosen is not None and in_time.chosen.nodes == 6
-    assert why_not_smaller(in_time).startswith("4 nodes: may break the deadline of 14.0 h")
+    assert why_not_smaller(in_time).startswith("4 nodes: breaks the deadline of 14.0 h (19.0 h at least)")
     assert "faster for" in why_not_larger(in_time)
     assert in_time.chosen.time_s == pytest.approx(1e8 / 2110, rel=0.03)
     assert in_time.chosen.node_hours == pytest.approx(6 * in_time.chosen.time_s / 3600)
@@ -100,6 +101,51 @@ def test_limits_and_the_reasons_for_no_other_number(tmp_path: Path) -> None:
         make_plan(foreseen, None, Limits(deadline_s=60.0))
     with pytest.raises(UserError, match="no energy was measured"):
         make_plan(foreseen, work, Limits(energy_j=1.0))
+
+
+def test_a_measured_size_is_planned_as_it_was_measured() -> None:
+    """These runs took longer on 4 ranks than on 2, which no model of the sizes says."""
+    made = json.loads(run_plan("tests/runs/mlp-mnist", "--steps", "1000", "--json").output)
+    measured = {each["ranks"]: each["step_s"] for each in made["measured"]}
+    assert measured[4] > 1.3 * measured[2]
+    assert made["ranks"] == 2 and not made["is_forecast"] and [each["ranks"] for each in made["options"]] == [1, 2, 4]
+    for option in made["options"]:
+        low, high = option["time_interval_s"]
+        assert not option["is_forecast"] and option["time_s"] == pytest.approx(1000 * measured[option["ranks"]])
+        assert low < option["time_s"] < high
+    joules = {option["ranks"]: option["energy_j"] for option in made["options"]}
+    group = compare(load_all([Path("tests/runs/mlp-mnist")])).groups[0]
+    for row in group.rows:
+        assert row.joules_per_sample is not None
+        assert joules[row.size] == pytest.approx(1000 * row.global_batch * row.joules_per_sample)
+    first, second = made["answer"][:2]
+    assert first.startswith("Ask for 2 ranks: 23.7 s (") and second.startswith(
+        "The mechanistic model contradicts the measurements: 33.4 ms a step on 4 ranks, for which it says 12.7 ms."
+    )
+    assert made["why_not_larger"] == "4 ranks: measured to be no faster"
+
+
+def test_between_and_beyond_measured_sizes_the_fit_answers(tmp_path: Path) -> None:
+    made = make_plan(predict(read_table(table(tmp_path, WEAK))), sizes=[8, 12, 64])
+    assert [option.forecast.is_forecast for option in made.options] == [False, True, True] and made.is_forecast
+    assert made.options[0].forecast.samples_per_s == pytest.approx(740)
+    assert not make_plan(made.prediction, sizes=[8]).is_forecast
+
+
+def test_measured_parts_of_a_node_are_considered() -> None:
+    """Another model than the mechanistic one looks at several nodes; so far it had left out what one node measured."""
+    made = json.loads(run_plan("tests/runs/mlp-mnist", "--steps", "1000", "--model", "amdahl", "--json").output)
+    assert {1, 2, 4} <= {each["ranks"] for each in made["options"]} and made["ranks"] == 2
+    assert made["why_not_smaller"] == "1 rank: 44% slower, and no cheaper"
+
+
+def test_a_deadline_that_even_the_lower_end_misses_is_broken() -> None:
+    made = run_plan("tests/runs/mlp-mnist", "--steps", "1000", "--deadline", "1s")
+    assert made.exit_code == 1
+    told = " ".join(made.output.split())
+    assert "The fastest considered, 2 ranks, breaks the deadline of 1.00 s (17.4 s at least)." in told
+    told = " ".join(run_plan("tests/runs/mlp-mnist", "--steps", "1000", "--deadline", "20s").output.split())
+    assert "2 ranks, may break the deadline of 20.0 s (up to " in told
 
 
 def test_a_job_that_stops_scaling_is_given_its_knee(tmp_path: Path) -> None:
@@ -171,9 +217,54 @@ def test_odd_tables_are_read_and_what_is_odd_is_said(tmp_path: Path) -> None:
     assert measurements.ranks.tolist() == [4, 6, 8, 16] and measurements.step_s[0] == pytest.approx(1.05)
     assert measurements.nodes(measurements.ranks).tolist() == [1, 2, 2, 4]
     told = " ".join(measurements.notes)
-    assert "4 ranks: 2 lines, of which the mean is taken" in told and "Taken as weak scaling" in told
+    assert "4 ranks: 2 lines, of which the mean is taken" in told
+    assert measurements.weak and "weak scaling, since steps do not get shorter" in " ".join(measurements.assumed)
     assert "6 ranks do not fill whole nodes of 4" in told
     assert "No ranks_per_node" in " ".join(read_table(table(tmp_path, "ranks,step_s\n1,1\n2,1\n")).notes)
+
+
+def test_what_a_table_leaves_open_is_told_at_the_top(tmp_path: Path) -> None:
+    """Steps that halve are strong scaling, though no column says so."""
+    halving = table(tmp_path, "ranks,step_s\n1,8\n2,4.1\n4,2.1\n")
+    told = " ".join(run_plan("--table", halving, "--steps", "1000").output.split())
+    assert told.index("Assumed: strong scaling, since steps get shorter") < told.index("Why: ")
+    assert told.index("every rank is a node (the column ranks_per_node, or") < told.index("Why: ")
+    # Eight steps of 8 s on one rank, and of 2.1 s on four: in weak scaling these would be four times the samples.
+    made = json.loads(run_plan("--table", halving, "--steps", "8", "--predict", "1,4", "--json").output)
+    assert [each["time_s"] for each in made["options"]] == pytest.approx([64, 8 * 2.1])
+    stated = table(tmp_path, "ranks,step_s,scaling,ranks_per_node\n1,8,strong,1\n2,4.1,strong,1\n4,2.1,strong,1\n")
+    assert "Assumed" not in run_plan("--table", stated, "--steps", "1000").output
+    open_table = table(tmp_path, "ranks,step_s\n1,8\n2,6.8\n")
+    with pytest.raises(UserError, match=r"step is 85.0% of that on 1 rank, which may be weak or strong") as asked:
+        read_table(open_table)
+    assert "Add a column scaling" in (asked.value.remedy or "")
+
+
+@pytest.mark.parametrize("columns", ["global_batch", "samples_per_s"])
+@pytest.mark.parametrize("weak", [True, False])
+def test_batches_tell_the_kind_of_scaling(tmp_path: Path, columns: str, weak: bool) -> None:
+    lines = []
+    for ranks, step_s in ((1, 1.0), (2, 0.8), (4, 0.7)):
+        batch = 64 * (ranks if weak else 1)
+        lines.append(f"{ranks},{step_s},2,{batch if columns == 'global_batch' else batch / step_s}")
+    read = read_table(table(tmp_path, "\n".join([f"ranks,step_s,ranks_per_node,{columns}", *lines, ""])))
+    assert read.weak == weak and not read.assumed
+
+
+def test_no_published_series_is_taken_for_the_other_kind(tmp_path: Path) -> None:
+    """By its times alone: it is recognised, or asked about."""
+    right = asked = 0
+    for series in all_series():
+        seconds = series.step_s / series.step_s.max()
+        lines = [f"{n},{t:.9f}" for n, t in zip(series.ranks.tolist(), seconds.tolist(), strict=True)]
+        try:
+            read = read_table(table(tmp_path, "\n".join(["ranks,step_s", *lines, ""])))
+        except UserError:
+            asked += 1
+        else:
+            assert read.weak == series.weak, series.name
+            right += 1
+    assert right > 5 * asked
 
 
 def test_a_rate_that_was_rounded_or_averaged_otherwise_is_no_contradiction(tmp_path: Path) -> None:

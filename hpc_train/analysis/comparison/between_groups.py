@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from hpc_train.analysis.comparison.comparison import DEFAULT_THRESHOLD, RunComparison, compare_sides
+from hpc_train.analysis.comparison.differences import differences_of_work
 from hpc_train.analysis.comparison.run_figures import figures_of
 from hpc_train.analysis.comparison.sides import Side
 from hpc_train.analysis.runs.meta_json import text_at
@@ -26,7 +27,8 @@ def compare_groups(groups: Sequence[Group]) -> list[RunComparison]:
             if common := rows.keys() & others.keys():
                 size = max(common)
                 sides = _side(before, rows[size]), _side(after, others[size])
-                found.append(compare_sides(*sides, DEFAULT_THRESHOLD))
+                if not differences_of_work(sides[0].runs, sides[1].runs):  # such as another number of hosts
+                    found.append(compare_sides(*sides, DEFAULT_THRESHOLD))
     return found
 
 

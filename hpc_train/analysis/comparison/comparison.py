@@ -8,12 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from hpc_train.analysis.comparison.differences import Difference, differences
+from hpc_train.analysis.comparison.differences import Difference, differences, differences_of_work
 from hpc_train.analysis.comparison.places import PlaceChange, place_changes, same_hosts
 from hpc_train.analysis.comparison.run_figures import RunFigures
 from hpc_train.analysis.comparison.sides import Side
 from hpc_train.analysis.comparison.significance import holm_levels, p_value, relative, relative_interval, smallest_shown
 from hpc_train.analysis.stats.estimate import Estimate, of_series, of_value, over_runs, ratio
+from hpc_train.core.errors import UserError
 from hpc_train.core.statistics import Interval
 from hpc_train.core.timing_log import PHASES
 
@@ -25,7 +26,6 @@ LEVEL = 0.05
 # Three families of tests, each corrected within itself; the step time is judged alone. Hosts and ranks share one chance
 # of a false verdict.
 _METRICS_LEVEL, _PLACES_LEVEL = LEVEL, LEVEL / 2
-ALONE_THRESHOLD = 0.15  # with one run a side: runs of the same job commonly differ by several percent
 LEAST_SHARE = 0.001  # of a step: a phase whose change amounts to less is not judged
 STEP_TIME, THROUGHPUT = "step time", "samples/s"
 ONE_RUN_EACH = "one run a side"
@@ -42,7 +42,7 @@ class Metric:
     relative: float | None = None  # the change: 0.05 for 5% more
     interval: Interval | None = None  # of `relative`; with one run a side only within these runs
     level: float = LEVEL  # the interval's confidence is 1 - level
-    smallest_shown: float | None = None  # the smallest increase that would have been shown
+    smallest_shown: Interval | None = None  # the smallest decrease and increase that would have been shown
     verdict: Verdict = "not judged"
     why: str = ""  # why it is not judged
 
@@ -81,9 +81,8 @@ class RunComparison:
 
     @property
     def speed(self) -> Metric:
-        """The step time, or the throughput if the sides take different global batches."""
-        step_time, throughput, *_ = self.metrics
-        return throughput if step_time.interval is None else step_time
+        """The step time."""
+        return self.metrics[0]
 
     @property
     def changed_places(self) -> list[PlaceVerdict]:
@@ -93,7 +92,16 @@ class RunComparison:
 
 
 def compare_sides(before: Side, after: Side, threshold: float) -> RunComparison:
-    """threshold: the relative change, such as 0.03, from which on a difference counts."""
+    """threshold: the relative change, such as 0.03, from which on a difference counts.
+
+    Raises `UserError` for sides that did different work.
+    """
+    if apart := differences_of_work(before.runs, after.runs):
+        told = "; ".join(f"{name}: {one} and {other}" for name, one, other in apart)
+        raise UserError(
+            f"{before.name} and {after.name} are not the same job: {told}",
+            "Compare runs of the same ranks, hosts, batch, model and data; hpc-train report holds sizes side by side.",
+        )
     metrics = _metrics(before, after, threshold)
     step_s = metrics[0].before or 0.0
     places = place_changes(before.runs, after.runs)
@@ -184,8 +192,6 @@ def _known(quantity: _Quantity, side: Side) -> list[Estimate]:
 
 def _why_apart(quantity: _Quantity, before: Side, after: Side) -> str:
     """Why the quantity means another thing on the other side."""
-    if quantity.unit == "s" and before.runs[0].global_batch != after.runs[0].global_batch:
-        return "the global batch differs"
     if quantity.unit == "J" and len({run.energy_quality for run in [*before.runs, *after.runs]}) > 1:
         return "measured on one side, estimated on the other"
     return ""
@@ -198,20 +204,11 @@ def _judged(compared: _Compared, level: float, threshold: float) -> Metric:
         return metric
     metric = replace(metric, relative=relative(change), interval=relative_interval(change, level))
     if not change.between_runs:
-        return _judged_alone(metric, threshold, quantity.more_is_better)
+        return replace(metric, why=ONE_RUN_EACH)  # how far chance moves a run is unknown
     verdict = _verdict(change, level, threshold, quantity.more_is_better)
     if verdict != "no difference shown" and abs((compared.after or 0.0) - (compared.before or 0.0)) < quantity.least:
         verdict = "below the threshold"
     return replace(metric, smallest_shown=smallest_shown(change, level), verdict=verdict)
-
-
-def _judged_alone(metric: Metric, threshold: float, more_is_better: bool) -> Metric:
-    """With one run a side: how far chance moves a run is unknown, so only a large change of the step time counts."""
-    needed = max(threshold, ALONE_THRESHOLD)
-    low, high = metric.interval or (0.0, 0.0)
-    if not (low > needed or high < -needed):
-        return replace(metric, why=ONE_RUN_EACH)
-    return replace(metric, verdict="improvement" if (low > 0) == more_is_better else "regression")
 
 
 def _verdict(change: Estimate, level: float, threshold: float, more_is_better: bool = False) -> Verdict:

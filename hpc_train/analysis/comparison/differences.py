@@ -8,6 +8,7 @@ from hpc_train.analysis.comparison.run_figures import RunFigures
 
 DifferenceKind = Literal["configuration", "software", "hardware"]
 _HARDWARE = ("CPU", "device", "hosts", "threads per rank")  # facts (`runs/repeats.py`); ranks and nodes are found here
+_WORK = ("hosts", "training samples", "parameters")  # of the facts, those that decide how much work a step is
 _CONFIGURATION = ("steps", "training samples", "parameters", "precision")
 _UNKNOWN = "unknown"
 
@@ -28,6 +29,21 @@ def differences(before: Sequence[RunFigures], after: Sequence[RunFigures]) -> li
     found += [Difference(_kind(each[0]), *each) for each in _apart(facts) if _UNKNOWN not in each]
     found += [Difference("hardware", *each) for each in _apart([[_layout(run) for run in side] for side in sides])]
     return sorted(found, key=lambda each: ("configuration", "software", "hardware").index(each.kind))
+
+
+def differences_of_work(before: Sequence[RunFigures], after: Sequence[RunFigures]) -> list[tuple[str, str, str]]:
+    """(name, before, after) of what makes the sides different jobs: their size, batch, model or data.
+
+    All else, such as a commit, a library or another setting, is a change that a comparison judges.
+    """
+    told = [[_work(run) for run in side] for side in (before, after)]
+    return [each for each in _apart(told) if _UNKNOWN not in each]
+
+
+def _work(run: RunFigures) -> dict[str, str]:
+    task = {key: run.settings[key] for key in run.settings if key.startswith("task.") or key == "rl.environment"}
+    facts = {name: run.facts[name] for name in _WORK if name in run.facts}
+    return {"ranks": str(run.size), "global batch": str(run.global_batch), **task, **facts}
 
 
 def _kind(name: str) -> DifferenceKind:

@@ -64,6 +64,9 @@ _MOST_SIZES = 256  # leaving each out of a fit in turn takes time quadratic in t
 _MOST_BYTES = 1 << 28
 # samples_per_s and global_batch / step_s may differ by rounding and by how each was averaged, not by more than this.
 _TOLERANCE = 0.05
+# The shortest step over that of the smallest size: more ranks with as many samples each are hardly faster, and ranks
+# that share a batch are. Between the two nobody can tell.
+_LEAST_WEAK, _MOST_STRONG = 0.95, 0.7
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def read_table(path: Path, ranks_per_node: int | None = None, network: Network |
     `ranks_per_node` overrides the column. Raises `UserError` naming the line and the column.
     """
     lines = _read_lines(path)
-    weak = _is_weak(path, lines)
+    weak, assumed = _scaling(path, lines)
     per_node = ranks_per_node or _ranks_per_node(path, lines)
     batch = _batch(path, lines, weak)
     by_ranks: dict[int, list[_Line]] = defaultdict(list)
@@ -108,7 +111,12 @@ def read_table(path: Path, ranks_per_node: int | None = None, network: Network |
         batch=batch,
         ranks_per_node=per_node,
         joules_per_step=np.array([_mean_joules(by_ranks[size]) for size in ranks]),
+        num_runs=np.array([len(by_ranks[size]) for size in ranks]),
         network=network,
+        assumed=(
+            *assumed,
+            *(() if per_node else ("every rank is a node (the column ranks_per_node, or --ranks-per-node, says it)",)),
+        ),
         notes=tuple(_notes(lines, per_node)),
     )
 
@@ -194,11 +202,43 @@ def _check_rate(line: _Line) -> None:
 # ---------------------------------------------------------------------------------------------- the table as a whole
 
 
-def _is_weak(path: Path, lines: Sequence[_Line]) -> bool:
-    scaling = {line.scaling or "weak" for line in lines}
-    if len(scaling) > 1:
+def _scaling(path: Path, lines: Sequence[_Line]) -> tuple[bool, tuple[str, ...]]:
+    """(whether it is weak, what was assumed): as stated, or as the batches tell, or as the times look.
+
+    Raises `UserError` for both kinds in one table, and for times that look like neither.
+    """
+    stated = {line.scaling for line in lines if line.scaling}
+    if len(stated) > 1:
         raise UserError(f"{path}: weak and strong scaling in one table", "Make a table of each.")
-    return scaling == {"weak"}
+    if stated:
+        return stated == {"weak"}, ()
+    ranks = np.array([line.ranks for line in lines], dtype=float)
+    batches = np.array([_samples_of_a_step(line) for line in lines])
+    if np.ptp(ranks) > 0 and not np.isnan(batches).any():
+        for weak, alike in ((True, batches / ranks), (False, batches)):
+            if np.ptp(alike) <= _TOLERANCE * alike.min():
+                return weak, ()
+    step_s = np.array([line.step_s or nan for line in lines])
+    if np.ptp(ranks) == 0 or np.isnan(step_s).any():
+        return True, ("weak scaling (the column scaling says it; rates alone do not)",)
+    first_s = step_s[ranks == ranks.min()].mean()
+    shortest = min(step_s[ranks == size].mean() for size in np.unique(ranks)) / first_s
+    if _MOST_STRONG < shortest < _LEAST_WEAK:
+        raise UserError(
+            f"{path}: the shortest step is {significant(100 * shortest)}% of that on"
+            f" {plural(int(ranks.min()), 'rank')}, which may be weak or strong scaling",
+            "Add a column scaling with the word weak (each rank keeps its batch) or strong (all share one batch).",
+        )
+    weak = shortest >= _LEAST_WEAK
+    looks = "steps do not get shorter on more ranks" if weak else "steps get shorter on more ranks"
+    return weak, (f"{'weak' if weak else 'strong'} scaling, since {looks} (the column scaling says it)",)
+
+
+def _samples_of_a_step(line: _Line) -> float:
+    """As stated, or as rate and time imply; nan if the line tells neither."""
+    if line.global_batch is not None:
+        return line.global_batch
+    return nan if line.step_s is None or line.samples_per_s is None else line.step_s * line.samples_per_s
 
 
 def _ranks_per_node(path: Path, lines: Sequence[_Line]) -> int | None:
@@ -244,12 +284,9 @@ def _notes(lines: Sequence[_Line], per_node: int | None) -> list[str]:
         for size, count in sorted(num_lines.items())
         if count > 1
     ]
-    if all(line.scaling is None for line in lines):
-        notes.append("Taken as weak scaling (no column scaling): the batch of each rank stays as ranks are added.")
     if per_node is None:
         notes.append(
-            "No ranks_per_node: every rank counts as a node, and the cost of communication between nodes cannot be"
-            " separated. Add the column, or --ranks-per-node."
+            "No ranks_per_node: the cost of communication between nodes cannot be separated from that within one."
         )
         return notes
     uneven = sorted(size for size in num_lines if size > per_node and size % per_node)

@@ -47,6 +47,7 @@ class Measurements:
     joules_per_step: FloatArray  # (n,) of all nodes, nan if missing
     input_s: FloatArray | None = None  # (n,) wait for input per step
     computing_s: FloatArray | None = None  # (n,) of a step, neither waiting for input nor for other ranks
+    num_runs: IntArray | None = None  # (n,) of which step_s is the mean; None is one each
     job: Mapping[str, Any] | None = None  # what decides how long a step takes (`config.comparable`)
     noise: float | None = None  # relative standard deviation over ranks of a step's useful time
     overlap: float = BACKWARD_SHARE  # the share of computation that communication can hide behind
@@ -54,6 +55,7 @@ class Measurements:
     network: Network | None = None
     idle_w: float | None = None  # of one node
     energy_quality: str = "measured"
+    assumed: tuple[str, ...] = ()  # what a table did not state and the answer depends on
     notes: tuple[str, ...] = ()
 
     @property
@@ -82,6 +84,14 @@ class Measurements:
         """Nodes that so many ranks occupy; every rank counts as a node if ranks_per_node is unknown."""
         return np.asarray(-(-np.asarray(ranks, dtype=int) // (self.ranks_per_node or 1)))
 
+    def place(self, ranks: int) -> int | None:
+        """The index of a measured size; None if it was not measured."""
+        found = np.flatnonzero(self.ranks == ranks)
+        return int(found[0]) if len(found) else None
+
+    def repeats(self, index: int) -> int:
+        return 1 if self.num_runs is None else int(self.num_runs[index])
+
     def smallest(self, count: int) -> "Measurements":
         """The `count` smallest sizes alone, to fit a model that has not seen the others."""
         return replace(
@@ -92,6 +102,7 @@ class Measurements:
             joules_per_step=self.joules_per_step[:count],
             input_s=None if self.input_s is None else self.input_s[:count],
             computing_s=None if self.computing_s is None else self.computing_s[:count],
+            num_runs=None if self.num_runs is None else self.num_runs[:count],
         )
 
 
@@ -115,6 +126,7 @@ def from_group(group: Group) -> Measurements:
         joules_per_step=np.array([_joules_per_step(row) for row in rows]),
         input_s=None if None in waits else np.array(waits, dtype=float),
         computing_s=_computing_s(rows),
+        num_runs=np.array([len(row.runs) for row in rows]),
         job=group.keys,
         noise=_noise(runs),
         overlap=_overlap(rows),

@@ -1,7 +1,7 @@
 """Prediction of step times beyond what was measured, with intervals for a new run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
@@ -52,7 +52,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The time of a step at one number of ranks, with 95% intervals."""
+    """The time of a step of a new run at one number of ranks, with 95% intervals: as measured, or else by the fit."""
 
     ranks: int
     nodes: int
@@ -60,12 +60,16 @@ class Forecast:
     step_interval_s: Interval
     samples_per_s: float
     samples_per_s_interval: Interval
-    efficiency: float  # samples/s per rank, relative to the model's at the smallest measured size
+    efficiency: float  # samples/s per rank, relative to the smallest measured size
     measured_s: float | None  # if this size was measured
     extrapolation: float  # ranks / largest measured; 1 within the data
     drift: float  # relative standard deviation of series at large, of so many doublings with this growth
     computing_s: float | None = None  # of the step; None if the measured sizes do not say it
     input_s: float | None = None
+
+    @property
+    def is_forecast(self) -> bool:
+        return self.measured_s is None
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,53 @@ class Prediction:
         return self.chosen.model != "mechanistic" or not crosses_unseen_boundary(self.measurements, ranks)
 
     def at(self, sizes: Sequence[int]) -> tuple[Forecast, ...]:
-        """The forecast at each number of ranks; `sizes` must be `reachable`. Raises `UserError` for a time below 0."""
+        """At each number of ranks: a measured size as it was measured, for no fit knows it better; others as fitted.
+
+        Not measured `sizes` must be `reachable`. Raises `UserError` for a time below 0.
+        """
+        return tuple(self._as_measured(each) for each in self.fitted(sizes))
+
+    def missed(self) -> tuple[Forecast, ...]:
+        """The measured sizes, as fitted, whose measured time lies outside the fit's own interval."""
+        return tuple(
+            each
+            for each in self.fitted(self.measurements.ranks.tolist())
+            if not each.step_interval_s[0] <= (each.measured_s or 0.0) <= each.step_interval_s[1]
+        )
+
+    def new_run_variance(self, index: int, num_runs: int | None = None) -> FloatArray:
+        """(draws,) of a new run's logarithm around the mean of a measured size: (k+1) error^2 + (1 + 1/k) noise^2.
+
+        k is the number of runs of this size, or `num_runs`. error: of their mean, so that k error^2 is that of one run.
+        noise: by which one run leaves the fit, a bound on what its error does not show.
+        """
+        assert self.chosen.fit is not None
+        measured = self.measurements.repeats(index)
+        runs = num_runs or measured
+        error = float(self.measurements.error[index])
+        return np.asarray((1 + 1 / runs) * (measured * error**2 + self.chosen.fit.noise**2))
+
+    def _as_measured(self, fitted: Forecast) -> Forecast:
+        index, measurements = self.measurements.place(fitted.ranks), self.measurements
+        if index is None or fitted.measured_s is None:
+            return fitted
+        step_s = fitted.measured_s
+        scale = np.tile(np.sqrt(self.new_run_variance(index)), _DRAWS_EACH)
+        deviations = scale * np.random.default_rng(0).standard_t(_NOISE_DEGREES, size=len(scale))
+        low_s, high_s = (step_s * float(np.exp(end)) for end in np.quantile(np.clip(deviations, -50.0, 50.0), LEVELS))
+        samples = float(measurements.samples(np.array([fitted.ranks]))[0])
+        return replace(
+            fitted,
+            step_s=step_s,
+            step_interval_s=(low_s, high_s),
+            samples_per_s=samples / step_s,
+            samples_per_s_interval=(samples / high_s, samples / low_s),
+            efficiency=fitted.efficiency * fitted.step_s / step_s,
+            computing_s=None if fitted.computing_s is None else min(fitted.computing_s, step_s),
+        )
+
+    def fitted(self, sizes: Sequence[int]) -> tuple[Forecast, ...]:
+        """What the fit says at each number of ranks, measured or not."""
         fit, measurements = self.chosen.fit, self.measurements
         assert fit is not None
         ranks = np.asarray(sizes, dtype=int)
@@ -138,7 +188,7 @@ class Prediction:
         waits_s, computing_s = input_s(measurements, ranks), _computing_s(measurements, ranks)
         samples, nodes = measurements.samples(ranks), measurements.nodes(ranks)
         smallest = measurements.ranks[:1]
-        base = measurements.samples(smallest)[0] / fit(smallest)[0] / smallest[0]
+        base = measurements.samples(smallest)[0] / measurements.step_s[0] / smallest[0]
         measured = dict(zip(measurements.ranks.tolist(), measurements.step_s.tolist(), strict=True))
         return tuple(
             Forecast(

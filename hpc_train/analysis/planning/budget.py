@@ -23,7 +23,7 @@ from hpc_train.core.statistics import nonnegative_least_squares
 _MOST_BENCH_BYTES = 1 << 28
 _MOST_COST_S = 1e6  # of one message, of one byte: a larger number is damage
 _ONE_RUN_ERROR, _LEAST_ERROR = 0.1, 0.05  # relative, of the work to a loss: of one run, of several batch sizes
-_LEAST_POWER_ERROR = 0.02
+LEAST_POWER_ERROR = 0.02
 _SEPARABLE = 0.05  # least relative range of node-seconds per sample that separates nodes' joules from samples'
 
 
@@ -132,7 +132,7 @@ def power(measurements: Measurements) -> Power | None:
     fitted = static_w * node_s + joules_per_sample * samples
     residual = float(np.sqrt(np.mean((fitted / joules - 1) ** 2)))
     quality = measurements.energy_quality
-    return Power(static_w, joules_per_sample, max(residual, _LEAST_POWER_ERROR), quality, assumed)
+    return Power(static_w, joules_per_sample, max(residual, LEAST_POWER_ERROR), quality, assumed)
 
 
 def _separated(

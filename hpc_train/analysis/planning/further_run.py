@@ -52,6 +52,11 @@ def _interval_ratios(prediction: Prediction, ranks: IntArray, answer: int) -> Fl
     What a run at m tells of the answer at a: Var(a | m) = Var(a) - Cov(a, m)^2 / Var(m), of logarithms. Both share the
     parameters and the drift up to the smaller of them; each has the noise of a run of its own.
     """
+    measured = prediction.measurements.place(answer)
+    if measured is not None:  # its interval comes from its own runs: only another one adds to them
+        runs = prediction.measurements.repeats(measured)
+        now, then = (float(np.mean(prediction.new_run_variance(measured, count))) for count in (runs, runs + 1))
+        return np.where(ranks == answer, np.sqrt(then / now) if now else 1.0, 1.0)
     fit, largest = prediction.chosen.fit, prediction.measurements.largest
     assert fit is not None
     logs = np.log(np.maximum(fit.predict(fit.draws, np.append(ranks, answer)), 1e-300))

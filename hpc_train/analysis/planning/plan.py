@@ -8,7 +8,7 @@ import numpy as np
 
 from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.analysis.models.predict import Forecast, Prediction
-from hpc_train.analysis.planning.budget import Power, Work, node_counts, power
+from hpc_train.analysis.planning.budget import LEAST_POWER_ERROR, Power, Work, node_counts, power
 from hpc_train.analysis.planning.further_run import FurtherRun, further_run
 from hpc_train.analysis.planning.memory import RankMemory
 from hpc_train.analysis.stats.repeats import NORMAL_95
@@ -18,7 +18,7 @@ from hpc_train.core.statistics import Interval
 FAR = 4.0  # times the largest measured size: only --max-nodes considers more
 _MOST_WORK_ERROR = 0.9  # of the work, downwards: beyond it the work would be less than nothing
 LimitName = Literal["deadline", "energy", "node_hours", "memory"]
-Criterion = Literal["forecast", "none", "deadline", "budget", "knee"]
+Criterion = Literal["asked", "none", "deadline", "budget", "knee"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class BrokenLimit:
-    """A limit that an option may break, in seconds, joules, node-hours or bytes of a rank."""
+    """A limit that an option breaks or may break, in seconds, joules, node-hours or bytes of a rank."""
 
     name: LimitName
     limit: float
     worst: float  # the upper end of the option's interval; of memory what a rank would take
+    best: float = 0.0  # the lower end; 0 if it is unknown
+
+    @property
+    def is_certain(self) -> bool:
+        return self.best > self.limit
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Plan:
     power: Power | None
     options: tuple[Option, ...]  # by nodes
     chosen: Option | None  # None: no option keeps the limits, or nothing is to be chosen
-    criterion: Criterion  # what the choice was made by; "forecast": sizes were named and no budget
+    criterion: Criterion  # what the choice was made by; "asked": sizes were named and no budget
     further: FurtherRun | None = None  # None: no run would tell much more
 
     @property
@@ -91,8 +96,15 @@ class Plan:
         return self.chosen or self.options[-1]
 
     @property
+    def was_asked(self) -> bool:
+        """Whether sizes were named and none is to be chosen."""
+        return self.criterion == "asked"
+
+    @property
     def is_forecast(self) -> bool:
-        return self.criterion == "forecast"
+        """Whether the answer goes beyond the measured sizes, rather than tells what was measured."""
+        told = (self.chosen,) if self.chosen else self.options
+        return any(option.forecast.is_forecast for option in told)
 
     @property
     def next_larger(self) -> Option | None:
@@ -117,7 +129,8 @@ def make_plan(
     memory: RankMemory | None = None,
     run_steps: float | None = None,
 ) -> Plan:
-    """Considers whole nodes up to `limits.max_nodes` (by default `FAR` times the largest measured), or `sizes` alone.
+    """Considers measured sizes and whole nodes up to `limits.max_nodes` (by default `FAR` times the largest measured),
+    or `sizes` alone. A fit that misses a measured size is not asked about others: then only measured sizes count.
 
     With a deadline the fewest nodes that meet it are chosen, with budgets alone the fastest option within them. Without
     either it is the knee, the largest speedup x efficiency, beyond which nodes cost more than they save (Eager,
@@ -133,7 +146,7 @@ def make_plan(
     judged = tuple(
         replace(option, broken=(*_broken(option, limits), *_without_room(option, memory))) for option in options
     )
-    chosen, criterion = (None, "forecast") if sizes and not limits.any_budget else _choose(judged, limits)
+    chosen, criterion = (None, "asked") if sizes and not limits.any_budget else _choose(judged, limits)
     plan = Plan(prediction, work, limits, measured_power, judged, chosen, criterion)
     return replace(plan, further=_further_run(plan, run_steps))
 
@@ -171,12 +184,16 @@ def _sizes(prediction: Prediction, limits: Limits, sizes: Sequence[int]) -> list
             _check_size(prediction, size, most_ranks)
         return sorted(set(sizes))
     per_node = measurements.ranks_per_node or 1
+    most_nodes = limits.max_nodes or int(FAR * measurements.nodes(measurements.ranks)[-1])
+    measured: list[int] = measurements.ranks[measurements.nodes(measurements.ranks) <= most_nodes].tolist()
+    if measured and prediction.missed():
+        return measured
     if prediction.reachable(2 * per_node):
-        most_nodes = limits.max_nodes or int(FAR * measurements.nodes(measurements.ranks)[-1])
         ranks = [nodes * per_node for nodes in node_counts(most_nodes)]
     else:  # only one node is known: consider parts of it
         ranks = [size for size in node_counts(per_node) if size >= measurements.ranks[0]]
-    return [size for size in ranks if most_ranks is None or size <= most_ranks] or [measurements.largest]
+    considered = sorted({*measured, *ranks})
+    return [size for size in considered if most_ranks is None or size <= most_ranks] or [measurements.largest]
 
 
 def _check_size(prediction: Prediction, size: int, most_ranks: int | None) -> None:
@@ -204,7 +221,14 @@ def _option(forecast: Forecast, measurements: Measurements, work: Work | None, m
         node_hours=hours * time_s,
         node_hours_interval=(hours * interval_s[0], hours * interval_s[1]),
     )
-    return option if measured_power is None else _with_energy(option, samples, work, measured_power)
+    if measured_power is None:
+        return option
+    place = measurements.place(forecast.ranks)
+    joules_per_step = float("nan") if place is None else float(measurements.joules_per_step[place])
+    if joules_per_step > 0:
+        per_sample = joules_per_step / float(measurements.samples(measurements.ranks)[place])
+        return _with_measured_energy(option, samples * per_sample, (low, high))
+    return _with_energy(option, samples, work, measured_power)
 
 
 def _time_ratios(forecast: Forecast, work_error: float) -> Interval:
@@ -213,6 +237,15 @@ def _time_ratios(forecast: Forecast, work_error: float) -> Interval:
     below = np.hypot(1 - forecast.samples_per_s / fastest, min(work_error, _MOST_WORK_ERROR))
     above = np.hypot(forecast.samples_per_s / slowest - 1, work_error)
     return max(1 - float(below), 0.0), 1 + float(above)
+
+
+def _with_measured_energy(option: Option, expected_j: float, time_ratios: Interval) -> Option:
+    """As the meters told at this size: a new run takes more by as much as it takes longer, or draws more power."""
+    below, above = 1 - time_ratios[0], time_ratios[1] - 1
+    low, high = (float(np.hypot(each, NORMAL_95 * LEAST_POWER_ERROR)) for each in (below, above))
+    return replace(
+        option, energy_j=expected_j, energy_interval_j=(expected_j * max(1 - low, 0.0), expected_j * (1 + high))
+    )
 
 
 def _with_energy(option: Option, samples: float, work: Work, measured_power: Power) -> Option:
@@ -238,7 +271,7 @@ def _broken(option: Option, limits: Limits) -> tuple[BrokenLimit, ...]:
         ("node_hours", limits.node_hours, option.node_hours_interval),
     )
     return tuple(
-        BrokenLimit(name, limit, interval[1])
+        BrokenLimit(name, limit, interval[1], interval[0])
         for name, limit, interval in candidates
         if limit is not None and interval is not None and interval[1] > limit
     )
@@ -256,7 +289,7 @@ def _choose(options: Sequence[Option], limits: Limits) -> tuple[Option | None, C
     if not kept:
         return None, "none"
     if limits.deadline_s is not None:
-        return kept[0], "deadline"
+        return min(kept, key=lambda option: (option.nodes, -option.speed)), "deadline"
     if limits.any_budget:
         return max(kept, key=lambda option: option.speed), "budget"
     return max(kept, key=lambda option: option.speed**2 / option.nodes), "knee"

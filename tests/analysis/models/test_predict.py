@@ -202,6 +202,36 @@ def test_the_intervals_of_a_new_run_hold_it() -> None:
     assert (held.mean(axis=1) >= 0.9).all() and (widths.mean(axis=1) < [1.15, 2.0]).all()
 
 
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_the_interval_around_a_measured_mean_holds_a_new_run(repeats: int) -> None:
+    """As above, each size the mean of some runs: one has no error, that of several comes from how they differ."""
+    n = np.array([1, 2, 4, 8, 16])
+    truth = 0.02 + 0.98 / n
+    inside = []
+    for seed in range(60):
+        runs = np.stack([noisy(truth, 100 * seed + run, 0.01) for run in range(repeats)])
+        error = runs.std(axis=0, ddof=1) / truth / np.sqrt(repeats) if repeats > 1 else np.zeros(len(n))
+        known = replace(
+            measurements(n.tolist(), runs.mean(axis=0), weak=False, batch=1.0),
+            error=error,
+            num_runs=np.full(len(n), repeats),
+        )
+        again = noisy(truth, 10_000 + seed, 0.01)
+        for forecast, mean, new in zip(mechanistic(known).at(n.tolist()), runs.mean(axis=0), again, strict=True):
+            low, high = forecast.step_interval_s
+            assert forecast.step_s == pytest.approx(mean)
+            inside.append((low <= new <= high, high / low))
+    held, widths = np.array(inside).T
+    assert held.mean() >= 0.9 and widths.mean() < 1.15
+
+
+def test_a_fit_that_contradicts_a_measurement_says_so() -> None:
+    n = np.array([1, 2, 4])
+    assert not mechanistic(measurements(n.tolist(), 0.02 + 0.98 / n, weak=False, batch=64.0)).missed()
+    slower = mechanistic(measurements(n.tolist(), [1.0, 0.52, 0.8], weak=False, batch=64.0))
+    assert [each.ranks for each in slower.missed()] == [4]
+
+
 # ---------------------------------------------------------------------------------------------- published series
 
 

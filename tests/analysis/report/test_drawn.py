@@ -389,7 +389,7 @@ def test_a_forecast_has_its_curve_its_interval_and_what_was_held_out(group: Grou
         (band,) = [each for each in axes.collections if each.get_label() == "95% interval"]
         most = max(option.forecast.ranks for option in plan.options)
         sizes = curve_sizes(prediction, most / 8, 48)
-        curve = {each.ranks: each for each in prediction.at(sizes)}
+        curve = {each.ranks: each for each in prediction.fitted(sizes)}
         edges: dict[float, list[float]] = {}
         for x, y in band.get_paths()[0].vertices:
             edges.setdefault(float(x), []).append(float(y))

@@ -1,13 +1,13 @@
 """Why a plan chooses this number of nodes and no other, and what to know before relying on it."""
 
 from hpc_train.analysis.models.measurements import Measurements
-from hpc_train.analysis.models.predict import Prediction
+from hpc_train.analysis.models.predict import Forecast, Prediction
 from hpc_train.analysis.planning.plan import FAR, BrokenLimit, Criterion, Option, Plan
 from hpc_train.analysis.report.notes.prediction import prediction_notes
 from hpc_train.core.formatting import amount, duration_text, percent, plural, significant, watt_hours_text
 
 _CRITERIA: dict[Criterion, str] = {
-    "forecast": "these sizes were asked about",
+    "asked": "these sizes were asked about",
     "none": "no number of nodes keeps every limit",
     "deadline": "the fewest nodes that keep the deadline",
     "budget": "the fastest within the budget",
@@ -25,19 +25,42 @@ def nodes_text(measurements: Measurements, option: Option) -> str:
 
 
 def limit_text(broken: BrokenLimit) -> str:
-    """ "the deadline of 6.00 h (up to 7.12 h)"."""
+    """ "the deadline of 6.00 h (up to 7.12 h)", "(6.50 h at least)" if it is surely broken."""
+    end = broken.best if broken.is_certain else broken.worst
+    words = "({} at least)" if broken.is_certain else "(up to {})"
     if broken.name == "deadline":
-        return f"the deadline of {duration_text(broken.limit)} (up to {duration_text(broken.worst)})"
+        return f"the deadline of {duration_text(broken.limit)} {words.format(duration_text(end))}"
     if broken.name == "energy":
-        return f"the energy budget of {watt_hours_text(broken.limit)} (up to {watt_hours_text(broken.worst)})"
+        return f"the energy budget of {watt_hours_text(broken.limit)} {words.format(watt_hours_text(end))}"
     if broken.name == "memory":
         return f"the memory of a rank, {amount(broken.limit, 'B')} (it would take {amount(broken.worst, 'B')})"
-    limit, worst = significant(broken.limit), significant(broken.worst)
-    return f"the budget of {limit} node-hours (up to {worst} node-hours)"
+    return f"the budget of {significant(broken.limit)} node-hours {words.format(f'{significant(end)} node-hours')}"
 
 
 def broken_text(option: Option) -> str:
-    return " and ".join(map(limit_text, option.broken))
+    """ "breaks the deadline of 1.00 s (9.69 s at least) and may break ..."."""
+    return " and ".join(f"{'breaks' if each.is_certain else 'may break'} {limit_text(each)}" for each in option.broken)
+
+
+def caveats(plan: Plan) -> list[str]:
+    """What the first lines must say: what a table left open, and a fit that contradicts the measurements."""
+    assumed = plan.prediction.measurements.assumed
+    return [*([f"Assumed: {'; '.join(assumed)}."] if assumed else []), *_missed_notes(plan)]
+
+
+def _missed_notes(plan: Plan) -> list[str]:
+    missed = plan.prediction.missed()
+    if not missed:
+        return []
+    model, worst = plan.prediction.chosen.model, max(missed, key=_miss)
+    step_ms, fitted_ms = (significant(1e3 * each) for each in (worst.measured_s or 0.0, worst.step_s))
+    said = f"The {model} model contradicts the measurements: {step_ms} ms a step on {plural(worst.ranks, 'rank')}"
+    only = "no trust in other sizes" if plan.was_asked else "the advice is among the measured sizes alone"
+    return [f"{said}, for which it says {fitted_ms} ms. Hence {only}."]
+
+
+def _miss(fitted: Forecast) -> float:
+    return abs(fitted.step_s / (fitted.measured_s or fitted.step_s) - 1)
 
 
 def criterion_text(plan: Plan) -> str:
@@ -48,21 +71,31 @@ def why_not_larger(plan: Plan) -> str:
     """ "16 nodes: 31% faster for 2% more node-hours", "" if nothing was chosen."""
     if plan.chosen is None:
         return ""
-    larger, measurements = plan.next_larger, plan.prediction.measurements
+    larger = plan.next_larger
     if larger is None:
         return _why_last(plan, plan.chosen)
-    name = nodes_text(measurements, larger)
+    name = _beside_text(plan, larger)
     if larger.broken:
-        return f"{name} may break {broken_text(larger)}"
+        return f"{name}: {broken_text(larger)}"
     faster, dearer = larger.against(plan.chosen)
     if faster <= 0:
-        return f"{name}: predicted to be no faster"
+        is_known = not (larger.forecast.is_forecast or plan.chosen.forecast.is_forecast)
+        return f"{name}: {'measured' if is_known else 'predicted'} to be no faster"
     return f"{name}: {percent(faster, 0)} faster for {percent(dearer, 0)} more node-hours"
+
+
+def _beside_text(plan: Plan, option: Option) -> str:
+    """As `nodes_text`, but in ranks if the chosen option needs as many nodes."""
+    if plan.chosen and option.nodes == plan.chosen.nodes:
+        return plural(option.forecast.ranks, "rank")
+    return nodes_text(plan.prediction.measurements, option)
 
 
 def _why_last(plan: Plan, chosen: Option) -> str:
     """Why no larger option was considered."""
     measurements, ranks = plan.prediction.measurements, chosen.forecast.ranks
+    if plan.prediction.missed():
+        return "no larger size was measured, and the model is not trusted with one"
     if not plan.prediction.reachable(ranks + (measurements.ranks_per_node or 1)):
         return "what a second node costs was not measured: run on 2, or give --network"
     if not measurements.weak and measurements.batch > 1 and 2 * ranks > measurements.batch:
@@ -78,9 +111,9 @@ def why_not_smaller(plan: Plan) -> str:
     smaller = plan.next_smaller
     if smaller is None:
         return "it is the smallest size considered"
-    name = nodes_text(plan.prediction.measurements, smaller)
+    name = _beside_text(plan, smaller)
     if smaller.broken:
-        return f"{name}: may break {broken_text(smaller)}"
+        return f"{name}: {broken_text(smaller)}"
     faster, dearer = smaller.against(plan.chosen)
     slower = f"{name}: {percent(-faster, 0)} slower"
     if -dearer < _SAME_COST:
@@ -125,7 +158,7 @@ def _extrapolation_warnings(prediction: Prediction, option: Option) -> list[str]
 
 def _model_warnings(prediction: Prediction, option: Option) -> list[str]:
     warnings, chosen, forecast = [], prediction.chosen, option.forecast
-    if forecast.step_interval_s[1] > _WIDE * forecast.step_s:
+    if forecast.is_forecast and forecast.step_interval_s[1] > _WIDE * forecast.step_s:
         warnings.append(
             f"Sizes up to {prediction.measurements.largest} ranks do not show what {forecast.ranks} cost: the interval"
             " is wide. A larger size narrows it."

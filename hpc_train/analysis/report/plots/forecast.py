@@ -67,7 +67,7 @@ def _paint(axes: "Axes", plan: Plan, advice: str) -> None:
     measurements = prediction.measurements
     most = max([measurements.largest, *(option.forecast.ranks for option in plan.options)])
     sizes = curve_sizes(prediction, most / measurements.largest, _NUM_POINTS)
-    curve = prediction.at(sizes)
+    curve = prediction.fitted(sizes)
     low, high = zip(*(each.samples_per_s_interval for each in curve), strict=True)
     rates = measurements.samples(measurements.ranks) / measurements.step_s
     ideal = [rates[0] * size / measurements.ranks[0] for size in (measurements.ranks[0], most)]

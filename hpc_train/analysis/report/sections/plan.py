@@ -8,6 +8,7 @@ from hpc_train.analysis.planning.plan import Option, Plan
 from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.notes.plan import (
     broken_text,
+    caveats,
     criterion_text,
     further_run_text,
     limit_text,
@@ -30,20 +31,22 @@ def short_answer(plan: Plan) -> str | None:
 def answer(plan: Plan) -> list[str]:
     """The answer in sentences, the recommendation first."""
     measurements, chosen = plan.prediction.measurements, plan.chosen
-    if plan.is_forecast:
+    if plan.was_asked:
         about = [f"For {plan.work.words}, in the training loop."] if plan.work else []
-        return [*(f"{_where(option, plan)}: {_takes(option, plan)}" for option in plan.options), *about]
+        named = (f"{_where(option, plan)}: {_takes(option, plan)}" for option in plan.options)
+        return [*named, *caveats(plan), *about]
     if chosen is None:
-        largest = plan.options[-1]
-        broken = f"{nodes_text(measurements, largest)}: {broken_text(largest)}"
-        return [f"Nothing to ask for: {criterion_text(plan)}. The largest considered may break it, too: {broken}"]
-    lines = [f"Ask for {_where(chosen, plan)}: {_takes(chosen, plan)}", f"Why: {criterion_text(plan)}."]
+        fastest = max(plan.options, key=lambda option: option.speed)
+        broken = f"The fastest considered, {nodes_text(measurements, fastest)}, {broken_text(fastest)}"
+        return [f"Nothing to ask for: {criterion_text(plan)}. {broken}.", *caveats(plan)]
+    lines = [f"Ask for {_where(chosen, plan)}: {_takes(chosen, plan)}", *caveats(plan), f"Why: {criterion_text(plan)}."]
     lines += [f"Not fewer: {why_not_smaller(plan)}.", f"Not more: {why_not_larger(plan)}."]
     if plan.work is not None:
         lines.append(f"For {plan.work.words}, in the training loop: start-up, tests and checkpoints are extra.")
     if plan.power is not None and chosen.energy_j is not None:
         kind = "estimated by the runs" if plan.power.quality == "estimated" else "measured by the runs' meters"
-        lines.append(f"Energy: {kind}; {plan.power.assumed}.")
+        at_its_size = not chosen.forecast.is_forecast
+        lines.append(f"Energy: {kind}{' of this size' if at_its_size else f'; {plan.power.assumed}'}.")
     return [*lines, *filter(None, [further_run_text(plan)])]
 
 
@@ -90,7 +93,7 @@ def options_table(plan: Plan) -> Table:
             number("samples/s", lambda option: significant(option.forecast.samples_per_s, 4)),
         ]
     columns.append(number("efficiency", lambda option: percent(option.forecast.efficiency, 0)))
-    title = "Predicted (95% intervals)" if plan.is_forecast else "Options (95% intervals; <- recommended)"
+    title = "Predicted (95% intervals)" if plan.was_asked else "Options (95% intervals; <- recommended)"
     return make_table("plan-options", title, plan.options, columns)
 
 
@@ -177,4 +180,9 @@ def _candidate_record(each: Candidate) -> dict[str, Any]:
 def _option_record(option: Option) -> dict[str, Any]:
     forecast: Forecast = option.forecast
     own = {key: value for key, value in asdict(option).items() if key != "forecast"}
-    return {**asdict(forecast), **own, "broken": list(map(limit_text, option.broken))}
+    return {
+        **asdict(forecast),
+        "is_forecast": forecast.is_forecast,
+        **own,
+        "broken": list(map(limit_text, option.broken)),
+    }
