@@ -12,6 +12,7 @@ from hpc_train.core.records import FloatArray, bad_line, read_csv
 ENERGY_COLUMNS = ("time_s", "domain", "joules", "quality", "source", "attempt")
 Quality = Literal["measured", "estimated", "missing"]
 NO_METER = "no meter"
+_NODE_SHARED = "(node shared)"
 COUNTED_NOTHING = "counted 0 J, less than it can resolve"
 # Domains that Slurm counts over all hosts together; only one host's file holds them.
 JOB_WIDE = ("nodes", "packages")
@@ -32,6 +33,11 @@ class Energy:
     joules: float | None = None
     quality: Quality = "missing"
     source: str = NO_METER
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other jobs may have drawn some of it."""
+        return _NODE_SHARED in self.source
 
     def __str__(self) -> str:
         if self.joules is None:
@@ -197,5 +203,5 @@ def energy_of_run(by_host: Mapping[str, Sequence[T]], hosts: Iterable[str], is_s
         return Energy()
     total = total_energy(part.energy for part in parts)
     if is_shared and total.joules is not None and any(part.domain != OWN_CORES for part in parts):
-        return replace(total, source=f"{total.source} (node shared)")
+        return replace(total, source=f"{total.source} {_NODE_SHARED}")
     return total

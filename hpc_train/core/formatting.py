@@ -29,9 +29,10 @@ def significant(value: float | None, digits: int = 3) -> str:
         return "-"
     if not isfinite(value) or value == 0:
         return f"{value:g}"
+    rounded = f"{value:.{digits - 1}e}"
     if not 1e-4 <= abs(value) < 1e12:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:.{max(0, digits - 1 - floor(log10(abs(value))))}f}"
+        return rounded
+    return f"{value:.{max(0, digits - 1 - floor(log10(abs(float(rounded)))))}f}"  # 9.996 has the digits of 10.0
 
 
 def percent(share: float | None, decimals: int = 1) -> str:
@@ -70,7 +71,8 @@ def amount(value: float | None, unit: str) -> str:
     """ "1.23 MB": three digits and the SI prefix."""
     if value is None:
         return "missing"
-    powers = zip((1e15, 1e12, 1e9, 1e6, 1e3, 1.0, 1e-3, 1e-6), ("P", "T", "G", "M", "k", "", "m", "u"), strict=True)
+    scales = (1e15, 1e12, 1e9, 1e6, 1e3, 1.0, 1e-3, 1e-6, 1e-9)
+    powers = zip(scales, ("P", "T", "G", "M", "k", "", "m", "u", "n"), strict=True)
     power, prefix = next((pair for pair in powers if abs(value) >= pair[0]), (1.0, ""))
     return f"{significant(value / power)} {prefix}{unit}"
 

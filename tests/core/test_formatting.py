@@ -29,6 +29,7 @@ def test_numbers_in_words() -> None:
         "0",
         "-",
     ]
+    assert significant(9.9996) == significant(10.0) == "10.0" and amount(5.84e-8, "J") == "58.4 nJ"
     assert significant(float("nan")) == "nan" and significant(1e-9) == "1.00e-09"
     assert interval_text((0.00481, 0.01002), 1e3) == "4.81-10.02" and interval_text(None, 1.0) == "-"
     assert [amount(value, "B") for value in (1.5e13, 47100.0, 0.0, 0.0002, None)] == [

@@ -110,6 +110,15 @@ def test_no_baseline_is_said_and_no_speedup_is_shown(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- terminal
 
 
+def test_a_shared_nodes_energy_is_marked_on_every_screen() -> None:
+    """Two hosts under one Slurm, whose meter counts the job step as a whole and other jobs, too."""
+    (section,) = make_report([Path("tests/runs/mlp-two-hosts")]).sections
+    assert section.overview is not None and section.overview.rows[0][-1].endswith("J shared")
+    (energy,) = [number for number in section.numbers if number.title == "Energy per sample"]
+    assert energy.value.endswith("J shared")
+    assert table(section, "energy-by-node").rows[0][1].endswith(" shared (all nodes together)")
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
 def test_no_cell_is_cut_short_at_any_width(tmp_path: Path, width: int) -> None:
     source = "NVML total energy counter + RAPL package-0 + RAPL dram"

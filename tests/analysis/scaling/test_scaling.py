@@ -252,7 +252,7 @@ def test_one_size_alone_has_no_speedup(tmp_path: Path) -> None:
     assert found.groups[0].baseline is None and len(row.runs) == 2
     assert (row.speedup, row.speedup_interval, row.efficiency) == (None, None, None)
     assert any("No baseline" in note and "2 ranks" in note for note in group_notes(found.groups[0]))
-    assert any("Left without a comparison" in note and "220000Z-np2" in note for note in scaling_notes(found))
+    assert any("same job on another number of ranks" in note and "220000Z-np2" in note for note in scaling_notes(found))
 
 
 def test_a_baseline_of_several_ranks_is_said(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_different_jobs_are_not_compared_and_the_keys_are_named(tmp_path: Path) 
     found = scaling(tmp_path, Recipe(size=1), Recipe(size=2, strategy="mpi", global_batch=240, step_s=0.005))
     assert len(found.groups) == 2 and all(group.baseline is None for group in found.groups)
     assert scaling_notes(found)[0] == "Not compared across groups, train.global_batch differs: 120 | 240."
-    assert "Left without a comparison" in scaling_notes(found)[1]
+    assert "same job on another number of ranks" in scaling_notes(found)[1]
     assert {group.label for group in found.groups} == {
         "softmax-mnist (train.global_batch = 120, reduce.strategy = horovod)",
         "softmax-mnist (train.global_batch = 240, reduce.strategy = mpi)",

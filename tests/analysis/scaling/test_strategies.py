@@ -256,7 +256,7 @@ def test_an_incomplete_run_is_no_reference_and_jobs_that_differ_elsewhere_are_no
     found = compare(load_all([tmp_path / "b"]))
     assert not compare_strategies(found.groups)
     assert any("train.global_batch differs: 120 | 60" in note for note in scaling_notes(found))
-    assert any("Left without a comparison" in note for note in scaling_notes(found))
+    assert any("same job on another number of ranks" in note for note in scaling_notes(found))
 
 
 def test_what_else_sets_strategies_apart_is_named(tmp_path: Path) -> None:

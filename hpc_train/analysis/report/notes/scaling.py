@@ -44,8 +44,9 @@ def interval_notes(group: Group) -> list[str]:
 def _baseline_notes(group: Group) -> list[str]:
     if group.baseline is None:
         sizes = " and ".join(plural(size, "rank") for size in sorted({row.size for row in group.rows}))
-        kind = "complete runs" if any(not row.incomplete for row in group.rows) else "no complete run"
-        return [f"No baseline: {kind} of {sizes} only. A speedup needs steady steps of two sizes."]
+        if all(row.incomplete for row in group.rows):
+            return [f"No baseline: no run of {sizes} is complete. A speedup needs steady steps of two sizes."]
+        return [f"No baseline: complete runs of {sizes} only. A speedup needs steady steps of two sizes."]
     if group.baseline.size == 1:
         return []
     return [f"The baseline is {plural(group.baseline.size, 'rank')}, not 1 rank: all speedups are relative to that."]
@@ -186,7 +187,7 @@ def _lone_notes(groups: Sequence[Group], compared: Collection[str]) -> list[str]
     on_equal_work = {group for members in equal_work(groups) for group in members}
     alone = [group for group in groups if group.baseline is None and group not in on_equal_work]
     lone = [run.label for group in alone if group.label not in compared for run in group.runs]
-    return [f"Left without a comparison: {', '.join(lone)}."] if lone else []
+    return [f"No other run here is the same job on another number of ranks: {', '.join(lone)}."] if lone else []
 
 
 def incomplete_notes(group: Group) -> list[str]:

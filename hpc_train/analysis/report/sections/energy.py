@@ -5,6 +5,7 @@ from typing import Any
 
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
+from hpc_train.analysis.energy.readings import ALL_NODES
 from hpc_train.analysis.energy.run_energy import RunEnergy
 from hpc_train.analysis.report.labels import communication_text
 from hpc_train.analysis.report.model import Table
@@ -120,7 +121,9 @@ def _rest_rule(run: RunEnergy) -> str:
 
 
 def _nodes_text(row: RowEnergy) -> str:
-    return _range_text([pair for run in row.runs for pair in run.nodes.items()])
+    nodes = [pair for run in row.runs for pair in run.nodes.items()]
+    of_all = f" ({ALL_NODES})" * any(name == ALL_NODES for name, _ in nodes)
+    return _range_text(nodes) + of_all
 
 
 def _per_rank_text(row: RowEnergy) -> str:

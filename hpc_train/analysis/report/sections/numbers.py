@@ -8,9 +8,10 @@ from hpc_train.analysis.report.model import KeyNumber
 from hpc_train.analysis.report.notes.plan import criterion_text, nodes_text
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.next_run import NextRun
+from hpc_train.analysis.report.sections.quantities import row_energy_text
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.core.formatting import energy_text, ms_text, percent, plain, plural, ratio_text, significant
+from hpc_train.core.formatting import ms_text, percent, plain, plural, ratio_text, significant
 
 
 def add_numbers(section: SectionBuilder, group: Group, advice: NextRun) -> None:
@@ -39,8 +40,7 @@ def _throughput(row: Row) -> KeyNumber:
 
 
 def _energy(row: Row) -> KeyNumber:
-    value = energy_text(row.joules_per_sample, row.energy.quality)
-    return KeyNumber("Energy per sample", value, plain(row.energy.source))
+    return KeyNumber("Energy per sample", row_energy_text(row.joules_per_sample, row.energy), plain(row.energy.source))
 
 
 def _request(advice: NextRun) -> KeyNumber:

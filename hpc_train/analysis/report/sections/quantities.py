@@ -19,6 +19,7 @@ from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.laws import serial_part
 from hpc_train.analysis.scaling.mfu import flops_of
 from hpc_train.analysis.scaling.rows import Row
+from hpc_train.core.energy_records import Energy
 from hpc_train.core.formatting import amount, energy_text, ms_text, percent, plain, ratio_text, significant
 from hpc_train.core.timing_log import PHASES
 
@@ -383,7 +384,7 @@ ENERGY: Quantity[Row] = Quantity(
     "of a run on all nodes, mean over runs",
     lambda row: row.energy.joules,
     "energy per run",
-    lambda row: energy_text(row.energy.joules, row.energy.quality),
+    lambda row: row_energy_text(row.energy.joules, row.energy),
 )
 ENERGY_PER_SAMPLE: Quantity[Row] = Quantity(
     "joules_per_sample",
@@ -391,7 +392,7 @@ ENERGY_PER_SAMPLE: Quantity[Row] = Quantity(
     "that over all samples trained on, warm-up included",
     lambda row: row.joules_per_sample,
     "energy / sample",
-    lambda row: energy_text(row.joules_per_sample, row.energy.quality),
+    lambda row: row_energy_text(row.joules_per_sample, row.energy),
 )
 LOSS: Quantity[Row] = Quantity(
     "loss", "", "last training loss", lambda row: row.loss, "loss", lambda row: significant(row.loss, 4)
@@ -403,6 +404,10 @@ RESULT: tuple[Quantity[Row], ...] = (
     Quantity("energy_source", "", "the meters", lambda row: row.energy.source),
     LOSS,
 )
+
+
+def row_energy_text(joules: float | None, energy: Energy) -> str:
+    return energy_text(joules, energy.quality) + " shared" * (joules is not None and energy.is_shared)
 
 
 def _marked(value: float | None, unit: str, mark: str) -> str:
