@@ -19,8 +19,8 @@ def _percent(ctx: click.Context, param: click.Parameter, value: str) -> float:
         percent = float(value.strip().removesuffix("%"))
     except ValueError:
         percent = -1.0
-    if not 0 <= percent <= 1000:
-        raise click.BadParameter(f"{value}: write a percentage, such as 3%")
+    if not value.strip().endswith("%") or not 0 <= percent <= 1000:  # is 0.05 a twentieth, or 0.05%?
+        raise click.BadParameter(f"{value}: write a percentage with its sign, such as 3%")
     return percent / 100
 
 

@@ -1,5 +1,7 @@
 """`hpc-train init`: a job file for a data file."""
 
+import re
+import shlex
 from pathlib import Path
 
 import click
@@ -44,7 +46,9 @@ def init(data: Path, output: Path | None, force: bool) -> None:
     if file.faults and not file.datasets:
         raise UserError(str(file.faults[0]).partition("\n")[0], "Name an HDF5 file, a table or a folder of pictures.")
     proposal = propose(file)
-    write_atomic(job, proposal.job(data.stem, str(data)))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", data.stem).strip("-._") or "job"
+    write_atomic(job, proposal.job(name, str(data)))
     load(job)
     click.echo("\n".join(lines_of(proposal)))
-    click.echo(f"\n{job} trains on it:\n  hpc-train train {job}\n  mpirun -n 4 hpc-train train {job}")
+    command, ranks = f"hpc-train train {shlex.quote(str(job))}", min(4, proposal.batch)
+    click.echo(f"\n{job} trains on it:\n  {command}" + (f"\n  mpirun -n {ranks} {command}" if ranks > 1 else ""))

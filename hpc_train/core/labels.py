@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 MAX_CLASSES = 1 << 16  # unless there are more samples: more different labels are identifiers, or real values
+NETCDF_FILL = 9.969209968386869e36  # what netCDF-4 reads of floats that nobody wrote (NC_FILL_FLOAT of netcdf.h)
 _SPARSE = 10  # times as many numbers as labels: they name classes, and are no class numbers
 _MOST_SHOWN = 4
 
@@ -45,6 +46,7 @@ def find_classes(distinct: np.ndarray, num_classes: int | None, num_samples: int
     num_classes: as the user says; None: as found. Numbers from 0 are class numbers. Numbers from 1 to the number of
     classes, numbers far apart, negative ones and strings are counted in their order.
     """
+    most = num_classes or min(MAX_CLASSES, max(num_samples, 4) // 2)  # fewer than two samples a class: identifiers
     if distinct.dtype.kind == "i":
         low, high = int(distinct[0]), int(distinct[-1])
         if low == 1 and high > 1 and high == (num_classes or len(distinct)):
@@ -53,11 +55,12 @@ def find_classes(distinct: np.ndarray, num_classes: int | None, num_samples: int
         is_number = (distinct >= 0) & (distinct < limit)
         if is_number.all():
             return Classes(num_classes or high + 1)
+        if len(distinct) > most and num_classes is None:
+            raise NoClasses
         is_other_count = num_classes is not None and len(distinct) != num_classes
         if 2 * is_number.sum() > len(distinct) or (is_other_count and is_number.any()):
             # Most labels are class numbers: the others are damaged, or mean that there is none.
             raise NoClasses(int(distinct[np.argmin(is_number)]))
-    most = num_classes or min(MAX_CLASSES, max(num_samples, 4) // 2)  # fewer than two samples a class: identifiers
     if len(distinct) > most:
         raise NoClasses
     return Classes(len(distinct), distinct)

@@ -9,6 +9,7 @@ import pytest
 
 from hpc_train.core import rundir
 from hpc_train.core.config import load
+from hpc_train.core.errors import UserError
 from hpc_train.datasets.inspect.proposal import propose
 from hpc_train.datasets.inspect.structure import read_structure
 from tests import jobs
@@ -48,6 +49,16 @@ FILES: dict[str, tuple[dict[str, np.ndarray], dict[str, object], str]] = {
         {"kind": "regression", "model": "mlp", "inputs": "input", "targets": "output"},
         "output: 12 x 10 numbers a sample",
     ),
+    "amounts": (
+        {"inputs": TABLE, "targets": RNG.integers(-900, 900, 400), "index": np.arange(400), "out": TABLE[:, 0]},
+        {"kind": "regression", "targets": "targets"},
+        "different whole numbers, too many for classes",
+    ),
+    "names": (
+        {"data": TABLE, "index": np.arange(400), "out": TABLE[:, 0]},
+        {"kind": "regression", "targets": "out"},
+        "not used: index",
+    ),
     "one-hot": (
         {"train/inputs": TABLE, "train/targets": np.eye(4)[LABELS]},
         {"kind": "classification", "inputs": "train/inputs"},
@@ -72,6 +83,27 @@ def test_a_file_is_taken_for_what_it_is(name: str, tmp_path: Path) -> None:
     config = load(tmp_path / "a.toml").config
     found = config.task.model_dump() | config.data.model_dump()
     assert {key: found[key] for key in expected} == expected
+
+
+def test_values_that_a_target_lacks_are_no_values(tmp_path: Path) -> None:
+    energy = TABLE.sum(axis=1)
+    energy[7] = 1e20
+    path = write(tmp_path / "a.h5", {"x": TABLE, "energy": energy})
+    with h5py.File(path, "r+") as file:
+        file["energy"].attrs["_FillValue"] = np.float32(1e20)
+    proposal = propose(read_structure(path))
+    assert proposal.drops_missing and "energy lacks values: samples with one are left out" in proposal.said
+    assert not any("e+20" in line for line in proposal.said)
+    path = write(tmp_path / "b.h5", {"x": TABLE, "y": np.where(LABELS == 3, -9999, LABELS)})
+    with pytest.raises(UserError, match=r"y has 4 different labels, and -9999 in row 3 is unlike the others"):
+        propose(read_structure(path))
+
+
+def test_a_file_of_any_name_has_a_job_that_loads(tmp_path: Path) -> None:
+    write(tmp_path / "we ird 'n\"me.h5", {"x": TABLE[:3], "y": LABELS[:3].astype("f4") / 7})
+    done = jobs.run(0, "init", "we ird 'n\"me.h5", cwd=tmp_path)
+    assert done.code == 0 and "mpirun" not in done.out, done
+    assert load(tmp_path / "we ird 'n\"me.toml").config.name == "we-ird-n-me"
 
 
 @pytest.mark.parametrize("name", ["images", "real", pytest.param("fields", marks=pytest.mark.thorough)])

@@ -526,3 +526,6 @@ def test_real_targets_stay_real(tmp_path: Path) -> None:
         assert np.allclose(file["train/targets"][:], rows[:, 2]) and file["train/inputs"].shape == (60, 2)
     with h5py.File(table_of(tmp_path / "t.npz", "npz.h5", target=None, test_fraction=0)) as file:
         assert np.array_equal(file["train/targets"][:], several)
+    np.save(tmp_path / "t.npy", rows)
+    with h5py.File(table_of(tmp_path / "t.npy", "npy.h5", target="2", test_fraction=0)) as file:
+        assert np.array_equal(file["train/targets"][:], rows[:, 2])

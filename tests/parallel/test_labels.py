@@ -41,7 +41,7 @@ def test_samples_with_missing_values_are_left_out_on_every_rank(context: Context
     context.on_root(lambda: write(shared_path / "a.h5", np.arange(40) % 4, missing=(2, 37)))
     data = {"file": str(shared_path / "a.h5")}
     job = {"name": "a", "data": data, "train": {"steps": 1, "global_batch": 4}}
-    with pytest.raises(UserError, match=r"2 of 40 samples of train/inputs lack values, .* the first is row 2"):
+    with pytest.raises(UserError, match=r"2 of 40 samples of train/inputs lack values: -1 in row 2 is the first"):
         Classification(config.from_values(job, "test").config, context)
     data["missing"] = "drop"
     task = Classification(config.from_values(job, "test").config, context)

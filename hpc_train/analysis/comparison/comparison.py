@@ -42,7 +42,7 @@ class Metric:
     relative: float | None = None  # the change: 0.05 for 5% more
     interval: Interval | None = None  # of `relative`; with one run a side only within these runs
     level: float = LEVEL  # the interval's confidence is 1 - level
-    smallest_shown: float | None = None  # the smallest increase that would have been shown
+    smallest_shown: Interval | None = None  # the smallest decrease and increase that would have been shown
     verdict: Verdict = "not judged"
     why: str = ""  # why it is not judged
 

@@ -23,11 +23,12 @@ def relative_interval(ratio: Estimate, level: float) -> Interval | None:
     return _less_one(ratio.log - half), _less_one(ratio.log + half)
 
 
-def smallest_shown(ratio: Estimate, level: float) -> float | None:
-    """The smallest increase whose interval would have excluded no change; None: no error is known."""
+def smallest_shown(ratio: Estimate, level: float) -> Interval | None:
+    """The smallest decrease and increase whose interval would have excluded no change; None: no error is known."""
     if ratio.squared_error is None:
         return None
-    return _less_one(half_width(ratio.squared_error, ratio.degrees_of_freedom, level))
+    half = half_width(ratio.squared_error, ratio.degrees_of_freedom, level)
+    return _less_one(-half), _less_one(half)
 
 
 def _less_one(logarithm: float) -> float:

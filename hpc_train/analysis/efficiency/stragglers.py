@@ -19,7 +19,8 @@ from hpc_train.core.records import FloatArray, IntArray
 from hpc_train.core.statistics import Interval
 
 LEAST_SHARE = 0.01  # of the job's time: a straggler that costs less is not named
-_CLOCK_FACTOR = 3.0  # a rank must be late by this many times the clocks' error, in the steps in which it is last
+# A rank must be late by this many times what it leaves reductions apart (the clocks' error), where it is last.
+_CLOCK_FACTOR = 3.0
 _ERROR_RATE = 0.01  # of runs of ranks that are alike, in which somebody may be named
 _NEGLIGIBLE = 0.9  # of the cost of all: who adds less to those named before stays unnamed
 Cause = Literal["computing", "input"]
@@ -126,7 +127,8 @@ class _Blamed:
 
 def _blamed(arrivals: Arrivals, num_ranks: int) -> _Blamed:
     """Whole hosts if there are any, else ranks."""
-    errors_s = arrivals.clock_error_s * (len(arrivals.hosts) > 1)  # one host has one clock
+    # On one host, too: there it is no clock's error, but ranks that leave apart begin, and arrive, apart.
+    errors_s = arrivals.clock_error_s
     host_errors_s = _host_errors(arrivals, errors_s)
     families = 1 + (len(arrivals.hosts) > 1)  # searched for the same thing, so they share the error rate
     hosts = _search(arrivals, arrivals.latest_hosts, len(arrivals.hosts), host_errors_s, _ERROR_RATE / families)

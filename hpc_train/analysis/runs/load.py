@@ -20,6 +20,7 @@ from hpc_train.core.records import SCHEMA, FloatArray, read_metrics
 from hpc_train.core.run_summary import RunResult, RunShape, RunSummary, summarise
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import UNKNOWN_STEPS, Config
+from hpc_train.core.timing_log import StepTimes
 
 # Larger numbers are damage.
 _MOST_RANKS = 10_000_000
@@ -163,9 +164,15 @@ def _load(run: RunDir) -> Run:
     elif not written.get("complete"):
         fault = written.get("fault") or "the run did not reach its end"
         faults.insert(0, f"summary.json says that {fault}")
-    if faults:
-        planned = settings.train.steps
+    elif not faults and (told := _count_of(written, "num_steps")) and times.num_steps < told:
+        faults.append(f"the timings of all ranks end early: summary.json counts {told} steps")
+    planned = settings.train.steps
+    if faults and times.num_steps < planned:
         faults.append(f"{times.num_steps}{'' if planned == UNKNOWN_STEPS else f' of {planned}'} steps can be used")
+    if faults:
+        times = replace(
+            times, num_samples=_num_samples(times, written or {}, settings.reduce.num_workers(meta["size"]))
+        )
     metrics = read_metrics(run.metrics) if run.metrics.is_file() else ([], [])
     loss = _number((written or {}).get("loss"))
     shape = RunShape(
@@ -192,6 +199,19 @@ def _load(run: RunDir) -> Run:
         "; ".join(faults) or None,
         ranks.load_balance,
     )
+
+
+def _num_samples(times: StepTimes, written: dict[str, Any], num_workers: int) -> int:
+    """The samples that an incomplete run's energy was spent on: meters count what ranks without records do, too."""
+    if told := _count_of(written, "num_samples"):
+        return max(told, times.num_samples)
+    return round(times.num_samples * num_workers / max(1, times.num_ranks))
+
+
+def _count_of(written: dict[str, Any], key: str) -> int | None:
+    """A plausible count of a summary."""
+    value = written.get(key)
+    return value if type(value) is int and 0 < value < _MOST_COUNTED else None
 
 
 def _test(written: dict[str, Any]) -> dict[str, float]:

@@ -13,14 +13,16 @@ import numpy as np
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
-from hpc_train.core.labels import NoClasses, find_classes
+from hpc_train.core.labels import NETCDF_FILL, NoClasses, find_classes
 from hpc_train.datasets.inspect.structure import DatasetInfo, FileStructure
 
 _INPUT_WORDS = {"inputs", "input", "x", "data", "images", "image", "features", "samples", "signals"}
 _TARGET_WORDS = {"targets", "target", "labels", "label", "y", "class", "classes", "outputs", "output"}
+_NUMBERING = {"id", "ids", "index", "idx", "row", "number", "time", "date", "weight", "weights", "mask"}
 _TEST_WORDS = {"test", "testing", "valid", "validation", "val", "eval", "holdout"}
 _TRAIN_WORDS = {"train", "training"}
 _MISSING = ("_FillValue", "missing_value")
+_TOO_LARGE, _MOST_LISTED = 2.0**62, 8
 _LABELS_READ, _SAMPLES_READ, _BYTES_READ = 1 << 20, 1024, 64 << 20
 _LEAST_PIXELS = 8  # on an edge of an image
 _SMALL_IMAGE = 64  # pixels on an edge: for larger ones ResNet has another stem
@@ -66,7 +68,7 @@ class Proposal:
             lines.append('missing = "drop"                 # or "mean": the mean of the others in their place')
         lines += ["", "[task]", f'kind = "{self.kind}"', f'model = "{self.model}"', f"options = {self.options}"]
         lines += ["", "[train]", f"steps = {steps:<24} # {plural(self.epochs, 'epoch')}, at least 100 steps"]
-        lines += [f"global_batch = {self.batch:<17} # of all ranks together"]
+        lines += [f"global_batch = {self.batch:<17} # of all ranks together, so as many ranks at most"]
         lines += ['optimizer = "adamw"', "lr = 0.001", 'schedule = "cosine"', f"log_every = {max(1, steps // 20)}"]
         return "\n".join([*lines, "", "[run]", 'root = "runs"', ""])
 
@@ -83,26 +85,28 @@ def propose(file: FileStructure) -> Proposal:
     with h5py.File(file.path, "r") as opened:
         kind, why = _kind(opened[targets.name], targets)
         rows = _first_rows(opened[inputs.name])
-        lacks = _lacks_values(opened[inputs.name], rows)
+        lacking = [info.name for info in (inputs, targets) if _lacks_values(opened[info.name], info)]
     image_edge = _image_edge(inputs.shape[1:])
     if image_edge:
         stem = "small" if image_edge <= _SMALL_IMAGE else "imagenet"
         model, options = "resnet", f'{{ depth = 18, width = 16, stem = "{stem}" }}'
     else:
         model, options = "mlp", "{ hidden = [256, 256] }"
-    is_table = len(inputs.shape) == 2
-    is_large = inputs.meaning == (1.0, 0.0) and float(np.nanmax(np.abs(rows), initial=0.0)) > _LARGE
     shape = " x ".join(f"{size:,}" for size in inputs.shape[1:])
-    what = "images" if image_edge else "features" if is_table else "numbers"
+    what = "images" if image_edge else "features" if len(inputs.shape) == 2 else "numbers"
     said = [
         f"{inputs.name}: {plural(inputs.num_rows, 'sample')} of {shape} {what}, {inputs.dtype}",
         f"{targets.name}: {why}",
         f"{test[0].name}: {plural(test[0].num_rows, 'sample')} to test on" if test else "no samples to test on",
+        *(f"{name} lacks values: samples with one are left out" for name in lacking),
     ]
-    if lacks:
-        said.append(f"{inputs.name} lacks values: samples with one are left out")
-    normalize = "standardize" if is_table or is_large else "scale_factor"
-    return Proposal(file.path, inputs, targets, test, kind, model, options, normalize, lacks, tuple(said))
+    others = [info.name for info in file.datasets if info not in (inputs, targets, *(test or ()))]
+    if others:
+        said.append(f"not used: {', '.join(others[:_MOST_LISTED])}{', ...' * (len(others) > _MOST_LISTED)}")
+    known = rows[np.isfinite(rows)]
+    is_large = inputs.meaning == (1.0, 0.0) and float(np.sqrt(np.mean(known**2) if len(known) else 0.0)) > _LARGE
+    normalize = "standardize" if not image_edge or is_large else "scale_factor"
+    return Proposal(file.path, inputs, targets, test, kind, model, options, normalize, bool(lacking), tuple(said))
 
 
 # ------------------------------------------------------------------------------------------------ which data sets
@@ -141,6 +145,7 @@ def _likeliness(inputs: DatasetInfo, targets: DatasetInfo) -> tuple[int, int]:
     hints = 2 * bool(_words(inputs.base_name) & _INPUT_WORDS) + 2 * bool(_words(targets.base_name) & _TARGET_WORDS)
     hints += (inputs.group == targets.group) + (len(targets.shape) == 1)
     hints -= 2 * bool(_words(inputs.base_name) & _TARGET_WORDS) + 2 * bool(_words(targets.base_name) & _INPUT_WORDS)
+    hints -= 3 * bool((_words(inputs.base_name) | _words(targets.base_name)) & _NUMBERING)
     return hints, inputs.row_bytes - targets.row_bytes
 
 
@@ -169,7 +174,8 @@ def _test_pair(
 def _kind(targets: h5py.Dataset, info: DatasetInfo) -> tuple[str, str]:
     """(task.kind, why)."""
     if _holds_strings(info):
-        return _of_labels(np.unique(targets.asstr(errors="replace")[:_LABELS_READ].astype(str)), info)
+        names = targets.asstr(errors="replace")[:_LABELS_READ].astype(str)
+        return _of_labels(names, np.arange(len(names)), info)
     values = targets[:_LABELS_READ]
     is_table = len(info.shape) == 2 and info.shape[1] > 1
     if is_table and ((values == 1).sum(1) == 1).all() and ((values != 0).sum(1) == 1).all():
@@ -177,24 +183,29 @@ def _kind(targets: h5py.Dataset, info: DatasetInfo) -> tuple[str, str]:
     if info.shape[1:] not in ((), (1,)):
         return "regression", f"{' x '.join(map(str, info.shape[1:]))} numbers a sample"
     values = values.reshape(-1)
-    if values.dtype.kind == "f" and not (values == np.floor(values)).all():
-        return "regression", f"real numbers, {np.nanmin(values):g} to {np.nanmax(values):g}"
-    return _of_labels(np.unique(values.astype(np.int64)), info)
+    rows = np.flatnonzero(~_is_missing(values, targets))
+    values = values[rows]
+    if values.dtype.kind == "f" and not ((values == np.floor(values)) & (np.abs(values) < _TOO_LARGE)).all():
+        return "regression", f"real numbers, {values.min():g} to {values.max():g}"
+    return _of_labels(values.astype(np.int64), rows, info)
 
 
-def _of_labels(distinct: np.ndarray, info: DatasetInfo) -> tuple[str, str]:
+def _of_labels(values: np.ndarray, rows: np.ndarray, info: DatasetInfo) -> tuple[str, str]:
+    """(task.kind, why) of the labels in these rows."""
+    distinct = np.unique(values)
     try:
         classes = find_classes(distinct, None, info.num_rows)
     except NoClasses as error:
         if error.odd is None and distinct.dtype.kind == "i":
             return "regression", f"{len(distinct):,} different whole numbers, too many for classes"
-        why = f"label {error.odd!r} does not go with the others" if error.odd is not None else "no classes"
+        what = f"{info.path}: {info.name} has {len(distinct):,} different labels"
+        if error.odd is not None:
+            what += f", and {error.odd!r} in row {rows[np.argmax(values == error.odd)]:,} is unlike the others"
         raise UserError(
-            f"{info.path}: {info.name} has {len(distinct):,} different labels: {why}",
-            f"hpc-train data check {info.path} names the rows.",
+            what, "Correct it; or declare it as missing by the attribute _FillValue, and set data.missing."
         ) from None
     is_number = "" if classes.values is not None else '; for amounts, set task.kind to "regression"'
-    return "classification", f"labels of {classes.num:,} classes{is_number}"
+    return "classification", f"labels of {classes.num:,} {'class' if classes.num == 1 else 'classes'}{is_number}"
 
 
 def _image_edge(shape: Sequence[int]) -> int | None:
@@ -211,11 +222,20 @@ def _first_rows(inputs: h5py.Dataset) -> np.ndarray:
     return np.asarray(inputs[: min(_SAMPLES_READ, max(1, _BYTES_READ // row_bytes))], np.float64)
 
 
-def _lacks_values(inputs: h5py.Dataset, rows: np.ndarray) -> bool:
-    """Whether one of the first rows lacks a value: NaN, or as the attributes say."""
-    declared = [np.ravel(inputs.attrs[name]) for name in _MISSING if name in inputs.attrs]
-    numbers = [value for values in declared if values.dtype.kind in "iuf" for value in values.tolist()]
-    return bool(np.isnan(rows).any() or np.isin(rows, numbers).any())
+def _lacks_values(dataset: h5py.Dataset, info: DatasetInfo) -> bool:
+    """Whether one of the first rows lacks a value."""
+    return info.is_numeric and bool(_is_missing(_first_rows(dataset), dataset).any())
+
+
+def _is_missing(values: np.ndarray, dataset: h5py.Dataset) -> np.ndarray:
+    """Where values are missing: NaN, or as the data set's attributes say."""
+    declared = [np.ravel(dataset.attrs[name]) for name in _MISSING if name in dataset.attrs]
+    numbers = [value for each in declared if each.dtype.kind in "iuf" for value in each.tolist()]
+    if values.dtype.kind == "f" and "_NCProperties" in dataset.file.attrs:
+        numbers.append(NETCDF_FILL)
+    # As stored: a float32 may not be what a float64 of the same digits is.
+    found = np.isin(values, np.array(numbers).astype(dataset.dtype)) if numbers else np.zeros(values.shape, bool)
+    return found | ~np.isfinite(values) if values.dtype.kind == "f" else found
 
 
 # ------------------------------------------------------------------------------------------------ other files
@@ -225,7 +245,7 @@ def preparation(path: Path) -> str | None:
     """The command that makes an HDF5 file of a table or a folder of pictures; None for HDF5 and what is unknown."""
     suffix, output = path.suffix.lower(), f"data/{path.stem or path.name}.h5"
     if path.is_dir():
-        return f"hpc-train prepare images data/{path.name}.h5 --from {path}"
+        return f"hpc-train prepare images data/{path.resolve().name}.h5 --from {path}"
     if suffix == ".csv":
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             columns = [column.strip().strip('"') for column in file.readline().strip().split(",")]

@@ -85,9 +85,8 @@ def split_arrays(name: str, arrays: dict[str, Array], test_fraction: float | Non
     split = train_test_split(next(iter(arrays.values())).shape[0], test_fraction)
     parts: dict[str, Array] = {}
     for each, array in arrays.items():
-        is_column = each == "targets" and array.dtype.kind == "f" and len(array.shape) == 1
-        if is_column and not are_real(array.read(0, min(array.shape[0], _FIRST_ROWS))):
-            array = _whole(Path(name), array, each)
+        if each == "targets" and array.dtype.kind == "f" and len(array.shape) == 1:
+            array = _class_or_real_numbers(Path(name), array, each)
         parts |= split.split(array, each, max(1, _READ_BYTES // array.row_bytes))
     in_order = [f"{part}/{each}" for part in ("train", "test") for each in arrays]
     return {each: parts[each] for each in in_order if each in parts}
@@ -115,8 +114,10 @@ def _require_equal_lengths(name: str, arrays: dict[str, Array]) -> None:
         raise UserError(f"{name}: {listed}", "Each sample is one row in all of them, and there is at least one.")
 
 
-def _whole(path: Path, array: Array, column: str) -> Array:
-    """`array` as int64."""
+def _class_or_real_numbers(path: Path, array: Array, column: str) -> Array:
+    """`array` as int64 if its first rows are class numbers, else as it is."""
+    if array.dtype.kind == "f" and are_real(array.read(0, min(array.shape[0], _FIRST_ROWS))):
+        return array
     return Array(array.shape, np.dtype(np.int64), partial(_read_whole_numbers, path, array, column))
 
 
@@ -207,7 +208,7 @@ def _npy_arrays(path: Path, target: str | None) -> dict[str, Array]:
     targets = Array((num_rows,), array.dtype, partial(_only_column, array, column))
     return {
         "inputs": Array((num_rows, num_columns - 1), array.dtype, partial(_without_column, array, column)),
-        "targets": _whole(path, targets, str(column)),
+        "targets": _class_or_real_numbers(path, targets, str(column)),
     }
 
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from hpc_train.train.data.readers import SelectedReader, StringReader, is_string
 _MAX_CHUNKS_MIXED = 64  # with each other: more make no better batches
 _SCAN_ROWS = 1 << 20
 _TEST_BATCH = 1024
+_WIDE = (torch.float64, torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,21 @@ class Filling:
 
     def filled(self, stored: torch.Tensor, floats: torch.Tensor) -> torch.Tensor:
         """`floats`, the numbers `stored` as float32, with the mean where a value is missing."""
-        missing = torch.isnan(floats)
+        missing = ~torch.isfinite(floats)
         for value in self.values:
             missing |= stored == torch.tensor(value, dtype=stored.dtype, device=stored.device)
-        return torch.where(missing, self.mean, floats)
+        return torch.where(missing, self.mean.to(floats.dtype), floats)
+
+
+class Standard(NamedTuple):
+    """Mean and standard deviation of stored numbers, float64, of a shape that goes with a sample's."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def applied(self, values: torch.Tensor) -> torch.Tensor:
+        """float32. The mean goes first: what is left of large numbers keeps its digits."""
+        return ((values - self.mean.to(values.dtype)) / self.std.to(values.dtype)).to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class Batch:
     Targets that are whole numbers are int64, real ones float32. A stored input s means s * scale + offset (the
     attributes scale_factor and add_offset of the CF conventions). Small integers are copied to the device as they are
     and become floats there, by `floats`. If data.inputs names several data sets, inputs, scale and offset are tuples.
-    filling: see data.missing = "mean".
+    filling: see data.missing = "mean". standard: see data.normalize = "standardize", in place of scale and offset.
     """
 
     inputs: Any
@@ -53,6 +65,7 @@ class Batch:
     scale: Any
     offset: Any
     filling: Filling | None = None
+    standard: Standard | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -61,15 +74,19 @@ class Batch:
         """The values that the stored inputs mean, float32, on their device; a tuple for several inputs."""
         if isinstance(self.inputs, tuple):
             return tuple(map(_unscaled, self.inputs, self.scale, self.offset))
-        return _unscaled(self.inputs, self.scale, self.offset, self.filling)
+        return _unscaled(self.inputs, self.scale, self.offset, self.filling, self.standard)
 
 
-def _unscaled(stored: torch.Tensor, scale: Any, offset: Any, filling: Filling | None = None) -> torch.Tensor:
-    values = stored.to(torch.float32)
+def _unscaled(
+    stored: torch.Tensor, scale: float, offset: float, filling: Filling | None = None, standard: Standard | None = None
+) -> torch.Tensor:
+    is_wide = standard is not None and stored.dtype in _WIDE  # beyond what float32 tells apart
+    values = stored.to(torch.float64 if is_wide else torch.float32)
     if filling is not None:
         values = filling.filled(stored, values)
-    is_plain = not isinstance(scale, torch.Tensor) and (scale, offset) == (1.0, 0.0)
-    return values if is_plain else values * scale + offset
+    if standard is not None:
+        return standard.applied(values)
+    return values if (scale, offset) == (1.0, 0.0) else values * scale + offset
 
 
 class Buffers:
@@ -107,12 +124,13 @@ class Split:
 
     inputs: tuple[Reader, ...]
     targets: Reader
-    scale: tuple[Any, ...]  # numbers, or tensors of a sample's shape
-    offset: tuple[Any, ...]
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
     check_unchanged: Callable[[], None]
     buffers: Buffers = field(default_factory=Buffers)
     begin_step: Callable[[int], None] | None = None  # collective: the ranks exchange the samples of the coming steps
     filling: Filling | None = None
+    standard: Standard | None = None
 
     def __len__(self) -> int:
         return int(self.targets.shape[0])
@@ -134,7 +152,7 @@ class Split:
         targets = torch.from_numpy(self.targets.take(rows).astype(kind, copy=False))
         inputs = tuple(torch.from_numpy(self._take(reader, rows)) for reader in self.inputs)
         if len(inputs) == 1:
-            return Batch(inputs[0], targets, self.scale[0], self.offset[0], self.filling)
+            return Batch(inputs[0], targets, self.scale[0], self.offset[0], self.filling, self.standard)
         return Batch(inputs, targets, self.scale, self.offset)
 
     def select(self, rows: np.ndarray) -> "Split":

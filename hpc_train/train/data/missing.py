@@ -1,7 +1,7 @@
 """Values that a file declares as missing, and NaN: named, left out, or replaced by the mean.
 
 CF conventions: a stored number equal to the attribute _FillValue or missing_value stands for no value. In netCDF-4
-files, floats that nobody wrote have a value of their own without such an attribute (NC_FILL_FLOAT of netcdf.h).
+files, floats that nobody wrote have a value of their own without such an attribute.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hpc_train.core.errors import UserError
+from hpc_train.core.labels import NETCDF_FILL
 from hpc_train.core.sampling import rank_span
 from hpc_train.core.settings import Data
 from hpc_train.train.comm.context import Context, joint
@@ -22,18 +23,19 @@ from hpc_train.train.data.moments import is_missing, moments
 from hpc_train.train.data.reader_interface import Reader
 
 _ATTRIBUTES = ("_FillValue", "missing_value")
-_NETCDF_FILL = 9.969209968386869e36
 _SCAN_BYTES = 64 << 20
+_SMALL_BYTES = 64 << 20  # read in a moment, to find NaN that no attribute declares
 
 
 @dataclass(frozen=True)
 class _Scanned:
-    """What one data set lacks.
+    """What data set `name` lacks.
 
     values: stored numbers that stand for none. rows: those with a missing value, increasing. mean: of the other values,
     by their place in a sample, as stored; None if it was not asked for.
     """
 
+    name: str
     values: tuple[float, ...]
     rows: np.ndarray
     mean: np.ndarray | None = None
@@ -44,55 +46,61 @@ def handle_missing(
 ) -> tuple[Split, Split | None, tuple[float, ...], str]:
     """Collective. The splits as data.missing asks, the inputs' values that stand for none, and what was done.
 
-    All values are read for it, each rank a part, if the file declares which are missing or data.missing is set. Raises
-    `UserError` if there are some and data.missing is "refuse". A sample without a target is left out in any case.
+    All values are read for it, each rank a part, if the file declares which are missing, if data.missing is set, and of
+    small data. Raises `UserError` if there are some and data.missing is "refuse". A sample without a target is left out
+    in any case.
     """
     scan = partial(_scan, files, data.missing, context)
     inputs, targets = scan(str(data.inputs), train.inputs[0]), scan(data.targets, train.targets)
     filling = None
     if data.missing == "mean" and inputs.mean is not None:
         filling = Filling(inputs.values, torch.from_numpy(inputs.mean.astype(np.float32)))
-    train, said = _handled(train, inputs, targets, filling, str(data.inputs))
+    train, said = _handled(train, inputs, targets, filling)
     if held_out is None:
         return train, None, inputs.values, said
     test_inputs = scan(str(data.test_inputs), held_out.inputs[0])
     test_targets = scan(data.test_targets, held_out.targets)
-    held_out, also = _handled(held_out, test_inputs, test_targets, filling, str(data.test_inputs))
+    held_out, also = _handled(held_out, test_inputs, test_targets, filling)
     return train, held_out, inputs.values, "; ".join(filter(None, (said, also)))
 
 
-def _handled(
-    split: Split, inputs: _Scanned, targets: _Scanned, filling: Filling | None, name: str
-) -> tuple[Split, str]:
-    """The split without what is missing, and what was done."""
-    num_samples = len(split)
-    left_out = targets.rows if filling else np.union1d(inputs.rows, targets.rows)
-    said = []
+def _handled(split: Split, inputs: _Scanned, targets: _Scanned, filling: Filling | None) -> tuple[Split, str]:
+    """The split without what is missing, and what was done. Raises `UserError`, on all ranks, if nothing is left."""
+    num_samples, said = len(split), []
     if filling:
         split = replace(split, filling=filling)
         if len(inputs.rows):
-            said.append(f"the mean stands for missing values in {len(inputs.rows):,} of {num_samples:,} of {name}")
+            num = f"{len(inputs.rows):,} of {num_samples:,}"
+            said.append(f"the mean stands for missing values in {num} samples of {inputs.name}")
+    incomplete = [targets] if filling else [inputs, targets]
+    left_out = np.unique(np.concatenate([each.rows for each in incomplete]))
+    names = " and ".join(each.name for each in incomplete if len(each.rows))
+    if len(left_out) == num_samples:
+        what = f"each of the {num_samples:,} samples lacks a value in {names}: none is left"
+        remedy = "Targets need values: correct the data." if len(targets.rows) else 'Set data.missing = "mean".'
+        raise joint(UserError(what, remedy))
     if len(left_out):
         split = split.select(np.delete(np.arange(num_samples), left_out))
-        said.append(f"{len(left_out):,} of {num_samples:,} samples of {name} are left out, as they lack values")
+        said.append(f"{len(left_out):,} of {num_samples:,} samples are left out, as {names} lacks values")
     return split, "; ".join(said)
 
 
 def _scan(files: Files, mode: str, context: Context, name: str, reader: Reader) -> _Scanned:
     """Collective. Raises `UserError` if a value is missing and `mode` is "refuse"."""
     values = context.on_all(partial(declared_missing, files, name))
-    if reader.dtype.kind == "O" or not (values or (mode != "refuse" and reader.dtype.kind == "f")):
-        return _Scanned(values, np.zeros(0, np.int64))
+    may_be_nan = reader.dtype.kind == "f" and (mode != "refuse" or reader.num_bytes <= _SMALL_BYTES)
+    if reader.dtype.kind == "O" or not (values or may_be_nan):
+        return _Scanned(name, values, np.zeros(0, np.int64))
     rows = [np.zeros(0, np.int64)]
     for begin, part in _my_parts(reader, context):
         missing = is_missing(part, values)
         rows.append(begin + np.flatnonzero(missing.reshape(len(part), -1).any(axis=1)))
     found = np.concatenate(context.all_gather(np.concatenate(rows)))
     if len(found) and mode == "refuse":
-        raise joint(_refused(files, name, values, found, len(reader)))
+        raise joint(_refused(files, name, values, found, reader))
     if mode != "mean":
-        return _Scanned(values, found)
-    return _Scanned(values, found, moments(reader, values, context).mean)
+        return _Scanned(name, values, found)
+    return _Scanned(name, values, found, moments(reader, values, context).mean)
 
 
 def _my_parts(reader: Reader, context: Context) -> Iterator[tuple[int, np.ndarray]]:
@@ -113,14 +121,15 @@ def declared_missing(files: Files, name: str) -> tuple[float, ...]:
             if stored.dtype.kind in "iuf":
                 found.update(stored[~np.isnan(stored)].tolist())
         if dataset.dtype.kind == "f" and "_NCProperties" in file.attrs and "_FillValue" not in dataset.attrs:
-            found.add(_NETCDF_FILL)
+            found.add(NETCDF_FILL)
     return tuple(sorted(found))
 
 
-def _refused(files: Files, name: str, values: tuple[float, ...], rows: np.ndarray, num_rows: int) -> UserError:
-    declared = " or ".join([*(f"{value:g}" for value in values), "NaN"])
+def _refused(files: Files, name: str, values: tuple[float, ...], rows: np.ndarray, reader: Reader) -> UserError:
+    first = reader[int(rows[0]) : int(rows[0]) + 1]
+    value = first[is_missing(first, values)][0]
     return UserError(
-        f"{files.paths[0]}: {len(rows):,} of {num_rows:,} samples of {name} lack values, which are stored as "
-        f"{declared}; the first is row {rows[0]:,}",
-        'data.missing = "drop" leaves them out, "mean" puts the mean of the others in their place.',
+        f"{files.paths[0]}: {len(rows):,} of {len(reader):,} samples of {name} lack values: {value:g} in row "
+        f"{rows[0]:,} is the first",
+        'data.missing = "drop" leaves them out; "mean" puts the mean of the others in the place of inputs.',
     )

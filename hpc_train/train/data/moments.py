@@ -14,7 +14,7 @@ _SLAB_BYTES = 64 << 20  # read at once
 
 
 class Moments(NamedTuple):
-    """Of the stored numbers that are not missing, by their place in a sample; 0 where all are missing."""
+    """Of the stored numbers that are not missing, by their place in a sample; the mean of all where all are missing."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -35,9 +35,10 @@ def moments(reader: Reader, missing: tuple[float, ...], context: Context, pooled
     first, stop = rank_span(num_blocks, context.world.rank, context.world.size)
     mine = [_sums(reader, missing, rows, shift, pooled) for rows in blocks[first:stop]]
     count, total, squares = np.sum([sums for part in context.all_gather(mine) for sums in part], axis=0)
+    of_all = float((total + count * shift).sum() / max(count.sum(), 1))
     is_known, count = count > 0, np.maximum(count, 1)
     mean = total / count
-    return Moments(np.where(is_known, mean + shift, 0.0), np.sqrt(np.maximum(squares / count - mean**2, 0.0)))
+    return Moments(np.where(is_known, mean + shift, of_all), np.sqrt(np.maximum(squares / count - mean**2, 0.0)))
 
 
 def _sums(
@@ -55,8 +56,8 @@ def _sums(
 
 
 def is_missing(stored: np.ndarray, values: tuple[float, ...]) -> np.ndarray:
-    """Where stored numbers stand for no value: NaN, and those equal to one of `values`."""
-    missing = np.isnan(stored) if stored.dtype.kind == "f" else np.zeros(stored.shape, bool)
+    """Where stored numbers stand for no value: NaN, infinite ones, and those equal to one of `values`."""
+    missing = ~np.isfinite(stored) if stored.dtype.kind == "f" else np.zeros(stored.shape, bool)
     for value in values:
         missing |= stored == np.asarray(value).astype(stored.dtype)
     return missing

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.dataset import Batch, Split
+from hpc_train.train.data.dataset import Batch, Split, Standard
 from hpc_train.train.data.moments import moments
 
 _LARGE = 20.0  # root mean square of inputs from which on weights of the usual size make losses explode
 _UNLIKE = 1000.0  # times as much does one feature vary as another
 _NUM_LOOKED_AT = 256  # samples
-_MOST_CHANNELS = 4  # an image is at least so many times as long as it has channels
+_EDGE_OVER_CHANNELS = (8, 2)  # a series, an image: at least so many times as long as it has channels
 
 
 def standardized(
@@ -21,16 +21,16 @@ def standardized(
 ) -> tuple[Split, Split | None, dict[str, Any]]:
     """Collective. Splits whose inputs have mean 0 and standard deviation 1, and both, as stored, for meta.json.
 
-    Of the training samples: of each feature of samples (features,), of each channel of images, of all numbers of
-    others. A constant feature becomes 0.
+    Of the training samples: of each feature of samples (features,), of each channel of images and series, of all
+    numbers of others. A constant feature becomes 0.
     """
     found = moments(train.inputs[0], missing, context, pooled_axes(train.input_shape))
     std = np.where(found.std > 0, found.std, 1.0)
-    scale, offset = (torch.from_numpy(each.astype(np.float32)) for each in (1 / std, -found.mean / std))
+    standard = Standard(torch.from_numpy(found.mean), torch.from_numpy(std))
     facts = {"mean": found.mean.tolist(), "std": std.tolist()}
 
     def scaled(split: Split) -> Split:
-        return replace(split, scale=(scale,), offset=(offset,))
+        return replace(split, standard=standard)
 
     return scaled(train), None if held_out is None else scaled(held_out), facts
 
@@ -39,7 +39,9 @@ def pooled_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes of a sample over which values count as one: not those of features and channels."""
     if len(shape) < 2:
         return ()
-    channels = [axis for axis in (0, len(shape) - 1) if len(shape) == 3 and shape[axis] * _MOST_CHANNELS <= shape[1]]
+    ratio = _EDGE_OVER_CHANNELS[len(shape) == 3]
+    inner = shape[1] if len(shape) == 3 else max(shape)
+    channels = [axis for axis in (0, len(shape) - 1) if len(shape) < 4 and shape[axis] * ratio <= inner]
     return tuple(axis for axis in range(len(shape)) if [axis] != channels)
 
 

@@ -102,8 +102,9 @@ def _open(config: Config, context: Context) -> tuple[Files, Split, Split | None]
     test = open_split(files, data.test_inputs, data.test_targets, ("data.test_inputs", "data.test_targets"))
     if test.input_shape != train.input_shape:
         raise UserError(
-            f"{files.paths[0]}: {data.inputs} has samples of {train.input_shape}, not {test.input_shape}",
-            f"Samples of {data.test_inputs} must have the same shape.",
+            f"{files.paths[0]}: {data.test_inputs} has samples of {test.input_shape}, and {data.inputs} of "
+            f"{train.input_shape}",
+            "Both need the same shape: correct data.test_inputs, or the file.",
         )
     files.require_same_scale(data.inputs, data.test_inputs)
     return files, _unscaled(train, data), _unscaled(test, data)

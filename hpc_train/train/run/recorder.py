@@ -219,7 +219,8 @@ def _metric_lines(losses: Iterable[tuple[int, float | torch.Tensor]]) -> str:
 
 def _print_summary(summary: RunSummary, path: Path) -> None:
     for measure, value in summary.test.items():
-        print(f"Test {measure.replace('_', ' ')}: {value:.4f}")
+        is_usual = value == 0 or 1e-3 <= abs(value) < 1e6
+        print(f"Test {measure.replace('_', ' ')}: {value:{'.4f' if is_usual else '.4g'}}")
     if summary.step_s and summary.samples_per_s:
         speed = f"{summary.samples_per_s:,.0f} samples/s"
         print(f"Mean step {summary.step_s * 1e3:.3g} ms, {speed}, {summary.energy}")

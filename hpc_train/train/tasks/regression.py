@@ -31,7 +31,7 @@ class Regression:
     """Trains with task.loss on targets of any shape, each brought to mean 0 and deviation 1 over the training samples.
 
     Measures are in the units of the targets. r2 is the coefficient of determination, by the variance of the test
-    targets, averaged over outputs (as scikit-learn's r2_score).
+    targets, averaged over outputs (as scikit-learn's r2_score); that of a constant output is 0.
     """
 
     def __init__(self, config: Config, context: Context) -> None:
@@ -46,9 +46,11 @@ class Regression:
         self._mean, self._std = _tensor(found.mean), _tensor(std)
         self.facts = samples.facts | {"targets_standardized": {"mean": found.mean.tolist(), "std": std.tolist()}}
         self.reading = "; ".join((*samples.reading, f"{name}: {prod(self._target_shape):,} a sample"))
-        # By which r2 divides: of the samples that are measured.
+        # By which r2 divides: of the samples that are measured, of standardised targets.
         self._variance = {
-            id(split): _tensor(_moments(split, context).std ** 2) for split in (self.validation, self.held_out) if split
+            id(split): torch.from_numpy(np.asarray((_moments(split, context).std / std) ** 2))
+            for split in (self.validation, self.held_out)
+            if split
         }
         self._measured: Split | None = None
 
@@ -107,16 +109,18 @@ class Regression:
 
     def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
         device = batch.targets.device
-        variance = self._variance[id(self._measured)]
-        mean, std, variance = (each.to(device) for each in (self._mean, self._std, variance))
+        mean, std = self._mean.to(device), self._std.to(device)
         wanted = (batch.targets.float() - mean) / std
         predicted = model(batch.floats()).float().view(wanted.shape)
-        errors = (predicted - wanted) * std  # as stored
-        unexplained = errors.square() / torch.where(variance > 0, variance, 1.0)
+        # In 64 bits, and by the training samples' deviation: squares of small targets would be 0 in 32.
+        errors = (predicted - wanted).double()
+        variance = self._variance[id(self._measured)].to(device)
+        stored = errors * std.double()
+        unexplained = torch.where(variance > 0, errors.square() / variance.clamp_min(torch.finfo().tiny), 1.0)
         return len(batch), {
             "loss": self._loss(predicted, wanted).item(),
-            "mse": _sum_of_means(errors.square()) * self._unit**2,
-            "mae": _sum_of_means(errors.abs()) * self._unit,
+            "mse": _sum_of_means(stored.square()) * self._unit**2,
+            "mae": _sum_of_means(stored.abs()) * self._unit,
             "r2": len(batch) - _sum_of_means(unexplained),
         }
 

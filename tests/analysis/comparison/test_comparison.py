@@ -13,6 +13,7 @@ from hpc_train.analysis.comparison.comparison import RunComparison, compare_side
 from hpc_train.analysis.comparison.sides import load_side
 from hpc_train.analysis.comparison.significance import holm_levels, p_value, relative_interval
 from hpc_train.analysis.report.report import make_report
+from hpc_train.analysis.report.sections.comparison import headline, metrics_table
 from hpc_train.analysis.stats.estimate import of_value, ratio
 from hpc_train.cli.main import cli
 from hpc_train.core.errors import UserError
@@ -238,6 +239,36 @@ def test_sides_that_did_different_work_are_refused(tmp_path: Path, other: Noisy,
         swapped = f"{differing.partition(':')[0]}: {two} and {one}"
         assert "are not the same job" in told.value.what
         assert (differing if sides[0] == before else swapped) in told.value.what
+
+
+def test_what_would_show_is_told_both_ways_and_noise_is_not_told_in_digits(tmp_path: Path) -> None:
+    before = write_repeats(tmp_path / "a", Noisy(run_noise=0.2), 1)
+    comparison = compared(before, write_repeats(tmp_path / "b", Noisy(run_noise=0.2), 2))
+    low, high = comparison.speed.smallest_shown or (0.0, 0.0)
+    assert -1 < low < 0 < high and (1 + low) * (1 + high) == pytest.approx(1)
+    assert f"a change of {100 * low:+.1f} or {100 * high:+.1f}% would be" in headline(comparison)
+    wild = write_repeats(tmp_path / "c", Noisy(run_noise=1.5), 3, num_runs=2)
+    table = metrics_table(compared(wild, write_repeats(tmp_path / "d", Noisy(run_noise=1.5), 4, num_runs=2)))
+    cells = [cell for row in table.rows for cell in map(str, row)]
+    assert any("too few runs" in cell for cell in cells) and not any("e-" in cell for cell in cells), cells
+
+
+def test_a_threshold_is_a_percentage_with_its_sign(tmp_path: Path) -> None:
+    before = write_repeats(tmp_path / "a", Noisy(), 1, 2)
+    assert run_compare(before, before, "--threshold", "5%").exit_code == 0
+    told = run_compare(before, before, "--threshold", "0.05")
+    assert told.exit_code == 2 and "0.05: write a percentage with its sign, such as 3%" in " ".join(told.output.split())
+
+
+def test_a_file_that_is_no_baseline_and_a_folder_that_is_missing_are_named(tmp_path: Path) -> None:
+    before = write_repeats(tmp_path / "a", Noisy(), 1, 1)
+    table = tmp_path / "table.csv"
+    table.write_text("ranks,step_s\n1,2\n")
+    with pytest.raises(UserError, match=r"table\.csv is a file, and neither a run nor a baseline"):
+        load_side(table)
+    told = run_compare(before, "--save", tmp_path / "none" / "x.json")
+    assert isinstance(told.exception, UserError)
+    assert "its folder does not exist" in told.exception.what and "Create the folder" in told.exception.remedy
 
 
 RUNS = Path(__file__).parents[2] / "runs"

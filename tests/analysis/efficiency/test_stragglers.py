@@ -111,6 +111,24 @@ def test_nobody_is_named_within_the_clocks_error(tmp_path: Path) -> None:
     assert told.clock_error_s is not None and told.clock_error_s > 1e-4
 
 
+@pytest.mark.parametrize("leaves_late", [False, True])
+def test_a_rank_that_leaves_as_late_as_it_arrives_costs_nothing(tmp_path: Path, leaves_late: bool) -> None:
+    """On one host, where no clock is to blame: rank 0 is 5 ms behind all the time, or takes 5 ms longer."""
+    law = Laws(ranks=2, ranks_per_host=2, noise=0.01, slow=() if leaves_late else (Slow(0, 1.125),))
+    directory, _ = laws.write(tmp_path, law)
+    if leaves_late:
+        header, *lines = directory.timings(0).read_text().splitlines()
+        names, rows = header.split(","), [list(map(int, line.split(","))) for line in lines]
+        for row in rows:
+            for name in ("start_ns", "arrived_ns"):
+                row[names.index(name)] += 5_000_000
+        directory.timings(0).write_text("\n".join([header, *(",".join(map(str, row)) for row in rows), ""]))
+    run = load(directory)
+    assert run.load_balance and run.load_balance.arrivals
+    assert run.load_balance.arrivals.late_s[0] == pytest.approx(0.0025, rel=0.2), "of the median of two, half of 5 ms"
+    assert bool(find_stragglers(run).stragglers) is not leaves_late
+
+
 def test_clocks_that_jumped_are_found_out_and_waits_are_used_instead(tmp_path: Path) -> None:
     directory, _ = laws.write(tmp_path, replace(SKEWED, slow=(Slow(5, 1.3),)))
     offsets = json.loads(directory.meta.read_text())["clock_offsets_ns"]

@@ -97,7 +97,7 @@ def test_a_label_that_does_not_go_with_the_others_is_named(change: dict[int, int
     "stored, says",
     [
         (CLASSES + 0.5, r"0\.5 in train/targets, row 0, is no label"),
-        (np.where(CLASSES == 2, np.nan, CLASSES), r"nan in train/targets, row 2, is no label"),
+        (np.where(CLASSES == 2, np.nan, CLASSES), r"10 of 40 samples of train/targets lack values: nan in row 2"),
         (np.ones((40, 3)), r"\[1\. 1\. 1\.\] in train/targets, row 0, is no label"),
         (np.ones((40, 2, 2), int), r"train/targets is int64 \(40, 2, 2\), and no labels"),
         (np.arange(40) * 10**6, r"train/targets has 40 different labels \(0, 1000000, 2000000, \.\.\.\): they name no"),

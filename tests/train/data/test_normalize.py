@@ -33,7 +33,15 @@ def floats(task: Classification) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "shape, axes", [((5,), (0,)), ((8, 6), (0, 1, 2)), ((3, 16, 16), (0, 2, 3)), ((16, 16, 3), (0, 1, 2))]
+    "shape, axes",
+    [
+        ((5,), (0,)),
+        ((8, 6), (0, 1, 2)),
+        ((3, 16, 16), (0, 2, 3)),
+        ((16, 16, 3), (0, 1, 2)),
+        ((8, 8, 4), (0, 1, 2)),
+        ((40, 3), (0, 1)),
+    ],
 )
 @pytest.mark.parametrize("scale", [None, 0.25])
 def test_features_and_channels_are_standardised(
@@ -47,6 +55,14 @@ def test_features_and_channels_are_standardised(
     (held_out,) = task.test_batches(World())
     assert np.allclose(held_out.floats().numpy(), expected[:10], atol=1e-5), "by the training samples' numbers"
     assert np.allclose(np.ravel(task.facts["standardized"]["mean"]), np.ravel(inputs.mean(axes)))
+
+
+@pytest.mark.parametrize("dtype", ["f8", "i8", "i4"])
+def test_large_numbers_keep_what_tells_them_apart(dtype: str, tmp_path: Path) -> None:
+    """Such as times in seconds since 1970: float32 tells them apart by 128 s."""
+    times = (1_700_000_000 + np.arange(60)[:, None] * np.array([1, 7])).astype(dtype)
+    found = floats(opened(tmp_path, times, normalize="standardize")).numpy()
+    assert np.allclose(found, (times - times.mean(0)) / times.std(0), atol=1e-5)
 
 
 def test_a_constant_feature_becomes_zero(tmp_path: Path) -> None:

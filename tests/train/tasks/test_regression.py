@@ -107,6 +107,20 @@ def test_measures_are_in_the_units_that_stored_targets_mean(tmp_path: Path) -> N
     assert other["r2"] == pytest.approx(one["r2"])
 
 
+def test_small_and_constant_targets_have_an_honest_r2(tmp_path: Path) -> None:
+    """Their squares are 0 in 32 bits; a constant output explains nothing."""
+    targets = np.c_[RNG.normal(size=40) * 1e-25, np.full(40, 3.0)]
+    task = opened(write(tmp_path / "a.h5", targets))
+    model = task.model()
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.zero_()
+    found = measures(task, model)
+    expected = 1 - np.mean((targets[:10, 0] - targets[:, 0].mean()) ** 2) / targets[:10, 0].var()
+    assert found["r2"] == pytest.approx((expected + 0) / 2, abs=1e-3)
+    assert 0 < found["mae"] < 1e-24
+
+
 def test_what_cannot_be_aimed_at_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train/targets holds strings"):
         opened(write(tmp_path / "a.h5", np.array([b"a", b"b"] * 10)))

@@ -3,7 +3,14 @@
 from dataclasses import asdict, replace
 from typing import Any
 
-from hpc_train.analysis.comparison.comparison import ONE_RUN_EACH, Metric, PlaceVerdict, RunComparison, Verdict
+from hpc_train.analysis.comparison.comparison import (
+    ONE_RUN_EACH,
+    THROUGHPUT,
+    Metric,
+    PlaceVerdict,
+    RunComparison,
+    Verdict,
+)
 from hpc_train.analysis.comparison.differences import Difference
 from hpc_train.analysis.comparison.sides import Side
 from hpc_train.analysis.guard import SectionGuard
@@ -51,7 +58,7 @@ def _speed_text(speed: Metric) -> str:
     if speed.relative is None or speed.interval is None:
         return f"The {speed.name} is not judged: {speed.why}"
     if speed.verdict == "no difference shown":
-        return f"No difference of the {speed.name} is shown; one of {_shown_text(speed.smallest_shown)} would be"
+        return f"No difference of the {speed.name} is shown; a change of {_shown_text(speed.smallest_shown)} would be"
     change = f"{percent(abs(speed.relative))} {'more' if speed.relative > 0 else 'less'} time a step"
     if speed.why == ONE_RUN_EACH:
         return f"{change}, which one run a side cannot tell from chance" if speed.relative else "The same time a step"
@@ -83,10 +90,10 @@ def cautions(comparison: RunComparison) -> list[str]:
         ]
     lines = []
     speed = comparison.speed
-    if speed.smallest_shown is not None and speed.smallest_shown > comparison.threshold:
+    if speed.smallest_shown is not None and speed.smallest_shown[1] > comparison.threshold:
         lines.append(
-            f"Runs of a side differ: a change of the {speed.name} shows from {_shown_text(speed.smallest_shown)} on;"
-            f" more repeats show one of {percent(comparison.threshold)}."
+            f"Runs of a side differ: a change of the {speed.name} shows from {_shown_text(speed.smallest_shown)} on."
+            " More repeats, or a quieter machine, show smaller ones."
         )
     if 1 in (len(comparison.before.runs), len(comparison.after.runs)):
         lines.append("The single run is taken to vary as the repeats of the other side do.")
@@ -118,11 +125,11 @@ def metrics_table(comparison: RunComparison) -> Table:
         number("after", lambda each: _value_text(each, each.after)),
         number("change", lambda each: "-" if each.relative is None else _change_text(each.relative)),
         number("interval", lambda each: "-" if each.interval is None else _interval_text(each.interval)),
-        number("shows from", lambda each: _shown_text(each.smallest_shown)),
+        number("shows from", lambda each: _increase_text(each.smallest_shown)),
         text("verdict", _verdict_text),
     ]
-    kind = "within these runs" if comparison.one_run_each else "Holm's correction"
-    return make_table("comparison", f"The whole job (95% intervals, {kind})", comparison.metrics, columns)
+    kind = "within these runs" if comparison.one_run_each else f"below {THROUGHPUT} 95% for all together, by Holm"
+    return make_table("comparison", f"The whole job (95% intervals; {kind})", comparison.metrics, columns)
 
 
 def _verdict_text(metric: Metric) -> str:
@@ -143,7 +150,7 @@ def places_table(comparison: RunComparison) -> Table | None:
     ]
     changed = comparison.changed_places
     cut = f"; the costliest {_MOST_ROWS} of {len(changed)}" if len(changed) > _MOST_ROWS else ""
-    title = f"Hosts and ranks that changed against their neighbours (95% intervals, Holm's correction{cut})"
+    title = f"Hosts and ranks that changed against their neighbours (intervals of 95% or more, by Holm{cut})"
     return make_table("comparison-places", title, changed[:_MOST_ROWS], columns)
 
 
@@ -174,15 +181,28 @@ def _change_text(relative: float) -> str:
     return f"{100 * relative:+.1f}%" if relative < _LARGE else _factor_text(relative)
 
 
+_UNTOLD = 99.0  # an interval that reaches a factor of 100 tells nothing, and its digits are noise
+
+
 def _interval_text(interval: Interval) -> str:
     low, high = interval
+    if high > _UNTOLD or (1 + low) * (1 + _UNTOLD) < 1:
+        return "too few runs"
     if high < _LARGE:
         return f"{100 * low:+.1f} to {100 * high:+.1f}%"
     return f"{_factor_text(low)} to {significant(1 + high, 2)}"
 
 
-def _shown_text(relative: float | None) -> str:
-    return "-" if relative is None else _change_text(relative).removeprefix("+")
+def _shown_text(shown: Interval | None) -> str:
+    """-4.8 or +5.0%: less shows at another size than more."""
+    if shown is None or shown[1] > _UNTOLD:
+        return "a factor of 100 or more"
+    low, high = shown
+    return f"{100 * low:+.1f} or {100 * high:+.1f}%" if high < _LARGE else f"a factor of {significant(1 + high, 2)}"
+
+
+def _increase_text(shown: Interval | None) -> str:
+    return "-" if shown is None or shown[1] > _UNTOLD else _change_text(shown[1])
 
 
 def _factor_text(relative: float) -> str:
