@@ -49,7 +49,11 @@ def out_of_memory(error: BaseException) -> UserError | None:
 
 
 def not_written(path: str | Path, error: OSError, num_bytes: int) -> UserError:
-    """The error to raise if `num_bytes` cannot be written to `path`: disk full, read-only, over quota."""
+    """The error to raise if `num_bytes` cannot be written to `path`: disk full, read-only, over quota, no folder."""
+    if error.errno == errno.ENOENT:
+        return UserError(
+            f"{path} could not be written: its folder does not exist", "Create the folder, or choose another."
+        )
     return UserError(
         f"{path} could not be written: {error.strerror or error}; {room(Path(path).parent, error, num_bytes)}",
         "Free space, or choose another folder (run.root, --output).",

@@ -46,6 +46,11 @@ def load_side(path: Path) -> tuple[Side, list[str]]:
     notes: list[str] = []
     if path.suffix == ".json":
         runs = _read_baseline(path)
+    elif path.is_file():
+        raise UserError(
+            f"{path} is a file, and neither a run nor a baseline",
+            "Name a run, a folder of repeats, or a baseline (.json) that --save wrote.",
+        )
     else:
         loaded, notes = load_known([path], SectionGuard())
         usable = [run for run in loaded if _why_unusable(run) is None]

@@ -260,6 +260,17 @@ def test_a_threshold_is_a_percentage_with_its_sign(tmp_path: Path) -> None:
     assert told.exit_code == 2 and "0.05: write a percentage with its sign, such as 3%" in " ".join(told.output.split())
 
 
+def test_a_file_that_is_no_baseline_and_a_folder_that_is_missing_are_named(tmp_path: Path) -> None:
+    before = write_repeats(tmp_path / "a", Noisy(), 1, 1)
+    table = tmp_path / "table.csv"
+    table.write_text("ranks,step_s\n1,2\n")
+    with pytest.raises(UserError, match=r"table\.csv is a file, and neither a run nor a baseline"):
+        load_side(table)
+    told = run_compare(before, "--save", tmp_path / "none" / "x.json")
+    assert isinstance(told.exception, UserError)
+    assert "its folder does not exist" in told.exception.what and "Create the folder" in told.exception.remedy
+
+
 RUNS = Path(__file__).parents[2] / "runs"
 
 

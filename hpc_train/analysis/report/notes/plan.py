@@ -55,8 +55,8 @@ def _missed_notes(plan: Plan) -> list[str]:
     model, worst = plan.prediction.chosen.model, max(missed, key=_miss)
     step_ms, fitted_ms = (significant(1e3 * each) for each in (worst.measured_s or 0.0, worst.step_s))
     said = f"The {model} model contradicts the measurements: {step_ms} ms a step on {plural(worst.ranks, 'rank')}"
-    only = "no trust in other sizes" if plan.was_asked else "the advice is among the measured sizes alone"
-    return [f"{said}, for which it says {fitted_ms} ms. Hence {only}."]
+    only = "Do not rely on it for other sizes" if plan.was_asked else "The advice is among the measured sizes alone"
+    return [f"{said}, for which it says {fitted_ms} ms. {only}."]
 
 
 def _miss(fitted: Forecast) -> float:
