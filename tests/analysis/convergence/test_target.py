@@ -132,6 +132,7 @@ def test_not_reached_is_not_missing(tmp_path: Path) -> None:
     cells = target_table(found).rows[1]
     assert NOT_REACHED in cells and "missing" not in cells
     assert target_headline(found) == ""
+    assert "not compared, since no two sizes or settings reached it" in target_section(found, SectionGuard()).headline
     assert any("4 ranks, batch 400" in note and "Not reached" in note for note in target_notes(found))
     told = record(TARGET, (found, found.rows[1]))
     assert (told["num_reached"], told["seconds_to_target"], told["joules_to_target_quality"]) == (0, None, NOT_REACHED)

@@ -13,16 +13,22 @@ from hpc_train.analysis.report.plots.target import target_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, interval, make_table, number
 from hpc_train.analysis.report.sections.quantities import TARGET, record
-from hpc_train.core.formatting import percent, plural, ratio_interval_text, ratio_text, significant
+from hpc_train.core.formatting import percent, plain, plural, ratio_interval_text, ratio_text, significant
 
 
 def target_section(study: TargetStudy, guard: SectionGuard) -> Section:
     """A comparison of several groups by their time to one loss."""
     section = SectionBuilder("target", f"Time to a loss: {study.label}", guard)
-    section.headline(target_headline, study)
+    section.headline(_answer, study)
     section.overview(_overview_table, study)
     _add_tables(section, study)
     return section.build()
+
+
+def _answer(study: TargetStudy) -> str:
+    """Never "": a section of its own without a sentence says nothing."""
+    why = "not compared, since no two sizes or settings reached it in complete runs"
+    return target_headline(study) or f"{plain(study.label)}: time to a loss of {significant(study.target)}: {why}"
 
 
 def add_target(section: SectionBuilder, study: TargetStudy) -> None:
