@@ -110,6 +110,14 @@ def test_no_baseline_is_said_and_no_speedup_is_shown(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- terminal
 
 
+def test_a_caption_explains_what_is_drawn(tmp_path: Path) -> None:
+    """50 steps have no p99."""
+    for root, has_p99 in ((Path("tests/runs/mlp-mnist"), False), (tmp_path, True)):
+        made = make_report([root]) if not has_p99 else report(root, *pair())
+        (plot,) = [plot for plot in made.sections[0].plots if plot.id == "step-distribution"]
+        assert ("p99" in plot.caption) is has_p99 and "1 step in 20 is slower than p95" in plot.caption
+
+
 def test_a_shared_nodes_energy_is_marked_on_every_screen() -> None:
     """Two hosts under one Slurm, whose meter counts the job step as a whole and other jobs, too."""
     (section,) = make_report([Path("tests/runs/mlp-two-hosts")]).sections

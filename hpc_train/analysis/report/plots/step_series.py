@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MOST_POINTS = 400  # of the line: more are not visible, and each adds bytes to the page
 _STYLES = {"p50": (BLUE, "-", ""), "p95": (ORANGE, "--", "s"), "p99": (VERMILLION, ":", "^")}
+_SLOWER = {"p95": "1 step in 20", "p99": "1 in 100"}
 
 
 def step_series_plot(group: Group) -> Plot | None:
@@ -70,10 +71,11 @@ def step_distribution_plot(group: Group) -> Plot | None:
     if not rows:
         return None
     told = "; ".join(f"{plural(row.size, 'rank')}: {_told(row)}" for row in rows)
+    drawn = {name for row in rows for name in step_quantiles([run.step_s for run in row.runs])}
+    slower = "".join(f"{words} is slower than {name}, " for name, words in _SLOWER.items() if name in drawn)
     return Plot(
         "step-distribution",
-        "Slow steps over the typical one (p50), by number of ranks: 1 step in 20 is slower than p95, 1 in 100 than p99;"
-        " the line ends at the slowest.",
+        f"Slow steps over the typical one (p50), by number of ranks: {slower}the line ends at the slowest.",
         f"Percentiles of the time of a step in ms. {told}.",
         partial(_paint_distribution, rows=rows),
     )
