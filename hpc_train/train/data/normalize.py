@@ -1,8 +1,5 @@
 """Inputs at a scale at which models train: as the file's attributes say, or standardised."""
 
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -16,23 +13,14 @@ _NUM_LOOKED_AT = 256  # samples
 _EDGE_OVER_CHANNELS = (8, 2)  # a series, an image: at least so many times as long as it has channels
 
 
-def standardized(
-    train: Split, held_out: Split | None, missing: tuple[float, ...], context: Context
-) -> tuple[Split, Split | None, dict[str, Any]]:
-    """Collective. Splits whose inputs have mean 0 and standard deviation 1, and both, as stored, for meta.json.
+def find_standard(train: Split, missing: tuple[float, ...], context: Context) -> Standard:
+    """Collective. Mean and standard deviation of the training inputs, as stored.
 
-    Of the training samples: of each feature of samples (features,), of each channel of images and series, of all
-    numbers of others. A constant feature becomes 0.
+    Of each feature of samples (features,), of each channel of images and series, of all numbers of others. The
+    deviation of a constant feature is 1, so that it becomes 0.
     """
     found = moments(train.inputs[0], missing, context, pooled_axes(train.input_shape))
-    std = np.where(found.std > 0, found.std, 1.0)
-    standard = Standard(torch.from_numpy(found.mean), torch.from_numpy(std))
-    facts = {"mean": found.mean.tolist(), "std": std.tolist()}
-
-    def scaled(split: Split) -> Split:
-        return replace(split, standard=standard)
-
-    return scaled(train), None if held_out is None else scaled(held_out), facts
+    return Standard(torch.from_numpy(found.mean), torch.from_numpy(np.where(found.std > 0, found.std, 1.0)))
 
 
 def pooled_axes(shape: tuple[int, ...]) -> tuple[int, ...]:

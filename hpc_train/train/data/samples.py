@@ -15,7 +15,7 @@ from hpc_train.train.data.collective import choose_read_mode, with_shared_reader
 from hpc_train.train.data.dataset import Split, open_order, open_split
 from hpc_train.train.data.files import Files, describe, open_files
 from hpc_train.train.data.missing import handle_missing
-from hpc_train.train.data.normalize import standardized, unusual_scale
+from hpc_train.train.data.normalize import find_standard, unusual_scale
 
 ReadTargets = Callable[[Files, Split, Split | None], tuple[Split, Split | None]]
 
@@ -46,13 +46,17 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets) ->
     data, name = config.data, str(config.data.inputs)
     files, train, held_out = context.on_all(lambda: _open(config, context))
     train, held_out, missing_values, missing = handle_missing(train, held_out, files, data, context)
-    facts: dict[str, Any] = {}
-    if data.normalize == "standardize":
-        train, held_out, facts["standardized"] = standardized(train, held_out, missing_values, context)
-    elif why := unusual_scale(train, name, context):
-        warn(context, why)
     train, held_out = read_targets(files, train, held_out)
     train, validation = _hold_out(train, data.hold_out, config.seed)
+    facts: dict[str, Any] = {}
+    if data.normalize == "standardize":
+        standard = find_standard(train, missing_values, context)
+        train = replace(train, standard=standard)
+        validation = None if validation is None else replace(validation, standard=standard)
+        held_out = None if held_out is None else replace(held_out, standard=standard)
+        facts["standardized"] = {"mean": standard.mean.tolist(), "std": standard.std.tolist()}
+    elif why := unusual_scale(train, name, context):
+        warn(context, why)
     mode, why = choose_read_mode(train.inputs[0], files, config, context)
     in_step = mode != "auto"  # all ranks read together, and only the loop may call MPI
     if in_step:
