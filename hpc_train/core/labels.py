@@ -7,6 +7,7 @@ import numpy as np
 
 MAX_CLASSES = 1 << 16  # unless there are more samples: more different labels are identifiers, or real values
 NETCDF_FILL = 9.969209968386869e36  # what netCDF-4 reads of floats that nobody wrote (NC_FILL_FLOAT of netcdf.h)
+_NEARLY_ALL = 0.9
 _SPARSE = 10  # times as many numbers as labels: they name classes, and are no class numbers
 _MOST_SHOWN = 4
 
@@ -55,7 +56,7 @@ def find_classes(distinct: np.ndarray, num_classes: int | None, num_samples: int
         is_number = (distinct >= 0) & (distinct < limit)
         if is_number.all():
             return Classes(num_classes or high + 1)
-        if len(distinct) > most and num_classes is None:
+        if num_classes is None and len(distinct) > most and is_number.mean() < _NEARLY_ALL:
             raise NoClasses
         is_other_count = num_classes is not None and len(distinct) != num_classes
         if 2 * is_number.sum() > len(distinct) or (is_other_count and is_number.any()):

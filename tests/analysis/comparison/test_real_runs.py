@@ -20,7 +20,7 @@ def train(folder: Path, digits: Path, name: str, hidden: str, **more: object) ->
 def test_slower_steps_are_a_regression_and_another_model_is_another_job(tmp_path: Path, digits: Path) -> None:
     for _ in range(3):
         small, _ = train(tmp_path, digits, "a", "[16]")
-    slow, took_s = train(tmp_path, digits, "b", "[16]", train__accumulate=32)  # as many samples in smaller pieces
+    slow, took_s = train(tmp_path, digits, "b", "[16]", train__accumulate=128)  # as many samples in small pieces
     large, _ = train(tmp_path, digits, "c", "[1024, 512]")
     saved = jobs.run(0, "compare", small, "--save", "baseline.json", cwd=tmp_path)
     assert saved.code == 0, saved.err
@@ -36,7 +36,7 @@ def test_slower_steps_are_a_regression_and_another_model_is_another_job(tmp_path
     recorded = json.loads(next(slow.glob("*/*/meta.json")).read_text())["start_up_s"]
     assert metrics["start-up (s)"]["after"] == pytest.approx(max(recorded)) and 0 < min(recorded) < took_s
     told = {each["name"]: (each["before"], each["after"]) for each in tree["differences"]}
-    assert told["train.accumulate"] == ("1", "32")
+    assert told["train.accumulate"] == ("1", "128")
     text = jobs.run(0, "compare", "baseline.json", slow, cwd=tmp_path, COLUMNS="80")
     assert text.code == 1 and "more time a step" in text.out and max(map(len, text.out.splitlines())) <= 80
     other = jobs.run(0, "compare", "baseline.json", large, cwd=tmp_path)
