@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 MAX_CLASSES = 1 << 16  # unless there are more samples: more different labels are identifiers, or real values
-NETCDF_FILL = 9.969209968386869e36  # what netCDF-4 reads of floats that nobody wrote (NC_FILL_FLOAT of netcdf.h)
 _NEARLY_ALL = 0.9
 _SPARSE = 10  # times as many numbers as labels: they name classes, and are no class numbers
 _MOST_SHOWN = 4
+_TOO_LARGE = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,20 @@ def find_classes(distinct: np.ndarray, num_classes: int | None, num_samples: int
     if len(distinct) > most:
         raise NoClasses
     return Classes(len(distinct), distinct)
+
+
+def whole_numbers(stored: np.ndarray) -> np.ndarray:
+    """Labels (n,), int64, of rows of numbers (n,), (n, 1) or one-hot (n, classes)."""
+    if stored.ndim == 2:
+        stored = stored[:, 0] if stored.shape[1] == 1 else stored.argmax(axis=1)
+    return stored.astype(np.int64, copy=False)
+
+
+def is_label(stored: np.ndarray) -> np.ndarray:
+    """(n,) whether each row of numbers is a label: a whole number, or one-hot."""
+    if stored.ndim == 2 and stored.shape[1] > 1:
+        return np.asarray(((stored == 1).sum(axis=1) == 1) & ((stored != 0).sum(axis=1) == 1))
+    flat = stored.reshape(len(stored))
+    if flat.dtype.kind == "f":
+        return np.asarray((np.trunc(flat) == flat) & (np.abs(flat) < _TOO_LARGE))
+    return np.asarray(flat < _TOO_LARGE) if flat.dtype == np.uint64 else np.ones(len(flat), bool)

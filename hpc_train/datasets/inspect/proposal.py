@@ -13,7 +13,8 @@ import numpy as np
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
-from hpc_train.core.labels import NETCDF_FILL, NoClasses, find_classes
+from hpc_train.core.labels import NoClasses, find_classes, is_label
+from hpc_train.core.missing_values import declared_missing, is_missing
 from hpc_train.datasets.inspect.structure import DatasetInfo, FileStructure
 
 _INPUT_WORDS = {"inputs", "input", "x", "data", "images", "image", "features", "samples", "signals"}
@@ -21,8 +22,7 @@ _TARGET_WORDS = {"targets", "target", "labels", "label", "y", "class", "classes"
 _NUMBERING = {"id", "ids", "index", "idx", "row", "number", "time", "date", "weight", "weights", "mask"}
 _TEST_WORDS = {"test", "testing", "valid", "validation", "val", "eval", "holdout"}
 _TRAIN_WORDS = {"train", "training"}
-_MISSING = ("_FillValue", "missing_value")
-_TOO_LARGE, _MOST_LISTED = 2.0**62, 8
+_MOST_LISTED = 8
 _LABELS_READ, _SAMPLES_READ, _BYTES_READ = 1 << 20, 1024, 64 << 20
 _LEAST_PIXELS = 8  # on an edge of an image
 _SMALL_IMAGE = 64  # pixels on an edge: for larger ones ResNet has another stem
@@ -178,14 +178,14 @@ def _kind(targets: h5py.Dataset, info: DatasetInfo) -> tuple[str, str]:
         return _of_labels(names, np.arange(len(names)), info)
     values = targets[:_LABELS_READ]
     is_table = len(info.shape) == 2 and info.shape[1] > 1
-    if is_table and ((values == 1).sum(1) == 1).all() and ((values != 0).sum(1) == 1).all():
+    if is_table and is_label(values).all():
         return "classification", f"one-hot rows of {info.shape[1]:,} classes"
     if info.shape[1:] not in ((), (1,)):
         return "regression", f"{' x '.join(map(str, info.shape[1:]))} numbers a sample"
     values = values.reshape(-1)
     rows = np.flatnonzero(~_is_missing(values, targets))
     values = values[rows]
-    if values.dtype.kind == "f" and not ((values == np.floor(values)) & (np.abs(values) < _TOO_LARGE)).all():
+    if not is_label(values).all():
         return "regression", f"real numbers, {values.min():g} to {values.max():g}"
     return _of_labels(values.astype(np.int64), rows, info)
 
@@ -224,18 +224,13 @@ def _first_rows(inputs: h5py.Dataset) -> np.ndarray:
 
 def _lacks_values(dataset: h5py.Dataset, info: DatasetInfo) -> bool:
     """Whether one of the first rows lacks a value."""
-    return info.is_numeric and bool(_is_missing(_first_rows(dataset), dataset).any())
+    return info.is_numeric and bool(_is_missing(_first_rows(dataset).astype(dataset.dtype), dataset).any())
 
 
 def _is_missing(values: np.ndarray, dataset: h5py.Dataset) -> np.ndarray:
-    """Where values are missing: NaN, or as the data set's attributes say."""
-    declared = [np.ravel(dataset.attrs[name]) for name in _MISSING if name in dataset.attrs]
-    numbers = [value for each in declared if each.dtype.kind in "iuf" for value in each.tolist()]
-    if values.dtype.kind == "f" and "_NCProperties" in dataset.file.attrs:
-        numbers.append(NETCDF_FILL)
-    # As stored: a float32 may not be what a float64 of the same digits is.
-    found = np.isin(values, np.array(numbers).astype(dataset.dtype)) if numbers else np.zeros(values.shape, bool)
-    return found | ~np.isfinite(values) if values.dtype.kind == "f" else found
+    """Where values are missing, as training finds it."""
+    declared = declared_missing(dataset.attrs, dataset.dtype, "_NCProperties" in dataset.file.attrs)
+    return is_missing(values, tuple(declared))
 
 
 # ------------------------------------------------------------------------------------------------ other files

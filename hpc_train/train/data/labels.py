@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.labels import MAX_CLASSES, Classes, NoClasses, find_classes
+from hpc_train.core.labels import MAX_CLASSES, Classes, NoClasses, find_classes, is_label, whole_numbers
 from hpc_train.core.sampling import rank_span
 from hpc_train.train.comm.context import Context, joint
 from hpc_train.train.data.dataset import Split
 from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.readers import MmapReader
 
-_TOO_LARGE = 1 << 62
 _SCAN_ROWS = 1 << 20  # of numbers
 _REMEDY = (
     "Labels are whole numbers, one-hot rows or strings, one a sample: correct the data, or set data.targets to another "
@@ -46,23 +45,6 @@ class ClassReader(Reader):
 
     def close(self) -> None:
         self._stored.close()
-
-
-def whole_numbers(stored: np.ndarray) -> np.ndarray:
-    """Labels (n,), int64, of rows of numbers (n,), (n, 1) or one-hot (n, classes)."""
-    if stored.ndim == 2:
-        stored = stored[:, 0] if stored.shape[1] == 1 else stored.argmax(axis=1)
-    return stored.astype(np.int64, copy=False)
-
-
-def is_label(stored: np.ndarray) -> np.ndarray:
-    """(n,) whether each row of numbers is a label: a whole number, or one-hot."""
-    if stored.ndim == 2 and stored.shape[1] > 1:
-        return np.asarray(((stored == 1).sum(axis=1) == 1) & ((stored != 0).sum(axis=1) == 1))
-    flat = stored.reshape(len(stored))
-    if flat.dtype.kind == "f":
-        return np.asarray((np.trunc(flat) == flat) & (np.abs(flat) < _TOO_LARGE))
-    return np.asarray(flat < _TOO_LARGE) if flat.dtype == np.uint64 else np.ones(len(flat), bool)
 
 
 # ------------------------------------------------------------------------------------------------ opening
@@ -121,6 +103,10 @@ class _Stored:
     def distinct(self, context: Context) -> np.ndarray:
         """Collective. The distinct labels, sorted; all ranks raise `UserError` for a value that is none."""
         mine = context.on_all(partial(self._distinct_of_my_part, context))
+        is_large = mine.dtype.kind != "i" or bool(len(mine) and (mine[0] < 0 or mine[-1] >= MAX_CLASSES))
+        if not context.sum(np.array([is_large], np.int64))[0]:
+            # The usual case: a sum of fixed size, however many ranks there are.
+            return np.flatnonzero(context.sum(np.bincount(mine, minlength=MAX_CLASSES)))
         return np.asarray(np.unique(np.concatenate(context.all_gather(mine))))
 
     def _distinct_of_my_part(self, context: Context) -> np.ndarray:
@@ -162,7 +148,9 @@ class _Stored:
         return joint(
             UserError(
                 f"{self.path}: label {label!r} in {self.name}, row {row:,}, is none of {others}",
-                "Correct the data, or set task.num_classes to one more than the largest label.",
+                "Correct the data, or set task.num_classes to one more than the largest label."
+                if isinstance(label, int)
+                else "Correct the data: every class needs samples to train on.",
             )
         )
 

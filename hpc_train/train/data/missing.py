@@ -12,17 +12,16 @@ import numpy as np
 import torch
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.labels import NETCDF_FILL
+from hpc_train.core.missing_values import declared_missing, is_missing
 from hpc_train.core.sampling import rank_span
 from hpc_train.core.settings import Data
 from hpc_train.train.comm.context import Context, joint
 from hpc_train.train.data.dataset import Filling, Split
 from hpc_train.train.data.files import Files
 from hpc_train.train.data.hdf5_faults import damage_as_user_error
-from hpc_train.train.data.moments import is_missing, moments
+from hpc_train.train.data.moments import moments
 from hpc_train.train.data.reader_interface import Reader
 
-_ATTRIBUTES = ("_FillValue", "missing_value")
 _SCAN_BYTES = 64 << 20
 _SMALL_BYTES = 64 << 20  # read in a moment, to find NaN that no attribute declares
 
@@ -87,7 +86,7 @@ def _handled(split: Split, inputs: _Scanned, targets: _Scanned, filling: Filling
 
 def _scan(files: Files, mode: str, context: Context, name: str, reader: Reader) -> _Scanned:
     """Collective. Raises `UserError` if a value is missing and `mode` is "refuse"."""
-    values = context.on_all(partial(declared_missing, files, name))
+    values = context.on_all(partial(_declared, files, name))
     may_be_nan = reader.dtype.kind == "f" and (mode != "refuse" or reader.num_bytes <= _SMALL_BYTES)
     if reader.dtype.kind == "O" or not (values or may_be_nan):
         return _Scanned(name, values, np.zeros(0, np.int64))
@@ -111,17 +110,12 @@ def _my_parts(reader: Reader, context: Context) -> Iterator[tuple[int, np.ndarra
         yield begin, reader[begin : min(begin + num_rows, stop)]
 
 
-def declared_missing(files: Files, name: str) -> tuple[float, ...]:
-    """The stored numbers that stand for no value in data set `name`, without NaN. Raises `UserError`."""
+def _declared(files: Files, name: str) -> tuple[float, ...]:
+    """The stored numbers that stand for no value in data set `name` of one of the files. Raises `UserError`."""
     found: set[float] = set()
     for path, file, dataset in zip(files.paths, files.opened, files.datasets(name, "data"), strict=True):
-        for attribute in _ATTRIBUTES:
-            with damage_as_user_error(path, f"attribute {attribute} of {name}"):
-                stored = np.ravel(dataset.attrs.get(attribute, []))
-            if stored.dtype.kind in "iuf":
-                found.update(stored[~np.isnan(stored)].tolist())
-        if dataset.dtype.kind == "f" and "_NCProperties" in file.attrs and "_FillValue" not in dataset.attrs:
-            found.add(NETCDF_FILL)
+        with damage_as_user_error(path, f"attributes of {name}"):
+            found |= declared_missing(dataset.attrs, dataset.dtype, "_NCProperties" in file.attrs)
     return tuple(sorted(found))
 
 

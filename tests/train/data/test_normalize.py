@@ -10,6 +10,7 @@ import torch
 from hpc_train.core import config
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
+from hpc_train.train.data import moments as moments_module
 from hpc_train.train.data.moments import moments
 from hpc_train.train.data.readers import MmapReader
 from hpc_train.train.tasks.classification import Classification
@@ -95,6 +96,17 @@ def test_an_unusual_scale_is_named(
     assert says in said and bool(says) == ('data.normalize = "standardize" mends it' in said)
     opened(tmp_path, inputs, scale, normalize="standardize")
     assert not capsys.readouterr().err
+
+
+def test_moments_of_large_samples_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank holds the sums of all blocks: of large samples there are few blocks."""
+    values, read = RNG.normal(size=(50, 400)), []
+    monkeypatch.setattr(moments_module, "_SUMS_BYTES", 3 * 8 * 400 * 4)
+    rank_span = moments_module.rank_span
+    monkeypatch.setattr(moments_module, "rank_span", lambda *span: read.append(span) or rank_span(*span))
+    found = moments(MmapReader(values), (), ALONE)
+    assert {count for _, _, count in read} == {1, 4}, "four blocks, of one rank"
+    assert np.allclose(found.mean, values.mean(0)) and np.allclose(found.std, values.std(0))
 
 
 def test_moments_keep_their_digits_and_leave_out_what_is_missing() -> None:
