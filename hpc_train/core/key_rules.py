@@ -65,6 +65,11 @@ def _task_keys(config: Config) -> Iterator[UserError]:
             f"train.accumulate = {train.accumulate}: policy_gradient normalises advantages over a whole step",
             "Leave train.accumulate out.",
         )
+    if kind == "regression" and config.task.num_classes is not None:
+        yield UserError(
+            f"task.num_classes = {config.task.num_classes} does not go with task.kind = 'regression'",
+            "Leave task.num_classes out, or set task.kind to 'classification'.",
+        )
     validation = f"validation.every_steps = {config.validation.every_steps}"
     if config.validation.every_steps and not (data.hold_out and kind in _KINDS_OF_ARRAYS):
         yield UserError(
