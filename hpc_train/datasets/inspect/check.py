@@ -206,6 +206,11 @@ def _summary(
         faults += differences_from_train(file)
     faults += differences_between_files(plan.files)
     damaged = {(fault.file, fault.dataset) for fault in faults if fault.kind == "damaged"}
+    for file in plan.files:
+        if not damaged:  # HDF5 itself reads these rows, and may crash on damage
+            faults += checks.unwritten_faults(
+                file, {info.name: plan.roles.get(info.name, "") for info in file.datasets}
+            )
     for info in plan.datasets:
         if plan.roles[info.name] == "offsets" and (str(info.path), info.name) not in damaged:
             faults += checks.offset_faults(info, plan.datasets)

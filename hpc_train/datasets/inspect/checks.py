@@ -1,18 +1,21 @@
 """What the statistics of data sets mean: faults, which spoil a training, and warnings, which are worth a look."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import h5py
 import numpy as np
 
+from hpc_train.core.errors import UserError
 from hpc_train.core.labels import MAX_CLASSES, NoClasses, find_classes
 from hpc_train.datasets.inspect.chunk_ranges import verified_by
 from hpc_train.datasets.inspect.duplicates import Duplicates
 from hpc_train.datasets.inspect.faults import PREPARE_AGAIN, Fault
 from hpc_train.datasets.inspect.statistics import Statistics
 from hpc_train.datasets.inspect.structure import DatasetInfo, FileStructure
+from hpc_train.train.data.unwritten import REMEDY, rows_of_fill_values
 
 _RARE_SHARE = 0.05  # of the samples of the median class
 _MAX_LEAKED_SHARE = 0.01  # of a part: more of it among the samples to train on makes its scores worthless
@@ -238,6 +241,22 @@ def unequal_lengths(file: FileStructure, roles: Mapping[str, str]) -> Iterator[F
             name = inputs if inputs in num_samples else next(iter(num_samples))
             what = f"has {info.num_rows:,} rows, and {name} has {num_samples[name]:,} samples"
             yield Fault("unequal", str(file.path), info.name, what, f"Each input needs one target. {PREPARE_AGAIN}")
+
+
+def unwritten_faults(file: FileStructure, roles: Mapping[str, str]) -> Iterator[Fault]:
+    """Samples at the end of a file that hold nothing but fill values, as do their targets."""
+    by_name = {info.name: info for info in file.datasets}
+    for info in file.datasets:
+        targets = by_name.get(f"{info.group}/targets".lstrip("/"))
+        if roles.get(info.name) != "samples" or targets is None or targets is info:
+            continue
+        with suppress(UserError), h5py.File(file.path, "r") as opened:
+            rows = rows_of_fill_values(file.path, opened[info.name], opened[targets.name])
+            if len(rows):
+                fill = np.ravel(opened[info.name].fillvalue)[0]
+                what = f"hold the fill value {fill:g} alone, as if never written; see {targets.name} beside them"
+                span = int(rows[0]), int(rows[-1])
+                yield Fault("unwritten", str(file.path), info.name, what, REMEDY, samples=span)
 
 
 def offset_faults(info: DatasetInfo, datasets: Sequence[DatasetInfo]) -> Iterator[Fault]:

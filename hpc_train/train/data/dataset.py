@@ -202,7 +202,12 @@ def _check_samples(files: Files, inputs: tuple[str, Reader], targets: tuple[str,
             f"{path}: {name} is {x.dtype} {x.shape}, {target_name} is {y.dtype} {y.shape}",
             "Inputs are numbers of at most 8 bytes, of shape (samples, ...), targets one or several for each sample.",
         )
-    if len(x) != len(y) or len(y) == 0:
+    if len(x) == len(y) == 0:
+        raise UserError(
+            f"{path}: {name} and {target_name} hold no samples",
+            "Write some, or name other data sets; a file without data sets to test on is trained without a test.",
+        )
+    if len(x) != len(y):
         raise UserError(
             f"{path}: {name} has {len(x)} samples and {target_name} has {len(y)}",
             "Each input needs one target: prepare the file again.",

@@ -15,6 +15,7 @@ from hpc_train.train.data.dataset import Split, open_order, open_split
 from hpc_train.train.data.files import Files, describe, open_files
 from hpc_train.train.data.missing import handle_missing
 from hpc_train.train.data.normalize import find_standard, unusual_scale
+from hpc_train.train.data.unwritten import leave_out_unwritten
 
 ReadTargets = Callable[[Files, Split, Split | None], tuple[Split, Split | None]]
 
@@ -44,6 +45,7 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets) ->
     """
     data, name = config.data, str(config.data.inputs)
     files, train, held_out = context.on_all(lambda: _open(config, context))
+    train, held_out, unwritten = leave_out_unwritten(train, held_out, files, data, context)
     train, held_out, missing_values, missing = handle_missing(train, held_out, files, data, context)
     train, held_out = read_targets(files, train, held_out)
     train, validation = _hold_out(train, data.hold_out, config.seed)
@@ -60,7 +62,9 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets) ->
     in_step = mode != "auto"  # all ranks read together, and only the loop may call MPI
     if in_step:
         train = with_shared_reader(train, mode, files, config, context)
-    reading = [describe(files, name, train.inputs[0]) + f", {why}" * bool(why), *filter(None, [missing])]
+    reading = [describe(files, name, train.inputs[0]) + f", {why}" * bool(why), *filter(None, [unwritten, missing])]
+    if held_out is None:
+        reading.append(f"no samples to test on, as there is no {data.test_inputs}")
     if validation is not None:
         reading.append(f"{len(validation):,} samples are held out to validate on")
     if data.normalize == "standardize":
@@ -94,7 +98,7 @@ def _open(config: Config, context: Context) -> tuple[Files, Split, Split | None]
         )
     files = open_files(config, context)
     train = open_split(files, data.inputs, data.targets, ("data.inputs", "data.targets"))
-    if not files.has(data.test_inputs) and not files.has(data.test_targets):
+    if not files.has_tests(data.test_inputs, data.test_targets):
         return files, _unscaled(train, data), None
     test = open_split(files, data.test_inputs, data.test_targets, ("data.test_inputs", "data.test_targets"))
     if test.input_shape != train.input_shape:

@@ -20,6 +20,7 @@ from hpc_train.train.data.dataset import open_order, value_range
 from hpc_train.train.data.files import Files, describe, open_files
 from hpc_train.train.data.rank_batches import RankBatches
 from hpc_train.train.data.tokens import StreamName, Tokens, open_tokens
+from hpc_train.train.data.unwritten import require_written
 from hpc_train.train.tasks.baselines import count_bigrams, count_tokens
 
 _MASKED_SHARE = 0.15  # of a window's tokens, as in the BERT paper
@@ -58,6 +59,9 @@ def open_text(config: Config, context: Context, known: dict[str, Callable[..., n
     vocab_size = context.on_all(lambda: _vocab_size(config, files, stated, masked))
     length = context.on_all(lambda: _window_length(config, known))
     train, test = context.on_all(lambda: _open_windows(config, files, length, masked))
+    context.on_root(
+        lambda: _require_written(files, [str(config.data.inputs)] + [str(config.data.test_inputs)] * bool(test))
+    )
     for name, tokens in ((config.data.inputs, train), (config.data.test_inputs, test)):
         if tokens is not None:
             _check_range(config, str(name), tokens, vocab_size, context)
@@ -88,7 +92,13 @@ def _open_windows(config: Config, files: Files, length: int, masked: bool) -> tu
     inputs = StreamName(_one(data.inputs, "data.inputs"), "data.inputs", data.offsets)
     test_inputs = StreamName(_one(data.test_inputs, "data.test_inputs"), "data.test_inputs", data.test_offsets)
     train = open_tokens(files, inputs, length, num_ahead)
-    return train, open_tokens(files, test_inputs, length, num_ahead) if files.has(test_inputs.name) else None
+    return train, open_tokens(files, test_inputs, length, num_ahead) if files.has_tests(test_inputs.name) else None
+
+
+def _require_written(files: Files, names: list[str]) -> None:
+    for name in names:
+        for path, dataset in zip(files.paths, files.datasets(name, "data"), strict=True):
+            require_written(path, dataset)
 
 
 def _one(names: str | list[str], key: str) -> str:
