@@ -1,6 +1,5 @@
 """The samples of a job, opened: what is missing, at what scale, how ranks read them and in which order."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import HOLD_OUT, Order, row_noise
 from hpc_train.core.settings import Config, Data
-from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.context import Context, warn
 from hpc_train.train.data.collective import choose_read_mode, with_shared_reader
 from hpc_train.train.data.dataset import Split, open_order, open_split
 from hpc_train.train.data.files import Files, describe, open_files
@@ -87,12 +86,6 @@ def _hold_out(train: Split, share: float, seed: int) -> tuple[Split, Split | Non
             "Set it so that samples remain on both sides.",
         )
     return train.select(np.flatnonzero(~is_held_out)), train.select(np.flatnonzero(is_held_out))
-
-
-def warn(context: Context, why: str) -> None:
-    """Prints a warning, on the root."""
-    if context.world.is_root:
-        print(f"warning: {why}", file=sys.stderr, flush=True)
 
 
 def _open(config: Config, context: Context) -> tuple[Files, Split, Split | None]:
