@@ -16,7 +16,6 @@ from hpc_train.analysis.scaling.compare import Group
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import significant
 from hpc_train.core.paths import exists, read_text
-from hpc_train.core.records import FloatArray
 from hpc_train.core.settings import UNKNOWN_STEPS
 from hpc_train.core.statistics import nonnegative_least_squares
 

@@ -45,7 +45,9 @@ def test_sizes_of_one_load_leave_open_what_waiting_saves() -> None:
     slow = busy[0], np.array([0.4]), busy[2]
     assert found.joules(*busy)[0] == pytest.approx(4 * 0.1 * 500)
     assert 200 * 4 * 0.4 < found.joules(*slow)[0] < 500 * 4 * 0.4
-    assert found.error(*busy)[0] == pytest.approx(found.relative_error) and found.error(*slow)[0] > found.error(*busy)[0]
+    assert (
+        found.error(*busy)[0] == pytest.approx(found.relative_error) and found.error(*slow)[0] > found.error(*busy)[0]
+    )
 
 
 def test_a_node_draws_no_less_than_idle_and_no_more_than_busy() -> None:
