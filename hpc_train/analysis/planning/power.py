@@ -9,8 +9,8 @@ from hpc_train.core.formatting import plural, significant
 from hpc_train.core.records import FloatArray
 
 LEAST_POWER_ERROR = 0.02
-# Estimated by `tests/benchmarks/plan_power.py` on published series, all of one source: which share of its power above idle
-# a node saves while its ranks wait, and the relative drift of its power in one doubling of the nodes.
+# Estimated by `tests/benchmarks/plan_power.py` on published series, all of one source: which share of its power above
+# idle a node saves while its ranks wait, and the relative drift of its power in one doubling of the nodes.
 SAVED_WHILE_WAITING = 0.2
 POWER_DRIFT = 0.07
 _SAVED_GRID = np.linspace(0.0, 1.0, 201)
