@@ -27,6 +27,7 @@ from hpc_train.cli.plan import plan
 from hpc_train.cli.prepare import prepare, stage
 from hpc_train.cli.report import report
 from hpc_train.cli.scale import scale
+from hpc_train.cli.simulate import simulate
 from hpc_train.cli.submit import submit
 from hpc_train.cli.train import generate, train
 from hpc_train.core.errors import JointFailure, UserError, out_of_memory, refused
@@ -50,6 +51,7 @@ def cli() -> None:
 
 _COMMANDS = (
     *(init, prepare, stage, data, train, generate, export, submit, scale, report, compare, plan),
+    simulate,
     *(memory, doctor, bench, config),
 )
 for command in _COMMANDS:
