@@ -92,7 +92,7 @@ def _open_windows(config: Config, files: Files, length: int, masked: bool) -> tu
     inputs = StreamName(_one(data.inputs, "data.inputs"), "data.inputs", data.offsets)
     test_inputs = StreamName(_one(data.test_inputs, "data.test_inputs"), "data.test_inputs", data.test_offsets)
     train = open_tokens(files, inputs, length, num_ahead)
-    return train, open_tokens(files, test_inputs, length, num_ahead) if files.has_tests(test_inputs.name) else None
+    return train, open_tokens(files, test_inputs, length, num_ahead) if files.has_any(test_inputs.name) else None
 
 
 def _require_written(files: Files, names: list[str]) -> None:
