@@ -100,7 +100,7 @@ def _batch_size(config: Config, task: Task, context: Context) -> int:
     batch_size = config.global_batch(context.world.size)
     largest = int(context.max(np.array([task.num_samples]))[0])
     context.on_all(partial(_check_num_samples, config, task.num_samples, largest, context.world.rank))
-    context.on_all(partial(_check_batch_size, config, batch_size, task.num_samples))
+    context.on_all(partial(require_a_batch, config, batch_size, task.num_samples))
     return batch_size
 
 
@@ -121,7 +121,8 @@ def _check_num_samples(config: Config, num_samples: int, largest: int, rank: int
         )
 
 
-def _check_batch_size(config: Config, batch_size: int, num_samples: int) -> None:
+def require_a_batch(config: Config, batch_size: int, num_samples: int) -> None:
+    """Raises `UserError` if the data have fewer samples than a global batch."""
     if batch_size > num_samples:
         key = "global_batch" if config.train.global_batch else "batch_per_rank"
         raise UserError(
