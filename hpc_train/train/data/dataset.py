@@ -20,6 +20,7 @@ from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.readers import SelectedReader, StringReader, is_strings
 
 Use = Literal["train", "validation", "test"]
+USES: tuple[Use, ...] = ("train", "validation", "test")
 _MAX_CHUNKS_MIXED = 64  # with each other: more make no better batches
 _SCAN_ROWS = 1 << 20
 _TEST_BATCH = 1024

@@ -14,6 +14,7 @@ from hpc_train.train.data.files import Files, describe, open_files
 from hpc_train.train.data.hold_out import hold_out
 from hpc_train.train.data.missing import handle_missing
 from hpc_train.train.data.normalize import find_standard, unusual_scale
+from hpc_train.train.data.other_samples import test_files, validation_files
 from hpc_train.train.data.unwritten import leave_out_unwritten
 
 ReadTargets = Callable[[list[Part]], list[Part]]
@@ -85,7 +86,7 @@ def _open(config: Config, context: Context) -> list[Part]:
             "Name one, or write a task of your own: it gets all of them.",
         )
     files = open_files(config, context)
-    train = open_part("train", files, str(data.inputs), data.targets, data)
+    train = _open_part("train", files, str(data.inputs), data.targets, data)
     if data.hold_out_by is not None:
         groups = open_column(files, data.hold_out_by, "data.hold_out_by", files.memory_bytes // 8)
         if groups.shape != train.split.targets.shape[:1]:
@@ -94,37 +95,16 @@ def _open(config: Config, context: Context) -> list[Part]:
                 f"Name a data set with one value for each of the {len(train.split):,} samples.",
             )
         train = train.having(replace(train.split, groups=groups))
-    others = (open_validation(config, files, context), open_test(config, files, context))
-    return [train, *(_alike(part, train, data) for part in others if part is not None)]
+    parts = [train]
+    if (found := validation_files(config, files, context)) is not None:
+        names = str(data.validation_inputs), data.validation_targets
+        parts.append(_alike(_open_part("validation", found, *names, data), train))
+    if (found := test_files(config, files, context)) is not None:
+        parts.append(_alike(_open_part("test", found, str(data.test_inputs), data.test_targets, data), train))
+    return parts
 
 
-def open_validation(config: Config, files: Files, context: Context) -> Part | None:
-    """Samples of their own to validate on. Raises `UserError` if validations are due and there are none."""
-    data = config.data
-    if data.hold_out or not config.validation.is_due:
-        return None
-    if data.validation_file is not None:
-        files = open_files(config, context, "validation_file")
-    elif not files.has_any(str(data.validation_inputs), data.validation_targets):
-        raise UserError(
-            f"{config.validation.in_words} needs samples to validate on: data.hold_out = 0, and {files.paths[0]} holds "
-            f"no {data.validation_inputs}",
-            "Set data.hold_out = 0.1, or name them: data.validation_inputs, data.validation_targets, "
-            "data.validation_file.",
-        )
-    return open_part("validation", files, str(data.validation_inputs), data.validation_targets, data)
-
-
-def open_test(config: Config, files: Files, context: Context) -> Part | None:
-    data = config.data
-    if data.test_file is not None:
-        files = open_files(config, context, "test_file")
-    elif not files.has_any(str(data.test_inputs), data.test_targets):
-        return None
-    return open_part("test", files, str(data.test_inputs), data.test_targets, data)
-
-
-def open_part(use: Use, files: Files, inputs: str, targets: str, data: Data) -> Part:
+def _open_part(use: Use, files: Files, inputs: str, targets: str, data: Data) -> Part:
     prefix = "data." if use == "train" else f"data.{use}_"
     split = open_split(files, inputs, targets, (f"{prefix}inputs", f"{prefix}targets"))
     if data.normalize == "none":
@@ -132,7 +112,7 @@ def open_part(use: Use, files: Files, inputs: str, targets: str, data: Data) -> 
     return Part(use, files, inputs, targets, split)
 
 
-def _alike(part: Part, train: Part, data: Data) -> Part:
+def _alike(part: Part, train: Part) -> Part:
     """`part`. Raises `UserError` if its samples are of another shape or scale than those to train on."""
     if part.split.input_shape != train.split.input_shape:
         raise UserError(
