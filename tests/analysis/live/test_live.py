@@ -32,7 +32,11 @@ def watched(folder: Path) -> dict[str, Any]:
 
 
 def test_a_job_is_followed_from_its_first_step_to_its_end(tmp_path: Path, digits: Path) -> None:
-    job = Job(2, tmp_path, digits, "--set", "train.log_every=1", TRACE_DELAY="0.2").wait_for_step(7).wait_for_checkpoint(5)
+    job = (
+        Job(2, tmp_path, digits, "--set", "train.log_every=1", TRACE_DELAY="0.2")
+        .wait_for_step(7)
+        .wait_for_checkpoint(5)
+    )
     early = until(lambda: (seen := watched(tmp_path))["steps_done"] >= 6 and seen)
     assert early["state"] == "training" and early["steps"] == STEPS and early["ranks"] == 2
     assert early["checkpoints"][-1] >= 5 and early["loss"] > 0 and early["left_s"] > 0 and early["updated_s"] < 60
