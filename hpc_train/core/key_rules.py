@@ -12,6 +12,7 @@ from hpc_train.core.settings import RECORDED, Config, Rl
 
 _KINDS_WITH_DATA = ("classification", "regression", "language", "masked_language")
 _KINDS_OF_ARRAYS = ("classification", "regression")
+_KINDS_OF_EPISODES = ("policy_gradient", "dqn")
 _KINDS_WITH_TOKENS = ("language", "masked_language")
 
 
@@ -51,15 +52,6 @@ def _task_keys(config: Config) -> Iterator[UserError]:
         )
     if kind in _KINDS_WITH_TOKENS and data.read != "auto":
         yield UserError(f"data.read = '{data.read}' does not go with task.kind = '{kind}'", "Leave data.read out.")
-    # Ranks with shares of unlike length would read a different number of times, and collective reads would hang.
-    if data.read == "collective" and data.missing != "refuse":
-        yield UserError(
-            f"data.missing = '{data.missing}' does not go with data.read = '{data.read}'", "Leave one of them out."
-        )
-    if data.read == "collective" and train.accumulate > 1:
-        yield UserError(
-            f"train.accumulate = {train.accumulate} does not go with data.read = 'collective'", "Leave one of them out."
-        )
     if kind == "policy_gradient" and train.accumulate > 1:
         yield UserError(
             f"train.accumulate = {train.accumulate}: policy_gradient normalises advantages over a whole step",
@@ -85,9 +77,10 @@ def _task_keys(config: Config) -> Iterator[UserError]:
             f"{validation} does not go with reduce.strategy = 'parameter_server': its workers are not at the same step",
             "Leave validation.every_steps out.",
         )
-    if data.read == "collective" and data.hold_out:
+    if config.test.samples is not None and kind not in _KINDS_WITH_DATA:
         yield UserError(
-            f"data.hold_out = {data.hold_out:g} does not go with data.read = 'collective'", "Leave one of them out."
+            f"test.samples = {config.test.samples} does not go with task.kind = '{kind}'",
+            "Set rl.test_episodes." if kind in _KINDS_OF_EPISODES else "Let its test_batches give fewer samples.",
         )
     if kind != "regression" and config.task.loss != "mse":
         yield UserError(
@@ -174,7 +167,7 @@ def _shard_keys(config: Config) -> Iterator[UserError]:
             f"train.compile = true does not go with {stage}, whose hooks in the model torch.compile cannot trace",
             "Set reduce.stage to 1, or leave train.compile out.",
         )
-    if config.task.kind in ("policy_gradient", "dqn"):
+    if config.task.kind in _KINDS_OF_EPISODES:
         yield UserError(
             f"task.kind = '{config.task.kind}' does not go with {stage}: ranks play episodes of unlike length",
             "Set reduce.stage to 1.",

@@ -37,11 +37,11 @@ class Data(_Section):
     missing: Literal["refuse", "drop", "mean"] = "refuse"
     # scale_factor: as the file's attributes say; standardize: mean 0, deviation 1 over the training samples.
     normalize: Literal["none", "scale_factor", "standardize"] = "scale_factor"
-    # collective: all ranks read each batch together; memory: each rank holds a part of the data and ranks exchange
-    # samples; auto: memory map or decoded chunks, or memory if the data exceed every node's memory.
+    # collective: all ranks read slabs together and exchange their samples; memory: each rank holds a part of the data
+    # and ranks exchange samples; auto: memory map or decoded chunks, or memory if the data exceed every node's memory.
     read: Literal["auto", "collective", "memory"] = "auto"
     memory_mb: Count = 512  # memory per rank for decoded chunks, or for samples received at once
-    shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: as many as 3/8 of memory_mb hold, at most 64
+    shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: as many as a third of memory_mb holds, at most 64
 
 
 class Task(_Section):
@@ -147,6 +147,10 @@ class Validation(_Section):
     every_steps: Whole = 0  # steps between validations on the samples of data.hold_out; 0: none
 
 
+class Test(_Section):
+    samples: Count | None = None  # of the test samples at most so many, the same ones in every run
+
+
 class Energy(_Section):
     sample_hz: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
     watts_per_core: Rate = 10.0  # assumed power for the estimate if no meter can be read
@@ -189,6 +193,7 @@ class Config(_Section):
     rl: Rl = Rl()
     reduce: Reduce = Reduce()
     validation: Validation = Validation()
+    test: Test = Test()
     checkpoint: Checkpoint = Checkpoint()
     energy: Energy = Energy()
     run: Run = Run()

@@ -15,10 +15,11 @@ from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import Files, chunk_cache_bytes
+from hpc_train.train.data.rank_batches import RankBatches
 from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.readers import SelectedReader, StringReader, is_strings
 
-_MAX_CHUNKS_MIXED = 64  # with each other: more make no better batches
+MAX_CHUNKS_MIXED = 64  # with each other: more make no better batches
 _SCAN_ROWS = 1 << 20
 _TEST_BATCH = 1024
 _WIDE = (torch.float64, torch.int64, torch.int32)
@@ -201,20 +202,21 @@ def _check_samples(files: Files, inputs: tuple[str, Reader], targets: tuple[str,
             f"{path}: {name} is {x.dtype} {x.shape}, {target_name} is {y.dtype} {y.shape}",
             "Inputs are numbers of at most 8 bytes, of shape (samples, ...), targets one or several for each sample.",
         )
-    if len(x) != len(y) or len(y) == 0:
+    if len(x) == len(y) == 0:
+        raise UserError(
+            f"{path}: {name} and {target_name} hold no samples",
+            "Write some, or name other data sets; a file without data sets to test on is trained without a test.",
+        )
+    if len(x) != len(y):
         raise UserError(
             f"{path}: {name} has {len(x)} samples and {target_name} has {len(y)}",
             "Each input needs one target: prepare the file again.",
         )
 
 
-def test_batches(split: Split | None, world: World) -> Iterator[Batch]:
-    """This rank's share of a split's samples, in order; none of None."""
-    if split is None:
-        return
-    start, stop = rank_span(len(split), world.rank, world.size)
-    for begin in range(start, stop, _TEST_BATCH):
-        yield split.batch(np.arange(begin, min(begin + _TEST_BATCH, stop)))
+def test_batches(split: Split | None, world: World, at_most: int | None = None) -> Iterator[Batch]:
+    """This rank's share of a split's samples, in order; none of None. at_most: see `RankBatches`."""
+    return iter(()) if split is None else RankBatches(len(split), world, _TEST_BATCH, split.batch, at_most)
 
 
 def open_order(readers: Sequence[Reader], num_samples: int, config: Config, rows_per_sample: int = 1) -> Order:
@@ -227,11 +229,9 @@ def open_order(readers: Sequence[Reader], num_samples: int, config: Config, rows
         return Order(num_samples)
     edges = np.unique(np.minimum(chunked.chunk_edges // rows_per_sample, num_samples))
     edges[-1] = num_samples
-    if config.data.read == "collective":  # whose chunks are global batches
-        return Order(num_samples, edges)
     chunk_bytes = max(1, int(np.diff(edges).max()) * chunked.row_bytes * rows_per_sample)
     # Two windows must fit: the next one is decoded while this one is trained on.
-    window = config.data.shuffle_chunks or min(_MAX_CHUNKS_MIXED, chunk_cache_bytes(config) // 2 // chunk_bytes)
+    window = config.data.shuffle_chunks or min(MAX_CHUNKS_MIXED, chunk_cache_bytes(config) // 2 // chunk_bytes)
     return Order(num_samples, edges, max(1, window))
 
 
