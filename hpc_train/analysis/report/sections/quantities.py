@@ -341,8 +341,9 @@ def _rate(bytes_per_s: float) -> str:
     return amount(bytes_per_s, "B/s")
 
 
-def _or_missing(cell: Callable[[Row], str], row: Row) -> str:
+def _or_missing(cell: Callable[[Row], str] | None, row: Row) -> str:
     """A run on GPUs whose driver told nothing has no use of 0."""
+    assert cell is not None
     told = cell(row)
     return "missing" if told == "-" else told
 
