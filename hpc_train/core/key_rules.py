@@ -63,15 +63,6 @@ def _task_keys(config: Config) -> Iterator[UserError]:
         )
     if kind in _KINDS_WITH_TOKENS and data.read != "auto":
         yield UserError(f"data.read = '{data.read}' does not go with task.kind = '{kind}'", "Leave data.read out.")
-    # Ranks with shares of unlike length would read a different number of times, and collective reads would hang.
-    if data.read == "collective" and data.missing != "refuse":
-        yield UserError(
-            f"data.missing = '{data.missing}' does not go with data.read = '{data.read}'", "Leave one of them out."
-        )
-    if data.read == "collective" and train.accumulate > 1:
-        yield UserError(
-            f"train.accumulate = {train.accumulate} does not go with data.read = 'collective'", "Leave one of them out."
-        )
     if kind == "policy_gradient" and train.accumulate > 1:
         yield UserError(
             f"train.accumulate = {train.accumulate}: policy_gradient normalises advantages over a whole step",
@@ -83,10 +74,6 @@ def _task_keys(config: Config) -> Iterator[UserError]:
             "Leave task.num_classes out, or set task.kind to 'classification'.",
         )
     yield from _validation_keys(config)
-    if data.read == "collective" and data.hold_out:
-        yield UserError(
-            f"data.hold_out = {data.hold_out:g} does not go with data.read = 'collective'", "Leave one of them out."
-        )
     if config.test.samples is not None and kind not in _KINDS_WITH_DATA:
         yield UserError(
             f"test.samples = {config.test.samples} does not go with task.kind = '{kind}'",
