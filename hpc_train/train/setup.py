@@ -1,11 +1,12 @@
 """What comes before the first step: ranks and their roles, device, task, model, and a trial of the first batch."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from itertools import zip_longest
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from torch import nn
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import amount
 from hpc_train.core.key_rules import check_ranks
-from hpc_train.core.sampling import BatchSampler, Shares
+from hpc_train.core.sampling import BatchSampler, Shares, steps_per_epoch
 from hpc_train.core.settings import Config
-from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.context import Context, warn
 from hpc_train.train.comm.mesh import Mesh, open_mesh
 from hpc_train.train.comm.placement import RankPlacement, crowding_warnings, place_ranks
 from hpc_train.train.data.batches import Batches, StepBatch
@@ -37,8 +38,8 @@ from hpc_train.train.reduce.buckets import trainable_parameters
 from hpc_train.train.reduce.reducer import Reducer, keeps_parts
 from hpc_train.train.reduce.sharded_weights import whole_parameters
 from hpc_train.train.run.peak_memory import anonymous_bytes, peak_anonymous_bytes, peak_gpu_bytes
-from hpc_train.train.tasks import Task, open_task
-from hpc_train.train.tasks.first_batch import checked_loss
+from hpc_train.train.tasks import BUILT_IN, Task, open_task
+from hpc_train.train.tasks.first_batch import check_is_sum, checked_loss
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Job:
     facts: dict[str, Any]  # that every checkpoint records, and that must agree to resume
     autocast: Callable[[], AbstractContextManager[Any]]  # around forward passes
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.task.num_samples, self.batch_size)
+
 
 @contextmanager
 def open_job(config: Config, context: Context) -> Iterator[Job]:
@@ -65,11 +70,12 @@ def open_job(config: Config, context: Context) -> Iterator[Job]:
     placements = place_ranks(context, config.train.threads)
     torch.set_num_threads(placements[context.world.rank].threads)
     for warning in crowding_warnings(placements):
-        _warn(context, warning)
+        warn(context, warning)
     device = context.on_all(partial(open_device, config.train, context.world))
     with open_mesh(config.reduce, context) as mesh:
         task = _open_task(config, mesh, context)
         batch_size = _batch_size(config, task, context)
+        config = _with_steps(config, task.num_samples, batch_size)
         model, draw = _make_model(task, config, mesh, device)
         facts = {
             "size": context.world.size,
@@ -79,11 +85,6 @@ def open_job(config: Config, context: Context) -> Iterator[Job]:
         }
         precision = autocast(config.train, device)
         yield Job(config, context, mesh, placements, device, task, model, draw, batch_size, facts, precision)
-
-
-def _warn(context: Context, warning: str) -> None:
-    if context.world.is_root:
-        print(warning, file=sys.stderr, flush=True)
 
 
 def _open_task(config: Config, mesh: Mesh, context: Context) -> Task:
@@ -99,8 +100,17 @@ def _batch_size(config: Config, task: Task, context: Context) -> int:
     batch_size = config.global_batch(context.world.size)
     largest = int(context.max(np.array([task.num_samples]))[0])
     context.on_all(partial(_check_num_samples, config, task.num_samples, largest, context.world.rank))
-    context.on_all(partial(_check_batch_size, config, batch_size, task.num_samples))
+    context.on_all(partial(require_a_batch, config, batch_size, task.num_samples))
     return batch_size
+
+
+def _with_steps(config: Config, num_samples: int, batch_size: int) -> Config:
+    """The job with as many train.steps as its train.epochs are; a part of an epoch is rounded up to whole steps."""
+    epochs = config.train.epochs
+    if epochs is None:
+        return config
+    # As Python writes it, a tenth of an epoch of 30 steps is 3 steps, which floats would make 4.
+    return config.with_num_steps(ceil(Fraction(str(epochs)) * steps_per_epoch(num_samples, batch_size)))
 
 
 def _check_num_samples(config: Config, num_samples: int, largest: int, rank: int) -> None:
@@ -111,7 +121,8 @@ def _check_num_samples(config: Config, num_samples: int, largest: int, rank: int
         )
 
 
-def _check_batch_size(config: Config, batch_size: int, num_samples: int) -> None:
+def require_a_batch(config: Config, batch_size: int, num_samples: int) -> None:
+    """Raises `UserError` if the data have fewer samples than a global batch."""
     if batch_size > num_samples:
         key = "global_batch" if config.train.global_batch else "batch_per_rank"
         raise UserError(
@@ -138,7 +149,7 @@ def _make_model(
     model = context.on_all(partial(initial.materialise, trainable_parameters(initial.model), device)).to(device)
     reasons = [why for why in context.all_gather(initial.whole_because) if why]
     if reasons:
-        _warn(context, f"Every rank makes the whole model before it keeps its part: {reasons[0]}")
+        warn(context, f"Every rank makes the whole model before it keeps its part: {reasons[0]}")
         return context.on_all(initial.make_whole).to(device), None
     roots_digest = context.on_root(initial.digest)
     context.on_all(partial(_check_same_values, initial.digest(), roots_digest, context.world.rank))
@@ -205,8 +216,10 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
         reducer.lockstep.end_trial()
     else:
         num_flops = job.context.on_all(partial(_try_batch, job, batch))
-    model = compile_model(job.model, job.device) if train.compile else job.model
     num_tried = -(-batch.num_samples // len(batch.parts)) if batch and batch.parts else 0
+    if not reducer.lockstep and job.config.task.kind not in BUILT_IN:
+        job.context.on_all(partial(_check_is_sum, job, batch, num_tried))
+    model = compile_model(job.model, job.device) if train.compile else job.model
     peak, source = peak_flops(train, job.device)
     strategy = job.config.reduce.strategy
     facts = {
@@ -238,9 +251,9 @@ def _expect_memory(job: Job) -> dict[str, Any]:
     most_expected, room = (int(each) for each in job.context.max(np.array([own or 0, -most])) * [1, -1])
     all_bytes = sum(each.nbytes for each in trainable_parameters(job.model).values())
     if most_expected > room:
-        _warn(
+        warn(
             job.context,
-            f"warning: a rank expects to take {amount(most_expected, 'B')}, {amount(most_expected - room, 'B')} more "
+            f"a rank expects to take {amount(most_expected, 'B')}, {amount(most_expected - room, 'B')} more "
             "than there is. Smaller batches, train.accumulate or a higher reduce.stage need less: hpc-train memory.",
         )
     return {
@@ -250,10 +263,16 @@ def _expect_memory(job: Job) -> dict[str, Any]:
     }
 
 
+def _check_is_sum(job: Job, batch: StepBatch | None, num: int) -> None:
+    if batch is not None and num:
+        with job.autocast():
+            check_is_sum(job.config, job.task, job.model, batch.parts[0], num)
+
+
 def _try_batch(job: Job, batch: StepBatch | None) -> int:
     """The operations of a forward and backward pass over the first part of `batch`; 0 without one."""
     if batch is None or not batch.parts:
         return 0
     loss = partial(checked_loss, job.config, job.task, job.model, batch.parts[0])
-    with job.autocast(), warn_of_channels_last(job.model, partial(_warn, job.context)):
+    with job.autocast(), warn_of_channels_last(job.model, partial(warn, job.context)):
         return count_flops(loss, job.model)

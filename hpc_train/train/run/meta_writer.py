@@ -11,9 +11,9 @@ from hpc_train.train.comm.clocks import clock_offsets_ns
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement
 from hpc_train.train.run.attempt import Attempt
-from hpc_train.train.run.metadata import run_metadata
+from hpc_train.train.run.provenance import provenance
 
-_OF_ONE_ATTEMPT = ("outcome", "ended", "clock_offsets_ns", "output_lost")
+_OF_ONE_ATTEMPT = ("outcome", "ended", "clock_offsets_ns", "output_lost", "test_until_stop")
 
 
 class MetaWriter:
@@ -33,11 +33,17 @@ class MetaWriter:
         offsets_ns = clock_offsets_ns(self._context)
         self._context.on_root(partial(self._write_end, offsets_ns, energy, more))
 
+    def amend(self, more: dict[str, Any]) -> None:
+        """Only on the root. Adds to what `write_end` wrote."""
+        self.content.update(more)
+        self.content["attempts"][-1].update(more)
+        self._write()
+
     def _write_start(self, first_step: int, offsets_ns: Any, energy: dict[str, Any], more: dict[str, Any]) -> None:
         content, attempt = self.content, self._attempt
         for key in _OF_ONE_ATTEMPT:
             content.pop(key, None)
-        content.update(run_metadata(self._context, self._places))
+        content.update(provenance(self._context, self._places))
         content["energy"] = _merged_by_host(content.get("energy", {}), energy)
         content.setdefault("attempts", []).append(
             {
