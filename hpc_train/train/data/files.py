@@ -86,6 +86,10 @@ class Files:
         with damage_as_user_error(self.paths[0], name):
             return find_dataset(self.opened[0], name) is not None
 
+    def names_in_words(self) -> str:
+        """The data sets of the first file, for a message."""
+        return ", ".join(_dataset_names(self.opened[0])) or "none"
+
     def datasets(self, name: str, key: str) -> list[h5py.Dataset]:
         """Data set `name` of each file. Raises `UserError` if a file has none, or one with other rows."""
         found: list[h5py.Dataset] = []

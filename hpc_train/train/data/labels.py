@@ -67,19 +67,16 @@ def open_classes(
         if error.odd is not None:
             raise labels.odd(error.odd, "numbers from 0, as most labels are", context) from None
         raise joint(labels.no_classes(distinct, num_classes)) from None
-    parts = [labels] if held_out is None else [labels, _Stored(path, names[1], held_out.targets)]
-    known = np.arange(classes.num) if classes.values is None else classes.values
-    for part in parts:
-        found = distinct if part is labels else part.distinct(context)
-        unknown = found[~np.isin(found, known)]
-        if len(unknown):
-            raise part.odd(unknown[0].item(), f"the {classes.num:,} classes", context)
-    readers = [part.as_class_numbers(classes.values, context) for part in parts]
-    return (
-        replace(train, targets=readers[0]),
-        None if held_out is None else replace(held_out, targets=readers[1]),
-        classes,
-    )
+    labels.require_known(classes, distinct, context)
+    train = replace(train, targets=labels.as_class_numbers(classes.values, context))
+    return train, None if held_out is None else in_classes(held_out, names[1], path, classes, context), classes
+
+
+def in_classes(split: Split, name: str, path: Path, classes: Classes, context: Context) -> Split:
+    """Collective. The split with class numbers as targets. Raises `UserError` for a label that is none of `classes`."""
+    labels = _Stored(path, name, split.targets)
+    labels.require_known(classes, labels.distinct(context), context)
+    return replace(split, targets=labels.as_class_numbers(classes.values, context))
 
 
 @dataclass(frozen=True)
@@ -131,6 +128,13 @@ class _Stored:
         start, stop = rank_span(len(self.reader), context.world.rank, context.world.size)
         for begin in range(start, stop, _SCAN_ROWS):
             yield begin, self.reader[begin : min(begin + _SCAN_ROWS, stop)]
+
+    def require_known(self, classes: Classes, distinct: np.ndarray, context: Context) -> None:
+        """Collective. Raises `UserError` if one of the `distinct` labels is none of `classes`."""
+        known = np.arange(classes.num) if classes.values is None else classes.values
+        unknown = distinct[~np.isin(distinct, known)]
+        if len(unknown):
+            raise self.odd(unknown[0].item(), f"the {classes.num:,} classes", context)
 
     def as_class_numbers(self, values: np.ndarray | None, context: Context) -> Reader:
         """Collective. A reader of class numbers; those of strings are kept in memory. values: see `Classes`."""

@@ -48,7 +48,7 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets) ->
     train, held_out, missing_values, missing = handle_missing(train, held_out, files, data, context)
     train, held_out = read_targets(files, train, held_out)
     train, validation = _hold_out(train, data.hold_out, config.seed)
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"samples": context.on_all(lambda: _facts(files, name, train))}
     if data.normalize == "standardize":
         standard = find_standard(train, missing_values, context)
         train = replace(train, standard=standard)
@@ -68,6 +68,16 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets) ->
         reading.append(f"{name} standardised")
     order = open_order(train.inputs, len(train), config)
     return Samples(files, train, validation, held_out, order, in_step, reading, facts)
+
+
+def _facts(files: Files, name: str, train: Split) -> dict[str, Any]:
+    """What a trained model needs to know of its inputs when it meets other data: see `inference/learned.py`."""
+    return {
+        "shape": list(train.input_shape),
+        "dtype": train.inputs[0].dtype.str,
+        "scale": list(files.scale(name)),
+        "mean_for_missing": None if train.filling is None else train.filling.mean.tolist(),
+    }
 
 
 def _hold_out(train: Split, share: float, seed: int) -> tuple[Split, Split | None]:
