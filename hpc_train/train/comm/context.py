@@ -1,5 +1,6 @@
 """The ranks of a job as a value: what they may do together, and how an error on one rank reaches all of them."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -194,6 +195,12 @@ def _picklable(error: Exception | None, rank: int) -> Exception | None:
     if error is None or type(error) is UserError:
         return error
     return JointFailure(f"rank {rank}: {type(error).__name__}: {error}")
+
+
+def warn(context: Context, why: str) -> None:
+    """Prints a warning, on the root."""
+    if context.world.is_root:
+        print(f"warning: {why}", file=sys.stderr, flush=True)
 
 
 def joint(error: E) -> E:
