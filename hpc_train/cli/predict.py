@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from hpc_train.cli.options import UserPath, overrides_option
-from hpc_train.core.errors import require
+from hpc_train.core.errors import UserError, require
 from hpc_train.core.inference_record import InferenceRecord
 from hpc_train.core.job_environment import JobEnvironment
 
@@ -49,13 +49,17 @@ def _options(command: F) -> F:
 @click.command()
 @click.argument("run", type=UserPath())
 @click.argument("data", type=click.Path())
-@click.option("--output", type=UserPath(), required=True, metavar="OUT.h5", help="Where predictions are written.")
+@click.option("--output", type=UserPath(), metavar="OUT.h5", help="Where predictions are written.")
+@click.option(
+    "--latency", type=click.IntRange(1, 1 << 20), metavar="N", help="Only time 1, 2, 4 ... N predictions at once."
+)
 @click.option("--force", is_flag=True, help="Overwrite OUT.h5, or an unfinished one.")
 @_options
 def predict(
     run: Path,
     data: str,
-    output: Path,
+    output: Path | None,
+    latency: int | None,
     force: bool,
     inputs: str | None,
     targets: str | None,
@@ -74,6 +78,11 @@ def predict(
     \b
     Example: mpirun -n 2 hpc-train predict runs/mlp-mnist new.h5 --output out.h5
     """
+    if (output is None) == (latency is None):
+        raise UserError(
+            f"exactly one of --output and --latency is needed, and {'neither' if output is None else 'both'} is there",
+            "Name the file of predictions: --output OUT.h5; or measure how long they take: --latency 64",
+        )
     require("torch", "h5py")
     from hpc_train.core import output as streams
     from hpc_train.core import signals
@@ -88,8 +97,53 @@ def predict(
         run: "RunDir", config: "Config", context: "Context", log: Callable[[str], None]
     ) -> tuple[InferenceRecord, int]:
         from hpc_train.train.inference import predict as prediction
+        from hpc_train.train.inference.latency import measure_latency
 
+        if latency is not None:
+            return measure_latency(run, config, request, latency, context, log), 0
+        assert output is not None
         return prediction.predict(run, config, request, output, force, context, log)
+
+    _use(run, data, overrides, as_json, work)
+
+
+@click.command()
+@click.argument("run", type=UserPath())
+@click.option("--data", type=click.Path(), metavar="FILE", help="Default: the data of the run.")
+@_options
+def evaluate(
+    run: Path,
+    data: str | None,
+    inputs: str | None,
+    targets: str | None,
+    rows: tuple[int | None, int | None],
+    batch: int | None,
+    checkpoint: str | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Print the measures of RUN's model on its test data or on FILE, as the test after training makes them.
+
+    Under mpirun or srun all ranks share the rows; the measures of classes and of regression are the same to the bit on
+    any number of ranks. The classes and the scale of the data are those that the run found when it trained.
+
+    \b
+    Example: mpirun -n 2 hpc-train evaluate runs/mlp-mnist --data other.h5
+    """
+    require("torch", "h5py")
+    from hpc_train.core import signals
+
+    signals.defer_stop_signal()
+    from hpc_train.train.inference.use import Request
+
+    request = Request(checkpoint, inputs, targets, rows, batch)
+
+    def work(
+        run: "RunDir", config: "Config", context: "Context", log: Callable[[str], None]
+    ) -> tuple[InferenceRecord, int]:
+        from hpc_train.train.inference import evaluate as evaluation
+
+        return evaluation.evaluate(run, config, request, context, log)
 
     _use(run, data, overrides, as_json, work)
 
@@ -126,6 +180,8 @@ def _lines(record: InferenceRecord) -> list[str]:
         lines[-1] += f" ({record.num_measured:,} rows)"
     if record.num_without:
         lines.append(f"{record.num_without:,} rows have no prediction: values are missing in them")
+    if record.latencies:
+        return [*lines, *_latency_lines(record)]
     if record.samples_per_s is not None:
         per_sample = record.joules_per_sample
         energy = f"{per_sample:.3g} J a row, {record.energy}" if per_sample is not None else str(record.energy)
@@ -133,3 +189,12 @@ def _lines(record: InferenceRecord) -> list[str]:
     if record.output and record.complete:
         lines.append(f"Predictions: {record.output}")
     return lines
+
+
+def _latency_lines(record: InferenceRecord) -> list[str]:
+    lines = [f"{'batch':>6} {'calls':>6} {'p50':>9} {'p95':>9} {'p99':>9} {'samples/s':>10} {'J/sample':>9}"]
+    for each in record.latencies:
+        times = " ".join(f"{seconds * 1e3:6.4g} ms".rjust(9) for seconds in (each.p50_s, each.p95_s, each.p99_s))
+        joules = "missing" if each.joules_per_sample is None else f"{each.joules_per_sample:.3g}"
+        lines.append(f"{each.batch:>6} {each.num_calls:>6} {times} {each.samples_per_s:>10,.0f} {joules:>9}")
+    return [*lines, f"On {record.work[-1].device}; energy {record.energy_quality}: {record.energy_source}"]

@@ -34,10 +34,9 @@ class Latency:
     p50_s: float
     p95_s: float
     p99_s: float
-
-    @property
-    def samples_per_s(self) -> float:
-        return self.batch / self.p50_s
+    samples_per_s: float
+    joules_per_sample: float | None
+    energy_quality: Quality
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,17 @@
 """The energy of a use of a trained model, in its record's folder, as a run's energy lies in its run directory."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
-from hpc_train.core.energy_records import DomainEnergy, Energy, energy_of_run, read_traces
+import numpy as np
+
+from hpc_train.core.energy_records import DomainEnergy, Energy, Trace, energy_of_run, read_traces
 from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
-from hpc_train.core.settings import Config
+from hpc_train.core.settings import Energy as Settings
 from hpc_train.train.comm.context import Context
 from hpc_train.train.energy.node_energy import NodeEnergy
 from hpc_train.train.inference.trained import Log, Place
@@ -33,11 +36,14 @@ def make_folder(run: RunDir, kind: str, log: Log) -> Path | None:
 class UseEnergy:
     """The meters of this rank's node while a model is used."""
 
-    def __init__(self, config: Config, place: Place, folder: Path | None, attempt: int, context: Context, log: Log):
+    def __init__(
+        self, settings: Settings, place: Place, folder: Path | None, attempt: int, context: Context, log: Log
+    ) -> None:
         """Collective. folder: of the record; None records nothing."""
-        awake = config.energy.model_copy(update={"idle_s": 0.0})
+        awake = settings.model_copy(update={"idle_s": 0.0})
         self._node = NodeEnergy(awake, context, place.placements, log)
         self._folder, self._attempt, self._context = folder, attempt, context
+        self._is_shared = False
 
     def recorded(self) -> AbstractContextManager[None]:
         if self._folder is None:
@@ -49,15 +55,28 @@ class UseEnergy:
         if self._folder is None:
             return Energy()
         end = self._node.metadata_at_end()  # a gather: each node's file is closed by now
-        return self._context.on_root(partial(_read, self._folder, True in end["shared"].values()))
+        self._is_shared = True in end["shared"].values()
+        return self._context.on_root(lambda: self._sum(lambda trace: trace.energy))
 
+    def between(self, begin_s: float, end_s: float) -> Energy:
+        """After `read`, on the root. What was drawn between two times of day, interpolated between readings."""
 
-def _read(folder: Path, is_shared: bool) -> Energy:
-    try:
-        by_host = {
-            path.stem: [DomainEnergy(trace.domain, trace.energy) for trace in read_traces(path)]
-            for path in sorted((folder / "energy").glob("*.csv"))
-        }
-    except UserError as error:
-        return Energy(source=error.what)
-    return energy_of_run(by_host, by_host, is_shared)
+        def part(trace: Trace) -> Energy:
+            if trace.energy.joules is None or not len(trace.time_s):
+                return trace.energy
+            first_j, last_j = np.interp((begin_s, end_s), trace.time_s, trace.joules).tolist()
+            return replace(trace.energy, joules=last_j - first_j)
+
+        return self._sum(part)
+
+    def _sum(self, part: Callable[[Trace], Energy]) -> Energy:
+        if self._folder is None:
+            return Energy()
+        try:
+            by_host = {
+                path.stem: [DomainEnergy(trace.domain, part(trace)) for trace in read_traces(path)]
+                for path in sorted((self._folder / "energy").glob("*.csv"))
+            }
+        except UserError as error:
+            return Energy(source=error.what)
+        return energy_of_run(by_host, by_host, self._is_shared)

@@ -74,14 +74,20 @@ def note_path(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial.json")
 
 
+def require_free(out: Path, force: bool) -> None:
+    """Raises UserError unless an output may be written there. force: it may replace one."""
+    if exists(out) and not force:
+        raise UserError(f"{out} exists", "Name another file, or overwrite it: --force")
+    if not exists(out.parent):
+        raise UserError(f"--output {out}: its folder does not exist", "Create the folder, or choose another.")
+
+
 def find_progress(out: Path, asked: Asked, force: bool) -> Progress | None:
-    """How far an earlier start of the same command came; None to begin. Raises UserError if `out` is there already, or
-    an unfinished one of something else. force: removes both.
+    """How far an earlier start of the same command came; None to begin. Raises UserError for an unfinished output of
+    another command. force: begins in any case.
     """
     if force:
         remove_unfinished(out)
-    elif exists(out):
-        raise UserError(f"{out} exists", "Name another file, or overwrite it: --force")
     if not exists(note_path(out)) or not exists(partial_path(out)):
         return None
     try:

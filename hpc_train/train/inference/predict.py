@@ -22,14 +22,16 @@ from hpc_train.train.inference.output_file import (
     create,
     find_progress,
     publish,
+    require_free,
     write_note,
 )
+from hpc_train.train.inference.outputs import require_arrays
 from hpc_train.train.inference.pass_over import Done, Tally, go_over
 from hpc_train.train.inference.trained import Log, choose_step
 from hpc_train.train.inference.use import PROGRAM, Request, Use, digest, open_use, state_of
 from hpc_train.train.run.meta_writer import now
 
-_NOTE_S = 10.0  # between notes of how far the output is: a killed job repeats no more than this
+_NOTE_S = 2.0  # between notes of how far the output is: a killed job repeats no more than this
 
 
 def predict(
@@ -40,6 +42,8 @@ def predict(
 
     force: overwrites `out`. Raises UserError.
     """
+    context.on_root(partial(require_arrays, config, run))
+    context.on_root(partial(require_free, out, force))
     use = open_use(run, config, request, False, context, log)
     asked = context.on_root(partial(_asked, use))
     begun = context.on_root(partial(find_progress, out, asked, force))
@@ -49,7 +53,7 @@ def predict(
     if begun.tally.row > use.blocks.rows.start:
         log(f"Continues at row {begun.tally.row:,}")
     folder = Path(begun.record) if begun.record else None
-    energy = UseEnergy(config, use.place, folder, len(begun.work) + 1, context, log)
+    energy = UseEnergy(config.energy, use.place, folder, len(begun.work) + 1, context, log)
     shown = StepProgress("predict", len(use.blocks.rows), config.run.progress, context.world.is_root, "rows")
     with (
         StopRequest() as stop,

@@ -13,6 +13,7 @@ from torch import nn
 from hpc_train.core import rundir
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import plural
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import RECORDED, Config
 from hpc_train.core.validation_log import best_of, read_validation
@@ -36,7 +37,9 @@ class Place:
 
     @property
     def name(self) -> str:
-        return "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        if self.device.type == "cpu":
+            return f"cpu, {plural(self.num_at_once, 'thread')} a rank"
+        return torch.cuda.get_device_name(self.device)
 
 
 def open_run(path: Path, overrides: tuple[str, ...], data: str | None) -> tuple[RunDir, Config]:
