@@ -23,8 +23,8 @@ TRAINING = (
 )
 ANALYSIS = (
     *("core", "analysis", "analysis/stats", "analysis/runs", "analysis/efficiency", "analysis/scaling"),
-    *("analysis/energy", "analysis/convergence", "analysis/models", "analysis/planning", "analysis/comparison"),
-    *("analysis/trace", "analysis/report"),
+    *("analysis/energy", "analysis/convergence", "analysis/models", "analysis/planning", "analysis/simulation"),
+    *("analysis/comparison", "analysis/trace", "analysis/live", "analysis/report"),
 )
 # A file beside the rooms of train/: what it needs decides where it stands.
 # Former names that files of users import: each ends with the release after its change.
@@ -46,7 +46,7 @@ ALLOWED = {
     | {"doctor/storage.py"}
     | {f"datasets/prepare/{file}.py" for file in ("layout", "prepare", "writer")}
     | {f"datasets/inspect/{file}.py" for file in ("check", "checks", "chunk_ranges", "info", "proposal", "structure")},
-    "subprocess": {"core/filesystem.py", "train/run/metadata.py", "train/energy/sensors/slurm.py", "train/onednn.py"}
+    "subprocess": {"core/filesystem.py", "train/run/provenance.py", "train/energy/sensors/slurm.py", "train/onednn.py"}
     | {"cluster/scheduler.py", "cluster/local_study.py", "bench/io.py", "doctor/supervisor.py", "doctor/job.py"},
     "pynvml": {"train/energy/sensors/nvml.py"},
     "gymnasium": {"train/tasks/reinforcement.py"},

@@ -91,7 +91,7 @@ def predict(
     streams.protect_output()
     from hpc_train.train.inference.use import Request
 
-    request = Request(checkpoint, inputs, targets, rows, batch)
+    request = Request(data, checkpoint, inputs, targets, rows, batch)
 
     def work(
         run: "RunDir", config: "Config", context: "Context", log: Callable[[str], None]
@@ -104,7 +104,7 @@ def predict(
         assert output is not None
         return prediction.predict(run, config, request, output, force, context, log)
 
-    _use(run, data, overrides, as_json, work)
+    _use(run, overrides, as_json, work)
 
 
 @click.command()
@@ -136,7 +136,7 @@ def evaluate(
     signals.defer_stop_signal()
     from hpc_train.train.inference.use import Request
 
-    request = Request(checkpoint, inputs, targets, rows, batch)
+    request = Request(data, checkpoint, inputs, targets, rows, batch)
 
     def work(
         run: "RunDir", config: "Config", context: "Context", log: Callable[[str], None]
@@ -145,13 +145,13 @@ def evaluate(
 
         return evaluation.evaluate(run, config, request, context, log)
 
-    _use(run, data, overrides, as_json, work)
+    _use(run, overrides, as_json, work)
 
 
 Work = Callable[["RunDir", "Config", "Context", Callable[[str], None]], tuple[InferenceRecord, int]]
 
 
-def _use(path: Path, data: str | None, overrides: tuple[str, ...], as_json: bool, work: Work) -> None:
+def _use(path: Path, overrides: tuple[str, ...], as_json: bool, work: Work) -> None:
     """Does `work` on all ranks, prints its record on the first, and ends the process with its exit code."""
     from hpc_train.core import signals
     from hpc_train.train.comm.startup import open_context
@@ -164,7 +164,7 @@ def _use(path: Path, data: str | None, overrides: tuple[str, ...], as_json: bool
                 print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
 
         more = ("run.progress=plain",) if as_json else ()
-        run, config = context.on_root(lambda: open_run(path, (*overrides, *more), data))
+        run, config = context.on_root(lambda: open_run(path, (*overrides, *more)))
         record, code = work(run, config, context, log)
         if context.world.is_root:
             click.echo(json.dumps(record.as_dict(), indent=1) if as_json else "\n".join(_lines(record)))

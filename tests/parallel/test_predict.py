@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from math import exp
 from pathlib import Path
@@ -89,18 +90,22 @@ def trained(context: Context, data: Path, root: Path, *keys: str, name: str = "s
     return context.on_root(lambda: find([root])[-1])
 
 
-def opened(run: RunDir, data: Path | None = None) -> tuple[RunDir, Any]:
-    return open_run(run.path, ("run.progress=plain",), None if data is None else str(data))
+def opened(run: RunDir) -> tuple[RunDir, Any]:
+    return open_run(run.path, ("run.progress=plain",))
+
+
+def of(data: Path | None, request: Request) -> Request:
+    return replace(request, data=None if data is None else str(data))
 
 
 def predicted(
     context: Context, run: RunDir, data: Path, out: Path, request: Request = SMALL, force: bool = False
 ) -> tuple[InferenceRecord, int]:
-    return prediction.predict(*opened(run, data), request, out, force, context, lambda line: None)
+    return prediction.predict(*opened(run), of(data, request), out, force, context, lambda line: None)
 
 
 def evaluated(context: Context, run: RunDir, data: Path | None = None, request: Request = USUAL) -> InferenceRecord:
-    record, code = evaluation.evaluate(*opened(run, data), request, context, lambda line: None)
+    record, code = evaluation.evaluate(*opened(run), of(data, request), context, lambda line: None)
     assert code == 0 and record.complete
     return record
 
@@ -188,7 +193,7 @@ def test_an_evaluation_is_the_final_test_of_the_run(context: Context, trees: Run
     other = context.on_root(lambda: write(folder / "other.h5", {"test": (samples(9, 3)[0], np.array(["yew"] * 9))}))
     with pytest.raises(UserError, match=r"label 'yew' in test/targets, row 0, is none of the 3 classes"):
         evaluated(context, trees, other)
-    found, _ = prediction.predict(*opened(trees, other), Request(), folder / "yew.h5", False, context, told.append)
+    found, _ = prediction.predict(*opened(trees), of(other, USUAL), folder / "yew.h5", False, context, told.append)
     assert found.complete and found.measures == {} and any("are not compared with test/targets" in it for it in told)
 
 

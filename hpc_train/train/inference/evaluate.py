@@ -12,7 +12,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.inference_record import InferenceRecord, Work, write_record
 from hpc_train.core.progress import StepProgress
 from hpc_train.core.rundir import RunDir
-from hpc_train.core.settings import Config
+from hpc_train.core.settings import Config, Data
 from hpc_train.core.signals import TERMINATED, StopRequest
 from hpc_train.train.comm.context import Context, joint
 from hpc_train.train.comm.watchdog import open_watchdog
@@ -59,7 +59,7 @@ def _evaluate_rows(
         kind="evaluate",
         run=str(run.path.resolve()),
         step=step,
-        data=str(config.data.file),
+        data=use.data,
         inputs=use.samples.name,
         rows=[rows.start, rows.stop],
         batch=use.blocks.batch,
@@ -87,7 +87,7 @@ def _evaluate_task(
 ) -> tuple[InferenceRecord, int]:
     """A language model, an agent, or a task of the user's own: its own test, as after training."""
     rows = None if request.rows == (None, None) else request.rows
-    ignored = {"--inputs": request.inputs, "--targets": request.targets, "--batch": request.batch, "--rows": rows}
+    ignored = {"--targets": request.targets, "--batch": request.batch, "--rows": rows}
     for option, value in ignored.items():
         if value is not None:
             raise joint(
@@ -96,9 +96,12 @@ def _evaluate_task(
                     f"Leave {option} out.",
                 )
             )
+    told = {"test_file": request.data, "test_inputs": request.inputs}
+    data = config.data.model_copy(update={key: value for key, value in told.items() if value is not None})
     # Every rank computes with the whole model, whatever divided it while it was trained.
     strategy = "mpi" if context.world.size > 1 else "local"
-    whole = config.model_copy(update={"reduce": config.reduce.model_copy(update={"strategy": strategy, "stage": 1})})
+    reduce = config.reduce.model_copy(update={"strategy": strategy, "stage": 1})
+    whole = config.model_copy(update={"data": data, "reduce": reduce})
     with StopRequest() as stop, open_job(whole, context) as job:
         place = Place(job.device, 1, job.autocast, job.placements)
         choice = context.on_root(partial(choose_step, run, config, request.checkpoint))
@@ -114,7 +117,7 @@ def _evaluate_task(
     if not found.measures:
         raise joint(
             UserError(
-                f"{run.path}: there is nothing to test on{_in_file(config)}",
+                f"{run.path}: there is nothing to test on in {_where(data, config)}",
                 "Name a file that has test samples: --data FILE.",
             )
         )
@@ -122,8 +125,8 @@ def _evaluate_task(
         kind="evaluate",
         run=str(run.path.resolve()),
         step=step,
-        data=str(config.data.file or config.rl.environment),
-        inputs=str(config.data.test_inputs),
+        data=_where(data, config),
+        inputs=str(data.test_inputs),
         rows=[0, found.num_done],
         batch=0,
         complete=found.is_whole,
@@ -135,8 +138,8 @@ def _evaluate_task(
     return record, 0 if found.is_whole else TERMINATED
 
 
-def _in_file(config: Config) -> str:
-    return f" in {config.data.file}" if config.data.file else ""
+def _where(data: Data, config: Config) -> str:
+    return data.test_file or data.file or config.rl.environment
 
 
 def _with_perplexity(config: Config, found: Measured) -> dict[str, float]:

@@ -81,7 +81,7 @@ def measure_latency(
         kind="latency",
         run=str(run.path.resolve()),
         step=step,
-        data=str(config.data.file),
+        data=use.data,
         inputs=use.samples.name,
         rows=[rows.start, rows.stop],
         batch=sizes[-1],

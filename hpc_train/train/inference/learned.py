@@ -14,7 +14,7 @@ from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.dataset import Standard
-from hpc_train.train.run.meta_json import read_meta
+from hpc_train.train.run.meta_reader import read_meta
 from hpc_train.train.tasks import open_task
 from hpc_train.train.tasks.regression import TargetScale
 

@@ -87,7 +87,7 @@ def _asked(use: Use) -> Asked:
     return Asked(
         run=str(use.run.path.resolve()),
         config=digest(use.config),
-        data=str(Path(str(use.config.data.file)).resolve()),
+        data=str(Path(use.data).resolve()),
         data_state=state_of(list(files.paths)),
         inputs=use.samples.name,
         targets=use.samples.targets_name,

@@ -42,8 +42,8 @@ class Place:
         return torch.cuda.get_device_name(self.device)
 
 
-def open_run(path: Path, overrides: tuple[str, ...], data: str | None) -> tuple[RunDir, Config]:
-    """The newest run at or below `path` and its configuration, with `data` as data.file. Raises UserError."""
+def open_run(path: Path, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:
+    """The newest run at or below `path` and its configuration. Raises UserError."""
     run = max(rundir.find([path]), key=lambda run: run.path.name)
     config = load(run.config, overrides).config
     if config.task.kind == RECORDED:
@@ -51,8 +51,6 @@ def open_run(path: Path, overrides: tuple[str, ...], data: str | None) -> tuple[
             f"{run.path} recorded the loop of another program, which keeps its model itself",
             "Name a run of hpc-train train.",
         )
-    if data is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"file": data})})
     return run, config
 
 

@@ -28,10 +28,12 @@ _MOST_BYTES = 32 << 20  # of inputs in a block
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for. checkpoint: see `choose_step`. inputs, targets: names of data sets. rows: [begin, end) of
-    them, either of which may be left out. batch: rows that are computed at once.
+    """What a user asks for. data: a file or a pattern of files; None for those that the run tests on. inputs, targets:
+    names of data sets. rows: [begin, end) of them, either of which may be left out. batch: rows that are computed at
+    once. checkpoint: see `choose_step`.
     """
 
+    data: str | None = None
     checkpoint: str | None = None
     inputs: str | None = None
     targets: str | None = None
@@ -45,6 +47,7 @@ class Use:
 
     run: RunDir
     config: Config
+    data: str
     place: Place
     work: Pass
 
@@ -71,8 +74,9 @@ def open_use(run: RunDir, config: Config, request: Request, needs_targets: bool,
     """Collective. Opens the rows that are asked for, and makes the model. Raises UserError."""
     place = open_place(config, context, log)
     learned = read_learned(run, config, context, log)
-    names = (request.inputs, request.targets)
-    samples = open_samples(config, learned, names, needs_targets, context, log)
+    data = request.data or config.data.test_file or str(config.data.file)
+    there = config.model_copy(update={"data": config.data.model_copy(update={"file": data})})
+    samples = open_samples(there, learned, (request.inputs, request.targets), needs_targets, context, log)
     rows = context.on_all(partial(_rows, request.rows, samples))
     batch = request.batch or max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, samples.split.inputs[0].row_bytes)))
     edges = samples.split.inputs[0].chunk_edges
@@ -82,7 +86,7 @@ def open_use(run: RunDir, config: Config, request: Request, needs_targets: bool,
     targets = f", with {samples.targets_name}" if samples.targets_name else ""
     log(f"Data: {samples.reading}{targets}; rows {rows.start:,} to {rows.stop:,}")
     found = meaning(config, learned, samples, context)
-    return Use(run, config, place, Pass(model, samples, found, blocks, place))
+    return Use(run, config, data, place, Pass(model, samples, found, blocks, place))
 
 
 def _rows(asked: tuple[int | None, int | None], samples: Samples) -> range:
@@ -98,7 +102,7 @@ def _rows(asked: tuple[int | None, int | None], samples: Samples) -> range:
 def digest(config: Config) -> str:
     """Of what decides what a model computes: not where its data and its runs lie."""
     values = as_dict(config)
-    values["data"].pop("file", None)
+    values.pop("data", None)  # what it says of scales is in the data set of the run
     for section in ("run", "energy", "checkpoint"):
         values.pop(section, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import Order
 from hpc_train.core.settings import RECORDED, Config
 from hpc_train.core.world import World
-from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.context import Context, joint
 from hpc_train.train.tasks.classification import Classification
 from hpc_train.train.tasks.dqn import Dqn
 from hpc_train.train.tasks.first_batch import user_line
@@ -93,6 +93,13 @@ def open_task(config: Config, context: Context) -> Task:
     make = BUILT_IN.get(kind) or context.on_all(lambda: _load(kind))
     task = make(config, context)
     context.on_all(lambda: _require(kind, task, ("num_samples", *_METHODS)))
+    if config.validation.is_due and not hasattr(task, "validation_batches"):
+        raise joint(
+            UserError(
+                f"{config.validation.in_words}: task.kind = '{kind}' has no validation_batches",
+                "Write it as test_batches is written, or leave the key out.",
+            )
+        )
     return complete(task)
 
 

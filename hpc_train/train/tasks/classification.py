@@ -12,8 +12,7 @@ from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context, warn
-from hpc_train.train.data.dataset import Batch, Split, test_batches
-from hpc_train.train.data.files import Files
+from hpc_train.train.data.dataset import Batch, Part, test_batches
 from hpc_train.train.data.labels import open_classes
 from hpc_train.train.data.mixing import poor_mixing
 from hpc_train.train.data.samples import open_samples
@@ -34,14 +33,10 @@ class Classification:
             remedy = "data.shuffle_chunks and data.memory_mb mix more, or store the samples in random order"
             warn(context, f"{why}: {remedy}.")
 
-    def _read_labels(
-        self, context: Context, files: Files, train: Split, held_out: Split | None
-    ) -> tuple[Split, Split | None]:
-        data, limit = self.config.data, self.config.task.num_classes
-        names = (data.targets, data.test_targets)
-        train, held_out, self._classes = open_classes(train, held_out, names, files.paths[0], limit, context)
+    def _read_labels(self, context: Context, parts: list[Part]) -> list[Part]:
+        parts, self._classes = open_classes(parts, self.config.task.num_classes, context)
         self.num_classes = self._classes.num
-        return train, held_out
+        return parts
 
     def model(self) -> nn.Module:
         task = self.config.task

@@ -15,8 +15,7 @@ from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.dataset import Batch, Split, test_batches
-from hpc_train.train.data.files import Files
+from hpc_train.train.data.dataset import Batch, Part, Split, test_batches
 from hpc_train.train.data.moments import Moments, moments
 from hpc_train.train.data.normalize import pooled_axes
 from hpc_train.train.data.reader_interface import Reader
@@ -60,28 +59,10 @@ class Regression:
     def _target_shape(self) -> tuple[int, ...]:
         return tuple(self.train.targets.shape[1:])
 
-    def _checked(
-        self, context: Context, files: Files, train: Split, held_out: Split | None
-    ) -> tuple[Split, Split | None]:
-        """Collective. The splits. Raises `UserError` if their targets are no numbers, or of two shapes."""
-        context.on_all(partial(self._check_targets, train, held_out))
-        return train, held_out
-
-    def _check_targets(self, train: Split, held_out: Split | None) -> None:
-        data, path, shape = self.config.data, self.config.data.file, train.targets.shape[1:]
-        for name, split in ((data.targets, train), (data.test_targets, held_out)):
-            if split is None:
-                continue
-            if split.targets.dtype.kind not in "biuf":
-                raise UserError(
-                    f"{path}: {name} holds strings, and task.kind = 'regression' aims at numbers",
-                    "Set task.kind to 'classification', or data.targets to another data set.",
-                )
-            if split.targets.shape[1:] != shape:
-                raise UserError(
-                    f"{path}: {name} has targets of {split.targets.shape[1:]}, not {shape}",
-                    f"Targets of {data.test_targets} must have the same shape.",
-                )
+    def _checked(self, context: Context, parts: list[Part]) -> list[Part]:
+        """Collective. The parts. Raises `UserError` if their targets are no numbers, or of two shapes."""
+        context.on_all(partial(_check_targets, parts))
+        return parts
 
     def model(self) -> nn.Module:
         task = self.config.task
@@ -109,6 +90,22 @@ class Regression:
         outputs = model(batch.floats())
         variance = self._variance[id(self._measured)]
         return len(batch), measures(outputs, batch.targets, self._scale, variance, self.config.task.loss)
+
+
+def _check_targets(parts: list[Part]) -> None:
+    shape = parts[0].split.targets.shape[1:]
+    for part in parts:
+        path, targets = part.files.paths[0], part.split.targets
+        if targets.dtype.kind not in "biuf":
+            raise UserError(
+                f"{path}: {part.targets} holds strings, and task.kind = 'regression' aims at numbers",
+                "Set task.kind to 'classification', or data.targets to another data set.",
+            )
+        if targets.shape[1:] != shape:
+            raise UserError(
+                f"{path}: {part.targets} has targets of {targets.shape[1:]}, not {shape}",
+                f"Targets of {part.targets} must have the same shape.",
+            )
 
 
 # ------------------------------------------------------------------------------------------------ targets and measures
