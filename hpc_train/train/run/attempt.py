@@ -20,7 +20,7 @@ from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.run.checkpoint.retention import checkpoints, remove_unfinished
 from hpc_train.train.run.cleanup import remove_stale_runs, remove_unbegun
-from hpc_train.train.run.meta_json import read_meta
+from hpc_train.train.run.meta_reader import read_meta
 
 
 @dataclass(frozen=True)
