@@ -1,6 +1,7 @@
 """What a model's outputs mean: predictions, row by row, and their measures where targets are known."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -96,9 +97,10 @@ def _classes(labels: np.ndarray, logits: torch.Tensor, has_prediction: np.ndarra
 def _of_regression(config: Config, learned: Learned, samples: Samples, context: Context) -> Meaning:
     targets = learned.targets
     assert targets is not None
-    variance = torch.zeros(())
+    spread = regression.Spread(torch.zeros(()), torch.ones(()))
     if samples.targets_name is not None:
-        variance = regression.standardized_variance(samples.split.targets, targets, context, samples.missing_targets)
+        targets = replace(targets, missing=samples.missing_targets)
+        spread = regression.standardized_spread(samples.split.targets, targets, context)
 
     def numbers(outputs: torch.Tensor, has_prediction: np.ndarray) -> Predictions:
         predicted = targets.predicted(outputs.view(len(outputs), *learned.target_shape)).cpu().numpy()
@@ -106,7 +108,7 @@ def _of_regression(config: Config, learned: Learned, samples: Samples, context: 
         return {"predicted": predicted}
 
     def measures(outputs: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
-        return regression.measures(outputs, wanted, targets, variance, config.task.loss)
+        return regression.measures(outputs, wanted, targets, spread, config.task.loss)
 
     columns = {"predicted": Column(learned.target_shape, np.dtype(np.float32))}
     return Meaning(columns, numbers, measures, {})
