@@ -10,7 +10,8 @@ from hpc_train.core.errors import require
 from hpc_train.core.job_environment import JobEnvironment
 
 _DATASETS = (
-    "mnist-5k", "auto-mpg", "fashion-mnist", "mnist", "images", "table", "text", "python-source", "shakespeare",
+    "mnist-5k", "auto-mpg", "burgers", "fashion-mnist", "mnist", "images", "table", "text", "python-source",
+    "shakespeare",
 )  # fmt: skip
 
 
@@ -60,9 +61,9 @@ def prepare(
 ) -> None:
     """Write a data set to HDF5, on one rank or in parallel under mpirun.
 
-    DATASET: mnist-5k, auto-mpg, fashion-mnist, mnist; images (a folder per class); table (.csv, .parquet, .npy, .npz);
-    text, python-source, shakespeare; or package.module:function, a function of yours that yields (input, target).
-    After a kill, the same command resumes.
+    DATASET: mnist-5k, auto-mpg, fashion-mnist, mnist; burgers (fields of a flow, in netCDF-4); images (a folder per
+    class); table (.csv, .parquet, .npy, .npz); text, python-source, shakespeare; or package.module:function, a
+    function of yours that yields (input, target). After a kill, the same command resumes.
 
     A file for a URL (webhdfs://, hdfs://, s3://) is made in $TMPDIR first. Text becomes tokens: of any files (text),
     of this Python's standard library (python-source), or of the package of that name (shakespeare).

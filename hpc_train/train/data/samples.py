@@ -38,10 +38,11 @@ class Samples:
     facts: dict[str, Any]
 
 
-def open_samples(config: Config, context: Context, read_targets: ReadTargets) -> Samples:
+def open_samples(config: Config, context: Context, read_targets: ReadTargets, channels_first: bool = False) -> Samples:
     """Collective. Opens data.inputs with data.targets, and those to test on. Raises `UserError`.
 
-    read_targets: collective; the training and the test samples with targets as the task takes them.
+    read_targets: collective; the training and the test samples with targets as the task takes them. channels_first: of
+    inputs with more than two axes a sample; otherwise their shape tells.
     """
     data, name = config.data, str(config.data.inputs)
     files, train, held_out = context.on_all(lambda: _open(config, context))
@@ -50,7 +51,7 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets) ->
     train, validation = _hold_out(train, data.hold_out, config.seed)
     facts: dict[str, Any] = {}
     if data.normalize == "standardize":
-        standard = find_standard(train, missing_values, context)
+        standard = find_standard(train, missing_values, context, channels_first)
         train = replace(train, standard=standard)
         validation = None if validation is None else replace(validation, standard=standard)
         held_out = None if held_out is None else replace(held_out, standard=standard)

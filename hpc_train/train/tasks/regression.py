@@ -19,6 +19,7 @@ from hpc_train.train.data.files import Files
 from hpc_train.train.data.moments import Moments, moments
 from hpc_train.train.data.normalize import pooled_axes
 from hpc_train.train.data.samples import open_samples
+from hpc_train.train.tasks.persistence import find_persistence
 
 _LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "mse": functional.mse_loss,
@@ -32,31 +33,52 @@ class Regression:
 
     Measures are in the units of the targets. r2 is the coefficient of determination, by the variance of the test
     targets, averaged over outputs (as scikit-learn's r2_score); that of a constant output is 0.
+    persistence_skill, where targets are as inputs are: 1 - MSE / MSE of the inputs taken for the prediction (Murphy,
+    "Skill Scores Based on the Mean Square Error", 1988), both of targets of deviation 1.
     """
 
     def __init__(self, config: Config, context: Context) -> None:
         """Collective. Opens the data; each rank reads a part of the targets for their mean and deviation."""
         self.config, name = config, config.data.targets
-        samples = open_samples(config, context, partial(self._checked, context))
+        self._is_fields = config.task.model in models.FIELD_MODELS
+        samples = open_samples(config, context, partial(self._checked, context), self._is_fields)
         self.train, self.validation, self.held_out = samples.train, samples.validation, samples.held_out
         self.order, self.in_step, self.num_samples = samples.order, samples.in_step, len(self.train)
         self._unit = abs(context.on_all(lambda: samples.files.scale(name))[0])
-        found = _moments(self.train, context)
+        found = self._moments(self.train, context)
         std = np.where(found.std > 0, found.std, 1.0)
         self._mean, self._std = _tensor(found.mean), _tensor(std)
         self.facts = samples.facts | {"targets_standardized": {"mean": found.mean.tolist(), "std": std.tolist()}}
         self.reading = "; ".join((*samples.reading, f"{name}: {prod(self._target_shape):,} a sample"))
         # By which r2 divides: of the samples that are measured, of standardised targets.
         self._variance = {
-            id(split): torch.from_numpy(np.asarray((_moments(split, context).std / std) ** 2))
+            id(split): torch.from_numpy(np.asarray((self._moments(split, context).std / std) ** 2))
             for split in (self.validation, self.held_out)
             if split
         }
+        self._persistence: dict[int, float] = {}  # its mean square error, of standardised targets
+        persistence = context.on_all(lambda: find_persistence(samples.files, config.data, self.train))
+        if persistence is not None:
+            self._persistence = {
+                id(split): float(np.mean(persistence.mse(split, self._pooled, context) / std**2))
+                for split in (self.validation, self.held_out)
+                if split
+            }
         self._measured: Split | None = None
 
     @property
     def _target_shape(self) -> tuple[int, ...]:
         return tuple(self.train.targets.shape[1:])
+
+    @property
+    def _pooled(self) -> tuple[int, ...]:
+        """The axes of targets whose numbers count as one; a field without channels has no axis for them."""
+        has_channels = len(self._target_shape) == len(self.train.input_shape)
+        return pooled_axes(self._target_shape, self._is_fields and has_channels)
+
+    def _moments(self, split: Split, context: Context) -> Moments:
+        """Collective. Of the targets: for each of several, for each channel of a field, or of all its numbers."""
+        return moments(split.targets, (), context, self._pooled)
 
     def _checked(
         self, context: Context, files: Files, train: Split, held_out: Split | None
@@ -83,7 +105,7 @@ class Regression:
 
     def model(self) -> nn.Module:
         task = self.config.task
-        return models.regressor(task.model, self.train.input_shape, prod(self._target_shape), dict(task.options))
+        return models.regressor(task.model, self.train.input_shape, self._target_shape, dict(task.options))
 
     def batch(self, rows: np.ndarray, step: int) -> Batch:
         return self.train.batch(rows, step)
@@ -117,17 +139,15 @@ class Regression:
         variance = self._variance[id(self._measured)].to(device)
         stored = errors * std.double()
         unexplained = torch.where(variance > 0, errors.square() / variance.clamp_min(torch.finfo().tiny), 1.0)
-        return len(batch), {
+        measures = {
             "loss": self._loss(predicted, wanted).item(),
             "mse": _sum_of_means(stored.square()) * self._unit**2,
             "mae": _sum_of_means(stored.abs()) * self._unit,
             "r2": len(batch) - _sum_of_means(unexplained),
         }
-
-
-def _moments(split: Split, context: Context) -> Moments:
-    """Collective. Of the targets: for each of several, or of all numbers of a field."""
-    return moments(split.targets, (), context, pooled_axes(tuple(split.targets.shape[1:])))
+        if persistence := self._persistence.get(id(self._measured)):
+            measures["persistence_skill"] = len(batch) - _sum_of_means(errors.square()) / persistence
+        return len(batch), measures
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,61 @@
+"""The forecast that every other one is compared with: the field stays as it is (persistence)."""
+
+from dataclasses import dataclass
+
+import h5py
+import numpy as np
+
+from hpc_train.core.missing_values import is_missing
+from hpc_train.core.settings import Data
+from hpc_train.train.comm.context import Context
+from hpc_train.train.data.dataset import Split
+from hpc_train.train.data.files import Files
+from hpc_train.train.data.moments import moments
+from hpc_train.train.data.reader_interface import Reader
+
+
+@dataclass(frozen=True)
+class Persistence:
+    """input_scale, target_scale: scale and offset of the stored numbers."""
+
+    input_scale: tuple[float, float]
+    target_scale: tuple[float, float]
+
+    def mse(self, split: Split, pooled: tuple[int, ...], context: Context) -> np.ndarray:
+        """Collective. Its mean square error, in the stored unit of the targets; each rank reads a part.
+
+        pooled: axes of a target whose numbers count as one; they have size 1 in the result.
+        """
+        found = moments(_Changes(self, split), (), context, pooled)
+        return np.asarray(found.mean**2 + found.std**2)
+
+
+def find_persistence(files: Files, data: Data, split: Split) -> Persistence | None:
+    """None if targets cannot be later states of the inputs: other shapes than fields of one, or of two units."""
+    if split.input_shape != tuple(split.targets.shape[1:]) or len(split.input_shape) < 2:
+        return None
+    names = str(data.inputs), data.targets
+    units = [_units(files.datasets(name, "data")[0]) for name in names]
+    if None not in units and units[0] != units[1]:
+        return None
+    return Persistence(files.scale(names[0]), files.scale(names[1]))
+
+
+def _units(dataset: h5py.Dataset) -> str | None:
+    values = np.atleast_1d(dataset.attrs.get("units", []))
+    return None if not values.size else str(np.char.asarray(values)[0])
+
+
+class _Changes(Reader):
+    """By how much targets differ from inputs, in the stored unit of the targets; NaN where an input is missing."""
+
+    def __init__(self, persistence: Persistence, split: Split) -> None:
+        self._persistence, self._inputs, self._targets = persistence, split.inputs[0], split.targets
+        self._missing = split.filling.values if split.filling else ()
+        self.shape, self.dtype = tuple(split.targets.shape), np.dtype(np.float64)
+
+    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        stored = self._inputs.take(rows)
+        values = np.where(is_missing(stored, self._missing), np.nan, stored.astype(np.float64))
+        (scale, offset), (unit, origin) = self._persistence.input_scale, self._persistence.target_scale
+        return np.asarray(self._targets.take(rows) - (values * scale + offset - origin) / unit)
