@@ -42,7 +42,7 @@ ALLOWED = {
     "h5py": {f"train/data/{file}.py" for file in ("chunk_cache", "files", "filters", "hdf5_faults", "parallel_hdf5")}
     | {"train/data/readers.py", "train/weights_file.py", "train/export.py"}
     | {f"train/run/checkpoint/{file}.py" for file in ("format", "image", "reading")}
-    | {"train/data/collective.py", "bench/file_layouts.py", "doctor/storage.py"}
+    | {"train/data/collective.py", "train/data/unwritten.py", "bench/file_layouts.py", "doctor/storage.py"}
     | {f"datasets/prepare/{file}.py" for file in ("layout", "prepare", "writer")}
     | {f"datasets/inspect/{file}.py" for file in ("check", "checks", "chunk_ranges", "info", "proposal", "structure")},
     "subprocess": {"core/filesystem.py", "train/run/metadata.py", "train/energy/sensors/slurm.py", "train/onednn.py"}

@@ -5,13 +5,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_train.cli.options import on_first_rank
+from hpc_train.cli.options import job_file, on_first_rank, overrides_option
 from hpc_train.core import child_process
-from hpc_train.core.errors import require
+from hpc_train.core.config import load
+from hpc_train.core.errors import UserError, require
 from hpc_train.core.formatting import amount, binary_size
 from hpc_train.core.job_environment import JobEnvironment
 
@@ -35,29 +37,39 @@ def data() -> None:
 
 
 @data.command()
-@_files
+@click.argument("files", nargs=-1, required=True, metavar="CONFIG|FILE...")
+@overrides_option
 @click.option("--strict", is_flag=True, help="Exit code 1 for warnings, too.")
 @_json
-def check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
-    """Verify every chunk or block of FILES, which are one data set, and their values; under mpirun in parallel.
+def check(files: tuple[str, ...], overrides: tuple[str, ...], strict: bool, as_json: bool) -> None:
+    """Verify every chunk or block and the values of FILES, which are one data set, or of what the job CONFIG reads.
 
-    Exit code 0: no fault. 1: faults, each named: changed or missing bytes, NaN and infinite values, labels and tokens
-    out of range, unequal numbers of inputs and targets, files that differ, training samples in the test data.
-    2: no such file. Warnings: empty and rare classes, copies, constant samples.
+    Faults, each named: changed, missing or unwritten bytes, NaN and infinite values, labels and tokens out of range,
+    unequal numbers of inputs and targets, files that differ, training samples in the test data; of a job, all that
+    would end it before its first step. Warnings: empty and rare classes, copies, constant samples.
+    Exit code 0: no fault. 1: faults. 2: no such file. Under mpirun in parallel.
 
     \b
-    Example: hpc-train data check data/mnist-5k.h5
+    Example: hpc-train data check configs/softmax-mnist.toml
              mpirun -n 2 hpc-train data check "data/part-*.h5"
     """
-    require("h5py")
+    is_job = len(files) == 1 and files[0].endswith(".toml")
+    if overrides and not is_job:
+        raise UserError(f"--set {overrides[0]} changes a job, and {files[0]} is none", "Name one job file, x.toml.")
+    require("h5py", *["torch"] * is_job)
     notes = child_process.go_on_in_child()  # HDF5 crashes on some damaged files
     from hpc_train.train.comm.startup import open_context
 
     with open_context(use_mpi=JobEnvironment.current().is_launched) as context:
         from hpc_train.datasets.inspect.check import check as verify
         from hpc_train.datasets.inspect.structure import expand
+        from hpc_train.train.data.hdf5_faults import data_paths
 
-        checked = verify(context.on_root(lambda: expand(files)), context, quiet=as_json, on_file=notes.at)
+        job = context.on_root(lambda: load(job_file(Path(files[0])), overrides).config) if is_job else None
+        paths = context.on_root(
+            lambda: expand(files) if job is None else expand([str(each) for each in data_paths(job)])
+        )
+        checked = verify(paths, context, quiet=as_json, on_file=notes.at, job=job)
         if context.world.is_root:
             click.echo(json.dumps(asdict(checked), indent=2) if as_json else "\n".join(check_lines(checked)))
     if checked.faults or (strict and checked.warnings):
@@ -152,6 +164,8 @@ def check_lines(checked: "Checked") -> Iterator[str]:
     yield f"{files}: {amount(checked.num_bytes, 'B')}, read in {checked.seconds:.1f} s{ranks}"
     for name, facts in checked.datasets.items():
         yield f"  {name}: {', '.join(_dataset_facts(facts))}; {facts['verified_by'] or 'no checksums: only readable'}"
+    if checked.reading:
+        yield f"  Training reads {checked.reading}"
     if checked.warnings:
         yield "Warnings:"
         yield from _fault_lines(checked.warnings)

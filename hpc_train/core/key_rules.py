@@ -12,6 +12,7 @@ from hpc_train.core.settings import RECORDED, Config, Rl
 
 _KINDS_WITH_DATA = ("classification", "regression", "language", "masked_language")
 _KINDS_OF_ARRAYS = ("classification", "regression")
+_KINDS_OF_EPISODES = ("policy_gradient", "dqn")
 _KINDS_WITH_TOKENS = ("language", "masked_language")
 
 
@@ -88,6 +89,11 @@ def _task_keys(config: Config) -> Iterator[UserError]:
     if data.read == "collective" and data.hold_out:
         yield UserError(
             f"data.hold_out = {data.hold_out:g} does not go with data.read = 'collective'", "Leave one of them out."
+        )
+    if config.test.samples is not None and kind not in _KINDS_WITH_DATA:
+        yield UserError(
+            f"test.samples = {config.test.samples} does not go with task.kind = '{kind}'",
+            "Set rl.test_episodes." if kind in _KINDS_OF_EPISODES else "Let its test_batches give fewer samples.",
         )
     if kind != "regression" and config.task.loss != "mse":
         yield UserError(
@@ -174,7 +180,7 @@ def _shard_keys(config: Config) -> Iterator[UserError]:
             f"train.compile = true does not go with {stage}, whose hooks in the model torch.compile cannot trace",
             "Set reduce.stage to 1, or leave train.compile out.",
         )
-    if config.task.kind in ("policy_gradient", "dqn"):
+    if config.task.kind in _KINDS_OF_EPISODES:
         yield UserError(
             f"task.kind = '{config.task.kind}' does not go with {stage}: ranks play episodes of unlike length",
             "Set reduce.stage to 1.",

@@ -6,10 +6,11 @@ from time import perf_counter_ns
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from hpc_train.core.job_environment import JobEnvironment
 
+Mode = Literal["auto", "bar", "plain"]
 _BAR_EVERY_NS = 200_000_000
 _LINE_EVERY_NS = 30_000_000_000
 
@@ -30,18 +31,31 @@ class StepProgress:
     """Shows steps done, samples/s and time left. Does nothing on ranks other than the root.
 
     total: None if unknown. mode: "bar", "plain" or "auto" (a bar if a person watches). `note` is shown in the bar, such
-    as the loss.
+    as the loss. counted: what is counted in place of steps. above: the progress of which this is a part, which shows
+    this one beside its own until `close`.
     """
 
     def __init__(
-        self, what: str, total: int | None, mode: Literal["auto", "bar", "plain"], is_root: bool, unit: str = "samples"
+        self,
+        what: str,
+        total: int | None,
+        mode: Mode,
+        is_root: bool,
+        unit: str = "samples",
+        counted: str = "steps",
+        above: "StepProgress | None" = None,
     ) -> None:
-        self._total, self._unit, self._is_root = total, unit, is_root
+        self._what, self._total, self._unit, self._counted, self._is_root = what, total, unit, counted, is_root
         self._began_ns = self._shown_ns = perf_counter_ns()
         self._done_units = self._began = 0
+        self.is_open = True
         self.note = ""
         self._bar: Progress | None = None
-        if is_root and (mode == "bar" or (mode == "auto" and on_terminal())):
+        self._task: TaskID | None = None
+        self._above = above
+        if above is not None:
+            self._bar = above._bar  # to which a line is added only where the part takes long enough to be seen
+        elif is_root and (mode == "bar" or (mode == "auto" and on_terminal())):
             # No auto_refresh: its thread would take time from the rank's own core.
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -72,14 +86,17 @@ class StepProgress:
         spent_s = (now_ns - self._began_ns) / 1e9
         rate = self._done_units / spent_s
         if self._bar:
+            if self._task is None:
+                self._task = self._bar.add_task(self._what, total=self._total, note="", rate="")
             self._bar.update(self._task, completed=done, note=self.note, rate=f"{rate:,.0f} {self._unit}/s")
             self._bar.refresh()
         else:
-            part, left = f"{done} steps", ""
+            part, left = f"{done} {self._counted}", ""
             if self._total is not None:
                 left_s = spent_s / (done - self._began) * (self._total - done) if done > self._began else 0.0
                 part, left = f"{done} of {self._total} ({done / self._total:.0%})", f", {duration(left_s)} left"
-            self.log(f"  {part}, {rate:,.0f} {self._unit}/s{left}")
+            where = "" if self._counted == "steps" else f"{self._what}: "
+            self.log(f"  {where}{part}, {rate:,.0f} {self._unit}/s{left}")
 
     def log(self, line: str) -> None:
         """Prints a line, above the bar if there is one. Only on the root."""
@@ -89,9 +106,11 @@ class StepProgress:
             print(line, flush=True)
 
     def close(self) -> None:
-        if self._bar:
+        if self._bar and self._above is None:
             self._bar.stop()
-            self._bar = None
+        elif self._bar and self._task is not None:
+            self._bar.remove_task(self._task)
+        self._bar, self.is_open = None, False
 
 
 def duration(seconds: float) -> str:

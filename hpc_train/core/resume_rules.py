@@ -70,6 +70,7 @@ _RULES = {
     "reduce.asynchronous": Rule.UPDATES,
     "reduce.autotune_log_file": Rule.FREE,
     "validation.": Rule.FREE,
+    "test.": Rule.TEST,
     "checkpoint.": Rule.FREE,
     "energy.": Rule.FREE,
     "run.": Rule.FREE,

@@ -147,6 +147,10 @@ class Validation(_Section):
     every_steps: Whole = 0  # steps between validations on the samples of data.hold_out; 0: none
 
 
+class Test(_Section):
+    samples: Count | None = None  # of the test samples at most so many, the same ones in every run
+
+
 class Energy(_Section):
     sample_hz: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
     watts_per_core: Rate = 10.0  # assumed power for the estimate if no meter can be read
@@ -189,6 +193,7 @@ class Config(_Section):
     rl: Rl = Rl()
     reduce: Reduce = Reduce()
     validation: Validation = Validation()
+    test: Test = Test()
     checkpoint: Checkpoint = Checkpoint()
     energy: Energy = Energy()
     run: Run = Run()

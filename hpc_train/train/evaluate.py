@@ -1,56 +1,124 @@
 """The measures of a model on samples that it was not trained on."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from time import perf_counter_ns
 from typing import Any
 
+import numpy as np
 import torch
 
+from hpc_train.core.progress import StepProgress
+from hpc_train.core.signals import StopRequest
+from hpc_train.train.comm.context import Context
 from hpc_train.train.data.device_queue import moved
 from hpc_train.train.reduce.reducer import Lockstep, Reducer, broadcast_tensors
 from hpc_train.train.setup import Job
 
 
-def evaluate(job: Job, reducer: Reducer) -> dict[str, float]:
-    """Collective. The means of the task's measures, each test sample counted once; {} without test samples."""
+@dataclass(frozen=True)
+class Measured:
+    """The means of a task's measures; {} without samples.
+
+    num_done: the samples of all ranks that count. num_samples: how many were to count, of num_stored; None if the task
+    does not say. is_whole: whether all of them do: not after a request to stop.
+    """
+
+    measures: dict[str, float]
+    num_done: int
+    num_samples: int | None
+    num_stored: int | None
+    is_whole: bool
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{name.replace('_', ' ')} {value:.5f}" for name, value in self.measures.items())
+        of_all = "" if self.num_samples is None else f" of {self.num_samples:,}"
+        return f"{self.num_done:,}{of_all} samples" + f": {told}" * bool(told)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who follows a measurement: a request to stop it, and what makes its progress, told the number of samples."""
+
+    stop: StopRequest | None = None
+    progress: Callable[[int | None], StepProgress] | None = None
+
+
+def evaluate(job: Job, reducer: Reducer, watch: Watch | None = None) -> Measured:
+    """Collective. The task's measures on the test samples, each counted once."""
     if not reducer.lockstep:  # a parameter server's workers may be a step apart
         broadcast_tensors(job.model.parameters(), job.context)
-    return measure(job, reducer, job.task.test_batches(job.context.world))
+    return measure(job, reducer, job.task.test_batches(job.context.world), watch)
 
 
-def measure(job: Job, reducer: Reducer, batches: Iterable[Any]) -> dict[str, float]:
-    """Collective. The means of the task's measures over the `batches` of all ranks; {} if there are none.
+def measure(job: Job, reducer: Reducer, batches: Iterable[Any], watch: Watch | None = None) -> Measured:
+    """Collective. The task's measures over the `batches` of all ranks. After a signal to any rank it ends early.
 
     The buffers are the root's afterwards, which the checkpoint holds: running statistics (batch norm) differ between
     ranks.
     """
     broadcast_tensors(job.model.buffers(), job.context)
+    rounds = _Rounds(batches, job.context, reducer.lockstep, watch or Watch())
     is_training = job.model.training
     job.model.eval()
     count, sums = 0, dict[str, float]()
     with torch.no_grad(), job.autocast():
-        for batch in _in_lockstep(iter(batches), job, reducer.lockstep) if reducer.lockstep else batches:
+        for batch in rounds:
             num_counted, measures = job.task.test(job.model, moved(batch, job.device))
             count += num_counted
             sums = {name: sums.get(name, 0.0) + value for name, value in measures.items()}
     job.model.train(is_training)
-    return _mean(job.context.all_gather((count, sums)))
+    total, means = _mean(job.context.all_gather((count, sums)))
+    num_done = total if rounds.num_samples is None else rounds.num_done
+    return Measured(means, num_done, rounds.num_samples, getattr(batches, "num_stored", None), rounds.is_whole)
 
 
-def _in_lockstep(batches: Iterator[Any], job: Job, lockstep: Lockstep) -> Iterator[Any]:
-    """Collective. The batches of this rank, which then joins the passes of ranks that have more of them."""
-    nothing = object()
-    while True:
-        batch = next(batches, nothing)
-        if not any(job.context.all_gather(batch is not nothing)):
-            return
-        if batch is nothing:
-            lockstep.join_forward()
-        else:
-            yield batch
+@dataclass
+class _Rounds:
+    """This rank's batches, one in each round of all ranks, until all ranks have had theirs or one is asked to stop.
+
+    num_done: samples of all ranks, and is_whole: whether none is left; both after the last round.
+    """
+
+    batches: Iterable[Any]
+    context: Context
+    lockstep: Lockstep | None
+    watch: Watch
+    num_done: int = 0
+    is_whole: bool = False
+    num_samples: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_samples = getattr(self.batches, "num_samples", None)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Collective."""
+        progress = self.watch.progress(self.num_samples) if self.watch.progress else None
+        batches, nothing, before = iter(self.batches), object(), 0
+        try:
+            while True:
+                mine = getattr(batches, "num_done", 0)
+                batch = next(batches, nothing)
+                state = [batch is not nothing, bool(self.watch.stop), mine]
+                num_left, num_stops, self.num_done = self.context.sum(np.array(state, np.int64)).tolist()
+                if progress:
+                    progress.advance(self.num_done, self.num_done - before, perf_counter_ns())
+                    before = self.num_done
+                self.is_whole = not num_left
+                if self.is_whole or num_stops:
+                    return
+                if batch is not nothing:
+                    yield batch
+                elif self.lockstep:
+                    self.lockstep.join_forward()
+        finally:
+            if progress:
+                progress.close()
 
 
-def _mean(everyone: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+def _mean(everyone: list[tuple[int, dict[str, float]]]) -> tuple[int, dict[str, float]]:
     """everyone: (count, sums by measure) of each rank, {} on a rank that had no test sample."""
     total = sum(count for count, _ in everyone)
     names = dict.fromkeys(name for _, sums in everyone for name in sums)
-    return {name: sum(sums.get(name, 0.0) for _, sums in everyone) / total for name in names} if total else {}
+    means = {name: sum(sums.get(name, 0.0) for _, sums in everyone) / total for name in names} if total else {}
+    return total, means

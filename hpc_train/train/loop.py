@@ -18,7 +18,7 @@ from hpc_train.core.signals import CONTINUE, TERMINATED, StopRequest
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.watchdog import open_watchdog
 from hpc_train.train.device import open_clock, seed_noise
-from hpc_train.train.evaluate import evaluate
+from hpc_train.train.evaluate import Watch, evaluate
 from hpc_train.train.initial_from import begin_from, begin_parts_from
 from hpc_train.train.reduce.reducer import open_reducer
 from hpc_train.train.run.attempt import log, open_attempt
@@ -144,7 +144,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
 
             watchdog.step = None
             batches.close()  # ends the thread that reads ahead
-            return _finish(stop.cause if stopped else None, training, recorder, saver)
+            return _finish(stop, stopped, training, recorder, saver)
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,9 @@ def _skip_update(skipped: SkippedUpdate, training: TrainingState, saver: Saver) 
         raise_for_update(skipped, saved, context)
 
 
-def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder, saver: Saver) -> int:
+def _finish(stop: StopRequest, stopped: bool, training: TrainingState, recorder: Recorder, saver: Saver) -> int:
     """Collective. Saves the last state; then tests and sums up, unless the loop was stopped on request."""
+    stopped_by = stop.cause if stopped else None
     context, optimizer, num_steps = training.job.context, training.optimizer, recorder.num_steps_done
     recorder.flush()
     # The minimum over ranks: with an asynchronous parameter server each rank knows only of its own updates.
@@ -201,9 +202,17 @@ def _finish(stopped_by: str | None, training: TrainingState, recorder: Recorder,
     if stopped_by is not None:
         context.on_root(partial(recorder.log, f"Stopped by {stopped_by} after step {num_steps - 1}. {saved}"))
         return CONTINUE if saver.is_enabled else TERMINATED
-    measures = evaluate(training.job, training.reducer)
-    fault = fault_in_test(measures)
-    recorder.finish(measures, fault)
+    tested = evaluate(training.job, training.reducer, Watch(stop, partial(recorder.measuring, "test")))
+    if not tested.is_whole:
+        cause = stop.cause
+        recorder.test_stopped(f"stopped by {cause} in the test", tested.measures, tested.num_done)
+        again = " --resume auto tests again, and trains no further." if saver.is_enabled else ""
+        context.on_root(partial(recorder.log, f"Test stopped by {cause} after {tested}. {saved}{again}"))
+        return CONTINUE if saver.is_enabled else TERMINATED
+    if tested.num_samples != tested.num_stored:
+        context.on_root(partial(recorder.log, f"Test on {tested.num_done:,} of {tested.num_stored:,} samples"))
+    fault = fault_in_test(tested.measures)
+    recorder.finish(tested.measures, fault)
     if fault:
         raise_for_test(fault, saved, context)
     return 0

@@ -98,7 +98,7 @@ def is_channels_last(tensor: torch.Tensor) -> bool:
 
 def _warning(name: str, layer: nn.Module) -> str:
     return (
-        f"Warning: layer {name} ({layer}) computes channels_last on a CPU over fewer than {SAFE_CHANNELS} channels: "
+        f"layer {name} ({layer}) computes channels_last on a CPU over fewer than {SAFE_CHANNELS} channels: "
         "in its backward pass oneDNN's bug 6035 may corrupt this process's memory.\n"
         "  Keep its images and weights contiguous: x.contiguous() before it, no .to(memory_format=channels_last)."
     )

@@ -112,9 +112,10 @@ def recording(
 class Recording:
     """The recorder as the loop uses it: `step()` goes around each step, from its first to its last line.
 
-    Phases of a step may be marked: `with recorder.data`, `forward`, `backward`, `reduce` and `optimizer`, not nested.
-    The report then shows their times. Steps follow each other without a gap: time that is not marked, and time between
-    two steps, is "other". `pause` goes around work that belongs to no step.
+    Phases of a step may be marked: `with recorder.data`, `forward`, `backward`, `reduce`, `optimizer` and `sync`, not
+    nested; `sync` is for updated weights that are sent, as by a sharded optimizer. The report then shows their times.
+    Steps follow each other without a gap: time that is not marked, and time between two steps, is "other". `pause` goes
+    around work that belongs to no step.
 
     test: results of the trained model for the report, such as recorder.test["accuracy"] = 0.98; the same on every rank,
     or set on the root alone.
@@ -128,7 +129,7 @@ class Recording:
         self._losses, self._num_samples = array("d"), array("q")  # of this rank
         clock = recorder.clock
         self.data, self.forward, self.backward = clock.data, clock.forward, clock.backward
-        self.reduce, self.optimizer = clock.reduce, clock.optimizer
+        self.reduce, self.optimizer, self.sync = clock.reduce, clock.optimizer, clock.sync
         self.test: dict[str, float] = {}
 
     def step(self) -> "Step":

@@ -1,6 +1,5 @@
 """What comes before the first step: ranks and their roles, device, task, model, and a trial of the first batch."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from hpc_train.core.formatting import amount
 from hpc_train.core.key_rules import check_ranks
 from hpc_train.core.sampling import BatchSampler, Shares
 from hpc_train.core.settings import Config
-from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.context import Context, warn
 from hpc_train.train.comm.mesh import Mesh, open_mesh
 from hpc_train.train.comm.placement import RankPlacement, crowding_warnings, place_ranks
 from hpc_train.train.data.batches import Batches, StepBatch
@@ -37,8 +36,8 @@ from hpc_train.train.reduce.buckets import trainable_parameters
 from hpc_train.train.reduce.reducer import Reducer, keeps_parts
 from hpc_train.train.reduce.sharded_weights import whole_parameters
 from hpc_train.train.run.peak_memory import anonymous_bytes, peak_anonymous_bytes, peak_gpu_bytes
-from hpc_train.train.tasks import Task, open_task
-from hpc_train.train.tasks.first_batch import checked_loss
+from hpc_train.train.tasks import BUILT_IN, Task, open_task
+from hpc_train.train.tasks.first_batch import check_is_sum, checked_loss
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def open_job(config: Config, context: Context) -> Iterator[Job]:
     placements = place_ranks(context, config.train.threads)
     torch.set_num_threads(placements[context.world.rank].threads)
     for warning in crowding_warnings(placements):
-        _warn(context, warning)
+        warn(context, warning)
     device = context.on_all(partial(open_device, config.train, context.world))
     with open_mesh(config.reduce, context) as mesh:
         task = _open_task(config, mesh, context)
@@ -81,11 +80,6 @@ def open_job(config: Config, context: Context) -> Iterator[Job]:
         yield Job(config, context, mesh, placements, device, task, model, draw, batch_size, facts, precision)
 
 
-def _warn(context: Context, warning: str) -> None:
-    if context.world.is_root:
-        print(warning, file=sys.stderr, flush=True)
-
-
 def _open_task(config: Config, mesh: Mesh, context: Context) -> Task:
     """Collective."""
     if mesh.peers.world.size == context.world.size:
@@ -99,7 +93,7 @@ def _batch_size(config: Config, task: Task, context: Context) -> int:
     batch_size = config.global_batch(context.world.size)
     largest = int(context.max(np.array([task.num_samples]))[0])
     context.on_all(partial(_check_num_samples, config, task.num_samples, largest, context.world.rank))
-    context.on_all(partial(_check_batch_size, config, batch_size, task.num_samples))
+    context.on_all(partial(require_a_batch, config, batch_size, task.num_samples))
     return batch_size
 
 
@@ -111,7 +105,8 @@ def _check_num_samples(config: Config, num_samples: int, largest: int, rank: int
         )
 
 
-def _check_batch_size(config: Config, batch_size: int, num_samples: int) -> None:
+def require_a_batch(config: Config, batch_size: int, num_samples: int) -> None:
+    """Raises `UserError` if the data have fewer samples than a global batch."""
     if batch_size > num_samples:
         key = "global_batch" if config.train.global_batch else "batch_per_rank"
         raise UserError(
@@ -138,7 +133,7 @@ def _make_model(
     model = context.on_all(partial(initial.materialise, trainable_parameters(initial.model), device)).to(device)
     reasons = [why for why in context.all_gather(initial.whole_because) if why]
     if reasons:
-        _warn(context, f"Every rank makes the whole model before it keeps its part: {reasons[0]}")
+        warn(context, f"Every rank makes the whole model before it keeps its part: {reasons[0]}")
         return context.on_all(initial.make_whole).to(device), None
     roots_digest = context.on_root(initial.digest)
     context.on_all(partial(_check_same_values, initial.digest(), roots_digest, context.world.rank))
@@ -205,8 +200,10 @@ def prepare_model(job: Job, batches: Batches, reducer: Reducer) -> tuple[nn.Modu
         reducer.lockstep.end_trial()
     else:
         num_flops = job.context.on_all(partial(_try_batch, job, batch))
-    model = compile_model(job.model, job.device) if train.compile else job.model
     num_tried = -(-batch.num_samples // len(batch.parts)) if batch and batch.parts else 0
+    if not reducer.lockstep and job.config.task.kind not in BUILT_IN:
+        job.context.on_all(partial(_check_is_sum, job, batch, num_tried))
+    model = compile_model(job.model, job.device) if train.compile else job.model
     peak, source = peak_flops(train, job.device)
     strategy = job.config.reduce.strategy
     facts = {
@@ -238,9 +235,9 @@ def _expect_memory(job: Job) -> dict[str, Any]:
     most_expected, room = (int(each) for each in job.context.max(np.array([own or 0, -most])) * [1, -1])
     all_bytes = sum(each.nbytes for each in trainable_parameters(job.model).values())
     if most_expected > room:
-        _warn(
+        warn(
             job.context,
-            f"warning: a rank expects to take {amount(most_expected, 'B')}, {amount(most_expected - room, 'B')} more "
+            f"a rank expects to take {amount(most_expected, 'B')}, {amount(most_expected - room, 'B')} more "
             "than there is. Smaller batches, train.accumulate or a higher reduce.stage need less: hpc-train memory.",
         )
     return {
@@ -250,10 +247,16 @@ def _expect_memory(job: Job) -> dict[str, Any]:
     }
 
 
+def _check_is_sum(job: Job, batch: StepBatch | None, num: int) -> None:
+    if batch is not None and num:
+        with job.autocast():
+            check_is_sum(job.config, job.task, job.model, batch.parts[0], num)
+
+
 def _try_batch(job: Job, batch: StepBatch | None) -> int:
     """The operations of a forward and backward pass over the first part of `batch`; 0 without one."""
     if batch is None or not batch.parts:
         return 0
     loss = partial(checked_loss, job.config, job.task, job.model, batch.parts[0])
-    with job.autocast(), warn_of_channels_last(job.model, partial(_warn, job.context)):
+    with job.autocast(), warn_of_channels_last(job.model, partial(warn, job.context)):
         return count_flops(loss, job.model)

@@ -1,11 +1,12 @@
 """Validation: the model on samples held out of the training, every so many steps; the best state, and when to stop."""
 
+from functools import partial
 from time import perf_counter_ns
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.validation_log import best_of, read_validation
 from hpc_train.train.comm.context import joint
-from hpc_train.train.evaluate import measure
+from hpc_train.train.evaluate import Watch, measure
 from hpc_train.train.run.checkpoint.saver import Saver
 from hpc_train.train.run.recorder import Recorder
 from hpc_train.train.training_state import TrainingState
@@ -36,7 +37,9 @@ class Validation:
         """Collective. Measures the model after `num_steps` steps; saves it if it is the best so far and to be kept."""
         job, began_ns = self._training.job, perf_counter_ns()
         buffers = [buffer.clone() for buffer in job.model.buffers()]
-        measures = measure(job, self._training.reducer, job.task.validation_batches(job.context.world))
+        watch = Watch(progress=partial(self._recorder.measuring, "validation"))
+        batches = job.task.validation_batches(job.context.world)
+        measures = measure(job, self._training.reducer, batches, watch).measures
         for buffer, kept in zip(job.model.buffers(), buffers, strict=True):
             buffer.copy_(kept)  # running statistics: each rank continues with its own
         if self._measure not in measures:

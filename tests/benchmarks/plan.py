@@ -20,8 +20,9 @@ from rich.table import Table
 from hpc_train.analysis.models import predict
 from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.analysis.models.scaling_models import ModelName
-from hpc_train.analysis.planning.budget import power
-from tests.benchmarks import plan_priors
+from hpc_train.analysis.planning import power
+from hpc_train.core.records import FloatArray
+from tests.benchmarks import plan_power, plan_priors
 from tests.published import PARTS, Series, all_series
 
 FOLDER = Path("runs/bench-plan")
@@ -207,24 +208,38 @@ def print_coverage(title: str, cases: list[Case], guesses: list[Guess]) -> None:
 
 
 def print_energy(cases: list[Case]) -> None:
-    """Joules at the largest size: as planned, and from the same power with the time that was measured."""
-    table = Table("series", "from sizes up to", "plan", "plan's power, measured time", "same power, measured time")
-    table.title = "Error of the joules of a step at the largest size"
+    """Joules at the largest size: as planned, and from the measured time. The constants of the power of a node are
+    estimated on the other series."""
+    columns = ("as planned", "plan's power, measured time", "same power, measured time")
+    table = Table("series", "from sizes up to", *columns, title="Error of the joules of a step at the largest size")
+    with_joules, shipped = plan_power.series_with_joules(), (power.SAVED_WHILE_WAITING, power.POWER_DRIFT)
+    found: dict[str, list[FloatArray]] = {share: [] for share in SHARES}
     for case in cases:
-        measured_power = power(case.known)
-        if measured_power is None:
+        if case.series.name not in [each.name for each in with_joules]:
             continue
-        chosen, ranks = predict.candidate("mechanistic", case.known), np.array([case.ahead])
-        assert chosen.fit is not None
-        nodes, samples = case.known.nodes(ranks).astype(float), case.known.samples(ranks)
-        times = (chosen.fit(ranks), np.array([case.truth_s]))
-        guesses = [measured_power.joules(nodes, time_s, samples)[0] for time_s in times]
-        known = case.known
-        watts = known.joules_per_step[-1] / known.step_s[-1] / known.nodes(known.ranks[-1:])[0]
-        guesses.append(watts * nodes[0] * case.truth_s)
-        truth = case.series.joules[-1]
-        table.add_row(case.series.name, case.share, *(f"{100 * (guess / truth - 1):+.0f}%" for guess in guesses))
+        others = [each for each in with_joules if each.name != case.series.name]
+        power.SAVED_WHILE_WAITING, power.POWER_DRIFT = plan_power.estimate(others)
+        errors = _energy_errors(case)
+        found[case.share].append(errors)
+        table.add_row(case.series.name, case.share, *(f"{100 * error:+.0f}%" for error in errors))
+    power.SAVED_WHILE_WAITING, power.POWER_DRIFT = shipped
+    for share, errors in found.items():
+        medians = np.median(np.abs(errors), axis=0)
+        table.add_row("median of absolute errors", share, *(f"{100 * error:.1f}%" for error in medians))
     Console(width=170).print(table)
+
+
+def _energy_errors(case: Case) -> FloatArray:
+    """(3,) relative."""
+    known, ranks = case.known, np.array([case.ahead])
+    measured_power, chosen = power.power(known), predict.candidate("mechanistic", known)
+    assert measured_power is not None and chosen.fit is not None
+    nodes, samples = known.nodes(ranks).astype(float), known.samples(ranks)
+    planned_s, measured_s = chosen.fit(ranks), np.array([case.truth_s])
+    watts = known.joules_per_step[-1] / known.step_s[-1] / known.nodes(known.ranks[-1:])[0]
+    guesses = [*(measured_power.joules(nodes, time_s, samples)[0] for time_s in (planned_s, measured_s))]
+    guesses.append(watts * nodes[0] * case.truth_s)
+    return np.array(guesses) / case.series.joules[-1] - 1
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ FILES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["label 7 in test/targets", "3 classes"],
     ),
     "float labels": (lambda path: small(path, targets=np.full(20, 0.5)), ["0.5 in train/targets", "row 0"]),
-    "empty": (lambda path: small(path, inputs=np.zeros((0, 4)), targets=np.zeros(0, int)), ["has 0 samples"]),
+    "empty": (lambda path: small(path, inputs=np.zeros((0, 4)), targets=np.zeros(0, int)), ["hold no samples"]),
     "no such data set": (
         lambda path: h5py.File(path, "w").close(),
         ["data.inputs = 'train/inputs'", "no such data set"],

@@ -13,9 +13,10 @@ from click.testing import CliRunner
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.models.measurement_table import read_table
 from hpc_train.analysis.models.predict import curve_sizes, predict
-from hpc_train.analysis.planning.budget import Work, power, read_network, samples_work, steps_work
+from hpc_train.analysis.planning.budget import Work, read_network, samples_work, steps_work
 from hpc_train.analysis.planning.memory import RankMemory
 from hpc_train.analysis.planning.plan import Limits, make_plan
+from hpc_train.analysis.planning.power import power
 from hpc_train.analysis.report.notes.plan import why_not_larger, why_not_smaller
 from hpc_train.analysis.report.sections.next_run import next_run
 from hpc_train.analysis.report.sections.plan import answer, short_answer
@@ -165,7 +166,8 @@ def test_joules_are_split_into_nodes_and_samples(tmp_path: Path) -> None:
         table(tmp_path, "\n".join(["ranks,step_s,ranks_per_node,global_batch,joules", *rows, ""]))
     )
     found = power(measurements)
-    assert found is not None and found.static_w == pytest.approx(300) and found.joules_per_sample == pytest.approx(0.5)
+    assert found is not None and found.waiting_w == pytest.approx(300, rel=0.01)
+    assert (found.busy_w - found.waiting_w) / found.full_rate == pytest.approx(0.5, rel=0.01)
     made = make_plan(predict(measurements), samples_work(1e7))
     option = made.options[1]
     assert option.nodes == 2 and option.energy_j == pytest.approx(300 * 2 * (option.time_s or 0) + 0.5e7, rel=1e-3)

@@ -34,6 +34,8 @@ def job(keys: dict[str, object]) -> Loaded:
         {"data.read": "collective", "data.hold_out": 0.1},
         {"task.kind": "regression", "task.num_classes": 3},
         {"task.loss": "mae"},
+        {"task.kind": "policy_gradient", "test.samples": 100},
+        {"task.kind": "mytask:MyTask", "test.samples": 100},
         {"validation.every_steps": 5},
         {"validation.every_steps": 5, "data.hold_out": 0.1, **SERVER},
         {"train.stop_after": 2},

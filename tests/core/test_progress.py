@@ -5,9 +5,11 @@ import pty
 import re
 import subprocess
 from pathlib import Path
+from time import perf_counter_ns
 
 import pytest
 
+from hpc_train.core.progress import StepProgress
 from tests import jobs
 
 
@@ -47,3 +49,23 @@ def test_a_log_keeps_plain_lines(tmp_path: Path, digits: Path) -> None:
     assert "\x1b" not in done.out and "\r" not in done.out
     assert len(done.out.splitlines()) == 1 + 10 + 4, done.out
     assert "Data: train/inputs of " in done.out.splitlines()[0] and "from a memory map" in done.out.splitlines()[0]
+
+
+def test_a_part_of_a_run_has_lines_and_a_bar_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = StepProgress("job", 10, "plain", is_root=True)
+    test = StepProgress("test", 4000, "plain", is_root=True, counted="samples", above=steps)
+    began_ns = perf_counter_ns()
+    test.advance(1000, 1000, began_ns + 1_000_000_000)
+    assert capsys.readouterr().out == "", "a line in half a minute"
+    test.advance(2000, 1000, began_ns + 40_000_000_000)
+    assert re.fullmatch(r"  test: 2000 of 4000 \(50%\), 50 samples/s, 0:40 left\n", capsys.readouterr().out)
+    steps.close()
+    with_bar = StepProgress("job", 10, "bar", is_root=True)
+    part = StepProgress("validation", 4000, "bar", is_root=True, counted="samples", above=with_bar)
+    part.advance(2000, 2000, perf_counter_ns() + 1_000_000_000)
+    part.close()
+    with_bar.advance(5, 5, perf_counter_ns() + 2_000_000_000)
+    with_bar.close()
+    shown = capsys.readouterr().out
+    assert re.search(r"job .*\n?.*validation .*50%", shown, re.DOTALL) and not with_bar.is_open
+    assert "validation" not in shown.rpartition("job")[2], "gone once it is over"

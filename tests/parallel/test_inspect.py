@@ -43,7 +43,7 @@ def test_all_ranks_find_what_one_finds(context: Context, shared_path: Path, monk
     assert _without_time(together) == _without_time(alone)
     found = {(fault.kind, fault.dataset, fault.number, fault.samples) for fault in together.faults}
     assert found == {
-        ("damaged", "train/inputs", 4, (120, 149)),
+        ("unwritten", "train/inputs", 4, (120, 149)),
         ("damaged", "train/inputs", 10, (300, 329)),
         ("not finite", "train/inputs", 2, (77, 77)),
         ("leakage", "test/inputs", None, None),

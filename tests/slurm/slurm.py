@@ -236,6 +236,16 @@ class Cluster:
         assert self.state(job) == accounted[-1], f"job {job} {self.state(job)}"
         until(lambda: self.accounted(job) == list(accounted), f"attempts {accounted} of job {job} in sacct", 30)
 
+    def running_s(self, job: int) -> float:
+        """Seconds since the start of a running job, without earlier attempts."""
+        *days, clock = self.show(job)["RunTime"].split("-")
+        hours, minutes, seconds = map(int, clock.split(":"))
+        return float(((sum(map(int, days)) * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+    def limit(self, job: int, minutes: int) -> None:
+        """Changes a job's time limit."""
+        self.on("head", "scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+
     def output(self, job: int) -> str:
         """What a job has printed so far, in all attempts."""
         path = Path(self.show(job)["StdOut"])

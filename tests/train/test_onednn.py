@@ -167,4 +167,4 @@ def test_a_users_own_model_is_warned_about_before_the_first_step(tmp_path: Path,
     )
     done = jobs.run(2, "train", jobs.CONFIGS / "softmax-mnist.toml", *keys, cwd=tmp_path)
     assert done.code == 0, done
-    assert done.err.count("Warning: layer 3 (Conv2d(8, 16") == 1 and "x.contiguous()" in done.err, done.err
+    assert done.err.count("warning: layer 3 (Conv2d(8, 16") == 1 and "x.contiguous()" in done.err, done.err

@@ -50,6 +50,10 @@ with recording("by-hand", batch_per_rank=64, model=model, steps=40, warmup_steps
             with recorder.optimizer:
                 optimizer.step()
                 optimizer.zero_grad()
+            if size > 1:
+                with recorder.sync:
+                    for parameter in model.parameters():
+                        MPI.COMM_WORLD.Bcast(parameter.detach().numpy())
             step.loss = loss
             if index == int(sys.argv[2]):
                 if len(sys.argv) > 3:
@@ -169,7 +173,8 @@ def test_under_mpirun_and_alone_with_every_phase_marked(by_hand: Path) -> None:
     assert alone.meta["recorded"]["ranks_talk_through"] == "nothing: one process"
     assert together.meta["recorded"]["ranks_talk_through"] == "MPI" and "Open MPI" in together.meta["mpi"]["version"]
     assert together.config.task.options == {"lr": 0.1} and together.summary.global_batch == 128
-    assert together.summary.phase_share["reduce"] > 0 and together.summary.test == {"accuracy": 0.75}
+    assert together.summary.phase_share["reduce"] > 0 < together.summary.phase_share["sync"]
+    assert together.summary.test == {"accuracy": 0.75}
     (group,) = gather([by_hand / "runs"]).scaling.groups
     assert group.weak and group.largest is not None and group.largest.size == 2
     assert "reduce" not in group.rows[0].phase_share and group.rows[1].phase_share["reduce"] > 0

@@ -1,4 +1,4 @@
-"""The inputs of a plan besides step times: the work to do, its energy, the cost of an all-reduce."""
+"""The inputs of a plan besides step times: the work to do, the cost of an all-reduce."""
 
 import json
 from collections.abc import Callable
@@ -16,15 +16,12 @@ from hpc_train.analysis.scaling.compare import Group
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import significant
 from hpc_train.core.paths import exists, read_text
-from hpc_train.core.records import FloatArray
 from hpc_train.core.settings import UNKNOWN_STEPS
 from hpc_train.core.statistics import nonnegative_least_squares
 
 _MOST_BENCH_BYTES = 1 << 28
 _MOST_COST_S = 1e6  # of one message, of one byte: a larger number is damage
 _ONE_RUN_ERROR, _LEAST_ERROR = 0.1, 0.05  # relative, of the work to a loss: of one run, of several batch sizes
-LEAST_POWER_ERROR = 0.02
-_SEPARABLE = 0.05  # least relative range of node-seconds per sample that separates nodes' joules from samples'
 
 
 @dataclass(frozen=True)
@@ -43,20 +40,6 @@ class Work:
 
     def at(self, global_batch: float) -> float:
         return self.samples + self.steps * global_batch
-
-
-@dataclass(frozen=True)
-class Power:
-    """Joules = static_w x nodes x time + joules_per_sample x samples."""
-
-    static_w: float  # of one node
-    joules_per_sample: float
-    relative_error: float
-    quality: str  # measured | estimated
-    assumed: str  # how the two were separated
-
-    def joules(self, nodes: FloatArray, time_s: FloatArray, samples: FloatArray) -> FloatArray:
-        return np.asarray(self.static_w * nodes * time_s + self.joules_per_sample * samples)
 
 
 def steps_work(measurements: Measurements, steps: float) -> Work:
@@ -115,43 +98,6 @@ def _num_steps_to(run: Run, loss: float) -> int | None:
 def _best_loss_text(runs: list[Run]) -> str:
     best = min(float(smoothed(run)[1].min(initial=np.inf)) for run in runs)
     return f"the best smoothed loss is {best:.4g}" if np.isfinite(best) else "no run recorded losses"
-
-
-# ---------------------------------------------------------------------------------------------- energy
-
-
-def power(measurements: Measurements) -> Power | None:
-    """The measured joules as a draw of each node and a cost of each sample; None if they are missing."""
-    is_known = measurements.joules_per_step > 0  # nan is missing
-    if not is_known.any():
-        return None
-    joules = measurements.joules_per_step[is_known]
-    node_s = (measurements.nodes(measurements.ranks) * measurements.step_s)[is_known]
-    samples = measurements.samples(measurements.ranks)[is_known]
-    static_w, joules_per_sample, assumed = _separated(measurements.idle_w, joules, node_s, samples)
-    fitted = static_w * node_s + joules_per_sample * samples
-    residual = float(np.sqrt(np.mean((fitted / joules - 1) ** 2)))
-    quality = measurements.energy_quality
-    return Power(static_w, joules_per_sample, max(residual, LEAST_POWER_ERROR), quality, assumed)
-
-
-def _separated(
-    idle_w: float | None, joules: FloatArray, node_s: FloatArray, samples: FloatArray
-) -> tuple[float, float, str]:
-    """(watts of a node, joules of a sample, what was assumed), from joules of a step on some sizes."""
-    per_node_s, node_s_per_sample = joules / node_s, node_s / samples
-    if idle_w is not None:
-        static_w = min(idle_w, float(per_node_s.min()))
-        per_sample = float(np.mean((joules - static_w * node_s) / samples))
-        assumed = f"{significant(static_w)} W of an idle node as given or measured, the rest by samples"
-        return static_w, per_sample, assumed
-    if len(joules) > 1 and np.ptp(node_s_per_sample) > _SEPARABLE * float(np.mean(node_s_per_sample)):
-        columns = np.stack([node_s, samples], axis=1) / joules[:, None]
-        static_w, per_sample = nonnegative_least_squares(columns, np.ones(len(joules))).tolist()
-        both = f"{significant(static_w)} W of a node and {significant(per_sample)} J a sample"
-        return static_w, per_sample, f"{both}, fitted to {len(joules)} sizes"
-    static_w = float(np.mean(per_node_s))
-    return static_w, 0.0, f"each node draws {significant(static_w)} W, as measured, whether it computes or waits"
 
 
 # ---------------------------------------------------------------------------------------------- network

@@ -8,9 +8,10 @@ import numpy as np
 
 from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.analysis.models.predict import Forecast, Prediction
-from hpc_train.analysis.planning.budget import LEAST_POWER_ERROR, Power, Work, node_counts, power
+from hpc_train.analysis.planning.budget import Work, node_counts
 from hpc_train.analysis.planning.further_run import FurtherRun, further_run
 from hpc_train.analysis.planning.memory import RankMemory
+from hpc_train.analysis.planning.power import LEAST_POWER_ERROR, Power, power
 from hpc_train.analysis.stats.repeats import NORMAL_95
 from hpc_train.core.errors import UserError
 from hpc_train.core.statistics import Interval
@@ -254,8 +255,9 @@ def _with_energy(option: Option, samples: float, work: Work, measured_power: Pow
     work_error = NORMAL_95 * work.relative_error
     times_s = np.array([option.time_s, *option.time_interval_s])
     counts = samples * np.array([1.0, 1 - work_error, 1 + work_error])
-    expected, least, most = measured_power.joules(np.full(3, option.nodes), times_s, counts)
-    power_error = NORMAL_95 * measured_power.relative_error * expected
+    nodes = np.full(3, option.nodes, dtype=float)
+    expected, least, most = measured_power.joules(nodes, times_s, counts)
+    power_error = NORMAL_95 * measured_power.error(nodes, times_s, counts)[0] * expected
     low = max(float(expected - np.hypot(expected - least, power_error)), 0.0)
     high = float(expected + np.hypot(most - expected, power_error))
     return replace(option, energy_j=float(expected), energy_interval_j=(low, high))

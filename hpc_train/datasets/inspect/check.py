@@ -4,7 +4,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
@@ -12,13 +12,16 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpc_train.core.errors import UserError
 from hpc_train.core.labels import MAX_CLASSES
 from hpc_train.core.progress import StepProgress
 from hpc_train.core.sampling import rank_span
+from hpc_train.core.settings import Config
 from hpc_train.datasets.inspect import checks
 from hpc_train.datasets.inspect.chunk_ranges import RangeReader, RangeValues, num_ranges, ranges_between
 from hpc_train.datasets.inspect.duplicates import Duplicates, find_duplicates, keep_one_in
 from hpc_train.datasets.inspect.faults import Fault
+from hpc_train.datasets.inspect.names import Names, names_of
 from hpc_train.datasets.inspect.statistics import Limits, Statistics, role_of
 from hpc_train.datasets.inspect.structure import (
     DatasetInfo,
@@ -36,7 +39,7 @@ _NOT_READ = {"external", "empty", "missing", "filter", "absurd", "unreadable"}  
 
 @dataclass(frozen=True)
 class Checked:
-    """The result of `check`. datasets: by name, over all files. seconds: on this rank."""
+    """The result of `check`. datasets: by name, over all files. seconds: on this rank. reading: what the job reads."""
 
     files: tuple[str, ...]
     num_bytes: int
@@ -45,6 +48,7 @@ class Checked:
     datasets: dict[str, dict[str, Any]]
     faults: tuple[Fault, ...]
     warnings: tuple[Fault, ...]
+    reading: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class _Plan:
     groups: data sets whose samples are compared with each other, with the sample number at which each ends.
     """
 
+    names: Names
     files: list[FileStructure]
     datasets: list[DatasetInfo]
     roles: dict[str, str]
@@ -70,15 +75,19 @@ class _Plan:
 
 
 def check(
-    paths: Sequence[Path], context: Context, quiet: bool = False, on_file: Callable[[Path], object] = lambda path: None
+    paths: Sequence[Path],
+    context: Context,
+    quiet: bool = False,
+    on_file: Callable[[Path], object] = lambda path: None,
+    job: Config | None = None,
 ) -> Checked:
     """Collective. Verifies the HDF5 files `paths`, which are one data set; calls `on_file` before it opens one.
 
-    Every rank returns the same result, which depends on the number of ranks only in its times. Raises `UserError` for
-    a file that may not be read.
+    job: then only what it reads, and it is opened as training opens it. Every rank returns the same result, which
+    depends on the number of ranks only in its times. Raises `UserError` for a file that may not be read.
     """
     began_ns = perf_counter_ns()
-    plan = context.on_root(lambda: _make_plan(paths, on_file))
+    plan = context.on_root(lambda: _make_plan(paths, on_file, job))
     statistics = {
         name: Statistics(role, plan.first_samples.get(name), plan.limits) for name, role in plan.roles.items()
     }
@@ -91,14 +100,33 @@ def check(
         each.reduce_features(context)
         each.hashes, each.feature_varies = [], None  # large, and no longer needed: not gathered
     of_ranks = context.gather(statistics)
-    return context.on_root(lambda: _summary(plan, of_ranks, duplicates, began_ns))
+    checked = context.on_root(lambda: _summary(plan, of_ranks, duplicates, began_ns))
+    return checked if job is None else _as_training_opens_it(checked, job, context)
 
 
-def _make_plan(paths: Sequence[Path], on_file: Callable[[Path], object]) -> _Plan:
-    files = []
+def _as_training_opens_it(checked: Checked, job: Config, context: Context) -> Checked:
+    """Collective. With what training reads, and the fault that ends it before its first step, if there is one."""
+    from hpc_train.train.setup import require_a_batch  # all of training, which a check of files does not need
+    from hpc_train.train.tasks import open_task
+
+    if any(fault.kind in ("damaged", "unreadable") for fault in checked.faults):
+        return checked
+    try:
+        task = open_task(job, context)
+        if job.train.global_batch:
+            context.on_all(lambda: require_a_batch(job, job.global_batch(1), task.num_samples))
+    except UserError as error:
+        # Another fault may name the same: training's own words come first, as they have the keys of the job.
+        refused = Fault("refused", job.name, "", error.what, error.remedy)
+        return replace(checked, faults=(refused, *checked.faults))
+    return replace(checked, reading=task.reading)
+
+
+def _make_plan(paths: Sequence[Path], on_file: Callable[[Path], object], job: Config | None) -> _Plan:
+    names, files = Names() if job is None else names_of(job), []
     for path in paths:
         on_file(path)
-        files.append(read_structure(path))
+        files.append(_only(names, read_structure(path)))
     vocab_sizes = [file.attributes.get("vocab_size") for file in files]
     vocab_size = next((size for size in vocab_sizes if isinstance(size, int)), None)
     datasets, roles, first_samples = [], dict[str, str](), dict[str, np.ndarray]()
@@ -110,13 +138,23 @@ def _make_plan(paths: Sequence[Path], on_file: Callable[[Path], object]) -> _Pla
             datasets.append(info)
             if info.name in roles:
                 continue
-            roles[info.name] = role_of(info, file.datasets, vocab_size is not None)
+            roles[info.name] = names.role(info) or role_of(info, file.datasets, vocab_size is not None)
             if roles[info.name] == "samples" and (sample := _first_sample(info)) is not None:
                 first_samples[info.name] = sample
-    groups, first_numbers = _number_samples(datasets, roles)
+    groups, first_numbers = _number_samples(names, datasets, roles)
     num_samples = sum(info.num_rows for info in datasets if roles[info.name] == "samples")
-    limits = Limits(vocab_size, max(num_samples, MAX_CLASSES), keep_one_in(num_samples))
-    return _Plan(files, datasets, roles, first_numbers, groups, first_samples, limits)
+    may_lack = job is not None and job.data.missing != "refuse"
+    limits = Limits(vocab_size, max(num_samples, MAX_CLASSES), keep_one_in(num_samples), may_lack)
+    return _Plan(names, files, datasets, roles, first_numbers, groups, first_samples, limits)
+
+
+def _only(names: Names, file: FileStructure) -> FileStructure:
+    """What a job reads of `file`."""
+    return replace(
+        file,
+        datasets=tuple(info for info in file.datasets if names.has(info.name)),
+        faults=tuple(fault for fault in file.faults if not fault.dataset or names.has(fault.dataset)),
+    )
 
 
 def _first_sample(info: DatasetInfo) -> np.ndarray | None:
@@ -128,19 +166,21 @@ def _first_sample(info: DatasetInfo) -> np.ndarray | None:
     return part.values[0].copy() if part.is_whole_rows and len(part.values) else None
 
 
-def _number_samples(datasets: list[DatasetInfo], roles: dict[str, str]) -> tuple[list[dict[str, int]], list[int]]:
+def _number_samples(
+    names: Names, datasets: list[DatasetInfo], roles: dict[str, str]
+) -> tuple[list[dict[str, int]], list[int]]:
     """(groups, first_numbers) of `_Plan`. Training data come first: their samples in other parts are leaks."""
     groups: dict[Any, list[int]] = defaultdict(list)
     kinds: dict[str, Any] = {}
     for index, info in enumerate(datasets):
-        kind = info.base_name, info.shape[1:], info.dtype.str
+        kind = names.part(info.name), info.shape[1:], info.dtype.str
         if roles[info.name] == "samples" and kinds.setdefault(info.name, kind) == kind:  # else its files differ
             groups[kind].append(index)
     ends: list[dict[str, int]] = []
     first_numbers = [-1] * len(datasets)
     for group in groups.values():
         number, end_of = 0, dict[str, int]()
-        for index in sorted(group, key=lambda i: (not datasets[i].name.startswith("train"), datasets[i].name, i)):
+        for index in sorted(group, key=lambda i: (not names.is_training(datasets[i].name), datasets[i].name, i)):
             first_numbers[index] = number
             number += datasets[index].num_rows
             end_of[datasets[index].name] = number
@@ -192,6 +232,7 @@ def _summary(
     """On the root: what all ranks counted, judged."""
     root, *others = of_ranks
     facts = checks.Facts(
+        names=plan.names,
         datasets=plan.datasets,
         first_numbers=plan.first_numbers,
         statistics={name: root[name].merge([other[name] for other in others]) for name in plan.roles},
@@ -206,9 +247,16 @@ def _summary(
         faults += differences_from_train(file)
     faults += differences_between_files(plan.files)
     damaged = {(fault.file, fault.dataset) for fault in faults if fault.kind == "damaged"}
+    for file in plan.files:
+        if not damaged and not plan.names.roles:  # HDF5 itself reads these rows, and may crash on damage
+            faults += checks.unwritten_faults(
+                file, {info.name: plan.roles.get(info.name, "") for info in file.datasets}
+            )
     for info in plan.datasets:
         if plan.roles[info.name] == "offsets" and (str(info.path), info.name) not in damaged:
             faults += checks.offset_faults(info, plan.datasets)
+    if plan.limits.may_lack:
+        faults = [fault for fault in faults if fault.kind != "unwritten"]
     return Checked(
         files=tuple(str(file.path) for file in plan.files),
         num_bytes=sum(file.num_bytes for file in plan.files),

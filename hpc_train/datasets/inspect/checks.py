@@ -1,18 +1,22 @@
 """What the statistics of data sets mean: faults, which spoil a training, and warnings, which are worth a look."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import h5py
 import numpy as np
 
+from hpc_train.core.errors import UserError
 from hpc_train.core.labels import MAX_CLASSES, NoClasses, find_classes
 from hpc_train.datasets.inspect.chunk_ranges import verified_by
 from hpc_train.datasets.inspect.duplicates import Duplicates
 from hpc_train.datasets.inspect.faults import PREPARE_AGAIN, Fault
+from hpc_train.datasets.inspect.names import INPUT_WORDS, TARGET_WORDS, Names, words
 from hpc_train.datasets.inspect.statistics import Statistics
 from hpc_train.datasets.inspect.structure import DatasetInfo, FileStructure
+from hpc_train.train.data.unwritten import REMEDY, rows_of_fill_values
 
 _RARE_SHARE = 0.05  # of the samples of the median class
 _MAX_LEAKED_SHARE = 0.01  # of a part: more of it among the samples to train on makes its scores worthless
@@ -24,10 +28,12 @@ _ROWS_AT_ONCE = 1 << 20
 class Facts:
     """All that was counted.
 
-    datasets: those that were read; first_numbers: the sample number of each one's first row (see `find_duplicates`).
+    names: which belong together. datasets: those that were read. first_numbers: the sample number of each one's first
+    row (see `find_duplicates`).
     unread: names of data sets and groups that could not be read in some file; "" is a whole file.
     """
 
+    names: Names
     datasets: Sequence[DatasetInfo]
     first_numbers: Sequence[int]
     statistics: Mapping[str, Statistics]
@@ -54,7 +60,7 @@ class Facts:
 
     def is_fully_read(self, name: str) -> bool:
         """Whether the statistics cover all values: a label that is missing among those read may be among the others."""
-        is_damaged = any(fault.kind == "damaged" for fault in self.statistics[name].faults)
+        is_damaged = any(fault.kind in ("damaged", "unwritten") for fault in self.statistics[name].faults)
         is_unread = any(path in ("", name) or name.startswith(f"{path}/") for path in self.unread)
         return not is_damaged and not is_unread
 
@@ -147,7 +153,7 @@ def _copies(facts: Facts) -> Iterator[tuple[Fault, bool]]:
             yield Fault("copies", where, each.copies, f"{count} are copies of another: {example}"), False
             continue
         what = f"{count} are in {each.originals}, too (leakage): {example} there"
-        is_leak = each.originals.startswith("train") and num > _MAX_LEAKED_SHARE * total
+        is_leak = facts.names.is_training(each.originals) and num > _MAX_LEAKED_SHARE * total
         yield Fault("leakage", where, each.copies, what, "Split the data again, without copies."), is_leak
 
 
@@ -160,7 +166,7 @@ def _has_classes(statistics: Statistics) -> bool:
 
 def _class_values(facts: Facts, name: str) -> np.ndarray | None:
     """The stored label of each class, where labels of data set `name` are not class numbers; None where they are."""
-    name = next((other for other in _same_kind(facts, name) if other.startswith("train")), name)
+    name = _to_train_on(facts, name) or name
     statistics = facts.statistics[name]
     if not _has_classes(statistics) or not statistics.labels:
         return None
@@ -172,14 +178,19 @@ def _class_values(facts: Facts, name: str) -> np.ndarray | None:
 
 
 def _same_kind(facts: Facts, name: str) -> list[str]:
-    """The data sets of other parts with the same name, such as train/targets for test/targets."""
-    base_name = name.rpartition("/")[2]
-    return [other for other in facts.statistics if other.rpartition("/")[2] == base_name and other != name]
+    """The data sets of other parts with the same meaning, such as train/targets for test/targets."""
+    part = facts.names.part
+    return [other for other in facts.statistics if part(other) == part(name) and other != name]
+
+
+def _to_train_on(facts: Facts, name: str) -> str | None:
+    """The data set to train on with the same meaning as `name`, which is another one."""
+    return next((other for other in _same_kind(facts, name) if facts.names.is_training(other)), None)
 
 
 def _unknown_labels(facts: Facts, name: str) -> Iterator[Fault]:
     """Labels that no sample to train on has."""
-    train = next((other for other in _same_kind(facts, name) if other.startswith("train")), None)
+    train = _to_train_on(facts, name)
     # A damaged part of the training labels may hold the labels that seem to be missing.
     if train is None or not _has_classes(facts.statistics[train]) or not facts.is_fully_read(train):
         return
@@ -222,22 +233,48 @@ def _listed(labels: Sequence[Any]) -> str:
 
 
 def unequal_lengths(file: FileStructure, roles: Mapping[str, str]) -> Iterator[Fault]:
-    """Targets that are not as many as the samples beside them."""
+    """Targets that are not as many as their samples: those beside them, or those of the same name but for a word."""
     lengths = {info.name: info.num_rows for info in file.datasets}
     for info in file.datasets:
-        if roles.get(info.name) != "labels" and info.base_name != "targets":
+        if roles.get(info.name) != "labels" and not words(info.name) & TARGET_WORDS:
             continue
         num_samples = {
             # Variable-length samples have one more offset than samples.
             other.name: lengths.get(f"{other.name}_offsets", other.num_rows + 1) - 1
             for other in file.datasets
-            if other.group == info.group and other.name != info.name and not other.name.endswith("_offsets")
+            if other.name != info.name and _belong_together(info, other)
         }
         if num_samples and info.num_rows not in num_samples.values():
             inputs = f"{info.group}/inputs"
             name = inputs if inputs in num_samples else next(iter(num_samples))
             what = f"has {info.num_rows:,} rows, and {name} has {num_samples[name]:,} samples"
             yield Fault("unequal", str(file.path), info.name, what, f"Each input needs one target. {PREPARE_AGAIN}")
+
+
+def _belong_together(targets: DatasetInfo, other: DatasetInfo) -> bool:
+    """Whether `other` may be the samples of `targets`: train/inputs of train/targets, x/train of y/train."""
+    if not other.shape or other.name.endswith("_offsets"):
+        return False
+    if other.group == targets.group and targets.group:
+        return True
+    rests = (words(targets.name) - TARGET_WORDS, words(other.name) - INPUT_WORDS)
+    return bool(words(other.name) & INPUT_WORDS) and rests[0] == rests[1]
+
+
+def unwritten_faults(file: FileStructure, roles: Mapping[str, str]) -> Iterator[Fault]:
+    """Samples at the end of a file that hold nothing but fill values, as do their targets."""
+    by_name = {info.name: info for info in file.datasets}
+    for info in file.datasets:
+        targets = by_name.get(f"{info.group}/targets".lstrip("/"))
+        if roles.get(info.name) != "samples" or targets is None or targets is info:
+            continue
+        with suppress(UserError), h5py.File(file.path, "r") as opened:
+            rows = rows_of_fill_values(file.path, opened[info.name], opened[targets.name])
+            if len(rows):
+                fill = np.ravel(opened[info.name].fillvalue)[0]
+                what = f"hold the fill value {fill:g} alone, as if never written; see {targets.name} beside them"
+                span = int(rows[0]), int(rows[-1])
+                yield Fault("unwritten", str(file.path), info.name, what, REMEDY, samples=span)
 
 
 def offset_faults(info: DatasetInfo, datasets: Sequence[DatasetInfo]) -> Iterator[Fault]:

@@ -17,8 +17,9 @@ import numpy as np
 from hpc_train.datasets.inspect.faults import RESTORE, Fault
 from hpc_train.datasets.inspect.structure import CHECKSUMS, DatasetInfo
 from hpc_train.train.data.chunk_cache import RawChunks
-from hpc_train.train.data.filters import DamagedChunk, open_pipeline
+from hpc_train.train.data.filters import open_pipeline
 from hpc_train.train.data.hdf5_faults import HDF5_ERRORS, error_text
+from hpc_train.train.data.unwritten import REMEDY
 
 _RANGE_BYTES = 4 << 20
 _MAX_CHUNK_ROW_BYTES = 128 << 20  # of the chunks that are put together to whole rows
@@ -182,16 +183,26 @@ class RangeReader:
             if self._raw is not None:
                 location = self._raw.locate(corner)
                 if not location.size_bytes:
-                    raise DamagedChunk("it was never written: its samples read as the fill value")
+                    faults.append(self._unwritten(corner, box))
+                    return None
                 if self._pipeline is not None:
                     data = self._pipeline.decode(self._raw.read(location), location.mask, info.chunk_bytes)
                     inside = tuple(slice(part.stop - part.start) for part in box)
                     return data.view(info.dtype).reshape(info.chunk)[inside]
             return np.asarray(self._dataset[box])
         except HDF5_ERRORS as error:
-            number = int(np.ravel_multi_index(np.floor_divide(corner, info.chunk).tolist(), info.num_chunks))
-            faults.append(self._damage("chunk", number, box[0].start, box[0].stop, error_text(error)))
+            faults.append(self._damage("chunk", self._number(corner), box[0].start, box[0].stop, error_text(error)))
             return None
+
+    def _unwritten(self, corner: tuple[int, ...], box: tuple[slice, ...]) -> Fault:
+        what = "it was never written: its samples read as the fill value"
+        number, span = self._number(corner), (box[0].start, box[0].stop - 1)
+        return Fault("unwritten", str(self._info.path), self._info.name, what, REMEDY, "chunk", number, span)
+
+    def _number(self, corner: tuple[int, ...]) -> int:
+        """Of the chunk at `corner`."""
+        info = self._info
+        return int(np.ravel_multi_index(np.floor_divide(corner, info.chunk).tolist(), info.num_chunks))
 
     def _box(self, corner: tuple[int, ...]) -> tuple[slice, ...]:
         """What the chunk at `corner` covers of the data set."""

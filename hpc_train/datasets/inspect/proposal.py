@@ -1,7 +1,6 @@
 """What a file looks like as data to train on: inputs and targets by names and shapes, and a job that fits them."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -15,10 +14,9 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
 from hpc_train.core.labels import NoClasses, find_classes, is_label
 from hpc_train.core.missing_values import declared_missing, is_missing
+from hpc_train.datasets.inspect.names import INPUT_WORDS, TARGET_WORDS, words
 from hpc_train.datasets.inspect.structure import DatasetInfo, FileStructure
 
-_INPUT_WORDS = {"inputs", "input", "x", "data", "images", "image", "features", "samples", "signals"}
-_TARGET_WORDS = {"targets", "target", "labels", "label", "y", "class", "classes", "outputs", "output"}
 _NUMBERING = {"id", "ids", "index", "idx", "row", "number", "time", "date", "weight", "weights", "mask"}
 _TEST_WORDS = {"test", "testing", "valid", "validation", "val", "eval", "holdout"}
 _TRAIN_WORDS = {"train", "training"}
@@ -116,15 +114,9 @@ def propose(file: FileStructure) -> Proposal:
 # ------------------------------------------------------------------------------------------------ which data sets
 
 
-def _words(name: str) -> set[str]:
-    return set(re.split(r"[\W_]+", name.lower()))
-
-
 def _pair(file: FileStructure) -> tuple[DatasetInfo, DatasetInfo]:
     """The likeliest inputs and targets: of as many rows, by their names, their group and their shapes."""
-    usable = [
-        info for info in file.datasets if info.shape and info.num_rows > 1 and not _words(info.name) & _TEST_WORDS
-    ]
+    usable = [info for info in file.datasets if info.shape and info.num_rows > 1 and not words(info.name) & _TEST_WORDS]
     pairs = [(x, y) for x, y in product(usable, usable) if x is not y and _can_be(x, y)]
     if not pairs:
         listed = ", ".join(f"{info.name} {info.dtype} {info.shape}" for info in file.datasets[:8]) or "nothing"
@@ -146,10 +138,10 @@ def _holds_strings(info: DatasetInfo) -> bool:
 
 def _likeliness(inputs: DatasetInfo, targets: DatasetInfo) -> tuple[int, int]:
     """Names and groups count first; of equal ones the larger inputs with the smaller targets."""
-    hints = 2 * bool(_words(inputs.base_name) & _INPUT_WORDS) + 2 * bool(_words(targets.base_name) & _TARGET_WORDS)
+    hints = 2 * bool(words(inputs.base_name) & INPUT_WORDS) + 2 * bool(words(targets.base_name) & TARGET_WORDS)
     hints += (inputs.group == targets.group) + (len(targets.shape) == 1)
-    hints -= 2 * bool(_words(inputs.base_name) & _TARGET_WORDS) + 2 * bool(_words(targets.base_name) & _INPUT_WORDS)
-    hints -= 3 * bool((_words(inputs.base_name) | _words(targets.base_name)) & _NUMBERING)
+    hints -= 2 * bool(words(inputs.base_name) & TARGET_WORDS) + 2 * bool(words(targets.base_name) & INPUT_WORDS)
+    hints -= 3 * bool((words(inputs.base_name) | words(targets.base_name)) & _NUMBERING)
     return hints, inputs.row_bytes - targets.row_bytes
 
 
@@ -159,16 +151,16 @@ def _test_pair(
     """The data sets called like those to train on, with "test" or the like for "train"."""
 
     def find(like: DatasetInfo) -> list[DatasetInfo]:
-        rest = _words(like.name) - _TRAIN_WORDS
+        rest = words(like.name) - _TRAIN_WORDS
         return [
             info
             for info in file.datasets
-            if _words(info.name) & _TEST_WORDS and _words(info.name) - _TEST_WORDS == rest
+            if words(info.name) & _TEST_WORDS and words(info.name) - _TEST_WORDS == rest
             and info.shape[1:] == like.shape[1:] and info.dtype.kind == like.dtype.kind
         ]  # fmt: skip
 
     pairs = [(x, y) for x, y in product(find(inputs), find(targets)) if x.num_rows == y.num_rows]
-    is_test = [pair for pair in pairs if _words(pair[0].name) & {"test", "testing"}]
+    is_test = [pair for pair in pairs if words(pair[0].name) & {"test", "testing"}]
     return next(iter(is_test or pairs), None)
 
 
@@ -263,7 +255,7 @@ def preparation(path: Path) -> str | None:
     if suffix == ".csv":
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             columns = [column.strip().strip('"') for column in file.readline().strip().split(",")]
-        target = next((each for each in reversed(columns) if _words(each) & _TARGET_WORDS), columns[-1])
+        target = next((each for each in reversed(columns) if words(each) & TARGET_WORDS), columns[-1])
         return f"hpc-train prepare table {output} --from {path} --target {target}"
     if suffix in (".npz", ".npy", ".parquet"):
         target = {".npz": "", ".npy": " --target COLUMN_NUMBER", ".parquet": " --target COLUMN"}[suffix]

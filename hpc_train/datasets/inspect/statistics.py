@@ -53,12 +53,13 @@ class Limits:
     """What values may be, and how many hashes of samples are kept.
 
     vocab_size: number of tokens; None if unknown. num_classes: a label of this or more is an id, or damaged.
-    keep_one_in: the share of sample hashes that is kept, so that memory stays bounded.
+    keep_one_in: the share of sample hashes that is kept, so that memory stays bounded. may_lack: values may be missing.
     """
 
     vocab_size: int | None = None
     num_classes: int = MAX_CLASSES
     keep_one_in: int = 1
+    may_lack: bool = False
 
 
 class Statistics:
@@ -127,8 +128,8 @@ class Statistics:
             what = f"{_samples(len(bad))} with values beyond {_MAX_VALUE:g}"
             remedy = "Training is in float32, where their squares are infinite: scale the values."
             self.faults.append(part.fault("not finite", what, remedy, bad))
-        if is_finite.all():
-            return values
+        if is_finite.all() or self._limits.may_lack:
+            return values[is_finite]
         bad = _rows_with_any(~is_finite)
         num_nan = int(np.isnan(values).sum())
         num_infinite = int(values.size - is_finite.sum()) - num_nan

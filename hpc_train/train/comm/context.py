@@ -1,5 +1,6 @@
 """The ranks of a job as a value: what they may do together, and how an error on one rank reaches all of them."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -81,12 +82,14 @@ class Context:
         if self.comm is None:
             return fn()
         value, error = _attempt(fn)
-        shared = self.all_gather(_picklable(error, self.world.rank))
-        failed = [(rank, fault) for rank, fault in enumerate(shared) if fault is not None]
-        if not failed:
+        rank, size = self.world.rank, self.world.size
+        # One number in the usual case. The error travels only if there is one: its rank then sends it to all.
+        lowest = -int(self.max(np.array([-size if error is None else -rank]))[0])
+        if lowest == size:
             return cast(T, value)
-        lowest, fault = failed[0]
-        raise joint(error if error is not None and self.world.rank == lowest else fault)
+        with self.waiting:
+            fault = self.comm.bcast(_picklable(error, rank), root=lowest)
+        raise joint(error if error is not None and rank == lowest else fault)
 
     # ------------------------------------------------------------------------------------------- values and arrays
 
@@ -113,7 +116,12 @@ class Context:
 
     def max(self, values: np.ndarray) -> np.ndarray:
         """Collective. The element-wise maximum over ranks, on every rank."""
-        return np.max(self.all_gather(values), axis=0)
+        if self.comm is None:
+            return values
+        highest = np.empty(values.shape, values.dtype)
+        with self.waiting:
+            messages.maximum(self.comm, np.ascontiguousarray(values), highest)
+        return highest
 
     def broadcast_array(self, array: np.ndarray, root: int = 0) -> None:
         """Collective. Overwrites `array` with that of rank `root`."""
@@ -194,6 +202,12 @@ def _picklable(error: Exception | None, rank: int) -> Exception | None:
     if error is None or type(error) is UserError:
         return error
     return JointFailure(f"rank {rank}: {type(error).__name__}: {error}")
+
+
+def warn(context: Context, why: str) -> None:
+    """Prints a warning, on the root."""
+    if context.world.is_root:
+        print(f"warning: {why}", file=sys.stderr, flush=True)
 
 
 def joint(error: E) -> E:

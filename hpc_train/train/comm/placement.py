@@ -50,7 +50,7 @@ def crowding_warnings(places: list[RankPlacement]) -> list[str]:
         cores = {core for place in ranks for core in place.cores}
         if len(ranks) > len(cores):
             lines.append(
-                f"warning: {len(ranks)} ranks on {host} share {plural(len(cores), 'core')}: each waits "
+                f"{len(ranks)} ranks on {host} share {plural(len(cores), 'core')}: each waits "
                 f"for the others. Start at most {len(cores)} there, or give them more cores (mpirun --bind-to none)."
             )
     return lines

@@ -15,6 +15,7 @@ from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import Files, chunk_cache_bytes
+from hpc_train.train.data.rank_batches import RankBatches
 from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.readers import SelectedReader, StringReader, is_strings
 
@@ -201,20 +202,21 @@ def _check_samples(files: Files, inputs: tuple[str, Reader], targets: tuple[str,
             f"{path}: {name} is {x.dtype} {x.shape}, {target_name} is {y.dtype} {y.shape}",
             "Inputs are numbers of at most 8 bytes, of shape (samples, ...), targets one or several for each sample.",
         )
-    if len(x) != len(y) or len(y) == 0:
+    if len(x) == len(y) == 0:
+        raise UserError(
+            f"{path}: {name} and {target_name} hold no samples",
+            "Write some, or name other data sets; a file without data sets to test on is trained without a test.",
+        )
+    if len(x) != len(y):
         raise UserError(
             f"{path}: {name} has {len(x)} samples and {target_name} has {len(y)}",
             "Each input needs one target: prepare the file again.",
         )
 
 
-def test_batches(split: Split | None, world: World) -> Iterator[Batch]:
-    """This rank's share of a split's samples, in order; none of None."""
-    if split is None:
-        return
-    start, stop = rank_span(len(split), world.rank, world.size)
-    for begin in range(start, stop, _TEST_BATCH):
-        yield split.batch(np.arange(begin, min(begin + _TEST_BATCH, stop)))
+def test_batches(split: Split | None, world: World, at_most: int | None = None) -> Iterator[Batch]:
+    """This rank's share of a split's samples, in order; none of None. at_most: see `RankBatches`."""
+    return iter(()) if split is None else RankBatches(len(split), world, _TEST_BATCH, split.batch, at_most)
 
 
 def open_order(readers: Sequence[Reader], num_samples: int, config: Config, rows_per_sample: int = 1) -> Order:

@@ -15,7 +15,7 @@ import numpy as np
 from hpc_train.core.errors import UserError
 from hpc_train.core.filesystem import file_system
 from hpc_train.core.formatting import amount
-from hpc_train.core.settings import Config
+from hpc_train.core.settings import Config, Data
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.hdf5_faults import (
     HDF5_ERRORS,
@@ -86,6 +86,11 @@ class Files:
         """Whether the first file has a data set of that name."""
         with damage_as_user_error(self.paths[0], name):
             return find_dataset(self.opened[0], name) is not None
+
+    def has_tests(self, *names: str) -> bool:
+        """Whether there is anything to test on: one of these is there, or the job names it and `datasets` misses it."""
+        usual = Data()
+        return any(name not in (usual.test_inputs, usual.test_targets) or self.has(name) for name in names)
 
     def datasets(self, name: str, key: str) -> list[h5py.Dataset]:
         """Data set `name` of each file. Raises `UserError` if a file has none, or one with other rows."""

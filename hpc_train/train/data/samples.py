@@ -1,6 +1,5 @@
 """The samples of a job, opened: what is missing, at what scale, how ranks read them and in which order."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,12 +9,13 @@ import numpy as np
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import HOLD_OUT, Order, row_noise
 from hpc_train.core.settings import Config, Data
-from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.context import Context, warn
 from hpc_train.train.data.collective import choose_read_mode, with_shared_reader
 from hpc_train.train.data.dataset import Split, open_order, open_split
 from hpc_train.train.data.files import Files, describe, open_files
 from hpc_train.train.data.missing import handle_missing
 from hpc_train.train.data.normalize import find_standard, unusual_scale
+from hpc_train.train.data.unwritten import leave_out_unwritten
 
 ReadTargets = Callable[[Files, Split, Split | None], tuple[Split, Split | None]]
 
@@ -46,6 +46,7 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets, ch
     """
     data, name = config.data, str(config.data.inputs)
     files, train, held_out = context.on_all(lambda: _open(config, context))
+    train, held_out, unwritten = leave_out_unwritten(train, held_out, files, data, context)
     train, held_out, missing_values, missing = handle_missing(train, held_out, files, data, context)
     train, held_out = read_targets(files, train, held_out)
     train, validation = _hold_out(train, data.hold_out, config.seed)
@@ -62,7 +63,9 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets, ch
     in_step = mode != "auto"  # all ranks read together, and only the loop may call MPI
     if in_step:
         train = with_shared_reader(train, mode, files, config, context)
-    reading = [describe(files, name, train.inputs[0]) + f", {why}" * bool(why), *filter(None, [missing])]
+    reading = [describe(files, name, train.inputs[0]) + f", {why}" * bool(why), *filter(None, [unwritten, missing])]
+    if held_out is None:
+        reading.append(f"no samples to test on, as there is no {data.test_inputs}")
     if validation is not None:
         reading.append(f"{len(validation):,} samples are held out to validate on")
     if data.normalize == "standardize":
@@ -86,12 +89,6 @@ def _hold_out(train: Split, share: float, seed: int) -> tuple[Split, Split | Non
     return train.select(np.flatnonzero(~is_held_out)), train.select(np.flatnonzero(is_held_out))
 
 
-def warn(context: Context, why: str) -> None:
-    """Prints a warning, on the root."""
-    if context.world.is_root:
-        print(f"warning: {why}", file=sys.stderr, flush=True)
-
-
 def _open(config: Config, context: Context) -> tuple[Files, Split, Split | None]:
     """(the files, the training samples, the test samples if the files have them). Raises `UserError`."""
     data = config.data
@@ -102,7 +99,7 @@ def _open(config: Config, context: Context) -> tuple[Files, Split, Split | None]
         )
     files = open_files(config, context)
     train = open_split(files, data.inputs, data.targets, ("data.inputs", "data.targets"))
-    if not files.has(data.test_inputs) and not files.has(data.test_targets):
+    if not files.has_tests(data.test_inputs, data.test_targets):
         return files, _unscaled(train, data), None
     test = open_split(files, data.test_inputs, data.test_targets, ("data.test_inputs", "data.test_targets"))
     if test.input_shape != train.input_shape:

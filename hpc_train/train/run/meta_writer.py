@@ -13,7 +13,7 @@ from hpc_train.train.comm.placement import RankPlacement
 from hpc_train.train.run.attempt import Attempt
 from hpc_train.train.run.metadata import run_metadata
 
-_OF_ONE_ATTEMPT = ("outcome", "ended", "clock_offsets_ns", "output_lost")
+_OF_ONE_ATTEMPT = ("outcome", "ended", "clock_offsets_ns", "output_lost", "test_until_stop")
 
 
 class MetaWriter:
@@ -32,6 +32,12 @@ class MetaWriter:
         """Collective. Adds how this attempt ended, and the offsets of the ranks' clocks now."""
         offsets_ns = clock_offsets_ns(self._context)
         self._context.on_root(partial(self._write_end, offsets_ns, energy, more))
+
+    def amend(self, more: dict[str, Any]) -> None:
+        """Only on the root. Adds to what `write_end` wrote."""
+        self.content.update(more)
+        self.content["attempts"][-1].update(more)
+        self._write()
 
     def _write_start(self, first_step: int, offsets_ns: Any, energy: dict[str, Any], more: dict[str, Any]) -> None:
         content, attempt = self.content, self._attempt

@@ -139,6 +139,15 @@ class Recorder:
             self.log(f"Validation after {num_steps} steps: {told}")
         self.clock.restart()
 
+    def measuring(self, what: str, num_samples: int | None) -> StepProgress:
+        """The progress of a measurement of the model, "validation" or "test": beside that of the steps, if they go on.
+
+        num_samples: on how many; None if unknown.
+        """
+        mode, is_root = self._loaded.config.run.progress, self._context.world.is_root
+        above = self._progress if self._progress.is_open else None
+        return StepProgress(what, num_samples, mode, is_root, counted="samples", above=above)
+
     def sync_records(self) -> None:
         """Waits until flushed records are on disk. Raises UserError if another job has the run, or the disk refuses.
 
@@ -165,6 +174,11 @@ class Recorder:
         # Of each rank: from the start of its process to this attempt's first step, and from there to the loop's end.
         facts |= {"start_up_s": start_up_s} | {f"loop_{name}": [getattr(rank, name) for rank in used] for name in _USED}
         self._meta.write_end(self._energy.metadata_at_end(), facts)
+
+    def test_stopped(self, outcome: str, measures: dict[str, float], num_done: int) -> None:
+        """Collective, after `stop`. For a test that was stopped on request: meta.json keeps what it found so far."""
+        part = {"num_samples": num_done, **measures}
+        self._context.on_root(lambda: self._meta.amend({"outcome": outcome, "test_until_stop": part}))
 
     def finish(self, test: dict[str, float], fault: str | None = None) -> None:
         """Collective, after `stop`. Writes summary.json; fault: why a run that reached its end did not succeed."""

@@ -11,12 +11,12 @@ from torch.nn import functional
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
-from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.context import Context, warn
 from hpc_train.train.data.dataset import Batch, Split, test_batches
 from hpc_train.train.data.files import Files
 from hpc_train.train.data.labels import open_classes
 from hpc_train.train.data.mixing import poor_mixing
-from hpc_train.train.data.samples import open_samples, warn
+from hpc_train.train.data.samples import open_samples
 
 
 class Classification:
@@ -58,7 +58,7 @@ class Classification:
         return functional.cross_entropy(model(batch.floats()), batch.targets, reduction="sum")
 
     def test_batches(self, world: World) -> Iterator[Batch]:
-        return test_batches(self.held_out, world)
+        return test_batches(self.held_out, world, self.config.test.samples)
 
     def validation_batches(self, world: World) -> Iterator[Batch]:
         return test_batches(self.validation, world)

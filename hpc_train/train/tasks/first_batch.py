@@ -3,6 +3,7 @@
 import os
 import traceback
 from dataclasses import fields, is_dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch import nn
 
 from hpc_train.core.errors import UserError, out_of_memory
 from hpc_train.core.settings import Config
+from hpc_train.train.data.device_queue import map_tensors
+
+_MOST_TRIED = 8  # samples, to tell a mean from a sum
+_ALIKE = 1e-2  # in bf16, too
 
 
 def checked_loss(config: Config, task: Any, model: nn.Module, batch: Any) -> torch.Tensor:
@@ -29,6 +34,37 @@ def checked_loss(config: Config, task: Any, model: nn.Module, batch: Any) -> tor
     if not isinstance(loss, torch.Tensor) or loss.shape != () or not loss.requires_grad:
         raise _does_not_fit(config, model, batch, f"the loss is {_shown(loss)}, and not a differentiable number")
     return loss
+
+
+def check_is_sum(config: Config, task: Any, model: nn.Module, batch: Any, num: int) -> None:
+    """Raises `UserError` if the task's loss is a mean over samples: then it weights parts of unlike size alike.
+
+    The loss of the first of the `num` samples is compared with the losses of two parts of these, of unlike size. Says
+    nothing of a batch that cannot be cut, and of a loss that cannot be computed on a part.
+    """
+    num_tried = min(num, _MOST_TRIED)
+    num_first, is_training = num_tried // 4 or 1, model.training
+    model.eval()  # without dropout, and without statistics of the batch
+    try:
+        spans = ((0, num_first), (num_first, num_tried), (0, num_tried))
+        first, second, both = (float(task.loss(model, _cut(batch, num, *span)).detach()) for span in spans)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return
+    finally:
+        model.train(is_training)
+    mean = (first * num_first + second * (num_tried - num_first)) / num_tried
+    if num_tried > 1 and isclose(both, mean, rel_tol=_ALIKE) and not isclose(both, first + second, rel_tol=_ALIKE):
+        raise UserError(
+            f"task.kind = '{config.task.kind}': its loss is a mean over samples: {both:.4g} for {num_tried} of them, "
+            f"{first:.4g} and {second:.4g} for the first {num_first} and the others. It is divided by the size of the "
+            "global batch once more, and samples of small parts count more",
+            'Return the sum from Task.loss: reduction="sum", or the mean times the number of samples.',
+        )
+
+
+def _cut(batch: Any, num: int, begin: int, end: int) -> Any:
+    """The samples [begin, end) of a batch of `num`: of its tensors that have a row for each."""
+    return map_tensors(batch, lambda tensor: tensor[begin:end] if tensor.ndim and len(tensor) == num else tensor)
 
 
 def _does_not_fit(config: Config, model: nn.Module, batch: Any, why: str) -> UserError:

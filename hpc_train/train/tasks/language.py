@@ -11,14 +11,16 @@ from torch import nn
 from torch.nn import functional
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import Order, rank_span, row_noise
+from hpc_train.core.sampling import Order, row_noise
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.dataset import open_order, value_range
 from hpc_train.train.data.files import Files, describe, open_files
+from hpc_train.train.data.rank_batches import RankBatches
 from hpc_train.train.data.tokens import StreamName, Tokens, open_tokens
+from hpc_train.train.data.unwritten import require_written
 from hpc_train.train.tasks.baselines import count_bigrams, count_tokens
 
 _MASKED_SHARE = 0.15  # of a window's tokens, as in the BERT paper
@@ -37,14 +39,13 @@ class Text:
     model: Callable[[], nn.Module]
     order: Order  # of the windows
     reading: str
+    at_most: int | None = None  # of the windows to test on
 
-    def test_rows(self, world: World) -> Iterator[np.ndarray]:
-        """This rank's share of the test windows, some at a time."""
+    def test_batches(self, world: World, read: Callable[[np.ndarray], Any]) -> Iterator[Any]:
+        """What `read` makes of this rank's share of the test windows, some at a time."""
         assert self.test is not None
         num_windows = max(1, min(_TEST_WINDOWS, _MAX_TEST_LOGITS // (self.test.length * self.vocab_size)))
-        start, stop = rank_span(len(self.test), world.rank, world.size)
-        for begin in range(start, stop, num_windows):
-            yield np.arange(begin, min(begin + num_windows, stop))
+        return RankBatches(len(self.test), world, num_windows, read, self.at_most)
 
 
 def open_text(config: Config, context: Context, known: dict[str, Callable[..., nn.Module]], masked: bool) -> Text:
@@ -58,12 +59,16 @@ def open_text(config: Config, context: Context, known: dict[str, Callable[..., n
     vocab_size = context.on_all(lambda: _vocab_size(config, files, stated, masked))
     length = context.on_all(lambda: _window_length(config, known))
     train, test = context.on_all(lambda: _open_windows(config, files, length, masked))
+    context.on_root(
+        lambda: _require_written(files, [str(config.data.inputs)] + [str(config.data.test_inputs)] * bool(test))
+    )
     for name, tokens in ((config.data.inputs, train), (config.data.test_inputs, test)):
         if tokens is not None:
             _check_range(config, str(name), tokens, vocab_size, context)
     make_model = partial(models.make_model, known, task.model, (vocab_size + masked,), options)
     order = open_order([train.values], len(train), config, train.length)
-    return Text(train, test, vocab_size, make_model, order, describe(files, str(config.data.inputs), train.values))
+    reading = describe(files, str(config.data.inputs), train.values)
+    return Text(train, test, vocab_size, make_model, order, reading, config.test.samples)
 
 
 def _window_length(config: Config, known: dict[str, Callable[..., nn.Module]]) -> int:
@@ -87,7 +92,13 @@ def _open_windows(config: Config, files: Files, length: int, masked: bool) -> tu
     inputs = StreamName(_one(data.inputs, "data.inputs"), "data.inputs", data.offsets)
     test_inputs = StreamName(_one(data.test_inputs, "data.test_inputs"), "data.test_inputs", data.test_offsets)
     train = open_tokens(files, inputs, length, num_ahead)
-    return train, open_tokens(files, test_inputs, length, num_ahead) if files.has(test_inputs.name) else None
+    return train, open_tokens(files, test_inputs, length, num_ahead) if files.has_tests(test_inputs.name) else None
+
+
+def _require_written(files: Files, names: list[str]) -> None:
+    for name in names:
+        for path, dataset in zip(files.paths, files.datasets(name, "data"), strict=True):
+            require_written(path, dataset)
 
 
 def _one(names: str | list[str], key: str) -> str:
@@ -174,15 +185,18 @@ class Language(TextTask):
         return self._sum(model, batch) / self.text.train.length
 
     def test_batches(self, world: World) -> Iterator[Windows]:
-        """Collective at the first batch: all ranks count the bigrams of the training tokens."""
-        text = self.text
-        if text.test is None:
-            return
-        tested = text.test.values[: len(text.test.values)]  # all of it: windows within documents begin anywhere
+        """Collective: all ranks count the bigrams of the training tokens."""
+        test, text = self.text.test, self.text
+        if test is None:
+            return iter(())
+        tested = test.values[: len(test.values)]  # all of it: windows within documents begin anywhere
         bigrams = count_bigrams(text.train.values, tested, text.vocab_size, self.context)
-        for rows in text.test_rows(world):
-            windows = text.test.windows(rows)
-            yield Windows(torch.from_numpy(windows), bigrams.loss(windows))
+
+        def read(rows: np.ndarray) -> Windows:
+            windows = test.windows(rows)
+            return Windows(torch.from_numpy(windows), bigrams.loss(windows))
+
+        return text.test_batches(world, read)
 
     def test(self, model: nn.Module, batch: Windows) -> tuple[int, dict[str, float]]:
         num_tokens = batch.tokens[:, 1:].numel()
@@ -231,12 +245,12 @@ class MaskedLanguage(TextTask):
         return functional.cross_entropy(logits, targets, reduction="sum") / self.num_masked
 
     def test_batches(self, world: World) -> Iterator[MaskedWindows]:
-        """Collective at the first batch: all ranks count the training tokens."""
-        if self.text.test is None:
-            return
+        """Collective: all ranks count the training tokens."""
+        test = self.text.test
+        if test is None:
+            return iter(())
         most_frequent = int(count_tokens(self.text.train.values, self.text.vocab_size, self.context).argmax())
-        for rows in self.text.test_rows(world):
-            yield self._masked(self.text.test, rows, _TEST_STEP, most_frequent)
+        return self.text.test_batches(world, lambda rows: self._masked(test, rows, _TEST_STEP, most_frequent))
 
     def test(self, model: nn.Module, batch: MaskedWindows) -> tuple[int, dict[str, float]]:
         logits, targets = self._logits(model, batch)

@@ -123,7 +123,7 @@ class Regression:
 
     def test_batches(self, world: World) -> Iterator[Batch]:
         self._measured = self.held_out
-        return test_batches(self.held_out, world)
+        return test_batches(self.held_out, world, self.config.test.samples)
 
     def validation_batches(self, world: World) -> Iterator[Batch]:
         self._measured = self.validation

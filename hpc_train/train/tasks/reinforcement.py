@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import rank_span
 from hpc_train.core.settings import Rl
 from hpc_train.core.world import World
+from hpc_train.train.data.rank_batches import RankBatches
 
 # There is no data set, and so no epoch: samples are numbers that never repeat. As this one does not depend on
 # train.steps, a run can be continued for more steps.
@@ -110,9 +110,7 @@ class Environments:
 
 def rank_seeds(num_episodes: int, world: World) -> Iterator[list[int]]:
     """This rank's share of the test episodes, the same in every run: those of the seeds 0, 1, 2, ..."""
-    start, stop = rank_span(num_episodes, world.rank, world.size)
-    for begin in range(start, stop, _TEST_BATCH):
-        yield list(range(begin, min(begin + _TEST_BATCH, stop)))
+    return RankBatches(num_episodes, world, _TEST_BATCH, lambda rows: rows.tolist())
 
 
 def _make(settings: Rl) -> Any:

@@ -8,8 +8,9 @@ import pytest
 
 from hpc_train.analysis.models.measurements import from_group
 from hpc_train.analysis.models.predict import predict
-from hpc_train.analysis.planning.budget import power, steps_work, target_work
+from hpc_train.analysis.planning.budget import steps_work, target_work
 from hpc_train.analysis.planning.plan import Limits, make_plan
+from hpc_train.analysis.planning.power import power
 from hpc_train.analysis.report.facts import gather
 from hpc_train.analysis.scaling.compare import Group
 from tests.analysis.convergence.test_target import written
@@ -49,7 +50,7 @@ def test_power_that_fits_exactly_is_known_to_two_percent_at_best(tmp_path: Path)
     study(tmp_path, laws, (1, 2, 4))
     (group,) = gather([tmp_path]).scaling.groups
     found = power(from_group(group))
-    assert found is not None and found.static_w == pytest.approx(300, rel=0.02)
+    assert found is not None and found.busy_w == pytest.approx(300, rel=0.02)
     assert found.relative_error == pytest.approx(0.02, abs=0.005), "a meter and a model are never exact"
 
 

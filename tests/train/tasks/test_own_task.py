@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from hpc_train.core.sampling import Order, regular_chunk_edges
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.tasks import complete, open_task
-from hpc_train.train.tasks.first_batch import checked_loss
+from hpc_train.train.tasks.first_batch import check_is_sum, checked_loss
 from tests import jobs
 
 TESTS = Path(__file__).parents[2]
@@ -189,6 +190,37 @@ def test_a_loss_that_cannot_be_trained_on_is_refused(loss: object, words: str) -
     with pytest.raises(UserError) as caught:
         tried(nn.Linear(784, 10), torch.zeros(2, 784), loss)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "loss, is_mean",
+    [
+        (first_loss, False),
+        (lambda model, batch: nn.functional.cross_entropy(model(batch.inputs), batch.targets), True),
+        (lambda model, batch: first_loss(model, batch) / 7, False),
+        (lambda model, batch: model(batch.inputs[:32]).sum() / len(batch.inputs), True),
+        (lambda model, batch: model(batch.inputs)[31].sum(), False),  # which no part has
+    ],
+)
+@pytest.mark.parametrize("num", [32, 5])
+def test_a_mean_over_samples_is_told_from_a_sum(loss: Any, is_mean: bool, num: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    batch = Batch(torch.rand(num, 3), torch.arange(num) % 2)
+    config = load(TESTS / "own-task.toml").config
+    with pytest.raises(UserError, match=r"its loss is a mean over samples") if is_mean else nullcontext():
+        check_is_sum(config, SimpleNamespace(loss=loss), model, batch, num)
+    assert model.training
+
+
+def test_a_task_with_a_mean_is_refused_before_the_first_step(tmp_path: Path, digits: Path) -> None:
+    faulty = (TESTS / "own_task.py").read_text().replace(".mean(dim=1).sum()", ".mean()")
+    (tmp_path / "own_task.py").write_text(faulty)
+    done = jobs.run(
+        2, "train", TESTS / "own-task.toml", *jobs.settings(data__file=digits, reduce__strategy="mpi"), cwd=tmp_path
+    )
+    assert done.code == 2 and 'reduction="sum"' in done.err and "Traceback" not in done.err, done.err
+    assert not list(tmp_path.rglob("metrics.csv"))
 
 
 def test_other_faults_of_a_task_keep_their_own_type() -> None:
