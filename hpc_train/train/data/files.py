@@ -128,6 +128,11 @@ class Files:
                 )
         return found[0]
 
+    def units(self, name: str) -> str | None:
+        """The attribute `units` of data set `name`; None without one. Raises `UserError` if there is no data set."""
+        told = np.atleast_1d(self.datasets(name, "data")[0].attrs.get("units", []))
+        return str(np.char.asarray(told)[0]) if told.size else None
+
     def require_same_scale(self, name: str, other: str) -> None:
         """Raises `UserError` if stored numbers of data set `other` do not mean the same as those of `name`."""
         train, test = self.datasets(name, "data.inputs")[0], self.datasets(other, "data.test_inputs")[0]

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import h5py
 import numpy as np
 
 from hpc_train.core.missing_values import is_missing
@@ -35,15 +34,10 @@ def find_persistence(files: Files, data: Data, split: Split) -> Persistence | No
     if split.input_shape != tuple(split.targets.shape[1:]) or len(split.input_shape) < 2:
         return None
     names = str(data.inputs), data.targets
-    units = [_units(files.datasets(name, "data")[0]) for name in names]
+    units = [files.units(name) for name in names]
     if None not in units and units[0] != units[1]:
         return None
     return Persistence(files.scale(names[0]), files.scale(names[1]))
-
-
-def _units(dataset: h5py.Dataset) -> str | None:
-    values = np.atleast_1d(dataset.attrs.get("units", []))
-    return None if not values.size else str(np.char.asarray(values)[0])
 
 
 class _Changes(Reader):
