@@ -24,7 +24,7 @@ TRAINING = (
 ANALYSIS = (
     *("core", "analysis", "analysis/stats", "analysis/runs", "analysis/efficiency", "analysis/scaling"),
     *("analysis/energy", "analysis/convergence", "analysis/models", "analysis/planning", "analysis/comparison"),
-    *("analysis/trace", "analysis/report"),
+    *("analysis/trace", "analysis/live", "analysis/report"),
 )
 # A file beside the rooms of train/: what it needs decides where it stands.
 # Former names that files of users import: each ends with the release after its change.

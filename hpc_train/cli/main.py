@@ -29,6 +29,7 @@ from hpc_train.cli.report import report
 from hpc_train.cli.scale import scale
 from hpc_train.cli.submit import submit
 from hpc_train.cli.train import generate, train
+from hpc_train.cli.watch import runs, watch
 from hpc_train.core.errors import JointFailure, UserError, out_of_memory, refused
 from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.output import drop_unread
@@ -49,8 +50,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    *(init, prepare, stage, data, train, generate, export, submit, scale, report, compare, plan),
-    *(memory, doctor, bench, config),
+    *(init, prepare, stage, data, train, generate, export, submit, scale, runs, watch),
+    *(report, compare, plan, memory, doctor, bench, config),
 )
 for command in _COMMANDS:
     cli.add_command(command)

@@ -52,15 +52,6 @@ def _task_keys(config: Config) -> Iterator[UserError]:
         )
     if kind in _KINDS_WITH_TOKENS and data.read != "auto":
         yield UserError(f"data.read = '{data.read}' does not go with task.kind = '{kind}'", "Leave data.read out.")
-    # Ranks with shares of unlike length would read a different number of times, and collective reads would hang.
-    if data.read == "collective" and data.missing != "refuse":
-        yield UserError(
-            f"data.missing = '{data.missing}' does not go with data.read = '{data.read}'", "Leave one of them out."
-        )
-    if data.read == "collective" and train.accumulate > 1:
-        yield UserError(
-            f"train.accumulate = {train.accumulate} does not go with data.read = 'collective'", "Leave one of them out."
-        )
     if kind == "policy_gradient" and train.accumulate > 1:
         yield UserError(
             f"train.accumulate = {train.accumulate}: policy_gradient normalises advantages over a whole step",
@@ -85,10 +76,6 @@ def _task_keys(config: Config) -> Iterator[UserError]:
         yield UserError(
             f"{validation} does not go with reduce.strategy = 'parameter_server': its workers are not at the same step",
             "Leave validation.every_steps out.",
-        )
-    if data.read == "collective" and data.hold_out:
-        yield UserError(
-            f"data.hold_out = {data.hold_out:g} does not go with data.read = 'collective'", "Leave one of them out."
         )
     if config.test.samples is not None and kind not in _KINDS_WITH_DATA:
         yield UserError(

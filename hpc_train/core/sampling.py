@@ -144,6 +144,21 @@ class Order:
         slots = np.searchsorted(ends, mixed, "right")
         return self.chunk_edges[chunks[slots] + 1] - (ends[slots] - mixed)
 
+    def window_ends(self, seed: int, epoch: int) -> Indices:
+        """The position at which each window of epoch `epoch` ends."""
+        if self.chunk_edges is None:
+            return np.array([self.num_samples])
+        _, ends = self._chunks_of(self.chunk_edges, seed, epoch)
+        return np.append(ends[self.window - 1 : -1 : self.window], self.num_samples)
+
+    def window_spans(self, window: int, seed: int, epoch: int) -> list[tuple[int, int]]:
+        """[start, stop) of the rows that this window of epoch `epoch` mixes: of each chunk, increasing."""
+        if self.chunk_edges is None:
+            return [(0, self.num_samples)]
+        chunks, _ = self._chunks_of(self.chunk_edges, seed, epoch)
+        mixed = np.sort(chunks[window * self.window : (window + 1) * self.window])
+        return list(zip(self.chunk_edges[mixed].tolist(), self.chunk_edges[mixed + 1].tolist(), strict=True))
+
     def _chunks_of(self, edges: Indices, seed: int, epoch: int) -> tuple[Indices, Indices]:
         """(the chunks in the epoch's order, the position at which each ends)."""
         found = self._chunk_order_cache.get((seed, epoch))

@@ -37,11 +37,11 @@ class Data(_Section):
     missing: Literal["refuse", "drop", "mean"] = "refuse"
     # scale_factor: as the file's attributes say; standardize: mean 0, deviation 1 over the training samples.
     normalize: Literal["none", "scale_factor", "standardize"] = "scale_factor"
-    # collective: all ranks read each batch together; memory: each rank holds a part of the data and ranks exchange
-    # samples; auto: memory map or decoded chunks, or memory if the data exceed every node's memory.
+    # collective: all ranks read slabs together and exchange their samples; memory: each rank holds a part of the data
+    # and ranks exchange samples; auto: memory map or decoded chunks, or memory if the data exceed every node's memory.
     read: Literal["auto", "collective", "memory"] = "auto"
     memory_mb: Count = 512  # memory per rank for decoded chunks, or for samples received at once
-    shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: as many as 3/8 of memory_mb hold, at most 64
+    shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: as many as a third of memory_mb holds, at most 64
 
 
 class Task(_Section):

@@ -57,7 +57,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
         open_attempt(loaded, context, resume) as attempt,
     ):
         begin_from(job, attempt)
-        recorder = Recorder(loaded, recorder_context, job.placements, attempt, open_clock(config.train, job.device))
+        clock = open_clock(config.train, job.device)
+        recorder = Recorder(loaded, recorder_context, job.placements, attempt, clock, job.device)
         saver = Saver(attempt.run, config.checkpoint, job.facts, saver_context, recorder.log, recorder.sync_records)
         with (
             recorder,

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import log
-from typing import Literal
+from math import inf, log
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,9 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.statistics import Interval
 from hpc_train.core.timing_log import PHASES
 
-Verdict = Literal["regression", "improvement", "below the threshold", "no difference shown", "not judged"]
+Verdict = Literal[
+    "regression", "improvement", "slower, step unaffected", "below the threshold", "no difference shown", "not judged"
+]
 Unit = Literal["s", "1/s", "J", "B", ""]
 
 DEFAULT_THRESHOLD = 0.03
@@ -86,8 +88,9 @@ class RunComparison:
 
     @property
     def changed_places(self) -> list[PlaceVerdict]:
-        """Regressions and improvements, the costliest first."""
-        changed = [place for place in self.places if place.verdict in ("regression", "improvement")]
+        """Those beyond the threshold, the costliest first."""
+        kinds = ("regression", "improvement", "slower, step unaffected")
+        changed = [place for place in self.places if place.verdict in kinds]
         return sorted(changed, key=lambda place: -abs(place.of.ratio.log) * place.of.before_s)
 
 
@@ -103,12 +106,37 @@ def compare_sides(before: Side, after: Side, threshold: float) -> RunComparison:
             "Compare runs of the same ranks, hosts, batch, model and data; hpc-train report holds sizes side by side.",
         )
     metrics = _metrics(before, after, threshold)
-    step_s = metrics[0].before or 0.0
+    speed, step_s = metrics[0], metrics[0].before or 0.0
     places = place_changes(before.runs, after.runs)
     judged = [each for kind in ("host", "rank") for each in _judged_places(places, kind, threshold, step_s)]
     return RunComparison(
-        before, after, threshold, tuple(metrics), tuple(judged), tuple(differences(before.runs, after.runs))
+        before,
+        after,
+        threshold,
+        tuple(_told_apart(each, added_s(each), speed) if each.name in PHASES else each for each in metrics),
+        tuple(_told_apart(each, added_s(each), speed) for each in judged),
+        tuple(differences(before.runs, after.runs)),
     )
+
+
+def added_s(each: Metric | PlaceVerdict) -> float:
+    """Seconds of a step that a phase takes longer than before."""
+    if isinstance(each, PlaceVerdict):
+        return each.relative * each.of.before_s
+    return (each.after or 0.0) - (each.before or 0.0)
+
+
+Judged = TypeVar("Judged", Metric, PlaceVerdict)
+
+
+def _told_apart(each: Judged, added_s: float, speed: Metric) -> Judged:
+    """A regression of a phase is none of the job if the step surely does not take so much longer: another phase, or the
+    wait for other ranks, makes up for it. If the step's interval cannot exclude it, it stays a regression.
+    """
+    low, most = speed.interval or (0.0, inf)
+    if each.verdict == "regression" and low <= 0 and added_s > most * (speed.before or 0.0):
+        return replace(each, verdict="slower, step unaffected")
+    return each
 
 
 # ---------------------------------------------------------------------------------------------- metrics

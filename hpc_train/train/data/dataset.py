@@ -19,7 +19,7 @@ from hpc_train.train.data.rank_batches import RankBatches
 from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.readers import SelectedReader, StringReader, is_strings
 
-_MAX_CHUNKS_MIXED = 64  # with each other: more make no better batches
+MAX_CHUNKS_MIXED = 64  # with each other: more make no better batches
 _SCAN_ROWS = 1 << 20
 _TEST_BATCH, _TEST_BYTES = 1024, 8 << 20  # samples at once, and bytes of their inputs, of which models make many more
 _WIDE = (torch.float64, torch.int64, torch.int32)
@@ -232,11 +232,9 @@ def open_order(readers: Sequence[Reader], num_samples: int, config: Config, rows
         return Order(num_samples)
     edges = np.unique(np.minimum(chunked.chunk_edges // rows_per_sample, num_samples))
     edges[-1] = num_samples
-    if config.data.read == "collective":  # whose chunks are global batches
-        return Order(num_samples, edges)
     chunk_bytes = max(1, int(np.diff(edges).max()) * chunked.row_bytes * rows_per_sample)
     # Two windows must fit: the next one is decoded while this one is trained on.
-    window = config.data.shuffle_chunks or min(_MAX_CHUNKS_MIXED, chunk_cache_bytes(config) // 2 // chunk_bytes)
+    window = config.data.shuffle_chunks or min(MAX_CHUNKS_MIXED, chunk_cache_bytes(config) // 2 // chunk_bytes)
     return Order(num_samples, edges, max(1, window))
 
 

@@ -25,6 +25,7 @@ from hpc_train.train.comm.placement import RankPlacement
 from hpc_train.train.energy.node_energy import NodeEnergy
 from hpc_train.train.run.attempt import Attempt
 from hpc_train.train.run.gather_summary import gather_summary
+from hpc_train.train.run.gpu_use import GpuUse
 from hpc_train.train.run.meta_writer import MetaWriter, now
 from hpc_train.train.run.process_use import ProcessUse, seconds_since_start
 
@@ -39,9 +40,15 @@ class Recorder:
     """
 
     def __init__(
-        self, loaded: Loaded, context: Context, places: list[RankPlacement], attempt: Attempt, clock: Clock
+        self,
+        loaded: Loaded,
+        context: Context,
+        places: list[RankPlacement],
+        attempt: Attempt,
+        clock: Clock,
+        device: torch.device,
     ) -> None:
-        """Collective. Takes `energy.idle_s` seconds."""
+        """Collective. Takes `energy.idle_s` seconds. device: this rank's, whose use is recorded if it is a GPU."""
         self._loaded, self._context, self._attempt = loaded, context, attempt
         self._train, self.run = loaded.config.train, attempt.run
         self._losses: list[tuple[int, float | torch.Tensor]] = []  # (step, loss), not yet written
@@ -52,6 +59,7 @@ class Recorder:
         self._progress = StepProgress(loaded.config.name, total, loaded.config.run.progress, context.world.is_root)
         self.log = self._progress.log
         self._energy = NodeEnergy(loaded.config.energy, context, places, self.log)
+        self._gpu = GpuUse(device)
         self.clock = clock
 
     def __enter__(self) -> Self:
@@ -86,6 +94,7 @@ class Recorder:
         # On other ranks a lease is renewed by their steps, so a thread beside them must not check it.
         check = self._attempt.lease.check if rank == 0 else None
         self._stack.enter_context(self._energy.recorded(self.run.energy(host), number, check))
+        self._stack.enter_context(self._gpu)
         self._progress.begin(first_step)
         self._context.barrier()
         self._start_up_s = seconds_since_start()
@@ -168,11 +177,14 @@ class Recorder:
         used = self._context.gather(ProcessUse.now().since(self._use_before))
         start_up_s = self._context.gather(self._start_up_s)
         self._stack.close()
+        gpu_busy = self._context.gather(self._gpu.busy)
+        gpu_used_bytes = self._context.gather(self._gpu.used_bytes)
         lost = {str(rank): streams for rank, streams in enumerate(self._context.gather(lost_streams())) if streams}
         facts = {"outcome": outcome, "last_step": self.num_steps_done - 1, "ended": now(), **metadata}
         facts |= {"output_lost": lost} if lost else {}
         # Of each rank: from the start of its process to this attempt's first step, and from there to the loop's end.
         facts |= {"start_up_s": start_up_s} | {f"loop_{name}": [getattr(rank, name) for rank in used] for name in _USED}
+        facts |= {"loop_gpu_busy": gpu_busy, "loop_gpu_used_bytes": gpu_used_bytes}
         self._meta.write_end(self._energy.metadata_at_end(), facts)
 
     def test_stopped(self, outcome: str, measures: dict[str, float], num_done: int) -> None:

@@ -31,9 +31,8 @@ class Classification:
         self.reading = "; ".join(filter(None, (*samples.reading, self._classes.describe(data.targets))))
         self.facts = samples.facts | {"classes": self._classes.listed()}
         if why := poor_mixing(self.train.targets, data.targets, self.order, self.num_classes, context):
-            is_collective = data.read == "collective"
-            remedy = "leave data.read out" if is_collective else "data.shuffle_chunks and data.memory_mb mix more"
-            warn(context, f"{why}: {remedy}, or store the samples in random order.")
+            remedy = "data.shuffle_chunks and data.memory_mb mix more, or store the samples in random order"
+            warn(context, f"{why}: {remedy}.")
 
     def _read_labels(
         self, context: Context, files: Files, train: Split, held_out: Split | None

@@ -124,7 +124,10 @@ def test_a_shared_nodes_energy_is_marked_on_every_screen() -> None:
     assert section.overview is not None and section.overview.rows[0][-1].endswith("J shared")
     (energy,) = [number for number in section.numbers if number.title == "Energy per sample"]
     assert energy.value.endswith("J shared")
-    assert table(section, "energy-by-node").rows[0][1].endswith(" shared (all nodes together)")
+    by_node = table(section, "energy-by-node")
+    assert by_node.columns[1].title == "of all nodes together" and by_node.rows[0][1].endswith(" shared")
+    (own,) = make_report([Path("tests/runs/mlp-mnist")]).sections
+    assert table(own, "energy-by-node").columns[1].title == "by node"
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
@@ -371,6 +374,28 @@ def test_mismatches_and_incomplete_runs_are_told_everywhere(tmp_path: Path) -> N
         assert "version of torch: 2.10.0 (1 and 4 ranks); 2.11.0 (2 ranks)" in said
         assert "4*" in said and "no summary.json" in said and "* incomplete" in said
     assert made.headlines[0].startswith("2 ranks")  # not the incomplete 4 ranks
+
+
+def test_the_short_screen_has_the_first_note_of_each_group_and_why_a_run_is_incomplete(tmp_path: Path) -> None:
+    cut = Recipe(size=4, step_s=0.004, complete=False)
+    made = report(
+        tmp_path, *pair(), cut, *(replace(each, name="another", global_batch=60, complete=False) for each in pair())
+    )
+    assert sum(section.kind == "group" for section in made.sections) == 2
+    text = " ".join(printed(made, full=False).split())
+    assert "softmax-mnist: * incomplete: softmax-mnist/" in text
+    assert "(4 ranks): no summary.json" in text
+    assert "another: * incomplete: another/" in text
+
+
+def test_no_sentence_ends_with_two_full_stops(tmp_path: Path) -> None:
+    """Amounts of energy may end with "est."."""
+    estimated = [replace(each, **ESTIMATE) for each in pair()]
+    for made in (report(tmp_path, *estimated), make_report([Path("tests/runs/mlp-mnist")])):
+        assert "est." in printed(made)
+        plots = [f"{plot.caption}{plot.description}" for section in made.sections for plot in section.plots]
+        for said in (printed(made), printed(made, full=False), Page(page(made, tmp_path)).text, *plots):
+            assert not re.search(r"(?<!\.)\.\.(?!\.)", said), re.findall(r".{60}\.\.", said)
 
 
 def test_a_diverged_run_and_one_without_metrics_are_reported(tmp_path: Path) -> None:

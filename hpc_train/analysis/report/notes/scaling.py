@@ -17,6 +17,7 @@ from hpc_train.core.timing_log import PHASES
 
 _UNEVEN = 0.1  # the mean step over the median one, relative
 _SUPERLINEAR = 1.05  # speedup efficiency
+_MOST_INCOMPLETE = 5  # runs whose reason a sentence gives; the page's list of runs has all
 _MOST_UNEQUAL = 2  # facts that a sentence names
 
 
@@ -57,9 +58,7 @@ def _run_notes(runs: Sequence[Run]) -> Iterator[str]:
         for copy in run.copies:
             yield f"Counted once: {copy} is a copy of {run.dir.path}."
     for run in runs:
-        if run.incomplete:
-            yield f"Incomplete: {run.label} ({plural(run.size, 'rank')}): {run.incomplete}."
-        elif not len(run.step_s):
+        if not run.incomplete and not len(run.step_s):
             yield f"{run.label}: no steady step, all of its {run.summary.num_steps} steps are warm-up."
 
 
@@ -191,9 +190,14 @@ def _lone_notes(groups: Sequence[Group], compared: Collection[str]) -> list[str]
 
 
 def incomplete_notes(group: Group) -> list[str]:
-    if not any(row.incomplete for row in group.rows):
+    runs = [run for run in group.runs if run.incomplete]
+    if not runs:
         return []
-    return [f"{MARK} incomplete: shown, never a baseline, never pooled with complete runs."]
+    reasons = [f"{run.label} ({plural(run.size, 'rank')}): {run.incomplete}" for run in runs]
+    return [
+        f"{MARK} incomplete: {listed(reasons, _MOST_INCOMPLETE)}. Shown, never a baseline, never pooled with complete"
+        " runs."
+    ]
 
 
 def server_notes(group: Group) -> list[str]:

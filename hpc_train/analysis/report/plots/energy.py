@@ -10,7 +10,7 @@ from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.canvas import BLUE, GREEN, GREY, SKY, VERMILLION, WHITE, label_bar, legend_above
 from hpc_train.analysis.report.plots.step_time import PHASE_COLORS, bars_by_size
-from hpc_train.core.formatting import plural, ratio_text, significant
+from hpc_train.core.formatting import plural, ratio_text, sentence, significant
 from hpc_train.core.timing_log import COMMUNICATION, PHASES
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def energy_by_size_plot(cost: GroupEnergy) -> Plot:
     return Plot(
         "energy-per-sample",
         f"Energy per sample trained on, whole run, {qualities}.{split}{hatched}",
-        f"Energy per sample: {amounts}.",
+        sentence(f"Energy per sample: {amounts}"),
         partial(_paint_sizes, rows=rows, qualities=qualities),
         _HEIGHT,
     )
@@ -120,7 +120,7 @@ def energy_by_phase_plot(cost: GroupEnergy) -> Plot | None:
         "energy-by-phase",
         "Energy per sample by phase, divided by the time of each phase: no meter is fast enough to separate them."
         " Hatched: energy spent in exposed communication.",
-        f"Energy per sample by phase, attributed by time: {amounts}.",
+        sentence(f"Energy per sample by phase, attributed by time: {amounts}"),
         partial(_paint_phases, rows=rows),
         _HEIGHT,
     )
@@ -174,7 +174,7 @@ def energy_by_speedup_plot(cost: GroupEnergy) -> Plot | None:
         "energy-against-speedup",
         f"Energy against speedup. Below the dashed line, joules times seconds are less than on {over}: more ranks pay"
         " there.",
-        f"Speedup over {over} and energy per sample: {prices}.",
+        sentence(f"Speedup over {over} and energy per sample: {prices}"),
         partial(_paint_speedup, rows=rows, over=over),
     )
 

@@ -26,7 +26,7 @@ def group_section(energy: GroupEnergy, study: TargetStudy | None, named: bool, g
     section = SectionBuilder("group", group.label, guard)
     section.headline(headline, group, named, advice.short)
     add_numbers(section, group, advice)
-    forecast = ("forecast",) if advice.trusted else ()
+    forecast = ("forecast",) if advice.trusted and not advice.as_measured else ()
     section.lead("speedup", "time-per-step", "energy-per-sample", *forecast, "rank-phases", "step-times")
     add_scaling(section, group)
     add_step_time(section, group)
