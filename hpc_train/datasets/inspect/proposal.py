@@ -102,7 +102,8 @@ def propose(file: FileStructure) -> Proposal:
         f"{test[0].name}: {plural(test[0].num_rows, 'sample')} to test on" if test else "no samples to test on",
         *(f"{name} lacks values: samples with one are left out" for name in lacking),
     ]
-    others = [info.name for info in file.datasets if info not in (inputs, targets, *(test or ()))]
+    used = (inputs, targets, *(test or ()))
+    others = [info.name for info in file.datasets if info not in used and not info.is_coordinate]
     if others:
         said.append(f"not used: {', '.join(others[:_MOST_LISTED])}{', ...' * (len(others) > _MOST_LISTED)}")
     known = rows[np.isfinite(rows)]
@@ -116,7 +117,8 @@ def propose(file: FileStructure) -> Proposal:
 
 def _pair(file: FileStructure) -> tuple[DatasetInfo, DatasetInfo]:
     """The likeliest inputs and targets: of as many rows, by their names, their group and their shapes."""
-    usable = [info for info in file.datasets if info.shape and info.num_rows > 1 and not words(info.name) & _TEST_WORDS]
+    usable = [info for info in file.datasets if info.num_rows > 1 and not info.is_coordinate]
+    usable = [info for info in usable if not words(info.name) & _TEST_WORDS]
     pairs = [(x, y) for x, y in product(usable, usable) if x is not y and _can_be(x, y)]
     if not pairs:
         listed = ", ".join(f"{info.name} {info.dtype} {info.shape}" for info in file.datasets[:8]) or "nothing"
