@@ -34,7 +34,7 @@ def init(data: Path, output: Path | None, force: bool) -> None:
     if not data.exists():
         raise UserError(f"{data} does not exist", "Name an HDF5 file, a table or a folder of pictures.")
     if command := preparation(data):
-        click.echo(f"First:\n  {command}\nThen:\n  hpc-train init {command.split()[3]}")
+        click.echo(f"First:\n  {command}\nThen:\n  hpc-train init {shlex.quote(shlex.split(command)[3])}")
         return
     job = output or Path(f"{data.stem}.toml")
     if job.exists() and not force:

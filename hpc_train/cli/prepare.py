@@ -36,7 +36,9 @@ def _dataset(ctx: click.Context, param: click.Parameter, value: str) -> str:
     "--tokenizer", metavar="bytes|bpe:N", help="For text: bytes (the default), or N byte pairs learned from it."
 )
 @click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="For images: the size to crop them to (224).")
-@click.option("--target", metavar="COLUMN", help="For a table: the column (.npz: the array) to learn.")
+@click.option("--target", metavar="COLUMN,...", help="For a table: the columns (.npz: the array) to learn.")
+@click.option("--drop", metavar="COLUMN,...", help="For a table: columns to leave out.")
+@click.option("--categories", type=click.Choice(["one-hot", "codes"]), help="For a table: inputs of text (one-hot).")
 @click.option("--test-fraction", type=FiniteNumber(0, 0.5), help="Share of the rows to test on (0.1).")
 @click.option("--compress", metavar="gzip:LEVEL|lzf|zstd:LEVEL", help="Write compressed chunks, which read slower.")
 @click.option(
@@ -54,6 +56,8 @@ def prepare(
     tokenizer: str | None,
     size: int | None,
     target: str | None,
+    drop: str | None,
+    categories: str | None,
     test_fraction: float | None,
     compress: str | None,
     memory_mb: int,
@@ -82,7 +86,7 @@ def prepare(
         from hpc_train.datasets.prepare.prepare import prepare as write
         from hpc_train.datasets.prepare.sources import Options
 
-        options = Options(size, target, test_fraction, tokenizer)
+        options = Options(size, target, test_fraction, tokenizer, drop, categories)
         write(dataset, origin, output, context, overwrite, options, compress, memory_mb)
 
 

@@ -1,6 +1,7 @@
 """What a file looks like as data to train on: inputs and targets by names and shapes, and a job that fits them."""
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -16,6 +17,7 @@ from hpc_train.core.labels import NoClasses, find_classes, is_label
 from hpc_train.core.missing_values import declared_missing, is_missing
 from hpc_train.datasets.inspect.names import INPUT_WORDS, TARGET_WORDS, words
 from hpc_train.datasets.inspect.structure import DatasetInfo, FileStructure
+from hpc_train.datasets.prepare.csv_rows import csv_form
 
 _NUMBERING = {"id", "ids", "index", "idx", "row", "number", "time", "date", "weight", "weights", "mask"}
 _TEST_WORDS = {"test", "testing", "valid", "validation", "val", "eval", "holdout"}
@@ -251,17 +253,17 @@ def _is_missing(values: np.ndarray, dataset: h5py.Dataset) -> np.ndarray:
 
 def preparation(path: Path) -> str | None:
     """The command that makes an HDF5 file of a table or a folder of pictures; None for HDF5 and what is unknown."""
-    suffix, output = path.suffix.lower(), f"data/{path.stem or path.name}.h5"
+    suffix, file = path.suffix.lower(), shlex.quote(str(path))
+    output = shlex.quote(f"data/{path.resolve().name if path.is_dir() else path.stem or path.name}.h5")
     if path.is_dir():
-        return f"hpc-train prepare images data/{path.resolve().name}.h5 --from {path}"
-    if suffix == ".csv":
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            columns = [column.strip().strip('"') for column in file.readline().strip().split(",")]
+        return f"hpc-train prepare images {output} --from {file}"
+    if suffix in (".csv", ".tsv"):
+        columns = csv_form(path).names
         target = next((each for each in reversed(columns) if words(each) & TARGET_WORDS), columns[-1])
-        return f"hpc-train prepare table {output} --from {path} --target {target}"
+        return f"hpc-train prepare table {output} --from {file} --target {shlex.quote(target)}"
     if suffix in (".npz", ".npy", ".parquet"):
         target = {".npz": "", ".npy": " --target COLUMN_NUMBER", ".parquet": " --target COLUMN"}[suffix]
-        return f"hpc-train prepare table {output} --from {path}{target}"
+        return f"hpc-train prepare table {output} --from {file}{target}"
     return None
 
 

@@ -76,13 +76,16 @@ def state_of(paths: Iterable[Path]) -> str:
 class Options:
     """Options of `prepare` that only some sources take. None: not given.
 
-    size: pixels of a picture's sides. target: a table's column. test_fraction: of the rows. tokenizer: of text.
+    size: pixels of a picture's sides. target, drop: a table's columns, "a,b" for several. categories: "one-hot" or
+    "codes". test_fraction: of the rows. tokenizer: of text.
     """
 
     size: int | None = None
     target: str | None = None
     test_fraction: float | None = None
     tokenizer: str | None = None
+    drop: str | None = None
+    categories: str | None = None
 
     def require_use(self, name: str, origins: list[Path]) -> None:
         """Raises `UserError` if data set `name` does not take an option that is given, or needs one that is not."""
@@ -90,6 +93,8 @@ class Options:
         takers = {
             "--size": (self.size, {"images"}),
             "--target": (self.target, {"table"}),
+            "--drop": (self.drop, {"table"}),
+            "--categories": (self.categories, {"table"}),
             "--test-fraction": (self.test_fraction, {"table", "images", "samples"}),
             "--tokenizer": (self.tokenizer, {"text"}),
         }

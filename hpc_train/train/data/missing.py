@@ -16,7 +16,7 @@ from hpc_train.core.missing_values import declared_missing, is_missing
 from hpc_train.core.sampling import rank_span
 from hpc_train.core.settings import Data
 from hpc_train.train.comm.context import Context, joint
-from hpc_train.train.data.dataset import Filling, Split
+from hpc_train.train.data.dataset import Filling, Part, Split
 from hpc_train.train.data.files import Files
 from hpc_train.train.data.hdf5_faults import damage_as_user_error
 from hpc_train.train.data.moments import moments
@@ -40,27 +40,29 @@ class _Scanned:
     mean: np.ndarray | None = None
 
 
-def handle_missing(
-    train: Split, held_out: Split | None, files: Files, data: Data, context: Context
-) -> tuple[Split, Split | None, tuple[float, ...], str]:
-    """Collective. The splits as data.missing asks, the inputs' values that stand for none, and what was done.
+def handle_missing(parts: list[Part], data: Data, context: Context) -> tuple[list[Part], tuple[float, ...], str]:
+    """Collective. The parts as data.missing asks, the inputs' values that stand for none, and what was done.
+
+    The training samples come first: the mean is theirs.
 
     All values are read for it, each rank a part, if the file declares which are missing, if data.missing is set, and of
     small data. Raises `UserError` if there are some and data.missing is "refuse". A sample without a target is left out
     in any case.
     """
-    scan = partial(_scan, files, data.missing, context)
-    inputs, targets = scan(str(data.inputs), train.inputs[0]), scan(data.targets, train.targets)
-    filling = None
-    if data.missing == "mean" and inputs.mean is not None:
-        filling = Filling(inputs.values, torch.from_numpy(inputs.mean.astype(np.float32)))
-    train, said = _handled(train, inputs, targets, filling)
-    if held_out is None:
-        return train, None, inputs.values, said
-    test_inputs = scan(str(data.test_inputs), held_out.inputs[0])
-    test_targets = scan(data.test_targets, held_out.targets)
-    held_out, also = _handled(held_out, test_inputs, test_targets, filling)
-    return train, held_out, inputs.values, "; ".join(filter(None, (said, also)))
+    filling: Filling | None = None
+    values: tuple[float, ...] = ()
+    handled, said = [], []
+    for part in parts:
+        scan = partial(_scan, part.files, data.missing, context)
+        inputs, targets = scan(part.inputs, part.split.inputs[0]), scan(part.targets, part.split.targets)
+        if part.use == "train":
+            values = inputs.values
+            if data.missing == "mean" and inputs.mean is not None:
+                filling = Filling(values, torch.from_numpy(inputs.mean.astype(np.float32)))
+        split, words = _handled(part.split, inputs, targets, filling)
+        handled.append(part.having(split))
+        said.append(words)
+    return handled, values, "; ".join(filter(None, said))
 
 
 def _handled(split: Split, inputs: _Scanned, targets: _Scanned, filling: Filling | None) -> tuple[Split, str]:
@@ -86,7 +88,7 @@ def _handled(split: Split, inputs: _Scanned, targets: _Scanned, filling: Filling
 
 def _scan(files: Files, mode: str, context: Context, name: str, reader: Reader) -> _Scanned:
     """Collective. Raises `UserError` if a value is missing and `mode` is "refuse"."""
-    values = context.on_all(partial(_declared, files, name))
+    values = context.on_all(partial(declared_values, files, name))
     may_be_nan = reader.dtype.kind == "f" and (mode != "refuse" or reader.num_bytes <= _SMALL_BYTES)
     if reader.dtype.kind == "O" or not (values or may_be_nan):
         return _Scanned(name, values, np.zeros(0, np.int64))
@@ -110,7 +112,7 @@ def _my_parts(reader: Reader, context: Context) -> Iterator[tuple[int, np.ndarra
         yield begin, reader[begin : min(begin + num_rows, stop)]
 
 
-def _declared(files: Files, name: str) -> tuple[float, ...]:
+def declared_values(files: Files, name: str) -> tuple[float, ...]:
     """The stored numbers that stand for no value in data set `name` of one of the files. Raises `UserError`."""
     found: set[float] = set()
     for path, file, dataset in zip(files.paths, files.opened, files.datasets(name, "data"), strict=True):

@@ -189,7 +189,7 @@ def test_persistence_speaks_of_what_stored_numbers_mean(tmp_path: Path) -> None:
     task = opened(path, model="unet", normalize="standardize")
     # Inputs mean 0.1 s + 3, targets 0.1 s + 2.5: the same but for half a unit.
     expected = (0.5 / (0.1 * stored[:-10].std())) ** 2
-    (found,) = task._persistence.values()
+    (found,) = (each.persistence_mse for each in task._references.values())
     assert found == pytest.approx(expected)
 
 
