@@ -52,7 +52,7 @@ class Data(_Section):
 
 class Task(_Section):
     kind: str = "classification"  # or "mypackage.mytask:MyTask"
-    model: str = "softmax"
+    model: str = "softmax"  # or "package.module:factory"
     loss: Literal["mse", "mae", "huber"] = "mse"  # of regression
     num_classes: Annotated[int, Field(ge=1, le=10**8)] | None = None  # default: one more than the largest label
     options: dict[str, Option] = {}  # keyword arguments of the model: see its docstring

@@ -11,6 +11,7 @@ from tests import jobs
 from tests.benchmarks import models
 
 JOBS = sorted(jobs.CONFIGS.glob("*.toml"))
+OF_PACKAGES = [path for path in JOBS if ":" in tomllib.loads(path.read_text())["task"]["model"]]
 Keys = dict[str, object]
 
 # What makes a job of each kind short. Another kind needs a line here, and data below where it reads any.
@@ -60,6 +61,8 @@ def data(kind: str, request: pytest.FixtureRequest) -> Keys:
 @pytest.mark.parametrize("ranks", [3, pytest.param(1, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_every_shipped_job_trains(tmp_path: Path, request: pytest.FixtureRequest, path: Path, ranks: int) -> None:
+    if why := jobs.lacking(path):
+        pytest.skip(why)
     kind = tomllib.loads(path.read_text())["task"]["kind"]
     keys = {"train__steps": 3, "train__threads": 1, "run__root": tmp_path, **data(kind, request), **SHORT[kind]}
     done = jobs.run(ranks, "train", path, *jobs.settings(**keys | SMALLER.get(path.stem, {})), cwd=tmp_path)
@@ -67,6 +70,12 @@ def test_every_shipped_job_trains(tmp_path: Path, request: pytest.FixtureRequest
     (run,) = rundir.find([tmp_path])
     summary = json.loads(run.summary.read_text())
     assert summary["complete"] and summary["num_steps"] == 3 and summary["size"] == ranks and summary["test"]
+
+
+@pytest.mark.parametrize("path", OF_PACKAGES, ids=lambda path: path.stem)
+def test_a_model_of_another_package_takes_fifteen_lines(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 15
 
 
 def test_every_job_with_an_aim_is_shipped() -> None:

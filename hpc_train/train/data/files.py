@@ -86,6 +86,10 @@ class Files:
         with damage_as_user_error(self.paths[0], name):
             return find_dataset(self.opened[0], name) is not None
 
+    def names_in_words(self) -> str:
+        """The data sets of the first file, for a message."""
+        return ", ".join(_dataset_names(self.opened[0])) or "none"
+
     def has_any(self, *names: str) -> bool:
         """Whether one of these is there, or the job names it itself, so that `datasets` says what is missing."""
         usual = Data().model_dump().values()

@@ -88,7 +88,7 @@ def _handled(split: Split, inputs: _Scanned, targets: _Scanned, filling: Filling
 
 def _scan(files: Files, mode: str, context: Context, name: str, reader: Reader) -> _Scanned:
     """Collective. Raises `UserError` if a value is missing and `mode` is "refuse"."""
-    values = context.on_all(partial(_declared, files, name))
+    values = context.on_all(partial(declared_values, files, name))
     may_be_nan = reader.dtype.kind == "f" and (mode != "refuse" or reader.num_bytes <= _SMALL_BYTES)
     if reader.dtype.kind == "O" or not (values or may_be_nan):
         return _Scanned(name, values, np.zeros(0, np.int64))
@@ -112,7 +112,7 @@ def _my_parts(reader: Reader, context: Context) -> Iterator[tuple[int, np.ndarra
         yield begin, reader[begin : min(begin + num_rows, stop)]
 
 
-def _declared(files: Files, name: str) -> tuple[float, ...]:
+def declared_values(files: Files, name: str) -> tuple[float, ...]:
     """The stored numbers that stand for no value in data set `name` of one of the files. Raises `UserError`."""
     found: set[float] = set()
     for path, file, dataset in zip(files.paths, files.opened, files.datasets(name, "data"), strict=True):

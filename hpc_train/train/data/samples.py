@@ -53,7 +53,7 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets) ->
     train, validation, held_out = splits["train"], splits.get("validation"), splits.get("test")
     if data.hold_out:
         train, validation = hold_out(train, data, config.seed, context)
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"samples": context.on_all(lambda: _facts(parts[0].having(train)))}
     if data.normalize == "standardize":
         standard = find_standard(train, missing_values, context)
         train = replace(train, standard=standard)
@@ -75,6 +75,17 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets) ->
         reading.append(f"{name} standardised")
     order = open_order(train.inputs, len(train), config)
     return Samples(files, train, validation, held_out, order, in_step, reading, facts)
+
+
+def _facts(train: Part) -> dict[str, Any]:
+    """What a trained model needs to know of its inputs when it meets other data: see `inference/learned.py`."""
+    filling = train.split.filling
+    return {
+        "shape": list(train.split.input_shape),
+        "dtype": train.split.inputs[0].dtype.str,
+        "scale": list(train.files.scale(train.inputs)),
+        "mean_for_missing": None if filling is None else filling.mean.tolist(),
+    }
 
 
 def _open(config: Config, context: Context) -> list[Part]:

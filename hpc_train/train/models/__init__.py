@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 
 from hpc_train.core.errors import UserError
+from hpc_train.core.import_path import is_import_path
 from hpc_train.train.models.bert import Bert
 from hpc_train.train.models.gpt import Gpt
+from hpc_train.train.models.imported import context_of, imported_on_arrays, imported_on_tokens
 from hpc_train.train.models.mlp import Mlp
 from hpc_train.train.models.resnet import ResNet
 from hpc_train.train.models.softmax import Softmax
@@ -22,12 +24,30 @@ MASKED: dict[str, Callable[..., nn.Module]] = {"bert": Bert}  # predict masked t
 
 def classifier(name: str, input_shape: tuple[int, ...], num_classes: int, options: dict[str, Any]) -> nn.Module:
     """The model `task.model` names, for inputs of `input_shape` and `num_classes` classes. Raises `UserError`."""
+    if is_import_path(name):
+        return imported_on_arrays(name, input_shape, ("num_classes", num_classes), options)
     return make_model(CLASSIFIERS, name, (input_shape, num_classes), options)
 
 
 def regressor(name: str, input_shape: tuple[int, ...], num_outputs: int, options: dict[str, Any]) -> nn.Module:
     """The model `task.model` names, for inputs of `input_shape` and `num_outputs` numbers. Raises `UserError`."""
+    if is_import_path(name):
+        return imported_on_arrays(name, input_shape, ("num_outputs", num_outputs), options)
     return make_model(REGRESSORS, name, (input_shape, num_outputs), options)
+
+
+def language_model(name: str, vocab_size: int, context: int, options: dict[str, Any], masked: bool) -> nn.Module:
+    """The model `task.model` names, for tokens below `vocab_size`, `context` of them at most. Raises `UserError`."""
+    if is_import_path(name):
+        return imported_on_tokens(name, vocab_size, context, options, masked)
+    return make_model(MASKED if masked else CAUSAL, name, (vocab_size,), options)
+
+
+def context_length(name: str, options: dict[str, Any], masked: bool) -> Any:
+    """How many tokens that model takes at once, by its options or as it is by default; None if unknown."""
+    if is_import_path(name):
+        return context_of(name, options)
+    return options.get("context", default(MASKED if masked else CAUSAL, name, "context"))
 
 
 def make_model(
@@ -56,5 +76,8 @@ def default(known: dict[str, Callable[..., nn.Module]], name: str, option: str) 
 
 def _known(known: dict[str, Callable[..., nn.Module]], name: str) -> Callable[..., nn.Module]:
     if name not in known:
-        raise UserError(f"task.model = '{name}' is unknown", f"Known: {', '.join(known)}.")
+        raise UserError(
+            f"task.model = '{name}' is unknown",
+            f"Known: {', '.join(known)}; of another package: 'package.module:name'.",
+        )
     return known[name]

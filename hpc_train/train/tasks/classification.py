@@ -28,7 +28,7 @@ class Classification:
         self.train, self.validation, self.held_out = samples.train, samples.validation, samples.held_out
         self.order, self.in_step, self.num_samples = samples.order, samples.in_step, len(self.train)
         self.reading = "; ".join(filter(None, (*samples.reading, self._classes.describe(data.targets))))
-        self.facts = samples.facts | {"classes": self._classes.listed()}
+        self.facts = samples.facts | {"classes": self._classes.listed(), "num_classes": self.num_classes}
         if why := poor_mixing(self.train.targets, data.targets, self.order, self.num_classes, context):
             remedy = "data.shuffle_chunks and data.memory_mb mix more, or store the samples in random order"
             warn(context, f"{why}: {remedy}.")
@@ -58,6 +58,10 @@ class Classification:
         return test_batches(self.validation, world)
 
     def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
-        logits = model(batch.floats())
-        loss = functional.cross_entropy(logits, batch.targets, reduction="sum")
-        return len(batch), {"loss": loss.item(), "accuracy": (logits.argmax(1) == batch.targets).sum().item()}
+        return len(batch), measures(model(batch.floats()), batch.targets)
+
+
+def measures(logits: torch.Tensor, classes: torch.Tensor) -> dict[str, float]:
+    """The sums over samples of each measure. logits: (n, classes), classes: (n,) those of the samples."""
+    loss = functional.cross_entropy(logits, classes, reduction="sum")
+    return {"loss": loss.item(), "accuracy": (logits.argmax(1) == classes).sum().item()}

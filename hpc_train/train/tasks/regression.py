@@ -1,6 +1,7 @@
 """Regression of arrays on arrays, from HDF5."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 
@@ -17,6 +18,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.data.dataset import Batch, Part, Split, test_batches
 from hpc_train.train.data.moments import Moments, moments
 from hpc_train.train.data.normalize import pooled_axes
+from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.samples import open_samples
 
 _LOSSES: dict[str, Callable[..., torch.Tensor]] = {
@@ -39,18 +41,18 @@ class Regression:
         samples = open_samples(config, context, partial(self._checked, context))
         self.train, self.validation, self.held_out = samples.train, samples.validation, samples.held_out
         self.order, self.in_step, self.num_samples = samples.order, samples.in_step, len(self.train)
-        self._unit = abs(context.on_all(lambda: samples.files.scale(name))[0])
-        found = _moments(self.train, context)
+        scale = context.on_all(lambda: samples.files.scale(name))
+        found = _moments(self.train.targets, context)
         std = np.where(found.std > 0, found.std, 1.0)
-        self._mean, self._std = _tensor(found.mean), _tensor(std)
-        self.facts = samples.facts | {"targets_standardized": {"mean": found.mean.tolist(), "std": std.tolist()}}
-        self.reading = "; ".join((*samples.reading, f"{name}: {prod(self._target_shape):,} a sample"))
-        # By which r2 divides: of the samples that are measured, of standardised targets.
-        self._variance = {
-            id(split): torch.from_numpy(np.asarray((_moments(split, context).std / std) ** 2))
-            for split in (self.validation, self.held_out)
-            if split
+        self._scale = TargetScale(_tensor(found.mean), _tensor(std), *scale)
+        self.facts = samples.facts | {
+            "targets_standardized": {"mean": found.mean.tolist(), "std": std.tolist()},
+            "target_shape": list(self._target_shape),
+            "target_scale": list(scale),
         }
+        self.reading = "; ".join((*samples.reading, f"{name}: {prod(self._target_shape):,} a sample"))
+        splits = [split for split in (self.validation, self.held_out) if split]
+        self._variance = {id(split): standardized_variance(split.targets, self._scale, context) for split in splits}
         self._measured: Split | None = None
 
     @property
@@ -73,12 +75,8 @@ class Regression:
         self.train.prefetch(rows)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        wanted = (batch.targets.float() - self._mean.to(batch.targets.device)) / self._std.to(batch.targets.device)
-        return self._loss(model(batch.floats()).view(wanted.shape), wanted)
-
-    def _loss(self, predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """The sum over samples of the mean over a sample's outputs."""
-        return _LOSSES[self.config.task.loss](predicted, wanted, reduction="sum") / prod(self._target_shape)
+        wanted = self._scale.standardized(batch.targets)
+        return _loss(self.config.task.loss, model(batch.floats()).view(wanted.shape), wanted)
 
     def test_batches(self, world: World) -> Iterator[Batch]:
         self._measured = self.held_out
@@ -89,21 +87,9 @@ class Regression:
         return test_batches(self.validation, world)
 
     def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
-        device = batch.targets.device
-        mean, std = self._mean.to(device), self._std.to(device)
-        wanted = (batch.targets.float() - mean) / std
-        predicted = model(batch.floats()).float().view(wanted.shape)
-        # In 64 bits, and by the training samples' deviation: squares of small targets would be 0 in 32.
-        errors = (predicted - wanted).double()
-        variance = self._variance[id(self._measured)].to(device)
-        stored = errors * std.double()
-        unexplained = torch.where(variance > 0, errors.square() / variance.clamp_min(torch.finfo().tiny), 1.0)
-        return len(batch), {
-            "loss": self._loss(predicted, wanted).item(),
-            "mse": _sum_of_means(stored.square()) * self._unit**2,
-            "mae": _sum_of_means(stored.abs()) * self._unit,
-            "r2": len(batch) - _sum_of_means(unexplained),
-        }
+        outputs = model(batch.floats())
+        variance = self._variance[id(self._measured)]
+        return len(batch), measures(outputs, batch.targets, self._scale, variance, self.config.task.loss)
 
 
 def _check_targets(parts: list[Part]) -> None:
@@ -122,9 +108,66 @@ def _check_targets(parts: list[Part]) -> None:
             )
 
 
-def _moments(split: Split, context: Context) -> Moments:
-    """Collective. Of the targets: for each of several, or of all numbers of a field."""
-    return moments(split.targets, (), context, pooled_axes(tuple(split.targets.shape[1:])))
+# ------------------------------------------------------------------------------------------------ targets and measures
+
+
+@dataclass(frozen=True)
+class TargetScale:
+    """How targets as stored go with what a model learns, of mean 0 and deviation 1 over the training samples.
+
+    mean, std: of stored targets, float32, of a shape that goes with a sample's. scale, offset: a stored target s means
+    s * scale + offset.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    scale: float
+    offset: float
+
+    def standardized(self, targets: torch.Tensor) -> torch.Tensor:
+        return (targets.float() - self.mean.to(targets.device)) / self.std.to(targets.device)
+
+    def predicted(self, outputs: torch.Tensor) -> torch.Tensor:
+        """What a model's outputs mean, in the units of the targets, float32."""
+        stored = outputs.double() * self.std.to(outputs.device).double() + self.mean.to(outputs.device).double()
+        return (stored * self.scale + self.offset).float()
+
+
+def measures(
+    outputs: torch.Tensor, targets: torch.Tensor, scale: TargetScale, variance: torch.Tensor, loss: str
+) -> dict[str, float]:
+    """The sums over samples of each measure. targets: (n, ...) as stored. variance: of all that are measured."""
+    wanted = scale.standardized(targets)
+    predicted = outputs.float().view(wanted.shape)
+    # In 64 bits, and by the training samples' deviation: squares of small targets would be 0 in 32.
+    errors = (predicted - wanted).double()
+    variance = variance.to(errors.device)
+    stored = errors * scale.std.to(errors.device).double()
+    unexplained = torch.where(variance > 0, errors.square() / variance.clamp_min(torch.finfo().tiny), 1.0)
+    return {
+        "loss": _loss(loss, predicted, wanted).item(),
+        "mse": _sum_of_means(stored.square()) * scale.scale**2,
+        "mae": _sum_of_means(stored.abs()) * abs(scale.scale),
+        "r2": len(targets) - _sum_of_means(unexplained),
+    }
+
+
+def standardized_variance(
+    targets: Reader, scale: TargetScale, context: Context, missing: tuple[float, ...] = ()
+) -> torch.Tensor:
+    """Collective. The variance of standardised targets, by which r2 divides. missing: numbers that stand for none."""
+    std = _moments(targets, context, missing).std
+    return torch.from_numpy(np.asarray((std / scale.std.double().numpy()) ** 2))
+
+
+def _loss(name: str, predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The sum over samples of the mean over a sample's outputs."""
+    return _LOSSES[name](predicted, wanted, reduction="sum") / prod(wanted.shape[1:])
+
+
+def _moments(targets: Reader, context: Context, missing: tuple[float, ...] = ()) -> Moments:
+    """Collective. For each of several targets, or of all numbers of a field."""
+    return moments(targets, missing, context, pooled_axes(tuple(targets.shape[1:])))
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:
