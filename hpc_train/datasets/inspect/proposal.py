@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import ceil, log2
+from math import ceil, log2, prod
 from pathlib import Path
 
 import h5py
@@ -17,6 +17,7 @@ from hpc_train.core.labels import NoClasses, find_classes, is_label
 from hpc_train.core.missing_values import declared_missing, is_missing
 from hpc_train.datasets.inspect.names import INPUT_WORDS, TARGET_WORDS, words
 from hpc_train.datasets.inspect.structure import DatasetInfo, FileStructure
+from hpc_train.datasets.prepare.array_files import StoredArray, kind_of, open_arrays
 from hpc_train.datasets.prepare.csv_rows import csv_form
 
 _NUMBERING = {"id", "ids", "index", "idx", "row", "number", "time", "date", "weight", "weights", "mask"}
@@ -252,9 +253,13 @@ def _is_missing(values: np.ndarray, dataset: h5py.Dataset) -> np.ndarray:
 
 
 def preparation(path: Path) -> str | None:
-    """The command that makes an HDF5 file of a table or a folder of pictures; None for HDF5 and what is unknown."""
+    """The command that makes an HDF5 file of a table, a folder of pictures, netCDF-3 or Zarr; None for what is HDF5."""
     suffix, file = path.suffix.lower(), shlex.quote(str(path))
-    output = shlex.quote(f"data/{path.resolve().name if path.is_dir() else path.stem or path.name}.h5")
+    name = path.resolve().name.removesuffix(".zarr") if path.is_dir() else path.stem or path.name
+    output = shlex.quote(f"data/{name}.h5")
+    if kind := kind_of(path):
+        inputs, targets = map(shlex.quote, _likely_names(open_arrays(kind, path)))
+        return f"hpc-train prepare {kind} {output} --from {file} --array inputs={inputs} --array targets={targets}"
     if path.is_dir():
         return f"hpc-train prepare images {output} --from {file}"
     if suffix in (".csv", ".tsv"):
@@ -265,6 +270,16 @@ def preparation(path: Path) -> str | None:
         target = {".npz": "", ".npy": " --target COLUMN_NUMBER", ".parquet": " --target COLUMN"}[suffix]
         return f"hpc-train prepare table {output} --from {file}{target}"
     return None
+
+
+def _likely_names(arrays: dict[str, StoredArray]) -> tuple[str, str]:
+    """(inputs, targets) by their names, else the largest and the smallest samples; NAME where there are none."""
+    rows = {name: prod(each.shape[1:]) for name, each in arrays.items() if each.shape and not words(name) & _NUMBERING}
+    inputs = max(rows, key=lambda name: (bool(words(name) & INPUT_WORDS), rows[name]), default="NAME")
+    others = {
+        name: size for name, size in rows.items() if name != inputs and arrays[name].shape[0] == arrays[inputs].shape[0]
+    }
+    return inputs, min(others, key=lambda name: (not words(name) & TARGET_WORDS, others[name]), default="NAME")
 
 
 def lines_of(proposal: Proposal) -> Iterator[str]:

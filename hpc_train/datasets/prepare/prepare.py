@@ -19,6 +19,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import amount
 from hpc_train.datasets import storage
 from hpc_train.datasets.prepare import (
+    array_files,
     burgers,
     images,
     journal,
@@ -28,11 +29,11 @@ from hpc_train.datasets.prepare import (
     tables,
     text,
     user_function,
-)  # fmt: skip
+)
 from hpc_train.datasets.prepare.disk import cannot_write
 from hpc_train.datasets.prepare.journal import Blocks, Journal
 from hpc_train.datasets.prepare.layout import Layout
-from hpc_train.datasets.prepare.sources import Options, Source
+from hpc_train.datasets.prepare.sources import ARRAY_FILES, Options, Source
 from hpc_train.datasets.prepare.writer import WritePlan, create, intact, open_alone, verify, write
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.parallel_hdf5 import require_parallel_hdf5
@@ -99,6 +100,8 @@ def _source(name: str, origins: list[Path], options: Options, context: Context) 
         return text.source(name, origins, options.tokenizer or "bytes", context)
     if name == "images":
         return images.source(origins[0], options, context)
+    if name in ARRAY_FILES:
+        return array_files.source(name, origins[0], options, context)
     if name == "table":
         return tables.source(origins[0], options, context)
     return context.on_all(lambda: _KNOWN[name](origins[0] if origins else None))
