@@ -10,7 +10,7 @@ from hpc_train.core.errors import require
 from hpc_train.core.job_environment import JobEnvironment
 
 _DATASETS = (
-    *("mnist-5k", "auto-mpg", "fashion-mnist", "mnist", "images", "table", "hdf5", "netcdf", "zarr"),
+    *("mnist-5k", "auto-mpg", "burgers", "fashion-mnist", "mnist", "images", "table", "hdf5", "netcdf", "zarr"),
     *("text", "python-source", "shakespeare"),
 )
 
@@ -69,9 +69,10 @@ def prepare(
 ) -> None:
     """Write a data set to HDF5, on one rank or in parallel under mpirun.
 
-    DATASET: mnist-5k, auto-mpg, fashion-mnist, mnist; images (a folder per class); table (.csv, .parquet, .npy, .npz);
-    arrays of hdf5, netcdf or zarr, renamed, cast and in part; text, python-source or shakespeare as tokens; or
-    package.module:function, a function of yours that yields (input, target). After a kill, the same command resumes.
+    DATASET: mnist-5k, auto-mpg, fashion-mnist, mnist; burgers (fields of a flow, in netCDF-4); images (a folder per
+    class); table (.csv, .parquet, .npy, .npz); arrays of hdf5, netcdf or zarr, renamed, cast and in part; text,
+    python-source or shakespeare as tokens; or package.module:function, a function of yours that yields (input, target).
+    After a kill, the same command resumes.
     A file for a URL (webhdfs://, hdfs://, s3://) is made in $TMPDIR first.
 
     \b

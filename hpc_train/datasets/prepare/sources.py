@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpc_train.core.errors import UserError
+from hpc_train.datasets.prepare.netcdf import Netcdf
 
 ARRAY_FILES = {"hdf5", "netcdf", "zarr"}
 _TEXTS = ("text", "python-source", "shakespeare")
@@ -42,7 +43,8 @@ class Source:
     """A data set to prepare: what it is, where it comes from, and its arrays by their path in the file.
 
     attributes: what else the file says about itself. unit: what a row is. state: changes when the source is changed,
-    and is not part of the file. spools: files to remove when the data set is complete.
+    and is not part of the file. spools: files to remove when the data set is complete. netcdf: what makes the file one
+    of netCDF-4.
     """
 
     title: str
@@ -53,6 +55,7 @@ class Source:
     unit: str = "rows"
     state: str = ""
     spools: tuple[Path, ...] = ()
+    netcdf: Netcdf | None = None
 
     def num_rows_of(self, part: str) -> int:
         """The samples, or tokens, of a part: "train" or "test"."""
