@@ -13,13 +13,14 @@ from torch.nn import functional
 from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
-from hpc_train.train import models
+from hpc_train.train import metrics, models
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.dataset import Batch, Part, Split, test_batches
 from hpc_train.train.data.moments import Moments, moments
 from hpc_train.train.data.normalize import pooled_axes
 from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.samples import open_samples
+from hpc_train.train.metrics import Metric, Sums
 
 _LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "mse": functional.mse_loss,
@@ -45,6 +46,7 @@ class Regression:
         found = _moments(self.train.targets, context)
         std = np.where(found.std > 0, found.std, 1.0)
         self._scale = TargetScale(_tensor(found.mean), _tensor(std), *scale)
+        self._metrics = context.on_all(lambda: open_metrics(config.task.metrics, self._scale, self._target_shape))
         self.facts = samples.facts | {
             "targets_standardized": {"mean": found.mean.tolist(), "std": std.tolist()},
             "target_shape": list(self._target_shape),
@@ -86,10 +88,10 @@ class Regression:
         self._measured = self.validation
         return test_batches(self.validation, world)
 
-    def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
+    def test(self, model: nn.Module, batch: Batch) -> tuple[int, Sums]:
         outputs = model(batch.floats())
         variance = self._variance[id(self._measured)]
-        return len(batch), measures(outputs, batch.targets, self._scale, variance, self.config.task.loss)
+        return len(batch), measures(self._metrics, outputs, batch.targets, self._scale, variance, self.config.task.loss)
 
 
 def _check_targets(parts: list[Part]) -> None:
@@ -127,6 +129,10 @@ class TargetScale:
     def standardized(self, targets: torch.Tensor) -> torch.Tensor:
         return (targets.float() - self.mean.to(targets.device)) / self.std.to(targets.device)
 
+    def meant(self, targets: torch.Tensor) -> torch.Tensor:
+        """Stored targets in their units, float32."""
+        return (targets.double() * self.scale + self.offset).float()
+
     def predicted(self, outputs: torch.Tensor) -> torch.Tensor:
         """What a model's outputs mean, in the units of the targets, float32."""
         stored = outputs.double() * self.std.to(outputs.device).double() + self.mean.to(outputs.device).double()
@@ -134,8 +140,13 @@ class TargetScale:
 
 
 def measures(
-    outputs: torch.Tensor, targets: torch.Tensor, scale: TargetScale, variance: torch.Tensor, loss: str
-) -> dict[str, float]:
+    more: dict[str, Metric],
+    outputs: torch.Tensor,
+    targets: torch.Tensor,
+    scale: TargetScale,
+    variance: torch.Tensor,
+    loss: str,
+) -> Sums:
     """The sums over samples of each measure. targets: (n, ...) as stored. variance: of all that are measured."""
     wanted = scale.standardized(targets)
     predicted = outputs.float().view(wanted.shape)
@@ -144,12 +155,19 @@ def measures(
     variance = variance.to(errors.device)
     stored = errors * scale.std.to(errors.device).double()
     unexplained = torch.where(variance > 0, errors.square() / variance.clamp_min(torch.finfo().tiny), 1.0)
-    return {
+    always = {
         "loss": _loss(loss, predicted, wanted).item(),
         "mse": _sum_of_means(stored.square()) * scale.scale**2,
         "mae": _sum_of_means(stored.abs()) * abs(scale.scale),
         "r2": len(targets) - _sum_of_means(unexplained),
     }
+    return always | metrics.sums_of(more, scale.predicted(predicted), scale.meant(targets)) if more else always
+
+
+def open_metrics(names: list[str], scale: TargetScale, target_shape: tuple[int, ...]) -> dict[str, Metric]:
+    """Those that task.metrics names. Raises UserError."""
+    mean, std = scale.mean.double() * scale.scale + scale.offset, scale.std.double() * abs(scale.scale)
+    return metrics.of_numbers(names, prod(target_shape), mean, std)
 
 
 def standardized_variance(
