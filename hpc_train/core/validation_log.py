@@ -10,7 +10,7 @@ from hpc_train.core.errors import not_written
 from hpc_train.core.rundir import write_atomic
 
 # Ends of the names of measures of which more is better, in small letters, of torchmetrics, too.
-_SCORES = ("accuracy", "r2", "f1", "auroc", "precision", "recall", "score", "kappa", "coef", "index", "specificity")
+_SCORES = ("accuracy", "r2", "skill", "f1", "auroc", "precision", "recall", "score", "kappa", "coef", "index")
 _FIRST = ("step", "seconds")  # after so many steps; what it took. A column for each measure follows
 
 

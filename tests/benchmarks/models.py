@@ -53,6 +53,7 @@ class Row:
 
 ROWS = [
     Row("mlp-auto-mpg", "auto-mpg", (2,), "r2", ">=", 0.87),
+    Row("unet-burgers", "burgers", (2,), "persistence_skill", ">=", 0.95),
     Row("resnet-fashion", "fashion-mnist", (2,), "accuracy", ">=", 0.90),
     Row("vgg-fashion", "fashion-mnist", (2,), "accuracy", ">=", 0.90),
     Row("gpt-text", "python-source", (2,), "loss", "<", "bigram_loss"),

@@ -16,11 +16,11 @@ from hpc_train.core.world import World
 from hpc_train.train import metrics, models
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.dataset import Batch, Part, Split, test_batches
-from hpc_train.train.data.moments import Moments, moments
+from hpc_train.train.data.moments import moments
 from hpc_train.train.data.normalize import pooled_axes
-from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.samples import open_samples
 from hpc_train.train.metrics import Metric, Sums
+from hpc_train.train.tasks.persistence import Persistence, find_persistence
 
 _LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "mse": functional.mse_loss,
@@ -34,16 +34,20 @@ class Regression:
 
     Measures are in the units of the targets. r2 is the coefficient of determination, by the variance of the test
     targets, averaged over outputs (as scikit-learn's r2_score); that of a constant output is 0.
+    persistence_skill, where targets may be later states of the inputs: 1 - MSE / MSE of the inputs taken for the
+    prediction (Murphy, "Skill Scores Based on the Mean Square Error", 1988), both of standardised targets.
     """
 
     def __init__(self, config: Config, context: Context) -> None:
         """Collective. Opens the data; each rank reads a part of the targets for their mean and deviation."""
         self.config, name = config, config.data.targets
-        samples = open_samples(config, context, partial(self._checked, context))
+        is_field = config.task.model in models.FIELD_MODELS
+        samples = open_samples(config, context, partial(self._checked, context), is_field)
         self.train, self.validation, self.held_out = samples.train, samples.validation, samples.held_out
         self.order, self.in_step, self.num_samples = samples.order, samples.in_step, len(self.train)
         scale = context.on_all(lambda: samples.files.scale(name))
-        found = _moments(self.train.targets, context)
+        has_channels = is_field and len(self._target_shape) == len(self.train.input_shape)
+        found = moments(self.train.targets, (), context, pooled_axes(self._target_shape, has_channels))
         std = np.where(found.std > 0, found.std, 1.0)
         self._scale = TargetScale(_tensor(found.mean), _tensor(std), *scale)
         self._metrics = context.on_all(lambda: open_metrics(config.task.metrics, self._scale, self._target_shape))
@@ -54,7 +58,9 @@ class Regression:
         }
         self.reading = "; ".join((*samples.reading, f"{name}: {prod(self._target_shape):,} a sample"))
         splits = [split for split in (self.validation, self.held_out) if split]
-        self._variance = {id(split): standardized_variance(split.targets, self._scale, context) for split in splits}
+        names = str(config.data.inputs), name
+        persistence = context.on_all(lambda: find_persistence(samples.files, *names, self.train))
+        self._references = {id(split): find_references(split, self._scale, persistence, context) for split in splits}
         self._measured: Split | None = None
 
     @property
@@ -68,7 +74,7 @@ class Regression:
 
     def model(self) -> nn.Module:
         task = self.config.task
-        return models.regressor(task.model, self.train.input_shape, prod(self._target_shape), dict(task.options))
+        return models.regressor(task.model, self.train.input_shape, self._target_shape, dict(task.options))
 
     def batch(self, rows: np.ndarray, step: int) -> Batch:
         return self.train.batch(rows, step)
@@ -90,8 +96,8 @@ class Regression:
 
     def test(self, model: nn.Module, batch: Batch) -> tuple[int, Sums]:
         outputs = model(batch.floats())
-        variance = self._variance[id(self._measured)]
-        return len(batch), measures(self._metrics, outputs, batch.targets, self._scale, variance, self.config.task.loss)
+        references, loss = self._references[id(self._measured)], self.config.task.loss
+        return len(batch), measures(self._metrics, outputs, batch.targets, self._scale, references, loss)
 
 
 def _check_targets(parts: list[Part]) -> None:
@@ -126,6 +132,11 @@ class TargetScale:
     scale: float
     offset: float
 
+    @property
+    def pooled(self) -> tuple[int, ...]:
+        """The axes of a target whose numbers have one mean and deviation."""
+        return tuple(axis for axis, size in enumerate(self.std.shape) if size == 1)
+
     def standardized(self, targets: torch.Tensor) -> torch.Tensor:
         return (targets.float() - self.mean.to(targets.device)) / self.std.to(targets.device)
 
@@ -139,29 +150,56 @@ class TargetScale:
         return (stored * self.scale + self.offset).float()
 
 
+@dataclass(frozen=True)
+class References:
+    """What measures of samples compare with, over all of them.
+
+    variance: of standardised targets, by which r2 divides. persistence_mse: of inputs taken for predictions, of
+    standardised targets; None if they cannot be taken so.
+    """
+
+    variance: torch.Tensor
+    persistence_mse: float | None
+
+
+def find_references(
+    split: Split, scale: TargetScale, persistence: Persistence | None, context: Context, missing: tuple[float, ...] = ()
+) -> References:
+    """Collective. missing: numbers that stand for no target."""
+    std = scale.std.double().numpy()
+    found = moments(split.targets, missing, context, scale.pooled)
+    squares = None if persistence is None else persistence.mse(split, scale.pooled, context, missing)
+    return References(
+        variance=torch.from_numpy(np.asarray((found.std / std) ** 2)),
+        persistence_mse=None if squares is None else float(np.mean(squares / std**2)),
+    )
+
+
 def measures(
     more: dict[str, Metric],
     outputs: torch.Tensor,
     targets: torch.Tensor,
     scale: TargetScale,
-    variance: torch.Tensor,
+    references: References,
     loss: str,
 ) -> Sums:
-    """The sums over samples of each measure. targets: (n, ...) as stored. variance: of all that are measured."""
+    """The sums over samples of each measure. targets: (n, ...) as stored. more: of task.metrics."""
     wanted = scale.standardized(targets)
     predicted = outputs.float().view(wanted.shape)
     # In 64 bits, and by the training samples' deviation: squares of small targets would be 0 in 32.
     errors = (predicted - wanted).double()
-    variance = variance.to(errors.device)
+    variance = references.variance.to(errors.device)
     stored = errors * scale.std.to(errors.device).double()
     unexplained = torch.where(variance > 0, errors.square() / variance.clamp_min(torch.finfo().tiny), 1.0)
-    always = {
+    found: Sums = {
         "loss": _loss(loss, predicted, wanted).item(),
         "mse": _sum_of_means(stored.square()) * scale.scale**2,
         "mae": _sum_of_means(stored.abs()) * abs(scale.scale),
         "r2": len(targets) - _sum_of_means(unexplained),
     }
-    return always | metrics.sums_of(more, scale.predicted(predicted), scale.meant(targets)) if more else always
+    if references.persistence_mse:
+        found["persistence_skill"] = len(targets) - _sum_of_means(errors.square()) / references.persistence_mse
+    return found | (metrics.sums_of(more, scale.predicted(predicted), scale.meant(targets)) if more else {})
 
 
 def open_metrics(names: list[str], scale: TargetScale, target_shape: tuple[int, ...]) -> dict[str, Metric]:
@@ -170,22 +208,9 @@ def open_metrics(names: list[str], scale: TargetScale, target_shape: tuple[int, 
     return metrics.of_numbers(names, prod(target_shape), mean, std)
 
 
-def standardized_variance(
-    targets: Reader, scale: TargetScale, context: Context, missing: tuple[float, ...] = ()
-) -> torch.Tensor:
-    """Collective. The variance of standardised targets, by which r2 divides. missing: numbers that stand for none."""
-    std = _moments(targets, context, missing).std
-    return torch.from_numpy(np.asarray((std / scale.std.double().numpy()) ** 2))
-
-
 def _loss(name: str, predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The sum over samples of the mean over a sample's outputs."""
     return _LOSSES[name](predicted, wanted, reduction="sum") / prod(wanted.shape[1:])
-
-
-def _moments(targets: Reader, context: Context, missing: tuple[float, ...] = ()) -> Moments:
-    """Collective. For each of several targets, or of all numbers of a field."""
-    return moments(targets, missing, context, pooled_axes(tuple(targets.shape[1:])))
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:
