@@ -44,7 +44,7 @@ ALLOWED = {
     | {f"train/run/checkpoint/{file}.py" for file in ("format", "image", "reading")}
     | {"train/data/collective.py", "train/data/unwritten.py", "train/inference/output_file.py", "bench/file_layouts.py"}
     | {"doctor/storage.py"}
-    | {f"datasets/prepare/{file}.py" for file in ("layout", "prepare", "writer")}
+    | {f"datasets/prepare/{file}.py" for file in ("array_files", "layout", "netcdf", "prepare", "writer")}
     | {f"datasets/inspect/{file}.py" for file in ("check", "checks", "chunk_ranges", "info", "proposal", "structure")},
     "subprocess": {"core/filesystem.py", "train/run/provenance.py", "train/energy/sensors/slurm.py", "train/onednn.py"}
     | {"cluster/scheduler.py", "cluster/local_study.py", "bench/io.py", "doctor/supervisor.py", "doctor/job.py"},

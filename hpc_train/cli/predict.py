@@ -175,7 +175,10 @@ def _use(path: Path, overrides: tuple[str, ...], as_json: bool, work: Work) -> N
 
 def _lines(record: InferenceRecord) -> list[str]:
     """What a person reads at the end."""
-    lines = [f"{name.replace('_', ' ').capitalize()}: {value:.6g}" for name, value in record.measures.items()]
+    lines = [
+        f"{name.replace('_', ' ').capitalize()}: {'not finite' if value is None else f'{value:.6g}'}"
+        for name, value in record.measures.items()
+    ]
     if record.measures:
         lines[-1] += f" ({record.num_measured:,} rows)"
     if record.num_without:

@@ -1,9 +1,12 @@
 """RUN/inference/<utc>-<kind>/record.json: what a trained model was used for, how fast, and at what energy."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from hpc_train.core.energy_records import NO_METER, Energy, Quality
 from hpc_train.core.records import BadRecord
@@ -53,7 +56,7 @@ class InferenceRecord:
     work: list[Work] = field(default_factory=list)
     complete: bool = False
     num_without: int = 0  # rows that have no prediction, since values are missing in them
-    measures: dict[str, float] = field(default_factory=dict)
+    measures: dict[str, float | None] = field(default_factory=dict)
     num_measured: int = 0  # rows, or tokens, behind the measures
     output: str | None = None
     latencies: list[Latency] = field(default_factory=list)
@@ -82,17 +85,15 @@ class InferenceRecord:
         return None if self.joules is None or not self.num_rows else self.joules / self.num_rows
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with the quantities that follow from the others."""
+        """For JSON, with the quantities that follow from the others; numbers that are not finite become None."""
         derived = {"num_rows": self.num_rows, "samples_per_s": self.samples_per_s}
-        return asdict(self) | derived | {"joules_per_sample": self.joules_per_sample}
+        measures = {
+            name: value if value is not None and isfinite(value) else None for name, value in self.measures.items()
+        }
+        return asdict(self) | {"measures": measures} | derived | {"joules_per_sample": self.joules_per_sample}
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Self:
-        """Raises TypeError or KeyError for anything but what `as_dict` made."""
-        known = {each.name: content[each.name] for each in fields(cls) if each.name in content}
-        known["work"] = [Work(**each) for each in known.get("work", [])]
-        known["latencies"] = [Latency(**each) for each in known.get("latencies", [])]
-        return cls(**known)
+
+_RECORD = TypeAdapter(InferenceRecord)
 
 
 def write_record(folder: Path, record: InferenceRecord) -> None:
@@ -107,6 +108,7 @@ def read_records(run: RunDir) -> list[InferenceRecord]:
 
 def _read(path: Path) -> InferenceRecord:
     try:
-        return InferenceRecord.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BadRecord(f"{path} is no record: {error!r:.100}", "Remove it, or restore it.") from None
+        return _RECORD.validate_python(json.loads(path.read_text()))
+    except (OSError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())
+        raise BadRecord(f"{path} is no record: {why:.100}", "Remove it, or restore it.") from None

@@ -62,6 +62,7 @@ ROWS = [
     Row("lightning/classification", "mnist-5k", (2,), "accuracy", "within 0.02 of", "lightning_accuracy"),
     Row("lightning/regression", "auto-mpg", (2,), "r2", "within 0.02 of", "lightning_r2"),
     Row("lightning/fine_tuning", "fashion-mnist", (2,), "accuracy", "within 0.02 of", "lightning_accuracy"),
+    Row("unet-burgers", "burgers", (2,), "persistence_skill", ">=", 0.95),
     Row("resnet-fashion", "fashion-mnist", (2,), "accuracy", ">=", 0.90),
     Row("vgg-fashion", "fashion-mnist", (2,), "accuracy", ">=", 0.90),
     Row("gpt-text", "python-source", (2,), "loss", "<", "bigram_loss"),

@@ -52,8 +52,18 @@ def cars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "auto-mpg.h5"
 
 
-def data(kind: str, request: pytest.FixtureRequest) -> Keys:
-    """The keys that name real data for a task of this kind; prepared once."""
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fields")
+    done = jobs.run(0, "prepare", "burgers", folder / "burgers.nc", cwd=folder)
+    assert done.code == 0, done.err
+    return folder / "burgers.nc"
+
+
+def data(kind: str, name: str, request: pytest.FixtureRequest) -> Keys:
+    """The keys that name real data for the job `name`, of a task of this kind; prepared once."""
+    if name == "unet-burgers":
+        return {"data__file": request.getfixturevalue("fields")}
     of_kind = {"classification": "digits", "regression": "cars", "language": "tokens", "masked_language": "tokens"}
     return {"data__file": request.getfixturevalue(of_kind[kind])} if kind in of_kind else {}
 
@@ -64,7 +74,13 @@ def test_every_shipped_job_trains(tmp_path: Path, request: pytest.FixtureRequest
     if why := jobs.lacking(path):
         pytest.skip(why)
     kind = tomllib.loads(path.read_text())["task"]["kind"]
-    keys = {"train__steps": 3, "train__threads": 1, "run__root": tmp_path, **data(kind, request), **SHORT[kind]}
+    keys = {
+        "train__steps": 3,
+        "train__threads": 1,
+        "run__root": tmp_path,
+        **data(kind, path.stem, request),
+        **SHORT[kind],
+    }
     done = jobs.run(ranks, "train", path, *jobs.settings(**keys | SMALLER.get(path.stem, {})), cwd=tmp_path)
     assert done.code == 0, done.err
     (run,) = rundir.find([tmp_path])

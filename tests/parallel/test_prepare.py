@@ -126,3 +126,27 @@ def test_texts_of_a_table_are_numbered_alike_on_any_number_of_ranks(context: Con
         known = json.loads(file.attrs["categories"])["text"]
     assert known == sorted(known) and known[0] == "a0"
     assert {known[int(code)] for n, code in inputs if n == 30} == {"a0"} and len(inputs) == 31
+
+
+@pytest.mark.parametrize("compress", [None, "gzip:1"])
+def test_arrays_of_a_file_are_the_same_on_any_number_of_ranks(
+    context: Context, shared_path: Path, compress: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(writer, "_WRITE_BYTES", 400)
+    values = np.arange(103 * 6, dtype=np.int32).reshape(103, 2, 3)
+
+    def write() -> None:
+        with h5py.File(shared_path / "a.h5", "w") as file:
+            file.create_dataset("field", data=values, chunks=(10, 2, 2), compression="lzf")
+            file["label"] = np.array(["b", "a"], "S")[np.arange(103) % 2]
+
+    context.on_root(write)
+    options = Options(test_fraction=0, arrays=("inputs=field:float64", "targets=label"), rows="3::2")
+    prepare("hdf5", shared_path / "a.h5", shared_path / "out.h5", context, True, options, compress)
+    with h5py.File(shared_path / "out.h5") as file:
+        assert np.array_equal(file["train/inputs"][:], values[3::2].astype("f8"))
+        assert np.array_equal(file["train/targets"][:], 1 - np.arange(3, 103, 2) % 2)
+        assert (file["train/inputs"].chunks is None) == (compress is None)
+    context.barrier()

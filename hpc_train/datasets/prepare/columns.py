@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import rank_span
+from hpc_train.datasets.prepare.categories import find_categories, numbers_of
 from hpc_train.datasets.prepare.cells import bad_cell
 from hpc_train.datasets.prepare.csv_rows import CsvRows
 from hpc_train.datasets.prepare.parquet_rows import ParquetRows
@@ -18,7 +18,6 @@ from hpc_train.train.comm.context import Context
 
 _BATCH_ROWS = 1 << 14
 _MAX_LISTED = 20
-_MAX_CATEGORIES = 1000  # of a column: more different texts are names or dates
 _SHARE_OF_REAL = 0.01
 _MAX_FLOAT32 = np.finfo(np.float32).max
 _MAX_EXACT_INTEGER = 2**53  # of float64
@@ -113,13 +112,10 @@ class Columns:
         """Texts by their number among the column's."""
         if name not in self.categories:
             return values
-        known = np.array(self.categories[name])
-        numbers = np.minimum(np.searchsorted(known, values), len(known) - 1)
-        if (known[numbers] != values).any():
-            first = int(np.argmax(known[numbers] != values))
-            raise bad_cell(
-                self.path, start + first, name, f"{values[first]!r} was not there before", "Prepare it again."
-            )
+        numbers, unknown = numbers_of(values, self.categories[name])
+        if unknown is not None:
+            what = f"{values[unknown]!r} was not there before"
+            raise bad_cell(self.path, start + unknown, name, what, "Prepare it again.")
         return numbers
 
     def _in_float32(self, name: str, start: int, numbers: np.ndarray) -> np.ndarray:
@@ -203,28 +199,13 @@ def _refuse_texts(path: Path, name: str) -> None:
 
 
 def _categories(path: Path, table: TableRows, name: str, context: Context) -> list[str]:
-    """Collective. The different texts of a column, sorted; each rank reads a part. Raises `UserError` for many."""
-    mine = context.on_all(partial(_my_categories, path, table, name, context))
-    found = sorted(set().union(*context.all_gather(mine)))
-    context.on_all(partial(_require_few, path, name, found))
-    return found
+    """Collective."""
+    remedy = f"They are no categories: leave it out (--drop {name}), or write numbers."
+    return find_categories(partial(_texts, table, name), table.num_rows, f"{path}: column {name}", remedy, context)
 
 
-def _my_categories(path: Path, table: TableRows, name: str, context: Context) -> set[str]:
-    start, stop = rank_span(table.num_rows, context.world.rank, context.world.size)
-    found: set[str] = set()
-    for first in range(start, stop, _BATCH_ROWS):
-        found |= set(table.read(first, min(first + _BATCH_ROWS, stop), [name])[0].tolist())
-        _require_few(path, name, sorted(found))
-    return found
-
-
-def _require_few(path: Path, name: str, texts: list[str]) -> None:
-    if len(texts) > _MAX_CATEGORIES:
-        raise UserError(
-            f"{path}: column {name} holds more than {_MAX_CATEGORIES:,} different texts ({', '.join(texts[:3])}, ...)",
-            f"They are no categories: leave it out (--drop {name}), or write numbers.",
-        )
+def _texts(table: TableRows, name: str, start: int, stop: int) -> np.ndarray:
+    return table.read(start, stop, [name])[0]
 
 
 def whole_numbers(path: Path, name: str, start: int, values: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tokenize import TokenError
@@ -117,7 +117,7 @@ def _class_or_real_numbers(path: Path, array: Array, column: str) -> Array:
     """`array` as int64 if its first rows are class numbers, else as it is."""
     if array.dtype.kind == "f" and are_real(array.read(0, min(array.shape[0], _FIRST_ROWS))):
         return array
-    return Array(array.shape, np.dtype(np.int64), partial(_read_whole_numbers, path, array, column))
+    return replace(array, dtype=np.dtype(np.int64), read=partial(_read_whole_numbers, path, array, column))
 
 
 def _read_whole_numbers(path: Path, array: Array, column: str, start: int, stop: int) -> np.ndarray:

@@ -65,7 +65,7 @@ def _evaluate_rows(
         batch=use.blocks.batch,
         complete=not stopped,
         num_without=tally.num_without,
-        measures=tally.measures,
+        measures=dict(tally.measures),
         num_measured=tally.num_measured,
         program=PROGRAM,
     )
@@ -142,11 +142,11 @@ def _where(data: Data, config: Config) -> str:
     return data.test_file or data.file or config.rl.environment
 
 
-def _with_perplexity(config: Config, found: Measured) -> dict[str, float]:
+def _with_perplexity(config: Config, found: Measured) -> dict[str, float | None]:
     """The exponential of a language model's loss a token, in nats: as many equally likely tokens to choose from."""
     loss = found.measures.get("loss")
     if "language" not in config.task.kind or loss is None or not isfinite(loss) or loss > 700:
-        return found.measures
+        return dict(found.measures)
     return {"loss": loss, "perplexity": exp(loss), **found.measures}
 
 

@@ -1,8 +1,8 @@
 """What a model's outputs mean: predictions, row by row, and their measures where targets are known."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from hpc_train.train.comm.context import Context
 from hpc_train.train.inference.learned import Learned
 from hpc_train.train.inference.samples import Samples
 from hpc_train.train.tasks import classification, regression
+from hpc_train.train.tasks.persistence import find_persistence
 
 Predictions = dict[str, np.ndarray]
 KINDS = ("classification", "regression")  # of tasks that predict something of each row
@@ -48,7 +49,7 @@ def make_model(config: Config, learned: Learned) -> nn.Module:
     name, options = config.task.model, dict(config.task.options)
     if learned.classes is not None:
         return models.classifier(name, learned.shape, learned.classes.num, options)
-    return models.regressor(name, learned.shape, prod(learned.target_shape), options)
+    return models.regressor(name, learned.shape, learned.target_shape, options)
 
 
 def require_arrays(config: Config, run: RunDir) -> None:
@@ -96,9 +97,12 @@ def _classes(labels: np.ndarray, logits: torch.Tensor, has_prediction: np.ndarra
 def _of_regression(config: Config, learned: Learned, samples: Samples, context: Context) -> Meaning:
     targets = learned.targets
     assert targets is not None
-    variance = torch.zeros(())
+    references = regression.References(torch.zeros(()), torch.ones(()), None)
     if samples.targets_name is not None:
-        variance = regression.standardized_variance(samples.split.targets, targets, context, samples.missing_targets)
+        names = samples.name, samples.targets_name
+        persistence = context.on_all(lambda: find_persistence(samples.files, *names, samples.split))
+        targets = replace(targets, missing=samples.missing_targets)
+        references = regression.find_references(samples.split, targets, persistence, context)
 
     def numbers(outputs: torch.Tensor, has_prediction: np.ndarray) -> Predictions:
         predicted = targets.predicted(outputs.view(len(outputs), *learned.target_shape)).cpu().numpy()
@@ -106,7 +110,7 @@ def _of_regression(config: Config, learned: Learned, samples: Samples, context: 
         return {"predicted": predicted}
 
     def measures(outputs: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
-        return regression.measures(outputs, wanted, targets, variance, config.task.loss)
+        return regression.measures(outputs, wanted, targets, references, config.task.loss)
 
     columns = {"predicted": Column(learned.target_shape, np.dtype(np.float32))}
     return Meaning(columns, numbers, measures, {})

@@ -166,7 +166,7 @@ class _Notes:
             work=self._work(now()),
             complete=complete,
             num_without=tally.num_without,
-            measures=tally.measures,
+            measures=dict(tally.measures),
             num_measured=tally.num_measured,
             output=str(self._out.resolve()),
             program=PROGRAM,

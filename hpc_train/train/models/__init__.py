@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -14,10 +15,12 @@ from hpc_train.train.models.imported import context_of, imported_on_arrays, impo
 from hpc_train.train.models.mlp import Mlp
 from hpc_train.train.models.resnet import ResNet
 from hpc_train.train.models.softmax import Softmax
+from hpc_train.train.models.unet import Unet
 from hpc_train.train.models.vgg import Vgg
 
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"softmax": Softmax, "mlp": Mlp, "resnet": ResNet, "vgg": Vgg}
 REGRESSORS: dict[str, Callable[..., nn.Module]] = {"linear": Softmax, "mlp": Mlp, "resnet": ResNet, "vgg": Vgg}
+FIELD_MODELS: dict[str, Callable[..., nn.Module]] = {"unet": Unet}  # fields to fields on the same grid
 CAUSAL: dict[str, Callable[..., nn.Module]] = {"gpt": Gpt}  # predict the next token
 MASKED: dict[str, Callable[..., nn.Module]] = {"bert": Bert}  # predict masked tokens
 
@@ -29,11 +32,18 @@ def classifier(name: str, input_shape: tuple[int, ...], num_classes: int, option
     return make_model(CLASSIFIERS, name, (input_shape, num_classes), options)
 
 
-def regressor(name: str, input_shape: tuple[int, ...], num_outputs: int, options: dict[str, Any]) -> nn.Module:
-    """The model `task.model` names, for inputs of `input_shape` and `num_outputs` numbers. Raises `UserError`."""
+def regressor(
+    name: str, input_shape: tuple[int, ...], target_shape: tuple[int, ...], options: dict[str, Any]
+) -> nn.Module:
+    """The model `task.model` names, from inputs to targets of these shapes. Raises `UserError`.
+
+    Its outputs are (n, *target_shape), or as many numbers in a row.
+    """
+    num_outputs = prod(target_shape)
     if is_import_path(name):
         return imported_on_arrays(name, input_shape, ("num_outputs", num_outputs), options)
-    return make_model(REGRESSORS, name, (input_shape, num_outputs), options)
+    given = (input_shape, target_shape if name in FIELD_MODELS else num_outputs)
+    return make_model(REGRESSORS | FIELD_MODELS, name, given, options)
 
 
 def language_model(name: str, vocab_size: int, context: int, options: dict[str, Any], masked: bool) -> nn.Module:
