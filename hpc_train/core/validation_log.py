@@ -44,8 +44,13 @@ def read_validation(path: Path) -> list[dict[str, float]]:
 
 def best_of(rows: Sequence[dict[str, float]], measure: str) -> dict[str, float]:
     """The first of the rows with the best value: the highest of an accuracy or R2, the lowest of a loss or an error."""
-    sign = -1 if measure.endswith(_SCORES) else 1
+    sign = -1 if is_score(measure) else 1
     return min(rows, key=lambda row: sign * row[measure] if isfinite(row[measure]) else inf)
+
+
+def is_score(measure: str) -> bool:
+    """Whether more of the measure is better."""
+    return measure.endswith(_SCORES)
 
 
 def keep_validation_until(path: Path, num_steps: int) -> None:

@@ -86,6 +86,14 @@ class RowEnergy:
         return self._mean([run.loop for run in self.runs])
 
     @property
+    def validation(self) -> EnergyAmount | None:
+        """None if no run validated."""
+        of_runs = [run.validation for run in self.runs]
+        if all(each is None for each in of_runs):
+            return None
+        return self._mean([each or NONE for each in of_runs])
+
+    @property
     def outside(self) -> EnergyAmount:
         return self._mean([run.outside for run in self.runs])
 
@@ -120,7 +128,7 @@ class RowEnergy:
         """Energy-delay product: energy of the loop times its duration (Gonzalez and Horowitz, "Energy dissipation in
         general purpose microprocessors", IEEE Journal of Solid-State Circuits 31(9), 1996).
         """
-        products = [_product(run.loop.total, run.timeline.loop_s) for run in self.runs]
+        products = [_product(run.loop.total, run.loop_s) for run in self.runs]
         return _mean(products)
 
     @property

@@ -30,7 +30,11 @@ class Reading:
 
     def of_loop(self, seconds: float) -> EnergyAmount:
         """The energy of the first `seconds` of the loop."""
-        return between(self.trace, self.lead_s, self.lead_s + seconds, self.host, self.shared)
+        return self.within_loop(0.0, seconds)
+
+    def within_loop(self, begin_s: float, end_s: float) -> EnergyAmount:
+        """From so many seconds after the loop's start to so many."""
+        return between(self.trace, self.lead_s + begin_s, self.lead_s + end_s, self.host, self.shared)
 
     @property
     def known_s(self) -> float:

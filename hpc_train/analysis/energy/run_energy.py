@@ -22,7 +22,8 @@ class RunEnergy:
     """The energy of one run. Made by `energy_of`.
 
     gross: of the attempts, each from its meters' first reading to their last, right before and after its loop; starting
-    up and reading data before that is not metered. loop: of the steps, warm-up included.
+    up and reading data before that is not metered. loop: of the steps, warm-up included. validations: (attempt, begin
+    and end in seconds of its loop) of each.
     """
 
     run: Run
@@ -31,6 +32,7 @@ class RunEnergy:
     unread_hosts: tuple[str, ...] = ()
     contained_domains: tuple[str, ...] = ()
     placements: tuple[RankPlacement, ...] = ()
+    validations: tuple[tuple[int, float, float], ...] = ()
     failure: str = ""  # why it could not be computed
 
     @cached_property
@@ -39,12 +41,49 @@ class RunEnergy:
 
     @cached_property
     def loop(self) -> EnergyAmount:
+        return self._with_validation - self._validation(within=True)
+
+    @cached_property
+    def _with_validation(self) -> EnergyAmount:
+        """From each loop's first step to its last, the validations between them included."""
         return self._sum(reading.of_loop(reading.loop_s) for reading in self.readings if reading.loop_s)
 
     @property
+    def loop_s(self) -> float:
+        """The time of the steps."""
+        return self.timeline.loop_s - sum(end_s - begin_s for _, begin_s, end_s in self._within)
+
+    @cached_property
+    def validation(self) -> EnergyAmount | None:
+        """Of all validations, an estimate, as that of phases is; None if there were none."""
+        return self._validation(within=False).attributed() if self.validations else None
+
+    @cached_property
+    def _within(self) -> list[tuple[int, float, float]]:
+        """The validations that steps follow; one after the last step is no part of the loop."""
+        lasted_s = {loop.attempt: loop.lasted_s for loop in self.timeline.loops}
+        return [each for each in self.validations if each[2] <= lasted_s[each[0]]]
+
+    def _validation(self, within: bool) -> EnergyAmount:
+        """What the meters counted meanwhile, interpolated between readings; by time if they cannot tell."""
+        taken = self._within if within else self.validations
+        if not taken:
+            return NONE
+        counted = self._sum(
+            reading.within_loop(begin_s, end_s)
+            for reading in self.readings
+            for attempt, begin_s, end_s in taken
+            if reading.trace.attempt == attempt
+        )
+        if not counted.lacking:
+            return counted
+        passed_s = sum(end_s - begin_s for _, begin_s, end_s in taken)
+        return self._with_validation * (passed_s / max(self.timeline.loop_s, passed_s))
+
+    @property
     def outside(self) -> EnergyAmount:
-        """gross before and after the steps."""
-        rest = self.gross - self.loop
+        """gross before and after the steps, without validations."""
+        rest = self.gross - self.loop - self._validation(within=False)
         return rest if abs(rest.known) > _ROUNDING * self.gross.known else rest * 0.0
 
     def until(self, row: int) -> EnergyAmount:
@@ -186,7 +225,20 @@ def energy_of(run: Run) -> RunEnergy:
     """Reads the run's energy files. Raises `BadRecord` naming path:line."""
     timeline, where = timeline_of(run), placements(run)
     found = read_readings(run, timeline, where)
-    return RunEnergy(run, timeline, found.readings, found.unread_hosts, found.contained_domains, where)
+    passed = _validation_times(run, timeline)
+    return RunEnergy(run, timeline, found.readings, found.unread_hosts, found.contained_domains, where, passed)
+
+
+def _validation_times(run: Run, timeline: StepTimeline) -> tuple[tuple[int, float, float], ...]:
+    """Each begins at the end of the step that it follows."""
+    record, before_s = run.validation, {loop.attempt: loop.before_s for loop in timeline.loops}
+    found = []
+    for num_steps, seconds in zip(record.steps, record.seconds, strict=True) if record else ():
+        if (row := timeline.of_last(num_steps - 1)) is not None:
+            attempt = int(timeline.attempt[row])
+            begin_s = float(timeline.end_s[row]) - before_s[attempt]
+            found.append((attempt, begin_s, begin_s + seconds))
+    return tuple(found)
 
 
 def unknown_energy(run: Run, why: str) -> RunEnergy:

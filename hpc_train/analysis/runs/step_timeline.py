@@ -39,6 +39,11 @@ class StepTimeline:
         rows = np.flatnonzero(self.step == step)
         return int(rows[0]) if len(rows) else None
 
+    def of_last(self, step: int) -> int | None:
+        """The row of a step's last run, None if there is none."""
+        rows = np.flatnonzero(self.step == step)
+        return int(rows[-1]) if len(rows) else None
+
 
 EMPTY_TIMELINE = StepTimeline(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), (), 0)
 

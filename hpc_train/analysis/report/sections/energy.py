@@ -91,6 +91,8 @@ def phase_table(energy: GroupEnergy) -> Table:
     columns: list[CellColumn[RowEnergy]] = [_RANKS.column, *(_phase_column(phase, scale) for phase in phases)]
     if any(row.servers for row in energy.rows):
         columns.append(number("servers", lambda row: _number_text(_total(row.servers), scale)))
+    if any(row.validation for row in energy.rows):
+        columns.append(number("validation", lambda row: _number_text(row.validation, scale)))
     explained = f"estimates, attributed by time; {communication_text(phases)}: exposed communication"
     return make_table("energy-by-phase", f"Energy of the loop by phase, {unit} ({explained})", energy.rows, columns)
 
