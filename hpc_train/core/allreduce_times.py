@@ -14,6 +14,7 @@ import numpy as np
 from hpc_train.core.statistics import FloatArray, Interval, half_width, nonnegative_least_squares
 
 SCHEMA = 1
+_MOST_COUNTED, _MOST_S = 10**12, 1e6  # larger numbers of a file are damage
 OURS = ("horovod", "mpi", "parameter_server", "sharded")  # reduce.strategy
 PEERS = ("plain_mpi", "ddp_gloo")  # one blocking MPI_Allreduce; torch.distributed's all_reduce over gloo
 LIMITS = ("memory", "link")  # a copy on all ranks at once; one direction between two ranks
@@ -179,3 +180,22 @@ def _row_record(row: Row) -> dict[str, Any]:
     times = {"time_s": middle, "low_s": low, "high_s": high, "samples_s": row.samples_s}
     key = "bytes_per_s" if row.strategy in LIMITS else "bus_bytes_per_s"
     return {"strategy": row.strategy, **place, "bytes": row.message_bytes, **times, key: row.bytes_per_s}
+
+
+def read_rows(tree: dict[str, Any]) -> list[Row]:
+    """The rows of a `record` that was read back; those that are damaged are left out."""
+    link = tree.get("link")
+    lists = [tree.get("rows"), *(link.get(limit) for limit in LIMITS if isinstance(link, dict))]
+    listed = [each for found in lists if isinstance(found, list) for each in found]
+    return [row for each in listed if isinstance(each, dict) and (row := _row(each)) is not None]
+
+
+def _row(found: dict[str, Any]) -> Row | None:
+    counts = [found.get(key) for key in ("ranks", "nodes", "ranks_per_node", "bytes")]
+    samples = found.get("samples_s")
+    if not all(type(count) is int and 0 < count < _MOST_COUNTED for count in counts) or not isinstance(samples, list):
+        return None
+    if not samples or not all(isinstance(each, int | float) and 0 < each < _MOST_S for each in samples):
+        return None
+    ranks, nodes, per_node, num_bytes = counts
+    return Row(str(found.get("strategy")), ranks, nodes, per_node, num_bytes, tuple(map(float, samples)))  # type: ignore[arg-type]

@@ -19,7 +19,10 @@ from hpc_train.core.paths import read_small
 from hpc_train.core.settings import RECORDED, Config, Text
 
 _MOST_SHOWN = 300  # characters of a value in a message
-_ONE_OF = {"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"}
+_ONE_OF = {
+    **{"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"},
+    **{"train.steps": "epochs", "train.epochs": "steps"},
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,10 @@ def as_dict(config: Config) -> dict[str, Any]:
 
     A recorded loop has only the keys that it gave: defaults of this program's loop say nothing about it.
     """
-    return config.model_dump(exclude_none=True, exclude_unset=config.task.kind == RECORDED)
+    tree = config.model_dump(exclude_none=True, exclude_unset=config.task.kind == RECORDED)
+    if config.train.epochs is not None:
+        del tree["train"]["steps"]  # not set, or made of the epochs
+    return tree
 
 
 def comparable(config: Config) -> dict[str, Any]:
@@ -98,7 +104,15 @@ def comparable(config: Config) -> dict[str, Any]:
 
     Runs that differ in their seed alone are repeats: they do the same work on other random numbers.
     """
-    ignored = {"name", "seed", "train.log_every", "train.steps", "train.peak_tflops", "reduce.autotune_log_file"}
+    ignored = {
+        "name",
+        "seed",
+        "train.log_every",
+        "train.steps",
+        "train.epochs",
+        "train.peak_tflops",
+        "reduce.autotune_log_file",
+    }
     return {
         key: value
         for key, value in flatten(as_dict(config)).items()
@@ -109,6 +123,8 @@ def comparable(config: Config) -> dict[str, Any]:
 def dumps(loaded: Loaded) -> str:
     """The resolved configuration as TOML that `load` reads back, each key with where its value came from."""
     tree, origin = loaded.config.model_dump(), loaded.origin
+    if loaded.config.train.epochs is not None:
+        tree["train"]["steps"] = None
     lines = [_line(key, tree[key], origin[key]) for key in tree if not isinstance(tree[key], dict) and key in origin]
     for section, values in tree.items():
         if isinstance(values, dict):

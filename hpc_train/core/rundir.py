@@ -64,6 +64,10 @@ class RunDir:
     def energy_dir(self) -> Path:
         return self.path / "energy"
 
+    @property
+    def inference_dir(self) -> Path:
+        return self.path / "inference"
+
     def timings(self, rank: int) -> Path:
         return self.timings_dir / f"rank-{rank:05d}.csv"
 

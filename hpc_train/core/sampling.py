@@ -40,9 +40,13 @@ class GlobalBatch:
 
 def global_batch(step: int, num_samples: int, batch_size: int) -> GlobalBatch:
     """The global batch of `step`. An epoch's last batch is short when `batch_size` does not divide the data."""
-    steps_per_epoch = -(-num_samples // batch_size)
-    epoch, index = divmod(step, steps_per_epoch)
+    epoch, index = divmod(step, steps_per_epoch(num_samples, batch_size))
     return GlobalBatch(step, epoch, index * batch_size, min((index + 1) * batch_size, num_samples))
+
+
+def steps_per_epoch(num_samples: int, batch_size: int) -> int:
+    """An epoch takes each sample once. Its last step is short when `batch_size` does not divide the data."""
+    return -(-num_samples // batch_size)
 
 
 def rank_span(count: int, rank: int, size: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
 Option = bool | int | float | str | list[int] | list[float] | list[str]
 
 RECORDED = "recorded"  # task.kind of a run whose training loop is another program: see train/recording.py
-UNKNOWN_STEPS = 10**12  # train.steps of such a run until its loop has ended
+UNKNOWN_STEPS = 10**12  # train.steps of such a run until its loop has ended, and of a job with train.epochs
 
 
 class _Section(BaseModel):
@@ -30,9 +30,15 @@ class Data(_Section):
     targets: Text = "train/targets"
     test_inputs: Text | list[Text] = "test/inputs"  # data set in the file; if it is missing, there is no test
     test_targets: Text = "test/targets"
+    test_file: Text | None = None  # where these data sets are; default: data.file
     offsets: Text | None = None  # document starts and the end, in tokens; then no window spans two
     test_offsets: Text | None = None
     hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share of the training samples to validate on
+    hold_out_by: Text | None = None  # data set with a group for each sample: a group is held out whole, or not at all
+    validation_inputs: Text | list[Text] = "validation/inputs"  # to validate on in place of data.hold_out
+    validation_targets: Text = "validation/targets"
+    validation_offsets: Text | None = None
+    validation_file: Text | None = None  # where these data sets are; default: data.file
     # Values that the file declares as missing (_FillValue, missing_value), and NaN: drop leaves their samples out.
     missing: Literal["refuse", "drop", "mean"] = "refuse"
     # scale_factor: as the file's attributes say; standardize: mean 0, deviation 1 over the training samples.
@@ -46,14 +52,15 @@ class Data(_Section):
 
 class Task(_Section):
     kind: str = "classification"  # or "mypackage.mytask:MyTask"
-    model: str = "softmax"
+    model: str = "softmax"  # or "package.module:factory"
     loss: Literal["mse", "mae", "huber"] = "mse"  # of regression
     num_classes: Annotated[int, Field(ge=1, le=10**8)] | None = None  # default: one more than the largest label
     options: dict[str, Option] = {}  # keyword arguments of the model: see its docstring
 
 
 class Train(_Section):
-    steps: Count
+    steps: Count = UNKNOWN_STEPS  # this or epochs, of which the number of samples makes steps: `with_num_steps`
+    epochs: Rate | None = None
     stop_after: Whole = 0  # validations in a row that are no better, after which training ends; 0: never
     init_from: Text | None = None  # weights that a new run begins with: .safetensors, .h5 or a run directory
     global_batch: Count | None = None  # samples per step on any number of ranks (strong scaling)
@@ -108,7 +115,7 @@ class Rl(_Section):
 
 
 class Reduce(_Section):
-    strategy: Literal["horovod", "mpi", "parameter_server", "sharded", "local", "own"] = (
+    strategy: Literal["horovod", "mpi", "torch", "parameter_server", "sharded", "local", "own"] = (
         "horovod"  # own: a recorded loop's
     )
     compression: Literal["none", "fp16", "bf16"] = "none"  # of gradients in messages; accumulated in FP32
@@ -116,7 +123,7 @@ class Reduce(_Section):
     stage: Literal[1, 2, 3] = 1  # what each rank keeps 1/N of: 1 the optimizer's state, 2 gradients too, 3 weights too
     shard_within: Literal["job", "node"] | Count = "job"  # ranks that share one copy: all, a node's, or so many
     shard_blocks: list[Text] | None = None  # modules whose weights are gathered together, as patterns: "encoder.*"
-    transport: Literal["auto", "mpi", "horovod"] = "auto"  # auto: horovod on GPUs, mpi on CPUs
+    transport: Literal["auto", "mpi", "horovod", "torch"] = "auto"  # auto: horovod on GPUs, mpi on CPUs
     # Horovod's, named after horovodrun's options.
     cycle_time_ms: Rate = 0.1  # HOROVOD_CYCLE_TIME; Horovod's default of 1 ms limits small models
     fusion_threshold_mb: Amount = 0.0  # 0: the same buckets in every run, and so the same bits
@@ -144,7 +151,19 @@ class Checkpoint(_Section):
 
 
 class Validation(_Section):
-    every_steps: Whole = 0  # steps between validations on the samples of data.hold_out; 0: none
+    every_steps: Whole = 0  # steps between validations; 0: none
+    every_epochs: Amount = 0.0  # epochs between validations, in place of steps; 0: none
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there are validations at all."""
+        return bool(self.every_steps or self.every_epochs)
+
+    @property
+    def in_words(self) -> str:
+        """The key that asks for them, for a message."""
+        by_steps = f"validation.every_steps = {self.every_steps}"
+        return f"validation.every_epochs = {self.every_epochs:g}" if self.every_epochs else by_steps
 
 
 class Test(_Section):
@@ -197,6 +216,10 @@ class Config(_Section):
     checkpoint: Checkpoint = Checkpoint()
     energy: Energy = Energy()
     run: Run = Run()
+
+    def with_num_steps(self, num_steps: int) -> "Config":
+        """The job with that train.steps, once it is known how many its train.epochs are."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"steps": num_steps})})
 
     def global_batch(self, size: int) -> int:
         """Samples per step in a job of `size` ranks, servers included."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from hpc_train.core.errors import not_written
 from hpc_train.core.rundir import write_atomic
 
-_SCORES = ("accuracy", "r2")  # of which more is better
+_SCORES = ("accuracy", "r2", "skill")  # of which more is better
 _FIRST = ("step", "seconds")  # after so many steps; what it took. A column for each measure follows
 
 
@@ -43,7 +43,7 @@ def read_validation(path: Path) -> list[dict[str, float]]:
 
 
 def best_of(rows: Sequence[dict[str, float]], measure: str) -> dict[str, float]:
-    """The first of the rows with the best value: the highest of an accuracy or R2, the lowest of a loss or an error."""
+    """The first of the rows with the best value: the highest accuracy, R2 or skill, the lowest loss or error."""
     sign = -1 if is_score(measure) else 1
     return min(rows, key=lambda row: sign * row[measure] if isfinite(row[measure]) else inf)
 

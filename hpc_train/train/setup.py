@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from itertools import zip_longest
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import nn
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import amount
 from hpc_train.core.key_rules import check_ranks
-from hpc_train.core.sampling import BatchSampler, Shares
+from hpc_train.core.sampling import BatchSampler, Shares, steps_per_epoch
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context, warn
 from hpc_train.train.comm.mesh import Mesh, open_mesh
@@ -56,6 +58,10 @@ class Job:
     facts: dict[str, Any]  # that every checkpoint records, and that must agree to resume
     autocast: Callable[[], AbstractContextManager[Any]]  # around forward passes
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.task.num_samples, self.batch_size)
+
 
 @contextmanager
 def open_job(config: Config, context: Context) -> Iterator[Job]:
@@ -69,6 +75,7 @@ def open_job(config: Config, context: Context) -> Iterator[Job]:
     with open_mesh(config.reduce, context) as mesh:
         task = _open_task(config, mesh, context)
         batch_size = _batch_size(config, task, context)
+        config = _with_steps(config, task.num_samples, batch_size)
         model, draw = _make_model(task, config, mesh, device)
         facts = {
             "size": context.world.size,
@@ -95,6 +102,15 @@ def _batch_size(config: Config, task: Task, context: Context) -> int:
     context.on_all(partial(_check_num_samples, config, task.num_samples, largest, context.world.rank))
     context.on_all(partial(require_a_batch, config, batch_size, task.num_samples))
     return batch_size
+
+
+def _with_steps(config: Config, num_samples: int, batch_size: int) -> Config:
+    """The job with as many train.steps as its train.epochs are; a part of an epoch is rounded up to whole steps."""
+    epochs = config.train.epochs
+    if epochs is None:
+        return config
+    # As Python writes it, a tenth of an epoch of 30 steps is 3 steps, which floats would make 4.
+    return config.with_num_steps(ceil(Fraction(str(epochs)) * steps_per_epoch(num_samples, batch_size)))
 
 
 def _check_num_samples(config: Config, num_samples: int, largest: int, rank: int) -> None:

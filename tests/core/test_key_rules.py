@@ -5,6 +5,7 @@ import pytest
 from hpc_train.core.config import Loaded, from_values
 from hpc_train.core.errors import UserError
 from hpc_train.core.key_rules import check_ranks
+from hpc_train.core.settings import UNKNOWN_STEPS
 
 DQN = {"task.kind": "dqn", "train.global_batch": 40, "rl.replay_size": 60, "rl.replay_start": 60, "rl.num_envs": 2}
 SERVER = {"reduce.strategy": "parameter_server"}
@@ -33,7 +34,15 @@ def job(keys: dict[str, object]) -> Loaded:
         {"task.loss": "mae"},
         {"task.kind": "policy_gradient", "test.samples": 100},
         {"task.kind": "mytask:MyTask", "test.samples": 100},
-        {"validation.every_steps": 5},
+        {"validation.every_steps": 5, "validation.every_epochs": 1.0},
+        {"validation.every_steps": 5, "task.kind": "policy_gradient"},
+        {"data.hold_out": 0.1, "task.kind": "language"},
+        {"data.hold_out_by": "patient"},
+        {"data.validation_file": "x.h5"},
+        {"data.validation_inputs": "x", "data.hold_out": 0.1, "validation.every_steps": 5},
+        {"train.epochs": 2.0},
+        {"train.steps": UNKNOWN_STEPS},
+        {"train.steps": UNKNOWN_STEPS, "train.epochs": 2.0, "task.kind": "dqn"},
         {"validation.every_steps": 5, "data.hold_out": 0.1, **SERVER},
         {"train.stop_after": 2},
         {"checkpoint.keep_best": "validation.loss"},

@@ -48,6 +48,7 @@ def test_sums_and_maxima_over_ranks(context: Context) -> None:
     rank, size = context.world.rank, context.world.size
     assert context.sum(np.array([rank, 1.0])).tolist() == [size * (size - 1) / 2, size]
     assert context.max(np.array([rank, -rank])).tolist() == [size - 1, 0]
+    assert context.max(np.array([rank == size - 1, False])).tolist() == [True, False]
     assert context.gather(rank) == (list(range(size)) if rank == 0 else [])
     assert context.all(rank) == context.all_gather(rank) == list(range(size)), "the former name, too"
 

@@ -6,7 +6,7 @@ from functools import partial
 from statistics import fmean
 
 from hpc_train.analysis.energy.energy_amount import NONE, EnergyAmount
-from hpc_train.analysis.energy.run_energy import RunEnergy, energy_of, unknown_energy
+from hpc_train.analysis.energy.run_energy import VALIDATION, RunEnergy, energy_of, unknown_energy
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.scaling.compare import Group
@@ -86,14 +86,6 @@ class RowEnergy:
         return self._mean([run.loop for run in self.runs])
 
     @property
-    def validation(self) -> EnergyAmount | None:
-        """None if no run validated."""
-        of_runs = [run.validation for run in self.runs]
-        if all(each is None for each in of_runs):
-            return None
-        return self._mean([each or NONE for each in of_runs])
-
-    @property
     def outside(self) -> EnergyAmount:
         return self._mean([run.outside for run in self.runs])
 
@@ -128,7 +120,7 @@ class RowEnergy:
         """Energy-delay product: energy of the loop times its duration (Gonzalez and Horowitz, "Energy dissipation in
         general purpose microprocessors", IEEE Journal of Solid-State Circuits 31(9), 1996).
         """
-        products = [_product(run.loop.total, run.loop_s) for run in self.runs]
+        products = [_product(run.loop.total, run.timeline.loop_s) for run in self.runs]
         return _mean(products)
 
     @property
@@ -158,7 +150,7 @@ class RowEnergy:
         return joules * (1 / num_samples) if num_samples else EnergyAmount(lacking=("no sample",))
 
     def _by_phase(self, of_runs: list[dict[str, EnergyAmount]]) -> dict[str, EnergyAmount]:
-        known = [phase for phase in PHASES if any(phase in one for one in of_runs)]
+        known = [phase for phase in (*PHASES, VALIDATION) if any(phase in one for one in of_runs)]
         return {phase: self._mean([one.get(phase, NONE) for one in of_runs]) for phase in known}
 
 

@@ -30,10 +30,10 @@ class Reading:
 
     def of_loop(self, seconds: float) -> EnergyAmount:
         """The energy of the first `seconds` of the loop."""
-        return self.within_loop(0.0, seconds)
+        return between(self.trace, self.lead_s, self.lead_s + seconds, self.host, self.shared)
 
-    def within_loop(self, begin_s: float, end_s: float) -> EnergyAmount:
-        """From so many seconds after the loop's start to so many."""
+    def of_part(self, begin_s: float, end_s: float) -> EnergyAmount:
+        """The energy from `begin_s` to `end_s` after the start of the loop."""
         return between(self.trace, self.lead_s + begin_s, self.lead_s + end_s, self.host, self.shared)
 
     @property

@@ -14,6 +14,7 @@ from hpc_train.analysis.runs.placement import RankPlacement, placements
 from hpc_train.analysis.runs.step_timeline import EMPTY_TIMELINE, StepTimeline, timeline_of
 from hpc_train.core.timing_log import PHASES
 
+VALIDATION = "validation"  # a phase of the energy alone: no step has it
 _ROUNDING = 1e-9  # of the gross energy: sums of floats differ by this much
 
 
@@ -22,8 +23,7 @@ class RunEnergy:
     """The energy of one run. Made by `energy_of`.
 
     gross: of the attempts, each from its meters' first reading to their last, right before and after its loop; starting
-    up and reading data before that is not metered. loop: of the steps, warm-up included. validations: (attempt, begin
-    and end in seconds of its loop) of each.
+    up and reading data before that is not metered. loop: of the steps, warm-up included.
     """
 
     run: Run
@@ -32,7 +32,6 @@ class RunEnergy:
     unread_hosts: tuple[str, ...] = ()
     contained_domains: tuple[str, ...] = ()
     placements: tuple[RankPlacement, ...] = ()
-    validations: tuple[tuple[int, float, float], ...] = ()
     failure: str = ""  # why it could not be computed
 
     @cached_property
@@ -41,49 +40,35 @@ class RunEnergy:
 
     @cached_property
     def loop(self) -> EnergyAmount:
-        return self._with_validation - self._validation(within=True)
-
-    @cached_property
-    def _with_validation(self) -> EnergyAmount:
-        """From each loop's first step to its last, the validations between them included."""
         return self._sum(reading.of_loop(reading.loop_s) for reading in self.readings if reading.loop_s)
 
-    @property
-    def loop_s(self) -> float:
-        """The time of the steps."""
-        return self.timeline.loop_s - sum(end_s - begin_s for _, begin_s, end_s in self._within)
-
     @cached_property
-    def validation(self) -> EnergyAmount | None:
-        """Of all validations, an estimate, as that of phases is; None if there were none."""
-        return self._validation(within=False).attributed() if self.validations else None
-
-    @cached_property
-    def _within(self) -> list[tuple[int, float, float]]:
-        """The validations that steps follow; one after the last step is no part of the loop."""
-        lasted_s = {loop.attempt: loop.lasted_s for loop in self.timeline.loops}
-        return [each for each in self.validations if each[2] <= lasted_s[each[0]]]
-
-    def _validation(self, within: bool) -> EnergyAmount:
-        """What the meters counted meanwhile, interpolated between readings; by time if they cannot tell."""
-        taken = self._within if within else self.validations
-        if not taken:
-            return NONE
-        counted = self._sum(
-            reading.within_loop(begin_s, end_s)
-            for reading in self.readings
-            for attempt, begin_s, end_s in taken
-            if reading.trace.attempt == attempt
-        )
-        if not counted.lacking:
-            return counted
-        passed_s = sum(end_s - begin_s for _, begin_s, end_s in taken)
-        return self._with_validation * (passed_s / max(self.timeline.loop_s, passed_s))
+    def _validations(self) -> tuple[EnergyAmount, EnergyAmount]:
+        """Of the validations: (between steps, and so within loop; after the last step). NONE without any."""
+        within = after = NONE
+        loop_s = {loop.attempt: loop.lasted_s for loop in self.timeline.loops}
+        record = self.run.validation
+        for step, seconds in zip(record.steps, record.seconds, strict=True) if record else ():
+            found = self.timeline.after_step(step - 1, seconds)
+            if found is None:
+                continue
+            attempt, begin_s, end_s = found
+            taken = [reading for reading in self.readings if reading.trace.attempt == attempt]
+            if any(reading.lead_s + end_s > reading.trace.end_s - reading.trace.begin_s for reading in taken):
+                continue  # an attempt was killed in it, and a later one made it
+            part = sum((reading.of_part(begin_s, end_s) for reading in taken), NONE)
+            if part.lacking:  # shorter than a meter resolves
+                part = (self.loop * ((end_s - begin_s) / self.timeline.loop_s)).attributed()
+            if begin_s < loop_s[attempt]:
+                within += part
+            else:
+                after += part
+        return within, after
 
     @property
     def outside(self) -> EnergyAmount:
-        """gross before and after the steps, without validations."""
-        rest = self.gross - self.loop - self._validation(within=False)
+        """gross before and after the steps, less a validation after the last one."""
+        rest = self.gross - self.loop - self._validations[1]
         return rest if abs(rest.known) > _ROUNDING * self.gross.known else rest * 0.0
 
     def until(self, row: int) -> EnergyAmount:
@@ -195,10 +180,13 @@ class RunEnergy:
     @cached_property
     def phases(self) -> dict[str, EnergyAmount]:
         """loop of the ranks that train, attributed to phases by their share of the time in steady steps: phases last
-        milliseconds and samples seconds, so no meter resolves them. Assumes equal power in all phases.
+        milliseconds and samples seconds, so no meter resolves them. Assumes equal power in all phases. Validations,
+        which belong to no step, are as the meters show them.
         """
-        shares = self.run.summary.phase_share
-        return {phase: (self.loop * self._workers_share * share).attributed() for phase, share in shares.items()}
+        shares, (within, after) = self.run.summary.phase_share, self._validations
+        steps = self.loop - within
+        found = {phase: (steps * self._workers_share * share).attributed() for phase, share in shares.items()}
+        return found | ({VALIDATION: within + after} if within != NONE or after != NONE else {})
 
     @cached_property
     def servers(self) -> dict[str, EnergyAmount]:
@@ -225,20 +213,7 @@ def energy_of(run: Run) -> RunEnergy:
     """Reads the run's energy files. Raises `BadRecord` naming path:line."""
     timeline, where = timeline_of(run), placements(run)
     found = read_readings(run, timeline, where)
-    passed = _validation_times(run, timeline)
-    return RunEnergy(run, timeline, found.readings, found.unread_hosts, found.contained_domains, where, passed)
-
-
-def _validation_times(run: Run, timeline: StepTimeline) -> tuple[tuple[int, float, float], ...]:
-    """Each begins at the end of the step that it follows."""
-    record, before_s = run.validation, {loop.attempt: loop.before_s for loop in timeline.loops}
-    found = []
-    for num_steps, seconds in zip(record.steps, record.seconds, strict=True) if record else ():
-        if (row := timeline.of_last(num_steps - 1)) is not None:
-            attempt = int(timeline.attempt[row])
-            begin_s = float(timeline.end_s[row]) - before_s[attempt]
-            found.append((attempt, begin_s, begin_s + seconds))
-    return tuple(found)
+    return RunEnergy(run, timeline, found.readings, found.unread_hosts, found.contained_domains, where)
 
 
 def unknown_energy(run: Run, why: str) -> RunEnergy:

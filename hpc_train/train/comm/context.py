@@ -118,9 +118,11 @@ class Context:
         """Collective. The element-wise maximum over ranks, on every rank."""
         if self.comm is None:
             return values
-        highest = np.empty(values.shape, values.dtype)
+        values = np.ascontiguousarray(values)
+        highest = np.empty_like(values)
+        as_sent = np.uint8 if values.dtype == np.bool_ else values.dtype  # MPI has no maximum of booleans
         with self.waiting:
-            messages.maximum(self.comm, np.ascontiguousarray(values), highest)
+            messages.maximum(self.comm, values.view(as_sent), highest.view(as_sent))
         return highest
 
     def broadcast_array(self, array: np.ndarray, root: int = 0) -> None:

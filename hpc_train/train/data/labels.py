@@ -1,6 +1,6 @@
 """Class labels as files store them, read as class numbers: whole numbers, one-hot rows or strings."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.labels import MAX_CLASSES, Classes, NoClasses, find_classes, is_label, whole_numbers
 from hpc_train.core.sampling import rank_span
 from hpc_train.train.comm.context import Context, joint
-from hpc_train.train.data.dataset import Split
+from hpc_train.train.data.dataset import Part, Split
 from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.readers import MmapReader
 
@@ -50,36 +50,35 @@ class ClassReader(Reader):
 # ------------------------------------------------------------------------------------------------ opening
 
 
-def open_classes(
-    train: Split, held_out: Split | None, names: Sequence[str], path: Path, num_classes: int | None, context: Context
-) -> tuple[Split, Split | None, Classes]:
-    """Collective. The splits with class numbers as targets, and the classes. Reads all labels, each rank a part.
+def open_classes(parts: list[Part], num_classes: int | None, context: Context) -> tuple[list[Part], Classes]:
+    """Collective. The parts with class numbers as targets, and the classes. Reads all labels, each rank a part.
 
-    names: the data sets of the training and the test labels. num_classes: as the user says; None: as found. Raises
-    `UserError` for a value that is no label, and for a label of `held_out` that the training samples do not have.
+    The training samples come first. num_classes: as the user says; None: as found. Raises `UserError` for a value that
+    is no label, and for a label of another part that the training samples do not have.
     """
-    labels = _Stored(path, names[0], train.targets)
+    train = parts[0]
+    labels = _Stored(train.files.paths[0], train.targets, train.split.targets)
     distinct = labels.distinct(context)
     width = labels.num_columns  # of one-hot rows, of which some classes may have none
     try:
-        classes = find_classes(distinct, num_classes or width, len(train))
+        classes = find_classes(distinct, num_classes or width, len(train.split))
     except NoClasses as error:
         if error.odd is not None:
             raise labels.odd(error.odd, "numbers from 0, as most labels are", context) from None
         raise joint(labels.no_classes(distinct, num_classes)) from None
-    parts = [labels] if held_out is None else [labels, _Stored(path, names[1], held_out.targets)]
-    known = np.arange(classes.num) if classes.values is None else classes.values
-    for part in parts:
-        found = distinct if part is labels else part.distinct(context)
-        unknown = found[~np.isin(found, known)]
-        if len(unknown):
-            raise part.odd(unknown[0].item(), f"the {classes.num:,} classes", context)
-    readers = [part.as_class_numbers(classes.values, context) for part in parts]
-    return (
-        replace(train, targets=readers[0]),
-        None if held_out is None else replace(held_out, targets=readers[1]),
-        classes,
-    )
+    labels.require_known(classes, distinct, context)
+    first = train.having(replace(train.split, targets=labels.as_class_numbers(classes.values, context)))
+    others = [
+        part.having(in_classes(part.split, part.targets, part.files.paths[0], classes, context)) for part in parts[1:]
+    ]
+    return [first, *others], classes
+
+
+def in_classes(split: Split, name: str, path: Path, classes: Classes, context: Context) -> Split:
+    """Collective. The split with class numbers as targets. Raises `UserError` for a label that is none of `classes`."""
+    labels = _Stored(path, name, split.targets)
+    labels.require_known(classes, labels.distinct(context), context)
+    return replace(split, targets=labels.as_class_numbers(classes.values, context))
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,13 @@ class _Stored:
         start, stop = rank_span(len(self.reader), context.world.rank, context.world.size)
         for begin in range(start, stop, _SCAN_ROWS):
             yield begin, self.reader[begin : min(begin + _SCAN_ROWS, stop)]
+
+    def require_known(self, classes: Classes, distinct: np.ndarray, context: Context) -> None:
+        """Collective. Raises `UserError` if one of the `distinct` labels is none of `classes`."""
+        known = np.arange(classes.num) if classes.values is None else classes.values
+        unknown = distinct[~np.isin(distinct, known)]
+        if len(unknown):
+            raise self.odd(unknown[0].item(), f"the {classes.num:,} classes", context)
 
     def as_class_numbers(self, values: np.ndarray | None, context: Context) -> Reader:
         """Collective. A reader of class numbers; those of strings are kept in memory. values: see `Classes`."""

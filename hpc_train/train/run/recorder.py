@@ -53,6 +53,7 @@ class Recorder:
         self._train, self.run = loaded.config.train, attempt.run
         self._losses: list[tuple[int, float | torch.Tensor]] = []  # (step, loss), not yet written
         self.num_steps_done = 0  # of the run, earlier attempts included
+        self._validation_note = ""  # on the bar, behind the loss
         self._meta = MetaWriter(attempt, context, places)
         self._stack = ExitStack()
         total = None if self._train.steps == UNKNOWN_STEPS else self._train.steps
@@ -120,7 +121,7 @@ class Recorder:
         if step % self._train.log_every == 0:
             self.flush()
             self.log(f"Step {step}" if loss is None else f"Step {step}, Loss: {loss:.5f}")
-            self._progress.note = "" if loss is None else f"loss {loss:.5f}"
+            self._progress.note = "" if loss is None else f"loss {loss:.5f}{self._validation_note}"
         start_ns = record[1]
         self._progress.advance(step + 1, num_global, start_ns)
 
@@ -146,6 +147,7 @@ class Recorder:
             append_validation(self.run.validation, num_steps, measures, seconds)
             told = ", ".join(f"{name.replace('_', ' ')} {value:.5f}" for name, value in measures.items())
             self.log(f"Validation after {num_steps} steps: {told}")
+            self._validation_note = f", validation {told.partition(',')[0]}"
         self.clock.restart()
 
     def measuring(self, what: str, num_samples: int | None) -> StepProgress:

@@ -12,8 +12,7 @@ from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context, warn
-from hpc_train.train.data.dataset import Batch, Split, test_batches
-from hpc_train.train.data.files import Files
+from hpc_train.train.data.dataset import Batch, Part, test_batches
 from hpc_train.train.data.labels import open_classes
 from hpc_train.train.data.mixing import poor_mixing
 from hpc_train.train.data.samples import open_samples
@@ -29,19 +28,15 @@ class Classification:
         self.train, self.validation, self.held_out = samples.train, samples.validation, samples.held_out
         self.order, self.in_step, self.num_samples = samples.order, samples.in_step, len(self.train)
         self.reading = "; ".join(filter(None, (*samples.reading, self._classes.describe(data.targets))))
-        self.facts = samples.facts | {"classes": self._classes.listed()}
+        self.facts = samples.facts | {"classes": self._classes.listed(), "num_classes": self.num_classes}
         if why := poor_mixing(self.train.targets, data.targets, self.order, self.num_classes, context):
             remedy = "data.shuffle_chunks and data.memory_mb mix more, or store the samples in random order"
             warn(context, f"{why}: {remedy}.")
 
-    def _read_labels(
-        self, context: Context, files: Files, train: Split, held_out: Split | None
-    ) -> tuple[Split, Split | None]:
-        data, limit = self.config.data, self.config.task.num_classes
-        names = (data.targets, data.test_targets)
-        train, held_out, self._classes = open_classes(train, held_out, names, files.paths[0], limit, context)
+    def _read_labels(self, context: Context, parts: list[Part]) -> list[Part]:
+        parts, self._classes = open_classes(parts, self.config.task.num_classes, context)
         self.num_classes = self._classes.num
-        return train, held_out
+        return parts
 
     def model(self) -> nn.Module:
         task = self.config.task
@@ -63,6 +58,10 @@ class Classification:
         return test_batches(self.validation, world)
 
     def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
-        logits = model(batch.floats())
-        loss = functional.cross_entropy(logits, batch.targets, reduction="sum")
-        return len(batch), {"loss": loss.item(), "accuracy": (logits.argmax(1) == batch.targets).sum().item()}
+        return len(batch), measures(model(batch.floats()), batch.targets)
+
+
+def measures(logits: torch.Tensor, classes: torch.Tensor) -> dict[str, float]:
+    """The sums over samples of each measure. logits: (n, classes), classes: (n,) those of the samples."""
+    loss = functional.cross_entropy(logits, classes, reduction="sum")
+    return {"loss": loss.item(), "accuracy": (logits.argmax(1) == classes).sum().item()}

@@ -368,8 +368,9 @@ def test_energy_by_phase_has_a_piece_of_validation() -> None:
     with painted(energy_by_phase_plot(energy)) as axes:
         drawn = bars(axes)
     (row,), num_samples = energy.rows, energy.rows[0].row.runs[0].summary.num_samples
-    assert row.validation is not None
-    assert [bar.get_height() for bar in drawn["validation"]] == close([1e3 * row.validation.known / num_samples])
+    assert [bar.get_height() for bar in drawn["validation"]] == close(
+        [1e3 * row.phases["validation"].known / num_samples]
+    )
     assert sum(bar.get_height() for each in drawn.values() for bar in each) == close(1e3 * row.per_sample.known)
 
 

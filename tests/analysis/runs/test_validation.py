@@ -64,19 +64,35 @@ def test_its_energy_is_a_phase_of_its_own_and_none_of_the_steps(
     run: Run, rows: list[dict[str, str]], made: Report
 ) -> None:
     energy = energy_of(run)
-    assert energy.validation is not None
     spent_s = [float(each["seconds"]) for each in rows]
-    assert energy.validation.known == pytest.approx(WATTS * sum(spent_s), rel=1e-3)
+    of_phases = {phase: each.known for phase, each in energy.phases.items()}
+    joules = of_phases.pop("validation")
+    assert joules == pytest.approx(WATTS * sum(spent_s), rel=1e-3)
     # The last one is after the last step, so it is no part of the loop's time.
-    assert energy.loop_s == pytest.approx(energy.timeline.loop_s - sum(spent_s[:-1]))
-    assert energy.loop.known == pytest.approx(WATTS * energy.loop_s, rel=1e-3)
-    parts = energy.loop.known + energy.outside.known + energy.validation.known
-    assert parts == pytest.approx(energy.gross.known)
-    assert sum(each.known for each in energy.phases.values()) == pytest.approx(energy.loop.known)
+    assert sum(of_phases.values()) == pytest.approx(WATTS * (energy.timeline.loop_s - sum(spent_s[:-1])), rel=1e-3)
+    assert sum(of_phases.values()) + joules + energy.outside.known == pytest.approx(energy.gross.known)
     (row,) = made.rows
-    assert row["joules_validation"] == pytest.approx(energy.validation.known)
+    assert row["joules_validation"] == pytest.approx(joules)
     by_phase = table(made.sections[0], "energy-by-phase")
     assert by_phase.columns[-1].title == "validation" and float(by_phase.rows[0][-1]) == pytest.approx(19.4, abs=0.1)
+
+
+def test_a_validation_that_no_meter_resolves_has_its_part_of_the_time(tmp_path: Path) -> None:
+    """A counter that moves every other second, over validations of a tenth."""
+    here = copied(tmp_path)
+    (path,) = here.energy_dir.iterdir()
+    header, *lines = path.read_text().splitlines()
+    times = [float(line.split(",")[0]) for line in lines]
+    coarse = []
+    for line, time_s in zip(lines, times, strict=True):
+        cells = line.split(",")
+        cells[2] = str(40.0 * ((time_s - times[0]) // 2))
+        coarse.append(",".join(cells))
+    path.write_text("\n".join([header, *coarse, ""]))
+    energy = energy_of(load(here))
+    validation = energy.phases["validation"]
+    assert validation.total is not None and 0 < validation.known < 0.2 * energy.gross.known
+    assert all(each.total is not None for each in energy.phases.values())
 
 
 def copied(tmp_path: Path) -> RunDir:

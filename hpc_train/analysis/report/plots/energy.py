@@ -7,18 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
+from hpc_train.analysis.energy.run_energy import VALIDATION
 from hpc_train.analysis.report.model import Plot
-from hpc_train.analysis.report.plots.canvas import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    SKY,
-    VERMILLION,
-    WHITE,
-    label_bar,
-    legend_above,
-)
+from hpc_train.analysis.report.plots.canvas import BLUE, GREEN, GREY, SKY, VERMILLION, WHITE, label_bar, legend_above
 from hpc_train.analysis.report.plots.step_time import PHASE_COLORS, bars_by_size
 from hpc_train.core.formatting import plural, ratio_text, sentence, significant
 from hpc_train.core.timing_log import COMMUNICATION, PHASES
@@ -27,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLORS = {"dynamic": GREEN, "idle": SKY, "measured": GREEN, "estimated": GREEN}
-_VALIDATION, _OUTSIDE = "validation", "outside steps"
-_ORDER = (*PHASES, _VALIDATION, _OUTSIDE)  # of a bar's pieces, bottom first
+_OUTSIDE = "outside steps"
+_SHOWN = (*PHASES, VALIDATION, _OUTSIDE)
 _HEIGHT = 0.75
 
 
@@ -147,8 +138,8 @@ def _phases(row: RowEnergy) -> list[tuple[str, float]]:
     joules = {phase: amount.known for phase, amount in row.phases.items()}
     for phase, amount in row.servers.items():
         joules[phase] = joules.get(phase, 0.0) + amount.known
-    joules |= {_VALIDATION: row.validation.known if row.validation else 0.0, _OUTSIDE: row.outside.known}
-    order = [name for name in _ORDER if joules.get(name, 0.0) > 0]
+    joules[_OUTSIDE] = row.outside.known
+    order = [name for name in _SHOWN if joules.get(name, 0.0) > 0]
     return [(name, joules[name] / num_samples) for name in order if num_samples]
 
 
@@ -156,13 +147,13 @@ def _paint_phases(axes: "Axes", rows: Sequence[RowEnergy]) -> None:
     bars = [dict(_phases(row)) for row in rows]
     scale, unit = _unit(max(sum(bar.values()) for bar in bars))
     below = [0.0] * len(rows)
-    for name in _ORDER:
+    for name in _SHOWN:
         heights = [scale * bar.get(name, 0.0) for bar in bars]
         if not any(heights):
             continue
-        color = {_VALIDATION: BLACK, _OUTSIDE: WHITE}.get(name) or PHASE_COLORS[name]
-        how: dict[str, Any] = {"color": color, "linewidth": 0.5, "label": name}
-        edge, hatch = GREY if name == _OUTSIDE else WHITE, "///" if name in COMMUNICATION else None
+        how: dict[str, Any] = {"color": PHASE_COLORS.get(name, WHITE), "linewidth": 0.5, "label": name}
+        edge = WHITE if name in PHASES else GREY
+        hatch = "///" if name in COMMUNICATION else "..." if name == VALIDATION else None
         axes.bar(range(len(rows)), heights, 0.62, below, edgecolor=edge, hatch=hatch, **how)
         below = [base + height for base, height in zip(below, heights, strict=True)]
     legend_above(axes, 3)

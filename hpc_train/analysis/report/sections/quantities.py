@@ -12,6 +12,7 @@ from hpc_train.analysis.convergence.target import NOT_REACHED, TargetRow, Target
 from hpc_train.analysis.efficiency.pop import FACTORS
 from hpc_train.analysis.energy.cost import RowEnergy
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
+from hpc_train.analysis.energy.run_energy import VALIDATION
 from hpc_train.analysis.report.labels import ranks_text, straggler_text, worst_run
 from hpc_train.analysis.report.sections.columns import CellColumn, number, text
 from hpc_train.analysis.runs.loop_use import loop_use
@@ -477,7 +478,7 @@ BEST: Quantity[Row] = _of_best(
 BEST_STEP: Quantity[Row] = _of_best(
     "best_validation_step", "", "after how many steps it was reached", lambda found: found.best[0], "after steps", str
 )
-VALIDATION: tuple[Quantity[Row], ...] = (
+VALIDATED: tuple[Quantity[Row], ...] = (
     _of_best(
         "validation_measure",
         "",
@@ -512,7 +513,7 @@ RESULT: tuple[Quantity[Row], ...] = (
     Quantity("energy_quality", "", "measured, estimated, mixed or missing", lambda row: row.energy.quality),
     Quantity("energy_source", "", "the meters", lambda row: row.energy.source),
     LOSS,
-    *VALIDATION,
+    *VALIDATED,
 )
 
 
@@ -550,7 +551,7 @@ GROSS: Quantity[RowEnergy] = Quantity(
 LOOP: Quantity[RowEnergy] = Quantity(
     "joules_loop",
     "J",
-    "of the steps alone, warm-up included",
+    "from the first step to the last, warm-up and the validations between them included",
     lambda row: row.loop.total,
     "loop",
     lambda row: row.loop.text(),
@@ -574,7 +575,7 @@ DYNAMIC: Quantity[RowEnergy] = Quantity(
 OUTSIDE: Quantity[RowEnergy] = Quantity(
     "joules_outside_steps",
     "J",
-    "gross less loop and validations",
+    "gross less loop and a validation after the last step",
     lambda row: row.outside.total,
     "outside steps",
     # 0 J has no quality of its own: this cell has that of the whole run.
@@ -660,8 +661,8 @@ COST: tuple[Quantity[RowEnergy], ...] = (
     Quantity(
         "joules_validation",
         "J",
-        "of all validations, which are no part of loop",
-        lambda row: row.validation and row.validation.total,
+        "of the validations, which belong to no step",
+        lambda row: row.phases[VALIDATION].total if VALIDATION in row.phases else None,
     ),
     Quantity(
         "joules_servers",

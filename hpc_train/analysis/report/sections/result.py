@@ -9,7 +9,7 @@ from hpc_train.analysis.report.plots.loss import loss_plot
 from hpc_train.analysis.report.plots.validation import validation_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
-from hpc_train.analysis.report.sections.quantities import BEST, ENERGY, ENERGY_PER_SAMPLE, LOSS, RANKS, VALIDATION
+from hpc_train.analysis.report.sections.quantities import BEST, ENERGY, ENERGY_PER_SAMPLE, LOSS, RANKS, VALIDATED
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import percent, plain, significant
@@ -39,9 +39,7 @@ def validation_table(group: Group) -> Table | None:
     """None if no run validated."""
     rows = [row for row in group.rows if BEST.value(row) is not None]
     title = "Validation on held-out samples (the run with the best value; its time belongs to no step)"
-    return (
-        make_table("validation", title, rows, [RANKS.column, *(each.column for each in VALIDATION)]) if rows else None
-    )
+    return make_table("validation", title, rows, [RANKS.column, *(each.column for each in VALIDATED)]) if rows else None
 
 
 def measures_of(rows: Sequence[Row]) -> list[str]:
