@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "hpc_train"
 # only in the run directory; the command line imports a half inside each command.
 TRAINING = (
     *("core", "train/comm", "train/data", "train/models", "train/energy", "train/run", "train/reduce", "train"),
-    *("train/tasks", "datasets", "bench", "doctor"),
+    *("train/tasks", "train/inference", "datasets", "bench", "doctor"),
 )
 ANALYSIS = (
     *("core", "analysis", "analysis/stats", "analysis/runs", "analysis/efficiency", "analysis/scaling"),
@@ -42,8 +42,9 @@ ALLOWED = {
     "h5py": {f"train/data/{file}.py" for file in ("chunk_cache", "files", "filters", "hdf5_faults", "parallel_hdf5")}
     | {"train/data/readers.py", "train/weights_file.py", "train/export.py"}
     | {f"train/run/checkpoint/{file}.py" for file in ("format", "image", "reading")}
-    | {"train/data/collective.py", "train/data/unwritten.py", "bench/file_layouts.py", "doctor/storage.py"}
-    | {f"datasets/prepare/{file}.py" for file in ("layout", "prepare", "writer")}
+    | {"train/data/collective.py", "train/data/unwritten.py", "train/inference/output_file.py", "bench/file_layouts.py"}
+    | {"doctor/storage.py"}
+    | {f"datasets/prepare/{file}.py" for file in ("array_files", "layout", "netcdf", "prepare", "writer")}
     | {f"datasets/inspect/{file}.py" for file in ("check", "checks", "chunk_ranges", "info", "proposal", "structure")},
     "subprocess": {"core/filesystem.py", "train/run/provenance.py", "train/energy/sensors/slurm.py", "train/onednn.py"}
     | {"cluster/scheduler.py", "cluster/local_study.py", "bench/io.py", "doctor/supervisor.py", "doctor/job.py"},

@@ -24,6 +24,7 @@ from hpc_train.cli.init import init
 from hpc_train.cli.memory import memory
 from hpc_train.cli.options import CommandGroup
 from hpc_train.cli.plan import plan
+from hpc_train.cli.predict import evaluate, predict
 from hpc_train.cli.prepare import prepare, stage
 from hpc_train.cli.report import report
 from hpc_train.cli.scale import scale
@@ -51,7 +52,7 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    *(init, prepare, stage, data, train, generate, export, submit, scale, runs, watch),
+    *(init, prepare, stage, data, train, evaluate, predict, generate, export, submit, scale, runs, watch),
     *(report, compare, plan, simulate, memory, doctor, bench, config),
 )
 for command in _COMMANDS:

@@ -52,10 +52,11 @@ class Data(_Section):
 
 class Task(_Section):
     kind: str = "classification"  # or "mypackage.mytask:MyTask"
-    model: str = "softmax"
+    model: str = "softmax"  # or "package.module:factory"
     loss: Literal["mse", "mae", "huber"] = "mse"  # of regression
     num_classes: Annotated[int, Field(ge=1, le=10**8)] | None = None  # default: one more than the largest label
     options: dict[str, Option] = {}  # keyword arguments of the model: see its docstring
+    metrics: list[Text] = []  # beside loss and accuracy: "top5", "f1", "confusion", or "package.module:metric"
 
 
 class Train(_Section):
@@ -115,7 +116,7 @@ class Rl(_Section):
 
 
 class Reduce(_Section):
-    strategy: Literal["horovod", "mpi", "parameter_server", "sharded", "local", "own"] = (
+    strategy: Literal["horovod", "mpi", "torch", "parameter_server", "sharded", "local", "own"] = (
         "horovod"  # own: a recorded loop's
     )
     compression: Literal["none", "fp16", "bf16"] = "none"  # of gradients in messages; accumulated in FP32
@@ -123,7 +124,7 @@ class Reduce(_Section):
     stage: Literal[1, 2, 3] = 1  # what each rank keeps 1/N of: 1 the optimizer's state, 2 gradients too, 3 weights too
     shard_within: Literal["job", "node"] | Count = "job"  # ranks that share one copy: all, a node's, or so many
     shard_blocks: list[Text] | None = None  # modules whose weights are gathered together, as patterns: "encoder.*"
-    transport: Literal["auto", "mpi", "horovod"] = "auto"  # auto: horovod on GPUs, mpi on CPUs
+    transport: Literal["auto", "mpi", "horovod", "torch"] = "auto"  # auto: horovod on GPUs, mpi on CPUs
     # Horovod's, named after horovodrun's options.
     cycle_time_ms: Rate = 0.1  # HOROVOD_CYCLE_TIME; Horovod's default of 1 ms limits small models
     fusion_threshold_mb: Amount = 0.0  # 0: the same buckets in every run, and so the same bits

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
+from hpc_train.analysis.energy.run_energy import energy_of
 from hpc_train.analysis.runs.load import load as load_run
 from hpc_train.core.config import Loaded, load
 from hpc_train.core.errors import UserError
@@ -58,7 +59,7 @@ def trained(context: Context, loaded: Loaded, resume: str = "never") -> RunDir:
     return context.on_root(lambda: find([Path(loaded.config.run.root)])[-1])
 
 
-@pytest.mark.parametrize("keys", [["reduce.strategy=mpi"], ["reduce.strategy=sharded", "reduce.stage=3"]], ids=str)
+@pytest.mark.parametrize("keys", [["reduce.strategy=horovod"], ["reduce.strategy=sharded", "reduce.stage=3"]], ids=str)
 def test_each_sample_counts_once_on_any_number_of_ranks(
     keys: list[str], context: Context, cars: Path, shared_path: Path
 ) -> None:
@@ -89,11 +90,25 @@ def test_training_is_the_same_with_validation_and_without(context: Context, cars
     losses = [context.on_root(lambda run=run: read_metrics(run.metrics)) for run in runs]
     assert losses[0] == losses[1]
     assert context.on_root(lambda: not runs[1].validation.exists())
+    if context.world.is_root:
+        check_energy(*runs)
     timings = read_timings(runs[0].timings(context.world.rank))
     begins_ns = timings["start_ns"]
     gaps_ns = begins_ns[1:] - (begins_ns + timings.phases_ns.sum(axis=1))[:-1]
     is_after_validation = (np.arange(1, STEPS) % 4) == 0
     assert (gaps_ns[~is_after_validation] == 0).all() and (gaps_ns[is_after_validation] > 0).all()
+
+
+def check_energy(validated: RunDir, other: RunDir) -> None:
+    """Validations are a phase of the energy: of the power that the meters show, for as long as they took."""
+    energy, without = energy_of(load_run(validated)), energy_of(load_run(other))
+    assert "validation" not in without.phases
+    rest = sum(amount.known for name, amount in energy.phases.items() if name != "validation")
+    joules = energy.phases["validation"].known
+    assert rest + joules + energy.outside.known == pytest.approx(energy.gross.known)
+    if energy.gross.quality == "estimated":  # by a constant power
+        seconds = sum(row["seconds"] for row in read_validation(validated.validation))
+        assert joules == pytest.approx(seconds * energy.gross.known / energy.metered_s, rel=1e-3)
 
 
 def test_a_run_that_goes_on_has_each_validation_once(context: Context, cars: Path, shared_path: Path) -> None:

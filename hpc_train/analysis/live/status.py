@@ -89,6 +89,9 @@ def read_status(run: RunDir) -> RunStatus:
     num_done = max((int(columns["step"][-1]) + 1 for columns in timings.values()), default=0)
     pace = _pace(timings, hosts_of(meta, size), positive_number(meta.get("global_batch")))
     num_steps = settings.train.steps if settings is not None else None
+    if settings is not None and settings.train.epochs is not None:
+        told = positive_number(meta.get("num_steps"))
+        num_steps = None if told is None else int(told)
     still = state in ("training", "starting")
     energy, power_w = _energy(run, meta)
     validations = read_validation(run.validation)

@@ -12,6 +12,7 @@ from hpc_train.analysis.report.notes.energy import verdict
 from hpc_train.analysis.report.sections import comparison
 from hpc_train.analysis.report.sections.efficiency import straggler_records
 from hpc_train.analysis.report.sections.energy import node_record
+from hpc_train.analysis.report.sections.inference import inference_records
 from hpc_train.analysis.report.sections.quantities import (
     BALANCE,
     COST,
@@ -114,6 +115,7 @@ class Records:
             **record,
             **self._call(row, "energy by node", (), node_record, energy),
             **self._call(row, "stragglers", ("stragglers",), _stragglers, row),
+            **self._call(row, "uses of the trained model", ("inference",), inference_records, row),
             "runs": [str(run.dir.path) for run in row.runs],
         }
 

@@ -102,6 +102,15 @@ def _lost_warning(ranks: list[int], root: int, host: str) -> str:
 # ------------------------------------------------------------------------------------------- where to listen
 
 
+def root_addresses(context: Context, interface: str | None) -> list[str]:
+    """Collective. Where other ranks may reach the root, the best address first; on one host its loopback."""
+    is_first = context.world.rank == context.world.node_root
+    with context.split(0 if is_first else 1) as firsts:
+        is_one_host = firsts.world.size == 1
+        found = [] if not is_first else [_LOOPBACK] if is_one_host else _addresses(firsts, interface)
+    return context.on_root(lambda: found)
+
+
 def _addresses(context: Context, interface: str | None) -> list[str]:
     """Collective over the first ranks of all nodes. Where the root may listen, the best address first."""
     if interface is not None:

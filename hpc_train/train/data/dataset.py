@@ -23,7 +23,7 @@ Use = Literal["train", "validation", "test"]
 USES: tuple[Use, ...] = ("train", "validation", "test")
 MAX_CHUNKS_MIXED = 64  # with each other: more make no better batches
 _SCAN_ROWS = 1 << 20
-_TEST_BATCH = 1024
+_TEST_BATCH, _TEST_BYTES = 1024, 8 << 20  # samples at once, and bytes of their inputs, of which models make many more
 _WIDE = (torch.float64, torch.int64, torch.int32)
 
 
@@ -235,7 +235,10 @@ def _check_samples(files: Files, inputs: tuple[str, Reader], targets: tuple[str,
 
 def test_batches(split: Split | None, world: World, at_most: int | None = None) -> Iterator[Batch]:
     """This rank's share of a split's samples, in order; none of None. at_most: see `RankBatches`."""
-    return iter(()) if split is None else RankBatches(len(split), world, _TEST_BATCH, split.batch, at_most)
+    if split is None:
+        return iter(())
+    num_at_once = min(_TEST_BATCH, max(1, _TEST_BYTES // (4 * max(1, prod(split.input_shape)))))
+    return RankBatches(len(split), world, num_at_once, split.batch, at_most)
 
 
 def open_order(readers: Sequence[Reader], num_samples: int, config: Config, rows_per_sample: int = 1) -> Order:

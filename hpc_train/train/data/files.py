@@ -36,6 +36,7 @@ _OTHER_DESCRIPTORS = 128  # of MPI, logs, sensors
 _PREPARED = {  # the files that shipped jobs read: what `hpc-train prepare` makes them of, and its options
     "mnist-5k.h5": ("mnist-5k",),
     "auto-mpg.h5": ("auto-mpg",),
+    "burgers.nc": ("burgers",),
     "mnist.h5": ("mnist", "--from", "DIR"),
     "fashion-mnist.h5": ("fashion-mnist",),
     "python.h5": ("python-source",),
@@ -86,6 +87,10 @@ class Files:
         with damage_as_user_error(self.paths[0], name):
             return find_dataset(self.opened[0], name) is not None
 
+    def names_in_words(self) -> str:
+        """The data sets of the first file, for a message."""
+        return ", ".join(_dataset_names(self.opened[0])) or "none"
+
     def has_any(self, *names: str) -> bool:
         """Whether one of these is there, or the job names it itself, so that `datasets` says what is missing."""
         usual = Data().model_dump().values()
@@ -126,6 +131,11 @@ class Files:
                     "Stored values must mean the same in all files of a data set.",
                 )
         return found[0]
+
+    def units(self, name: str) -> str | None:
+        """The attribute `units` of data set `name`; None without one. Raises `UserError` if there is no data set."""
+        told = np.atleast_1d(self.datasets(name, "data")[0].attrs.get("units", []))
+        return str(np.char.asarray(told)[0]) if told.size else None
 
     def require_same_scale(self, name: str, others: "Files", other: str) -> None:
         """Raises `UserError` if numbers of data set `other` of other files do not mean the same as those of `name`."""

@@ -38,24 +38,25 @@ class Samples:
     facts: dict[str, Any]
 
 
-def open_samples(config: Config, context: Context, read_targets: ReadTargets) -> Samples:
+def open_samples(config: Config, context: Context, read_targets: ReadTargets, channels_first: bool = False) -> Samples:
     """Collective. Opens data.inputs with data.targets, and those to validate and to test on. Raises `UserError`.
 
     read_targets: collective; the samples, those to train on first, with targets as the task takes them.
+    channels_first: of inputs with more than two axes a sample; otherwise their shape tells.
     """
     data, name = config.data, str(config.data.inputs)
     parts = context.on_all(lambda: _open(config, context))
     files = parts[0].files
     parts, unwritten = leave_out_unwritten(parts, data, context)
-    parts, missing_values, missing = handle_missing(parts, data, context)
+    parts, missing_values, missing = handle_missing(parts, data, context, config.task.kind == "regression")
     parts = read_targets(parts)
     splits = {part.use: part.split for part in parts}
     train, validation, held_out = splits["train"], splits.get("validation"), splits.get("test")
     if data.hold_out:
         train, validation = hold_out(train, data, config.seed, context)
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"samples": context.on_all(lambda: _facts(parts[0].having(train)))}
     if data.normalize == "standardize":
-        standard = find_standard(train, missing_values, context)
+        standard = find_standard(train, missing_values, context, channels_first)
         train = replace(train, standard=standard)
         validation = None if validation is None else replace(validation, standard=standard)
         held_out = None if held_out is None else replace(held_out, standard=standard)
@@ -75,6 +76,17 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets) ->
         reading.append(f"{name} standardised")
     order = open_order(train.inputs, len(train), config)
     return Samples(files, train, validation, held_out, order, in_step, reading, facts)
+
+
+def _facts(train: Part) -> dict[str, Any]:
+    """What a trained model needs to know of its inputs when it meets other data: see `inference/learned.py`."""
+    filling = train.split.filling
+    return {
+        "shape": list(train.split.input_shape),
+        "dtype": train.split.inputs[0].dtype.str,
+        "scale": list(train.files.scale(train.inputs)),
+        "mean_for_missing": None if filling is None else filling.mean.tolist(),
+    }
 
 
 def _open(config: Config, context: Context) -> list[Part]:

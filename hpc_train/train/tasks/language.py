@@ -51,33 +51,42 @@ class Text:
         return RankBatches(len(tokens), world, num_windows, read, at_most)
 
 
-def open_text(config: Config, context: Context, known: dict[str, Callable[..., nn.Module]], masked: bool) -> Text:
+def open_text(config: Config, context: Context, masked: bool) -> Text:
     """Collective. Opens and checks the data; `masked`: the model's vocabulary has one more token, the mask.
 
     Raises `UserError` if file, options and tokens do not fit together.
     """
-    task, options = config.task, dict(config.task.options)
-    stated = options.pop("vocab_size", None)
+    task, options = config.task, _model_options(config)
+    stated = task.options.get("vocab_size")
     files = context.on_all(lambda: open_files(config, context))
     vocab_size = context.on_all(lambda: _vocab_size(config, files, stated, masked))
-    length = context.on_all(lambda: _window_length(config, known))
+    length = context.on_all(lambda: _window_length(config, masked))
     streams = context.on_all(lambda: _open_streams(config, files, length, masked, context))
     context.on_root(lambda: _require_written(streams))
     for stream in streams:
         _check_range(stream, vocab_size, context)
     of = {stream.use: stream.tokens for stream in streams}
     train = of["train"]
-    make_model = partial(models.make_model, known, task.model, (vocab_size + masked,), options)
+    make_model = partial(models.language_model, task.model, vocab_size + masked, length, options, masked)
     order = open_order([train.values], len(train), config, train.length)
     reading = describe(files, str(config.data.inputs), train.values)
     at_most = config.test.samples
     return Text(train, of.get("validation"), of.get("test"), vocab_size, make_model, order, reading, at_most)
 
 
-def _window_length(config: Config, known: dict[str, Callable[..., nn.Module]]) -> int:
+def _model_options(config: Config) -> dict[str, Any]:
+    """Without the size of the vocabulary, which is the data's."""
+    return {name: value for name, value in config.task.options.items() if name != "vocab_size"}
+
+
+def _window_length(config: Config, masked: bool) -> int:
     """The context of the model."""
-    task = config.task
-    length = task.options.get("context", models.default(known, task.model, "context"))
+    length = models.context_length(config.task.model, _model_options(config), masked)
+    if length is None:
+        raise UserError(
+            f"task.model = '{config.task.model}' does not say how many tokens it takes at once",
+            "Set task.options.context, a parameter of the model.",
+        )
     if not isinstance(length, int) or length < 1:
         raise UserError(f"task.options.context = {length}", "It is a positive integer.")
     return length
@@ -194,7 +203,7 @@ class Language(TextTask):
 
     def __init__(self, config: Config, context: Context) -> None:
         """Collective. Opens the data and checks it."""
-        super().__init__(open_text(config, context, models.CAUSAL, masked=False))
+        super().__init__(open_text(config, context, masked=False))
         self.context = context
 
     def batch(self, rows: np.ndarray, step: int) -> Windows:
@@ -259,7 +268,7 @@ class MaskedLanguage(TextTask):
 
     def __init__(self, config: Config, context: Context) -> None:
         """Collective. Opens the data and checks it."""
-        super().__init__(open_text(config, context, models.MASKED, masked=True))
+        super().__init__(open_text(config, context, masked=True))
         self.seed, self.context = config.seed, context
         self.num_masked = max(1, round(_MASKED_SHARE * self.text.train.length))
 

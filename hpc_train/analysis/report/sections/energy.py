@@ -7,7 +7,7 @@ from typing import Any
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.energy.readings import ALL_NODES
-from hpc_train.analysis.energy.run_energy import RunEnergy
+from hpc_train.analysis.energy.run_energy import VALIDATION, RunEnergy
 from hpc_train.analysis.report.labels import communication_text
 from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.notes.energy import (
@@ -85,7 +85,7 @@ def power_table(energy: GroupEnergy) -> Table:
 
 def phase_table(energy: GroupEnergy) -> Table:
     """All cells in one unit; the title gives it and says that these are estimates."""
-    phases = [phase for phase in PHASES if any(phase in row.phases for row in energy.rows)]
+    phases = [phase for phase in (*PHASES, VALIDATION) if any(phase in row.phases for row in energy.rows)]
     most = max((joules.known for row in energy.rows for joules in row.phases.values()), default=0.0)
     scale, unit = next((pair for pair in ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J")) if most >= pair[0]), (1e-3, "mJ"))
     columns: list[CellColumn[RowEnergy]] = [_RANKS.column, *(_phase_column(phase, scale) for phase in phases)]

@@ -10,6 +10,7 @@ from hpc_train.analysis.report.sections.efficiency import add_efficiency
 from hpc_train.analysis.report.sections.energy import add_energy
 from hpc_train.analysis.report.sections.flops import add_flops
 from hpc_train.analysis.report.sections.followed import add_followed_plans
+from hpc_train.analysis.report.sections.inference import add_inference
 from hpc_train.analysis.report.sections.next_run import add_next_run, next_run
 from hpc_train.analysis.report.sections.node_use import add_node_use
 from hpc_train.analysis.report.sections.numbers import add_numbers
@@ -35,6 +36,7 @@ def group_section(energy: GroupEnergy, study: TargetStudy | None, named: bool, g
     add_node_use(section, group)
     add_result(section, group)
     add_energy(section, energy)
+    add_inference(section, group)
     add_followed_plans(section, group)
     add_next_run(section, advice)
     if study is not None:

@@ -12,6 +12,7 @@ from hpc_train.analysis.convergence.target import NOT_REACHED, TargetRow, Target
 from hpc_train.analysis.efficiency.pop import FACTORS
 from hpc_train.analysis.energy.cost import RowEnergy
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
+from hpc_train.analysis.energy.run_energy import VALIDATION
 from hpc_train.analysis.report.labels import ranks_text, straggler_text, worst_run
 from hpc_train.analysis.report.sections.columns import CellColumn, number, text
 from hpc_train.analysis.runs.loop_use import loop_use
@@ -592,6 +593,12 @@ COST: tuple[Quantity[RowEnergy], ...] = (
     DELAY_PRODUCT,
     MARGINAL,
     *map(_phase_joules, PHASES),
+    Quantity(
+        "joules_validation",
+        "J",
+        "of the validations, which belong to no step",
+        lambda row: row.phases[VALIDATION].total if VALIDATION in row.phases else None,
+    ),
     Quantity(
         "joules_servers",
         "J",
