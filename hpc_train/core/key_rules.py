@@ -79,6 +79,11 @@ def _task_keys(config: Config) -> Iterator[UserError]:
             f"test.samples = {config.test.samples} does not go with task.kind = '{kind}'",
             "Set rl.test_episodes." if kind in _KINDS_OF_EPISODES else "Let its test_batches give fewer samples.",
         )
+    if config.task.metrics and kind not in _KINDS_OF_ARRAYS:
+        yield UserError(
+            f"task.metrics = {config.task.metrics} goes with {' and '.join(_KINDS_OF_ARRAYS)}, not '{kind}'",
+            "Leave task.metrics out; a task of your own gives its measures itself (Task.test).",
+        )
     if kind != "regression" and config.task.loss != "mse":
         yield UserError(
             f"task.loss = '{config.task.loss}' is for task.kind = 'regression', not '{kind}'", "Leave task.loss out."

@@ -56,6 +56,7 @@ class Task(_Section):
     loss: Literal["mse", "mae", "huber"] = "mse"  # of regression
     num_classes: Annotated[int, Field(ge=1, le=10**8)] | None = None  # default: one more than the largest label
     options: dict[str, Option] = {}  # keyword arguments of the model: see its docstring
+    metrics: list[Text] = []  # beside loss and accuracy: "top5", "f1", "confusion", or "package.module:metric"
 
 
 class Train(_Section):

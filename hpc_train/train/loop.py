@@ -229,7 +229,7 @@ def _finish(stop: StopRequest, stopped: bool, training: TrainingState, recorder:
     if tested.num_samples != tested.num_stored:
         context.on_root(partial(recorder.log, f"Test on {tested.num_done:,} of {tested.num_stored:,} samples"))
     fault = fault_in_test(tested.measures)
-    recorder.finish(tested.measures, fault)
+    recorder.finish(tested.measures, fault, tested.tables)
     if fault:
         raise_for_test(fault, saved, context)
     return 0
