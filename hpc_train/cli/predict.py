@@ -175,20 +175,21 @@ def _use(path: Path, overrides: tuple[str, ...], as_json: bool, work: Work) -> N
 
 def _lines(record: InferenceRecord) -> list[str]:
     """What a person reads at the end."""
+    unit = "row" if record.batch else "sample"  # a task that makes its own test counts episodes, say
     lines = [
         f"{name.replace('_', ' ').capitalize()}: {'not finite' if value is None else f'{value:.6g}'}"
         for name, value in record.measures.items()
     ]
     if record.measures:
-        lines[-1] += f" ({record.num_measured:,} rows)"
+        lines[-1] += f" ({record.num_measured:,} {unit}s)"
     if record.num_without:
         lines.append(f"{record.num_without:,} rows have no prediction: values are missing in them")
     if record.latencies:
         return [*lines, *_latency_lines(record)]
     if record.samples_per_s is not None:
         per_sample = record.joules_per_sample
-        energy = f"{per_sample:.3g} J a row, {record.energy}" if per_sample is not None else str(record.energy)
-        lines.append(f"{record.num_rows:,} rows, {record.samples_per_s:,.0f} rows/s, {energy}")
+        energy = f"{per_sample:.3g} J a {unit}, {record.energy}" if per_sample is not None else str(record.energy)
+        lines.append(f"{record.num_rows:,} {unit}s, {record.samples_per_s:,.0f} {unit}s/s, {energy}")
     if record.output and record.complete:
         lines.append(f"Predictions: {record.output}")
     return lines

@@ -40,23 +40,32 @@ def content(path: Path) -> list[bytes]:
         return [file[name][...].tobytes() for name in sorted(file)]
 
 
-def test_a_killed_prediction_is_continued_by_the_same_command(work: Path) -> None:
-    """On another number of ranks. The output has its name only when it is whole."""
-    words = ("predict", RUN, *IMAGES, "--output", "out.h5", "--batch", "1")
-    note, began_s = work / ".out.h5.partial.json", monotonic()
-    with subprocess.Popen(jobs.command(0, *words), cwd=work, env=jobs.environment(), stdout=subprocess.DEVNULL) as job:
-        while not note.exists() or not json.loads(note.read_text())["work"]:
+def end_by(number: signal.Signals, words: tuple[str, ...], note: Path, num_starts: int, cwd: Path) -> int:
+    """Sends a signal once the prediction has noted results of this start; returns the exit code."""
+    began_s = monotonic()
+    with subprocess.Popen(jobs.command(0, *words), cwd=cwd, env=jobs.environment(), stdout=subprocess.DEVNULL) as job:
+        while not note.exists() or len(json.loads(note.read_text())["work"]) < num_starts:
             assert job.poll() is None and monotonic() - began_s < 100
             sleep(0.02)
-        job.send_signal(signal.SIGKILL)
+        job.send_signal(number)
+    return job.returncode
+
+
+def test_a_killed_prediction_is_continued_by_the_same_command(work: Path) -> None:
+    """Stopped by Ctrl-C, killed, and ended on another number of ranks. An output has its name when it is whole."""
+    words = ("predict", RUN, *IMAGES, "--output", "out.h5", "--batch", "1")
+    note = work / ".out.h5.partial.json"
+    assert end_by(signal.SIGINT, words, note, num_starts=1, cwd=work) == 75
+    stopped = json.loads(note.read_text())
+    assert end_by(signal.SIGKILL, words, note, num_starts=2, cwd=work) == -signal.SIGKILL
     noted = json.loads(note.read_text())
-    assert 0 < noted["tally"]["row"] < NUM and not (work / "out.h5").exists()
+    assert 0 < stopped["tally"]["row"] < noted["tally"]["row"] < NUM and not (work / "out.h5").exists()
     done = jobs.run(2, *words, "--json", cwd=work)
     assert done.code == 0, done.err
     record = json.loads(done.out)
     assert f"Continues at row {noted['tally']['row']:,}" in done.err
-    assert [each["num_ranks"] for each in record["work"]] == [1, 2]
-    assert record["work"][0]["ended"] is None and record["work"][1]["ended"] is not None
+    assert [each["num_ranks"] for each in record["work"]] == [1, 1, 2]
+    assert [each["ended"] is None for each in record["work"]] == [False, True, False]
     assert record["num_rows"] == NUM and record["complete"] and record["joules"] > 0
     assert jobs.run(0, *words[:-1], "1", "--output", "whole.h5", cwd=work).code == 0
     assert content(work / "out.h5") == content(work / "whole.h5")

@@ -1,5 +1,6 @@
 """Predictions and evaluations of a trained model: the same to the bit on any number of ranks."""
 
+import json
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +23,8 @@ from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
 from hpc_train.train.inference import evaluate as evaluation
 from hpc_train.train.inference import predict as prediction
-from hpc_train.train.inference.output_file import note_path, partial_path
+from hpc_train.train.inference.output_file import OutputFile, create, locked, note_path, partial_path, publish
+from hpc_train.train.inference.outputs import Column
 from hpc_train.train.inference.trained import open_run
 from hpc_train.train.inference.use import Request
 from hpc_train.train.loop import train
@@ -179,6 +181,67 @@ def test_a_prediction_that_was_stopped_goes_on_where_it_was(
     assert predicted(context, trees, new, out, Request(batch=8), force=True)[1] == 0
 
 
+def test_rank_0_writes_alone_where_ranks_cannot_write_together(context: Context, folder: Path) -> None:
+    """In the order of rows; a rank may have none."""
+    rows = np.arange(20, dtype=np.float32).reshape(10, 2)
+    mine = np.array_split(np.arange(10), context.world.size)[context.world.rank]
+    columns = {"predicted": Column((2,), np.dtype(np.float32)), "names": Column((), np.dtype("S3"))}
+    names = np.array([f"n{row}".encode() for row in range(10)], "S3")
+    for together in (False, context.world.size > 1):
+        out = folder / f"together-{together}.h5"
+        context.on_root(partial(create, out, 10, columns, {}, {}))
+        with OutputFile(out, columns, together, context) as output:
+            for each in (mine[:2], mine[2:]):
+                runs = [(100 + int(each[0]), len(each))] if len(each) else []
+                output.write(100, runs, [{"predicted": rows[each], "names": names[each]}] if runs else [])
+            output.sync()
+        context.on_root(partial(publish, out))
+        found = context.on_root(partial(content, out))
+        assert (found["predicted"] == rows).all() and (found["names"] == names).all()
+
+
+def test_two_jobs_do_not_write_one_output(context: Context, trees: RunDir, new: Path, folder: Path) -> None:
+    out = folder / "locked.h5"
+    with (
+        locked(out, context, lambda line: None),
+        pytest.raises(UserError, match=r"another job is writing .*locked\.h5: .* is in use by process"),
+    ):
+        predicted(context, trees, new, out)
+    assert predicted(context, trees, new, out)[1] == 0
+
+
+def test_rows_that_were_never_written_have_no_prediction(context: Context, trees: RunDir, folder: Path) -> None:
+    def make() -> Path:
+        with h5py.File(folder / "half.h5", "w") as file:
+            half = file.create_dataset("test/inputs", (400, 6), np.float32, chunks=(50, 6))
+            half[:200] = samples(200, 4)[0]
+        return folder / "half.h5"
+
+    half = context.on_root(make)
+    with pytest.raises(UserError, match=r"200 rows of test/inputs, from 200 on, were never written\n.*--rows"):
+        predicted(context, trees, half, folder / "half-out.h5")
+    record, code = predicted(context, trees, half, folder / "half-out.h5", Request(batch=32, rows=(None, 200)))
+    assert code == 0 and record.num_rows == 200
+
+
+def test_a_run_of_an_earlier_version_reads_its_training_data_once_more(
+    context: Context, trees: RunDir, new: Path, folder: Path
+) -> None:
+    predicted(context, trees, new, folder / "now.h5")
+    meta = context.on_root(trees.meta.read_text)
+
+    def forget() -> None:
+        content = json.loads(meta)
+        trees.meta.write_text(
+            json.dumps({key: content[key] for key in content if key not in ("samples", "num_classes")})
+        )
+
+    context.on_root(forget)
+    predicted(context, trees, new, folder / "before.h5")
+    context.on_root(lambda: trees.meta.write_text(meta))
+    assert context.on_root(lambda: same(content(folder / "now.h5"), content(folder / "before.h5")))
+
+
 def test_an_evaluation_is_the_final_test_of_the_run(context: Context, trees: RunDir, new: Path, folder: Path) -> None:
     record = evaluated(context, trees)
     test = context.on_root(partial(final_test, trees))
@@ -198,8 +261,6 @@ def test_an_evaluation_is_the_final_test_of_the_run(context: Context, trees: Run
 
 
 def final_test(run: RunDir) -> dict[str, float]:
-    import json
-
     found: dict[str, float] = json.loads(run.summary.read_text())["test"]
     return found
 

@@ -30,31 +30,36 @@ _SMALL_BYTES = 64 << 20  # read in a moment, to find NaN that no attribute decla
 class _Scanned:
     """What data set `name` lacks.
 
-    values: stored numbers that stand for none. rows: those with a missing value, increasing. mean: of the other values,
-    by their place in a sample, as stored; None if it was not asked for.
+    values: stored numbers that stand for none. rows: those with a missing value, increasing; of targets of which some
+    may be missing, those without any. mean: of the other values, by their place in a sample, as stored; None if it was
+    not asked for. num_in_part: rows of such targets that lack some.
     """
 
     name: str
     values: tuple[float, ...]
     rows: np.ndarray
     mean: np.ndarray | None = None
+    num_in_part: int = 0
 
 
-def handle_missing(parts: list[Part], data: Data, context: Context) -> tuple[list[Part], tuple[float, ...], str]:
+def handle_missing(
+    parts: list[Part], data: Data, context: Context, may_lack_some: bool = False
+) -> tuple[list[Part], tuple[float, ...], str]:
     """Collective. The parts as data.missing asks, the inputs' values that stand for none, and what was done.
 
     The training samples come first: the mean is theirs.
 
     All values are read for it, each rank a part, if the file declares which are missing, if data.missing is set, and of
     small data. Raises `UserError` if there are some and data.missing is "refuse". A sample without a target is left out
-    in any case.
+    in any case; with `may_lack_some`, one of several targets only if it lacks all of them.
     """
     filling: Filling | None = None
     values: tuple[float, ...] = ()
     handled, said = [], []
     for part in parts:
         scan = partial(_scan, part.files, data.missing, context)
-        inputs, targets = scan(part.inputs, part.split.inputs[0]), scan(part.targets, part.split.targets)
+        inputs = scan(part.inputs, part.split.inputs[0])
+        targets = scan(part.targets, part.split.targets, may_lack_some and len(part.split.targets.shape) > 1)
         if part.use == "train":
             values = inputs.values
             if data.missing == "mean" and inputs.mean is not None:
@@ -83,25 +88,32 @@ def _handled(split: Split, inputs: _Scanned, targets: _Scanned, filling: Filling
     if len(left_out):
         split = split.select(np.delete(np.arange(num_samples), left_out))
         said.append(f"{len(left_out):,} of {num_samples:,} samples are left out, as {names} lacks values")
+    if targets.num_in_part:
+        num = f"{targets.num_in_part:,} of {num_samples:,}"
+        said.append(f"{num} samples lack some of {targets.name}: the others count")
     return split, "; ".join(said)
 
 
-def _scan(files: Files, mode: str, context: Context, name: str, reader: Reader) -> _Scanned:
+def _scan(
+    files: Files, mode: str, context: Context, name: str, reader: Reader, may_lack_some: bool = False
+) -> _Scanned:
     """Collective. Raises `UserError` if a value is missing and `mode` is "refuse"."""
     values = context.on_all(partial(declared_values, files, name))
     may_be_nan = reader.dtype.kind == "f" and (mode != "refuse" or reader.num_bytes <= _SMALL_BYTES)
     if reader.dtype.kind == "O" or not (values or may_be_nan):
         return _Scanned(name, values, np.zeros(0, np.int64))
-    rows = [np.zeros(0, np.int64)]
+    rows, num_incomplete = [np.zeros(0, np.int64)], 0
+    may_lack_some &= mode != "refuse"
     for begin, part in _my_parts(reader, context):
-        missing = is_missing(part, values)
-        rows.append(begin + np.flatnonzero(missing.reshape(len(part), -1).any(axis=1)))
+        missing = is_missing(part, values).reshape(len(part), -1)
+        rows.append(begin + np.flatnonzero(missing.all(axis=1) if may_lack_some else missing.any(axis=1)))
+        num_incomplete += int(np.count_nonzero(missing.any(axis=1)))
     found = np.concatenate(context.all_gather(np.concatenate(rows)))
+    num_in_part = int(context.sum(np.array([num_incomplete]))[0]) - len(found)
     if len(found) and mode == "refuse":
         raise joint(_refused(files, name, values, found, reader))
-    if mode != "mean":
-        return _Scanned(name, values, found)
-    return _Scanned(name, values, found, moments(reader, values, context).mean)
+    mean = moments(reader, values, context).mean if mode == "mean" else None
+    return _Scanned(name, values, found, mean, num_in_part)
 
 
 def _my_parts(reader: Reader, context: Context) -> Iterator[tuple[int, np.ndarray]]:

@@ -48,7 +48,7 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets, ch
     parts = context.on_all(lambda: _open(config, context))
     files = parts[0].files
     parts, unwritten = leave_out_unwritten(parts, data, context)
-    parts, missing_values, missing = handle_missing(parts, data, context)
+    parts, missing_values, missing = handle_missing(parts, data, context, config.task.kind == "regression")
     parts = read_targets(parts)
     splits = {part.use: part.split for part in parts}
     train, validation, held_out = splits["train"], splits.get("validation"), splits.get("test")

@@ -37,7 +37,10 @@ class Learned:
     targets: TargetScale | None
 
 
-_FACTS = ("samples", "standardized", "classes", "num_classes", "targets_standardized", "target_shape", "target_scale")
+_FACTS = (
+    *("samples", "standardized", "classes", "num_classes"),
+    *("targets_standardized", "target_shape", "target_scale", "target_names", "target_missing", "target_known"),
+)
 
 
 def read_learned(run: RunDir, config: Config, context: Context, log: Callable[[str], None]) -> Learned:
@@ -67,7 +70,9 @@ def _learned(meta: dict[str, Any]) -> Learned:
     else:
         found = meta["targets_standardized"]
         scale, offset = map(float, meta["target_scale"])
-        targets = TargetScale(_float32(found["mean"]), _float32(found["std"]), scale, offset)
+        missing, known = tuple(meta.get("target_missing", ())), float(meta.get("target_known", 1.0))
+        names = tuple(meta.get("target_names", ()))
+        targets = TargetScale(_float32(found["mean"]), _float32(found["std"]), scale, offset, missing, known, names)
     return Learned(
         shape=tuple(map(int, samples["shape"])),
         dtype=np.dtype(samples["dtype"]),

@@ -6,7 +6,8 @@ moment can be opened, and the note says which of its rows count.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +16,10 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
+from hpc_train.core import lock
 from hpc_train.core.errors import UserError, not_written
 from hpc_train.core.inference_record import Work
+from hpc_train.core.lock import Lease
 from hpc_train.core.paths import exists
 from hpc_train.core.rundir import sync, write_atomic
 from hpc_train.train.comm.context import Context, raised_on_all_ranks
@@ -147,16 +150,14 @@ def _stored_type(dtype: np.dtype) -> Any:
 
 
 class OutputFile:
-    """Collective: opening, each method and closing. The unfinished output, written by all ranks together.
+    """Collective: opening, each method and closing. The unfinished output.
 
-    Where h5py cannot, rank 0 writes what the others send it.
+    together: whether all ranks write, through MPI-IO; else rank 0 writes what the others send it.
     """
 
-    def __init__(self, out: Path, columns: dict[str, Column], context: Context, log: Callable[[str], None]) -> None:
+    def __init__(self, out: Path, columns: dict[str, Column], together: bool, context: Context) -> None:
         self._path, self._columns, self._context = partial_path(out), columns, context
-        self._collective = context.world.size > 1 and context.on_root(_can_write_together)
-        if context.world.size > 1 and not self._collective:
-            log("This h5py was built without MPI: rank 0 receives all predictions and writes them")
+        self._collective = together
         self._file: h5py.File | None = None
         if self._collective:
             with context.waiting:
@@ -217,11 +218,36 @@ def _joined(runs: Sequence[Run]) -> list[Run]:
     return joined
 
 
-def _can_write_together() -> bool:
+def can_write_together(context: Context, log: Callable[[str], None]) -> bool:
+    """Whether all ranks can write one file; a line says so if they cannot. Raises UserError for two MPIs."""
+    if context.world.size == 1:
+        return False
     if not h5py.get_config().mpi:
+        log("This h5py was built without MPI: rank 0 receives all predictions and writes them")
         return False
     require_parallel_hdf5()
     return True
+
+
+@contextmanager
+def locked(out: Path, context: Context, log: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Collective. No other job writes `out` inside the block. Yields a check for rank 0, which raises UserError if
+    another job has taken over meanwhile. Raises UserError if another job is writing `out`.
+    """
+    path = out.with_name(f".{out.name}.lock")
+    with ExitStack() as stack:
+
+        def hold() -> Lease:
+            try:
+                return stack.enter_context(lock.hold(path, log))
+            except UserError as error:
+                raise UserError(
+                    f"another job is writing {out}: {error.what}", "Wait until it has ended, or name another file."
+                ) from None
+
+        leases: list[Lease] = []
+        context.on_root(lambda: leases.append(hold()))
+        yield lambda: leases[0].confirm()
 
 
 def write_note(out: Path, progress: Progress) -> None:

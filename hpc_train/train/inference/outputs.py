@@ -1,6 +1,7 @@
 """What a model's outputs mean: predictions, row by row, and their measures where targets are known."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -96,11 +97,12 @@ def _classes(labels: np.ndarray, logits: torch.Tensor, has_prediction: np.ndarra
 def _of_regression(config: Config, learned: Learned, samples: Samples, context: Context) -> Meaning:
     targets = learned.targets
     assert targets is not None
-    references = regression.References(torch.zeros(()), None)
+    references = regression.References(torch.zeros(()), torch.ones(()), None)
     if samples.targets_name is not None:
         names = samples.name, samples.targets_name
         persistence = context.on_all(lambda: find_persistence(samples.files, *names, samples.split))
-        references = regression.find_references(samples.split, targets, persistence, context, samples.missing_targets)
+        targets = replace(targets, missing=samples.missing_targets)
+        references = regression.find_references(samples.split, targets, persistence, context)
 
     def numbers(outputs: torch.Tensor, has_prediction: np.ndarray) -> Predictions:
         predicted = targets.predicted(outputs.view(len(outputs), *learned.target_shape)).cpu().numpy()

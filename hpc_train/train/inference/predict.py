@@ -1,8 +1,10 @@
 """`hpc-train predict`: what a trained model predicts of each row of a file, top to bottom."""
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
@@ -19,8 +21,10 @@ from hpc_train.train.inference.output_file import (
     Asked,
     OutputFile,
     Progress,
+    can_write_together,
     create,
     find_progress,
+    locked,
     publish,
     require_free,
     write_note,
@@ -44,6 +48,21 @@ def predict(
     """
     context.on_root(partial(require_arrays, config, run))
     context.on_root(partial(require_free, out, force))
+    with locked(out, context, log) as confirm:
+        return _predict(run, config, request, out, force, confirm, context, log)
+
+
+def _predict(
+    run: RunDir,
+    config: Config,
+    request: Request,
+    out: Path,
+    force: bool,
+    confirm: Callable[[], None],
+    context: Context,
+    log: Log,
+) -> tuple[InferenceRecord, int]:
+    """Collective, while no other job writes `out`, which `confirm` makes sure of on rank 0."""
     use = open_use(run, config, request, False, context, log)
     asked = context.on_root(partial(_asked, use))
     begun = context.on_root(partial(find_progress, out, asked, force))
@@ -54,15 +73,16 @@ def predict(
         log(f"Continues at row {begun.tally.row:,}")
     folder = Path(begun.record) if begun.record else None
     energy = UseEnergy(config.energy, use.place, folder, len(begun.work) + 1, context, log)
+    together = context.on_all(partial(can_write_together, context, log))
     shown = StepProgress("predict", len(use.blocks.rows), config.run.progress, context.world.is_root, "rows")
     with (
         StopRequest() as stop,
-        OutputFile(out, use.meaning.columns, context, log) as output,
+        OutputFile(out, use.meaning.columns, together, context) as output,
         open_watchdog(context, config.run, log) as watchdog,
         closing(shown),
     ):
         shown.begin(begun.tally.row - use.blocks.rows.start)
-        notes = _Notes(begun, use, output, out, context)
+        notes = _Notes(begun, use, output, out, confirm, context)
         with energy.recorded():
             tally, stopped = go_over(use.work, begun.tally, notes.keep, context, stop, watchdog, shown)
     used = energy.read()
@@ -71,7 +91,10 @@ def predict(
     )
 
     def finish() -> None:
-        if not stopped:
+        confirm()
+        if stopped:
+            write_note(out, replace(begun, tally=tally, work=record.work))
+        else:
             publish(out)
         if folder is not None:
             write_record(folder, record)
@@ -118,13 +141,16 @@ def _begin(use: Use, asked: Asked, step: int, out: Path, log: Log) -> Progress:
 class _Notes:
     """Keeps the blocks of each round, and notes every few seconds how far the output is."""
 
-    def __init__(self, begun: Progress, use: Use, output: OutputFile, out: Path, context: Context) -> None:
+    def __init__(
+        self, begun: Progress, use: Use, output: OutputFile, out: Path, confirm: Callable[[], None], context: Context
+    ) -> None:
         self._begun, self._use, self._output, self._out, self._context = begun, use, output, out, context
+        self._confirm = confirm
         self._first = use.blocks.rows.start
         self._tally = begun.tally
         self._began, self._began_s = now(), perf_counter()
         self._seconds = 0.0
-        self._noted_s = monotonic()
+        self._noted_s = -inf  # the first round is noted at once
 
     def keep(self, done: list[Done], tally: Tally, is_last: bool) -> None:
         """Collective."""
@@ -137,6 +163,7 @@ class _Notes:
         self._context.on_root(self._note)
 
     def _note(self) -> None:
+        self._confirm()
         write_note(self._out, replace(self._begun, tally=self._tally, work=self._work(None)))
         self._noted_s = monotonic()
 

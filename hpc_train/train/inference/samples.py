@@ -48,7 +48,10 @@ class Samples:
         """(n,) whether each sample of a batch has a target."""
         if self.targets_name is None:
             return np.zeros(len(batch), bool)
-        return _is_whole(batch.targets.numpy(), self.missing_targets)
+        stored = batch.targets.numpy()
+        if stored.ndim > 1 and self.split.targets.dtype.kind == "f":  # of several, those that are there count
+            return np.asarray(~is_missing(stored, self.missing_targets).reshape(len(stored), -1).all(axis=1))
+        return _is_whole(stored, self.missing_targets)
 
 
 def _is_whole(stored: np.ndarray, missing: tuple[float, ...]) -> np.ndarray:

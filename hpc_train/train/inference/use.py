@@ -14,6 +14,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
+from hpc_train.train.data.unwritten import rows_without_chunks
 from hpc_train.train.inference.blocks import Blocks
 from hpc_train.train.inference.learned import read_learned
 from hpc_train.train.inference.outputs import Meaning, make_model, meaning
@@ -78,6 +79,7 @@ def open_use(run: RunDir, config: Config, request: Request, needs_targets: bool,
     there = config.model_copy(update={"data": config.data.model_copy(update={"file": data})})
     samples = open_samples(there, learned, (request.inputs, request.targets), needs_targets, context, log)
     rows = context.on_all(partial(_rows, request.rows, samples))
+    context.on_root(partial(_require_written, samples, rows))
     batch = request.batch or max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, samples.split.inputs[0].row_bytes)))
     edges = samples.split.inputs[0].chunk_edges
     chunk_rows = 1 if edges is None else int(np.diff(edges).max())
@@ -97,6 +99,20 @@ def _rows(asked: tuple[int | None, int | None], samples: Samples) -> range:
             "Name rows that exist, the second number larger than the first.",
         )
     return range(begin, end)
+
+
+def _require_written(samples: Samples, rows: range) -> None:
+    """Raises UserError if one of the rows was never written: predictions would be of fill values."""
+    begin = 0
+    for path, dataset in zip(samples.files.paths, samples.files.datasets(samples.name, "--inputs"), strict=True):
+        found = begin + rows_without_chunks(path, dataset)
+        unwritten = found[(found >= rows.start) & (found < rows.stop)]
+        if len(unwritten):
+            raise UserError(
+                f"{path}: {len(unwritten):,} rows of {samples.name}, from {unwritten[0]:,} on, were never written",
+                "Write them, or name the rows that are there: --rows A:B.",
+            )
+        begin += len(dataset)
 
 
 def digest(config: Config) -> str:

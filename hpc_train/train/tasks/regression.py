@@ -14,13 +14,17 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
-from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.context import Context, joint
 from hpc_train.train.data.dataset import Batch, Part, Split, test_batches
-from hpc_train.train.data.moments import moments
+from hpc_train.train.data.files import Files
+from hpc_train.train.data.hdf5_faults import damage_as_user_error
+from hpc_train.train.data.missing import declared_values
+from hpc_train.train.data.moments import Moments, moments
 from hpc_train.train.data.normalize import pooled_axes
 from hpc_train.train.data.samples import open_samples
 from hpc_train.train.tasks.persistence import Persistence, find_persistence
 
+_MOST_NAMED = 16
 _LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "mse": functional.mse_loss,
     "mae": functional.l1_loss,
@@ -46,20 +50,39 @@ class Regression:
         self.order, self.in_step, self.num_samples = samples.order, samples.in_step, len(self.train)
         scale = context.on_all(lambda: samples.files.scale(name))
         has_channels = is_field and len(self._target_shape) == len(self.train.input_shape)
-        found = moments(self.train.targets, (), context, pooled_axes(self._target_shape, has_channels))
+        missing = context.on_all(lambda: declared_values(samples.files, name))
+        found = moments(self.train.targets, missing, context, pooled_axes(self._target_shape, has_channels))
+        self._require_known(found)
         std = np.where(found.std > 0, found.std, 1.0)
-        self._scale = TargetScale(_tensor(found.mean), _tensor(std), *scale)
+        names = context.on_root(lambda: target_names(samples.files, name, found.mean.size))
+        known = float(found.known.mean())
+        self._scale = TargetScale(_tensor(found.mean), _tensor(std), *scale, missing, known, tuple(names))
         self.facts = samples.facts | {
             "targets_standardized": {"mean": found.mean.tolist(), "std": std.tolist()},
             "target_shape": list(self._target_shape),
             "target_scale": list(scale),
+            "target_names": names,
+            "target_missing": list(missing),
+            "target_known": known,
         }
         self.reading = "; ".join((*samples.reading, f"{name}: {prod(self._target_shape):,} a sample"))
         splits = [split for split in (self.validation, self.held_out) if split]
-        names = str(config.data.inputs), name
-        persistence = context.on_all(lambda: find_persistence(samples.files, *names, self.train))
+        inputs = str(config.data.inputs)
+        persistence = context.on_all(lambda: find_persistence(samples.files, inputs, name, self.train))
         self._references = {id(split): find_references(split, self._scale, persistence, context) for split in splits}
         self._measured: Split | None = None
+
+    def _require_known(self, found: Moments) -> None:
+        """Raises `UserError`, on all ranks, if targets are missing and data.missing does not say what to do then."""
+        data = self.config.data
+        if data.missing == "refuse" and found.known.min() < 1:
+            share = 1 - float(found.known.mean())
+            raise joint(
+                UserError(
+                    f"{data.file}: {data.targets} lacks {share:.3g} of its values",
+                    'data.missing = "drop" leaves out samples without any target, and counts the others.',
+                )
+            )
 
     @property
     def _target_shape(self) -> tuple[int, ...]:
@@ -82,7 +105,7 @@ class Regression:
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         wanted = self._scale.standardized(batch.targets)
-        return _loss(self.config.task.loss, model(batch.floats()).view(wanted.shape), wanted)
+        return _loss(self.config.task.loss, model(batch.floats()).view(wanted.shape), wanted, self._scale.known)
 
     def test_batches(self, world: World) -> Iterator[Batch]:
         self._measured = self.held_out
@@ -122,13 +145,17 @@ class TargetScale:
     """How targets as stored go with what a model learns, of mean 0 and deviation 1 over the training samples.
 
     mean, std: of stored targets, float32, of a shape that goes with a sample's. scale, offset: a stored target s means
-    s * scale + offset.
+    s * scale + offset. missing: stored numbers that stand for no target, as NaN does. known: the share of all targets
+    that is there; what is not adds nothing to a loss or measure. names: of up to 16 targets, each of which is measured.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
     scale: float
     offset: float
+    missing: tuple[float, ...] = ()
+    known: float = 1.0
+    names: tuple[str, ...] = ()
 
     @property
     def pooled(self) -> tuple[int, ...]:
@@ -136,6 +163,12 @@ class TargetScale:
         return tuple(axis for axis, size in enumerate(self.std.shape) if size == 1)
 
     def standardized(self, targets: torch.Tensor) -> torch.Tensor:
+        """NaN where a target is missing."""
+        if self.known < 1 or self.missing:
+            is_missing = ~torch.isfinite(targets)
+            for value in self.missing:
+                is_missing |= targets == torch.tensor(value, dtype=targets.dtype, device=targets.device)
+            targets = torch.where(is_missing, torch.nan, targets.float())
         return (targets.float() - self.mean.to(targets.device)) / self.std.to(targets.device)
 
     def predicted(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -148,23 +181,23 @@ class TargetScale:
 class References:
     """What measures of samples compare with, over all of them.
 
-    variance: of standardised targets, by which r2 divides. persistence_mse: of inputs taken for predictions, of
-    standardised targets; None if they cannot be taken so.
+    variance: of standardised targets, by which r2 divides. known: the share of them that is there. persistence_mse: of
+    inputs taken for predictions, of standardised targets; None if they cannot be taken so.
     """
 
     variance: torch.Tensor
+    known: torch.Tensor
     persistence_mse: float | None
 
 
-def find_references(
-    split: Split, scale: TargetScale, persistence: Persistence | None, context: Context, missing: tuple[float, ...] = ()
-) -> References:
-    """Collective. missing: numbers that stand for no target."""
+def find_references(split: Split, scale: TargetScale, persistence: Persistence | None, context: Context) -> References:
+    """Collective."""
     std = scale.std.double().numpy()
-    found = moments(split.targets, missing, context, scale.pooled)
-    squares = None if persistence is None else persistence.mse(split, scale.pooled, context, missing)
+    found = moments(split.targets, scale.missing, context, scale.pooled)
+    squares = None if persistence is None else persistence.mse(split, scale.pooled, context, scale.missing)
     return References(
         variance=torch.from_numpy(np.asarray((found.std / std) ** 2)),
+        known=torch.from_numpy(np.asarray(found.known)),
         persistence_mse=None if squares is None else float(np.mean(squares / std**2)),
     )
 
@@ -175,25 +208,59 @@ def measures(
     """The sums over samples of each measure. targets: (n, ...) as stored."""
     wanted = scale.standardized(targets)
     predicted = outputs.float().view(wanted.shape)
+    variance, known = references.variance.to(wanted.device), references.known.to(wanted.device)
+    share = float(known.mean())
     # In 64 bits, and by the training samples' deviation: squares of small targets would be 0 in 32.
     errors = (predicted - wanted).double()
-    variance = references.variance.to(errors.device)
+    if share < 1:
+        errors = torch.where(torch.isfinite(wanted), errors, 0.0)
     stored = errors * scale.std.to(errors.device).double()
-    unexplained = torch.where(variance > 0, errors.square() / variance.clamp_min(torch.finfo().tiny), 1.0)
+    relative = errors.square() / (variance * known).clamp_min(torch.finfo().tiny)
+    unexplained = torch.where(variance > 0, relative, 1.0)
     found = {
-        "loss": _loss(loss, predicted, wanted).item(),
-        "mse": _sum_of_means(stored.square()) * scale.scale**2,
-        "mae": _sum_of_means(stored.abs()) * abs(scale.scale),
+        "loss": _loss(loss, predicted, wanted, share).item(),
+        "mse": _sum_of_means(stored.square()) / share * scale.scale**2,
+        "mae": _sum_of_means(stored.abs()) / share * abs(scale.scale),
         "r2": len(targets) - _sum_of_means(unexplained),
     }
     if references.persistence_mse:
-        found["persistence_skill"] = len(targets) - _sum_of_means(errors.square()) / references.persistence_mse
+        found["persistence_skill"] = len(targets) - _sum_of_means(errors.square()) / share / references.persistence_mse
+    by_target = [_by_target(each, variance.shape) for each in (stored.abs() / known, unexplained)]
+    for name, size, rest in zip(scale.names, *by_target, strict=bool(scale.names)):
+        found |= {f"{name}_mae": size * abs(scale.scale), f"{name}_r2": len(targets) - rest}
     return found
 
 
-def _loss(name: str, predicted: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The sum over samples of the mean over a sample's outputs."""
-    return _LOSSES[name](predicted, wanted, reduction="sum") / prod(wanted.shape[1:])
+def _by_target(values: torch.Tensor, shape: torch.Size) -> list[float]:
+    """For each target the sum over samples. shape: of a sample, 1 along the axes over which values count as one."""
+    pooled = [1 + axis for axis, size in enumerate(shape) if size == 1 and values.shape[1 + axis] != 1]
+    means = values.mean(pooled, keepdim=True) if pooled else values
+    return [float(each) for each in means.reshape(len(values), -1).sum(0)]
+
+
+def target_names(files: Files, name: str, num_targets: int) -> list[str]:
+    """The names of 2 to 16 targets: their data set's attribute `names`, the columns of a prepared table, or numbers.
+
+    [] for one target, and for more.
+    """
+    if not 1 < num_targets <= _MOST_NAMED:
+        return []
+    dataset = files.datasets(name, "data.targets")[0]
+    for attributes, key in ((dataset.attrs, "names"), (files.opened[0].attrs, "target")):
+        with damage_as_user_error(files.paths[0], f"attribute {key}"):
+            found = [
+                each.decode() if isinstance(each, bytes) else str(each) for each in np.ravel(attributes.get(key, []))
+            ]
+        if len(found) == num_targets and len(set(found)) == num_targets:
+            return ["_".join(each.split()) for each in found]
+    return [f"target{number}" for number in range(num_targets)]
+
+
+def _loss(name: str, predicted: torch.Tensor, wanted: torch.Tensor, known: float) -> torch.Tensor:
+    """The sum over samples of the mean over a sample's outputs. known: the share of what is wanted that is no NaN."""
+    if known < 1:  # an output without a target is what it is: it has no error, and no gradient
+        wanted = torch.where(torch.isfinite(wanted), wanted, predicted.detach().to(wanted.dtype))
+    return _LOSSES[name](predicted, wanted, reduction="sum") / (prod(wanted.shape[1:]) * known)
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

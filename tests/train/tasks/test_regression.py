@@ -212,3 +212,87 @@ def test_each_channel_of_a_field_has_its_own_scale(tmp_path: Path) -> None:
     assert np.allclose(values.std((0, 2, 3, 4)), 1, atol=1e-2)
     facts = task.facts["targets_standardized"]
     assert np.size(facts["std"]) == 1 and np.squeeze(facts["std"]) == pytest.approx(inputs[:-10, 3].std())
+
+
+def several(path: Path, lacks: float, fill: float | None = None) -> np.ndarray:
+    """Three targets of unlike size, of which a share lacks values; returns those to test on, NaN where none is."""
+    targets = (RNG.normal(size=(80, 3)) * [1, 10, 100] + [0, 5, 1000]).astype("f4")
+    targets[RNG.random((80, 3)) < lacks] = np.nan
+    targets[0] = np.nan if lacks else targets[0]
+    stored = targets if fill is None else np.where(np.isnan(targets), fill, np.round(targets)).astype("i4")
+    write(path, stored[:60], stored[60:])
+    with h5py.File(path, "r+") as file:
+        file["train/targets"].attrs["names"] = ["speed", "wind force", "load"]
+        for part in ("train", "test"):
+            if fill is not None:
+                file[f"{part}/targets"].attrs["_FillValue"] = np.int32(fill)
+    return targets[60:] if fill is None else np.round(targets[60:])
+
+
+@pytest.mark.parametrize(("lacks", "fill"), [(0.0, None), (0.3, None), (0.3, -999)])
+def test_each_target_is_measured_and_only_what_is_there_counts(
+    lacks: float, fill: float | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.h5"
+    wanted = several(path, lacks, fill)
+    keys = {"missing": "drop"} if lacks else {}
+    if lacks:
+        with pytest.raises(UserError, match="lack values"):
+            opened(path)
+    task = opened(path, **keys)
+    if lacks:
+        assert task.num_samples <= 59 and "lack some of train/targets: the others count" in task.reading
+    model, predicted = task.model(), []
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()  # it begins with zeros, whose R2 is 0
+        for batch in task.test_batches(World()):
+            predicted.append(task._scale.predicted(model(batch.floats())).numpy())
+    wanted = wanted[~np.isnan(wanted).all(axis=1)]
+    errors = np.concatenate(predicted) - wanted
+    found = measures(task, model)
+    assert found["mae"] == pytest.approx(np.nanmean(np.abs(errors)), rel=1e-4)
+    assert found["mse"] == pytest.approx(np.nanmean(errors**2), rel=1e-4)
+    r2 = 1 - np.nanmean(errors**2, axis=0) / np.nanvar(wanted, axis=0)
+    assert found["r2"] == pytest.approx(r2.mean(), rel=1e-4)
+    for column, name in enumerate(("speed", "wind_force", "load")):
+        assert found[f"{name}_r2"] == pytest.approx(r2[column], rel=1e-4)
+        assert found[f"{name}_mae"] == pytest.approx(np.nanmean(np.abs(errors[:, column])), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["mse", "mae", "huber"])
+def test_a_missing_target_has_neither_loss_nor_gradient(loss: str, tmp_path: Path) -> None:
+    several(tmp_path / "a.h5", 0.3)
+    task = opened(tmp_path / "a.h5", loss, missing="drop")
+    model = task.model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    rows = np.arange(task.num_samples)
+    halves = [task.loss(model, task.batch(part, 0)) for part in np.array_split(rows, 2)]
+    whole = task.loss(model, task.batch(rows, 0))
+    assert sum(half.item() for half in halves) == pytest.approx(whole.item(), rel=1e-5), (
+        "the same on any number of ranks"
+    )
+    (whole / len(rows)).backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    batch = task.batch(rows, 0)
+    targets = task._scale.standardized(batch.targets)
+    is_there = torch.isfinite(targets)
+    model.zero_grad()
+    outputs = model(batch.floats())[is_there]
+    {"mse": torch.nn.MSELoss, "mae": torch.nn.L1Loss, "huber": torch.nn.HuberLoss}[loss]()(
+        outputs, targets[is_there]
+    ).backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_targets_have_the_names_of_a_tables_columns(tmp_path: Path) -> None:
+    several(tmp_path / "a.h5", 0.0)
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        del file["train/targets"].attrs["names"]
+        assert opened(tmp_path / "a.h5").facts["target_names"] == ["target0", "target1", "target2"]
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file.attrs["target"] = ["a", "b", "c"]
+    assert opened(tmp_path / "a.h5").facts["target_names"] == ["a", "b", "c"]
