@@ -16,16 +16,19 @@ from hpc_train.core.statistics import FloatArray, Interval, half_width, nonnegat
 SCHEMA = 1
 _MOST_COUNTED, _MOST_S = 10**12, 1e6  # larger numbers of a file are damage
 OURS = ("horovod", "mpi", "parameter_server", "sharded")  # reduce.strategy
+COMPRESSED = ("horovod_bf16", "mpi_bf16")  # with reduce.compression = "bf16", the conversion included
 PEERS = ("plain_mpi", "ddp_gloo")  # one blocking MPI_Allreduce; torch.distributed's all_reduce over gloo
-LIMITS = ("memory", "link")  # a copy on all ranks at once; one direction between two ranks
+# A copy, and a conversion to bf16 and back, on all ranks at once; one direction between two ranks.
+LIMITS = ("memory", "convert", "link")
 
 
 @dataclass(frozen=True)
 class Row:
     """One strategy for `message_bytes` on `ranks` ranks of `nodes` hosts, with at most `ranks_per_node` each.
 
-    strategy: one of OURS, PEERS or LIMITS. samples_s: seconds per call on the slowest rank, each the mean of several
-    calls. Strategies were sampled in turns, so samples with the same index belong together.
+    strategy: one of OURS, COMPRESSED, PEERS or LIMITS. message_bytes: of 32 bits a number, compressed or not.
+    samples_s: seconds per call on the slowest rank, each the mean of several calls. Strategies were sampled in turns:
+    samples with the same index belong together.
     """
 
     strategy: str
@@ -117,6 +120,19 @@ def _interval(scaled: FloatArray, fitted: Sequence[float], column: int) -> Inter
     squared_error = float(residuals @ residuals) / spare * float(inverse[column, column]) / float(scales[column]) ** 2
     half = half_width(squared_error, spare)
     return max(0.0, float(fitted[column]) - half), float(fitted[column]) + half
+
+
+def interpolated_s(rows: Sequence[Row], message_bytes: float) -> float:
+    """Of a message between measured sizes, by the rows of one strategy on the same ranks: linear in the bytes.
+
+    Nearer to the truth than a fit: libraries choose other algorithms at other sizes. Below the smallest size as long as
+    there, above the largest at its rate.
+    """
+    times_s = {row.message_bytes: row.time_s for row in rows}
+    sizes = sorted(times_s)
+    if message_bytes > sizes[-1]:
+        return times_s[sizes[-1]] * message_bytes / sizes[-1]
+    return float(np.interp(message_bytes, sizes, [times_s[size] for size in sizes]))
 
 
 def fits(rows: Sequence[Row]) -> list[Fit]:

@@ -79,6 +79,11 @@ def _task_keys(config: Config) -> Iterator[UserError]:
             f"test.samples = {config.test.samples} does not go with task.kind = '{kind}'",
             "Set rl.test_episodes." if kind in _KINDS_OF_EPISODES else "Let its test_batches give fewer samples.",
         )
+    if config.task.metrics and kind not in _KINDS_OF_ARRAYS:
+        yield UserError(
+            f"task.metrics = {config.task.metrics} goes with {' and '.join(_KINDS_OF_ARRAYS)}, not '{kind}'",
+            "Leave task.metrics out; a task of your own gives its measures itself (Task.test).",
+        )
     if kind != "regression" and config.task.loss != "mse":
         yield UserError(
             f"task.loss = '{config.task.loss}' is for task.kind = 'regression', not '{kind}'", "Leave task.loss out."
@@ -153,6 +158,11 @@ def _strategy_keys(config: Config) -> Iterator[UserError]:
                 f"reduce.compression = '{reduce.compression}' does not go with {strategy}", "Leave compression out."
             )
     if reduce.strategy == "parameter_server":
+        if train.rates:
+            yield UserError(
+                f"train.rates = {train.rates} does not go with {strategy}, whose servers update many weights as one",
+                "Use reduce.strategy = 'horovod', 'mpi' or 'sharded'.",
+            )
         if train.precision == "fp16":
             yield UserError(f"train.precision = 'fp16' does not go with {strategy}", "Use bf16.")
         if train.check_weights_every:

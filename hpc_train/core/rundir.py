@@ -40,6 +40,10 @@ class RunDir:
     def validation(self) -> Path:
         return self.path / "validation.csv"
 
+    def test_table(self, name: str) -> Path:
+        """Counts of the test, such as its confusion matrix: rows are true, columns predicted."""
+        return self.path / f"test_{name}.csv"
+
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hpc_train.analysis.planning.budget import read_network
+from hpc_train.analysis.planning.budget import measured_strategy, read_network
 from hpc_train.analysis.simulation.collectives import Algorithm, all_reduce
 from hpc_train.analysis.simulation.machine import Link, Machine
-from hpc_train.core.allreduce_times import Row, read_rows
+from hpc_train.core.allreduce_times import COMPRESSED, LIMITS, Row, read_rows
 from hpc_train.core.errors import UserError
 from hpc_train.core.statistics import nonnegative_least_squares
 
@@ -36,8 +36,8 @@ def read_links(path: Path, strategy: str, algorithm: Algorithm) -> Links:
     """
     read_network(path, strategy)  # raises if it is no such file
     rows = read_rows(json.loads(path.read_text(encoding="utf-8", errors="replace")))
-    measured = list(dict.fromkeys(row.strategy for row in rows if row.strategy not in ("memory", "link")))
-    used = strategy if strategy in measured else next(iter(measured), strategy)
+    measured = list(dict.fromkeys(row.strategy for row in rows if row.strategy not in LIMITS))
+    used = measured_strategy(strategy, measured or [strategy])
     inside = _fitted([row for row in rows if row.nodes == 1], used, algorithm)
     between = _fitted([row for row in rows if row.nodes == row.ranks], used, algorithm)
     if inside is None and between is None:
@@ -57,6 +57,8 @@ def _fitted(rows: Sequence[Row], strategy: str, algorithm: Algorithm) -> tuple[L
     of_latency, of_bytes = (
         np.array([_in_step_s(row, algorithm, unit) for row in summed]) for unit in (Link(1.0, 0.0), Link(0.0, 1.0))
     )
+    if strategy in COMPRESSED:
+        of_bytes = of_bytes / 2  # the rows count 32 bits a number
     message = min((row for row in rows if row.strategy == "link"), key=lambda row: row.message_bytes, default=None)
     if message is None:  # nobody timed single messages: a small all-reduce is all latency
         return Link(*_solved(of_latency, of_bytes, times_s, times_s)), 0.0

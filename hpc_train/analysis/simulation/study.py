@@ -9,7 +9,7 @@ import numpy as np
 
 from hpc_train.analysis.models.measurements import Measurements, from_group
 from hpc_train.analysis.models.mechanistic_model import input_s
-from hpc_train.analysis.planning.budget import newest_benchmark
+from hpc_train.analysis.planning.budget import benchmark_name, newest_benchmark
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.analysis.simulation.collectives import ALGORITHMS, Algorithm
@@ -148,7 +148,7 @@ class _JobSource:
     def __init__(self, group: Group, measurements: Measurements) -> None:
         self.rows = [row for row in group.rows if row.step_s and not row.incomplete]
         self.row = self.rows[-1]
-        self._keys, self._measurements = group.keys, measurements
+        self._group, self._keys, self._measurements = group, group.keys, measurements
         if group.keys.get("reduce.strategy") == "parameter_server":
             raise UserError(
                 "a parameter server is not simulated", "Give runs of the strategies horovod, mpi or sharded."
@@ -168,7 +168,7 @@ class _JobSource:
 
     def strategy(self, stage: Stage) -> str:
         """As `hpc-train bench allreduce` calls it."""
-        return "sharded" if stage else str(self._keys.get("reduce.strategy"))
+        return "sharded" if stage else benchmark_name(self._group)
 
     def usual_algorithm(self, stage: Stage) -> Algorithm:
         """As the libraries do it: Horovod and NCCL around a ring, MPI as `train/comm/startup.py` asks of it."""

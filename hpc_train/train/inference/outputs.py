@@ -16,6 +16,7 @@ from hpc_train.train import models
 from hpc_train.train.comm.context import Context
 from hpc_train.train.inference.learned import Learned
 from hpc_train.train.inference.samples import Samples
+from hpc_train.train.metrics import Sums, of_classes
 from hpc_train.train.tasks import classification, regression
 from hpc_train.train.tasks.persistence import find_persistence
 
@@ -40,7 +41,7 @@ class Meaning(NamedTuple):
 
     columns: dict[str, Column]
     predictions: Callable[[torch.Tensor, np.ndarray], Predictions]
-    measures: Callable[[torch.Tensor, torch.Tensor], dict[str, float]]
+    measures: Callable[[torch.Tensor, torch.Tensor], Sums]
     constants: dict[str, np.ndarray]
 
 
@@ -69,18 +70,19 @@ def meaning(config: Config, learned: Learned, samples: Samples, context: Context
     """Collective, since the measures of regression need the variance of all targets."""
     if learned.classes is None:
         return _of_regression(config, learned, samples, context)
-    return _of_classification(learned)
+    return _of_classification(config, learned)
 
 
 # ------------------------------------------------------------------------------------------------ classification
 
 
-def _of_classification(learned: Learned) -> Meaning:
+def _of_classification(config: Config, learned: Learned) -> Meaning:
     assert learned.classes is not None
+    measures = partial(classification.measures, of_classes(config.task.metrics, learned.classes.num))
     values: Any = np.arange(learned.classes.num) if learned.classes.values is None else learned.classes.values
     labels = np.char.encode(values, "utf-8") if values.dtype.kind == "U" else values.astype(np.int64)
     columns = {"probabilities": Column((len(labels),), np.dtype(np.float32)), "predicted": Column((), labels.dtype)}
-    return Meaning(columns, partial(_classes, labels), classification.measures, {"classes": labels})
+    return Meaning(columns, partial(_classes, labels), measures, {"classes": labels})
 
 
 def _classes(labels: np.ndarray, logits: torch.Tensor, has_prediction: np.ndarray) -> Predictions:
@@ -109,8 +111,10 @@ def _of_regression(config: Config, learned: Learned, samples: Samples, context: 
         predicted[~has_prediction] = np.nan
         return {"predicted": predicted}
 
-    def measures(outputs: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
-        return regression.measures(outputs, wanted, targets, references, config.task.loss)
+    more = regression.open_metrics(config.task.metrics, targets, learned.target_shape)
+
+    def measures(outputs: torch.Tensor, wanted: torch.Tensor) -> Sums:
+        return regression.measures(more, outputs, wanted, targets, references, config.task.loss)
 
     columns = {"predicted": Column(learned.target_shape, np.dtype(np.float32))}
     return Meaning(columns, numbers, measures, {})

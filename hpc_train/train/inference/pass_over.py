@@ -21,6 +21,7 @@ from hpc_train.train.inference.blocks import Blocks, in_order
 from hpc_train.train.inference.outputs import Meaning, Predictions
 from hpc_train.train.inference.samples import Samples
 from hpc_train.train.inference.trained import Place
+from hpc_train.train.metrics import Sums, finished, total
 
 _ROUND_S = 0.5  # that a round should take: ranks wait for each other after each
 _MOST_STRIPES = 1 << 10  # of a rank in a round
@@ -28,17 +29,17 @@ _MOST_STRIPES = 1 << 10  # of a rank in a round
 
 @dataclass(frozen=True)
 class Tally:
-    """What came of the rows before `row`. sums: of each measure over `num_measured` rows."""
+    """What came of the rows before `row`. sums: of each measure over `num_measured` rows, see `metrics`."""
 
     row: int
     num_without: int = 0  # predictions, since values are missing
     num_measured: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: Sums = field(default_factory=dict)
 
     @property
     def measures(self) -> dict[str, float]:
         """Means over the rows that were measured; {} if none were."""
-        return {name: value / self.num_measured for name, value in self.sums.items()} if self.num_measured else {}
+        return finished(self.sums, self.num_measured)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Pass:
         is_measured = has_inputs & self.samples.has_targets(batch)
         with torch.no_grad(), self.place.autocast():
             outputs = self.model(moved(batch, self.place.device).floats())
-        sums: dict[str, float] = {}
+        sums: Sums = {}
         if is_measured.any():
             mask = torch.from_numpy(is_measured)
             sums = self.meaning.measures(outputs[mask.to(outputs.device)], batch.targets[mask].to(outputs.device))
@@ -128,10 +129,7 @@ def go_over(
 
 
 def _added(tally: Tally, blocks: list[Tally], row: int) -> Tally:
-    sums = dict(tally.sums)
-    for block in blocks:
-        for name, value in block.sums.items():
-            sums[name] = sums.get(name, 0.0) + value
+    sums = total(each.sums for each in (tally, *blocks))
     return Tally(
         row,
         tally.num_without + sum(block.num_without for block in blocks),

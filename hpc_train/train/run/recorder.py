@@ -1,11 +1,12 @@
 """Writes a run down while it runs: the run directory as the training half sees it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -147,7 +148,7 @@ class Recorder:
             append_validation(self.run.validation, num_steps, measures, seconds)
             told = ", ".join(f"{name.replace('_', ' ')} {value:.5f}" for name, value in measures.items())
             self.log(f"Validation after {num_steps} steps: {told}")
-            self._validation_note = f", validation {told.partition(',')[0]}"
+            self._validation_note = f", val. {next(iter(measures.values())):.4g}"
         self.clock.restart()
 
     def measuring(self, what: str, num_samples: int | None) -> StepProgress:
@@ -194,8 +195,13 @@ class Recorder:
         part = {"num_samples": num_done, **measures}
         self._context.on_root(lambda: self._meta.amend({"outcome": outcome, "test_until_stop": part}))
 
-    def finish(self, test: dict[str, float], fault: str | None = None) -> None:
-        """Collective, after `stop`. Writes summary.json; fault: why a run that reached its end did not succeed."""
+    def finish(
+        self, test: dict[str, float], fault: str | None = None, tables: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Collective, after `stop`. Writes summary.json; fault: why a run that reached its end did not succeed.
+
+        tables: of the test's counts, each in a file test_NAME.csv, a row for each class or bin of the true values.
+        """
         context, config = self._context, self._loaded.config
         losses = read_metrics(self.run.metrics)[1] if context.world.is_root else []
         shape = RunShape(
@@ -211,6 +217,10 @@ class Recorder:
         summary = gather_summary(self.run, self._meta.content, shape, result, num_workers, context)
         if summary is not None:
             self._attempt.lease.confirm()
+            for name, table in (tables or {}).items():
+                header = ",".join(["true", *map(str, range(table.shape[1]))])
+                rows = (",".join(map(str, [number, *row])) for number, row in enumerate(table.tolist()))
+                write_atomic(self.run.test_table(name), "\n".join([header, *rows, ""]))
             write_atomic(self.run.summary, summary.to_json() + "\n")
             _print_summary(summary, self.run.path)
 

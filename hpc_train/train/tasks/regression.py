@@ -13,7 +13,7 @@ from torch.nn import functional
 from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
-from hpc_train.train import models
+from hpc_train.train import metrics, models
 from hpc_train.train.comm.context import Context, joint
 from hpc_train.train.data.dataset import Batch, Part, Split, test_batches
 from hpc_train.train.data.files import Files
@@ -22,6 +22,7 @@ from hpc_train.train.data.missing import declared_values
 from hpc_train.train.data.moments import Moments, moments
 from hpc_train.train.data.normalize import pooled_axes
 from hpc_train.train.data.samples import open_samples
+from hpc_train.train.metrics import Metric, Sums
 from hpc_train.train.tasks.persistence import Persistence, find_persistence
 
 _MOST_NAMED = 16
@@ -57,6 +58,7 @@ class Regression:
         names = context.on_root(lambda: target_names(samples.files, name, found.mean.size))
         known = float(found.known.mean())
         self._scale = TargetScale(_tensor(found.mean), _tensor(std), *scale, missing, known, tuple(names))
+        self._metrics = context.on_all(lambda: open_metrics(config.task.metrics, self._scale, self._target_shape))
         self.facts = samples.facts | {
             "targets_standardized": {"mean": found.mean.tolist(), "std": std.tolist()},
             "target_shape": list(self._target_shape),
@@ -115,10 +117,10 @@ class Regression:
         self._measured = self.validation
         return test_batches(self.validation, world)
 
-    def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
+    def test(self, model: nn.Module, batch: Batch) -> tuple[int, Sums]:
         outputs = model(batch.floats())
-        references = self._references[id(self._measured)]
-        return len(batch), measures(outputs, batch.targets, self._scale, references, self.config.task.loss)
+        references, loss = self._references[id(self._measured)], self.config.task.loss
+        return len(batch), measures(self._metrics, outputs, batch.targets, self._scale, references, loss)
 
 
 def _check_targets(parts: list[Part]) -> None:
@@ -171,6 +173,10 @@ class TargetScale:
             targets = torch.where(is_missing, torch.nan, targets.float())
         return (targets.float() - self.mean.to(targets.device)) / self.std.to(targets.device)
 
+    def meant(self, targets: torch.Tensor) -> torch.Tensor:
+        """Stored targets in their units, float32."""
+        return (targets.double() * self.scale + self.offset).float()
+
     def predicted(self, outputs: torch.Tensor) -> torch.Tensor:
         """What a model's outputs mean, in the units of the targets, float32."""
         stored = outputs.double() * self.std.to(outputs.device).double() + self.mean.to(outputs.device).double()
@@ -203,9 +209,14 @@ def find_references(split: Split, scale: TargetScale, persistence: Persistence |
 
 
 def measures(
-    outputs: torch.Tensor, targets: torch.Tensor, scale: TargetScale, references: References, loss: str
-) -> dict[str, float]:
-    """The sums over samples of each measure. targets: (n, ...) as stored."""
+    more: dict[str, Metric],
+    outputs: torch.Tensor,
+    targets: torch.Tensor,
+    scale: TargetScale,
+    references: References,
+    loss: str,
+) -> Sums:
+    """The sums over samples of each measure. targets: (n, ...) as stored. more: of task.metrics."""
     wanted = scale.standardized(targets)
     predicted = outputs.float().view(wanted.shape)
     variance, known = references.variance.to(wanted.device), references.known.to(wanted.device)
@@ -217,7 +228,7 @@ def measures(
     stored = errors * scale.std.to(errors.device).double()
     relative = errors.square() / (variance * known).clamp_min(torch.finfo().tiny)
     unexplained = torch.where(variance > 0, relative, 1.0)
-    found = {
+    found: Sums = {
         "loss": _loss(loss, predicted, wanted, share).item(),
         "mse": _sum_of_means(stored.square()) / share * scale.scale**2,
         "mae": _sum_of_means(stored.abs()) / share * abs(scale.scale),
@@ -228,7 +239,15 @@ def measures(
     by_target = [_by_target(each, variance.shape) for each in (stored.abs() / known, unexplained)]
     for name, size, rest in zip(scale.names, *by_target, strict=bool(scale.names)):
         found |= {f"{name}_mae": size * abs(scale.scale), f"{name}_r2": len(targets) - rest}
-    return found
+    return found | (metrics.sums_of(more, scale.predicted(predicted), scale.meant(targets)) if more else {})
+
+
+def open_metrics(names: list[str], scale: TargetScale, target_shape: tuple[int, ...]) -> dict[str, Metric]:
+    """Those that task.metrics names. Raises UserError."""
+    if names and scale.known < 1:
+        raise UserError(f"task.metrics = {names} needs all targets, and some are missing", "Leave task.metrics out.")
+    mean, std = scale.mean.double() * scale.scale + scale.offset, scale.std.double() * abs(scale.scale)
+    return metrics.of_numbers(names, prod(target_shape), mean, std)
 
 
 def _by_target(values: torch.Tensor, shape: torch.Size) -> list[float]:
