@@ -158,6 +158,11 @@ def _strategy_keys(config: Config) -> Iterator[UserError]:
                 f"reduce.compression = '{reduce.compression}' does not go with {strategy}", "Leave compression out."
             )
     if reduce.strategy == "parameter_server":
+        if train.rates:
+            yield UserError(
+                f"train.rates = {train.rates} does not go with {strategy}, whose servers update many weights as one",
+                "Use reduce.strategy = 'horovod', 'mpi' or 'sharded'.",
+            )
         if train.precision == "fp16":
             yield UserError(f"train.precision = 'fp16' does not go with {strategy}", "Use bf16.")
         if train.check_weights_every:

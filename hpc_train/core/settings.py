@@ -64,6 +64,8 @@ class Train(_Section):
     epochs: Rate | None = None
     stop_after: Whole = 0  # validations in a row that are no better, after which training ends; 0: never
     init_from: Text | None = None  # weights that a new run begins with: .safetensors, .h5 or a run directory
+    freeze: list[Text] = []  # weights that stay as they begin, as patterns of their names: "layers.0.*"
+    rates: dict[str, Rate] = {}  # what lr is multiplied by, by patterns of weights' names; the last that fits counts
     global_batch: Count | None = None  # samples per step on any number of ranks (strong scaling)
     batch_per_rank: Count | None = None  # samples per step and rank (weak scaling)
     accumulate: Count = 1  # micro-batches per step and rank; their gradients are reduced once

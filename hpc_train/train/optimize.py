@@ -6,6 +6,7 @@ made, 3 s and 800 modules of a shared file system on each rank. Its functions ru
 """
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from math import ceil, cos, isfinite, log2, pi, sqrt
 from typing import Any, NamedTuple, cast
 
@@ -37,6 +38,12 @@ def learning_rate(train: Train, step: int, batch_size: int) -> float:
     return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + cos(pi * progress)) / 2}[train.schedule]
 
 
+def relative_rate(train: Train, name: str) -> float:
+    """By what the learning rate of a weight is multiplied: the last pattern of `train.rates` that fits counts."""
+    rates = [rate for pattern, rate in train.rates.items() if fnmatchcase(name, pattern)]
+    return rates[-1] if rates else 1.0
+
+
 class Optimizer:
     """Updates what this rank owns.
 
@@ -54,6 +61,8 @@ class Optimizer:
         self._train, self._owned, self._batch_size = train, owned, batch_size
         self._sum_over_shards = sum_over_shards
         self._states: State = {each.name: {} for each in owned}
+        self._rate_of = {each.name: relative_rate(train, each.name) for each in owned}
+        self._rates = sorted(set(self._rate_of.values()))
         self._is_scaled = train.precision == "fp16"
         self._scale = _INITIAL_SCALE if self._is_scaled else 1.0
         self._share_scale = 2.0 ** ceil(log2(num_shares)) if self._is_scaled else 1.0
@@ -89,8 +98,10 @@ class Optimizer:
         if factor != 1:
             torch._foreach_mul_(gradients, factor)
         lr = learning_rate(self._train, step, self._batch_size)
-        self._update([each for each in updated if each.decays], lr, self._train.weight_decay)
-        self._update([each for each in updated if not each.decays], lr, 0.0)
+        for decays in (True, False):
+            for rate in self._rates:
+                alike = [each for each in updated if each.decays == decays and self._rate_of[each.name] == rate]
+                self._update(alike, rate * lr, self._train.weight_decay if decays else 0.0)
         return True
 
     def _norm(self, gradients: list[torch.Tensor]) -> float:

@@ -29,6 +29,7 @@ from hpc_train.analysis.report.plots.step_series import step_distribution_plot, 
 from hpc_train.analysis.report.plots.step_time import step_share_plot, step_time_plot
 from hpc_train.analysis.report.plots.strategies import strategy_bytes_plot, strategy_times_plot
 from hpc_train.analysis.report.plots.target import target_plot
+from hpc_train.analysis.report.plots.validation import validation_plot
 from hpc_train.analysis.runs.memory import peak_memory
 from hpc_train.analysis.runs.step_quantiles import step_quantiles
 from hpc_train.analysis.scaling.compare import Group
@@ -315,6 +316,26 @@ def test_the_loss_of_every_run(group: Group) -> None:
     assert drawn == [(list(run.metrics[0]), list(run.metrics[1])) for run in runs]
 
 
+def test_the_validation_of_every_run_beside_its_training_loss(tmp_path: Path) -> None:
+    for size, best in ((1, 20), (2, 30)):
+        directory = write_run(tmp_path, Recipe(size=size, steps=60))
+        lines = [f"{step},0.01,{1 + abs(step - best) / 10 + size / 100}" for step in (10, 20, 30, 40)]
+        directory.validation.write_text("\n".join(["step,seconds,loss", *lines, ""]))
+    (only,) = gather([tmp_path]).scaling.groups
+    plot = validation_plot(only)
+    with painted(plot) as axes:
+        drawn = [(list(each.get_xdata()), list(each.get_ydata()), to_hex(each.get_color())) for each in axes.lines]
+        assert axes.get_ylabel() == "loss"
+    runs = [run for row in only.rows for run in row.runs]
+    assert [line[:2] for line in drawn[:2]] == [(list(run.metrics[0]), list(run.metrics[1])) for run in runs]
+    assert {line[2] for line in drawn[:2]} == {GREY.lower()}
+    for run, curve, mark in zip(runs, drawn[2::2], drawn[3::2], strict=True):
+        assert run.validation is not None
+        assert curve[:2] == (list(run.validation.steps), list(run.validation.losses))
+        assert mark[:2] == ([run.validation.best[0]], [run.validation.best[1]]) and mark[2] == curve[2]
+    assert plot is not None and "best: 1 rank 1.010 after 20 steps, 2 ranks 1.020 after 30 steps" in plot.description
+
+
 # ---------------------------------------------------------------------------------------------- energy
 
 
@@ -340,6 +361,17 @@ def test_energy_by_phase_adds_up_to_the_run(facts: Facts) -> None:
         assert [bar.get_height() for bar in drawn[name]] == close(expected), name
     tops = [sum(bar.get_height() for bar in each) for each in zip(*drawn.values(), strict=True)]
     assert tops == close([1e3 * row.per_sample.known for row in energy.rows])
+
+
+def test_energy_by_phase_has_a_piece_of_validation() -> None:
+    (energy,) = gather([Path("tests/runs/mlp-validation")]).energies
+    with painted(energy_by_phase_plot(energy)) as axes:
+        drawn = bars(axes)
+    (row,), num_samples = energy.rows, energy.rows[0].row.runs[0].summary.num_samples
+    assert [bar.get_height() for bar in drawn["validation"]] == close(
+        [1e3 * row.phases["validation"].known / num_samples]
+    )
+    assert sum(bar.get_height() for each in drawn.values() for bar in each) == close(1e3 * row.per_sample.known)
 
 
 def test_energy_by_phase_has_the_servers_share(tmp_path: Path) -> None:
