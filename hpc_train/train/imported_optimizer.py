@@ -47,7 +47,7 @@ class ImportedOptimizer:
             group["params"].append(each.parameter)
         self._rates = [rate for _, rate in groups]
         try:
-            self._optimizer = make(list(groups.values()), lr=train.lr, **decay, **options)
+            self._optimizer = make(list(groups.values()), **{"lr": train.lr, **decay, **options})
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"train.optimizer_options = {options}: {self._path} refuses them: {error}",
