@@ -18,7 +18,11 @@ from hpc_train.core.key_rules import broken_rules
 from hpc_train.core.paths import read_small
 from hpc_train.core.settings import RECORDED, Config, Text
 
-_TABLES = ("task.options", "train.rates")  # keys whose values are tables with keys of their own
+_TABLES = (
+    "task.options",
+    "train.optimizer_options",
+    "train.rates",
+)  # keys whose values are tables with keys of their own
 _MOST_SHOWN = 300  # characters of a value in a message
 _ONE_OF = {
     **{"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"},

@@ -382,8 +382,10 @@ def _bytes_of(batch: Any) -> int:
 
 
 def states(config: Config) -> int:
-    """How many numbers the optimizer keeps for each weight."""
-    return 2 if config.train.optimizer in ("adamw", "lamb") else int(config.train.momentum > 0)
+    """How many numbers the optimizer keeps for each weight; of another package's as many as Adam, as most do."""
+    if config.train.optimizer in ("sgd", "lars"):
+        return int(config.train.momentum > 0)
+    return 2
 
 
 class _LiveBytes(TorchDispatchMode):

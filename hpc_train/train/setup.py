@@ -188,9 +188,11 @@ def _check_same_model(mine: list[Any], roots: list[Any], rank: int) -> None:
 
 
 def make_optimizer(job: Job, reducer: Reducer) -> Optimizer:
-    """The optimizer of what this rank owns: its part of the weights, or all of them."""
+    """Collective. The optimizer of what this rank owns: its part of the weights, or all of them."""
     owned = reducer.shards.owned if reducer.shards else whole_parameters(job.model)
-    return Optimizer(job.config.train, owned, job.batch_size, reducer.sum_over_shards, job.mesh.data.size)
+    num_shares = job.mesh.data.size
+    make = partial(Optimizer, job.config.train, owned, job.batch_size, reducer.sum_over_shards, num_shares)
+    return job.context.on_all(make)
 
 
 def open_batches(job: Job, first_step: int) -> Batches:
