@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hpc_train.analysis.models import nonnegative_regression
 from hpc_train.analysis.models.measurements import Measurements, Network
-from hpc_train.analysis.models.nonnegative_regression import Prior, sample_posterior
+from hpc_train.analysis.models.nonnegative_regression import NUM_CHAINS, NUM_DRAWS, Posterior, Prior, sample_posterior
 from hpc_train.analysis.models.predict import Prediction, candidate, observed_drift, predict
 from hpc_train.analysis.report.notes.prediction import prediction_notes
 from hpc_train.analysis.stats.order_statistics import expected_maximum
@@ -178,6 +179,48 @@ def test_the_posterior_is_that_of_a_grid() -> None:
     spread = float(np.sqrt(weights @ (second - mean) ** 2))
     assert found.coefficients[:, 1].mean() == pytest.approx(mean, abs=0.15 * spread)
     assert found.coefficients[:, 1].std() == pytest.approx(spread, rel=0.2)
+
+
+def test_two_terms_that_can_stand_for_each_other_are_there_as_often_as_sums_over_a_grid_say() -> None:
+    """log2 N and N - 1 on three sizes: either, both or none, of which the sampler exchanges the first two."""
+    prior, scale = Prior(presence=0.4, degrees=1.0, noise=0.01, noise_degrees=3.0, outlier_degrees=1e6), 0.05
+    n = np.array([1.0, 2, 4])
+    columns = np.stack([np.ones(3), np.log2(n), n - 1], axis=1)
+    measured = np.array([1.0, 1.02, 1.05])
+    found = sample_posterior(columns, measured, np.zeros(3), np.array([1.0, scale, scale]), prior)
+    grid, noise = np.linspace(0, 0.08, 81)[1:], np.geomspace(0.001, 0.3, 24)
+    values, first = np.concatenate([[0.0], grid]), np.linspace(0.95, 1.05, 201)
+    # Prior mass: that of no term at 0, else the half-Cauchy density times the step of the grid.
+    present = 0.4 * 2 / np.pi / scale / (1 + (grid / scale) ** 2) * (grid[1] - grid[0])
+    log_mass = np.log(np.concatenate([[0.6], present]))
+    guess = first[:, None, None, None] + values[:, None, None] * np.log2(n) + values[None, :, None] * (n - 1)
+    misses = np.sum((guess / measured - 1) ** 2, axis=-1)
+    log_density = log_mass[:, None] + log_mass[None, :] - misses / 2 / noise[:, None, None, None] ** 2
+    log_noise = -3 * np.log(noise) + np.log(noise) - 2 * np.log1p((noise / prior.noise) ** 2 / 3)
+    density = np.exp(log_density + log_noise[:, None, None, None]).sum(axis=(0, 1))
+    density /= density.sum()
+    wanted = [density[1:, 0].sum(), density[0, 1:].sum(), density[1:, 1:].sum()]
+    log_is, ring_is = (found.coefficients[:, term] > 0 for term in (1, 2))
+    got = [np.mean(log_is & ~ring_is), np.mean(~log_is & ring_is), np.mean(log_is & ring_is)]
+    assert min(wanted) > 0.05 and got == pytest.approx(wanted, abs=0.06)
+
+
+def test_chains_that_disagree_are_told_from_chains_that_agree() -> None:
+    random, row = np.random.default_rng(0), np.array([1.0, 2.0])
+    alike = np.exp(0.1 * random.standard_normal((NUM_DRAWS, 2)))
+    apart = alike * np.tile(np.repeat([1.0, 2.0], NUM_CHAINS // 2), NUM_DRAWS // NUM_CHAINS)[:, None]
+    r_hats = [Posterior(each, np.ones(NUM_DRAWS)).r_hat(row) for each in (alike, apart, np.ones_like(alike))]
+    assert r_hats[0] == pytest.approx(1.0, abs=0.05) and r_hats[1] > 2 and r_hats[2] == 1
+
+
+def test_chains_go_on_until_they_agree_and_else_the_next_model_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A code that loses half of its efficiency in each doubling, which several sums of parts explain."""
+    (series,) = [each for each in all_series() if each.name == "hpc:ramses-cosmo-amr_marenostrum-strong"]
+    known = series.measurements.smallest(4)
+    assert candidate("mechanistic", known).fit is not None
+    monkeypatch.setattr(nonnegative_regression, "_MOST_DOUBLINGS", 0)
+    made = predict(known)
+    assert made.chosen.model == "amdahl" and "its chains do not agree" in str(made.candidates[0].reason)
 
 
 def test_a_part_that_nothing_shows_is_absent() -> None:
