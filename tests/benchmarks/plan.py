@@ -28,7 +28,8 @@ from tests.published import PARTS, Series, all_series
 FOLDER = Path("runs/bench-plan")
 EXTRAP = "extrap==4.2.5"
 SHARES = {"a quarter": 0.25, "a half": 0.5}
-PRIORS = json.loads((Path(__file__).parent / "plan_priors.json").read_text())
+PRIORS_FILE = Path(__file__).parent / "plan_priors.json"
+PRIORS = json.loads(PRIORS_FILE.read_text())
 EXTRA_P_SIZES = 5  # fewer are against its method
 # Run by Extra-P's own Python: [[sizes], [times], size] on stdin, its model's time at that size on stdout, one a series.
 PEER = """
@@ -152,9 +153,11 @@ def extra_p(cases: list[Case]) -> list[Guess | None]:
 
 
 def use_priors(part: str) -> None:
-    """The constants that `plan_priors.py` estimated on a part of the series."""
+    """The constants that `plan_priors.py` and `plan_drift.py` estimated on a part of the series."""
     plan_priors.use(True, PRIORS[part]["weak"])
     plan_priors.use(False, PRIORS[part]["strong"])
+    if "drift" in PRIORS[part]:
+        predict.DRIFT = predict.Drift(**PRIORS[part]["drift"])
 
 
 def errors_text(guesses: list[Guess | None]) -> str:

@@ -92,7 +92,7 @@ class Measurements:
 
     @property
     def most_whole_micro_batches(self) -> float:
-        """The largest number of ranks whose micro-batches have as many samples as those of the largest measured size."""
+        """The most ranks whose micro-batches have as many samples as those of the largest measured size."""
         if self.weak or self.accumulate is None:
             return float("inf")
         return self.largest * float(self.accumulate[-1])

@@ -44,7 +44,8 @@ class Posterior:
     def r_hat(self, row: FloatArray) -> float:
         """By how much chains disagree on the logarithm of row @ coefficients; 1 if not at all.
 
-        Gelman and Rubin, "Inference from iterative simulation using multiple sequences", Statistical Science 7(4), 1992.
+        Gelman and Rubin, "Inference from iterative simulation using multiple sequences", Statistical Science 7(4),
+        1992.
         """
         logs = np.log(np.maximum(self.coefficients @ row, 1e-300)).reshape(NUM_KEPT, NUM_CHAINS)
         within = float(logs.var(axis=0, ddof=1).mean())

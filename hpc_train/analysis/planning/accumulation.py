@@ -13,7 +13,8 @@ _KEY = "train.accumulate"
 def with_any_accumulation(groups: Sequence[Group]) -> list[Group]:
     """Groups that have steady steps; those that differ in `train.accumulate` alone, and in their sizes, as one.
 
-    A global batch that needs eight micro-batches on 8 ranks needs four on 16. The configuration is that of the largest size.
+    A global batch that needs eight micro-batches on 8 ranks needs four on 16. The configuration is that of the largest
+    size.
     """
     by_job: dict[str, list[Group]] = defaultdict(list)
     for group in groups:

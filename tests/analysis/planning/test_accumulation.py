@@ -1,4 +1,4 @@
-"""Gradients accumulated over fewer micro-batches on more ranks: one job, whose communication hides behind the last one."""
+"""Gradients accumulated over fewer micro-batches on more ranks: one job; communication hides behind the last one."""
 
 from pathlib import Path
 from typing import Any

@@ -55,6 +55,6 @@ def _micro_batch_notes(measurements: Measurements) -> list[str]:
         return []
     most = f"{measurements.most_whole_micro_batches:,.0f}"
     return [
-        f"Up to {most} ranks a micro-batch is taken to keep its size, with fewer of them on more ranks. On more than {most}"
-        " it gets smaller, and no measured size shows what that costs."
+        f"Up to {most} ranks a micro-batch is taken to keep its size, with fewer of them on more ranks. On more than"
+        f" {most} it gets smaller, and no measured size shows what that costs."
     ]
