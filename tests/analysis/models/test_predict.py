@@ -1,18 +1,19 @@
 """Prediction: known laws come back out of synthetic points, published series are predicted from their small sizes."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hpc_train.analysis.models import nonnegative_regression
+from hpc_train.analysis.models import mechanistic_model, nonnegative_regression
 from hpc_train.analysis.models.measurements import Measurements, Network
 from hpc_train.analysis.models.nonnegative_regression import NUM_CHAINS, NUM_DRAWS, Posterior, Prior, sample_posterior
-from hpc_train.analysis.models.predict import Prediction, candidate, observed_drift, predict
+from hpc_train.analysis.models.predict import DRIFT, Drift, Prediction, candidate, observed_drift, predict
 from hpc_train.analysis.report.notes.prediction import prediction_notes
 from hpc_train.analysis.stats.order_statistics import expected_maximum
 from hpc_train.core.errors import UserError
+from tests.benchmarks import plan, plan_drift
 from tests.published import Series, all_series
 
 
@@ -307,6 +308,27 @@ def test_published_series_are_predicted_from_their_small_sizes(share: float, bou
         assert np.median([error for error, _ in found[kind]]) < most, kind
     held = [inside for each in found.values() for _, inside in each]
     assert len(held) == 42 and 0.8 < np.mean(held) < 1
+
+
+@pytest.mark.parametrize(("kind", "shipped"), [("weak", mechanistic_model.WEAK), ("strong", mechanistic_model.STRONG)])
+def test_the_package_has_the_constants_that_were_estimated_on_all_series(kind: str, shipped: Any) -> None:
+    estimated = plan.PRIORS["all"][kind]
+    assert {
+        **shipped.scales,
+        **{name: getattr(shipped.regression, name) for name in ("noise", "presence")},
+    } == estimated
+    assert asdict(DRIFT) == plan.PRIORS["all"]["drift"]
+
+
+def test_a_wider_drift_holds_more_and_costs_width() -> None:
+    """What `plan_drift.py` weighs against each other, on one series."""
+    (series,) = [each for each in all_series() if each.name == "hpc:ramses-galaxy_meluxina-strong"]
+    case = plan.Case(series, "a half")
+    fitted = plan_drift.Fitted(case.known, candidate("mechanistic", case.known), case.ahead, case.truth_s, 1.0)
+    narrow, wide = (Drift(least, 0.0, 20.0, 4.0) for least in (0.001, 0.3))
+    (held_by_narrow, width), (held_by_wide, wider) = (fitted.outcome(drift) for drift in (narrow, wide))
+    assert held_by_wide and not held_by_narrow and wider > width
+    assert plan_drift.loss([fitted], wide) == wider
 
 
 def test_a_model_that_knows_no_node_boundary_misses_it() -> None:
