@@ -14,7 +14,7 @@ from hpc_train.core.statistics import nonnegative_least_squares
 # The gradients of the layers next to the input are ready last, so no computation is left to hide their communication.
 _LAST_MESSAGE_SHARE = 0.05
 _WATCHED = 4  # times the largest size: chains are to agree on the prediction there
-_MOST_R_HAT = 1.3  # chains that differ by more than this do not know what the sizes say
+_MOST_R_HAT = 1.2  # chains that differ by more than this do not know what the sizes say
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,14 @@ WEAK = Priors(
     Prior(presence=0.64, degrees=1.0, noise=0.004, noise_degrees=3.0, outlier_degrees=4.0),
 )
 STRONG = Priors(
-    {"fixed_s": 0.01, "imbalance_s": 0.0025, "tree_s": 0.0004, "ring_s": 0.0001, "cache_s": 0.12, "between_s": 0.02},
+    {
+        "fixed_s": 0.0063,
+        "imbalance_s": 0.0025,
+        "tree_s": 0.0004,
+        "ring_s": 0.00016,
+        "cache_s": 0.12,
+        "between_s": 0.017,
+    },
     Prior(presence=0.4, degrees=1.0, noise=0.01, noise_degrees=3.0, outlier_degrees=4.0),
 )
 
@@ -129,7 +136,9 @@ def parts_of_a_step(measurements: Measurements, ranks: IntArray) -> dict[str, Fl
             "micro_batch_s": _micro_batches_beyond_share(measurements, n),
         }
     inside, between = _is_pinned(measurements)
-    parts = {"compute_s": compute, "imbalance_s": np.log2(growth), "ring_s": growth - 1}
+    parts = {"compute_s": compute, "imbalance_s": np.log2(growth)}
+    if between or measurements.ranks_per_node not in (None, 1):  # else each message is between nodes
+        parts["ring_s"] = growth - 1
     if not inside:
         parts["transfer_s"] = (n - 1) / n - (first - 1) / first
     if not between:
