@@ -5,6 +5,7 @@
 # make bench-io  measure reading and writing of HDF5 against bounds and other libraries (a quiet machine; 4 minutes)
 # make bench-plan  predict published scaling series from their small sizes, Extra-P beside (it gets an environment of its own)
 # make bench-link  train over limited links against what bench allreduce predicts (root, a quiet machine)
+# make bench-simulation  steps on 2 to 64 ranks of this machine against hpc-train simulate (a quiet machine; 15 minutes)
 # make bench-memory  memory that `hpc-train memory` tells against what ranks take, 18 jobs (8 minutes)
 # make bench-large  memory of a rank and time of a step by strategy and stage; as root over links, too (a quiet machine; 40 minutes)
 # make test-rdma  train over InfiniBand verbs between two emulated guests (root, 8 minutes)
@@ -16,7 +17,7 @@
 # make check   install, ruff and mypy
 # make docs    the documentation as HTML: docs/_build/html
 # make install install only; on a cluster: make install MPICC=$(which mpicc) HDF5_DIR=/path/to/parallel/hdf5
-.PHONY: demo models bench bench-io bench-plan bench-link bench-large bench-memory test test-serial test-parallel test-cluster test-all test-faults test-fuzz test-kills test-rdma test-browser check docs install clean
+.PHONY: demo models bench bench-io bench-plan bench-link bench-simulation bench-large bench-memory test test-serial test-parallel test-cluster test-all test-faults test-fuzz test-kills test-rdma test-browser check docs install clean
 VENV ?= .venv
 export PYTHON MPICC HDF5_DIR TORCH VENV
 # Slurm's daemons and ip lie in sbin, which is not everybody's PATH.
@@ -134,6 +135,11 @@ bench-plan:
 bench-link:
 	@./install.sh test
 	python -m tests.benchmarks.link
+
+# Steps of sleeping ranks, 2 to 64 of them on this machine, against what hpc-train simulate tells of them.
+bench-simulation:
+	@./install.sh test
+	python -m tests.benchmarks.simulation
 
 # A rank's memory and a step's time by strategy and stage: a quiet machine of 12 GB, 15 minutes. For root also over the
 # links of the test cluster, with FSDP2 beside it: 25 minutes more.

@@ -34,10 +34,10 @@ def draw_figures() -> None:
 
 def list_columns() -> None:
     """The table of reference/report-columns.md, from the same quantities as the files that it describes."""
-    from hpc_train.analysis.report.sections.quantities import FAMILIES
+    from hpc_train.analysis.report.sections.quantities import FAMILIES, JSON_FAMILIES
 
     lines = []
-    for family, quantities in FAMILIES.items():
+    for family, quantities in (FAMILIES | JSON_FAMILIES).items():
         lines += [f"\n## {family}\n", "| column | unit | meaning |", "|---|---|---|"]
         lines += [f"| `{each.name}` | {each.unit} | {each.meaning} |" for each in quantities]
     (HERE / "_figures" / "columns.md").write_text("\n".join(lines) + "\n")

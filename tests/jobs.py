@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from time import monotonic
 
@@ -87,6 +89,17 @@ def run(
 def settings(**keys: object) -> list[str]:
     """train__steps=5 -> --set train.steps=5"""
     return [word for key, value in keys.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
+def lacking(config: Path) -> str | None:
+    """Why the model of a job cannot be made here: its package is missing or does not load; None if it can."""
+    module, colon, _ = tomllib.loads(config.read_text())["task"].get("model", "").partition(":")
+    try:
+        if colon:
+            import_module(module)
+        return None
+    except Exception as error:  # noqa: BLE001  a package may raise anything
+        return f"{module}: {error}"
 
 
 def install(folder: Path, *without: str) -> list[object]:

@@ -19,12 +19,12 @@ PACKAGE = Path(__file__).parents[1] / "hpc_train"
 # only in the run directory; the command line imports a half inside each command.
 TRAINING = (
     *("core", "train/comm", "train/data", "train/models", "train/energy", "train/run", "train/reduce", "train"),
-    *("train/tasks", "datasets", "bench", "doctor"),
+    *("train/tasks", "train/inference", "datasets", "bench", "doctor"),
 )
 ANALYSIS = (
     *("core", "analysis", "analysis/stats", "analysis/runs", "analysis/efficiency", "analysis/scaling"),
-    *("analysis/energy", "analysis/convergence", "analysis/models", "analysis/planning", "analysis/comparison"),
-    *("analysis/trace", "analysis/report"),
+    *("analysis/energy", "analysis/convergence", "analysis/models", "analysis/planning", "analysis/simulation"),
+    *("analysis/comparison", "analysis/trace", "analysis/live", "analysis/report"),
 )
 # A file beside the rooms of train/: what it needs decides where it stands.
 # Former names that files of users import: each ends with the release after its change.
@@ -42,10 +42,11 @@ ALLOWED = {
     "h5py": {f"train/data/{file}.py" for file in ("chunk_cache", "files", "filters", "hdf5_faults", "parallel_hdf5")}
     | {"train/data/readers.py", "train/weights_file.py", "train/export.py"}
     | {f"train/run/checkpoint/{file}.py" for file in ("format", "image", "reading")}
-    | {"train/data/collective.py", "train/data/unwritten.py", "bench/file_layouts.py", "doctor/storage.py"}
-    | {f"datasets/prepare/{file}.py" for file in ("layout", "prepare", "writer")}
+    | {"train/data/collective.py", "train/data/unwritten.py", "train/inference/output_file.py", "bench/file_layouts.py"}
+    | {"doctor/storage.py"}
+    | {f"datasets/prepare/{file}.py" for file in ("array_files", "layout", "netcdf", "prepare", "writer")}
     | {f"datasets/inspect/{file}.py" for file in ("check", "checks", "chunk_ranges", "info", "proposal", "structure")},
-    "subprocess": {"core/filesystem.py", "train/run/metadata.py", "train/energy/sensors/slurm.py", "train/onednn.py"}
+    "subprocess": {"core/filesystem.py", "train/run/provenance.py", "train/energy/sensors/slurm.py", "train/onednn.py"}
     | {"cluster/scheduler.py", "cluster/local_study.py", "bench/io.py", "doctor/supervisor.py", "doctor/job.py"},
     "pynvml": {"train/energy/sensors/nvml.py"},
     "gymnasium": {"train/tasks/reinforcement.py"},

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hpc_train.bench.io_model import Row
 
 _WIDTH = 110  # of tables, if the terminal is narrower or there is none
-_STRATEGIES = (*allreduce_times.OURS, *allreduce_times.PEERS)
+_STRATEGIES = (*allreduce_times.OURS, *allreduce_times.COMPRESSED, *allreduce_times.PEERS)
 _COPIES = 8  # of a message that a rank holds at most: gradients, weights, buffers of servers and MPI
 _COLUMNS = ("file", "read", "ranks", "cache", "T_w", "T_c", "T_r", "T_r/(T_w+T_c)", "w/MPI-IO", "r/POSIX")
 _NOTES = (
@@ -78,7 +78,7 @@ def _strategies(context: click.Context, option: click.Parameter, text: str) -> t
     "--strategies",
     default=",".join(_STRATEGIES),
     callback=_strategies,
-    help="Comma-separated. plain_mpi: one MPI_Allreduce; ddp_gloo: torch.distributed.  [default: all]",
+    help="Comma-separated. _bf16: compressed; plain_mpi: one MPI_Allreduce; ddp_gloo: torch.  [default: all]",
 )
 @click.option(
     "--minutes",

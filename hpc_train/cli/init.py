@@ -21,8 +21,8 @@ from hpc_train.core.rundir import write_atomic
 def init(data: Path, output: Path | None, force: bool) -> None:
     """Look at DATA and write a job that trains on it: task, model, scale and batch, each with its reason.
 
-    DATA is an HDF5 or netCDF-4 file. For a table (.csv, .parquet, .npy, .npz) or a folder of pictures, the command that
-    makes an HDF5 file of it is printed.
+    DATA is an HDF5 or netCDF-4 file. For a table (.csv, .parquet, .npy, .npz), a folder of pictures, netCDF-3 or Zarr,
+    the command that makes an HDF5 file of it is printed.
 
     \b
     Example: hpc-train init measurements.h5
@@ -34,7 +34,7 @@ def init(data: Path, output: Path | None, force: bool) -> None:
     if not data.exists():
         raise UserError(f"{data} does not exist", "Name an HDF5 file, a table or a folder of pictures.")
     if command := preparation(data):
-        click.echo(f"First:\n  {command}\nThen:\n  hpc-train init {command.split()[3]}")
+        click.echo(f"First:\n  {command}\nThen:\n  hpc-train init {shlex.quote(shlex.split(command)[3])}")
         return
     job = output or Path(f"{data.stem}.toml")
     if job.exists() and not force:

@@ -24,11 +24,14 @@ from hpc_train.cli.init import init
 from hpc_train.cli.memory import memory
 from hpc_train.cli.options import CommandGroup
 from hpc_train.cli.plan import plan
+from hpc_train.cli.predict import evaluate, predict
 from hpc_train.cli.prepare import prepare, stage
 from hpc_train.cli.report import report
 from hpc_train.cli.scale import scale
+from hpc_train.cli.simulate import simulate
 from hpc_train.cli.submit import submit
 from hpc_train.cli.train import generate, train
+from hpc_train.cli.watch import runs, watch
 from hpc_train.core.errors import JointFailure, UserError, out_of_memory, refused
 from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.output import drop_unread
@@ -49,8 +52,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    *(init, prepare, stage, data, train, generate, export, submit, scale, report, compare, plan),
-    *(memory, doctor, bench, config),
+    *(init, prepare, stage, data, train, evaluate, predict, generate, export, submit, scale, runs, watch),
+    *(report, compare, plan, simulate, memory, doctor, bench, config),
 )
 for command in _COMMANDS:
     cli.add_command(command)

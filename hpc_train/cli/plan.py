@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from hpc_train.cli.options import FiniteNumber, UserPath, on_first_rank, sizes
+from hpc_train.cli.options import MOST_SIMULATED, FiniteNumber, UserPath, on_first_rank, sizes
 from hpc_train.core.errors import UserError
 from hpc_train.core.redaction import printable
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hpc_train.analysis.planning.budget import Work
     from hpc_train.analysis.planning.plan import Plan
     from hpc_train.analysis.scaling.compare import Group
+    from hpc_train.analysis.simulation.study import Simulation
 
 _SECONDS = {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _JOULES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -131,27 +132,30 @@ def plan(
     from hpc_train.analysis.planning.memory import rank_memory
     from hpc_train.analysis.planning.plan import Limits, make_plan
     from hpc_train.analysis.report.sections.plan import record
+    from hpc_train.analysis.report.sections.simulation import simulation_record
 
     if bool(runs) == (table is not None):
         raise UserError("plan needs run directories or --table, one of them", "hpc-train plan --help has examples.")
     if sum(each is not None for each in (steps, samples, target_loss)) > 1:
         raise UserError("--steps, --samples and --target-loss each say how much to train", "Keep one of them.")
     training = _Training(steps, samples, target_loss)
-    memory = num_steps = None
+    memory = num_steps = group = None
     if table is not None:
         measurements = _from_table(table, network, ranks_per_node, gradient_bytes)
         work = training.of_table(measurements)
     else:
-        group = _only_group(runs)
+        group = only_group(runs)
         measurements, work = training.of_group(group, network)
         memory, num_steps = rank_memory(group, measurements.ranks_per_node), run_steps(group)
     limits = Limits(deadline, energy, node_hours, max_nodes)
     drift = None if history is None else site_drift(history)
     made = make_plan(fit_and_predict(measurements, model, drift), work, limits, predict, memory, num_steps)
+    simulated = None if group is None else _simulated(group, made, network)
     if as_json:
-        click.echo(json.dumps(record(made), indent=2))
+        simulation = None if simulated is None else simulation_record(simulated)
+        click.echo(json.dumps({**record(made), "simulation": simulation}, indent=2))
     else:
-        _print(made)
+        _print(made, simulated)
     if made.chosen is None and not made.was_asked:
         sys.exit(1)
 
@@ -198,7 +202,7 @@ def _from_table(
     return replace(read_table(table, ranks_per_node, measured_network), gradient_bytes=gradient_bytes)
 
 
-def _only_group(runs: tuple[Path, ...]) -> "Group":
+def only_group(runs: tuple[Path, ...]) -> "Group":
     from hpc_train.analysis.guard import SectionGuard
     from hpc_train.analysis.planning.accumulation import with_any_accumulation
     from hpc_train.analysis.runs.load import load_known
@@ -216,14 +220,34 @@ def _only_group(runs: tuple[Path, ...]) -> "Group":
     return groups[0]
 
 
-def _print(made: "Plan") -> None:
+def _simulated(group: "Group", made: "Plan", network: Path | None) -> "Simulation | None":
+    """Steps at the told sizes that are so far beyond the measured ones that the fit knows little of them.
+
+    None without any, and if what would drive the simulation was not measured.
+    """
+    from hpc_train.analysis.planning.plan import FAR
+    from hpc_train.analysis.simulation.study import Wanted, simulate_group
+
+    told = made.options if made.was_asked else [made.answer]
+    far = [option.forecast.ranks for option in told if option.forecast.extrapolation > FAR]
+    if not far or max(far) > MOST_SIMULATED:
+        return None
+    try:
+        return simulate_group(group, far, Wanted(network))
+    except UserError:
+        return None
+
+
+def _print(made: "Plan", simulated: "Simulation | None") -> None:
     from hpc_train.analysis.report.notes.plan import plan_warnings
     from hpc_train.analysis.report.renderers.terminal import fit_table, safe_text
     from hpc_train.analysis.report.sections.plan import answer, plan_tables
+    from hpc_train.analysis.report.sections.simulation import simulation_answer
     from hpc_train.core.terminal import open_console
 
     console = open_console()
     first, *more = answer(made)
+    more += [] if simulated is None else simulation_answer(simulated)
     console.print(safe_text(first, "bold"), *map(safe_text, more), "", sep="\n")
     for table in plan_tables(made):
         console.print(safe_text(table.title), fit_table(table, console.width), sep="\n")

@@ -10,8 +10,9 @@ from hpc_train.core.errors import require
 from hpc_train.core.job_environment import JobEnvironment
 
 _DATASETS = (
-    "mnist-5k", "auto-mpg", "fashion-mnist", "mnist", "images", "table", "text", "python-source", "shakespeare",
-)  # fmt: skip
+    *("mnist-5k", "auto-mpg", "burgers", "fashion-mnist", "mnist", "images", "table", "hdf5", "netcdf", "zarr"),
+    *("text", "python-source", "shakespeare"),
+)
 
 
 def _dataset(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -29,21 +30,25 @@ def _dataset(ctx: click.Context, param: click.Parameter, value: str) -> str:
     "origin",
     multiple=True,
     type=click.Path(path_type=Path, exists=False),
-    help="Folder or file the data comes from (text: repeatable).",
+    help="Where the data come from (text: repeatable).",
 )
+@click.option("--tokenizer", metavar="bytes|bpe:N", help="For text: bytes, or N byte pairs learned from it.")
+@click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="For images: crop to it (224).")
+@click.option("--target", metavar="COLUMN,...", help="For a table: columns (.npz: array) to learn.")
+@click.option("--drop", metavar="COLUMN,...", help="For a table: columns to leave out.")
+@click.option("--categories", type=click.Choice(["one-hot", "codes"]), help="For a table: text (one-hot).")
 @click.option(
-    "--tokenizer", metavar="bytes|bpe:N", help="For text: bytes (the default), or N byte pairs learned from it."
+    "--array", "arrays", multiple=True, metavar="NEW=NAME[:TYPE]", help="For arrays: one to take (repeatable)."
 )
-@click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="For images: the size to crop them to (224).")
-@click.option("--target", metavar="COLUMN", help="For a table: the column (.npz: the array) to learn.")
-@click.option("--test-fraction", type=FiniteNumber(0, 0.5), help="Share of the rows to test on (0.1).")
-@click.option("--compress", metavar="gzip:LEVEL|lzf|zstd:LEVEL", help="Write compressed chunks, which read slower.")
+@click.option("--rows", metavar="START:STOP[:STEP]", help="For arrays: which rows of each.")
+@click.option("--test-fraction", type=FiniteNumber(0, 0.5), metavar="SHARE", help="Of the rows to test on (0.1).")
+@click.option("--compress", metavar="gzip:N|lzf|zstd:N", help="Write compressed chunks, which read slower.")
 @click.option(
     "--memory-mb",
     type=click.IntRange(16),
     default=512,
-    show_default=True,
-    help="Memory for the data, of all ranks of a node together.",
+    metavar="MB",
+    help="For the data, of a node's ranks together (512).",
 )
 @click.option("--overwrite", is_flag=True, help="Make the output again if it exists or was begun.")
 def prepare(
@@ -53,6 +58,10 @@ def prepare(
     tokenizer: str | None,
     size: int | None,
     target: str | None,
+    drop: str | None,
+    categories: str | None,
+    arrays: tuple[str, ...],
+    rows: str | None,
     test_fraction: float | None,
     compress: str | None,
     memory_mb: int,
@@ -60,19 +69,19 @@ def prepare(
 ) -> None:
     """Write a data set to HDF5, on one rank or in parallel under mpirun.
 
-    DATASET: mnist-5k, auto-mpg, fashion-mnist, mnist; images (a folder per class); table (.csv, .parquet, .npy, .npz);
-    text, python-source, shakespeare; or package.module:function, a function of yours that yields (input, target).
+    DATASET: mnist-5k, auto-mpg, fashion-mnist, mnist; burgers (fields of a flow, in netCDF-4); images (a folder per
+    class); table (.csv, .parquet, .npy, .npz); arrays of hdf5, netcdf or zarr, renamed, cast and in part; text,
+    python-source or shakespeare as tokens; or package.module:function, a function of yours that yields (input, target).
     After a kill, the same command resumes.
-
-    A file for a URL (webhdfs://, hdfs://, s3://) is made in $TMPDIR first. Text becomes tokens: of any files (text),
-    of this Python's standard library (python-source), or of the package of that name (shakespeare).
+    A file for a URL (webhdfs://, hdfs://, s3://) is made in $TMPDIR first.
 
     \b
     Example: mpirun -n 2 hpc-train prepare fashion-mnist data/fashion-mnist.h5
              hpc-train prepare mnist-5k webhdfs://namenode:9870/data/mnist-5k.h5
              hpc-train prepare images data/pets.h5 --from pets --size 64
              hpc-train prepare table data/wine.h5 --from wine.csv --target taste
-             hpc-train prepare text data/mine.h5 --from mine --tokenizer bpe:8192
+             hpc-train prepare netcdf data/sst.h5 --from sst.nc \\
+               --array inputs=sst:float32 --array targets=nino
     """
     require("h5py")
     from hpc_train.train.comm.startup import open_context
@@ -81,7 +90,7 @@ def prepare(
         from hpc_train.datasets.prepare.prepare import prepare as write
         from hpc_train.datasets.prepare.sources import Options
 
-        options = Options(size, target, test_fraction, tokenizer)
+        options = Options(size, target, test_fraction, tokenizer, drop, categories, arrays, rows)
         write(dataset, origin, output, context, overwrite, options, compress, memory_mb)
 
 

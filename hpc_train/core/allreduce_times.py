@@ -14,17 +14,21 @@ import numpy as np
 from hpc_train.core.statistics import FloatArray, Interval, half_width, nonnegative_least_squares
 
 SCHEMA = 1
+_MOST_COUNTED, _MOST_S = 10**12, 1e6  # larger numbers of a file are damage
 OURS = ("horovod", "mpi", "parameter_server", "sharded")  # reduce.strategy
+COMPRESSED = ("horovod_bf16", "mpi_bf16")  # with reduce.compression = "bf16", the conversion included
 PEERS = ("plain_mpi", "ddp_gloo")  # one blocking MPI_Allreduce; torch.distributed's all_reduce over gloo
-LIMITS = ("memory", "link")  # a copy on all ranks at once; one direction between two ranks
+# A copy, and a conversion to bf16 and back, on all ranks at once; one direction between two ranks.
+LIMITS = ("memory", "convert", "link")
 
 
 @dataclass(frozen=True)
 class Row:
     """One strategy for `message_bytes` on `ranks` ranks of `nodes` hosts, with at most `ranks_per_node` each.
 
-    strategy: one of OURS, PEERS or LIMITS. samples_s: seconds per call on the slowest rank, each the mean of several
-    calls. Strategies were sampled in turns, so samples with the same index belong together.
+    strategy: one of OURS, COMPRESSED, PEERS or LIMITS. message_bytes: of 32 bits a number, compressed or not.
+    samples_s: seconds per call on the slowest rank, each the mean of several calls. Strategies were sampled in turns:
+    samples with the same index belong together.
     """
 
     strategy: str
@@ -118,6 +122,19 @@ def _interval(scaled: FloatArray, fitted: Sequence[float], column: int) -> Inter
     return max(0.0, float(fitted[column]) - half), float(fitted[column]) + half
 
 
+def interpolated_s(rows: Sequence[Row], message_bytes: float) -> float:
+    """Of a message between measured sizes, by the rows of one strategy on the same ranks: linear in the bytes.
+
+    Nearer to the truth than a fit: libraries choose other algorithms at other sizes. Below the smallest size as long as
+    there, above the largest at its rate.
+    """
+    times_s = {row.message_bytes: row.time_s for row in rows}
+    sizes = sorted(times_s)
+    if message_bytes > sizes[-1]:
+        return times_s[sizes[-1]] * message_bytes / sizes[-1]
+    return float(np.interp(message_bytes, sizes, [times_s[size] for size in sizes]))
+
+
 def fits(rows: Sequence[Row]) -> list[Fit]:
     """A fit for each strategy and place with two sizes or more."""
     groups: dict[tuple[str, tuple[int, int, int]], list[Row]] = {}
@@ -179,3 +196,22 @@ def _row_record(row: Row) -> dict[str, Any]:
     times = {"time_s": middle, "low_s": low, "high_s": high, "samples_s": row.samples_s}
     key = "bytes_per_s" if row.strategy in LIMITS else "bus_bytes_per_s"
     return {"strategy": row.strategy, **place, "bytes": row.message_bytes, **times, key: row.bytes_per_s}
+
+
+def read_rows(tree: dict[str, Any]) -> list[Row]:
+    """The rows of a `record` that was read back; those that are damaged are left out."""
+    link = tree.get("link")
+    lists = [tree.get("rows"), *(link.get(limit) for limit in LIMITS if isinstance(link, dict))]
+    listed = [each for found in lists if isinstance(found, list) for each in found]
+    return [row for each in listed if isinstance(each, dict) and (row := _row(each)) is not None]
+
+
+def _row(found: dict[str, Any]) -> Row | None:
+    counts = [found.get(key) for key in ("ranks", "nodes", "ranks_per_node", "bytes")]
+    samples = found.get("samples_s")
+    if not all(type(count) is int and 0 < count < _MOST_COUNTED for count in counts) or not isinstance(samples, list):
+        return None
+    if not samples or not all(isinstance(each, int | float) and 0 < each < _MOST_S for each in samples):
+        return None
+    ranks, nodes, per_node, num_bytes = counts
+    return Row(str(found.get("strategy")), ranks, nodes, per_node, num_bytes, tuple(map(float, samples)))  # type: ignore[arg-type]

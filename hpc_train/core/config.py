@@ -18,8 +18,16 @@ from hpc_train.core.key_rules import broken_rules
 from hpc_train.core.paths import read_small
 from hpc_train.core.settings import RECORDED, Config, Text
 
+_TABLES = (
+    "task.options",
+    "train.optimizer_options",
+    "train.rates",
+)  # keys whose values are tables with keys of their own
 _MOST_SHOWN = 300  # characters of a value in a message
-_ONE_OF = {"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"}
+_ONE_OF = {
+    **{"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"},
+    **{"train.steps": "epochs", "train.epochs": "steps"},
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ def _resolved(path: Path, tree: dict[str, Any], overrides: tuple[str, ...]) -> L
         if key in _ONE_OF:  # --set train.batch_per_rank replaces the file's train.global_batch
             _section(tree, "train", key).pop(_ONE_OF[key], None)
         _set(tree, key, value)
-        under = flatten(value, f"{key}.") if isinstance(value, dict) and key != "task.options" else {key: value}
+        under = flatten(value, f"{key}.") if isinstance(value, dict) and key not in _TABLES else {key: value}
         origin.update(dict.fromkeys(under, "--set"))
         if key.startswith("task.options."):
             origin["task.options"] = "--set"
@@ -90,7 +98,10 @@ def as_dict(config: Config) -> dict[str, Any]:
 
     A recorded loop has only the keys that it gave: defaults of this program's loop say nothing about it.
     """
-    return config.model_dump(exclude_none=True, exclude_unset=config.task.kind == RECORDED)
+    tree = config.model_dump(exclude_none=True, exclude_unset=config.task.kind == RECORDED)
+    if config.train.epochs is not None:
+        del tree["train"]["steps"]  # not set, or made of the epochs
+    return tree
 
 
 def comparable(config: Config) -> dict[str, Any]:
@@ -98,7 +109,15 @@ def comparable(config: Config) -> dict[str, Any]:
 
     Runs that differ in their seed alone are repeats: they do the same work on other random numbers.
     """
-    ignored = {"name", "seed", "train.log_every", "train.steps", "train.peak_tflops", "reduce.autotune_log_file"}
+    ignored = {
+        "name",
+        "seed",
+        "train.log_every",
+        "train.steps",
+        "train.epochs",
+        "train.peak_tflops",
+        "reduce.autotune_log_file",
+    }
     return {
         key: value
         for key, value in flatten(as_dict(config)).items()
@@ -109,6 +128,8 @@ def comparable(config: Config) -> dict[str, Any]:
 def dumps(loaded: Loaded) -> str:
     """The resolved configuration as TOML that `load` reads back, each key with where its value came from."""
     tree, origin = loaded.config.model_dump(), loaded.origin
+    if loaded.config.train.epochs is not None:
+        tree["train"]["steps"] = None
     lines = [_line(key, tree[key], origin[key]) for key in tree if not isinstance(tree[key], dict) and key in origin]
     for section, values in tree.items():
         if isinstance(values, dict):
@@ -119,10 +140,10 @@ def dumps(loaded: Loaded) -> str:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 0.5}} -> {"train.lr": 0.5}. `task.options` stays one value."""
+    """{"train": {"lr": 0.5}} -> {"train.lr": 0.5}. `_TABLES` stay one value each."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        nested = isinstance(value, dict) and prefix + key != "task.options"
+        nested = isinstance(value, dict) and prefix + key not in _TABLES
         flat.update(flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
     return flat
 

@@ -18,6 +18,11 @@ def listed(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def sentence(text: str) -> str:
+    """Ends with a full stop; a text that ends with "est." has it."""
+    return text if text.endswith(".") else f"{text}."
+
+
 def plural(count: int, noun: str) -> str:
     """ "1 rank", "4,096 ranks"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
-from hpc_train.core.settings import RECORDED, Config, Rl
+from hpc_train.core.import_path import is_import_path
+from hpc_train.core.settings import RECORDED, UNKNOWN_STEPS, Config, Data, Rl
 
 _KINDS_WITH_DATA = ("classification", "regression", "language", "masked_language")
 _KINDS_OF_ARRAYS = ("classification", "regression")
@@ -28,6 +29,17 @@ def _required_keys(config: Config) -> Iterator[UserError]:
         yield UserError(
             f"exactly one of train.global_batch and train.batch_per_rank is needed, and {found}",
             "Set train.global_batch for strong scaling, or train.batch_per_rank for weak scaling.",
+        )
+    if (train.steps == UNKNOWN_STEPS) == (train.epochs is None) and not is_recorded:
+        found = "neither is set" if train.epochs is None else "both are set"
+        yield UserError(
+            f"exactly one of train.steps and train.epochs is needed, and {found}",
+            "Set train.steps to a number of weight updates, or train.epochs to how often each sample is trained on.",
+        )
+    if train.epochs is not None and config.task.kind in _KINDS_OF_EPISODES:
+        yield UserError(
+            f"train.epochs = {train.epochs:g}: task.kind = '{config.task.kind}' has no data set, and so no epoch",
+            "Set train.steps.",
         )
     if data.file is None and config.task.kind in _KINDS_WITH_DATA:
         yield UserError("data.file is required and not set", "Set it to an HDF5 file: hpc-train prepare --help.")
@@ -52,15 +64,6 @@ def _task_keys(config: Config) -> Iterator[UserError]:
         )
     if kind in _KINDS_WITH_TOKENS and data.read != "auto":
         yield UserError(f"data.read = '{data.read}' does not go with task.kind = '{kind}'", "Leave data.read out.")
-    # Ranks with shares of unlike length would read a different number of times, and collective reads would hang.
-    if data.read == "collective" and data.missing != "refuse":
-        yield UserError(
-            f"data.missing = '{data.missing}' does not go with data.read = '{data.read}'", "Leave one of them out."
-        )
-    if data.read == "collective" and train.accumulate > 1:
-        yield UserError(
-            f"train.accumulate = {train.accumulate} does not go with data.read = 'collective'", "Leave one of them out."
-        )
     if kind == "policy_gradient" and train.accumulate > 1:
         yield UserError(
             f"train.accumulate = {train.accumulate}: policy_gradient normalises advantages over a whole step",
@@ -71,29 +74,16 @@ def _task_keys(config: Config) -> Iterator[UserError]:
             f"task.num_classes = {config.task.num_classes} does not go with task.kind = 'regression'",
             "Leave task.num_classes out, or set task.kind to 'classification'.",
         )
-    validation = f"validation.every_steps = {config.validation.every_steps}"
-    if config.validation.every_steps and not (data.hold_out and kind in _KINDS_OF_ARRAYS):
-        yield UserError(
-            f"{validation} needs samples to validate on, and data.hold_out = {data.hold_out:g} with task.kind = "
-            f"'{kind}' holds none out",
-            f"Set data.hold_out, such as 0.1, with {' or '.join(_KINDS_OF_ARRAYS)}; or leave it out.",
-        )
-    for key, value in (("train.stop_after", train.stop_after), ("checkpoint.keep_best", config.checkpoint.keep_best)):
-        if value and not config.validation.every_steps:
-            yield UserError(f"{key} = {value!r} needs validation.every_steps", "Set both, or leave it out.")
-    if config.validation.every_steps and config.reduce.strategy == "parameter_server":
-        yield UserError(
-            f"{validation} does not go with reduce.strategy = 'parameter_server': its workers are not at the same step",
-            "Leave validation.every_steps out.",
-        )
-    if data.read == "collective" and data.hold_out:
-        yield UserError(
-            f"data.hold_out = {data.hold_out:g} does not go with data.read = 'collective'", "Leave one of them out."
-        )
+    yield from _validation_keys(config)
     if config.test.samples is not None and kind not in _KINDS_WITH_DATA:
         yield UserError(
             f"test.samples = {config.test.samples} does not go with task.kind = '{kind}'",
             "Set rl.test_episodes." if kind in _KINDS_OF_EPISODES else "Let its test_batches give fewer samples.",
+        )
+    if config.task.metrics and kind not in _KINDS_OF_ARRAYS:
+        yield UserError(
+            f"task.metrics = {config.task.metrics} goes with {' and '.join(_KINDS_OF_ARRAYS)}, not '{kind}'",
+            "Leave task.metrics out; a task of your own gives its measures itself (Task.test).",
         )
     if kind != "regression" and config.task.loss != "mse":
         yield UserError(
@@ -106,13 +96,70 @@ def _task_keys(config: Config) -> Iterator[UserError]:
         )
 
 
+def _validation_keys(config: Config) -> Iterator[UserError]:
+    data, kind, validation = config.data, config.task.kind, config.validation
+    if validation.every_steps and validation.every_epochs:
+        yield UserError(
+            f"validation.every_steps = {validation.every_steps} and validation.every_epochs = "
+            f"{validation.every_epochs:g} are both set",
+            "Leave one of them out.",
+        )
+    if validation.is_due and kind in _KINDS_OF_EPISODES:
+        yield UserError(f"{validation.in_words}: task.kind = '{kind}' has no samples to validate on", "Leave it out.")
+    if data.hold_out and kind in (*_KINDS_WITH_TOKENS, *_KINDS_OF_EPISODES):
+        yield UserError(
+            f"data.hold_out = {data.hold_out:g} is for {' and '.join(_KINDS_OF_ARRAYS)}, not task.kind = '{kind}'",
+            "Leave it out; texts have data.validation_inputs.",
+        )
+    if data.hold_out_by is not None and not data.hold_out:
+        yield UserError(
+            f"data.hold_out_by = '{data.hold_out_by}' needs data.hold_out", "Set data.hold_out = 0.1, or leave it out."
+        )
+    usual = Data()
+    own = ("validation_inputs", "validation_targets", "validation_offsets", "validation_file")
+    for name in (name for name in own if getattr(data, name) != getattr(usual, name)):
+        value = f"data.{name} = {getattr(data, name)!r}"
+        if data.hold_out:
+            yield UserError(
+                f"{value} and data.hold_out = {data.hold_out:g}: both name samples to validate on",
+                "Leave one of them out.",
+            )
+        elif not validation.is_due:
+            yield UserError(
+                f"{value}, and validations are not asked for", "Set validation.every_epochs = 1, or leave it out."
+            )
+    for key, wanted in (
+        ("train.stop_after", config.train.stop_after),
+        ("checkpoint.keep_best", config.checkpoint.keep_best),
+    ):
+        if wanted and not validation.is_due:
+            yield UserError(
+                f"{key} = {wanted!r} needs validation.every_steps or validation.every_epochs",
+                "Set both, or leave it out.",
+            )
+    if validation.is_due and config.reduce.strategy == "parameter_server":
+        yield UserError(
+            f"{validation.in_words} does not go with reduce.strategy = 'parameter_server': its workers are not at the "
+            "same step",
+            "Leave it out.",
+        )
+
+
 def _strategy_keys(config: Config) -> Iterator[UserError]:
     train, reduce = config.train, config.reduce
     strategy = f"reduce.strategy = '{reduce.strategy}'"
+    is_imported = is_import_path(train.optimizer)
+    if train.optimizer_options and not is_imported:
+        yield UserError(
+            f"train.optimizer_options = {train.optimizer_options} is for optimizers of other packages, not "
+            f"'{train.optimizer}'",
+            "Leave it out: train.lr, train.momentum, train.betas and train.weight_decay are its options.",
+        )
     if reduce.strategy in ("parameter_server", "sharded"):
-        if train.optimizer in ("lars", "lamb"):
+        if train.optimizer in ("lars", "lamb") or is_imported:
             yield UserError(
-                f"train.optimizer = '{train.optimizer}' needs whole layers, which {strategy} cuts",
+                f"train.optimizer = '{train.optimizer}' {'may need' if is_imported else 'needs'} whole layers, which "
+                f"{strategy} cuts",
                 "Use adamw or sgd, or reduce.strategy = 'horovod' or 'mpi'.",
             )
         if reduce.compression != "none":
@@ -120,6 +167,11 @@ def _strategy_keys(config: Config) -> Iterator[UserError]:
                 f"reduce.compression = '{reduce.compression}' does not go with {strategy}", "Leave compression out."
             )
     if reduce.strategy == "parameter_server":
+        if train.rates:
+            yield UserError(
+                f"train.rates = {train.rates} does not go with {strategy}, whose servers update many weights as one",
+                "Use reduce.strategy = 'horovod', 'mpi' or 'sharded'.",
+            )
         if train.precision == "fp16":
             yield UserError(f"train.precision = 'fp16' does not go with {strategy}", "Use bf16.")
         if train.check_weights_every:

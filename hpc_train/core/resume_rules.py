@@ -8,7 +8,7 @@ from typing import Any
 from hpc_train.core.config import as_dict, flatten
 from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
-from hpc_train.core.settings import Config
+from hpc_train.core.settings import Config, Train
 
 
 class Rule(Enum):
@@ -31,6 +31,7 @@ _RULES = {
     "data.targets": Rule.REFUSED,
     "data.offsets": Rule.REFUSED,
     "data.hold_out": Rule.REFUSED,
+    "data.validation_": Rule.FREE,
     "data.missing": Rule.REFUSED,
     "data.normalize": Rule.REFUSED,
     "data.test_": Rule.TEST,
@@ -39,8 +40,11 @@ _RULES = {
     "data.shuffle_chunks": Rule.COMPARED,
     "task.": Rule.REFUSED,
     "train.steps": Rule.UPDATES,  # refused if a schedule ends with them: see `_rule`
+    "train.epochs": Rule.UPDATES,  # the same
     "train.stop_after": Rule.FREE,
     "train.init_from": Rule.REFUSED,  # what it named is not read again once there is a checkpoint
+    "train.freeze": Rule.REFUSED,
+    "train.rates": Rule.UPDATES,
     "train.global_batch": Rule.COMPARED,
     "train.batch_per_rank": Rule.COMPARED,
     "train.accumulate": Rule.SPEED,
@@ -75,6 +79,7 @@ _RULES = {
     "energy.": Rule.FREE,
     "run.": Rule.FREE,
 }
+LENGTHS = ("train.steps", "train.epochs")
 _PRINTED = (Rule.UPDATES, Rule.SPEED, Rule.TEST)
 
 
@@ -106,7 +111,7 @@ def changes(before: Config, now: Config) -> list[Change]:
 
 
 def _rule(key: str, before: Config, now: Config) -> Rule:
-    if key == "train.steps" and before.train.schedule == now.train.schedule != "constant":
+    if key in LENGTHS and before.train.schedule == now.train.schedule != "constant":
         return Rule.REFUSED
     if key == "data.file" and Path(before.data.file or "").name == Path(now.data.file or "").name:
         return Rule.FREE
@@ -143,7 +148,7 @@ def why_not(run: RunDir, before: Config | None, now: Config, size_before: int | 
     differing = [change for change in changes(before, now) if change.rule is not Rule.FREE]
     if differing:
         is_possible = all(change.rule is not Rule.REFUSED for change in differing)
-        is_possible &= state == "unfinished" or now.train.steps >= before.train.steps
+        is_possible &= state == "unfinished" or _is_as_long(before.train, now.train)
         remedy = (
             f"To continue it so: hpc-train train with --resume {run.path}"
             if is_possible
@@ -158,11 +163,18 @@ def why_not(run: RunDir, before: Config | None, now: Config, size_before: int | 
     return None
 
 
+def _is_as_long(before: Train, now: Train) -> bool:
+    """Whether a job trains as long as before; nobody knows how steps compare with epochs before the data are opened."""
+    if (before.epochs is None) != (now.epochs is None):
+        return True
+    return now.steps >= before.steps and (now.epochs or 0) >= (before.epochs or 0)
+
+
 def _remedy(change: Change, before: Config) -> str:
     anew = "or begin another run: --resume never"
-    if change.key == "train.steps":
+    if change.key in LENGTHS:
         return (
-            f"train.schedule = '{before.train.schedule}' ends at train.steps, and the steps so far led there. "
-            f"Set train.steps back; name what comes after it (--set train.schedule=constant and train.lr); {anew}"
+            f"train.schedule = '{before.train.schedule}' ends at {change.key}, and the steps so far led there. "
+            f"Set {change.key} back; name what comes after it (--set train.schedule=constant and train.lr); {anew}"
         )
     return f"Set {change.key} back to {change.before!r}, {anew}"

@@ -40,6 +40,10 @@ class RunDir:
     def validation(self) -> Path:
         return self.path / "validation.csv"
 
+    def test_table(self, name: str) -> Path:
+        """Counts of the test, such as its confusion matrix: rows are true, columns predicted."""
+        return self.path / f"test_{name}.csv"
+
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
@@ -63,6 +67,10 @@ class RunDir:
     @property
     def energy_dir(self) -> Path:
         return self.path / "energy"
+
+    @property
+    def inference_dir(self) -> Path:
+        return self.path / "inference"
 
     def timings(self, rank: int) -> Path:
         return self.timings_dir / f"rank-{rank:05d}.csv"

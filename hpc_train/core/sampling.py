@@ -40,9 +40,13 @@ class GlobalBatch:
 
 def global_batch(step: int, num_samples: int, batch_size: int) -> GlobalBatch:
     """The global batch of `step`. An epoch's last batch is short when `batch_size` does not divide the data."""
-    steps_per_epoch = -(-num_samples // batch_size)
-    epoch, index = divmod(step, steps_per_epoch)
+    epoch, index = divmod(step, steps_per_epoch(num_samples, batch_size))
     return GlobalBatch(step, epoch, index * batch_size, min((index + 1) * batch_size, num_samples))
+
+
+def steps_per_epoch(num_samples: int, batch_size: int) -> int:
+    """An epoch takes each sample once. Its last step is short when `batch_size` does not divide the data."""
+    return -(-num_samples // batch_size)
 
 
 def rank_span(count: int, rank: int, size: int) -> tuple[int, int]:
@@ -143,6 +147,21 @@ class Order:
         mixed = begins + _permuted(positions - begins, counts.astype(np.uint64), keys)
         slots = np.searchsorted(ends, mixed, "right")
         return self.chunk_edges[chunks[slots] + 1] - (ends[slots] - mixed)
+
+    def window_ends(self, seed: int, epoch: int) -> Indices:
+        """The position at which each window of epoch `epoch` ends."""
+        if self.chunk_edges is None:
+            return np.array([self.num_samples])
+        _, ends = self._chunks_of(self.chunk_edges, seed, epoch)
+        return np.append(ends[self.window - 1 : -1 : self.window], self.num_samples)
+
+    def window_spans(self, window: int, seed: int, epoch: int) -> list[tuple[int, int]]:
+        """[start, stop) of the rows that this window of epoch `epoch` mixes: of each chunk, increasing."""
+        if self.chunk_edges is None:
+            return [(0, self.num_samples)]
+        chunks, _ = self._chunks_of(self.chunk_edges, seed, epoch)
+        mixed = np.sort(chunks[window * self.window : (window + 1) * self.window])
+        return list(zip(self.chunk_edges[mixed].tolist(), self.chunk_edges[mixed + 1].tolist(), strict=True))
 
     def _chunks_of(self, edges: Indices, seed: int, epoch: int) -> tuple[Indices, Indices]:
         """(the chunks in the epoch's order, the position at which each ends)."""

@@ -14,10 +14,11 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
+ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]  # "package.module:name"
 Option = bool | int | float | str | list[int] | list[float] | list[str]
 
 RECORDED = "recorded"  # task.kind of a run whose training loop is another program: see train/recording.py
-UNKNOWN_STEPS = 10**12  # train.steps of such a run until its loop has ended
+UNKNOWN_STEPS = 10**12  # train.steps of such a run until its loop has ended, and of a job with train.epochs
 
 
 class _Section(BaseModel):
@@ -30,40 +31,53 @@ class Data(_Section):
     targets: Text = "train/targets"
     test_inputs: Text | list[Text] = "test/inputs"  # data set in the file; if it is missing, there is no test
     test_targets: Text = "test/targets"
+    test_file: Text | None = None  # where these data sets are; default: data.file
     offsets: Text | None = None  # document starts and the end, in tokens; then no window spans two
     test_offsets: Text | None = None
     hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share of the training samples to validate on
+    hold_out_by: Text | None = None  # data set with a group for each sample: a group is held out whole, or not at all
+    validation_inputs: Text | list[Text] = "validation/inputs"  # to validate on in place of data.hold_out
+    validation_targets: Text = "validation/targets"
+    validation_offsets: Text | None = None
+    validation_file: Text | None = None  # where these data sets are; default: data.file
     # Values that the file declares as missing (_FillValue, missing_value), and NaN: drop leaves their samples out.
     missing: Literal["refuse", "drop", "mean"] = "refuse"
     # scale_factor: as the file's attributes say; standardize: mean 0, deviation 1 over the training samples.
     normalize: Literal["none", "scale_factor", "standardize"] = "scale_factor"
-    # collective: all ranks read each batch together; memory: each rank holds a part of the data and ranks exchange
-    # samples; auto: memory map or decoded chunks, or memory if the data exceed every node's memory.
+    # collective: all ranks read slabs together and exchange their samples; memory: each rank holds a part of the data
+    # and ranks exchange samples; auto: memory map or decoded chunks, or memory if the data exceed every node's memory.
     read: Literal["auto", "collective", "memory"] = "auto"
     memory_mb: Count = 512  # memory per rank for decoded chunks, or for samples received at once
-    shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: as many as 3/8 of memory_mb hold, at most 64
+    shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: as many as a third of memory_mb holds, at most 64
 
 
 class Task(_Section):
     kind: str = "classification"  # or "mypackage.mytask:MyTask"
-    model: str = "softmax"
+    model: str = "softmax"  # or "package.module:factory"
     loss: Literal["mse", "mae", "huber"] = "mse"  # of regression
     num_classes: Annotated[int, Field(ge=1, le=10**8)] | None = None  # default: one more than the largest label
     options: dict[str, Option] = {}  # keyword arguments of the model: see its docstring
+    metrics: list[Text] = []  # beside loss and accuracy: "top5", "f1", "confusion", or "package.module:metric"
 
 
 class Train(_Section):
-    steps: Count
+    steps: Count = UNKNOWN_STEPS  # this or epochs, of which the number of samples makes steps: `with_num_steps`
+    epochs: Rate | None = None
     stop_after: Whole = 0  # validations in a row that are no better, after which training ends; 0: never
     init_from: Text | None = None  # weights that a new run begins with: .safetensors, .h5 or a run directory
+    freeze: list[Text] = []  # weights that stay as they begin, as patterns of their names: "layers.0.*"
+    rates: dict[str, Rate] = {}  # what lr is multiplied by, by patterns of weights' names; the last that fits counts
     global_batch: Count | None = None  # samples per step on any number of ranks (strong scaling)
     batch_per_rank: Count | None = None  # samples per step and rank (weak scaling)
     accumulate: Count = 1  # micro-batches per step and rank; their gradients are reduced once
-    optimizer: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "lars", "lamb"] | ImportPath = "sgd"
+    optimizer_options: dict[str, Option] = {}  # keyword arguments of an optimizer of another package
     lr: Rate = 0.1
     lr_reference_batch: Count | None = None  # global batch for which lr is set; the rate scales with the global batch
     lr_warmup_steps: Whole = 0  # steps over which the rate rises: from 0, or from lr with lr_reference_batch
-    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"  # after the warm-up; to 0 at the last step
+    schedule: Literal["constant", "linear", "cosine", "step"] | ImportPath = (
+        "constant"  # after the warm-up; to 0 at the last step
+    )
     lr_milestones: list[Fraction] = [1 / 3, 2 / 3, 8 / 9]  # fractions of all steps after which step lowers the rate
     lr_decay: Fraction = 0.1  # factor by which step lowers the rate
     momentum: Fraction = 0.0  # for sgd and lars
@@ -108,7 +122,7 @@ class Rl(_Section):
 
 
 class Reduce(_Section):
-    strategy: Literal["horovod", "mpi", "parameter_server", "sharded", "local", "own"] = (
+    strategy: Literal["horovod", "mpi", "torch", "parameter_server", "sharded", "local", "own"] = (
         "horovod"  # own: a recorded loop's
     )
     compression: Literal["none", "fp16", "bf16"] = "none"  # of gradients in messages; accumulated in FP32
@@ -116,7 +130,7 @@ class Reduce(_Section):
     stage: Literal[1, 2, 3] = 1  # what each rank keeps 1/N of: 1 the optimizer's state, 2 gradients too, 3 weights too
     shard_within: Literal["job", "node"] | Count = "job"  # ranks that share one copy: all, a node's, or so many
     shard_blocks: list[Text] | None = None  # modules whose weights are gathered together, as patterns: "encoder.*"
-    transport: Literal["auto", "mpi", "horovod"] = "auto"  # auto: horovod on GPUs, mpi on CPUs
+    transport: Literal["auto", "mpi", "horovod", "torch"] = "auto"  # auto: horovod on GPUs, mpi on CPUs
     # Horovod's, named after horovodrun's options.
     cycle_time_ms: Rate = 0.1  # HOROVOD_CYCLE_TIME; Horovod's default of 1 ms limits small models
     fusion_threshold_mb: Amount = 0.0  # 0: the same buckets in every run, and so the same bits
@@ -144,7 +158,19 @@ class Checkpoint(_Section):
 
 
 class Validation(_Section):
-    every_steps: Whole = 0  # steps between validations on the samples of data.hold_out; 0: none
+    every_steps: Whole = 0  # steps between validations; 0: none
+    every_epochs: Amount = 0.0  # epochs between validations, in place of steps; 0: none
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there are validations at all."""
+        return bool(self.every_steps or self.every_epochs)
+
+    @property
+    def in_words(self) -> str:
+        """The key that asks for them, for a message."""
+        by_steps = f"validation.every_steps = {self.every_steps}"
+        return f"validation.every_epochs = {self.every_epochs:g}" if self.every_epochs else by_steps
 
 
 class Test(_Section):
@@ -197,6 +223,10 @@ class Config(_Section):
     checkpoint: Checkpoint = Checkpoint()
     energy: Energy = Energy()
     run: Run = Run()
+
+    def with_num_steps(self, num_steps: int) -> "Config":
+        """The job with that train.steps, once it is known how many its train.epochs are."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"steps": num_steps})})
 
     def global_batch(self, size: int) -> int:
         """Samples per step in a job of `size` ranks, servers included."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from hpc_train.core.errors import not_written
 from hpc_train.core.rundir import write_atomic
 
-_SCORES = ("accuracy", "r2")  # of which more is better
+# Ends of the names of measures of which more is better, in small letters, of torchmetrics, too.
+_SCORES = ("accuracy", "r2", "skill", "f1", "auroc", "precision", "recall", "score", "kappa", "coef", "index")
 _FIRST = ("step", "seconds")  # after so many steps; what it took. A column for each measure follows
 
 
@@ -43,9 +44,14 @@ def read_validation(path: Path) -> list[dict[str, float]]:
 
 
 def best_of(rows: Sequence[dict[str, float]], measure: str) -> dict[str, float]:
-    """The first of the rows with the best value: the highest of an accuracy or R2, the lowest of a loss or an error."""
-    sign = -1 if measure.endswith(_SCORES) else 1
+    """The first of the rows with the best value: the highest of scores (`_SCORES`), the lowest of losses and errors."""
+    sign = -1 if is_score(measure) else 1
     return min(rows, key=lambda row: sign * row[measure] if isfinite(row[measure]) else inf)
+
+
+def is_score(measure: str) -> bool:
+    """Whether more of the measure is better."""
+    return measure.lower().endswith(_SCORES)
 
 
 def keep_validation_until(path: Path, num_steps: int) -> None:

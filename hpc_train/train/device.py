@@ -17,6 +17,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.phase_clock import Clock
 from hpc_train.core.settings import Train
 from hpc_train.core.world import World
+from hpc_train.train.models.blocks import repeated_blocks
 
 _M_MMAP_THRESHOLD = -3  # mallopt(3), malloc.h
 # Dense matrix products, 1e12 operations a second, from the makers' data sheets: (fp32 without tf32, bf16 and fp16).
@@ -146,12 +147,12 @@ def give_back_freed_memory() -> None:
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Activation checkpointing (Chen et al., 2016): backward recomputes `model.blocks`. Raises `UserError`."""
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+    """Activation checkpointing (Chen et al., 2016): backward recomputes each block. Raises `UserError`."""
+    blocks = repeated_blocks(model).values()
+    if not blocks:
         raise UserError(
             f"train.activation_checkpointing: {type(model).__name__} has no blocks to recompute",
-            "A model lists them in an attribute `blocks`, an nn.ModuleList. Remove the key for this model.",
+            "A model lists them in an attribute `blocks` or in an nn.ModuleList. Remove the key for this model.",
         )
     for block in blocks:
         norms = [part for part in block.modules() if isinstance(part, _BatchNorm)]

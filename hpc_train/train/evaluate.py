@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter_ns
 from typing import Any
 
@@ -12,6 +13,7 @@ from hpc_train.core.progress import StepProgress
 from hpc_train.core.signals import StopRequest
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.device_queue import moved
+from hpc_train.train.metrics import Sums, add, finished, tables, total
 from hpc_train.train.reduce.reducer import Lockstep, Reducer, broadcast_tensors
 from hpc_train.train.setup import Job
 
@@ -21,7 +23,7 @@ class Measured:
     """The means of a task's measures; {} without samples.
 
     num_done: the samples of all ranks that count. num_samples: how many were to count, of num_stored; None if the task
-    does not say. is_whole: whether all of them do: not after a request to stop.
+    does not say. is_whole: whether all of them do: not after a request to stop. tables: what figures show of them.
     """
 
     measures: dict[str, float]
@@ -29,6 +31,7 @@ class Measured:
     num_samples: int | None
     num_stored: int | None
     is_whole: bool
+    tables: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __str__(self) -> str:
         told = ", ".join(f"{name.replace('_', ' ')} {value:.5f}" for name, value in self.measures.items())
@@ -61,16 +64,19 @@ def measure(job: Job, reducer: Reducer, batches: Iterable[Any], watch: Watch | N
     rounds = _Rounds(batches, job.context, reducer.lockstep, watch or Watch())
     is_training = job.model.training
     job.model.eval()
-    count, sums = 0, dict[str, float]()
+    count, sums = 0, Sums()
     with torch.no_grad(), job.autocast():
         for batch in rounds:
             num_counted, measures = job.task.test(job.model, moved(batch, job.device))
             count += num_counted
-            sums = {name: sums.get(name, 0.0) + value for name, value in measures.items()}
+            add(sums, measures)
     job.model.train(is_training)
-    total, means = _mean(job.context.all_gather((count, sums)))
-    num_done = total if rounds.num_samples is None else rounds.num_done
-    return Measured(means, num_done, rounds.num_samples, getattr(batches, "num_stored", None), rounds.is_whole)
+    everyone = job.context.all_gather((count, sums))
+    num_counted, whole = sum(num for num, _ in everyone), total(theirs for _, theirs in everyone)
+    measures = job.context.on_all(partial(finished, whole, num_counted))
+    num_done = num_counted if rounds.num_samples is None else rounds.num_done
+    num_stored = getattr(batches, "num_stored", None)
+    return Measured(measures, num_done, rounds.num_samples, num_stored, rounds.is_whole, tables(whole))
 
 
 @dataclass
@@ -114,11 +120,3 @@ class _Rounds:
         finally:
             if progress:
                 progress.close()
-
-
-def _mean(everyone: list[tuple[int, dict[str, float]]]) -> tuple[int, dict[str, float]]:
-    """everyone: (count, sums by measure) of each rank, {} on a rank that had no test sample."""
-    total = sum(count for count, _ in everyone)
-    names = dict.fromkeys(name for _, sums in everyone for name in sums)
-    means = {name: sum(sums.get(name, 0.0) for _, sums in everyone) / total for name in names} if total else {}
-    return total, means

@@ -3,9 +3,10 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import nn
 
 from hpc_train.core import rundir
 from hpc_train.core.config import load
@@ -16,7 +17,7 @@ from hpc_train.train.data.files import open_files
 from hpc_train.train.data.tokenizer import Tokenizer
 from hpc_train.train.models.gpt import Gpt
 from hpc_train.train.run.checkpoint.restore import Plan, Replicated, check_fits, load_newest, plan_model
-from hpc_train.train.tasks.language import Language
+from hpc_train.train.tasks.language import Language, Text
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def generate(path: Path, overrides: tuple[str, ...], prompt: str, decoding: Deco
             "Only a model of data made by hpc-train prepare text can generate text.",
         )
     tokenizer = Tokenizer(str(facts["tokenizer"]), int(facts["vocab_size"]), facts.get("json", ""))
-    model = cast(Gpt, Language(config, Context(World())).model())
+    task = Language(config, Context(World()))
+    model = task.model()
     alone = Context(World())
 
     def plan(state: dict[str, Any]) -> Plan:
@@ -61,7 +63,7 @@ def generate(path: Path, overrides: tuple[str, ...], prompt: str, decoding: Deco
         raise UserError(f"{run.path} has no checkpoint", "It was not saved: train again, with checkpoint.keep = 1.")
     _say(f"Step {stated['step']} of {run.path}")
     tokens = [tokenizer.end_of_text, *map(int, tokenizer.encode("--prompt", prompt.encode(errors="surrogateescape")))]
-    return tokenizer.decode(_sample(model.eval(), tokens, decoding, tokenizer.end_of_text)[1:])
+    return tokenizer.decode(_sample(model.eval(), task.text, tokens, decoding, tokenizer.end_of_text)[1:])
 
 
 def _say(line: str) -> None:
@@ -69,12 +71,14 @@ def _say(line: str) -> None:
 
 
 @torch.no_grad()
-def _sample(model: Gpt, tokens: list[int], decoding: Decoding, end_of_text: int) -> list[int]:
+def _sample(model: nn.Module, text: Text, tokens: list[int], decoding: Decoding, end_of_text: int) -> list[int]:
     """`tokens` and those drawn after them, up to the end of the text."""
     torch.manual_seed(decoding.seed)
     for _ in range(decoding.num_tokens):
-        seen = torch.tensor([tokens[-model.context :]])
-        logits = model.logits(model.features(seen)[0, -1])[: model.vocab_size].float()  # of the last position alone
+        seen = torch.tensor([tokens[-text.train.length :]])
+        # Of the last position alone, where a model has a way to ask for it.
+        last = model.logits(model.features(seen)[0, -1]) if isinstance(model, Gpt) else model(seen)[0, -1]
+        logits = last[: text.vocab_size].float()
         if decoding.top_k is not None and decoding.top_k < len(logits):
             logits[logits < logits.topk(decoding.top_k).values[-1]] = float("-inf")
         if decoding.temperature == 0:

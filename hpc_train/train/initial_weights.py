@@ -198,7 +198,7 @@ def _told(value: Any) -> Any:
 
 
 class _Questions(TorchFunctionMode):
-    """Answers what a constructor must not notice: that meta tensors have no values.
+    """Answers what a constructor must not notice: that tensors are on meta, and have no values.
 
     `torch.tensor(...)` keeps its values. Some functions of torch.nn.init return at once if `tensor.is_meta`: each is
     recorded as one operation.
@@ -217,6 +217,8 @@ class _Questions(TorchFunctionMode):
         result = func(*args, **kwargs)
         if result is True and func == _IS_META:
             self._asked_if_meta(sys._getframe(1))
+        if result == _META and func == _DEVICE and not _is_torch(sys._getframe(1)):
+            return torch.device("cpu")  # transformers gives its weights no values on meta
         return result
 
     def _asked_if_meta(self, frame: FrameType) -> None:
@@ -225,11 +227,16 @@ class _Questions(TorchFunctionMode):
             function = getattr(nn.init, name)
             taken = inspect.signature(function).parameters
             self._recorder.call(function, {key: value for key, value in frame.f_locals.items() if key in taken})
-        elif not module.startswith("torch."):
+        elif not _is_torch(frame):
             raise _NotReplayable(f"{module}.{name} does something else for meta tensors")
 
 
+def _is_torch(frame: FrameType) -> bool:
+    return f"{frame.f_globals.get('__name__', '')}.".startswith("torch.")
+
+
 _IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
+_DEVICE = torch.Tensor.device.__get__
 
 
 class InitialWeights:

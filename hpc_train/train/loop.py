@@ -4,14 +4,16 @@
 what each rank spends in them is what the reports are about.
 """
 
+import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 
 import torch
 
 from hpc_train.core.config import Loaded
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.rundir import is_complete
 from hpc_train.core.sampling import noise_seed
 from hpc_train.core.signals import CONTINUE, TERMINATED, StopRequest
@@ -26,6 +28,7 @@ from hpc_train.train.run.checkpoint.saver import Saver
 from hpc_train.train.run.cleanup import remove_stale_segments
 from hpc_train.train.run.peak_memory import peak_anonymous_bytes, peak_gpu_bytes, peak_resident_bytes
 from hpc_train.train.run.recorder import Recorder
+from hpc_train.train.run.resume_command import resume_command
 from hpc_train.train.run.sanity_checks import (
     MAX_SKIPPED_IN_A_ROW,
     SkippedUpdate,
@@ -35,7 +38,7 @@ from hpc_train.train.run.sanity_checks import (
     raise_for_update,
     raise_on_this_rank,
 )
-from hpc_train.train.setup import make_optimizer, open_batches, open_job, prepare_model
+from hpc_train.train.setup import Job, make_optimizer, open_batches, open_job, prepare_model
 from hpc_train.train.training_state import TrainingState, restore
 from hpc_train.train.validation import Validation
 
@@ -46,18 +49,20 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     resume: see `open_attempt`. The code is 0 at the end of the run. After a stop on
     request it is `CONTINUE` (75) if checkpoints are written, else `TERMINATED` (143).
     """
-    config = loaded.config
     if context.world.local_rank == 0:
         remove_stale_segments()  # shared memory of killed jobs, which would fill the node
     with (
-        open_job(config, context) as job,
+        open_job(loaded.config, context) as job,
         # Communicators of their own: their messages never meet a reducer's or a task's.
         context.duplicate() as recorder_context,
         context.duplicate() as saver_context,
         open_attempt(loaded, context, resume) as attempt,
     ):
+        config = job.config  # in which epochs are steps
+        loaded = replace(loaded, config=config)
         begin_from(job, attempt)
-        recorder = Recorder(loaded, recorder_context, job.placements, attempt, open_clock(config.train, job.device))
+        clock = open_clock(config.train, job.device)
+        recorder = Recorder(loaded, recorder_context, job.placements, attempt, clock, job.device)
         saver = Saver(attempt.run, config.checkpoint, job.facts, saver_context, recorder.log, recorder.sync_records)
         with (
             recorder,
@@ -78,16 +83,18 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
             # The first batch is read and tried before the clock starts: start-up belongs to no step.
             batches = open_batches(job, first_step)
             model, facts = prepare_model(job, batches, reducer)
-            task, clock, stopped = job.task, recorder.clock, False
+            task, clock = job.task, recorder.clock
             # Strategies that send nothing after the update are not timed there: the timer itself takes 200 ns.
             sync = clock.sync if reducer.sends_weights else nullcontext()
             forward, backward = clock.passes(reducer.lockstep.waits if reducer.lockstep else None)
-            recorder.start(first_step, model, job.facts | facts | (task.facts or {}) | {"reading": task.reading})
-            if task.reading:
-                context.on_root(partial(log, f"Data: {task.reading}"))
+            facts |= {"reading": task.reading, "num_steps": config.train.steps}
+            recorder.start(first_step, model, job.facts | facts | (task.facts or {}))
+            context.on_root(partial(_say, job))
 
-            validation = Validation(training, recorder, saver)
-            for step in range(first_step, config.train.steps):
+            validation = Validation(training, recorder, saver, stop)
+            validation.catch_up(first_step)
+            stopped = validation.was_stopped
+            for step in range(first_step, first_step if stopped or validation.is_over else config.train.steps):
                 watchdog.step = step
                 with clock.data:
                     parts, num_samples, num_global = next(batches)  # a server trains on nothing: it has no parts
@@ -137,7 +144,7 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
                     saver.save(step + 1, training.share())
                 saver.poll()
                 # The flags are sums over ranks: all ranks stop after the same step.
-                if stopped := flags.stop > 0 and step + 1 < config.train.steps:
+                if stopped := validation.was_stopped or (flags.stop > 0 and step + 1 < config.train.steps):
                     break
                 if validation.is_over:
                     break
@@ -161,6 +168,14 @@ class Control:
     @property
     def save(self) -> bool:
         return self.saver.is_due_by_time
+
+
+def _say(job: Job) -> None:
+    if job.task.reading:
+        log(f"Data: {job.task.reading}")
+    if job.config.train.epochs is not None:
+        steps = f"{job.config.train.steps:,} steps, {job.steps_per_epoch:,} in each"
+        log(f"train.epochs = {job.config.train.epochs:g}: {steps}")
 
 
 def _skip_update(skipped: SkippedUpdate, training: TrainingState, saver: Saver) -> None:
@@ -201,18 +216,27 @@ def _finish(stop: StopRequest, stopped: bool, training: TrainingState, recorder:
     )
     if stopped_by is not None:
         context.on_root(partial(recorder.log, f"Stopped by {stopped_by} after step {num_steps - 1}. {saved}"))
+        _log_resume(saver, context, recorder)
         return CONTINUE if saver.is_enabled else TERMINATED
     tested = evaluate(training.job, training.reducer, Watch(stop, partial(recorder.measuring, "test")))
     if not tested.is_whole:
         cause = stop.cause
         recorder.test_stopped(f"stopped by {cause} in the test", tested.measures, tested.num_done)
-        again = " --resume auto tests again, and trains no further." if saver.is_enabled else ""
+        again = " Resumed, it tests again and trains no further." if saver.is_enabled else ""
         context.on_root(partial(recorder.log, f"Test stopped by {cause} after {tested}. {saved}{again}"))
+        _log_resume(saver, context, recorder)
         return CONTINUE if saver.is_enabled else TERMINATED
     if tested.num_samples != tested.num_stored:
         context.on_root(partial(recorder.log, f"Test on {tested.num_done:,} of {tested.num_stored:,} samples"))
     fault = fault_in_test(tested.measures)
-    recorder.finish(tested.measures, fault)
+    recorder.finish(tested.measures, fault, tested.tables)
     if fault:
         raise_for_test(fault, saved, context)
     return 0
+
+
+def _log_resume(saver: Saver, context: Context, recorder: Recorder) -> None:
+    """Collective. The command that continues this run, if it left a checkpoint."""
+    command = resume_command(sys.argv, JobEnvironment.current().launcher, context.world.size)
+    if saver.is_enabled and command:
+        context.on_root(partial(recorder.log, f"Resume: {command}"))

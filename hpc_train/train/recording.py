@@ -95,7 +95,8 @@ def recording(
     with _ranks() as context, open_attempt(loaded, context, "never") as attempt:
         device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
         clock = open_clock(loaded.config.train, device)
-        recorder = Recorder(loaded, context, place_ranks(context, torch.get_num_threads()), attempt, clock)
+        places = place_ranks(context, torch.get_num_threads())
+        recorder = Recorder(loaded, context, places, attempt, clock, device)
         batch_size = loaded.config.train.batch_size(context.world.size)
         with recorder:
             recorder.start(0, model, {"global_batch": batch_size} | _metadata(context, device))

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from itertools import zip_longest
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import nn
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import amount
 from hpc_train.core.key_rules import check_ranks
-from hpc_train.core.sampling import BatchSampler, Shares
+from hpc_train.core.sampling import BatchSampler, Shares, steps_per_epoch
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context, warn
 from hpc_train.train.comm.mesh import Mesh, open_mesh
@@ -38,6 +40,7 @@ from hpc_train.train.reduce.sharded_weights import whole_parameters
 from hpc_train.train.run.peak_memory import anonymous_bytes, peak_anonymous_bytes, peak_gpu_bytes
 from hpc_train.train.tasks import BUILT_IN, Task, open_task
 from hpc_train.train.tasks.first_batch import check_is_sum, checked_loss
+from hpc_train.train.trainable import limited
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class Job:
     facts: dict[str, Any]  # that every checkpoint records, and that must agree to resume
     autocast: Callable[[], AbstractContextManager[Any]]  # around forward passes
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.task.num_samples, self.batch_size)
+
 
 @contextmanager
 def open_job(config: Config, context: Context) -> Iterator[Job]:
@@ -69,6 +76,7 @@ def open_job(config: Config, context: Context) -> Iterator[Job]:
     with open_mesh(config.reduce, context) as mesh:
         task = _open_task(config, mesh, context)
         batch_size = _batch_size(config, task, context)
+        config = _with_steps(config, task.num_samples, batch_size)
         model, draw = _make_model(task, config, mesh, device)
         facts = {
             "size": context.world.size,
@@ -97,6 +105,15 @@ def _batch_size(config: Config, task: Task, context: Context) -> int:
     return batch_size
 
 
+def _with_steps(config: Config, num_samples: int, batch_size: int) -> Config:
+    """The job with as many train.steps as its train.epochs are; a part of an epoch is rounded up to whole steps."""
+    epochs = config.train.epochs
+    if epochs is None:
+        return config
+    # As Python writes it, a tenth of an epoch of 30 steps is 3 steps, which floats would make 4.
+    return config.with_num_steps(ceil(Fraction(str(epochs)) * steps_per_epoch(num_samples, batch_size)))
+
+
 def _check_num_samples(config: Config, num_samples: int, largest: int, rank: int) -> None:
     if num_samples != largest:
         raise UserError(
@@ -123,7 +140,7 @@ def _make_model(
     Raises UserError if ranks made different ones, whose gradients could not be summed, or if they cannot hold it.
     """
     context = mesh.ranks
-    initial = context.on_all(partial(build, task.model, config.seed))
+    initial = context.on_all(partial(build, partial(limited, task.model, config.train), config.seed))
     mine = [(name, tuple(p.shape), str(p.dtype)) for name, p in initial.model.named_parameters()]
     roots = context.on_root(lambda: mine)
     context.on_all(partial(_check_same_model, mine, roots, context.world.rank))
@@ -171,9 +188,11 @@ def _check_same_model(mine: list[Any], roots: list[Any], rank: int) -> None:
 
 
 def make_optimizer(job: Job, reducer: Reducer) -> Optimizer:
-    """The optimizer of what this rank owns: its part of the weights, or all of them."""
+    """Collective. The optimizer of what this rank owns: its part of the weights, or all of them."""
     owned = reducer.shards.owned if reducer.shards else whole_parameters(job.model)
-    return Optimizer(job.config.train, owned, job.batch_size, reducer.sum_over_shards, job.mesh.data.size)
+    num_shares = job.mesh.data.size
+    make = partial(Optimizer, job.config.train, owned, job.batch_size, reducer.sum_over_shards, num_shares)
+    return job.context.on_all(make)
 
 
 def open_batches(job: Job, first_step: int) -> Batches:

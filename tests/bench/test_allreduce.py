@@ -12,7 +12,7 @@ import pytest
 
 from hpc_train.analysis.report.allreduce import ratio_notes, tables
 from hpc_train.bench.pace import Pace
-from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Row
+from hpc_train.core.allreduce_times import COMPRESSED, LIMITS, OURS, PEERS, Row
 from tests import jobs
 
 SIZES = [4 << 10, 16 << 10, 64 << 10]
@@ -35,13 +35,13 @@ def saved(done: tuple[jobs.Ended, Path]) -> dict[str, Any]:
 def test_what_plan_reads_is_saved(saved: dict[str, Any]) -> None:
     assert (saved["schema"], saved["kind"]) == (1, "allreduce")
     assert len(saved["hosts"]) == 1 and saved["mpi"] and not saved["stopped"]
-    assert {fit["strategy"] for fit in saved["fits"]} == {*OURS, *PEERS}
+    assert {fit["strategy"] for fit in saved["fits"]} == {*OURS, *COMPRESSED, *PEERS}
     for fit in saved["fits"]:
         assert (fit["ranks"], fit["nodes"], fit["ranks_per_node"]) == (2, 1, 2)
         assert fit["alpha_s"] >= 0 and fit["beta_s_per_byte"] >= 0 and fit["error"] >= 0
         assert fit["alpha_s"] + fit["beta_s_per_byte"] > 0
     assert {(row["strategy"], row["bytes"]) for row in saved["rows"]} == {
-        (name, size) for name in (*OURS, *PEERS) for size in SIZES
+        (name, size) for name in (*OURS, *COMPRESSED, *PEERS) for size in SIZES
     }
     for name in LIMITS:
         assert [row["bytes"] for row in saved["link"][name]] == SIZES
@@ -110,5 +110,5 @@ def test_ratios_and_limits_in_words() -> None:
     )
     assert "horovod runs at 1.00" in second and "below" not in second
     speeds = next(table for table in tables(rows) if table.id == "allreduce-bandwidth" and "4 ranks" in table.title)
-    assert [column.title for column in speeds.columns[-2:]] == ["memory copy", "ping-pong"]
+    assert [column.title for column in speeds.columns[-3:]] == ["memory copy", "bf16 and back", "ping-pong"]
     assert speeds.rows[0][-1] == "3.28", "of two ranks on two nodes, since this place spans nodes"

@@ -11,6 +11,7 @@ from tests import jobs
 from tests.benchmarks import models
 
 JOBS = sorted(jobs.CONFIGS.glob("*.toml"))
+OF_PACKAGES = [path for path in JOBS if ":" in tomllib.loads(path.read_text())["task"]["model"]]
 Keys = dict[str, object]
 
 # What makes a job of each kind short. Another kind needs a line here, and data below where it reads any.
@@ -51,8 +52,18 @@ def cars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "auto-mpg.h5"
 
 
-def data(kind: str, request: pytest.FixtureRequest) -> Keys:
-    """The keys that name real data for a task of this kind; prepared once."""
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fields")
+    done = jobs.run(0, "prepare", "burgers", folder / "burgers.nc", cwd=folder)
+    assert done.code == 0, done.err
+    return folder / "burgers.nc"
+
+
+def data(kind: str, name: str, request: pytest.FixtureRequest) -> Keys:
+    """The keys that name real data for the job `name`, of a task of this kind; prepared once."""
+    if name == "unet-burgers":
+        return {"data__file": request.getfixturevalue("fields")}
     of_kind = {"classification": "digits", "regression": "cars", "language": "tokens", "masked_language": "tokens"}
     return {"data__file": request.getfixturevalue(of_kind[kind])} if kind in of_kind else {}
 
@@ -60,13 +71,27 @@ def data(kind: str, request: pytest.FixtureRequest) -> Keys:
 @pytest.mark.parametrize("ranks", [3, pytest.param(1, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_every_shipped_job_trains(tmp_path: Path, request: pytest.FixtureRequest, path: Path, ranks: int) -> None:
+    if why := jobs.lacking(path):
+        pytest.skip(why)
     kind = tomllib.loads(path.read_text())["task"]["kind"]
-    keys = {"train__steps": 3, "train__threads": 1, "run__root": tmp_path, **data(kind, request), **SHORT[kind]}
+    keys = {
+        "train__steps": 3,
+        "train__threads": 1,
+        "run__root": tmp_path,
+        **data(kind, path.stem, request),
+        **SHORT[kind],
+    }
     done = jobs.run(ranks, "train", path, *jobs.settings(**keys | SMALLER.get(path.stem, {})), cwd=tmp_path)
     assert done.code == 0, done.err
     (run,) = rundir.find([tmp_path])
     summary = json.loads(run.summary.read_text())
     assert summary["complete"] and summary["num_steps"] == 3 and summary["size"] == ranks and summary["test"]
+
+
+@pytest.mark.parametrize("path", OF_PACKAGES, ids=lambda path: path.stem)
+def test_a_model_of_another_package_takes_fifteen_lines(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 15
 
 
 def test_every_job_with_an_aim_is_shipped() -> None:

@@ -18,6 +18,7 @@ RNG = np.random.default_rng(0)
 LABELS = np.arange(400) % 4
 TABLE = (RNG.normal(size=(400, 6)) * [1, 10, 100, 1e3, 1, 1] + LABELS[:, None]).astype("f4")
 IMAGES = RNG.integers(0, 256, (400, 16, 16, 3)).astype("u1")
+FLOW = RNG.random((40, 2, 18, 20))
 FILES: dict[str, tuple[dict[str, np.ndarray], dict[str, object], str]] = {
     "table": (
         {"x": TABLE, "y": LABELS},
@@ -48,6 +49,21 @@ FILES: dict[str, tuple[dict[str, np.ndarray], dict[str, object], str]] = {
         {"input": RNG.random((40, 12, 10, 5)), "output": RNG.random((40, 12, 10))},
         {"kind": "regression", "model": "mlp", "inputs": "input", "targets": "output"},
         "output: 12 x 10 numbers a sample",
+    ),
+    "flow": (
+        {"input": RNG.random((40, 3, 18, 20)), "output": RNG.random((40, 1, 18, 20)), "time": np.arange(40.0)},
+        {"kind": "regression", "model": "unet", "normalize": "standardize", "options": {"levels": 2, "width": 16}},
+        "output: 1 x 18 x 20 numbers a sample on the same grid",
+    ),
+    "forecast": (
+        {"input": FLOW, "output": FLOW + RNG.random(FLOW.shape) / 9},
+        {"kind": "regression", "model": "unet", "options": {"levels": 2, "width": 16, "residual": True}},
+        "targets are near their inputs: the model predicts the change (residual)",
+    ),
+    "volumes": (
+        {"x": RNG.random((40, 2, 16, 9, 10)), "y": RNG.random((40, 16, 9, 10))},
+        {"kind": "regression", "model": "unet", "options": {"levels": 1, "width": 16}},
+        "x: 40 samples of 2 x 16 x 9 x 10 fields",
     ),
     "amounts": (
         {"inputs": TABLE, "targets": RNG.integers(-900, 900, 400), "index": np.arange(400), "out": TABLE[:, 0]},
@@ -106,7 +122,7 @@ def test_a_file_of_any_name_has_a_job_that_loads(tmp_path: Path) -> None:
     assert load(tmp_path / "we ird 'n\"me.toml").config.name == "we-ird-n-me"
 
 
-@pytest.mark.parametrize("name", ["images", "real", pytest.param("fields", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("name", ["images", "real", "flow", pytest.param("fields", marks=pytest.mark.thorough)])
 def test_the_job_trains_as_it_stands(name: str, tmp_path: Path) -> None:
     """With the two commands that init prints."""
     write(tmp_path / "mine.h5", FILES[name][0])

@@ -285,12 +285,16 @@ def test_the_network_file_is_read_for_the_runs_strategy(tmp_path: Path) -> None:
         {"strategy": "mpi", "ranks": 4, "nodes": 1, "alpha_s": 1e-6, "beta_s_per_byte": 1e-10},
         {"strategy": "mpi", "ranks": 8, "nodes": 2, "alpha_s": 2e-6, "beta_s_per_byte": 5e-10},
         {"strategy": "horovod", "ranks": 4, "nodes": 1, "alpha_s": 3e-6, "beta_s_per_byte": 2e-10},
+        {"strategy": "mpi_bf16", "ranks": 4, "nodes": 1, "alpha_s": 4e-6, "beta_s_per_byte": 6e-11},
     ]
     path = tmp_path / "allreduce.json"
     path.write_text(json.dumps({"schema": 1, "kind": "allreduce", "fits": fits}))
     network = read_network(path, "mpi")
     assert (network.beta_inside_s_per_byte, network.beta_between_s_per_byte) == (1e-10, 5e-10)
     assert read_network(path).alpha_between_s is None
+    compressed = read_network(path, "mpi_bf16")
+    assert (compressed.alpha_inside_s, compressed.beta_inside_s_per_byte) == (4e-6, 1.2e-10), "of 16 bits on their way"
+    assert read_network(path, "horovod_bf16") == read_network(path, "horovod"), "not measured with compression"
     one = table(tmp_path, "ranks,step_s,ranks_per_node\n4,0.1,4\n")
     result = run_plan("--table", one, "--network", path, "--gradient-bytes", "1e8", "--predict", "4", "--json")
     assert result.exit_code == 0 and json.loads(result.output)["model"] == "mechanistic"

@@ -5,7 +5,18 @@ import json
 import numpy as np
 import pytest
 
-from hpc_train.core.allreduce_times import Row, fit, fits, pair_ratios, rank_groups, record, sizes
+from hpc_train.core.allreduce_times import (
+    LIMITS,
+    Row,
+    fit,
+    fits,
+    interpolated_s,
+    pair_ratios,
+    rank_groups,
+    read_rows,
+    record,
+    sizes,
+)
 from hpc_train.core.formatting import binary_size
 
 ALPHA_S, BETA = 3e-6, 1 / 5e9
@@ -103,7 +114,7 @@ def test_ratios_are_of_the_same_turn() -> None:
 
 
 def test_what_is_saved_reads_back() -> None:
-    rows = [row(name, 4, size, nodes=2) for name in ("mpi", "memory", "link") for size in (4, 1 << 20)]
+    rows = [row(name, 4, size, nodes=2) for name in ("mpi", *LIMITS) for size in (4, 1 << 20)]
     saved = json.loads(json.dumps(record(rows, {"hosts": ["a", "b"], "mpi": "Open MPI"})))
     assert (saved["schema"], saved["kind"], saved["hosts"]) == (1, "allreduce", ["a", "b"])
     (fitted,) = saved["fits"]
@@ -112,4 +123,24 @@ def test_what_is_saved_reads_back() -> None:
     assert [each["bytes"] for each in saved["rows"]] == [4, 1 << 20]
     assert saved["rows"][0]["low_s"] <= saved["rows"][0]["time_s"] <= saved["rows"][0]["high_s"]
     assert saved["rows"][1]["bus_bytes_per_s"] == pytest.approx(1.5 * (1 << 20) / saved["rows"][1]["time_s"])
-    assert {name: len(found) for name, found in saved["link"].items()} == {"memory": 2, "link": 2}
+    assert {name: len(found) for name, found in saved["link"].items()} == dict.fromkeys(LIMITS, 2)
+
+
+def test_times_between_measured_sizes_are_in_proportion() -> None:
+    rows = [row("mpi", 4, size) for size in (1 << 16, 1 << 20, 1 << 22)]
+    for size in (1 << 16, 1 << 19, 3 << 20):
+        exact = 2 * 3 * (ALPHA_S + size / 4 * BETA)
+        assert interpolated_s(rows, size) == pytest.approx(exact), "a line through a line"
+    assert interpolated_s(rows, 4) == rows[0].time_s
+    assert interpolated_s(rows, 1 << 24) == pytest.approx(4 * rows[-1].time_s)
+
+
+def test_a_record_is_read_back_and_what_is_damaged_left_out() -> None:
+    rows = [row(name, 4, size) for name in ("mpi", *LIMITS) for size in (4, 64)]
+    tree = json.loads(json.dumps(record(rows, {})))
+    assert read_rows(tree) == rows
+    for damage in ({"bytes": -4}, {"ranks": "4"}, {"samples_s": []}, {"samples_s": [1.0, "x"]}, {"nodes": True}):
+        tree["rows"][0] |= damage
+        assert read_rows(tree) == rows[1:]
+    for nothing in ({}, {"rows": 3, "link": []}, {"rows": [3], "link": {"memory": None}}):
+        assert read_rows(nothing) == []

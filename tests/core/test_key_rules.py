@@ -5,6 +5,7 @@ import pytest
 from hpc_train.core.config import Loaded, from_values
 from hpc_train.core.errors import UserError
 from hpc_train.core.key_rules import check_ranks
+from hpc_train.core.settings import UNKNOWN_STEPS
 
 DQN = {"task.kind": "dqn", "train.global_batch": 40, "rl.replay_size": 60, "rl.replay_start": 60, "rl.num_envs": 2}
 SERVER = {"reduce.strategy": "parameter_server"}
@@ -29,20 +30,27 @@ def job(keys: dict[str, object]) -> Loaded:
         {"reduce.strategy": "own"},
         {"data.inputs": ["a", "b"]},
         {"task.kind": "language", "data.read": "memory"},
-        {"data.read": "collective", "train.accumulate": 2},
-        {"data.read": "collective", "data.missing": "drop"},
-        {"data.read": "collective", "data.hold_out": 0.1},
         {"task.kind": "regression", "task.num_classes": 3},
         {"task.loss": "mae"},
         {"task.kind": "policy_gradient", "test.samples": 100},
         {"task.kind": "mytask:MyTask", "test.samples": 100},
-        {"validation.every_steps": 5},
+        {"validation.every_steps": 5, "validation.every_epochs": 1.0},
+        {"validation.every_steps": 5, "task.kind": "policy_gradient"},
+        {"data.hold_out": 0.1, "task.kind": "language"},
+        {"data.hold_out_by": "patient"},
+        {"data.validation_file": "x.h5"},
+        {"data.validation_inputs": "x", "data.hold_out": 0.1, "validation.every_steps": 5},
+        {"train.epochs": 2.0},
+        {"train.steps": UNKNOWN_STEPS},
+        {"train.steps": UNKNOWN_STEPS, "train.epochs": 2.0, "task.kind": "dqn"},
         {"validation.every_steps": 5, "data.hold_out": 0.1, **SERVER},
         {"train.stop_after": 2},
         {"checkpoint.keep_best": "validation.loss"},
         {"task.kind": "policy_gradient", "train.accumulate": 2},
         DQN | {"rl.replay_start": 61},
         SERVER | {"train.optimizer": "lamb"},
+        SERVER | {"train.rates": {"layers.1.*": 2.0}},
+        {"task.kind": "dqn", "task.metrics": ["f1"]},
         {"reduce.strategy": "sharded", "reduce.compression": "fp16"},
         {"reduce.strategy": "mpi", "reduce.stage": 3},
         {"reduce.strategy": "mpi", "reduce.shard_within": "node"},

@@ -1,11 +1,12 @@
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from hpc_train.core.errors import JointFailure, UserError
 from hpc_train.core.settings import Reduce
-from hpc_train.train.comm.clocks import clock_offsets_ns
+from hpc_train.train.comm.clocks import clock_offsets_ns, compare_clocks
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mesh import open_mesh
 
@@ -47,6 +48,7 @@ def test_sums_and_maxima_over_ranks(context: Context) -> None:
     rank, size = context.world.rank, context.world.size
     assert context.sum(np.array([rank, 1.0])).tolist() == [size * (size - 1) / 2, size]
     assert context.max(np.array([rank, -rank])).tolist() == [size - 1, 0]
+    assert context.max(np.array([rank == size - 1, False])).tolist() == [True, False]
     assert context.gather(rank) == (list(range(size)) if rank == 0 else [])
     assert context.all(rank) == context.all_gather(rank) == list(range(size)), "the former name, too"
 
@@ -58,6 +60,32 @@ def test_clocks_of_one_machine_are_found_equal(context: Context) -> None:
         assert max(map(abs, offsets)) < 20_000_000, "one machine has one monotonic clock: 20 ms is scheduling noise"
     else:
         assert offsets == []
+
+
+def test_hosts_clocks_are_compared_along_a_tree(context: Context) -> None:
+    """As if each rank had a host of its own, whose clock is its rank in seconds ahead."""
+    rank = context.world.rank
+    apart = replace(context, world=replace(context.world, node_root=rank))
+    found = compare_clocks(apart, lambda: time.perf_counter_ns() + rank * 1_000_000_000)
+    if context.world.is_root:
+        assert len(found) == context.world.size and found[0] == (0, 0)
+        for number, (offset_ns, error_ns) in enumerate(found):
+            assert abs(offset_ns - number * 1_000_000_000) <= error_ns + 1_000_000
+    else:
+        assert found == []
+
+
+def test_an_error_of_one_rank_reaches_the_others_by_itself(context: Context) -> None:
+    """on_all sends one number where nothing fails: no list of what all ranks have to say."""
+    sent = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            sent.append(name)
+            return getattr(context.comm, name)
+
+    assert replace(context, comm=Counting()).on_all(lambda: 7) == 7
+    assert [name for name in sent if name != "MAX"] == ["Allreduce"]
 
 
 def test_a_collective_waits_for_the_slowest(context: Context) -> None:

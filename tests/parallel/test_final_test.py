@@ -17,14 +17,14 @@ from hpc_train.core.signals import CONTINUE
 from hpc_train.core.timing_log import read_timings
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
-from hpc_train.train.evaluate import evaluate
+from hpc_train.train.evaluate import evaluate, measure
 from hpc_train.train.loop import Control, train
 from hpc_train.train.reduce.reducer import open_reducer
 from hpc_train.train.setup import open_job
 from hpc_train.train.tasks.regression import Regression
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-STEPS, NUM_TESTED = 6, 7000
+STEPS, NUM_TESTED = 6, 13_000  # several batches on each of four ranks
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +89,12 @@ def test_a_stop_in_the_test_keeps_what_there_is_and_the_next_start_repeats_the_t
 def test_the_same_samples_each_once_on_any_number_of_ranks(
     keys: list[str], context: Context, cars: Path, shared_path: Path
 ) -> None:
-    """Of all 7,000 and of 500, chosen whatever the seed, to six digits; no batch of a rank is empty on all of them."""
-    for samples in (["test.samples=500"], []):
+    """Of all 13,000 and of 500, chosen whatever the seed, and of those held out, to six digits."""
+    for samples in (["test.samples=500"], ["data.hold_out=0.3", "validation.every_steps=1"]):
         together = measured(context, job(cars, shared_path, *keys, *samples))
         if context.world.is_root:
             alone = measured(Context(World()), job(cars, shared_path, "reduce.strategy=local", *samples))
-            assert together.keys() == alone.keys()
+            assert together.keys() == alone.keys() and len(alone) == 4 + 4 * len(samples[1:])
             assert all(together[name] == pytest.approx(alone[name], rel=1e-6) for name in alone)
         context.barrier()
 
@@ -117,14 +117,15 @@ def measures_in(run: RunDir) -> dict[str, float]:
 
 
 def measured(context: Context, loaded: Loaded) -> dict[str, float]:
-    """The measures of the weights that a run begins with."""
+    """The measures of the weights that a run begins with, on the samples to test and to validate on."""
     with (
         open_job(loaded.config, context) as opened,
         open_reducer(loaded.config.reduce, opened.model, opened.mesh, Idle(), opened.draw) as reducer,
     ):
         found = evaluate(opened, reducer)
+        validated = measure(opened, reducer, opened.task.validation_batches(context.world)).measures
     assert found.is_whole and found.num_done == (loaded.config.test.samples or NUM_TESTED)
-    return found.measures
+    return found.measures | {f"validation.{name}": value for name, value in validated.items()}
 
 
 class Idle(Control):

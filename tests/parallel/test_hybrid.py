@@ -42,6 +42,25 @@ def test_the_mesh_has_two_axes(context: Context) -> None:
             assert mesh.replica.context.all_gather(rank) == list(range(rank % within, size, within))
 
 
+def test_torch_distributed_sums_within_copies_and_between_them(
+    context: Context, shared_path: Path, digits: Path
+) -> None:
+    for within in group_sizes(context):
+        found = [
+            losses(
+                run(
+                    context,
+                    shared_path / f"{within}-{name}",
+                    digits,
+                    "mlp-mnist.toml",
+                    **KEYS | hybrid(3, within) | {"reduce__transport": name},
+                )
+            )
+            for name in ("mpi", "torch")
+        ]
+        assert np.abs(found[0] / found[1] - 1).max() < 1e-5, within
+
+
 def on_host(context: Context, host: str) -> Context:
     return replace(context, world=replace(context.world, host=host))
 

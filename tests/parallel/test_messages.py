@@ -1,5 +1,7 @@
 """Messages that are longer than MPI can count go in pieces, and what arrives is what was sent."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mpi_library import mpi
 from hpc_train.train.reduce.horovod_library import load_horovod
-from hpc_train.train.reduce.transports import HorovodTransport, MpiTransport, SplittingTransport
+from hpc_train.train.reduce.torch_distributed import TorchTransport, open_torch_distributed
+from hpc_train.train.reduce.transports import HorovodTransport, MpiTransport, SplittingTransport, Transport
 from tests import checkpoints
 from tests.parallel.test_train import losses, run
 
@@ -78,13 +81,27 @@ def test_rows_are_exchanged(context: Context, short: None, shape: tuple[int, ...
     assert np.array_equal(received, np.broadcast_to(expected.reshape(-1, *(1 for _ in shape)), received.shape))
 
 
-@pytest.mark.parametrize("kind", ["mpi", "horovod"])
-def test_gradients_are_reduced_in_pieces(context: Context, short: None, kind: str) -> None:
-    size, rank = context.world.size, context.world.rank
-    if kind == "horovod":
+@contextmanager
+def opened(kind: str, context: Context) -> Iterator[Transport]:
+    if kind == "torch":
+        with open_torch_distributed(context, torch.device("cpu")):
+            yield TorchTransport(context.world.size)
+    elif kind == "horovod":
         hvd = load_horovod(Reduce())
         hvd.init()
-    transport = SplittingTransport(MpiTransport(context) if kind == "mpi" else HorovodTransport(hvd, size))
+        yield HorovodTransport(hvd, context.world.size)
+    else:
+        yield MpiTransport(context)
+
+
+@pytest.mark.parametrize("kind", ["mpi", "horovod", "torch"])
+def test_gradients_are_reduced_in_pieces(context: Context, short: None, kind: str) -> None:
+    with opened(kind, context) as transport:
+        check_reductions(context, SplittingTransport(transport))
+
+
+def check_reductions(context: Context, transport: Transport) -> None:
+    size, rank = context.world.size, context.world.rank
     message = torch.arange(101.0) + rank
     expected = torch.arange(101.0) * size + sum(range(size))
     assert torch.equal(transport.sum(message.clone(), "a").wait(), expected)

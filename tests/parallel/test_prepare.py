@@ -1,4 +1,5 @@
 import gzip
+import json
 import struct
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from hpc_train.core.errors import UserError
 from hpc_train.datasets.prepare import layout, writer
 from hpc_train.datasets.prepare.prepare import prepare
+from hpc_train.datasets.prepare.sources import Options
 from hpc_train.train.comm.context import Context
 
 
@@ -107,3 +109,44 @@ def test_images_and_labels_of_different_length_are_refused(context: Context, idx
     context.on_root(lambda: write_idx(idx_folder / "t10k-labels-idx1-ubyte", np.zeros(2, np.uint8), packed=True))
     with pytest.raises(UserError, match=r"has 3 images, .*t10k-labels-idx1-ubyte\.gz 2 labels"):
         prepare("mnist", idx_folder, idx_folder / "out.h5", context)
+
+
+def test_texts_of_a_table_are_numbered_alike_on_any_number_of_ranks(context: Context, shared_path: Path) -> None:
+    """The last rows, of the last rank, have the text that comes first."""
+
+    def write() -> None:
+        rows = [f"{row},{'abc'[min(2, 30 - row)] if row > 27 else 'c'}{row % 5},{row % 2}" for row in range(31)]
+        (shared_path / "t.csv").write_text("\n".join(["n,text,target", *rows]))
+
+    context.on_root(write)
+    options = Options(target="target", test_fraction=0.1, categories="codes")
+    prepare("table", shared_path / "t.csv", shared_path / "t.h5", context, options=options)
+    with h5py.File(shared_path / "t.h5") as file:
+        inputs = np.concatenate([file["train/inputs"][:], file["test/inputs"][:]])
+        known = json.loads(file.attrs["categories"])["text"]
+    assert known == sorted(known) and known[0] == "a0"
+    assert {known[int(code)] for n, code in inputs if n == 30} == {"a0"} and len(inputs) == 31
+
+
+@pytest.mark.parametrize("compress", [None, "gzip:1"])
+def test_arrays_of_a_file_are_the_same_on_any_number_of_ranks(
+    context: Context, shared_path: Path, compress: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(writer, "_WRITE_BYTES", 400)
+    values = np.arange(103 * 6, dtype=np.int32).reshape(103, 2, 3)
+
+    def write() -> None:
+        with h5py.File(shared_path / "a.h5", "w") as file:
+            file.create_dataset("field", data=values, chunks=(10, 2, 2), compression="lzf")
+            file["label"] = np.array(["b", "a"], "S")[np.arange(103) % 2]
+
+    context.on_root(write)
+    options = Options(test_fraction=0, arrays=("inputs=field:float64", "targets=label"), rows="3::2")
+    prepare("hdf5", shared_path / "a.h5", shared_path / "out.h5", context, True, options, compress)
+    with h5py.File(shared_path / "out.h5") as file:
+        assert np.array_equal(file["train/inputs"][:], values[3::2].astype("f8"))
+        assert np.array_equal(file["train/targets"][:], 1 - np.arange(3, 103, 2) % 2)
+        assert (file["train/inputs"].chunks is None) == (compress is None)
+    context.barrier()

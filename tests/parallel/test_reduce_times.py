@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpc_train.bench import allreduce
-from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Row, fits, rank_groups
+from hpc_train.core.allreduce_times import COMPRESSED, LIMITS, OURS, PEERS, Row, fits, rank_groups
 from hpc_train.core.errors import UserError
 from hpc_train.train.comm import messages
 from hpc_train.train.comm.context import Context
@@ -26,7 +26,7 @@ def rows(context: Context) -> Iterator[list[Row]]:
         asked.append(place)
         return place < 3
 
-    yield allreduce.measure((*SIZES, 1 << 40), (*OURS, *PEERS), 2, context, go_on)
+    yield allreduce.measure((*SIZES, 1 << 40), (*OURS, *COMPRESSED, *PEERS), 2, context, go_on)
     assert asked == ([0, 1, 2, 3] if context.world.is_root else []), "the root is asked before each size"
 
 
@@ -34,13 +34,17 @@ def test_all_strategies_and_limits_are_measured_in_all_places(context: Context, 
     hosts = context.all_gather(context.world.host)
     counts = [len(team) for team in rank_groups(hosts) if context.world.rank in team]
     found = {(row.strategy, row.ranks, row.message_bytes) for row in rows}
-    names = {*OURS, *PEERS, "memory"}
+    names = {*OURS, *COMPRESSED, *PEERS, "memory", "convert"}
     assert found == {(name, n, size) for name in names for n in counts for size in SIZES} | {
         ("link", 2, size) for size in SIZES if 2 in counts
     }
     assert all(len(row.samples_s) == 2 and min(row.samples_s) > 0 and row.nodes == 1 for row in rows)
     if context.world.is_root:
-        assert max(counts) == context.world.size and {each.strategy for each in fits(rows)} == {*OURS, *PEERS}
+        assert max(counts) == context.world.size and {each.strategy for each in fits(rows)} == {
+            *OURS,
+            *COMPRESSED,
+            *PEERS,
+        }
         assert not {each.strategy for each in fits(rows)} & set(LIMITS)
 
 

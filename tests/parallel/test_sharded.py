@@ -109,14 +109,15 @@ def test_all_stages_train_as_an_all_reduce_does(
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_horovod_carries_it_as_mpi_does(context: Context, shared_path: Path, digits: Path, stage: int) -> None:
+def test_horovod_and_torch_carry_it_as_mpi_does(context: Context, shared_path: Path, digits: Path, stage: int) -> None:
     if context.world.size == 1:
         pytest.skip("one rank sends nothing")
     found = [
         losses(run(context, shared_path / name, digits, "mlp-mnist.toml", **KEYS, **sharded(stage, name)))
-        for name in ("mpi", "horovod")
+        for name in ("mpi", "horovod", "torch")
     ]
     assert np.abs(found[0] / found[1] - 1).max() < 1e-5
+    assert np.abs(found[0] / found[2] - 1).max() < 1e-5
 
 
 @pytest.mark.parametrize("before, after", [(3, 1), (1, 3), (3, 2), (2, 3)])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
@@ -44,7 +44,7 @@ def keys_of(strategy: str, size: int) -> dict[str, object]:
 SPREAD = ["sharded 1", "sharded 2", "sharded 3", "parameter_server 1", "parameter_server 2"]
 
 
-@pytest.mark.parametrize("strategy", ["horovod", "mpi", *SPREAD])
+@pytest.mark.parametrize("strategy", ["horovod", "mpi", "torch", *SPREAD])
 def test_losses_are_those_of_one_process(context: Context, shared_path: Path, digits: Path, strategy: str) -> None:
     """With accumulated, clipped gradients and a learning rate that changes; last batches of 176 are uneven on 3."""
     keys = {**SMALL, "train__steps": 40, "train__accumulate": 2, "train__clip_norm": 0.7, "train__schedule": "cosine"}
@@ -56,7 +56,7 @@ def test_losses_are_those_of_one_process(context: Context, shared_path: Path, di
     assert np.abs(together / alone - 1).max() < 1e-5
 
 
-@pytest.mark.parametrize("strategy", ["horovod", *SPREAD])
+@pytest.mark.parametrize("strategy", ["horovod", "torch", *SPREAD])
 def test_a_prolonged_run_is_a_long_one_to_the_bit(
     context: Context, shared_path: Path, digits: Path, strategy: str
 ) -> None:
@@ -145,7 +145,7 @@ def test_less_exact_ways_stay_near(
         assert difference > 0, "the shorter numbers were really used"
 
 
-ALL = ["horovod", "mpi", *SPREAD]
+ALL = ["horovod", "mpi", "torch", *SPREAD]
 
 
 class Overflows(Classification):
@@ -211,7 +211,7 @@ class Faint(Classification):
         return super().loss(model, batch) * 1e-9
 
 
-@pytest.mark.parametrize("strategy", ["horovod", "mpi"])
+@pytest.mark.parametrize("strategy", ["horovod", "mpi", "torch"])
 @pytest.mark.parametrize("compression", ["fp16", "bf16"])
 def test_small_gradients_arrive_in_16_bits_as_large_ones_do(
     context: Context, shared_path: Path, digits: Path, strategy: str, compression: str
@@ -250,3 +250,23 @@ def test_a_run_begins_with_the_weights_of_its_seed(
     alone = build(lambda: Mlp((28, 28), 10, hidden=[64]), 11)
     for name, value in kept.items():
         assert torch.allclose(value, alone.draw(name), rtol=0, atol=1e-25), name
+
+
+class OwnGroup(Classification):
+    """Starts torch.distributed for itself, as a task with DistributedDataParallel in mind would."""
+
+    def __init__(self, config: Any, context: Context) -> None:
+        super().__init__(config, context)
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+
+
+def test_a_task_that_has_started_torch_distributed_is_named(context: Context, shared_path: Path, digits: Path) -> None:
+    if context.world.size == 1:
+        pytest.skip("one rank sends nothing")
+    keys = {**SMALL, "train__steps": 1, "reduce__strategy": "torch", "task__kind": f"{__name__}:OwnGroup"}
+    try:
+        with pytest.raises(UserError, match=r"started torch\.distributed itself"):
+            run(context, shared_path, digits, "mlp-mnist.toml", **keys)
+    finally:
+        distributed.destroy_process_group()

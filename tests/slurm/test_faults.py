@@ -192,6 +192,21 @@ def test_stopped_rank(cluster: Cluster, digits: Path, tmp_path: Path, survived: 
     survived("Slurm: a rank stopped", f"FAILED, named with its stack, {monotonic() - stopped_s:.0f} s (stall_s = 6)")
 
 
+@pytest.mark.parametrize("how", ["KILL", "STOP"])
+def test_second_rank_of_a_node(how: str, cluster: Cluster, digits: Path, tmp_path: Path, survived: FaultTable) -> None:
+    """It has no connection to the root: the first rank of its node sees it die, and tells the root of its silence."""
+    cluster.shape(SLOW)
+    job = submit(cluster, digits, tmp_path, "--nodes=2", "--ntasks-per-node=2", run__stall_s=6)
+    until(lambda: in_the_middle(tmp_path), "the middle of the training", 180)
+    second = f"for pid in $({RANK}); do grep -qz '^SLURM_LOCALID=1' /proc/$pid/environ && kill -{how} $pid; done"
+    cluster.on("n2", "sh", "-c", second, check=False)
+    ended_s = monotonic()
+    cluster.wait(job, "FAILED", timeout_s=30)
+    said = "is late: no heartbeat for" if how == "STOP" else "has died: its connection broke"
+    assert f"rank 3 on n2 {said}" in cluster.output(job) and "loop.py" in cluster.output(job)
+    survived(f"Slurm: the second rank of a node met SIG{how}", f"FAILED, named, {monotonic() - ended_s:.0f} s")
+
+
 @pytest.mark.thorough
 def test_second_job(cluster: Cluster, digits: Path, tmp_path: Path, survived: FaultTable) -> None:
     """The same job twice at the same time: a lock, whose holder is on another node, refuses the second."""

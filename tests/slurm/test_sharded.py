@@ -43,6 +43,15 @@ def test_each_node_holds_a_copy_and_sends_parts(cluster: Cluster, digits: Path, 
     assert sent["node"] < 0.5 * sent["job"]
 
 
+def test_torch_distributed_finds_the_other_nodes(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
+    """Ranks that srun started: the root listens where the other nodes reach it, and gloo where their names lead."""
+    found = []
+    for name in ("mpi", "torch"):
+        made = train(cluster, digits, tmp_path / name, per_node=2, reduce__shard_within="node", reduce__transport=name)
+        found.append(np.array(read_metrics(made.metrics)[1]))
+    assert len(found[1]) == STEPS and np.abs(found[1] / found[0] - 1).max() < 1e-5
+
+
 def test_a_slow_link_is_exposed_communication_and_no_pass(cluster: Cluster, digits: Path, tmp_path: Path) -> None:
     """At 12.5 MB/s the gathers of a forward pass alone take 0.2 s."""
     spent: dict[str, dict[str, float]] = {}

@@ -13,7 +13,7 @@ from torch import nn
 
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
-from hpc_train.train.memory import Division, Trial, require_room, smallest, smallest_by_strategy
+from hpc_train.train.memory import Division, Memory, Trial, require_room, smallest, smallest_by_strategy
 from tests import jobs
 from tests.benchmarks import memory
 
@@ -89,7 +89,7 @@ def test_a_copy_on_each_node_is_divided_among_the_ranks_of_a_node(job: Path) -> 
 
 
 def test_the_command_is_near_the_peak_that_a_run_records(job: Path) -> None:
-    """Within 10%; `make bench-memory` compares 18 such jobs."""
+    """Within 10%; `make bench-memory` compares 21 such jobs."""
     big = jobs.settings(**{"task.options": "{hidden=[4096, 4096]}"})
     told = jobs.run(1, "memory", job, "--json", *big, cwd=job.parent, cold=True)
     trained = jobs.run(1, "train", job, *big, cwd=job.parent, cold=True)
@@ -130,6 +130,18 @@ def test_what_cannot_fit_is_refused_with_what_would(job: Path) -> None:
     require_room(config, model, Division(0, 1, 4), 16_000_000)
     require_room(config, model, Division(3, 4, 4), 4_000_000)
     require_room(load(job, ("run.check_memory=false",)).config, model, Division(0, 1, 1), 0)
+
+
+def test_the_parts_are_explained_and_nodes_that_hold_no_rank_are_a_mistake(job: Path) -> None:
+    ask = ("memory", job, *jobs.settings(reduce__strategy="mpi"), "--ranks", 4, "--node-memory")
+    tiny = jobs.run(1, *ask, "100kB", cwd=job.parent)
+    assert tiny.code == 2 and "--node-memory 100 kB: one rank needs" in tiny.err and not tiny.out
+    small = jobs.run(1, *ask, "300MB", cwd=job.parent)  # of which four ranks take more, however many there are
+    assert small.code == 1 and "fits on no number of such nodes" in small.err and small.out.count("none") == 4
+    for part in Memory.__dataclass_fields__:
+        (line,) = [line for line in small.out.splitlines() if f" {part} " in line]
+        assert part == "gradients" or len(line.split("│")[4].strip()) > 5, line
+    assert jobs.run(1, *ask, "8GB", cwd=job.parent).code == 0
 
 
 def test_a_job_beyond_the_limit_of_a_process_ends_before_its_weights_are_made(job: Path) -> None:

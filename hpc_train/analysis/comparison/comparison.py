@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import log
-from typing import Literal
+from math import inf, log
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -17,8 +17,11 @@ from hpc_train.analysis.stats.estimate import Estimate, of_series, of_value, ove
 from hpc_train.core.errors import UserError
 from hpc_train.core.statistics import Interval
 from hpc_train.core.timing_log import PHASES
+from hpc_train.core.validation_log import is_score
 
-Verdict = Literal["regression", "improvement", "below the threshold", "no difference shown", "not judged"]
+Verdict = Literal[
+    "regression", "improvement", "slower, step unaffected", "below the threshold", "no difference shown", "not judged"
+]
 Unit = Literal["s", "1/s", "J", "B", ""]
 
 DEFAULT_THRESHOLD = 0.03
@@ -86,8 +89,9 @@ class RunComparison:
 
     @property
     def changed_places(self) -> list[PlaceVerdict]:
-        """Regressions and improvements, the costliest first."""
-        changed = [place for place in self.places if place.verdict in ("regression", "improvement")]
+        """Those beyond the threshold, the costliest first."""
+        kinds = ("regression", "improvement", "slower, step unaffected")
+        changed = [place for place in self.places if place.verdict in kinds]
         return sorted(changed, key=lambda place: -abs(place.of.ratio.log) * place.of.before_s)
 
 
@@ -103,12 +107,37 @@ def compare_sides(before: Side, after: Side, threshold: float) -> RunComparison:
             "Compare runs of the same ranks, hosts, batch, model and data; hpc-train report holds sizes side by side.",
         )
     metrics = _metrics(before, after, threshold)
-    step_s = metrics[0].before or 0.0
+    speed, step_s = metrics[0], metrics[0].before or 0.0
     places = place_changes(before.runs, after.runs)
     judged = [each for kind in ("host", "rank") for each in _judged_places(places, kind, threshold, step_s)]
     return RunComparison(
-        before, after, threshold, tuple(metrics), tuple(judged), tuple(differences(before.runs, after.runs))
+        before,
+        after,
+        threshold,
+        tuple(_told_apart(each, added_s(each), speed) if each.name in PHASES else each for each in metrics),
+        tuple(_told_apart(each, added_s(each), speed) for each in judged),
+        tuple(differences(before.runs, after.runs)),
     )
+
+
+def added_s(each: Metric | PlaceVerdict) -> float:
+    """Seconds of a step that a phase takes longer than before."""
+    if isinstance(each, PlaceVerdict):
+        return each.relative * each.of.before_s
+    return (each.after or 0.0) - (each.before or 0.0)
+
+
+Judged = TypeVar("Judged", Metric, PlaceVerdict)
+
+
+def _told_apart(each: Judged, added_s: float, speed: Metric) -> Judged:
+    """A regression of a phase is none of the job if the step surely does not take so much longer: another phase, or the
+    wait for other ranks, makes up for it. If the step's interval cannot exclude it, it stays a regression.
+    """
+    low, most = speed.interval or (0.0, inf)
+    if each.verdict == "regression" and low <= 0 and added_s > most * (speed.before or 0.0):
+        return replace(each, verdict="slower, step unaffected")
+    return each
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -144,6 +173,7 @@ def _metrics(before: Side, after: Side, threshold: float) -> list[Metric]:
         *(_Quantity(phase, "s", partial(_phase_time, phase), least=least_s) for phase in entered),
         _Quantity("energy per sample", "J", lambda run: _positive(run.joules_per_sample)),
         _Quantity("final loss", "", lambda run: _positive(run.loss)),
+        *_validations([*before.runs, *after.runs]),
         _Quantity("peak memory of a rank", "B", lambda run: _positive(run.peak_resident_bytes)),
         _Quantity("peak GPU memory of a rank", "B", lambda run: _positive(run.peak_gpu_bytes)),
         _Quantity("start-up (s)", "", lambda run: _positive(run.start_up_s)),
@@ -155,6 +185,24 @@ def _metrics(before: Side, after: Side, threshold: float) -> list[Metric]:
         *(_judged(_compared(each, before, after), LEVEL, threshold) for each in speeds),
         *(_judged(each, level, threshold) for each, level in zip(known, levels, strict=True)),
     ]
+
+
+def _validations(runs: Sequence[RunFigures]) -> list[_Quantity]:
+    """The best value of the measure that validations go by."""
+    measures = dict.fromkeys(run.validation_measure for run in runs if run.validation_measure)
+    return [
+        _Quantity(
+            f"best validation {measure.replace('_', ' ')}",
+            "",
+            partial(_best_validation, measure),
+            more_is_better=is_score(measure),
+        )
+        for measure in measures
+    ]
+
+
+def _best_validation(measure: str, run: RunFigures) -> Estimate | None:
+    return _positive(run.best_validation) if run.validation_measure == measure else None
 
 
 def _step_time(run: RunFigures) -> Estimate:

@@ -62,7 +62,8 @@ def find_stragglers(run: Run) -> StragglerAnalysis:
     ranks would share the blame by chance (`largest_total_threshold`). Whoever bears more is set aside, and the search
     continues without it: so several slow ranks are found, though each hides behind the others. A host is named instead
     of its ranks if more than half of them are late by half of what its latest rank is. What those named cost is added
-    up over steps that did not choose them (`_held_out_saved_s`): the worst of many looks worse than it is.
+    up over steps that did not choose them (`_held_out_saved_s`): the worst of many looks worse than it is. It is no
+    more than what ranks lose by differing in computing and input (`_capped`).
     """
     balance = run.load_balance
     if balance is None:
@@ -73,7 +74,7 @@ def find_stragglers(run: Run) -> StragglerAnalysis:
     if arrivals is None:
         return StragglerAnalysis(none_because="arrivals at the reductions were not recorded")
     blamed = _blamed(arrivals, len(balance.ranks))
-    saved_s = _held_out_saved_s(blamed.latest, blamed.members)
+    saved_s = _capped(_held_out_saved_s(blamed.latest, blamed.members), arrivals, len(balance.ranks), blamed)
     share = float(saved_s[-1].sum()) / arrivals.whole_s
     clock_error_s = _typical_clock_error(arrivals)
     if not blamed.members or share < LEAST_SHARE:
@@ -180,6 +181,19 @@ def _held_out_saved_s(latest: Latest, members: Sequence[int]) -> list[FloatArray
         for count in range(len(members) + 1):
             saved_s[count][half] = _saved_s(latest, chosen[:count])[half]
     return saved_s
+
+
+def _capped(saved_s: list[FloatArray], arrivals: Arrivals, num_ranks: int, blamed: _Blamed) -> list[FloatArray]:
+    """The same in proportion, together no more than POP's load balance x input x serialisation leaves to be saved.
+
+    A rank that also leaves reductions late arrives later than by its computing and its input, and the others would wait
+    for that part whoever came last. Without S of N ranks the mean of the others is at least (N mean - S slowest) /
+    (N - S), so that a stretch saves at most N / (N - S) of what its slowest rank exceeds the mean by.
+    """
+    num_late = sum(len(_ranks_of(arrivals, blamed, member)) for member in blamed.members)
+    total_s, most_s = float(saved_s[-1].sum()), float(arrivals.excess_s.sum()) * num_ranks / (num_ranks - num_late)
+    part = min(1.0, most_s / total_s) if total_s > 0 else 1.0
+    return [each * part for each in saved_s]
 
 
 def _most_blamed(latest: Latest, steps: IntArray, count: int) -> list[int]:

@@ -32,6 +32,10 @@ class Reading:
         """The energy of the first `seconds` of the loop."""
         return between(self.trace, self.lead_s, self.lead_s + seconds, self.host, self.shared)
 
+    def of_part(self, begin_s: float, end_s: float) -> EnergyAmount:
+        """The energy from `begin_s` to `end_s` after the start of the loop."""
+        return between(self.trace, self.lead_s + begin_s, self.lead_s + end_s, self.host, self.shared)
+
     @property
     def known_s(self) -> float:
         """From the first line to the last joules read."""

@@ -14,6 +14,7 @@ from hpc_train.analysis.runs.placement import RankPlacement, placements
 from hpc_train.analysis.runs.step_timeline import EMPTY_TIMELINE, StepTimeline, timeline_of
 from hpc_train.core.timing_log import PHASES
 
+VALIDATION = "validation"  # a phase of the energy alone: no step has it
 _ROUNDING = 1e-9  # of the gross energy: sums of floats differ by this much
 
 
@@ -41,10 +42,33 @@ class RunEnergy:
     def loop(self) -> EnergyAmount:
         return self._sum(reading.of_loop(reading.loop_s) for reading in self.readings if reading.loop_s)
 
+    @cached_property
+    def _validations(self) -> tuple[EnergyAmount, EnergyAmount]:
+        """Of the validations: (between steps, and so within loop; after the last step). NONE without any."""
+        within = after = NONE
+        loop_s = {loop.attempt: loop.lasted_s for loop in self.timeline.loops}
+        record = self.run.validation
+        for step, seconds in zip(record.steps, record.seconds, strict=True) if record else ():
+            found = self.timeline.after_step(step - 1, seconds)
+            if found is None:
+                continue
+            attempt, begin_s, end_s = found
+            taken = [reading for reading in self.readings if reading.trace.attempt == attempt]
+            if any(reading.lead_s + end_s > reading.trace.end_s - reading.trace.begin_s for reading in taken):
+                continue  # an attempt was killed in it, and a later one made it
+            part = sum((reading.of_part(begin_s, end_s) for reading in taken), NONE)
+            if part.lacking:  # shorter than a meter resolves
+                part = (self.loop * ((end_s - begin_s) / self.timeline.loop_s)).attributed()
+            if begin_s < loop_s[attempt]:
+                within += part
+            else:
+                after += part
+        return within, after
+
     @property
     def outside(self) -> EnergyAmount:
-        """gross before and after the steps."""
-        rest = self.gross - self.loop
+        """gross before and after the steps, less a validation after the last one."""
+        rest = self.gross - self.loop - self._validations[1]
         return rest if abs(rest.known) > _ROUNDING * self.gross.known else rest * 0.0
 
     def until(self, row: int) -> EnergyAmount:
@@ -156,10 +180,13 @@ class RunEnergy:
     @cached_property
     def phases(self) -> dict[str, EnergyAmount]:
         """loop of the ranks that train, attributed to phases by their share of the time in steady steps: phases last
-        milliseconds and samples seconds, so no meter resolves them. Assumes equal power in all phases.
+        milliseconds and samples seconds, so no meter resolves them. Assumes equal power in all phases. Validations,
+        which belong to no step, are as the meters show them.
         """
-        shares = self.run.summary.phase_share
-        return {phase: (self.loop * self._workers_share * share).attributed() for phase, share in shares.items()}
+        shares, (within, after) = self.run.summary.phase_share, self._validations
+        steps = self.loop - within
+        found = {phase: (steps * self._workers_share * share).attributed() for phase, share in shares.items()}
+        return found | ({VALIDATION: within + after} if within != NONE or after != NONE else {})
 
     @cached_property
     def servers(self) -> dict[str, EnergyAmount]:

@@ -1,7 +1,7 @@
 """The inputs of a plan besides step times: the work to do, the cost of an all-reduce."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from hpc_train.analysis.models.measurements import Measurements, Network, from_g
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.runs.meta_json import positive_number
 from hpc_train.analysis.scaling.compare import Group
+from hpc_train.core.allreduce_times import COMPRESSED
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import significant
 from hpc_train.core.paths import exists, read_text
@@ -112,7 +113,13 @@ def measurements_of(group: Group, network: Path | None = None) -> Measurements:
         network = newest_benchmark(group)
     if network is None:
         return measurements
-    return replace(measurements, network=read_network(network, str(group.keys.get("reduce.strategy"))))
+    return replace(measurements, network=read_network(network, benchmark_name(group)))
+
+
+def benchmark_name(group: Group) -> str:
+    """How `hpc-train bench allreduce` calls the way in which these runs add up gradients."""
+    is_compressed = group.keys.get("reduce.compression") in ("fp16", "bf16")
+    return f"{group.keys.get('reduce.strategy')}{'_bf16' * is_compressed}"
 
 
 def newest_benchmark(group: Group) -> Path | None:
@@ -125,14 +132,19 @@ def newest_benchmark(group: Group) -> Path | None:
 def read_network(path: Path, strategy: str = "horovod") -> Network:
     """Alpha and beta as `hpc-train bench allreduce` wrote them: on most ranks of one node, and of several.
 
-    Of the strategy if it was measured, else of the first one. Raises `UserError`.
+    Of the strategy if it was measured, else of the first one. Raises `UserError`. Bytes are those on their way.
     """
     fits = _read_fits(path)
-    strategies = [str(fit.get("strategy")) for fit in fits]
-    used = strategy if strategy in strategies else strategies[0]
+    used = measured_strategy(strategy, [str(fit.get("strategy")) for fit in fits])
     inside = _largest(fits, lambda fit: fit.get("strategy") == used and fit["nodes"] == 1)
     between = _largest(fits, lambda fit: fit.get("strategy") == used and fit["nodes"] > 1)
-    return Network(*_alpha_beta(inside), *_alpha_beta(between), f"{path.name}, {used}")
+    compressed = used in COMPRESSED
+    return Network(*_alpha_beta(inside, compressed), *_alpha_beta(between, compressed), f"{path.name}, {used}")
+
+
+def measured_strategy(strategy: str, measured: Sequence[str]) -> str:
+    """This one, or the same without compression, or the first that was measured."""
+    return next((name for name in (strategy, strategy.removesuffix("_bf16")) if name in measured), measured[0])
 
 
 def _read_fits(path: Path) -> list[dict[str, Any]]:
@@ -163,8 +175,11 @@ def _largest(fits: list[dict[str, Any]], wanted: Callable[[dict[str, Any]], bool
     return max(filter(wanted, fits), key=lambda fit: float(fit["ranks"]), default=None)
 
 
-def _alpha_beta(fit: dict[str, Any] | None) -> tuple[float | None, float | None]:
-    return (None, None) if fit is None else (float(fit["alpha_s"]), float(fit["beta_s_per_byte"]))
+def _alpha_beta(fit: dict[str, Any] | None, compressed: bool) -> tuple[float | None, float | None]:
+    if fit is None:
+        return None, None
+    # The benchmark counts 32 bits a number, of which compression sends half.
+    return float(fit["alpha_s"]), float(fit["beta_s_per_byte"]) * (2 if compressed else 1)
 
 
 def node_counts(most: int) -> list[int]:

@@ -20,7 +20,7 @@ from hpc_train.analysis.report.plots.canvas import (
     styled,
 )
 from hpc_train.core import rundir
-from hpc_train.core.allreduce_times import LIMITS, OURS, PEERS, Fit, Row, fits, pair_ratios
+from hpc_train.core.allreduce_times import COMPRESSED, LIMITS, OURS, PEERS, Fit, Row, fits, pair_ratios
 from hpc_train.core.formatting import binary_size, percent, significant
 
 if TYPE_CHECKING:
@@ -32,14 +32,18 @@ JUDGED = ("mpi", "horovod")
 GOAL = 0.9
 
 _NAMES = {"plain_mpi": "MPI_Allreduce", "ddp_gloo": "gloo", "memory": "memory copy", "link": "ping-pong"}
+_NAMES |= {"convert": "bf16 and back"}
 _LINES: dict[str, tuple[str, str, str]] = {  # colour, dashes, marker
     "horovod": (BLUE, "-", "o"),
     "mpi": (VERMILLION, "-", "s"),
+    "horovod_bf16": (BLUE, "-.", "o"),
+    "mpi_bf16": (VERMILLION, "-.", "s"),
     "parameter_server": (GREEN, "-", "^"),
     "sharded": (PURPLE, "-", "D"),
     "plain_mpi": (BLACK, "--", "x"),
     "ddp_gloo": (ORANGE, "--", "+"),
     "memory": (GREY, ":", ""),
+    "convert": (GREY, "-.", ""),
     "link": (SKY, ":", ""),
 }
 _TICKS = [4 << power for power in range(0, 32, 4)]  # 4 B, 64 B ... 1 GiB
@@ -62,13 +66,10 @@ def places(rows: Sequence[Row]) -> list[Place]:
 
 
 def limits(rows: Sequence[Row], place: Place) -> list[Row]:
-    """The limits of a placement's all-reduces: memory copies there, and messages between two ranks as far apart."""
+    """The limits of a placement's all-reduces: copies, conversions, and messages between two ranks as far apart."""
     between = place[1] > 1
-    return [
-        row
-        for row in rows
-        if (row.strategy == "memory" and row.place == place) or (row.strategy == "link" and (row.nodes > 1) == between)
-    ]
+    here = [row for row in rows if row.strategy in ("memory", "convert") and row.place == place]
+    return [*here, *(row for row in rows if row.strategy == "link" and (row.nodes > 1) == between)]
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -84,7 +85,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 def _sizes_and_strategies(rows: dict[tuple[str, int], Row]) -> tuple[list[int], list[str]]:
     sizes = sorted({size for _, size in rows})
-    return sizes, [name for name in (*OURS, *PEERS) if (name, sizes[0]) in rows]
+    return sizes, [name for name in (*OURS, *COMPRESSED, *PEERS) if (name, sizes[0]) in rows]
 
 
 def _time_table(place: Place, rows: dict[tuple[str, int], Row]) -> Table:

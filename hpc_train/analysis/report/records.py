@@ -9,13 +9,16 @@ from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.facts import Facts
 from hpc_train.analysis.report.model import Note, Section
 from hpc_train.analysis.report.notes.energy import verdict
+from hpc_train.analysis.report.sections import comparison
 from hpc_train.analysis.report.sections.efficiency import straggler_records
 from hpc_train.analysis.report.sections.energy import node_record
+from hpc_train.analysis.report.sections.inference import inference_records
 from hpc_train.analysis.report.sections.quantities import (
     BALANCE,
     COST,
     FAMILIES,
     FLOPS,
+    GPU_USE,
     GROUP,
     MEMORY,
     RESULT,
@@ -75,6 +78,7 @@ class Records:
                 for energy, section, records in zip(facts.energies, of_groups, rows, strict=True)
             ],
             "strategies": [self._made(each.label, comparison_record, each) for each in facts.strategies],
+            "comparisons": [self._made(each.after.name, comparison.record, each) for each in facts.comparisons],
             "targets": [self._made(each.label, study_record, each) for each in facts.targets],
             "notes": [note.text for note in notes],
         }
@@ -87,7 +91,7 @@ class Records:
             **self._values(row, "speed", SPEED, row),
             **self._values(row, "balance", BALANCE, row),
             **self._values(row, "memory", MEMORY, row),
-            **self._values(row, "processors and storage", USE, row),
+            **self._values(row, "processors and storage", (*USE, *GPU_USE), row),
             **self._values(row, "model FLOPs", FLOPS, row),
             **self._values(row, "energy and result", RESULT, row),
             **{f"test_{measure}": value for measure, value in row.test.items()},
@@ -111,6 +115,7 @@ class Records:
             **record,
             **self._call(row, "energy by node", (), node_record, energy),
             **self._call(row, "stragglers", ("stragglers",), _stragglers, row),
+            **self._call(row, "uses of the trained model", ("inference",), inference_records, row),
             "runs": [str(run.dir.path) for run in row.runs],
         }
 

@@ -101,8 +101,11 @@ class ArrivalAccumulator:
         if self._host is not None:
             self._top_hosts.add(self._host[1], self._host[0])
 
-    def arrivals(self, order: IntArray, whole_ns: FloatArray) -> Arrivals:
-        """order: positions in which ranks were added, sorted by rank; whole_ns: of all steady steps, over all ranks."""
+    def arrivals(self, order: IntArray, whole_ns: FloatArray, excess_s: FloatArray) -> Arrivals:
+        """order: positions in which ranks were added, sorted by rank; whole_ns: of all steady steps, over all ranks.
+
+        excess_s: see `Arrivals`, of all steady steps.
+        """
         self._end_host()
         self._host = None
         mean = np.array([each.mean_ns for each in self._lateness])[order] / 1e9
@@ -127,6 +130,7 @@ class ArrivalAccumulator:
             np.abs(checks - np.median(checks, axis=0)).max(axis=1),
             (cells - all_ranks) / counts / 1e9,
             whole_ns[self._begin :] / len(order) / 1e9,
+            excess_s[self._begin :],
         )
 
 

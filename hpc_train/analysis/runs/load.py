@@ -12,6 +12,7 @@ from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.runs.load_balance import LoadBalance
 from hpc_train.analysis.runs.meta_json import attempts, dict_at, text_at
 from hpc_train.analysis.runs.rank_records import LEAVE_OUT, reduce_ranks
+from hpc_train.analysis.runs.validation import RunValidation, validation_of
 from hpc_train.core import config, rundir
 from hpc_train.core.energy_records import Energy, Trace, energy_of_run, read_traces
 from hpc_train.core.errors import UserError
@@ -43,6 +44,7 @@ class Run:
     metrics: tuple[list[int], list[float]]  # (steps, losses), empty if none were logged
     incomplete: str | None  # why it is incomplete, in words; None if it is complete
     load_balance: LoadBalance | None = None  # None without a steady step
+    validation: RunValidation | None = None  # None: the run made none
     copies: tuple[Path, ...] = ()  # other folders with the same run
 
     @property
@@ -152,7 +154,7 @@ def load(run: RunDir) -> Run:
 
 def _load(run: RunDir) -> Run:
     meta = _read_meta(run)
-    settings = _read_config(run, meta["size"])
+    settings = _read_config(run, meta)
     written = _read_json(run.summary) if run.summary.is_file() else None
     num_attempts = max(1, len(attempts(meta)))
     ranks = reduce_ranks(run, meta, settings.reduce, num_attempts)
@@ -198,6 +200,7 @@ def _load(run: RunDir) -> Run:
         metrics,
         "; ".join(faults) or None,
         ranks.load_balance,
+        validation_of(run, settings),
     )
 
 
@@ -254,12 +257,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _read_config(run: RunDir, size: int) -> Config:
-    """config.toml. Raises `UserError` unless at least one of `size` ranks trains."""
+def _read_config(run: RunDir, meta: dict[str, Any]) -> Config:
+    """config.toml, its epochs in steps. Raises `UserError` unless at least one of the ranks trains."""
+    size = meta["size"]
     try:
         settings = config.load(run.config).config
     except UserError as error:
         raise UserError(f"{run.config}: {error.what}", LEAVE_OUT) from None
+    if settings.train.epochs is not None:
+        settings = settings.with_num_steps(_count_of(meta, "num_steps") or UNKNOWN_STEPS)
     if settings.reduce.num_workers(size) < 1:
         raise UserError(
             f"{run.config}: reduce.servers = {settings.reduce.servers} leaves none of {size} ranks to train", LEAVE_OUT

@@ -44,6 +44,7 @@ class Arrivals:
     clock_error_s: FloatArray  # (R,) by how much a rank seems to leave reductions before or after the median rank
     map_s: FloatArray  # (at most 256, at most 200) ranks x time: mean lateness, after the mean of all ranks
     step_s: FloatArray  # (S,) time of each step, mean over ranks
+    excess_s: FloatArray  # (S,) useful time and input before each reduction: the slowest rank's less the mean
     unaligned: str | None = None  # why the basis is waits
 
     @property

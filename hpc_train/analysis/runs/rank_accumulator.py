@@ -59,7 +59,9 @@ class RankAccumulator:
         ranks = np.array(self._ranks, dtype=np.int64)[order]
         several = len(ranks) > 1
         timed = self._marked_ns > 0 and (self._exposed_ns > 0 or not several or not self._waits)
-        arrivals = self._arrivals.arrivals(order, self._step_ns) if self._arrivals and timed and several else None
+        arrivals = None
+        if self._arrivals and timed and several:
+            arrivals = self._arrivals.arrivals(order, self._step_ns, self._stretches.excess_s(len(ranks)))
         useful_s = np.stack(self._useful_s)[order]
         ideal_s, ideal_input_s = self._stretches.ideal_s()
         sums = useful_s.sum(axis=1)
@@ -124,7 +126,7 @@ class _StretchAccumulator:
         self._num_blocks = int(block[-1]) + 1
         num_stretches = len(self._block_of_stretch)
         self._slowest, self._slowest_with_input = np.zeros(num_stretches), np.zeros(num_stretches)
-        self._whole = np.zeros(num_stretches)  # summed over ranks
+        self._whole, self._with_input = np.zeros(num_stretches), np.zeros(num_stretches)  # summed over ranks
         self._first: FloatArray | None = None
         self._sum, self._sum_of_squares = np.zeros(num_steps), np.zeros(num_steps)
 
@@ -141,6 +143,7 @@ class _StretchAccumulator:
         with_input = np.concatenate([stretch + spent.input_wait, rest])
         np.maximum(self._slowest, np.concatenate([stretch, rest]), out=self._slowest)
         np.maximum(self._slowest_with_input, with_input, out=self._slowest_with_input)
+        self._with_input += with_input
         self._whole += np.concatenate([stretch + spent.input_wait + spent.exposed, rest])
         return self._block_sums(np.concatenate([stretch, rest]))
 
@@ -159,6 +162,11 @@ class _StretchAccumulator:
     def ideal_s(self) -> tuple[FloatArray, FloatArray]:
         """(B,) sums of the slowest rank's useful time, and of its useful time and input."""
         return self._block_sums(self._slowest) / 1e9, self._block_sums(self._slowest_with_input) / 1e9
+
+    def excess_s(self, num_ranks: int) -> FloatArray:
+        """(steps,) useful time and input before each step's reduction, the slowest rank's less the mean."""
+        excess_ns = self._slowest_with_input - self._with_input / num_ranks
+        return np.asarray(excess_ns[: len(self._block_of_step)] / 1e9)
 
     def noise(self, num_ranks: int) -> float | None:
         if num_ranks < 2 or self._first is None:

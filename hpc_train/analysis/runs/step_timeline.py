@@ -26,6 +26,7 @@ class StepTimeline:
     step: IntArray  # (rows,)
     attempt: IntArray  # (rows,)
     end_s: FloatArray  # (rows,) seconds of loops until the step's end, including earlier attempts'
+    gap_s: FloatArray  # (rows,) from there to the start of the attempt's next step; 0 after its last
     loops: tuple[Loop, ...]
     rank: int  # the rank whose clock it is
 
@@ -34,13 +35,27 @@ class StepTimeline:
         """Duration of all attempts' loops."""
         return sum(loop.lasted_s for loop in self.loops)
 
+    def after_step(self, step: int, lasted_s: float) -> tuple[int, float, float] | None:
+        """(attempt, begin, end) of what took `lasted_s` between the last run of a step and the next step, in seconds of
+        the attempt's loop. None if the loop had no such room there: then it happened in another attempt.
+        """
+        rows = np.flatnonzero(self.step == step)
+        if not len(rows):
+            return None
+        row = int(rows[-1])
+        attempt = int(self.attempt[row])
+        begin_s = float(self.end_s[row]) - next(loop.before_s for loop in self.loops if loop.attempt == attempt)
+        if row + 1 < len(self.step) and self.attempt[row + 1] == attempt and self.gap_s[row] < lasted_s:
+            return None
+        return attempt, begin_s, begin_s + lasted_s
+
     def of_first(self, step: int) -> int | None:
         """The row of a step's first run, None if there is none; later rows repeat it."""
         rows = np.flatnonzero(self.step == step)
         return int(rows[0]) if len(rows) else None
 
 
-EMPTY_TIMELINE = StepTimeline(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), (), 0)
+EMPTY_TIMELINE = StepTimeline(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0), (), 0)
 
 
 def timeline_of(run: Run) -> StepTimeline:
@@ -52,6 +67,7 @@ def timeline_of(run: Run) -> StepTimeline:
     timings = read_timings(run.dir.timings(rank))
     attempt, begin_ns = timings["attempt"], timings["start_ns"]
     end_ns = begin_ns + timings.phases_ns.sum(axis=1)
+    gap_s = np.append((begin_ns[1:] - end_ns[:-1]) * (attempt[1:] == attempt[:-1]) / 1e9, 0.0)[: len(attempt)]
     end_s, loops, before_s = np.zeros(len(attempt)), [], 0.0
     for number in np.unique(attempt).tolist():
         rows = attempt == number
@@ -60,4 +76,4 @@ def timeline_of(run: Run) -> StepTimeline:
         loops.append(Loop(number, first_ns, before_s, float(passed_s[-1])))
         end_s[rows] = before_s + passed_s
         before_s += float(passed_s[-1])
-    return StepTimeline(timings["step"], attempt, end_s, tuple(loops), rank)
+    return StepTimeline(timings["step"], attempt, end_s, gap_s, tuple(loops), rank)

@@ -15,7 +15,14 @@ from hpc_train.analysis.stats.estimate import Estimate
 from hpc_train.core.statistics import Interval
 
 LOSS_TOLERANCE = 1e-5  # relative: the order of sums may change a loss by this much
-_REFERENCES = ("horovod", "mpi", "sharded", "parameter_server", "local")  # the first that was run is the reference
+_REFERENCES = (
+    "horovod",
+    "mpi",
+    "torch",
+    "sharded",
+    "parameter_server",
+    "local",
+)  # the first that was run is the reference
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def traffic(row: Row, keys: dict[str, Any]) -> Traffic | None:
     """The bytes that the busiest of N ranks must move for B bytes of gradients; None if B is unknown.
 
     Ring all-reduce: a rank sends 2(N-1)/N B and receives as many; no all-reduce does with less, so that is the least
-    for MPI's and for Adasum, too (Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
+    for MPI's, torch's and for Adasum, too (Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
     workstations", Journal of Parallel and Distributed Computing 69(2), 2009). Sharded: the two halves of the ring,
     reduce-scatter and all-gather, (N-1)/N B each; at stage 3 there are two all-gathers, in 16 bits of at least half as
     many bytes. Copies that S ranks share: S in place of N, and 2(n-1)/n B/S between n of them. Parameter server (Li et
@@ -108,7 +115,9 @@ def traffic(row: Row, keys: dict[str, Any]) -> Traffic | None:
     if strategy == "sharded":
         return _sharded_traffic(row, keys, num_bytes)
     ring = 2 * (row.size - 1) / row.size * num_bytes
-    return Traffic(ring, ring, is_least=row.size > 1 and (strategy == "mpi" or bool(keys.get("reduce.adasum"))))
+    return Traffic(
+        ring, ring, is_least=row.size > 1 and (strategy in ("mpi", "torch") or bool(keys.get("reduce.adasum")))
+    )
 
 
 def _sharded_traffic(row: Row, keys: dict[str, Any], num_bytes: float) -> Traffic:

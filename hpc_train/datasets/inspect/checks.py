@@ -236,7 +236,7 @@ def unequal_lengths(file: FileStructure, roles: Mapping[str, str]) -> Iterator[F
     """Targets that are not as many as their samples: those beside them, or those of the same name but for a word."""
     lengths = {info.name: info.num_rows for info in file.datasets}
     for info in file.datasets:
-        if roles.get(info.name) != "labels" and not words(info.name) & TARGET_WORDS:
+        if info.is_coordinate or (roles.get(info.name) != "labels" and not words(info.name) & TARGET_WORDS):
             continue
         num_samples = {
             # Variable-length samples have one more offset than samples.

@@ -1,10 +1,11 @@
 """What a file looks like as data to train on: inputs and targets by names and shapes, and a job that fits them."""
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import ceil, log2
+from math import ceil, log2, prod
 from pathlib import Path
 
 import h5py
@@ -16,6 +17,8 @@ from hpc_train.core.labels import NoClasses, find_classes, is_label
 from hpc_train.core.missing_values import declared_missing, is_missing
 from hpc_train.datasets.inspect.names import INPUT_WORDS, TARGET_WORDS, words
 from hpc_train.datasets.inspect.structure import DatasetInfo, FileStructure
+from hpc_train.datasets.prepare.array_files import StoredArray, kind_of, open_arrays
+from hpc_train.datasets.prepare.csv_rows import csv_form
 
 _NUMBERING = {"id", "ids", "index", "idx", "row", "number", "time", "date", "weight", "weights", "mask"}
 _TEST_WORDS = {"test", "testing", "valid", "validation", "val", "eval", "holdout"}
@@ -23,6 +26,7 @@ _TRAIN_WORDS = {"train", "training"}
 _MOST_LISTED = 8
 _LABELS_READ, _SAMPLES_READ, _BYTES_READ = 1 << 20, 1024, 64 << 20
 _LEAST_PIXELS = 8  # on an edge of an image
+_MOST_HALVINGS, _LEAST_CELLS = 4, 4  # of a field's grid, and cells along an edge that are left
 _SMALL_IMAGE = 64  # pixels on an edge: for larger ones ResNet has another stem
 _MOST_BATCH, _STEPS_AN_EPOCH = 256, 20
 _LARGE = 20.0  # numbers from which on models train badly: see `train.data.normalize`
@@ -83,27 +87,36 @@ def propose(file: FileStructure) -> Proposal:
     with h5py.File(file.path, "r") as opened:
         kind, why = _kind(opened[targets.name], targets)
         rows = _first_rows(opened[inputs.name])
+        are_alike = (inputs.shape, inputs.meaning) == (targets.shape, targets.meaning)
+        is_near_inputs = are_alike and _are_near(rows, _first_rows(opened[targets.name]))
         lacking = [info.name for info in (inputs, targets) if _lacks_values(opened[info.name], info)]
     image_edge = _image_edge(inputs.shape[1:])
-    if image_edge:
+    num_halvings = _num_halvings(inputs.shape[1:], targets.shape[1:]) if kind == "regression" else 0
+    predicts_change = bool(num_halvings) and is_near_inputs
+    if num_halvings:
+        residual = ", residual = true" if predicts_change else ""
+        model, options = "unet", f"{{ levels = {num_halvings}, width = 16{residual} }}"
+    elif image_edge:
         stem = "small" if image_edge <= _SMALL_IMAGE else "imagenet"
         model, options = "resnet", f'{{ depth = 18, width = 16, stem = "{stem}" }}'
     else:
         model, options = "mlp", "{ hidden = [256, 256] }"
     shape = " x ".join(f"{size:,}" for size in inputs.shape[1:])
-    what = "images" if image_edge else "features" if len(inputs.shape) == 2 else "numbers"
+    what = _named_numbers(len(inputs.shape), bool(image_edge), bool(num_halvings))
     said = [
         f"{inputs.name}: {plural(inputs.num_rows, 'sample')} of {shape} {what}, {inputs.dtype}",
-        f"{targets.name}: {why}",
+        f"{targets.name}: {why}{' on the same grid' * bool(num_halvings)}",
         f"{test[0].name}: {plural(test[0].num_rows, 'sample')} to test on" if test else "no samples to test on",
         *(f"{name} lacks values: samples with one are left out" for name in lacking),
+        *(["targets are near their inputs: the model predicts the change (residual)"] if predicts_change else []),
     ]
-    others = [info.name for info in file.datasets if info not in (inputs, targets, *(test or ()))]
+    used = (inputs, targets, *(test or ()))
+    others = [info.name for info in file.datasets if info not in used and not info.is_coordinate]
     if others:
         said.append(f"not used: {', '.join(others[:_MOST_LISTED])}{', ...' * (len(others) > _MOST_LISTED)}")
     known = rows[np.isfinite(rows)]
     is_large = inputs.meaning == (1.0, 0.0) and float(np.sqrt(np.mean(known**2) if len(known) else 0.0)) > _LARGE
-    normalize = "standardize" if not image_edge or is_large else "scale_factor"
+    normalize = "standardize" if num_halvings or not image_edge or is_large else "scale_factor"
     return Proposal(file.path, inputs, targets, test, kind, model, options, normalize, bool(lacking), tuple(said))
 
 
@@ -112,7 +125,8 @@ def propose(file: FileStructure) -> Proposal:
 
 def _pair(file: FileStructure) -> tuple[DatasetInfo, DatasetInfo]:
     """The likeliest inputs and targets: of as many rows, by their names, their group and their shapes."""
-    usable = [info for info in file.datasets if info.shape and info.num_rows > 1 and not words(info.name) & _TEST_WORDS]
+    usable = [info for info in file.datasets if info.num_rows > 1 and not info.is_coordinate]
+    usable = [info for info in usable if not words(info.name) & _TEST_WORDS]
     pairs = [(x, y) for x, y in product(usable, usable) if x is not y and _can_be(x, y)]
     if not pairs:
         listed = ", ".join(f"{info.name} {info.dtype} {info.shape}" for info in file.datasets[:8]) or "nothing"
@@ -209,9 +223,31 @@ def _image_edge(shape: Sequence[int]) -> int | None:
     return max(edges) if min(edges) >= _LEAST_PIXELS else None
 
 
+def _num_halvings(inputs: Sequence[int], targets: Sequence[int]) -> int:
+    """How often a U-Net may halve the grid of fields with channels first, (c, h, w) or (c, d, h, w); 0 of others."""
+    num_axes, grid = len(inputs), tuple(inputs if len(inputs) == 2 else inputs[1:])
+    if num_axes not in (2, 3, 4) or tuple(targets) not in (grid, (*targets[:1], *grid)) or min(grid) < _LEAST_PIXELS:
+        return 0
+    return min(_MOST_HALVINGS, int(log2(min(grid) / _LEAST_CELLS)))
+
+
+def _named_numbers(num_axes: int, are_images: bool, are_fields: bool) -> str:
+    """What the numbers of samples are called."""
+    if are_fields:
+        return "fields"
+    return "images" if are_images else "features" if num_axes == 2 else "numbers"
+
+
 def _first_rows(inputs: h5py.Dataset) -> np.ndarray:
     row_bytes = max(1, inputs.dtype.itemsize * int(np.prod(inputs.shape[1:])))
     return np.asarray(inputs[: min(_SAMPLES_READ, max(1, _BYTES_READ // row_bytes))], np.float64)
+
+
+def _are_near(inputs: np.ndarray, targets: np.ndarray) -> bool:
+    """Whether targets (n, c, ...) taken for their inputs are less wrong than their means, in each channel."""
+    axes = (0, *range(2, inputs.ndim))
+    changes, deviations = np.nanmean((targets - inputs) ** 2, axes), np.nanvar(targets, axes)
+    return bool(np.all(changes < deviations))
 
 
 def _lacks_values(dataset: h5py.Dataset, info: DatasetInfo) -> bool:
@@ -229,19 +265,33 @@ def _is_missing(values: np.ndarray, dataset: h5py.Dataset) -> np.ndarray:
 
 
 def preparation(path: Path) -> str | None:
-    """The command that makes an HDF5 file of a table or a folder of pictures; None for HDF5 and what is unknown."""
-    suffix, output = path.suffix.lower(), f"data/{path.stem or path.name}.h5"
+    """The command that makes an HDF5 file of a table, a folder of pictures, netCDF-3 or Zarr; None for what is HDF5."""
+    suffix, file = path.suffix.lower(), shlex.quote(str(path))
+    name = path.resolve().name.removesuffix(".zarr") if path.is_dir() else path.stem or path.name
+    output = shlex.quote(f"data/{name}.h5")
+    if kind := kind_of(path):
+        inputs, targets = map(shlex.quote, _likely_names(open_arrays(kind, path)))
+        return f"hpc-train prepare {kind} {output} --from {file} --array inputs={inputs} --array targets={targets}"
     if path.is_dir():
-        return f"hpc-train prepare images data/{path.resolve().name}.h5 --from {path}"
-    if suffix == ".csv":
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            columns = [column.strip().strip('"') for column in file.readline().strip().split(",")]
+        return f"hpc-train prepare images {output} --from {file}"
+    if suffix in (".csv", ".tsv"):
+        columns = csv_form(path).names
         target = next((each for each in reversed(columns) if words(each) & TARGET_WORDS), columns[-1])
-        return f"hpc-train prepare table {output} --from {path} --target {target}"
+        return f"hpc-train prepare table {output} --from {file} --target {shlex.quote(target)}"
     if suffix in (".npz", ".npy", ".parquet"):
         target = {".npz": "", ".npy": " --target COLUMN_NUMBER", ".parquet": " --target COLUMN"}[suffix]
-        return f"hpc-train prepare table {output} --from {path}{target}"
+        return f"hpc-train prepare table {output} --from {file}{target}"
     return None
+
+
+def _likely_names(arrays: dict[str, StoredArray]) -> tuple[str, str]:
+    """(inputs, targets) by their names, else the largest and the smallest samples; NAME where there are none."""
+    rows = {name: prod(each.shape[1:]) for name, each in arrays.items() if each.shape and not words(name) & _NUMBERING}
+    inputs = max(rows, key=lambda name: (bool(words(name) & INPUT_WORDS), rows[name]), default="NAME")
+    others = {
+        name: size for name, size in rows.items() if name != inputs and arrays[name].shape[0] == arrays[inputs].shape[0]
+    }
+    return inputs, min(others, key=lambda name: (not words(name) & TARGET_WORDS, others[name]), default="NAME")
 
 
 def lines_of(proposal: Proposal) -> Iterator[str]:

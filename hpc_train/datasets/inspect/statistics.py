@@ -40,7 +40,10 @@ def role_of(info: DatasetInfo, datasets: Sequence[DatasetInfo], has_vocabulary: 
         return "values" if info.base_name == "targets" else "samples"
     if info.dtype.kind not in "iu" or not info.group:
         return "values"
-    if info.base_name == "targets" or any(len(other.shape) > 1 for other in siblings.values()):
+    # Beside data set `targets`, whole numbers are numbers of simulations, patients or years.
+    if info.base_name == "targets" or (
+        "targets" not in siblings and any(len(other.shape) > 1 for other in siblings.values())
+    ):
         return "labels"
     return "tokens" if has_vocabulary else "values"
 

@@ -40,7 +40,7 @@ class DatasetInfo:
     layout: contiguous, chunked, virtual, external, compact, or empty (never written). offset: where a contiguous one
     begins in the file. filters: in the order in which they were applied, with their level. stored_bytes: in the file.
     block_rows: rows of each block that has a checksum; None without checksums. sources: the other files that hold the
-    values of a virtual or external data set.
+    values of a virtual or external data set. is_coordinate: a dimension scale, the coordinates along an axis of others.
     """
 
     path: Path
@@ -55,6 +55,7 @@ class DatasetInfo:
     block_rows: int | None = None
     sources: tuple[str, ...] = ()
     attributes: dict[str, Any] = field(default_factory=dict)
+    is_coordinate: bool = False
 
     @property
     def group(self) -> str:
@@ -222,6 +223,7 @@ def _dataset_info(dataset: h5py.Dataset, path: Path, name: str) -> DatasetInfo:
         block_rows=int(checksums.attrs.get("block_rows", 0)) if isinstance(checksums, h5py.Dataset) else None,
         sources=sources,
         attributes={key: _plain(dataset.attrs[key]) for key in _SHOWN_ATTRIBUTES if key in dataset.attrs},
+        is_coordinate=h5py.h5ds.is_scale(dataset.id),
     )
 
 

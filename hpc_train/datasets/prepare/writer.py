@@ -112,9 +112,14 @@ def create(plan: WritePlan) -> None:
         opened.file.attrs["complete"] = False
         for name, array in plan.source.arrays.items():
             dataset = plan.layout.create(opened.file, name, array)
+            if array.attributes is not None:
+                dataset.attrs.update(array.attributes)
+                continue
             is_pictures = name.endswith("inputs") and array.dtype == np.uint8 and len(array.shape) > 1  # not tokens
             if is_pictures:  # values in [0, 1], by the CF conventions
                 dataset.attrs["scale_factor"], dataset.attrs["add_offset"] = (1 / 255, 0.0)
+        if plan.source.netcdf:
+            plan.source.netcdf.write(opened.file)
     if not plan.layout.is_chunked:
         _reserve(plan)
 

@@ -1,4 +1,6 @@
-"""TCP connections between the root and all other ranks, beside MPI. The root's port is open to any caller meanwhile."""
+"""TCP connections between ranks, beside MPI, in a tree of two levels: each node's ranks with the first of them, and
+the first ranks of all nodes with the root. A port is open to any caller while ranks connect.
+"""
 
 import fcntl
 import hmac
@@ -11,8 +13,11 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic, sleep
+
+import numpy as np
 
 from hpc_train.core.errors import UserError
 from hpc_train.train.comm.context import Context
@@ -29,51 +34,90 @@ _LOOPBACK = "127.0.0.1"
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
-def connect(context: Context, interface: str | None, log: Callable[[str], None]) -> dict[int, socket.socket]:
-    """Collective. Connections by rank: on the root those to all other ranks, on the others that to the root.
+@dataclass(frozen=True, eq=False)
+class Link:
+    """A connection to another rank."""
+
+    socket: socket.socket
+    host: str  # of the other rank
+
+
+def connect(context: Context, interface: str | None, log: Callable[[str], None]) -> dict[int, Link]:
+    """Collective. This rank's connections, by rank: that towards the root and, on the first rank of a node, others.
 
     interface: the root's network interface to listen on; None for the one by which the other hosts reach it. Ranks
-    that cannot be connected are skipped, and `log` receives a warning.
+    that cannot be connected are skipped, and `log` receives a warning on the root.
     """
     world = context.world
     if world.size == 1:
         return {}
-    addresses = _addresses(context, interface)
-    token = context.on_root(partial(secrets.token_bytes, _TOKEN_BYTES))
-    listener = RankListener(_listen(addresses, world.size), token, world.size) if world.is_root else None
-    address = context.on_root(lambda: listener.address if listener else None)
-    own = call(address, token, world.rank) if address and not world.is_root else None
-    is_connected = context.all_gather(world.is_root or own is not None)
-    if listener is None:
-        return {} if own is None else {0: own}
-    links = listener.close()
-    lost = [rank for rank in range(world.size) if not is_connected[rank]]
-    for rank in set(lost) & links.keys():
-        links.pop(rank).close()  # accepted too late: the rank has given up
-    if lost:
-        log(_lost_warning(lost, address[0] if address else world.host))
+    links: dict[int, Link] = {}
+    lost: list[str] = []
+    with context.split(world.node_root) as node:
+        links |= _star(node, world.rank, lambda: [_LOOPBACK], lost)
+    is_first = world.rank == world.node_root
+    with context.split(0 if is_first else 1) as firsts:
+        if is_first:
+            links |= _star(firsts, world.rank, lambda: _addresses(firsts, interface), lost)
+    num_lost = int(context.sum(np.array([len(lost)]))[0])
+    if num_lost:
+        log("\n".join(warning for of_rank in context.gather(lost) for warning in of_rank))
     return links
 
 
-def _lost_warning(ranks: list[int], host: str) -> str:
+def _star(context: Context, rank: int, addresses: Callable[[], Sequence[str]], lost: list[str]) -> dict[int, Link]:
+    """Collective. Connects all ranks of `context` with its root.
+
+    rank: this one's number in the whole job, by which the connections are named. addresses: where the root may
+    listen; collective. `lost` receives the root's warning of ranks that cannot be connected.
+    """
+    world = context.world
+    if world.size == 1:
+        return {}
+    may_listen = addresses()
+    token = context.on_root(partial(secrets.token_bytes, _TOKEN_BYTES))
+    listener = RankListener(_listen(may_listen, world.size), token, world.size) if world.is_root else None
+    address = context.on_root(lambda: listener.address if listener else None)
+    root, root_host = context.on_root(lambda: (rank, world.host))
+    own = call(address, token, world.rank) if address and not world.is_root else None
+    told = context.gather((rank, world.host, world.is_root or own is not None))
+    if listener is None:
+        return {} if own is None else {root: Link(own, root_host)}
+    links = listener.close()
+    unseen = [number for number, (_, _, is_connected) in enumerate(told) if not is_connected]
+    for number in set(unseen) & links.keys():
+        links.pop(number).close()  # accepted too late: the rank has given up
+    if unseen:
+        lost.append(_lost_warning([told[number][0] for number in unseen], rank, address[0] if address else world.host))
+    return {told[number][0]: Link(link, told[number][1]) for number, link in links.items()}
+
+
+def _lost_warning(ranks: list[int], root: int, host: str) -> str:
     others = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
-    return f"warning: rank {ranks[0]}{others} cannot reach rank 0 at {host} over TCP: the watchdog does not see them"
+    return (
+        f"warning: rank {ranks[0]}{others} cannot reach rank {root} at {host} over TCP: the watchdog does not see them"
+    )
 
 
 # ------------------------------------------------------------------------------------------- where to listen
 
 
+def root_addresses(context: Context, interface: str | None) -> list[str]:
+    """Collective. Where other ranks may reach the root, the best address first; on one host its loopback."""
+    is_first = context.world.rank == context.world.node_root
+    with context.split(0 if is_first else 1) as firsts:
+        is_one_host = firsts.world.size == 1
+        found = [] if not is_first else [_LOOPBACK] if is_one_host else _addresses(firsts, interface)
+    return context.on_root(lambda: found)
+
+
 def _addresses(context: Context, interface: str | None) -> list[str]:
-    """Collective. Where the root may listen, the best address first."""
-    world = context.world
-    hosts = context.all_gather(world.host)
-    if len(set(hosts)) == 1:
-        return [_LOOPBACK]
+    """Collective over the first ranks of all nodes. Where the root may listen, the best address first."""
     if interface is not None:
         return context.on_root(lambda: [_address_of(interface)])
-    # One rank of each other host looks up the root's host, and the address that most of them find is tried first.
-    looks_up = world.host != hosts[0] and world.local_rank == 0
-    found = context.all_gather(_resolve(hosts[0]) if looks_up else None)
+    root_host = context.on_root(lambda: context.world.host)
+    # Each other host looks up the root's, and the address that most of them find is tried first.
+    found = context.gather(_resolve(root_host) if context.world.host != root_host else _LOOPBACK)[1:]
     return [address for address, _ in Counter(filter(None, found)).most_common()]
 
 

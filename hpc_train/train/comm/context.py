@@ -82,12 +82,14 @@ class Context:
         if self.comm is None:
             return fn()
         value, error = _attempt(fn)
-        shared = self.all_gather(_picklable(error, self.world.rank))
-        failed = [(rank, fault) for rank, fault in enumerate(shared) if fault is not None]
-        if not failed:
+        rank, size = self.world.rank, self.world.size
+        # One number in the usual case. The error travels only if there is one: its rank then sends it to all.
+        lowest = -int(self.max(np.array([-size if error is None else -rank]))[0])
+        if lowest == size:
             return cast(T, value)
-        lowest, fault = failed[0]
-        raise joint(error if error is not None and self.world.rank == lowest else fault)
+        with self.waiting:
+            fault = self.comm.bcast(_picklable(error, rank), root=lowest)
+        raise joint(error if error is not None and rank == lowest else fault)
 
     # ------------------------------------------------------------------------------------------- values and arrays
 
@@ -100,6 +102,11 @@ class Context:
         """Collective. Every rank's value, in rank order, on every rank."""
         with self.waiting:
             return [value] if self.comm is None else self.comm.allgather(value)
+
+    def merge(self, value: T, merge: Callable[[T, T], T]) -> T:
+        """Collective. All ranks' values merged pair by pair, in a tree: no rank holds more than two at once."""
+        with self.waiting:
+            return value if self.comm is None else self.comm.allreduce(value, op=merge)
 
     all = all_gather  # the former name, which users' tasks may call: until the next release
 
@@ -114,7 +121,14 @@ class Context:
 
     def max(self, values: np.ndarray) -> np.ndarray:
         """Collective. The element-wise maximum over ranks, on every rank."""
-        return np.max(self.all_gather(values), axis=0)
+        if self.comm is None:
+            return values
+        values = np.ascontiguousarray(values)
+        highest = np.empty_like(values)
+        as_sent = np.uint8 if values.dtype == np.bool_ else values.dtype  # MPI has no maximum of booleans
+        with self.waiting:
+            messages.maximum(self.comm, values.view(as_sent), highest.view(as_sent))
+        return highest
 
     def broadcast_array(self, array: np.ndarray, root: int = 0) -> None:
         """Collective. Overwrites `array` with that of rank `root`."""

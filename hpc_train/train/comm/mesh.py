@@ -30,7 +30,7 @@ class Mesh:
 
     Of N ranks:
         strategy           data   replica   shard
-        local, mpi, horovod   N         N       1
+        local, mpi, horovod, torch   N  N       1
         sharded               N        N/S      S    (S ranks share one copy: `reduce.shard_within`, default N)
         parameter_server      W         W       S    (the last S = N - W ranks are servers and train on nothing)
 

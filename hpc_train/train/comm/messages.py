@@ -32,6 +32,20 @@ def all_reduce(comm: Any, array: np.ndarray, total: np.ndarray) -> None:
         comm.Allreduce(mine, sums)
 
 
+def maximum(comm: Any, array: np.ndarray, highest: np.ndarray) -> None:
+    """Collective. `highest` becomes the element-wise maximum over ranks."""
+    for mine, maxima in zip(pieces(array), pieces(highest), strict=True):
+        comm.Allreduce(mine, maxima, op=_max_of(comm))
+
+
+def _max_of(comm: Any) -> Any:
+    if hasattr(comm, "MAX"):  # a `ProcessGroup`: there may be no mpi4py
+        return comm.MAX
+    from mpi4py import MPI
+
+    return MPI.MAX
+
+
 def all_reduce_in_place(comm: Any, array: np.ndarray) -> None:
     """Collective. `array` becomes the sum over ranks."""
     from mpi4py import MPI

@@ -19,6 +19,8 @@ class ProcessGroup:
     It is a gloo group of its own: NCCL moves neither Python objects nor CPU memory, and the loop's messages stay apart.
     """
 
+    MAX = distributed.ReduceOp.MAX
+
     def __init__(self) -> None:
         self.group = distributed.new_group(backend="gloo")
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
@@ -38,9 +40,9 @@ class ProcessGroup:
         distributed.all_gather_object(everyone, value, group=self.group)
         return everyone
 
-    def Allreduce(self, values: np.ndarray, total: np.ndarray) -> None:
+    def Allreduce(self, values: np.ndarray, total: np.ndarray, op: Any = distributed.ReduceOp.SUM) -> None:
         total[...] = values
-        distributed.all_reduce(torch.from_numpy(total), group=self.group)
+        distributed.all_reduce(torch.from_numpy(total), op, group=self.group)
 
     def Bcast(self, array: np.ndarray, root: int) -> None:
         distributed.broadcast(torch.from_numpy(array), src=root, group=self.group)
@@ -61,6 +63,7 @@ def join_process_group() -> Iterator[Context]:
     comm = ProcessGroup()
     hosts = comm.allgather(socket.gethostname())
     rank, host = comm.rank, hosts[comm.rank]
-    yield Context(World(rank, comm.size, hosts[:rank].count(host), hosts.count(host), host), comm)
+    world = World(rank, comm.size, hosts[:rank].count(host), hosts.count(host), host, hosts.index(host))
+    yield Context(world, comm)
     comm.Barrier()  # collective: skipped when a rank fails alone
     distributed.destroy_process_group(comm.group)

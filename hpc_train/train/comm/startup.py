@@ -167,6 +167,6 @@ def _with_local_rank(context: Context) -> Context:
             "MPI prints the reason above: often a device or transport that it is set to use is missing "
             "(UCX_NET_DEVICES, UCX_TLS, OMPI_MCA_pml, OMPI_MCA_btl).",
         ) from None
-    placed = replace(world, local_rank=node.rank, local_size=node.size)
+    placed = replace(world, local_rank=node.rank, local_size=node.size, node_root=node.bcast(world.rank, root=0))
     node.Free()
     return Context(placed, comm)

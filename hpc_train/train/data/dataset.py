@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from hpc_train.train.data.rank_batches import RankBatches
 from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.readers import SelectedReader, StringReader, is_strings
 
-_MAX_CHUNKS_MIXED = 64  # with each other: more make no better batches
+Use = Literal["train", "validation", "test"]
+USES: tuple[Use, ...] = ("train", "validation", "test")
+MAX_CHUNKS_MIXED = 64  # with each other: more make no better batches
 _SCAN_ROWS = 1 << 20
-_TEST_BATCH = 1024
+_TEST_BATCH, _TEST_BYTES = 1024, 8 << 20  # samples at once, and bytes of their inputs, of which models make many more
 _WIDE = (torch.float64, torch.int64, torch.int32)
 
 
@@ -121,13 +123,14 @@ def _num_references(arrays: list[np.ndarray]) -> list[int]:
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs and targets of the training or the test samples, row by row. `scale` and `offset`: see `Batch`."""
+    """Inputs and targets of the samples of one use, row by row. `scale` and `offset`: see `Batch`."""
 
     inputs: tuple[Reader, ...]
     targets: Reader
     scale: tuple[float, ...]
     offset: tuple[float, ...]
     check_unchanged: Callable[[], None]
+    groups: Reader | None = None  # of data.hold_out_by
     buffers: Buffers = field(default_factory=Buffers)
     begin_step: Callable[[int], None] | None = None  # collective: the ranks exchange the samples of the coming steps
     filling: Filling | None = None
@@ -159,7 +162,8 @@ class Split:
     def select(self, rows: np.ndarray) -> "Split":
         """The samples at `rows`, in increasing order, as a split of their own."""
         *inputs, targets = (SelectedReader(reader, rows) for reader in (*self.inputs, self.targets))
-        return replace(self, inputs=tuple(inputs), targets=targets)
+        groups = None if self.groups is None else SelectedReader(self.groups, rows)
+        return replace(self, inputs=tuple(inputs), targets=targets, groups=groups)
 
     def prefetch(self, rows: np.ndarray) -> None:
         """A hint: these rows are needed soon."""
@@ -168,6 +172,20 @@ class Split:
 
     def _take(self, reader: Reader, rows: np.ndarray) -> np.ndarray:
         return reader.take(rows, self.buffers.empty((len(rows), *reader.shape[1:]), reader.dtype))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The samples of one use. inputs, targets: the names of their data sets in `files`."""
+
+    use: Use
+    files: Files
+    inputs: str
+    targets: str
+    split: Split
+
+    def having(self, split: Split) -> "Part":
+        return replace(self, split=split)
 
 
 def open_split(files: Files, inputs: str | list[str], targets: str, keys: tuple[str, str]) -> Split:
@@ -180,14 +198,15 @@ def open_split(files: Files, inputs: str | list[str], targets: str, keys: tuple[
     cache_bytes = files.memory_bytes // len(names)
     readers = {name: files.reader(name, keys[0], cache_bytes) for name in names}
     is_opened = targets in readers
-    labels = readers[targets] if is_opened else _open_targets(files, targets, keys[1], cache_bytes // 8)
+    labels = readers[targets] if is_opened else open_column(files, targets, keys[1], cache_bytes // 8)
     for name, reader in readers.items():
         _check_samples(files, (name, reader), (targets, labels))
     scales, offsets = zip(*(files.scale(name) for name in names), strict=True)
     return Split(tuple(readers[name] for name in names), labels, scales, offsets, files.check_unchanged)
 
 
-def _open_targets(files: Files, name: str, key: str, memory_bytes: int) -> Reader:
+def open_column(files: Files, name: str, key: str, memory_bytes: int) -> Reader:
+    """A data set of numbers or strings. Raises `UserError` if there is none."""
     parts = files.datasets(name, key)
     if is_strings(parts[0]):
         return StringReader(list(zip(files.paths, parts, strict=True)))
@@ -216,7 +235,10 @@ def _check_samples(files: Files, inputs: tuple[str, Reader], targets: tuple[str,
 
 def test_batches(split: Split | None, world: World, at_most: int | None = None) -> Iterator[Batch]:
     """This rank's share of a split's samples, in order; none of None. at_most: see `RankBatches`."""
-    return iter(()) if split is None else RankBatches(len(split), world, _TEST_BATCH, split.batch, at_most)
+    if split is None:
+        return iter(())
+    num_at_once = min(_TEST_BATCH, max(1, _TEST_BYTES // (4 * max(1, prod(split.input_shape)))))
+    return RankBatches(len(split), world, num_at_once, split.batch, at_most)
 
 
 def open_order(readers: Sequence[Reader], num_samples: int, config: Config, rows_per_sample: int = 1) -> Order:
@@ -229,11 +251,9 @@ def open_order(readers: Sequence[Reader], num_samples: int, config: Config, rows
         return Order(num_samples)
     edges = np.unique(np.minimum(chunked.chunk_edges // rows_per_sample, num_samples))
     edges[-1] = num_samples
-    if config.data.read == "collective":  # whose chunks are global batches
-        return Order(num_samples, edges)
     chunk_bytes = max(1, int(np.diff(edges).max()) * chunked.row_bytes * rows_per_sample)
     # Two windows must fit: the next one is decoded while this one is trained on.
-    window = config.data.shuffle_chunks or min(_MAX_CHUNKS_MIXED, chunk_cache_bytes(config) // 2 // chunk_bytes)
+    window = config.data.shuffle_chunks or min(MAX_CHUNKS_MIXED, chunk_cache_bytes(config) // 2 // chunk_bytes)
     return Order(num_samples, edges, max(1, window))
 
 

@@ -36,6 +36,7 @@ _OTHER_DESCRIPTORS = 128  # of MPI, logs, sensors
 _PREPARED = {  # the files that shipped jobs read: what `hpc-train prepare` makes them of, and its options
     "mnist-5k.h5": ("mnist-5k",),
     "auto-mpg.h5": ("auto-mpg",),
+    "burgers.nc": ("burgers",),
     "mnist.h5": ("mnist", "--from", "DIR"),
     "fashion-mnist.h5": ("fashion-mnist",),
     "python.h5": ("python-source",),
@@ -86,10 +87,14 @@ class Files:
         with damage_as_user_error(self.paths[0], name):
             return find_dataset(self.opened[0], name) is not None
 
-    def has_tests(self, *names: str) -> bool:
-        """Whether there is anything to test on: one of these is there, or the job names it and `datasets` misses it."""
-        usual = Data()
-        return any(name not in (usual.test_inputs, usual.test_targets) or self.has(name) for name in names)
+    def names_in_words(self) -> str:
+        """The data sets of the first file, for a message."""
+        return ", ".join(_dataset_names(self.opened[0])) or "none"
+
+    def has_any(self, *names: str) -> bool:
+        """Whether one of these is there, or the job names it itself, so that `datasets` says what is missing."""
+        usual = Data().model_dump().values()
+        return any(name not in usual or self.has(name) for name in names)
 
     def datasets(self, name: str, key: str) -> list[h5py.Dataset]:
         """Data set `name` of each file. Raises `UserError` if a file has none, or one with other rows."""
@@ -127,12 +132,18 @@ class Files:
                 )
         return found[0]
 
-    def require_same_scale(self, name: str, other: str) -> None:
-        """Raises `UserError` if stored numbers of data set `other` do not mean the same as those of `name`."""
-        train, test = self.datasets(name, "data.inputs")[0], self.datasets(other, "data.test_inputs")[0]
+    def units(self, name: str) -> str | None:
+        """The attribute `units` of data set `name`; None without one. Raises `UserError` if there is no data set."""
+        told = np.atleast_1d(self.datasets(name, "data")[0].attrs.get("units", []))
+        return str(np.char.asarray(told)[0]) if told.size else None
+
+    def require_same_scale(self, name: str, others: "Files", other: str) -> None:
+        """Raises `UserError` if numbers of data set `other` of other files do not mean the same as those of `name`."""
+        train, test = self.datasets(name, "data")[0], others.datasets(other, "data")[0]
         if why := scale_mismatch(train.dtype, scale_and_offset(train), test.dtype, scale_and_offset(test)):
             raise UserError(
-                f"{self.paths[0]}: {name} and {other} disagree, so that a model would be tested on other values: {why}",
+                f"{others.paths[0]}: {name} and {other} disagree, so that a model would be measured on other values: "
+                f"{why}",
                 "Stored numbers must mean the same in both: set the attributes alike, or prepare the file again.",
             )
 
@@ -153,11 +164,11 @@ class Files:
 # ------------------------------------------------------------------------------------------------ opening
 
 
-def open_files(config: Config, context: Context) -> Files:
-    """Opens the job's data. Raises `UserError`."""
-    paths = data_paths(config)
+def open_files(config: Config, context: Context, key: str = "file") -> Files:
+    """Opens the job's data, the files of data.`key`. Raises `UserError`."""
+    paths = data_paths(config, key)
     _raise_descriptor_limit(len(paths))
-    opened = [_open(path) for path in paths]
+    opened = [_open(path, f"data.{key}") for path in paths]
     return Files(paths, opened, chunk_cache_bytes(config), num_decode_threads(context), ChangeCheck(paths))
 
 
@@ -170,20 +181,18 @@ def _raise_descriptor_limit(num_files: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
-def _open(path: Path) -> h5py.File:
+def _open(path: Path, key: str) -> h5py.File:
     if why := not_a_file(path):
-        raise UserError(
-            f"data.file = '{path}' {why}", _how_to_make(path) if "not exist" in why else "Name an HDF5 file."
-        )
+        raise UserError(f"{key} = '{path}' {why}", _how_to_make(path) if "not exist" in why else "Name an HDF5 file.")
     try:
         file = h5py.File(path, "r")
     except HDF5_ERRORS as error:
         what, remedy = explain_open_failure(error)
-        raise UserError(f"data.file = '{path}' {what}", remedy) from None
+        raise UserError(f"{key} = '{path}' {what}", remedy) from None
     with damage_as_user_error(path, "attribute complete"):
         is_complete = bool(np.all(file.attrs.get("complete", True)))
     if not is_complete:
-        raise UserError(f"data.file = '{path}' was never completed: its writer was stopped", "Prepare it again.")
+        raise UserError(f"{key} = '{path}' was never completed: its writer was stopped", "Prepare it again.")
     return file
 
 

@@ -28,17 +28,17 @@ _MIN_BYTES_PER_CHUNK = 8  # in a file: its entry in the index alone takes more
 _MAX_SCALE = 1e18  # of scale_factor and add_offset: the square of a value is still a float32
 
 
-def data_paths(config: Config) -> list[Path]:
-    """The files of the job's data, those of a pattern sorted by name. Raises `UserError` if there are none."""
-    file = config.data.file
+def data_paths(config: Config, key: str = "file") -> list[Path]:
+    """The files of data.`key`, those of a pattern sorted by name. Raises `UserError` if there are none."""
+    file = getattr(config.data, key)
     if file is None:
-        raise UserError("data.file is required and not set", f"task.kind = '{config.task.kind}' reads an HDF5 file.")
+        raise UserError(f"data.{key} is required and not set", f"task.kind = '{config.task.kind}' reads an HDF5 file.")
     path = expanded(file)
     if not has_magic(str(path)) or exists(path):
         return [path]
     found = sorted(Path(name) for name in glob(str(path)))
     if not found:
-        raise UserError(f"data.file = '{file}' matches no file", "* matches any part of a name: data/part-*.h5")
+        raise UserError(f"data.{key} = '{file}' matches no file", "* matches any part of a name: data/part-*.h5")
     return found
 
 

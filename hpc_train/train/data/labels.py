@@ -1,6 +1,6 @@
 """Class labels as files store them, read as class numbers: whole numbers, one-hot rows or strings."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.labels import MAX_CLASSES, Classes, NoClasses, find_classes, is_label, whole_numbers
 from hpc_train.core.sampling import rank_span
 from hpc_train.train.comm.context import Context, joint
-from hpc_train.train.data.dataset import Split
+from hpc_train.train.data.dataset import Part, Split
 from hpc_train.train.data.reader_interface import Reader
 from hpc_train.train.data.readers import MmapReader
 
@@ -50,45 +50,45 @@ class ClassReader(Reader):
 # ------------------------------------------------------------------------------------------------ opening
 
 
-def open_classes(
-    train: Split, held_out: Split | None, names: Sequence[str], path: Path, num_classes: int | None, context: Context
-) -> tuple[Split, Split | None, Classes]:
-    """Collective. The splits with class numbers as targets, and the classes. Reads all labels, each rank a part.
+def open_classes(parts: list[Part], num_classes: int | None, context: Context) -> tuple[list[Part], Classes]:
+    """Collective. The parts with class numbers as targets, and the classes. Reads all labels, each rank a part.
 
-    names: the data sets of the training and the test labels. num_classes: as the user says; None: as found. Raises
-    `UserError` for a value that is no label, and for a label of `held_out` that the training samples do not have.
+    The training samples come first. num_classes: as the user says; None: as found. Raises `UserError` for a value that
+    is no label, and for a label of another part that the training samples do not have.
     """
-    labels = _Stored(path, names[0], train.targets)
+    train = parts[0]
+    labels = _Stored(train.files.paths[0], train.targets, train.split.targets, num_classes)
     distinct = labels.distinct(context)
     width = labels.num_columns  # of one-hot rows, of which some classes may have none
     try:
-        classes = find_classes(distinct, num_classes or width, len(train))
+        classes = find_classes(distinct, num_classes or width, len(train.split))
     except NoClasses as error:
         if error.odd is not None:
             raise labels.odd(error.odd, "numbers from 0, as most labels are", context) from None
         raise joint(labels.no_classes(distinct, num_classes)) from None
-    parts = [labels] if held_out is None else [labels, _Stored(path, names[1], held_out.targets)]
-    known = np.arange(classes.num) if classes.values is None else classes.values
-    for part in parts:
-        found = distinct if part is labels else part.distinct(context)
-        unknown = found[~np.isin(found, known)]
-        if len(unknown):
-            raise part.odd(unknown[0].item(), f"the {classes.num:,} classes", context)
-    readers = [part.as_class_numbers(classes.values, context) for part in parts]
-    return (
-        replace(train, targets=readers[0]),
-        None if held_out is None else replace(held_out, targets=readers[1]),
-        classes,
-    )
+    labels.require_known(classes, distinct, context)
+    first = train.having(replace(train.split, targets=labels.as_class_numbers(classes.values, context)))
+    others = [
+        part.having(in_classes(part.split, part.targets, part.files.paths[0], classes, context)) for part in parts[1:]
+    ]
+    return [first, *others], classes
+
+
+def in_classes(split: Split, name: str, path: Path, classes: Classes, context: Context) -> Split:
+    """Collective. The split with class numbers as targets. Raises `UserError` for a label that is none of `classes`."""
+    labels = _Stored(path, name, split.targets, classes.num)
+    labels.require_known(classes, labels.distinct(context), context)
+    return replace(split, targets=labels.as_class_numbers(classes.values, context))
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """The labels of data set `name`, as stored."""
+    """The labels of data set `name`, as stored. num_classes: as the user says; None: as found."""
 
     path: Path
     name: str
     reader: Reader
+    num_classes: int | None = None
 
     @property
     def num_columns(self) -> int | None:
@@ -107,7 +107,17 @@ class _Stored:
         if not context.sum(np.array([is_large], np.int64))[0]:
             # The usual case: a sum of fixed size, however many ranks there are.
             return np.flatnonzero(context.sum(np.bincount(mine, minlength=MAX_CLASSES)))
-        return np.asarray(np.unique(np.concatenate(context.all_gather(mine))))
+        return context.merge(mine, self._merged)
+
+    @property
+    def _most_strings(self) -> int:
+        """More different ones are no classes."""
+        return max(MAX_CLASSES, self.num_classes or 0)
+
+    def _merged(self, some: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Of strings no more than show that they are too many."""
+        found = np.union1d(some, others)
+        return found[: self._most_strings + 1] if self._are_strings else found
 
     def _distinct_of_my_part(self, context: Context) -> np.ndarray:
         shape = self.reader.shape
@@ -121,9 +131,7 @@ class _Stored:
                     what = f"{part[wrong[0]]} in {self.name}, row {begin + wrong[0]:,}, is no label"
                     raise UserError(f"{self.path}: {what}", _REMEDY)
                 part = whole_numbers(part)
-            found = np.union1d(found, _unique(part))
-            if len(found) > max(MAX_CLASSES, len(self.reader)):
-                break
+            found = self._merged(found, _unique(part))
         return found
 
     def _my_parts(self, context: Context) -> Iterator[tuple[int, np.ndarray]]:
@@ -132,12 +140,20 @@ class _Stored:
         for begin in range(start, stop, _SCAN_ROWS):
             yield begin, self.reader[begin : min(begin + _SCAN_ROWS, stop)]
 
+    def require_known(self, classes: Classes, distinct: np.ndarray, context: Context) -> None:
+        """Collective. Raises `UserError` if one of the `distinct` labels is none of `classes`."""
+        known = np.arange(classes.num) if classes.values is None else classes.values
+        unknown = distinct[~np.isin(distinct, known)]
+        if len(unknown):
+            raise self.odd(unknown[0].item(), f"the {classes.num:,} classes", context)
+
     def as_class_numbers(self, values: np.ndarray | None, context: Context) -> Reader:
         """Collective. A reader of class numbers; those of strings are kept in memory. values: see `Classes`."""
         if self._are_strings:
             assert values is not None
-            numbers = [np.searchsorted(values, part).astype(np.int32) for _, part in self._my_parts(context)]
-            mine = np.concatenate([np.zeros(0, np.int32), *numbers])
+            kind = np.min_scalar_type(max(0, len(values) - 1))  # one byte a sample for up to 256 classes, on every rank
+            numbers = [np.searchsorted(values, part).astype(kind) for _, part in self._my_parts(context)]
+            mine = np.concatenate([np.zeros(0, kind), *numbers])
             return MmapReader(np.concatenate(context.all_gather(mine)))
         is_stored_so = self.reader.dtype.kind in "iu" and len(self.reader.shape) == 1 and values is None
         return self.reader if is_stored_so else ClassReader(self.reader, values)
@@ -163,11 +179,12 @@ class _Stored:
         raise AssertionError(f"no row has label {label}, which was found in one")
 
     def no_classes(self, distinct: np.ndarray, num_classes: int | None) -> UserError:
+        is_cut = self._are_strings and len(distinct) > self._most_strings
+        more, num = "more than " * is_cut, min(len(distinct), self._most_strings) if is_cut else len(distinct)
         shown = ", ".join(repr(each) for each in distinct[:3].tolist())
         limit = "" if num_classes is None else f", and task.num_classes = {num_classes:,}"
         return UserError(
-            f"{self.path}: {self.name} has {len(distinct):,} different labels ({shown}, ...){limit}: they name no "
-            "classes",
+            f"{self.path}: {self.name} has {more}{num:,} different labels ({shown}, ...){limit}: they name no classes",
             _REMEDY,
         )
 

@@ -16,7 +16,7 @@ from hpc_train.core.missing_values import declared_missing, is_missing
 from hpc_train.core.sampling import rank_span
 from hpc_train.core.settings import Data
 from hpc_train.train.comm.context import Context, joint
-from hpc_train.train.data.dataset import Filling, Split
+from hpc_train.train.data.dataset import Filling, Part, Split
 from hpc_train.train.data.files import Files
 from hpc_train.train.data.hdf5_faults import damage_as_user_error
 from hpc_train.train.data.moments import moments
@@ -30,37 +30,44 @@ _SMALL_BYTES = 64 << 20  # read in a moment, to find NaN that no attribute decla
 class _Scanned:
     """What data set `name` lacks.
 
-    values: stored numbers that stand for none. rows: those with a missing value, increasing. mean: of the other values,
-    by their place in a sample, as stored; None if it was not asked for.
+    values: stored numbers that stand for none. rows: those with a missing value, increasing; of targets of which some
+    may be missing, those without any. mean: of the other values, by their place in a sample, as stored; None if it was
+    not asked for. num_in_part: rows of such targets that lack some.
     """
 
     name: str
     values: tuple[float, ...]
     rows: np.ndarray
     mean: np.ndarray | None = None
+    num_in_part: int = 0
 
 
 def handle_missing(
-    train: Split, held_out: Split | None, files: Files, data: Data, context: Context
-) -> tuple[Split, Split | None, tuple[float, ...], str]:
-    """Collective. The splits as data.missing asks, the inputs' values that stand for none, and what was done.
+    parts: list[Part], data: Data, context: Context, may_lack_some: bool = False
+) -> tuple[list[Part], tuple[float, ...], str]:
+    """Collective. The parts as data.missing asks, the inputs' values that stand for none, and what was done.
+
+    The training samples come first: the mean is theirs.
 
     All values are read for it, each rank a part, if the file declares which are missing, if data.missing is set, and of
     small data. Raises `UserError` if there are some and data.missing is "refuse". A sample without a target is left out
-    in any case.
+    in any case; with `may_lack_some`, one of several targets only if it lacks all of them.
     """
-    scan = partial(_scan, files, data.missing, context)
-    inputs, targets = scan(str(data.inputs), train.inputs[0]), scan(data.targets, train.targets)
-    filling = None
-    if data.missing == "mean" and inputs.mean is not None:
-        filling = Filling(inputs.values, torch.from_numpy(inputs.mean.astype(np.float32)))
-    train, said = _handled(train, inputs, targets, filling)
-    if held_out is None:
-        return train, None, inputs.values, said
-    test_inputs = scan(str(data.test_inputs), held_out.inputs[0])
-    test_targets = scan(data.test_targets, held_out.targets)
-    held_out, also = _handled(held_out, test_inputs, test_targets, filling)
-    return train, held_out, inputs.values, "; ".join(filter(None, (said, also)))
+    filling: Filling | None = None
+    values: tuple[float, ...] = ()
+    handled, said = [], []
+    for part in parts:
+        scan = partial(_scan, part.files, data.missing, context)
+        inputs = scan(part.inputs, part.split.inputs[0])
+        targets = scan(part.targets, part.split.targets, may_lack_some and len(part.split.targets.shape) > 1)
+        if part.use == "train":
+            values = inputs.values
+            if data.missing == "mean" and inputs.mean is not None:
+                filling = Filling(values, torch.from_numpy(inputs.mean.astype(np.float32)))
+        split, words = _handled(part.split, inputs, targets, filling)
+        handled.append(part.having(split))
+        said.append(words)
+    return handled, values, "; ".join(filter(None, said))
 
 
 def _handled(split: Split, inputs: _Scanned, targets: _Scanned, filling: Filling | None) -> tuple[Split, str]:
@@ -81,25 +88,33 @@ def _handled(split: Split, inputs: _Scanned, targets: _Scanned, filling: Filling
     if len(left_out):
         split = split.select(np.delete(np.arange(num_samples), left_out))
         said.append(f"{len(left_out):,} of {num_samples:,} samples are left out, as {names} lacks values")
+    if targets.num_in_part:
+        num = f"{targets.num_in_part:,} of {num_samples:,}"
+        said.append(f"{num} samples lack some of {targets.name}: the others count")
     return split, "; ".join(said)
 
 
-def _scan(files: Files, mode: str, context: Context, name: str, reader: Reader) -> _Scanned:
+def _scan(
+    files: Files, mode: str, context: Context, name: str, reader: Reader, may_lack_some: bool = False
+) -> _Scanned:
     """Collective. Raises `UserError` if a value is missing and `mode` is "refuse"."""
-    values = context.on_all(partial(_declared, files, name))
+    values = context.on_all(partial(declared_values, files, name))
     may_be_nan = reader.dtype.kind == "f" and (mode != "refuse" or reader.num_bytes <= _SMALL_BYTES)
     if reader.dtype.kind == "O" or not (values or may_be_nan):
         return _Scanned(name, values, np.zeros(0, np.int64))
-    rows = [np.zeros(0, np.int64)]
+    rows, num_incomplete = [np.zeros(0, np.int64)], 0
+    may_lack_some &= mode != "refuse"
     for begin, part in _my_parts(reader, context):
-        missing = is_missing(part, values)
-        rows.append(begin + np.flatnonzero(missing.reshape(len(part), -1).any(axis=1)))
-    found = np.concatenate(context.all_gather(np.concatenate(rows)))
-    if len(found) and mode == "refuse":
-        raise joint(_refused(files, name, values, found, reader))
-    if mode != "mean":
-        return _Scanned(name, values, found)
-    return _Scanned(name, values, found, moments(reader, values, context).mean)
+        missing = is_missing(part, values).reshape(len(part), -1)
+        rows.append(begin + np.flatnonzero(missing.all(axis=1) if may_lack_some else missing.any(axis=1)))
+        num_incomplete += int(np.count_nonzero(missing.any(axis=1)))
+    mine = np.concatenate(rows)
+    if mode == "refuse":
+        _refuse_any(files, name, values, mine, reader, context)
+    found = np.concatenate(context.all_gather(mine))
+    num_in_part = int(context.sum(np.array([num_incomplete]))[0]) - len(found)
+    mean = moments(reader, values, context).mean if mode == "mean" else None
+    return _Scanned(name, values, found, mean, num_in_part)
 
 
 def _my_parts(reader: Reader, context: Context) -> Iterator[tuple[int, np.ndarray]]:
@@ -110,7 +125,7 @@ def _my_parts(reader: Reader, context: Context) -> Iterator[tuple[int, np.ndarra
         yield begin, reader[begin : min(begin + num_rows, stop)]
 
 
-def _declared(files: Files, name: str) -> tuple[float, ...]:
+def declared_values(files: Files, name: str) -> tuple[float, ...]:
     """The stored numbers that stand for no value in data set `name` of one of the files. Raises `UserError`."""
     found: set[float] = set()
     for path, file, dataset in zip(files.paths, files.opened, files.datasets(name, "data"), strict=True):
@@ -119,11 +134,20 @@ def _declared(files: Files, name: str) -> tuple[float, ...]:
     return tuple(sorted(found))
 
 
-def _refused(files: Files, name: str, values: tuple[float, ...], rows: np.ndarray, reader: Reader) -> UserError:
-    first = reader[int(rows[0]) : int(rows[0]) + 1]
+def _refuse_any(
+    files: Files, name: str, values: tuple[float, ...], mine: np.ndarray, reader: Reader, context: Context
+) -> None:
+    """Collective. Raises `UserError`, on all ranks, if one found rows with a missing value. mine: of this rank."""
+    number = int(context.sum(np.array([len(mine)]))[0])
+    if not number:
+        return
+    row = -int(context.max(np.array([-mine[0] if len(mine) else -len(reader)]))[0])
+    first = reader[row : row + 1]
     value = first[is_missing(first, values)][0]
-    return UserError(
-        f"{files.paths[0]}: {len(rows):,} of {len(reader):,} samples of {name} lack values: {value:g} in row "
-        f"{rows[0]:,} is the first",
-        'data.missing = "drop" leaves them out; "mean" puts the mean of the others in the place of inputs.',
+    raise joint(
+        UserError(
+            f"{files.paths[0]}: {number:,} of {len(reader):,} samples of {name} lack values: {value:g} in row {row:,} "
+            "is the first",
+            'data.missing = "drop" leaves them out; "mean" puts the mean of the others in the place of inputs.',
+        )
     )

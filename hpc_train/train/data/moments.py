@@ -17,10 +17,14 @@ _SUMS_BYTES = 64 << 20  # of all blocks, which every rank holds
 
 
 class Moments(NamedTuple):
-    """Of the stored numbers that are not missing, by their place in a sample; the mean of all where all are missing."""
+    """Of the stored numbers that are not missing, by their place in a sample; the mean of all where all are missing.
+
+    known: the share of them that is not missing.
+    """
 
     mean: np.ndarray
     std: np.ndarray
+    known: np.ndarray
 
 
 def moments(reader: Reader, missing: tuple[float, ...], context: Context, pooled: tuple[int, ...] = ()) -> Moments:
@@ -39,9 +43,11 @@ def moments(reader: Reader, missing: tuple[float, ...], context: Context, pooled
     mine = [_sums(reader, missing, rows, shift, pooled) for rows in blocks[first:stop]]
     count, total, squares = np.sum([sums for part in context.all_gather(mine) for sums in part], axis=0)
     of_all = float((total + count * shift).sum() / max(count.sum(), 1))
+    known = count / (len(reader) * prod(reader.shape[1 + axis] for axis in pooled))
     is_known, count = count > 0, np.maximum(count, 1)
     mean = total / count
-    return Moments(np.where(is_known, mean + shift, of_all), np.sqrt(np.maximum(squares / count - mean**2, 0.0)))
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    return Moments(np.where(is_known, mean + shift, of_all), std, known)
 
 
 def _sums(

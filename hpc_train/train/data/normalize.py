@@ -13,20 +13,25 @@ _NUM_LOOKED_AT = 256  # samples
 _EDGE_OVER_CHANNELS = (8, 2)  # a series, an image: at least so many times as long as it has channels
 
 
-def find_standard(train: Split, missing: tuple[float, ...], context: Context) -> Standard:
+def find_standard(train: Split, missing: tuple[float, ...], context: Context, channels_first: bool) -> Standard:
     """Collective. Mean and standard deviation of the training inputs, as stored.
 
-    Of each feature of samples (features,), of each channel of images and series, of all numbers of others. The
-    deviation of a constant feature is 1, so that it becomes 0.
+    Of each feature of samples (features,), of each channel of images, series and fields, of all numbers of others. The
+    deviation of a constant feature is 1, so that it becomes 0. channels_first: see `pooled_axes`.
     """
-    found = moments(train.inputs[0], missing, context, pooled_axes(train.input_shape))
+    found = moments(train.inputs[0], missing, context, pooled_axes(train.input_shape, channels_first))
     return Standard(torch.from_numpy(found.mean), torch.from_numpy(np.where(found.std > 0, found.std, 1.0)))
 
 
-def pooled_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of a sample over which values count as one: not those of features and channels."""
+def pooled_axes(shape: tuple[int, ...], channels_first: bool = False) -> tuple[int, ...]:
+    """The axes of a sample over which values count as one: not those of features and channels.
+
+    channels_first: of samples of more than two axes the first is known to be that of the channels.
+    """
     if len(shape) < 2:
         return ()
+    if channels_first:
+        return tuple(range(len(shape) > 2, len(shape)))
     ratio = _EDGE_OVER_CHANNELS[len(shape) == 3]
     inner = shape[1] if len(shape) == 3 else max(shape)
     channels = [axis for axis in (0, len(shape) - 1) if len(shape) < 4 and shape[axis] * ratio <= inner]

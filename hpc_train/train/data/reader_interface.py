@@ -37,6 +37,10 @@ class Reader:
         """Bytes of all rows, as they are in memory."""
         return len(self) * self.row_bytes
 
+    def stored_rows(self, rows: Indices) -> Indices:
+        """Where `rows` of this reader are in the data set."""
+        return rows
+
     def prefetch(self, rows: np.ndarray) -> None:
         """A hint: these rows are taken soon."""
 

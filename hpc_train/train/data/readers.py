@@ -206,6 +206,9 @@ class SelectedReader(Reader):
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         return self._reader.take(self._kept[rows], out)
 
+    def stored_rows(self, rows: np.ndarray) -> np.ndarray:
+        return self._reader.stored_rows(self._kept[rows])
+
     def prefetch(self, rows: np.ndarray) -> None:
         self._reader.prefetch(self._kept[rows])
 

@@ -4,25 +4,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from hpc_train.core.errors import UserError
-from hpc_train.core.sampling import HOLD_OUT, Order, row_noise
+from hpc_train.core.sampling import Order
 from hpc_train.core.settings import Config, Data
 from hpc_train.train.comm.context import Context, warn
 from hpc_train.train.data.collective import choose_read_mode, with_shared_reader
-from hpc_train.train.data.dataset import Split, open_order, open_split
+from hpc_train.train.data.dataset import Part, Split, Use, open_column, open_order, open_split
 from hpc_train.train.data.files import Files, describe, open_files
+from hpc_train.train.data.hold_out import hold_out
 from hpc_train.train.data.missing import handle_missing
 from hpc_train.train.data.normalize import find_standard, unusual_scale
+from hpc_train.train.data.other_samples import test_files, validation_files
 from hpc_train.train.data.unwritten import leave_out_unwritten
 
-ReadTargets = Callable[[Files, Split, Split | None], tuple[Split, Split | None]]
+ReadTargets = Callable[[list[Part]], list[Part]]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The training samples, those of them held out to validate on, and those to test on if the files have them.
+    """The training samples, those to validate on, and those to test on if the files have them.
 
     in_step: whether all ranks read together, as only the training loop may. reading: what is read and how, for the log.
     facts: for meta.json.
@@ -38,20 +38,25 @@ class Samples:
     facts: dict[str, Any]
 
 
-def open_samples(config: Config, context: Context, read_targets: ReadTargets) -> Samples:
-    """Collective. Opens data.inputs with data.targets, and those to test on. Raises `UserError`.
+def open_samples(config: Config, context: Context, read_targets: ReadTargets, channels_first: bool = False) -> Samples:
+    """Collective. Opens data.inputs with data.targets, and those to validate and to test on. Raises `UserError`.
 
-    read_targets: collective; the training and the test samples with targets as the task takes them.
+    read_targets: collective; the samples, those to train on first, with targets as the task takes them.
+    channels_first: of inputs with more than two axes a sample; otherwise their shape tells.
     """
     data, name = config.data, str(config.data.inputs)
-    files, train, held_out = context.on_all(lambda: _open(config, context))
-    train, held_out, unwritten = leave_out_unwritten(train, held_out, files, data, context)
-    train, held_out, missing_values, missing = handle_missing(train, held_out, files, data, context)
-    train, held_out = read_targets(files, train, held_out)
-    train, validation = _hold_out(train, data.hold_out, config.seed)
-    facts: dict[str, Any] = {}
+    parts = context.on_all(lambda: _open(config, context))
+    files = parts[0].files
+    parts, unwritten = leave_out_unwritten(parts, data, context)
+    parts, missing_values, missing = handle_missing(parts, data, context, config.task.kind == "regression")
+    parts = read_targets(parts)
+    splits = {part.use: part.split for part in parts}
+    train, validation, held_out = splits["train"], splits.get("validation"), splits.get("test")
+    if data.hold_out:
+        train, validation = hold_out(train, data, config.seed, context)
+    facts: dict[str, Any] = {"samples": context.on_all(lambda: _facts(parts[0].having(train)))}
     if data.normalize == "standardize":
-        standard = find_standard(train, missing_values, context)
+        standard = find_standard(train, missing_values, context, channels_first)
         train = replace(train, standard=standard)
         validation = None if validation is None else replace(validation, standard=standard)
         held_out = None if held_out is None else replace(held_out, standard=standard)
@@ -66,51 +71,66 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets) ->
     if held_out is None:
         reading.append(f"no samples to test on, as there is no {data.test_inputs}")
     if validation is not None:
-        reading.append(f"{len(validation):,} samples are held out to validate on")
+        reading.append(f"{len(validation):,} samples {'are held out ' * bool(data.hold_out)}to validate on")
     if data.normalize == "standardize":
         reading.append(f"{name} standardised")
     order = open_order(train.inputs, len(train), config)
     return Samples(files, train, validation, held_out, order, in_step, reading, facts)
 
 
-def _hold_out(train: Split, share: float, seed: int) -> tuple[Split, Split | None]:
-    """(the samples to train on, those to validate on): which row is which depends on (seed, row) alone."""
-    if not share:
-        return train, None
-    numbers = row_noise(seed, HOLD_OUT, np.arange(len(train)), 1)[:, 0]
-    is_held_out = numbers < np.uint64(share * 2.0**64)
-    if is_held_out.all() or not is_held_out.any():
-        raise UserError(
-            f"data.hold_out = {share:g} of {len(train):,} samples leaves {np.count_nonzero(is_held_out):,} to validate "
-            "on",
-            "Set it so that samples remain on both sides.",
-        )
-    return train.select(np.flatnonzero(~is_held_out)), train.select(np.flatnonzero(is_held_out))
+def _facts(train: Part) -> dict[str, Any]:
+    """What a trained model needs to know of its inputs when it meets other data: see `inference/learned.py`."""
+    filling = train.split.filling
+    return {
+        "shape": list(train.split.input_shape),
+        "dtype": train.split.inputs[0].dtype.str,
+        "scale": list(train.files.scale(train.inputs)),
+        "mean_for_missing": None if filling is None else filling.mean.tolist(),
+    }
 
 
-def _open(config: Config, context: Context) -> tuple[Files, Split, Split | None]:
-    """(the files, the training samples, the test samples if the files have them). Raises `UserError`."""
+def _open(config: Config, context: Context) -> list[Part]:
+    """The samples to train on, then those to validate and to test on if there are some. Raises `UserError`."""
     data = config.data
-    if isinstance(data.inputs, list) or isinstance(data.test_inputs, list):
+    if any(isinstance(names, list) for names in (data.inputs, data.validation_inputs, data.test_inputs)):
         raise UserError(
             f"data.inputs = {data.inputs}: the models of task.kind = '{config.task.kind}' take one data set",
             "Name one, or write a task of your own: it gets all of them.",
         )
     files = open_files(config, context)
-    train = open_split(files, data.inputs, data.targets, ("data.inputs", "data.targets"))
-    if not files.has_tests(data.test_inputs, data.test_targets):
-        return files, _unscaled(train, data), None
-    test = open_split(files, data.test_inputs, data.test_targets, ("data.test_inputs", "data.test_targets"))
-    if test.input_shape != train.input_shape:
+    train = _open_part("train", files, str(data.inputs), data.targets, data)
+    if data.hold_out_by is not None:
+        groups = open_column(files, data.hold_out_by, "data.hold_out_by", files.memory_bytes // 8)
+        if groups.shape != train.split.targets.shape[:1]:
+            raise UserError(
+                f"data.hold_out_by = '{data.hold_out_by}' is {groups.shape} in {files.paths[0]}",
+                f"Name a data set with one value for each of the {len(train.split):,} samples.",
+            )
+        train = train.having(replace(train.split, groups=groups))
+    parts = [train]
+    if (found := validation_files(config, files, context)) is not None:
+        names = str(data.validation_inputs), data.validation_targets
+        parts.append(_alike(_open_part("validation", found, *names, data), train))
+    if (found := test_files(config, files, context)) is not None:
+        parts.append(_alike(_open_part("test", found, str(data.test_inputs), data.test_targets, data), train))
+    return parts
+
+
+def _open_part(use: Use, files: Files, inputs: str, targets: str, data: Data) -> Part:
+    prefix = "data." if use == "train" else f"data.{use}_"
+    split = open_split(files, inputs, targets, (f"{prefix}inputs", f"{prefix}targets"))
+    if data.normalize == "none":
+        split = replace(split, scale=(1.0,), offset=(0.0,))
+    return Part(use, files, inputs, targets, split)
+
+
+def _alike(part: Part, train: Part) -> Part:
+    """`part`. Raises `UserError` if its samples are of another shape or scale than those to train on."""
+    if part.split.input_shape != train.split.input_shape:
         raise UserError(
-            f"{files.paths[0]}: {data.test_inputs} has samples of {test.input_shape}, and {data.inputs} of "
-            f"{train.input_shape}",
-            "Both need the same shape: correct data.test_inputs, or the file.",
+            f"{part.files.paths[0]}: {part.inputs} has samples of {part.split.input_shape}, and {train.inputs} of "
+            f"{train.split.input_shape}",
+            f"Both need the same shape: correct data.{part.use}_inputs, or the file.",
         )
-    files.require_same_scale(data.inputs, data.test_inputs)
-    return files, _unscaled(train, data), _unscaled(test, data)
-
-
-def _unscaled(split: Split, data: Data) -> Split:
-    """The split without its attributes' scale, if data.normalize says so."""
-    return replace(split, scale=(1.0,), offset=(0.0,)) if data.normalize == "none" else split
+    train.files.require_same_scale(train.inputs, part.files, part.inputs)
+    return part

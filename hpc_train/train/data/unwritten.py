@@ -14,7 +14,7 @@ import numpy as np
 from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Data
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.dataset import Split
+from hpc_train.train.data.dataset import Part
 from hpc_train.train.data.files import Files
 from hpc_train.train.data.hdf5_faults import damage_as_user_error
 
@@ -25,26 +25,22 @@ _READ_BYTES = 16 << 20
 REMEDY = "Write them, or make the data sets shorter. With samples and targets, data.missing = 'drop' leaves them out."
 
 
-def leave_out_unwritten(
-    train: Split, held_out: Split | None, files: Files, data: Data, context: Context
-) -> tuple[Split, Split | None, str]:
-    """Collective. The splits without rows that nobody wrote, and what was done.
+def leave_out_unwritten(parts: list[Part], data: Data, context: Context) -> tuple[list[Part], str]:
+    """Collective. The parts without rows that nobody wrote, and what was done.
 
     Raises `UserError` if there are some and data.missing is "refuse".
     """
-    train, said = _without(train, files, (str(data.inputs), data.targets), data, context)
-    if held_out is None:
-        return train, None, said
-    held_out, also = _without(held_out, files, (str(data.test_inputs), data.test_targets), data, context)
-    return train, held_out, "; ".join(filter(None, (said, also)))
+    written, said = zip(*(_without(part, data, context) for part in parts), strict=True)
+    return list(written), "; ".join(filter(None, said))
 
 
-def _without(split: Split, files: Files, names: tuple[str, str], data: Data, context: Context) -> tuple[Split, str]:
-    rows = context.on_root(partial(_find, files, names, data.missing == "refuse"))
+def _without(part: Part, data: Data, context: Context) -> tuple[Part, str]:
+    rows = context.on_root(partial(_find, part.files, (part.inputs, part.targets), data.missing == "refuse"))
     if not len(rows):
-        return split, ""
-    said = f"{len(rows):,} of {len(split):,} samples of {names[0]} are left out, as they were never written"
-    return split.select(np.delete(np.arange(len(split)), rows)), said
+        return part, ""
+    num = len(part.split)
+    said = f"{len(rows):,} of {num:,} samples of {part.inputs} are left out, as they were never written"
+    return part.having(part.split.select(np.delete(np.arange(num), rows))), said
 
 
 def _find(files: Files, names: tuple[str, str], refuses: bool) -> np.ndarray:

@@ -10,7 +10,7 @@ from hpc_train.train.reduce.step_flags import NUM_FLAGS, ControlFlags, StepFlags
 
 # A gradient of at least this many bytes is a message of its own, sent in place; smaller ones are copied together into
 # buckets, since a message costs more than their copy.
-_ALONE_BYTES = 1 << 20
+ALONE_BYTES = 1 << 20
 _BUCKET_BYTES = 4 << 20
 
 
@@ -92,7 +92,7 @@ def make_buckets(
     full: list[list[nn.Parameter]] = []
     open_groups: dict[tuple[torch.dtype, object], list[nn.Parameter]] = {}
     for parameter in parameters:
-        if parameter.nbytes >= _ALONE_BYTES:
+        if parameter.nbytes >= ALONE_BYTES:
             full.append([parameter])
             continue
         kind = (parameter.dtype, group_by(parameter) if group_by else None)

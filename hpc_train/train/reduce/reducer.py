@@ -1,7 +1,7 @@
 """Gradient reduction, by `reduce.strategy`: the interface that the loop uses, and which class implements it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from hpc_train.train.reduce.parameter_server import Server, Worker
 from hpc_train.train.reduce.sharded import Sharded
 from hpc_train.train.reduce.sharded_weights import ShardedWeights
 from hpc_train.train.reduce.step_flags import ControlFlags, StepFlags
+from hpc_train.train.reduce.torch_distributed import TorchTransport, open_torch_distributed, torch_groups
 from hpc_train.train.reduce.transports import HorovodTransport, MpiTransport, SplittingTransport, Transport
 
 
@@ -93,7 +94,9 @@ def open_reducer(
     are then not sent: each rank draws what it keeps.
     """
     strategy, size = settings.strategy, mesh.ranks.world.size
-    hvd = open_horovod(settings, model, mesh.ranks) if _uses_horovod(settings, model) else None
+    device = next(model.parameters()).device
+    name = _transport_name(settings, device)
+    hvd = open_horovod(settings, model, mesh.ranks) if name == "horovod" else None
     held = [each for each in (*model.parameters(), *model.buffers()) if not (draw and each.requires_grad)]
     broadcast_tensors(held, mesh.ranks)
     if size == 1:
@@ -102,48 +105,72 @@ def open_reducer(
         yield Local(control)
     elif strategy == "parameter_server":
         yield Worker(settings, model, mesh, control) if mesh.trains else Server(settings, model, mesh, control)
-    elif strategy == "sharded":
-        within, between = _open_transports(hvd, mesh)
-        if settings.stage == 1:
-            assert mesh.shard.context is not None
-            yield Sharded(within, between, model, mesh.shard.context, control)
-        else:
-            yield FullySharded(within, between, settings, model, mesh, control, draw)
     else:
+        with open_torch_distributed(mesh.ranks, device) if name == "torch" else nullcontext():
+            yield _open_lockstep(name, hvd, settings, model, mesh, control, draw)
+
+
+def _open_lockstep(
+    name: str,
+    hvd: Any,
+    settings: Reduce,
+    model: nn.Module,
+    mesh: Mesh,
+    control: ControlFlags,
+    draw: Callable[[str], torch.Tensor] | None,
+) -> Reducer:
+    """Collective. The reducer of ranks that all train and that all take every step together."""
+    if settings.strategy != "sharded":
         assert mesh.replica.context is not None
-        yield AllReduce(_open_transport(hvd, mesh.replica.context), settings, model, control)
+        return AllReduce(_open_transport(name, hvd, mesh.replica.context), settings, model, control)
+    within, between = _open_transports(name, hvd, mesh)
+    if settings.stage == 1:
+        assert mesh.shard.context is not None
+        return Sharded(within, between, model, mesh.shard.context, control)
+    return FullySharded(within, between, settings, model, mesh, control, draw)
 
 
-def _uses_horovod(settings: Reduce, model: nn.Module) -> bool:
-    if settings.strategy == "sharded" and settings.transport == "auto":
-        return next(model.parameters()).device.type == "cuda"
-    return settings.strategy == "horovod" or settings.transport == "horovod"
+def _transport_name(settings: Reduce, device: torch.device) -> str:
+    """Which library sends: "mpi", "horovod" or "torch"."""
+    if settings.strategy != "sharded":
+        return settings.strategy if settings.strategy in ("horovod", "torch") else "mpi"
+    if settings.transport == "auto":
+        return "horovod" if device.type == "cuda" else "mpi"
+    return settings.transport
 
 
-def _open_transport(hvd: Any, context: Context) -> Transport:
-    """Collective. hvd: Horovod's library, which joins the same ranks; None for MPI."""
-    if hvd is None:
+def _open_transport(name: str, hvd: Any, context: Context) -> Transport:
+    """Collective. Among all ranks, which `context` joins. hvd: Horovod's library, if it sends."""
+    if name == "mpi":
         return SplittingTransport(MpiTransport(context))
+    if name == "torch":
+        return SplittingTransport(TorchTransport(context.world.size))
     start_horovod(hvd)
     return SplittingTransport(HorovodTransport(hvd, context.world.size))
 
 
-def _open_transports(hvd: Any, mesh: Mesh) -> tuple[Transport, Transport | None]:
+def _open_transports(name: str, hvd: Any, mesh: Mesh) -> tuple[Transport, Transport | None]:
     """Collective. Along the mesh's axis `shard`, and along `replica`; None with one replica."""
     shard, replica = mesh.shard.context, mesh.replica.context
     assert shard is not None and replica is not None
     if replica.world.size == 1:
-        return _open_transport(hvd, shard), None
-    if hvd is None:
-        return _open_transport(None, shard), _open_transport(None, replica)
+        return _open_transport(name, hvd, shard), None
+    if name == "mpi":
+        return _open_transport(name, hvd, shard), _open_transport(name, hvd, replica)
     axes = [axis for axis in (shard, replica) if axis.world.size < mesh.ranks.world.size]
     groups = [group for axis in axes for group in _groups(axis, mesh.ranks)]
-    sets = dict(zip(groups, start_horovod(hvd, groups), strict=True))
+    sets = torch_groups(groups) if name == "torch" else start_horovod(hvd, groups)
+    by_members = dict(zip(groups, sets, strict=True))
     within, between = (
-        SplittingTransport(HorovodTransport(hvd, axis.world.size, sets.get(_members(axis, mesh.ranks))))
+        SplittingTransport(_among(name, hvd, axis.world.size, by_members.get(_members(axis, mesh.ranks))))
         for axis in (shard, replica)
     )
     return within, between
+
+
+def _among(name: str, hvd: Any, size: int, ranks: Any) -> Transport:
+    """ranks: the library's own set of them; None for all."""
+    return TorchTransport(size, ranks) if name == "torch" else HorovodTransport(hvd, size, ranks)
 
 
 def _members(axis: Context, ranks: Context) -> tuple[int, ...]:

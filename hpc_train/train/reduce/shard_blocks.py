@@ -1,4 +1,4 @@
-"""Which weights of a model are gathered together: its blocks, by name, by the attribute `blocks`, or by size."""
+"""Which weights of a model are gathered together: its blocks, by name, as the model repeats them, or by size."""
 
 from collections import Counter
 from fnmatch import fnmatchcase
@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from hpc_train.core.errors import UserError
+from hpc_train.train.models.blocks import repeated_blocks
 from hpc_train.train.reduce.buckets import trainable_parameters
 
 _MOST_OF_MODEL = 1 / 8  # of all weights, in a block that was found by size: two blocks are whole on a rank at a time
@@ -18,10 +19,11 @@ def find_blocks(model: nn.Module, patterns: list[str] | None) -> dict[str, nn.Mo
     """
     if patterns:
         return _by_name(model, patterns)
-    blocks = getattr(model, "blocks", None)
-    if isinstance(blocks, nn.ModuleList | nn.Sequential):
-        return {f"blocks.{name}": block for name, block in blocks.named_children()}
-    return _by_size(model, "", _num_weights(model) * _MOST_OF_MODEL)
+    blocks = repeated_blocks(model)
+    if isinstance(getattr(model, "blocks", None), nn.ModuleList | nn.Sequential):
+        return blocks
+    # A repeated block stays in one piece: activation checkpointing comes to it twice.
+    return _by_size(model, "", _num_weights(model) * _MOST_OF_MODEL, set(blocks.values()))
 
 
 def parameters_of(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, dict[str, nn.Parameter]]:
@@ -70,16 +72,16 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0] or " "  # no module has this name
 
 
-def _by_size(module: nn.Module, prefix: str, most: float) -> dict[str, nn.Module]:
+def _by_size(module: nn.Module, prefix: str, most: float, whole: set[nn.Module]) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for child_name, child in module.named_children():
         name, is_container = f"{prefix}{child_name}", isinstance(child, nn.ModuleList | nn.ModuleDict)
         num_weights = _num_weights(child)
-        is_leaf = next(child.children(), None) is None
+        is_leaf = child in whole or next(child.children(), None) is None
         if num_weights and not is_container and (is_leaf or num_weights <= most):
             found[name] = child
         else:
-            found |= _by_size(child, f"{name}.", most)
+            found |= _by_size(child, f"{name}.", most, whole)
     return found
 
 

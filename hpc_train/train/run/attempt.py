@@ -20,7 +20,7 @@ from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.run.checkpoint.retention import checkpoints, remove_unfinished
 from hpc_train.train.run.cleanup import remove_stale_runs, remove_unbegun
-from hpc_train.train.run.meta_json import read_meta
+from hpc_train.train.run.meta_reader import read_meta
 
 
 @dataclass(frozen=True)
@@ -191,14 +191,15 @@ def check_resumes(manifest: dict[str, Any], expected: dict[str, Any], attempt: A
             raise UserError(f"{key} is {expected[key]} here, and was {known.get(key)} in {path}", remedy)
     if step > num_steps:
         raise UserError(
-            f"train.steps = {num_steps}, and {path} has taken {step} steps already",
-            "Set train.steps to as many or more, or begin another run: --resume never",
+            f"{num_steps} steps are asked for, and {path} has taken {step} steps already",
+            "Set train.steps (or train.epochs) to as many or more, or begin another run: --resume never",
         )
     ignored = _changes_without_effect(attempt.changes, is_complete(attempt.source)) if step == num_steps else []
     if ignored:
         raise UserError(
             f"{path} is complete: {num_steps} steps, and {ignored[0].values} would change nothing",
-            f"Set {ignored[0].key} back, raise train.steps to continue with it, or begin another run: --resume never",
+            f"Set {ignored[0].key} back, raise train.steps or train.epochs to continue with it, or begin another run: "
+            "--resume never",
         )
 
 
@@ -206,4 +207,4 @@ def _changes_without_effect(changes: list[Change], is_tested: bool) -> list[Chan
     """Those that a run without further steps ignores."""
     has_effect = {Rule.TEST} if not is_tested else set()
     reported = resume_rules.said(changes)
-    return [change for change in reported if change.key != "train.steps" and change.rule not in has_effect]
+    return [change for change in reported if change.key not in resume_rules.LENGTHS and change.rule not in has_effect]

@@ -11,7 +11,7 @@ from hpc_train.train.comm.clocks import clock_offsets_ns
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.placement import RankPlacement
 from hpc_train.train.run.attempt import Attempt
-from hpc_train.train.run.metadata import run_metadata
+from hpc_train.train.run.provenance import provenance
 
 _OF_ONE_ATTEMPT = ("outcome", "ended", "clock_offsets_ns", "output_lost", "test_until_stop")
 
@@ -43,7 +43,7 @@ class MetaWriter:
         content, attempt = self.content, self._attempt
         for key in _OF_ONE_ATTEMPT:
             content.pop(key, None)
-        content.update(run_metadata(self._context, self._places))
+        content.update(provenance(self._context, self._places))
         content["energy"] = _merged_by_host(content.get("energy", {}), energy)
         content.setdefault("attempts", []).append(
             {

@@ -1,11 +1,12 @@
 """Writes a run down while it runs: the run directory as the training half sees it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,6 +26,7 @@ from hpc_train.train.comm.placement import RankPlacement
 from hpc_train.train.energy.node_energy import NodeEnergy
 from hpc_train.train.run.attempt import Attempt
 from hpc_train.train.run.gather_summary import gather_summary
+from hpc_train.train.run.gpu_use import GpuUse
 from hpc_train.train.run.meta_writer import MetaWriter, now
 from hpc_train.train.run.process_use import ProcessUse, seconds_since_start
 
@@ -39,19 +41,27 @@ class Recorder:
     """
 
     def __init__(
-        self, loaded: Loaded, context: Context, places: list[RankPlacement], attempt: Attempt, clock: Clock
+        self,
+        loaded: Loaded,
+        context: Context,
+        places: list[RankPlacement],
+        attempt: Attempt,
+        clock: Clock,
+        device: torch.device,
     ) -> None:
-        """Collective. Takes `energy.idle_s` seconds."""
+        """Collective. Takes `energy.idle_s` seconds. device: this rank's, whose use is recorded if it is a GPU."""
         self._loaded, self._context, self._attempt = loaded, context, attempt
         self._train, self.run = loaded.config.train, attempt.run
         self._losses: list[tuple[int, float | torch.Tensor]] = []  # (step, loss), not yet written
         self.num_steps_done = 0  # of the run, earlier attempts included
+        self._validation_note = ""  # on the bar, behind the loss
         self._meta = MetaWriter(attempt, context, places)
         self._stack = ExitStack()
         total = None if self._train.steps == UNKNOWN_STEPS else self._train.steps
         self._progress = StepProgress(loaded.config.name, total, loaded.config.run.progress, context.world.is_root)
         self.log = self._progress.log
         self._energy = NodeEnergy(loaded.config.energy, context, places, self.log)
+        self._gpu = GpuUse(device)
         self.clock = clock
 
     def __enter__(self) -> Self:
@@ -86,6 +96,7 @@ class Recorder:
         # On other ranks a lease is renewed by their steps, so a thread beside them must not check it.
         check = self._attempt.lease.check if rank == 0 else None
         self._stack.enter_context(self._energy.recorded(self.run.energy(host), number, check))
+        self._stack.enter_context(self._gpu)
         self._progress.begin(first_step)
         self._context.barrier()
         self._start_up_s = seconds_since_start()
@@ -111,7 +122,7 @@ class Recorder:
         if step % self._train.log_every == 0:
             self.flush()
             self.log(f"Step {step}" if loss is None else f"Step {step}, Loss: {loss:.5f}")
-            self._progress.note = "" if loss is None else f"loss {loss:.5f}"
+            self._progress.note = "" if loss is None else f"loss {loss:.5f}{self._validation_note}"
         start_ns = record[1]
         self._progress.advance(step + 1, num_global, start_ns)
 
@@ -137,6 +148,7 @@ class Recorder:
             append_validation(self.run.validation, num_steps, measures, seconds)
             told = ", ".join(f"{name.replace('_', ' ')} {value:.5f}" for name, value in measures.items())
             self.log(f"Validation after {num_steps} steps: {told}")
+            self._validation_note = f", val. {next(iter(measures.values())):.4g}"
         self.clock.restart()
 
     def measuring(self, what: str, num_samples: int | None) -> StepProgress:
@@ -168,11 +180,14 @@ class Recorder:
         used = self._context.gather(ProcessUse.now().since(self._use_before))
         start_up_s = self._context.gather(self._start_up_s)
         self._stack.close()
+        gpu_busy = self._context.gather(self._gpu.busy)
+        gpu_used_bytes = self._context.gather(self._gpu.used_bytes)
         lost = {str(rank): streams for rank, streams in enumerate(self._context.gather(lost_streams())) if streams}
         facts = {"outcome": outcome, "last_step": self.num_steps_done - 1, "ended": now(), **metadata}
         facts |= {"output_lost": lost} if lost else {}
         # Of each rank: from the start of its process to this attempt's first step, and from there to the loop's end.
         facts |= {"start_up_s": start_up_s} | {f"loop_{name}": [getattr(rank, name) for rank in used] for name in _USED}
+        facts |= {"loop_gpu_busy": gpu_busy, "loop_gpu_used_bytes": gpu_used_bytes}
         self._meta.write_end(self._energy.metadata_at_end(), facts)
 
     def test_stopped(self, outcome: str, measures: dict[str, float], num_done: int) -> None:
@@ -180,8 +195,13 @@ class Recorder:
         part = {"num_samples": num_done, **measures}
         self._context.on_root(lambda: self._meta.amend({"outcome": outcome, "test_until_stop": part}))
 
-    def finish(self, test: dict[str, float], fault: str | None = None) -> None:
-        """Collective, after `stop`. Writes summary.json; fault: why a run that reached its end did not succeed."""
+    def finish(
+        self, test: dict[str, float], fault: str | None = None, tables: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Collective, after `stop`. Writes summary.json; fault: why a run that reached its end did not succeed.
+
+        tables: of the test's counts, each in a file test_NAME.csv, a row for each class or bin of the true values.
+        """
         context, config = self._context, self._loaded.config
         losses = read_metrics(self.run.metrics)[1] if context.world.is_root else []
         shape = RunShape(
@@ -197,6 +217,10 @@ class Recorder:
         summary = gather_summary(self.run, self._meta.content, shape, result, num_workers, context)
         if summary is not None:
             self._attempt.lease.confirm()
+            for name, table in (tables or {}).items():
+                header = ",".join(["true", *map(str, range(table.shape[1]))])
+                rows = (",".join(map(str, [number, *row])) for number, row in enumerate(table.tolist()))
+                write_atomic(self.run.test_table(name), "\n".join([header, *rows, ""]))
             write_atomic(self.run.summary, summary.to_json() + "\n")
             _print_summary(summary, self.run.path)
 

@@ -1,10 +1,7 @@
 """What is trained: a task supplies the model, the samples and the loss; the trainer supplies everything else."""
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,13 +9,13 @@ import torch
 from torch import nn
 
 from hpc_train.core.errors import UserError
+from hpc_train.core.import_path import import_path, is_import_path
 from hpc_train.core.sampling import Order
 from hpc_train.core.settings import RECORDED, Config
 from hpc_train.core.world import World
-from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.context import Context, joint
 from hpc_train.train.tasks.classification import Classification
 from hpc_train.train.tasks.dqn import Dqn
-from hpc_train.train.tasks.first_batch import user_line
 from hpc_train.train.tasks.language import Language, MaskedLanguage
 from hpc_train.train.tasks.policy_gradient import PolicyGradient
 from hpc_train.train.tasks.regression import Regression
@@ -93,6 +90,13 @@ def open_task(config: Config, context: Context) -> Task:
     make = BUILT_IN.get(kind) or context.on_all(lambda: _load(kind))
     task = make(config, context)
     context.on_all(lambda: _require(kind, task, ("num_samples", *_METHODS)))
+    if config.validation.is_due and not hasattr(task, "validation_batches"):
+        raise joint(
+            UserError(
+                f"{config.validation.in_words}: task.kind = '{kind}' has no validation_batches",
+                "Write it as test_batches is written, or leave the key out.",
+            )
+        )
     return complete(task)
 
 
@@ -125,32 +129,17 @@ def _require(kind: str, task: object, names: tuple[str, ...]) -> None:
 
 def _load(kind: str) -> Callable[[Config, Context], Any]:
     """The class of that name, if it has a task's methods: anything else, such as "os:system", is not called."""
-    module_name, colon, name = kind.partition(":")
     if kind == RECORDED:
         raise UserError(
             f"task.kind = '{kind}': another program ran the training loop of this run",
             "Start that program again: meta.json names it.",
         )
-    if not colon or not all(part.isidentifier() for part in (*module_name.split("."), name)):
+    if not is_import_path(kind):
         raise UserError(
             f"task.kind = '{kind}' is unknown", f"Known: {', '.join(BUILT_IN)}; your own: 'mypackage.mytask:MyTask'."
         )
-    here = str(Path.cwd())
-    if here not in sys.path:  # the user's module is usually where the job is started
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  a user's module may raise anything
-        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-            what, remedy = f"no module {error.name}", f"Looked in {here} and in sys.path."
-        else:
-            what = f"{module_name} cannot be loaded: {type(error).__name__}: {error}, {user_line(error)}"
-            remedy = f"Fix it there; for the whole traceback: python -c 'import {module_name}'"
-        raise UserError(f"task.kind = '{kind}': {what}", remedy) from None
-    make = getattr(module, name, None)
+    make = import_path("task.kind", kind, "class")
     if not isinstance(make, type):
-        raise UserError(
-            f"task.kind = '{kind}': {module_name} has no class {name}", "Name the task class after the colon."
-        )
+        raise UserError(f"task.kind = '{kind}': {kind.replace(':', ' has no class ')}", "Name a class after the colon.")
     _require(kind, make, _METHODS)
     return make

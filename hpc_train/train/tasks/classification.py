@@ -10,13 +10,13 @@ from torch.nn import functional
 
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
-from hpc_train.train import models
+from hpc_train.train import metrics, models
 from hpc_train.train.comm.context import Context, warn
-from hpc_train.train.data.dataset import Batch, Split, test_batches
-from hpc_train.train.data.files import Files
+from hpc_train.train.data.dataset import Batch, Part, test_batches
 from hpc_train.train.data.labels import open_classes
 from hpc_train.train.data.mixing import poor_mixing
 from hpc_train.train.data.samples import open_samples
+from hpc_train.train.metrics import Metric, Sums
 
 
 class Classification:
@@ -29,20 +29,16 @@ class Classification:
         self.train, self.validation, self.held_out = samples.train, samples.validation, samples.held_out
         self.order, self.in_step, self.num_samples = samples.order, samples.in_step, len(self.train)
         self.reading = "; ".join(filter(None, (*samples.reading, self._classes.describe(data.targets))))
-        self.facts = samples.facts | {"classes": self._classes.listed()}
+        self.facts = samples.facts | {"classes": self._classes.listed(), "num_classes": self.num_classes}
+        self._metrics = context.on_all(lambda: metrics.of_classes(config.task.metrics, self.num_classes))
         if why := poor_mixing(self.train.targets, data.targets, self.order, self.num_classes, context):
-            is_collective = data.read == "collective"
-            remedy = "leave data.read out" if is_collective else "data.shuffle_chunks and data.memory_mb mix more"
-            warn(context, f"{why}: {remedy}, or store the samples in random order.")
+            remedy = "data.shuffle_chunks and data.memory_mb mix more, or store the samples in random order"
+            warn(context, f"{why}: {remedy}.")
 
-    def _read_labels(
-        self, context: Context, files: Files, train: Split, held_out: Split | None
-    ) -> tuple[Split, Split | None]:
-        data, limit = self.config.data, self.config.task.num_classes
-        names = (data.targets, data.test_targets)
-        train, held_out, self._classes = open_classes(train, held_out, names, files.paths[0], limit, context)
+    def _read_labels(self, context: Context, parts: list[Part]) -> list[Part]:
+        parts, self._classes = open_classes(parts, self.config.task.num_classes, context)
         self.num_classes = self._classes.num
-        return train, held_out
+        return parts
 
     def model(self) -> nn.Module:
         task = self.config.task
@@ -63,7 +59,12 @@ class Classification:
     def validation_batches(self, world: World) -> Iterator[Batch]:
         return test_batches(self.validation, world)
 
-    def test(self, model: nn.Module, batch: Batch) -> tuple[int, dict[str, float]]:
-        logits = model(batch.floats())
-        loss = functional.cross_entropy(logits, batch.targets, reduction="sum")
-        return len(batch), {"loss": loss.item(), "accuracy": (logits.argmax(1) == batch.targets).sum().item()}
+    def test(self, model: nn.Module, batch: Batch) -> tuple[int, Sums]:
+        return len(batch), measures(self._metrics, model(batch.floats()), batch.targets)
+
+
+def measures(more: dict[str, Metric], logits: torch.Tensor, classes: torch.Tensor) -> Sums:
+    """The sums over samples of each measure. logits: (n, classes), classes: (n,) those of the samples."""
+    loss = functional.cross_entropy(logits, classes, reduction="sum")
+    always = {"loss": loss.item(), "accuracy": (logits.argmax(1) == classes).sum().item()}
+    return always | metrics.sums_of(more, logits.float().softmax(1), classes) if more else always

@@ -1,16 +1,14 @@
-"""The first batch of a task, tried before anything is trained; and where in a user's code an error comes from."""
+"""The first batch of a task, tried before anything is trained."""
 
-import os
-import traceback
 from dataclasses import fields, is_dataclass
 from math import isclose
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from hpc_train.core.errors import UserError, out_of_memory
+from hpc_train.core.import_path import user_line
 from hpc_train.core.settings import Config
 from hpc_train.train.data.device_queue import map_tensors
 
@@ -89,16 +87,3 @@ def _shown(value: Any) -> str:
     if is_dataclass(value):
         return _shown({part.name: getattr(value, part.name) for part in fields(value)})
     return repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
-
-
-def user_line(error: BaseException) -> str:
-    """The line of the user's own code that raised `error`, or called the function that did."""
-    if isinstance(error, SyntaxError):
-        return f"at {error.filename}:{error.lineno}"
-    loaders = {__file__, str(Path(__file__).with_name("__init__.py"))}  # they called the user's code
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in loaders]
-    libraries, package = (os.path.dirname(os.__file__), "<"), f"{Path(__file__).parents[2]}{os.sep}"
-    own = [frame for frame in frames if not frame.filename.startswith(libraries) and "-packages" not in frame.filename]
-    users = [frame for frame in own if not frame.filename.startswith(package)]
-    frame = (users or own or frames)[-1]
-    return f"at {frame.filename}:{frame.lineno}"

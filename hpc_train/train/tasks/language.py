@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import models
 from hpc_train.train.comm.context import Context
-from hpc_train.train.data.dataset import open_order, value_range
+from hpc_train.train.data.dataset import USES, Use, open_order, value_range
 from hpc_train.train.data.files import Files, describe, open_files
+from hpc_train.train.data.other_samples import test_files, validation_files
 from hpc_train.train.data.rank_batches import RankBatches
 from hpc_train.train.data.tokens import StreamName, Tokens, open_tokens
 from hpc_train.train.data.unwritten import require_written
@@ -34,6 +35,7 @@ class Text:
     """The token streams of a job's data as windows, and the model for them."""
 
     train: Tokens
+    validation: Tokens | None
     test: Tokens | None
     vocab_size: int  # of the data, without a mask
     model: Callable[[], nn.Module]
@@ -41,47 +43,66 @@ class Text:
     reading: str
     at_most: int | None = None  # of the windows to test on
 
-    def test_batches(self, world: World, read: Callable[[np.ndarray], Any]) -> Iterator[Any]:
-        """What `read` makes of this rank's share of the test windows, some at a time."""
-        assert self.test is not None
-        num_windows = max(1, min(_TEST_WINDOWS, _MAX_TEST_LOGITS // (self.test.length * self.vocab_size)))
-        return RankBatches(len(self.test), world, num_windows, read, self.at_most)
+    def batches(
+        self, tokens: Tokens, world: World, read: Callable[[np.ndarray], Any], at_most: int | None = None
+    ) -> Iterator[Any]:
+        """What `read` makes of this rank's share of windows to measure on, some at a time. at_most: of all of them."""
+        num_windows = max(1, min(_TEST_WINDOWS, _MAX_TEST_LOGITS // (tokens.length * self.vocab_size)))
+        return RankBatches(len(tokens), world, num_windows, read, at_most)
 
 
-def open_text(config: Config, context: Context, known: dict[str, Callable[..., nn.Module]], masked: bool) -> Text:
+def open_text(config: Config, context: Context, masked: bool) -> Text:
     """Collective. Opens and checks the data; `masked`: the model's vocabulary has one more token, the mask.
 
     Raises `UserError` if file, options and tokens do not fit together.
     """
-    task, options = config.task, dict(config.task.options)
-    stated = options.pop("vocab_size", None)
+    task, options = config.task, _model_options(config)
+    stated = task.options.get("vocab_size")
     files = context.on_all(lambda: open_files(config, context))
     vocab_size = context.on_all(lambda: _vocab_size(config, files, stated, masked))
-    length = context.on_all(lambda: _window_length(config, known))
-    train, test = context.on_all(lambda: _open_windows(config, files, length, masked))
-    context.on_root(
-        lambda: _require_written(files, [str(config.data.inputs)] + [str(config.data.test_inputs)] * bool(test))
-    )
-    for name, tokens in ((config.data.inputs, train), (config.data.test_inputs, test)):
-        if tokens is not None:
-            _check_range(config, str(name), tokens, vocab_size, context)
-    make_model = partial(models.make_model, known, task.model, (vocab_size + masked,), options)
+    length = context.on_all(lambda: _window_length(config, masked))
+    streams = context.on_all(lambda: _open_streams(config, files, length, masked, context))
+    context.on_root(lambda: _require_written(streams))
+    for stream in streams:
+        _check_range(stream, vocab_size, context)
+    of = {stream.use: stream.tokens for stream in streams}
+    train = of["train"]
+    make_model = partial(models.language_model, task.model, vocab_size + masked, length, options, masked)
     order = open_order([train.values], len(train), config, train.length)
     reading = describe(files, str(config.data.inputs), train.values)
-    return Text(train, test, vocab_size, make_model, order, reading, config.test.samples)
+    at_most = config.test.samples
+    return Text(train, of.get("validation"), of.get("test"), vocab_size, make_model, order, reading, at_most)
 
 
-def _window_length(config: Config, known: dict[str, Callable[..., nn.Module]]) -> int:
+def _model_options(config: Config) -> dict[str, Any]:
+    """Without the size of the vocabulary, which is the data's."""
+    return {name: value for name, value in config.task.options.items() if name != "vocab_size"}
+
+
+def _window_length(config: Config, masked: bool) -> int:
     """The context of the model."""
-    task = config.task
-    length = task.options.get("context", models.default(known, task.model, "context"))
+    length = models.context_length(config.task.model, _model_options(config), masked)
+    if length is None:
+        raise UserError(
+            f"task.model = '{config.task.model}' does not say how many tokens it takes at once",
+            "Set task.options.context, a parameter of the model.",
+        )
     if not isinstance(length, int) or length < 1:
         raise UserError(f"task.options.context = {length}", "It is a positive integer.")
     return length
 
 
-def _open_windows(config: Config, files: Files, length: int, masked: bool) -> tuple[Tokens, Tokens | None]:
-    """The windows to train and to test on; None if the files have no tokens to test on."""
+class _Stream(NamedTuple):
+    """The windows of one use, of data set `name`."""
+
+    use: Use
+    files: Files
+    name: str
+    tokens: Tokens
+
+
+def _open_streams(config: Config, files: Files, length: int, masked: bool, context: Context) -> list[_Stream]:
+    """The windows to train on, and to validate and to test on if there are some."""
     data = config.data
     if data.read != "auto":
         raise UserError(
@@ -89,15 +110,21 @@ def _open_windows(config: Config, files: Files, length: int, masked: bool) -> tu
             "Tokens are read through a memory map or by chunks: remove data.read.",
         )
     num_ahead = 0 if masked else 1
-    inputs = StreamName(_one(data.inputs, "data.inputs"), "data.inputs", data.offsets)
-    test_inputs = StreamName(_one(data.test_inputs, "data.test_inputs"), "data.test_inputs", data.test_offsets)
-    train = open_tokens(files, inputs, length, num_ahead)
-    return train, open_tokens(files, test_inputs, length, num_ahead) if files.has_tests(test_inputs.name) else None
+    found = []
+    sources = (validation_files(config, files, context), test_files(config, files, context))
+    for use, where in zip(USES, (files, *sources), strict=True):
+        if where is not None:
+            prefix = "" if use == "train" else f"{use}_"
+            key = f"data.{prefix}inputs"
+            name = _one(getattr(data, f"{prefix}inputs"), key)
+            named = StreamName(name, key, getattr(data, f"{prefix}offsets"))
+            found.append(_Stream(use, where, name, open_tokens(where, named, length, num_ahead)))
+    return found
 
 
-def _require_written(files: Files, names: list[str]) -> None:
-    for name in names:
-        for path, dataset in zip(files.paths, files.datasets(name, "data"), strict=True):
+def _require_written(streams: list[_Stream]) -> None:
+    for stream in streams:
+        for path, dataset in zip(stream.files.paths, stream.files.datasets(stream.name, "data"), strict=True):
             require_written(path, dataset)
 
 
@@ -127,18 +154,19 @@ def _vocab_size(config: Config, files: Files, stated: Any, masked: bool) -> int:
     return size - masked
 
 
-def _check_range(config: Config, name: str, tokens: Tokens, vocab_size: int, context: Context) -> None:
+def _check_range(stream: _Stream, vocab_size: int, context: Context) -> None:
     """Collective. Raises `UserError` for tokens outside the vocabulary."""
-    limits = np.iinfo(tokens.values.dtype)
+    limits = np.iinfo(stream.tokens.values.dtype)
     if limits.min == 0 and limits.max < vocab_size:
         return  # the type cannot hold a token outside, such as bytes: no need to read them all
-    low, high = value_range(tokens.values, context)
+    low, high = value_range(stream.tokens.values, context)
 
     def check() -> None:
         if low < 0 or high >= vocab_size:
             wrong = low if low < 0 else high
             raise UserError(
-                f"{config.data.file}: token {wrong} in {name} is out of range for a vocabulary of {vocab_size}",
+                f"{stream.files.paths[0]}: token {wrong} in {stream.name} is out of range for a vocabulary of "
+                f"{vocab_size}",
                 "Tokens are 0 to vocab_size - 1: prepare the text again, or set task.options.vocab_size.",
             )
 
@@ -164,10 +192,10 @@ class TextTask:
 
 @dataclass(frozen=True)
 class Windows:
-    """`tokens` (n, context + 1) of the file's type. bigram_loss: the sum of a bigram model's losses on them."""
+    """`tokens` (n, context + 1) of the file's type. bigram_loss: in a test, the sum of a bigram model's losses."""
 
     tokens: torch.Tensor
-    bigram_loss: float = 0.0
+    bigram_loss: float | None = None
 
 
 class Language(TextTask):
@@ -175,7 +203,7 @@ class Language(TextTask):
 
     def __init__(self, config: Config, context: Context) -> None:
         """Collective. Opens the data and checks it."""
-        super().__init__(open_text(config, context, models.CAUSAL, masked=False))
+        super().__init__(open_text(config, context, masked=False))
         self.context = context
 
     def batch(self, rows: np.ndarray, step: int) -> Windows:
@@ -196,11 +224,18 @@ class Language(TextTask):
             windows = test.windows(rows)
             return Windows(torch.from_numpy(windows), bigrams.loss(windows))
 
-        return text.test_batches(world, read)
+        return text.batches(test, world, read, text.at_most)
+
+    def validation_batches(self, world: World) -> Iterator[Windows]:
+        tokens = self.text.validation
+        if tokens is None:
+            return iter(())
+        return self.text.batches(tokens, world, lambda rows: Windows(torch.from_numpy(tokens.windows(rows))))
 
     def test(self, model: nn.Module, batch: Windows) -> tuple[int, dict[str, float]]:
         num_tokens = batch.tokens[:, 1:].numel()
-        return num_tokens, {"loss": self._sum(model, batch).item(), "bigram_loss": batch.bigram_loss}
+        measures = {"loss": self._sum(model, batch).item()}
+        return num_tokens, measures if batch.bigram_loss is None else measures | {"bigram_loss": batch.bigram_loss}
 
     def _sum(self, model: nn.Module, batch: Windows) -> torch.Tensor:
         tokens = batch.tokens.long()
@@ -215,13 +250,13 @@ class Language(TextTask):
 class MaskedWindows:
     """`tokens` (n, context) with masks; `positions` (n, k) of the masked tokens, and `targets` (n, k), those tokens.
 
-    num_unigram: how many of the targets are the most frequent token of the training text.
+    num_unigram: how many of the targets are the most frequent token of the training text, in a test.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
-    num_unigram: int = 0
+    num_unigram: int | None = None
 
 
 class MaskedLanguage(TextTask):
@@ -233,7 +268,7 @@ class MaskedLanguage(TextTask):
 
     def __init__(self, config: Config, context: Context) -> None:
         """Collective. Opens the data and checks it."""
-        super().__init__(open_text(config, context, models.MASKED, masked=True))
+        super().__init__(open_text(config, context, masked=True))
         self.seed, self.context = config.seed, context
         self.num_masked = max(1, round(_MASKED_SHARE * self.text.train.length))
 
@@ -250,15 +285,24 @@ class MaskedLanguage(TextTask):
         if test is None:
             return iter(())
         most_frequent = int(count_tokens(self.text.train.values, self.text.vocab_size, self.context).argmax())
-        return self.text.test_batches(world, lambda rows: self._masked(test, rows, _TEST_STEP, most_frequent))
+        read = partial(self._masked, test, step=_TEST_STEP, most_frequent=most_frequent)
+        return self.text.batches(test, world, read, self.text.at_most)
+
+    def validation_batches(self, world: World) -> Iterator[MaskedWindows]:
+        tokens = self.text.validation
+        if tokens is None:
+            return iter(())
+        return self.text.batches(tokens, world, partial(self._masked, tokens, step=_TEST_STEP))
 
     def test(self, model: nn.Module, batch: MaskedWindows) -> tuple[int, dict[str, float]]:
         logits, targets = self._logits(model, batch)
         loss = functional.cross_entropy(logits, targets, reduction="sum")
         num_correct = (logits.argmax(1) == targets).sum().item()
-        return len(targets), {"loss": loss.item(), "accuracy": num_correct, "unigram_accuracy": batch.num_unigram}
+        measures = {"loss": loss.item(), "accuracy": num_correct}
+        counted = {} if batch.num_unigram is None else {"unigram_accuracy": batch.num_unigram}
+        return len(targets), measures | counted
 
-    def _masked(self, source: Tokens, rows: np.ndarray, step: int, most_frequent: int = -1) -> MaskedWindows:
+    def _masked(self, source: Tokens, rows: np.ndarray, step: int, most_frequent: int | None = None) -> MaskedWindows:
         windows, mask = source.windows(rows), self.text.vocab_size
         noise = row_noise(self.seed, step, rows, source.length + self.num_masked)
         shuffled, chance = np.argsort(noise[:, : source.length]), noise[:, source.length :]
@@ -272,7 +316,7 @@ class MaskedLanguage(TextTask):
             torch.from_numpy(tokens),
             torch.from_numpy(positions.astype(np.int32)),
             torch.from_numpy(targets),
-            int((targets == most_frequent).sum()),
+            None if most_frequent is None else int((targets == most_frequent).sum()),
         )
 
     def _logits(self, model: nn.Module, batch: MaskedWindows) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """A planted slowdown is found and named; alike runs raise no alarm. Runs have run-to-run and autocorrelated noise."""
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -391,6 +392,34 @@ def test_a_change_of_less_than_a_thousandth_of_a_step_is_below_the_threshold(tmp
     (metric,) = [each for each in compared(before, after).metrics if each.name == "other"]
     assert (metric.relative or 0.0) > 0.03 and (metric.interval or (0.0,))[0] > 0
     assert metric.verdict == "below the threshold"
+
+
+QUIET = Noisy(noise=0.001, run_noise=0.0003, host_noise=0.0003, steps=60)
+
+
+def test_a_phase_whose_slowdown_the_step_does_not_feel_is_told_apart(tmp_path: Path) -> None:
+    """forward takes as much longer as backward takes less: on all hosts, then on one."""
+    longer = 0.1 * PARTS["forward"] / PARTS["backward"]
+    before = write_repeats(tmp_path / "a", QUIET, 1)
+    for number, hosts in enumerate((QUIET.hosts, ["c2"])):
+        slower = {(host, "forward"): 1.1 for host in hosts} | {(host, "backward"): 1 - longer for host in hosts}
+        after = write_repeats(tmp_path / f"b{number}", replace(QUIET, slower=slower), 2 + number)
+        told = run_compare(before, after)
+        assert told.exit_code == 0, told.output
+        words = " ".join(told.output.split())
+        name = "forward" if len(hosts) > 1 else "forward on c2"
+        assert re.search(rf"Slower, though the step is not, and no regression of the job: {name} \+(9\.9|10)", words)
+        assert "Improvements beyond 3.0%: backward" in words
+
+
+def test_a_phase_that_fails_a_comparison_says_why_the_step_does_not(tmp_path: Path) -> None:
+    before = write_repeats(tmp_path / "a", Noisy(), 1)
+    after = write_repeats(tmp_path / "b", Noisy(slower={("c2", "forward"): 1.05}), 2)
+    told = run_compare(before, after)
+    words = " ".join(told.output.split())
+    assert told.exit_code == 1 and re.search(
+        r"shows no regression: a phase adds up to [\d.]+ ms, [\d.]+% of a step", words
+    )
 
 
 def test_measured_joules_are_not_compared_with_estimated_ones(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpc_train.analysis.efficiency.pop import efficiencies
 from hpc_train.analysis.efficiency.stragglers import StragglerAnalysis, find_stragglers
 from hpc_train.analysis.report.facts import gather
 from hpc_train.analysis.report.notes.headlines import time_lost_text
@@ -127,6 +128,24 @@ def test_a_rank_that_leaves_as_late_as_it_arrives_costs_nothing(tmp_path: Path, 
     assert run.load_balance and run.load_balance.arrivals
     assert run.load_balance.arrivals.late_s[0] == pytest.approx(0.0025, rel=0.2), "of the median of two, half of 5 ms"
     assert bool(find_stragglers(run).stragglers) is not leaves_late
+
+
+def test_the_cost_is_no_more_than_the_factors_of_balance_leave(tmp_path: Path) -> None:
+    """Rank 0 takes 8 ms longer and leaves reductions 1 ms late: the others wait 9 ms, of which it may save 8."""
+    law = Laws(ranks=4, ranks_per_host=4, noise=0.0, slow=(Slow(0, 1.4),))
+    directory, _ = laws.write(tmp_path, law)
+    header, *lines = directory.timings(0).read_text().splitlines()
+    names, rows = header.split(","), [list(map(int, line.split(","))) for line in lines]
+    for row in rows:
+        for name in ("start_ns", "arrived_ns"):
+            row[names.index(name)] += 1_000_000
+    directory.timings(0).write_text("\n".join([header, *(",".join(map(str, row)) for row in rows), ""]))
+    run = load(directory)
+    told, factors = find_stragglers(run), efficiencies([run], None).factors
+    left = factors["transfer"] * (1 - factors["load_balance"] * factors["serialisation"] * factors["input"])
+    assert [one.ranks for one in told.stragglers] == [(0,)]
+    assert told.share * run.step_s.mean() == pytest.approx(0.008, rel=0.005)
+    assert told.share <= left * 4 / 3, "of the four's mean; that of the three others is lower"
 
 
 def test_clocks_that_jumped_are_found_out_and_waits_are_used_instead(tmp_path: Path) -> None:

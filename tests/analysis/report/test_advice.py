@@ -52,6 +52,18 @@ def test_advice_that_was_not_tested_leads_no_headline(tmp_path: Path) -> None:
     assert "forecast" not in [plot.id for plot in made.sections[0].plots], "any curve fits two sizes"
 
 
+def test_advice_among_the_measured_sizes_is_given_though_the_model_is_not_trusted() -> None:
+    """Recorded on two cores: 4 ranks contradict every model, and 2 are measured to be the fastest."""
+    (section,) = make_report([Path("tests/runs/mlp-mnist")]).sections
+    assert section.headline.endswith("; ask for 2 ranks, the best of the sizes measured")
+    (number,) = [each for each in section.numbers if each.title == "Ask for"]
+    assert number.value == "2 ranks"
+    told = notes(section, "next-run")
+    assert told[0].startswith("The next run: Ask for 2 ranks: ") and len(told) == 1
+    assert any("The advice is among the measured sizes alone." in note for note in notes(section, "next-run-details"))
+    assert "forecast" not in section.leading, "its curve is the model's"
+
+
 def test_the_figures_say_what_they_show(study: Report) -> None:
     made = {plot.id: plot for plot in study.sections[0].plots}
     tree, late, plan = made["pop-efficiencies"], made["late-ranks"], made["forecast"]

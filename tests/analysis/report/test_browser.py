@@ -3,13 +3,16 @@
 `make test-browser` installs what this needs. Screenshots and PDF pages stay in runs/screenshots, for a person to see.
 """
 
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from hpc_train.analysis.report.model import Report
 from hpc_train.analysis.report.renderers.files import write_report
@@ -211,6 +214,26 @@ def test_paper_has_everything_unfolded_and_nothing_beyond_its_edges(
 def letters(text: str) -> str:
     """Letters and digits alone: lines and pages break anywhere else."""
     return re.sub(r"[\W_]", "", text)
+
+
+def test_a_table_that_fits_has_no_line_at_its_edge(browser: "Browser", tmp_path: Path) -> None:
+    """Shadows at the edges show that a table goes on. Of an edge between two pixels a part stayed uncovered."""
+    write_run(tmp_path, Recipe(size=2))
+    path = write_report(make_report([tmp_path]), tmp_path)
+    page = browser.new_page(viewport={"width": 1111, "height": 900}, device_scale_factor=1.5, color_scheme="dark")
+    try:
+        page.goto(path.as_uri())
+        unfold(page)
+        tables = [
+            table for table in page.locator(".scroll").all() if table.evaluate("e => e.scrollWidth <= e.clientWidth")
+        ]
+        assert tables
+        for table in tables:
+            pixels = np.asarray(Image.open(io.BytesIO(table.screenshot())).convert("L")).astype(int)
+            for edge in (pixels[:, 0], pixels[:, -1]):
+                assert (np.abs(edge - np.median(pixels)) <= 2).mean() > 0.5, "a line from top to bottom"
+    finally:
+        page.close()
 
 
 # ------------------------------------------------------------------------------------------- do the checks notice?

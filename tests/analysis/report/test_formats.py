@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from click.testing import CliRunner, Result
 
 from hpc_train.analysis.report.renderers.markdown import to_markdown
 from hpc_train.analysis.report.report import make_report
-from hpc_train.analysis.report.sections.quantities import FAMILIES
+from hpc_train.analysis.report.sections.quantities import FAMILIES, JSON_FAMILIES
 from hpc_train.cli.main import cli
+from tests import laws
 from tests.synthetic import Recipe, write_run
 
 
@@ -106,6 +108,27 @@ def test_every_column_is_explained_and_its_name_carries_its_unit(runs: Path) -> 
                 assert each.unit == unit, each.name
         is_energy = "joules" in each.name and not each.name.endswith(("quality", "shared"))
         assert (each.unit == "J") == is_energy, each.name
+
+
+def test_what_json_has_beside_the_columns_is_explained_too(tmp_path: Path) -> None:
+    """Strategies on equal work, and one job on two commits."""
+    for index, strategy in enumerate(("horovod", "mpi")):
+        write_run(tmp_path, Recipe(size=2, strategy=strategy, stamp=f"20261123T2{index}0000Z"))
+    law = laws.Laws(ranks=2, ranks_per_host=1, steps=40)
+    for commit, factor in (("a" * 40, 1.0), ("b" * 40, 1.2)):
+        for seed in range(2):
+            stamp = f"2026112{seed}T2{int(10 * factor) % 10}0000Z"
+            meta = {"git": {"commit": commit, "dirty": False}}
+            laws.write(tmp_path, replace(law, work_s=0.08 * factor, seed=seed, stamp=stamp, meta=meta))
+    tree = json.loads(said(tmp_path, "--format", "json").output)
+    (strategies,), (comparison,) = tree["strategies"], tree["comparisons"]
+    families = [strategies["rows"], comparison["metrics"], comparison["places"]]
+    assert all(families), "an empty list explains nothing"
+    assert comparison["metrics"][0]["verdict"] == "regression" and comparison["is_regression"]
+    for found, quantities in zip(families, JSON_FAMILIES.values(), strict=True):
+        explained = {each.name for each in quantities}
+        assert all({name for name in each if not name.startswith("test_")} - {"runs"} == explained for each in found)
+    assert all(len(each.meaning) > 8 for quantities in JSON_FAMILIES.values() for each in quantities)
 
 
 def test_tables_show_the_exported_values(runs: Path) -> None:

@@ -34,7 +34,8 @@ def test_the_headline_answers_first(tmp_path: Path) -> None:
     (line,) = report(tmp_path, *pair()).headlines
     assert re.fullmatch(
         r"2 ranks: 1\.6\dx over 1 rank \(95% interval [\d.-]+ within one run, 8\d% efficiency\)"
-        r"; computing a sample takes 1\.20x the time; 10% of the step is exposed communication",
+        r"; computing a sample takes 1\.20x the time; 10% of the step is exposed communication"
+        r" \(that no computing hides\)",
         line,
     )
 
@@ -83,6 +84,39 @@ def test_a_slowdown_is_called_slower_and_says_what_grew(tmp_path: Path) -> None:
     assert "backward grew" not in line
 
 
+def test_no_slowdown_is_so_many_times_over(tmp_path: Path) -> None:
+    """Also without an interval, and where a loss is reached later."""
+    made = report(tmp_path, *(replace(each, steps=12) for each in pair(step_s=0.020)))
+    said = (printed(made), printed(made, full=False), Page(page(made, tmp_path)).text, *made.headlines)
+    assert all(re.search(r"0\.[45]\d*x", each) for each in said)
+    for each in said:
+        assert not re.search(r"0\.\d+x\s+over", each), each
+    assert made.sections[0].numbers[0].title == "Slower: the speed of 1 rank"
+
+
+@pytest.mark.parametrize(
+    ("cores", "num_cpus", "told"),
+    [
+        (1.5, 2, "; other programs kept 1.50 of the 2 cores of node01 busy"),
+        (1.5, None, "; other programs kept 1.50 cores of node01 busy"),
+        (1.5, 128, ""),
+        (0.0, 2, ""),
+    ],
+)
+def test_other_programs_on_a_node_are_said_in_the_first_lines(
+    tmp_path: Path, cores: float, num_cpus: int | None, told: str
+) -> None:
+    energy = {"foreign_cores": {"node01": cores}, "num_cpus": {"node01": num_cpus} if num_cpus else {}}
+    made = report(tmp_path, *pair(meta={"energy": energy}))
+    assert (told in made.headlines[0]) if told else ("other programs" not in printed(made)), made.headlines
+    assert not told or "other programs" in " ".join(printed(made, full=False).splitlines()[:5])
+
+
+def test_recorded_hosts_that_were_shared_are_named() -> None:
+    (section,) = make_report([Path("tests/runs/mlp-two-hosts")]).sections
+    assert section.headline.endswith("other programs kept 1.60 cores of n2 busy")
+
+
 def test_no_difference_is_not_called_a_speedup(tmp_path: Path) -> None:
     (line,) = report(tmp_path, *pair(step_s=0.010)).headlines
     assert "not measurably faster than 1 rank" in line and "95% interval" in line
@@ -124,7 +158,10 @@ def test_a_shared_nodes_energy_is_marked_on_every_screen() -> None:
     assert section.overview is not None and section.overview.rows[0][-1].endswith("J shared")
     (energy,) = [number for number in section.numbers if number.title == "Energy per sample"]
     assert energy.value.endswith("J shared")
-    assert table(section, "energy-by-node").rows[0][1].endswith(" shared (all nodes together)")
+    by_node = table(section, "energy-by-node")
+    assert by_node.columns[1].title == "of all nodes together" and by_node.rows[0][1].endswith(" shared")
+    (own,) = make_report([Path("tests/runs/mlp-mnist")]).sections
+    assert table(own, "energy-by-node").columns[1].title == "by node"
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
@@ -371,6 +408,28 @@ def test_mismatches_and_incomplete_runs_are_told_everywhere(tmp_path: Path) -> N
         assert "version of torch: 2.10.0 (1 and 4 ranks); 2.11.0 (2 ranks)" in said
         assert "4*" in said and "no summary.json" in said and "* incomplete" in said
     assert made.headlines[0].startswith("2 ranks")  # not the incomplete 4 ranks
+
+
+def test_the_short_screen_has_the_first_note_of_each_group_and_why_a_run_is_incomplete(tmp_path: Path) -> None:
+    cut = Recipe(size=4, step_s=0.004, complete=False)
+    made = report(
+        tmp_path, *pair(), cut, *(replace(each, name="another", global_batch=60, complete=False) for each in pair())
+    )
+    assert sum(section.kind == "group" for section in made.sections) == 2
+    text = " ".join(printed(made, full=False).split())
+    assert "softmax-mnist: * incomplete: softmax-mnist/" in text
+    assert "(4 ranks): no summary.json" in text
+    assert "another: * incomplete: another/" in text
+
+
+def test_no_sentence_ends_with_two_full_stops(tmp_path: Path) -> None:
+    """Amounts of energy may end with "est."."""
+    estimated = [replace(each, **ESTIMATE) for each in pair()]
+    for made in (report(tmp_path, *estimated), make_report([Path("tests/runs/mlp-mnist")])):
+        assert "est." in printed(made)
+        plots = [f"{plot.caption}{plot.description}" for section in made.sections for plot in section.plots]
+        for said in (printed(made), printed(made, full=False), Page(page(made, tmp_path)).text, *plots):
+            assert not re.search(r"(?<!\.)\.\.(?!\.)", said), re.findall(r".{60}\.\.", said)
 
 
 def test_a_diverged_run_and_one_without_metrics_are_reported(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpc_train.analysis.report.notes.scaling import group_notes, scaling_notes
+from hpc_train.analysis.report.notes.scaling import group_notes, incomplete_notes, scaling_notes
 from hpc_train.analysis.report.renderers.files import default_output
 from hpc_train.analysis.report.report import make_report
 from hpc_train.analysis.runs.load import load, load_all
@@ -162,6 +162,23 @@ def test_where_a_report_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert default_output([Path("runs")]) == Path("runs/report")
 
 
+def test_a_report_on_some_runs_leaves_that_of_all_as_it_is(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "runs", Recipe(size=size)) for size in (1, 2, 4)]
+    job = runs[0].path.parent
+    paths = [run.path for run in runs]
+    assert default_output(paths) == default_output([job]) == job / "report", "all of them"
+    some = default_output(paths[:2])
+    assert some.parent == job and some.name == f"report-{paths[0].name}+{paths[1].name}"
+    assert default_output([paths[2]]) == paths[2] / "report", "inside a lone run"
+    others = [write_run(tmp_path / "runs", Recipe(name="other-job", size=size)).path for size in (1, 2)]
+    assert default_output([job]) == job / "report"
+    assert default_output([job, others[0]]).name.startswith("report-")
+    assert default_output([job, others[0].parent]) == tmp_path / "runs" / "report"
+    many = [write_run(tmp_path / "many", Recipe(size=size)).path for size in range(1, 12)]
+    names = {default_output(many[:-1]).name, default_output(many[1:]).name, default_output(many).name}
+    assert len(names) == 3 and "report" in names and max(map(len, names)) < 150
+
+
 def test_an_earlier_report_among_the_paths_is_passed_over(tmp_path: Path) -> None:
     write_run(tmp_path, Recipe())
     (tmp_path / "report").mkdir()
@@ -267,7 +284,8 @@ def test_an_incomplete_run_is_shown_but_no_baseline(tmp_path: Path) -> None:
     )
     one, two, _ = group.rows
     assert one.incomplete and group.baseline is two and two.is_baseline
-    assert any("Incomplete" in note and "no summary.json" in note for note in group_notes(group))
+    (note,) = incomplete_notes(group)
+    assert note.startswith("* incomplete: ") and "(1 rank): no summary.json" in note
     assert group.largest is group.rows[2]
 
 

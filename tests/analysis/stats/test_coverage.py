@@ -224,6 +224,8 @@ def learning(ranks: int, num_runs: int, steps: Steps, generator: np.random.Gener
         metrics = (list(range(steps.count)), losses.tolist())
         run = replace(timed(ranks, step_s), metrics=metrics, dir=RunDir(Path(f"{ranks}-{index}")))
         numbers = np.arange(steps.count)
-        timeline = StepTimeline(numbers, np.ones(steps.count, np.int64), np.cumsum(step_s), (), 0)
+        timeline = StepTimeline(
+            numbers, np.ones(steps.count, np.int64), np.cumsum(step_s), np.zeros(steps.count), (), 0
+        )
         found.append(RunEnergy(run, timeline))
     return found

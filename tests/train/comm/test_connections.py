@@ -4,7 +4,7 @@ import resource
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from time import monotonic, sleep
 
 import pytest
@@ -13,7 +13,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Run
 from hpc_train.core.world import World
 from hpc_train.train.comm import connections, watchdog
-from hpc_train.train.comm.connections import RankListener, call
+from hpc_train.train.comm.connections import Link, RankListener, call
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.watchdog import Watchdog
 
@@ -146,21 +146,23 @@ def test_the_root_listens_on_one_interface_alone() -> None:
 def test_what_no_rank_would_say_is_passed_over() -> None:
     """Of what comes over a connection no more is kept than the longest line."""
     ours, theirs = socket.socketpair()
-    with Watchdog(Context(World(1, 2)), 600.0, {0: ours}) as watching:
+    with Watchdog(Context(World(1, 2)), 600.0, {0: Link(ours, "here")}) as watching:
         peer = watching._peers[0]
         for noise in (
             b"\n\n\xff\xfe\n",
             b"[" * 100_000 + b"\n",
-            b'{"step": "x", "waits": 1, "stack": []}\n{"ends": 3}\n7\n{"step": 1}\n',
+            b'{"rank": 0, "step": "x", "waits": 1, "stack": [], "ago_s": 0, "lowest": 3}\n'
+            b'{"ends": 3}\n7\n{"step": 1}\n',
             b"x" * (1 << 20),
         ):
             theirs.sendall(noise)
-        assert peer.step is None
-        theirs.sendall(b'\n{"step": 3, "waits": true, "stack": "here"}\n')
+        assert peer.lowest is None
+        theirs.sendall(b'\n{"rank": 0, "step": 3, "waits": true, "stack": "here", "ago_s": 0.5, "lowest": 3}\n')
         end_s = monotonic() + 20
-        while peer.step is None and monotonic() < end_s:
+        while peer.lowest is None and monotonic() < end_s:
             sleep(0.01)
-        assert (peer.step, peer.waits, peer.stack) == (3, True, "here")
+        seen = peer.suspect
+        assert (seen.rank, seen.step, seen.waits, seen.stack) == (0, 3, True, "here") and seen.ago_s >= 0.5
         assert len(watching._received[0]) <= watchdog._MAX_LINE_BYTES
     ours.close(), theirs.close()
 
@@ -169,3 +171,41 @@ def test_a_stall_that_any_step_would_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"run.stall_s = 0.001: a healthy step may take longer; set 1 or more"):
         Run(stall_s=0.001)
     assert Run(stall_s=0).stall_s == 0 and Run(stall_s=1).stall_s == 1
+
+
+def test_the_root_hears_of_a_node_the_rank_that_is_most_likely_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of two ranks: rank 3 speaks to rank 2 alone, and rank 2 passes on who keeps the others waiting."""
+    monkeypatch.setattr(watchdog, "_MAX_BEAT_S", 0.05)
+    contexts = [Context(World(rank, 4, rank % 2, 2, "ab"[rank // 2], rank // 2 * 2)) for rank in range(4)]
+    ends = {pair: socket.socketpair() for pair in [(0, 1), (0, 2), (2, 3)]}
+    links: list[dict[int, Link]] = [{} for _ in contexts]
+    for (upper, lower), (down, up) in ends.items():
+        links[upper][lower], links[lower][upper] = Link(down, contexts[lower].world.host), Link(up, "ab"[upper // 2])
+    with ExitStack() as stack:
+        dogs = [
+            stack.enter_context(Watchdog(context, 600.0, mine)) for context, mine in zip(contexts, links, strict=True)
+        ]
+        node = dogs[0]._peers[2]
+
+        def becomes(step: int | None, waits: bool, rank: int, lowest: int | None) -> None:
+            until_s = monotonic() + 20
+            while monotonic() < until_s:
+                seen = node.suspect
+                if (seen.step, seen.waits, seen.rank, node.lowest) == (step, waits, rank, lowest):
+                    return
+                sleep(0.01)
+            raise AssertionError((node, step, waits, rank, lowest))
+
+        for dog in dogs:
+            dog.step = 7
+        with contexts[2].waiting:
+            becomes(7, False, 3, 7)
+            dogs[3].step = 8
+            becomes(8, False, 3, 7)
+            with contexts[3].waiting:
+                becomes(7, True, 2, 7)
+        with contexts[3].waiting:
+            becomes(7, False, 2, 7)
+    for pair in ends.values():
+        for end in pair:
+            end.close()

@@ -8,7 +8,7 @@ import pytest
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
-from hpc_train.train.run.meta_json import read_meta
+from hpc_train.train.run.meta_reader import read_meta
 
 GOOD = {
     "size": 2,

@@ -20,6 +20,7 @@ from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Config
+from hpc_train.core.validation_log import read_validation
 from hpc_train.core.world import World
 from hpc_train.datasets.prepare.prepare import prepare
 from hpc_train.datasets.prepare.sources import Options
@@ -397,6 +398,21 @@ def test_windows_of_documents_are_told_their_own_bigrams(tmp_path: Path) -> None
     told = sum(batch.bigram_loss for batch in task.test_batches(World()))
     windows = np.array([test[at : at + 33] for at in (95, 128, 161)])
     assert told == pytest.approx(count_bigrams(train, test, 256, ALONE).loss(windows))
+
+
+@pytest.mark.parametrize("kind, counts", [("language", "bigram_loss"), ("masked_language", "unigram_accuracy")])
+def test_texts_are_validated_on_tokens_of_their_own(as_bytes: Path, tmp_path: Path, kind: str, counts: str) -> None:
+    """On the tokens of the test, and the validation after the last step finds what the test finds."""
+    keys = (f"data.validation_file={as_bytes}", "data.validation_inputs=test/inputs", "validation.every_steps=2")
+    job = tmp_path / "job.toml"
+    model = "gpt" if kind == "language" else "bert"
+    job.write_text(JOB.format(file=as_bytes, kind=kind, model=model, steps=4, root=tmp_path))
+    assert train(load(job, keys), ALONE) == 0
+    (run,) = rundir.find([tmp_path])
+    tested, rows = json.loads(run.summary.read_text())["test"], read_validation(run.validation)
+    assert [row["step"] for row in rows] == [2, 4]
+    assert {*rows[1], counts} == {*tested, "step", "seconds"} and counts not in rows[1]
+    assert all(rows[1][name] == pytest.approx(tested[name], rel=1e-6) for name in tested if name != counts)
 
 
 def test_masked_language_says_what_the_commonest_token_would_reach(as_bytes: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from hpc_train.analysis.report.notes.meters import meter_notes
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.energy_records import NO_METER
-from hpc_train.core.formatting import listed, plain, plural, ratio_text, significant
+from hpc_train.core.formatting import listed, plain, plural, ratio_text, sentence, significant
 
 _MOST_LACKING = 4  # meters of a run that a note names
 
@@ -51,8 +51,8 @@ def _price_text(row: RowEnergy) -> str:
 
 
 def verdict_notes(energy: GroupEnergy) -> list[str]:
-    sentence = verdict(energy).removesuffix(".")  # it may end with "est."
-    return [f"{sentence}."] if sentence else []
+    answer = verdict(energy)
+    return [sentence(answer)] if answer else []
 
 
 def run_notes(energy: GroupEnergy) -> list[str]:
@@ -143,5 +143,5 @@ def estimate_notes(group: Group) -> list[str]:
     if not any(row.energy.quality == "estimated" for row in group.rows):
         return []
     runs = [run for row in group.rows for run in row.runs if run.summary.energy_quality == "estimated"]
-    assumptions = dict.fromkeys((run.assumption or "the run does not state its assumption").rstrip(".") for run in runs)
-    return [f"Energy marked est. is estimated, not measured: {assumption}." for assumption in assumptions]
+    assumptions = dict.fromkeys(run.assumption or "the run does not state its assumption" for run in runs)
+    return [sentence(f"Energy marked est. is estimated, not measured: {assumption}") for assumption in assumptions]

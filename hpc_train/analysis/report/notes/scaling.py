@@ -6,17 +6,18 @@ from collections.abc import Collection, Iterator, Sequence
 from hpc_train.analysis.report.labels import MARK, WITHIN
 from hpc_train.analysis.runs.clocks import hosts_of
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.placement import crowded_hosts
+from hpc_train.analysis.runs.placement import SharedHost, crowded_hosts, shared_hosts
 from hpc_train.analysis.runs.repeats import differing_facts
 from hpc_train.analysis.scaling.compare import Group, Scaling, equal_work
 from hpc_train.analysis.scaling.labels import differing_keys, work
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.core.formatting import listed, ms_text, plain, plural
+from hpc_train.core.formatting import listed, ms_text, plain, plural, significant
 from hpc_train.core.settings import RECORDED
 from hpc_train.core.timing_log import PHASES
 
 _UNEVEN = 0.1  # the mean step over the median one, relative
 _SUPERLINEAR = 1.05  # speedup efficiency
+_MOST_INCOMPLETE = 5  # runs whose reason a sentence gives; the page's list of runs has all
 _MOST_UNEQUAL = 2  # facts that a sentence names
 
 
@@ -26,6 +27,7 @@ def group_notes(group: Group) -> list[str]:
         *_run_notes(group.runs),
         *mismatch_notes(group.runs),
         *(note for row in group.rows for note in _row_notes(row)),
+        *_foreign_work_notes(group),
         *_ranks_per_host_notes(group.runs),
     ]
 
@@ -57,9 +59,7 @@ def _run_notes(runs: Sequence[Run]) -> Iterator[str]:
         for copy in run.copies:
             yield f"Counted once: {copy} is a copy of {run.dir.path}."
     for run in runs:
-        if run.incomplete:
-            yield f"Incomplete: {run.label} ({plural(run.size, 'rank')}): {run.incomplete}."
-        elif not len(run.step_s):
+        if not run.incomplete and not len(run.step_s):
             yield f"{run.label}: no steady step, all of its {run.summary.num_steps} steps are warm-up."
 
 
@@ -100,6 +100,24 @@ def crowding_text(row: Row) -> str:
     if worst is None:
         return ""
     return f"{plural(worst.num_ranks, 'rank')} share {plural(worst.num_cores, 'core')} of {plain(worst.host)}"
+
+
+def foreign_work_text(rows: Sequence[Row]) -> str:
+    """ "other programs kept 1.56 of the 2 cores of vm busy" on the host that they used most; "" if on none."""
+    hosts = [host for row in rows for run in row.runs for host in shared_hosts(run)]
+    worst = max(hosts, key=lambda host: host.foreign_cores, default=None)
+    return "" if worst is None else f"other programs kept {_foreign_text(worst)} busy"
+
+
+def _foreign_text(host: SharedHost) -> str:
+    of_all = f" of the {host.num_cpus}" if host.num_cpus else ""
+    return f"{significant(host.foreign_cores)}{of_all} cores of {plain(host.host)}"
+
+
+def _foreign_work_notes(group: Group) -> Iterator[str]:
+    for row in group.rows:
+        if text := foreign_work_text([row]):
+            yield f"{plural(row.size, 'rank')}: {text}: steps wait for cores, and vary. A node of its own tells more."
 
 
 def mismatch_notes(runs: Sequence[Run]) -> list[str]:
@@ -191,9 +209,14 @@ def _lone_notes(groups: Sequence[Group], compared: Collection[str]) -> list[str]
 
 
 def incomplete_notes(group: Group) -> list[str]:
-    if not any(row.incomplete for row in group.rows):
+    runs = [run for run in group.runs if run.incomplete]
+    if not runs:
         return []
-    return [f"{MARK} incomplete: shown, never a baseline, never pooled with complete runs."]
+    reasons = [f"{run.label} ({plural(run.size, 'rank')}): {run.incomplete}" for run in runs]
+    return [
+        f"{MARK} incomplete: {listed(reasons, _MOST_INCOMPLETE)}. Shown, never a baseline, never pooled with complete"
+        " runs."
+    ]
 
 
 def server_notes(group: Group) -> list[str]:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
+from hpc_train.analysis.energy.run_energy import VALIDATION
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.canvas import BLUE, GREEN, GREY, SKY, VERMILLION, WHITE, label_bar, legend_above
 from hpc_train.analysis.report.plots.step_time import PHASE_COLORS, bars_by_size
-from hpc_train.core.formatting import plural, ratio_text, significant
+from hpc_train.core.formatting import plural, ratio_text, sentence, significant
 from hpc_train.core.timing_log import COMMUNICATION, PHASES
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _COLORS = {"dynamic": GREEN, "idle": SKY, "measured": GREEN, "estimated": GREEN}
 _OUTSIDE = "outside steps"
+_SHOWN = (*PHASES, VALIDATION, _OUTSIDE)
 _HEIGHT = 0.75
 
 
@@ -48,7 +50,7 @@ def energy_by_size_plot(cost: GroupEnergy) -> Plot:
     return Plot(
         "energy-per-sample",
         f"Energy per sample trained on, whole run, {qualities}.{split}{hatched}",
-        f"Energy per sample: {amounts}.",
+        sentence(f"Energy per sample: {amounts}"),
         partial(_paint_sizes, rows=rows, qualities=qualities),
         _HEIGHT,
     )
@@ -120,7 +122,7 @@ def energy_by_phase_plot(cost: GroupEnergy) -> Plot | None:
         "energy-by-phase",
         "Energy per sample by phase, divided by the time of each phase: no meter is fast enough to separate them."
         " Hatched: energy spent in exposed communication.",
-        f"Energy per sample by phase, attributed by time: {amounts}.",
+        sentence(f"Energy per sample by phase, attributed by time: {amounts}"),
         partial(_paint_phases, rows=rows),
         _HEIGHT,
     )
@@ -137,7 +139,7 @@ def _phases(row: RowEnergy) -> list[tuple[str, float]]:
     for phase, amount in row.servers.items():
         joules[phase] = joules.get(phase, 0.0) + amount.known
     joules[_OUTSIDE] = row.outside.known
-    order = [name for name in (*PHASES, _OUTSIDE) if joules.get(name, 0.0) > 0]
+    order = [name for name in _SHOWN if joules.get(name, 0.0) > 0]
     return [(name, joules[name] / num_samples) for name in order if num_samples]
 
 
@@ -145,12 +147,13 @@ def _paint_phases(axes: "Axes", rows: Sequence[RowEnergy]) -> None:
     bars = [dict(_phases(row)) for row in rows]
     scale, unit = _unit(max(sum(bar.values()) for bar in bars))
     below = [0.0] * len(rows)
-    for name in (*PHASES, _OUTSIDE):
+    for name in _SHOWN:
         heights = [scale * bar.get(name, 0.0) for bar in bars]
         if not any(heights):
             continue
         how: dict[str, Any] = {"color": PHASE_COLORS.get(name, WHITE), "linewidth": 0.5, "label": name}
-        edge, hatch = GREY if name == _OUTSIDE else WHITE, "///" if name in COMMUNICATION else None
+        edge = WHITE if name in PHASES else GREY
+        hatch = "///" if name in COMMUNICATION else "..." if name == VALIDATION else None
         axes.bar(range(len(rows)), heights, 0.62, below, edgecolor=edge, hatch=hatch, **how)
         below = [base + height for base, height in zip(below, heights, strict=True)]
     legend_above(axes, 3)
@@ -174,7 +177,7 @@ def energy_by_speedup_plot(cost: GroupEnergy) -> Plot | None:
         "energy-against-speedup",
         f"Energy against speedup. Below the dashed line, joules times seconds are less than on {over}: more ranks pay"
         " there.",
-        f"Speedup over {over} and energy per sample: {prices}.",
+        sentence(f"Speedup over {over} and energy per sample: {prices}"),
         partial(_paint_speedup, rows=rows, over=over),
     )
 

@@ -1,6 +1,7 @@
 """report.html, scaling.csv and summary.json, and where they go."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -14,20 +15,52 @@ from hpc_train.core import rundir
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plain
 
+_LONGEST_NAME = 100  # letters of a folder's name
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 
 
 def default_output(paths: Sequence[Path]) -> Path:
     """`report/` in the deepest folder common to `paths`, inside a lone run.
 
-    Never outside both the paths and the current folder: for runs far apart it is `report/` here.
+    Never outside both the paths and the current folder: for runs far apart it is `report/` here. If the folder holds
+    other runs, too, the name says which these are: they leave the report of all runs as it is.
     """
     given = [Path(os.path.abspath(path)) for path in paths]
     common, here = Path(os.path.commonpath(given)), Path.cwd()
+    name = f"report-{_names_text(common, given)}" if _is_part(common, given) else "report"
     if common.is_relative_to(here):
-        return common.relative_to(here) / "report"
+        return common.relative_to(here) / name
     beside = common in given or {path.parent for path in given} == {common}
-    return common / "report" if beside else Path("report")
+    return common / name if beside else Path(name)
+
+
+def _is_part(common: Path, given: Sequence[Path]) -> bool:
+    """Whether other runs, or folders of runs, lie beside those given, at or below `common`."""
+    folders = {common, *(folder for path in given for folder in path.parents if folder.is_relative_to(common))}
+    beside = {entry for folder in folders - set(given) for entry in _folders_in(folder)}
+    others = (entry for entry in beside if not any(path.is_relative_to(entry) for path in given))
+    return common not in given and any(_holds_runs(entry) for entry in others)
+
+
+def _holds_runs(folder: Path) -> bool:
+    return any(rundir.is_run(each) for each in (folder, *_folders_in(folder)))
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return [entry for entry in folder.iterdir() if entry.is_dir()]
+    except OSError:  # gone, or not to be looked into
+        return []
+
+
+def _names_text(common: Path, given: Sequence[Path]) -> str:
+    """The names of the paths given, in their order; of many the first, and a word that tells them from others."""
+    names = [str(path.relative_to(common)).replace(os.sep, "-") for path in dict.fromkeys(given)]
+    whole = "+".join(names)
+    if len(whole) <= _LONGEST_NAME:
+        return whole
+    word = hashlib.sha256(whole.encode(errors="surrogateescape")).hexdigest()[:8]
+    return f"{names[0][:_LONGEST_NAME]}-and-{len(names) - 1}-more-{word}"
 
 
 def write_report(report: Report, folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """A report in a terminal of any width: one screen with the answer, or everything."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Literal
 
 from rich import box
@@ -8,11 +9,12 @@ from rich.console import Console, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from hpc_train.analysis.report.model import Note, Report, Table
+from hpc_train.analysis.report.model import Note, NoteKind, Report, Table
 from hpc_train.core.formatting import plain
 
 _MOST_HEADLINES = 6  # of a short report
-_MOST_CAUTIONS, _MOST_FINDINGS = 2, 2
+_MOST_CAUTIONS, _MOST_FINDINGS = 2, 2  # of a single section
+_MOST_SECTIONS = 4  # whose notes add to these
 _LEAST_TEXT_WIDTH = 12  # text columns wrap down to this many letters
 
 
@@ -25,13 +27,28 @@ def print_short(report: Report, console: Console) -> None:
     first = report.sections[0] if report.sections else None
     if first is not None and first.overview is not None:
         console.print("", safe_text(first.overview.title), fit_table(first.overview, console.width), sep="\n")
-    # Notes on all runs first: they name the runs that could not be read.
-    notes = [*report.notes, *(first.notes if first else ())]
-    cautions, findings = ([note for note in notes if note.kind == kind] for kind in ("caution", "finding"))
-    _print_notes([*cautions[:_MOST_CAUTIONS], *findings[:_MOST_FINDINGS]], console)
+    more = min(len(report.sections), _MOST_SECTIONS) - 1  # one note each of further sections
+    cautions, findings = _notes_in_turn(report, "caution"), _notes_in_turn(report, "finding")
+    for text in (*cautions[: _MOST_CAUTIONS + more], *findings[: _MOST_FINDINGS + more]):
+        console.print(safe_text(f"- {text}"))
     num_tables = sum(len(section.tables) for section in report.sections)
     num_notes = sum(len(section.notes) for section in report.sections) + len(report.notes)
     console.print(f"--full prints all {num_tables} tables and {num_notes} notes; the page also has figures.")
+
+
+def _notes_in_turn(report: Report, kind: NoteKind) -> list[str]:
+    """What a mark in the table above means; notes on all runs, which name those that could not be read; then the first
+    of each section, the second of each, and so on.
+    """
+    several = len(report.sections) > 1
+    by_section = [
+        [(note, f"{section.label}: {note.text}" if several else note.text) for note in section.notes]
+        for section in report.sections
+    ]
+    marks = [pair for pair in by_section[0] if pair[0].id == "incomplete-mark"] if by_section else []
+    in_turn = [pair for turn in zip_longest(*by_section) for pair in turn if pair is not None]
+    of_all = [*marks, *((note, note.text) for note in report.notes), *in_turn]
+    return list(dict.fromkeys(text for note, text in of_all if note.kind == kind))
 
 
 def print_full(report: Report, console: Console) -> None:

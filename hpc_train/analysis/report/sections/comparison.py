@@ -10,15 +10,19 @@ from hpc_train.analysis.comparison.comparison import (
     PlaceVerdict,
     RunComparison,
     Verdict,
+    added_s,
 )
 from hpc_train.analysis.comparison.differences import Difference
 from hpc_train.analysis.comparison.sides import Side
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.report.model import Section, Table
+from hpc_train.analysis.report.sections import quantities
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
+from hpc_train.analysis.report.sections.quantities import METRIC, PLACE
 from hpc_train.core.formatting import amount, listed, ms_text, percent, plural, significant
 from hpc_train.core.statistics import Interval
+from hpc_train.core.timing_log import PHASES
 
 SCHEMA = 1
 _MOST_PLACES, _MOST_ROWS = 3, 20  # in the answer, in the table
@@ -49,9 +53,31 @@ def headline(comparison: RunComparison) -> str:
 
 
 def verdicts(comparison: RunComparison) -> list[str]:
-    kinds: tuple[tuple[Verdict, str], ...] = (("regression", "Regressions"), ("improvement", "Improvements"))
+    beyond = f"beyond {percent(comparison.threshold, 1)}"
+    kinds: tuple[tuple[Verdict, str], ...] = (
+        ("regression", f"Regressions {beyond}"),
+        ("improvement", f"Improvements {beyond}"),
+        ("slower, step unaffected", "Slower, though the step is not, and no regression of the job"),
+    )
     named = [(words, _names(comparison, kind)) for kind, words in kinds]
-    return [f"{words} beyond {percent(comparison.threshold, 1)}: {names}." for words, names in named if names]
+    lines = [f"{words}: {names}." for words, names in named if names]
+    return [*lines, *_unfelt(comparison)]
+
+
+def _unfelt(comparison: RunComparison) -> list[str]:
+    """Why phases fail a comparison in which the step time does not."""
+    speed, step_s = comparison.speed, comparison.speed.before
+    phases = [each for each in comparison.metrics if each.name in PHASES]
+    judged: list[Metric | PlaceVerdict] = [*phases, *comparison.places]
+    slower = [each for each in judged if each.verdict == "regression"]
+    if not slower or not step_s or speed.verdict == "regression" or speed.interval is None:
+        return []
+    most = max(map(added_s, slower))
+    return [
+        f"The step time shows no regression: a phase adds up to {ms_text(most)} ms, {percent(most / step_s)} of a step,"
+        f" and the step's interval is {_interval_text(speed.interval)}. The comparison fails, since the step may take"
+        " that much longer."
+    ]
 
 
 def _speed_text(speed: Metric) -> str:
@@ -113,7 +139,7 @@ def overview_table(comparison: RunComparison) -> Table:
     rows = [
         row
         for row, each in zip(whole.rows, comparison.metrics, strict=True)
-        if each is comparison.speed or each.verdict in ("regression", "improvement")
+        if each is comparison.speed or each.verdict in ("regression", "improvement", "slower, step unaffected")
     ]
     return replace(whole, id="overview", rows=tuple(rows[:_MOST_OVERVIEW]))
 
@@ -221,25 +247,11 @@ def record(comparison: RunComparison) -> dict[str, Any]:
         "threshold": comparison.threshold,
         "before": _side_record(comparison.before),
         "after": _side_record(comparison.after),
-        "metrics": [asdict(metric) for metric in comparison.metrics],
-        "places": [_place_record(place) for place in comparison.places],
+        "metrics": [quantities.record(METRIC, metric) for metric in comparison.metrics],
+        "places": [quantities.record(PLACE, place) for place in comparison.places],
         "differences": [asdict(difference) for difference in comparison.differences],
     }
 
 
 def _side_record(side: Side) -> dict[str, Any]:
     return {"name": side.name, "ranks": side.size, "runs": [run.label for run in side.runs]}
-
-
-def _place_record(each: PlaceVerdict) -> dict[str, Any]:
-    return {
-        "phase": each.of.phase,
-        "kind": each.of.place.kind,
-        "place": each.of.place.name,
-        "before_s": each.of.before_s,
-        "after_s": each.of.after_s,
-        "relative": each.relative,
-        "interval": each.interval,
-        "level": each.level,
-        "verdict": each.verdict,
-    }

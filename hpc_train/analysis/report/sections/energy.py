@@ -1,12 +1,13 @@
 """The energy of a group: tables, notes, and the sentence on whether more hardware pays."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from hpc_train.analysis.energy.cost import GroupEnergy, RowEnergy
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
 from hpc_train.analysis.energy.readings import ALL_NODES
-from hpc_train.analysis.energy.run_energy import RunEnergy
+from hpc_train.analysis.energy.run_energy import VALIDATION, RunEnergy
 from hpc_train.analysis.report.labels import communication_text
 from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.notes.energy import (
@@ -84,7 +85,7 @@ def power_table(energy: GroupEnergy) -> Table:
 
 def phase_table(energy: GroupEnergy) -> Table:
     """All cells in one unit; the title gives it and says that these are estimates."""
-    phases = [phase for phase in PHASES if any(phase in row.phases for row in energy.rows)]
+    phases = [phase for phase in (*PHASES, VALIDATION) if any(phase in row.phases for row in energy.rows)]
     most = max((joules.known for row in energy.rows for joules in row.phases.values()), default=0.0)
     scale, unit = next((pair for pair in ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J")) if most >= pair[0]), (1e-3, "mJ"))
     columns: list[CellColumn[RowEnergy]] = [_RANKS.column, *(_phase_column(phase, scale) for phase in phases)]
@@ -108,10 +109,11 @@ def node_table(energy: GroupEnergy) -> Table:
     rules = dict.fromkeys(_rest_rule(run) for row in energy.rows for run in row.runs if run.ranks)
     rest = f"; the rest of its node is divided {' or '.join(rules)} among ranks, which no meter confirms"
     title = f"Energy by node and rank (a rank has its GPU's joules{rest if rules else ''})"
+    together = all(name == ALL_NODES for row in energy.rows for run in row.runs for name in run.nodes)
     columns: list[CellColumn[RowEnergy]] = [
         _RANKS.column,
-        text("per node", _nodes_text),
-        text("per rank", _per_rank_text),
+        text("of all nodes together" if together else "by node", partial(_nodes_text, together)),
+        text("by rank", _per_rank_text),
     ]
     return make_table("energy-by-node", title, energy.rows, columns)
 
@@ -120,9 +122,10 @@ def _rest_rule(run: RunEnergy) -> str:
     return "by the number of their cores" if run.divided_by_cores else "equally"
 
 
-def _nodes_text(row: RowEnergy) -> str:
+def _nodes_text(together: bool, row: RowEnergy) -> str:
+    """together: the title says that no meter tells the nodes apart."""
     nodes = [pair for run in row.runs for pair in run.nodes.items()]
-    of_all = f" ({ALL_NODES})" * any(name == ALL_NODES for name, _ in nodes)
+    of_all = f" ({ALL_NODES})" * (not together and any(name == ALL_NODES for name, _ in nodes))
     return _range_text(nodes) + of_all
 
 

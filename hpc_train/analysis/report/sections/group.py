@@ -10,6 +10,7 @@ from hpc_train.analysis.report.sections.efficiency import add_efficiency
 from hpc_train.analysis.report.sections.energy import add_energy
 from hpc_train.analysis.report.sections.flops import add_flops
 from hpc_train.analysis.report.sections.followed import add_followed_plans
+from hpc_train.analysis.report.sections.inference import add_inference
 from hpc_train.analysis.report.sections.next_run import add_next_run, next_run
 from hpc_train.analysis.report.sections.node_use import add_node_use
 from hpc_train.analysis.report.sections.numbers import add_numbers
@@ -24,9 +25,9 @@ def group_section(energy: GroupEnergy, study: TargetStudy | None, named: bool, g
     group = energy.group
     advice = next_run(group, guard)
     section = SectionBuilder("group", group.label, guard)
-    section.headline(headline, group, named, advice.short)
+    section.headline(headline, group, named, advice.for_headline)
     add_numbers(section, group, advice)
-    forecast = ("forecast",) if advice.trusted else ()
+    forecast = ("forecast",) if advice.trusted and not advice.as_measured else ()
     section.lead("speedup", "time-per-step", "energy-per-sample", *forecast, "rank-phases", "step-times")
     add_scaling(section, group)
     add_step_time(section, group)
@@ -35,6 +36,7 @@ def group_section(energy: GroupEnergy, study: TargetStudy | None, named: bool, g
     add_node_use(section, group)
     add_result(section, group)
     add_energy(section, energy)
+    add_inference(section, group)
     add_followed_plans(section, group)
     add_next_run(section, advice)
     if study is not None:

@@ -20,16 +20,25 @@ _TRUSTED = 0.2  # a model that missed held-out sizes by more gives no recommenda
 
 @dataclass(frozen=True, eq=False)
 class NextRun:
-    """A plan. trusted: its model came close on sizes that it had not seen. reason: why it is not, or why none is."""
+    """A plan. reason: why its advice is not given, or why there is none.
+
+    trusted: its model came close on sizes that it had not seen, or the advice is among the measured sizes alone.
+    as_measured: the latter.
+    """
 
     plan: Plan | None = None
     trusted: bool = False
     reason: str = ""
+    as_measured: bool = False
 
     @property
     def short(self) -> str:
-        """ "ask for 16 nodes", for the headline; "" without a recommendation."""
+        """ "ask for 16 nodes"; "" without a recommendation."""
         return (short_answer(self.plan) or "") if self.plan and self.trusted else ""
+
+    @property
+    def for_headline(self) -> str:
+        return self.short + ", the best of the sizes measured" * (self.as_measured and bool(self.short))
 
 
 def next_run(group: Group, guard: SectionGuard) -> NextRun:
@@ -52,6 +61,8 @@ def _next_run(group: Group) -> NextRun:
         )
     except UserError as error:
         return NextRun(reason=f"No plan for the next run: {error.what}.")
+    if plan.chosen and not plan.chosen.forecast.is_forecast and plan.prediction.missed():
+        return NextRun(plan, True, as_measured=True)  # `make_plan` considers no other size then
     missed = plan.prediction.chosen.error
     if missed is None or missed > _TRUSTED:
         why = "not tested" if missed is None else f"off by {percent(missed, 0)} on sizes that it had not seen"

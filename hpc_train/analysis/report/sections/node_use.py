@@ -5,7 +5,7 @@ from hpc_train.analysis.report.model import Plot, Table
 from hpc_train.analysis.report.plots.memory import memory_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number
-from hpc_train.analysis.report.sections.quantities import RANKS, USE
+from hpc_train.analysis.report.sections.quantities import GPU_USE, RANKS, USE
 from hpc_train.analysis.runs.memory import PeakMemory, peak_memory
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
@@ -41,10 +41,15 @@ def memory_table(group: Group) -> Table | None:
 
 
 def use_table(group: Group) -> Table | None:
-    """None if no run recorded it."""
+    """None if no run recorded it. Columns of GPUs if a run was on GPUs."""
     rows = [row for row in group.rows if any(each.value(row) is not None for each in USE)]
-    title = "Processors and storage during the loop (cores: of a rank; bytes: of all ranks, without the page cache)"
-    return make_table("use", title, rows, [RANKS.column, *(each.column for each in USE)]) if rows else None
+    on_gpus = any(peak.on_gpu for _, peak in _peaks(group))
+    title = (
+        f"Processors and storage during the loop (cores{' and GPU' * on_gpus}: of a rank; bytes: of all"
+        " ranks, read and written without the page cache)"
+    )
+    columns = [RANKS.column, *(each.column for each in (*(GPU_USE if on_gpus else ()), *USE))]
+    return make_table("use", title, rows, columns) if rows else None
 
 
 def _peaks(group: Group) -> list[tuple[Row, PeakMemory]]:

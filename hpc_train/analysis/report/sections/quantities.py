@@ -3,25 +3,30 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from statistics import fmean
 from typing import Any, Generic, TypeVar
 
+from hpc_train.analysis.comparison.comparison import Metric, PlaceVerdict
 from hpc_train.analysis.convergence.target import NOT_REACHED, TargetRow, TargetStudy
 from hpc_train.analysis.efficiency.pop import FACTORS
 from hpc_train.analysis.energy.cost import RowEnergy
 from hpc_train.analysis.energy.energy_amount import EnergyAmount
+from hpc_train.analysis.energy.run_energy import VALIDATION
 from hpc_train.analysis.report.labels import ranks_text, straggler_text, worst_run
-from hpc_train.analysis.report.sections.columns import CellColumn, number
+from hpc_train.analysis.report.sections.columns import CellColumn, number, text
 from hpc_train.analysis.runs.loop_use import loop_use
 from hpc_train.analysis.runs.memory import peak_memory
 from hpc_train.analysis.runs.step_quantiles import slowest_step, step_quantiles
+from hpc_train.analysis.runs.validation import RunValidation, best_run
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.laws import serial_part
 from hpc_train.analysis.scaling.mfu import flops_of
 from hpc_train.analysis.scaling.rows import Row
+from hpc_train.analysis.scaling.strategies import Entry
 from hpc_train.core.energy_records import Energy
 from hpc_train.core.formatting import amount, energy_text, ms_text, percent, plain, ratio_text, significant
-from hpc_train.core.timing_log import PHASES
+from hpc_train.core.timing_log import COMMUNICATION, PHASES
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -44,6 +49,15 @@ class Quantity(Generic[T]):
     @property
     def column(self) -> CellColumn[T]:
         return self.titled(self.title)
+
+    @property
+    def text_column(self) -> CellColumn[T]:
+        """Of names, which have no other form in a table."""
+        return text(self.name, self.value)
+
+    def cell_text(self, row: T) -> str:
+        assert self.cell is not None
+        return self.cell(row)
 
     def titled(self, title: str) -> CellColumn[T]:
         assert self.cell is not None
@@ -333,6 +347,13 @@ def _rate(bytes_per_s: float) -> str:
     return amount(bytes_per_s, "B/s")
 
 
+def _or_missing(cell: Callable[[Row], str] | None, row: Row) -> str:
+    """A run on GPUs whose driver told nothing has no use of 0."""
+    assert cell is not None
+    told = cell(row)
+    return "missing" if told == "-" else told
+
+
 _STORAGE = "all ranks during the loop, the last checkpoint included; without the page cache"
 USE: tuple[Quantity[Row], ...] = (
     _use("cores_busy", "", "cores that a rank keeps busy, mean", "cores_busy", "cores busy", significant),
@@ -341,6 +362,36 @@ USE: tuple[Quantity[Row], ...] = (
     _use("storage_read_bytes_per_s", "B/s", "that over the loop's time", "read_bytes_per_s", "read rate", _rate),
     _use("storage_written_bytes", "B", f"written to storage by {_STORAGE}", "written_bytes", "written", _bytes),
     _use("storage_written_bytes_per_s", "B/s", "that over the time", "written_bytes_per_s", "write rate", _rate),
+)
+_BY_DRIVER = "as its driver counts (NVML, AMD SMI)"
+GPU_USE: tuple[Quantity[Row], ...] = tuple(
+    replace(each, cell=partial(_or_missing, each.cell))
+    for each in (
+        _use(
+            "gpu_busy",
+            "",
+            f"share of the time in which a rank's GPU computed, mean, {_BY_DRIVER}",
+            "gpu_busy",
+            "GPU busy",
+            percent,
+        ),
+        _use(
+            "gpu_busy_least",
+            "",
+            "the same of the rank whose GPU computed least",
+            "gpu_busy_least",
+            "least busy",
+            percent,
+        ),
+        _use(
+            "gpu_used_bytes",
+            "B",
+            f"most memory taken of a GPU, by all processes, {_BY_DRIVER}",
+            "gpu_used_bytes",
+            "GPU memory",
+            _bytes,
+        ),
+    )
 )
 FLOPS: tuple[Quantity[Row], ...] = (
     Quantity(
@@ -397,12 +448,72 @@ ENERGY_PER_SAMPLE: Quantity[Row] = Quantity(
 LOSS: Quantity[Row] = Quantity(
     "loss", "", "last training loss", lambda row: row.loss, "loss", lambda row: significant(row.loss, 4)
 )
+
+
+def _best(row: Row) -> RunValidation | None:
+    """The validations of the row's run whose best is the best of all."""
+    return best_run([found for run in row.runs if (found := run.validation) is not None])
+
+
+def _of_best(
+    name: str, unit: str, meaning: str, of: Callable[[RunValidation], Any], title: str, show: Callable[[Any], str]
+) -> Quantity[Row]:
+    """Unknown of a row without validations."""
+
+    def value(row: Row) -> Any:
+        found = _best(row)
+        return None if found is None else of(found)
+
+    return Quantity(name, unit, meaning, value, title, lambda row: "-" if _best(row) is None else show(value(row)))
+
+
+BEST: Quantity[Row] = _of_best(
+    "best_validation",
+    "",
+    "the best value of validation_measure, of all runs",
+    lambda found: found.best[1],
+    "best",
+    lambda value: significant(value, 4),
+)
+BEST_STEP: Quantity[Row] = _of_best(
+    "best_validation_step", "", "after how many steps it was reached", lambda found: found.best[0], "after steps", str
+)
+VALIDATED: tuple[Quantity[Row], ...] = (
+    _of_best(
+        "validation_measure",
+        "",
+        "what tells the best state: checkpoint.keep_best, else the loss",
+        attrgetter("measure"),
+        "measure",
+        lambda name: plain(name.replace("_", " ")),
+    ),
+    BEST,
+    BEST_STEP,
+    _of_best(
+        "last_validation",
+        "",
+        "the measure at that run's last validation",
+        attrgetter("last"),
+        "last",
+        lambda value: significant(value, 4),
+    ),
+    _of_best("num_validations", "", "validations of that run", lambda found: len(found.steps), "validations", str),
+    _of_best(
+        "validation_s",
+        "s",
+        "time of that run's validations, which belongs to no step",
+        lambda found: sum(found.seconds),
+        "time (s)",
+        significant,
+    ),
+)
 RESULT: tuple[Quantity[Row], ...] = (
     ENERGY,
     ENERGY_PER_SAMPLE,
     Quantity("energy_quality", "", "measured, estimated, mixed or missing", lambda row: row.energy.quality),
     Quantity("energy_source", "", "the meters", lambda row: row.energy.source),
     LOSS,
+    *VALIDATED,
 )
 
 
@@ -440,7 +551,7 @@ GROSS: Quantity[RowEnergy] = Quantity(
 LOOP: Quantity[RowEnergy] = Quantity(
     "joules_loop",
     "J",
-    "of the steps alone, warm-up included",
+    "from the first step to the last, warm-up and the validations between them included",
     lambda row: row.loop.total,
     "loop",
     lambda row: row.loop.text(),
@@ -464,7 +575,7 @@ DYNAMIC: Quantity[RowEnergy] = Quantity(
 OUTSIDE: Quantity[RowEnergy] = Quantity(
     "joules_outside_steps",
     "J",
-    "gross less loop",
+    "gross less loop and a validation after the last step",
     lambda row: row.outside.total,
     "outside steps",
     # 0 J has no quality of its own: this cell has that of the whole run.
@@ -548,6 +659,12 @@ COST: tuple[Quantity[RowEnergy], ...] = (
     MARGINAL,
     *map(_phase_joules, PHASES),
     Quantity(
+        "joules_validation",
+        "J",
+        "of the validations, which belong to no step",
+        lambda row: row.phases[VALIDATION].total if VALIDATION in row.phases else None,
+    ),
+    Quantity(
         "joules_servers",
         "J",
         "of a parameter server's servers",
@@ -618,13 +735,114 @@ TARGET: tuple[Quantity[Target], ...] = (
     ),
 )
 
+# ------------------------------------------------------------------------------------------------- strategies
+
+_ENTRY_OF: Callable[[Entry], Row] = attrgetter("row")
+_RELATIVE = "samples per second over the reference's on as many ranks"
+STRATEGY_NAME: Quantity[Entry] = Quantity(
+    "strategy", "", "reduce.strategy, and what else of reduce.* differs", attrgetter("strategy")
+)
+RELATIVE_SPEED: Quantity[Entry] = Quantity(
+    "ratio", "", f"{_RELATIVE}; 1 of the reference", attrgetter("ratio"), "speed", lambda entry: _relative_text(entry)
+)
+VOLUME: Quantity[Entry] = Quantity(
+    "volume_bytes",
+    "B",
+    "that the busiest rank must move in a step, in theory",
+    lambda entry: entry.traffic.volume_bytes if entry.traffic else None,
+    "communication volume",
+    lambda entry: _volume_text(entry),
+)
+OPTIMIZER: Quantity[Entry] = Quantity(
+    "optimizer_bytes",
+    "B",
+    "optimizer state of each rank, as measured",
+    attrgetter("optimizer_bytes"),
+    "optimizer state",
+    lambda entry: amount(max(entry.optimizer_bytes or [], default=None), "B"),
+)
+ENTRY_LOSS: Quantity[Entry] = replace(LOSS.of(_ENTRY_OF), cell=lambda entry: significant(entry.row.loss, 7))
+STRATEGY: tuple[Quantity[Entry], ...] = (
+    STRATEGY_NAME,
+    RANKS.of(_ENTRY_OF),
+    *(each.of(_ENTRY_OF) for each in RUNS if each.name in ("num_servers", "incomplete")),
+    STEP.of(_ENTRY_OF),
+    *(each.of(_ENTRY_OF) for each in SPEED if each.name in ("step_low_s", "step_high_s")),
+    SAMPLES.of(_ENTRY_OF),
+    RELATIVE_SPEED,
+    Quantity("ratio_low", "", f"lower end of its {_WITHIN}", lambda entry: _end(entry.ratio_interval, 0)),
+    Quantity("ratio_high", "", "upper end", lambda entry: _end(entry.ratio_interval, 1)),
+    *(SHARES[phase].of(_ENTRY_OF) for phase in COMMUNICATION),
+    VOLUME,
+    Quantity(
+        "each_way_bytes",
+        "B",
+        "sent, and as many received, in theory",
+        lambda entry: entry.traffic.each_way_bytes if entry.traffic else None,
+    ),
+    Quantity(
+        "volume_is_least",
+        "",
+        "whether these are lower bounds: the library chooses the algorithm",
+        lambda entry: entry.traffic.is_least if entry.traffic else None,
+    ),
+    OPTIMIZER,
+    ENTRY_LOSS,
+)
+
+
+def _relative_text(entry: Entry) -> str:
+    if entry.is_reference and entry.ratio is not None:
+        return "reference"
+    return "-" if entry.ratio is None else ratio_text(entry.ratio)
+
+
+def _volume_text(entry: Entry) -> str:
+    if entry.traffic is None:
+        return "missing"
+    return ("at least " if entry.traffic.is_least else "") + amount(entry.traffic.volume_bytes, "B")
+
+
+# ------------------------------------------------------------------------------------------------- before and after
+
+METRIC: tuple[Quantity[Metric], ...] = (
+    Quantity("name", "", "step time, samples/s, a phase, energy per sample, final loss ...", attrgetter("name")),
+    Quantity("unit", "", "of before and after: s, 1/s, J, B, or none", attrgetter("unit")),
+    Quantity("before", "", "geometric mean over the repeats; null if not every run has it", attrgetter("before")),
+    Quantity("after", "", "the same after the change", attrgetter("after")),
+    Quantity("relative", "", "the change: 0.05 for 5% more", attrgetter("relative")),
+    Quantity("interval", "", "of the change; of one run a side within these runs alone", attrgetter("interval")),
+    Quantity("level", "", "the interval's confidence is 1 less this", attrgetter("level")),
+    Quantity(
+        "smallest_shown", "", "the smallest decrease and increase that would have shown", attrgetter("smallest_shown")
+    ),
+    Quantity("verdict", "", "regression, improvement, ...: see hpc-train compare", attrgetter("verdict")),
+    Quantity("why", "", "why it is not judged", attrgetter("why")),
+)
+PLACE: tuple[Quantity[PlaceVerdict], ...] = (
+    Quantity("phase", "", "the phase of a step", attrgetter("of.phase")),
+    Quantity("kind", "", "host or rank", attrgetter("of.place.kind")),
+    Quantity("place", "", "the host, or the rank and its host", attrgetter("of.place.name")),
+    Quantity("before_s", "s", "mean of a step", attrgetter("of.before_s")),
+    Quantity("after_s", "s", "the same after the change", attrgetter("of.after_s")),
+    Quantity("relative", "", "the change against its neighbours", attrgetter("relative")),
+    Quantity("interval", "", "of that change", attrgetter("interval")),
+    Quantity("level", "", "the interval's confidence is 1 less this", attrgetter("level")),
+    Quantity("verdict", "", "regression, improvement, ...: see hpc-train compare", attrgetter("verdict")),
+)
+
 FAMILIES: dict[str, Sequence[Quantity[Any]]] = {  # in the order of scaling.csv
     "Runs": (*GROUP, *RUNS),
     "Speed": SPEED,
     "Balance": BALANCE,
-    "Memory, processors and storage": (*MEMORY, *USE),
+    "Memory, processors and storage": (*MEMORY, *USE, *GPU_USE),
     "Model FLOPs": FLOPS,
     "Energy and result": RESULT,
     "Energy in detail": COST,
     "Time to a loss": TARGET,
+}
+JSON_FAMILIES: dict[str, Sequence[Quantity[Any]]] = {  # of summary.json alone, and of hpc-train compare --json
+    "Strategies on equal work (`strategies`)": STRATEGY,
+    "Before and after a change (`comparisons`, `metrics`)": METRIC,
+    "Hosts and ranks before and after (`comparisons`, `places`)": PLACE,
 }

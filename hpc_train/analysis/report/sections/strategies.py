@@ -8,12 +8,24 @@ from hpc_train.analysis.report.notes.headlines import strategy_headline
 from hpc_train.analysis.report.notes.strategies import comparison_notes, theory_notes
 from hpc_train.analysis.report.plots.strategies import strategy_bytes_plot, strategy_times_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
-from hpc_train.analysis.report.sections.columns import CellColumn, interval, make_table, number, text
-from hpc_train.analysis.report.sections.quantities import EXPOSED, RANKS, SAMPLES, STEP
+from hpc_train.analysis.report.sections.columns import CellColumn, interval, make_table
+from hpc_train.analysis.report.sections.quantities import (
+    ENTRY_LOSS,
+    EXPOSED,
+    OPTIMIZER,
+    RANKS,
+    RELATIVE_SPEED,
+    SAMPLES,
+    STEP,
+    STRATEGY,
+    STRATEGY_NAME,
+    VOLUME,
+    record,
+)
 from hpc_train.analysis.report.sections.result import measure_column, measures_of
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.analysis.scaling.strategies import Comparison, Entry, Traffic
-from hpc_train.core.formatting import amount, interval_text, ratio_interval_text, ratio_text, significant
+from hpc_train.analysis.scaling.strategies import Comparison, Entry
+from hpc_train.core.formatting import interval_text, ratio_interval_text
 
 
 def strategy_section(comparison: Comparison, named: bool, guard: SectionGuard) -> Section:
@@ -32,12 +44,12 @@ def strategy_section(comparison: Comparison, named: bool, guard: SectionGuard) -
 
 def strategy_table(comparison: Comparison) -> Table:
     columns: list[CellColumn[Entry]] = [
-        text("strategy", lambda entry: entry.strategy),
+        STRATEGY_NAME.text_column,
         RANKS.of(_row).column,
         STEP.of(_row).column,
         interval(comparison.entries, lambda entry: entry.row.step, lambda ends: interval_text(ends, 1e3)),
         SAMPLES.of(_row).column,
-        number(f"speed vs {comparison.reference}", _ratio_text),
+        RELATIVE_SPEED.titled(f"speed vs {comparison.reference}"),
         interval(comparison.entries, lambda entry: entry.relative_speed, ratio_interval_text),
         EXPOSED.of(_row).column,
     ]
@@ -58,19 +70,13 @@ def _work_text(comparison: Comparison) -> str:
     return f"{batch}, {' or '.join(map(str, steps))} steps"
 
 
-def _ratio_text(entry: Entry) -> str:
-    if entry.is_reference and entry.ratio is not None:
-        return "reference"
-    return "-" if entry.ratio is None else ratio_text(entry.ratio)
-
-
 def strategy_traffic_table(comparison: Comparison) -> Table:
     columns: list[CellColumn[Entry]] = [
-        text("strategy", lambda entry: entry.strategy),
+        STRATEGY_NAME.text_column,
         RANKS.of(_row).column,
-        number("communication volume", lambda entry: _traffic_text(entry.traffic)),
-        number("optimizer state", lambda entry: amount(max(entry.optimizer_bytes or [], default=None), "B")),
-        number("loss", lambda entry: significant(entry.row.loss, 7)),
+        VOLUME.column,
+        OPTIMIZER.column,
+        ENTRY_LOSS.column,
         *map(_measure_column, measures_of([entry.row for entry in comparison.entries])),
     ]
     title = "Communication volume of the busiest rank in a step (theory), largest optimizer state of a rank, and result"
@@ -80,12 +86,6 @@ def strategy_traffic_table(comparison: Comparison) -> Table:
 def _measure_column(measure: str) -> CellColumn[Entry]:
     column, cell = measure_column(measure)
     return column, lambda entry: cell(entry.row)
-
-
-def _traffic_text(traffic: Traffic | None) -> str:
-    if traffic is None:
-        return "missing"
-    return ("at least " if traffic.is_least else "") + amount(traffic.volume_bytes, "B")
 
 
 def strategy_notes(comparison: Comparison) -> list[str]:
@@ -106,28 +106,8 @@ def comparison_record(comparison: Comparison) -> dict[str, Any]:
 
 
 def _entry_record(entry: Entry) -> dict[str, Any]:
-    row, traffic = entry.row, entry.traffic
-    low, high = row.step_interval_s or (None, None)
-    ratio_low, ratio_high = entry.ratio_interval or (None, None)
     return {
-        "strategy": entry.strategy,
-        "ranks": row.size,
-        "num_servers": row.num_servers,
-        "incomplete": row.incomplete,
-        "step_s": row.step_s,
-        "step_low_s": low,
-        "step_high_s": high,
-        "samples_per_s": row.samples_per_s,
-        "ratio": entry.ratio,
-        "ratio_low": ratio_low,
-        "ratio_high": ratio_high,
-        "share_reduce": row.phase_share.get("reduce"),
-        "share_sync": row.phase_share.get("sync"),
-        "volume_bytes": traffic.volume_bytes if traffic else None,
-        "each_way_bytes": traffic.each_way_bytes if traffic else None,
-        "volume_is_least": traffic.is_least if traffic else None,
-        "optimizer_bytes": entry.optimizer_bytes,
-        "loss": row.loss,
-        **{f"test_{measure}": value for measure, value in row.test.items()},
-        "runs": [str(run.dir.path) for run in row.runs],
+        **record(STRATEGY, entry),
+        **{f"test_{measure}": value for measure, value in entry.row.test.items()},
+        "runs": [str(run.dir.path) for run in entry.row.runs],
     }

@@ -12,7 +12,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
 from hpc_train.train.comm.context import Context, joint
 from hpc_train.train.run.checkpoint.reading import Index, StoredTensor, check_name, opened_state, read_index
-from hpc_train.train.run.checkpoint.retention import checkpoints
+from hpc_train.train.run.checkpoint.retention import checkpoints, step_of
 from hpc_train.train.run.checkpoint.shares import UnusableCheckpoint, divide
 
 State = dict[str, Any]
@@ -46,8 +46,10 @@ def load_newest(
     check: Callable[[State, dict[str, Any]], None],
     plan: Callable[[State], Plan],
     log: Callable[[str], None],
+    step: int | None = None,
 ) -> dict[str, Any]:
-    """Collective. Loads the newest checkpoint that is intact and fits; returns its manifest, {} if the run has none.
+    """Collective. Loads the newest checkpoint that is intact and fits, or the one after `step` steps; returns its
+    manifest, {} if the run has none.
 
     check: on the root, with a state of tensors without memory and the manifest; raises `UnusableCheckpoint` to have
     the checkpoint before it, UserError to end. plan: on every rank, with a state of `StoredTensor`s; not collective.
@@ -55,7 +57,7 @@ def load_newest(
     there are some and none can be used: starting over in silence would discard work.
     """
     refused: list[str] = []
-    for path in context.on_root(partial(checkpoints, run)):
+    for path in context.on_root(lambda: [each for each in checkpoints(run) if step in (None, step_of(each))]):
         if refused and context.world.is_root:
             log(f"warning: checkpoint skipped: {refused[-1]}")
         index, fault = context.on_root(partial(_checked_index, path, check))

@@ -21,7 +21,7 @@ from hpc_train.train.comm.mpi_library import mpi_version
 from hpc_train.train.comm.placement import RankPlacement
 
 
-def run_metadata(context: Context, places: list[RankPlacement]) -> dict[str, Any]:
+def provenance(context: Context, places: list[RankPlacement]) -> dict[str, Any]:
     """On the root: the entries of meta.json on machine, versions, git state and Slurm job."""
     return {
         "schema": SCHEMA,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_train.train.run.metadata import git_state
+from hpc_train.train.run.provenance import git_state
 
 
 def git(folder: Path, *words: str) -> None:

@@ -1,0 +1,1 @@
+"""Simulation of a training step on numbers of ranks, networks and strategies that nobody has measured."""
