@@ -196,9 +196,16 @@ def _lines(record: InferenceRecord) -> list[str]:
 
 
 def _latency_lines(record: InferenceRecord) -> list[str]:
-    lines = [f"{'batch':>6} {'calls':>6} {'p50':>9} {'p95':>9} {'p99':>9} {'samples/s':>10} {'J/sample':>9}"]
-    for each in record.latencies:
-        times = " ".join(f"{seconds * 1e3:6.4g} ms".rjust(9) for seconds in (each.p50_s, each.p95_s, each.p99_s))
-        joules = "missing" if each.joules_per_sample is None else f"{each.joules_per_sample:.3g}"
-        lines.append(f"{each.batch:>6} {each.num_calls:>6} {times} {each.samples_per_s:>10,.0f} {joules:>9}")
-    return [*lines, f"On {record.work[-1].device}; energy {record.energy_quality}: {record.energy_source}"]
+    titles = ("batch", "threads", "calls", "p50 ms", "p95 ms", "p99 ms", "samples/s", "J/sample")
+    rows = [
+        (
+            *(f"{each.batch}", f"{each.num_threads or '-'}", f"{each.num_calls:,}"),
+            *(f"{seconds * 1e3:.4g}" for seconds in (each.p50_s, each.p95_s, each.p99_s)),
+            f"{each.samples_per_s:,.0f}",
+            "missing" if each.joules_per_sample is None else f"{each.joules_per_sample:.3g}",
+        )
+        for each in record.latencies
+    ]
+    lines = ["".join(cell.rjust(10) for cell in row) for row in (titles, *rows)]
+    device = record.work[-1].device.partition(",")[0]
+    return [*lines, f"On {device}; energy {record.energy_quality}: {record.energy_source}"]

@@ -60,6 +60,12 @@ def submit(
     scheduler, profile = Slurm(), load_site(site or "generic")
     loaded, num_ranks = load(job_file(config), overrides), nodes * profile.ranks_per_node
     request = submission.Request(loaded, profile, num_ranks, time)
+    if not profile.asks_for_cores:
+        click.echo(
+            "Note: this site profile asks for no cores a rank, and most clusters then give each rank one."
+            " Set cores_per_rank in the profile.",
+            err=True,
+        )
     if dry_run:
         left = submission.unfinished(loaded.config, num_ranks) if resume == "auto" else None
         new = expanded(loaded.config.run.root) / loaded.config.name / f"TIME-np{num_ranks}"

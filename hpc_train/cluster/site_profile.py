@@ -72,6 +72,12 @@ class SiteProfile(BaseModel):
     energy: Literal["auto", "slurm"] = "auto"
     environment: dict[Variable, Text] = {}
 
+    @property
+    def asks_for_cores(self) -> bool:
+        """Whether the job says how many cores a rank gets, or takes whole nodes."""
+        words = ("--cpus-per-task", "-c", "--exclusive", "--cpus-per-gpu", "--ntasks-per-core", "--ntasks-per-socket")
+        return self.cores_per_rank is not None or any(line.startswith(words) for line in self.sbatch)
+
     def num_nodes(self, num_ranks: int) -> int:
         return -(-num_ranks // self.ranks_per_node)
 

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from hpc_train.core.errors import UserError
+from hpc_train.core.job_environment import JobEnvironment
 
 _MAX_PATH_BYTES = 4096
 _STDERR = 2
@@ -74,8 +75,7 @@ def begin(work: Callable[[Notes], object]) -> Child:
         return Child(pid, notes)
     for number in _FROM_OUTSIDE:
         signal.signal(number, signal.SIG_IGN)
-    # glibc reports a crash itself ("*** buffer overflow detected ***"); the parent's message says more.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDERR)
+    _silence_libraries()
     with suppress(BaseException):
         work(notes)
     os._exit(0)
@@ -90,6 +90,8 @@ def go_on_in_child() -> Notes:
     notes = Notes()
     pid = _fork()
     if not pid:
+        if not JobEnvironment.current().is_launched:  # MPI reports its own errors there
+            _silence_libraries()
         return notes
     child = Child(pid, notes)
 
@@ -102,6 +104,15 @@ def go_on_in_child() -> Notes:
     except (KeyboardInterrupt, SystemExit):
         child.end()
         raise
+
+
+def _silence_libraries() -> None:
+    """Python's own messages still reach the terminal.
+
+    glibc reports a crash itself ("*** buffer overflow detected ***"); the parent's message says more.
+    """
+    sys.stderr = os.fdopen(os.dup(_STDERR), "w", buffering=1, errors="backslashreplace")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDERR)
 
 
 def _fork() -> int:

@@ -18,6 +18,11 @@ from hpc_train.core.key_rules import broken_rules
 from hpc_train.core.paths import read_small
 from hpc_train.core.settings import RECORDED, Config, Text
 
+_TABLES = (
+    "task.options",
+    "train.optimizer_options",
+    "train.rates",
+)  # keys whose values are tables with keys of their own
 _MOST_SHOWN = 300  # characters of a value in a message
 _ONE_OF = {
     **{"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"},
@@ -51,7 +56,7 @@ def _resolved(path: Path, tree: dict[str, Any], overrides: tuple[str, ...]) -> L
         if key in _ONE_OF:  # --set train.batch_per_rank replaces the file's train.global_batch
             _section(tree, "train", key).pop(_ONE_OF[key], None)
         _set(tree, key, value)
-        under = flatten(value, f"{key}.") if isinstance(value, dict) and key != "task.options" else {key: value}
+        under = flatten(value, f"{key}.") if isinstance(value, dict) and key not in _TABLES else {key: value}
         origin.update(dict.fromkeys(under, "--set"))
         if key.startswith("task.options."):
             origin["task.options"] = "--set"
@@ -135,10 +140,10 @@ def dumps(loaded: Loaded) -> str:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 0.5}} -> {"train.lr": 0.5}. `task.options` stays one value."""
+    """{"train": {"lr": 0.5}} -> {"train.lr": 0.5}. `_TABLES` stay one value each."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        nested = isinstance(value, dict) and prefix + key != "task.options"
+        nested = isinstance(value, dict) and prefix + key not in _TABLES
         flat.update(flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
     return flat
 

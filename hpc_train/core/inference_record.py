@@ -33,6 +33,7 @@ class Latency:
     """What a caller waits for `batch` predictions: from samples in memory to results in memory."""
 
     batch: int
+    num_threads: int | None  # that compute one call; None on a GPU
     num_calls: int
     p50_s: float
     p95_s: float

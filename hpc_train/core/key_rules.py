@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
+from hpc_train.core.import_path import is_import_path
 from hpc_train.core.settings import RECORDED, UNKNOWN_STEPS, Config, Data, Rl
 
 _KINDS_WITH_DATA = ("classification", "regression", "language", "masked_language")
@@ -147,10 +148,18 @@ def _validation_keys(config: Config) -> Iterator[UserError]:
 def _strategy_keys(config: Config) -> Iterator[UserError]:
     train, reduce = config.train, config.reduce
     strategy = f"reduce.strategy = '{reduce.strategy}'"
+    is_imported = is_import_path(train.optimizer)
+    if train.optimizer_options and not is_imported:
+        yield UserError(
+            f"train.optimizer_options = {train.optimizer_options} is for optimizers of other packages, not "
+            f"'{train.optimizer}'",
+            "Leave it out: train.lr, train.momentum, train.betas and train.weight_decay are its options.",
+        )
     if reduce.strategy in ("parameter_server", "sharded"):
-        if train.optimizer in ("lars", "lamb"):
+        if train.optimizer in ("lars", "lamb") or is_imported:
             yield UserError(
-                f"train.optimizer = '{train.optimizer}' needs whole layers, which {strategy} cuts",
+                f"train.optimizer = '{train.optimizer}' {'may need' if is_imported else 'needs'} whole layers, which "
+                f"{strategy} cuts",
                 "Use adamw or sgd, or reduce.strategy = 'horovod' or 'mpi'.",
             )
         if reduce.compression != "none":
@@ -158,6 +167,11 @@ def _strategy_keys(config: Config) -> Iterator[UserError]:
                 f"reduce.compression = '{reduce.compression}' does not go with {strategy}", "Leave compression out."
             )
     if reduce.strategy == "parameter_server":
+        if train.rates:
+            yield UserError(
+                f"train.rates = {train.rates} does not go with {strategy}, whose servers update many weights as one",
+                "Use reduce.strategy = 'horovod', 'mpi' or 'sharded'.",
+            )
         if train.precision == "fp16":
             yield UserError(f"train.precision = 'fp16' does not go with {strategy}", "Use bf16.")
         if train.check_weights_every:

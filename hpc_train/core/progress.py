@@ -7,6 +7,7 @@ from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from hpc_train.core.job_environment import JobEnvironment
 
@@ -63,7 +64,7 @@ class StepProgress:
                 TaskProgressColumn(),
                 TextColumn("{task.fields[note]}"),
                 TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(compact=True),
+                TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),  # the bar itself gives way first
                 TextColumn("left"),
                 console=Console(force_terminal=True, width=_width()),
                 auto_refresh=False,

@@ -43,6 +43,8 @@ _RULES = {
     "train.epochs": Rule.UPDATES,  # the same
     "train.stop_after": Rule.FREE,
     "train.init_from": Rule.REFUSED,  # what it named is not read again once there is a checkpoint
+    "train.freeze": Rule.REFUSED,
+    "train.rates": Rule.UPDATES,
     "train.global_batch": Rule.COMPARED,
     "train.batch_per_rank": Rule.COMPARED,
     "train.accumulate": Rule.SPEED,

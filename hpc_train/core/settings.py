@@ -14,6 +14,7 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
+ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]  # "package.module:name"
 Option = bool | int | float | str | list[int] | list[float] | list[str]
 
 RECORDED = "recorded"  # task.kind of a run whose training loop is another program: see train/recording.py
@@ -64,14 +65,19 @@ class Train(_Section):
     epochs: Rate | None = None
     stop_after: Whole = 0  # validations in a row that are no better, after which training ends; 0: never
     init_from: Text | None = None  # weights that a new run begins with: .safetensors, .h5 or a run directory
+    freeze: list[Text] = []  # weights that stay as they begin, as patterns of their names: "layers.0.*"
+    rates: dict[str, Rate] = {}  # what lr is multiplied by, by patterns of weights' names; the last that fits counts
     global_batch: Count | None = None  # samples per step on any number of ranks (strong scaling)
     batch_per_rank: Count | None = None  # samples per step and rank (weak scaling)
     accumulate: Count = 1  # micro-batches per step and rank; their gradients are reduced once
-    optimizer: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "lars", "lamb"] | ImportPath = "sgd"
+    optimizer_options: dict[str, Option] = {}  # keyword arguments of an optimizer of another package
     lr: Rate = 0.1
     lr_reference_batch: Count | None = None  # global batch for which lr is set; the rate scales with the global batch
     lr_warmup_steps: Whole = 0  # steps over which the rate rises: from 0, or from lr with lr_reference_batch
-    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"  # after the warm-up; to 0 at the last step
+    schedule: Literal["constant", "linear", "cosine", "step"] | ImportPath = (
+        "constant"  # after the warm-up; to 0 at the last step
+    )
     lr_milestones: list[Fraction] = [1 / 3, 2 / 3, 8 / 9]  # fractions of all steps after which step lowers the rate
     lr_decay: Fraction = 0.1  # factor by which step lowers the rate
     momentum: Fraction = 0.0  # for sgd and lars

@@ -68,7 +68,7 @@ class StopRequest:
         if self._signal is None:
             return "a signal to another rank"
         from_mpirun = self._signal == signal.SIGTERM and JobEnvironment.current().launcher == "mpirun"
-        return self._signal.name + " (which mpirun sends after Ctrl-C, too)" * from_mpirun
+        return self._signal.name + " (which mpirun sends after Ctrl-C, too, and itself ends with 1)" * from_mpirun
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:

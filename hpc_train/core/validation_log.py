@@ -45,8 +45,13 @@ def read_validation(path: Path) -> list[dict[str, float]]:
 
 def best_of(rows: Sequence[dict[str, float]], measure: str) -> dict[str, float]:
     """The first of the rows with the best value: the highest of scores (`_SCORES`), the lowest of losses and errors."""
-    sign = -1 if measure.lower().endswith(_SCORES) else 1
+    sign = -1 if is_score(measure) else 1
     return min(rows, key=lambda row: sign * row[measure] if isfinite(row[measure]) else inf)
+
+
+def is_score(measure: str) -> bool:
+    """Whether more of the measure is better."""
+    return measure.lower().endswith(_SCORES)
 
 
 def keep_validation_until(path: Path, num_steps: int) -> None:

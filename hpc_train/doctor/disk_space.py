@@ -65,7 +65,7 @@ def checkpoint_bytes(config: Config) -> int:
         model = task.model()
     num_bytes = sum(each.nbytes for each in model.state_dict().values())
     train = config.train
-    copies = {"sgd": int(train.momentum > 0), "lars": 1, "lamb": 2, "adamw": 2}[train.optimizer]
+    copies = {"sgd": int(train.momentum > 0), "lars": 1, "lamb": 2, "adamw": 2}.get(train.optimizer, 2)
     return num_bytes + copies * sum(each.nbytes for each in model.parameters())
 
 

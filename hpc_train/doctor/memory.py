@@ -1,6 +1,7 @@
 """Memory for the weights, gradients and optimizer state of a job."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from hpc_train.core.formatting import amount
 from hpc_train.core.settings import Config, Train
@@ -30,9 +31,11 @@ def needed_bytes(config: Config, world: World) -> int | None:
     from hpc_train.train.memory import Division, certain_bytes, num_bytes
     from hpc_train.train.reduce.buckets import trainable_parameters
     from hpc_train.train.tasks import open_task
+    from hpc_train.train.trainable import limited
 
     try:
-        model = build(open_task(config, Context(World())).model, config.seed).model
+        task = open_task(config, Context(World()))
+        model = build(partial(limited, task.model, config.train), config.seed).model
     except Exception:  # noqa: BLE001  a user's task may raise anything
         return None
     divided = Division.of(config.reduce, world.size, world.local_size)

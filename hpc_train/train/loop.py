@@ -4,6 +4,7 @@
 what each rank spends in them is what the reports are about.
 """
 
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ from math import isfinite
 import torch
 
 from hpc_train.core.config import Loaded
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.rundir import is_complete
 from hpc_train.core.sampling import noise_seed
 from hpc_train.core.signals import CONTINUE, TERMINATED, StopRequest
@@ -26,6 +28,7 @@ from hpc_train.train.run.checkpoint.saver import Saver
 from hpc_train.train.run.cleanup import remove_stale_segments
 from hpc_train.train.run.peak_memory import peak_anonymous_bytes, peak_gpu_bytes, peak_resident_bytes
 from hpc_train.train.run.recorder import Recorder
+from hpc_train.train.run.resume_command import resume_command
 from hpc_train.train.run.sanity_checks import (
     MAX_SKIPPED_IN_A_ROW,
     SkippedUpdate,
@@ -213,13 +216,15 @@ def _finish(stop: StopRequest, stopped: bool, training: TrainingState, recorder:
     )
     if stopped_by is not None:
         context.on_root(partial(recorder.log, f"Stopped by {stopped_by} after step {num_steps - 1}. {saved}"))
+        _log_resume(saver, context, recorder)
         return CONTINUE if saver.is_enabled else TERMINATED
     tested = evaluate(training.job, training.reducer, Watch(stop, partial(recorder.measuring, "test")))
     if not tested.is_whole:
         cause = stop.cause
         recorder.test_stopped(f"stopped by {cause} in the test", tested.measures, tested.num_done)
-        again = " --resume auto tests again, and trains no further." if saver.is_enabled else ""
+        again = " Resumed, it tests again and trains no further." if saver.is_enabled else ""
         context.on_root(partial(recorder.log, f"Test stopped by {cause} after {tested}. {saved}{again}"))
+        _log_resume(saver, context, recorder)
         return CONTINUE if saver.is_enabled else TERMINATED
     if tested.num_samples != tested.num_stored:
         context.on_root(partial(recorder.log, f"Test on {tested.num_done:,} of {tested.num_stored:,} samples"))
@@ -228,3 +233,10 @@ def _finish(stop: StopRequest, stopped: bool, training: TrainingState, recorder:
     if fault:
         raise_for_test(fault, saved, context)
     return 0
+
+
+def _log_resume(saver: Saver, context: Context, recorder: Recorder) -> None:
+    """Collective. The command that continues this run, if it left a checkpoint."""
+    command = resume_command(sys.argv, JobEnvironment.current().launcher, context.world.size)
+    if saver.is_enabled and command:
+        context.on_root(partial(recorder.log, f"Resume: {command}"))

@@ -35,6 +35,7 @@ from hpc_train.train.reduce.buckets import trainable_parameters
 from hpc_train.train.reduce.shard_blocks import find_blocks, parameters_of
 from hpc_train.train.run.peak_memory import anonymous_bytes
 from hpc_train.train.tasks import Task, open_task
+from hpc_train.train.trainable import limited
 
 _ALONE_BYTES = 1 << 20  # as in `reduce.buckets`: smaller gradients are copied into messages, which stay
 _NUM_STEPS = 2  # the second finds what the first one keeps
@@ -82,7 +83,7 @@ class Trial:
             raise UserError(f"task.kind = '{kind}': its batches depend on the weights, not on shapes alone", remedy)
         self.base = (anonymous_bytes() or 0) + _STARTED_BYTES
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.model = self._without_bytes(build(self._task.model, config.seed).model)
+        self.model = self._without_bytes(build(partial(limited, self._task.model, config.train), config.seed).model)
         self.parameters = trainable_parameters(self.model)
         if config.train.activation_checkpointing:
             recompute_blocks(self.model)
@@ -381,8 +382,10 @@ def _bytes_of(batch: Any) -> int:
 
 
 def states(config: Config) -> int:
-    """How many numbers the optimizer keeps for each weight."""
-    return 2 if config.train.optimizer in ("adamw", "lamb") else int(config.train.momentum > 0)
+    """How many numbers the optimizer keeps for each weight; of another package's as many as Adam, as most do."""
+    if config.train.optimizer in ("sgd", "lars"):
+        return int(config.train.momentum > 0)
+    return 2
 
 
 class _LiveBytes(TorchDispatchMode):

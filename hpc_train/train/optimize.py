@@ -6,6 +6,7 @@ made, 3 s and 800 modules of a shared file system on each rank. Its functions ru
 """
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from math import ceil, cos, isfinite, log2, pi, sqrt
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +14,10 @@ import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from hpc_train.core.errors import UserError
+from hpc_train.core.import_path import import_path, is_import_path
 from hpc_train.core.settings import Train
+from hpc_train.train.imported_optimizer import ImportedOptimizer
 from hpc_train.train.reduce.sharded_weights import ParamShard, State
 
 _TRUST = 0.001  # of LARS
@@ -33,8 +37,27 @@ def learning_rate(train: Train, step: int, batch_size: int) -> float:
         return start + (peak - start) * (step + 1) / train.lr_warmup_steps
     if train.schedule == "step":
         return float(peak * train.lr_decay ** sum(step >= part * train.steps for part in train.lr_milestones))
+    if is_import_path(train.schedule):
+        return peak * _own_schedule(train.schedule, step, train.steps)
     progress = (step - train.lr_warmup_steps) / max(1, train.steps - train.lr_warmup_steps)
     return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + cos(pi * progress)) / 2}[train.schedule]
+
+
+def _own_schedule(path: str, step: int, num_steps: int) -> float:
+    """By what a user's function of (step, number of steps) multiplies the rate. Raises UserError."""
+    factor = import_path("train.schedule", path, "function")(step, num_steps)
+    if not isinstance(factor, int | float) or not isfinite(factor) or factor < 0:
+        raise UserError(
+            f"train.schedule = '{path}' gives {factor!r} for step {step} of {num_steps}",
+            "It is a function of (step, number of steps), from 0 on, that gives what train.lr is multiplied by.",
+        )
+    return float(factor)
+
+
+def relative_rate(train: Train, name: str) -> float:
+    """By what the learning rate of a weight is multiplied: the last pattern of `train.rates` that fits counts."""
+    rates = [rate for pattern, rate in train.rates.items() if fnmatchcase(name, pattern)]
+    return rates[-1] if rates else 1.0
 
 
 class Optimizer:
@@ -54,6 +77,10 @@ class Optimizer:
         self._train, self._owned, self._batch_size = train, owned, batch_size
         self._sum_over_shards = sum_over_shards
         self._states: State = {each.name: {} for each in owned}
+        self._rate_of = {each.name: relative_rate(train, each.name) for each in owned}
+        self._rates = sorted(set(self._rate_of.values()))
+        self._own = ImportedOptimizer(train, owned, self._rate_of) if is_import_path(train.optimizer) else None
+        learning_rate(train, train.lr_warmup_steps, batch_size)  # a schedule of the user's own is tried
         self._is_scaled = train.precision == "fp16"
         self._scale = _INITIAL_SCALE if self._is_scaled else 1.0
         self._share_scale = 2.0 ** ceil(log2(num_shares)) if self._is_scaled else 1.0
@@ -89,8 +116,13 @@ class Optimizer:
         if factor != 1:
             torch._foreach_mul_(gradients, factor)
         lr = learning_rate(self._train, step, self._batch_size)
-        self._update([each for each in updated if each.decays], lr, self._train.weight_decay)
-        self._update([each for each in updated if not each.decays], lr, 0.0)
+        if self._own:
+            self._own.step(lr)
+            return True
+        for decays in (True, False):
+            for rate in self._rates:
+                alike = [each for each in updated if each.decays == decays and self._rate_of[each.name] == rate]
+                self._update(alike, rate * lr, self._train.weight_decay if decays else 0.0)
         return True
 
     def _norm(self, gradients: list[torch.Tensor]) -> float:
@@ -134,6 +166,8 @@ class Optimizer:
 
     def state(self) -> State:
         """What the optimizer keeps, by names of what is owned: tensors of the same shape, and numbers."""
+        if self._own:
+            return self._own.state()
         return {name: dict(kept) for name, kept in self._states.items() if kept}
 
     def load(self, state: State) -> None:
@@ -141,11 +175,13 @@ class Optimizer:
         for each in self._owned:
             kept = state.get(each.name, {})
             self._states[each.name] = {key: _like(each.parameter, value) for key, value in kept.items()}
+            if self._own and kept:
+                self._own.load(each.name, self._states[each.name])
 
     @property
     def num_bytes(self) -> int:
         """Memory of the optimizer's state on this rank."""
-        return sum(value.nbytes for kept in self._states.values() for value in kept.values())
+        return sum(value.nbytes for kept in self.state().values() for value in kept.values())
 
 
 def _like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -279,13 +315,15 @@ def optimizer_misfit(state: Any, train: Train, weights: Mapping[str, torch.Tenso
     """Why this job's optimizer cannot continue from `state`; None if it can. weights: the model's, by name."""
     if not isinstance(state, dict):
         return f"the optimizer's state is {type(state).__name__}"
-    expected = _KEPT[train.optimizer]
+    expected = _KEPT.get(train.optimizer)  # None: of another package
     for name, kept in state.items():
         if name not in weights or not isinstance(kept, dict):
             return f"the optimizer's state has an entry {name!r}, and the model has no weights of that name"
-        if kept and kept.keys() != expected:
+        if kept and expected is not None and kept.keys() != expected:
             return f"the optimizer keeps {sorted(map(str, kept))} of {name} there and {sorted(expected)} here"
         for key, value in kept.items():
+            if expected is None and not getattr(value, "shape", ()):
+                continue  # a number
             here = ((), torch.float32) if key == "step" else (tuple(weights[name].shape), weights[name].dtype)
             there = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
             if there != here:

@@ -40,6 +40,7 @@ from hpc_train.train.reduce.sharded_weights import whole_parameters
 from hpc_train.train.run.peak_memory import anonymous_bytes, peak_anonymous_bytes, peak_gpu_bytes
 from hpc_train.train.tasks import BUILT_IN, Task, open_task
 from hpc_train.train.tasks.first_batch import check_is_sum, checked_loss
+from hpc_train.train.trainable import limited
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _make_model(
     Raises UserError if ranks made different ones, whose gradients could not be summed, or if they cannot hold it.
     """
     context = mesh.ranks
-    initial = context.on_all(partial(build, task.model, config.seed))
+    initial = context.on_all(partial(build, partial(limited, task.model, config.train), config.seed))
     mine = [(name, tuple(p.shape), str(p.dtype)) for name, p in initial.model.named_parameters()]
     roots = context.on_root(lambda: mine)
     context.on_all(partial(_check_same_model, mine, roots, context.world.rank))
@@ -187,9 +188,11 @@ def _check_same_model(mine: list[Any], roots: list[Any], rank: int) -> None:
 
 
 def make_optimizer(job: Job, reducer: Reducer) -> Optimizer:
-    """The optimizer of what this rank owns: its part of the weights, or all of them."""
+    """Collective. The optimizer of what this rank owns: its part of the weights, or all of them."""
     owned = reducer.shards.owned if reducer.shards else whole_parameters(job.model)
-    return Optimizer(job.config.train, owned, job.batch_size, reducer.sum_over_shards, job.mesh.data.size)
+    num_shares = job.mesh.data.size
+    make = partial(Optimizer, job.config.train, owned, job.batch_size, reducer.sum_over_shards, num_shares)
+    return job.context.on_all(make)
 
 
 def open_batches(job: Job, first_step: int) -> Batches:

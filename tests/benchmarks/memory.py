@@ -24,6 +24,7 @@ GPT = ("gpt", {"layers": 6, "heads": 8, "width": 512, "context": 128})  # 19M we
 BERT = ("bert", {"layers": 6, "heads": 8, "width": 512, "context": 128})
 MLP = ("mlp", {"hidden": [3072, 2048, 2048]})  # 20M, 80 MB
 RESNET = ("resnet", {"depth": 50, "width": 64, "stem": "small"})  # 24M, 94 MB
+UNET = ("unet", {"levels": 3, "width": 32})  # 1.9M, 8 MB: what counts are activations
 VGG = ("vgg", {"depth": 11, "width": 64, "hidden": [2048, 2048], "dropout": 0.0})  # 15M, 58 MB
 
 
@@ -65,8 +66,11 @@ CASES = [
     Case(RESNET, 2, 16, "mpi", keys={"train.optimizer": "sgd"}),
     Case(RESNET, 1, 16, "local", keys=BF16),
     Case(VGG, 2, 32, "sharded", 3),
+    Case(UNET, 1, 8, "local"),
+    Case(UNET, 2, 8, "mpi", keys=RECOMPUTED),
+    Case(UNET, 2, 8, "sharded", 3, BF16),
 ]
-FAST = [CASES[12], CASES[14]]
+FAST = [CASES[12], CASES[14], CASES[18]]
 
 
 def write_data(folder: Path) -> None:
@@ -74,6 +78,8 @@ def write_data(folder: Path) -> None:
     with h5py.File(folder / "images.h5", "w") as file:
         file["train/inputs"] = rng.random((4096, 32, 32, 3), np.float32)
         file["train/targets"] = rng.integers(0, 10, 4096)
+    with h5py.File(folder / "fields.h5", "w") as file:
+        file["train/inputs"] = file["train/targets"] = rng.random((64, 2, 96, 128), np.float32)
     text = folder / "text"
     text.mkdir()
     for path in Path(json.__file__).parent.glob("*.py"):  # Python's own source: nothing to fetch
@@ -83,10 +89,11 @@ def write_data(folder: Path) -> None:
 
 def job_file(case: Case, folder: Path) -> Path:
     name, options = case.model
-    kinds = {"gpt": "language", "bert": "masked_language"}
+    kinds = {"gpt": "language", "bert": "masked_language", "unet": "regression"}
+    files = {"gpt": "text.h5", "bert": "text.h5", "unet": "fields.h5"}
     values = {
         "name": "memory",
-        "data.file": str(folder / ("text.h5" if name in kinds else "images.h5")),
+        "data.file": str(folder / files.get(name, "images.h5")),
         "task.kind": kinds.get(name, "classification"),
         "task.model": name,
         "train.steps": STEPS,

@@ -18,6 +18,7 @@ RNG = np.random.default_rng(0)
 LABELS = np.arange(400) % 4
 TABLE = (RNG.normal(size=(400, 6)) * [1, 10, 100, 1e3, 1, 1] + LABELS[:, None]).astype("f4")
 IMAGES = RNG.integers(0, 256, (400, 16, 16, 3)).astype("u1")
+FLOW = RNG.random((40, 2, 18, 20))
 FILES: dict[str, tuple[dict[str, np.ndarray], dict[str, object], str]] = {
     "table": (
         {"x": TABLE, "y": LABELS},
@@ -53,6 +54,11 @@ FILES: dict[str, tuple[dict[str, np.ndarray], dict[str, object], str]] = {
         {"input": RNG.random((40, 3, 18, 20)), "output": RNG.random((40, 1, 18, 20)), "time": np.arange(40.0)},
         {"kind": "regression", "model": "unet", "normalize": "standardize", "options": {"levels": 2, "width": 16}},
         "output: 1 x 18 x 20 numbers a sample on the same grid",
+    ),
+    "forecast": (
+        {"input": FLOW, "output": FLOW + RNG.random(FLOW.shape) / 9},
+        {"kind": "regression", "model": "unet", "options": {"levels": 2, "width": 16, "residual": True}},
+        "targets are near their inputs: the model predicts the change (residual)",
     ),
     "volumes": (
         {"x": RNG.random((40, 2, 16, 9, 10)), "y": RNG.random((40, 16, 9, 10))},

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic, sleep
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -149,6 +150,20 @@ def test_the_rendered_script_is_the_plain_one_with_other_settings() -> None:
                    (template(), rendered(SiteProfile())))  # fmt: skip
     assert {"signal", "open-mode", "requeue", "job-name", "time", "output"} <= plain.keys() <= ours.keys()
     assert plain["signal"] == ours["signal"] and plain["open-mode"] == ours["open-mode"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "asks"),
+    [
+        ({}, False),
+        ({"cores_per_rank": 4}, True),
+        ({"sbatch": ["--exclusive"]}, True),
+        ({"sbatch": ["--cpus-per-task=4"]}, True),
+        ({"sbatch": ["--comment=x"]}, False),
+    ],
+)
+def test_a_profile_asks_for_cores_or_not(keys: dict[str, Any], asks: bool) -> None:
+    assert SiteProfile(**keys).asks_for_cores is asks
 
 
 def test_the_allocation_follows_the_profile() -> None:
@@ -362,6 +377,7 @@ def test_what_is_submitted_stands_in_the_run_directory(tmp_path: Path) -> None:
     shown = submit(tmp_path)
     assert "Job 41: 2 ranks on 2 nodes" in shown.out and "squeue --start --job 41" in shown.out
     assert re.search(r"hpc-train report runs/softmax-mnist/\S+-np2", shown.out)
+    assert "asks for no cores a rank" in shown.err and "cores_per_rank" in shown.err
 
 
 def test_the_same_command_again_continues_what_ended_early(tmp_path: Path) -> None:

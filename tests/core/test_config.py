@@ -60,7 +60,7 @@ def test_model_options_round_trip(job: Path) -> None:
         ("run.root=a\0b", "run.root = "),
         (
             "reduce.strategy=ring",
-            "'ring': input should be 'horovod', 'mpi', 'parameter_server', 'sharded', 'local' or 'own'",
+            "'ring': input should be 'horovod', 'mpi', 'torch', 'parameter_server', 'sharded', 'local' or 'own'",
         ),
         ("name=../up", "name = '../up'"),
         ("name=a b; rm", "name = 'a b; rm'"),

@@ -49,6 +49,8 @@ def job(keys: dict[str, object]) -> Loaded:
         {"task.kind": "policy_gradient", "train.accumulate": 2},
         DQN | {"rl.replay_start": 61},
         SERVER | {"train.optimizer": "lamb"},
+        SERVER | {"train.rates": {"layers.1.*": 2.0}},
+        {"task.kind": "dqn", "task.metrics": ["f1"]},
         {"reduce.strategy": "sharded", "reduce.compression": "fp16"},
         {"reduce.strategy": "mpi", "reduce.stage": 3},
         {"reduce.strategy": "mpi", "reduce.shard_within": "node"},

@@ -37,9 +37,11 @@ def on_a_terminal(words: list[str], cwd: Path) -> str:
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_terminal_shows_a_bar_with_loss_speed_and_time_left(tmp_path: Path, digits: Path, ranks: int) -> None:
     keys = jobs.settings(data__file=digits, train__steps=2000, reduce__strategy="mpi" if ranks else "local")
+    keys += jobs.settings(data__hold_out=0.1, validation__every_steps=1000)
     shown = on_a_terminal(jobs.command(ranks, "train", jobs.CONFIGS / "softmax-mnist.toml", *keys), tmp_path)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     assert re.search(r"softmax-mnist .*\d+% loss \d\.\d{5} [\d,]+ samples/s [\d:]+ left", plain), plain[-2000:]
+    assert re.search(r"% loss \d\.\d{5}, val\. \d\.\d{2,4} [\d,]+ samples/s [\d:]+ left", plain), plain[-2000:]
     assert plain.count("Step 1900, Loss: ") == 1, "lines stand above the bar, from one rank"
 
 

@@ -30,12 +30,15 @@ def made(path: Path, **changed: np.ndarray) -> Path:
     return path
 
 
-def checked(path: Path, task: dict[str, object] | None = None, **data: object) -> Checked:
+def checked(
+    path: Path, task: dict[str, object] | None = None, validation: dict[str, object] | None = None, **data: object
+) -> Checked:
     values = {
         "name": "a",
         "data": {"file": str(path), **NAMES, **data},
         "task": task or {},
         "train": {"steps": 1, "global_batch": 64},
+        "validation": validation or {},
     }
     job = config.from_values(values, "test").config
     found = check([path], ALONE, quiet=True, job=job)
@@ -99,3 +102,16 @@ def test_unequal_lengths_are_a_fault_by_any_name(inputs: str, targets: str, tmp_
         faults = [fault for fault in check([tmp_path / "a.h5"], ALONE, quiet=True).faults if fault.kind == "unequal"]
         assert bool(faults) == is_fault
         assert all(f"{targets}: has 299 rows, and {inputs} has 300 samples" in str(fault) for fault in faults)
+
+
+def test_samples_to_validate_on_are_checked_too(tmp_path: Path) -> None:
+    """Those of the training samples, in the file; those in a file of their own as training opens them."""
+    path = made(tmp_path / "a.h5", x_val=INPUTS[:50] + 1, y_val=np.full(50, 9), patient=np.arange(300) // 3)
+    keys = {"validation_inputs": "x_val", "validation_targets": "y_val"}
+    found = checked(path, validation={"every_epochs": 1.0}, **keys)
+    assert any("label 9 in y_val, row 0" in str(fault) for fault in found.faults)
+    found = checked(path, validation={"every_epochs": 1.0}, validation_file=str(path), **keys)
+    assert any("label 9 in y_val, row 0" in str(fault) for fault in found.faults)
+    grouped = checked(path, validation={"every_epochs": 1.0}, hold_out=0.2, hold_out_by="patient")
+    assert not grouped.faults and "patient" in grouped.datasets and grouped.reading
+    assert "held out to validate on" in grouped.reading

@@ -180,7 +180,9 @@ def test_ctrl_c_or_sigterm_straight_to_mpirun_leaves_a_valid_checkpoint(
     ended = job.signal(number).end()
     assert ended.code == 1
     if "Stopped by" in ended.out:
-        assert "Stopped by SIGTERM (which mpirun sends after Ctrl-C, too) after step" in ended.out
+        assert (
+            "Stopped by SIGTERM (which mpirun sends after Ctrl-C, too, and itself ends with 1) after step" in ended.out
+        )
     recover_s, lost = resume(job, digits, reference)
     assert 0 <= lost <= 4
     survived(f"{number.name} to mpirun", "valid newest checkpoint", recover_s, lost)

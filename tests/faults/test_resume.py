@@ -46,6 +46,10 @@ def test_a_run_stopped_within_an_epoch_ends_as_if_it_had_not_been(
         stopped = job.wait_for_step(number).signal(signal.SIGUSR2).end()
         assert stopped.code == 75, stopped
         assert "Stopped by" in stopped.out and job.run.checkpoint(job.newest()).is_file()
+        command = next(line for line in stopped.out.splitlines() if line.startswith("Resume: ")).split()
+        launch = ["mpirun", "-n", str(ranks), "hpc-train"] if ranks else ["hpc-train"]
+        assert command[1 : len(launch) + 2] == [*launch, "train"] and command[-2:] == ["--resume", "auto"]
+        assert command.count("--resume") == 1
     assert job.newest() < 10
     done = Job(ranks, tmp_path, digits, *words, "--resume", "auto", **noisy)
     ended = done.end()

@@ -24,7 +24,7 @@ from hpc_train.train.setup import open_job
 from hpc_train.train.tasks.regression import Regression
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-STEPS, NUM_TESTED = 6, 7000
+STEPS, NUM_TESTED = 6, 13_000  # several batches on each of four ranks
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_stop_in_the_test_keeps_what_there_is_and_the_next_start_repeats_the_t
 def test_the_same_samples_each_once_on_any_number_of_ranks(
     keys: list[str], context: Context, cars: Path, shared_path: Path
 ) -> None:
-    """Of all 7,000 and of 500, chosen whatever the seed, and of those held out, to six digits."""
+    """Of all 13,000 and of 500, chosen whatever the seed, and of those held out, to six digits."""
     for samples in (["test.samples=500"], ["data.hold_out=0.3", "validation.every_steps=1"]):
         together = measured(context, job(cars, shared_path, *keys, *samples))
         if context.world.is_root:

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from hpc_train.core import config
+from hpc_train.core import labels as core_labels
 from hpc_train.core.errors import UserError
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
+from hpc_train.train.data import labels
 from hpc_train.train.tasks.classification import Classification
 
 NAMES = np.array(["oak", "ash", "elm", "fir"])
@@ -27,6 +29,31 @@ def test_every_rank_finds_the_same_classes(kind: str, context: Context, shared_p
     task = Classification(config.from_values(job, "test").config, context)
     assert task.facts["classes"] == (["ash", "elm", "fir", "oak"] if kind == "strings" else [-70, -63, -56, -49])
     assert task.batch(np.arange(40), 0).targets.tolist() == classes.tolist()
+
+
+def test_strings_that_name_no_classes_are_not_all_collected(
+    context: Context, shared_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Identifiers: each rank stops to remember new ones once they are more than classes can be."""
+    for module in (labels, core_labels):
+        monkeypatch.setattr(module, "MAX_CLASSES", 50)
+    monkeypatch.setattr(labels, "_SCAN_ROWS", 20)
+    context.on_root(lambda: write(shared_path / "a.h5", np.array([f"id {row}" for row in range(400)], "S")))
+    job = {"name": "a", "data": {"file": str(shared_path / "a.h5")}, "train": {"steps": 1, "global_batch": 4}}
+    for most, keys in ((50, {}), (60, {"num_classes": 60})):
+        with pytest.raises(UserError, match=rf"has more than {most} different labels \('id 0', "):
+            Classification(config.from_values({**job, "task": keys}, "test").config, context)
+
+
+@pytest.mark.parametrize("num_classes", [256, 257])
+def test_each_rank_keeps_a_byte_a_sample_for_few_classes(num_classes: int, context: Context, shared_path: Path) -> None:
+    names = np.array([f"{number:03d}" for number in range(num_classes)])[np.arange(3 * num_classes) % num_classes]
+    context.on_root(lambda: write(shared_path / "a.h5", names.astype("S")))
+    job = {"name": "a", "data": {"file": str(shared_path / "a.h5")}, "train": {"steps": 1, "global_batch": 4}}
+    task = Classification(config.from_values(job, "test").config, context)
+    assert task.train.targets.dtype.itemsize == (1 if num_classes == 256 else 2)
+    rows = np.arange(len(names))
+    assert task.batch(rows, 0).targets.tolist() == (rows % num_classes).tolist()
 
 
 def test_a_value_that_one_rank_meets_is_told_on_all(context: Context, shared_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,10 +36,12 @@ def test_one_rank_a_node_measures_rest_and_loop(
     assert sum(own_cpu_s) < 0.25, "of a second and a half"
     facts = json.loads(path.meta.read_text())["energy"]
     assert facts.keys() == {
-        *("assumption", "meters", "unreadable", "shared", "foreign_cores", "epoch_s", "idle_w", "idle_quality")
+        *("assumption", "meters", "unreadable", "shared", "foreign_cores", "num_cpus", "epoch_s", "idle_w"),
+        "idle_quality",
     }
     (host,) = facts["meters"]
     assert facts["idle_quality"] == "measured" and facts["shared"].keys() == facts["foreign_cores"].keys() == {host}
+    assert facts["num_cpus"] == {host: os.cpu_count()}
     assert facts["idle_w"][host] == {domain: pytest.approx(50, rel=0.6) for domain in ("package-0", "package-1")}
     (file,) = path.energy_dir.iterdir()
     last = list(csv.DictReader(file.open()))[-2:]

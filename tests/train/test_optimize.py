@@ -54,6 +54,26 @@ def test_a_gradient_is_clipped_over_the_whole_model() -> None:
     assert short.item() == -0.5
 
 
+def test_rates_of_their_own_are_those_of_parameter_groups() -> None:
+    """As torch's own optimizer with a group for each rate; the last pattern that fits counts."""
+    start = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    for keys, make in (
+        ({"optimizer": "sgd", "momentum": 0.9}, lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)),
+        ({"optimizer": "adamw"}, lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0)),
+    ):
+        ours, theirs = ([nn.Parameter(each.clone()) for each in start] for _ in range(2))
+        train = settings(lr=0.1, rates={"*": 0.5, "1": 10.0, "2": 2.0, "[2]": 3.0}, **keys)
+        mine = optimizer(train, *ours)
+        torchs = make([{"params": [each], "lr": 0.1 * rate} for each, rate in zip(theirs, (0.5, 10, 3), strict=True)])
+        for step in range(3):
+            for one, other in zip(ours, theirs, strict=True):
+                one.grad, other.grad = one.detach() + step, other.detach() + step
+            mine.step(step)
+            torchs.step()
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_the_norm_is_that_of_all_parts() -> None:
     """Where ranks own parts, their squares are added up: here another rank owns 4 of a gradient of 5."""
     mine = parameter([[0.0]], [[3.0]])

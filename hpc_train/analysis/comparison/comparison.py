@@ -17,6 +17,7 @@ from hpc_train.analysis.stats.estimate import Estimate, of_series, of_value, ove
 from hpc_train.core.errors import UserError
 from hpc_train.core.statistics import Interval
 from hpc_train.core.timing_log import PHASES
+from hpc_train.core.validation_log import is_score
 
 Verdict = Literal[
     "regression", "improvement", "slower, step unaffected", "below the threshold", "no difference shown", "not judged"
@@ -172,6 +173,7 @@ def _metrics(before: Side, after: Side, threshold: float) -> list[Metric]:
         *(_Quantity(phase, "s", partial(_phase_time, phase), least=least_s) for phase in entered),
         _Quantity("energy per sample", "J", lambda run: _positive(run.joules_per_sample)),
         _Quantity("final loss", "", lambda run: _positive(run.loss)),
+        *_validations([*before.runs, *after.runs]),
         _Quantity("peak memory of a rank", "B", lambda run: _positive(run.peak_resident_bytes)),
         _Quantity("peak GPU memory of a rank", "B", lambda run: _positive(run.peak_gpu_bytes)),
         _Quantity("start-up (s)", "", lambda run: _positive(run.start_up_s)),
@@ -183,6 +185,24 @@ def _metrics(before: Side, after: Side, threshold: float) -> list[Metric]:
         *(_judged(_compared(each, before, after), LEVEL, threshold) for each in speeds),
         *(_judged(each, level, threshold) for each, level in zip(known, levels, strict=True)),
     ]
+
+
+def _validations(runs: Sequence[RunFigures]) -> list[_Quantity]:
+    """The best value of the measure that validations go by."""
+    measures = dict.fromkeys(run.validation_measure for run in runs if run.validation_measure)
+    return [
+        _Quantity(
+            f"best validation {measure.replace('_', ' ')}",
+            "",
+            partial(_best_validation, measure),
+            more_is_better=is_score(measure),
+        )
+        for measure in measures
+    ]
+
+
+def _best_validation(measure: str, run: RunFigures) -> Estimate | None:
+    return _positive(run.best_validation) if run.validation_measure == measure else None
 
 
 def _step_time(run: RunFigures) -> Estimate:

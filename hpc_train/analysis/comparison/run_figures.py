@@ -37,6 +37,8 @@ class RunFigures(BaseModel):
     joules_per_sample: Amount | None
     energy_quality: Quality
     loss: Amount | None  # the last training loss, where a lower one is better
+    validation_measure: str = ""  # what validations go by; "" without them
+    best_validation: Amount | None = None  # the best value of it
     peak_resident_bytes: Amount | None  # of the rank that took most
     peak_gpu_bytes: Amount | None
     start_up_s: Amount | None = None  # of the rank that took longest, until the first step
@@ -70,6 +72,7 @@ def figures_of(run: Run) -> RunFigures:
     phases_s = np.stack([rows.mean(axis=0) for rows in steady]) / 1e9
     summary = run.summary
     energy = summary.joules if summary.energy_quality != "missing" else None
+    validated = run.validation
     loss = summary.loss if run.config.task.kind not in NO_PROGRESS else None
     return RunFigures(
         label=run.label,
@@ -83,6 +86,8 @@ def figures_of(run: Run) -> RunFigures:
         joules_per_sample=energy / summary.num_samples if energy and summary.num_samples else None,
         energy_quality=summary.energy_quality,
         loss=loss if loss is not None and isfinite(loss) else None,
+        validation_measure=validated.measure if validated else "",
+        best_validation=validated.best[1] if validated and isfinite(validated.best[1]) else None,
         peak_resident_bytes=_largest(run, "peak_resident_bytes"),
         peak_gpu_bytes=_largest(run, "peak_gpu_bytes"),
         start_up_s=_largest(run, "start_up_s"),

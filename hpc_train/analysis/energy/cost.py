@@ -6,7 +6,7 @@ from functools import partial
 from statistics import fmean
 
 from hpc_train.analysis.energy.energy_amount import NONE, EnergyAmount
-from hpc_train.analysis.energy.run_energy import RunEnergy, energy_of, unknown_energy
+from hpc_train.analysis.energy.run_energy import VALIDATION, RunEnergy, energy_of, unknown_energy
 from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.runs.load import Run
 from hpc_train.analysis.scaling.compare import Group
@@ -150,7 +150,7 @@ class RowEnergy:
         return joules * (1 / num_samples) if num_samples else EnergyAmount(lacking=("no sample",))
 
     def _by_phase(self, of_runs: list[dict[str, EnergyAmount]]) -> dict[str, EnergyAmount]:
-        known = [phase for phase in PHASES if any(phase in one for one in of_runs)]
+        known = [phase for phase in (*PHASES, VALIDATION) if any(phase in one for one in of_runs)]
         return {phase: self._mean([one.get(phase, NONE) for one in of_runs]) for phase in known}
 
 

@@ -13,7 +13,6 @@ from hpc_train.analysis.runs.meta_json import dict_at, positive_number
 from hpc_train.analysis.runs.placement import RankPlacement, placements
 from hpc_train.analysis.runs.step_timeline import EMPTY_TIMELINE, StepTimeline, timeline_of
 from hpc_train.core.timing_log import PHASES
-from hpc_train.core.validation_log import read_validation
 
 VALIDATION = "validation"  # a phase of the energy alone: no step has it
 _ROUNDING = 1e-9  # of the gross energy: sums of floats differ by this much
@@ -48,8 +47,9 @@ class RunEnergy:
         """Of the validations: (between steps, and so within loop; after the last step). NONE without any."""
         within = after = NONE
         loop_s = {loop.attempt: loop.lasted_s for loop in self.timeline.loops}
-        for row in read_validation(self.run.dir.validation):
-            found = self.timeline.after_step(int(row["step"]) - 1, row["seconds"])
+        record = self.run.validation
+        for step, seconds in zip(record.steps, record.seconds, strict=True) if record else ():
+            found = self.timeline.after_step(step - 1, seconds)
             if found is None:
                 continue
             attempt, begin_s, end_s = found
@@ -57,6 +57,8 @@ class RunEnergy:
             if any(reading.lead_s + end_s > reading.trace.end_s - reading.trace.begin_s for reading in taken):
                 continue  # an attempt was killed in it, and a later one made it
             part = sum((reading.of_part(begin_s, end_s) for reading in taken), NONE)
+            if part.lacking:  # shorter than a meter resolves
+                part = (self.loop * ((end_s - begin_s) / self.timeline.loop_s)).attributed()
             if begin_s < loop_s[attempt]:
                 within += part
             else:

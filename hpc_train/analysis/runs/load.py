@@ -12,6 +12,7 @@ from hpc_train.analysis.guard import SectionGuard
 from hpc_train.analysis.runs.load_balance import LoadBalance
 from hpc_train.analysis.runs.meta_json import attempts, dict_at, text_at
 from hpc_train.analysis.runs.rank_records import LEAVE_OUT, reduce_ranks
+from hpc_train.analysis.runs.validation import RunValidation, validation_of
 from hpc_train.core import config, rundir
 from hpc_train.core.energy_records import Energy, Trace, energy_of_run, read_traces
 from hpc_train.core.errors import UserError
@@ -43,6 +44,7 @@ class Run:
     metrics: tuple[list[int], list[float]]  # (steps, losses), empty if none were logged
     incomplete: str | None  # why it is incomplete, in words; None if it is complete
     load_balance: LoadBalance | None = None  # None without a steady step
+    validation: RunValidation | None = None  # None: the run made none
     copies: tuple[Path, ...] = ()  # other folders with the same run
 
     @property
@@ -198,6 +200,7 @@ def _load(run: RunDir) -> Run:
         metrics,
         "; ".join(faults) or None,
         ranks.load_balance,
+        validation_of(run, settings),
     )
 
 

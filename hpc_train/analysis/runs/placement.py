@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Any
 
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.meta_json import attempts, list_at
+from hpc_train.analysis.runs.meta_json import attempts, dict_at, list_at, positive_number
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,29 @@ def crowded_hosts(run: Run) -> tuple[CrowdedHost, ...]:
         if all(cores) and len(cores) > num_cores:
             found.append(CrowdedHost(host, len(cores), num_cores))
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class SharedHost:
+    """A host on which other programs kept cores busy while the steps ran. num_cpus: of the host; None: not recorded."""
+
+    host: str
+    foreign_cores: float  # mean over the loop
+    num_cpus: int | None
+
+
+_NOTICEABLE = 0.1  # of the host's CPUs; of those that ranks may use, if the host's are not recorded
+
+
+def shared_hosts(run: Run) -> tuple[SharedHost, ...]:
+    """Of the last attempt, the busiest first."""
+    energy, found = dict_at(run.meta, "energy"), []
+    for host, foreign in dict_at(energy, "foreign_cores").items():
+        cores, known = positive_number(foreign), positive_number(dict_at(energy, "num_cpus").get(host))
+        used = frozenset().union(*(place.cores for place in placements(run) if place.host == host))
+        if cores is not None and cores >= _NOTICEABLE * (known or len(used) or 1):
+            found.append(SharedHost(host, cores, int(known) if known else None))
+    return tuple(sorted(found, key=lambda each: -each.foreign_cores))
 
 
 def _host(placement: RankPlacement) -> str:

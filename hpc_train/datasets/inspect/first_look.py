@@ -22,7 +22,8 @@ def _look(config: Config, notes: child_process.Notes) -> None:
     from hpc_train.train.data.hdf5_faults import data_paths, not_a_file
 
     deadline_s = monotonic() + _MAX_S
-    for path in data_paths(config):
+    keys = [key for key in ("file", "validation_file", "test_file") if key == "file" or getattr(config.data, key)]
+    for path in (path for key in keys for path in data_paths(config, key)):
         if not_a_file(path) or monotonic() > deadline_s:
             return
         notes.at(Path(path).resolve())

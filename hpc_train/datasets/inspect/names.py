@@ -46,7 +46,7 @@ class Names:
 
 
 def names_of(config: Config) -> Names:
-    """Those that `config` reads."""
+    """Those that `config` reads of data.file."""
     data, kind = config.data, config.task.kind
     input_role = {"classification": "samples", "regression": "samples"}.get(kind, "")
     target_role = {"classification": "labels", "regression": "values"}.get(kind, "")
@@ -54,10 +54,14 @@ def names_of(config: Config) -> Names:
         input_role = "tokens"
     roles, parts = dict[str, str](), dict[str, str]()
     training: list[str] = []
-    for inputs, others, is_training in (
-        (data.inputs, [data.targets, data.offsets], True),
-        (data.test_inputs, [data.test_targets, data.test_offsets], False),
-    ):
+    sources: list[tuple[str | list[str], list[str | None], bool]] = [(data.inputs, [data.targets, data.offsets], True)]
+    if data.validation_file is None and config.validation.is_due and not data.hold_out:
+        sources.append((data.validation_inputs, [data.validation_targets, data.validation_offsets], False))
+    if data.test_file is None:
+        sources.append((data.test_inputs, [data.test_targets, data.test_offsets], False))
+    if data.hold_out_by is not None:
+        roles[data.hold_out_by] = "values"
+    for inputs, others, is_training in sources:
         names = [inputs] if isinstance(inputs, str) else inputs
         for number, name in enumerate(names):
             roles[name], parts[name] = input_role, f"inputs {number}"

@@ -87,11 +87,15 @@ def propose(file: FileStructure) -> Proposal:
     with h5py.File(file.path, "r") as opened:
         kind, why = _kind(opened[targets.name], targets)
         rows = _first_rows(opened[inputs.name])
+        are_alike = (inputs.shape, inputs.meaning) == (targets.shape, targets.meaning)
+        is_near_inputs = are_alike and _are_near(rows, _first_rows(opened[targets.name]))
         lacking = [info.name for info in (inputs, targets) if _lacks_values(opened[info.name], info)]
     image_edge = _image_edge(inputs.shape[1:])
     num_halvings = _num_halvings(inputs.shape[1:], targets.shape[1:]) if kind == "regression" else 0
+    predicts_change = bool(num_halvings) and is_near_inputs
     if num_halvings:
-        model, options = "unet", f"{{ levels = {num_halvings}, width = 16 }}"
+        residual = ", residual = true" if predicts_change else ""
+        model, options = "unet", f"{{ levels = {num_halvings}, width = 16{residual} }}"
     elif image_edge:
         stem = "small" if image_edge <= _SMALL_IMAGE else "imagenet"
         model, options = "resnet", f'{{ depth = 18, width = 16, stem = "{stem}" }}'
@@ -104,6 +108,7 @@ def propose(file: FileStructure) -> Proposal:
         f"{targets.name}: {why}{' on the same grid' * bool(num_halvings)}",
         f"{test[0].name}: {plural(test[0].num_rows, 'sample')} to test on" if test else "no samples to test on",
         *(f"{name} lacks values: samples with one are left out" for name in lacking),
+        *(["targets are near their inputs: the model predicts the change (residual)"] if predicts_change else []),
     ]
     used = (inputs, targets, *(test or ()))
     others = [info.name for info in file.datasets if info not in used and not info.is_coordinate]
@@ -236,6 +241,13 @@ def _named_numbers(num_axes: int, are_images: bool, are_fields: bool) -> str:
 def _first_rows(inputs: h5py.Dataset) -> np.ndarray:
     row_bytes = max(1, inputs.dtype.itemsize * int(np.prod(inputs.shape[1:])))
     return np.asarray(inputs[: min(_SAMPLES_READ, max(1, _BYTES_READ // row_bytes))], np.float64)
+
+
+def _are_near(inputs: np.ndarray, targets: np.ndarray) -> bool:
+    """Whether targets (n, c, ...) taken for their inputs are less wrong than their means, in each channel."""
+    axes = (0, *range(2, inputs.ndim))
+    changes, deviations = np.nanmean((targets - inputs) ** 2, axes), np.nanvar(targets, axes)
+    return bool(np.all(changes < deviations))
 
 
 def _lacks_values(dataset: h5py.Dataset, info: DatasetInfo) -> bool:

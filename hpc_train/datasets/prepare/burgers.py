@@ -56,9 +56,14 @@ def _netcdf(arrays: dict[str, Array]) -> Netcdf:
         "y": {"units": "m", "axis": "Y", "long_name": "distance along y, periodic"},
         "component": {"long_name": "component of the velocity: 0 along x, 1 along y"},
     }
-    told = {
+    told: dict[str, dict[str, Any]] = {
         "inputs": {"units": "m s-1", "long_name": "velocity", "coordinates": "realization time"},
-        "targets": {"units": "m s-1", "long_name": "velocity one step later", "coordinates": "realization time"},
+        "targets": {
+            "units": "m s-1",
+            "long_name": "velocity one step later",
+            "coordinates": "realization time",
+            "names": ["u", "v"],
+        },
         "realization": {"units": "1", "standard_name": "realization", "long_name": "number of the initial field"},
         "time": {"units": "s", "long_name": "time of the inputs since the initial field"},
     }

@@ -103,6 +103,11 @@ class Context:
         with self.waiting:
             return [value] if self.comm is None else self.comm.allgather(value)
 
+    def merge(self, value: T, merge: Callable[[T, T], T]) -> T:
+        """Collective. All ranks' values merged pair by pair, in a tree: no rank holds more than two at once."""
+        with self.waiting:
+            return value if self.comm is None else self.comm.allreduce(value, op=merge)
+
     all = all_gather  # the former name, which users' tasks may call: until the next release
 
     def sum(self, values: np.ndarray) -> np.ndarray:

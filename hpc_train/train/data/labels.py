@@ -57,7 +57,7 @@ def open_classes(parts: list[Part], num_classes: int | None, context: Context) -
     is no label, and for a label of another part that the training samples do not have.
     """
     train = parts[0]
-    labels = _Stored(train.files.paths[0], train.targets, train.split.targets)
+    labels = _Stored(train.files.paths[0], train.targets, train.split.targets, num_classes)
     distinct = labels.distinct(context)
     width = labels.num_columns  # of one-hot rows, of which some classes may have none
     try:
@@ -76,18 +76,19 @@ def open_classes(parts: list[Part], num_classes: int | None, context: Context) -
 
 def in_classes(split: Split, name: str, path: Path, classes: Classes, context: Context) -> Split:
     """Collective. The split with class numbers as targets. Raises `UserError` for a label that is none of `classes`."""
-    labels = _Stored(path, name, split.targets)
+    labels = _Stored(path, name, split.targets, classes.num)
     labels.require_known(classes, labels.distinct(context), context)
     return replace(split, targets=labels.as_class_numbers(classes.values, context))
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """The labels of data set `name`, as stored."""
+    """The labels of data set `name`, as stored. num_classes: as the user says; None: as found."""
 
     path: Path
     name: str
     reader: Reader
+    num_classes: int | None = None
 
     @property
     def num_columns(self) -> int | None:
@@ -106,7 +107,17 @@ class _Stored:
         if not context.sum(np.array([is_large], np.int64))[0]:
             # The usual case: a sum of fixed size, however many ranks there are.
             return np.flatnonzero(context.sum(np.bincount(mine, minlength=MAX_CLASSES)))
-        return np.asarray(np.unique(np.concatenate(context.all_gather(mine))))
+        return context.merge(mine, self._merged)
+
+    @property
+    def _most_strings(self) -> int:
+        """More different ones are no classes."""
+        return max(MAX_CLASSES, self.num_classes or 0)
+
+    def _merged(self, some: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Of strings no more than show that they are too many."""
+        found = np.union1d(some, others)
+        return found[: self._most_strings + 1] if self._are_strings else found
 
     def _distinct_of_my_part(self, context: Context) -> np.ndarray:
         shape = self.reader.shape
@@ -120,9 +131,7 @@ class _Stored:
                     what = f"{part[wrong[0]]} in {self.name}, row {begin + wrong[0]:,}, is no label"
                     raise UserError(f"{self.path}: {what}", _REMEDY)
                 part = whole_numbers(part)
-            found = np.union1d(found, _unique(part))
-            if len(found) > max(MAX_CLASSES, len(self.reader)):
-                break
+            found = self._merged(found, _unique(part))
         return found
 
     def _my_parts(self, context: Context) -> Iterator[tuple[int, np.ndarray]]:
@@ -142,8 +151,9 @@ class _Stored:
         """Collective. A reader of class numbers; those of strings are kept in memory. values: see `Classes`."""
         if self._are_strings:
             assert values is not None
-            numbers = [np.searchsorted(values, part).astype(np.int32) for _, part in self._my_parts(context)]
-            mine = np.concatenate([np.zeros(0, np.int32), *numbers])
+            kind = np.min_scalar_type(max(0, len(values) - 1))  # one byte a sample for up to 256 classes, on every rank
+            numbers = [np.searchsorted(values, part).astype(kind) for _, part in self._my_parts(context)]
+            mine = np.concatenate([np.zeros(0, kind), *numbers])
             return MmapReader(np.concatenate(context.all_gather(mine)))
         is_stored_so = self.reader.dtype.kind in "iu" and len(self.reader.shape) == 1 and values is None
         return self.reader if is_stored_so else ClassReader(self.reader, values)
@@ -169,11 +179,12 @@ class _Stored:
         raise AssertionError(f"no row has label {label}, which was found in one")
 
     def no_classes(self, distinct: np.ndarray, num_classes: int | None) -> UserError:
+        is_cut = self._are_strings and len(distinct) > self._most_strings
+        more, num = "more than " * is_cut, min(len(distinct), self._most_strings) if is_cut else len(distinct)
         shown = ", ".join(repr(each) for each in distinct[:3].tolist())
         limit = "" if num_classes is None else f", and task.num_classes = {num_classes:,}"
         return UserError(
-            f"{self.path}: {self.name} has {len(distinct):,} different labels ({shown}, ...){limit}: they name no "
-            "classes",
+            f"{self.path}: {self.name} has {more}{num:,} different labels ({shown}, ...){limit}: they name no classes",
             _REMEDY,
         )
 

@@ -108,10 +108,11 @@ def _scan(
         missing = is_missing(part, values).reshape(len(part), -1)
         rows.append(begin + np.flatnonzero(missing.all(axis=1) if may_lack_some else missing.any(axis=1)))
         num_incomplete += int(np.count_nonzero(missing.any(axis=1)))
-    found = np.concatenate(context.all_gather(np.concatenate(rows)))
+    mine = np.concatenate(rows)
+    if mode == "refuse":
+        _refuse_any(files, name, values, mine, reader, context)
+    found = np.concatenate(context.all_gather(mine))
     num_in_part = int(context.sum(np.array([num_incomplete]))[0]) - len(found)
-    if len(found) and mode == "refuse":
-        raise joint(_refused(files, name, values, found, reader))
     mean = moments(reader, values, context).mean if mode == "mean" else None
     return _Scanned(name, values, found, mean, num_in_part)
 
@@ -133,11 +134,20 @@ def declared_values(files: Files, name: str) -> tuple[float, ...]:
     return tuple(sorted(found))
 
 
-def _refused(files: Files, name: str, values: tuple[float, ...], rows: np.ndarray, reader: Reader) -> UserError:
-    first = reader[int(rows[0]) : int(rows[0]) + 1]
+def _refuse_any(
+    files: Files, name: str, values: tuple[float, ...], mine: np.ndarray, reader: Reader, context: Context
+) -> None:
+    """Collective. Raises `UserError`, on all ranks, if one found rows with a missing value. mine: of this rank."""
+    number = int(context.sum(np.array([len(mine)]))[0])
+    if not number:
+        return
+    row = -int(context.max(np.array([-mine[0] if len(mine) else -len(reader)]))[0])
+    first = reader[row : row + 1]
     value = first[is_missing(first, values)][0]
-    return UserError(
-        f"{files.paths[0]}: {len(rows):,} of {len(reader):,} samples of {name} lack values: {value:g} in row "
-        f"{rows[0]:,} is the first",
-        'data.missing = "drop" leaves them out; "mean" puts the mean of the others in the place of inputs.',
+    raise joint(
+        UserError(
+            f"{files.paths[0]}: {number:,} of {len(reader):,} samples of {name} lack values: {value:g} in row {row:,} "
+            "is the first",
+            'data.missing = "drop" leaves them out; "mean" puts the mean of the others in the place of inputs.',
+        )
     )

@@ -131,14 +131,15 @@ class NodeEnergy:
         """Collective, after `recorded`. Whether others used the nodes, and how many cores worked for them."""
         own_s_of_ranks = self._context.gather((self._context.world.host, self._usage.own_s if self._usage else 0.0))
         nodes = self._gather_nodes((self._usage, self._has_part_of_node, os.cpu_count() or 1))
-        shared, foreign_cores = {}, {}
+        shared, foreign_cores, num_cpus = {}, {}, {}
         for host, (usage, has_part, num_threads) in nodes.items():
             own_s = sum(seconds for name, seconds in own_s_of_ranks if name == host)
             foreign = sharing.foreign_cores(usage.busy_s, own_s, usage.passed_s) if usage else None
             own_cores = own_s / usage.passed_s if usage else 0.0
             shared[host] = sharing.is_shared(has_part, foreign, own_cores, num_threads)
             foreign_cores[host] = None if foreign is None else round(foreign, 3)
-        return {"shared": shared, "foreign_cores": foreign_cores}
+            num_cpus[host] = num_threads
+        return {"shared": shared, "foreign_cores": foreign_cores, "num_cpus": num_cpus}
 
     def _gather_nodes(self, value: T) -> dict[str, T]:
         """Collective. On the root: the values of the ranks that read for their node, by host; {} elsewhere."""

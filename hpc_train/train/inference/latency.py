@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from time import perf_counter, time
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from hpc_train.core.energy_records import Energy
 from hpc_train.core.errors import UserError
+from hpc_train.core.formatting import plural
 from hpc_train.core.inference_record import InferenceRecord, Latency, Work, write_record
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Config
@@ -48,8 +50,8 @@ def measure_latency(
     require_arrays(config, run)
     use = open_use(run, config, request, False, context, log)
     step = use.load(choose_step(run, config, request.checkpoint), context, log)
-    if use.place.device.type == "cpu":
-        torch.set_num_threads(use.place.num_at_once)  # all of them for the one call that somebody waits for
+    # Threads of one call wait for each other: for few samples, or beside other work, one alone may be faster.
+    num_threads = dict.fromkeys((1, use.place.num_at_once)) if use.place.device.type == "cpu" else (None,)
     folder = make_folder(run, "latency", log)
     often = config.energy.model_copy(update={"sample_hz": max(config.energy.sample_hz, _SAMPLE_HZ)})
     energy = UseEnergy(often, use.place, folder, 1, context, log)
@@ -59,14 +61,16 @@ def measure_latency(
     if sizes[-1] * 2 <= largest:
         log(f"There are {len(rows):,} rows: no larger batch than {sizes[-1]} is measured")
     with StopRequest() as stop, energy.recorded(), torch.no_grad(), use.place.autocast():
-        for size in sizes:
-            found = _timed(size, partial(_call, use, _batches(use, size)), stop)
+        for size, threads in product(sizes, num_threads):
+            if threads is not None:
+                torch.set_num_threads(threads)
+            found = _timed(size, threads, partial(_call, use, _batches(use, size)), stop)
             if stop:
                 log(f"Stopped by {stop.cause} at a batch of {size}")
                 break
             timed.append(found)
-            median_s = float(np.median(found.times_s))
-            log(f"  batch {size}: {len(found.times_s):,} calls, median {median_s * 1e3:.3g} ms")
+            by = "" if threads is None else f" by {plural(threads, 'thread')}"
+            log(f"  batch {size}{by}: {len(found.times_s):,} calls, median {np.median(found.times_s) * 1e3:.3g} ms")
     used = energy.read()
     work = Work(
         began=began,
@@ -86,7 +90,7 @@ def measure_latency(
         rows=[rows.start, rows.stop],
         batch=sizes[-1],
         work=[work],
-        complete=len(timed) == len(sizes),
+        complete=len(timed) == len(sizes) * len(num_threads),
         latencies=[_latency(each, energy.between(each.begin_s, each.end_s)) for each in timed],
         joules=used.joules,
         energy_quality=used.quality,
@@ -114,7 +118,7 @@ def _batches(use: Use, size: int) -> list[Batch]:
 
 def _call(use: Use, batches: list[Batch], number: int) -> None:
     batch = batches[number % len(batches)]
-    outputs = use.work.model(moved(batch, use.place.device).floats())
+    outputs = use.work.model(moved(batch, use.place.device).floats()).float()
     use.meaning.predictions(outputs, use.samples.has_inputs(batch))
 
 
@@ -123,6 +127,7 @@ class _Timed:
     """The calls of one size. begin_s, end_s: in seconds of the time of day."""
 
     size: int
+    num_threads: int | None
     times_s: list[float]
     begin_s: float
     end_s: float
@@ -132,7 +137,7 @@ class _Timed:
         return self.size * len(self.times_s)
 
 
-def _timed(size: int, call: Callable[[int], None], stop: StopRequest) -> _Timed:
+def _timed(size: int, num_threads: int | None, call: Callable[[int], None], stop: StopRequest) -> _Timed:
     began_s, number = perf_counter(), 0
     while not stop and (number < _WARM_UP_CALLS or perf_counter() - began_s < _WARM_UP_S):
         call(number)
@@ -146,7 +151,7 @@ def _timed(size: int, call: Callable[[int], None], stop: StopRequest) -> _Timed:
         now_s = perf_counter()
         times_s.append(now_s - last_s)
         last_s = now_s
-    return _Timed(size, times_s, begin_s, time())
+    return _Timed(size, num_threads, times_s, begin_s, time())
 
 
 def _is_enough(num_calls: int, passed_s: float) -> bool:
@@ -158,6 +163,7 @@ def _latency(timed: _Timed, energy: Energy) -> Latency:
     p50_s, p95_s, p99_s = np.percentile(timed.times_s, (50, 95, 99)).tolist()
     return Latency(
         batch=timed.size,
+        num_threads=timed.num_threads,
         num_calls=len(timed.times_s),
         p50_s=p50_s,
         p95_s=p95_s,

@@ -11,7 +11,7 @@ from hpc_train.core.rundir import RunDir
 _MAX_BYTES = 1 << 30  # thousands of ranks
 _REMEDY = "Repair it if you know what it held (JSON), or begin another run: --resume never"
 _TYPES = {"size": int, "started": str, "attempts": list, "energy": dict}
-_ENERGY_BY_HOST = ("meters", "unreadable", "shared", "epoch_s", "idle_w", "foreign_cores")
+_ENERGY_BY_HOST = ("meters", "unreadable", "shared", "epoch_s", "idle_w", "foreign_cores", "num_cpus")
 
 
 def read_meta(run: RunDir) -> dict[str, Any]:

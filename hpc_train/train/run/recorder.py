@@ -148,7 +148,7 @@ class Recorder:
             append_validation(self.run.validation, num_steps, measures, seconds)
             told = ", ".join(f"{name.replace('_', ' ')} {value:.5f}" for name, value in measures.items())
             self.log(f"Validation after {num_steps} steps: {told}")
-            self._validation_note = f", validation {told.partition(',')[0]}"
+            self._validation_note = f", val. {next(iter(measures.values())):.4g}"
         self.clock.restart()
 
     def measuring(self, what: str, num_samples: int | None) -> StepProgress:

@@ -18,6 +18,7 @@ from hpc_train.analysis.report.facts import Facts, gather
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.arrivals import arrivals_plot
 from hpc_train.analysis.report.plots.canvas import BLUE, GREY, styled
+from hpc_train.analysis.report.plots.counts import confusion_plot, scatter_plot
 from hpc_train.analysis.report.plots.efficiency import efficiency_plot
 from hpc_train.analysis.report.plots.energy import energy_by_phase_plot, energy_by_size_plot, energy_by_speedup_plot
 from hpc_train.analysis.report.plots.forecast import forecast_plot
@@ -29,6 +30,7 @@ from hpc_train.analysis.report.plots.step_series import step_distribution_plot, 
 from hpc_train.analysis.report.plots.step_time import step_share_plot, step_time_plot
 from hpc_train.analysis.report.plots.strategies import strategy_bytes_plot, strategy_times_plot
 from hpc_train.analysis.report.plots.target import target_plot
+from hpc_train.analysis.report.plots.validation import validation_plot
 from hpc_train.analysis.runs.memory import peak_memory
 from hpc_train.analysis.runs.step_quantiles import step_quantiles
 from hpc_train.analysis.scaling.compare import Group
@@ -315,6 +317,65 @@ def test_the_loss_of_every_run(group: Group) -> None:
     assert drawn == [(list(run.metrics[0]), list(run.metrics[1])) for run in runs]
 
 
+def test_the_validation_of_every_run_beside_its_training_loss(tmp_path: Path) -> None:
+    for size, best in ((1, 20), (2, 30)):
+        directory = write_run(tmp_path, Recipe(size=size, steps=60))
+        lines = [f"{step},0.01,{1 + abs(step - best) / 10 + size / 100}" for step in (10, 20, 30, 40)]
+        directory.validation.write_text("\n".join(["step,seconds,loss", *lines, ""]))
+    (only,) = gather([tmp_path]).scaling.groups
+    plot = validation_plot(only)
+    with painted(plot) as axes:
+        drawn = [(list(each.get_xdata()), list(each.get_ydata()), to_hex(each.get_color())) for each in axes.lines]
+        assert axes.get_ylabel() == "loss"
+    runs = [run for row in only.rows for run in row.runs]
+    assert [line[:2] for line in drawn[:2]] == [(list(run.metrics[0]), list(run.metrics[1])) for run in runs]
+    assert {line[2] for line in drawn[:2]} == {GREY.lower()}
+    for run, curve, mark in zip(runs, drawn[2::2], drawn[3::2], strict=True):
+        assert run.validation is not None
+        assert curve[:2] == (list(run.validation.steps), list(run.validation.losses))
+        assert mark[:2] == ([run.validation.best[0]], [run.validation.best[1]]) and mark[2] == curve[2]
+    assert plot is not None and "best: 1 rank 1.010 after 20 steps, 2 ranks 1.020 after 30 steps" in plot.description
+
+
+def write_counts(path: Path, counts: np.ndarray) -> None:
+    """As the recorder writes them."""
+    rows = [f"{number},{','.join(map(str, row))}" for number, row in enumerate(counts.tolist())]
+    path.write_text("\n".join([",".join(["true", *map(str, range(len(counts)))]), *rows, ""]))
+
+
+def test_what_the_test_predicted_of_each_class_at_the_largest_size(tmp_path: Path) -> None:
+    of_size = {1: np.array([[9, 1], [3, 7]]), 2: np.array([[6, 4], [0, 10]])}
+    for size, counts in of_size.items():
+        write_counts(write_run(tmp_path, Recipe(size=size, steps=60)).test_table("confusion"), counts)
+    (only,) = gather([tmp_path]).scaling.groups
+    plot = confusion_plot(only)
+    with painted(plot) as axes:
+        (image,) = axes.images
+        assert np.array_equal(image.get_array(), [[60, 40], [0, 100]])
+        assert {(text.xy, text.get_text()) for text in axes.texts} == {((0, 0), "60"), ((1, 0), "40"), ((1, 1), "100")}
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+    assert plot is not None and "80.0% of 20 samples right" in plot.description
+    assert "class 0 taken for 1, 4 times" in plot.description
+    assert scatter_plot(only) is None
+
+
+def test_predicted_by_true_values_and_damaged_counts(tmp_path: Path) -> None:
+    run = write_run(tmp_path, Recipe(size=1, steps=60))
+    counts = np.zeros((64, 64), int)
+    counts[10, 10], counts[10, 12], counts[40, 20] = 6, 2, 2
+    write_counts(run.test_table("scatter"), counts)
+    (only,) = gather([tmp_path]).scaling.groups
+    plot = scatter_plot(only)
+    with painted(plot) as axes:
+        (image,) = axes.images
+        assert np.array_equal(image.get_array(), np.log1p(counts.T)) and image.get_extent() == [-4, 4, -4, 4]
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("true", "predicted")
+    assert plot is not None and "10 values, 80.0% of them less than half a deviation" in plot.description
+    for damage in ("", "true,0\n0,x\n", "true,0,1\n0,1,2\n", "true,0\n0,-1\n", "true,0\n0,nan\n", "\xff\xfe"):
+        run.test_table("scatter").write_text(damage, encoding="utf-8")
+        assert scatter_plot(only) is None
+
+
 # ---------------------------------------------------------------------------------------------- energy
 
 
@@ -340,6 +401,17 @@ def test_energy_by_phase_adds_up_to_the_run(facts: Facts) -> None:
         assert [bar.get_height() for bar in drawn[name]] == close(expected), name
     tops = [sum(bar.get_height() for bar in each) for each in zip(*drawn.values(), strict=True)]
     assert tops == close([1e3 * row.per_sample.known for row in energy.rows])
+
+
+def test_energy_by_phase_has_a_piece_of_validation() -> None:
+    (energy,) = gather([Path("tests/runs/mlp-validation")]).energies
+    with painted(energy_by_phase_plot(energy)) as axes:
+        drawn = bars(axes)
+    (row,), num_samples = energy.rows, energy.rows[0].row.runs[0].summary.num_samples
+    assert [bar.get_height() for bar in drawn["validation"]] == close(
+        [1e3 * row.phases["validation"].known / num_samples]
+    )
+    assert sum(bar.get_height() for each in drawn.values() for bar in each) == close(1e3 * row.per_sample.known)
 
 
 def test_energy_by_phase_has_the_servers_share(tmp_path: Path) -> None:

@@ -21,7 +21,14 @@ WORK = Work(
     num_rows=3000,
     seconds=6.0,
 )
-LATENCY = {"num_calls": 1000, "p50_s": 0.0012, "p95_s": 0.0034, "p99_s": 0.0123, "samples_per_s": 700.0}
+LATENCY = {
+    "num_threads": 2,
+    "num_calls": 1000,
+    "p50_s": 0.0012,
+    "p95_s": 0.0034,
+    "p99_s": 0.0123,
+    "samples_per_s": 700.0,
+}
 PREDICT = InferenceRecord(
     kind="predict",
     run="runs/mlp/x",
@@ -72,8 +79,8 @@ def test_uses_are_rows_with_their_rate_energy_and_measures(tmp_path: Path) -> No
         ("evaluate (stopped)", "1000", "new.h5 test/inputs", "3,000", "4", "500", "missing", "loss -"),
     )
     assert table(section, "latency").rows == (
-        ("cpu, 1 thread a rank", "1", "1,000", "1.200", "3.400", "12.30", "700", "20.0 mJ"),
-        ("cpu, 1 thread a rank", "2", "1,000", "1.200", "3.400", "12.30", "700", "missing"),
+        ("cpu", "1", "2", "1,000", "1.200", "3.400", "12.30", "700", "20.0 mJ"),
+        ("cpu", "2", "2", "1,000", "1.200", "3.400", "12.30", "700", "missing"),
     )
     (row,) = report.summary["groups"][0]["rows"]
     first = row["inference"][0]

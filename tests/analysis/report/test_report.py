@@ -34,7 +34,8 @@ def test_the_headline_answers_first(tmp_path: Path) -> None:
     (line,) = report(tmp_path, *pair()).headlines
     assert re.fullmatch(
         r"2 ranks: 1\.6\dx over 1 rank \(95% interval [\d.-]+ within one run, 8\d% efficiency\)"
-        r"; computing a sample takes 1\.20x the time; 10% of the step is exposed communication",
+        r"; computing a sample takes 1\.20x the time; 10% of the step is exposed communication"
+        r" \(that no computing hides\)",
         line,
     )
 
@@ -81,6 +82,39 @@ def test_a_slowdown_is_called_slower_and_says_what_grew(tmp_path: Path) -> None:
     assert "50% of the step is exposed communication" in line
     assert re.search(r"data grew from (1\.0|0\.99)\d* to (4\.0|3\.9)\d* ms", line)
     assert "backward grew" not in line
+
+
+def test_no_slowdown_is_so_many_times_over(tmp_path: Path) -> None:
+    """Also without an interval, and where a loss is reached later."""
+    made = report(tmp_path, *(replace(each, steps=12) for each in pair(step_s=0.020)))
+    said = (printed(made), printed(made, full=False), Page(page(made, tmp_path)).text, *made.headlines)
+    assert all(re.search(r"0\.[45]\d*x", each) for each in said)
+    for each in said:
+        assert not re.search(r"0\.\d+x\s+over", each), each
+    assert made.sections[0].numbers[0].title == "Slower: the speed of 1 rank"
+
+
+@pytest.mark.parametrize(
+    ("cores", "num_cpus", "told"),
+    [
+        (1.5, 2, "; other programs kept 1.50 of the 2 cores of node01 busy"),
+        (1.5, None, "; other programs kept 1.50 cores of node01 busy"),
+        (1.5, 128, ""),
+        (0.0, 2, ""),
+    ],
+)
+def test_other_programs_on_a_node_are_said_in_the_first_lines(
+    tmp_path: Path, cores: float, num_cpus: int | None, told: str
+) -> None:
+    energy = {"foreign_cores": {"node01": cores}, "num_cpus": {"node01": num_cpus} if num_cpus else {}}
+    made = report(tmp_path, *pair(meta={"energy": energy}))
+    assert (told in made.headlines[0]) if told else ("other programs" not in printed(made)), made.headlines
+    assert not told or "other programs" in " ".join(printed(made, full=False).splitlines()[:5])
+
+
+def test_recorded_hosts_that_were_shared_are_named() -> None:
+    (section,) = make_report([Path("tests/runs/mlp-two-hosts")]).sections
+    assert section.headline.endswith("other programs kept 1.60 cores of n2 busy")
 
 
 def test_no_difference_is_not_called_a_speedup(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """The answers of a report, one sentence a section."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import inf
 
 from hpc_train.analysis.convergence.target import TargetRow, TargetStudy
 from hpc_train.analysis.report.labels import WITHIN, interval_words, straggler_text, worst_run
-from hpc_train.analysis.report.notes.scaling import crowding_text, not_to_quote_text
+from hpc_train.analysis.report.notes.scaling import crowding_text, foreign_work_text, not_to_quote_text
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.analysis.scaling.strategies import Comparison, Entry
@@ -33,12 +33,14 @@ def _answer(group: Group) -> str:
     efficiency, times = f"{percent(row.efficiency, 0)} efficiency", ratio_text(row.speedup)
     known = f"{interval_words(row.relative_speed)}, {efficiency}"
     unquotable = not_to_quote_text(row, baseline)
-    lost = f"; {unquotable}" * bool(unquotable) + _slower_computing(row) + _lost(row)
+    lost = f"; {unquotable}" * bool(unquotable) + _slower_computing(row) + _lost(row) + _foreign([baseline, row])
     low, high = row.speedup_interval or (0.0, inf)
     if row.speedup_interval is not None and low <= 1 <= high:
         speed = f"not measurably faster than {over} ({times}, {known})"
     elif high < 1:
         speed = f"slower than {over}, {times} its speed ({known})"
+    elif row.speedup < 1:
+        speed = f"{times} the speed of {over} ({known})"
     else:
         return f"{ranks}: {times} over {over}{' in samples/s' * group.weak} ({known}){lost}"
     grown = "".join(f", {growth}" for growth in _growths(row, baseline))
@@ -50,7 +52,12 @@ def _answer_without_baseline(group: Group) -> str:
     speed = "no steady step recorded"
     if row.step_s:
         speed = f"{ms_text(row.step_s)} ms a step, {significant(row.samples_per_s, 4)} samples/s"
-    return f"{plural(row.size, 'rank')}: {speed}; no baseline, so no speedup{_lost(row)}"
+    return f"{plural(row.size, 'rank')}: {speed}; no baseline, so no speedup{_lost(row)}{_foreign([row])}"
+
+
+def _foreign(rows: Sequence[Row]) -> str:
+    text = foreign_work_text(rows)
+    return f"; {text}" if text else ""
 
 
 def _lost(row: Row) -> str:
@@ -59,7 +66,7 @@ def _lost(row: Row) -> str:
     most = max((each.share for each in row.stragglers), default=0.0)
     if share is None or (lost and most >= _MOSTLY * share):  # exposed communication is then mostly that wait
         return lost
-    return f"; {percent(share, 0)} of the step is exposed communication{lost}"
+    return f"; {percent(share, 0)} of the step is exposed communication (that no computing hides){lost}"
 
 
 def _slower_computing(row: Row) -> str:
@@ -123,7 +130,8 @@ def target_headline(study: TargetStudy) -> str:
     if row is None or reference is None or row.speedup is None:
         return ""
     sizes = plural(row.size, "rank") + _batch(study, row), plural(reference.size, "rank") + _batch(study, reference)
-    speed = f"{sizes[0]}: {ratio_text(row.speedup)} over {sizes[1]} in time to a loss of {significant(study.target)}"
+    over = "over" if row.speedup >= 1 else "the speed of"
+    speed = f"{sizes[0]}: {ratio_text(row.speedup)} {over} {sizes[1]} in time to a loss of {significant(study.target)}"
     efficiencies = f"{interval_words(row.relative_speed)}, {percent(row.efficiency, 0)} efficiency"
     if row.throughput_efficiency is not None:
         efficiencies += f", {percent(row.throughput_efficiency, 0)} by samples/s"

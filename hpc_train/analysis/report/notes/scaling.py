@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterator, Sequence
 from hpc_train.analysis.report.labels import MARK, WITHIN
 from hpc_train.analysis.runs.clocks import hosts_of
 from hpc_train.analysis.runs.load import Run
-from hpc_train.analysis.runs.placement import crowded_hosts
+from hpc_train.analysis.runs.placement import SharedHost, crowded_hosts, shared_hosts
 from hpc_train.analysis.runs.repeats import differing_facts
 from hpc_train.analysis.scaling.compare import Group, Scaling, equal_work
 from hpc_train.analysis.scaling.labels import differing_keys, work
 from hpc_train.analysis.scaling.rows import Row
-from hpc_train.core.formatting import listed, ms_text, plain, plural
+from hpc_train.core.formatting import listed, ms_text, plain, plural, significant
 from hpc_train.core.settings import RECORDED
 from hpc_train.core.timing_log import PHASES
 
@@ -27,6 +27,7 @@ def group_notes(group: Group) -> list[str]:
         *_run_notes(group.runs),
         *mismatch_notes(group.runs),
         *(note for row in group.rows for note in _row_notes(row)),
+        *_foreign_work_notes(group),
         *_ranks_per_host_notes(group.runs),
     ]
 
@@ -99,6 +100,24 @@ def crowding_text(row: Row) -> str:
     if worst is None:
         return ""
     return f"{plural(worst.num_ranks, 'rank')} share {plural(worst.num_cores, 'core')} of {plain(worst.host)}"
+
+
+def foreign_work_text(rows: Sequence[Row]) -> str:
+    """ "other programs kept 1.56 of the 2 cores of vm busy" on the host that they used most; "" if on none."""
+    hosts = [host for row in rows for run in row.runs for host in shared_hosts(run)]
+    worst = max(hosts, key=lambda host: host.foreign_cores, default=None)
+    return "" if worst is None else f"other programs kept {_foreign_text(worst)} busy"
+
+
+def _foreign_text(host: SharedHost) -> str:
+    of_all = f" of the {host.num_cpus}" if host.num_cpus else ""
+    return f"{significant(host.foreign_cores)}{of_all} cores of {plain(host.host)}"
+
+
+def _foreign_work_notes(group: Group) -> Iterator[str]:
+    for row in group.rows:
+        if text := foreign_work_text([row]):
+            yield f"{plural(row.size, 'rank')}: {text}: steps wait for cores, and vary. A node of its own tells more."
 
 
 def mismatch_notes(runs: Sequence[Run]) -> list[str]:

@@ -23,7 +23,7 @@ def loss_plot(group: Group) -> Plot | None:
     runs = [run for row in group.rows for run in row.runs if len(run.metrics[0]) > 1]
     if not runs:
         return None
-    drawn = _in_turns(runs)[:_MOST_LINES]
+    drawn = in_turns(runs)[:_MOST_LINES]
     last = ", ".join(f"{plural(run.size, 'rank')} {significant(run.metrics[1][-1])}" for run in drawn)
     agreement = "" if group.weak else ": runs of one job should agree at any number of ranks"
     some = "" if len(drawn) == len(runs) else f" {len(drawn)} of {len(runs)} runs are drawn, every size in turn."
@@ -35,7 +35,7 @@ def loss_plot(group: Group) -> Plot | None:
     )
 
 
-def _in_turns(runs: Sequence[Run]) -> list[Run]:
+def in_turns(runs: Sequence[Run]) -> list[Run]:
     """The first run of each size, then the second of each, and so on."""
     before: dict[int, int] = {}
     turns = []
@@ -45,16 +45,25 @@ def _in_turns(runs: Sequence[Run]) -> list[Run]:
     return [run for _, run in sorted(zip(turns, runs, strict=True), key=lambda pair: pair[0])]
 
 
+def curve_style(index: int) -> tuple[str, str]:
+    """(colour, line style) of the size at that place."""
+    return _LINE_STYLES[index % len(_LINE_STYLES)]
+
+
+def thinned_curve(run: Run, num_runs: int) -> tuple[list[int], list[float]]:
+    """(steps, training losses) of one of so many curves, few enough for a page."""
+    steps, losses = run.metrics
+    stride = max(1, -(-len(steps) * num_runs // _MOST_POINTS))
+    return steps[::stride], losses[::stride]
+
+
 def _paint(axes: "Axes", runs: Sequence[Run]) -> None:
     sizes = sorted({run.size for run in runs})
     named = set()
     for run in runs:
-        steps, losses = run.metrics
-        stride = -(-len(steps) * len(runs) // _MOST_POINTS)
-        color, style = _LINE_STYLES[sizes.index(run.size) % len(_LINE_STYLES)]
+        color, style = curve_style(sizes.index(run.size))
         axes.plot(
-            steps[::stride],
-            losses[::stride],
+            *thinned_curve(run, len(runs)),
             color=color,
             linestyle=style,
             linewidth=min(1.3 + 0.9 * sizes[::-1].index(run.size), 5),

@@ -25,7 +25,7 @@ def group_section(energy: GroupEnergy, study: TargetStudy | None, named: bool, g
     group = energy.group
     advice = next_run(group, guard)
     section = SectionBuilder("group", group.label, guard)
-    section.headline(headline, group, named, advice.short)
+    section.headline(headline, group, named, advice.for_headline)
     add_numbers(section, group, advice)
     forecast = ("forecast",) if advice.trusted and not advice.as_measured else ()
     section.lead("speedup", "time-per-step", "energy-per-sample", *forecast, "rank-phases", "step-times")

@@ -40,8 +40,9 @@ def latency_table(group: Group) -> Table | None:
     """None if no latency was measured."""
     timed = [(record, latency) for record in _records(group) for latency in record.latencies]
     columns: list[CellColumn[_Timed]] = [
-        text("device", lambda each: plain(each[0].work[-1].device) if each[0].work else "-"),
+        text("device", lambda each: plain(each[0].work[-1].device.partition(",")[0]) if each[0].work else "-"),
         number("batch", lambda each: str(each[1].batch)),
+        number("threads", lambda each: "-" if each[1].num_threads is None else str(each[1].num_threads)),
         number("calls", lambda each: f"{each[1].num_calls:,}"),
         number("median, ms", lambda each: ms_text(each[1].p50_s)),
         number("95%, ms", lambda each: ms_text(each[1].p95_s)),

@@ -33,9 +33,12 @@ class NextRun:
 
     @property
     def short(self) -> str:
-        """ "ask for 16 nodes", for the headline; "" without a recommendation."""
-        answer = short_answer(self.plan) if self.plan and self.trusted else None
-        return f"{answer}{', the best of the sizes measured' * self.as_measured}" if answer else ""
+        """ "ask for 16 nodes"; "" without a recommendation."""
+        return (short_answer(self.plan) or "") if self.plan and self.trusted else ""
+
+    @property
+    def for_headline(self) -> str:
+        return self.short + ", the best of the sizes measured" * (self.as_measured and bool(self.short))
 
 
 def next_run(group: Group, guard: SectionGuard) -> NextRun:

@@ -28,7 +28,8 @@ def _speedup(group: Group, row: Row) -> KeyNumber:
     detail = f"{percent(row.efficiency, 0)} efficiency on {plural(row.size, 'rank')}"
     if row.speedup_interval is not None:
         detail += f", {interval_words(row.relative_speed)}"
-    return KeyNumber(f"Speedup over {plural(group.baseline.size, 'rank')}", ratio_text(row.speedup), detail)
+    title = "Speedup over" if row.speedup >= 1 else "Slower: the speed of"
+    return KeyNumber(f"{title} {plural(group.baseline.size, 'rank')}", ratio_text(row.speedup), detail)
 
 
 def _throughput(row: Row) -> KeyNumber:

@@ -18,6 +18,7 @@ from hpc_train.analysis.report.sections.columns import CellColumn, number, text
 from hpc_train.analysis.runs.loop_use import loop_use
 from hpc_train.analysis.runs.memory import peak_memory
 from hpc_train.analysis.runs.step_quantiles import slowest_step, step_quantiles
+from hpc_train.analysis.runs.validation import RunValidation, best_run
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.laws import serial_part
 from hpc_train.analysis.scaling.mfu import flops_of
@@ -53,6 +54,10 @@ class Quantity(Generic[T]):
     def text_column(self) -> CellColumn[T]:
         """Of names, which have no other form in a table."""
         return text(self.name, self.value)
+
+    def cell_text(self, row: T) -> str:
+        assert self.cell is not None
+        return self.cell(row)
 
     def titled(self, title: str) -> CellColumn[T]:
         assert self.cell is not None
@@ -443,12 +448,72 @@ ENERGY_PER_SAMPLE: Quantity[Row] = Quantity(
 LOSS: Quantity[Row] = Quantity(
     "loss", "", "last training loss", lambda row: row.loss, "loss", lambda row: significant(row.loss, 4)
 )
+
+
+def _best(row: Row) -> RunValidation | None:
+    """The validations of the row's run whose best is the best of all."""
+    return best_run([found for run in row.runs if (found := run.validation) is not None])
+
+
+def _of_best(
+    name: str, unit: str, meaning: str, of: Callable[[RunValidation], Any], title: str, show: Callable[[Any], str]
+) -> Quantity[Row]:
+    """Unknown of a row without validations."""
+
+    def value(row: Row) -> Any:
+        found = _best(row)
+        return None if found is None else of(found)
+
+    return Quantity(name, unit, meaning, value, title, lambda row: "-" if _best(row) is None else show(value(row)))
+
+
+BEST: Quantity[Row] = _of_best(
+    "best_validation",
+    "",
+    "the best value of validation_measure, of all runs",
+    lambda found: found.best[1],
+    "best",
+    lambda value: significant(value, 4),
+)
+BEST_STEP: Quantity[Row] = _of_best(
+    "best_validation_step", "", "after how many steps it was reached", lambda found: found.best[0], "after steps", str
+)
+VALIDATED: tuple[Quantity[Row], ...] = (
+    _of_best(
+        "validation_measure",
+        "",
+        "what tells the best state: checkpoint.keep_best, else the loss",
+        attrgetter("measure"),
+        "measure",
+        lambda name: plain(name.replace("_", " ")),
+    ),
+    BEST,
+    BEST_STEP,
+    _of_best(
+        "last_validation",
+        "",
+        "the measure at that run's last validation",
+        attrgetter("last"),
+        "last",
+        lambda value: significant(value, 4),
+    ),
+    _of_best("num_validations", "", "validations of that run", lambda found: len(found.steps), "validations", str),
+    _of_best(
+        "validation_s",
+        "s",
+        "time of that run's validations, which belongs to no step",
+        lambda found: sum(found.seconds),
+        "time (s)",
+        significant,
+    ),
+)
 RESULT: tuple[Quantity[Row], ...] = (
     ENERGY,
     ENERGY_PER_SAMPLE,
     Quantity("energy_quality", "", "measured, estimated, mixed or missing", lambda row: row.energy.quality),
     Quantity("energy_source", "", "the meters", lambda row: row.energy.source),
     LOSS,
+    *VALIDATED,
 )
 
 
@@ -486,7 +551,7 @@ GROSS: Quantity[RowEnergy] = Quantity(
 LOOP: Quantity[RowEnergy] = Quantity(
     "joules_loop",
     "J",
-    "of the steps alone, warm-up included",
+    "from the first step to the last, warm-up and the validations between them included",
     lambda row: row.loop.total,
     "loop",
     lambda row: row.loop.text(),
@@ -510,7 +575,7 @@ DYNAMIC: Quantity[RowEnergy] = Quantity(
 OUTSIDE: Quantity[RowEnergy] = Quantity(
     "joules_outside_steps",
     "J",
-    "gross less loop",
+    "gross less loop and a validation after the last step",
     lambda row: row.outside.total,
     "outside steps",
     # 0 J has no quality of its own: this cell has that of the whole run.

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 
 from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.notes.energy import estimate_notes, missing_notes
+from hpc_train.analysis.report.notes.validation import validation_notes
+from hpc_train.analysis.report.plots.counts import confusion_plot, scatter_plot
 from hpc_train.analysis.report.plots.loss import loss_plot
+from hpc_train.analysis.report.plots.validation import validation_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
-from hpc_train.analysis.report.sections.quantities import ENERGY, ENERGY_PER_SAMPLE, LOSS, RANKS
+from hpc_train.analysis.report.sections.quantities import BEST, ENERGY, ENERGY_PER_SAMPLE, LOSS, RANKS, VALIDATED
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.core.formatting import percent, plain, significant
@@ -18,7 +21,12 @@ def add_result(section: SectionBuilder, group: Group) -> None:
     section.table("result", result_table, group)
     section.notes("energy-missing", "caution", missing_notes, group)
     section.notes("energy-estimated", "method", estimate_notes, group)
+    section.table("validation", validation_table, group)
+    section.notes("validation", "finding", validation_notes, group)
     section.plot("training-loss", loss_plot, group)
+    section.plot("validation", validation_plot, group)
+    section.plot("confusion", confusion_plot, group)
+    section.plot("scatter", scatter_plot, group)
 
 
 def result_table(group: Group) -> Table:
@@ -28,6 +36,13 @@ def result_table(group: Group) -> Table:
         columns.append(LOSS.column)
     columns += map(measure_column, measures_of(group.rows))
     return make_table("result", "Energy and result", group.rows, columns)
+
+
+def validation_table(group: Group) -> Table | None:
+    """None if no run validated."""
+    rows = [row for row in group.rows if BEST.value(row) is not None]
+    title = "Validation on held-out samples (the run with the best value; its time belongs to no step)"
+    return make_table("validation", title, rows, [RANKS.column, *(each.column for each in VALIDATED)]) if rows else None
 
 
 def measures_of(rows: Sequence[Row]) -> list[str]:

@@ -7,6 +7,8 @@ from hpc_train.analysis.report.plots.speedup import speedup_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
 from hpc_train.analysis.report.sections.columns import interval, make_table, number
 from hpc_train.analysis.report.sections.quantities import (
+    BEST,
+    BEST_STEP,
     EFFICIENCY,
     ENERGY_PER_SAMPLE,
     EXPOSED,
@@ -36,16 +38,25 @@ def add_scaling(section: SectionBuilder, group: Group) -> None:
 
 
 def overview_table(group: Group) -> Table:
-    """Time, speedup, exposed communication and energy: what a first look needs."""
+    """Time, speedup, exposed communication and energy: what a first look needs. With validations the best of them, in
+    the room of samples/s.
+    """
+    validated = any(BEST.value(row) is not None for row in group.rows)
     columns = [
-        *(RANKS.column, STEP.column, SAMPLES.column, SPEEDUP.column),
+        *(RANKS.column, STEP.column, *(() if validated else (SAMPLES.column,)), SPEEDUP.column),
         interval(group.rows, lambda row: row.relative_speed, ratio_interval_text),
         *(EFFICIENCY.column, EXPOSED.column),
+        *((number("best validation", _best_text),) if validated else ()),
     ]
     if any(row.joules_per_sample is not None for row in group.rows):
         columns.append(ENERGY_PER_SAMPLE.column)
     title = f"{_kind(group)} (exposed: communication)"
     return make_table("overview", title, group.rows, columns)
+
+
+def _best_text(row: Row) -> str:
+    """ "0.3687 @ 50": after 50 steps."""
+    return "-" if BEST.value(row) is None else f"{BEST.cell_text(row)} @ {BEST_STEP.cell_text(row)}"
 
 
 def scaling_table(group: Group) -> Table:
