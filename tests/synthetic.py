@@ -29,6 +29,7 @@ class Recipe:
     stamp: str = "20261123T210000Z"
     global_batch: int | None = 120
     batch_per_rank: int | None = None
+    accumulate: int = 1
     strategy: str = "horovod"
     reduce: dict[str, Any] = field(default_factory=dict)  # further keys of [reduce]
     servers: int = 0  # of a parameter server: the last ranks
@@ -55,7 +56,7 @@ def write_run(root: Path, recipe: Recipe) -> RunDir:
     batch = batch if recipe.batch_per_rank is None else f"batch_per_rank = {recipe.batch_per_rank}"
     job.write_text(
         f'name = "{recipe.name}"\n[data]\nfile = "data/mnist.h5"\n[train]\nsteps = {recipe.steps}\n{batch}\n'
-        f'warmup_steps = {recipe.warmup}\n[reduce]\nstrategy = "{recipe.strategy}"\n'
+        f'warmup_steps = {recipe.warmup}\naccumulate = {recipe.accumulate}\n[reduce]\nstrategy = "{recipe.strategy}"\n'
         + (f"servers = {recipe.servers}\n" if recipe.servers else "")
         + "".join(f"{key} = {json.dumps(value)}\n" for key, value in recipe.reduce.items())
     )

@@ -2,8 +2,8 @@
 
 A strategy is timed as training uses it: its reducer gets one gradient and returns the sum over ranks with the loss and
 the control flags, from `begin_step` to `reduce_gradients` (and `sync_weights`). Without a backward pass, nothing
-overlaps. Limits are measured, too: a copy of the bytes, and their conversion to 16 bits and back, on all ranks at once,
-and a message between two ranks.
+overlaps. Limits are measured, too: a copy of the bytes, and their conversion to 16 bits, on all ranks at once, and a
+message between two ranks.
 
 All methods take turns, sample by sample. Horovod runs only during its turns: its background thread negotiates with all
 ranks in every cycle, which slowed an MPI_Allreduce of 64 KiB on two cores from 0.04 to 3.7 ms.
@@ -175,17 +175,17 @@ def _memory(team: RankGroup, message: torch.Tensor) -> Method:
 
 
 def _convert(team: RankGroup, message: torch.Tensor) -> Method:
-    """To 16 bits, as `reduce.compression` sends each rank its part, and back."""
-    held = message.clone()
+    """To 16 bits, as `reduce.compression` sends each rank its part. The few numbers that no equal part has stay."""
     length = len(message) // team.size * team.size
+    converted: list[torch.Tensor] = []
 
     def exchange(update: bool) -> None:
-        held[length:] = message[length:]
-        if length:
-            rows = message[:length].view(team.size, -1)
-            held[:length] = decompress(compress(rows, torch.bfloat16)).view(-1)
+        converted[:] = [compress(message[:length].view(team.size, -1), torch.bfloat16)] if length else []
 
-    return Method(exchange, lambda: held, 0, tolerance=_BF16_ERROR)
+    def held() -> torch.Tensor:
+        return torch.cat([*(decompress(each).view(-1) for each in converted), message[length:]])
+
+    return Method(exchange, held, 0, tolerance=_BF16_ERROR)
 
 
 def _link(team: RankGroup, message: torch.Tensor) -> Method:

@@ -120,7 +120,7 @@ def plan(
     """How many nodes to ask for, from RUNS of several sizes or a table: time, energy and node-hours with intervals.
 
     The table has the columns ranks and step_s or samples_per_s, and may have ranks_per_node, scaling (weak or strong),
-    global_batch and joules (of one step, all nodes).
+    global_batch, accumulate and joules (of one step, all nodes).
 
     \b
     Example: hpc-train plan runs/mlp-mnist --steps 1e6 --deadline 6h
@@ -204,13 +204,14 @@ def _from_table(
 
 def only_group(runs: tuple[Path, ...]) -> "Group":
     from hpc_train.analysis.guard import SectionGuard
+    from hpc_train.analysis.planning.accumulation import with_any_accumulation
     from hpc_train.analysis.runs.load import load_known
     from hpc_train.analysis.scaling.compare import compare
 
     known, skipped = load_known(runs, SectionGuard())
     for note in skipped:
         click.echo(printable(note), err=True)
-    groups = [group for group in compare(known).groups if any(row.step_s for row in group.rows)]
+    groups = with_any_accumulation(compare(known).groups)
     if len(groups) != 1:
         found = "; ".join(group.label for group in groups) or "none with steady steps"
         raise UserError(

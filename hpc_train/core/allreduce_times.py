@@ -18,7 +18,7 @@ _MOST_COUNTED, _MOST_S = 10**12, 1e6  # larger numbers of a file are damage
 OURS = ("horovod", "mpi", "parameter_server", "sharded")  # reduce.strategy
 COMPRESSED = ("horovod_bf16", "mpi_bf16")  # with reduce.compression = "bf16", the conversion included
 PEERS = ("plain_mpi", "ddp_gloo")  # one blocking MPI_Allreduce; torch.distributed's all_reduce over gloo
-# A copy, and a conversion to bf16 and back, on all ranks at once; one direction between two ranks.
+# A copy, and a conversion to bf16, on all ranks at once; one direction between two ranks.
 LIMITS = ("memory", "convert", "link")
 
 

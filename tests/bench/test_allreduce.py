@@ -110,5 +110,5 @@ def test_ratios_and_limits_in_words() -> None:
     )
     assert "horovod runs at 1.00" in second and "below" not in second
     speeds = next(table for table in tables(rows) if table.id == "allreduce-bandwidth" and "4 ranks" in table.title)
-    assert [column.title for column in speeds.columns[-3:]] == ["memory copy", "bf16 and back", "ping-pong"]
+    assert [column.title for column in speeds.columns[-3:]] == ["memory copy", "to bf16", "ping-pong"]
     assert speeds.rows[0][-1] == "3.28", "of two ranks on two nodes, since this place spans nodes"

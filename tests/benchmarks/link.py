@@ -182,9 +182,9 @@ def predicted_s(rows: Sequence[Row], strategy: str, compression: str, sizes: Seq
 
 
 def before_sending_s(rows: Sequence[Row], compression: str, sizes: Sequence[int]) -> float:
-    """Of the conversion to 16 bits, about half of that to 16 bits and back."""
+    """Of the conversion to 16 bits."""
     converting = [row for row in rows if row.strategy == "convert"]
-    return 0.5 * sum(interpolated_s(converting, size) for size in sizes) if compression != "none" else 0.0
+    return sum(interpolated_s(converting, size) for size in sizes) if compression != "none" else 0.0
 
 
 def simulated_s(

@@ -9,7 +9,7 @@ Extra-P wants an older NumPy than ours: it runs in a virtual environment of its 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from tests.published import PARTS, Series, all_series
 FOLDER = Path("runs/bench-plan")
 EXTRAP = "extrap==4.2.5"
 SHARES = {"a quarter": 0.25, "a half": 0.5}
-PRIORS = json.loads((Path(__file__).parent / "plan_priors.json").read_text())
+PRIORS_FILE = Path(__file__).parent / "plan_priors.json"
+PRIORS = json.loads(PRIORS_FILE.read_text())
 EXTRA_P_SIZES = 5  # fewer are against its method
 # Run by Extra-P's own Python: [[sizes], [times], size] on stdin, its model's time at that size on stdout, one a series.
 PEER = """
@@ -86,8 +87,13 @@ class Guess:
     holds: bool | None = None
 
 
-def by_model(case: Case, model: ModelName = "mechanistic") -> Guess | None:
-    """What `hpc-train plan` says; None if the model cannot be fitted."""
+def by_plan(case: Case) -> Guess:
+    """What `hpc-train plan` says: by the first model that can be fitted."""
+    return next(guess for model in predict.MODELS if (guess := by_model(case, model)) is not None)
+
+
+def by_model(case: Case, model: ModelName) -> Guess | None:
+    """What `hpc-train plan --model` says; None if the model cannot be fitted."""
     chosen = predict.candidate(model, case.known)
     if chosen.fit is None:
         return None
@@ -152,12 +158,14 @@ def extra_p(cases: list[Case]) -> list[Guess | None]:
 
 
 def use_priors(part: str) -> None:
-    """The constants that `plan_priors.py` estimated on a part of the series."""
+    """The constants that `plan_priors.py` and `plan_drift.py` estimated on a part of the series."""
     plan_priors.use(True, PRIORS[part]["weak"])
     plan_priors.use(False, PRIORS[part]["strong"])
+    if "drift" in PRIORS[part]:
+        predict.DRIFT = predict.Drift(**PRIORS[part]["drift"])
 
 
-def errors_text(guesses: list[Guess | None]) -> str:
+def errors_text(guesses: Sequence[Guess | None]) -> str:
     known = [abs(guess.error) for guess in guesses if guess is not None]
     if not known:
         return "-"
@@ -165,7 +173,7 @@ def errors_text(guesses: list[Guess | None]) -> str:
     return f"{100 * np.median(known):.1f}/{100 * np.quantile(known, 0.9):.0f}%{fewer}"
 
 
-def print_errors(title: str, cases: list[Case], columns: dict[str, list[Guess | None]]) -> None:
+def print_errors(title: str, cases: list[Case], columns: dict[str, Sequence[Guess | None]]) -> None:
     """A row for each kind of series and share, all parts and each: median and 90th percentile of absolute errors."""
     table = Table("series", "from sizes up to", "number", *columns, title=title)
     for kind in sorted({case.series.kind for case in cases}):
@@ -245,12 +253,12 @@ def _energy_errors(case: Case) -> FloatArray:
 def main() -> None:
     cases = [Case(series, share) for series in all_series() for share in SHARES]
     other = {"A": "B", "B": "A"}
-    apart: list[Guess | None] = []
+    apart: list[Guess] = []
     for case in cases:
         use_priors(other[case.series.part])
-        apart.append(by_model(case))
+        apart.append(by_plan(case))
     use_priors("all")
-    shipped = [by_model(case) for case in cases]
+    shipped = [by_plan(case) for case in cases]
     laws: dict[str, list[Guess | None]] = {}
     models: tuple[ModelName, ...] = ("amdahl", "usl")
     for model in models:
@@ -258,10 +266,11 @@ def main() -> None:
     for name, law in LAWS.items():
         laws[name] = [Guess(law(case.known, case.ahead) / case.truth_s - 1) for case in cases]
     laws["Extra-P"] = extra_p(cases)
-    columns = {"plan, chosen on the other part": apart, "plan, as shipped": shipped, **laws}
+    plans = {"plan, chosen on the other part": apart, "plan, as shipped": shipped}
+    columns: dict[str, Sequence[Guess | None]] = {**plans, **laws}
     print_errors("Error of the step time at the largest size: median/90th percentile", cases, columns)
-    for name in list(columns)[:2]:
-        print_coverage(f"95% intervals of {name}", cases, [guess for guess in columns[name] if guess is not None])
+    for name, guesses in plans.items():
+        print_coverage(f"95% intervals of {name}", cases, guesses)
     print_energy(cases)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hpc_train.core import config
+from hpc_train.core.errors import UserError
 from hpc_train.core.world import World
 from hpc_train.datasets.inspect.check import Checked, check
 from hpc_train.train.comm.context import Context
@@ -115,3 +116,21 @@ def test_samples_to_validate_on_are_checked_too(tmp_path: Path) -> None:
     grouped = checked(path, validation={"every_epochs": 1.0}, hold_out=0.2, hold_out_by="patient")
     assert not grouped.faults and "patient" in grouped.datasets and grouped.reading
     assert "held out to validate on" in grouped.reading
+
+
+def test_samples_to_test_on_in_a_file_of_their_own_are_checked_too(tmp_path: Path) -> None:
+    path = made(tmp_path / "a.h5")
+    for num_leaked, said in ((0, None), (30, "30 of 60 samples are in x_train, too (leakage)")):
+        held_out = RNG.normal(size=(60, 4)).astype("f4")
+        held_out[:num_leaked] = INPUTS[:num_leaked]
+        with h5py.File(tmp_path / "test.h5", "w") as file:
+            file["x_test"], file["y_test"] = held_out, np.arange(60) % 3
+        found = checked(path, test_file=str(tmp_path / "test.h5"))
+        assert found.files == (str(path), str(tmp_path / "test.h5")) and found.datasets["x_test"]["samples"] == 60
+        assert [said in str(fault) for fault in found.faults] == [True] * (said is not None)
+    with h5py.File(tmp_path / "test.h5", "r+") as file:
+        file["y_test"][3] = 9
+    faults = [str(fault) for fault in checked(path, test_file=str(tmp_path / "test.h5")).faults]
+    assert any("label 9 in y_test, row 3" in fault for fault in faults), faults
+    with pytest.raises(UserError, match=r"data\.test_file = '.*none\.h5' does not exist"):
+        checked(path, test_file=str(tmp_path / "none.h5"))

@@ -303,6 +303,42 @@ def test_a_function_of_samples(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("x.h5")) and not list(tmp_path.glob(".*"))
 
 
+REALS = """
+import numpy as np
+
+def fields():
+    for row in range(40):
+        yield np.full((3, 2), row, "f4"), np.array([row / 2, -row, 0.25])
+
+def numbers():
+    for row in range(40):
+        yield [row], row / 2
+
+def mixed():
+    yield [0], 1
+    yield [0], 0.5
+"""
+
+
+def test_a_function_gives_real_targets_one_or_several(tmp_path: Path) -> None:
+    (tmp_path / "reals.py").write_text(REALS)
+    rows = np.arange(40)
+    for name, wanted in (("fields", np.stack([rows / 2, -rows, 0 * rows + 0.25], 1)), ("numbers", rows / 2)):
+        for ranks in (0, 2):
+            done = jobs.run(
+                ranks, "prepare", f"reals:{name}", "a.h5", "--test-fraction", "0", "--overwrite", cwd=tmp_path
+            )
+            assert done.code == 0, done.err
+            with h5py.File(tmp_path / "a.h5") as file:
+                assert file["train/targets"].dtype == np.float32
+                assert np.array_equal(file["train/targets"][:], wanted.astype("f4"))
+    done = jobs.run(0, "prepare", "reals:mixed", "b.h5", cwd=tmp_path)
+    assert (
+        done.code == 2
+        and "sample 1 is <i8 [1] with targets <f4 [], those before <i8 [1] with targets <i8 []" in done.err
+    )
+
+
 # ---------------------------------------------------------------------------------------------- memory, kills, room
 
 

@@ -320,6 +320,15 @@ def test_the_best_checkpoint_is_used_where_the_run_keeps_it(context: Context, fo
     assert best.measures["loss"] < newest.measures["loss"]
 
 
+def test_sums_of_measures_keep_their_digits_where_the_model_computes_in_bf16(context: Context, folder: Path) -> None:
+    """The final test sums in 32 bits; sums of bf16 would be wrong by up to 0.4%."""
+    data = context.on_root(lambda: write(folder / "bf16.h5", {"train": samples(NUM, 0), "test": samples(400, 1)}))
+    keys = ("train.precision=bf16", "train.steps=4", "data.normalize=standardize", "reduce.strategy=mpi")
+    run = trained(context, data, folder / "bf16", *keys)
+    record = evaluated(context, run, request=Request(batch=100))
+    assert record.measures == pytest.approx(context.on_root(partial(final_test, run)), rel=2e-4)
+
+
 @pytest.fixture(scope="module")
 def text(context: Context, folder: Path) -> RunDir:
     def make() -> Path:

@@ -63,6 +63,16 @@ def test_phases_are_told_by_waiting_and_joules_by_nvml(digits: Path, tmp_path: P
     assert "NVML" in summary["energy_source"] and meta["device"] == torch.cuda.get_device_name()
 
 
+def test_how_busy_the_gpu_was_is_recorded(digits: Path, tmp_path: Path) -> None:
+    done = trained("use", digits, tmp_path)
+    assert done.code == 0, done.err
+    (run,) = find([tmp_path])
+    meta = json.loads(run.meta.read_text())
+    (busy,), (used_bytes,) = meta["loop_gpu_busy"], meta["loop_gpu_used_bytes"]
+    total_bytes = torch.cuda.get_device_properties(0).total_memory
+    assert 0 <= busy <= 1 and meta["peak_gpu_bytes"][0] <= used_bytes <= 1.1 * total_bytes
+
+
 def test_a_run_continues_where_it_was_stopped(digits: Path, tmp_path: Path) -> None:
     keys: dict[str, object] = {"train__optimizer": "adamw", "train__lr": 0.001, "checkpoint__every_steps": 20}
     whole_run = trained("whole", digits, tmp_path, **keys)

@@ -56,6 +56,7 @@ NUMBERS = (
     _Column("joules", 1e-9, 1e15),  # of one step, all nodes; of a whole run beside joules_per_sample
     _Column("joules_per_sample", 1e-12, 1e12),
     _Column("global_batch", 1e-3, 1e12),
+    _Column("accumulate", 1, 1e6, is_count=True),
 )
 SCALING = "scaling"  # a column of words: weak or strong
 COLUMNS = (*(column.name for column in NUMBERS), SCALING)
@@ -80,6 +81,7 @@ class _Line:
     ranks_per_node: int | None
     joules: float | None
     global_batch: float | None
+    accumulate: int
     scaling: str | None
 
 
@@ -112,6 +114,7 @@ def read_table(path: Path, ranks_per_node: int | None = None, network: Network |
         ranks_per_node=per_node,
         joules_per_step=np.array([_mean_joules(by_ranks[size]) for size in ranks]),
         num_runs=np.array([len(by_ranks[size]) for size in ranks]),
+        accumulate=np.array([_accumulate(by_ranks[size]) for size in ranks]),
         network=network,
         assumed=(
             *assumed,
@@ -172,6 +175,7 @@ def _line(where: str, names: list[str], text: str) -> _Line:
         ranks_per_node=None if per_node is None else int(per_node),
         joules=_step_joules(numbers),
         global_batch=numbers.get("global_batch"),
+        accumulate=int(numbers.get("accumulate", 1)),
         scaling=scaling,
     )
     _check_rate(line)
@@ -265,6 +269,19 @@ def _batch(path: Path, lines: Sequence[_Line], weak: bool) -> float:
         kept = "per rank (weak scaling)" if weak else "in all (strong scaling)"
         raise UserError(f"{path}: global_batch is not the same {kept} on every line", "State it on every line.")
     return batches.pop()
+
+
+def _accumulate(lines: Sequence[_Line]) -> int:
+    """Micro-batches of a step at one number of ranks. Raises `UserError` if its lines differ."""
+    first, *others = lines
+    for line in others:
+        if line.accumulate != first.accumulate:
+            raise UserError(
+                f"{line.where}: accumulate = {line.accumulate}, and {first.accumulate} in {first.where}, both on"
+                f" {plural(line.ranks, 'rank')}",
+                "Keep the lines of one of them.",
+            )
+    return first.accumulate
 
 
 def _step_times(lines: Sequence[_Line], num_samples: float) -> list[float]:

@@ -48,6 +48,7 @@ class Measurements:
     input_s: FloatArray | None = None  # (n,) wait for input per step
     computing_s: FloatArray | None = None  # (n,) of a step, neither waiting for input nor for other ranks
     num_runs: IntArray | None = None  # (n,) of which step_s is the mean; None is one each
+    accumulate: IntArray | None = None  # (n,) micro-batches of a rank in a step; None is one each
     job: Mapping[str, Any] | None = None  # what decides how long a step takes (`config.comparable`)
     noise: float | None = None  # relative standard deviation over ranks of a step's useful time
     overlap: float = BACKWARD_SHARE  # the share of computation that communication can hide behind
@@ -80,6 +81,22 @@ class Measurements:
         # A batch that does not divide evenly gives some ranks a sample more, and all wait for these.
         return np.ceil(per_rank - 1e-9) if self.batch > 1 and not self.weak else per_rank
 
+    def micro_batches(self, ranks: FloatArray | IntArray) -> FloatArray:
+        """(n,) of a rank in a step: as measured, else of as many samples as one has at the largest measured size."""
+        if self.accumulate is None:
+            return np.ones(len(ranks))
+        samples = self._per_rank(self.ranks[-1:])[0] / self.accumulate[-1]
+        found = np.maximum(np.round(self._per_rank(ranks) / samples), 1.0)
+        measured = dict(zip(self.ranks.tolist(), self.accumulate.tolist(), strict=True))
+        return np.array([measured.get(size, count) for size, count in zip(ranks.tolist(), found.tolist(), strict=True)])
+
+    @property
+    def most_whole_micro_batches(self) -> float:
+        """The most ranks whose micro-batches have as many samples as those of the largest measured size."""
+        if self.weak or self.accumulate is None:
+            return float("inf")
+        return self.largest * float(self.accumulate[-1])
+
     def nodes(self, ranks: FloatArray | IntArray) -> IntArray:
         """Nodes that so many ranks occupy; every rank counts as a node if ranks_per_node is unknown."""
         return np.asarray(-(-np.asarray(ranks, dtype=int) // (self.ranks_per_node or 1)))
@@ -103,6 +120,7 @@ class Measurements:
             input_s=None if self.input_s is None else self.input_s[:count],
             computing_s=None if self.computing_s is None else self.computing_s[:count],
             num_runs=None if self.num_runs is None else self.num_runs[:count],
+            accumulate=None if self.accumulate is None else self.accumulate[:count],
         )
 
 
@@ -127,6 +145,7 @@ def from_group(group: Group) -> Measurements:
         input_s=None if None in waits else np.array(waits, dtype=float),
         computing_s=_computing_s(rows),
         num_runs=np.array([len(row.runs) for row in rows]),
+        accumulate=np.array([row.runs[0].config.train.accumulate for row in rows]),
         job=group.keys,
         noise=_noise(runs),
         overlap=_overlap(rows),

@@ -6,13 +6,15 @@ import numpy as np
 
 from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.analysis.models.nonnegative_regression import Prior, sample_posterior
-from hpc_train.analysis.models.scaling_models import Fit, ModelName, TooFewSizes
+from hpc_train.analysis.models.scaling_models import CannotFit, Fit, ModelName
 from hpc_train.analysis.stats.order_statistics import expected_maximum
 from hpc_train.core.records import FloatArray, IntArray
 from hpc_train.core.statistics import nonnegative_least_squares
 
 # The gradients of the layers next to the input are ready last, so no computation is left to hide their communication.
 _LAST_MESSAGE_SHARE = 0.05
+_WATCHED = 4  # times the largest size: chains are to agree on the prediction there
+_MOST_R_HAT = 1.2  # chains that differ by more than this do not know what the sizes say
 
 
 @dataclass(frozen=True)
@@ -36,29 +38,47 @@ WEAK = Priors(
     Prior(presence=0.64, degrees=1.0, noise=0.004, noise_degrees=3.0, outlier_degrees=4.0),
 )
 STRONG = Priors(
-    {"fixed_s": 0.01, "imbalance_s": 0.0025, "tree_s": 0.0004, "ring_s": 0.0001, "cache_s": 0.12, "between_s": 0.02},
+    {
+        "fixed_s": 0.0063,
+        "imbalance_s": 0.0025,
+        "tree_s": 0.0004,
+        "ring_s": 0.00016,
+        "cache_s": 0.12,
+        "between_s": 0.017,
+    },
     Prior(presence=0.4, degrees=1.0, noise=0.01, noise_degrees=3.0, outlier_degrees=4.0),
 )
 
+_SCALED_AS = {"micro_batch_s": "fixed_s"}  # no published series states its micro-batches
+
 
 def fit_mechanistic(measurements: Measurements) -> Fit:
-    """Samples the parts from their posterior. Raises `TooFewSizes` for one size without a measured network."""
+    """Samples the parts from their posterior.
+
+    Raises `CannotFit` for one size without a measured network, and if the chains do not agree.
+    """
     num_sizes = len(measurements.ranks)
     if num_sizes == 1 and not any(_is_pinned(measurements)):
-        raise TooFewSizes("one size says nothing of how the time grows; a second, or --network, does")
+        raise CannotFit("one size says nothing of how the time grows; a second, or --network, does")
     parts = parts_of_a_step(measurements, measurements.ranks)
     names = tuple(name for name, column in parts.items() if name == "compute_s" or np.ptp(column) > 0)
     priors = WEAK if measurements.weak else STRONG
     first_s = float(measurements.step_s[0])
     # A benchmark that tells more communication than the whole step took is not believed beyond the step.
     left_s = np.maximum(measurements.step_s - _known_s(measurements, measurements.ranks), 0.01 * measurements.step_s)
+    beyond = parts_of_a_step(measurements, np.array([_WATCHED * measurements.largest]))
+    asked = np.array([beyond[name][0] for name in names])
     posterior = sample_posterior(
         np.stack([parts[name] for name in names], axis=1),
         left_s,
         measurements.error * measurements.step_s / left_s,
-        np.array([1.0, *(priors.scales[name] * first_s for name in names[1:])]),
+        np.array([1.0, *(priors.scales[_SCALED_AS.get(name, name)] * first_s for name in names[1:])]),
         priors.regression,
+        asked,
     )
+    r_hat = posterior.r_hat(asked)
+    if r_hat > _MOST_R_HAT:
+        raise CannotFit(f"its chains do not agree beyond the measured sizes (R-hat {r_hat:.2f})")
     return _MechanisticFit(measurements, posterior.coefficients, posterior.noise, names)
 
 
@@ -94,7 +114,8 @@ def parts_of_a_step(measurements: Measurements, ranks: IntArray) -> dict[str, Fl
 
     imbalance: ranks wait for the slowest, whose lead grows like log N. transfer: the volume of an all-reduce, which is
     2 (N-1)/N of the gradients. tree, ring: latencies of log2 N and of N messages. between: what is nothing while all
-    ranks share a node. fixed: what more ranks do not divide (Amdahl). cache: what a rank saves when its share of
+    ranks share a node. fixed: what more ranks do not divide (Amdahl). micro_batch: what each micro-batch costs, however
+    few samples it has; nothing where their number falls as the samples do. cache: what a rank saves when its share of
     the samples becomes small enough for a faster memory.
     """
     n, first = np.asarray(ranks, dtype=float), float(measurements.ranks[0])
@@ -112,9 +133,12 @@ def parts_of_a_step(measurements: Measurements, ranks: IntArray) -> dict[str, Fl
             "ring_s": growth - 1,
             "cache_s": share**2,
             "between_s": share * crosses,
+            "micro_batch_s": _micro_batches_beyond_share(measurements, n),
         }
     inside, between = _is_pinned(measurements)
-    parts = {"compute_s": compute, "imbalance_s": np.log2(growth), "ring_s": growth - 1}
+    parts = {"compute_s": compute, "imbalance_s": np.log2(growth)}
+    if between or measurements.ranks_per_node not in (None, 1):  # else each message is between nodes
+        parts["ring_s"] = growth - 1
     if not inside:
         parts["transfer_s"] = (n - 1) / n - (first - 1) / first
     if not between:
@@ -122,6 +146,14 @@ def parts_of_a_step(measurements: Measurements, ranks: IntArray) -> dict[str, Fl
         parts["tree_between_s"] = np.log2(nodes / first_nodes)
         parts["ring_between_s"] = nodes - first_nodes
     return parts
+
+
+def _micro_batches_beyond_share(measurements: Measurements, ranks: FloatArray) -> FloatArray:
+    """(n,) micro-batches relative to the smallest size, less samples likewise; 0 where their number stays as it is."""
+    if measurements.accumulate is None or np.ptp(measurements.accumulate) == 0:
+        return np.zeros(len(ranks))
+    first = measurements.micro_batches(measurements.ranks[:1])[0]
+    return np.asarray(measurements.micro_batches(ranks) / first - measurements.share(ranks))
 
 
 # ---------------------------------------------------------------------------------------------- what was measured apart
@@ -147,7 +179,8 @@ def _is_pinned(measurements: Measurements) -> tuple[bool, bool]:
 def _known_s(measurements: Measurements, ranks: IntArray) -> FloatArray:
     """(n,) the wait for input, and exposed communication as a benchmark measured it.
 
-    exposed = 0.05 C + max(0, 0.95 C - overlap compute share): what the backward pass does not hide of C seconds.
+    exposed = 0.05 C + max(0, 0.95 C - overlap compute share / micro-batches): what the backward pass of the last
+    micro-batch does not hide of C seconds.
     """
     waits_s = input_s(measurements, ranks)
     first = measurements.ranks[:1]
@@ -156,13 +189,14 @@ def _known_s(measurements: Measurements, ranks: IntArray) -> FloatArray:
         _all_reduce_s(measurements, first),
     )
     share = measurements.share(np.asarray(ranks, dtype=float))
+    overlap, first_overlap = (measurements.overlap / measurements.micro_batches(each) for each in (ranks, first))
     # The computation at the smallest size is what its step leaves: if it hides all of C, else if it hides a part.
     last_s, rest_s = _LAST_MESSAGE_SHARE * whole_s[0], (1 - _LAST_MESSAGE_SHARE) * whole_s[0]
     compute_s = first_s - last_s
-    if measurements.overlap * compute_s < rest_s:
-        compute_s = (first_s - whole_s[0]) / max(1 - measurements.overlap, 0.01)
+    if first_overlap[0] * compute_s < rest_s:
+        compute_s = (first_s - whole_s[0]) / max(1 - first_overlap[0], 0.01)
     whole_s = _all_reduce_s(measurements, ranks)
-    hidden_s = measurements.overlap * max(compute_s, 0.0) * share
+    hidden_s = overlap * max(compute_s, 0.0) * share
     beyond_s = np.maximum((1 - _LAST_MESSAGE_SHARE) * whole_s - hidden_s, 0.0)
     return np.asarray(waits_s + _LAST_MESSAGE_SHARE * whole_s + beyond_s)
 

@@ -10,8 +10,11 @@ from hpc_train.core.records import FloatArray
 NUM_CHAINS = 64
 NUM_SWEEPS = 160
 _NUM_LINES = 2  # moves of all coefficients at a time, each sweep
+_NUM_EXCHANGES = 3  # of a term that is there for one that is not, each sweep
 NUM_KEPT = 8  # draws of a chain
 NUM_DRAWS = NUM_CHAINS * NUM_KEPT
+_CONVERGED = 1.1  # R-hat
+_MOST_DOUBLINGS = 4  # of the sweeps, until chains agree
 _NOISE_GRID = np.geomspace(0.001, 0.3, 24)  # relative standard deviations of one measurement
 
 
@@ -38,19 +41,46 @@ class Posterior:
     coefficients: FloatArray
     noise: FloatArray
 
+    def r_hat(self, row: FloatArray) -> float:
+        """By how much chains disagree on row @ coefficients; 1 if not at all.
+
+        Of ranks, as normal scores, which single far draws do not sway: Vehtari et al., "Rank-normalization, folding,
+        and localization: an improved R-hat", Bayesian Analysis 16(2), 2021.
+        """
+        from scipy.special import ndtri
+        from scipy.stats import rankdata
+
+        ranks = rankdata(self.coefficients @ row)
+        scores = ndtri((ranks - 3 / 8) / (len(ranks) + 1 / 4)).reshape(NUM_KEPT, NUM_CHAINS)
+        within = float(scores.var(axis=0, ddof=1).mean())
+        between = float(scores.mean(axis=0).var(ddof=1))
+        return float(np.sqrt(1 - 1 / NUM_KEPT + between / within)) if within > 0 else 1.0
+
 
 def sample_posterior(
-    columns: FloatArray, measured: FloatArray, error: FloatArray, scales: FloatArray, prior: Prior
+    columns: FloatArray,
+    measured: FloatArray,
+    error: FloatArray,
+    scales: FloatArray,
+    prior: Prior,
+    asked: FloatArray | None = None,
 ) -> Posterior:
     """Gibbs sampling of measured = columns @ coefficients, coefficients >= 0, with relative deviations.
 
     columns: (n, terms); nothing draws the first coefficient to 0. error: (n,) the known relative standard error of each
     measurement, to which the noise adds. scales: (terms,) of the coefficients' prior, in units of `measured`.
+    asked: (terms,) columns of a size that the draws are to predict: sampling goes on until the chains agree on it, or
+    for 31 times as long.
     Each coefficient given the others is a truncated normal; the scales of the Student distributions are inverse gamma
     (Makalic and Schmidt, "A simple sampler for the horseshoe estimator", IEEE Signal Processing Letters 23(1), 2016).
     """
     sampler = Sampler(columns[None] / measured[:, None], error, np.asarray(scales)[None], prior, NUM_CHAINS)
-    return sampler.run(NUM_SWEEPS)
+    posterior = sampler.run(NUM_SWEEPS)
+    for doublings in range(1, 1 + _MOST_DOUBLINGS):
+        if asked is None or posterior.r_hat(asked) <= _CONVERGED:
+            break
+        posterior = sampler.run(NUM_SWEEPS << doublings)
+    return posterior
 
 
 class Sampler:
@@ -87,6 +117,8 @@ class Sampler:
             self._draw_coefficients()
             for _ in range(_NUM_LINES):
                 self._move_along_a_line()
+            for _ in range(_NUM_EXCHANGES):
+                self._exchange_two_terms()
             self._draw_scales()
             self._draw_noise()
             if sweep >= num_sweeps - every * NUM_KEPT and (num_sweeps - 1 - sweep) % every == 0:
@@ -135,6 +167,36 @@ class Sampler:
         length = _between(slope * deviation**2, deviation, least, most, self._random)
         self._values = np.maximum(self._values + length[:, None] * direction, 1e-300 * is_there)
         self._residuals = self._residuals - length[:, None] * along
+
+    def _exchange_two_terms(self) -> None:
+        """Proposes another term in place of one that is there, with as much time over all sizes.
+
+        Metropolis-Hastings, with the scales of both integrated out: drawn one at a time, two terms that explain the
+        same sizes hardly change places, for both are there or neither in between.
+        """
+        num_rows, num_terms = self._values.shape
+        if num_terms < 3:
+            return
+        rows = np.arange(num_rows)
+        given, taken = _two_of(num_terms - 1, num_rows, self._random)
+        columns = np.broadcast_to(self._columns, (num_rows, *self._columns.shape[1:]))
+        of_given, of_taken = columns[rows, :, given], columns[rows, :, taken]
+        value, sums = self._values[rows, given], (of_given.sum(axis=1), of_taken.sum(axis=1))
+        is_possible = (value > 0) & (self._values[rows, taken] == 0) & (sums[0] > 0) & (sums[1] > 0)
+        ratio = np.where(is_possible, sums[0] / np.where(is_possible, sums[1], 1.0), 1.0)
+        residuals = self._residuals + value[:, None] * (of_given - ratio[:, None] * of_taken)
+        weights = self._precision / (self._noise[:, None] ** 2 + self._error**2)
+        log_odds = -np.sum(weights * (residuals**2 - self._residuals**2), axis=1) / 2 + np.log(ratio)
+        log_odds += self._log_density(ratio * value, taken) - self._log_density(value, given)
+        accepted = is_possible & (np.log(np.maximum(self._random.random(num_rows), 1e-300)) < log_odds)
+        self._values[rows[accepted], taken[accepted]] = (ratio * value)[accepted]
+        self._values[rows[accepted], given[accepted]] = 0.0
+        self._residuals = np.where(accepted[:, None], residuals, self._residuals)
+
+    def _log_density(self, values: FloatArray, terms: NDArray[np.intp]) -> FloatArray:
+        """(rows,) of the half-Student prior of one term in each row, without its constant."""
+        scales, degrees = self._prior_scales[np.arange(len(values)), terms], self._prior.degrees
+        return np.asarray(-np.log(scales) - (degrees + 1) / 2 * np.log1p((values / scales) ** 2 / degrees))
 
     def _is_present(self, standardised: FloatArray, widening: FloatArray) -> NDArray[np.bool_]:
         """Whether a term is there at all, given the others: the prior's odds times the Bayes factor of its values.
@@ -186,6 +248,13 @@ def _between(
     low, high = ndtr((least - mean) / deviation), ndtr((most - mean) / deviation)
     drawn = mean + deviation * ndtri(np.clip(low + (high - low) * random.random(len(mean)), 1e-16, 1 - 1e-12))
     return np.asarray(np.where(high - low < 1e-9, 0.0, np.clip(drawn, least, most)))
+
+
+def _two_of(num_terms: int, num_rows: int, random: np.random.Generator) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """(rows,), (rows,) two different terms in each row, none of them the first."""
+    one = random.integers(num_terms, size=num_rows)
+    other = (one + 1 + random.integers(num_terms - 1, size=num_rows)) % num_terms
+    return one + 1, other + 1
 
 
 def _categorical(log_weights: FloatArray, random: np.random.Generator) -> NDArray[np.intp]:

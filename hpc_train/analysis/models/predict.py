@@ -8,7 +8,7 @@ import numpy as np
 
 from hpc_train.analysis.models.measurements import Measurements
 from hpc_train.analysis.models.mechanistic_model import crosses_unseen_boundary, fit_mechanistic, input_s
-from hpc_train.analysis.models.scaling_models import Fit, ModelName, TooFewSizes, fit_contention, fit_extra_p
+from hpc_train.analysis.models.scaling_models import CannotFit, Fit, ModelName, fit_contention, fit_extra_p
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import plural
 from hpc_train.core.records import FloatArray, IntArray
@@ -98,8 +98,9 @@ class Drift:
         return Drift(self.least * factor, self.of_growth * factor, weight, degrees)
 
 
-# Of a series of which nothing is known, chosen by hand: `make bench-plan` prints how many published sizes it holds.
-DRIFT = Drift(least=0.02, of_growth=0.2, weight=1.0, degrees=2.2)
+# Of a series of which nothing is known, estimated by `tests/benchmarks/plan_drift.py` on published series:
+# `make bench-plan` prints how many sizes of other sources such a drift holds.
+DRIFT = Drift(least=0.042, of_growth=0.8, weight=0.17, degrees=4.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,7 +282,7 @@ def _fit(model: ModelName, measurements: Measurements) -> Fit:
 def candidate(model: ModelName, measurements: Measurements) -> Candidate:
     try:
         fit = _fit(model, measurements)
-    except TooFewSizes as error:
+    except CannotFit as error:
         return Candidate(model, None, (), str(error))
     except (np.linalg.LinAlgError, FloatingPointError) as error:
         return Candidate(model, None, (), f"its arithmetic failed ({error})")
@@ -302,7 +303,7 @@ def _hold_out(model: ModelName, measurements: Measurements) -> tuple[tuple[HeldO
             break
         try:
             guess = _fit(model, training)(np.array([ranks]))[0]
-        except TooFewSizes as error:
+        except CannotFit as error:
             reason = f"without the largest size: {error}"
             break
         found.append(HeldOut(model, ranks, float(measurements.step_s[kept]), float(guess)))

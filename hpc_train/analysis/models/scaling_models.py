@@ -19,8 +19,8 @@ from hpc_train.core.records import FloatArray, IntArray
 ModelName = Literal["mechanistic", "extra-p", "amdahl", "usl"]
 
 
-class TooFewSizes(Exception):
-    """A model cannot be fitted to these sizes; the message says why."""
+class CannotFit(Exception):
+    """A model cannot be fitted to these sizes: they are too few, or its chains do not agree. The message says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +63,11 @@ _LAW_PRIOR = Prior(
 
 
 def fit_contention(measurements: Measurements, with_coherence: bool) -> Fit:
-    """Amdahl's law, or the universal scalability law. Raises `TooFewSizes`."""
+    """Amdahl's law, or the universal scalability law. Raises `CannotFit`."""
     num_parameters, num_sizes = 3 if with_coherence else 2, len(measurements.ranks)
     if num_sizes < num_parameters:
         were = "was" if num_sizes == 1 else "were"
-        raise TooFewSizes(f"{num_parameters} parameters need {num_parameters} sizes, and {num_sizes} {were} measured")
+        raise CannotFit(f"{num_parameters} parameters need {num_parameters} sizes, and {num_sizes} {were} measured")
     columns = _contention_columns(measurements, measurements.ranks)[:, :num_parameters]
     scales = np.full(num_parameters, _FREE * measurements.step_s[0])
     posterior = sample_posterior(columns, measurements.step_s, measurements.error, scales, _LAW_PRIOR)
@@ -115,14 +115,14 @@ _LEAST_NOISE, _MOST_NOISE = 0.004, 0.5  # relative
 
 
 def fit_extra_p(measurements: Measurements) -> Fit:
-    """Extra-P's normal form with one term or none, chosen from its search space. Raises `TooFewSizes`.
+    """Extra-P's normal form with one term or none, chosen from its search space. Raises `CannotFit`.
 
     Calotoiu et al., "Using automated performance modeling to find scalability bugs in complex codes", SC 2013. As
     there, five sizes are needed, and the term is the one with the least error over leave-one-out fits.
     """
     num_sizes, step_s = len(measurements.ranks), measurements.step_s
     if num_sizes < _LEAST_SIZES:
-        raise TooFewSizes(f"Extra-P's method needs {_LEAST_SIZES} sizes, and there are {num_sizes}")
+        raise CannotFit(f"Extra-P's method needs {_LEAST_SIZES} sizes, and there are {num_sizes}")
     power, log = min(product(_POWERS, _LOGS), key=lambda term: _leave_one_out_error(measurements, *term))
     columns = _extra_p_columns(measurements, measurements.ranks, power, log)
     fitted_s = columns @ _least_squares(columns, step_s, step_s)

@@ -31,8 +31,13 @@ JUDGED_BYTES = (64 << 10, 64 << 20)
 JUDGED = ("mpi", "horovod")
 GOAL = 0.9
 
-_NAMES = {"plain_mpi": "MPI_Allreduce", "ddp_gloo": "gloo", "memory": "memory copy", "link": "ping-pong"}
-_NAMES |= {"convert": "bf16 and back"}
+_NAMES = {
+    "plain_mpi": "MPI_Allreduce",
+    "ddp_gloo": "gloo",
+    "memory": "memory copy",
+    "convert": "to bf16",
+    "link": "ping-pong",
+}
 _LINES: dict[str, tuple[str, str, str]] = {  # colour, dashes, marker
     "horovod": (BLUE, "-", "o"),
     "mpi": (VERMILLION, "-", "s"),

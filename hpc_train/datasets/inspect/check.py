@@ -32,6 +32,7 @@ from hpc_train.datasets.inspect.structure import (
 )
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.files import num_decode_threads
+from hpc_train.train.data.hdf5_faults import data_paths, not_a_file
 
 _RANGES_AHEAD = 2  # of each thread: read, and not yet added to the statistics
 _NOT_READ = {"external", "empty", "missing", "filter", "absurd", "unreadable"}  # faults of data sets that are skipped
@@ -55,18 +56,23 @@ class Checked:
 class _Plan:
     """What to read, decided by the root.
 
+    sets: the files of each data set: those to train on, and those that a job tests or validates on.
     datasets: those that can be read, with the sample number of each one's first row; -1 if it is not compared.
     groups: data sets whose samples are compared with each other, with the sample number at which each ends.
     """
 
     names: Names
-    files: list[FileStructure]
+    sets: list[list[FileStructure]]
     datasets: list[DatasetInfo]
     roles: dict[str, str]
     first_numbers: list[int]
     groups: list[dict[str, int]]
     first_samples: dict[str, np.ndarray]
     limits: Limits
+
+    @property
+    def files(self) -> list[FileStructure]:
+        return [file for files in self.sets for file in files]
 
     @property
     def unread(self) -> set[str]:
@@ -123,10 +129,18 @@ def _as_training_opens_it(checked: Checked, job: Config, context: Context) -> Ch
 
 
 def _make_plan(paths: Sequence[Path], on_file: Callable[[Path], object], job: Config | None) -> _Plan:
-    names, files = Names() if job is None else names_of(job), []
-    for path in paths:
-        on_file(path)
-        files.append(_only(names, read_structure(path)))
+    names, sets = Names() if job is None else names_of(job), list[list[FileStructure]]()
+    paths_by_key = {"file": paths}
+    if job is not None:
+        paths_by_key |= {key: data_paths(job, key) for key in dict.fromkeys(names.elsewhere.values())}
+    for key, its_paths in paths_by_key.items():
+        sets.append([])
+        for path in its_paths:
+            if why := not_a_file(path):
+                raise UserError(f"data.{key} = '{path}' {why}", "Name an HDF5 file.")
+            on_file(path)
+            sets[-1].append(_only(names, key, read_structure(path)))
+    files = [file for each in sets for file in each]
     vocab_sizes = [file.attributes.get("vocab_size") for file in files]
     vocab_size = next((size for size in vocab_sizes if isinstance(size, int)), None)
     datasets, roles, first_samples = [], dict[str, str](), dict[str, np.ndarray]()
@@ -145,15 +159,15 @@ def _make_plan(paths: Sequence[Path], on_file: Callable[[Path], object], job: Co
     num_samples = sum(info.num_rows for info in datasets if roles[info.name] == "samples")
     may_lack = job is not None and job.data.missing != "refuse"
     limits = Limits(vocab_size, max(num_samples, MAX_CLASSES), keep_one_in(num_samples), may_lack)
-    return _Plan(names, files, datasets, roles, first_numbers, groups, first_samples, limits)
+    return _Plan(names, sets, datasets, roles, first_numbers, groups, first_samples, limits)
 
 
-def _only(names: Names, file: FileStructure) -> FileStructure:
-    """What a job reads of `file`."""
+def _only(names: Names, key: str, file: FileStructure) -> FileStructure:
+    """What a job reads of `file`, which data.`key` names."""
     return replace(
         file,
-        datasets=tuple(info for info in file.datasets if names.has(info.name)),
-        faults=tuple(fault for fault in file.faults if not fault.dataset or names.has(fault.dataset)),
+        datasets=tuple(info for info in file.datasets if names.has(info.name, key)),
+        faults=tuple(fault for fault in file.faults if not fault.dataset or names.has(fault.dataset, key)),
     )
 
 
@@ -245,7 +259,8 @@ def _summary(
         faults += file.faults
         faults += checks.unequal_lengths(file, plan.roles)
         faults += differences_from_train(file)
-    faults += differences_between_files(plan.files)
+    for files in plan.sets:
+        faults += differences_between_files(files)
     damaged = {(fault.file, fault.dataset) for fault in faults if fault.kind == "damaged"}
     for file in plan.files:
         if not damaged and not plan.names.roles:  # HDF5 itself reads these rows, and may crash on damage

@@ -21,14 +21,18 @@ class Names:
 
     roles: by name, see `statistics.role_of`; "" if the data set itself shows it. parts: by name, alike for data sets of
     the same meaning, such as inputs to train on and to test on. training: those to train on.
+    elsewhere: those in files of their own, and the key that names these. Of data sets called as those to train on are,
+    only training's own checks are made: what is counted is kept by name.
     """
 
     roles: dict[str, str] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
     training: frozenset[str] = frozenset()
+    elsewhere: dict[str, str] = field(default_factory=dict)
 
-    def has(self, name: str) -> bool:
-        return not self.roles or name in self.roles
+    def has(self, name: str, key: str = "file") -> bool:
+        """Whether data set `name` is looked at in the files of data.`key`."""
+        return not self.roles or (name in self.roles and self.elsewhere.get(name, "file") == key)
 
     def role(self, info: DatasetInfo) -> str:
         """As the job says, if the data set is such; "" otherwise."""
@@ -46,27 +50,30 @@ class Names:
 
 
 def names_of(config: Config) -> Names:
-    """Those that `config` reads of data.file."""
+    """Those that `config` reads."""
     data, kind = config.data, config.task.kind
     input_role = {"classification": "samples", "regression": "samples"}.get(kind, "")
     target_role = {"classification": "labels", "regression": "values"}.get(kind, "")
     if kind in ("language", "masked_language"):
         input_role = "tokens"
-    roles, parts = dict[str, str](), dict[str, str]()
+    roles, parts, elsewhere = dict[str, str](), dict[str, str](), dict[str, str]()
     training: list[str] = []
-    sources: list[tuple[str | list[str], list[str | None], bool]] = [(data.inputs, [data.targets, data.offsets], True)]
-    if data.validation_file is None and config.validation.is_due and not data.hold_out:
-        sources.append((data.validation_inputs, [data.validation_targets, data.validation_offsets], False))
-    if data.test_file is None:
-        sources.append((data.test_inputs, [data.test_targets, data.test_offsets], False))
+    sources: list[tuple[str | list[str], list[str | None], str]] = [(data.inputs, [data.targets, data.offsets], "file")]
+    if config.validation.is_due and not data.hold_out:
+        others = [data.validation_targets, data.validation_offsets]
+        sources.append((data.validation_inputs, others, "validation_file"))
+    sources.append((data.test_inputs, [data.test_targets, data.test_offsets], "test_file"))
     if data.hold_out_by is not None:
         roles[data.hold_out_by] = "values"
-    for inputs, others, is_training in sources:
+    for inputs, others, key in sources:
         names = [inputs] if isinstance(inputs, str) else inputs
         for number, name in enumerate(names):
             roles[name], parts[name] = input_role, f"inputs {number}"
         for part, other, role in zip(("targets", "offsets"), others, (target_role, "values"), strict=True):
             if other is not None:
                 roles[other], parts[other] = role, part
-        training += [*names, *filter(None, others)] if is_training else []
-    return Names(roles, parts, frozenset(training))
+        read = [*names, *filter(None, others)]
+        training += read if key == "file" else []
+        if getattr(data, key) is not None and key != "file":
+            elsewhere |= dict.fromkeys((name for name in read if name not in training), key)
+    return Names(roles, parts, frozenset(training), elsewhere)

@@ -23,9 +23,7 @@ from hpc_train.train.comm.context import Context
 
 _BUFFER_BYTES = 4 << 20  # of samples in memory before they are written
 _NAME = "Name package.module:function, as this folder sees it: a function of yours."
-_SHAPE = (
-    "Yield (input, target) each time: numbers of one shape and type, and a whole number. Or return a dict of arrays."
-)
+_SHAPE = "Yield (input, target) each time, both numbers of one shape and type; or return a dict of arrays."
 
 
 def described(name: str) -> Source:
@@ -136,11 +134,14 @@ class _UserFunction:
         if not isinstance(sample, (tuple, list)) or len(sample) != 2:
             raise self.error(f"sample {index} is {type(sample).__name__}, no pair")
         x, y = _as_array(sample[0]), _as_array(sample[1])
-        if x.dtype.kind not in "biuf" or x.ndim == 0 or not x.size or y.size != 1 or y.dtype.kind not in "biu":
+        if x.dtype.kind not in "biuf" or x.ndim == 0 or not x.size or not y.size or y.dtype.kind not in "biuf":
             raise self.error(f"sample {index} is {x.dtype} {x.shape} with the target {y.dtype} {y.shape}")
         if y.dtype.kind == "u" and y.max() > np.iinfo(np.int64).max:
             raise self.error(f"sample {index} has the target {y}, too large for 64 bits")
-        return x.astype(x.dtype.newbyteorder("="), copy=False), y.astype(np.int64).reshape(())
+        y = y.reshape(()) if y.size == 1 else y
+        return x.astype(x.dtype.newbyteorder("="), copy=False), y.astype(
+            np.float32 if y.dtype.kind == "f" else np.int64
+        )
 
     def error(self, what: str) -> UserError:
         return UserError(f"prepare {self.name}: {what}", _SHAPE)
@@ -162,11 +163,21 @@ def _as_array(value: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Contents:
-    """The samples in a spool."""
+    """The samples in a spool: the shapes and types of an input and of a target."""
 
     num_samples: int
     shape: tuple[int, ...]
     dtype: str
+    target_shape: tuple[int, ...]
+    target_dtype: str
+
+    @property
+    def kind(self) -> tuple[str, tuple[int, ...], str, tuple[int, ...]]:
+        """Alike for all samples of a data set."""
+        return self.dtype, self.shape, self.target_dtype, self.target_shape
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)} with targets {self.target_dtype} {list(self.target_shape)}"
 
 
 @dataclass(frozen=True)
@@ -205,7 +216,8 @@ class _Spool:
                 found = json.loads(file.read())
             if found["identity"] != identity or found["bytes"] != self._num_bytes():
                 return None
-            return _Contents(found["num_samples"], tuple(found["shape"]), found["dtype"])
+            shapes = tuple(found["shape"]), tuple(found["target_shape"])
+            return _Contents(found["num_samples"], shapes[0], found["dtype"], shapes[1], found["target_dtype"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -236,16 +248,16 @@ def _fill(spool: _Spool, function: _UserFunction, returned: Any, identity: list[
 
 def _write_samples(spool: _Spool, function: _UserFunction, returned: Any, world: World) -> _Contents:
     """Writes the samples that fall to this rank: all of them if the function takes the rank, else one in `size`."""
-    contents = _Contents(0, (), "")
+    contents = _Contents(0, (), "", (), "")
     with _SpoolWriter(spool) as writer:
         for index, x, y in function.samples(returned):
             if not function.takes_rank and index % world.size != world.rank:
                 continue
-            if contents.num_samples and (x.shape, x.dtype.str) != (contents.shape, contents.dtype):
-                before = f"{contents.dtype} {list(contents.shape)}"
-                raise function.error(f"sample {index} is {x.dtype.str} {list(x.shape)}, those before {before}")
+            found = _Contents(contents.num_samples + 1, x.shape, x.dtype.str, y.shape, y.dtype.str)
+            if contents.num_samples and found.kind != contents.kind:
+                raise function.error(f"sample {index} is {found}, those before {contents}")
             writer.add(x, y)
-            contents = _Contents(contents.num_samples + 1, x.shape, x.dtype.str)
+            contents = found
     return contents
 
 
@@ -291,15 +303,17 @@ class _SpoolWriter:
 
 def _arrays_of(spools: list[_Spool], contents: list[_Contents], function: _UserFunction) -> dict[str, Array]:
     """The samples of all ranks' spools as two arrays."""
-    kinds = {(each.dtype, each.shape) for each in contents if each.num_samples}
+    kinds = {each.kind: each for each in contents if each.num_samples}
     if len(kinds) != 1:
-        what = ", ".join(f"{dtype} {list(shape)}" for dtype, shape in sorted(kinds)) or "nothing"
+        what = ", ".join(str(kinds[kind]) for kind in sorted(kinds)) or "nothing"
         raise function.error(f"the ranks' samples are {what}")
-    ((dtype, shape),) = kinds
+    ((dtype, shape, target_dtype, target_shape),) = kinds
     counts = [each.num_samples for each in contents]
     is_interleaved = not function.takes_rank
     inputs = _SpooledRows([spool.inputs for spool in spools], counts, shape, np.dtype(dtype), is_interleaved)
-    targets = _SpooledRows([spool.targets for spool in spools], counts, (), np.dtype(np.int64), is_interleaved)
+    targets = _SpooledRows(
+        [spool.targets for spool in spools], counts, target_shape, np.dtype(target_dtype), is_interleaved
+    )
     return {"inputs": inputs.array, "targets": targets.array}
 
 

@@ -118,7 +118,7 @@ def _batches(use: Use, size: int) -> list[Batch]:
 
 def _call(use: Use, batches: list[Batch], number: int) -> None:
     batch = batches[number % len(batches)]
-    outputs = use.work.model(moved(batch, use.place.device).floats())
+    outputs = use.work.model(moved(batch, use.place.device).floats()).float()
     use.meaning.predictions(outputs, use.samples.has_inputs(batch))
 
 

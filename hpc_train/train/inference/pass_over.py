@@ -67,7 +67,7 @@ class Pass:
         has_inputs = self.samples.has_inputs(batch)
         is_measured = has_inputs & self.samples.has_targets(batch)
         with torch.no_grad(), self.place.autocast():
-            outputs = self.model(moved(batch, self.place.device).floats())
+            outputs = self.model(moved(batch, self.place.device).floats()).float()  # of bf16, sums lose digits
         sums: Sums = {}
         if is_measured.any():
             mask = torch.from_numpy(is_measured)

@@ -1,17 +1,19 @@
 """Prediction: known laws come back out of synthetic points, published series are predicted from their small sizes."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hpc_train.analysis.models import mechanistic_model, nonnegative_regression
 from hpc_train.analysis.models.measurements import Measurements, Network
-from hpc_train.analysis.models.nonnegative_regression import Prior, sample_posterior
-from hpc_train.analysis.models.predict import Prediction, candidate, observed_drift, predict
+from hpc_train.analysis.models.nonnegative_regression import NUM_CHAINS, NUM_DRAWS, Posterior, Prior, sample_posterior
+from hpc_train.analysis.models.predict import DRIFT, Drift, Prediction, candidate, observed_drift, predict
 from hpc_train.analysis.report.notes.prediction import prediction_notes
 from hpc_train.analysis.stats.order_statistics import expected_maximum
 from hpc_train.core.errors import UserError
+from tests.benchmarks import plan, plan_drift
 from tests.published import Series, all_series
 
 
@@ -180,6 +182,49 @@ def test_the_posterior_is_that_of_a_grid() -> None:
     assert found.coefficients[:, 1].std() == pytest.approx(spread, rel=0.2)
 
 
+def test_two_terms_that_can_stand_for_each_other_are_there_as_often_as_sums_over_a_grid_say() -> None:
+    """log2 N and N - 1 on three sizes: either, both or none, of which the sampler exchanges the first two."""
+    prior, scale = Prior(presence=0.4, degrees=1.0, noise=0.01, noise_degrees=3.0, outlier_degrees=1e6), 0.05
+    n = np.array([1.0, 2, 4])
+    columns = np.stack([np.ones(3), np.log2(n), n - 1], axis=1)
+    measured = np.array([1.0, 1.02, 1.05])
+    found = sample_posterior(columns, measured, np.zeros(3), np.array([1.0, scale, scale]), prior)
+    grid, noise = np.linspace(0, 0.08, 81)[1:], np.geomspace(0.001, 0.3, 24)
+    values, first = np.concatenate([[0.0], grid]), np.linspace(0.95, 1.05, 201)
+    # Prior mass: that of no term at 0, else the half-Cauchy density times the step of the grid.
+    present = 0.4 * 2 / np.pi / scale / (1 + (grid / scale) ** 2) * (grid[1] - grid[0])
+    log_mass = np.log(np.concatenate([[0.6], present]))
+    guess = first[:, None, None, None] + values[:, None, None] * np.log2(n) + values[None, :, None] * (n - 1)
+    misses = np.sum((guess / measured - 1) ** 2, axis=-1)
+    log_density = log_mass[:, None] + log_mass[None, :] - misses / 2 / noise[:, None, None, None] ** 2
+    log_noise = -3 * np.log(noise) + np.log(noise) - 2 * np.log1p((noise / prior.noise) ** 2 / 3)
+    density = np.exp(log_density + log_noise[:, None, None, None]).sum(axis=(0, 1))
+    density /= density.sum()
+    wanted = [density[1:, 0].sum(), density[0, 1:].sum(), density[1:, 1:].sum()]
+    log_is, ring_is = (found.coefficients[:, term] > 0 for term in (1, 2))
+    got = [np.mean(log_is & ~ring_is), np.mean(~log_is & ring_is), np.mean(log_is & ring_is)]
+    assert min(wanted) > 0.05 and got == pytest.approx(wanted, abs=0.06)
+
+
+def test_chains_that_disagree_are_told_from_chains_that_agree() -> None:
+    random, row = np.random.default_rng(0), np.array([1.0, 2.0])
+    alike = np.exp(0.1 * random.standard_normal((NUM_DRAWS, 2)))
+    apart = alike * np.tile(np.repeat([1.0, 2.0], NUM_CHAINS // 2), NUM_DRAWS // NUM_CHAINS)[:, None]
+    r_hats = [Posterior(each, np.ones(NUM_DRAWS)).r_hat(row) for each in (alike, apart, np.ones_like(alike))]
+    # Two halves of a normal distribution: the variance within each is 1 - 2/pi, between them 2/pi.
+    assert r_hats == pytest.approx([1.0, np.sqrt(1 + 2 / np.pi / (1 - 2 / np.pi)), 1.0], abs=0.05)
+
+
+def test_chains_go_on_until_they_agree_and_else_the_next_model_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A code that loses half of its efficiency in each doubling, which several sums of parts explain."""
+    (series,) = [each for each in all_series() if each.name == "hpc:ramses-cosmo-amr_marenostrum-strong"]
+    known = series.measurements.smallest(4)
+    assert candidate("mechanistic", known).fit is not None
+    monkeypatch.setattr(nonnegative_regression, "_MOST_DOUBLINGS", 0)
+    made = predict(known)
+    assert made.chosen.model == "amdahl" and "its chains do not agree" in str(made.candidates[0].reason)
+
+
 def test_a_part_that_nothing_shows_is_absent() -> None:
     """No size takes longer than the first: the simple explanation wins, and 12 times the largest size costs no more."""
     made = predict(measurements([1, 2, 4, 8], [1.0, 1.0, 1.0, 1.0], ranks_per_node=1))
@@ -264,6 +309,27 @@ def test_published_series_are_predicted_from_their_small_sizes(share: float, bou
         assert np.median([error for error, _ in found[kind]]) < most, kind
     held = [inside for each in found.values() for _, inside in each]
     assert len(held) == 42 and 0.8 < np.mean(held) < 1
+
+
+@pytest.mark.parametrize(("kind", "shipped"), [("weak", mechanistic_model.WEAK), ("strong", mechanistic_model.STRONG)])
+def test_the_package_has_the_constants_that_were_estimated_on_all_series(kind: str, shipped: Any) -> None:
+    estimated = plan.PRIORS["all"][kind]
+    assert {
+        **shipped.scales,
+        **{name: getattr(shipped.regression, name) for name in ("noise", "presence")},
+    } == estimated
+    assert asdict(DRIFT) == plan.PRIORS["all"]["drift"]
+
+
+def test_a_wider_drift_holds_more_and_costs_width() -> None:
+    """What `plan_drift.py` weighs against each other, on one series."""
+    (series,) = [each for each in all_series() if each.name == "hpc:ramses-galaxy_meluxina-strong"]
+    case = plan.Case(series, "a half")
+    fitted = plan_drift.Fitted(case.known, candidate("mechanistic", case.known), case.ahead, case.truth_s, 1.0)
+    narrow, wide = (Drift(least, 0.0, 20.0, 4.0) for least in (0.001, 0.3))
+    (held_by_narrow, width), (held_by_wide, wider) = (fitted.outcome(drift) for drift in (narrow, wide))
+    assert held_by_wide and not held_by_narrow and wider > width
+    assert plan_drift.loss([fitted], wide) == wider
 
 
 def test_a_model_that_knows_no_node_boundary_misses_it() -> None:

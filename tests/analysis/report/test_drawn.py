@@ -18,6 +18,7 @@ from hpc_train.analysis.report.facts import Facts, gather
 from hpc_train.analysis.report.model import Plot
 from hpc_train.analysis.report.plots.arrivals import arrivals_plot
 from hpc_train.analysis.report.plots.canvas import BLUE, GREY, styled
+from hpc_train.analysis.report.plots.counts import confusion_plot, scatter_plot
 from hpc_train.analysis.report.plots.efficiency import efficiency_plot
 from hpc_train.analysis.report.plots.energy import energy_by_phase_plot, energy_by_size_plot, energy_by_speedup_plot
 from hpc_train.analysis.report.plots.forecast import forecast_plot
@@ -334,6 +335,45 @@ def test_the_validation_of_every_run_beside_its_training_loss(tmp_path: Path) ->
         assert curve[:2] == (list(run.validation.steps), list(run.validation.losses))
         assert mark[:2] == ([run.validation.best[0]], [run.validation.best[1]]) and mark[2] == curve[2]
     assert plot is not None and "best: 1 rank 1.010 after 20 steps, 2 ranks 1.020 after 30 steps" in plot.description
+
+
+def write_counts(path: Path, counts: np.ndarray) -> None:
+    """As the recorder writes them."""
+    rows = [f"{number},{','.join(map(str, row))}" for number, row in enumerate(counts.tolist())]
+    path.write_text("\n".join([",".join(["true", *map(str, range(len(counts)))]), *rows, ""]))
+
+
+def test_what_the_test_predicted_of_each_class_at_the_largest_size(tmp_path: Path) -> None:
+    of_size = {1: np.array([[9, 1], [3, 7]]), 2: np.array([[6, 4], [0, 10]])}
+    for size, counts in of_size.items():
+        write_counts(write_run(tmp_path, Recipe(size=size, steps=60)).test_table("confusion"), counts)
+    (only,) = gather([tmp_path]).scaling.groups
+    plot = confusion_plot(only)
+    with painted(plot) as axes:
+        (image,) = axes.images
+        assert np.array_equal(image.get_array(), [[60, 40], [0, 100]])
+        assert {(text.xy, text.get_text()) for text in axes.texts} == {((0, 0), "60"), ((1, 0), "40"), ((1, 1), "100")}
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+    assert plot is not None and "80.0% of 20 samples right" in plot.description
+    assert "class 0 taken for 1, 4 times" in plot.description
+    assert scatter_plot(only) is None
+
+
+def test_predicted_by_true_values_and_damaged_counts(tmp_path: Path) -> None:
+    run = write_run(tmp_path, Recipe(size=1, steps=60))
+    counts = np.zeros((64, 64), int)
+    counts[10, 10], counts[10, 12], counts[40, 20] = 6, 2, 2
+    write_counts(run.test_table("scatter"), counts)
+    (only,) = gather([tmp_path]).scaling.groups
+    plot = scatter_plot(only)
+    with painted(plot) as axes:
+        (image,) = axes.images
+        assert np.array_equal(image.get_array(), np.log1p(counts.T)) and image.get_extent() == [-4, 4, -4, 4]
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("true", "predicted")
+    assert plot is not None and "10 values, 80.0% of them less than half a deviation" in plot.description
+    for damage in ("", "true,0\n0,x\n", "true,0,1\n0,1,2\n", "true,0\n0,-1\n", "true,0\n0,nan\n", "\xff\xfe"):
+        run.test_table("scatter").write_text(damage, encoding="utf-8")
+        assert scatter_plot(only) is None
 
 
 # ---------------------------------------------------------------------------------------------- energy

@@ -17,6 +17,7 @@ def prediction_notes(prediction: Prediction) -> list[str]:
         *_superlinear_notes(measurements),
         *_poor_fit_notes(prediction),
         *_network_notes(measurements),
+        *_micro_batch_notes(measurements),
     ]
 
 
@@ -47,3 +48,13 @@ def _network_notes(measurements: Measurements) -> list[str]:
     if measurements.gradient_bytes is None:
         return ["The network's costs are not used: the size of the gradients is unknown (--gradient-bytes)."]
     return [f"The cost of an all-reduce is taken from {measurements.network.source}."]
+
+
+def _micro_batch_notes(measurements: Measurements) -> list[str]:
+    if measurements.accumulate is None or measurements.weak or (measurements.accumulate == 1).all():
+        return []
+    most = f"{measurements.most_whole_micro_batches:,.0f}"
+    return [
+        f"Up to {most} ranks a micro-batch is taken to keep its size, with fewer of them on more ranks. On more than"
+        f" {most} it gets smaller, and no measured size shows what that costs."
+    ]

@@ -158,6 +158,13 @@ def diverging() -> "Colormap":
     return LinearSegmentedColormap.from_list("late", stops, N=_NUM_SHADES)
 
 
+def sequential() -> "Colormap":
+    """From nothing, where the paper shows, to blue."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    return LinearSegmentedColormap.from_list("more", [to_rgba(BLUE, 0), to_rgba(BLUE)], N=_NUM_SHADES)
+
+
 def thinned(places: list[float], least: float) -> list[int]:
     """Which of ascending `places` to label so that labels are at least `least` apart: the last one always."""
     kept: list[int] = []

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from hpc_train.analysis.report.model import Table
 from hpc_train.analysis.report.notes.energy import estimate_notes, missing_notes
 from hpc_train.analysis.report.notes.validation import validation_notes
+from hpc_train.analysis.report.plots.counts import confusion_plot, scatter_plot
 from hpc_train.analysis.report.plots.loss import loss_plot
 from hpc_train.analysis.report.plots.validation import validation_plot
 from hpc_train.analysis.report.sections.builder import SectionBuilder
@@ -24,6 +25,8 @@ def add_result(section: SectionBuilder, group: Group) -> None:
     section.notes("validation", "finding", validation_notes, group)
     section.plot("training-loss", loss_plot, group)
     section.plot("validation", validation_plot, group)
+    section.plot("confusion", confusion_plot, group)
+    section.plot("scatter", scatter_plot, group)
 
 
 def result_table(group: Group) -> Table:

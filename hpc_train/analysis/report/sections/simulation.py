@@ -66,10 +66,10 @@ def _steps_table(simulation: Simulation) -> Table:
         number("ranks", lambda step: f"{step.ranks:,}"),
         number("nodes", lambda step: f"{step.nodes:,}"),
         number("step (ms)", _step_text),
-        number("computation", lambda step: _ms(step.computation_s)),
+        number("compute", lambda step: _ms(step.computation_s)),
         number("input", lambda step: _ms(step.input_s)),
-        number("slowest rank", lambda step: _ms(step.imbalance_s)),
-        number("communication", lambda step: _ms(step.transfer_s)),
+        number("imbalance", lambda step: _ms(step.imbalance_s)),
+        number("network", lambda step: _ms(step.transfer_s)),
         number("efficiency", lambda step: percent(efficiency(simulation, step), 0)),
     ]
     title = "Simulated steps and what they are spent on, ms (95% of simulated runs)"
@@ -93,7 +93,7 @@ def _algorithms_table(simulation: Simulation) -> Table:
     columns: list[CellColumn[tuple[str, SimulatedStep]]] = [
         text("all-reduce", lambda pair: pair[0] + " <-" * (pair[0] == simulation.job.algorithm)),
         number("step (ms)", lambda pair: _step_text(pair[1])),
-        number("communication", lambda pair: _ms(pair[1].transfer_s)),
+        number("network", lambda pair: _ms(pair[1].transfer_s)),
     ]
     title = f"Algorithms on {plural(simulation.steps[-1].ranks, 'rank')} (<- simulated above)"
     return make_table("simulation-algorithms", title, list(simulation.by_algorithm.items()), columns)
