@@ -13,7 +13,7 @@ from hpc_train.core.paths import exists, expanded
 
 P = ParamSpec("P")
 MAX_RANKS = 10_000_000
-MOST_SIMULATED = 1 << 20  # ranks: memory and time of a simulation grow with them
+MOST_SIMULATED = 1 << 18  # ranks: memory and time of a simulation grow with them
 # configs/ inside an installed wheel, or of the checkout
 _JOB_FILES = (Path(__file__).parents[1] / "shipped" / "configs", Path(__file__).parents[2] / "configs")
 

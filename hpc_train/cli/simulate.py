@@ -45,7 +45,7 @@ def _bandwidth(ctx: click.Context, param: click.Parameter, text: str | None) -> 
     help="Simulate these numbers of ranks; default: 1024 to 65536.",
 )
 @click.option("--network", type=UserPath(), help="Measured all-reduces: a file of hpc-train bench allreduce.")
-@click.option("--latency", callback=_latency, metavar="TIME", help="Of the links between nodes, in place: 2us.")
+@click.option("--latency", callback=_latency, metavar="TIME", help="Of the links between nodes, as you give it: 2us.")
 @click.option("--bandwidth", callback=_bandwidth, metavar="RATE", help="Of a node's link: 12.5GB/s, 100Gbit/s.")
 @click.option("--ranks-per-node", type=click.IntRange(1, 100_000), help="Other nodes than those measured.")
 @click.option("--stage", type=click.IntRange(0, 3), help="Of sharding, as reduce.stage; 0: an all-reduce.")

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from hpc_train.core.errors import UserError
 from hpc_train.core.key_rules import broken_rules
 from hpc_train.core.paths import read_small
-from hpc_train.core.settings import RECORDED, Config, Text
+from hpc_train.core.settings import IMPORT_PATTERN, RECORDED, Config, Text
 
 _TABLES = (
     "task.options",
@@ -233,6 +233,8 @@ def _explain(error: ValidationError, file: str, origin: dict[str, str]) -> str:
             key = _dotted(fault["loc"])
             what = f"{origin.get(key, f'file {file}')}: {key} = {shown(fault['input'])}"
             why = f"should be a table [{key}]" if fault["type"] == "model_type" else _lower_first(fault["msg"])
+            if fault.get("ctx", {}).get("pattern") == IMPORT_PATTERN:
+                why = "an import path, 'package.module:name'"
         lines.setdefault(what, []).append(why)
     return "\n".join(what + (f": {', or '.join(why)}" if all(why) else "") for what, why in lines.items())
 

@@ -14,7 +14,8 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f]+$")]
-ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]  # "package.module:name"
+IMPORT_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
+ImportPath = Annotated[str, Field(pattern=IMPORT_PATTERN)]  # "package.module:name"
 Option = bool | int | float | str | list[int] | list[float] | list[str]
 
 RECORDED = "recorded"  # task.kind of a run whose training loop is another program: see train/recording.py

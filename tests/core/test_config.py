@@ -62,6 +62,7 @@ def test_model_options_round_trip(job: Path) -> None:
             "reduce.strategy=ring",
             "'ring': input should be 'horovod', 'mpi', 'torch', 'parameter_server', 'sharded', 'local' or 'own'",
         ),
+        ("train.optimizer=adam", "'sgd', 'adamw', 'lars' or 'lamb', or an import path, 'package.module:name'"),
         ("name=../up", "name = '../up'"),
         ("name=a b; rm", "name = 'a b; rm'"),
         ("task=3", "task = 3: should be a table [task]"),

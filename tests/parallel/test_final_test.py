@@ -73,7 +73,7 @@ def test_a_stop_in_the_test_keeps_what_there_is_and_the_next_start_repeats_the_t
         said, meta = capsys.readouterr().out, json.loads(run.meta.read_text())
         part = meta["test_until_stop"]
         assert 0 < part["num_samples"] < NUM_TESTED and part["num_samples"] % 1024 == 0
-        assert f"{part['num_samples']:,} of {NUM_TESTED:,} samples: loss " in said and "it tests again" in said
+        assert f"{part['num_samples']:,} of {NUM_TESTED:,} samples: loss " in said and "Resumed, it tests again" in said
         assert meta["outcome"].startswith("stopped by ") and not run.summary.exists() and part["r2"] <= 1
     before = context.all_gather(read_timings(run.timings(context.world.rank)).values.tolist())
     Stopped.num_asked = 1

@@ -83,7 +83,7 @@ def test_samples_of_any_number_of_channels_are_found_by_the_convolution() -> Non
 
 
 def test_a_factory_gets_what_the_data_decide_and_other_samples_as_they_are() -> None:
-    model = regressor(f"{HERE}:Perceptron", (4, 6), 3, {"width": 2})
+    model = regressor(f"{HERE}:Perceptron", (4, 6), (3,), {"width": 2})
     assert model.input_shape == (4, 6) and model(torch.rand(5, 4, 6)).shape == (5, 3)
     assert (
         context_length(f"{HERE}:Windows", {}, False) == 7
