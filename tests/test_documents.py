@@ -63,7 +63,7 @@ def test_commands_run_as_they_stand(name: str, tmp_path: Path) -> None:
     """In an empty folder with the shipped jobs."""
     (tmp_path / "configs").symlink_to(jobs.CONFIGS)
     (tmp_path / "tests").symlink_to(jobs.ROOT / "tests")
-    for file in SHOWN:
+    for file in (*SHOWN, "own_dataset.py", "own-dataset.toml"):
         shutil.copy(jobs.ROOT / "tests" / file, tmp_path)
     programs = (jobs.program(tmp_path / "bin").parent, jobs.HPC_TRAIN.parent)
     env = jobs.environment(PATH=":".join((*map(str, programs), os.environ["PATH"])))

@@ -19,6 +19,9 @@ from hpc_train.core.paths import read_small
 from hpc_train.core.settings import IMPORT_PATTERN, RECORDED, Config, Text
 
 _TABLES = (
+    "data.options",
+    "data.test_options",
+    "data.validation_options",
     "task.options",
     "train.optimizer_options",
     "train.rates",
@@ -58,8 +61,7 @@ def _resolved(path: Path, tree: dict[str, Any], overrides: tuple[str, ...]) -> L
         _set(tree, key, value)
         under = flatten(value, f"{key}.") if isinstance(value, dict) and key not in _TABLES else {key: value}
         origin.update(dict.fromkeys(under, "--set"))
-        if key.startswith("task.options."):
-            origin["task.options"] = "--set"
+        origin.update(dict.fromkeys((table for table in _TABLES if key.startswith(f"{table}.")), "--set"))
     remedy = "hpc-train config show CONFIG prints every key that a job file has."
     config = _validated(tree, path.name, origin, remedy)
     return Loaded(config, {key: origin.get(key, "default") for key in _known_keys()})

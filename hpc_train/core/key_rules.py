@@ -41,7 +41,7 @@ def _required_keys(config: Config) -> Iterator[UserError]:
             f"train.epochs = {train.epochs:g}: task.kind = '{config.task.kind}' has no data set, and so no epoch",
             "Set train.steps.",
         )
-    if data.file is None and config.task.kind in _KINDS_WITH_DATA:
+    if data.file is None and data.dataset is None and config.task.kind in _KINDS_WITH_DATA:
         yield UserError("data.file is required and not set", "Set it to an HDF5 file: hpc-train prepare --help.")
     if "://" in (data.file or ""):
         yield UserError(
@@ -74,6 +74,7 @@ def _task_keys(config: Config) -> Iterator[UserError]:
             f"task.num_classes = {config.task.num_classes} does not go with task.kind = 'regression'",
             "Leave task.num_classes out, or set task.kind to 'classification'.",
         )
+    yield from _dataset_keys(config)
     yield from _validation_keys(config)
     if config.test.samples is not None and kind not in _KINDS_WITH_DATA:
         yield UserError(
@@ -96,6 +97,36 @@ def _task_keys(config: Config) -> Iterator[UserError]:
         )
 
 
+def _dataset_keys(config: Config) -> Iterator[UserError]:
+    """What goes with files alone does not go with data.dataset, nor the other way round."""
+    data, usual = config.data, Data()
+    own = ("options", "test_options", "validation_options", "threads")
+    free = ("dataset", "hold_out", "normalize", "memory_mb", *own)
+    if data.dataset is None:
+        for name in (name for name in own if getattr(data, name) != getattr(usual, name)):
+            yield UserError(
+                f"data.{name} = {getattr(data, name)!r} needs data.dataset", "Set data.dataset, or leave it out."
+            )
+        return
+    dataset = f"data.dataset = '{data.dataset}'"
+    if config.task.kind not in _KINDS_OF_ARRAYS:
+        yield UserError(
+            f"{dataset} is for {' and '.join(_KINDS_OF_ARRAYS)}, not task.kind = '{config.task.kind}'",
+            "Leave it out; a task of your own makes its own Dataset.",
+        )
+    if config.validation.is_due and not data.hold_out and not data.validation_options:
+        yield UserError(
+            f"{config.validation.in_words} needs samples to validate on, and {dataset} has none besides its own",
+            "Set data.hold_out = 0.1, or data.validation_options to the arguments that make others.",
+        )
+    for name in Data.model_fields:
+        if name not in free and getattr(data, name) != getattr(usual, name):
+            yield UserError(
+                f"data.{name} = {getattr(data, name)!r} is of HDF5 files, and does not go with {dataset}",
+                "Leave one of them out.",
+            )
+
+
 def _validation_keys(config: Config) -> Iterator[UserError]:
     data, kind, validation = config.data, config.task.kind, config.validation
     if validation.every_steps and validation.every_epochs:
@@ -116,7 +147,7 @@ def _validation_keys(config: Config) -> Iterator[UserError]:
             f"data.hold_out_by = '{data.hold_out_by}' needs data.hold_out", "Set data.hold_out = 0.1, or leave it out."
         )
     usual = Data()
-    own = ("validation_inputs", "validation_targets", "validation_offsets", "validation_file")
+    own = ("validation_inputs", "validation_targets", "validation_offsets", "validation_file", "validation_options")
     for name in (name for name in own if getattr(data, name) != getattr(usual, name)):
         value = f"data.{name} = {getattr(data, name)!r}"
         if data.hold_out:

@@ -27,6 +27,9 @@ _RULES = {
     "name": Rule.FREE,
     "seed": Rule.REFUSED,
     "data.file": Rule.UPDATES,  # the same file in another folder, such as scratch, is free: see `_rule`
+    "data.dataset": Rule.UPDATES,
+    "data.options": Rule.UPDATES,  # the same files in another folder, too
+    "data.threads": Rule.SPEED,
     "data.inputs": Rule.REFUSED,
     "data.targets": Rule.REFUSED,
     "data.offsets": Rule.REFUSED,

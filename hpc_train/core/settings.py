@@ -28,6 +28,11 @@ class _Section(BaseModel):
 
 class Data(_Section):
     file: Text | None = None  # required by tasks that read data; the files of a pattern are one data set
+    dataset: ImportPath | None = None  # class of torch.utils.data.Dataset, or a function that returns one: not file
+    options: dict[str, Option] = {}  # its keyword arguments
+    test_options: dict[str, Option] = {}  # those of the samples to test on, besides options; {}: no test
+    validation_options: dict[str, Option] = {}  # of those to validate on
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # that read its items; 0: the rank's cores, at most 8
     inputs: Text | list[Text] = "train/inputs"  # data set in the file; a list of several for your own task
     targets: Text = "train/targets"
     test_inputs: Text | list[Text] = "test/inputs"  # data set in the file; if it is missing, there is no test
@@ -50,6 +55,11 @@ class Data(_Section):
     read: Literal["auto", "collective", "memory"] = "auto"
     memory_mb: Count = 512  # memory per rank for decoded chunks, or for samples received at once
     shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: as many as a third of memory_mb holds, at most 64
+
+    @property
+    def in_words(self) -> str:
+        """The key that names the data, for a message."""
+        return f"data.file = '{self.file}'" if self.dataset is None else f"data.dataset = '{self.dataset}'"
 
 
 class Task(_Section):

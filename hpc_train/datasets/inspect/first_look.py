@@ -21,6 +21,8 @@ def _look(config: Config, notes: child_process.Notes) -> None:
     from hpc_train.datasets.inspect.structure import read_structure
     from hpc_train.train.data.hdf5_faults import data_paths, not_a_file
 
+    if config.data.dataset is not None:
+        return
     deadline_s = monotonic() + _MAX_S
     keys = [key for key in ("file", "validation_file", "test_file") if key == "file" or getattr(config.data, key)]
     for path in (path for key in keys for path in data_paths(config, key)):

@@ -5,6 +5,7 @@ import resource
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -170,6 +171,17 @@ def open_files(config: Config, context: Context, key: str = "file") -> Files:
     _raise_descriptor_limit(len(paths))
     opened = [_open(path, f"data.{key}") for path in paths]
     return Files(paths, opened, chunk_cache_bytes(config), num_decode_threads(context), ChangeCheck(paths))
+
+
+def without_values(path: Path, readers: dict[str, Reader]) -> Files:
+    """What stands for a file where samples come from none: data sets of these shapes and types without attributes.
+
+    For those who ask a file what its numbers mean. It is in memory, and no value of it is ever allocated.
+    """
+    file = h5py.File(BytesIO(), "w")
+    for name, reader in readers.items():
+        file.create_dataset(name, reader.shape, reader.dtype)
+    return Files([path], [file], 0, 1, ChangeCheck([]))
 
 
 def _raise_descriptor_limit(num_files: int) -> None:

@@ -31,6 +31,8 @@ _MAX_SCALE = 1e18  # of scale_factor and add_offset: the square of a value is st
 def data_paths(config: Config, key: str = "file") -> list[Path]:
     """The files of data.`key`, those of a pattern sorted by name. Raises `UserError` if there are none."""
     file = getattr(config.data, key)
+    if file is None and config.data.dataset is not None:
+        raise UserError(f"data.dataset = '{config.data.dataset}' names no HDF5 file, which this reads", "Name a file.")
     if file is None:
         raise UserError(f"data.{key} is required and not set", f"task.kind = '{config.task.kind}' reads an HDF5 file.")
     path = expanded(file)

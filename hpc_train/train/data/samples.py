@@ -12,6 +12,7 @@ from hpc_train.train.data.collective import choose_read_mode, with_shared_reader
 from hpc_train.train.data.dataset import Part, Split, Use, open_column, open_order, open_split
 from hpc_train.train.data.files import Files, describe, open_files
 from hpc_train.train.data.hold_out import hold_out
+from hpc_train.train.data.items import describe_items, open_items
 from hpc_train.train.data.missing import handle_missing
 from hpc_train.train.data.normalize import find_standard, unusual_scale
 from hpc_train.train.data.other_samples import test_files, validation_files
@@ -45,10 +46,16 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets, ch
     channels_first: of inputs with more than two axes a sample; otherwise their shape tells.
     """
     data, name = config.data, str(config.data.inputs)
-    parts = context.on_all(lambda: _open(config, context))
+    missing_values: tuple[float, ...] = ()
+    unwritten = missing = ""
+    if data.dataset is None:
+        parts = context.on_all(lambda: _open(config, context))
+        parts, unwritten = leave_out_unwritten(parts, data, context)
+        parts, missing_values, missing = handle_missing(parts, data, context, config.task.kind == "regression")
+    else:
+        parts = open_items(config, context)
+        context.on_all(lambda: [_alike(part, parts[0]) for part in parts])
     files = parts[0].files
-    parts, unwritten = leave_out_unwritten(parts, data, context)
-    parts, missing_values, missing = handle_missing(parts, data, context, config.task.kind == "regression")
     parts = read_targets(parts)
     splits = {part.use: part.split for part in parts}
     train, validation, held_out = splits["train"], splits.get("validation"), splits.get("test")
@@ -63,13 +70,16 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets, ch
         facts["standardized"] = {"mean": standard.mean.tolist(), "std": standard.std.tolist()}
     elif why := unusual_scale(train, name, context):
         warn(context, why)
-    mode, why = choose_read_mode(train.inputs[0], files, config, context)
+    mode, why = ("auto", "") if data.dataset else choose_read_mode(train.inputs[0], files, config, context)
     in_step = mode != "auto"  # all ranks read together, and only the loop may call MPI
     if in_step:
         train = with_shared_reader(train, mode, files, config, context)
-    reading = [describe(files, name, train.inputs[0]) + f", {why}" * bool(why), *filter(None, [unwritten, missing])]
+    read = describe_items(config, train.inputs[0]) if data.dataset else describe(files, name, train.inputs[0])
+    reading = [read + f", {why}" * bool(why), *filter(None, [unwritten, missing])]
     if held_out is None:
-        reading.append(f"no samples to test on, as there is no {data.test_inputs}")
+        reading.append(
+            f"no samples to test on, as there is no {'data.test_options' if data.dataset else data.test_inputs}"
+        )
     if validation is not None:
         reading.append(f"{len(validation):,} samples {'are held out ' * bool(data.hold_out)}to validate on")
     if data.normalize == "standardize":

@@ -139,7 +139,7 @@ def _evaluate_task(
 
 
 def _where(data: Data, config: Config) -> str:
-    return data.test_file or data.file or config.rl.environment
+    return data.test_file or data.file or data.dataset or config.rl.environment
 
 
 def _with_perplexity(config: Config, found: Measured) -> dict[str, float | None]:

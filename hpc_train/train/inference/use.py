@@ -13,7 +13,7 @@ from hpc_train.core.config import as_dict
 from hpc_train.core.errors import UserError
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Config
-from hpc_train.train.comm.context import Context
+from hpc_train.train.comm.context import Context, joint
 from hpc_train.train.data.unwritten import rows_without_chunks
 from hpc_train.train.inference.blocks import Blocks
 from hpc_train.train.inference.learned import read_learned
@@ -73,6 +73,13 @@ class Use:
 
 def open_use(run: RunDir, config: Config, request: Request, needs_targets: bool, context: Context, log: Log) -> Use:
     """Collective. Opens the rows that are asked for, and makes the model. Raises UserError."""
+    if config.data.dataset is not None and request.data is None:
+        raise joint(
+            UserError(
+                f"{run.path} read {config.data.in_words}, and rows are read from HDF5",
+                "Name a file of such samples: --data FILE.",
+            )
+        )
     place = open_place(config, context, log)
     learned = read_learned(run, config, context, log)
     data = request.data or config.data.test_file or str(config.data.file)

@@ -50,7 +50,7 @@ class _Changes(Reader):
         self.shape, self.dtype = tuple(split.targets.shape), np.dtype(np.float64)
 
     def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        inputs, targets = _known(self._inputs.take(rows), self._missing), self._targets.take(rows)
+        targets, inputs = self._targets.take(rows), _known(self._inputs.take(rows), self._missing)
         (scale, offset), (unit, origin) = self._persistence.input_scale, self._persistence.target_scale
         return _known(targets, self._missing_targets) - (inputs * scale + offset - origin) / unit
 

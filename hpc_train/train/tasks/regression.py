@@ -81,8 +81,10 @@ class Regression:
             share = 1 - float(found.known.mean())
             raise joint(
                 UserError(
-                    f"{data.file}: {data.targets} lacks {share:.3g} of its values",
-                    'data.missing = "drop" leaves out samples without any target, and counts the others.',
+                    f"{data.in_words}: {data.targets} lacks {share:.3g} of its values",
+                    'data.missing = "drop" leaves out samples without any target, and counts the others.'
+                    if data.dataset is None
+                    else "Leave them out in the Dataset.",
                 )
             )
 
