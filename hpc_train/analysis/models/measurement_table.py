@@ -288,7 +288,7 @@ def _batch(path: Path, lines: Sequence[_Line], weak: bool) -> float:
     if crowded is not None:
         raise UserError(
             f"{crowded.where}: {plural(crowded.ranks, 'rank')} share a global batch of {significant(batch)}",
-            "Correct one of them: each rank needs a sample in every step. global_batch counts the samples of all ranks.",
+            "Correct one of them: a rank needs a sample in every step. global_batch counts the samples of all ranks.",
         )
     return batch or 1.0
 

@@ -141,7 +141,10 @@ def further_run_text(plan: Plan) -> str:
     if per_node and run.ranks >= per_node:
         size = f"{plural(run.nodes, 'node')} ({size})"
     cost = "" if run.node_hours is None else f", about {significant(run.node_hours)} node-hours"
-    return f"The run that would tell most: {repeat}{run.steps:,.0f} steps on {size}{cost}. It would narrow the interval by about {percent(1 - run.interval_ratio, 0)} (scale --next)."
+    return (
+        f"The run that would tell most: {repeat}{run.steps:,.0f} steps on {size}{cost}."
+        f" It would narrow the interval by about {percent(1 - run.interval_ratio, 0)} (scale --next)."
+    )
 
 
 def plan_warnings(plan: Plan) -> list[str]:
