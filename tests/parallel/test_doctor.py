@@ -1,5 +1,6 @@
 """Of `hpc-train doctor`, what ranks do with each other."""
 
+from dataclasses import replace
 from time import time_ns
 
 import pytest
