@@ -5,7 +5,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import h5py
 import numpy as np
@@ -110,6 +110,19 @@ class OneAtATime(Ages):
         with self.lock:
             type(self).inside -= 1
         return super().__getitem__(row)
+
+
+class Counted(Ages):
+    """Counts items; label 7 in row 41 is none of the three classes."""
+
+    read: ClassVar[list[int]] = []
+
+    def __len__(self) -> int:
+        return 6000
+
+    def __getitem__(self, row: int) -> Any:
+        self.read.append(row)
+        return torch.full((3,), row / 6000), 7 if row == 41 else row % 3
 
 
 def no_dataset() -> int:
@@ -264,6 +277,22 @@ def test_a_faulty_dataset_is_named(name: str, fault: str, says: str, context: Co
         train(job(shared_path, *keys), context, "never")
     assert "data.dataset = " in caught.value.what and caught.value.remedy
     assert context.on_root(lambda: list(shared_path.rglob("meta.json"))) == []
+
+
+def test_with_the_number_of_classes_items_are_read_when_they_are_needed(context: Context, shared_path: Path) -> None:
+    keys = (f"data.dataset={__name__}:Counted", "data.test_options={}", "train.global_batch=12", "train.steps=20")
+    Counted.read.clear()
+    with open_job(job(shared_path, *keys).config, context) as opened:
+        assert opened.task.num_classes == 8
+    everyone = context.all_gather(Counted.read)
+    assert {row for rows in everyone for row in rows} == set(range(6000))
+    stated = job(shared_path, *keys, "task.num_classes=3")
+    Counted.read.clear()
+    with open_job(stated.config, context) as opened:
+        assert len(Counted.read) < 300  # the example, the samples that show the scale of the inputs, a first batch
+        assert opened.task.batch(np.array([3, 4]), 0).targets.tolist() == [0, 1]
+        with pytest.raises(UserError, match=r"train/targets: label 7 in row 41 is none of 0 to 2\n.*task\.num_classes"):
+            opened.task.batch(np.array([3, 41]), 0)
 
 
 def test_options_that_a_dataset_does_not_have_are_named(context: Context, shared_path: Path) -> None:
