@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hpc_train.core.errors import UserError, out_of_memory
-from hpc_train.core.import_path import at_user_line
+from hpc_train.core.import_path import at_user_line, is_import_path
 from hpc_train.core.progress import StepProgress
 from hpc_train.core.signals import StopRequest
 from hpc_train.train.comm.context import Context
@@ -18,7 +18,6 @@ from hpc_train.train.data.device_queue import moved
 from hpc_train.train.metrics import Sums, add, finished, is_state, tables, total
 from hpc_train.train.reduce.reducer import Lockstep, Reducer, broadcast_tensors
 from hpc_train.train.setup import Job
-from hpc_train.train.tasks import BUILT_IN
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def measure(job: Job, reducer: Reducer, batches: Iterable[Any], watch: Watch | N
 def _tested(job: Job, batch: Any) -> tuple[int, dict[str, Any]]:
     """What the task says of a test batch. Raises UserError if a task of the user's own fails or says something else."""
     kind = job.config.task.kind
-    if kind in BUILT_IN:
+    if not is_import_path(kind):
         return job.task.test(job.model, batch)
     remedy = "Task.test(model, batch) returns (number of samples, {name: sum over them})."
     try:
