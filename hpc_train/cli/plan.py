@@ -144,7 +144,7 @@ def plan(
         measurements = _from_table(table, network, ranks_per_node, gradient_bytes)
         work = training.of_table(measurements)
     else:
-        group = only_group(runs)
+        group = only_group(runs, "plan")
         measurements, work = training.of_group(group, network)
         memory, num_steps = rank_memory(group, measurements.ranks_per_node), run_steps(group)
     limits = Limits(deadline, energy, node_hours, max_nodes)
@@ -188,7 +188,7 @@ class _Training:
         from hpc_train.analysis.planning.budget import samples_work, steps_work
 
         if self.samples is not None:
-            return samples_work(self.samples)
+            return samples_work(measurements, self.samples)
         return None if self.steps is None else steps_work(measurements, self.steps)
 
 
@@ -202,7 +202,8 @@ def _from_table(
     return replace(read_table(table, ranks_per_node, measured_network), gradient_bytes=gradient_bytes)
 
 
-def only_group(runs: tuple[Path, ...]) -> "Group":
+def only_group(runs: tuple[Path, ...], command: str) -> "Group":
+    """Of runs of one job. Raises `UserError` in the name of a command."""
     from hpc_train.analysis.guard import SectionGuard
     from hpc_train.analysis.planning.accumulation import with_any_accumulation
     from hpc_train.analysis.runs.load import load_known
@@ -215,7 +216,7 @@ def only_group(runs: tuple[Path, ...]) -> "Group":
     if len(groups) != 1:
         found = "; ".join(group.label for group in groups) or "none with steady steps"
         raise UserError(
-            f"plan needs runs of one job that differ in size alone; these are {found}", "Name the runs of one."
+            f"{command} needs runs of one job that differ in size alone; these are {found}", "Name the runs of one."
         )
     return groups[0]
 

@@ -85,7 +85,7 @@ def simulate(
     if figure is not None and figure.suffix not in (".svg", ".pdf"):
         raise UserError(f"--figure {figure}: it can be drawn as .svg and .pdf", "Write steps.svg, say.")
     wanted = Wanted(network, latency, bandwidth, ranks_per_node, stage, algorithm)  # type: ignore[arg-type]
-    made = simulate_group(only_group(runs), asked, wanted, seed)
+    made = simulate_group(only_group(runs, "simulate"), asked, wanted, seed)
     if as_json:
         click.echo(json.dumps(simulation_record(made), indent=2))
     else:

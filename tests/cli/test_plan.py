@@ -71,22 +71,26 @@ def test_no_size_is_chosen_on_which_a_rank_lacks_memory(tmp_path: Path, shard_wi
     if shard_within == 16:
         assert memory.at(8) == 3e9 and memory.at(64) == 2e9
     few = RankMemory(2e9, 16e9, 2.5e9, 16, 4, shard_within)
-    made = make_plan(foreseen, samples_work(1e8), Limits(max_nodes=4), memory=few)
+    made = make_plan(foreseen, samples_work(foreseen.measurements, 1e8), Limits(max_nodes=4), memory=few)
     broken = {option.nodes: [each.name for each in option.broken] for option in made.options}
     lacking = {"job": {1, 2}, "node": set(), 16: {1, 2}}[shard_within]
     assert {nodes for nodes, names in broken.items() if names == ["memory"]} == lacking
     assert made.chosen is not None and made.chosen.nodes == 4
     if lacking:
-        cheapest = make_plan(foreseen, samples_work(1e8), Limits(max_nodes=4, deadline_s=1e9), memory=few)
+        cheapest = make_plan(
+            foreseen, samples_work(foreseen.measurements, 1e8), Limits(max_nodes=4, deadline_s=1e9), memory=few
+        )
         assert cheapest.chosen is not None and cheapest.chosen.nodes == 3
         assert "2 nodes: may break the memory of a rank, 2.50 GB (it would take 3.00 GB)" in why_not_smaller(cheapest)
-        none = make_plan(foreseen, samples_work(1e8), memory=RankMemory(2e9, 0.0, 4e8, 16, 4, "job"))
+        none = make_plan(
+            foreseen, samples_work(foreseen.measurements, 1e8), memory=RankMemory(2e9, 0.0, 4e8, 16, 4, "job")
+        )
         assert none.chosen is None
 
 
 def test_limits_and_the_reasons_for_no_other_number(tmp_path: Path) -> None:
     foreseen = predict(read_table(table(tmp_path, WEAK)))
-    work = samples_work(1e8)
+    work = samples_work(foreseen.measurements, 1e8)
     freely = make_plan(foreseen, work)
     assert freely.chosen is not None and freely.chosen.nodes == 32  # almost perfect scaling: as far as it looks
     assert "4 times the largest measured" in why_not_larger(freely) and "slower" in why_not_smaller(freely)
@@ -141,7 +145,7 @@ def test_measured_parts_of_a_node_are_considered() -> None:
     """Another model than the mechanistic one looks at several nodes; so far it had left out what one node measured."""
     made = json.loads(run_plan("tests/runs/mlp-mnist", "--steps", "1000", "--model", "amdahl", "--json").output)
     assert {1, 2, 4} <= {each["ranks"] for each in made["options"]} and made["ranks"] == 2
-    assert made["why_not_smaller"] == "1 rank: 44% slower, and no cheaper"
+    assert made["why_not_smaller"] == "1 rank: 44% slower, and no fewer node-hours"
 
 
 def test_a_deadline_that_even_the_lower_end_misses_is_broken() -> None:
@@ -173,12 +177,14 @@ def test_joules_are_split_into_nodes_and_samples(tmp_path: Path) -> None:
     found = power(measurements)
     assert found is not None and found.waiting_w == pytest.approx(300, rel=0.01)
     assert (found.busy_w - found.waiting_w) / found.full_rate == pytest.approx(0.5, rel=0.01)
-    made = make_plan(predict(measurements), samples_work(1e7))
+    made = make_plan(predict(measurements), samples_work(measurements, 1e7))
     option = made.options[1]
     assert option.nodes == 2 and option.energy_j == pytest.approx(300 * 2 * (option.time_s or 0) + 0.5e7, rel=1e-3)
     low, high = option.energy_interval_j or (0, 0)
     assert low < option.energy_j < high
-    budget = make_plan(predict(measurements), samples_work(1e7), Limits(energy_j=1.01 * (option.energy_j or 0)))
+    budget = make_plan(
+        predict(measurements), samples_work(measurements, 1e7), Limits(energy_j=1.01 * (option.energy_j or 0))
+    )
     assert budget.chosen is None or budget.chosen.energy_j < option.energy_j
 
 
@@ -209,6 +215,12 @@ def test_joules_of_a_reports_table_are_those_of_a_run(tmp_path: Path) -> None:
             "ranks,step_s,samples_per_s,global_batch\n1,0.5,128,64\n2,0.5,200,128\n",
             r"scaling.csv:3: samples_per_s = 200.0, but global_batch / step_s = 128 / 0.5 = 256.0",
         ),
+        ("ranks,step_s,global_batch\n2,1,3\n4,0.5,3\n", r"scaling.csv:3: 4 ranks share a global batch of 3.00"),
+        (
+            "ranks,step_s,samples_per_s,scaling\n1,1,10,strong\n2,0.55,300,strong\n",
+            r"scaling.csv:3: step_s x samples_per_s are 165 samples, and 10.0 in .*scaling.csv:2",
+        ),
+        ("ranks,step_s,samples_per_s\n1,1,\n2,,20\n", r"scaling.csv:3: samples_per_s where other lines have step_s"),
         ("ranks,step_s,ranks_per_node\n4,1,4\n", "cannot be fitted to 4 ranks: one size says nothing"),
     ],
 )
@@ -239,12 +251,34 @@ def test_what_a_table_leaves_open_is_told_at_the_top(tmp_path: Path) -> None:
     # Eight steps of 8 s on one rank, and of 2.1 s on four: in weak scaling these would be four times the samples.
     made = json.loads(run_plan("--table", halving, "--steps", "8", "--predict", "1,4", "--json").output)
     assert [each["time_s"] for each in made["options"]] == pytest.approx([64, 8 * 2.1])
-    stated = table(tmp_path, "ranks,step_s,scaling,ranks_per_node\n1,8,strong,1\n2,4.1,strong,1\n4,2.1,strong,1\n")
+    stated = table(tmp_path, "ranks,step_s,ranks_per_node,global_batch\n1,8,1,64\n2,4.1,1,64\n4,2.1,1,64\n")
     assert "Assumed" not in run_plan("--table", stated, "--steps", "1000").output
     open_table = table(tmp_path, "ranks,step_s\n1,8\n2,6.8\n")
     with pytest.raises(UserError, match=r"step is 85.0% of that on 1 rank, which may be weak or strong") as asked:
         read_table(open_table)
     assert "Add a column scaling" in (asked.value.remedy or "")
+
+
+def test_no_batch_is_made_up_for_a_table_that_states_none(tmp_path: Path) -> None:
+    rates = table(tmp_path, "ranks,samples_per_s,ranks_per_node,scaling\n8,4e3,8,strong\n16,78e2,8,strong\n")
+    refused = run_plan("--table", rates, "--steps", "1e5").exception
+    assert isinstance(refused, UserError) and "does not say how many samples a step has" in refused.what
+    assert "--samples" in (refused.remedy or "") and "global_batch" in (refused.remedy or "")
+    told = " ".join(run_plan("--table", rates).output.split())
+    assert "step (ms)" not in told and told.index("Assumed: any number of ranks divides the batch") < told.index("Why:")
+    made = json.loads(run_plan("--table", rates, "--samples", "1e8", "--json").output)
+    assert made["further_run"]["node_hours"] is None and {each["step_s"] for each in made["options"]} == {None}
+    assert made["options"][0]["time_s"] == pytest.approx(1e8 / 4e3)
+    steps = table(tmp_path, "ranks,step_s,ranks_per_node,scaling\n8,4,8,strong\n16,2.1,8,strong\n")
+    refused = run_plan("--table", steps, "--samples", "1e5").exception
+    assert isinstance(refused, UserError) and "--steps" in (refused.remedy or "")
+    told = " ".join(run_plan("--table", steps, "--steps", "1e6").output.split())
+    assert "For 1,000,000 steps, in the training loop" in told
+    told = " ".join(run_plan("--table", steps, "--predict", "8").output.split())
+    assert told.startswith("1 node (8 ranks): 4000 (") and "ms a step" in told and "samples/s" not in told
+    both = table(tmp_path, "ranks,step_s,samples_per_s,ranks_per_node\n8,4,64,8\n16,2.1,122,8\n")
+    told = " ".join(run_plan("--table", both, "--steps", "1e6").output.split())
+    assert "1,000,000 steps of 256 samples" in told, "as the two columns imply"
 
 
 @pytest.mark.parametrize("columns", ["global_batch", "samples_per_s"])

@@ -8,9 +8,10 @@ import csv
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import isfinite, isnan, nan
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 import numpy as np
 
@@ -94,6 +95,12 @@ def read_table(path: Path, ranks_per_node: int | None = None, network: Network |
     weak, assumed = _scaling(path, lines)
     per_node = ranks_per_node or _ranks_per_node(path, lines)
     batch = _batch(path, lines, weak)
+    stated = _stated(path, lines)
+    if stated == "rates" and network is not None:
+        raise UserError(
+            f"{path}: --network tells the cost of a step, and nothing says how many samples that has",
+            "Add a column global_batch or step_s.",
+        )
     by_ranks: dict[int, list[_Line]] = defaultdict(list)
     for line in lines:
         by_ranks[line.ranks].append(line)
@@ -116,8 +123,10 @@ def read_table(path: Path, ranks_per_node: int | None = None, network: Network |
         num_runs=np.array([len(by_ranks[size]) for size in ranks]),
         accumulate=np.array([_accumulate(by_ranks[size]) for size in ranks]),
         network=network,
+        stated=stated,
         assumed=(
             *assumed,
+            *(() if weak or stated == "both" else ("any number of ranks divides the batch (no column global_batch)",)),
             *(() if per_node else ("every rank is a node (the column ranks_per_node, or --ranks-per-node, says it)",)),
         ),
         notes=tuple(_notes(lines, per_node)),
@@ -254,8 +263,37 @@ def _ranks_per_node(path: Path, lines: Sequence[_Line]) -> int | None:
     return known[0] if known else None
 
 
+def _stated(path: Path, lines: Sequence[_Line]) -> Literal["both", "steps", "rates"]:
+    """See `Measurements.stated`. Raises `UserError` for steps on some lines and rates on others, without a batch."""
+    if not all(isnan(_samples_of_a_step(line)) for line in lines):
+        return "both"
+    without = next((line for line in lines if line.step_s is None), None)
+    if without is None:
+        return "steps"
+    if all(line.step_s is None for line in lines):
+        return "rates"
+    raise UserError(
+        f"{without.where}: samples_per_s where other lines have step_s, and nothing says how many samples a step has",
+        "Add a column global_batch, or state one of the two on every line.",
+    )
+
+
 def _batch(path: Path, lines: Sequence[_Line], weak: bool) -> float:
-    """Samples per rank (weak scaling) or of all ranks (strong scaling); 1 if the table does not state any."""
+    """Samples per rank (weak scaling) or of all ranks (strong scaling), as stated or as steps and rates imply.
+
+    1 if the table tells none. Raises `UserError` if its lines contradict each other.
+    """
+    batch = _told_batch(path, lines, weak)
+    crowded = next((line for line in lines if not weak and batch is not None and line.ranks > batch), None)
+    if crowded is not None:
+        raise UserError(
+            f"{crowded.where}: {plural(crowded.ranks, 'rank')} share a global batch of {significant(batch)}",
+            "Correct one of them: a rank needs a sample in every step. global_batch counts the samples of all ranks.",
+        )
+    return batch or 1.0
+
+
+def _told_batch(path: Path, lines: Sequence[_Line], weak: bool) -> float | None:
     if all(line.global_batch is None for line in lines):
         has_joules = any(line.joules is not None for line in lines)
         if has_joules and any(line.step_s is None for line in lines):
@@ -263,12 +301,31 @@ def _batch(path: Path, lines: Sequence[_Line], weak: bool) -> float:
                 f"{path}: joules are those of one step, and nothing says how many samples that has",
                 "Add a column global_batch, or state step_s.",
             )
-        return 1.0
+        return _implied_batch(lines, weak)
     batches = {(line.global_batch or 0.0) / (line.ranks if weak else 1) for line in lines}
     if len(batches) > 1:
         kept = "per rank (weak scaling)" if weak else "in all (strong scaling)"
         raise UserError(f"{path}: global_batch is not the same {kept} on every line", "State it on every line.")
     return batches.pop()
+
+
+def _implied_batch(lines: Sequence[_Line], weak: bool) -> float | None:
+    """Of step_s x samples_per_s, on the lines that have both; None if none has."""
+    implied = [(line, _samples_of_a_step(line) / (line.ranks if weak else 1)) for line in lines]
+    known = [(line, batch) for line, batch in implied if not isnan(batch)]
+    if not known:
+        return None
+    first, batch = known[0]
+    for line, other in known[1:]:
+        if abs(other / batch - 1) > 2 * _TOLERANCE:
+            each, kind = (" on each rank", "weak") if weak else ("", "strong")
+            raise UserError(
+                f"{line.where}: step_s x samples_per_s are {significant(other)} samples{each}, and {significant(batch)}"
+                f" in {first.where}, which {kind} scaling keeps",
+                "Correct the wrong column, or remove it. samples_per_s counts the samples of all ranks.",
+            )
+    mean = fmean(batch for _, batch in known)
+    return mean if weak else max(float(round(mean)), 1.0)
 
 
 def _accumulate(lines: Sequence[_Line]) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -56,6 +56,9 @@ class Measurements:
     network: Network | None = None
     idle_w: float | None = None  # of one node
     energy_quality: str = "measured"
+    # What a table states: steps without their batch are "steps", rates without it "rates", of which step_s is the time
+    # of one sample (strong) or of one of each rank (weak).
+    stated: Literal["both", "steps", "rates"] = "both"
     assumed: tuple[str, ...] = ()  # what a table did not state and the answer depends on
     notes: tuple[str, ...] = ()
 

@@ -44,14 +44,32 @@ class Work:
 
 
 def steps_work(measurements: Measurements, steps: float) -> Work:
-    """So many steps of the global batch; in weak scaling the samples that these have at the smallest size."""
+    """So many steps of the global batch; in weak scaling the samples that these have at the smallest size.
+
+    Raises `UserError` if a table does not say how many samples a step has.
+    """
+    if measurements.stated == "rates":
+        raise UserError(
+            f"--steps: {measurements.label} has rates, and does not say how many samples a step has",
+            "Give --samples, or add a column global_batch.",
+        )
+    has_batch = measurements.stated == "both"
     if not measurements.weak:
-        return Work(0.0, steps, f"{steps:,.0f} steps of {significant(measurements.batch)} samples")
+        of_samples = f" of {significant(measurements.batch)} samples" if has_batch else ""
+        return Work(0.0, steps, f"{steps:,.0f} steps{of_samples}")
     samples = steps * float(measurements.samples(measurements.ranks[:1])[0])
+    if not has_batch:
+        return Work(samples, 0.0, f"as many samples as {steps:,.0f} steps of the smallest size have")
     return Work(samples, 0.0, f"{samples:,.0f} samples ({steps:,.0f} steps of the smallest size)")
 
 
-def samples_work(samples: float) -> Work:
+def samples_work(measurements: Measurements, samples: float) -> Work:
+    """Raises `UserError` if a table does not say how many samples a step has."""
+    if measurements.stated == "steps":
+        raise UserError(
+            f"--samples: {measurements.label} has steps, and does not say how many samples they have",
+            "Give --steps, or add a column global_batch or samples_per_s.",
+        )
     return Work(samples, 0.0, f"{samples:,.0f} samples")
 
 

@@ -15,12 +15,15 @@ _NOTICEABLE = 0.9  # an interval that stays wider than this share of its width i
 
 @dataclass(frozen=True)
 class FurtherRun:
-    """A run that has not been made. interval_ratio: expected width of the answer's interval after it, over that now."""
+    """A run that has not been made. interval_ratio: expected width of the answer's interval after it, over that now.
+
+    node_hours: None if a table states no time of a step.
+    """
 
     ranks: int
     nodes: int
     steps: float
-    node_hours: float
+    node_hours: float | None
     interval_ratio: float
     repeats: bool  # whether runs of this size are measured
 
@@ -38,8 +41,8 @@ def further_run(
     ratios = _interval_ratios(prediction, ranks, answer.ranks)
     best: FurtherRun | None = None
     for forecast, ratio in zip(prediction.at(ranks.tolist()), ratios.tolist(), strict=True):
-        hours = forecast.nodes * num_steps * forecast.step_s / 3600
-        is_cheap = most_node_hours is None or hours <= _MOST_COST * most_node_hours
+        hours = None if measurements.stated == "rates" else forecast.nodes * num_steps * forecast.step_s / 3600
+        is_cheap = most_node_hours is None or hours is None or hours <= _MOST_COST * most_node_hours
         if is_cheap and ratio < (_NOTICEABLE if best is None else 0.95 * best.interval_ratio):
             repeats = forecast.ranks in measurements.ranks
             best = FurtherRun(forecast.ranks, forecast.nodes, num_steps, hours, ratio, repeats)

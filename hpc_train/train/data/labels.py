@@ -47,6 +47,32 @@ class ClassReader(Reader):
         self._stored.close()
 
 
+class CheckedReader(Reader):
+    """Labels of which each is to be a class number below `num`. told: whose they are, for messages."""
+
+    def __init__(self, stored: Reader, num: int, told: str) -> None:
+        self._stored, self._num, self._told = stored, num, told
+        self.shape, self.dtype = stored.shape, stored.dtype
+        self.description, self.chunk_edges = stored.description, stored.chunk_edges
+
+    def take(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Raises `UserError` for a label that is no class number."""
+        labels = self._stored.take(rows, out)
+        wrong = np.flatnonzero((labels < 0) | (labels >= self._num))
+        if len(wrong):
+            raise UserError(
+                f"{self._told}: label {labels[wrong[0]]} in row {rows[wrong[0]]:,} is none of 0 to {self._num - 1:,}",
+                "Correct it, or task.num_classes. Without that key all labels are read first, and may be any numbers.",
+            )
+        return labels
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        self._stored.prefetch(rows)
+
+    def close(self) -> None:
+        self._stored.close()
+
+
 # ------------------------------------------------------------------------------------------------ opening
 
 
@@ -72,6 +98,21 @@ def open_classes(parts: list[Part], num_classes: int | None, context: Context) -
         part.having(in_classes(part.split, part.targets, part.files.paths[0], classes, context)) for part in parts[1:]
     ]
     return [first, *others], classes
+
+
+def stated_classes(parts: list[Part], num_classes: int) -> tuple[list[Part], Classes]:
+    """The parts with class numbers as targets, of data that take long to read: labels are checked as they are read."""
+
+    def checked(part: Part) -> Part:
+        told = f"{part.files.paths[0]}: {part.targets}"
+        return part.having(replace(part.split, targets=CheckedReader(part.split.targets, num_classes, told)))
+
+    return [checked(part) for part in parts], Classes(num_classes)
+
+
+def have_class_numbers(part: Part) -> bool:
+    """Whether its labels are integers, one a sample, and so may be class numbers."""
+    return part.split.targets.dtype.kind in "iu" and len(part.split.targets.shape) == 1
 
 
 def in_classes(split: Split, name: str, path: Path, classes: Classes, context: Context) -> Split:

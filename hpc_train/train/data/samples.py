@@ -46,7 +46,8 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets, ch
     read_targets: collective; the samples, those to train on first, with targets as the task takes them.
     channels_first: of inputs with more than two axes a sample; otherwise their shape tells.
     """
-    data, name = config.data, str(config.data.inputs)
+    data = config.data
+    name = str(data.inputs) if data.dataset is None else "inputs"
     missing_values: tuple[float, ...] = ()
     unwritten = missing = ""
     if data.dataset is None:

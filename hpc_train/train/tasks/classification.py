@@ -13,7 +13,7 @@ from hpc_train.core.world import World
 from hpc_train.train import metrics, models
 from hpc_train.train.comm.context import Context, warn
 from hpc_train.train.data.dataset import Batch, Part, test_batches
-from hpc_train.train.data.labels import open_classes
+from hpc_train.train.data.labels import have_class_numbers, open_classes, stated_classes
 from hpc_train.train.data.mixing import poor_mixing
 from hpc_train.train.data.samples import open_samples
 from hpc_train.train.metrics import Metric, Sums
@@ -36,7 +36,11 @@ class Classification:
             warn(context, f"{why}: {remedy}.")
 
     def _read_labels(self, context: Context, parts: list[Part]) -> list[Part]:
-        parts, self._classes = open_classes(parts, self.config.task.num_classes, context)
+        num_classes = self.config.task.num_classes
+        if self.config.data.dataset is not None and num_classes is not None and all(map(have_class_numbers, parts)):
+            parts, self._classes = stated_classes(parts, num_classes)
+        else:
+            parts, self._classes = open_classes(parts, num_classes, context)
         self.num_classes = self._classes.num
         return parts
 

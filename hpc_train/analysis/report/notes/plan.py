@@ -16,6 +16,7 @@ _CRITERIA: dict[Criterion, str] = {
 _SAME_COST = 0.005  # of the node-hours: a smaller saving is none
 _WIDE = 1.5  # the upper end of a step's interval over the step: above it the interval is explained
 _NOTICEABLE_ERROR = 0.1
+_LONG_STEP_S = 10.0  # from here on a step is not told in milliseconds
 
 
 def nodes_text(measurements: Measurements, option: Option) -> str:
@@ -53,10 +54,19 @@ def _missed_notes(plan: Plan) -> list[str]:
     if not missed:
         return []
     model, worst = plan.prediction.chosen.model, max(missed, key=_miss)
-    step_ms, fitted_ms = (significant(1e3 * each) for each in (worst.measured_s or 0.0, worst.step_s))
-    said = f"The {model} model contradicts the measurements: {step_ms} ms a step on {plural(worst.ranks, 'rank')}"
+    stated, times_s = plan.prediction.measurements.stated, (worst.measured_s or 0.0, worst.step_s)
+    measured, fitted = (step_text(each) for each in times_s)
+    if stated == "rates":
+        measured, fitted = (f"{significant(worst.samples_per_s * worst.step_s / each)} samples/s" for each in times_s)
+    on = plural(worst.ranks, "rank")
+    said = f"The {model} model contradicts the measurements: {measured}{' a step' * (stated != 'rates')} on {on}"
     only = "Do not rely on it for other sizes" if plan.was_asked else "The advice is among the measured sizes alone"
-    return [f"{said}, for which it says {fitted_ms} ms. {only}."]
+    return [f"{said}, for which it says {fitted}. {only}."]
+
+
+def step_text(seconds: float) -> str:
+    """ "33.4 ms", "369 s"."""
+    return duration_text(seconds) if seconds >= _LONG_STEP_S else f"{significant(1e3 * seconds)} ms"
 
 
 def _miss(fitted: Forecast) -> float:
@@ -117,7 +127,7 @@ def why_not_smaller(plan: Plan) -> str:
     faster, dearer = smaller.against(plan.chosen)
     slower = f"{name}: {percent(-faster, 0)} slower"
     if -dearer < _SAME_COST:
-        return f"{slower}, and no cheaper"
+        return f"{slower}, and no fewer node-hours"
     return f"{slower} for {percent(-dearer, 0)} fewer node-hours"
 
 
@@ -130,9 +140,10 @@ def further_run_text(plan: Plan) -> str:
     per_node, size = plan.prediction.measurements.ranks_per_node, plural(run.ranks, "rank")
     if per_node and run.ranks >= per_node:
         size = f"{plural(run.nodes, 'node')} ({size})"
+    cost = "" if run.node_hours is None else f", about {significant(run.node_hours)} node-hours"
     return (
-        f"The run that would tell most: {repeat}{run.steps:,.0f} steps on {size}, about {significant(run.node_hours)}"
-        f" node-hours. It would narrow the interval by about {percent(1 - run.interval_ratio, 0)} (scale --next)."
+        f"The run that would tell most: {repeat}{run.steps:,.0f} steps on {size}{cost}."
+        f" It would narrow the interval by about {percent(1 - run.interval_ratio, 0)} (scale --next)."
     )
 
 

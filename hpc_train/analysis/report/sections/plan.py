@@ -21,6 +21,9 @@ from hpc_train.analysis.report.sections.columns import CellColumn, make_table, n
 from hpc_train.core.formatting import duration_text, percent, plural, significant, watt_hours_text, with_interval
 
 SCHEMA = 1
+# Of a forecast, unknown where a table states no steps, or no samples.
+_OF_STEPS = ("step_s", "step_interval_s", "measured_s", "computing_s", "input_s")
+_OF_SAMPLES = ("samples_per_s", "samples_per_s_interval")
 
 
 def short_answer(plan: Plan) -> str | None:
@@ -44,10 +47,19 @@ def answer(plan: Plan) -> list[str]:
     if plan.work is not None:
         lines.append(f"For {plan.work.words}, in the training loop: start-up, tests and checkpoints are extra.")
     if plan.power is not None and chosen.energy_j is not None:
-        kind = "estimated by the runs" if plan.power.quality == "estimated" else "measured by the runs' meters"
-        at_its_size = not chosen.forecast.is_forecast
-        lines.append(f"Energy: {kind}{' of this size' if at_its_size else f'; {plan.power.assumed}'}.")
+        lines.append(f"Energy: {_energy_source(plan, chosen)}.")
     return [*lines, *filter(None, [further_run_text(plan)])]
+
+
+def _energy_source(plan: Plan, chosen: Option) -> str:
+    assert plan.power is not None
+    is_measured = not chosen.forecast.is_forecast
+    if plan.prediction.measurements.job is None:
+        kind, at_its_size = "as the table says", " for this size"
+    else:
+        kind = "estimated by the runs" if plan.power.quality == "estimated" else "measured by the runs' meters"
+        at_its_size = " of this size"
+    return f"{kind}{at_its_size if is_measured else f'; {plan.power.assumed}'}"
 
 
 def _where(option: Option, plan: Plan) -> str:
@@ -59,6 +71,8 @@ def _where(option: Option, plan: Plan) -> str:
 def _takes(option: Option, plan: Plan) -> str:
     if option.time_s is None:
         forecast = option.forecast
+        if plan.prediction.measurements.stated == "steps":
+            return f"{_step_text(forecast)} ms a step, efficiency {percent(forecast.efficiency, 0)}"
         rate = with_interval(forecast.samples_per_s, forecast.samples_per_s_interval)
         return f"{rate} samples/s, efficiency {percent(forecast.efficiency, 0)}"
     estimate = "estimated " if plan.power is not None and plan.power.quality == "estimated" else ""
@@ -88,10 +102,11 @@ def options_table(plan: Plan) -> Table:
             number("node-hours", lambda option: with_interval(option.node_hours, option.node_hours_interval)),
         ]
     else:
-        columns += [
-            number("step (ms)", lambda option: _step_text(option.forecast)),
-            number("samples/s", lambda option: significant(option.forecast.samples_per_s, 4)),
-        ]
+        stated = plan.prediction.measurements.stated
+        if stated != "rates":
+            columns.append(number("step (ms)", lambda option: _step_text(option.forecast)))
+        if stated != "steps":
+            columns.append(number("samples/s", lambda option: significant(option.forecast.samples_per_s, 4)))
     columns.append(number("efficiency", lambda option: percent(option.forecast.efficiency, 0)))
     title = "Predicted (95% intervals)" if plan.was_asked else "Options (95% intervals; <- recommended)"
     return make_table("plan-options", title, plan.options, columns)
@@ -122,7 +137,8 @@ def parameters_table(prediction: Prediction) -> Table:
         number("95% from", lambda pair: significant(pair[1][0])),
         number("to", lambda pair: significant(pair[1][2])),
     ]
-    title = f"Parameters of the {prediction.chosen.model} model"
+    of_rates = " (seconds of one sample, not of a step)" * (prediction.measurements.stated == "rates")
+    title = f"Parameters of the {prediction.chosen.model} model{of_rates}"
     return make_table("plan-parameters", title, list(prediction.parameters.items()), columns)
 
 
@@ -144,7 +160,7 @@ def record(plan: Plan) -> dict[str, Any]:
         "work": asdict(plan.work) if plan.work else None,
         "power": asdict(plan.power) if plan.power else None,
         "further_run": asdict(plan.further) if plan.further else None,
-        "options": [_option_record(option) for option in plan.options],
+        "options": [_option_record(option, plan) for option in plan.options],
         **prediction_record(plan.prediction),
         "warnings": plan_warnings(plan),
     }
@@ -157,6 +173,7 @@ def prediction_record(prediction: Prediction) -> dict[str, Any]:
         "label": measurements.label,
         "job": measurements.job,
         "scaling": "weak" if measurements.weak else "strong",
+        "stated": measurements.stated,
         "ranks_per_node": measurements.ranks_per_node,
         "model": prediction.chosen.model,
         "why_model": prediction.why,
@@ -166,7 +183,7 @@ def prediction_record(prediction: Prediction) -> dict[str, Any]:
         },
         "models": [_candidate_record(each) for each in prediction.candidates],
         "measured": [
-            {"ranks": ranks, "step_s": step_s}
+            {"ranks": ranks, "step_s": None if measurements.stated == "rates" else step_s}
             for ranks, step_s in zip(measurements.ranks.tolist(), measurements.step_s.tolist(), strict=True)
         ],
     }
@@ -177,11 +194,13 @@ def _candidate_record(each: Candidate) -> dict[str, Any]:
     return {"model": each.model, "error": each.error, "reason": each.reason, "held_out": held_out}
 
 
-def _option_record(option: Option) -> dict[str, Any]:
-    forecast: Forecast = option.forecast
+def _option_record(option: Option, plan: Plan) -> dict[str, Any]:
+    forecast, stated = option.forecast, plan.prediction.measurements.stated
+    unknown = {"rates": _OF_STEPS, "steps": _OF_SAMPLES, "both": ()}[stated]
     own = {key: value for key, value in asdict(option).items() if key != "forecast"}
     return {
         **asdict(forecast),
+        **dict.fromkeys(unknown),
         "is_forecast": forecast.is_forecast,
         **own,
         "broken": list(map(limit_text, option.broken)),
