@@ -39,12 +39,14 @@ LOOP = {f"train/{file}.py" for file in ("loop", "setup", "recording", "generate"
 ALLOWED = {
     "mpi4py": {f"train/comm/{file}.py" for file in ("startup", "mpi_library", "messages")},
     "horovod": {"train/reduce/horovod_library.py", "doctor/software.py"},
-    "h5py": {f"train/data/{file}.py" for file in ("chunk_cache", "files", "filters", "hdf5_faults", "parallel_hdf5")}
+    "h5py": {
+        f"train/data/{file}.py" for file in ("chunk_cache", "files", "filters", "hdf5_faults", "parallel_hdf5", "table")
+    }
     | {"train/data/readers.py", "train/weights_file.py", "train/export.py"}
     | {f"train/run/checkpoint/{file}.py" for file in ("format", "image", "reading")}
     | {"train/data/collective.py", "train/data/unwritten.py", "train/inference/output_file.py", "bench/file_layouts.py"}
     | {"doctor/storage.py"}
-    | {f"datasets/prepare/{file}.py" for file in ("array_files", "layout", "netcdf", "prepare", "writer")}
+    | {f"datasets/prepare/{file}.py" for file in ("array_files", "layout", "like", "netcdf", "prepare", "writer")}
     | {f"datasets/inspect/{file}.py" for file in ("check", "checks", "chunk_ranges", "info", "proposal", "structure")},
     "subprocess": {"core/filesystem.py", "train/run/provenance.py", "train/energy/sensors/slurm.py", "train/onednn.py"}
     | {"cluster/scheduler.py", "cluster/local_study.py", "bench/io.py", "doctor/supervisor.py", "doctor/job.py"},

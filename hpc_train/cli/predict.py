@@ -10,6 +10,7 @@ import click
 
 from hpc_train.cli.options import UserPath, overrides_option
 from hpc_train.core.errors import UserError, require
+from hpc_train.core.formatting import plural
 from hpc_train.core.inference_record import InferenceRecord
 from hpc_train.core.job_environment import JobEnvironment
 
@@ -73,7 +74,8 @@ def predict(
 
     Under mpirun or srun all ranks share the rows and write together; the numbers are the same to the bit on any number
     of ranks. OUT.h5 gets its name when it is whole: the same command continues one that was stopped (exit code 75) or
-    killed. It holds `predicted` and, for classes, `probabilities`.
+    killed. To stop mpirun, send it SIGUSR2: after Ctrl-C or SIGTERM, mpirun kills the ranks and ends with 1. OUT.h5
+    holds `predicted` and, for classes, `probabilities`.
 
     \b
     Example: mpirun -n 2 hpc-train predict runs/mlp-mnist new.h5 --output out.h5
@@ -181,7 +183,9 @@ def _lines(record: InferenceRecord) -> list[str]:
         for name, value in record.measures.items()
     ]
     if record.measures:
-        lines[-1] += f" ({record.num_measured:,} {unit}s)"
+        num = record.num_targets_missing
+        without = f", without {plural(num, 'missing target')}" if num else ""
+        lines.append(f"Measured: {plural(record.num_measured, unit)}{without}")
     if record.num_without:
         lines.append(f"{record.num_without:,} rows have no prediction: values are missing in them")
     if record.latencies:

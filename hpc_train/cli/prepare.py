@@ -37,6 +37,7 @@ def _dataset(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @click.option("--target", metavar="COLUMN,...", help="For a table: columns (.npz: array) to learn.")
 @click.option("--drop", metavar="COLUMN,...", help="For a table: columns to leave out.")
 @click.option("--categories", type=click.Choice(["one-hot", "codes"]), help="For a table: text (one-hot).")
+@click.option("--like", type=UserPath(), metavar="TRAIN.h5", help="For a table: new rows, with its columns.")
 @click.option(
     "--array", "arrays", multiple=True, metavar="NEW=NAME[:TYPE]", help="For arrays: one to take (repeatable)."
 )
@@ -60,6 +61,7 @@ def prepare(
     target: str | None,
     drop: str | None,
     categories: str | None,
+    like: Path | None,
     arrays: tuple[str, ...],
     rows: str | None,
     test_fraction: float | None,
@@ -70,8 +72,9 @@ def prepare(
     """Write a data set to HDF5, on one rank or in parallel under mpirun.
 
     DATASET: mnist-5k, auto-mpg, fashion-mnist, mnist; burgers (fields of a flow, in netCDF-4); images (a folder per
-    class); table (.csv, .parquet, .npy, .npz); arrays of hdf5, netcdf or zarr, renamed, cast and in part; text,
-    python-source or shakespeare as tokens; or package.module:function, a function of yours that yields (input, target).
+    class); table (.csv, .parquet, .npy, .npz; --like: rows to predict); arrays of hdf5, netcdf or zarr, renamed, cast
+    and in part; text, python-source or shakespeare as tokens; or package.module:function, a function of yours that
+    yields (input, target).
     After a kill, the same command resumes.
     A file for a URL (webhdfs://, hdfs://, s3://) is made in $TMPDIR first.
 
@@ -80,6 +83,7 @@ def prepare(
              hpc-train prepare mnist-5k webhdfs://namenode:9870/data/mnist-5k.h5
              hpc-train prepare images data/pets.h5 --from pets --size 64
              hpc-train prepare table data/wine.h5 --from wine.csv --target taste
+             hpc-train prepare table new.h5 --from new.csv --like data/wine.h5
              hpc-train prepare netcdf data/sst.h5 --from sst.nc \\
                --array inputs=sst:float32 --array targets=nino
     """
@@ -90,7 +94,7 @@ def prepare(
         from hpc_train.datasets.prepare.prepare import prepare as write
         from hpc_train.datasets.prepare.sources import Options
 
-        options = Options(size, target, test_fraction, tokenizer, drop, categories, arrays, rows)
+        options = Options(size, target, test_fraction, tokenizer, drop, categories, arrays, rows, like)
         write(dataset, origin, output, context, overwrite, options, compress, memory_mb)
 
 

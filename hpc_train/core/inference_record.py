@@ -59,6 +59,7 @@ class InferenceRecord:
     num_without: int = 0  # rows that have no prediction, since values are missing in them
     measures: dict[str, float | None] = field(default_factory=dict)
     num_measured: int = 0  # rows, or tokens, behind the measures
+    num_targets_missing: int = 0  # values, which the measures leave out
     output: str | None = None
     latencies: list[Latency] = field(default_factory=list)
     joules: float | None = None

@@ -53,7 +53,7 @@ class Data(_Section):
     # collective: all ranks read slabs together and exchange their samples; memory: each rank holds a part of the data
     # and ranks exchange samples; auto: memory map or decoded chunks, or memory if the data exceed every node's memory.
     read: Literal["auto", "collective", "memory"] = "auto"
-    memory_mb: Count = 512  # memory per rank for decoded chunks, or for samples received at once
+    memory_mb: Count = 512  # memory per rank for decoded chunks, samples received at once, or items of a Dataset
     shuffle_chunks: Whole = 0  # chunks whose samples are mixed; 0: as many as a third of memory_mb holds, at most 64
 
     @property

@@ -113,6 +113,6 @@ def test_an_evaluation_says_what_it_rests_on(work: Path) -> None:
     assert done.code == 0, done.err
     (run,) = find([work / RUN])
     test = json.loads(run.summary.read_text())["test"]
-    assert f"Accuracy: {test['accuracy']:.6g} (1,000 rows)" in done.out
+    assert f"Accuracy: {test['accuracy']:.6g}\nMeasured: 1,000 rows\n" in done.out
     record = json.loads(jobs.run(0, "evaluate", RUN, "--inputs", "train/inputs", "--json", cwd=work).out)
     assert record["num_measured"] == 4000 and record["inputs"] == "train/inputs" and record["step"] == 20

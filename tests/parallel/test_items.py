@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,11 +16,13 @@ from torch.utils.data import Dataset, IterableDataset
 
 from hpc_train.core.config import Loaded, load
 from hpc_train.core.errors import UserError
+from hpc_train.core.job_environment import JobEnvironment
 from hpc_train.core.records import read_metrics
 from hpc_train.core.rundir import RunDir, find
 from hpc_train.core.validation_log import read_validation
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
+from hpc_train.train.data.items import _open_part, long_reading, open_items
 from hpc_train.train.loop import train
 from hpc_train.train.setup import open_job
 from tests.own_dataset import Digits
@@ -123,6 +126,22 @@ class Counted(Ages):
     def __getitem__(self, row: int) -> Any:
         self.read.append(row)
         return torch.full((3,), row / 6000), 7 if row == 41 else row % 3
+
+
+class Slow(Ages):
+    """A million items of 5 ms each."""
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, row: int) -> Any:
+        threading.Event().wait(5e-3)
+        return super().__getitem__(row)
+
+
+class Uneven(Ages):
+    def __len__(self) -> int:
+        return 60 + (JobEnvironment.current().rank or 0)
 
 
 def no_dataset() -> int:
@@ -293,6 +312,25 @@ def test_with_the_number_of_classes_items_are_read_when_they_are_needed(context:
         assert opened.task.batch(np.array([3, 4]), 0).targets.tolist() == [0, 1]
         with pytest.raises(UserError, match=r"train/targets: label 7 in row 41 is none of 0 to 2\n.*task\.num_classes"):
             opened.task.batch(np.array([3, 41]), 0)
+
+
+def test_reading_all_items_for_their_targets_is_told_if_it_takes_long(context: Context, shared_path: Path) -> None:
+    slow = job(shared_path, f"data.dataset={__name__}:Slow", "data.test_options={}", "data.threads=1").config
+    with ThreadPoolExecutor(1) as pool:
+        parts = [_open_part("train", {}, slow, pool, 1)]
+        said = long_reading(parts, slow, context)
+        assert re.search(r"Slow': all 1,000,000 items are read once for their targets, in about [\d.]+ (min|h)", said)
+        assert said.endswith("task.num_classes leaves that out.")
+    with open_job(job(shared_path, *DIGITS).config, context) as opened:
+        assert opened.task.num_samples == 1500
+        assert not long_reading(open_items(opened.config, context), opened.config, context)
+
+
+def test_ranks_with_unlike_datasets_are_refused(context: Context, shared_path: Path) -> None:
+    uneven = job(shared_path, f"data.dataset={__name__}:Uneven", "data.test_options={}")
+    if context.world.size > 1:
+        with pytest.raises(UserError, match=r"Uneven' has \[60\] items on rank 0, and other numbers on other ranks"):
+            train(uneven, context, "never")
 
 
 def test_options_that_a_dataset_does_not_have_are_named(context: Context, shared_path: Path) -> None:

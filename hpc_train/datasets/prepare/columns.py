@@ -12,6 +12,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.datasets.prepare.categories import find_categories, numbers_of
 from hpc_train.datasets.prepare.cells import bad_cell
 from hpc_train.datasets.prepare.csv_rows import CsvRows
+from hpc_train.datasets.prepare.like import read_form
 from hpc_train.datasets.prepare.parquet_rows import ParquetRows
 from hpc_train.datasets.prepare.sources import Array, Options
 from hpc_train.train.comm.context import Context
@@ -52,13 +53,16 @@ class Columns:
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """inputs (rows, columns) float32 and targets (rows,) or (rows, columns): int64, or float32 of real numbers."""
+        """inputs (rows, columns) float32 and targets (rows,) or (rows, columns): int64, or float32 of real numbers.
+
+        No targets of a table that lacks one of their columns.
+        """
         num_rows = self.table.num_rows
         several = (len(self.targets),) if len(self.targets) > 1 else ()
-        return {
-            "inputs": Array((num_rows, len(self.input_names)), np.dtype(np.float32), self._read_inputs),
-            "targets": Array((num_rows, *several), self._target_type, self._read_targets),
-        }
+        inputs = {"inputs": Array((num_rows, len(self.input_names)), np.dtype(np.float32), self._read_inputs)}
+        if not set(self.targets) <= set(self.table.names):
+            return inputs
+        return inputs | {"targets": Array((num_rows, *several), self._target_type, self._read_targets)}
 
     @property
     def input_names(self) -> list[str]:
@@ -114,8 +118,9 @@ class Columns:
             return values
         numbers, unknown = numbers_of(values, self.categories[name])
         if unknown is not None:
-            what = f"{values[unknown]!r} was not there before"
-            raise bad_cell(self.path, start + unknown, name, what, "Prepare it again.")
+            shown = ", ".join(self.categories[name][:_MAX_LISTED])
+            what = f"'{values[unknown]}' is none of the texts {shown}"
+            raise bad_cell(self.path, start + unknown, name, what, "Correct it, or remove the row.")
         return numbers
 
     def _in_float32(self, name: str, start: int, numbers: np.ndarray) -> np.ndarray:
@@ -128,8 +133,9 @@ class Columns:
 
 def open_columns(path: Path, options: Options, context: Context) -> Columns:
     """Collective. The table at `path` with the columns options.target as targets. Raises `UserError`."""
-    is_parquet = path.suffix.lower() == ".parquet"
-    table: TableRows = context.on_all(lambda: ParquetRows(path)) if is_parquet else CsvRows(path, context)
+    if options.like is not None:
+        return _columns_like(path, options.like, context)
+    table = _open_rows(path, context)
     targets = context.on_root(lambda: _targets(path, table, options.target))
     inputs = context.on_root(lambda: _inputs(path, table, targets, options.drop))
     texts = [name for name in (*inputs, *targets) if name in table.texts]
@@ -141,6 +147,44 @@ def open_columns(path: Path, options: Options, context: Context) -> Columns:
         and context.on_root(lambda: are_real(table.read(0, min(table.num_rows, _BATCH_ROWS), targets)[0]))
     )
     return Columns(path, table, inputs, targets, is_real, categories, options.categories != "codes")
+
+
+def _open_rows(path: Path, context: Context, texts: frozenset[str] | None = None) -> TableRows:
+    """Collective. texts: the columns of text; None to find them."""
+    if path.suffix.lower() == ".parquet":
+        return context.on_all(lambda: ParquetRows(path))
+    return CsvRows(path, context, texts)
+
+
+def _columns_like(path: Path, like: Path, context: Context) -> Columns:
+    """Collective. The table at `path` with the columns, in their order, and the texts of the prepared file `like`."""
+    form = context.on_root(lambda: read_form(like))
+    table = _open_rows(path, context, frozenset(form.categories))
+    columns = Columns(path, table, form.inputs, form.targets, form.is_real, form.categories, form.one_hot)
+    context.on_root(lambda: _require_columns(columns, like))
+    return columns
+
+
+def _require_columns(columns: Columns, like: Path) -> None:
+    """Raises `UserError` if a column of the inputs is not there, or holds numbers in place of text."""
+    path, table = columns.path, columns.table
+    _require_names(path, table.names)
+    if missing := [name for name in columns.inputs if name not in table.names]:
+        raise UserError(
+            f"{path} has no column {missing[0]}, which {like} was made of",
+            f"Its columns are {_shown(table.names)}. Name them as in the training data.",
+        )
+    for name in (*columns.inputs, *columns.targets):
+        if name in table.names and (name in columns.categories) != (name in table.texts):
+            kinds = ("text", "numbers") if name in columns.categories else ("numbers", "text")
+            raise UserError(
+                f"{path}: column {name} holds {kinds[1]}, and {kinds[0]} in the training data",
+                "Write what the training data hold.",
+            )
+    if not table.num_rows:
+        raise UserError(f"{path} has no rows", "Name a table with rows.")
+    if left_out := [name for name in table.names if name not in (*columns.inputs, *columns.targets)]:
+        print(f"Left out, since {like} has no such columns: {_shown(left_out)}", flush=True)
 
 
 def are_real(first_targets: np.ndarray) -> bool:
@@ -155,11 +199,7 @@ def are_real(first_targets: np.ndarray) -> bool:
 def _targets(path: Path, table: TableRows, target: str | None) -> list[str]:
     """The names of the columns of targets. Raises `UserError` for unusable names, and for a table without data."""
     names = table.names
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        listed = ", ".join(repeated[:_MAX_LISTED])
-        raise UserError(f"{path} has more than one column called {listed}", "Name every column, each once.")
-    if bad := [name for name in names if "\0" in name]:
-        raise UserError(f"{path} has a zero byte in the name of a column: {bad[0]!r}", "Name every column in text.")
+    _require_names(path, names)
     wanted = [] if target is None else _listed(target, names)
     if not wanted or (unknown := [name for name in wanted if name not in names]):
         shown = target if target is None or not wanted else unknown[0]
@@ -170,6 +210,14 @@ def _targets(path: Path, table: TableRows, target: str | None) -> list[str]:
     if len(names) <= len(wanted) or not table.num_rows:
         raise UserError(f"{path} has {table.num_rows} rows of {len(names)} columns", "Inputs and a target are needed.")
     return wanted
+
+
+def _require_names(path: Path, names: list[str]) -> None:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        listed = ", ".join(repeated[:_MAX_LISTED])
+        raise UserError(f"{path} has more than one column called {listed}", "Name every column, each once.")
+    if bad := [name for name in names if "\0" in name]:
+        raise UserError(f"{path} has a zero byte in the name of a column: {bad[0]!r}", "Name every column in text.")
 
 
 def _inputs(path: Path, table: TableRows, targets: list[str], drop: str | None) -> list[str]:

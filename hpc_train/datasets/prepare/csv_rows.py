@@ -9,7 +9,7 @@ import csv
 import io
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,12 @@ class CsvForm:
 class CsvRows:
     """Rows, one a line: no line ends within quotes."""
 
-    def __init__(self, path: Path, context: Context) -> None:
-        """Collective. Every rank indexes the lines of its share of the bytes."""
+    def __init__(self, path: Path, context: Context, texts: frozenset[str] | None = None) -> None:
+        """Collective. Every rank indexes the lines of its share of the bytes. texts: None to find them."""
         self._path = path
         self.form = context.on_root(lambda: csv_form(path))
+        if texts is not None:
+            self.form = replace(self.form, texts=texts & set(self.form.names))
         self.names, self.texts = self.form.names, self.form.texts
         mine = context.on_all(lambda: _index_share(path, self.form.begin, self.form.end, context))
         index = [entry for of_rank in context.all_gather(mine) for entry in of_rank]

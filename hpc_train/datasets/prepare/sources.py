@@ -82,7 +82,8 @@ class Options:
     """Options of `prepare` that only some sources take. None: not given.
 
     size: pixels of a picture's sides. target, drop: a table's columns, "a,b" for several. categories: "one-hot" or
-    "codes". arrays, rows: see `array_files`. test_fraction: of the rows. tokenizer: of text.
+    "codes". like: a prepared table, with whose columns another is made. arrays, rows: see `array_files`. test_fraction:
+    of the rows. tokenizer: of text.
     """
 
     size: int | None = None
@@ -93,6 +94,7 @@ class Options:
     categories: str | None = None
     arrays: tuple[str, ...] = ()
     rows: str | None = None
+    like: Path | None = None
 
     def require_use(self, name: str, origins: list[Path]) -> None:
         """Raises `UserError` if data set `name` does not take an option that is given, or needs one that is not."""
@@ -104,12 +106,15 @@ class Options:
             "--categories": (self.categories, {"table"}),
             "--array": (" ".join(self.arrays) or None, ARRAY_FILES),
             "--rows": (self.rows, ARRAY_FILES),
+            "--like": (self.like, {"table"}),
             "--test-fraction": (self.test_fraction, {"table", "images", "samples", *ARRAY_FILES}),
             "--tokenizer": (self.tokenizer, {"text"}),
         }
         for option, (value, kinds) in takers.items():
             if value is not None and kind not in kinds:
                 raise UserError(f"prepare {name}: {option} {value} is not for it", "Leave it out.")
+        if self.like is not None:
+            self._require_like_alone(name, origins)
         if len(origins) > 1 and kind != "text":
             raise UserError(f"prepare {name}: --from is given {len(origins)} times", "Name one folder or file.")
         if kind in ("images", "table", *ARRAY_FILES) and not origins:
@@ -117,3 +122,14 @@ class Options:
             raise UserError(f"prepare {name} needs --from", f"Name where the data are: --from {example}")
         if kind == "samples" and origins:
             raise UserError(f"prepare {name} takes no --from", "The function itself knows where its samples are.")
+
+    def _require_like_alone(self, name: str, origins: list[Path]) -> None:
+        """Raises `UserError` for an option that --like decides, and for a table whose columns have no names."""
+        decided = {"--target": self.target, "--drop": self.drop, "--categories": self.categories}
+        for option, value in (decided | {"--test-fraction": self.test_fraction}).items():
+            if value is not None:
+                raise UserError(f"prepare {name}: {option} {value} is as in --like {self.like}", f"Leave {option} out.")
+        if origins and origins[0].suffix.lower() in (".npy", ".npz"):
+            raise UserError(
+                f"--like {self.like}: the columns of {origins[0]} have no names", "It is for .csv, .tsv and .parquet."
+            )

@@ -41,7 +41,7 @@ def source(path: Path, options: Options, context: Context) -> Source:
     """Collective. The rows of the table at `path`: inputs, and targets from the column or array `options.target`.
 
     A .npz whose arrays are called train/inputs and so on keeps its parts. Otherwise one row in 1 / test_fraction (0.1)
-    is for tests. Raises `UserError`.
+    is for tests; with options.like all are, and `hpc-train predict` takes them. Raises `UserError`.
     """
     context.on_root(lambda: _require_table(path))
     suffix = path.suffix.lower()
@@ -54,8 +54,11 @@ def source(path: Path, options: Options, context: Context) -> Source:
         columns = open_columns(path, options, context)
         arrays, facts = columns.arrays, columns.facts
     facts["source_bytes"] = context.on_root(lambda: path.stat().st_size)
-    parts = context.on_all(lambda: split_arrays(path.name, arrays, options.test_fraction))
-    state = context.on_root(lambda: state_of([path]))
+    if options.like is None:
+        parts = context.on_all(lambda: split_arrays(path.name, arrays, options.test_fraction))
+    else:
+        parts = {f"test/{name}": array for name, array in arrays.items()}
+    state = context.on_root(lambda: state_of([path, *filter(None, [options.like])]))
     return Source(f"Table {path.name}", str(path), "see its source", parts, facts, state=state)
 
 

@@ -32,7 +32,10 @@ def data_paths(config: Config, key: str = "file") -> list[Path]:
     """The files of data.`key`, those of a pattern sorted by name. Raises `UserError` if there are none."""
     file = getattr(config.data, key)
     if file is None and config.data.dataset is not None:
-        raise UserError(f"data.dataset = '{config.data.dataset}' names no HDF5 file, which this reads", "Name a file.")
+        raise UserError(
+            f"data.dataset = '{config.data.dataset}' is no HDF5 file, which this reads",
+            "Name a file; training checks a Dataset itself.",
+        )
     if file is None:
         raise UserError(f"data.{key} is required and not set", f"task.kind = '{config.task.kind}' reads an HDF5 file.")
     path = expanded(file)

@@ -5,22 +5,25 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset, default_collate
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.formatting import amount, plural
-from hpc_train.core.import_path import import_path, user_line
+from hpc_train.core.formatting import amount, duration_text, plural
+from hpc_train.core.import_path import at_user_line, import_path
 from hpc_train.core.sampling import require_rows
 from hpc_train.core.settings import Config
-from hpc_train.train.comm.context import Context, joint
+from hpc_train.train.comm.context import Context, joint, warn
 from hpc_train.train.data.dataset import Part, Split, Use
 from hpc_train.train.data.files import chunk_cache_bytes, num_decode_threads, without_values
 from hpc_train.train.data.reader_interface import Reader
 
 _MOST_THREADS = 8
+_NUM_TIMED = 16  # items
+_LONG_S = 30.0
 _PARTS_PER_THREAD = 4  # of a batch: items may take unlike times
 _PAIR = "Let __getitem__ return (input, target): tensors, arrays or numbers, of the same shape and type for every item."
 
@@ -48,7 +51,36 @@ def open_items(config: Config, context: Context) -> list[Part]:
                 "It has to be the same on every rank: choose its items by a fixed seed, from the same files.",
             )
         )
+    if why := long_reading(parts, config, context):
+        warn(context, why)
     return parts
+
+
+def long_reading(parts: list[Part], config: Config, context: Context) -> str:
+    """Collective. That reading all items for their targets takes long, and what is to be done; "" if it does not.
+
+    The root reads some items of the training samples, evenly spaced.
+    """
+    is_classes = config.task.kind == "classification"
+    if is_classes and config.task.num_classes is not None:
+        return ""
+
+    def measure() -> float:
+        targets = parts[0].split.targets
+        rows = np.unique(np.linspace(0, len(targets) - 1, _NUM_TIMED).astype(np.int64))
+        began_s = perf_counter()
+        targets.take(rows)
+        return (perf_counter() - began_s) / len(rows)
+
+    num = sum(len(part.split) for part in parts)
+    took_s = context.on_root(measure) * num / context.world.size
+    if took_s < _LONG_S:
+        return ""
+    remedy = "task.num_classes leaves that out" if is_classes else "hpc-train prepare writes them to a file"
+    return (
+        f"{config.data.in_words}: all {num:,} items are read once for their targets, in about "
+        f"{duration_text(took_s)}: {remedy}."
+    )
 
 
 def describe_items(config: Config, reader: Reader) -> str:
@@ -102,7 +134,7 @@ def _make(path: str, key: str, options: dict[str, Any]) -> Any:
 
 
 def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}, {user_line(error)}"
+    return f"{type(error).__name__}: {error}{at_user_line(error)}"
 
 
 # ------------------------------------------------------------------------------------------------ reading items

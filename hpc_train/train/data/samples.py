@@ -1,7 +1,7 @@
 """The samples of a job, opened: what is missing, at what scale, how ranks read them and in which order."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hpc_train.core.errors import UserError
@@ -16,6 +16,7 @@ from hpc_train.train.data.items import describe_items, open_items
 from hpc_train.train.data.missing import handle_missing
 from hpc_train.train.data.normalize import find_standard, unusual_scale
 from hpc_train.train.data.other_samples import test_files, validation_files
+from hpc_train.train.data.table import PREPARE_LIKE, read_table
 from hpc_train.train.data.unwritten import leave_out_unwritten
 
 ReadTargets = Callable[[list[Part]], list[Part]]
@@ -91,12 +92,13 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets, ch
 
 def _facts(train: Part) -> dict[str, Any]:
     """What a trained model needs to know of its inputs when it meets other data: see `inference/learned.py`."""
-    filling = train.split.filling
+    filling, table = train.split.filling, read_table(train.files, train.inputs)
     return {
         "shape": list(train.split.input_shape),
         "dtype": train.split.inputs[0].dtype.str,
         "scale": list(train.files.scale(train.inputs)),
         "mean_for_missing": None if filling is None else filling.mean.tolist(),
+        "table": None if table is None else asdict(table),
     }
 
 
@@ -144,4 +146,7 @@ def _alike(part: Part, train: Part) -> Part:
             f"Both need the same shape: correct data.{part.use}_inputs, or the file.",
         )
     train.files.require_same_scale(train.inputs, part.files, part.inputs)
+    table, other = read_table(train.files, train.inputs), read_table(part.files, part.inputs)
+    if table and other and (why := table.differs(other)):
+        raise UserError(f"{part.files.paths[0]}: {why}", PREPARE_LIKE.format(train.files.paths[0]))
     return part

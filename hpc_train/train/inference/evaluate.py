@@ -67,6 +67,7 @@ def _evaluate_rows(
         num_without=tally.num_without,
         measures=dict(tally.measures),
         num_measured=tally.num_measured,
+        num_targets_missing=tally.num_targets_missing,
         program=PROGRAM,
     )
     record = notes.written(found, tally.row - rows.start, seconds)

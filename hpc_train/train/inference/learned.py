@@ -14,6 +14,7 @@ from hpc_train.core.rundir import RunDir
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.dataset import Standard
+from hpc_train.train.data.table import Table
 from hpc_train.train.run.meta_reader import read_meta
 from hpc_train.train.tasks import open_task
 from hpc_train.train.tasks.regression import TargetScale
@@ -24,7 +25,7 @@ class Learned:
     """shape, dtype, scale: of the training inputs, as stored; scale is (scale_factor, add_offset).
 
     standard, mean_for_missing: see data.normalize = "standardize" and data.missing = "mean". classes: of
-    classification. target_shape, targets: of regression.
+    classification. target_shape, targets: of regression. table: of samples that were prepared from one.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +36,7 @@ class Learned:
     classes: Classes | None
     target_shape: tuple[int, ...]
     targets: TargetScale | None
+    table: Table | None
 
 
 _FACTS = (
@@ -82,6 +84,7 @@ def _learned(meta: dict[str, Any]) -> Learned:
         classes=classes,
         target_shape=tuple(map(int, meta.get("target_shape", ()))),
         targets=targets,
+        table=Table(**samples["table"]) if samples.get("table") else None,
     )
 
 

@@ -77,8 +77,13 @@ def note_path(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial.json")
 
 
-def require_free(out: Path, force: bool) -> None:
-    """Raises UserError unless an output may be written there. force: it may replace one."""
+def require_free(out: Path, inputs: Sequence[Path], force: bool) -> None:
+    """Raises UserError unless an output may be written there. force: it may replace one, but none of `inputs`."""
+    for path in inputs:
+        if exists(out) and exists(path) and os.path.samefile(out, path):
+            raise UserError(
+                f"--output {out} is {path}, which is read: predictions would replace it", "Name another output file."
+            )
     if exists(out) and not force:
         raise UserError(f"{out} exists", "Name another file, or overwrite it: --force")
     if not exists(out.parent):

@@ -80,6 +80,9 @@ def _of_classification(config: Config, learned: Learned) -> Meaning:
     assert learned.classes is not None
     measures = partial(classification.measures, of_classes(config.task.metrics, learned.classes.num))
     values: Any = np.arange(learned.classes.num) if learned.classes.values is None else learned.classes.values
+    texts = learned.table and learned.table.classes
+    if texts and learned.classes.values is None and len(texts) >= learned.classes.num:
+        values = np.array(texts[: learned.classes.num])
     labels = np.char.encode(values, "utf-8") if values.dtype.kind == "U" else values.astype(np.int64)
     columns = {"probabilities": Column((len(labels),), np.dtype(np.float32)), "predicted": Column((), labels.dtype)}
     return Meaning(columns, partial(_classes, labels), measures, {"classes": labels})

@@ -34,6 +34,7 @@ class Tally:
     row: int
     num_without: int = 0  # predictions, since values are missing
     num_measured: int = 0
+    num_targets_missing: int = 0  # values, in rows that have a prediction
     sums: Sums = field(default_factory=dict)
 
     @property
@@ -74,7 +75,8 @@ class Pass:
             sums = self.meaning.measures(outputs[mask.to(outputs.device)], batch.targets[mask].to(outputs.device))
         predictions = self.meaning.predictions(outputs, has_inputs)
         num_without, num_measured = int((~has_inputs).sum()), int(is_measured.sum())
-        return Done(rows.start, predictions, Tally(rows.stop, num_without, num_measured, sums))
+        num_missing = int(self.samples.num_targets_missing(batch)[has_inputs].sum())
+        return Done(rows.start, predictions, Tally(rows.stop, num_without, num_measured, num_missing, sums))
 
     def read(self, stripes: range) -> Iterator[tuple[range, Batch]]:
         """The rows of this rank's stripes, block by block."""
@@ -134,5 +136,6 @@ def _added(tally: Tally, blocks: list[Tally], row: int) -> Tally:
         row,
         tally.num_without + sum(block.num_without for block in blocks),
         tally.num_measured + sum(block.num_measured for block in blocks),
+        tally.num_targets_missing + sum(block.num_targets_missing for block in blocks),
         sums,
     )

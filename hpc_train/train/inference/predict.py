@@ -16,6 +16,7 @@ from hpc_train.core.settings import Config
 from hpc_train.core.signals import CONTINUE, StopRequest
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.watchdog import open_watchdog
+from hpc_train.train.data.hdf5_faults import data_paths
 from hpc_train.train.inference.meters import UseEnergy, make_folder
 from hpc_train.train.inference.output_file import (
     Asked,
@@ -33,6 +34,7 @@ from hpc_train.train.inference.outputs import require_arrays
 from hpc_train.train.inference.pass_over import Done, Tally, go_over
 from hpc_train.train.inference.trained import Log, choose_step
 from hpc_train.train.inference.use import PROGRAM, Request, Use, digest, open_use, state_of
+from hpc_train.train.run.checkpoint.retention import checkpoints
 from hpc_train.train.run.meta_writer import now
 
 _NOTE_S = 2.0  # between notes of how far the output is: a killed job repeats no more than this
@@ -47,9 +49,16 @@ def predict(
     force: overwrites `out`. Raises UserError.
     """
     context.on_root(partial(require_arrays, config, run))
-    context.on_root(partial(require_free, out, force))
+    context.on_root(lambda: require_free(out, _read_files(run, config, request), force))
     with locked(out, context, log) as confirm:
         return _predict(run, config, request, out, force, confirm, context, log)
+
+
+def _read_files(run: RunDir, config: Config, request: Request) -> list[Path]:
+    """What a prediction reads, and what its run keeps. Raises UserError if there is no such data file."""
+    data = request.data or config.data.test_file or config.data.file
+    read = data_paths(config.model_copy(update={"data": config.data.model_copy(update={"file": data})}))
+    return [*read, run.config, run.meta, *checkpoints(run)]
 
 
 def _predict(
@@ -197,6 +206,7 @@ class _Notes:
             num_without=tally.num_without,
             measures=dict(tally.measures),
             num_measured=tally.num_measured,
+            num_targets_missing=tally.num_targets_missing,
             output=str(self._out.resolve()),
             program=PROGRAM,
         )

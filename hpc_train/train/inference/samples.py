@@ -16,6 +16,7 @@ from hpc_train.train.data.hdf5_faults import scale_mismatch
 from hpc_train.train.data.labels import in_classes
 from hpc_train.train.data.missing import declared_values
 from hpc_train.train.data.reader_interface import Reader
+from hpc_train.train.data.table import PREPARE_LIKE, read_table, table_of
 from hpc_train.train.inference.learned import Learned
 
 
@@ -53,6 +54,12 @@ class Samples:
             return np.asarray(~is_missing(stored, self.missing_targets).reshape(len(stored), -1).all(axis=1))
         return _is_whole(stored, self.missing_targets)
 
+    def num_targets_missing(self, batch: Batch) -> np.ndarray:
+        """(n,) how many target values each sample of a batch lacks; 0 without targets."""
+        if self.targets_name is None:
+            return np.zeros(len(batch), np.int64)
+        return np.asarray(is_missing(batch.targets.numpy(), self.missing_targets).reshape(len(batch), -1).sum(axis=1))
+
 
 def _is_whole(stored: np.ndarray, missing: tuple[float, ...]) -> np.ndarray:
     return np.asarray(~is_missing(stored, missing).reshape(len(stored), -1).any(axis=1))
@@ -73,6 +80,7 @@ class _NoTargets(Reader):
 def open_samples(
     config: Config,
     learned: Learned,
+    like: str,
     names: tuple[str | None, str | None],
     needs_targets: bool,
     context: Context,
@@ -80,9 +88,9 @@ def open_samples(
 ) -> Samples:
     """Collective. The samples of data.file, which a trained model takes.
 
-    names: the data sets of inputs and targets; None for those that the run's configuration names, to test on or else to
-    train on. Raises UserError if the samples are not of the kind that the model has learned, and without usable targets
-    if `needs_targets`; else a line says why they are left out.
+    like: the training data, for messages. names: the data sets of inputs and targets; None for those that the run's
+    configuration names, to test on or else to train on. Raises UserError if the samples are not of the kind that the
+    model has learned, and without usable targets if `needs_targets`; else a line says why they are left out.
     """
     files = context.on_all(partial(open_files, config, context))
     name, targets = context.on_all(partial(_names, config, files, *names))
@@ -94,6 +102,7 @@ def open_samples(
             )
         )
     split = context.on_all(partial(_open, files, name, targets))
+    context.on_all(partial(_require_columns, files, name, learned, like))
     context.on_all(partial(_require_kind, config, files, name, split, learned))
     if targets is not None:
         try:
@@ -147,6 +156,13 @@ def _open(files: Files, name: str, targets: str | None) -> Split:
     return Split((reader,), _NoTargets(len(reader)), (scale,), (offset,), files.check_unchanged)
 
 
+def _require_columns(files: Files, name: str, learned: Learned, like: str) -> None:
+    """Raises UserError if a table has other columns than that of the run: their numbers would be taken for others."""
+    table = read_table(files, name) if learned.table else None
+    if table and learned.table and (why := learned.table.differs(table)):
+        raise UserError(f"{files.paths[0]}: {why}", PREPARE_LIKE.format(like))
+
+
 def _require_kind(config: Config, files: Files, name: str, split: Split, learned: Learned) -> None:
     path, found = files.paths[0], split.inputs[0]
     if split.input_shape != learned.shape or found.dtype.kind not in "biuf" or found.dtype.itemsize > 8:
@@ -167,10 +183,22 @@ def _require_kind(config: Config, files: Files, name: str, split: Split, learned
 
 def _with_targets(files: Files, split: Split, name: str, learned: Learned, context: Context) -> Split:
     """Collective. The split with targets as the model has learned them. Raises UserError, on all ranks."""
+    context.on_all(partial(_require_classes, files, name, learned))
     if learned.classes is not None:
         return in_classes(split, name, files.paths[0], learned.classes, context)
     context.on_all(partial(_require_targets, files, name, split, learned))
     return split
+
+
+def _require_classes(files: Files, name: str, learned: Learned) -> None:
+    """Raises UserError if class numbers stand for other texts than those of the run."""
+    table = table_of(files.paths[0], files.opened[0])
+    if table and learned.table and table.classes != learned.table.classes:
+        mine, theirs = (", ".join(each.classes or ["numbers"]) for each in (learned.table, table))
+        raise UserError(
+            f"{files.paths[0]}: {name} has the classes {theirs}, and the run trained on {mine}",
+            "Prepare the table with those of training: hpc-train prepare table --like",
+        )
 
 
 def _require_targets(files: Files, name: str, split: Split, learned: Learned) -> None:

@@ -44,6 +44,11 @@ class Place:
 
 def open_run(path: Path, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:
     """The newest run at or below `path` and its configuration. Raises UserError."""
+    if path.is_file():
+        raise UserError(
+            f"{path} is a file; RUN is a run directory",
+            "Name the run first, then its data: hpc-train predict RUN DATA, hpc-train evaluate RUN --data FILE.",
+        )
     run = max(rundir.find([path]), key=lambda run: run.path.name)
     config = load(run.config, overrides).config
     if config.task.kind == RECORDED:

@@ -80,11 +80,13 @@ def open_use(run: RunDir, config: Config, request: Request, needs_targets: bool,
                 "Name a file of such samples: --data FILE.",
             )
         )
+    context.on_root(lambda: _require_no_table(request.data or "", config))
     place = open_place(config, context, log)
     learned = read_learned(run, config, context, log)
     data = request.data or config.data.test_file or str(config.data.file)
     there = config.model_copy(update={"data": config.data.model_copy(update={"file": data})})
-    samples = open_samples(there, learned, (request.inputs, request.targets), needs_targets, context, log)
+    names = request.inputs, request.targets
+    samples = open_samples(there, learned, str(config.data.file), names, needs_targets, context, log)
     rows = context.on_all(partial(_rows, request.rows, samples))
     context.on_root(partial(_require_written, samples, rows))
     batch = request.batch or max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, samples.split.inputs[0].row_bytes)))
@@ -96,6 +98,14 @@ def open_use(run: RunDir, config: Config, request: Request, needs_targets: bool,
     log(f"Data: {samples.reading}{targets}; rows {rows.start:,} to {rows.stop:,}")
     found = meaning(config, learned, samples, context)
     return Use(run, config, data, place, Pass(model, samples, found, blocks, place))
+
+
+def _require_no_table(data: str, config: Config) -> None:
+    if Path(data).suffix.lower() in (".csv", ".tsv", ".parquet"):
+        raise UserError(
+            f"{data} is a table of text, and rows are read from HDF5",
+            f"Prepare it: hpc-train prepare table NEW.h5 --from {data} --like {config.data.file}, and name NEW.h5.",
+        )
 
 
 def _rows(asked: tuple[int | None, int | None], samples: Samples) -> range:
