@@ -36,7 +36,7 @@ def import_path(key: str, path: str, what: str) -> Any:
         except AttributeError:
             raise UserError(f"{told}: {module_name} has no {what} {name}", f"Name a {what} after the colon.") from None
         except Exception as error:  # noqa: BLE001  a package may import a part of itself here
-            raise UserError(f"{told}: {error}, {user_line(error)}", "Install what it needs.") from None
+            raise UserError(f"{told}: {error}{at_user_line(error)}", "Install what it needs.") from None
     return found
 
 
@@ -48,18 +48,32 @@ def _module(told: str, name: str, here: str) -> Any:
             what = f"no module {error.name}"
             remedy = f"Looked in {here} and in sys.path: install the package, or start the job where the module is."
         else:
-            what = f"{name} cannot be loaded: {type(error).__name__}: {error}, {user_line(error)}"
+            what = f"{name} cannot be loaded: {type(error).__name__}: {error}{at_user_line(error)}"
             remedy = f"Fix it there; for the whole traceback: python -c 'import {name}'"
         raise UserError(f"{told}: {what}", remedy) from None
 
 
-def user_line(error: BaseException) -> str:
-    """The line of the user's own code that raised `error`, or called the function that did."""
+def at_user_line(error: BaseException) -> str:
+    """ ", at FILE:LINE": the line of the user's own code that raised `error`, or called the function that did.
+
+    Of an error in a package that none of that code called, the package's line. "" if only this program's lines led
+    there: they tell a user nothing.
+    """
     if isinstance(error, SyntaxError):
-        return f"at {error.filename}:{error.lineno}"
+        return f", at {error.filename}:{error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     libraries, package = (os.path.dirname(os.__file__), "<"), f"{Path(__file__).parents[1]}{os.sep}"
-    own = [frame for frame in frames if not frame.filename.startswith(libraries) and "-packages" not in frame.filename]
-    users = [frame for frame in own if not frame.filename.startswith(package)]
-    frame = (users or own or frames)[-1]
-    return f"at {frame.filename}:{frame.lineno}"
+    others = [frame for frame in frames if not frame.filename.startswith(package)]
+    own = [frame for frame in others if not frame.filename.startswith(libraries) and "-packages" not in frame.filename]
+    found = own or others
+    return f", at {found[-1].filename}:{found[-1].lineno}" if found else ""
+
+
+def refused_options(key: str, path: str, options: dict[str, Any], error: Exception) -> UserError:
+    """The error of a constructor of another package or of the user, called with the options of `key`."""
+    line = at_user_line(error)
+    if options and not line:  # the call itself does not fit, as with a misspelt option
+        return UserError(f"{key} = {options}: {path} refuses them: {error}", f"See the documentation of {path}.")
+    told = f"{path} cannot be made{f' with {key} = {options}' * bool(options)}: {type(error).__name__}: {error}{line}"
+    remedy = f"Fix it there, or change {key}." if line else f"Set what it needs in {key}."
+    return UserError(told, remedy)

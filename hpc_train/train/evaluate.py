@@ -1,6 +1,6 @@
 """The measures of a model on samples that it was not trained on."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter_ns
@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpc_train.core.errors import UserError, out_of_memory
+from hpc_train.core.import_path import at_user_line, is_import_path
 from hpc_train.core.progress import StepProgress
 from hpc_train.core.signals import StopRequest
 from hpc_train.train.comm.context import Context
 from hpc_train.train.data.device_queue import moved
-from hpc_train.train.metrics import Sums, add, finished, tables, total
+from hpc_train.train.metrics import Sums, add, finished, is_state, tables, total
 from hpc_train.train.reduce.reducer import Lockstep, Reducer, broadcast_tensors
 from hpc_train.train.setup import Job
 
@@ -67,7 +69,7 @@ def measure(job: Job, reducer: Reducer, batches: Iterable[Any], watch: Watch | N
     count, sums = 0, Sums()
     with torch.no_grad(), job.autocast():
         for batch in rounds:
-            num_counted, measures = job.task.test(job.model, moved(batch, job.device))
+            num_counted, measures = _tested(job, moved(batch, job.device))
             count += num_counted
             add(sums, measures)
     job.model.train(is_training)
@@ -77,6 +79,29 @@ def measure(job: Job, reducer: Reducer, batches: Iterable[Any], watch: Watch | N
     num_done = num_counted if rounds.num_samples is None else rounds.num_done
     num_stored = getattr(batches, "num_stored", None)
     return Measured(measures, num_done, rounds.num_samples, num_stored, rounds.is_whole, tables(whole))
+
+
+def _tested(job: Job, batch: Any) -> tuple[int, dict[str, Any]]:
+    """What the task says of a test batch. Raises UserError if a task of the user's own fails or says something else."""
+    kind = job.config.task.kind
+    if not is_import_path(kind):
+        return job.task.test(job.model, batch)
+    remedy = "Task.test(model, batch) returns (number of samples, {name: sum over them})."
+    try:
+        found: Any = job.task.test(job.model, batch)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  a user's function may raise anything
+        told = f"{type(error).__name__}: {error}{at_user_line(error)}"
+        raise out_of_memory(error) or UserError(f"task.kind = '{kind}': its test fails: {told}", remedy) from None
+    is_pair = isinstance(found, tuple | list) and len(found) == 2
+    if not is_pair or not hasattr(found[0], "__index__") or not isinstance(found[1], Mapping):
+        said = ", ".join(type(each).__name__ for each in found) if is_pair else type(found).__name__
+        raise UserError(f"task.kind = '{kind}': its test returned {said}", remedy)
+    for name, value in found[1].items():
+        if not (hasattr(value, "__float__") or is_state(value)):
+            raise UserError(f"task.kind = '{kind}': its test returned {name} = {value!r:.200}", remedy)
+    return found[0], dict(found[1])
 
 
 @dataclass

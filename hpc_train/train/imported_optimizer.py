@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.import_path import import_path
+from hpc_train.core.import_path import import_path, refused_options
 from hpc_train.core.settings import Train
 from hpc_train.train.comm.context import joint
 from hpc_train.train.reduce.sharded_weights import ParamShard, State
@@ -26,7 +26,8 @@ class ImportedOptimizer:
                 f"train.optimizer = '{self._path}' is no class of torch.optim.Optimizer",
                 "Name one, such as 'torch.optim:NAdam'.",
             )
-        if inspect.signature(make.step).parameters["closure"].default is inspect.Parameter.empty:
+        closure = inspect.signature(make.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
             raise UserError(
                 f"train.optimizer = '{self._path}' computes the loss several times a step, and here a step has one",
                 "Name one whose step() takes no closure.",
@@ -48,11 +49,8 @@ class ImportedOptimizer:
         self._rates = [rate for _, rate in groups]
         try:
             self._optimizer = make(list(groups.values()), **{"lr": train.lr, **decay, **options})
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"train.optimizer_options = {options}: {self._path} refuses them: {error}",
-                "See its documentation; its lr and weight_decay are train.lr and train.weight_decay.",
-            ) from None
+        except Exception as error:  # noqa: BLE001  a user's constructor may raise anything
+            raise refused_options("train.optimizer_options", self._path, options, error) from None
 
     def step(self, lr: float) -> None:
         """The same on every rank, which all have the same gradients. Raises UserError after the first, see `_check`."""

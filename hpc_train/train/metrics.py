@@ -4,17 +4,21 @@ Of a batch a metric gives a number, the sum over its samples, or a state, if wha
 confusion matrix, or what a metric of torchmetrics keeps. States add up like numbers, and are finished once, of all.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
+from math import prod
 from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.import_path import import_path, is_import_path
+from hpc_train.core.import_path import at_user_line, import_path, is_import_path
 
+_NUM_TRIED = 64  # samples of no meaning, on which a metric of classes is tried
 _BINS = 64  # of a scatter, along each axis
 _SPREAD = 4.0  # deviations of the training targets from their mean that a scatter shows
 
@@ -52,7 +56,7 @@ def finished(sums: Mapping[str, Any], num: int) -> dict[str, float]:
     """The means over `num` samples, and what states say; {} of none."""
     found: dict[str, float] = {}
     for name, value in sums.items() if num else ():
-        found |= value.measures(name) if _is_state(value) else {name: value / num}
+        found |= value.measures(name) if is_state(value) else {name: value / num}
     return found
 
 
@@ -60,11 +64,11 @@ def tables(sums: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The figures behind some sums, by name."""
     found: dict[str, np.ndarray] = {}
     for name, value in sums.items():
-        found |= value.tables(name) if _is_state(value) else {}
+        found |= value.tables(name) if is_state(value) else {}
     return found
 
 
-def _is_state(value: Any) -> bool:
+def is_state(value: Any) -> bool:
     return hasattr(value, "tables")  # a task of a user's own gives numbers of any kind
 
 
@@ -76,16 +80,19 @@ def of_classes(names: list[str], num_classes: int) -> dict[str, Metric]:
     found: dict[str, Metric] = {}
     for name in names:
         if name.startswith("top") and name[3:].isdigit():
-            found[f"{name}_accuracy"] = partial(_top, min(max(int(name[3:]), 1), num_classes))
+            found[f"{name}_accuracy"] = partial(_top, _num_most_probable(name, num_classes))
         elif name in ("f1", "confusion"):
             found[name] = partial(_confusion, num_classes, name)
         else:
-            found |= _imported(name, {"num_classes": num_classes}, "top5, f1, confusion")
+            imported = _imported(name, {"num_classes": num_classes}, "top5, f1, confusion")
+            classes = torch.arange(_NUM_TRIED) % num_classes
+            _try(name, imported, torch.full((_NUM_TRIED, num_classes), 1 / num_classes), classes)
+            found |= imported
     return found
 
 
-def of_numbers(names: list[str], num_outputs: int, mean: torch.Tensor, std: torch.Tensor) -> dict[str, Metric]:
-    """Metrics of predictions and targets (n, ...) in the targets' units, in which they have this mean and deviation.
+def of_numbers(names: list[str], shape: tuple[int, ...], mean: torch.Tensor, std: torch.Tensor) -> dict[str, Metric]:
+    """Metrics of predictions and targets (n, *shape) in the targets' units, in which they have this mean and deviation.
 
     Raises UserError.
     """
@@ -94,8 +101,30 @@ def of_numbers(names: list[str], num_outputs: int, mean: torch.Tensor, std: torc
         if name == "scatter":
             found[name] = partial(_scatter, mean, std)
         else:
-            found |= _imported(name, {"num_outputs": num_outputs}, "scatter; mse, mae and r2 are always there")
+            imported = _imported(name, {"num_outputs": prod(shape)}, "scatter; mse, mae and r2 are always there")
+            num = next(each for each in count(3) if each not in shape)
+            targets = torch.rand(num, *shape, generator=torch.Generator().manual_seed(0))
+            _try(name, imported, targets.flip(0), targets)
+            found |= imported
     return found
+
+
+def _try(name: str, imported: Mapping[str, Metric], said: torch.Tensor, targets: torch.Tensor) -> None:
+    """Raises UserError if a metric of a package, or of the user, fails on samples of these shapes.
+
+    Without it, the first validation, or the test after the last step, would find that.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of classes that do not occur in so few samples
+            finished(sums_of(imported, said, targets), len(targets))
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001  a user's function may raise anything
+        raise UserError(
+            f"task.metrics = '{name}' fails for predictions {tuple(said.shape)} and targets {tuple(targets.shape)}: "
+            f"{type(error).__name__}: {error}{at_user_line(error)}",
+            "Fix it, name a metric for such shapes, or write a function of (predictions, targets) that calls it.",
+        ) from None
 
 
 def sums_of(metrics: Mapping[str, Metric], said: torch.Tensor, targets: torch.Tensor) -> Sums:
@@ -121,6 +150,13 @@ def _imported(name: str, decided: dict[str, Any], known: str) -> dict[str, Metri
 
 
 # ------------------------------------------------------------------------------------------------ our own
+
+
+def _num_most_probable(name: str, num_classes: int) -> int:
+    """3 for "top3". Raises UserError."""
+    if not 0 < int(name[3:]) <= num_classes:
+        raise UserError(f"task.metrics = '{name}': there are {num_classes} classes", f"Write top1 to top{num_classes}.")
+    return int(name[3:])
 
 
 def _top(k: int, probabilities: torch.Tensor, classes: torch.Tensor) -> float:

@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from hpc_train.core.errors import UserError
-from hpc_train.core.import_path import import_path, is_import_path
+from hpc_train.core.import_path import at_user_line, import_path, is_import_path
 from hpc_train.core.settings import Train
 from hpc_train.train.imported_optimizer import ImportedOptimizer
 from hpc_train.train.reduce.sharded_weights import ParamShard, State
@@ -45,12 +45,17 @@ def learning_rate(train: Train, step: int, batch_size: int) -> float:
 
 def _own_schedule(path: str, step: int, num_steps: int) -> float:
     """By what a user's function of (step, number of steps) multiplies the rate. Raises UserError."""
-    factor = import_path("train.schedule", path, "function")(step, num_steps)
+    schedule = import_path("train.schedule", path, "function")
+    remedy = "It is a function of (step, number of steps), from 0 on, that gives what train.lr is multiplied by."
+    if isinstance(schedule, type) or not callable(schedule):
+        raise UserError(f"train.schedule = '{path}' is a {'class' if callable(schedule) else 'value'}", remedy)
+    try:
+        factor = schedule(step, num_steps)
+    except Exception as error:  # noqa: BLE001  a user's function may raise anything
+        told = f"{type(error).__name__}: {error}{at_user_line(error)}"
+        raise UserError(f"train.schedule = '{path}' fails for step {step} of {num_steps}: {told}", remedy) from None
     if not isinstance(factor, int | float) or not isfinite(factor) or factor < 0:
-        raise UserError(
-            f"train.schedule = '{path}' gives {factor!r} for step {step} of {num_steps}",
-            "It is a function of (step, number of steps), from 0 on, that gives what train.lr is multiplied by.",
-        )
+        raise UserError(f"train.schedule = '{path}' gives {factor!r:.200} for step {step} of {num_steps}", remedy)
     return float(factor)
 
 

@@ -124,6 +124,11 @@ def _check_num_samples(config: Config, num_samples: int, largest: int, rank: int
 
 def require_a_batch(config: Config, batch_size: int, num_samples: int) -> None:
     """Raises `UserError` if the data have fewer samples than a global batch."""
+    if num_samples < 1:
+        raise UserError(
+            f"task.kind = '{config.task.kind}': num_samples = {num_samples}: there are no samples to train on",
+            "num_samples is the number of samples in the whole training set: give the task some.",
+        )
     if batch_size > num_samples:
         key = "global_batch" if config.train.global_batch else "batch_per_rank"
         raise UserError(

@@ -27,6 +27,32 @@ def endless(step: int, num_steps: int) -> float:
     return float("inf")
 
 
+def of_step(step: int) -> float:
+    return 1.0
+
+
+def breaks(step: int, num_steps: int) -> float:
+    return 1 / step
+
+
+class OfMine(torch.optim.Optimizer):
+    """As docs/how-to/models.md promises: its step() takes no closure."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            for group in self.param_groups:
+                for each in group["params"]:
+                    each -= group["lr"] * each.grad
+
+
+class Broken(OfMine):
+    def __init__(self, params: Any, lr: float) -> None:
+        raise RuntimeError("boom")
+
+
 def settings(**keys: object) -> Train:
     return Train.model_validate({"steps": 10, "global_batch": 8, "lr": 0.1, **keys})
 
@@ -61,6 +87,14 @@ def test_it_is_the_packages_with_decay_of_matrices_alone(path: str, options: dic
         assert torch.equal(one, other)
 
 
+def test_one_of_the_users_own_needs_no_closure() -> None:
+    ours, theirs = linear(), linear()
+    steps(settings(optimizer=f"{HERE}:OfMine"), 3, ours)
+    steps(settings(optimizer="sgd", momentum=0.0), 3, theirs)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-6)
+
+
 def test_it_continues_from_its_state_to_the_bit() -> None:
     train = settings(optimizer="torch.optim:NAdam")
     whole, parts = linear(), linear()
@@ -86,6 +120,11 @@ def test_it_continues_from_its_state_to_the_bit() -> None:
             {"optimizer": "torch.optim:NAdam", "optimizer_options": {"beta": 1}},
             ("train.optimizer_options = {'beta': 1}: torch.optim:NAdam refuses them",),
         ),
+        ({"optimizer": f"{HERE}:Broken"}, (f"{HERE}:Broken cannot be made: RuntimeError: boom, at {__file__}:",)),
+        ({"schedule": f"{HERE}:of_step"}, ("of_step() takes 1 positional argument", "of (step, number of steps)")),
+        ({"schedule": f"{HERE}:breaks"}, ("for step 0 of 10: ZeroDivisionError", f"at {__file__}:")),
+        ({"schedule": "torch.optim.lr_scheduler:StepLR"}, ("StepLR' is a class", "of (step, number of steps)")),
+        ({"schedule": f"{HERE}:HERE"}, ("is a value", "of (step, number of steps)")),
         ({"schedule": f"{HERE}:endless"}, ("gives inf for step 0 of 10", "a function of (step, number of steps)")),
     ],
 )

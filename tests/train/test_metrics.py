@@ -29,6 +29,14 @@ def mean_of_all(said: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return hits(said, targets).mean()
 
 
+def raises(said: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    raise KeyError("nowhere")
+
+
+def of_all_classes(said: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return said.sum(0)
+
+
 class NoMetric:
     """No state."""
 
@@ -54,14 +62,14 @@ def test_of_classes_they_are_scikit_learns(said: tuple[torch.Tensor, torch.Tenso
     scores = pytest.importorskip("sklearn.metrics")
     pytest.importorskip("torchmetrics")
     module = "torchmetrics.classification:"
-    names = ["top3", "top99", "f1", "confusion", f"{HERE}:hits"]
+    names = ["top3", "f1", "confusion", f"{HERE}:hits"]
     names += [f"{module}{each}" for each in ("MulticlassAUROC", "MulticlassCohenKappa", "MulticlassStatScores")]
     (probabilities, targets), metrics = said, of_classes(names, CLASSES)
     found, shown = measured(metrics, probabilities, targets, cuts)
     true, predicted, labels = targets.numpy(), probabilities.argmax(1).numpy(), range(CLASSES)
     assert found["f1"] == pytest.approx(scores.f1_score(true, predicted, average="macro"), abs=1e-12)
     top3 = scores.top_k_accuracy_score(true, probabilities.numpy(), k=3, labels=labels)
-    assert found["top3_accuracy"] == pytest.approx(top3, abs=1e-12) and found["top99_accuracy"] == 1
+    assert found["top3_accuracy"] == pytest.approx(top3, abs=1e-12)
     assert np.array_equal(shown["confusion"], scores.confusion_matrix(true, predicted, labels=labels))
     assert found["hits"] == pytest.approx(scores.accuracy_score(true, predicted), abs=1e-12)
     assert found["MulticlassCohenKappa"] == pytest.approx(scores.cohen_kappa_score(true, predicted), abs=1e-6)
@@ -79,7 +87,7 @@ def test_of_numbers_they_are_in_the_targets_units(cuts: list[int]) -> None:
     targets = 50 + 10 * torch.randn(NUM, generator=generator)
     predictions = targets + torch.randn(NUM, generator=generator)
     names = ["torchmetrics:MeanSquaredError", "torchmetrics:SpearmanCorrCoef", "scatter"]
-    metrics = of_numbers(names, 1, torch.tensor(50.0), torch.tensor(10.0))
+    metrics = of_numbers(names, (), torch.tensor(50.0), torch.tensor(10.0))
     found, shown = measured(metrics, predictions, targets, cuts)
     assert found["MeanSquaredError"] == pytest.approx(scores.mean_squared_error(targets, predictions), rel=1e-5)
     order = [np.argsort(np.argsort(each.numpy())) for each in (targets, predictions)]
@@ -94,24 +102,32 @@ def test_of_numbers_they_are_in_the_targets_units(cuts: list[int]) -> None:
     "name, words",
     [
         ("top", ("task.metrics = 'top' is unknown", "Known: top5, f1, confusion")),
+        (f"top{CLASSES + 1}", (f"there are {CLASSES} classes",)),
+        (f"{HERE}:raises", ("fails for predictions (64, ", "KeyError: 'nowhere'", f"at {__file__}:")),
+        (f"{HERE}:of_all_classes", (f"returned ({CLASSES},) for 64 samples", "a value for each sample")),
+        ("torchmetrics.regression:MeanSquaredError", ("fails for predictions (64, ", "and targets (64,)")),
         ("os:remove", ("os is a part of Python",)),
         (f"{HERE}:nothing", ("has no metric nothing",)),
         (f"{HERE}:NUM", ("is int", "a function of (predictions, targets)")),
         (f"{HERE}:NoMetric", ("is a class, and no metric of torchmetrics",)),
-        (f"{HERE}:mean_of_all", ("returned () for 301 samples", "a value for each sample")),
+        (f"{HERE}:mean_of_all", ("returned () for 64 samples", "a value for each sample")),
         ("torchmetrics.regression:PearsonCorrCoef", ("reduced over ranks by None, and does not add up",)),
         ("torchmetrics.classification:MulticlassFBetaScore", ("cannot be made: ", "'beta'")),
     ],
 )
-def test_what_does_not_add_up_is_refused(
-    said: tuple[torch.Tensor, torch.Tensor], name: str, words: tuple[str, ...]
-) -> None:
+def test_what_does_not_add_up_is_refused(name: str, words: tuple[str, ...]) -> None:
     if name.startswith("torchmetrics"):
         pytest.importorskip("torchmetrics")
     with pytest.raises(UserError) as caught:
-        sums_of(of_classes([name], CLASSES), *said)
+        of_classes([name], CLASSES)  # before any sample is read
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_metric_of_another_shape_than_the_targets_is_refused() -> None:
+    pytest.importorskip("torchmetrics")
+    with pytest.raises(UserError, match=r"fails for predictions \(3, 2, 4\) and targets \(3, 2, 4\)"):
+        of_numbers(["torchmetrics:SpearmanCorrCoef"], (2, 4), torch.zeros(2, 4), torch.ones(2, 4))
 
 
 def test_metrics_of_tasks_that_make_their_own_are_refused() -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, default_collate
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.formatting import amount, duration_text, plural
-from hpc_train.core.import_path import import_path, user_line
+from hpc_train.core.import_path import at_user_line, import_path
 from hpc_train.core.sampling import require_rows
 from hpc_train.core.settings import Config
 from hpc_train.train.comm.context import Context, joint, warn
@@ -134,7 +134,7 @@ def _make(path: str, key: str, options: dict[str, Any]) -> Any:
 
 
 def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}, {user_line(error)}"
+    return f"{type(error).__name__}: {error}{at_user_line(error)}"
 
 
 # ------------------------------------------------------------------------------------------------ reading items

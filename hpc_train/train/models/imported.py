@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from hpc_train.core.errors import UserError
-from hpc_train.core.import_path import import_path
+from hpc_train.core.errors import UserError, out_of_memory
+from hpc_train.core.import_path import import_path, refused_options
 from hpc_train.train.models.images import Layout, image_layout
 
 _WITH_WEIGHTS = (nn.Linear, _ConvNd, nn.Embedding, nn.RNNBase)
@@ -85,9 +85,8 @@ def _make(path: str, given: dict[str, Any], options: dict[str, Any]) -> nn.Modul
     )
     try:
         model = call()
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch has too little memory
-        remedy = "See the documentation of the model."
-        raise UserError(f"task.options = {options}: {path} refuses them: {error}", remedy) from None
+    except Exception as error:  # noqa: BLE001  a user's constructor may raise anything
+        raise out_of_memory(error) or refused_options("task.options", path, options, error) from None
     if not isinstance(model, nn.Module):
         raise UserError(
             f"task.model = '{path}' returned {type(model).__name__}, no torch module",

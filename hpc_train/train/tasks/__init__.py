@@ -120,7 +120,7 @@ def complete(task: Any) -> Task:
 
 
 def _require(kind: str, task: object, names: tuple[str, ...]) -> None:
-    if lacking := [name for name in names if not hasattr(task, name)]:
+    if lacking := [name for name in names if getattr(task, name, None) is None]:
         raise UserError(
             f"task.kind = '{kind}': it has no {' and no '.join(lacking)}",
             f"A task has num_samples, {', '.join(_METHODS)}: see the class Task in {__file__}.",

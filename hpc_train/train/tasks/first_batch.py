@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hpc_train.core.errors import UserError, out_of_memory
-from hpc_train.core.import_path import user_line
+from hpc_train.core.import_path import at_user_line
 from hpc_train.core.settings import Config
 from hpc_train.train.data.device_queue import map_tensors
 
@@ -28,7 +28,7 @@ def checked_loss(config: Config, task: Any, model: nn.Module, batch: Any) -> tor
     except (RuntimeError, ValueError, IndexError) as error:  # torch's, for shapes or types that disagree
         if found := out_of_memory(error):
             raise found from None
-        raise _does_not_fit(config, model, batch, f"{error}, {user_line(error)}") from None
+        raise _does_not_fit(config, model, batch, f"{error}{at_user_line(error)}") from None
     if not isinstance(loss, torch.Tensor) or loss.shape != () or not loss.requires_grad:
         raise _does_not_fit(config, model, batch, f"the loss is {_shown(loss)}, and not a differentiable number")
     return loss

@@ -249,7 +249,7 @@ def open_metrics(names: list[str], scale: TargetScale, target_shape: tuple[int, 
     if names and scale.known < 1:
         raise UserError(f"task.metrics = {names} needs all targets, and some are missing", "Leave task.metrics out.")
     mean, std = scale.mean.double() * scale.scale + scale.offset, scale.std.double() * abs(scale.scale)
-    return metrics.of_numbers(names, prod(target_shape), mean, std)
+    return metrics.of_numbers(names, target_shape, mean, std)
 
 
 def _by_target(values: torch.Tensor, shape: torch.Size) -> list[float]:

@@ -104,6 +104,11 @@ def test_a_rank_with_one_sample_or_none_computes() -> None:
     assert not torch.equal(model.norm.running_mean, running)
 
 
+class Dead(nn.Module):
+    def __init__(self, width: int = 1) -> None:
+        raise LookupError("boom")
+
+
 REFUSED: list[tuple[Callable[[], object], tuple[str, ...]]] = [
     (lambda: classifier("no.such:Model", (3,), 2, {}), ("task.model = 'no.such:Model': no module no",)),
     (lambda: classifier("torch.nn:Nothing", (3,), 2, {}), ("torch.nn has no model Nothing",)),
@@ -112,6 +117,15 @@ REFUSED: list[tuple[Callable[[], object], tuple[str, ...]]] = [
     (lambda: classifier(":", (3,), 2, {}), ("is no import path", "'package.module:name'")),
     (lambda: classifier(f"{HERE}:makes_nothing", (3,), 2, {}), ("returned NoneType, no torch module",)),
     (lambda: classifier(f"{HERE}:Convolution", (9, 9), 4, {"widht": 2}), ("refuses them", "'widht'")),
+    (
+        lambda: classifier(f"{HERE}:Dead", (9,), 4, {}),
+        (f"{HERE}:Dead cannot be made: LookupError: boom, at {__file__}:",),
+    ),
+    (
+        lambda: classifier(f"{HERE}:Dead", (9,), 4, {"width": 2}),
+        (f"cannot be made with task.options = {{'width': 2}}: LookupError: boom, at {__file__}:",),
+    ),
+    (lambda: classifier("torch.nn:Linear", (9,), 4, {}), ("torch.nn:Linear cannot be made: TypeError", "task.options")),
     (lambda: classifier(f"{HERE}:Convolution", (9, 9, 3), 4, {"in_channels": 5}), ("3 channels", "convolution of 5")),
     (lambda: classifier(f"{HERE}:Convolution", (9,), 4, {}), ("that is no image",)),
     (

@@ -23,6 +23,7 @@ from hpc_train.core.rundir import RunDir
 from hpc_train.core.sampling import Order, regular_chunk_edges
 from hpc_train.core.world import World
 from hpc_train.train.comm.context import Context
+from hpc_train.train.setup import require_a_batch
 from hpc_train.train.tasks import complete, open_task
 from hpc_train.train.tasks.first_batch import check_is_sum, checked_loss
 from tests import jobs
@@ -67,12 +68,16 @@ MODULES = {
     "value.py": ("int('ten')\n", ["ValueError: invalid literal for int()", "value.py:1"]),
     "deeper.py": ("import json\njson.loads('{')\n", ["JSONDecodeError", "deeper.py:2"]),
     "lacks.py": (
-        "class Task:\n    def __init__(self, *args): 1 / 0\n    model = batch = loss = None\n",
+        "class Task:\n    def __init__(self, *args): 1 / 0\n    model = batch = loss = print\n",
         ["it has no test_batches and no test"],
     ),
     "counts.py": (
-        "class Task:\n    def __init__(self, *args): pass\n    model = batch = loss = test_batches = test = None\n",
+        "class Task:\n    def __init__(self, *args): pass\n    model = batch = loss = test_batches = test = print\n",
         ["it has no num_samples"],
+    ),
+    "none.py": (
+        "class Task:\n    num_samples = 8\n    model = batch = test_batches = test = print\n    loss = None\n",
+        ["it has no loss", "A task has num_samples, model, batch, loss"],
     ),
     "leaves.py": ("raise SystemExit(3)\n", ["leaves cannot be loaded: SystemExit: 3", "leaves.py:1"]),
     "calls.py": ("def Task(config, context): 1 / 0\n", ["calls has no class Task"]),
@@ -221,6 +226,38 @@ def test_a_task_with_a_mean_is_refused_before_the_first_step(tmp_path: Path, dig
     )
     assert done.code == 2 and 'reduction="sum"' in done.err and "Traceback" not in done.err, done.err
     assert not list(tmp_path.rglob("metrics.csv"))
+
+
+@pytest.mark.parametrize(
+    "returned, words",
+    [
+        ('{"squared_error": 1.0}', ["its test returned dict"]),
+        ("1 // 0, {}", ["its test fails: ZeroDivisionError: ", "own_task.py:29"]),
+        ('len(batch[0]), {"squared_error": None}', ["its test returned squared_error = None"]),
+    ],
+)
+def test_a_test_that_fails_is_one_message_after_the_checkpoint(
+    tmp_path: Path, digits: Path, returned: str, words: list[str]
+) -> None:
+    right = 'return len(batch[0]), {"squared_error": self.loss(model, batch).item()}'
+    own = (TESTS / "own_task.py").read_text()
+    assert right in own
+    (tmp_path / "own_task.py").write_text(own.replace(right, f"return {returned}"))
+    keys = {"data__file": digits, "reduce__strategy": "mpi", "train__steps": 2}
+    done = jobs.run(2, "train", TESTS / "own-task.toml", *jobs.settings(**keys), cwd=tmp_path)
+    assert done.code == 2 and "Traceback" not in done.err, done.err
+    for word in ("task.kind = 'own_task:LowerHalf'", *words, "(number of samples, {name: sum over them})"):
+        assert word in done.err
+    assert list(tmp_path.glob("runs/*/*/checkpoints/step-*"))
+    (tmp_path / "own_task.py").write_text(own)
+    again = jobs.run(2, "train", TESTS / "own-task.toml", *jobs.settings(**keys), "--resume", "auto", cwd=tmp_path)
+    assert again.code == 0 and len(list(tmp_path.glob("runs/*/*/summary.json"))) == 1, again.err
+
+
+def test_a_task_without_samples_is_told_so() -> None:
+    config = load(TESTS / "own-task.toml").config
+    with pytest.raises(UserError, match=r"num_samples = 0: there are no samples to train on"):
+        require_a_batch(config, 64, 0)
 
 
 def test_other_faults_of_a_task_keep_their_own_type() -> None:
