@@ -124,7 +124,8 @@ def evaluate(
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Print the measures of RUN's model on its test data or on FILE, as the test after training makes them.
+    """Print the measures of RUN's model on its test data or on FILE, as the test after training makes them. Without
+    test data, those of the samples that it held out or validated on.
 
     Under mpirun or srun all ranks share the rows; the measures of classes and of regression are the same to the bit on
     any number of ranks. The classes and the scale of the data are those that the run found when it trained.

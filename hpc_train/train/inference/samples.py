@@ -35,6 +35,7 @@ class Samples:
     missing: tuple[float, ...]
     missing_targets: tuple[float, ...]
     reading: str  # what is read and how, for the log
+    are_held_out: bool = False  # of the training samples
 
     def __len__(self) -> int:
         return len(self.split)
