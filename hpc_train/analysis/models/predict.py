@@ -226,7 +226,10 @@ class Prediction:
         drift = np.sqrt(self.doubling_variance(ranks) * np.log2(beyond))
         drift = drift * random.standard_t(self.drift.degrees, size=(len(step_s), 1))
         # A draw may predict no time at all (Extra-P's may be negative): it counts as almost none.
-        new_s = np.maximum(step_s, 1e-300) * np.exp(np.clip(noise + drift, -50.0, 50.0))
+        mean_s = np.maximum(step_s, 1e-300) * np.exp(np.clip(drift, -50.0, 50.0))
+        # Only what one run leaves the mean by is faster than linear speedup.
+        least_s = np.where(beyond > 1, _linear_s(self.measurements, ranks), 0.0)
+        new_s = np.maximum(mean_s, least_s) * np.exp(np.clip(noise, -50.0, 50.0))
         low, high = np.quantile(new_s, LEVELS, axis=0)
         return low, high
 
@@ -237,6 +240,13 @@ def _computing_s(measurements: Measurements, ranks: IntArray) -> FloatArray | No
         return None
     per_share = measurements.computing_s[-1] / measurements.share(measurements.ranks[-1:])[0]
     return np.asarray(per_share * measurements.share(ranks))
+
+
+def _linear_s(measurements: Measurements, ranks: IntArray) -> FloatArray:
+    """(n,) seconds of a step at linear speedup over the smallest size; 0 if a larger one was faster than that."""
+    per_share = measurements.step_s / measurements.share(measurements.ranks)
+    is_superlinear = bool((per_share[1:] < per_share[0]).any())
+    return np.zeros(len(ranks)) if is_superlinear else per_share[0] * measurements.share(ranks)
 
 
 def _growth(measurements: Measurements, ranks: IntArray, step_s: FloatArray) -> FloatArray:

@@ -270,6 +270,15 @@ def test_the_interval_around_a_measured_mean_holds_a_new_run(repeats: int) -> No
     assert held.mean() >= 0.9 and widths.mean() < 1.15
 
 
+def test_an_interval_is_no_faster_than_linear_speedup_unless_measurements_are() -> None:
+    n = np.array([8, 16, 32])
+    (far,) = mechanistic(measurements(n.tolist(), 1 / np.array([4.0, 7.8, 15.0]), weak=False, batch=1.0)).at([100_000])
+    assert far.step_interval_s[0] > 0.9 * 8 / 4.0 / 100_000, "but for the noise of a run"
+    superlinear = mechanistic(measurements(n.tolist(), 1 / np.array([4.0, 8.4, 18.0]), weak=False, batch=1.0))
+    (ahead,) = superlinear.at([64])
+    assert ahead.step_interval_s[0] < 8 / 4.0 / 64
+
+
 def test_a_fit_that_contradicts_a_measurement_says_so() -> None:
     n = np.array([1, 2, 4])
     assert not mechanistic(measurements(n.tolist(), 0.02 + 0.98 / n, weak=False, batch=64.0)).missed()
