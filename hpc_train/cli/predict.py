@@ -124,7 +124,8 @@ def evaluate(
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Print the measures of RUN's model on its test data or on FILE, as the test after training makes them.
+    """Print the measures of RUN's model on its test data or on FILE, as the test after training makes them. Without
+    test data, those of the samples that it held out or validated on.
 
     Under mpirun or srun all ranks share the rows; the measures of classes and of regression are the same to the bit on
     any number of ranks. The classes and the scale of the data are those that the run found when it trained.
@@ -193,7 +194,7 @@ def _lines(record: InferenceRecord) -> list[str]:
     if record.samples_per_s is not None:
         per_sample = record.joules_per_sample
         energy = f"{per_sample:.3g} J a {unit}, {record.energy}" if per_sample is not None else str(record.energy)
-        lines.append(f"{record.num_rows:,} {unit}s, {record.samples_per_s:,.0f} {unit}s/s, {energy}")
+        lines.append(f"{plural(record.num_rows, unit)}, {record.samples_per_s:,.0f} {unit}s/s, {energy}")
     if record.output and record.complete:
         lines.append(f"Predictions: {record.output}")
     return lines

@@ -48,6 +48,9 @@ def _bandwidth(ctx: click.Context, param: click.Parameter, text: str | None) -> 
 @click.option("--latency", callback=_latency, metavar="TIME", help="Of the links between nodes, as you give it: 2us.")
 @click.option("--bandwidth", callback=_bandwidth, metavar="RATE", help="Of a node's link: 12.5GB/s, 100Gbit/s.")
 @click.option("--ranks-per-node", type=click.IntRange(1, 100_000), help="Other nodes than those measured.")
+@click.option(
+    "--batch-per-rank", type=click.IntRange(1, 10_000_000), help="Samples of each rank, in place of the runs'."
+)
 @click.option("--stage", type=click.IntRange(0, 3), help="Of sharding, as reduce.stage; 0: an all-reduce.")
 @click.option("--algorithm", type=click.Choice(_ALGORITHMS), help="Of the all-reduce; default: the strategy's.")
 @click.option("--seed", type=click.IntRange(0, 1 << 31), default=0, help="Of the random draws.")
@@ -61,6 +64,7 @@ def simulate(
     latency: float | None,
     bandwidth: float | None,
     ranks_per_node: int | None,
+    batch_per_rank: int | None,
     stage: int | None,
     algorithm: str | None,
     seed: int,
@@ -84,7 +88,9 @@ def simulate(
         raise UserError(f"--ranks {max(asked)}: {MOST_SIMULATED:,} are simulated at most", "Give fewer ranks.")
     if figure is not None and figure.suffix not in (".svg", ".pdf"):
         raise UserError(f"--figure {figure}: it can be drawn as .svg and .pdf", "Write steps.svg, say.")
-    wanted = Wanted(network, latency, bandwidth, ranks_per_node, stage, algorithm)  # type: ignore[arg-type]
+    if figure is not None and not figure.parent.is_dir():
+        raise UserError(f"--figure {figure}: there is no folder {figure.parent}", "Create it, or choose another.")
+    wanted = Wanted(network, latency, bandwidth, ranks_per_node, batch_per_rank, stage, algorithm)  # type: ignore[arg-type]
     made = simulate_group(only_group(runs, "simulate"), asked, wanted, seed)
     if as_json:
         click.echo(json.dumps(simulation_record(made), indent=2))

@@ -54,6 +54,7 @@ class InferenceRecord:
     inputs: str  # the data set
     rows: list[int]  # [first, one after the last] of those that were asked for
     batch: int  # rows that are computed at once
+    role: str = ""  # of the rows of an evaluation in training: "trained on", "held out" from it, or ""
     work: list[Work] = field(default_factory=list)
     complete: bool = False
     num_without: int = 0  # rows that have no prediction, since values are missing in them

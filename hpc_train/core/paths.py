@@ -37,6 +37,14 @@ def exists(path: Path) -> bool:
         return False
 
 
+def same_file(path: Path, other: Path) -> bool:
+    """Whether both name one file that is there, also through links."""
+    try:
+        return path.samefile(other)
+    except (OSError, ValueError):
+        return False
+
+
 def read_text(path: Path, remedy: str, max_bytes: int = _MAX_BYTES) -> str:
     """The text of a file in UTF-8. Raises `UserError`."""
     content = read_small(path, remedy, max_bytes)

@@ -188,6 +188,17 @@ def test_joules_are_split_into_nodes_and_samples(tmp_path: Path) -> None:
     assert budget.chosen is None or budget.chosen.energy_j < option.energy_j
 
 
+def test_joules_that_the_model_of_power_contradicts_are_said(tmp_path: Path) -> None:
+    text = "ranks,step_s,joules,ranks_per_node\n1,1,100,1\n2,.55,120,1\n4,.3,150,1\n8,.17,190,1\n"
+    words = ("--table", table(tmp_path, text), "--steps", "1e6", "--energy", "35kWh")
+    made = json.loads(run_plan(*words, "--json").output)
+    joules_at = {each["nodes"]: each["energy_j"] for each in made["options"]}
+    assert joules_at[4] < joules_at[6] < joules_at[8] < joules_at[12], "between and beyond as measured"
+    told = " ".join(run_plan(*words).output.split())
+    assert "The model of power contradicts the measured joules: on 8 nodes it tells 79% of them" in told
+    assert "as the table says for this size" in told and told.index("contradicts") < told.index("Why:")
+
+
 def test_joules_of_a_reports_table_are_those_of_a_run(tmp_path: Path) -> None:
     """scaling.csv has the joules of whole runs, beside joules_per_sample, from which a step's follow."""
     per_step = read_table(table(tmp_path, "ranks,step_s,global_batch,joules\n1,1,64,128\n2,1,128,512\n"))
@@ -214,6 +225,10 @@ def test_joules_of_a_reports_table_are_those_of_a_run(tmp_path: Path) -> None:
         (
             "ranks,step_s,samples_per_s,global_batch\n1,0.5,128,64\n2,0.5,200,128\n",
             r"scaling.csv:3: samples_per_s = 200.0, but global_batch / step_s = 128 / 0.5 = 256.0",
+        ),
+        (
+            "series,ranks,step_s,scaling\na,1,1,weak\nb,2,1,strong\n",
+            r"scaling.csv: the column series names 2 of them \(a, b\), and a table is one",
         ),
         ("ranks,step_s,global_batch\n2,1,3\n4,0.5,3\n", r"scaling.csv:3: 4 ranks share a global batch of 3.00"),
         (

@@ -98,6 +98,8 @@ def test_mistakes_are_told_before_anything_is_made(work: Path) -> None:
         (("predict", "data", "no.h5", "--output", "a.h5"), "data holds no run directory"),
         (("evaluate", RUN, "--data", *IMAGES), "images.h5 has no targets for images"),
         (("evaluate", RUN, "--checkpoint", "3"), "one of the steps 20"),
+        (("evaluate", RUN, "--set", "task.options={ hidden = [4] }"), "Leave --set task.options out"),
+        (("evaluate", RUN, "--set", "train.lr=1"), "--set train.lr has no effect on a trained model"),
     ):
         done = jobs.run(0, *words, cwd=work)
         assert done.code == 2 and says in done.err and "Traceback" not in done.err, done.err

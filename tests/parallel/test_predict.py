@@ -260,6 +260,40 @@ def test_an_evaluation_is_the_final_test_of_the_run(context: Context, trees: Run
     assert found.complete and found.measures == {} and any("are not compared with test/targets" in it for it in told)
 
 
+def test_a_run_without_test_data_is_measured_on_what_it_held_out(context: Context, folder: Path, new: Path) -> None:
+    """The held-out samples give the last validation again; rows that were trained on are measured on request alone."""
+    data = context.on_root(lambda: write(folder / "untested.h5", {"train": samples(NUM, 0)}))
+    keys = ("reduce.strategy=mpi", "data.normalize=standardize", "data.hold_out=0.2", "validation.every_steps=120")
+    run = trained(context, data, folder / "held-out", *keys)
+    record = evaluated(context, run)
+    (validated,) = context.on_root(lambda: read_validation(run.validation))
+    assert record.role == "held out" and 30 < record.num_measured < 90
+    assert {name: validated[name] for name in record.measures} == pytest.approx(record.measures, rel=1e-5)
+    plain = trained(context, data, folder / "untested", *keys[:2])
+    with pytest.raises(UserError, match=r"no samples to measure that it did not train on.*\n.*--inputs train/inputs"):
+        evaluated(context, plain)
+    told: list[str] = []
+    asked = Request(inputs="train/inputs")
+    found, _ = evaluation.evaluate(*opened(plain), asked, context, told.append)
+    assert found.role == "trained on" and found.num_measured == NUM
+    assert "warning: these rows were trained on" in told
+    same_file = evaluated(context, plain, data)
+    assert same_file.role == "trained on" and same_file.measures == found.measures
+
+
+def test_targets_that_are_missing_are_counted(context: Context, folder: Path) -> None:
+    def make() -> Path:
+        inputs, _ = samples(NUM, 0)
+        targets = inputs[:, :2].copy()
+        targets[:5, 0], targets[3:8, 1] = np.nan, np.nan
+        return write(folder / "lacking.h5", {"train": (inputs, targets), "test": (inputs, targets)})
+
+    keys = ("task.kind=regression", "data.missing=drop", "data.normalize=standardize", "reduce.strategy=mpi")
+    run = trained(context, context.on_root(make), folder / "lacking", *keys, "train.lr=0.05", "train.steps=4")
+    record = evaluated(context, run)
+    assert record.num_measured == NUM - 2 and record.num_targets_missing == 10
+
+
 def final_test(run: RunDir) -> dict[str, float]:
     found: dict[str, float] = json.loads(run.summary.read_text())["test"]
     return found

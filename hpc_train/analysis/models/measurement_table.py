@@ -59,6 +59,7 @@ NUMBERS = (
     _Column("global_batch", 1e-3, 1e12),
     _Column("accumulate", 1, 1e6, is_count=True),
 )
+_SERIES = "series"  # not read, but a table of several is refused
 SCALING = "scaling"  # a column of words: weak or strong
 COLUMNS = (*(column.name for column in NUMBERS), SCALING)
 _NEEDED = "A table has the columns ranks and step_s or samples_per_s, one line per number of ranks."
@@ -144,6 +145,7 @@ def _read_lines(path: Path) -> list[_Line]:
     (number, header), *rest = numbered
     names = _cells(f"{path}:{number}", header)
     _check_header(path, names)
+    _check_series(path, names, [_cells(f"{path}:{number}", text) for number, text in rest])
     return [_line(f"{path}:{number}", names, text) for number, text in rest]
 
 
@@ -155,6 +157,19 @@ def _check_header(path: Path, names: list[str]) -> None:
         raise UserError(f"{path}: no column ranks among {listed(names, 20)}", _NEEDED)
     if "step_s" not in names and "samples_per_s" not in names:
         raise UserError(f"{path}: neither a column step_s nor samples_per_s among {listed(names, 20)}", _NEEDED)
+
+
+def _check_series(path: Path, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Raises `UserError` for a table of several series, as a column of that name tells them."""
+    if _SERIES not in names:
+        return
+    column = names.index(_SERIES)
+    found = sorted({row[column] for row in rows if len(row) > column})
+    if len(found) > 1:
+        raise UserError(
+            f"{path}: the column {_SERIES} names {len(found)} of them ({listed(found, 3)}), and a table is one",
+            "Copy the header and the lines of one series into a file of its own.",
+        )
 
 
 def _cells(where: str, line: str) -> list[str]:

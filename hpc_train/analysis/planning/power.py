@@ -1,14 +1,16 @@
 """Joules of a plan: from the power of a node, which depends on its load, and the predicted time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hpc_train.analysis.models.measurements import Measurements
+from hpc_train.analysis.stats.repeats import NORMAL_95
 from hpc_train.core.formatting import plural, significant
 from hpc_train.core.records import FloatArray
 
 LEAST_POWER_ERROR = 0.02
+_MOST_MISS = NORMAL_95 * LEAST_POWER_ERROR  # of a fit that tells what was measured
 # Estimated by `tests/benchmarks/plan_power.py` on published series, all of one source: which share of its power above
 # idle a node saves while its ranks wait, and the relative drift of its power in one doubling of the nodes.
 SAVED_WHILE_WAITING = 0.2
@@ -35,10 +37,20 @@ class Power:
     relative_error: float
     quality: str  # measured | estimated
     assumed: str  # how the two were separated
+    # Measured over fitted power at numbers of nodes, ascending; (1,) if the fit tells all that was measured.
+    at_nodes: tuple[float, ...] = (1.0,)
+    shifts: tuple[float, ...] = (1.0,)
+
+    @property
+    def worst(self) -> tuple[float, float]:
+        """(nodes, measured over fitted power) where the fit is off most; (1, 1) if it tells all that was measured."""
+        return max(zip(self.at_nodes, self.shifts, strict=True), key=lambda pair: abs(np.log(pair[1])))
 
     def joules(self, nodes: FloatArray, time_s: FloatArray, samples: FloatArray) -> FloatArray:
+        """Through the measured sizes where the fit contradicts them, shifted as between them, or as at the nearest."""
         load = self._load(nodes, time_s, samples)
-        return np.asarray(nodes * time_s * (self.waiting_w + (self.busy_w - self.waiting_w) * load))
+        shift = np.interp(np.log2(nodes), np.log2(self.at_nodes), self.shifts)
+        return np.asarray(nodes * time_s * (self.waiting_w + (self.busy_w - self.waiting_w) * load) * shift)
 
     def error(self, nodes: FloatArray, time_s: FloatArray, samples: FloatArray) -> FloatArray:
         """Relative standard deviation of `joules` for a time that is known."""
@@ -67,7 +79,7 @@ def power(measurements: Measurements) -> Power | None:
     draws = f"a node draws {significant(busy_w)} W at its most samples/s and {significant(waiting_w)} W while it waits"
     shown = float(rates.min()) < (1 - _LEAST_SHOWN) * full_rate
     why = f"fitted to {plural(len(watts), 'size')}" if shown else "of which the measured sizes show the first alone"
-    return Power(
+    found = Power(
         busy_w,
         waiting_w,
         saved_error * (busy_w - idle_w),
@@ -77,6 +89,17 @@ def power(measurements: Measurements) -> Power | None:
         measurements.energy_quality,
         f"{draws}, {why}",
     )
+    return _shifted(found, nodes.astype(float), measurements.step_s[is_known], watts, rates * node_s)
+
+
+def _shifted(found: Power, nodes: FloatArray, step_s: FloatArray, watts: FloatArray, samples: FloatArray) -> Power:
+    """As it was if it tells the measured power up to the error of meters."""
+    ratios = watts * nodes * step_s / found.joules(nodes, step_s, samples)
+    at_nodes = np.unique(nodes)
+    shifts = np.array([ratios[nodes == each].mean() for each in at_nodes])
+    if np.abs(shifts - 1).max() <= _MOST_MISS:
+        return found
+    return replace(found, at_nodes=tuple(at_nodes.tolist()), shifts=tuple(shifts.tolist()))
 
 
 def _fitted(watts: FloatArray, idle_w: float, load: FloatArray) -> tuple[float, float, float, float]:

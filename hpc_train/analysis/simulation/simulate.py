@@ -31,6 +31,7 @@ class SimulatedStep:
     computation_s: float
     imbalance_s: float  # the wait for the last rank to come to the reduction
     transfer_s: float  # exposed communication beyond that
+    samples: float = 1.0  # of all ranks
 
     @property
     def exposed_s(self) -> float:

@@ -1,7 +1,7 @@
 """From measured runs to simulated sizes: which job, which machine, and how well it tells what was measured."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 from hpc_train.analysis.models.measurements import Measurements, from_group
 from hpc_train.analysis.models.mechanistic_model import input_s
 from hpc_train.analysis.planning.budget import benchmark_name, newest_benchmark
+from hpc_train.analysis.runs.placement import crowded_hosts, shared_hosts
 from hpc_train.analysis.scaling.compare import Group
 from hpc_train.analysis.scaling.rows import Row
 from hpc_train.analysis.simulation.collectives import ALGORITHMS, Algorithm
@@ -38,6 +39,7 @@ class Wanted:
     latency_s: float | None = None  # of the links between nodes
     bytes_per_s: float | None = None
     ranks_per_node: int | None = None
+    batch_per_rank: int | None = None
     stage: Stage | None = None
     algorithm: Algorithm | None = None
 
@@ -62,12 +64,18 @@ class Check:
 
 @dataclass(frozen=True, eq=False)
 class Simulation:
-    """checks: of the measured sizes, as they were run; empty if the links between their ranks were not measured.
+    """checks: of the measured sizes, as they were run; of one rank alone if the links between ranks were not measured.
 
-    by_algorithm: at the largest size asked for; empty where weights are divided.
+    measurements: without the sizes that were left out. disturbed: sizes whose ranks waited for cores, since ranks
+    shared them or other programs kept them busy; left out unless `only_disturbed`. baseline: of the efficiencies, the
+    smallest measured size, simulated on the same machine. by_algorithm: at the largest size asked for; empty where
+    weights are divided.
     """
 
     measurements: Measurements
+    disturbed: tuple[Row, ...]
+    only_disturbed: bool
+    baseline: SimulatedStep
     steps: tuple[SimulatedStep, ...]  # by ranks
     checks: tuple[Check, ...]
     by_algorithm: dict[Algorithm, SimulatedStep]
@@ -77,6 +85,7 @@ class Simulation:
     links_source: str
     overlap_source: str
     assumed: tuple[str, ...]
+    batch_per_rank: int | None = None  # in place of the measured one
 
 
 def simulate_group(group: Group, sizes: Sequence[int], wanted: Wanted, seed: int = 0) -> Simulation:
@@ -84,10 +93,15 @@ def simulate_group(group: Group, sizes: Sequence[int], wanted: Wanted, seed: int
 
     Raises `UserError` if what drives it was not measured.
     """
+    all_rows = [row for row in group.rows if row.step_s and not row.incomplete]
+    used = _least_disturbed(all_rows)
+    group = replace(group, rows=tuple(used or group.rows))
     measurements = from_group(group)
     source = _JobSource(group, measurements)
-    sizes = sizes or _usual_sizes(measurements)
-    _check_sizes(measurements, sizes)
+    if not wanted.batch_per_rank:
+        sizes = sizes or _usual_sizes(measurements)
+        _check_sizes(measurements, sizes)
+    sizes = sizes or _USUAL_SIZES
     stage = source.stage if wanted.stage is None else wanted.stage
     algorithm = wanted.algorithm or source.usual_algorithm(stage)
     path = wanted.network or newest_benchmark(group)
@@ -95,35 +109,65 @@ def simulate_group(group: Group, sizes: Sequence[int], wanted: Wanted, seed: int
     machine, links_source, assumed = _machine(links, measurements, wanted, max(sizes))
     if stage and group.keys.get("reduce.shard_within", "job") != "job":
         assumed = (*assumed, "all ranks share one copy of the weights")
+    if wanted.batch_per_rank:
+        assumed = (*assumed, "each sample takes as long as in the measured batch")
     noise, error = measured_noise(source.row.runs), float(measurements.error[-1])
     as_run = _machine_as_run(source, measurements, path)
     overlap, overlap_source = _overlap(source, as_run, noise)
 
-    def at(ranks: int, machine: Machine, stage: Stage, algorithm: Algorithm) -> SimulatedStep:
-        job = source.at(ranks, stage, algorithm, overlap)
-        return simulate(job, machine, ranks, noise, error, seed)
+    def at(
+        ranks: int, machine: Machine, stage: Stage, algorithm: Algorithm, batch_per_rank: int | None = None
+    ) -> SimulatedStep:
+        job = source.at(ranks, stage, algorithm, overlap, batch_per_rank)
+        samples = ranks * batch_per_rank if batch_per_rank else float(measurements.samples(np.array([ranks]))[0])
+        return replace(simulate(job, machine, ranks, noise, error, seed), samples=samples)
+
+    def wanted_at(ranks: int, algorithm: Algorithm) -> SimulatedStep:
+        return at(ranks, machine, stage, algorithm, wanted.batch_per_rank)
 
     def check(row: Row, machine: Machine) -> Check:
         told = at(row.size, machine, source.stage, source.usual_algorithm(source.stage))
         return Check(float(row.step_s or 0.0), row.exposed_s, told)
 
-    steps = tuple(at(ranks, machine, stage, algorithm) for ranks in sorted(set(sizes)))
+    steps = tuple(wanted_at(ranks, algorithm) for ranks in sorted(set(sizes)))
     others: dict[Algorithm, SimulatedStep] = {}
     if not stage:
         most = steps[-1].ranks
-        others = {each: steps[-1] if each == algorithm else at(most, machine, 0, each) for each in ALGORITHMS}
+        others = {each: steps[-1] if each == algorithm else wanted_at(most, each) for each in ALGORITHMS}
     return Simulation(
         measurements,
+        tuple(row for row in all_rows if _is_disturbed(row)),
+        any(map(_is_disturbed, used)),
+        wanted_at(int(measurements.ranks[0]), algorithm),
         steps,
-        tuple(check(row, as_run) for row in source.rows if as_run),
+        tuple(check(row, as_run or machine) for row in source.rows if as_run or row.size == 1),
         others,
-        source.at(measurements.largest, stage, algorithm, overlap),
+        source.at(measurements.largest, stage, algorithm, overlap, wanted.batch_per_rank),
         machine,
         noise,
         links_source,
         overlap_source,
         assumed,
+        wanted.batch_per_rank,
     )
+
+
+def _least_disturbed(rows: Sequence[Row]) -> Sequence[Row]:
+    """Those whose ranks had cores of their own, of these those without other programs, unless there are none."""
+    uncrowded = [row for row in rows if not _is_crowded(row)] or rows
+    return [row for row in uncrowded if not _is_shared(row)] or uncrowded
+
+
+def _is_disturbed(row: Row) -> bool:
+    return _is_crowded(row) or _is_shared(row)
+
+
+def _is_crowded(row: Row) -> bool:
+    return any(map(crowded_hosts, row.runs))
+
+
+def _is_shared(row: Row) -> bool:
+    return any(map(shared_hosts, row.runs))
 
 
 def _usual_sizes(measurements: Measurements) -> list[int]:
@@ -135,7 +179,8 @@ def _usual_sizes(measurements: Measurements) -> list[int]:
 def _check_sizes(measurements: Measurements, sizes: Sequence[int]) -> None:
     if not measurements.weak and (too_many := [size for size in sizes if size > measurements.batch > 1]):
         raise UserError(
-            f"--ranks {too_many[0]}: the global batch is {measurements.batch:g}", "Give no more ranks than samples."
+            f"--ranks {too_many[0]}: the global batch is {measurements.batch:g}",
+            "Give no more ranks than samples, or a batch that grows with the ranks: --batch-per-rank 1, say.",
         )
 
 
@@ -176,9 +221,15 @@ class _JobSource:
             return "ring"
         return "rabenseifner"
 
-    def at(self, ranks: int, stage: Stage, algorithm: Algorithm, overlap: float) -> Job:
+    def at(
+        self, ranks: int, stage: Stage, algorithm: Algorithm, overlap: float, batch_per_rank: int | None = None
+    ) -> Job:
         measurements, phase_s = self._measurements, self.row.phase_s
         share, was = (float(measurements.share(np.array([each]))[0]) for each in (ranks, self.row.size))
+        waits_s = float(input_s(measurements, np.array([ranks]))[0])
+        if batch_per_rank:
+            wanted_share = batch_per_rank * measurements.ranks[0] / measurements.samples(measurements.ranks[:1])[0]
+            waits_s, share = waits_s * wanted_share / share, wanted_share
         divides = ranks if stage else 1
         divided = self.row.size if self.stage else 1
         optimizer_s = phase_s["optimizer"] * divided / divides
@@ -186,7 +237,7 @@ class _JobSource:
         num_weights = self.row.stated("num_parameters") or 0.0
         is_half = stage == 3 and self._keys.get("train.precision") in ("fp16", "bf16")
         return Job(
-            input_s=float(input_s(measurements, np.array([ranks]))[0]),
+            input_s=waits_s,
             forward_s=phase_s["forward"] * share / was,
             backward_s=phase_s["backward"] * share / was,
             own_s=optimizer_s + phase_s.get("other", 0.0),

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from hpc_train.core.errors import UserError
 from hpc_train.core.sampling import Order
 from hpc_train.core.settings import Config, Data
@@ -90,6 +92,15 @@ def open_samples(config: Config, context: Context, read_targets: ReadTargets, ch
     return Samples(files, train, validation, held_out, order, in_step, reading, facts)
 
 
+def held_out_rows(config: Config, context: Context) -> np.ndarray:
+    """Collective. The rows of data.inputs that data.hold_out keeps to validate on. Raises `UserError`."""
+    data = config.data
+    parts, _ = leave_out_unwritten(context.on_all(lambda: _open(config, context)), data, context)
+    parts, _, _ = handle_missing(parts, data, context, config.task.kind == "regression")
+    _, held_out = hold_out(parts[0].split, data, config.seed, context)
+    return np.asarray(held_out.inputs[0].stored_rows(np.arange(len(held_out))))
+
+
 def _facts(train: Part) -> dict[str, Any]:
     """What a trained model needs to know of its inputs when it meets other data: see `inference/learned.py`."""
     filling, table = train.split.filling, read_table(train.files, train.inputs)
@@ -147,6 +158,6 @@ def _alike(part: Part, train: Part) -> Part:
         )
     train.files.require_same_scale(train.inputs, part.files, part.inputs)
     table, other = read_table(train.files, train.inputs), read_table(part.files, part.inputs)
-    if table and other and (why := table.differs(other)):
+    if table and other and (why := table.differs(other) or table.classes_differ(other)):
         raise UserError(f"{part.files.paths[0]}: {why}", PREPARE_LIKE.format(train.files.paths[0]))
     return part

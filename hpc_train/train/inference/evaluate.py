@@ -18,9 +18,8 @@ from hpc_train.train.comm.context import Context, joint
 from hpc_train.train.comm.watchdog import open_watchdog
 from hpc_train.train.evaluate import Measured, Watch, measure
 from hpc_train.train.inference.meters import UseEnergy, make_folder
-from hpc_train.train.inference.outputs import KINDS
 from hpc_train.train.inference.pass_over import Done, Tally, go_over
-from hpc_train.train.inference.trained import Log, Place, choose_step, load_model
+from hpc_train.train.inference.trained import ROW_KINDS, Log, Place, choose_step, load_model
 from hpc_train.train.inference.use import PROGRAM, Request, open_use
 from hpc_train.train.reduce.local import Local
 from hpc_train.train.run.meta_writer import now
@@ -33,7 +32,7 @@ def evaluate(run: RunDir, config: Config, request: Request, context: Context, lo
 
     Raises UserError.
     """
-    if config.task.kind in KINDS:
+    if config.task.kind in ROW_KINDS:
         return _evaluate_rows(run, config, request, context, log)
     return _evaluate_task(run, config, request, context, log)
 
@@ -42,6 +41,7 @@ def _evaluate_rows(
     run: RunDir, config: Config, request: Request, context: Context, log: Log
 ) -> tuple[InferenceRecord, int]:
     use = open_use(run, config, request, True, context, log)
+    use.warn_of_role(log)
     step = use.load(context.on_root(partial(choose_step, run, config, request.checkpoint)), context, log)
     rows = use.blocks.rows
     notes = _Notes(run, config, use.place, context, log)
@@ -63,6 +63,7 @@ def _evaluate_rows(
         inputs=use.samples.name,
         rows=[rows.start, rows.stop],
         batch=use.blocks.batch,
+        role=use.role,
         complete=not stopped,
         num_without=tally.num_without,
         measures=dict(tally.measures),

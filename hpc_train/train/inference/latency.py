@@ -26,9 +26,9 @@ from hpc_train.train.inference.use import PROGRAM, Request, Use, open_use
 from hpc_train.train.run.meta_writer import now
 
 _WARM_UP_CALLS, _WARM_UP_S = 20, 0.5  # both, before the first call that counts
+_MOST_WARM_UP_S = 1.0  # however few calls that were
 _ENOUGH_CALLS, _ENOUGH_S = 1000, 2.0  # both: the second is for the energy
-_FEW_CALLS, _LONG_S = 200, 5.0  # so many calls are enough after that time
-_MOST_S = 60.0  # of one size, however few calls that were
+_MOST_S = 4.0  # of one size, however few calls that were
 _NUM_BATCHES = 16  # different ones, in turn
 _SAMPLE_HZ = 10.0  # of the meters at least: one size may take 2 s
 
@@ -60,6 +60,9 @@ def measure_latency(
     sizes = [size for size in _powers_of_two(largest) if size <= len(rows)]
     if sizes[-1] * 2 <= largest:
         log(f"There are {len(rows):,} rows: no larger batch than {sizes[-1]} is measured")
+    num_timings = len(sizes) * len(num_threads)
+    most_s = _MOST_WARM_UP_S + _MOST_S  # and at most two calls more
+    log(f"{plural(len(sizes), 'batch size')}, {plural(num_timings, 'timing')}: at most {num_timings * most_s:.0f} s")
     with StopRequest() as stop, energy.recorded(), torch.no_grad(), use.place.autocast():
         for size, threads in product(sizes, num_threads):
             if threads is not None:
@@ -70,7 +73,10 @@ def measure_latency(
                 break
             timed.append(found)
             by = "" if threads is None else f" by {plural(threads, 'thread')}"
-            log(f"  batch {size}{by}: {len(found.times_s):,} calls, median {np.median(found.times_s) * 1e3:.3g} ms")
+            left_s = (num_timings - len(timed)) * most_s
+            left = f"; at most {left_s:.0f} s left" if left_s else ""
+            median_ms = np.median(found.times_s) * 1e3
+            log(f"  batch {size}{by}: {plural(len(found.times_s), 'call')}, median {median_ms:.3g} ms{left}")
     used = energy.read()
     work = Work(
         began=began,
@@ -142,7 +148,7 @@ def _timed(size: int, num_threads: int | None, call: Callable[[int], None], stop
     while not stop and (number < _WARM_UP_CALLS or perf_counter() - began_s < _WARM_UP_S):
         call(number)
         number += 1
-        if perf_counter() - began_s > _MOST_S:
+        if perf_counter() - began_s > _MOST_WARM_UP_S:
             break
     times_s, begin_s = list[float](), time()
     began_s = last_s = perf_counter()
@@ -155,8 +161,7 @@ def _timed(size: int, num_threads: int | None, call: Callable[[int], None], stop
 
 
 def _is_enough(num_calls: int, passed_s: float) -> bool:
-    is_usual = num_calls >= _ENOUGH_CALLS and passed_s > _ENOUGH_S
-    return is_usual or (num_calls >= _FEW_CALLS and passed_s > _LONG_S) or passed_s > _MOST_S
+    return (num_calls >= _ENOUGH_CALLS and passed_s > _ENOUGH_S) or passed_s > _MOST_S
 
 
 def _latency(timed: _Timed, energy: Energy) -> Latency:

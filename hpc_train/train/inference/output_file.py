@@ -20,7 +20,7 @@ from hpc_train.core import lock
 from hpc_train.core.errors import UserError, not_written
 from hpc_train.core.inference_record import Work
 from hpc_train.core.lock import Lease
-from hpc_train.core.paths import exists
+from hpc_train.core.paths import exists, same_file
 from hpc_train.core.rundir import sync, write_atomic
 from hpc_train.train.comm.context import Context, raised_on_all_ranks
 from hpc_train.train.comm.mpi_library import parallel_file_options
@@ -80,7 +80,7 @@ def note_path(out: Path) -> Path:
 def require_free(out: Path, inputs: Sequence[Path], force: bool) -> None:
     """Raises UserError unless an output may be written there. force: it may replace one, but none of `inputs`."""
     for path in inputs:
-        if exists(out) and exists(path) and os.path.samefile(out, path):
+        if same_file(out, path):
             raise UserError(
                 f"--output {out} is {path}, which is read: predictions would replace it", "Name another output file."
             )

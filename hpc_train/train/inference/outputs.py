@@ -16,12 +16,12 @@ from hpc_train.train import models
 from hpc_train.train.comm.context import Context
 from hpc_train.train.inference.learned import Learned
 from hpc_train.train.inference.samples import Samples
+from hpc_train.train.inference.trained import ROW_KINDS
 from hpc_train.train.metrics import Sums, of_classes
 from hpc_train.train.tasks import classification, regression
 from hpc_train.train.tasks.persistence import find_persistence
 
 Predictions = dict[str, np.ndarray]
-KINDS = ("classification", "regression")  # of tasks that predict something of each row
 NO_CLASS = -1  # in place of a predicted number where there is no prediction; "" in place of a string
 
 
@@ -55,7 +55,7 @@ def make_model(config: Config, learned: Learned) -> nn.Module:
 
 def require_arrays(config: Config, run: RunDir) -> None:
     """Raises UserError, with what to do instead, for a task that does not map samples to predictions."""
-    if config.task.kind in KINDS:
+    if config.task.kind in ROW_KINDS:
         return
     instead = f"hpc-train evaluate {run.path} gives its test measures"
     if config.task.kind == "language":

@@ -24,6 +24,12 @@ from hpc_train.train.run.checkpoint.restore import Plan, Replicated, check_fits,
 from hpc_train.train.run.checkpoint.retention import checkpoints, step_of
 
 Log = Callable[[str], None]
+ROW_KINDS = ("classification", "regression")  # of tasks that predict something of each row
+_AS_TRAINED = (
+    *("seed", "task.kind", "task.model", "task.options", "task.num_classes"),
+    *("data.normalize", "data.hold_out", "data.hold_out_by"),
+)
+_READ = ("train.device", "train.precision", "train.threads")
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ def open_run(path: Path, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:
             "Name the run first, then its data: hpc-train predict RUN DATA, hpc-train evaluate RUN --data FILE.",
         )
     run = max(rundir.find([path]), key=lambda run: run.path.name)
+    _require_usable(run, overrides, load(run.config).config)
     config = load(run.config, overrides).config
     if config.task.kind == RECORDED:
         raise UserError(
@@ -57,6 +64,24 @@ def open_run(path: Path, overrides: tuple[str, ...]) -> tuple[RunDir, Config]:
             "Name a run of hpc-train train.",
         )
     return run, config
+
+
+def _require_usable(run: RunDir, overrides: tuple[str, ...], config: Config) -> None:
+    """Raises UserError for a key that would change what was trained, and for one that nothing reads here."""
+    if config.task.kind not in (*ROW_KINDS, "language"):
+        return  # other tasks read any key for their tests
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if any(key == each or key.startswith(f"{each}.") for each in _AS_TRAINED):
+            raise UserError(
+                f"--set {key}: a model is used as it was trained, and {run.path} says how", f"Leave --set {key} out."
+            )
+        section = key.partition(".")[0]
+        if config.task.kind in ROW_KINDS and section in ("train", "rl", "reduce", "validation") and key not in _READ:
+            raise UserError(
+                f"--set {key} has no effect on a trained model",
+                f"Leave it out; of train.*, these are read: {', '.join(each.partition('.')[2] for each in _READ)}.",
+            )
 
 
 def open_place(config: Config, context: Context, log: Log) -> Place:

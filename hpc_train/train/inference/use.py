@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from hpc_train.train.inference.outputs import Meaning, make_model, meaning
 from hpc_train.train.inference.pass_over import Pass
 from hpc_train.train.inference.samples import Samples, open_samples
 from hpc_train.train.inference.trained import Log, Place, load_model, open_place
+from hpc_train.train.inference.unseen import choose_unseen, held_out_of, role_in_training
 
 PROGRAM = f"hpc-train {__version__}"
 _MOST_ROWS = 256  # in a block, unless it is asked for
@@ -29,9 +30,9 @@ _MOST_BYTES = 32 << 20  # of inputs in a block
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for. data: a file or a pattern of files; None for those that the run tests on. inputs, targets:
-    names of data sets. rows: [begin, end) of them, either of which may be left out. batch: rows that are computed at
-    once. checkpoint: see `choose_step`.
+    """What a user asks for. data: a file or a pattern of files; None for that of the run. inputs, targets: names of
+    data sets; without them and without data those that `choose_unseen` finds. rows: [begin, end) of them, either of
+    which may be left out. batch: rows that are computed at once. checkpoint: see `choose_step`.
     """
 
     data: str | None = None
@@ -51,6 +52,7 @@ class Use:
     data: str
     place: Place
     work: Pass
+    role: str  # of the rows in training: see `role_in_training`
 
     @property
     def samples(self) -> Samples:
@@ -63,6 +65,11 @@ class Use:
     @property
     def blocks(self) -> Blocks:
         return self.work.blocks
+
+    def warn_of_role(self, log: Log) -> None:
+        """Measures of rows that were trained on say nothing of others."""
+        if self.role == "trained on":
+            log("warning: these rows were trained on" + ", but for those held out" * bool(self.config.data.hold_out))
 
     def load(self, step: int | None, context: Context, log: Log) -> int:
         """Collective. See `load_model`."""
@@ -83,12 +90,19 @@ def open_use(run: RunDir, config: Config, request: Request, needs_targets: bool,
     context.on_root(lambda: _require_no_table(request.data or "", config))
     place = open_place(config, context, log)
     learned = read_learned(run, config, context, log)
-    data = request.data or config.data.test_file or str(config.data.file)
+    is_held_out = False
+    if needs_targets and request.data is None and request.inputs is None:
+        file, inputs, targets, is_held_out = choose_unseen(run, config, context)
+        request = replace(request, data=file, inputs=inputs, targets=request.targets or targets)
+    data = request.data or str(config.data.file)
     there = config.model_copy(update={"data": config.data.model_copy(update={"file": data})})
     names = request.inputs, request.targets
     samples = open_samples(there, learned, str(config.data.file), names, needs_targets, context, log)
+    samples = held_out_of(samples, config, context) if is_held_out else samples
+    role = role_in_training(samples, config, context) if samples.targets_name else ""
     rows = context.on_all(partial(_rows, request.rows, samples))
-    context.on_root(partial(_require_written, samples, rows))
+    if not is_held_out:
+        context.on_root(partial(_require_written, samples, rows))
     batch = request.batch or max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, samples.split.inputs[0].row_bytes)))
     edges = samples.split.inputs[0].chunk_edges
     chunk_rows = 1 if edges is None else int(np.diff(edges).max())
@@ -96,8 +110,10 @@ def open_use(run: RunDir, config: Config, request: Request, needs_targets: bool,
     model = context.on_all(partial(make_model, config, learned))
     targets = f", with {samples.targets_name}" if samples.targets_name else ""
     log(f"Data: {samples.reading}{targets}; rows {rows.start:,} to {rows.stop:,}")
+    if is_held_out:
+        log(f"These are the {len(samples):,} samples that data.hold_out = {config.data.hold_out:g} kept from training")
     found = meaning(config, learned, samples, context)
-    return Use(run, config, data, place, Pass(model, samples, found, blocks, place))
+    return Use(run, config, data, place, Pass(model, samples, found, blocks, place), role)
 
 
 def _require_no_table(data: str, config: Config) -> None:

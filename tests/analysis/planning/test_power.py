@@ -55,7 +55,23 @@ def test_a_node_draws_no_less_than_idle_and_no_more_than_busy() -> None:
     assert found is not None and found.relative_error >= LEAST_POWER_ERROR
     assert 280 <= found.waiting_w < found.busy_w
     faster = found.joules(np.array([1.0]), np.array([0.01]), np.array([64.0]))
-    assert faster[0] == pytest.approx(0.01 * found.busy_w), "ten times the fastest measured rate takes no more power"
+    assert faster[0] == pytest.approx(0.01 * 900), "ten times the fastest measured rate takes no more power"
+
+
+def test_energy_passes_through_measurements_that_the_power_contradicts() -> None:
+    """Nodes that draw more the less they have to do, which no share that waiting saves explains."""
+    known = drawn([100, 109, 125, 140], [1.0, 1.1, 1.2, 1.36], [1, 2, 4, 8])
+    found = power(known)
+    assert found is not None and found.at_nodes == (1, 2, 4, 8) and found.worst[0] in (1, 8)
+
+    def watts(nodes: list[float], step_s: list[float]) -> Any:
+        counts = np.array(nodes)
+        return found.joules(counts, np.array(step_s), 64 * counts) / counts / np.array(step_s)
+
+    assert watts([1, 2, 4, 8], [1.0, 1.1, 1.2, 1.36]) == pytest.approx([100, 109, 125, 140])
+    assert 125 < watts([6], [1.28])[0] < 140 and watts([16], [1.36])[0] == pytest.approx(140)
+    agreed = power(drawn([100, 101, 99, 100], [1.0, 1.1, 1.2, 1.36], [1, 2, 4, 8]))
+    assert agreed is not None and agreed.shifts == (1.0,)
 
 
 def test_published_joules_follow_from_the_power_of_fewer_nodes_and_the_measured_time() -> None:

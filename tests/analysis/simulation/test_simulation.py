@@ -19,6 +19,7 @@ from hpc_train.analysis.simulation.step import Job, simulate_step
 from hpc_train.analysis.stats.order_statistics import expected_maximum
 from hpc_train.cli.main import cli
 from hpc_train.core.allreduce_times import Row, record
+from hpc_train.core.errors import UserError
 from hpc_train.core.records import FloatArray
 from hpc_train.core.rundir import RunDir
 from hpc_train.core.timing_log import TimingLog
@@ -222,6 +223,60 @@ def test_another_network_another_stage_and_mistakes(tmp_path: Path) -> None:
         ["--ranks", 2_000_000],
     ):
         assert run_simulate(runs, *wrong).exit_code != 0
+
+
+LINKS = ["--latency", "2us", "--bandwidth", "12.5GB/s"]
+
+
+def test_ranks_that_share_cores_do_not_drive_it() -> None:
+    """The four ranks of these runs share two cores: a simulation driven by them takes twice as long on one rank."""
+    told = run_simulate("tests/runs/mlp-mnist", "--ranks", "1,2", *LINKS)
+    said = " ".join(told.output.split())
+    assert "ranks waited for cores: 4 ranks (4 ranks share 2 cores of vm)" in said
+    assert said.index("4 ranks share 2 cores") < said.index("Simulated steps and what")
+    made = json.loads(run_simulate("tests/runs/mlp-mnist", "--ranks", "1,2", *LINKS, "--json").output)
+    assert made["left_out"] == [4] and [check["ranks"] for check in made["checks"]] == [1], "one rank has no links"
+    assert abs(made["checks"][0]["error"]) < 0.05
+    assert made["steps"][1]["step_s"] == pytest.approx(0.0237, rel=0.1), "as measured on two ranks"
+    only = " ".join(run_simulate("tests/runs/mlp-two-hosts", "--ranks", "64", *LINKS).output.split())
+    assert "Do not rely on it: ranks waited for cores" in only and "other programs kept" in only
+
+
+def test_an_efficiency_is_against_a_simulation_of_the_same_network(tmp_path: Path) -> None:
+    runs = study(tmp_path, JOB, MACHINE, NO_NOISE, (1, 2), steps=8)
+    made = json.loads(run_simulate(runs, "--ranks", "1,2,64", *LINKS, "--json").output)
+    base, steps = made["baseline"], made["steps"]
+    assert base["ranks"] == 1 and base["efficiency"] == 1 and steps[0]["step_s"] == base["step_s"]
+    of_one = base["samples_per_s"]
+    assert [step["efficiency"] for step in steps] == pytest.approx(
+        [s["samples_per_s"] / s["ranks"] / of_one for s in steps]
+    )
+    said = " ".join(run_simulate(runs, "--ranks", "64", *LINKS).output.split())
+    assert "efficiency against 1 rank simulated on the same network" in said
+    alone = run_simulate(runs, "--ranks", "1", *LINKS).output
+    assert alone.startswith("Simulated, not measured: 1 rank on 1 node takes ")
+
+
+def test_a_batch_that_grows_with_the_ranks() -> None:
+    refused = run_simulate("tests/runs/mlp-mnist", "--ranks", "100000", *LINKS).exception
+    assert isinstance(refused, UserError) and "--batch-per-rank" in (refused.remedy or "")
+    ended = " ".join(run_simulate("tests/runs/mlp-mnist", *LINKS).output.split())
+    assert "512 samples of the global batch have nothing to do: --batch-per-rank" in ended
+    words = ("tests/runs/mlp-mnist", *LINKS, "--json", "--batch-per-rank")
+    of_batch = {batch: json.loads(run_simulate(*words, batch).output)["steps"] for batch in (32, 256)}
+    assert [step["ranks"] for step in of_batch[32]] == [1024, 4096, 16384, 65536]
+    assert of_batch[32][-1]["samples"] == 65536 * 32
+    # On 2 ranks the runs had 256 samples a rank: as many take as long, and an eighth shortens the passes alone.
+    measured = json.loads(run_simulate("tests/runs/mlp-mnist", *LINKS, "--json", "--ranks", "2").output)["steps"][0]
+    assert of_batch[256][0]["computation_s"] == pytest.approx(measured["computation_s"], rel=0.05)
+    assert of_batch[32][0]["computation_s"] < 0.3 * measured["computation_s"]
+
+
+def test_a_figure_that_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    done = run_simulate("tests/runs/mlp-mnist", *LINKS, "--figure", tmp_path / "none" / "x.svg")
+    assert isinstance(done.exception, UserError) and "there is no folder" in done.exception.what and not done.output
+    several = run_simulate("tests/runs", *LINKS).exception
+    assert isinstance(several, UserError) and several.what.startswith("simulate needs runs of one job")
 
 
 def test_a_plan_far_beyond_the_runs_shows_a_simulation_beside_the_fit(tmp_path: Path) -> None:

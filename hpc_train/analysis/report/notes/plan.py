@@ -46,7 +46,19 @@ def broken_text(option: Option) -> str:
 def caveats(plan: Plan) -> list[str]:
     """What the first lines must say: what a table left open, and a fit that contradicts the measurements."""
     assumed = plan.prediction.measurements.assumed
-    return [*([f"Assumed: {'; '.join(assumed)}."] if assumed else []), *_missed_notes(plan)]
+    return [*([f"Assumed: {'; '.join(assumed)}."] if assumed else []), *_missed_notes(plan), *_power_notes(plan)]
+
+
+def _power_notes(plan: Plan) -> list[str]:
+    if plan.power is None or plan.work is None:
+        return []
+    nodes, shift = plan.power.worst
+    if abs(shift - 1) <= _NOTICEABLE_ERROR:
+        return []
+    return [
+        f"The model of power contradicts the measured joules: on {plural(round(nodes), 'node')} it tells"
+        f" {percent(1 / shift, 0)} of them. Energy at other sizes is the model's, shifted as at the measured ones."
+    ]
 
 
 def _missed_notes(plan: Plan) -> list[str]:

@@ -3,9 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from hpc_train.analysis.report.model import Table
+from hpc_train.analysis.report.notes.scaling import crowding_text, foreign_work_text
 from hpc_train.analysis.report.sections.columns import CellColumn, make_table, number, text
 from hpc_train.analysis.simulation.simulate import SimulatedStep
 from hpc_train.analysis.simulation.study import Check, Simulation
@@ -16,10 +15,15 @@ SCHEMA = 1
 
 def simulation_answer(simulation: Simulation) -> list[str]:
     """The largest size in a sentence, how far to trust it, and a better algorithm if there is one."""
-    largest = simulation.steps[-1]
+    largest, base = simulation.steps[-1], simulation.baseline
+    batch = simulation.batch_per_rank
+    with_batch = f" with {plural(batch, 'sample')} each" if batch else ""
     lines = [
-        f"Simulated, not measured: {plural(largest.ranks, 'rank')} on {plural(largest.nodes, 'node')} take"
-        f" {_step_text(largest)} ms a step, {percent(efficiency(simulation, largest), 0)} efficiency.",
+        f"Simulated, not measured: {plural(largest.ranks, 'rank')} on {plural(largest.nodes, 'node')}{with_batch}"
+        f" {'takes' if largest.ranks == 1 else 'take'} {_step_text(largest)} ms a step,"
+        f" {percent(efficiency(simulation, largest), 0)} efficiency against {plural(base.ranks, 'rank')} simulated on"
+        " the same network.",
+        *_disturbed_texts(simulation),
         _check_text(simulation),
     ]
     fastest = min(simulation.by_algorithm.items(), key=lambda pair: pair[1].step_s, default=None)
@@ -34,6 +38,11 @@ def simulation_answer(simulation: Simulation) -> list[str]:
 def _check_text(simulation: Simulation) -> str:
     if not simulation.checks:
         return "Not checked: the links between the measured ranks are unknown."
+    if len(simulation.checks) < len(simulation.measurements.ranks):
+        return (
+            f"On 1 rank the simulation is off by {100 * simulation.checks[0].error:+.0f}%. It is not checked on more:"
+            " the links between the measured ranks are unknown."
+        )
     errors = [each.error for each in simulation.checks]
     fitted = f" (its overlap was {simulation.overlap_source})" if "fitted" in simulation.overlap_source else ""
     return (
@@ -41,15 +50,26 @@ def _check_text(simulation: Simulation) -> str:
     )
 
 
-def samples_per_s(simulation: Simulation, step: SimulatedStep) -> float:
-    return float(simulation.measurements.samples(np.array([step.ranks]))[0] / step.step_s)
+def _disturbed_texts(simulation: Simulation) -> list[str]:
+    """Which measured sizes do not drive it, or should not, since their ranks waited for cores."""
+    if not simulation.disturbed:
+        return []
+    sizes = "; ".join(
+        f"{plural(row.size, 'rank')} ({crowding_text(row) or foreign_work_text([row])})" for row in simulation.disturbed
+    )
+    if not simulation.only_disturbed:
+        return [f"Left out, since ranks waited for cores: {sizes}."]
+    return [f"Do not rely on it: ranks waited for cores, which makes their computation too slow: {sizes}."]
+
+
+def samples_per_s(step: SimulatedStep) -> float:
+    return step.samples / step.step_s
 
 
 def efficiency(simulation: Simulation, step: SimulatedStep) -> float:
-    """Samples/s per rank, relative to the smallest measured size."""
-    measured = simulation.measurements
-    per_rank = measured.samples(measured.ranks[:1])[0] / measured.step_s[0] / measured.ranks[0]
-    return float(samples_per_s(simulation, step) / step.ranks / per_rank)
+    """Samples/s per rank, relative to the smallest measured size, simulated on the same machine."""
+    base = simulation.baseline
+    return samples_per_s(step) / step.ranks / (samples_per_s(base) / base.ranks)
 
 
 def simulation_tables(simulation: Simulation) -> list[Table]:
@@ -113,8 +133,18 @@ def simulation_notes(simulation: Simulation) -> list[str]:
         f" ({simulation.overlap_source}). Ranks differ by {percent(noise.of_ranks)} lastingly and by"
         f" {percent(float(noise.of_steps.std()) if len(noise.of_steps) else 0.0)} from step to step.",
         *(f"Assumed: {each}." for each in simulation.assumed),
+        *_batch_notes(simulation),
         "Left out: other jobs on the network, its switches' limits, and stragglers that no run has met.",
     ]
+
+
+def _batch_notes(simulation: Simulation) -> list[str]:
+    """Where a global batch ends the sizes."""
+    measured, largest = simulation.measurements, simulation.steps[-1]
+    if measured.weak or simulation.batch_per_rank or 2 * largest.ranks <= largest.samples:
+        return []
+    most = plural(int(largest.samples), "sample")
+    return [f"More ranks than the {most} of the global batch have nothing to do: --batch-per-rank lets the batch grow."]
 
 
 def _rate(s_per_byte: float) -> str:
@@ -142,6 +172,8 @@ def simulation_record(simulation: Simulation) -> dict[str, Any]:
         "quality": "estimated",
         "label": simulation.measurements.label,
         "answer": simulation_answer(simulation),
+        "baseline": _record(simulation, simulation.baseline),
+        "left_out": [] if simulation.only_disturbed else [row.size for row in simulation.disturbed],
         "steps": [_record(simulation, step) for step in simulation.steps],
         "checks": [
             {
@@ -163,5 +195,5 @@ def simulation_record(simulation: Simulation) -> dict[str, Any]:
 
 
 def _record(simulation: Simulation, step: SimulatedStep) -> dict[str, Any]:
-    rates = {"samples_per_s": samples_per_s(simulation, step), "efficiency": efficiency(simulation, step)}
+    rates = {"samples_per_s": samples_per_s(step), "efficiency": efficiency(simulation, step)}
     return {**asdict(step), **rates}
