@@ -194,7 +194,7 @@ def _lines(record: InferenceRecord) -> list[str]:
     if record.samples_per_s is not None:
         per_sample = record.joules_per_sample
         energy = f"{per_sample:.3g} J a {unit}, {record.energy}" if per_sample is not None else str(record.energy)
-        lines.append(f"{record.num_rows:,} {unit}s, {record.samples_per_s:,.0f} {unit}s/s, {energy}")
+        lines.append(f"{plural(record.num_rows, unit)}, {record.samples_per_s:,.0f} {unit}s/s, {energy}")
     if record.output and record.complete:
         lines.append(f"Predictions: {record.output}")
     return lines

@@ -19,7 +19,7 @@ from hpc_train.core.job_environment import JobEnvironment
     default="never",
     metavar="never|auto|RUN",
     help="Begin a new run (never, the default), resume the newest unfinished run of this job on as many ranks, if "
-    "there is one (auto), or resume the run directory RUN.",
+    "there is one (auto), or resume the run RUN, a run directory or a folder whose newest run is meant.",
 )
 def train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
     """Train the job CONFIG. Start it with mpirun or srun.

@@ -26,6 +26,7 @@ _TABLES = (
     "train.optimizer_options",
     "train.rates",
 )  # keys whose values are tables with keys of their own
+_LEAST_ALIKE = 0.5  # names of keys, for a guess
 _MOST_SHOWN = 300  # characters of a value in a message
 _ONE_OF = {
     **{"train.global_batch": "batch_per_rank", "train.batch_per_rank": "global_batch"},
@@ -242,9 +243,16 @@ def _explain(error: ValidationError, file: str, origin: dict[str, str]) -> str:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """What to say about a key that nobody knows."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    """What to say about a key that nobody knows, with the known key whose own name, after the last dot, is nearest."""
+    alike = difflib.SequenceMatcher(None, b=key.rpartition(".")[2])
+
+    def likeness(other: str) -> tuple[float, float]:
+        alike.set_seq1(other.rpartition(".")[2])
+        return alike.ratio(), difflib.SequenceMatcher(None, other, key).ratio()
+
+    near = max((each for each in known if "." in each or "." not in key), key=likeness, default=None)
+    is_near = near is not None and likeness(near)[0] >= _LEAST_ALIKE
+    return f"unknown key {key}" + (f"; did you mean {near}?" if is_near else "")
 
 
 def shown(value: Any) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from hpc_train.core.config import Loaded
 from hpc_train.core.job_environment import JobEnvironment
+from hpc_train.core.paths import expanded
 from hpc_train.core.rundir import is_complete
 from hpc_train.core.sampling import noise_seed
 from hpc_train.core.signals import CONTINUE, TERMINATED, StopRequest
@@ -23,7 +24,7 @@ from hpc_train.train.device import open_clock, seed_noise
 from hpc_train.train.evaluate import Watch, evaluate
 from hpc_train.train.initial_from import begin_from, begin_parts_from
 from hpc_train.train.reduce.reducer import open_reducer
-from hpc_train.train.run.attempt import log, open_attempt
+from hpc_train.train.run.attempt import log, open_attempt, resumed
 from hpc_train.train.run.checkpoint.saver import Saver
 from hpc_train.train.run.cleanup import remove_stale_segments
 from hpc_train.train.run.peak_memory import peak_anonymous_bytes, peak_gpu_bytes, peak_resident_bytes
@@ -51,6 +52,8 @@ def train(loaded: Loaded, context: Context, resume: str = "never") -> int:
     """
     if context.world.local_rank == 0:
         remove_stale_segments()  # shared memory of killed jobs, which would fill the node
+    if resume not in ("never", "auto"):  # first: what may not change explains what a changed job would fail of
+        context.on_root(partial(resumed, loaded.config, expanded(resume)))
     with (
         open_job(loaded.config, context) as job,
         # Communicators of their own: their messages never meet a reducer's or a task's.

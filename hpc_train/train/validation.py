@@ -92,6 +92,8 @@ class Validation:
     def _end_if_over(self) -> None:
         if not (self._stop_after and self._rows):
             return
+        if self._rows[-1]["step"] >= self._training.job.config.train.steps:
+            return  # training ends in any case
         since_best = [row for row in self._rows if row["step"] > self._best_step]
         if len(since_best) >= self._stop_after:
             self.is_over = True

@@ -108,8 +108,13 @@ def test_values_that_a_target_lacks_are_no_values(tmp_path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file["energy"].attrs["_FillValue"] = np.float32(1e20)
     proposal = propose(read_structure(path))
-    assert proposal.drops_missing and "energy lacks values: samples with one are left out" in proposal.said
+    assert proposal.drops_missing and "energy lacks values: samples that lack one are left out" in proposal.said
     assert not any("e+20" in line for line in proposal.said)
+    several = np.stack([energy, TABLE.sum(axis=1)], axis=1)
+    several[7, 0] = np.nan
+    proposal = propose(read_structure(write(tmp_path / "c.h5", {"x": TABLE, "energy": several})))
+    said = "energy lacks values: samples without any are left out; of the others the values that are there count"
+    assert proposal.kind == "regression" and said in proposal.said, proposal.said
     path = write(tmp_path / "b.h5", {"x": TABLE, "y": np.where(LABELS == 3, -9999, LABELS)})
     with pytest.raises(UserError, match=r"y has 4 different labels, and -9999 in row 3 is unlike the others"):
         propose(read_structure(path))

@@ -78,6 +78,7 @@ def test_latency_is_told_for_each_batch_size(work: Path) -> None:
     record = json.loads(done.out)
     found = [(each["batch"], each["num_threads"]) for each in record["latencies"]]
     assert found == [(batch, threads) for batch in (1, 2) for threads in (1, 2)]
+    assert "2 batch sizes, 4 timings: at most 20 s" in done.err and "at most 5 s left" in done.err
     for each in record["latencies"]:
         assert 0 < each["p50_s"] <= each["p95_s"] <= each["p99_s"] and each["num_calls"] >= 20
         assert each["joules_per_sample"] > 0 and each["energy_quality"] in ("measured", "estimated")

@@ -101,10 +101,19 @@ def test_other_columns_are_refused(work: Path) -> None:
     keys = jobs.settings(data__file="train.h5", data__test_file="moved.h5", train__steps=2, reduce__strategy="local")
     assert "column 1 of the inputs is 'temp'" in refused(work, "train", "configs/softmax-mnist.toml", *keys)
     done(work, "prepare", "table", "kinds.h5", "--from", "kinds.csv", "--target", "kind")
-    assert "has the classes boiling, cold, warm" in refused(work, "evaluate", RUN, "--data", "kinds.h5")
+    assert "the target has the texts boiling, cold, warm, and the texts cold, hot, warm in training" in refused(
+        work, "evaluate", RUN, "--data", "kinds.h5"
+    )
+    keys = jobs.settings(data__file="train.h5", data__test_file="kinds.h5", train__steps=2, reduce__strategy="local")
+    assert "the target has the texts boiling" in refused(work, "train", "configs/softmax-mnist.toml", *keys)
     said = done(work, "predict", RUN, "kinds.h5", "--output", "kinds-out.h5")
     assert "Predictions are not compared with" in said and "accuracy" not in said.lower()
     assert not (work / "no.h5").exists()
+
+    with h5py.File(work / "moved.h5") as moved, h5py.File(work / "nameless.h5", "w") as nameless:
+        nameless["test/inputs"] = moved["test/inputs"][:]
+    said = done(work, "predict", RUN, "nameless.h5", "--output", "nameless-out.h5")
+    assert "warning: nameless.h5 does not name its columns" in said
 
 
 def test_rows_that_the_training_table_does_not_explain_are_named(work: Path) -> None:

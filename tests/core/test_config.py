@@ -46,6 +46,7 @@ def test_model_options_round_trip(job: Path) -> None:
 @pytest.mark.parametrize(
     "override, words",
     [
+        ("data.batc=3", "--set: unknown key data.batc; did you mean train.global_batch?"),
         ("train.step=5", "--set: unknown key train.step; did you mean train.steps?"),
         ("trian.steps=5", "unknown key trian"),
         ("train.steps=ten", "--set: train.steps = 'ten': input should be a valid integer"),

@@ -114,3 +114,13 @@ def test_init_prints_the_command_for_each_form(tmp_path: Path) -> None:
     path = made(tmp_path / "a b.csv", ";", ",")
     path.write_text(path.read_text().replace("kind", "my class", 1))
     assert preparation(path) == f"hpc-train prepare table 'data/a b.h5' --from '{path}' --target 'my class'"
+
+
+def test_a_table_like_another_has_its_columns_and_numbers(tmp_path: Path) -> None:
+    """Of another form, and with fewer different texts."""
+    inputs, targets, facts = arrays(made(tmp_path / "a.csv"), target="kind")
+    new = made(tmp_path / "b.csv", ";", ",", 2)
+    prepare("table", new, tmp_path / "b.h5", ALONE, True, Options(like=tmp_path / "out.h5"))
+    with h5py.File(tmp_path / "b.h5") as file:
+        assert np.array_equal(file["test/inputs"], inputs[:2]) and np.array_equal(file["test/targets"], targets[:2])
+        assert list(file.attrs["columns"]) == list(facts["columns"]) and "train" not in file

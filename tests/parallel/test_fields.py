@@ -61,6 +61,16 @@ def trained(context: Context, root: Path, data: Path, **keys: object) -> RunDir:
     return run(context, root, data, "unet-burgers.toml", task__options=options, **named | keys)
 
 
+def test_a_change_on_another_scale_than_the_inputs_is_warned_of(
+    context: Context, shared_path: Path, flows: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for normalize in ("standardize", "none"):
+        trained(context, shared_path / normalize, flows, train__steps=1, data__normalize=normalize)
+        said = capfd.readouterr().err
+        is_told = "the model adds to inputs of data.normalize = 'none'" in said
+        assert is_told == (normalize == "none" and context.world.is_root), said
+
+
 @pytest.mark.parametrize("kind", ["flows", "volumes"])
 def test_losses_and_skill_are_those_of_one_process(
     context: Context, shared_path: Path, kind: str, request: pytest.FixtureRequest

@@ -148,7 +148,7 @@ def test_what_cannot_be_validated_is_refused(cars: Path, shared_path: Path) -> N
 
 
 def test_the_best_state_is_kept_and_training_ends_without_a_better_one(
-    context: Context, cars: Path, shared_path: Path
+    context: Context, cars: Path, shared_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A learning rate that is far too high: the first validation is the best."""
     keys = ("train.lr=3.0", "train.steps=40", "checkpoint.every_steps=2", "checkpoint.keep=1", "train.stop_after=2")
@@ -160,7 +160,12 @@ def test_the_best_state_is_kept_and_training_ends_without_a_better_one(
     kept = context.on_root(lambda: [step_of(path) for path in checkpoints(run)])
     assert kept == [rows[-1]["step"], best["step"]]
     if context.world.is_root:
-        assert is_complete(run)
+        assert is_complete(run) and "Training ends: no better loss in 2 validations" in capfd.readouterr().out
+    for num_steps in (16, 12):  # the loss stays as it is: the third validation ends it, which is the last one of 12
+        flat = ("train.lr=1e-30", f"train.steps={num_steps}", "train.stop_after=2", "reduce.strategy=mpi")
+        whole = trained(context, job(cars, shared_path / f"{num_steps}", *flat))
+        assert context.on_root(lambda run=whole: [row["step"] for row in read_validation(run.validation)]) == [4, 8, 12]
+        assert ("Training ends" in capfd.readouterr().out) == (num_steps == 16 and context.world.is_root)
     with pytest.raises(
         UserError, match=r"keep_best = 'validation\.accuracy': there is no such measure\n.*validation\.r2"
     ):

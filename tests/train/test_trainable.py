@@ -12,6 +12,7 @@ from hpc_train.core import rundir
 from hpc_train.core.config import load
 from hpc_train.core.errors import UserError
 from hpc_train.core.records import read_metrics
+from hpc_train.core.rundir import find
 from hpc_train.core.settings import Train
 from hpc_train.train.trainable import limited
 from tests import jobs
@@ -90,6 +91,26 @@ def test_a_pattern_without_a_weight_is_told_with_the_names(keys: dict[str, objec
         limited(Tied, settings(**keys))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_resumed_job_is_told_first_what_may_not_change_and_a_folder_means_its_newest_run(
+    tmp_path: Path, digits: Path
+) -> None:
+    rates = 'train.rates={"layers.1.*" = 2.0}'
+    keys = {"data__file": digits, "train__global_batch": 8, "task__options": "{hidden = [4, 4]}", "run__root": tmp_path}
+    keys |= {"reduce__strategy": "local", "train__schedule": "constant"}
+
+    def train(num_steps: int, *words: object) -> jobs.Ended:
+        settings = jobs.settings(train__steps=num_steps, **keys)
+        return jobs.run(0, "train", jobs.CONFIGS / "mlp-mnist.toml", *settings, "--set", rates, *words, cwd=tmp_path)
+
+    first = train(2)
+    assert first.code == 0, first.err
+    (run,) = find([tmp_path])
+    refused = train(3, "--resume", run.path, "--set", 'train.freeze=["layers.1.*"]')
+    assert refused.code == 2 and "train.freeze = ['layers.1.*'] here, [] in the run" in refused.err, refused.err
+    assert train(3, "--resume", run.path.parent).code == 0
+    assert find([tmp_path]) == [run] and len(read_metrics(run.metrics)[1]) == 3
 
 
 def test_rates_are_refused_where_many_weights_are_updated_as_one() -> None:

@@ -15,7 +15,10 @@ from hpc_train.analysis.scaling.rows import Row
 
 
 def compare_groups(groups: Sequence[Group]) -> list[RunComparison]:
-    """Groups of one job in the order in which they were first run, at the largest size that two of them share."""
+    """Groups of one job in the order in which they were first run, at the largest size that two of them share.
+
+    A longer and a shorter run of one job are no state before and after a change.
+    """
     by_job: dict[str, list[Group]] = defaultdict(list)
     for group in groups:
         by_job[json.dumps(group.keys, sort_keys=True)].append(group)
@@ -23,6 +26,8 @@ def compare_groups(groups: Sequence[Group]) -> list[RunComparison]:
     for members in by_job.values():
         ordered = sorted(members, key=_first_started)
         for before, after in pairwise(ordered):
+            if _differ_in_length_alone(before, after):
+                continue
             rows, others = _complete(before), _complete(after)
             if common := rows.keys() & others.keys():
                 size = max(common)
@@ -30,6 +35,11 @@ def compare_groups(groups: Sequence[Group]) -> list[RunComparison]:
                 if not differences_of_work(sides[0].runs, sides[1].runs):  # such as another number of hosts
                     found.append(compare_sides(*sides, DEFAULT_THRESHOLD))
     return found
+
+
+def _differ_in_length_alone(one: Group, other: Group) -> bool:
+    names = one.distinguished_by.keys() | other.distinguished_by.keys()
+    return {name for name in names if one.distinguished_by.get(name) != other.distinguished_by.get(name)} == {"steps"}
 
 
 def _first_started(group: Group) -> str:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc_train.analysis.live.status import RunStatus
+from hpc_train.core.energy_records import COUNTED_NOTHING
 from hpc_train.core.formatting import amount, duration_text, percent, plural, significant
 from hpc_train.core.progress import duration
 
@@ -44,7 +45,7 @@ def record(status: RunStatus) -> dict[str, Any]:
         "joules": status.energy.joules,
         "energy_quality": status.energy.quality,
         "checkpoints": status.checkpoints,
-        "validation": status.validation,
+        "validation": status.validation and status.validation | {"step": int(status.validation["step"])},
         "updated_s": status.updated_s,
     }
 
@@ -119,7 +120,8 @@ def _rows(status: RunStatus, has_blocks: bool) -> list[tuple[str, str]]:
         if slowest := status.pace.slowest:
             late = f"rank {slowest.rank} on {slowest.host}: {percent(slowest.above_mean)} above the mean"
             rows.append(("slowest to compute", late))
-    rows.append(("energy", str(status.energy).removeprefix("energy ")))
+    is_early = not status.is_over and status.energy.source.endswith(COUNTED_NOTHING)
+    rows.append(("energy", "not yet" if is_early else str(status.energy).removeprefix("energy ")))
     if status.power_w is not None:
         rows.append(("power", f"{significant(status.power_w)} W"))
     kept = f"after step {status.checkpoints[-1]}, {len(status.checkpoints)} kept" if status.checkpoints else "none yet"

@@ -107,7 +107,7 @@ def propose(file: FileStructure) -> Proposal:
         f"{inputs.name}: {plural(inputs.num_rows, 'sample')} of {shape} {what}, {inputs.dtype}",
         f"{targets.name}: {why}{' on the same grid' * bool(num_halvings)}",
         f"{test[0].name}: {plural(test[0].num_rows, 'sample')} to test on" if test else "no samples to test on",
-        *(f"{name} lacks values: samples with one are left out" for name in lacking),
+        *(f"{name} lacks values: {_what_training_does(name == targets.name, kind, targets)}" for name in lacking),
         *(["targets are near their inputs: the model predicts the change (residual)"] if predicts_change else []),
     ]
     used = (inputs, targets, *(test or ()))
@@ -248,6 +248,13 @@ def _are_near(inputs: np.ndarray, targets: np.ndarray) -> bool:
     axes = (0, *range(2, inputs.ndim))
     changes, deviations = np.nanmean((targets - inputs) ** 2, axes), np.nanvar(targets, axes)
     return bool(np.all(changes < deviations))
+
+
+def _what_training_does(is_target: bool, kind: str, targets: DatasetInfo) -> str:
+    """With samples that lack values: see `train.data.missing`."""
+    if is_target and kind == "regression" and len(targets.shape) > 1:
+        return "samples without any are left out; of the others the values that are there count"
+    return "samples that lack one are left out"
 
 
 def _lacks_values(dataset: h5py.Dataset, info: DatasetInfo) -> bool:

@@ -158,6 +158,6 @@ def _alike(part: Part, train: Part) -> Part:
         )
     train.files.require_same_scale(train.inputs, part.files, part.inputs)
     table, other = read_table(train.files, train.inputs), read_table(part.files, part.inputs)
-    if table and other and (why := table.differs(other)):
+    if table and other and (why := table.differs(other) or table.classes_differ(other)):
         raise UserError(f"{part.files.paths[0]}: {why}", PREPARE_LIKE.format(train.files.paths[0]))
     return part

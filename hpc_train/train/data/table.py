@@ -44,6 +44,13 @@ class Table:
                 return f"column '{name}' has {theirs}, and {mine} in training"
         return ""
 
+    def classes_differ(self, other: "Table") -> str:
+        """How the classes of `other` differ, in words; "" if class numbers mean the same in both."""
+        if self.classes == other.classes:
+            return ""
+        mine, theirs = (_shown(table.classes) for table in (self, other))
+        return f"the target has {theirs}, and {mine} in training"
+
 
 def _shown(texts: list[str] | None) -> str:
     if texts is None:

@@ -41,6 +41,7 @@ def _evaluate_rows(
     run: RunDir, config: Config, request: Request, context: Context, log: Log
 ) -> tuple[InferenceRecord, int]:
     use = open_use(run, config, request, True, context, log)
+    use.warn_of_role(log)
     step = use.load(context.on_root(partial(choose_step, run, config, request.checkpoint)), context, log)
     rows = use.blocks.rows
     notes = _Notes(run, config, use.place, context, log)

@@ -75,6 +75,7 @@ def _predict(
     # Its note of how far it is holds numbers alone: metrics that keep states are for `evaluate`.
     plain = config.model_copy(update={"task": config.task.model_copy(update={"metrics": []})})
     use = open_use(run, plain, request, False, context, log)
+    use.warn_of_role(log)
     asked = context.on_root(partial(_asked, use))
     begun = context.on_root(partial(find_progress, out, asked, force))
     step = begun.step if begun else context.on_root(partial(choose_step, run, config, request.checkpoint))

@@ -103,11 +103,12 @@ def open_samples(
             )
         )
     split = context.on_all(partial(_open, files, name, targets))
-    context.on_all(partial(_require_columns, files, name, learned, like))
+    if not context.on_all(partial(_names_columns, files, name, learned, like)):
+        log(f"warning: {files.paths[0]} does not name its columns: they are taken for those of training, in order")
     context.on_all(partial(_require_kind, config, files, name, split, learned))
     if targets is not None:
         try:
-            split = _with_targets(files, split, targets, learned, context)
+            split = _with_targets(files, split, targets, learned, like, context)
         except UserError as error:
             if needs_targets:
                 raise
@@ -157,11 +158,14 @@ def _open(files: Files, name: str, targets: str | None) -> Split:
     return Split((reader,), _NoTargets(len(reader)), (scale,), (offset,), files.check_unchanged)
 
 
-def _require_columns(files: Files, name: str, learned: Learned, like: str) -> None:
-    """Raises UserError if a table has other columns than that of the run: their numbers would be taken for others."""
-    table = read_table(files, name) if learned.table else None
-    if table and learned.table and (why := learned.table.differs(table)):
+def _names_columns(files: Files, name: str, learned: Learned, like: str) -> bool:
+    """Whether samples of a table say that their columns are those of the run. Raises UserError if they are others."""
+    if learned.table is None:
+        return True
+    table = table_of(files.paths[0], files.opened[0])
+    if table is not None and (why := learned.table.differs(table)):
         raise UserError(f"{files.paths[0]}: {why}", PREPARE_LIKE.format(like))
+    return read_table(files, name) is not None
 
 
 def _require_kind(config: Config, files: Files, name: str, split: Split, learned: Learned) -> None:
@@ -182,24 +186,20 @@ def _require_kind(config: Config, files: Files, name: str, split: Split, learned
         )
 
 
-def _with_targets(files: Files, split: Split, name: str, learned: Learned, context: Context) -> Split:
+def _with_targets(files: Files, split: Split, name: str, learned: Learned, like: str, context: Context) -> Split:
     """Collective. The split with targets as the model has learned them. Raises UserError, on all ranks."""
-    context.on_all(partial(_require_classes, files, name, learned))
+    context.on_all(partial(_require_classes, files, learned, like))
     if learned.classes is not None:
         return in_classes(split, name, files.paths[0], learned.classes, context)
     context.on_all(partial(_require_targets, files, name, split, learned))
     return split
 
 
-def _require_classes(files: Files, name: str, learned: Learned) -> None:
+def _require_classes(files: Files, learned: Learned, like: str) -> None:
     """Raises UserError if class numbers stand for other texts than those of the run."""
     table = table_of(files.paths[0], files.opened[0])
-    if table and learned.table and table.classes != learned.table.classes:
-        mine, theirs = (", ".join(each.classes or ["numbers"]) for each in (learned.table, table))
-        raise UserError(
-            f"{files.paths[0]}: {name} has the classes {theirs}, and the run trained on {mine}",
-            "Prepare the table with those of training: hpc-train prepare table --like",
-        )
+    if table and learned.table and (why := learned.table.classes_differ(table)):
+        raise UserError(f"{files.paths[0]}: {why}", PREPARE_LIKE.format(like))
 
 
 def _require_targets(files: Files, name: str, split: Split, learned: Learned) -> None:

@@ -66,6 +66,11 @@ class Use:
     def blocks(self) -> Blocks:
         return self.work.blocks
 
+    def warn_of_role(self, log: Log) -> None:
+        """Measures of rows that were trained on say nothing of others."""
+        if self.role == "trained on":
+            log("warning: these rows were trained on" + ", but for those held out" * bool(self.config.data.hold_out))
+
     def load(self, step: int | None, context: Context, log: Log) -> int:
         """Collective. See `load_model`."""
         found = load_model(self.run, self.work.model, step, self.place, context, log)
@@ -107,8 +112,6 @@ def open_use(run: RunDir, config: Config, request: Request, needs_targets: bool,
     log(f"Data: {samples.reading}{targets}; rows {rows.start:,} to {rows.stop:,}")
     if is_held_out:
         log(f"These are the {len(samples):,} samples that data.hold_out = {config.data.hold_out:g} kept from training")
-    elif role:
-        log("warning: these rows were trained on" + ", but for those held out" * bool(config.data.hold_out))
     found = meaning(config, learned, samples, context)
     return Use(run, config, data, place, Pass(model, samples, found, blocks, place), role)
 

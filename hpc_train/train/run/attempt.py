@@ -110,16 +110,22 @@ def _choose(config: Config, size: int, resume: str) -> _Choice:
         return _Choice(run, run) if run else _Choice(_new(root, config, size))
     if resume == "never":
         return _Choice(_new(root, config, size))
-    source = RunDir(expanded(resume))
+    source, changes = resumed(config, expanded(resume))
+    is_same_size = _size(source) in (size, None)
+    return _Choice(source if is_same_size else _new(root, config, size), source, tuple(changes))
+
+
+def resumed(config: Config, path: Path) -> tuple[RunDir, list[Change]]:
+    """The run in `path`, or the newest below it, and how `config` differs. Raises UserError for what may not differ."""
+    below = [] if (path / "config.toml").exists() or not path.is_dir() else rundir.search([path]).runs
+    source = max(below, key=_name_of, default=RunDir(path))
     theirs = read_config(source)
     if theirs is None:
         raise UserError(
             f"--resume {source.path} is no run directory: it holds no readable config.toml",
             "Name a folder runs/<name>/<stamp>-np<N>, or say auto or never.",
         )
-    changes = resume_rules.check(theirs, config, source.path)
-    is_same_size = _size(source) in (size, None)
-    return _Choice(source if is_same_size else _new(root, config, size), source, tuple(changes))
+    return source, resume_rules.check(theirs, config, source.path)
 
 
 def _newest_unfinished(folder: Path, config: Config, size: int) -> RunDir | None:

@@ -14,7 +14,7 @@ from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Config
 from hpc_train.core.world import World
 from hpc_train.train import metrics, models
-from hpc_train.train.comm.context import Context, joint
+from hpc_train.train.comm.context import Context, joint, warn
 from hpc_train.train.data.dataset import Batch, Part, Split, test_batches
 from hpc_train.train.data.files import Files
 from hpc_train.train.data.hdf5_faults import damage_as_user_error
@@ -67,12 +67,23 @@ class Regression:
             "target_missing": list(missing),
             "target_known": known,
         }
+        self._warn_of_two_scales(context)
         self.reading = "; ".join((*samples.reading, f"{name}: {prod(self._target_shape):,} a sample"))
         splits = [split for split in (self.validation, self.held_out) if split]
         inputs = str(config.data.inputs)
         persistence = context.on_all(lambda: find_persistence(samples.files, inputs, name, self.train))
         self._references = {id(split): find_references(split, self._scale, persistence, context) for split in splits}
         self._measured: Split | None = None
+
+    def _warn_of_two_scales(self, context: Context) -> None:
+        """A U-Net that predicts a change adds it to its inputs, and targets are standardised in any case."""
+        normalize, task = self.config.data.normalize, self.config.task
+        if task.model == "unet" and task.options.get("residual") and normalize != "standardize":
+            warn(
+                context,
+                f"task.options.residual = true: the model adds to inputs of data.normalize = '{normalize}', "
+                'and its targets are standardized, so it learns badly. Set data.normalize = "standardize".',
+            )
 
     def _require_known(self, found: Moments) -> None:
         """Raises `UserError`, on all ranks, if targets are missing and data.missing does not say what to do then."""

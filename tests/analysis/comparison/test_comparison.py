@@ -342,6 +342,14 @@ def test_a_report_compares_two_commits_of_one_job(tmp_path: Path) -> None:
     assert not [section for section in alone.sections if section.kind == "comparison"]
 
 
+def test_a_longer_run_of_a_job_is_no_change_of_it(tmp_path: Path) -> None:
+    before = write_repeats(tmp_path / "a", Noisy(steps=40), 1)
+    after = write_repeats(tmp_path / "b", Noisy(steps=60, slower={("c1", "forward"): 9.0}), 2)
+    told = make_report([before, after])
+    assert not [section for section in told.sections if section.kind == "comparison"]
+    assert not any("time a step" in each for each in told.headlines), told.headlines
+
+
 def test_a_damaged_baseline_is_refused_or_compared_and_nothing_else(tmp_path: Path) -> None:
     """Each number, list, object and text of it in turn is something else."""
     runs = write_repeats(tmp_path / "a", Noisy(ranks=4, steps=20), 1, 2)

@@ -4,16 +4,21 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
+from hpc_train.analysis.live.screen import record, screen
 from hpc_train.analysis.live.status import read_status
 from hpc_train.analysis.live.tails import last_losses, last_timings
 from hpc_train.cli.main import cli
-from hpc_train.core.rundir import RunDir
+from hpc_train.core.energy_records import COUNTED_NOTHING, Energy
+from hpc_train.core.rundir import RunDir, find
 from hpc_train.core.timing_log import read_timings
 from tests import jobs
 from tests.faults.harness import STEPS, Job, until
@@ -29,6 +34,16 @@ def run(*words: object) -> str:
 
 def watched(folder: Path) -> dict[str, Any]:
     return json.loads(run("watch", folder, "--once", "--json"))
+
+
+def test_what_is_not_known_in_the_first_second_is_not_yet() -> None:
+    nothing = Energy(source=f"estimate: 10 W x 2 cores a node {COUNTED_NOTHING}")
+    status = replace(read_status(find([RECORDED])[0]), state="training", energy=nothing, validation={"step": 34.0})
+    shown = Console(file=StringIO(), width=100)
+    shown.print(screen(status, 100, False))
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "not yet" in text and "missing" not in text, text
+    assert json.dumps(record(status)["validation"]) == '{"step": 34}'
 
 
 def test_a_job_is_followed_from_its_first_step_to_its_end(tmp_path: Path, digits: Path) -> None:

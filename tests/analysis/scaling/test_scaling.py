@@ -432,7 +432,7 @@ def test_runs_on_unequal_terms_are_no_repeats(
         assert [len(row.runs) for row in group.rows] == [1, 1]
         assert group.rows[1].speedup == pytest.approx(speedup, rel=0.02)
     name = told[0].partition(":")[0]
-    assert any(note.startswith(f"Not pooled, since they are no repeats: {name}: ") for note in scaling_notes(found))
+    assert any(note.startswith(f"Runs that differ in {name} (") for note in scaling_notes(found))
 
 
 def test_runs_on_several_hosts_are_no_repeats_of_runs_on_one(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def _not_pooled_notes(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         for name, value in group.distinguished_by.items():
             values[name][value] = None
-    return [f"Not pooled, since they are no repeats: {name}: {' | '.join(seen)}." for name, seen in values.items()]
+    return [f"Runs that differ in {name} ({' | '.join(seen)}) are not averaged." for name, seen in values.items()]
 
 
 def _not_compared_notes(groups: Sequence[Group]) -> list[str]:
