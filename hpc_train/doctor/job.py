@@ -5,7 +5,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import time_ns
 
 import numpy as np
@@ -106,7 +106,9 @@ def _use_of_allocation(job: JobEnvironment, answers: Sequence[Answer]) -> Findin
 
 def probe_clocks(subject: Subject) -> Values:
     """Collective. This rank's wall clock minus the root's, and the error bound of that, in seconds."""
-    found = subject.context.all_gather(compare_clocks(subject.context, time_ns))[0]
+    world = subject.context.world
+    each = replace(subject.context, world=replace(world, node_root=world.rank))  # ranks of one host, too
+    found = subject.context.all_gather(compare_clocks(each, time_ns))[0]
     offset_ns, error_ns = found[subject.context.world.rank]
     return {"offset_s": offset_ns / 1e9, "error_s": error_ns / 1e9}
 

@@ -97,7 +97,7 @@ def test_a_file_is_taken_for_what_it_is(name: str, tmp_path: Path) -> None:
     assert any(said in line for line in proposal.said), proposal.said
     (tmp_path / "a.toml").write_text(proposal.job("a", "a.h5"))
     config = load(tmp_path / "a.toml").config
-    found = config.task.model_dump() | config.data.model_dump()
+    found = config.data.model_dump() | config.task.model_dump()  # both have options: the task's are meant
     assert {key: found[key] for key in expected} == expected
 
 

@@ -53,7 +53,10 @@ def test_a_log_keeps_plain_lines(tmp_path: Path, digits: Path) -> None:
     assert "Data: train/inputs of " in done.out.splitlines()[0] and "from a memory map" in done.out.splitlines()[0]
 
 
-def test_a_part_of_a_run_has_lines_and_a_bar_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_part_of_a_run_has_lines_and_a_bar_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")  # a dumb terminal shows no bar
     steps = StepProgress("job", 10, "plain", is_root=True)
     test = StepProgress("test", 4000, "plain", is_root=True, counted="samples", above=steps)
     began_ns = perf_counter_ns()

@@ -145,7 +145,7 @@ def test_what_cannot_be_continued_is_said_and_a_complete_run_is_left_alone(
         refused = Job(0, tmp_path, digits, "--resume", run, *words).end()
         assert refused.code == 2 and named in refused.err, refused
     nowhere = Job(0, tmp_path, digits, "--resume", str(tmp_path)).end()
-    assert nowhere.code == 2 and "is no run directory" in nowhere.err
+    assert nowhere.code == 2 and "holds no run directory" in nowhere.err
 
 
 def test_checkpoints_come_by_time_on_the_roots_word(tmp_path: Path, digits: Path, reference: Reference) -> None:
