@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING
 import click
 
 from hpc_train.cli.options import FiniteNumber, UserPath, on_first_rank
-from hpc_train.core.output import drop_unread
 
 if TYPE_CHECKING:
     from hpc_train.analysis.live.status import RunStatus
@@ -65,7 +65,7 @@ def watch(run: Path, once: bool, every: float, as_json: bool) -> None:
     from hpc_train.core.rundir import find
 
     newest = max(find([run]), key=lambda found: found.path.name)
-    look = lambda: read_status(newest)  # noqa: E731
+    look = partial(read_status, newest)
     if as_json:
         _follow(look, lambda status: click.echo(json.dumps(record(status))), once, every)
     else:
@@ -74,7 +74,6 @@ def watch(run: Path, once: bool, every: float, as_json: bool) -> None:
 
 def _follow(look: Callable[[], "RunStatus"], show: Callable[["RunStatus"], None], once: bool, every: float) -> None:
     """Shows the state again and again until the run is over, or once."""
-    drop_unread()
     while True:
         status = look()
         show(status)

@@ -15,7 +15,7 @@ from hpc_train.core.world import World
 from hpc_train.train.data.dataset import Batch
 from hpc_train.train.data.device_queue import moved
 from hpc_train.train.device import count_flops, open_device, peak_flops, recompute_blocks
-from hpc_train.train.reduce.horovod_library import check_gpus
+from hpc_train.train.reduce.gpus import check_gpus
 
 CPU = torch.device("cpu")
 

@@ -24,6 +24,7 @@ from hpc_train.core.validation_log import read_validation
 State = Literal["starting", "training", "silent", "complete", "stopped", "failed", "killed"]
 _MOST_RANKS_READ = 64
 _SILENT_S = 60.0  # a job renews its lock every few seconds
+_MOST_ENERGY_BYTES = 32 << 20  # of readings, which are read whole at each look
 _POWER_S = 30.0  # over which the power is averaged
 _COMPUTE = ("data", "forward", "backward")  # what a rank does without waiting for others
 
@@ -221,8 +222,11 @@ def _slowest(compute_s: dict[int, float], hosts: list[str | None]) -> SlowestRan
 
 def _energy(run: RunDir, meta: dict[str, Any]) -> tuple[Energy, float | None]:
     """(the run's energy so far, its power in watts over the last readings)."""
+    paths = sorted(run.energy_dir.glob("*.csv"))
+    if sum(path.stat().st_size for path in paths) > _MOST_ENERGY_BYTES:
+        return Energy(source="too many readings to be read again and again; hpc-train report sums them up"), None
     by_host: dict[str, list[Trace]] = {}
-    for path in sorted(run.energy_dir.glob("*.csv")):
+    for path in paths:
         try:
             by_host[path.stem] = read_traces(path)
         except (UserError, OSError):  # damage: `report` names it

@@ -2,26 +2,24 @@
 
 import os
 import socket
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from hpc_train.core.errors import UserError
 from hpc_train.core.settings import Reduce
 from hpc_train.train.comm.context import Context
 from hpc_train.train.comm.mpi_library import require_one_mpi
+from hpc_train.train.reduce.gpus import require_gpu_per_rank
 
 
 def open_horovod(settings: Reduce, model: nn.Module, context: Context) -> Any:
     """Collective. horovod.torch, loaded and not yet started. Raises UserError."""
     hvd = context.on_all(partial(load_horovod, settings))
-    gpus = context.all_gather(_gpu_for_nccl(hvd, model, context))
-    context.on_all(partial(check_gpus, settings.strategy, gpus))
+    require_gpu_per_rank(settings.strategy, next(model.parameters()).device, bool(hvd.nccl_built()), context)
     return hvd
 
 
@@ -74,23 +72,3 @@ def load_horovod(settings: Reduce) -> Any:
         ) from None
     require_one_mpi("Horovod", library.__file__)
     return hvd
-
-
-def _gpu_for_nccl(hvd: Any, model: nn.Module, context: Context) -> tuple[str, str] | None:
-    """(host, GPU) of this rank's model, if Horovod would reduce it by NCCL."""
-    device = next(model.parameters()).device
-    if device.type != "cuda" or not hvd.nccl_built():
-        return None
-    return context.world.host, str(torch.cuda.get_device_properties(device).uuid)
-
-
-def check_gpus(strategy: str, gpus: Sequence[tuple[str, str] | None]) -> None:
-    """Raises UserError if ranks share a GPU: NCCL would end the job without naming it. gpus: (host, GPU) by rank."""
-    shared = [gpu for gpu, num_ranks in Counter(gpus).items() if gpu is not None and num_ranks > 1]
-    if shared:
-        host, _ = shared[0]
-        ranks = ", ".join(str(rank) for rank, gpu in enumerate(gpus) if gpu == shared[0])
-        raise UserError(
-            f"reduce.strategy = '{strategy}': ranks {ranks} share one GPU of {host}, and NCCL needs one GPU per rank",
-            "Start as many ranks on a host as it has GPUs, or set reduce.strategy = 'mpi'.",
-        )

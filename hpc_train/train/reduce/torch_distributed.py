@@ -14,6 +14,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from hpc_train.core.errors import UserError
 from hpc_train.train.comm.connections import root_addresses
 from hpc_train.train.comm.context import Context, raised_on_all_ranks
+from hpc_train.train.reduce.gpus import require_gpu_per_rank
 from hpc_train.train.reduce.transports import Pending, arriving_in
 
 # Former names, until torch 2.13 is the oldest one that is supported.
@@ -29,6 +30,7 @@ def open_torch_distributed(context: Context, device: torch.device) -> Iterator[N
     GLOO_SOCKET_IFNAME, torch's own variable, names the network interface.
     """
     context.on_all(_require_torch_distributed)
+    require_gpu_per_rank("torch", device, True, context)
     addresses = root_addresses(context, os.environ.get("GLOO_SOCKET_IFNAME"))
     world = context.world
     host = addresses[0] if addresses else context.on_root(lambda: world.host)
@@ -55,12 +57,14 @@ def _listen(host: str) -> Any:
 def _require_torch_distributed() -> None:
     if not distributed.is_available():
         raise UserError(
-            "reduce: this torch was built without torch.distributed", "Set reduce.strategy to 'mpi' or 'horovod'."
+            "reduce.strategy or reduce.transport = 'torch': this torch was built without torch.distributed",
+            "Set it to 'mpi' or 'horovod'.",
         )
     if distributed.is_initialized():
         raise UserError(
-            "reduce: the task has started torch.distributed itself, and a process has one",
-            "Leave init_process_group out of the task, or set reduce.strategy to 'mpi'.",
+            "reduce.strategy or reduce.transport = 'torch': the task has started torch.distributed itself, and a "
+            "process has one",
+            "Leave init_process_group out of the task, or set the key to 'mpi'.",
         )
 
 
